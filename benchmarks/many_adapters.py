@@ -96,7 +96,7 @@ def add(options):
         added, loaded = [], []
         for i in range(there, target):
             if target - i <= 10:
-                load = lambda i=i: peftcore.load(model, folder, adapter=f"a{i}", trainable=False)  # noqa: E731
+                load = lambda i=i: peftcore.load(model, folder, adapter=f"a{i}")  # noqa: E731
                 loaded.append(milliseconds(load)[0])
             else:
                 added.append(milliseconds(lambda i=i: peftcore.apply(model, "lora", r=8, adapter=f"a{i}"))[0])

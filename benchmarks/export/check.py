@@ -217,7 +217,7 @@ def main(folder: Path, llama: str) -> None:
 
     model = from_file(folder / WRITER)
     exact = {False: logits(model, rows)}
-    peftcore.load(model, folder / RUN / "adapter", trainable=False)
+    peftcore.load(model, folder / RUN / "adapter")
     exact[True] = logits(model.eval(), rows)
     change = apart(exact[True], exact[False])
     columns = f"{'max':>10}{'mean':>10}{'KL':>10}{'argmax':>8}"

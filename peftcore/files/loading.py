@@ -34,7 +34,7 @@ def load(
     path: str | os.PathLike[str],
     *,
     adapter: str | None = None,
-    trainable: bool = True,
+    trainable: bool = False,
     dtype: torch.dtype | None = None,
     check_base: bool = True,
     method: str | None = None,
@@ -50,7 +50,7 @@ def load(
         model: the model, or models by name, such as `pipe.components`, each of which gets its part of a single file.
         adapter: the name of the adapter on this model; by default `default`, or for adapters saved together all of
             them, under their saved names.
-        trainable: whether it trains.
+        trainable: whether it trains. By default its parameters are frozen, as for inference.
         dtype: dtype of its parameters, as in `apply`.
         check_base: compare the fingerprint of the base that the adapter was trained on, if the file has one.
         method: the installed method that reads it. Needed only if several can, which an error reports.

@@ -208,7 +208,7 @@ def merge_exactly(model: nn.Module) -> None:
     """
     with warnings.catch_warnings(record=True) as caught:
         warnings.filterwarnings("always", ".*quantized again, ")
-        peftcore.merge(model)
+        peftcore.merge(model, undo=True)
     for warning in caught:
         if "quantized again, " in str(warning.message):
             raise peftcore.PeftcoreError(str(warning.message))

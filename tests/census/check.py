@@ -176,7 +176,7 @@ def _steps(
 
     def merged() -> None:
         try:
-            peftcore.merge(model, **({"dtype": torch.float32} if method in QUANTIZATIONS else {}))
+            peftcore.merge(model, undo=True, **({"dtype": torch.float32} if method in QUANTIZATIONS else {}))
         except peftcore.PeftcoreError as error:
             return notes.append(f"merge: {error}")
         found = run(model, case.inputs)

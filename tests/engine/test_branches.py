@@ -208,11 +208,11 @@ def test_a_branch_stays_while_it_is_combined() -> None:
     with refusing(r"cannot remove 'two': 'both' combines it. First peftcore.remove\(model, 'both'\)"):
         peftcore.remove(model, "two")
     with refusing("cannot be merged"):
-        peftcore.merge(model)
+        peftcore.merge(model, undo=True)
     peftcore.activate(model, "two")
     with refusing("cannot remove 'two': 'both' combines it"):
-        peftcore.merge(model, keep_adapters=False)
-    peftcore.merge(model)
+        peftcore.merge(model)
+    peftcore.merge(model, undo=True)
     assert out(model) == 4.0
     with refusing("merged"):
         peftcore.activate(model, "both")

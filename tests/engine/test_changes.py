@@ -79,7 +79,7 @@ USES: dict[str, Callable[[nn.Module, Path], Any]] = {
     "apply": lambda m, _: peftcore.apply(m, "around", adapter="second"),
     "activate": lambda m, _: peftcore.activate(m, "default"),
     "save": lambda m, folder: peftcore.save(m, folder),
-    "merge": lambda m, _: peftcore.merge(m),
+    "merge": lambda m, _: peftcore.merge(m, undo=True),
     "set_trainable": lambda m, _: set_trainable(m, "default", False),
 }
 
@@ -199,7 +199,7 @@ def test_an_adapter_of_a_resized_embedding() -> None:
     changed = peftcore.summary(model).changed
     assert set(changed) == {"model.embed_tokens", "lm_head"}
     with pytest.raises(peftcore.PeftcoreError, match=r"'model.embed_tokens' .*'lm_head' was replaced"):
-        peftcore.merge(model)
+        peftcore.merge(model, undo=True)
 
 
 def test_a_replaced_head_that_is_trained() -> None:

@@ -42,7 +42,7 @@ def test_it_means_what_it_means_in_a_file(name: str, tmp_path: Path) -> None:
         warnings.simplefilter("ignore")
         theirs = peft.get_peft_model(tiny.llama(), copy.deepcopy(OBJECTS[name]))
         theirs.save_pretrained(tmp_path)
-    wanted = peftcore.load(tiny.llama(), tmp_path)
+    wanted = peftcore.load(tiny.llama(), tmp_path, trainable=True)
     found = peftcore.apply(tiny.llama(), OBJECTS[name])
     shapes = [[(n, p.shape) for n, p in adapter_parameters(model, "default")] for model in (found, wanted)]
     assert shapes[0] == shapes[1]
@@ -82,7 +82,7 @@ def test_experts_are_those_that_peft_finds(kind: str, fields: dict[str, Any], tm
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)
     theirs.save_pretrained(tmp_path)
-    wanted, found = peftcore.load(mixture(kind), tmp_path), peftcore.apply(mixture(kind), config)
+    wanted, found = peftcore.load(mixture(kind), tmp_path, trainable=True), peftcore.apply(mixture(kind), config)
     for (name, one), (other, value) in zip(
         adapter_parameters(found, "default"), adapter_parameters(wanted, "default"), strict=True
     ):
@@ -115,7 +115,7 @@ def test_modules_to_save_are_those_that_peft_finds(tmp_path: Path) -> None:
             if "modules_to_save" in name:
                 torch.nn.init.normal_(parameter)
         theirs.save_pretrained(tmp_path)
-    loaded, applied_here = peftcore.load(tiny.llama(), tmp_path), peftcore.apply(tiny.llama(), config)
+    loaded, applied_here = peftcore.load(tiny.llama(), tmp_path, trainable=True), peftcore.apply(tiny.llama(), config)
     for model in (loaded, applied_here):
         assert sorted(n for n in trained(model) if "norm" in n) == sorted(
             f"model.{path}norm.weight"

@@ -120,7 +120,7 @@ def by_hand() -> Any:
             loss_of(found).backward()
             optimizer.step()
             optimizer.zero_grad()
-        peftcore.merge(found, keep_adapters=False)
+        peftcore.merge(found)
     return found
 
 

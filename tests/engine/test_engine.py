@@ -352,7 +352,7 @@ ODD = [5, 1.5, b"default", Odd(), ["default", 5], {"default": 1}, object, True]
         lambda odd, m: peftcore.after_step(odd, 1, 2),
         lambda odd, m: peftcore.summary(odd),
         lambda odd, m: set_trainable(m, odd, True),
-        lambda odd, m: peftcore.merge(odd),
+        lambda odd, m: peftcore.merge(odd, undo=True),
         lambda odd, m: peftcore.unmerge(odd),
         lambda odd, m: peftcore.disabled(odd).__enter__(),
     ],

@@ -107,7 +107,7 @@ def test_merging_of_a_changed_parameter() -> None:
     with tiny.installed(tiny.method("faulty", place)):
         model = peftcore.apply(tiny.llama(), "faulty")
         with pytest.raises(peftcore.PluginError, match=named("forward")):
-            peftcore.merge(model)
+            peftcore.merge(model, undo=True)
 
 
 def test_merging_of_experts_one_by_one() -> None:
@@ -119,7 +119,7 @@ def test_merging_of_experts_one_by_one() -> None:
     with tiny.installed(tiny.method("faulty", place)):
         model = peftcore.apply(mixtures.mixture("mixtral"), "faulty")
         with pytest.raises(peftcore.PluginError, match=named("merged")):
-            peftcore.merge(model)
+            peftcore.merge(model, undo=True)
 
 
 def test_factors() -> None:

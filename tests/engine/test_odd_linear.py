@@ -117,7 +117,7 @@ def test_own_forward_runs_on_the_effective_weight(method: str) -> None:
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         assert any(parameter.grad is not None and parameter.grad.any() for parameter in trained)
         model.eval()
-        peftcore.merge(model)
+        peftcore.merge(model, undo=True)
         assert close(model(X), wanted(X))
 
 
@@ -136,7 +136,7 @@ def test_qlora_runs_the_own_forward() -> None:
     peftcore.apply(model, "qlora", target_modules=["layer"])
     disturb(model, "default", 2)
     found = model(X.float())
-    peftcore.merge(model)
+    peftcore.merge(model, undo=True)
     wanted = model(X.float())
     assert found.shape == wanted.shape == (3, 5, GROUPS, 6)
     assert torch.allclose(found, wanted, atol=1e-5)  # the layer itself stays dense

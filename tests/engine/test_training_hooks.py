@@ -152,7 +152,7 @@ def test_no_term_is_a_zero_that_can_be_added() -> None:
         model = peftcore.apply(tiny.llama(), "around")
         assert peftcore.extra_loss(model) == 0 and peftcore.loss_terms(model) == {}
         (model(tiny.TOKENS).logits.sum() + peftcore.extra_loss(model)).backward()
-        model = peftcore.merge(peftcore.apply(tiny.llama(), "pulled"))
+        model = peftcore.merge(peftcore.apply(tiny.llama(), "pulled"), undo=True)
         assert peftcore.extra_loss(model) == 0  # merged adapters do not train
 
 

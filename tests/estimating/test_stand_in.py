@@ -70,7 +70,7 @@ def test_merged_adapters_and_those_of_samples_are_refused() -> None:
     with pytest.raises(peftcore.PeftcoreError, match=r"^cannot estimate a step while each sample has its own"):
         peftcore.estimate(model, **STEP)
     peftcore.activate(model, "default")
-    peftcore.merge(model)
+    peftcore.merge(model, undo=True)
     with pytest.raises(peftcore.PeftcoreError, match=r"^cannot estimate a step: adapters are merged into"):
         peftcore.estimate(model, **STEP)
 

@@ -82,7 +82,7 @@ def test_a_plugin_adds_a_format(tmp_path: Path) -> None:
         change = np.load(file)[path]
         with pytest.raises(PeftcoreError, match=r"adapters 'default' are active and would be missing"):
             peftcore.export(model, tmp_path / "model.npz", format="npz")
-        peftcore.merge(model)
+        peftcore.merge(model, undo=True)
         file = peftcore.export(model, tmp_path / "model.npz", format="npz", compressed=True)
         assert np.abs(np.load(file)[f"{path}.weight"] - before - change).max() < 1e-6
         with pytest.raises(PeftcoreError, match=r"'npz' has no option 'compresed' \(nearest: 'compressed'"):

@@ -156,7 +156,7 @@ def test_heads_inside_the_backbone_of_a_detector_with_other_labels(tmp_path: Pat
 def test_merged_and_dequantized_layers_are_not_new(tmp_path: Path) -> None:
     tiny.bert_classifier().save_pretrained(tmp_path)
     model = transformers.BertForSequenceClassification.from_pretrained(tmp_path).eval()
-    peftcore.merge(peftcore.apply(model, "lora", r=2, target_modules=["query"]), keep_adapters=False)
+    peftcore.merge(peftcore.apply(model, "lora", r=2, target_modules=["query"]))
     assert detect(model).task_heads == ("classifier",)
     peftcore.dequantize(peftcore.quantize(model, skip=["key", "value", "dense", "classifier"]))
     assert detect(model).task_heads == ("classifier",)

@@ -116,7 +116,7 @@ def test_a_model_with_adapters() -> None:
     def work() -> bool:
         right = same(flat(gradients()), wanted)
         peftcore.activate(model, "two")
-        peftcore.merge(model)
+        peftcore.merge(model, undo=True)
         peftcore.unmerge(model)
         peftcore.remove(model, "two")
         peftcore.activate(model, "one")

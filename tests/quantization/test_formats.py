@@ -136,12 +136,12 @@ def test_lora_trains_and_merges(form: Format, made: Callable[[], nn.Module]) -> 
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters() if p.requires_grad)
     before, adapted = bits(model), logits(model)
     assert max(peftcore.merge_error(model).values()) > 0
-    peftcore.merge(model, dtype=torch.float32)
+    peftcore.merge(model, dtype=torch.float32, undo=True)
     torch.testing.assert_close(logits(model), adapted, rtol=1e-4, atol=1e-4)
     peftcore.unmerge(model)
     same(bits(model), before)
     with pytest.warns(UserWarning, match="14 merged layers are quantized again"):
-        peftcore.merge(model, max_error=1)
+        peftcore.merge(model, max_error=1, undo=True)
     assert {layer.quant_type for _, layer in quantized_layers(model)} == {form.quant_type}
     peftcore.unmerge(model)
     same(bits(model), before)
@@ -197,8 +197,8 @@ def test_adapters_of_experts(kind: str, form: Format) -> None:
     for ours, theirs in zip(*gradients, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
     before = bits(model)
-    peftcore.merge(model, dtype=torch.float32)
-    peftcore.merge(dense)
+    peftcore.merge(model, dtype=torch.float32, undo=True)
+    peftcore.merge(dense, undo=True)
     torch.testing.assert_close(out(model), out(dense), rtol=1e-4, atol=1e-4)
     peftcore.unmerge(model)
     same(bits(model), before)

@@ -68,13 +68,13 @@ def test_small_changes_are_lost_and_large_ones_are_not(relative, low, high):
     assert low < peftcore.merge_error(model)["0"] < high
 
 
-@pytest.mark.parametrize("keep_adapters", [True, False])
-def test_too_much_is_refused_and_nothing_changes(keep_adapters):
+@pytest.mark.parametrize("undo", [True, False])
+def test_too_much_is_refused_and_nothing_changes(undo):
     model = adapted()
     before, wanted = states(model), logits(model)
     message = r"4 merged layers .* loses \d+% .* max_error=0.1 allows 10%. .*merge\(model, dtype=torch.bfloat16\)"
     with pytest.raises(peftcore.PeftcoreError, match=message):
-        peftcore.merge(model, keep_adapters=keep_adapters)
+        peftcore.merge(model, undo=undo)
     same(states(model), before)
     assert torch.equal(logits(model), wanted)
 
@@ -83,9 +83,9 @@ def test_limits_of_the_error():
     model = adapted()
     for limit in (-1, float("nan"), True, "0.1"):
         with pytest.raises(peftcore.PeftcoreError, match="max_error must be a number from 0 up"):
-            peftcore.merge(model, max_error=limit)
+            peftcore.merge(model, max_error=limit, undo=True)
     with pytest.warns(UserWarning, match="4 merged layers are quantized again"):
-        peftcore.merge(model, max_error=None)
+        peftcore.merge(model, max_error=None, undo=True)
 
 
 @pytest.mark.parametrize("double_quant", [False, True])
@@ -93,7 +93,7 @@ def test_what_is_allowed_is_written_and_reported(double_quant):
     model = adapted(std=0.5, double_quant=double_quant)
     before, wanted = states(model), logits(model)
     with pytest.warns(UserWarning, match="4 merged layers are quantized again, .* on average"):
-        peftcore.merge(model, max_error=1.0)
+        peftcore.merge(model, max_error=1.0, undo=True)
     lost = peftcore.engine.state_of(model).merged.lost
     assert sorted(lost) == sorted(NAMES) and 0 < max(lost.values()) < 0.5
     layer = model.model.layers[0].self_attn.q_proj
@@ -108,7 +108,7 @@ def test_16_bits_hold_the_merged_weight():
     model = adapted(std=0.2, model=llama(torch.bfloat16))
     before, wanted = states(model), logits(model)
     config = model.config.quantization_config
-    peftcore.merge(model, dtype=torch.bfloat16)
+    peftcore.merge(model, dtype=torch.bfloat16, undo=True)
     layer = model.model.layers[0].self_attn.q_proj
     assert layer.weight.dtype == torch.bfloat16 and layer.weight.shape == (64, 64)
     assert "model.layers.0.self_attn.q_proj.weight.absmax" not in model.state_dict()
@@ -122,7 +122,7 @@ def test_16_bits_hold_the_merged_weight():
 def test_a_dense_weight_of_another_dtype_than_the_model_computes():
     model = adapted(std=0.2)
     wanted = logits(model)
-    peftcore.merge(model, dtype=torch.bfloat16)
+    peftcore.merge(model, dtype=torch.bfloat16, undo=True)
     assert logits(model).dtype == torch.float32
     assert (logits(model) - wanted).norm() < 0.02 * wanted.norm()
     peftcore.unmerge(model)
@@ -132,7 +132,7 @@ def test_a_dense_weight_of_another_dtype_than_the_model_computes():
 def test_for_good_in_16_bits_gives_plain_layers(tmp_path):
     model = adapted(std=0.2)
     wanted = logits(model)
-    peftcore.merge(model, dtype=torch.bfloat16, keep_adapters=False)
+    peftcore.merge(model, dtype=torch.bfloat16)
     assert type(model.model.layers[0].self_attn.q_proj) is nn.Linear
     assert type(model.model.layers[0].self_attn.k_proj) is QuantizedLinear
     assert logits(model).dtype == torch.bfloat16
@@ -144,7 +144,7 @@ def test_for_good_in_16_bits_gives_plain_layers(tmp_path):
 
 def test_every_layer_dense_leaves_no_trace_of_quantization():
     model = peftcore.apply(peftcore.quantize(gpt2()), "lora", r=2)
-    peftcore.merge(model, dtype=torch.float32, keep_adapters=False)
+    peftcore.merge(model, dtype=torch.float32)
     assert not hasattr(model.config, "quantization_config")
     assert not any(isinstance(module, QuantizedLinear) for module in model.modules())
 
@@ -154,7 +154,7 @@ def test_an_adapter_at_its_start_changes_no_bit():
     before = states(model)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        peftcore.merge(model)
+        peftcore.merge(model, undo=True)
     same({name: value for name, value in states(model).items() if name in before}, before)
 
 
@@ -164,13 +164,13 @@ def test_not_finite_is_refused():
         model.model.layers[0].self_attn.q_proj.peftcore["default"].lora_B[0, 0] = torch.nan
     for dtype in (None, torch.bfloat16):
         with pytest.raises(peftcore.PeftcoreError, match=r"into 'model.layers.0.self_attn.q_proj' gives NaN or Inf"):
-            peftcore.merge(model, dtype=dtype, max_error=10)
+            peftcore.merge(model, dtype=dtype, max_error=10, undo=True)
 
 
 def test_after_a_cast_unmerging_is_exact():
     model = adapted(std=0.2)
     bits = {name: t.clone() for name, t in model.state_dict().items() if "q_proj.weight" in name}
-    peftcore.merge(model, dtype=torch.float32)
+    peftcore.merge(model, dtype=torch.float32, undo=True)
     model.to(torch.bfloat16)
     peftcore.unmerge(model)
     found = model.state_dict()
@@ -184,7 +184,7 @@ def test_adapters_that_read_the_weight_read_it_packed_again_after_unmerge(method
     disturb(model, "default", 1, std=0.1)
     wanted = tiny.logits(model)
     assert not torch.equal(wanted, tiny.logits(peftcore.quantize(tiny.llama())))
-    peftcore.merge(model, dtype=dtype)
+    peftcore.merge(model, dtype=dtype, undo=True)
     torch.testing.assert_close(tiny.logits(model), wanted, rtol=0, atol=1e-5 if dtype == torch.float32 else 0.05)
     peftcore.unmerge(model)
     assert torch.equal(tiny.logits(model), wanted)
@@ -195,7 +195,7 @@ def test_the_config_says_after_unmerge_what_it_said_before_merge():
     before = model.config.quantization_config
     peftcore.apply(model, "lora", r=2, target_modules="all-linear")
     disturb(model, "default", 1, std=0.02)
-    peftcore.merge(model, dtype=torch.bfloat16)
+    peftcore.merge(model, dtype=torch.bfloat16, undo=True)
     assert not hasattr(model.config, "quantization_config")
     peftcore.unmerge(model)
     assert model.config.quantization_config == before
@@ -231,24 +231,24 @@ def test_experts_are_merged_and_come_back(kind):
             worst = max(worst, ((stored - new).norm() / (new - old).norm()).item())
     assert lost[path] == pytest.approx(worst, rel=1e-5)
     with pytest.raises(peftcore.PeftcoreError, match=r"merge\(model, dtype=torch.bfloat16\)"):
-        peftcore.merge(model, max_error=0.01)
+        peftcore.merge(model, max_error=0.01, undo=True)
     same(states(model), before)
 
     with pytest.warns(UserWarning, match=r"merged layers are quantized again"):
-        peftcore.merge(model, max_error=5)
+        peftcore.merge(model, max_error=5, undo=True)
     assert module.gate_up_proj.dtype is torch.uint8 and not torch.equal(logits(model), wanted)
     peftcore.unmerge(model)
     same(states(model), before)
     assert torch.equal(logits(model), wanted)
 
-    peftcore.merge(model, dtype=torch.float32)
+    peftcore.merge(model, dtype=torch.float32, undo=True)
     assert module.gate_up_proj.dtype is torch.float32 and module.packed_parameter("gate_up_proj") is None
     torch.testing.assert_close(logits(model), wanted, rtol=1e-4, atol=1e-4)
     assert not any("experts.gate_up_proj." in key for key in model.state_dict())
     peftcore.unmerge(model)
     same(states(model), before)
     assert model.config.quantization_config == config
-    peftcore.merge(model, keep_adapters=False, dtype=torch.float32)
+    peftcore.merge(model, dtype=torch.float32)
     assert not list(quantized_experts(model)) and list(quantized_layers(model))
     torch.testing.assert_close(logits(model), wanted, rtol=1e-4, atol=1e-4)
 
@@ -256,7 +256,7 @@ def test_experts_are_merged_and_come_back(kind):
 def test_half_of_the_experts_merged_for_good():
     model = on_experts(names=("down_proj",))
     wanted = logits(model)
-    peftcore.merge(model, keep_adapters=False, dtype=torch.float32)
+    peftcore.merge(model, dtype=torch.float32)
     _, module = next(quantized_experts(model))
     assert set(module.packings) == {"gate_up_proj"} and module.down_proj.dtype is torch.float32
     torch.testing.assert_close(logits(model), wanted, rtol=1e-4, atol=1e-4)

@@ -78,13 +78,13 @@ def test_adapters_train_save_and_merge(int4: ModuleType, tmp_path: Path, method:
     errors = peftcore.merge_error(model)
     assert len(errors) == 2 and all(0 < error < 1 for error in errors.values())
     with pytest.raises(PeftcoreError, match="2 merged layers are quantized again, which loses"):
-        peftcore.merge(model, max_error=1e-3)
+        peftcore.merge(model, max_error=1e-3, undo=True)
     with pytest.warns(UserWarning, match="2 merged layers are quantized again"):
-        peftcore.merge(model, max_error=1.0)
+        peftcore.merge(model, max_error=1.0, undo=True)
     assert all(type(m).__name__ == "Int4Linear" for m in (model.model.layers[0].mlp.down_proj,))
     peftcore.unmerge(model)
     assert torch.equal(logits(model), expected)
-    peftcore.merge(model, dtype=torch.float32, keep_adapters=False)
+    peftcore.merge(model, dtype=torch.float32)
     assert type(model.model.layers[0].mlp.down_proj) is nn.Linear
     assert (logits(model) - expected).abs().max() < 1e-4
 

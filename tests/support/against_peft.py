@@ -53,7 +53,7 @@ def both_ways(make: Any, folder: Path, ours: nn.Module, config: peft.PeftConfig)
     torch.testing.assert_close(logits(theirs), logits(ours), rtol=0, atol=1e-5)
     theirs = moved(quiet(peft.get_peft_model, make(), config).eval())
     quiet(theirs.save_pretrained, folder / "theirs")
-    ours = peftcore.load(make(), folder / "theirs")
+    ours = peftcore.load(make(), folder / "theirs", trainable=True)
     assert (logits(ours) - logits(make())).abs().max() > 1e-3
     torch.testing.assert_close(logits(ours), logits(theirs), rtol=0, atol=1e-5)
 
@@ -107,12 +107,12 @@ def same_layer(make: Any, x: Tensor, folder: Path, config: peft.PeftConfig, meth
     peftcore.save(ours, folder / "ours")
     theirs = quiet(peft.PeftModel.from_pretrained, box(), folder / "ours").eval()
     compare(ours, theirs)
-    compare(quiet(theirs.merge_and_unload), peftcore.merge(ours))
+    compare(quiet(theirs.merge_and_unload), peftcore.merge(ours, undo=True))
     theirs = moved(quiet(peft.get_peft_model, box(), config).eval())
     quiet(theirs.save_pretrained, folder / "theirs")
-    ours = peftcore.load(box(), folder / "theirs")
+    ours = peftcore.load(box(), folder / "theirs", trainable=True)
     compare(ours, theirs)
-    compare(peftcore.merge(ours), quiet(theirs.merge_and_unload))
+    compare(peftcore.merge(ours, undo=True), quiet(theirs.merge_and_unload))
 
 
 def trained_by_peft(model: nn.Module, config_class: type, **fields: Any) -> nn.Module:

@@ -73,7 +73,7 @@ def disabled() -> list[float]:
 def merged() -> nn.Module:
     model = lora()
     with torch.device("cpu"):
-        peftcore.merge(model)
+        peftcore.merge(model, undo=True)
     return model
 
 
@@ -124,7 +124,7 @@ FUNCTIONS: dict[str, Callable[[], nn.Module | list[float]]] = {
     "extra_loss": of_adapted(lambda model: peftcore.extra_loss(model)),
     "load": lambda: saved(lambda folder: peftcore.load(llama(), folder), lora()),
     "loss_terms": of_adapted(lambda model: peftcore.loss_terms(model)),
-    "merge": of_adapted(lambda model: peftcore.merge(model)),
+    "merge": of_adapted(lambda model: peftcore.merge(model, undo=True)),
     "merge_error": of_adapted(lambda model: peftcore.merge_error(model), "qlora"),
     "methods": lambda: [float(len(peftcore.methods()))],
     "parameter_groups": of_adapted(lambda model: peftcore.parameter_groups(model, lr=0.1)),

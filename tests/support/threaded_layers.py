@@ -89,7 +89,7 @@ def switch(model: nn.Module) -> None:
 
 
 def merge(model: nn.Module) -> None:
-    peftcore.merge(model)
+    peftcore.merge(model, undo=True)
     time.sleep(0.001)
     peftcore.unmerge(model)
 

@@ -138,7 +138,7 @@ def test_adapters_before_and_after(first: str) -> None:
         peftcore.summary(model)
     )
     same(step(model), wanted)
-    peftcore.merge(model)
+    peftcore.merge(model, undo=True)
     peftcore.unmerge(model)
     peftcore.remove(model, "default")
     assert fused_modules(model) == BOTH

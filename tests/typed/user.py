@@ -34,7 +34,7 @@ def train_and_keep(folder: Path) -> None:
     assert_type(peftcore.save(net, folder), Path)
     assert_type(peftcore.load(Net(), str(folder), trainable=False), Net)
     assert_type(peftcore.merge_error(net), dict[str, float])
-    assert_type(peftcore.unmerge(peftcore.merge(net)), Net)
+    assert_type(peftcore.unmerge(peftcore.merge(net, undo=True)), Net)
     assert_type(peftcore.remove(net), Net)
     assert_type(peftcore.shard(net, adapter_placement="shard"), Net)
     optimizer = peftcore.optim.PagedAdamW8bit(net.parameters(), lr=1e-3)

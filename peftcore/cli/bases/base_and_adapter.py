@@ -84,7 +84,7 @@ def merge_adapter(
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
-            peftcore.merge(model, keep_adapters=False, untie=untie, dtype=dense)
+            peftcore.merge(model, untie=untie, dtype=dense)
         except PeftcoreError as error:
             if not quantize:
                 raise

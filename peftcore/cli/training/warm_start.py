@@ -155,7 +155,7 @@ def load(model: PreTrainedModel, settings: Settings) -> None:
             asked = engine.placements_for(model, method.name, wanted).config
     if method.prepare is not None:
         method.prepare(model, asked)
-    peftcore.load(model, folder, method=named)
+    peftcore.load(model, folder, method=named, trainable=True)
     applied = [each.name for each in peftcore.summary(model).adapters]
     if applied != [_ADAPTER]:
         raise PeftcoreError(f"'{folder}' contains the adapters {', '.join(applied)}. Pass the folder of one of them")

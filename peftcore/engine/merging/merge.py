@@ -34,7 +34,7 @@ from peftcore.plugin.method import Model, WeightFormat
 def merge(
     model: Model,
     *,
-    keep_adapters: bool = True,
+    undo: bool = False,
     untie: bool = False,
     dtype: torch.dtype | None = None,
     max_error: float | None = 0.1,
@@ -43,12 +43,12 @@ def merge(
 
     Args:
         model: the model.
-        keep_adapters: keep the original weights for `unmerge`. If False, the adapters are removed and nothing is kept:
-            the model is a plain model with new weights.
+        undo: keep the adapters, and a copy of each weight that changes, for `unmerge`. By default the adapters are
+            removed, and the model is a plain model with new weights, as after PEFT's `merge_and_unload`.
         untie: merge into a weight that another module shares (tied embeddings) by giving the adapted module its own
             copy. By default such a weight is an error, because merging would change the other module too.
-        dtype: replace quantized weights that adapters change by dense ones of this dtype. With `keep_adapters=False`
-            the whole model is cast to it. By default they are quantized again, see `max_error`.
+        dtype: replace quantized weights that adapters change by dense ones of this dtype. Without `undo` the whole
+            model is cast to it. By default they are quantized again, see `max_error`.
         max_error: largest fraction of the adapters' change that quantizing again may lose in any layer, see
             `merge_error`; None for no limit.
 
@@ -59,9 +59,9 @@ def merge(
         PeftcoreError: an adapter cannot be merged, or the merged weight would not compute the same; a weight is tied; a
             result is NaN or Inf; or quantizing again would lose more than `max_error`. The model is left unchanged.
 
-    Everything is checked before the first weight is written. After Ctrl-C the model is unchanged as well; with
-    `keep_adapters=False` only until the first layer is written. From then on the model computes the same as before, and
-    other functions refuse it.
+    Everything is checked before the first weight is written. After Ctrl-C the model is unchanged as well; without
+    `undo` only until the first layer is written. From then on the model computes the same as before, and other
+    functions refuse it.
     """
     _check_limit(max_error)
     check_dtype(dtype)
@@ -69,7 +69,7 @@ def merge(
     if not state.active:
         raise PeftcoreError("no adapter is active. Activate the adapters to merge: peftcore.activate(model, [...])")
     refuse_unmergeable(model, state.active)
-    for name in () if keep_adapters else state.active:
+    for name in () if undo else state.active:
         engine.refuse_needed(state, name)
     alike = changed_alike(model, state.active)
     tied = tied_weights(model, state.active, alike)
@@ -79,7 +79,7 @@ def merge(
             "merge(model, untie=True) to give the adapted module its own weight"
         )
     with ranks.whole_when_read(model):
-        if keep_adapters:
+        if undo:
             return _merge(model, state, alike, tied, dtype=dtype, max_error=max_error)
         return _merge_for_good(model, state, alike, tied, dtype=dtype, max_error=max_error)
 
@@ -228,9 +228,12 @@ def unmerge(model: Model) -> Model:
     Raises:
         PeftcoreError: nothing is merged, or a merged weight has a different size now. The model is left unchanged.
     """
-    state = engine.require_state(model)
-    if state.merged is None:
-        raise PeftcoreError("nothing is merged into this model. Call peftcore.merge(model) first")
+    state = engine.state_of(model)
+    if state is None or state.merged is None:
+        raise PeftcoreError(
+            "nothing can be unmerged: no adapter is merged into the model, or it was merged without undo=True. Call "
+            "peftcore.merge(model, undo=True), or load the base again"
+        )
     merged = state.merged
     if merged.stopped:
         raise PeftcoreError(f"cannot unmerge: {merged.why}")

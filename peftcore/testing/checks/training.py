@@ -33,7 +33,7 @@ def resuming(case: Case) -> None:
         optimizer = optimizer_of(first)
         train(first, inputs, steps=half, optimizer=optimizer, total=total)
         peftcore.save(first, folder, adapter="default")
-        peftcore.load(second, folder)
+        peftcore.load(second, folder, trainable=True)
     resumed = optimizer_of(second)
     resumed.load_state_dict(optimizer.state_dict())
     train(second, inputs, steps=half, optimizer=resumed, begin=half, total=total)
@@ -148,7 +148,7 @@ def _quantized_base(case: Case, quant_type: str) -> str | None:
         fresh = peftcore.load(case.base(quant_type=quant_type), folder)
     same(logits(fresh, inputs), acting, "output after save and load")
     try:
-        peftcore.merge(model, dtype=torch.float32)
+        peftcore.merge(model, dtype=torch.float32, undo=True)
     except peftcore.PeftcoreError:
         if case.merges:
             raise

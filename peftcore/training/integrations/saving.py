@@ -64,6 +64,6 @@ def _save_sentence_transformers(model: Any, original: Callable[..., Any], *args:
         raise PeftcoreError(
             f"{type(model).__name__} would be saved in a form that it cannot load, with adapters "
             f"{', '.join(state.applied)}. Save the adapters with peftcore.save(model, folder), or merge them first: "
-            "peftcore.merge(model, keep_adapters=False)"
+            "peftcore.merge(model)"
         )
     return original(*args, **kwargs)

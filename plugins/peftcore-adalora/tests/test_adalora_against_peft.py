@@ -33,7 +33,7 @@ def test_a_training_goes_the_way_of_peft_s(tmp_path: Path) -> None:
     fields: dict[str, Any] = {"target_modules": ["q_proj", "down_proj"], **SCHEDULE}
     peftcore.save(peftcore.apply(tiny.llama(), "adalora", **fields), tmp_path / "start", resumable=False)
     theirs = quiet(peft.PeftModel.from_pretrained, tiny.llama(), tmp_path / "start", is_trainable=True)
-    ours = peftcore.load(tiny.llama(), tmp_path / "start")
+    ours = peftcore.load(tiny.llama(), tmp_path / "start", trainable=True)
     steps = SCHEDULE["total_step"]
     optimizers = [torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], lr=3e-2) for m in (ours, theirs)]
     for step in range(1, steps + 1):
@@ -52,7 +52,7 @@ def test_a_training_goes_the_way_of_peft_s(tmp_path: Path) -> None:
     assert sum(left.values()) == SCHEDULE["target_r"] * len(left)
     torch.testing.assert_close(logits(ours), logits(theirs), rtol=0, atol=1e-4)
     quiet(theirs.save_pretrained, tmp_path / "pruned")
-    again = peftcore.load(tiny.llama(), tmp_path / "pruned")
+    again = peftcore.load(tiny.llama(), tmp_path / "pruned", trainable=True)
     torch.testing.assert_close(logits(again), logits(theirs), rtol=0, atol=1e-5)
     peftcore.save(again, tmp_path / "again")
     read = quiet(peft.PeftModel.from_pretrained, tiny.llama(), tmp_path / "again").eval()
@@ -72,7 +72,7 @@ def test_a_file_with_target_r_above_init_r_keeps_its_triplets(tmp_path: Path) ->
     config = peft.AdaLoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], init_r=3, total_step=4)
     theirs = moved(quiet(peft.get_peft_model, tiny.llama(), config).eval())
     quiet(theirs.save_pretrained, tmp_path / "theirs")
-    ours = peftcore.load(tiny.llama(), tmp_path / "theirs")
+    ours = peftcore.load(tiny.llama(), tmp_path / "theirs", trainable=True)
     wanted = logits(theirs)
     assert (wanted - logits(tiny.llama())).abs().max() > 1e-3
     torch.testing.assert_close(logits(ours), wanted, rtol=0, atol=1e-5)

@@ -341,16 +341,16 @@ def test_a_mixture_with_lora_is_saved_loaded_and_switched(tmp_path: Path) -> Non
 def test_merging_says_that_it_cannot_and_what_can() -> None:
     model = peftcore.apply(tiny.llama(), "adapter", bottleneck_size=4)
     with pytest.raises(peftcore.PeftcoreError, match=r"'default' \(adapter\) cannot be merged.*No active adapter can"):
-        peftcore.merge(model)
+        peftcore.merge(model, undo=True)
     peftcore.apply(model, "lora", adapter="low-rank", r=2)
     with pytest.raises(
         peftcore.PeftcoreError,
         match=r"These active adapters can be: low-rank "
         r"\(lora\).*\['low-rank'\]\)",
     ):
-        peftcore.merge(model)
+        peftcore.merge(model, undo=True)
     peftcore.activate(model, ["low-rank"])
-    peftcore.merge(model)
+    peftcore.merge(model, undo=True)
 
 
 @pytest.mark.parametrize(

@@ -173,12 +173,12 @@ def test_merging_is_into_dense_weights_only(tmp_path: Path) -> None:
     peftcore.apply(model, "lora", target_modules=["q_proj"], init_lora_weights=False)
     wanted = model(ids).logits
     with pytest.raises(peftcore.PeftcoreError, match=r"AQLM's codes cannot take merged values.*dtype=torch.bfloat16"):
-        peftcore.merge(model)
-    peftcore.merge(model, dtype=torch.float32)
+        peftcore.merge(model, undo=True)
+    peftcore.merge(model, dtype=torch.float32, undo=True)
     assert torch.allclose(model(ids).logits, wanted, atol=1e-4)
     peftcore.unmerge(model)
     assert torch.equal(model(ids).logits, wanted)
-    peftcore.merge(model, dtype=torch.float32, keep_adapters=False)
+    peftcore.merge(model, dtype=torch.float32)
     model.save_pretrained(tmp_path / "merged")
     again = load(tmp_path / "merged")  # one layer dense, the others in codes
     assert type(again.get_submodule(LAYER)) is nn.Linear

@@ -102,10 +102,13 @@ def test_files(tmp_path: Path) -> None:
     peftcore.save(model, tmp_path / "all")
     again = tiny.llama()
     with pytest.raises(peftcore.PeftcoreError, match=r"no adapter 'maths'. First apply or load it"):
-        peftcore.load(again, tmp_path / "router")
+        peftcore.load(again, tmp_path / "router", trainable=True)
     for name in EXPERTS:
-        peftcore.load(again, tmp_path / name, adapter=name)
-    for loaded in (peftcore.load(again, tmp_path / "router"), peftcore.load(tiny.llama(), tmp_path / "all")):
+        peftcore.load(again, tmp_path / name, adapter=name, trainable=True)
+    for loaded in (
+        peftcore.load(again, tmp_path / "router", trainable=True),
+        peftcore.load(tiny.llama(), tmp_path / "all", trainable=True),
+    ):
         assert torch.equal(tiny.logits(loaded), tiny.logits(model))
     trained = {name.rpartition("peftcore.")[2].split(".")[0] for name, p in again.named_parameters() if p.requires_grad}
     assert trained == {"default"}  # the router has frozen its experts, which loading let train

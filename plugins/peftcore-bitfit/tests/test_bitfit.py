@@ -68,7 +68,7 @@ def test_merging_puts_the_values_into_the_base() -> None:
     disturb(model, "default", seed=1)
     acting = tiny.logits(model)
     values = {name: p.detach().clone() for name, p in adapter_parameters(model, "default")}
-    peftcore.merge(model, keep_adapters=False)
+    peftcore.merge(model)
     assert torch.equal(tiny.logits(model), acting)
     state = model.state_dict()
     assert list(state) == keys
@@ -100,7 +100,7 @@ def test_added_biases_are_added_biases(tmp_path: Path) -> None:
     assert set(load_file(tmp_path / "adapter_model.safetensors")) == {f"base_model.model.{p}.bias" for p in linear}
     assert torch.equal(tiny.logits(peftcore.load(tiny.llama(), tmp_path)), tiny.logits(model))
     with pytest.raises(peftcore.PeftcoreError, match=r"'default' \(bitfit\) cannot be merged"):
-        peftcore.merge(model)
+        peftcore.merge(model, undo=True)
 
 
 class Grouped(nn.Linear):
@@ -172,7 +172,7 @@ def test_tasks_are_switched_and_mixed_with_lora(tmp_path: Path) -> None:
     disturb(model, "c", seed=3)
     both = tiny.logits(model)
     assert (both - alone["a"]).abs().max() > 1e-3
-    peftcore.merge(model)
+    peftcore.merge(model, undo=True)
     torch.testing.assert_close(tiny.logits(model), both, rtol=1e-4, atol=1e-5)
     peftcore.unmerge(model)
     assert torch.equal(tiny.logits(model), both)

@@ -46,7 +46,7 @@ def test_experts_biases_are_trained_saved_merged_and_given_back(quantized: bool,
     assert all(torch.equal(saved[f"base_model.model.{name}"], p) for name, p in biases.items())
     assert torch.equal(peftcore.load(gpt_oss(quantized), tmp_path)(**INPUTS).logits, acting)
 
-    peftcore.merge(model)
+    peftcore.merge(model, undo=True)
     assert torch.equal(model(**INPUTS).logits, acting)
     peftcore.unmerge(model)
     peftcore.remove(model)

@@ -81,7 +81,7 @@ def test_lora_trains_saves_and_merges(case: str, tmp_path: Path) -> None:
     peftcore.save(model, tmp_path / "adapter")
     again = peftcore.load(peftcore.quantization.load(tmp_path / "base"), tmp_path / "adapter")
     assert torch.equal(logits(again.eval()), adapted)
-    peftcore.merge(again, dtype=torch.float32, keep_adapters=False)
+    peftcore.merge(again, dtype=torch.float32)
     torch.testing.assert_close(logits(again), adapted, rtol=1e-4, atol=1e-4)
     assert not list(quantized_layers(again))
 

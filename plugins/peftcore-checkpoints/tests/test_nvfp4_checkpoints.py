@@ -67,13 +67,13 @@ def test_lora_trains_saves_and_merges(tool: str, tmp_path: Path) -> None:
     assert torch.equal(logits(again.eval()), adapted)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        peftcore.merge(model, max_error=None)  # into NVFP4, whose scales multiply whatever the file's did
+        peftcore.merge(model, max_error=None, undo=True)  # into NVFP4, whose scales multiply whatever the file's did
     assert all(layer.quant_type == "nvfp4" for _, layer in quantized_layers(model))
     change = (logits(model) - adapted).norm() / adapted.norm()
     assert 0 < change < 0.5
     peftcore.unmerge(model)
     assert all(torch.equal(model.state_dict()[name], t) for name, t in before.items())
-    peftcore.merge(again, dtype=torch.float32, keep_adapters=False)
+    peftcore.merge(again, dtype=torch.float32)
     torch.testing.assert_close(logits(again), adapted, rtol=1e-4, atol=1e-4)
 
 

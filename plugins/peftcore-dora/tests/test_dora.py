@@ -90,7 +90,7 @@ def test_a_stack_is_one_weight(method: str, order: list[str]) -> None:
         torch.testing.assert_close(model(X), stacked, rtol=0, atol=1e-5)  # whatever stands inside
         moved(model, name, len(name))
         stacked = model(X)
-    merged = peftcore.merge(model)(X)
+    merged = peftcore.merge(model, undo=True)(X)
     torch.testing.assert_close(merged, stacked, rtol=0, atol=1e-5)
     assert (merged - base(X)).abs().max() > 1e-2
     peftcore.unmerge(model)

@@ -88,7 +88,7 @@ def test_ours_reads_peft(case, tmp_path: Path) -> None:
 def test_the_same_start_trains_to_the_same_place(tmp_path: Path) -> None:
     """From one file, three AdamW steps here and in PEFT end at the same factors."""
     peftcore.save(peftcore.apply(tiny.llama(), "lora", r=4, lora_alpha=16), tmp_path)
-    ours = peftcore.load(tiny.llama(), tmp_path)
+    ours = peftcore.load(tiny.llama(), tmp_path, trainable=True)
     theirs = quiet(peft.PeftModel.from_pretrained, tiny.llama(), tmp_path, is_trainable=True)
     for model in (ours, theirs):
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
@@ -207,9 +207,9 @@ def test_merging_what_was_trained_apart_unties() -> None:
     disturb(model, "default", seed=1)
     wanted = logits(model)
     with pytest.raises(peftcore.PeftcoreError, match=r"'model.embed_tokens' is tied to 'lm_head.weight'.*untie=True"):
-        peftcore.merge(model)
+        peftcore.merge(model, undo=True)
     with pytest.warns(UserWarning, match="merge untied 'model.embed_tokens'"):
-        peftcore.merge(model, untie=True)
+        peftcore.merge(model, untie=True, undo=True)
     assert model.config.tie_word_embeddings is False
     torch.testing.assert_close(logits(model), wanted, rtol=0, atol=1e-5)
 

@@ -45,7 +45,7 @@ def test_alphas_that_differ(tmp_path: Path) -> None:
         wanted[path] = weight + (i + 1) / 2 * product.view_as(weight)
     del tensors[f"lora_unet_{paths[1].replace('.', '_')}.alpha"]  # 2, as r is
     save_file(tensors, tmp_path / "last.safetensors")
-    peftcore.merge(peftcore.load(unet, tmp_path / "last.safetensors"))
+    peftcore.merge(peftcore.load(unet, tmp_path / "last.safetensors"), undo=True)
     for path, weight in wanted.items():
         torch.testing.assert_close(unet.get_submodule(path).weight, weight, rtol=1e-5, atol=1e-5)
 
@@ -117,7 +117,7 @@ def test_the_last_layer_of_flux_has_its_halves_the_other_way_round(tmp_path: Pat
     a, b = torch.randn(2, 32), torch.randn(64, 2)
     stem = "lora_unet_final_layer_adaLN_modulation_1"
     save_file({f"{stem}.lora_down.weight": a, f"{stem}.lora_up.weight": b}, tmp_path / "a.safetensors")
-    peftcore.merge(peftcore.load(model, tmp_path / "a.safetensors"))
+    peftcore.merge(peftcore.load(model, tmp_path / "a.safetensors"), undo=True)
     shift, scale = (b @ a).chunk(2)
     torch.testing.assert_close(model.norm_out.linear.weight, before + torch.cat([scale, shift]))
 
@@ -142,6 +142,6 @@ def test_dora_scale(axis: str, tmp_path: Path) -> None:
         with pytest.raises(peftcore.CheckpointError, match="Numbers per input"):
             peftcore.load(unet, tmp_path / "a.safetensors")
         return
-    peftcore.merge(peftcore.load(unet, tmp_path / "a.safetensors"))
+    peftcore.merge(peftcore.load(unet, tmp_path / "a.safetensors"), undo=True)
     for path, weight in wanted.items():
         torch.testing.assert_close(unet.get_submodule(path).weight, weight, rtol=1e-5, atol=1e-5)

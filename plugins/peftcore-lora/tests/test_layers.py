@@ -90,7 +90,7 @@ def test_merged_is_what_acts(case: tuple[Callable[[], nn.Module], Any]) -> None:
     acting = model(inputs)
     changed = zip(tensors(acting), tensors(base(inputs)), strict=True)
     assert max((one - other).abs().max() for one, other in changed) > 0.1
-    close(peftcore.merge(copy.deepcopy(model))(inputs), acting)
+    close(peftcore.merge(copy.deepcopy(model), undo=True)(inputs), acting)
     grown = base.layer.weight.detach() + model.layer.peftcore["default"].delta()
     close(torch.func.functional_call(base, {"layer.weight": grown}, (inputs,)), acting)
     parts = acting if isinstance(acting, tuple) else (acting,)
@@ -108,7 +108,7 @@ def test_a_bias_is_added_to_the_bias_of_a_layer_that_reads_a_changed_weight(name
     adapter, layer = model.layer.peftcore["default"], base.layer
     weight, bias = layer.weight.detach() + adapter.delta(), layer.bias.detach() + 3 * adapter.lora_bias.detach()
     close(torch.func.functional_call(base, {"layer.weight": weight, "layer.bias": bias}, (inputs,)), model(inputs))
-    close(peftcore.merge(copy.deepcopy(model))(inputs), model(inputs))
+    close(peftcore.merge(copy.deepcopy(model), undo=True)(inputs), model(inputs))
 
 
 @pytest.mark.parametrize("case", LIKE_PEFT.values(), ids=LIKE_PEFT)
@@ -163,7 +163,7 @@ def test_what_acts_as_in_peft_and_does_not_merge(tmp_path: Path) -> None:
             warnings.simplefilter("ignore")
             close(peft.PeftModel.from_pretrained(make(), tmp_path).eval()(inputs), model(inputs))
         with pytest.raises(peftcore.PeftcoreError, match="would change the model's output"):
-            peftcore.merge(model)
+            peftcore.merge(model, undo=True)
 
 
 def test_gemma_in_bf16_is_scaled_as_its_embedding() -> None:
@@ -185,7 +185,7 @@ def test_gemma_in_bf16_is_scaled_as_its_embedding() -> None:
         acting = model(input_ids=tokens).logits
         low = copy.deepcopy(model).to(torch.bfloat16)(input_ids=tokens).logits
         with pytest.warns(UserWarning, match="untied"):
-            merged = peftcore.merge(model, untie=True)(input_ids=tokens).logits
+            merged = peftcore.merge(model, untie=True, undo=True)(input_ids=tokens).logits
     torch.testing.assert_close(merged, acting, rtol=0, atol=1e-5)
     assert (low - acting).abs().max() < 0.05 * acting.abs().max()
 

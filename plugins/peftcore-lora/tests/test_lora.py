@@ -46,7 +46,7 @@ def test_layers_merge_to_what_they_compute(kind: str) -> None:
     disturb(model, "default", seed=1, std=1.0)
     acting = model(x)
     assert (acting - base).abs().max() > 0.1
-    peftcore.merge(model)
+    peftcore.merge(model, undo=True)
     torch.testing.assert_close(model(x), acting, rtol=1e-4, atol=1e-5)
     peftcore.unmerge(model)
     assert torch.equal(model(x), acting)
@@ -189,7 +189,7 @@ def test_convolutions_in_groups() -> None:
         peftcore.apply(nn.Sequential(nn.Conv1d(4, 4, 3, groups=2, dilation=2)), "lora", target_modules=["0"], r=2)
     model = peftcore.apply(nn.Sequential(nn.Conv2d(4, 4, 3, groups=2)), "lora", target_modules=["0"], r=2)
     with pytest.raises(peftcore.PeftcoreError, match="reaches across the groups, so it cannot be merged"):
-        peftcore.merge(model)
+        peftcore.merge(model, undo=True)
 
 
 BIASED: dict[str, tuple[Any, Any]] = {
@@ -222,9 +222,9 @@ def test_a_bias_of_b(kind: str, tmp_path: Path) -> None:
     assert torch.equal(again(x), acting)
     if layer.bias is None or getattr(layer, "groups", 1) > 1:
         with pytest.raises(peftcore.PeftcoreError, match=r"cannot be merged|has no bias"):
-            peftcore.merge(model)
+            peftcore.merge(model, undo=True)
         return
-    peftcore.merge(model)
+    peftcore.merge(model, undo=True)
     assert not torch.equal(model[0].bias, layer.bias)
     torch.testing.assert_close(model(x), acting, rtol=1e-4, atol=1e-5)
     peftcore.unmerge(model)

@@ -69,7 +69,7 @@ def test_against_peft_and_merged(case: str, tmp_path: Path) -> None:
     ours = peftcore.apply(make(), "lora", r=2, **fields)
     both_ways(make, tmp_path, ours, peft.LoraConfig(task_type="CAUSAL_LM", r=2, **fields))
     acting = logits(ours)
-    peftcore.merge(ours)
+    peftcore.merge(ours, undo=True)
     torch.testing.assert_close(logits(ours), acting, rtol=0, atol=1e-5)
     peftcore.unmerge(ours)
     assert torch.equal(logits(ours), acting)
@@ -108,7 +108,7 @@ def test_experts_with_dropout_and_two_adapters() -> None:
     model.train()
     first, second, other = (torch.manual_seed(seed) and logits(model) for seed in (0, 0, 1))
     assert torch.equal(first, second) and not torch.equal(first, other)
-    peftcore.merge(model)
+    peftcore.merge(model, undo=True)
     torch.testing.assert_close(logits(model), acting, rtol=0, atol=1e-5)
 
 
@@ -118,7 +118,7 @@ def test_a_layer_in_four_bits() -> None:
     disturb(model, "default", seed=1)
     acting = logits(model)
     assert (acting - logits(peftcore.quantize(tiny.llama()))).abs().max() > 1e-3
-    peftcore.merge(model, dtype=torch.float32)
+    peftcore.merge(model, dtype=torch.float32, undo=True)
     torch.testing.assert_close(logits(model), acting, rtol=0, atol=1e-5)
 
 

@@ -104,4 +104,4 @@ def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(peftcore.PeftcoreError, match=r"the call names 3 tasks, .*this layer's input is"):
         logits(model, torch.tensor([0, 1, 2]))
     with pytest.raises(peftcore.PeftcoreError, match="differently for each of 3 tasks"):
-        peftcore.merge(model)
+        peftcore.merge(model, undo=True)

@@ -123,7 +123,7 @@ def test_models_without_a_cache() -> None:
 def test_merging_is_refused() -> None:
     model = peftcore.apply(tiny.llama(), "prefix-tuning", num_virtual_tokens=3)
     with pytest.raises(PeftcoreError, match=r"'default' \(prefix-tuning\) cannot be merged"):
-        peftcore.merge(model)
+        peftcore.merge(model, undo=True)
 
 
 @pytest.mark.parametrize("fields", [{}, PROJECTION], ids=["direct", "projected"])

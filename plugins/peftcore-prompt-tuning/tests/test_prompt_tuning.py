@@ -121,7 +121,7 @@ def test_a_model_without_tokens() -> None:
 def test_merging_is_refused() -> None:
     model = peftcore.apply(tiny.llama(), "prompt-tuning", num_virtual_tokens=3)
     with pytest.raises(PeftcoreError, match=r"'default' \(prompt-tuning\) cannot be merged"):
-        peftcore.merge(model)
+        peftcore.merge(model, undo=True)
 
 
 @pytest.mark.parametrize("start", ["RANDOM", "SAMPLE_VOCAB"])

@@ -60,7 +60,7 @@ def merged_by_hand(starts: list[list[torch.Tensor]]) -> Any:
             loss_of(found).backward()
             optimizer.step()
             optimizer.zero_grad()
-        peftcore.merge(found, keep_adapters=False)
+        peftcore.merge(found)
     return found
 
 
@@ -118,7 +118,7 @@ def test_four_bits_lose_nothing() -> None:
     wanted = tiny.logits(found)
     changed = [each.delta().detach() for each in products(found)]
     assert all(torch.linalg.matrix_rank(change) > 2 for change in changed)
-    peftcore.merge(found, dtype=torch.float32)
+    peftcore.merge(found, dtype=torch.float32, undo=True)
     torch.testing.assert_close(tiny.logits(found), wanted, atol=1e-5, rtol=0)
 
 

@@ -73,7 +73,7 @@ def test_rows_are_those_of_the_weight() -> None:
     for each in (model, plain):
         each(input_ids=tiny.TOKENS, labels=tiny.TOKENS).loss.backward()
     torch.testing.assert_close(rows.grad, weight.grad[torch.tensor(IDS)], rtol=1e-4, atol=1e-6)
-    peftcore.merge(model)
+    peftcore.merge(model, undo=True)
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert torch.equal(model.lm_head.weight, weight)
     peftcore.unmerge(model)

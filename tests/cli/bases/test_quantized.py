@@ -107,9 +107,7 @@ def test_a_base_that_is_stored_in_4_bits(run: Run, llama: Path, reviews: Path, t
     assert losses == pytest.approx([found["before"]["loss"], found["after"]["loss"]], abs=1e-4)
     run("merge", "-a", output, "--output", tmp_path / "merged")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
-    adapted = peftcore.merge(
-        peftcore.load(stored, output / "adapter"), keep_adapters=False, dtype=torch.float32
-    ).state_dict()
+    adapted = peftcore.merge(peftcore.load(stored, output / "adapter"), dtype=torch.float32).state_dict()
     assert all(torch.equal(merged.state_dict()[name], adapted[name]) for name in adapted if "_proj" in name)
 
 
@@ -220,7 +218,7 @@ def test_commands_quantize_as_the_record_says(
     run("merge", "-a", moved, "--output", tmp_path / "merged")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     base = peftcore.quantization.load(llama, dtype=torch.float32, **{**recorded, "compute_dtype": None})
-    adapted = peftcore.merge(peftcore.load(base, moved), keep_adapters=False, dtype=torch.float32)
+    adapted = peftcore.merge(peftcore.load(base, moved), dtype=torch.float32)
     for path in (down[0], "model.layers.0.self_attn.q_proj"):
         assert torch.equal(merged.get_submodule(path).weight, adapted.get_submodule(path).weight)
 

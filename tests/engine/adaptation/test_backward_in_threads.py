@@ -22,7 +22,7 @@ def gradient(model: nn.Module, name: str) -> list[float]:
     [
         lambda m: peftcore.activate(m, "three"),
         lambda m: peftcore.activate(m, []),
-        lambda m: peftcore.merge(m),
+        lambda m: peftcore.merge(m, undo=True),
         lambda m: peftcore.remove(m, "two"),
     ],
     ids=["activate", "rest", "merge", "remove"],

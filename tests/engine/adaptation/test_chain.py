@@ -74,7 +74,7 @@ def test_adapters_inside_change_it_and_get_gradients(inside: str, normed: None) 
     with torch.no_grad():
         peftcore.activate(model, "inner")
         torch.testing.assert_close(y, model(X) / whole.norm())
-        peftcore.merge(model)
+        peftcore.merge(model, undo=True)
         torch.testing.assert_close(model[0].weight, whole)
         peftcore.unmerge(model)
     peftcore.activate(model, ["inner", "outer"])

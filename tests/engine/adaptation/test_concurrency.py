@@ -100,12 +100,12 @@ def test_calls_of_a_compiled_model_are_calls(kind: Callable[[nn.Module], nn.Modu
     peftcore.activate(model, "two")
     whole = torch.compile(model, backend="eager", fullgraph=True)
     infer(whole)
-    peftcore.merge(model)
+    peftcore.merge(model, undo=True)
     infer(whole)
     peftcore.unmerge(model)
 
     def change() -> None:
-        peftcore.merge(model)
+        peftcore.merge(model, undo=True)
         time.sleep(0.001)
         peftcore.unmerge(model)
 
@@ -161,7 +161,7 @@ def test_waiting_has_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
     thread.start()
     inside.wait(5)
     with pytest.raises(peftcore.PeftcoreError, match=r"cannot merge: another thread .* for 0.05 s. Let one thread"):
-        peftcore.merge(model)
+        peftcore.merge(model, undo=True)
     done.set()
     thread.join()
     assert infer(model) == 16.0

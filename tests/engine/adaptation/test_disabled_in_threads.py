@@ -192,7 +192,7 @@ def test_disabled_is_seen_by_a_compiled_model() -> None:
         lambda m: peftcore.activate(m, "three"),
         lambda m: peftcore.apply(m, "around", target_modules=["0"], adapter="new"),
         lambda m: peftcore.remove(m, "two"),
-        lambda m: peftcore.merge(m),
+        lambda m: peftcore.merge(m, undo=True),
         lambda m: set_trainable(m, "two", False),
         copy.deepcopy,
         lambda m: pickle.dumps(m[0]),

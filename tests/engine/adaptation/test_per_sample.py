@@ -100,13 +100,13 @@ def test_what_does_not_fit():
         model(input_ids=tokens())
     for call in (
         lambda: peftcore.apply(model, "lora", adapter="d"),
-        lambda: peftcore.merge(model),
+        lambda: peftcore.merge(model, undo=True),
         lambda: peftcore.merge_error(model),
     ):
         with pytest.raises(peftcore.PeftcoreError, match="while each sample has its own"):
             call()
     peftcore.activate(model, "a")
-    peftcore.merge(model)
+    peftcore.merge(model, undo=True)
     with pytest.raises(peftcore.PeftcoreError, match="adapters are merged"):
         peftcore.activate(model, ["a"], per_sample=True)
     peftcore.unmerge(model)

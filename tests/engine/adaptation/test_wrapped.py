@@ -68,9 +68,9 @@ def test_merging_makes_dense_weights_and_unmerging_takes_them_out(method: str) -
         match=r"wrapped_weights.Int8 was made with options .* "
         r"peftcore.merge.model, dtype=",
     ):
-        peftcore.merge(model)
+        peftcore.merge(model, undo=True)
     assert torch.equal(output(model), wanted)
-    peftcore.merge(model, dtype=torch.float32)
+    peftcore.merge(model, dtype=torch.float32, undo=True)
     assert type(layer.weight) is nn.Parameter
     torch.testing.assert_close(output(model), wanted, rtol=0, atol=1e-5)
     peftcore.unmerge(model)
@@ -82,14 +82,14 @@ def test_a_merged_model_says_which_layers_are_dense() -> None:
     told = FineGrainedFP8Config()
     model.config.quantization_config, model.hf_quantizer = told, "theirs"
     adapted(model, "lora", target_modules=["q_proj"])
-    peftcore.merge(model, dtype=torch.float32)
+    peftcore.merge(model, dtype=torch.float32, undo=True)
     dense = [f"model.layers.{i}.self_attn.q_proj" for i in range(2)]
     assert model.config.quantization_config.modules_to_not_convert == ["lm_head", *dense]
     peftcore.unmerge(model)
     assert model.config.quantization_config.modules_to_not_convert == ["lm_head"] and model.hf_quantizer == "theirs"
     peftcore.remove(model)
     adapted(model, "lora")
-    peftcore.merge(model, dtype=torch.float32, keep_adapters=False)
+    peftcore.merge(model, dtype=torch.float32)
     assert not hasattr(model.config, "quantization_config") and model.hf_quantizer is None
     assert told.modules_to_not_convert is None  # the caller's own
 
@@ -146,7 +146,7 @@ def test_floats_of_8_bits_that_scales_multiply() -> None:
         peftcore.apply(model, "lora", target_modules=["up_proj"], init_lora_weights="pissa")
     peftcore.apply(model, "lora", target_modules=["up_proj"])
     with pytest.raises(peftcore.PeftcoreError, match=why):
-        peftcore.merge(model, dtype=torch.float32)
+        peftcore.merge(model, dtype=torch.float32, undo=True)
 
 
 def test_a_wrapped_weight_is_not_trained_whole() -> None:

@@ -159,7 +159,7 @@ def test_it_rests_acts_and_is_given_to_samples_as_before(tmp_path: Path) -> None
     peftcore.set_state_dict(model, "a", peftcore.state_dict(adapted(seed=2), "a"))
     torch.testing.assert_close(output(model)[0], wanted[0], rtol=0, atol=1e-6)
     assert state_of(model).samples == ("a", None)
-    merged = peftcore.merge(adapted())
+    merged = peftcore.merge(adapted(), undo=True)
     with pytest.raises(peftcore.PeftcoreError, match="cannot set the values of 'a': adapters are merged"):
         peftcore.set_state_dict(merged, "a", tmp_path)
 

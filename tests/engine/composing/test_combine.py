@@ -148,7 +148,7 @@ def test_the_exact_ones_compute_the_sum_of_the_changes(method: str) -> None:
     assert torch.equal(tiny.logits(model), together)  # it rests, the others act
     peftcore.activate(model, "c")
     torch.testing.assert_close(tiny.logits(model), together, rtol=0, atol=2e-6)
-    peftcore.merge(model)
+    peftcore.merge(model, undo=True)
     torch.testing.assert_close(tiny.logits(model), together, rtol=0, atol=2e-6)
     peftcore.unmerge(model)
     assert all(p.requires_grad for _, p in adapter_parameters(model, "c"))
@@ -402,6 +402,6 @@ def test_other_changes_say_what_works() -> None:
     model = peftcore.apply(tiny.llama(), "prompt-tuning", adapter="a", num_virtual_tokens=2)
     with pytest.raises(peftcore.PeftcoreError, match=r"cannot be combined: .*does not change a weight"):
         peftcore.combine(model, ["a"], adapter="c")
-    merged = peftcore.merge(two())
+    merged = peftcore.merge(two(), undo=True)
     with pytest.raises(peftcore.PeftcoreError, match="cannot combine adapters: adapters are merged"):
         peftcore.combine(merged, ["a", "b"], adapter="c")

@@ -58,7 +58,7 @@ def test_it_holds_in_merging_copies_switches_and_beside_others() -> None:
     again = copy.deepcopy(model)
     peftcore.scale(model, "a", 1.0)
     torch.testing.assert_close(tiny.logits(again), wanted, rtol=0, atol=1e-6)
-    peftcore.merge(again)
+    peftcore.merge(again, undo=True)
     torch.testing.assert_close(tiny.logits(again), wanted, rtol=0, atol=1e-6)
     with pytest.raises(peftcore.PeftcoreError, match=r"cannot scale 'a': adapters are merged.*unmerge"):
         peftcore.scale(again, "a", 1.0)

@@ -60,7 +60,7 @@ _KINDS = ["dense", "quantized", "tied"]
 
 
 def _options(kind: str) -> dict[str, Any]:
-    return {"dtype": torch.float32} if kind == "quantized" else {}
+    return {"undo": True, **({"dtype": torch.float32} if kind == "quantized" else {})}
 
 
 @pytest.mark.parametrize("kind", _KINDS)
@@ -91,7 +91,7 @@ def test_an_interrupted_merge_and_unmerge_are_undone(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", _KINDS)
 def test_an_interrupted_merge_for_good_computes_the_same_and_is_refused(kind: str, tmp_path: Any) -> None:
-    options = {**_options(kind), "keep_adapters": False}
+    options = {**_options(kind), "undo": False}
     model = _model(kind)
     acting, at = tiny.logits(model), _counted(_model(kind), **options) - 1
     with pytest.MonkeyPatch.context() as patch, pytest.raises(_Interrupted):
@@ -122,12 +122,12 @@ def test_an_error_in_a_layer_after_the_first_is_written_keeps_what_is_merged() -
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(MemoryError):
         patch.setattr(merging, "merged_layers", failing)
-        peftcore.merge(model, keep_adapters=False)
+        peftcore.merge(model)
     torch.testing.assert_close(tiny.logits(model), acting)
 
 
-@pytest.mark.parametrize("keep_adapters", [True, False])
-def test_an_error_in_merged_of_a_plugin_leaves_the_model_unchanged(keep_adapters: bool) -> None:
+@pytest.mark.parametrize("undo", [True, False])
+def test_an_error_in_merged_of_a_plugin_leaves_the_model_unchanged(undo: bool) -> None:
     class Failing(tiny.Scaled):
         def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
             raise RuntimeError("no")
@@ -141,6 +141,6 @@ def test_an_error_in_merged_of_a_plugin_leaves_the_model_unchanged(keep_adapters
         model = peftcore.apply(tiny.llama(), "failing")
         acting, before = tiny.logits(model), dict(model.named_parameters())
         with pytest.raises(peftcore.PluginError, match="no"):
-            peftcore.merge(model, keep_adapters=keep_adapters)
+            peftcore.merge(model, undo=undo)
         assert all(p is before[name] for name, p in model.named_parameters()) and not peftcore.summary(model).merged
         assert torch.equal(tiny.logits(model), acting)

@@ -20,7 +20,7 @@ def test_merge_equals_forward_and_unmerge_is_exact() -> None:
     acting = tiny.logits(model)
     weight = model.model.layers[0].self_attn.q_proj.weight
     before = weight.detach().clone()
-    peftcore.merge(model)
+    peftcore.merge(model, undo=True)
     torch.testing.assert_close(model.model.layers[0].self_attn.q_proj.weight, 3 * before)
     torch.testing.assert_close(tiny.logits(model), acting)
     assert peftcore.summary(model).merged
@@ -53,7 +53,7 @@ def test_adapters_merge_and_return_in_the_order_of_their_chain(order: tuple[str,
         peftcore.apply(model, "raises", adapter="raised")
         peftcore.activate(model, order)
         acting = model(x)
-        peftcore.merge(model)
+        peftcore.merge(model, undo=True)
         shift = 3.0 if order[-1] == "raised" else 6.0
         torch.testing.assert_close(model[0].weight.detach(), 2 * weight + shift)
         torch.testing.assert_close(model[0].bias.detach(), 2 * bias + shift)
@@ -68,23 +68,23 @@ def test_tied_weights_that_one_adapter_changes_stay_tied() -> None:
     model[1].weight = original = model[0].weight
     before = original.detach().clone()
     with tiny.installed(tiny.method("both", lambda *_: [Around("0", one), Around("1", one)])):
-        peftcore.merge(peftcore.apply(model, "both"))
+        peftcore.merge(peftcore.apply(model, "both"), undo=True)
         assert model[0].weight is model[1].weight
         torch.testing.assert_close(model[0].weight.detach(), 3 * before)
         peftcore.unmerge(model)
         assert model[0].weight is original and model[1].weight is original
-        peftcore.merge(model, keep_adapters=False)
+        peftcore.merge(model)
     assert model[0].weight is model[1].weight
 
 
 def test_merge_for_good_leaves_a_plain_model() -> None:
     model = peftcore.apply(tiny.llama(), "around", value=3.0)
     acting, keys = tiny.logits(model), list(tiny.llama().state_dict())
-    peftcore.merge(model, keep_adapters=False)
+    peftcore.merge(model)
     torch.testing.assert_close(tiny.logits(model), acting)
     assert list(model.state_dict()) == keys
     assert all(p.requires_grad for p in model.parameters())
-    with pytest.raises(peftcore.PeftcoreError, match="no adapter is applied"):
+    with pytest.raises(peftcore.PeftcoreError, match="nothing can be unmerged"):
         peftcore.unmerge(model)
 
 
@@ -92,7 +92,7 @@ def test_a_conv1d_is_stored_transposed() -> None:
     model = peftcore.apply(tiny.gpt2(), "around", target_modules=("c_attn",))
     model.transformer.h[0].attn.c_attn.bias.data.zero_()
     acting = tiny.logits(model)
-    peftcore.merge(model)
+    peftcore.merge(model, undo=True)
     assert model.transformer.h[0].attn.c_attn.weight.shape == (32, 96)
     torch.testing.assert_close(tiny.logits(model), acting)
 
@@ -104,9 +104,9 @@ def test_a_tied_weight_is_refused_or_untied(untie_first: bool) -> None:
     acting = tiny.logits(model)
     if not untie_first:
         with pytest.raises(peftcore.PeftcoreError, match=r"'lm_head' is tied to 'transformer.wte.weight'.*untie=True"):
-            peftcore.merge(model)
+            peftcore.merge(model, undo=True)
     with pytest.warns(UserWarning, match="untied 'lm_head' from"):
-        peftcore.merge(model, untie=True)
+        peftcore.merge(model, untie=True, undo=True)
     torch.testing.assert_close(tiny.logits(model), acting)
     assert model.config.tie_word_embeddings is False
     peftcore.unmerge(model)
@@ -114,15 +114,15 @@ def test_a_tied_weight_is_refused_or_untied(untie_first: bool) -> None:
     assert model.config.tie_word_embeddings is True
 
 
-@pytest.mark.parametrize("keep_adapters", [True, False])
-def test_values_that_are_not_finite_are_refused_and_nothing_changes(keep_adapters: bool) -> None:
+@pytest.mark.parametrize("undo", [True, False])
+def test_values_that_are_not_finite_are_refused_and_nothing_changes(undo: bool) -> None:
     model = peftcore.apply(tiny.llama(), "around", value=3.0)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     bad = model.model.layers[1].self_attn.q_proj.peftcore["default"].gain
     with torch.no_grad():
         bad.fill_(float("nan"))
     with pytest.raises(peftcore.PeftcoreError, match=r"into 'model.layers.1.self_attn.q_proj' gives NaN or Inf"):
-        peftcore.merge(model, keep_adapters=keep_adapters)
+        peftcore.merge(model, undo=undo)
     for name, parameter in model.named_parameters():
         assert parameter is bad or torch.equal(parameter, before[name]), name
 
@@ -130,14 +130,14 @@ def test_values_that_are_not_finite_are_refused_and_nothing_changes(keep_adapter
 def test_overflow_in_half_precision_is_refused() -> None:
     model = peftcore.apply(tiny.llama().half(), "around", value=1e7)
     with pytest.raises(peftcore.PeftcoreError, match=r"NaN or Inf in torch.float16"):
-        peftcore.merge(model)
+        peftcore.merge(model, undo=True)
 
 
 @pytest.mark.parametrize("kind", ["after", "soft", "prefix"])
 def test_what_is_no_change_of_a_weight_is_refused(kind: str) -> None:
     model = peftcore.apply(tiny.llama(), kind)
     with pytest.raises(peftcore.PeftcoreError, match=rf"'default' \({kind}\) cannot be merged"):
-        peftcore.merge(model)
+        peftcore.merge(model, undo=True)
 
 
 def test_trained_parameters_merge_by_value() -> None:
@@ -147,12 +147,12 @@ def test_trained_parameters_merge_by_value() -> None:
     with torch.no_grad():
         model.lm_head.weight.mul_(2)
     acting = tiny.logits(model)
-    peftcore.merge(model)
+    peftcore.merge(model, undo=True)
     assert torch.equal(tiny.logits(model), acting)
     assert model.lm_head.weight is model.transformer.wte.weight
     peftcore.unmerge(model)
     assert torch.equal(tiny.logits(model), acting)
-    peftcore.merge(model, keep_adapters=False)
+    peftcore.merge(model)
     assert torch.equal(tiny.logits(model), acting)
     assert original is not model.lm_head.weight
 
@@ -163,25 +163,25 @@ def test_trained_parameters_merge_by_value() -> None:
         lambda m: peftcore.apply(m, "around", adapter="b"),
         lambda m: peftcore.activate(m, "default"),
         lambda m: peftcore.remove(m, "default"),
-        lambda m: peftcore.merge(m),
+        lambda m: peftcore.merge(m, undo=True),
         lambda m: peftcore.save(m, "unused"),
     ],
 )
 def test_while_merged_the_base_is_not_the_base(call) -> None:
-    model = peftcore.merge(peftcore.apply(tiny.llama(), "around"))
+    model = peftcore.merge(peftcore.apply(tiny.llama(), "around"), undo=True)
     with pytest.raises(peftcore.PeftcoreError, match=r"merged into the base. First peftcore.unmerge"):
         call(model)
 
 
 def test_nothing_to_merge() -> None:
     with pytest.raises(peftcore.PeftcoreError, match="no adapter is applied"):
-        peftcore.merge(tiny.llama())
+        peftcore.merge(tiny.llama(), undo=True)
     model = peftcore.apply(tiny.llama(), "around")
-    with pytest.raises(peftcore.PeftcoreError, match="nothing is merged"):
+    with pytest.raises(peftcore.PeftcoreError, match="nothing can be unmerged"):
         peftcore.unmerge(model)
     peftcore.activate(model, [])
     with pytest.raises(peftcore.PeftcoreError, match="no adapter is active"):
-        peftcore.merge(model)
+        peftcore.merge(model, undo=True)
 
 
 def test_modules_that_were_replaced_or_deleted_are_named() -> None:
@@ -189,7 +189,7 @@ def test_modules_that_were_replaced_or_deleted_are_named() -> None:
     model.model.layers[0].self_attn.q_proj = nn.Linear(32, 32, bias=False)
     with pytest.raises(peftcore.PeftcoreError, match=f"'{path}' was replaced by another Linear"):
         peftcore.merge_error(model)
-    model = peftcore.merge(peftcore.apply(tiny.llama(), "around", value=3.0))
+    model = peftcore.merge(peftcore.apply(tiny.llama(), "around", value=3.0), undo=True)
     del model.model.layers[0].self_attn.q_proj
     with pytest.raises(peftcore.PeftcoreError, match=f"'{path}.weight' is gone"):
         peftcore.unmerge(model)

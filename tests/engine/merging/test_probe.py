@@ -58,20 +58,20 @@ def refused(model: nn.Module, message: str = CHANGES, **arguments: Any) -> None:
     before = {name: value.clone() for name, value in model.state_dict().items()}
     modes = {name: module.training for name, module in model.named_modules()}
     with pytest.raises(peftcore.PeftcoreError, match=message):
-        peftcore.merge(model, **arguments)
+        peftcore.merge(model, **{"undo": True, **arguments})
     after = model.state_dict()
     assert after.keys() == before.keys() and all(torch.equal(after[name], value) for name, value in before.items())
     assert {name: module.training for name, module in model.named_modules()} == modes
 
 
-@pytest.mark.parametrize("keep_adapters", [True, False])
+@pytest.mark.parametrize("undo", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_an_adapter_whose_merged_forgets_the_bias_is_refused(dtype: torch.dtype, keep_adapters: bool) -> None:
+def test_an_adapter_whose_merged_forgets_the_bias_is_refused(dtype: torch.dtype, undo: bool) -> None:
     model = nn.Sequential(nn.Linear(8, 8, bias=False), nn.Linear(8, 4)).to(dtype)
     with tiny.installed(tiny.method("forgets", forgets_bias)):
         peftcore.apply(model, "forgets", target_modules=("0", "1"), value=1.5)
         wrong = r"merging \['default'\] into '1' \(Linear\) would change.*differs by 0\.\d+"
-        refused(model, wrong, keep_adapters=keep_adapters)
+        refused(model, wrong, undo=undo)
         with pytest.raises(peftcore.PeftcoreError, match="into '1'"):
             peftcore.merge_error(model)
 
@@ -92,7 +92,7 @@ def test_an_adapter_that_reads_the_weight_merges_alone_or_innermost() -> None:
         peftcore.apply(model, "reads", target_modules=("0",))
         peftcore.apply(model, "around", target_modules=("0",), adapter="outer", value=3.0)
         acting = model(x)
-        peftcore.merge(model)
+        peftcore.merge(model, undo=True)
         torch.testing.assert_close(model(x), acting)
         peftcore.unmerge(model)
         peftcore.activate(model, ["outer", "default"])
@@ -103,7 +103,7 @@ def test_a_subclass_that_changes_the_output() -> None:
     x = torch.randn(5, 8)
     doubled = peftcore.apply(nn.Sequential(Doubled(8, 8, bias=False)), "around", target_modules=("0",), value=1.5)
     acting = doubled(x)
-    torch.testing.assert_close(peftcore.merge(doubled)(x), acting)  # a gain passes through a factor
+    torch.testing.assert_close(peftcore.merge(doubled, undo=True)(x), acting)  # a gain passes through a factor
     clipped = peftcore.apply(nn.Sequential(Clipped(8, 8, bias=False)), "around", target_modules=("0",), value=1.5)
     refused(clipped)
 
@@ -118,7 +118,7 @@ def test_dropout_and_hooks_do_not_disturb() -> None:
     calls: list[Any] = []
     model[0].register_forward_hook(lambda *args: calls.append(args))
     state = torch.get_rng_state()
-    peftcore.merge(model)
+    peftcore.merge(model, undo=True)
     assert not calls and torch.equal(torch.get_rng_state(), state)
     assert model.training and model[0].peftcore["default"].training
     torch.testing.assert_close(model.eval()(x), wanted)
@@ -130,7 +130,7 @@ def test_inside_autocast() -> None:
     disturb(model, "default", seed=1)
     wanted = model(x)
     with torch.autocast("cpu", torch.bfloat16):
-        peftcore.merge(model)
+        peftcore.merge(model, undo=True)
     torch.testing.assert_close(model(x), wanted)
 
 
@@ -146,21 +146,21 @@ def test_normed_weights_are_refused() -> None:
 def test_a_weight_without_values_is_refused() -> None:
     model = peftcore.apply(nn.Sequential(nn.Linear(8, 8, device="meta")), "lora", target_modules=["0"])
     with pytest.raises(peftcore.PeftcoreError, match=r"'0' is on the meta device"):
-        peftcore.merge(model)
+        peftcore.merge(model, undo=True)
 
 
 @pytest.mark.parametrize("first", ["train", "lora"])
 def test_a_weight_that_one_adapter_trains_and_another_changes(first: str) -> None:
     fields = {"train": {"names": ("0.weight",)}, "lora": {"target_modules": ["0"]}}
-    for keep_adapters in (True, False):
+    for undo in (True, False):
         torch.manual_seed(0)
         model, x = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4)), torch.randn(3, 8)
         base = model[0].weight
         for seed, name in enumerate(sorted(fields, key=lambda name: name != first)):
             disturb(peftcore.apply(model, name, adapter=f"by_{name}", **fields[name]), f"by_{name}", seed)
         acting = model(x)
-        torch.testing.assert_close(peftcore.merge(model, keep_adapters=keep_adapters)(x), acting)
-        if keep_adapters:
+        torch.testing.assert_close(peftcore.merge(model, undo=undo)(x), acting)
+        if undo:
             assert torch.equal(peftcore.unmerge(model)(x), acting)
             for name in fields:
                 peftcore.remove(model, f"by_{name}")
@@ -187,7 +187,7 @@ def test_any_stack_is_exact(kind: str, methods: list[str], train: bool, seed: in
         disturb(model, f"a{i}", seed + i)
     acting = tiny.logits(model)
     model.train(train)
-    peftcore.merge(model)
+    peftcore.merge(model, undo=True)
     torch.testing.assert_close(tiny.logits(model.eval()), acting, rtol=0, atol=1e-4 * acting.abs().max().item())
 
 
@@ -213,7 +213,7 @@ def test_a_plugin_that_breaks_the_contract(gives: str) -> None:
         base = model(x).detach()
         peftcore.apply(model, "loose")
         if gives == "weight":
-            torch.testing.assert_close(peftcore.merge(model)(x), 2 * base)
+            torch.testing.assert_close(peftcore.merge(model, undo=True)(x), 2 * base)
             peftcore.unmerge(model)
         else:
             what = r"(\[1, 8\]|NoneType alone|\[4, 8\] alone) for a weight \[4, 8\]|a bias, but '0' has no bias"
@@ -237,7 +237,7 @@ def test_accelerates_hooks_only_move() -> None:
     peftcore.apply(model, "lora", target_modules=["0"])
     disturb(model, "default", seed=1)
     acting = model(x)
-    torch.testing.assert_close(peftcore.merge(model)(x), acting)
+    torch.testing.assert_close(peftcore.merge(model, undo=True)(x), acting)
 
 
 def test_what_was_put_aside_is_cast_with_the_model_and_must_fit() -> None:
@@ -245,10 +245,10 @@ def test_what_was_put_aside_is_cast_with_the_model_and_must_fit() -> None:
     peftcore.apply(model, "lora", target_modules=["embed_tokens", "q_proj"])
     disturb(model, "default", seed=1)
     wanted = model(x).logits
-    peftcore.merge(model).double()
+    peftcore.merge(model, undo=True).double()
     found = peftcore.unmerge(model)(x).logits
     torch.testing.assert_close(found.float(), wanted)
-    peftcore.merge(model)
+    peftcore.merge(model, undo=True)
     model.resize_token_embeddings(128)
     with pytest.raises(peftcore.PeftcoreError, match=r"'model.embed_tokens.weight' is (gone|of shape \[128, 32\])"):
         peftcore.unmerge(model)

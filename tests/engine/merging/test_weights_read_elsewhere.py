@@ -38,13 +38,13 @@ class ReadsABias(nn.Module):
 
 
 @pytest.mark.parametrize(("model", "read"), [(NanoHead(), "emb"), (TiedAutoencoder(), "enc")], ids=["nano", "tied"])
-@pytest.mark.parametrize("keep_adapters", [True, False])
-def test_merge_refuses_a_weight_that_is_called_and_read(model: nn.Module, read: str, keep_adapters: bool) -> None:
+@pytest.mark.parametrize("undo", [True, False])
+def test_merge_refuses_a_weight_that_is_called_and_read(model: nn.Module, read: str, undo: bool) -> None:
     x = torch.arange(6) if read == "emb" else torch.randn(3, 16)
     peftcore.apply(model, "lora", target_modules=[read], init_lora_weights=False)
     before = model(x)
     with pytest.raises(peftcore.PeftcoreError, match=rf"cannot merge into '{read}.weight': the model's own forward"):
-        peftcore.merge(model, keep_adapters=keep_adapters)
+        peftcore.merge(model, undo=undo)
     torch.testing.assert_close(model(x), before, rtol=0, atol=0)
     peftcore.remove(model, "default")
 
@@ -54,18 +54,18 @@ def test_other_layers_of_such_a_model_merge(model: nn.Module, other: str) -> Non
     x = torch.arange(6) if other == "fc" else torch.randn(3, 16)
     peftcore.apply(model, "lora", target_modules=[other], init_lora_weights=False)
     before = model(x)
-    torch.testing.assert_close(peftcore.merge(model)(x), before)
+    torch.testing.assert_close(peftcore.merge(model, undo=True)(x), before)
 
 
 def test_a_bias_that_is_read_can_stay_while_the_weight_is_merged() -> None:
     model, x = ReadsABias(), torch.randn(3, 16)
     peftcore.apply(model, "lora", target_modules=["fc"], init_lora_weights=False)
     before = model(x)
-    torch.testing.assert_close(peftcore.merge(model)(x), before)
+    torch.testing.assert_close(peftcore.merge(model, undo=True)(x), before)
     model = ReadsABias()
     peftcore.apply(model, "lora", target_modules=["fc"], init_lora_weights=False, lora_bias=True)
     with torch.no_grad():
         for _, parameter in peftcore.engine.adapter_parameters(model, "default"):
             parameter.add_(0.1)
     with pytest.raises(peftcore.PeftcoreError, match=r"cannot merge into 'fc.bias'"):
-        peftcore.merge(model)
+        peftcore.merge(model, undo=True)

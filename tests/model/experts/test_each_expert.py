@@ -130,9 +130,9 @@ def test_each_method_computes_what_it_does_in_a_list(method: str, family: str, q
     way = "exclude_modules=" if can_exclude else "adapt none of "  # VeRA's config cannot
     with pytest.warns(UserWarning, match=rf"PEFT cannot read this file.*{way}\['mlp.experts'\]"):
         peftcore.save(model, tmp_path)
-    again = peftcore.load(new(family, quantized), tmp_path)
+    again = peftcore.load(new(family, quantized), tmp_path, trainable=True)
     beside = listed(peftcore.dequantize(new(family, True)) if quantized else new(family))
-    beside = peftcore.load(beside, tmp_path, check_base=False)
+    beside = peftcore.load(beside, tmp_path, check_base=False, trainable=True)
     (y, gradients), (z, others) = outcome(model), outcome(beside)
     assert torch.equal(again(**INPUTS).logits, y) and (y - before).abs().max() > 0.02
     torch.testing.assert_close(y, z, rtol=0, atol=1e-5)
@@ -140,7 +140,7 @@ def test_each_method_computes_what_it_does_in_a_list(method: str, family: str, q
     size = max(gradient.abs().max() for gradient in others.values()).item()
     for name, gradient in gradients.items():
         torch.testing.assert_close(gradient, others[name], rtol=0, atol=1e-5 * size, msg=name)
-    peftcore.merge(model, dtype=torch.float32 if quantized else None)
+    peftcore.merge(model, dtype=torch.float32 if quantized else None, undo=True)
     torch.testing.assert_close(model(**INPUTS).logits, y, rtol=0, atol=2e-5)
     peftcore.unmerge(model)
     assert torch.equal(model(**INPUTS).logits, y)
@@ -219,7 +219,7 @@ def test_an_expert_s_base_has_the_adapters_inside_in_their_order() -> None:
     with tiny.installed(tiny.method("thrice", place)):
         peftcore.apply(model, "thrice", adapter="outer")
         found = inside_at(model, f"{path}.2.down_proj").weight().detach()
-        peftcore.merge(model)
+        peftcore.merge(model, undo=True)
         torch.testing.assert_close(found, model.get_submodule(path).down_proj[2].detach())
 
 
@@ -255,7 +255,7 @@ def test_beside_lora_on_the_same_experts(tmp_path: Path) -> None:
     torch.testing.assert_close(y, z, rtol=0, atol=2e-5)
     for name, gradient in gradients.items():
         torch.testing.assert_close(gradient, others[name], rtol=1e-3, atol=1e-6)
-    peftcore.merge(model)
+    peftcore.merge(model, undo=True)
     torch.testing.assert_close(model(**INPUTS).logits, y, rtol=0, atol=2e-5)
     peftcore.unmerge(model)
     peftcore.activate(model, ["default", "first"])

@@ -112,13 +112,13 @@ def test_it_merges_and_is_unmerged_bit_for_bit(case: Any) -> None:
     peftcore.apply(model, "on-weight", names=names)
     disturb(model, "default", seed=1)
     acting, changed = output(model, x), changed_by_hand(model, names)
-    peftcore.merge(model)
+    peftcore.merge(model, undo=True)
     torch.testing.assert_close(output(model, x), acting, rtol=0, atol=1e-5)
     for name, value in changed.items():
         torch.testing.assert_close(model.get_parameter(name), value, rtol=0, atol=1e-6)
     peftcore.unmerge(model)
     assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
-    peftcore.merge(model, keep_adapters=False)
+    peftcore.merge(model)
     assert list(model.state_dict()) == list(before)
     torch.testing.assert_close(output(model, x), acting, rtol=0, atol=1e-5)
 
@@ -172,7 +172,7 @@ def test_a_packed_weight_is_read_dense(double_quant: bool) -> None:
     with torch.no_grad():
         dense[0].weight.copy_(change(dense[0].weight))
     torch.testing.assert_close(model(x), dense(x))
-    peftcore.merge(model, dtype=torch.float32)
+    peftcore.merge(model, dtype=torch.float32, undo=True)
     torch.testing.assert_close(model(x), dense(x))
 
 
@@ -189,7 +189,7 @@ def test_two_of_them_and_one_around_act_in_their_order() -> None:
     a, c = (adapters_at(model[0])[name].changes["weight"] for name in "ac")
     wanted = 3 * nn.functional.linear(x, c(a(weight)), model[0].bias)
     torch.testing.assert_close(model(x), wanted)
-    peftcore.merge(model)
+    peftcore.merge(model, undo=True)
     torch.testing.assert_close(model(x), wanted)
 
 

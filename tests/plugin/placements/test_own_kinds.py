@@ -95,7 +95,7 @@ def test_a_link_of_a_plugin_takes_part_in_calls_and_in_merging(tmp_path: Path) -
         assert str(peftcore.plan(model, "before")).startswith("before: 1 x InputScale")
         peftcore.apply(model, "before")
         torch.testing.assert_close(output(model), twice)
-        peftcore.merge(model)
+        peftcore.merge(model, undo=True)
         torch.testing.assert_close(output(model), twice)
         peftcore.unmerge(model)
         samples = peftcore.activate(model, ["default", None], per_sample=True)
@@ -124,7 +124,7 @@ def test_a_kind_decides_where_it_is_attached() -> None:
         assert adapters_at(model.lm_head)["default"] is engine.method_modules(model, "default")["logits"]
         torch.testing.assert_close(output(model), output(tiny.llama()) + torch.arange(96))
         with pytest.raises(peftcore.PeftcoreError, match="cannot be merged: its change at 'lm_head'"):
-            peftcore.merge(model)
+            peftcore.merge(model, undo=True)
 
 
 def test_a_link_of_a_plugin_compiles_whole() -> None:

@@ -122,7 +122,7 @@ def refused(folder: str) -> dict[str, str]:
     calls: dict[str, Callable[[], Any]] = {
         "stage": lambda: peftcore.apply(stage, "lora"),
         "quantize": lambda: peftcore.quantize(shards),
-        "merge": lambda: peftcore.merge(peftcore.apply(shards, "lora")),
+        "merge": lambda: peftcore.merge(peftcore.apply(shards, "lora"), undo=True),
         "old PyTorch": lambda: shard_by("2.11.0", peftcore.quantize(base(folder, "llama"))),
     }
     told = {}

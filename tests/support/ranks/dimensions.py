@@ -39,7 +39,7 @@ def of_mesh(folder: str) -> dict[str, float | str]:
         distributed.barrier()
         loaded = peftcore.load(base(folder, "llama"), f"{folder}/mesh, {name}")
         found[f"mesh, {name}, loaded"] = off(logits(loaded), logits(spread))
-    found["mesh, merge"] = message_of(lambda: peftcore.merge(spread))
+    found["mesh, merge"] = message_of(lambda: peftcore.merge(spread, undo=True))
     peftcore.remove(spread)
     found["mesh, modules"] = message_of(lambda: peftcore.apply(spread, "lora", modules_to_save=["lm_head"]))
     return found

@@ -105,7 +105,7 @@ def refused(folder: str) -> dict[str, str]:
     return {
         "dropout": message_of(lambda: work.loss(dropping, TOKENS)),
         "another change": doubled,
-        "merge": message_of(lambda: peftcore.merge(dropping)),
+        "merge": message_of(lambda: peftcore.merge(dropping, undo=True)),
     }
 
 

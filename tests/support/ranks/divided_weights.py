@@ -85,7 +85,7 @@ def formats(folder: str, divided: Callable[[str], nn.Module]) -> dict[str, float
 def merging(spread: nn.Module) -> float:
     """Largest difference that merging into dense weights makes; `unmerge` restores the 4 bits."""
     wanted, before = logits(spread), weights(spread)
-    peftcore.merge(spread, dtype=torch.float32)
+    peftcore.merge(spread, dtype=torch.float32, undo=True)
     worst = off(logits(spread), wanted)
     peftcore.unmerge(spread)
     assert all(torch.equal(before[path], weight) for path, weight in weights(spread).items())
@@ -154,7 +154,7 @@ def in_other_orders(folder: str) -> dict[str, Any]:
     several = [adapted(each, "lora", LORA) for each in (alone, later)]
     found["later, gradients"] = gradients(*several)
     for each in several:
-        peftcore.merge(each, max_error=1e9)  # into 4 bits again
+        peftcore.merge(each, max_error=1e9, undo=True)  # into 4 bits again
     found["merged, weights"] = farthest(weights(later), weights(alone))
     found["merged, logits"] = off(logits(later), logits(alone))
 

@@ -111,7 +111,7 @@ def against_one_process(case: str, folder: str) -> dict[str, float | str]:
     weights = {name: ranks.whole(p).clone() for name, p in spread.named_parameters()}
     dense = {"dtype": torch.float32} if case == "qlora" else {}
     try:
-        peftcore.merge(spread, **dense)
+        peftcore.merge(spread, **dense, undo=True)
     except peftcore.PeftcoreError as error:
         found["merged"] = str(error)
         given_back(peftcore.remove(spread), kind)
@@ -119,7 +119,7 @@ def against_one_process(case: str, folder: str) -> dict[str, float | str]:
         found["merged"] = off(logits(spread), wanted)
         peftcore.unmerge(spread)
         assert all(torch.equal(ranks.whole(p), weights[name]) for name, p in spread.named_parameters())
-        peftcore.merge(spread, keep_adapters=False, **dense)
+        peftcore.merge(spread, **dense)
         found["merged"] = max(found["merged"], off(logits(spread), wanted))
     return found
 
@@ -248,7 +248,7 @@ def of_lora(folder: str, whole: bool) -> dict[str, float | str]:
     found["one of them"] = off(logits(spread), logits(alone))
     with peftcore.disabled(spread), peftcore.disabled(alone):
         found["disabled"] = off(logits(spread), logits(alone))
-    found["merge one"] = off(logits(peftcore.merge(spread)), logits(alone))
+    found["merge one"] = off(logits(peftcore.merge(spread, undo=True)), logits(alone))
     for name in ("default", "a1", "a2"):
         peftcore.remove(peftcore.unmerge(spread) if name == "default" else spread, name)
     found["removed"] = off(logits(spread), logits(base(folder, "llama")))
@@ -403,7 +403,7 @@ def of_hooks(folder: str, whole: bool) -> dict[str, float | str]:
     peftcore.save(spread, f"{folder}/by hooks")
     found["hooks, loaded"] = off(logits(peftcore.load(base(folder, "llama"), f"{folder}/by hooks")), logits(alone))
     if name != "ends":
-        found["hooks, merged"] = off(logits(peftcore.merge(spread)), logits(alone))
+        found["hooks, merged"] = off(logits(peftcore.merge(spread, undo=True)), logits(alone))
         peftcore.unmerge(spread)
     peftcore.remove(spread)
     found["hooks, removed"] = off(logits(spread), logits(base(folder, "llama")))

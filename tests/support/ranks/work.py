@@ -205,7 +205,7 @@ def refused() -> list[str]:
         peftcore.shard(one)
     base = peftcore.shard(model())
     calls = [
-        lambda: peftcore.merge(found),
+        lambda: peftcore.merge(found, undo=True),
         lambda: peftcore.remove(adapted_root),
         lambda: peftcore.shard(found, adapter_placement="both"),
         lambda: peftcore.shard(peftcore.apply(base, "lora"), adapter_placement="shard"),

@@ -131,7 +131,10 @@ def refused_and_counted() -> tuple[dict[str, str], tuple[int, ...], tuple[int, .
     found, plain = work.adapted("lora"), work.adapted("lora")
     engine_of(found, torch.optim.SGD, 0.1)
     optimizer = torch.optim.SGD([p for p in found.parameters() if p.requires_grad])
-    calls = {"merge": lambda: peftcore.merge(found), "state": lambda: peftcore.TrainingState(found, optimizer)}
+    calls = {
+        "merge": lambda: peftcore.merge(found, undo=True),
+        "state": lambda: peftcore.TrainingState(found, optimizer),
+    }
     told = {}
     for name, call in calls.items():
         try:

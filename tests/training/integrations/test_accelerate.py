@@ -83,7 +83,9 @@ def test_merging_needs_a_model_without_hooks() -> None:
 
     expected, model = adapted("lora", {"r": 4}), offloaded(adapted("lora", {"r": 4}), "cpu", Path())
     with pytest.raises(peftcore.PeftcoreError, match=r"accelerate has offloaded .*remove_hook_from_module"):
-        peftcore.merge(model)
+        peftcore.merge(model, undo=True)
     remove_hook_from_module(model, recurse=True)
-    peftcore.merge(model)
-    assert torch.equal(model(input_ids=tiny.TOKENS).logits, peftcore.merge(expected)(input_ids=tiny.TOKENS).logits)
+    peftcore.merge(model, undo=True)
+    assert torch.equal(
+        model(input_ids=tiny.TOKENS).logits, peftcore.merge(expected, undo=True)(input_ids=tiny.TOKENS).logits
+    )

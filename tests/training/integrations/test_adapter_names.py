@@ -119,7 +119,7 @@ def test_what_is_refused(model: Any) -> None:
     peftcore.apply(model, "prompt-tuning", adapter="p", num_virtual_tokens=2)
     with pytest.raises(peftcore.PeftcoreError, match=r"'p' .* acts on a batch as a whole"):
         model(input_ids=tokens(), adapter_names=["p", "a", "a", "a"])
-    peftcore.merge(peftcore.activate(model, "a") or model)
+    peftcore.merge(peftcore.activate(model, "a") or model, undo=True)
     with pytest.raises(peftcore.PeftcoreError, match="adapters are merged"):
         model(input_ids=tokens(), adapter_names=NAMES)
 

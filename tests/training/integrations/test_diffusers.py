@@ -98,7 +98,7 @@ def test_save_pretrained(tmp_path: Path) -> None:
     peftcore.apply(unet, "lora", target_modules=["to_q", "conv1"], init_lora_weights=False)
     with pytest.raises(peftcore.PeftcoreError, match="without its adapters"):
         unet.save_pretrained(tmp_path)
-    peftcore.merge(unet)
+    peftcore.merge(unet, undo=True)
     unet.save_pretrained(tmp_path)
     assert not [name for name in load_file(tmp_path / "diffusion_pytorch_model.safetensors") if "peftcore" in name]
     reloaded = output(type(unet).from_pretrained(tmp_path).eval())
@@ -111,7 +111,7 @@ def test_a_pipeline_is_saved_whole(tmp_path: Path) -> None:
     with pytest.raises(peftcore.PeftcoreError, match=r"cannot write the adapters of 'text_encoder' \(CLIPTextModel\)"):
         pipe.save_pretrained(tmp_path)
     assert not list(tmp_path.iterdir())
-    peftcore.merge(pipe.text_encoder)
+    peftcore.merge(pipe.text_encoder, undo=True)
     wanted = output(pipe.text_encoder)
     pipe.save_pretrained(tmp_path)
     again = type(pipe.text_encoder).from_pretrained(tmp_path / "text_encoder").eval()

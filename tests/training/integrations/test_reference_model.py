@@ -112,7 +112,7 @@ def test_values_outside_of_its_call_would_be_those_of_the_model_that_trains() ->
 
 
 def test_merged_adapters_are_refused() -> None:
-    found = peftcore.merge(model(loaded=True))
+    found = peftcore.merge(model(loaded=True), undo=True)
     with pytest.raises(peftcore.PeftcoreError, match="adapters are merged into the base"):
         peftcore.reference_model(found)
 

@@ -34,7 +34,7 @@ def test_after_merge_it_saves_the_merged_model(keep: bool, tmp_path: Path) -> No
     model = peftcore.apply(tiny.llama(), "around", value=3.0)
     peftcore.apply(model, "train", adapter="second", names=("model.norm.weight",))
     wanted = tiny.logits(model)
-    peftcore.merge(model, keep_adapters=keep)
+    peftcore.merge(model, undo=keep)
     model.save_pretrained(tmp_path)
     assert "adapter_config.json" not in files(tmp_path)
     loaded, told = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)

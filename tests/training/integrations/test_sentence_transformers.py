@@ -28,5 +28,5 @@ def test_saving_is_refused_until_the_adapters_are_merged() -> None:
         for save in (model.save, model.save_pretrained):
             with pytest.raises(peftcore.PeftcoreError, match=r"default\. Save the adapters with peftcore.save"):
                 save("folder")
-        peftcore.merge(model, keep_adapters=False)
+        peftcore.merge(model)
         assert model.save("folder") == "folder"

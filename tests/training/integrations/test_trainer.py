@@ -179,7 +179,7 @@ def test_a_model_of_which_nothing_trains_is_refused(how: str, tmp_path: Path) ->
         case "frozen":
             peftcore.engine.set_trainable(model, "default", False)
         case "merged":
-            peftcore.merge(model)
+            peftcore.merge(model, undo=True)
     with pytest.raises(peftcore.PeftcoreError, match="no parameter of the model trains"):
         trainer(model, tmp_path).train()
 
@@ -322,7 +322,7 @@ def test_training_goes_on_when_the_disk_is_full_at_a_checkpoint(toys: None, tmp_
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == [f"checkpoint-{n}" for n in (1, 3, 4)]
     # The best evaluation, at step 2, has no checkpoint: the best of the others is loaded.
     assert run.state.best_metric == 2.0 and run.state.best_model_checkpoint == str(tmp_path / "checkpoint-3")
-    best = peftcore.load(tiny.llama(), tmp_path / "checkpoint-3")
+    best = peftcore.load(tiny.llama(), tmp_path / "checkpoint-3", trainable=True)
     assert all(torch.equal(a, b) for a, b in zip(values(model), values(best), strict=True))
 
 
