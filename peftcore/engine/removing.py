@@ -25,12 +25,21 @@ from peftcore.plugin.method import Model
 
 
 @exclusive("remove adapters", base=True)
-def remove(model: Model, adapter: str = "default") -> Model:
-    """Remove an adapter. Removing the last one restores the model bit for bit to what it was before `apply`."""
+def remove(model: Model, adapter: str | None = None) -> Model:
+    """Remove one adapter, or all. Removing the last one restores the model bit for bit to what it was before `apply`.
+
+    Args:
+        model: the model.
+        adapter: the adapter's name; by default all adapters are removed.
+    """
     state = require_state(model)
-    applied(model, adapter)
-    refuse_merged(state, f"remove '{adapter}'")
-    left = detach_adapter(model, adapter)
+    if adapter is not None:
+        applied(model, adapter)
+    refuse_merged(state, f"remove '{adapter}'" if adapter is not None else "remove adapters")
+    left: dict[str, str] = {}
+    # The last applied first: an adapter that combines others is removed before them.
+    for name in reversed(list(state.applied)) if adapter is None else (adapter,):
+        left |= detach_adapter(model, name)
     if left:
         warn(f"remove left the following as it is: {as_text(left)}")
     return model

@@ -212,7 +212,7 @@ def test_a_replaced_head_that_is_trained() -> None:
 def test_a_module_that_has_lost_its_adapter_may_be_replaced(tmp_path: Path) -> None:
     model = peftcore.apply(tiny.llama(), "around")
     peftcore.apply(model, "around", adapter="other", target_modules=("v_proj",))
-    peftcore.remove(model)
+    peftcore.remove(model, "default")
     replace(model)
     model.get_submodule(Q).requires_grad_(False)
     peftcore.activate(model, "other")

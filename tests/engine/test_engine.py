@@ -289,7 +289,7 @@ def test_statistics_that_training_moves_are_the_adapters() -> None:
         assert torch.equal(model(tiny.IMAGES), wanted)
     with pytest.raises(peftcore.PeftcoreError, match=r"acts on a batch as a whole"):
         peftcore.activate(model, ["default", "second", None, None], per_sample=True)
-    peftcore.remove(model)
+    peftcore.remove(model, "default")
     peftcore.remove(model, "second")
     assert list(model.state_dict()) == list(state)
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())

@@ -162,7 +162,7 @@ def test_arguments_of_the_adapters_alone_do_not_reach_the_model() -> None:
 def test_with_another_adapter_left_the_names_go_with_the_adapter() -> None:
     model = by_task(Net(), LAYERS)
     peftcore.apply(model, "reads", target_modules=("first.0",), adapter="other")
-    peftcore.remove(model)
+    peftcore.remove(model, "default")
     with pytest.raises(TypeError, match="task_ids"):
         model(X, task_ids=A)
     with pytest.raises(peftcore.PeftcoreError, match=r"no adapter of the model reads the argument 'task_ids'\. They"):
