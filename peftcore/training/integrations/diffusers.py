@@ -20,7 +20,7 @@ from peftcore.training.integrations.patching import replace
 from peftcore.training.integrations.saving import merged_tensors
 
 _CHOOSE = "Use peftcore.activate(model, NAME), peftcore.disabled(model), or peftcore.scale(model, NAME, 0.5)"
-_MERGE = "Use peftcore.merge(model) and peftcore.unmerge(model)"
+_MERGE = "Use peftcore.merge(model, undo=True) and peftcore.unmerge(model)"
 _REMOVE = "Use peftcore.remove(model)"
 _INSTEAD = {  # methods of diffusers' pipelines and models that act on layers of PEFT
     "set_adapters": _CHOOSE,
