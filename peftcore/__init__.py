@@ -39,7 +39,7 @@ _PUBLIC = {
     "peftcore.distributed": ("TrainingState", "load_sharded", "shard"),
     "peftcore.quantization": ("dequantize", "quantize"),
     "peftcore.quantization.huggingface": ("FourBitConfig",),
-    "peftcore.plugin.registry": ("methods",),
+    "peftcore.plugin.registry": ("PluginInfo", "method", "methods", "plugins"),
 }
 _HOMES = {name: module for module, names in _PUBLIC.items() for name in names}
 

@@ -37,7 +37,12 @@ from peftcore.files.adapter_state import set_state_dict as set_state_dict, state
 from peftcore.files.inspecting import AdapterInfo as AdapterInfo, inspect as inspect
 from peftcore.files.loading import load as load
 from peftcore.files.saving import save as save
-from peftcore.plugin.registry import methods as methods
+from peftcore.plugin.registry import (
+    PluginInfo as PluginInfo,
+    method as method,
+    methods as methods,
+    plugins as plugins,
+)
 from peftcore.quantization import dequantize as dequantize, quantize as quantize
 from peftcore.quantization.huggingface import FourBitConfig as FourBitConfig
 from peftcore.training.fusing import fuse as fuse

@@ -17,11 +17,12 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
+import peftcore
 from peftcore.cli import arguments, console, core_commands, signatures
 from peftcore.cli.console import fail, printable, warn
 from peftcore.cli.synonyms import SuggestingCommand
 from peftcore.errors import PeftcoreError, PluginError
-from peftcore.plugin.registry import builtin, registry
+from peftcore.plugin import builtin, commands as known_commands
 
 builtin(core_commands)
 PACKAGES = {
@@ -65,11 +66,14 @@ def build(words: list[str]) -> typer.Typer:
     )
     app.callback()(_options)
     typed = next((word for word in words if not word.startswith("-")), None)
-    commands = registry.commands(typed)
+    commands = known_commands(typed)
     if typed in PACKAGES and typed not in commands:
-        plugin, package = registry.plugin_of(typed), PACKAGES[typed]
-        if plugin.error:
-            raise PluginError(f"'peftcore {typed}' cannot run, {plugin} is not usable: {plugin.error}")
+        package = PACKAGES[typed]
+        broken = next((each for each in peftcore.plugins() if each.distribution == package and each.error), None)
+        if broken is not None:
+            raise PluginError(
+                f"'peftcore {typed}' cannot run: {package} {broken.version} is not usable: {broken.error}"
+            )
         raise PluginError(f"'peftcore {typed}' is in a package that is not installed. Run: pip install {package}")
     for command in commands.values():
         app.command(command.name, cls=SuggestingCommand, epilog=_epilog(command.examples))(

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from importlib.metadata import entry_points
 from pathlib import Path
 
-from peftcore.plugin.discovery import mentions
+from peftcore.plugin import method_names
 
 _DEPTH = 3  # depth of folders searched
 _MOST = 2000  # number of folders searched at most, so that Tab answers at once
 
 
 def methods(incomplete: str) -> list[str]:
-    """Return the installed methods with this prefix: a method has the name of its entry point."""
-    found = {point.name for point in entry_points(group="peftcore") if mentions(point, "peftcore_methods")}
-    return sorted(name for name in found if name.startswith(incomplete))
+    """Return the installed methods with this prefix."""
+    return [name for name in method_names() if name.startswith(incomplete)]
 
 
 def adapters(incomplete: str) -> list[str]:

@@ -19,8 +19,7 @@ from peftcore.cli.commands import (
     suggest,
     train,
 )
-from peftcore.plugin.extensions import Command
-from peftcore.plugin.hooks import hookimpl
+from peftcore.plugin import Command, hookimpl
 
 
 @hookimpl

@@ -17,7 +17,7 @@ from typing import Any
 
 from peftcore.cli.synonyms import of_field
 from peftcore.errors import PeftcoreError
-from peftcore.plugin.field_types import fits, in_words
+from peftcore.plugin import fits, in_words
 
 _WORDS = {"none": None, "null": None, "true": True, "false": False}
 

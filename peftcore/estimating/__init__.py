@@ -5,4 +5,4 @@ from peftcore.estimating.devices import memory_here as memory_here
 from peftcore.estimating.following import NotFollowed as NotFollowed
 from peftcore.estimating.prediction import Estimate as Estimate, estimate as estimate
 from peftcore.estimating.ranges import Range as Range
-from peftcore.estimating.step import Step as Step
+from peftcore.estimating.step import MIXED as MIXED, Step as Step

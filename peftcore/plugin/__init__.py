@@ -10,18 +10,20 @@ examples. The names by subject:
                           Attachments, Link: kinds of a plugin's own
     adapters              Adapter, LowRank, Base, BranchedBase; implements; override, of typing_extensions
     method and hooks      Method, hookimpl, WeightFormat, Exporter, Command, Integration
+    programs with hooks   builtin, offered, commands, method_names
     checkpoints in 4 bits CheckpointFormat, CheckpointLayout: how other tools store weights
     export                adapter_products: an adapter as low-rank products; base_tensors
     strangers' files      safe_reading: files read with limits
     files                 StateRules, PeftRules, ForeignFormat, FileLayout, FileFormat, tensor_name,
                           prompt_tensor_name; Tensors, Fields
-    configs               validation: checks of fields; targets.LayersConfig
+    configs               validation: checks of fields; fits, in_words: types of fields; targets.LayersConfig
     layers                targets: choosing modules; shape_of, base_modules, base_parameters, original_class,
                           has_forward_of_instance, modules_tied_to
-    weights               weight_format, quantized_format, inside_at; embed_scale, looks_up, odd_embedding,
-                          own_output; quantized_layers, default_skip, PackedParameters
+    weights               weight_format, find_weight_format, quantized_format, inside_at; embed_scale, looks_up,
+                          odd_embedding, own_output; quantized_layers, default_skip, PackedParameters
     mixtures of experts   ExpertsLayout, experts_layout, expert_biases
-    the model             Architecture, Sublayer, detect; run, inputs_of, gradients_of: forward passes over batches
+    the model             Architecture, Sublayer, detect, text_config; run, inputs_of, gradients_of: forward passes over
+                          batches
     a call                Call, current_call, TokenCounter, cached_tokens, decoder_path,
                           forward_arguments, arguments_by_name, cache_argument; first_of, with_first;
                           text_starts, refuse_packed: rows of several texts
@@ -51,7 +53,7 @@ _MODULES = {
     "peftcore.engine.adaptation.division": "Division division_of",
     "peftcore.plugin.outputs": "first_of with_first",
     "peftcore.plugin.adapter": "Adapter Base BranchedBase LowRank implements",
-    "peftcore.plugin.architecture": "Architecture Sublayer",
+    "peftcore.plugin.architecture": "Architecture Sublayer text_config",
     "peftcore.engine": "set_trainable",
     "peftcore.engine.current_optimizer": "reset_optimizer_state",
     "peftcore.engine.state": "has_adapters other_adapter",
@@ -62,6 +64,9 @@ _MODULES = {
     "peftcore.exporting": "adapter_products",
     "peftcore.plugin.extensions": "Command Integration",
     "peftcore.plugin.hooks": "hookimpl",
+    "peftcore.plugin.registry": "builtin commands offered",
+    "peftcore.plugin.discovery": "method_names",
+    "peftcore.plugin.field_types": "fits in_words",
     "peftcore.plugin.layers": "shape_of",
     "peftcore.engine.merging.probe": "embed_scale looks_up odd_embedding own_output",
     "peftcore.plugin.method": (
@@ -86,7 +91,7 @@ _MODULES = {
     "peftcore.testing": (
         "CHECKS COMPILE FAMILIES Family IDENTITY MERGE PEFT_READS PEFT_WRITES check_method check_sharded disturb"
     ),
-    "peftcore.model.weight_formats": "quantized_format weight_format",
+    "peftcore.model.weight_formats": "find_weight_format quantized_format weight_format",
 }
 _SUBMODULES = ("ranks", "safe_reading", "targets", "validation")
 _HOMES = {name: module for module, names in _MODULES.items() for name in names.split()}

@@ -50,7 +50,11 @@ from peftcore.model.experts import (
     expert_biases as expert_biases,
     experts_layout as experts_layout,
 )
-from peftcore.model.weight_formats import quantized_format as quantized_format, weight_format as weight_format
+from peftcore.model.weight_formats import (
+    find_weight_format as find_weight_format,
+    quantized_format as quantized_format,
+    weight_format as weight_format,
+)
 from peftcore.plugin import ranks as ranks, safe_reading as safe_reading, validation as validation
 from peftcore.plugin.adapter import (
     Adapter as Adapter,
@@ -59,14 +63,20 @@ from peftcore.plugin.adapter import (
     LowRank as LowRank,
     implements as implements,
 )
-from peftcore.plugin.architecture import Architecture as Architecture, Sublayer as Sublayer
+from peftcore.plugin.architecture import (
+    Architecture as Architecture,
+    Sublayer as Sublayer,
+    text_config as text_config,
+)
 from peftcore.plugin.call import Call as Call, current_call as current_call
 from peftcore.plugin.checkpoints import (
     CheckpointFormat as CheckpointFormat,
     CheckpointLayout as CheckpointLayout,
 )
+from peftcore.plugin.discovery import method_names as method_names
 from peftcore.plugin.exporter import Exporter as Exporter
 from peftcore.plugin.extensions import Command as Command, Integration as Integration
+from peftcore.plugin.field_types import fits as fits, in_words as in_words
 from peftcore.plugin.hooks import hookimpl as hookimpl
 from peftcore.plugin.layers import shape_of as shape_of
 from peftcore.plugin.link import Link as Link
@@ -96,6 +106,7 @@ from peftcore.plugin.placements.placement import (
 from peftcore.plugin.placements.prefix_kv import PrefixKV as PrefixKV
 from peftcore.plugin.placements.soft_prompt import SoftPrompt as SoftPrompt
 from peftcore.plugin.placements.train import Train as Train
+from peftcore.plugin.registry import builtin as builtin, commands as commands, offered as offered
 from peftcore.quantization import (
     PackedParameters as PackedParameters,
     default_skip as default_skip,

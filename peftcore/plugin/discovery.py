@@ -75,6 +75,13 @@ def owner(entry_point: EntryPoint, name: str) -> str:
     return owner if entry_point.name == name else f"{owner} (as '{entry_point.name}')"
 
 
+def method_names() -> list[str]:
+    """Return the names of installed methods, sorted, without importing their packages."""
+    # A method has the name of its entry point.
+    points = entry_points(group=GROUP)
+    return sorted({point.name for point in points if mentions(point, "peftcore_methods")})
+
+
 def mentions(entry_point: EntryPoint, hook: str) -> bool:
     """Return whether a plugin's source mentions the hook, without importing it; True if it cannot be read."""
     try:

@@ -7,8 +7,10 @@ second distribution of the same name is silently dropped.
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -353,3 +355,81 @@ registry = Registry()
 def methods() -> dict[str, Method]:
     """Return the usable installed methods by name."""
     return registry.methods()
+
+
+def method(name: str) -> Method:
+    """Return an installed method; `-`, `_` and capitals in its name do not matter.
+
+    Raises:
+        PluginError: it is not installed, or its plugin is broken.
+    """
+    return registry.method(name)
+
+
+@dataclass(frozen=True)
+class PluginInfo:
+    """An installed plugin.
+
+    Args:
+        name: name of its entry point.
+        distribution, version: the package that provides it, "-" if unknown.
+        hooks: names of the hooks that it implements.
+        methods: names of its methods.
+        error: why it cannot be used; None if it works.
+    """
+
+    name: str
+    distribution: str
+    version: str
+    hooks: tuple[str, ...]
+    methods: tuple[str, ...]
+    error: str | None
+
+
+def plugins() -> list[PluginInfo]:
+    """Return all installed plugins by name, without a warning or an error for broken ones, which `error` describes."""
+    # With strict plugins the first broken one would be raised, and none listed.
+    strict = os.environ.pop(STRICT, None)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found = registry.plugins()
+    finally:
+        if strict is not None:
+            os.environ[STRICT] = strict
+    return [
+        PluginInfo(
+            name=plugin.name,
+            distribution=plugin.distribution,
+            version=plugin.version,
+            hooks=tuple(plugin.hooks),
+            methods=tuple(method.name for method in plugin.methods),
+            error=plugin.error,
+        )
+        for plugin in found
+    ]
+
+
+def commands(typed: str | None = None) -> dict[str, Command]:
+    """Return the commands of the command line by name; those that a module registered by `builtin` offers come first.
+
+    Args:
+        typed: name of the command to run. If a module registered by `builtin` has it, no plugin is imported.
+
+    Raises:
+        PluginError: a plugin returns something else, or a name that is taken.
+    """
+    return registry.commands(typed)
+
+
+def offered(hook: str, kind: type[Offered]) -> dict[str, Offered]:
+    """Return the objects that plugins, and modules registered by `builtin`, offer through a hook, by name.
+
+    Args:
+        hook: a hook that returns a list, such as "peftcore_commands".
+        kind: class of the objects.
+
+    Raises:
+        PluginError: a plugin fails, returns something else, or a name that is taken.
+    """
+    return {name: found for name, (_, found) in registry.offered(hook, kind).items()}

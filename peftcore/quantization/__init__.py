@@ -16,17 +16,18 @@ from torch import nn
 
 from peftcore.errors import PeftcoreError
 from peftcore.quantization import weight_formats  # noqa: F401  # it registers the 4-bit formats
+from peftcore.quantization.checkpoint_layouts import built_empty as built_empty, is_packed as is_packed
 from peftcore.quantization.convert import (
     dequantize as dequantize,
     quantize as quantize,
     quantized_experts as quantized_experts,
     quantized_layers as quantized_layers,
 )
-from peftcore.quantization.format import QUANT_TYPES
+from peftcore.quantization.format import QUANT_TYPES as QUANT_TYPES
 from peftcore.quantization.linear import QuantizedLinear as QuantizedLinear
 from peftcore.quantization.parameters import PackedParameters as PackedParameters
 from peftcore.quantization.quant_types import find_type as find_type
-from peftcore.quantization.quantizable import default_skip as default_skip
+from peftcore.quantization.quantizable import default_skip as default_skip, quantizable as quantizable
 
 
 def load(path: str | os.PathLike[str], quant_type: str = "nf4", **options: Any) -> nn.Module:

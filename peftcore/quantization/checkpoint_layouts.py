@@ -79,6 +79,34 @@ def layout_of(config: PretrainedConfig) -> CheckpointLayout | None:
         raise
 
 
+def is_packed(config: Any) -> bool:
+    """Return whether a transformers config is that of a checkpoint in 4 bits whose bits `quantization.load` keeps.
+
+    Raises:
+        PeftcoreError: the checkpoint is in a format that is not read, or by a package that is not installed.
+    """
+    return layout_of(config) is not None
+
+
+def built_empty(config: Any, build: Callable[[Any], nn.Module]) -> nn.Module:
+    """Return a model on the meta device, with layers in 4 bits where the checkpoint of its config has them.
+
+    Args:
+        config: a transformers config.
+        build: (config) -> model, such as `AutoModelForCausalLM.from_config`; the config it gets is that of the dense
+            model.
+
+    Raises:
+        PeftcoreError: as in `is_packed`, or by `build`.
+    """
+    layout = layout_of(config)
+    with torch.device("meta"):
+        model = build(config if layout is None else without_quantization(config))
+    if layout is not None:
+        pack_empty(model, layout)
+    return model
+
+
 def without_quantization(config: PretrainedConfig) -> PretrainedConfig:
     """Return a copy of a transformers config that describes the dense model."""
     config = copy.deepcopy(config)

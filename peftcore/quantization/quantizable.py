@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Collection, Mapping, Sequence
 from functools import cache
 from itertools import product
@@ -57,6 +58,19 @@ def selected(model: nn.Module, skip: Sequence[str] | None) -> dict[str, nn.Modul
         if not _is_in_attention(modules, path) and alike:
             chosen[path] = module
     return {path: module for path, module in chosen.items() if owners[id(module.weight)] <= chosen.keys()}
+
+
+def quantizable(model: nn.Module) -> list[str]:
+    """Return the names of the weights that `quantize` can store in 4 bits, if none is skipped.
+
+    A linear layer is named by its path, a parameter of experts by its full name. The model is not changed, and may be
+    on the meta device.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of experts that stay dense, which `quantize` warns of
+        experts = selected_experts(model, (), 64)
+    names = [f"{path}.{name}" for path, parameters in experts.items() for name in parameters]
+    return [*selected(model, ()), *names]
 
 
 def warn_of_dense(model: nn.Module, skip: Sequence[str] | None) -> None:

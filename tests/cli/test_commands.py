@@ -265,8 +265,8 @@ def test_commands_of_another_type_are_refused(register: Any, answer: Any) -> Non
         ),
         (
             "import os; os.environ['PEFTCORE_PLUGINS'] = 'none'",
-            "peftcore: error: 'peftcore compare' cannot run, the plugin 'compare' (peftcore-compare 0.1.0) is not "
-            "usable: it is switched off by PEFTCORE_PLUGINS=none",
+            "peftcore: error: 'peftcore compare' cannot run: peftcore-compare 0.1.0 is not usable: "
+            "it is switched off by PEFTCORE_PLUGINS=none",
         ),
     ],
 )

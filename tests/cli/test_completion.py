@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from peftcore.cli import app, completion
+from peftcore.plugin import discovery
 
 
 @pytest.fixture
@@ -47,7 +48,7 @@ def test_methods_are_known_without_an_import(monkeypatch: pytest.MonkeyPatch) ->
     assert "lora" in completion.methods("lo")
     assert completion.methods("lorra") == []
     points = [SimpleNamespace(name=name, module=module) for name, module in (("no", "json"), ("maybe", "not_there"))]
-    monkeypatch.setattr(completion, "entry_points", lambda group: points)
+    monkeypatch.setattr(discovery, "entry_points", lambda group: points)
     assert completion.methods("") == ["maybe"]
 
 

@@ -361,3 +361,16 @@ def test_the_documented_hooks_are_the_real_ones() -> None:
     for name in dir(hookspecs):
         if name.startswith("peftcore_"):
             assert f"`{name}" in text, f"{name} is documented neither in README.md nor in CONTRIBUTING.md"
+
+
+def test_plugins_are_listed_with_broken_ones_and_without_warnings(discover, monkeypatch) -> None:
+    registry = discover(
+        ("scale", tiny.Plugin(tiny.method("scale")), "peftcore-scale"), ("other", None, "peftcore-other")
+    )
+    monkeypatch.setattr("peftcore.plugin.registry.registry", registry)
+    monkeypatch.setenv("PEFTCORE_STRICT_PLUGINS", "1")
+    other, scale = peftcore.plugins()
+    assert (scale.name, scale.distribution, scale.methods, scale.error) == ("scale", "peftcore-scale", ("scale",), None)
+    assert scale.hooks == ("peftcore_methods",)
+    assert other.name == "other" and other.methods == () and other.error is not None
+    assert peftcore.method("SCALE").name == "scale"

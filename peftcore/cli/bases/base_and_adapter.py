@@ -34,7 +34,7 @@ def fit_vocabulary(model: PreTrainedModel, folder: Path) -> bool:
     Raises:
         PeftcoreError: the adapter's tokenizer has tokens without rows.
     """
-    from peftcore.files.reading import vocabulary_rows
+    from peftcore.files import vocabulary_rows
 
     before = vocabulary(model)
     if before is None:
@@ -105,8 +105,7 @@ def _is_packed(model: PreTrainedModel) -> bool:
 
 def _is_read_only(model: PreTrainedModel) -> bool:
     """Return whether layers have a plugin's weight format that stores no other values than those of its checkpoint."""
-    from peftcore.model.base_modules import base_modules
-    from peftcore.model.weight_formats import find_weight_format
+    from peftcore.plugin import base_modules, find_weight_format
 
     formats = (find_weight_format(module) for _, module in base_modules(model))
     return any(each is not None and each.decode and each.plain and not each.quantize for each in formats)

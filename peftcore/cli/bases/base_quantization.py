@@ -8,11 +8,11 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import peftcore
 from peftcore.cli.bases.adapter_folders import AdapterTask, Quantization, adapter_task
 from peftcore.cli.bases.models import empty_model
 from peftcore.cli.fields import text_of
 from peftcore.errors import PeftcoreError
-from peftcore.plugin.registry import registry
 
 if TYPE_CHECKING:
     import torch
@@ -109,14 +109,12 @@ def of_run(settings: Settings, labels: tuple[str, ...]) -> Quantization | None:
         PeftcoreError: the run continues an adapter, and its fields contradict how that was trained.
     """
     asked = asked_by(settings)
-    if settings.method not in registry.methods() or registry.method(settings.method).prepare is None:
+    if settings.method not in peftcore.methods() or peftcore.method(settings.method).prepare is None:
         return asked
     more: dict[str, Any] = {}
     if settings.adapter is not None:
-        import peftcore
-
         more["modules_to_save"] = peftcore.inspect(settings.adapter).fields.get("modules_to_save")
-    names = {each.name for each in fields(registry.method(settings.method).config_class)}
+    names = {each.name for each in fields(peftcore.method(settings.method).config_class)}
     more = {name: value for name, value in more.items() if name in names and value}
     if asked is None:
         return by_method(settings.method, {**more, **settings.fields}, settings.model, settings.task, labels)
@@ -150,19 +148,16 @@ def by_method(
 
     The method prepares a base without weights to find out. A base loaded that way is never dense as a whole.
     """
-    from peftcore.model.base_modules import base_modules
-    from peftcore.model.weight_formats import find_weight_format
-    from peftcore.quantization import quantized_experts, quantized_layers
-    from peftcore.quantization.quantizable import selected, selected_experts
+    from peftcore.plugin import base_modules, find_weight_format
+    from peftcore.quantization import quantizable, quantized_experts, quantized_layers
 
-    found = registry.method(method)
+    found = peftcore.method(method)
     if found.prepare is None:
         return None
     config, empty = found.config_class(**values), empty_model(model, task, labels)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # `apply` raises them
-        could = {*selected(empty, ())}
-        could |= {f"{path}.{name}" for path, names in selected_experts(empty, (), 64).items() for name in names}
+        could = {*quantizable(empty)}
         found.prepare(empty, config)
     layers = dict(quantized_layers(empty))
     packed = {*layers}

@@ -24,7 +24,7 @@ from peftcore.cli.console import note, warn
 from peftcore.cli.options import FULL
 from peftcore.cli.settings import Settings
 from peftcore.errors import PeftcoreError
-from peftcore.estimating.step import MIXED
+from peftcore.estimating import MIXED
 from peftcore.plugin import ranks
 
 AUTO, WIDE = "auto", "fp32"
@@ -96,7 +96,7 @@ def slow_line(dtype: str, otherwise: str = "--dtype auto") -> str | None:
 
 def stored_dtype(config: Any) -> str | None:
     """Return the dtype that a transformers config states for its checkpoint, as `--dtype` names it, or None."""
-    from peftcore.plugin.architecture import text_config
+    from peftcore.plugin import text_config
 
     found = getattr(config, "dtype", None) or getattr(text_config(config), "dtype", None)
     names = {WIDE: "float32", **device_choice.HALVES}

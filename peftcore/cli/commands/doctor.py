@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import platform
-import warnings
 from importlib.metadata import version
 
 from peftcore.cli.console import NO_METHOD, out, say, table, warn
@@ -96,12 +95,10 @@ def _experts(has_kernels: bool, level: str | None) -> str:
 
 
 def _plugins(missing: list[str]) -> list[tuple[str, str]]:
-    from peftcore.plugin.registry import registry
+    import peftcore
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        found = registry.plugins()
+    found = peftcore.plugins()
     missing += [f"plugin '{p.name}' ({p.distribution}) is broken: {p.error}" for p in found if p.error]
     if not any(p.methods for p in found):
         missing.append(NO_METHOD)
-    return [("methods", ", ".join(method.name for p in found for method in p.methods) or "none")]
+    return [("methods", ", ".join(name for p in found for name in p.methods) or "none")]

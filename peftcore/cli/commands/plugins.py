@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import warnings
-
 from peftcore.cli.console import NO_METHOD, say, table
 
 EXAMPLES = ("peftcore plugins",)
@@ -12,17 +9,9 @@ EXAMPLES = ("peftcore plugins",)
 
 def plugins() -> None:
     """List the installed plugins; broken ones with the reason."""
-    from peftcore.plugin.registry import STRICT, registry
+    import peftcore
 
-    # The list shows broken plugins and must not fail because of them.
-    strict = os.environ.pop(STRICT, None)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            listed = registry.plugins()
-    finally:
-        if strict is not None:
-            os.environ[STRICT] = strict
+    listed = peftcore.plugins()
     if not listed:
         say(NO_METHOD)
         return
