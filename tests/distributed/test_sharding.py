@@ -44,3 +44,12 @@ def test_an_adapter_that_rested_when_the_model_was_sharded_trains_later(how: str
 
 def test_a_layer_that_no_rank_calls_gets_no_gradient() -> None:
     assert run(rested.uncalled) == [({"layers.0"}, {"default"})] * 2
+
+
+def test_terms_and_shared_modules_are_those_of_one_process() -> None:
+    for found in run(rested.all_against_one_process):
+        refused = {name: far for name, far in found.items() if isinstance(far, str)}
+        assert refused.keys() == {"seeing, shard", "seeing, shard keeping"}
+        assert all("depends on a forward" in far and "adapter_placement='replicate'" in far for far in refused.values())
+        wrong = {name: far for name, far in found.items() if name not in refused and max(far) > 1e-6}
+        assert not wrong

@@ -1,4 +1,4 @@
-"""What two ranks of tests/distributed/test_parts.py do: each has a stage of a pipeline, or a part of every sequence."""
+"""What two ranks of tests/distributed/test_stages.py do: each has a pipeline stage, or a part of every sequence."""
 
 from __future__ import annotations
 
