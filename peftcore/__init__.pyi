@@ -19,7 +19,7 @@ from peftcore.engine.composing.converting import convert as convert
 from peftcore.engine.configs import config as config
 from peftcore.engine.merging.merge import merge as merge, merge_error as merge_error, unmerge as unmerge
 from peftcore.engine.scaling import scale as scale
-from peftcore.engine.summary import plan as plan, summary as summary
+from peftcore.engine.summary import Plan as Plan, Summary as Summary, plan as plan, summary as summary
 from peftcore.errors import (
     CheckpointError as CheckpointError,
     PeftcoreError as PeftcoreError,
@@ -27,6 +27,7 @@ from peftcore.errors import (
 )
 from peftcore.estimating import (
     Estimate as Estimate,
+    Purpose as Purpose,
     Step as Step,
     Suggestion as Suggestion,
     estimate as estimate,

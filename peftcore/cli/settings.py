@@ -249,7 +249,7 @@ class Settings(RunOptions):
         for option, chosen in (("--without-logits", self.without_logits), ("--fuse", self.fuse)):
             if chosen not in SWITCH:
                 raise PeftcoreError(f"{option} must be one of {', '.join(SWITCH)}, found '{chosen}'")
-        from peftcore.training.fusing import RECOMPUTE  # with PyTorch, which --help does without
+        from peftcore.training import RECOMPUTE  # with PyTorch, which --help does without
 
         if self.recompute not in RECOMPUTE:
             raise PeftcoreError(f"--recompute must be one of {', '.join(RECOMPUTE)}, found '{self.recompute}'")

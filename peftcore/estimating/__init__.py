@@ -1,8 +1,15 @@
 """Memory of a training step, predicted by running it on meta tensors."""
 
-from peftcore.estimating.choosing import Suggestion as Suggestion, suggest as suggest
+from peftcore.estimating.choosing import (
+    PAGED as PAGED,
+    PLAIN as PLAIN,
+    Suggestion as Suggestion,
+    suggest as suggest,
+)
 from peftcore.estimating.devices import memory_here as memory_here
 from peftcore.estimating.following import NotFollowed as NotFollowed
+from peftcore.estimating.loop import OPTIMIZERS as OPTIMIZERS
 from peftcore.estimating.prediction import Estimate as Estimate, estimate as estimate
+from peftcore.estimating.purpose import Purpose as Purpose
 from peftcore.estimating.ranges import Range as Range
 from peftcore.estimating.step import MIXED as MIXED, Step as Step

@@ -12,17 +12,16 @@ from typing import Any
 
 import torch
 
+import peftcore
 from peftcore.errors import PeftcoreError
 from peftcore.estimating.devices import CARDS, Device, device_of, process_memory, usable
 from peftcore.estimating.following import NotFollowed
-from peftcore.estimating.loop import ADAPTERS, BASE
 from peftcore.estimating.prediction import Estimate, estimate, step_of
-from peftcore.estimating.processes import STATE
+from peftcore.estimating.purpose import Purpose
 from peftcore.estimating.ranges import Range
 from peftcore.estimating.stand_in import config_of, refuse_not_followed
 from peftcore.estimating.step import Step
-from peftcore.optim.paging import bytes_of
-from peftcore.plugin.registry import registry
+from peftcore.optim import bytes_of
 
 PLAIN, PAGED = "adamw_torch", "paged_adamw_8bit"
 LARGEST_BATCH = 64
@@ -258,12 +257,12 @@ def _why_nothing(search: _Search, choices: Sequence[_Choice], room: float) -> st
     """Return an error text with the smallest need, what it is for, and what would need less."""
     choice = min(choices, key=lambda each: search.estimate(each, search.least).needed)
     step = search.estimate(choice, search.least)
-    lasting = step.parts[BASE] + step.parts[ADAPTERS] + (0 if step.paged else step.parts[STATE])
+    lasting = step.parts[Purpose.BASE] + step.parts[Purpose.ADAPTERS] + (0 if step.paged else step.parts[Purpose.STATE])
     again = " and gradient checkpointing" if choice.gradient_checkpointing else ""
     beyond = "" if search.device.is_card else " beyond Python and its libraries"
     text = (
         f"nothing fits into {_size(room)}{beyond}: the least is {_size(step.needed)}, {choice.method} with "
-        f"{_EXAMPLES[search.least]} at a time{again}, {_size(step.parts[BASE])} of it the base"
+        f"{_EXAMPLES[search.least]} at a time{again}, {_size(step.parts[Purpose.BASE])} of it the base"
     )
     ways = []
     if lasting < room and search.step.example is None:
@@ -294,7 +293,7 @@ def _choices(names: Sequence[str], ranks: Sequence[int], given: Mapping[str, Any
     """Return each method with each rank, or as it is if it has no rank or `given` names one."""
     choices = []
     for name in names:
-        has_rank = "r" in {each.name for each in dataclass_fields(registry.method(name).config_class)}
+        has_rank = "r" in {each.name for each in dataclass_fields(peftcore.method(name).config_class)}
         if has_rank and "r" not in given:
             choices += [_Choice(name, (*given.items(), ("r", rank))) for rank in ranks]
         else:

@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import flop_registry
 
-from peftcore.ops._extension import extension
+from peftcore.ops import PackedWeight, extension
 from peftcore.ops.linear_4bit import PANEL_BYTES
 from peftcore.ops.processor import onednn_multiplies
-from peftcore.ops.weight import PackedWeight
 
 PLAIN, TRANSPOSED, OUTER = "xw", "xwt", "xtw"  # layouts of products: x w, x wᵀ and xᵀ w
 _HALVES = (torch.bfloat16, torch.float16)

@@ -13,25 +13,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import peftcore
 from peftcore import ops
-from peftcore.engine import after_step, extra_loss, state_of
 from peftcore.errors import PeftcoreError, nearest
 from peftcore.estimating.following import LARGEST_INDEX, Following, NotFollowed
 from peftcore.estimating.losses import VECTORS, Own, loss_of, rows_of, tiles_in_place
 from peftcore.estimating.mixed_precision import asked_of_cpu, autocast, on_meta, to_single
-from peftcore.estimating.processes import GRADIENTS, STATE, Alone, Replicas, Shards
+from peftcore.estimating.processes import Alone, Replicas, Shards
+from peftcore.estimating.purpose import Purpose
 from peftcore.estimating.step import Step
 from peftcore.model import positions
-from peftcore.model.base_modules import base_modules, original_forward
+from peftcore.model.base_modules import original_forward
 from peftcore.model.inputs import BATCH, LENGTH, example_inputs
 from peftcore.model.meta import MetaFloats, meta_copy
-from peftcore.optim import NAMES
-from peftcore.optim.paging import PagedOptimizer
-from peftcore.plugin.architecture import text_config
+from peftcore.optim import NAMES, PagedOptimizer
+from peftcore.plugin import base_modules, has_adapters, text_config
 from peftcore.training.loss_without_logits import switch_on
 
-BASE, ADAPTERS = "base", "adapters"
-INPUTS = "inputs"
 FORWARD, BACKWARD, UPDATE = "forward", "backward", "optimizer"
 
 _TORCH: dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = {
@@ -199,19 +197,19 @@ def _follow(
 
     def loss_now() -> Any:
         loss = loss_of_batch(call, inputs)
-        return (loss + extra_loss(model) if state_of(model) is not None else loss) / batches
+        return (loss + peftcore.extra_loss(model) if has_adapters(model) else loss) / batches
 
     give_state(parameters, optimizer)
     _see_what_stays(following, processes, loss_of_batch, optimizer)
     for tensor in inputs.values():
         if isinstance(tensor, Tensor):
-            following.see(tensor, INPUTS)
+            following.see(tensor, Purpose.INPUTS)
     processes.start(following)
     trained = [p for p in model.parameters() if p.requires_grad]
 
     def see_gradient(p: Tensor) -> None:
         if p.grad is not None:
-            following.see(p.grad, GRADIENTS)
+            following.see(p.grad, Purpose.GRADIENTS)
 
     hooks = [p.register_post_accumulate_grad_hook(see_gradient) for p in trained]
 
@@ -226,8 +224,8 @@ def _follow(
         following.phase = UPDATE
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         _update(parameters, optimizer)
-        if state_of(model) is not None:
-            after_step(model, 1, 1000, optimizer=optimizer)
+        if has_adapters(model):
+            peftcore.after_step(model, 1, 1000, optimizer=optimizer)
         optimizer.zero_grad()
     following.end()
     for hook in hooks:
@@ -275,16 +273,16 @@ def _see_what_stays(following: Following, processes: Alone, loss: Own, optimizer
     for _, module in base_modules(model):
         for tensor in (*module._parameters.values(), *module._buffers.values()):
             if tensor is not None:
-                following.see(here(tensor), BASE)
+                following.see(here(tensor), Purpose.BASE)
     for tensor in (*model.parameters(), *model.buffers()):
-        following.see(here(tensor), ADAPTERS, only_new=True)
+        following.see(here(tensor), Purpose.ADAPTERS, only_new=True)
     if loss.reference is not None:
         for tensor in (*loss.reference.parameters(), *loss.reference.buffers()):
-            following.see(tensor, BASE)
+            following.see(tensor, Purpose.BASE)
     for state in optimizer.state.values():
         for value in state.values():
             if isinstance(value, Tensor):
-                following.see(value, STATE)
+                following.see(value, Purpose.STATE)
 
 
 class _Scaled(torch.autograd.Function):

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from peftcore.engine import disabled, state_of
+import peftcore
 from peftcore.engine.adaptation.modes import evaluation_mode
 from peftcore.errors import PeftcoreError
 from peftcore.estimating.following import NotFollowed
+from peftcore.plugin import has_adapters
 
 Call = Callable[..., Any]  # (model, **inputs) -> outputs, as a trainer calls the model
 # What each trainer asks of the policy's pass besides log-likelihoods, for its log (TRL 1.16).
@@ -97,7 +98,7 @@ class OfTrainer(Own):
         if head is None:
             raise PeftcoreError(f"loss='{name}' is for language models, and {type(model).__name__} has no output head")
         self.name = name
-        if name != "sft" and state_of(model) is None:
+        if name != "sft" and not has_adapters(model):
             self.reference = copy.deepcopy(model).eval().requires_grad_(False)
         compared = self.reference or model
         original = model.forward
@@ -137,7 +138,7 @@ class OfTrainer(Own):
             return
         policy, self.model.forward = self.model.forward, self._of_reference
         try:
-            with disabled(self.model), evaluation_mode(self.model):
+            with peftcore.disabled(self.model), evaluation_mode(self.model):
                 yield self.model
         finally:
             self.model.forward = policy

@@ -15,7 +15,7 @@ from itertools import accumulate
 from typing import NamedTuple
 
 from peftcore.estimating.following import Operation, Storage
-from peftcore.estimating.processes import GRADIENTS
+from peftcore.estimating.purpose import Purpose
 from peftcore.estimating.ranges import Range
 
 LARGE = 32 << 20  # bytes of a tensor that the C library returns to the system when it is freed
@@ -56,7 +56,7 @@ def peaks(storages: Sequence[Storage], operations: Sequence[Operation]) -> Peaks
             changes[storage.died] -= storage.bytes
         if changes is small:
             throughout += storage.bytes * stays
-            gradients += storage.bytes * (storage.kind == GRADIENTS)
+            gradients += storage.bytes * (storage.kind == Purpose.GRADIENTS)
             largest = max(largest, storage.bytes * (not stays))
     for number, operation in enumerate(operations):
         changes = large if operation.cost.scratch >= LARGE else small

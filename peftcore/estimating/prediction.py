@@ -14,36 +14,29 @@ from typing import Any
 import torch
 from torch import nn
 
-from peftcore.engine import activate, add_adapter, apply, state_of, takes_batches
-from peftcore.engine.fused import fused_modules, is_without_logits
-from peftcore.engine.summary import Summary, summary
+import peftcore
+from peftcore.engine import add_adapter, takes_batches
 from peftcore.errors import PeftcoreError
 from peftcore.estimating.checkpointing import checkpoint
 from peftcore.estimating.costs import kept
 from peftcore.estimating.devices import Device, device_of, process_memory
 from peftcore.estimating.following import Following, NotFollowed, Operation, Storage
-from peftcore.estimating.loop import ADAPTERS, BACKWARD, BASE, FORWARD, INPUTS, follow, is_paged
+from peftcore.estimating.loop import BACKWARD, FORWARD, follow, is_paged
 from peftcore.estimating.losses import rows_of
 from peftcore.estimating.peaks import held, peaks
-from peftcore.estimating.processes import GATHERED, GRADIENTS, MESSAGES, STATE
+from peftcore.estimating.purpose import Purpose
 from peftcore.estimating.ranges import Range
 from peftcore.estimating.segments import peak_reserved
 from peftcore.estimating.stand_in import apply_again, stand_in
 from peftcore.estimating.step import Step
 from peftcore.estimating.tensor_parallel import divide, first_of, refuse_trained
-from peftcore.optim.paging import PAGE_BYTES
-from peftcore.plugin import ranks
-from peftcore.plugin.architecture import text_config
-from peftcore.plugin.registry import registry
+from peftcore.optim import PAGE_BYTES
+from peftcore.plugin import has_adapters, ranks, text_config
 from peftcore.quantization import quantize as to_4_bits
-from peftcore.training.fusing import fuse, recomputes
+from peftcore.training import recomputes
 
 _ONE_AT_A_TIME = RLock()  # following a step replaces functions of PyTorch, which threads that overlap would not restore
-ACTIVATIONS, LOGITS, TEMPORARIES = "activations", "logits and loss", "temporaries"
-KERNELS, KEPT = "inside operators", "kept by operators"
-KINDS = (
-    BASE, GATHERED, ADAPTERS, GRADIENTS, STATE, INPUTS, ACTIVATIONS, LOGITS, TEMPORARIES, KERNELS, MESSAGES, KEPT,
-)  # fmt: skip
+_PURPOSES = tuple(Purpose)
 _OF_STEP = {each.name for each in dataclass_fields(Step)}
 NOT_COUNTED = "Not included: loading, evaluation, and what a trainer keeps (logs, examples); on CUDA the context."
 
@@ -53,9 +46,9 @@ class Estimate:
     """Prediction of a training step. Sizes in bytes.
 
     Args:
-        parts: Memory at the peak, by the names in `KINDS`.
+        parts: Memory at the peak, by `Purpose`.
         where: Operation at the peak.
-        timeline: (operation, bytes of each of `KINDS` after it), in the order of the step.
+        timeline: (operation, bytes of each `Purpose` after it, in its order), in the order of the step.
         phases: (first operation, name) of each part of the step.
         summary: Summary of the model with its adapters.
         step: How the step is run.
@@ -73,7 +66,7 @@ class Estimate:
     timeline: tuple[tuple[int, tuple[int, ...]], ...]
     phases: tuple[tuple[int, str], ...]
     operations: tuple[Operation, ...]
-    summary: Summary
+    summary: peftcore.Summary
     step: Step = field(default_factory=Step)
     paged: bool = False
     device: Device | None = None
@@ -83,7 +76,7 @@ class Estimate:
     @cached_property
     def beyond_libraries(self) -> Range:
         """Bytes at the peak of a process of this machine, beyond Python and its libraries."""
-        return held(peaks(self.storages, self.operations)).plus(self.parts[KEPT])
+        return held(peaks(self.storages, self.operations)).plus(self.parts[Purpose.KEPT])
 
     @property
     def process(self) -> Range:
@@ -103,7 +96,7 @@ class Estimate:
     @property
     def least(self) -> int:
         """Bytes of tensors at the peak with as much of the optimizer's state as possible on disk."""
-        return self.peak - max(0, self.parts[STATE] - PAGE_BYTES) if self.paged else self.peak
+        return self.peak - max(0, self.parts[Purpose.STATE] - PAGE_BYTES) if self.paged else self.peak
 
     @property
     def flops(self) -> float:
@@ -125,7 +118,7 @@ class Estimate:
 
     def __str__(self) -> str:
         lines = [self.title, *(line for line in str(self.summary).splitlines() if not line.startswith(" "))]
-        lines += [f"  {kind:<18}{size / 1e6:>12,.1f} MB" for kind, size in self.parts.items() if size]
+        lines += [f"  {purpose:<18}{size / 1e6:>12,.1f} MB" for purpose, size in self.parts.items() if size]
         lines += [f"  {'tensors at peak':<18}{self.peak / 1e6:>12,.1f} MB, {self.where}"]
         if self.device is None or not self.device.is_card:
             each = f", each of {self.step.ranks} on this machine" if self.step.ranks > 1 else ""
@@ -200,7 +193,7 @@ def estimate(
                 if step.gradient_checkpointing:
                     checkpoint(made, step.gradient_checkpointing)
                 if step.fused:
-                    fuse(made, recompute=step.recompute)  # type: ignore[arg-type]
+                    peftcore.fuse(made, recompute=step.recompute)  # type: ignore[arg-type]
                 follow(following, made.train(), step, on_card=on_card)
         except PeftcoreError:
             raise
@@ -216,7 +209,7 @@ def estimate(
         f"a training step of {type(made).__name__}, {named}, {step}",
         following,
         getattr(text_config(made.config), "vocab_size", None) if hasattr(made, "config") else None,
-        summary(made),
+        peftcore.summary(made),
         step,
     )
     return replace(found, device=where, libraries=libraries)
@@ -238,9 +231,9 @@ def step_of(step: Step | None, options: dict[str, Any]) -> Step:
 
 def _as_model(step: Step, model: Any, on_card: bool) -> Step:
     """Return the step without logits and with fused operators if the model is so; cards have no fused ones."""
-    there = isinstance(model, nn.Module)
-    without = step.without_logits or (there and is_without_logits(model))
-    already = there and bool(fused_modules(model))
+    about = peftcore.summary(model) if isinstance(model, nn.Module) else None
+    without = step.without_logits or (about is not None and about.without_logits)
+    already = about is not None and bool(about.fused)
     return replace(
         step,
         without_logits=without,
@@ -252,7 +245,7 @@ def _as_model(step: Step, model: Any, on_card: bool) -> Step:
 def _refuse_doubtful(method: Any) -> None:
     """Raise PeftcoreError if a field of `Step` is also a field of the method's config."""
     if isinstance(method, str):
-        both = _OF_STEP & {each.name for each in dataclass_fields(registry.method(method).config_class)}
+        both = _OF_STEP & {each.name for each in dataclass_fields(peftcore.method(method).config_class)}
         if both:
             raise PeftcoreError(
                 f"{', '.join(sorted(both))}: fields of both Step and the config of {method}. Pass the config object as "
@@ -266,10 +259,10 @@ def _place(model: nn.Module, method: Any, fields: dict[str, Any], step: Step) ->
     if step.per_sample:
         names = [f"adapter {number}" for number in range(step.per_sample)]
         for name in names:
-            apply(model, method, adapter=name, **fields)
+            peftcore.apply(model, method, adapter=name, **fields)
         rows = rows_of(step.loss, step.batch_size)
-        activate(model, [names[row % step.per_sample] for row in range(rows)], per_sample=True)
-    elif method is None and state_of(model) is None:
+        peftcore.activate(model, [names[row % step.per_sample] for row in range(rows)], per_sample=True)
+    elif method is None and not has_adapters(model):
         model.requires_grad_(True)
     elif method is None:
         if not any(parameter.requires_grad for parameter in model.parameters()):
@@ -280,25 +273,27 @@ def _place(model: nn.Module, method: Any, fields: dict[str, Any], step: Step) ->
     elif isinstance(method, str) and takes_batches(method, fields):  # its size depends on no batch
         add_adapter(model, method, fields, fill=lambda: None)
     else:
-        apply(model, method, **fields)
+        peftcore.apply(model, method, **fields)
 
 
-def _estimate(title: str, following: Following, vocabulary: int | None, about: Summary, step: Step) -> Estimate:
+def _estimate(
+    title: str, following: Following, vocabulary: int | None, about: peftcore.Summary, step: Step
+) -> Estimate:
     operations, storages = following.operations, following.storages
     ends = _ends_of_forwards(operations)
     changes: dict[int, dict[int, int]] = defaultdict(lambda: defaultdict(int))
     for storage in storages:
-        kind = KINDS.index(storage.kind or _kind(storage, operations, ends, vocabulary))
+        kind = _PURPOSES.index(storage.kind or _kind(storage, operations, ends, vocabulary))
         changes[storage.born][kind] += storage.bytes
         if storage.died is not None:
             changes[storage.died][kind] -= storage.bytes
     for number, operation in enumerate(operations):
         if operation.cost.scratch:
-            changes[number][KINDS.index(KERNELS)] += operation.cost.scratch
-            changes[number + 1][KINDS.index(KERNELS)] -= operation.cost.scratch
+            changes[number][_PURPOSES.index(Purpose.KERNELS)] += operation.cost.scratch
+            changes[number + 1][_PURPOSES.index(Purpose.KERNELS)] -= operation.cost.scratch
     if not following.on_card:
-        changes[0][KINDS.index(KEPT)] += kept([operation.cost for operation in operations])
-    now, timeline = [0] * len(KINDS), []
+        changes[0][_PURPOSES.index(Purpose.KEPT)] += kept([operation.cost for operation in operations])
+    now, timeline = [0] * len(_PURPOSES), []
     for number in sorted(changes):
         for kind, change in changes[number].items():
             now[kind] += change
@@ -309,7 +304,7 @@ def _estimate(title: str, following: Following, vocabulary: int | None, about: S
         for number, operation in enumerate(operations)
         if number == 0 or operations[number - 1].phase != operation.phase
     ]
-    parts = dict(zip(KINDS, most, strict=True))
+    parts: dict[str, int] = dict(zip(_PURPOSES, most, strict=True))
     return Estimate(
         title,
         parts,
@@ -333,15 +328,15 @@ def _ends_of_forwards(operations: list[Operation]) -> list[int]:
 
 def _kind(storage: Storage, operations: list[Operation], ends: list[int], vocabulary: int | None) -> str:
     if vocabulary is not None and len(storage.shape) > 1 and storage.shape[-1] == vocabulary:
-        return LOGITS
+        return Purpose.LOGITS
     if storage.born >= len(operations):
-        return TEMPORARIES
+        return Purpose.TEMPORARIES
     phase = operations[storage.born].phase
     if phase.startswith(FORWARD):
         end = next((end for end in ends if end > storage.born), len(operations))
-        return ACTIVATIONS if storage.died is None or storage.died > end else TEMPORARIES
+        return Purpose.ACTIVATIONS if storage.died is None or storage.died > end else Purpose.TEMPORARIES
     again = phase.startswith(BACKWARD) and operations[storage.born].recomputed
-    return ACTIVATIONS if again else TEMPORARIES
+    return Purpose.ACTIVATIONS if again else Purpose.TEMPORARIES
 
 
 def _where(operations: list[Operation], at: int) -> str:

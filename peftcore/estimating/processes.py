@@ -21,12 +21,10 @@ from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 from peftcore.distributed import divided
 from peftcore.engine.replicas import blocks
 from peftcore.estimating.following import Following
+from peftcore.estimating.purpose import Purpose
 from peftcore.estimating.step import Step
 from peftcore.estimating.tensor_parallel import planned_groups
 from peftcore.plugin import ranks
-
-GRADIENTS, GATHERED, MESSAGES = "gradients", "gathered weights", "between ranks"
-STATE = "optimizer state"
 
 
 class Alone:
@@ -71,7 +69,7 @@ class Replicas(Alone):
     def start(self, following: Following) -> None:
         self.buckets = [p.new_empty(p.numel()) for p in self.trained()]
         for bucket in self.buckets:
-            following.see(bucket, MESSAGES)
+            following.see(bucket, Purpose.MESSAGES)
 
     def after_forward(self, outputs: Any) -> Any:
         if not self.clones:
@@ -117,7 +115,7 @@ class Shards(Alone):
     def message(self, size: int) -> Tensor:
         """Return a tensor of so many bytes for a message between ranks."""
         made = self.nothing.new_empty(-(-size // 2), dtype=torch.bfloat16)
-        self.following.see(made, MESSAGES)
+        self.following.see(made, Purpose.MESSAGES)
         return made
 
     def sent(self, name: str, size: int) -> None:
@@ -138,7 +136,7 @@ class Shards(Alone):
                 by_dtype.setdefault(p.dtype, []).append(p)
         for parameters in by_dtype.values():
             message = torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])
-            self.following.see(message, MESSAGES)
+            self.following.see(message, Purpose.MESSAGES)
 
 
 class _Group:
@@ -167,7 +165,7 @@ class _Group:
         if forward:
             self.run.last = None
         for p in self.parameters:
-            self.run.following.see(p, GATHERED)
+            self.run.following.see(p, Purpose.GATHERED)
         self.run.following.pass_by("fsdp::split_with_sizes_copy")
         if forward:
             self.run.last = self.gathering
@@ -232,7 +230,7 @@ class _Group:
         gradients.clear()
         dtype = trained[0].dtype
         part = self.run.nothing.new_empty(size // dtype.itemsize, dtype=dtype)
-        self.run.following.see(part, GRADIENTS)
+        self.run.following.see(part, Purpose.GRADIENTS)
         offset = 0
         for p in trained:
             shard = self.shards[p]

@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from peftcore.engine import activate, adapter_parameters, add_adapter, state_of
+import peftcore
+from peftcore.engine import adapter_parameters, add_adapter, state_of
 from peftcore.engine.state import refuse_merged, refuse_per_sample
 from peftcore.errors import PeftcoreError
 from peftcore.estimating.following import NotFollowed
 from peftcore.model.meta import meta_copy
 from peftcore.plugin.layers import is_wrapped
-from peftcore.quantization import QuantizedLinear, quantized_experts
-from peftcore.quantization.checkpoint_layouts import layout_of, pack_empty, without_quantization
+from peftcore.quantization import QuantizedLinear, built_empty, is_packed, quantized_experts
 from peftcore.quantization.convert import convert
 
 
@@ -67,7 +67,7 @@ def apply_again(made: nn.Module, model: Any) -> tuple[str, ...]:
             trainable=entry.trainable,
         )
     if state.active:
-        activate(made, list(state.active))
+        peftcore.activate(made, list(state.active))
     return state.active
 
 
@@ -85,7 +85,7 @@ def config_of(model: Any) -> Any:
 
 def refuse_not_followed(config: Any) -> None:
     """Raise NotFollowed if the weights that the config describes are quantized in a way that is not followed."""
-    if layout_of(config) is None:
+    if not is_packed(config):
         _refuse_packed(config)
 
 
@@ -139,11 +139,8 @@ def _built(config: Any, dtype: torch.dtype) -> nn.Module:
     """Build the class that the config names, or a language model; from_config would initialise weights."""
     import transformers
 
-    layout = layout_of(config)
-    if layout is not None:
-        made = _built(without_quantization(config), dtype)
-        pack_empty(made, layout)
-        return made
+    if is_packed(config):
+        return built_empty(config, lambda dense: _built(dense, dtype))
     _refuse_packed(config)
     config = copy.deepcopy(config)  # building a model changes its config
     named = getattr(transformers, (getattr(config, "architectures", None) or ["?"])[0], None)

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from peftcore.errors import PeftcoreError, nearest
-from peftcore.training.fusing import RECOMPUTE
+from peftcore.training import RECOMPUTE
 
 MIXED = ("bf16", "fp16")
 LOSSES = ("sft", "dpo", "kto", "pairs", "triplets")

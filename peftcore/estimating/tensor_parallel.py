@@ -16,8 +16,7 @@ from torch import distributed, nn
 from peftcore.errors import PeftcoreError
 from peftcore.estimating.following import NotFollowed
 from peftcore.estimating.step import Step
-from peftcore.plugin import ranks
-from peftcore.plugin.architecture import text_config
+from peftcore.plugin import ranks, text_config
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from peftcore.optim.optimizers import (
     PagedLion as PagedLion,
     PagedSGD as PagedSGD,
 )
+from peftcore.optim.paging import PAGE_BYTES as PAGE_BYTES, PagedOptimizer as PagedOptimizer, bytes_of as bytes_of
 
 # Names used by transformers' Trainer and `peftcore train`.
 NAMES = {

@@ -18,15 +18,14 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 import peftcore
-from peftcore.estimating import Step, loop
+from peftcore.estimating import Purpose, Step, loop
 from peftcore.estimating.checkpointing import checkpoint
-from peftcore.estimating.prediction import KEPT, KERNELS, KINDS
 from peftcore.plugin import ranks
 
 
 def predicted(found: peftcore.Estimate) -> int:
     """Return the predicted bytes of tensors at the peak, without those present before the step."""
-    own = [i for i, kind in enumerate(KINDS) if kind not in (KERNELS, KEPT)]
+    own = [i for i, purpose in enumerate(Purpose) if purpose not in (Purpose.KERNELS, Purpose.KEPT)]
     return max(sum(sizes[i] for i in own) for _, sizes in found.timeline) - staying(found)
 
 

@@ -10,22 +10,22 @@ from typing import TYPE_CHECKING
 from peftcore.cli.training.chart import BLUE, GREY, INK, PALE
 from peftcore.cli.training.forecast import Forecast
 from peftcore.cli.training.memory_trace import Trace
-from peftcore.estimating.loop import ADAPTERS, BASE, INPUTS
-from peftcore.estimating.prediction import ACTIVATIONS, KEPT, KERNELS, KINDS, LOGITS, TEMPORARIES
-from peftcore.estimating.processes import GATHERED, GRADIENTS, MESSAGES, STATE
+from peftcore.estimating import Purpose
 
 if TYPE_CHECKING:
     from peftcore import Estimate
 
+_PURPOSES = tuple(Purpose)
+
 # Groups drawn as one, from below, with their colour.
 _LAYERS = {
-    "weights": ((BASE, GATHERED), "#c9d3e3"),
-    "adapters": ((ADAPTERS,), "#7c9ccb"),
-    "gradients": ((GRADIENTS,), "#e5b25d"),
-    "optimizer": ((STATE,), "#b58ab8"),
-    "activations": ((ACTIVATIONS, INPUTS), "#7fb69b"),
-    "logits and loss": ((LOGITS,), "#d98a6a"),
-    "temporaries": ((TEMPORARIES, KERNELS, MESSAGES, KEPT), "#e9dcc9"),
+    "weights": ((Purpose.BASE, Purpose.GATHERED), "#c9d3e3"),
+    "adapters": ((Purpose.ADAPTERS,), "#7c9ccb"),
+    "gradients": ((Purpose.GRADIENTS,), "#e5b25d"),
+    "optimizer": ((Purpose.STATE,), "#b58ab8"),
+    "activations": ((Purpose.ACTIVATIONS, Purpose.INPUTS), "#7fb69b"),
+    "logits and loss": ((Purpose.LOGITS,), "#d98a6a"),
+    "temporaries": ((Purpose.TEMPORARIES, Purpose.KERNELS, Purpose.MESSAGES, Purpose.KEPT), "#e9dcc9"),
 }
 
 
@@ -45,8 +45,8 @@ def stacked(found: Estimate) -> tuple[list[float], dict[str, list[int]]]:
         end = done[firsts[phase + 1] if phase + 1 < len(firsts) else count]
         places.append(phase + (done[min(operation, count)] - start) / ((end - start) or 1.0))
     sizes = {
-        name: [sum(now[KINDS.index(kind)] for kind in kinds) for _, now in found.timeline]
-        for name, (kinds, _) in _LAYERS.items()
+        name: [sum(now[_PURPOSES.index(purpose)] for purpose in purposes) for _, now in found.timeline]
+        for name, (purposes, _) in _LAYERS.items()
     }
     return places, sizes
 
