@@ -79,9 +79,9 @@ def preferences(folder: Path, llama: str, steps: int) -> None:
     clock.run(
         PROGRAM, "train", "-m", base, "-d", "pairs.jsonl", "--task", "dpo", "--method", "lora", *options, "-o", "run"
     )
-    clock.run(PROGRAM, "export", "-a", "run", "--format", "gguf", "--only", "model", "-o", "gguf")
+    clock.run(PROGRAM, "export", "run", "--format", "gguf", "--only", "model", "-o", "gguf")
     question = "When do you open?"
-    ours = clock.run(PROGRAM, "generate", "-a", "run", "--prompt", question, "--max-new-tokens", str(TOKENS))
+    ours = clock.run(PROGRAM, "generate", "run", "--prompt", question, "--max-new-tokens", str(TOKENS))
     from peftcore.cli.bases import models
     from peftcore.cli.tasks import conversations
 
@@ -116,8 +116,8 @@ def images(folder: Path, steps: int) -> None:
     options = ("--steps", str(steps), "--batch-size", "16", "--lr", "1e-3", "--eval-every", str(max(1, steps // 2)))
     data = ("-d", "train", "--eval-data", "test", "--task", "image")
     clock.run(PROGRAM, "train", "-m", "vit", *data, "--method", "lora", "--set", "r=16", *options, "-o", "run")
-    clock.run(PROGRAM, "eval", "-a", "run", "-d", "test")
-    clock.run(PROGRAM, "predict", "-a", "run", "-d", "new", "-o", "answers.jsonl")
+    clock.run(PROGRAM, "eval", "run", "-d", "test")
+    clock.run(PROGRAM, "predict", "run", "-d", "new", "-o", "answers.jsonl")
     clock.end()
     print("held out:", json.loads(Path("run/result.json").read_text())["after"])
     print(Path("answers.jsonl").read_text())

@@ -89,7 +89,7 @@ def main(folder: Path) -> None:
              "--eval-data", "data/classify_test.jsonl", "--method", "lora", "--set", "r=8", "--set", "lora_alpha=16",
              "--epochs", "2", "--batch-size", "32", "--lr", "1e-3", "--max-length", "96", "--eval-every", "188",
              "--output", "classifier", "--overwrite")
-    peftcore(folder, "generate", "--adapter", "classifier/adapter",
+    peftcore(folder, "generate", "classifier/adapter",
              "--prompt", "Two hours that I will never get back.")
     # fmt: on
     show(folder, time.perf_counter() - began)

@@ -88,8 +88,8 @@ def write_files(folder: Path) -> dict[str, tuple[Path, Path | None]]:
     exported = folder / "exported"
     for name, options in {
         "base-f32": ["--model", WRITER, "--set", "gguf_type=f32"],
-        "adapter": ["--adapter", RUN, "--only", "adapter"],
-        **{f"merged-{kind}": ["--adapter", RUN, "--only", "model", "--set", f"gguf_type={kind}"] for kind in TYPES},
+        "adapter": [RUN, "--only", "adapter"],
+        **{f"merged-{kind}": [RUN, "--only", "model", "--set", f"gguf_type={kind}"] for kind in TYPES},
     }.items():
         if not (exported / name).exists():
             command(folder, "export", "--format", "gguf", *options, "--output", f"exported/{name}")

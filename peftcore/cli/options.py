@@ -24,24 +24,33 @@ def in_run(folder: Path | None) -> Path | None:
     return None if folder is None else adapter_folder(folder)
 
 
-def adapter_folder_option(help: str) -> Any:
-    """Return `--adapter` for the folder of one adapter or run."""
-    return typer.Option("--adapter", "-a", callback=in_run, autocompletion=completion.adapters, help=help)
+def adapter_argument(help: str) -> Any:
+    """Return the argument ADAPTER, the folder of one adapter or run."""
+    return typer.Argument(metavar="ADAPTER", callback=in_run, autocompletion=completion.adapters, help=help)
 
 
 Model = Annotated[str, typer.Option("--model", "-m", help="Hub id, local folder, or a .gguf file.")]
 MaybeModel = Annotated[
     str | None,
-    typer.Option("--model", "-m", help="Hub id, local folder, or a .gguf file; with --adapter its base, if elsewhere."),
+    typer.Option("--model", "-m", help="Base model: hub id, folder or .gguf file; with --adapter, if it moved."),
 ]
 BaseModel = Annotated[
     str | None, typer.Option("--model", "-m", help="The adapter's base, if it is not where the adapter says.")
 ]
 Adapter = Annotated[
-    Path, adapter_folder_option("Folder of an adapter or a run: ours, PEFT's or of a library that a plugin reads.")
+    Path, adapter_argument("Folder of an adapter or a run: peftcore's, PEFT's or of a library that a plugin reads.")
 ]
-MaybeAdapter = Annotated[Path | None, adapter_folder_option("Folder of an adapter or a run; without, the base.")]
-Continued = Annotated[Path | None, adapter_folder_option("Go on training this adapter, or a run's, in a new run.")]
+MaybeAdapter = Annotated[Path | None, adapter_argument("Folder of an adapter or a run; without it, the base is used.")]
+Continued = Annotated[
+    Path | None,
+    typer.Option(
+        "--adapter",
+        "-a",
+        callback=in_run,
+        autocompletion=completion.adapters,
+        help="Folder of an adapter or a run to go on training; the result is a new run.",
+    ),
+]
 Data = Annotated[
     list[str],
     typer.Option(

@@ -84,7 +84,11 @@ class SuggestingCommand(TyperCommand):
             name = getattr(error, "option_name", None)
             if type(error).__name__ == "NoSuchOption" and isinstance(name, str):
                 meant = of_option(name, [option for each in self.params for option in each.opts])
-                if meant is not None:
+                if name in ("--adapter", "-a") and any(each.name in ("adapter", "adapters") for each in self.params):
+                    example = f"peftcore {ctx.info_name} ADAPTER"  # `train` alone has the option
+                    error.message = f"No such option: {name}. The adapter is an argument: {example}"  # type: ignore[attr-defined]
+                    error.possibilities = None  # type: ignore[attr-defined]
+                elif meant is not None:
                     known = f"{meant} NAME=VALUE" if meant == "--set" else meant
                     error.message = f"No such option: {name}. Did you mean {known}?"  # type: ignore[attr-defined]
                     error.possibilities = None  # type: ignore[attr-defined]

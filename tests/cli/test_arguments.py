@@ -49,11 +49,11 @@ def test_a_path_that_names_no_folder(
     path = tmp_path / name
     words = {
         "train": (*TRAIN, "-m", llama, "-d", reviews, "-o", path),
-        "merge": ("merge", "-a", path, "-o", tmp_path / "out"),
-        "export": ("export", "--format", "gguf", "-a", path, "-o", tmp_path / "out"),
+        "merge": ("merge", path, "-o", tmp_path / "out"),
+        "export": ("export", "--format", "gguf", path, "-o", tmp_path / "out"),
         "info": ("info", path),
-        "generate": ("generate", "-a", path, "-p", "the"),
-        "chat": ("chat", "-a", path),
+        "generate": ("generate", path, "-p", "the"),
+        "chat": ("chat", path),
         "plan": ("plan", "-m", path, "--method", "lora"),
     }[command]
     found = run(*words, code=1)

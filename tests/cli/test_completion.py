@@ -56,7 +56,7 @@ def test_the_shell_is_answered(runs: Path, monkeypatch: pytest.MonkeyPatch, caps
     monkeypatch.setenv("_PEFTCORE_COMPLETE", "complete_bash")
     for words, offered in (
         ("peftcore train --method bit", "bitfit"),
-        ("peftcore eval -a runs/o", "runs/one"),
+        ("peftcore eval runs/o", "runs/one"),
         ("peftcore info runs/t", "runs/two"),
         ("peftcore plug", "plugins"),
     ):

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 import typer
-from safetensors.torch import save_file
 from support.commands import Run, write_jsonl
 
 import peftcore
@@ -63,16 +60,13 @@ def test_a_folder_without_a_model(run: Run, tmp_path: Path) -> None:
     assert "has no model: config.json is missing, found notes.txt." in " ".join(output.split())
     (tmp_path / "odd" / "adapter_config.json").write_text("{}")
     output = run("train", "-m", tmp_path / "odd", *arguments, code=1).output
-    assert "is an adapter, not a base. Pass it as --adapter" in " ".join(output.split())
+    assert "is an adapter, not a base. Pass the base it was trained on; the adapter is" in " ".join(output.split())
 
 
-def test_info_takes_the_folder_as_other_commands_do(run: Run, tmp_path: Path) -> None:
-    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2}))
-    save_file({}, tmp_path / "adapter_model.safetensors")
-    save_file({"base_model.model.q_proj.lora_A.weight": torch.zeros(2, 3)}, tmp_path / "adapter_model.safetensors")
-    assert run("info", "--adapter", tmp_path).output == run("info", tmp_path).output
-    assert "info shows one adapter. Pass its folder" in run("info", code=1).output
-    assert "info shows one adapter" in run("info", tmp_path, "-a", tmp_path, code=1).output
+@pytest.mark.parametrize("command", ["chat", "eval", "export", "generate", "info", "merge", "predict"])
+def test_the_adapter_is_an_argument(run: Run, command: str) -> None:
+    output = run(command, "--adapter", "run", code=2).output
+    assert f"The adapter is an argument: peftcore {command} ADAPTER" in " ".join(output.replace("│", " ").split())
 
 
 def test_suggest_takes_the_task_of_the_data(

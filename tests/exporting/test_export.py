@@ -102,7 +102,7 @@ def test_a_plugins_format_on_the_command_line(tmp_path: Path, monkeypatch: pytes
     peftcore.save(model, tmp_path / "adapter")
     monkeypatch.chdir(tmp_path)
     with installed(NpzPlugin()):
-        given = ("export", "--format", "npz", "--adapter", "adapter", "--model", "base", "--set", "compressed=true")
+        given = ("export", "--format", "npz", "adapter", "--model", "base", "--set", "compressed=true")
         found = invoke(*given, "--output", "both")
         assert found.exit_code == 0, found.output
         assert sorted(each.name for each in Path("both").iterdir()) == ["change.npz", "model.npz"]

@@ -98,7 +98,7 @@ def test_load_and_the_command_line(int4: ModuleType, tmp_path: Path) -> None:
     assert torch.equal(logits(loaded), logits(peftcore.quantize(llama(**WIDE), "int4")))
     model = apply(peftcore.quantize(llama(**WIDE), "int4"), r=4, target_modules=["q_proj"])
     peftcore.save(model, tmp_path / "adapter")
-    given = ("-a", tmp_path / "adapter", "-m", tmp_path / "base", "--quantize", "int4")
+    given = (tmp_path / "adapter", "-m", tmp_path / "base", "--quantize", "int4")
     found = invoke("merge", *given, "-o", tmp_path / "out")
     assert found.exit_code == 0, found.output
     merged = type(model).from_pretrained(tmp_path / "out", dtype=torch.float32).eval()

@@ -193,7 +193,7 @@ def refuse_other_folders(folder: Path) -> None:
         return  # other files may be an adapter of another library, whose reader says what is missing
     checkpoints = sorted((folder / "checkpoints").glob("checkpoint-*"), key=lambda each: (len(each.name), each.name))
     if os.path.exists(folder / "run.json"):
-        more = f", or use its newest checkpoint: --adapter {checkpoints[-1]}" if checkpoints else ""
+        more = f", or use its newest checkpoint: {checkpoints[-1]}" if checkpoints else ""
         raise PeftcoreError(
             f"the run in '{folder}' has no adapter yet, because it has not ended. Continue it with --resume{more}"
         )

@@ -46,7 +46,8 @@ def _refuse_folder(path: Path, model: str) -> None:
     """Raise a PeftcoreError that says what a folder without a model's config has instead."""
     if os.path.exists(adapter_folder(path) / "adapter_config.json"):
         raise PeftcoreError(
-            f"--model '{model}' is an adapter, not a base. Pass it as --adapter, or pass the base it was trained on"
+            f"--model '{model}' is an adapter, not a base. Pass the base it was trained on; the adapter is "
+            "--adapter of train, and the argument of other commands"
         )
     names = sorted(os.listdir(path))
     found = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "") or "nothing"

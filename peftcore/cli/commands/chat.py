@@ -13,8 +13,8 @@ from peftcore.cli.console import out, print_answer, say, warn
 from peftcore.errors import PeftcoreError, nearest
 
 EXAMPLES = (
-    "peftcore chat -a run",
-    "peftcore chat -a one=run1 -a two=run2",
+    "peftcore chat run",
+    "peftcore chat one=run1 two=run2",
 )
 
 BASE = "base"
@@ -26,14 +26,12 @@ HELP = """/use NAME       answer with this adapter; /use base for the base
 
 
 def chat(
-    adapter: Annotated[
+    adapters: Annotated[
         list[str] | None,
-        typer.Option(
-            "--adapter",
-            "-a",
-            metavar="[NAME=]FOLDER",
+        typer.Argument(
+            metavar="[NAME=]ADAPTER",
             autocompletion=completion.adapters,
-            help="Adapter or run to load. Repeatable.",
+            help="Folders of adapters or runs of one base; without any, the base answers.",
         ),
     ] = None,
     model: options.BaseModel = None,
@@ -62,10 +60,10 @@ def chat(
         models,
     )
 
-    folders = _named(adapter or [])
+    folders = _named(adapters or [])
     if not folders and model is None:
         raise PeftcoreError(
-            "nothing to talk with. Pass an adapter (--adapter FOLDER), a model (--model MODEL), or both"
+            "nothing to talk with. Pass an adapter (peftcore chat FOLDER), a model (--model MODEL), or both"
         )
     about = {name: adapter_folders.adapter_task(folder) for name, folder in folders.items()}
     for name, task in about.items():
@@ -215,7 +213,7 @@ def _named(texts: list[str]) -> dict[str, Path]:
         where = Path(path if is_named else text)
         name = name if is_named else where.resolve().name
         if name in folders or name == BASE:
-            raise PeftcoreError(f"two adapters have the name '{name}'. Name them: --adapter NAME=FOLDER")
+            raise PeftcoreError(f"two adapters have the name '{name}'. Name them: NAME=FOLDER")
         folders[name] = adapter_folder(where)
     return folders
 

@@ -13,8 +13,8 @@ from peftcore.cli.settings import RunOptions
 from peftcore.errors import PeftcoreError
 
 EXAMPLES = (
-    "peftcore eval -a run -d test.jsonl",
-    "peftcore eval -a adapter -m MODEL -d test.csv --labels negative,positive",
+    "peftcore eval run -d test.jsonl",
+    "peftcore eval adapter -m MODEL -d test.csv --labels negative,positive",
 )
 
 

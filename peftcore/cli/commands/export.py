@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 EXAMPLES = (
     "peftcore export",
-    "peftcore export -a run --format gguf --set gguf_type=q8_0",
-    "peftcore export -a run --format vllm -o served",
+    "peftcore export run --format gguf --set gguf_type=q8_0",
+    "peftcore export run --format vllm -o served",
 )
 
 
@@ -55,7 +55,7 @@ def export(
 ) -> None:
     """Write files for another program, or explain why that program would compute something else.
 
-    A format may have adapters, models or both. Models are merged first; without --adapter the base itself is written.
+    A format may have adapters, models or both. Models are merged first; without an adapter the base itself is written.
     """
     from peftcore import exporting
     from peftcore.cli.bases import adapter_folders, base_and_adapter, base_files, base_quantization, models
@@ -193,8 +193,7 @@ def _refuse_part(
         return
     of_models = [name for name, (_, each) in sorted(registry.exporters().items()) if "model" in each.parts]
     raise PeftcoreError(
-        "no adapter is given. Pass --adapter FOLDER; a model alone (--model) can be exported to "
-        f"{' and '.join(of_models)}"
+        f"no adapter is given. Pass its folder; a model alone (--model) can be exported to {' and '.join(of_models)}"
     )
 
 

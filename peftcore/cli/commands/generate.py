@@ -10,7 +10,7 @@ from peftcore.cli import options
 from peftcore.cli.console import print_answer, say, warn
 from peftcore.errors import PeftcoreError
 
-EXAMPLES = ('peftcore generate -a run -p "Is it good?" --compare',)
+EXAMPLES = ('peftcore generate run -p "Is it good?" --compare',)
 
 
 def generate(
@@ -40,7 +40,7 @@ def generate(
 
     if adapter is None and model is None:
         raise PeftcoreError(
-            "nothing to generate with. Pass an adapter (--adapter FOLDER), a model (--model MODEL), or both"
+            "nothing to generate with. Pass an adapter (peftcore generate FOLDER), a model (--model MODEL), or both"
         )
     if adapter is None and (compare or labels is not None):
         raise PeftcoreError(f"{'--compare' if compare else '--labels'} needs an adapter. Pass one, or leave it out")

@@ -5,9 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
-from peftcore.cli import completion, options
+from peftcore.cli import options
 from peftcore.cli.console import table
 from peftcore.errors import PeftcoreError
 
@@ -15,25 +13,9 @@ EXAMPLES = ("peftcore info run",)
 
 
 def info(
-    folder: Annotated[
-        Path | None,
-        typer.Argument(
-            metavar="[ADAPTER]",
-            help="Folder of an adapter or a run, or a single file.",
-            callback=options.in_run,
-            autocompletion=completion.adapters,
-        ),
-    ] = None,
-    *,
-    adapter: Annotated[Path | None, options.adapter_folder_option("Like the argument.")] = None,
+    adapter: Annotated[Path, options.adapter_argument("Folder of an adapter or a run, or a single file.")],
 ) -> None:
     """Show an adapter's method, config, base and size."""
-    if (folder is None) == (adapter is None):
-        raise PeftcoreError("info shows one adapter. Pass its folder: peftcore info FOLDER")
-    _show(adapter or folder or Path())
-
-
-def _show(adapter: Path) -> None:
     import peftcore
     from peftcore.cli.bases.adapter_folders import refuse_other_folders
 

@@ -12,7 +12,7 @@ from peftcore.cli import options
 from peftcore.cli.console import say
 from peftcore.errors import PeftcoreError
 
-EXAMPLES = ("peftcore merge -a run -o merged",)
+EXAMPLES = ("peftcore merge run -o merged",)
 
 
 def merge(

@@ -13,8 +13,8 @@ from peftcore.cli.console import number, print_answer, say
 from peftcore.errors import PeftcoreError
 
 EXAMPLES = (
-    "peftcore predict -a run -d new.jsonl -o answers.jsonl",
-    "peftcore predict -a run -d photos/",
+    "peftcore predict run -d new.jsonl -o answers.jsonl",
+    "peftcore predict run -d photos/",
 )
 
 

@@ -359,13 +359,9 @@ def _commands(settings: Settings, result: Result) -> list[str]:
     takes_prompts = settings.task not in (task_names.IMAGE, task_names.REWARD, *reads_rows)
     is_chat = result.is_chat and settings.task not in task_names.NO_PROMPTS
     return [
-        *([f"peftcore chat --adapter {adapter}"] if is_chat else []),
-        *([f'peftcore generate --adapter {adapter} --prompt "..."'] if takes_prompts else []),
-        *(
-            [f"peftcore predict --adapter {adapter} --data NEW"]
-            if settings.task in (*task_names.HEADED, *reads_rows)
-            else []
-        ),
-        f"peftcore eval --adapter {adapter} --data {evaluation}",
-        f"peftcore merge --adapter {adapter} --output MERGED",
+        *([f"peftcore chat {adapter}"] if is_chat else []),
+        *([f'peftcore generate {adapter} --prompt "..."'] if takes_prompts else []),
+        *([f"peftcore predict {adapter} --data NEW"] if settings.task in (*task_names.HEADED, *reads_rows) else []),
+        f"peftcore eval {adapter} --data {evaluation}",
+        f"peftcore merge {adapter} --output MERGED",
     ]

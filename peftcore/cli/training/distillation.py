@@ -47,7 +47,7 @@ def checked(given: RunOptions, task: str) -> str:
     if not (folder / "config.json").exists() and (adapter_folder(folder) / "adapter_config.json").exists():
         raise PeftcoreError(
             f"--teacher '{teacher}' is an adapter, and the teacher must be a model. Write one with peftcore merge "
-            f"--adapter {teacher} --output FOLDER, and pass that"
+            f"{teacher} --output FOLDER, and pass that"
         )
     return base_files.resolve(teacher)
 

@@ -120,13 +120,13 @@ def test_an_adapter_trains_and_is_measured_over_8da4w(tmp_path: Path) -> None:
     )
     assert status == 0, output
     after = json.loads((run / "result.json").read_text())["after"]["loss"]
-    status, output = printed("eval", "-a", run, "-d", data)
+    status, output = printed("eval", run, "-d", data)
     assert status == 0 and f"{after:.4f}" in output  # the rounded base with the adapter, as in training
-    status, output = printed("eval", "-a", run, "-d", data, "--dtype", "fp32", "--quantize", "none")
+    status, output = printed("eval", run, "-d", data, "--dtype", "fp32", "--quantize", "none")
     assert status == 0 and f"{after:.4f}" not in output
-    status, output = printed("merge", "-a", run, "-o", tmp_path / "rounded")
+    status, output = printed("merge", run, "-o", tmp_path / "rounded")
     assert status == 1 and "--quantize none" in output
-    status, output = printed("merge", "-a", run, "-o", tmp_path / "merged", "--quantize", "none")
+    status, output = printed("merge", run, "-o", tmp_path / "merged", "--quantize", "none")
     assert status == 0, output
     merged = LlamaForCausalLM.from_pretrained(tmp_path / "merged")
     assert type(merged.model.layers[0].mlp.up_proj) is nn.Linear

@@ -138,9 +138,7 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     assert len(SPECIAL + WORDS) <= 32
 
     def call(name: str, *arguments: Any, code: int = 0) -> str:
-        where = (
-            ["--adapter", FOLDERS / "llama-seq_bn", "--model", base] if name != "info" else [FOLDERS / "llama-seq_bn"]
-        )
+        where = [FOLDERS / "llama-seq_bn", *(["--model", base] if name != "info" else [])]
         words = [str(word) for word in (name, *where, *arguments)]
         result = CliRunner().invoke(build(words), words)
         assert result.exit_code == code, result.output

@@ -298,9 +298,9 @@ def test_an_adapter_trains_resumes_and_merges_on_the_command_line(tmp_path: Path
     assert all(torch.equal(found[key], wanted[key]) for key in wanted)
 
     asked = ("-d", data, "--dtype", "fp32")
-    status, output = printed("eval", "-a", tmp_path / "run", *asked)
+    status, output = printed("eval", tmp_path / "run", *asked)
     assert status == 0 and f"{result['after']['loss']:.4f}" in output
-    status, output = printed("merge", "-a", tmp_path / "run", "-o", tmp_path / "merged", "--dtype", "fp32")
+    status, output = printed("merge", tmp_path / "run", "-o", tmp_path / "merged", "--dtype", "fp32")
     assert status == 0, output
     merged = load(tmp_path / "merged")
     assert not any(isinstance(each, peftcore_aqlm.AqlmLinear) for each in merged.modules())

@@ -37,7 +37,7 @@ def test_train_eval_and_merge(run: Run, llama: Path, reviews: Path, tmp_path: Pa
     told = run("train", "-m", base, "-d", reviews, "-o", output, "--eval-data", reviews, "--method", "lora", *steps)
     found = json.loads((output / "result.json").read_text())
     assert found["after"]["loss"] < found["before"]["loss"] and "memory is not predicted" not in told.output
-    run("merge", "--adapter", output / "adapter", "--output", tmp_path / "merged")
+    run("merge", output / "adapter", "--output", tmp_path / "merged")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     adapted = peftcore.load(peftcore.quantization.load(base, dtype=torch.float32), output / "adapter").eval()
     for name, weight in dense.items():

@@ -21,7 +21,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_gguf(run: Run, base: Path, tmp_path: Path) -> None:
     expected = saved_run(base, tmp_path / "run", r=4)
-    told = run("export", "--format", "gguf", "--adapter", tmp_path / "run", "--set", "gguf_type=f32").output
+    told = run("export", "--format", "gguf", tmp_path / "run", "--set", "gguf_type=f32").output
     folder = tmp_path / "run" / "gguf"
     assert sorted(file.name for file in folder.iterdir()) == ["adapter.gguf", "model-f32.gguf"]
     assert "llama-cli -m BASE.gguf --lora" in told and "model-f32.gguf" in told
@@ -54,7 +54,7 @@ def test_nothing_is_left_of_an_export_that_fails(run: Run, base: Path, tmp_path:
 
     monkeypatch.setattr("peftcore_gguf.model.write_tokenizer", fails)
     saved_run(base, tmp_path / "run", r=4)
-    given = ("export", "--format", "gguf", "--adapter", tmp_path / "run", "--output")
+    given = ("export", "--format", "gguf", tmp_path / "run", "--output")
     assert "the tokenizer is of a kind" in run(*given, tmp_path / "new" / "folder", code=1).output
     assert not (tmp_path / "new").exists()
     (tmp_path / "empty").mkdir()
@@ -64,7 +64,7 @@ def test_nothing_is_left_of_an_export_that_fails(run: Run, base: Path, tmp_path:
 
 def test_parts_of_gguf_and_what_is_made_thin(run: Run, base: Path, tmp_path: Path) -> None:
     saved_run(base, tmp_path / "run", "dora", r=4, target_modules=["q_proj"])
-    given = ("export", "--format", "gguf", "--adapter", tmp_path / "run", "--output")
+    given = ("export", "--format", "gguf", tmp_path / "run", "--output")
     refused = run(*given, tmp_path / "x", "--only", "adapter", code=1).output
     assert "cannot be written as an adapter of llama.cpp" in refused and not (tmp_path / "x").exists()
     told = run(*given, tmp_path / "merged").output.replace("\n", " ")
@@ -81,25 +81,25 @@ def test_a_tokenizer_beside_the_adapter_is_the_one_it_was_trained_with(run: Run,
     theirs = exported.tokenizer(additional_special_tokens=["<|call|>"])
     theirs.chat_template = "{{ theirs }}"
     theirs.save_pretrained(tmp_path / "adapter")
-    run("export", "--format", "gguf", "--adapter", tmp_path, "--only", "model")
+    run("export", "--format", "gguf", tmp_path, "--only", "model")
     facts = exported.keys(tmp_path / "gguf" / "model-f16.gguf")
     assert facts["tokenizer.chat_template"] == "{{ theirs }}" and "<|call|>" in facts["tokenizer.ggml.tokens"]
 
 
 def test_asked_for_wrongly(run: Run, base: Path, tmp_path: Path) -> None:
     saved_run(base, tmp_path / "run", r=4)
-    given = ("export", "--format", "gguf", "--adapter", tmp_path / "run")
+    given = ("export", "--format", "gguf", tmp_path / "run")
     assert (
         "--only must be adapter or model for the format 'gguf', found 'base'"
         in run(*given, "--only", "base", code=1).output
     )
     wrong = run(*given, "--set", "type=f16", code=1).output
     assert "GgufOptions has no field 'type'" in wrong and "gguf_type" in wrong
-    assert "Pass --adapter FOLDER" in run("export", "--format", "gguf", code=1).output
+    assert "Pass its folder" in run("export", "--format", "gguf", code=1).output
     tiny.gpt2().save_pretrained(tmp_path / "gpt2")
     exported.tokenizer().save_pretrained(tmp_path / "gpt2")
     saved_run(tmp_path / "gpt2", tmp_path / "other", r=4)
-    output = run("export", "--format", "gguf", "--adapter", tmp_path / "other", code=1).output.replace("\n", " ")
+    output = run("export", "--format", "gguf", tmp_path / "other", code=1).output.replace("\n", " ")
     assert "GPT2LMHeadModel cannot be exported to GGUF" in output and "--convert" not in output
     tiny.llama().save_pretrained(tmp_path / "words")
     commands.save_tokenizer(tmp_path / "words")

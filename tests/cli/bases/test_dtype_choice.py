@@ -145,13 +145,13 @@ def test_a_run_and_what_uses_it(
     tasks = [json.loads((tmp_path / name / "adapter/peftcore_task.json").read_text()) for name in ("slow", "fast")]
     assert [task["dtype"] for task in tasks] == ["fp32", "bf16"]
     assert json.loads((tmp_path / "slow/run.json").read_text())["dtype"] == "auto"
-    shown = run("eval", "-a", tmp_path / "slow", "-d", reviews).output
+    shown = run("eval", tmp_path / "slow", "-d", reviews).output
     assert "its adapter was trained with the base in fp32" in said(shown)
     after = json.loads((tmp_path / "slow/result.json").read_text())["after"]["loss"]
     assert f"{after:.4f}" in shown
-    run("generate", "-a", tmp_path / "fast", "-p", "the film is")
+    run("generate", tmp_path / "fast", "-p", "the film is")
     on(AVX2)
-    shown = run("generate", "-a", tmp_path / "fast", "-p", "the film is").output
+    shown = run("generate", tmp_path / "fast", "-p", "the film is").output
     assert INSTEAD in said(shown)
     assert loaded_in[2:] == [torch.float32, torch.bfloat16, torch.float32]
 

@@ -19,11 +19,11 @@ from peftcore.cli.bases.models import load_config, load_model
 
 def test_a_folder_without_an_adapter(tmp_path: Path, run: Run) -> None:
     (tmp_path / "empty").mkdir()
-    assert "is empty. Pass the folder of a run" in run("eval", "-a", tmp_path / "empty", "-d", "a.jsonl", code=1).output
+    assert "is empty. Pass the folder of a run" in run("eval", tmp_path / "empty", "-d", "a.jsonl", code=1).output
     (tmp_path / "run" / "checkpoints" / "checkpoint-9").mkdir(parents=True)
     (tmp_path / "run" / "checkpoints" / "checkpoint-10").mkdir()
     (tmp_path / "run" / "run.json").write_text("{}")
-    said = run("eval", "--adapter", tmp_path / "run", "--data", "a.jsonl", code=1).output
+    said = run("eval", tmp_path / "run", "--data", "a.jsonl", code=1).output
     assert "has no adapter yet" in said and "--resume, or use its newest checkpoint" in said and "checkpoint-10" in said
 
 

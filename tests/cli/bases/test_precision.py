@@ -36,7 +36,7 @@ def test_mixed_precision_trains_in_bf16_and_is_measured_as_eval_does(
     assert (torch.bfloat16, True) in seen, "training computes in bf16"
     assert (torch.float32, False) in seen and (torch.bfloat16, False) not in seen, "measuring computes in fp32"
     found = result_of(tmp_path / "run")
-    shown = run("eval", "-a", tmp_path / "run", "-d", reviews).output
+    shown = run("eval", tmp_path / "run", "-d", reviews).output
     assert f"{found['before']['loss']:.4f}" in shown and f"{found['after']['loss']:.4f}" in shown
     monkeypatch.undo()
     run(*arguments, "-o", tmp_path / "fp32", "--precision", "fp32")

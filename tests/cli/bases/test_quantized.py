@@ -26,9 +26,9 @@ def test_train_and_use(run: Run, llama: Path, reviews: Path, tmp_path: Path) -> 
     assert found["after"]["loss"] < 0.7 * found["before"]["loss"]
     config = json.loads((output / "adapter" / "adapter_config.json").read_text())
     assert config["peft_type"] == "LORA" and "blocksize" not in config
-    run("eval", "--adapter", output / "adapter", "-d", reviews)
-    run("generate", "--adapter", output / "adapter", "-p", "the film is good")
-    run("merge", "--adapter", output / "adapter", "--output", tmp_path / "merged")
+    run("eval", output / "adapter", "-d", reviews)
+    run("generate", output / "adapter", "-p", "the film is good")
+    run("merge", output / "adapter", "--output", tmp_path / "merged")
     assert "quantization_config" not in json.loads((tmp_path / "merged" / "config.json").read_text())
 
 
@@ -62,7 +62,7 @@ def test_the_base_in_4_bits_again(run: Run, llama: Path, reviews: Path, tmp_path
     printed = run("train", "-m", llama, "-d", reviews, "-o", output, "--eval-data", reviews, *method, *STEPS, 6).output
     assert "--quantize" not in printed  # the commands that use the adapter read its record
     found = json.loads((output / "result.json").read_text())
-    given = ("--adapter", output / "adapter")
+    given = (output / "adapter",)
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # about a base other than the one it was trained on
         losses = held_out_losses(run("eval", *given, "-d", reviews).output)
@@ -87,7 +87,7 @@ def test_a_classifier_on_a_base_in_4_bits(run: Run, bert: Path, labelled: Path, 
     method = ("--method", "qlora", "--set", "r=4")
     run("train", "-m", bert, "-d", labelled, "-o", output, "--eval-data", labelled, *method, *STEPS, 6)
     found = json.loads((output / "result.json").read_text())
-    given = ("--adapter", output / "adapter", "--quantize", "nf4")
+    given = (output / "adapter", "--quantize", "nf4")
     loss = held_out_losses(run("eval", *given, "-d", labelled).output)[1]
     assert loss == pytest.approx(found["after"]["loss"], abs=1e-4)
     assert run("generate", *given, "-p", "the story is good").output.strip().startswith(("up", "down"))
@@ -103,9 +103,9 @@ def test_a_base_that_is_stored_in_4_bits(run: Run, llama: Path, reviews: Path, t
     run("train", "-m", base, "-d", reviews, "-o", output, "--eval-data", reviews, "--method", "lora", *STEPS, 6)
     found = json.loads((output / "result.json").read_text())
     assert found["after"]["loss"] < 0.9 * found["before"]["loss"]
-    losses = held_out_losses(run("eval", "-a", output, "-d", reviews).output)
+    losses = held_out_losses(run("eval", output, "-d", reviews).output)
     assert losses == pytest.approx([found["before"]["loss"], found["after"]["loss"]], abs=1e-4)
-    run("merge", "-a", output, "--output", tmp_path / "merged")
+    run("merge", output, "--output", tmp_path / "merged")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     adapted = peftcore.merge(peftcore.load(stored, output / "adapter"), dtype=torch.float32).state_dict()
     assert all(torch.equal(merged.state_dict()[name], adapted[name]) for name in adapted if "_proj" in name)
@@ -115,10 +115,10 @@ def test_any_method_on_a_base_in_4_bits(run: Run, llama: Path, reviews: Path, tm
     """What --quantize trains is what `eval` measures, and a run that continues it keeps the 4 bits."""
     output, data = tmp_path / "run", ("-d", reviews, "--eval-data", reviews)
     printed = run("train", "-m", llama, *data, "-o", output, "--method", "ia3", "--quantize", "nf4", *STEPS, 6).output
-    assert "eval --adapter" in printed and "memory is not predicted" not in printed
+    assert f"eval {output / 'adapter'}" in printed and "memory is not predicted" not in printed
     found = json.loads((output / "result.json").read_text())
     assert found["after"]["loss"] < found["before"]["loss"]
-    losses = held_out_losses(run("eval", "-a", output, "-d", reviews).output)
+    losses = held_out_losses(run("eval", output, "-d", reviews).output)
     assert losses == pytest.approx([found["before"]["loss"], found["after"]["loss"]], abs=1e-4)
     run("train", "-a", output, *data, "-o", tmp_path / "further", *STEPS, 2)
     further = json.loads((tmp_path / "further" / "result.json").read_text())
@@ -156,9 +156,9 @@ def test_skip_is_a_field_of_qlora(run: Run, llama: Path, reviews: Path, tmp_path
     method = ("--method", "qlora", "--set", "quant_type=mxfp4", "--set", "skip=lm_head,down_proj")
     run(*arguments, "--eval-data", reviews, *method)
     found = json.loads((tmp_path / "run" / "result.json").read_text())
-    losses = held_out_losses(run("eval", "-a", tmp_path / "run", "-d", reviews).output)
+    losses = held_out_losses(run("eval", tmp_path / "run", "-d", reviews).output)
     assert losses == pytest.approx([found["before"]["loss"], found["after"]["loss"]], abs=1e-4)
-    run("merge", "-a", tmp_path / "run", "--output", tmp_path / "merged")
+    run("merge", tmp_path / "run", "--output", tmp_path / "merged")
 
 
 def test_an_unknown_4_bit_type(run: Run, llama: Path, tmp_path: Path) -> None:
@@ -171,7 +171,7 @@ def test_a_classifier(run: Run, bert: Path, labelled: Path, tmp_path: Path) -> N
     run("train", "-m", bert, "-d", labelled, "-o", output, "--eval-data", labelled, *METHOD, *STEPS, 6)
     names = load_file(output / "adapter" / "adapter_model.safetensors")
     assert "base_model.model.classifier.weight" in names
-    run("eval", "--adapter", output / "adapter", "-d", labelled)
+    run("eval", output / "adapter", "-d", labelled)
 
 
 def test_resume_is_bit_exact(run: Run, llama: Path, reviews: Path, tmp_path: Path) -> None:
@@ -212,17 +212,17 @@ def test_commands_quantize_as_the_record_says(
     shown = " ".join(run("info", moved).output.split())
     assert "base in training quantized as nf4 (blocksize=128, double_quant=False, 3 weights dense)" in shown
     for folder in (skipping, moved, skipping / "checkpoints" / "checkpoint-4"):
-        assert held_out_losses(run("eval", "-a", folder, "-d", reviews).output) == wanted
-    assert held_out_losses(run("eval", "-a", moved, "-d", reviews, "--quantize", "nf4").output) == wanted
+        assert held_out_losses(run("eval", folder, "-d", reviews).output) == wanted
+    assert held_out_losses(run("eval", moved, "-d", reviews, "--quantize", "nf4").output) == wanted
 
-    run("merge", "-a", moved, "--output", tmp_path / "merged")
+    run("merge", moved, "--output", tmp_path / "merged")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     base = peftcore.quantization.load(llama, dtype=torch.float32, **{**recorded, "compute_dtype": None})
     adapted = peftcore.merge(peftcore.load(base, moved), dtype=torch.float32)
     for path in (down[0], "model.layers.0.self_attn.q_proj"):
         assert torch.equal(merged.get_submodule(path).weight, adapted.get_submodule(path).weight)
 
-    output = run("eval", "-a", moved, "-d", reviews, "--quantize", "fp4", code=1).output
+    output = run("eval", moved, "-d", reviews, "--quantize", "fp4", code=1).output
     assert (
         f"--quantize fp4 contradicts the adapter '{moved}', which was trained on a base quantized as nf4 "
         "(blocksize=128, double_quant=False, 3 weights dense). Leave it out, or pass --quantize none"

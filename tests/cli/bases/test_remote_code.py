@@ -117,11 +117,11 @@ def test_train_and_use(run: Run, own: Path, reviews: Path, tmp_path: Path) -> No
     assert found["after"]["loss"] < found["before"]["loss"]
     assert json.loads((output / "run.json").read_text())["trust_remote_code"] is True
 
-    assert refused in " ".join(run("eval", "-a", output, "-d", reviews, code=1).output.split())  # at each call
+    assert refused in " ".join(run("eval", output, "-d", reviews, code=1).output.split())  # at each call
     wanted = pytest.approx([found["before"]["loss"], found["after"]["loss"]], abs=1e-4)
-    assert losses(run("eval", "-a", output, "-d", reviews, trust).output) == wanted
-    run("generate", "-a", output, "-p", "the film is", "--max-new-tokens", 2, trust)
-    run("merge", "-a", output, "-o", tmp_path / "merged", trust)
+    assert losses(run("eval", output, "-d", reviews, trust).output) == wanted
+    run("generate", output, "-p", "the film is", "--max-new-tokens", 2, trust)
+    run("merge", output, "-o", tmp_path / "merged", trust)
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", trust_remote_code=True)
     adapted = base_and_adapter.load_adapter(
         AutoModelForCausalLM.from_pretrained(own, trust_remote_code=True), output / "adapter"
@@ -140,8 +140,8 @@ def test_code_that_computes_logits_alone(run: Run, reviews: Path, tmp_path: Path
     found = json.loads((tmp_path / "run" / "result.json").read_text())
     assert found["after"]["loss"] < found["before"]["loss"]
     wanted = pytest.approx([found["before"]["loss"], found["after"]["loss"]], abs=1e-4)
-    assert losses(run("eval", "-a", tmp_path / "run", "-d", reviews, trust).output) == wanted
-    refused = run("generate", "-a", tmp_path / "run", "-p", "the film is", trust, code=1).output
+    assert losses(run("eval", tmp_path / "run", "-d", reviews, trust).output) == wanted
+    refused = run("generate", tmp_path / "run", "-p", "the film is", trust, code=1).output
     assert "ReplitLM cannot write texts: its code does not inherit from" in " ".join(refused.split())
 
     model = models.load_model(str(tmp_path / "base"), "causal-lm", device="cpu")
@@ -172,7 +172,7 @@ def test_quantized(run: Run, own: Path, reviews: Path, tmp_path: Path) -> None:
     run("train", *given, "--method", "qlora", "--set", "target_modules=up", "--trust-remote-code")
     found = json.loads((tmp_path / "run" / "result.json").read_text())
     wanted = pytest.approx([found["before"]["loss"], found["after"]["loss"]], abs=1e-4)
-    assert losses(run("eval", "-a", tmp_path / "run", "-d", reviews, "--trust-remote-code").output) == wanted
+    assert losses(run("eval", tmp_path / "run", "-d", reviews, "--trust-remote-code").output) == wanted
 
 
 def test_plan(run: Run, own: Path, tmp_path: Path) -> None:

@@ -50,23 +50,21 @@ def test_every_command_has_its_rows_and_its_tokens(run: Run, base: Path, theirs:
 
     folder, model = theirs
     wanted = exported.logits(model)
-    run("merge", "-a", folder, "-o", tmp_path / "merged")
+    run("merge", folder, "-o", tmp_path / "merged")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     torch.testing.assert_close(exported.logits(merged), wanted, atol=1e-5, rtol=1e-5)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
     assert tokenizer.eos_token_id == tokenizer.convert_tokens_to_ids("<|new|>") >= exported.VOCABULARY - 2
     assert tokenizer.chat_template == TEMPLATE and tokenizer.eos_token_id in merged.generation_config.eos_token_id
 
-    run(
-        "export", "-a", folder, "--format", "gguf", "--only", "model", "--set", "gguf_type=f32", "-o", tmp_path / "gguf"
-    )
+    run("export", folder, "--format", "gguf", "--only", "model", "--set", "gguf_type=f32", "-o", tmp_path / "gguf")
     file = tmp_path / "gguf" / "model-f32.gguf"
     assert exported.keys(file)["tokenizer.ggml.eos_token_id"] == tokenizer.eos_token_id
     assert exported.tensors(file)["token_embd.weight"].shape[0] == exported.VOCABULARY + NEW
 
     rows = [{"messages": [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "ba"}]}] * 4
     data = write_jsonl(tmp_path / "rows.jsonl", rows)
-    evaluated = run("eval", "-a", folder, "-d", data)
+    evaluated = run("eval", folder, "-d", data)
     assert "rows for the new tokens are initialised at random" in evaluated.stderr
     run("train", "-a", folder, "-d", data, "--eval-data", data, "-o", tmp_path / "run", "--steps", 1, "--lr", "1e-9")
     found = json.loads((tmp_path / "run" / "result.json").read_text())["before"]["loss"]
@@ -76,7 +74,7 @@ def test_every_command_has_its_rows_and_its_tokens(run: Run, base: Path, theirs:
     again = peftcore.load(resized(base), tmp_path / "run" / "adapter", trainable=False)
     torch.testing.assert_close(exported.logits(again), wanted, atol=1e-5, rtol=1e-5)
     assert AutoTokenizer.from_pretrained(tmp_path / "run" / "adapter").eos_token == "<|new|>"
-    told = run("generate", "-a", folder, "-p", "ab", "--compare", "--max-new-tokens", 2)
+    told = run("generate", folder, "-p", "ab", "--compare", "--max-new-tokens", 2)
     assert "rows for the new tokens are initialised at random" in told.stderr
 
 
@@ -99,7 +97,7 @@ def test_chat_with_one_of_them(run: Run, theirs: Any, tmp_path: Path, monkeypatc
     folder, _ = theirs
     said = iter(["ab", "/use base", "/adapters", "/quit"])
     monkeypatch.setattr("builtins.input", lambda _prompt: next(said))
-    result = run("chat", "-a", folder, "--max-new-tokens", 3)
+    result = run("chat", folder, "--max-new-tokens", 3)
     assert "the base has no rows for the new tokens" in result.stderr and "tuned\n" in result.stdout
     assert "tuned, base" not in result.stdout
 
@@ -127,7 +125,7 @@ def test_chat_takes_the_tokenizer_of_who_answers(
     monkeypatch.setattr(text_generation, "generate_text", answer)
     said = iter(["a", "/use one", "b", "/quit"])
     monkeypatch.setattr("builtins.input", lambda _prompt: next(said))
-    run("chat", *(word for name, folder in folders.items() for word in ("-a", f"{name}={folder}")))
+    run("chat", *(f"{name}={folder}" for name, folder in folders.items()))
     assert heard == ["two: a", "one: b"]
 
 
@@ -137,10 +135,10 @@ def test_vocabularies_that_do_not_go_together(run: Run, base: Path, theirs: Any,
     folder, _ = theirs
     model = peftcore.apply(AutoModelForCausalLM.from_pretrained(base), "lora", r=2)
     peftcore.save(model, tmp_path / "plain")
-    error = run("chat", "-a", folder, "-a", tmp_path / "plain", code=1).output
+    error = run("chat", folder, tmp_path / "plain", code=1).output
     assert "'tuned' 272, 'plain' 262 tokens. Load one at a time" in error
     for file in folder.glob("*token*"):
         shutil.copy(file, tmp_path / "plain")
-    error = run("merge", "-a", tmp_path / "plain", "-o", tmp_path / "merged", code=1).output
+    error = run("merge", tmp_path / "plain", "-o", tmp_path / "merged", code=1).output
     assert "has 263 tokens, but the model has 262 rows and the adapter brings no others" in error
     assert "save_embedding_layers=True" in error and not (tmp_path / "merged").exists()

@@ -39,7 +39,7 @@ def trained(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     words += ["--chat-template", folder / "template.jinja"]
     result = CliRunner().invoke(build([]), [str(word) for word in words])
     assert result.exit_code == 0, result.output
-    assert "peftcore chat --adapter" in result.output
+    assert "peftcore chat" in result.output
     return folder / "run"
 
 
@@ -50,16 +50,16 @@ def test_the_answer_is_learned_with_its_end(trained: Path) -> None:
 
 
 def test_generate_uses_the_template_that_was_trained(trained: Path, run: Run) -> None:
-    result = run("generate", "--adapter", trained, "--prompt", "the story is", "--max-new-tokens", 6)
+    result = run("generate", trained, "--prompt", "the story is", "--max-new-tokens", 6)
     assert result.output.split() == ["good", "and", "bright"]
-    evaluated = run("eval", "--adapter", trained, "--data", trained.parent / "talk.jsonl")
+    evaluated = run("eval", trained, "--data", trained.parent / "talk.jsonl")
     assert "perplexity" in evaluated.output
 
 
 def test_chat_answers_with_the_adapter_or_the_base(trained: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     said = iter(["the film is", "/reset", "/use base", "the film is", "/use tuend", "/adapters", "/help", "/quit"])
     monkeypatch.setattr("builtins.input", lambda _prompt: next(said))
-    lines = run("chat", "--adapter", f"tuned={trained}", "--max-new-tokens", 3).output.splitlines()
+    lines = run("chat", f"tuned={trained}", "--max-new-tokens", 3).output.splitlines()
     first = lines.index("good and bright")
     assert lines[0] == "tuned answers" and lines[first + 1] == "base answers"
     assert lines[first + 2] != "good and bright"
@@ -70,9 +70,9 @@ def test_chat_answers_with_the_adapter_or_the_base(trained: Path, run: Run, monk
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "Pass an adapter (--adapter FOLDER), a model (--model MODEL), or both"),
-        (["--adapter", "{run}", "--adapter", "{run}"], "two adapters have the name 'run'"),
-        (["--adapter", "base={run}"], "two adapters have the name 'base'"),
+        ([], "Pass an adapter (peftcore chat FOLDER), a model (--model MODEL), or both"),
+        (["{run}", "{run}"], "two adapters have the name 'run'"),
+        (["base={run}"], "two adapters have the name 'base'"),
         (["--model", "{llama}"], "has no chat template to turn messages into text"),
     ],
 )
@@ -86,4 +86,4 @@ def test_an_encoder_decoder_answers_no_conversation(run: Run, llama: Path, tmp_p
     for task, message in (("seq2seq", "answers texts, not conversations"), ("reward", "is a reward model")):
         adapter = peftcore.save(model, tmp_path / task)
         AdapterTask(task, 512).write(adapter)
-        assert message in run("chat", "-a", adapter, code=1).output
+        assert message in run("chat", adapter, code=1).output

@@ -34,14 +34,14 @@ def test_after_an_error_only_what_was_written_is_removed(tmp_path: Path) -> None
 def test_vllm_and_peft(run: Run, base: Path, tmp_path: Path) -> None:
     ranks = {"r": 20, "rank_pattern": {"v_proj": 24}, "target_modules": ["q_proj", "v_proj"]}
     expected = saved_run(base, tmp_path / "run", **ranks)
-    told = run("export", "--format", "vllm", "--adapter", tmp_path / "run").output.replace("\n", " ")
+    told = run("export", "--format", "vllm", tmp_path / "run").output.replace("\n", " ")
     folder = tmp_path / "run" / "vllm"
     assert f"vllm serve {base} --enable-lora --max-lora-rank 32 --lora-modules mine={folder}" in told
     assert f"sglang.launch_server --model-path {base} --lora-paths mine={folder}" in told
     assert json.loads((folder / "adapter_config.json").read_text())["r"] == 24
     from transformers import AutoModelForCausalLM
 
-    run("export", "--format", "peft", "--adapter", folder, "--output", tmp_path / "peft")
+    run("export", "--format", "peft", folder, "--output", tmp_path / "peft")
     assert (
         load_file(tmp_path / "peft/adapter_model.safetensors").keys()
         == load_file(folder / "adapter_model.safetensors").keys()
@@ -52,13 +52,13 @@ def test_vllm_and_peft(run: Run, base: Path, tmp_path: Path) -> None:
 
 def test_asked_for_wrongly(run: Run, base: Path, tmp_path: Path) -> None:
     saved_run(base, tmp_path / "run", r=4)
-    given = ("export", "--adapter", tmp_path / "run", "--format")
+    given = ("export", tmp_path / "run", "--format")
     wrong = run(*given, "vlm", code=1).output
     assert "the format 'vlm' is not known (nearest: 'vllm'" in wrong and "onnx, peft" in wrong
     wrong = run(*given, "vllm", "--only", "model", code=1).output
     assert "--only must be adapter for the format 'vllm', found 'model'" in wrong
     assert "NoOptions has no field 'rank'" in run(*given, "peft", "--set", "rank=8", code=1).output
-    assert "Pass --adapter FOLDER" in run("export", "--format", "vllm", "--model", base, code=1).output
+    assert "Pass its folder" in run("export", "--format", "vllm", "--model", base, code=1).output
     assert "exists already" in run(*given, "peft", "--output", tmp_path / "run", code=1).output
 
 

@@ -15,7 +15,7 @@ def test_the_chat_template_of_the_training(run: Run, llama: Path, tmp_path: Path
     model = peftcore.apply(AutoModelForCausalLM.from_pretrained(llama), "lora", r=2)
     adapter = peftcore.save(model, tmp_path / "adapter")
     AdapterTask("causal-lm", 512, chat=True, chat_template="chatml").write(adapter)
-    words = ("merge", "-a", adapter, "-m", llama, "-o", tmp_path / "merged")
+    words = ("merge", adapter, "-m", llama, "-o", tmp_path / "merged")
     assert "--shard-size must be a number with KB, MB, GB or TB" in run(*words, "--shard-size", "5", code=1).output
     run(*words)
     talk = [{"role": "user", "content": "a"}]

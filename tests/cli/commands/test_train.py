@@ -67,22 +67,22 @@ def test_language_model_end_to_end(run: Run, writer: Path, llama: Path, reviews:
     report = (writer / "report.html").read_text()
     picture = base64.b64decode(re.search(r"data:image/png;base64,([^\"]+)", report)[1])
     assert picture.startswith(b"\x89PNG") and len(picture) > 10_000
-    assert f"peftcore generate --adapter {writer / 'adapter'}" in report
+    assert f"peftcore generate {writer / 'adapter'}" in report
     assert f"{found['before']['loss']:.4f}" in report and f"{found['after']['loss']:.4f}" in report
     for made_with in (torch.__version__, "transformers", "processor", "peftcore ", "SIMD level"):
         assert made_with in report
     assert "http" not in report.replace(str(writer), ""), "the report must need nothing from elsewhere"
 
-    evaluated = run("eval", "--adapter", writer, "-d", reviews).output
+    evaluated = run("eval", writer, "-d", reviews).output
     assert f"{found['before']['loss']:.4f}" in evaluated and f"{found['after']['loss']:.4f}" in evaluated
 
-    both = run("generate", "--adapter", writer / "adapter", "-p", "the film is good", "--compare").output
+    both = run("generate", writer / "adapter", "-p", "the film is good", "--compare").output
     base = run("generate", "--model", llama, "-p", "the film is good").output
     assert base.strip() in both
-    alone = run("generate", "--adapter", writer / "adapter", "-p", "the film is good").output
+    alone = run("generate", writer / "adapter", "-p", "the film is good").output
     assert alone.strip() in both and alone != base
 
-    run("merge", "--adapter", writer / "adapter", "--output", tmp_path / "merged")
+    run("merge", writer / "adapter", "--output", tmp_path / "merged")
     from transformers import AutoModelForCausalLM
 
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
@@ -90,13 +90,13 @@ def test_language_model_end_to_end(run: Run, writer: Path, llama: Path, reviews:
     tokens = torch.tensor([[1, 4, 5, 6, 7]])
     with torch.no_grad():
         torch.testing.assert_close(merged(tokens).logits, model.eval()(tokens).logits, atol=1e-5, rtol=1e-5)
-    run("merge", "--adapter", writer / "adapter", "--output", tmp_path / "parts", "--shard-size", "10KB")
+    run("merge", writer / "adapter", "--output", tmp_path / "parts", "--shard-size", "10KB")
     weights = json.loads((tmp_path / "parts" / "model.safetensors.index.json").read_text())["weight_map"]
     assert weights.keys() == load_file(llama / "model.safetensors").keys() and len(set(weights.values())) > 2
     assert {"tokenizer.json", "generation_config.json"} <= {path.name for path in (tmp_path / "parts").iterdir()}
     parts = AutoModelForCausalLM.from_pretrained(tmp_path / "parts")
     assert all(torch.equal(a, b) for a, b in zip(parts.parameters(), merged.parameters(), strict=True))
-    refused = run("merge", "--adapter", writer / "adapter", "--output", tmp_path / "merged", code=1).output
+    refused = run("merge", writer / "adapter", "--output", tmp_path / "merged", code=1).output
     assert "exists already" in refused
 
     about = run("info", writer).output  # the run's folder, in which the adapter lies
@@ -147,14 +147,14 @@ def test_classifier_end_to_end(run: Run, bert: Path, labelled: Path, tmp_path: P
     report = (output / "report.html").read_text()
     assert all(shown in report for shown in ("accuracy", "macro F1", "most frequent label", "Answers (across)"))
     for word, label in (("good", "up"), ("bad", "down")):
-        answer = run("generate", "--adapter", output / "adapter", "-p", f"the story is {word}").output
+        answer = run("generate", output / "adapter", "-p", f"the story is {word}").output
         assert answer.startswith(label)
-    evaluated = run("eval", "--adapter", output / "adapter", "-d", labelled).output
+    evaluated = run("eval", output / "adapter", "-d", labelled).output
     assert "1.0000" in evaluated and re.search(r"most frequent label +0.5000", evaluated)
     assert re.search(r"down +up *\n *down +8 +0 *\n *up +0 +8", evaluated), evaluated
 
     strange = write_jsonl(tmp_path / "strange.jsonl", [{"text": "a", "label": "up"}, {"text": "a", "label": "upp"}])
-    error = run("eval", "--adapter", output / "adapter", "-d", strange, code=1).output
+    error = run("eval", output / "adapter", "-d", strange, code=1).output
     assert f"{strange}:2: label 'upp' is unknown (nearest: 'up')" in error
     assert "The model knows: down, up" in error
 
@@ -168,7 +168,7 @@ def test_eval_measures_the_base_that_training_began_with(
     run("train", "-m", bert, *data, "-o", tmp_path / "run", *METHOD, "--steps", 1, "--device", "cpu")
     before = result_of(tmp_path / "run")["before"]
     torch.manual_seed(3)
-    shown = run("eval", "-a", tmp_path / "run", "-d", labelled, "--device", "cpu").output
+    shown = run("eval", tmp_path / "run", "-d", labelled, "--device", "cpu").output
     row = next(line.split() for line in shown.splitlines() if line.startswith("loss"))
     assert row[1] == f"{before['loss']:.4f}", shown
 
@@ -203,7 +203,7 @@ def test_several_files_are_mixed_in_training(run: Run, llama: Path, tmp_path: Pa
     assert json.loads((out / "run.json").read_text())["data"] == list(map(str, files))
     again = run("train", "--config", out / "run.toml", "-o", tmp_path / "again")
     assert result_of(tmp_path / "again")["after"] == result_of(out)["after"], again.output
-    assert "6 examples" in run("eval", "-a", out, *data, "--device", "cpu").output, found.output
+    assert "6 examples" in run("eval", out, *data, "--device", "cpu").output, found.output
 
 
 def test_classifier_from_tsv_on_a_held_out_split(run: Run, bert: Path, labelled: Path, tmp_path: Path) -> None:
@@ -227,10 +227,10 @@ def test_what_peft_wrote(run: Run, bert: Path, labelled: Path, tmp_path: Path) -
     )
     model.save_pretrained(tmp_path / "theirs")
     assert "PEFT" in run("info", tmp_path / "theirs").output
-    assert "accuracy" in run("eval", "-a", tmp_path / "theirs", "-d", labelled, "--labels", "down,up").output
-    answer = run("generate", "-a", tmp_path / "theirs", "-p", "good", "--labels", "down,up").output
+    assert "accuracy" in run("eval", tmp_path / "theirs", "-d", labelled, "--labels", "down,up").output
+    answer = run("generate", tmp_path / "theirs", "-p", "good", "--labels", "down,up").output
     assert re.match(r"(down|up) \(\d", answer)
-    error = run("generate", "-a", tmp_path / "theirs", "-p", "good", "--labels", "down", code=1).output
+    error = run("generate", tmp_path / "theirs", "-p", "good", "--labels", "down", code=1).output
     assert "--labels names 1 labels, but the adapter has 2" in error
 
 

@@ -99,11 +99,11 @@ def test_regression_end_to_end(run: Run, bert: Path, labelled: Path, tmp_path: P
     found = trained(run, bert, write_jsonl(tmp_path / "rated.jsonl", rows), "--dtype", "bf16")
     assert found["baseline"] == ["loss of the mean", 2.25] and found["after"]["loss"] < 0.5
     assert found["after"]["pearson"] > 0.9 and "loss of the mean" in (tmp_path / "run" / "report.html").read_text()
-    answer = float(run("generate", "-a", tmp_path / "run", "-p", "the story is good").output)
+    answer = float(run("generate", tmp_path / "run", "-p", "the story is good").output)
     assert answer == pytest.approx(1.5, abs=0.7)
-    shown = run("eval", "-a", tmp_path / "run", "-d", tmp_path / "rated.jsonl").output
+    shown = run("eval", tmp_path / "run", "-d", tmp_path / "rated.jsonl").output
     assert "spearman" in shown and "2.2500" in shown
-    run("merge", "-a", tmp_path / "run", "-o", tmp_path / "merged")
+    run("merge", tmp_path / "run", "-o", tmp_path / "merged")
     config = json.loads((tmp_path / "merged" / "config.json").read_text())
     assert config["problem_type"] == "regression" and list(config["id2label"]) == ["0"]
 
@@ -116,9 +116,9 @@ def test_several_labels_end_to_end(run: Run, bert: Path, labelled: Path, tmp_pat
     found = trained(run, bert, write_jsonl(tmp_path / "many.jsonl", rows), "--steps", 60)
     assert found["labels"] == ["down", "past", "up"] and found["confusion"] is None
     assert found["after"]["micro_f1"] > 0.9 and found["after"]["exact_match"] > 0.8
-    answer = run("generate", "-a", tmp_path / "run", "-p", "the story was good").output
+    answer = run("generate", tmp_path / "run", "-p", "the story was good").output
     assert "up (" in answer and "past (" in answer and "down (" not in answer
-    assert "macro F1" in run("eval", "-a", tmp_path / "run", "-d", tmp_path / "many.jsonl").output
+    assert "macro F1" in run("eval", tmp_path / "run", "-d", tmp_path / "many.jsonl").output
 
 
 def test_batches_that_make_one_step_weigh_as_one_batch(run: Run, bert: Path, labelled: Path, tmp_path: Path) -> None:

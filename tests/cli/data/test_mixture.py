@@ -88,7 +88,7 @@ def test_each_data_set_has_its_format_and_its_line_in_the_report(
     assert "data set" in text and "loss after" in (output / "report.html").read_text()
     assert f"--data {reviews} --data {texts}" in text.replace("\n", " ")
     assert json.loads((output / "run.json").read_text())["data"] == [f"{reviews}:0.5", f"{texts}:2"]
-    again = run("eval", "-a", output, "-d", f"{texts}:2", "--columns", "text=sentence", code=1).output
+    again = run("eval", output, "-d", f"{texts}:2", "--columns", "text=sentence", code=1).output
     assert "eval measures every example once" in again
 
 

@@ -107,7 +107,7 @@ def test_a_classifier_of_pairs(run: Run, bert: Path, tmp_path: Path) -> None:
     arguments = ("-d", path, "--eval-data", path, "-o", output, *METHOD, "--steps", 4, "--lr", "0.01")
     run("train", "-m", bert, *arguments)
     found = json.loads((output / "result.json").read_text())
-    assert f"{found['after']['loss']:.4f}" in run("eval", "-a", output, "-d", path).output
-    assert run("generate", "-a", output, "-p", "good", "--pair", "good").output.startswith(("same", "other"))
+    assert f"{found['after']['loss']:.4f}" in run("eval", output, "-d", path).output
+    assert run("generate", output, "-p", "good", "--pair", "good").output.startswith(("same", "other"))
     error = run("generate", "-m", bert, "-p", "good", "--pair", "good", code=1).output
     assert "--pair is the second text for a classifier, found task causal-lm" in error

@@ -155,12 +155,12 @@ def test_a_run_learns_what_is_heard(chats: Path, qwen: Path, run: Run, tmp_path:
     output = tmp_path / "run"
     given = ("-m", qwen, "-d", chats, "--eval-data", chats, "--method", "lora", "--dtype", "fp32", "-o", output)
     shown = run("train", *given, "--steps", "4", "--batch-size", "2", "--lr", "0.02", "--max-length", "100").output
-    assert "peftcore predict --adapter" in shown and "peftcore chat" not in shown and "generate" not in shown
+    assert "peftcore predict" in shown and "peftcore chat" not in shown and "generate" not in shown
     found = json.loads((output / "result.json").read_text())
     assert json.loads((output / "run.json").read_text())["task"] == AUDIO_TEXT
     assert found["after"]["loss"] < found["before"]["loss"] - 0.05
-    assert f"{found['after']['loss']:.4f}" in run("eval", "-a", output, "-d", chats).output
+    assert f"{found['after']['loss']:.4f}" in run("eval", output, "-d", chats).output
     answers = tmp_path / "answers.jsonl"
-    run("predict", "-a", output, "-d", chats, "-o", answers, "--answer-tokens", "4")
+    run("predict", output, "-d", chats, "-o", answers, "--answer-tokens", "4")
     assert len(answers.read_text().splitlines()) == 5
-    assert "Use peftcore predict" in run("generate", "-a", output, "--prompt", "the film", code=1).output
+    assert "Use peftcore predict" in run("generate", output, "--prompt", "the film", code=1).output

@@ -114,9 +114,9 @@ def test_own_metric_chooses_the_best(run: Run, llama: Path, reviews: Path, own: 
     found = json.loads((output / "result.json").read_text())
     assert found["best"]["metric"] == "length" and found["best"]["value"] == found["after"]["length"]
     assert f'metric = "{own}:length"' in (output / "run.toml").read_text()
-    shown = run("eval", "-a", output, "-d", reviews, "--metric", f"{own}:length", "--answer-tokens", 3).output
+    shown = run("eval", output, "-d", reviews, "--metric", f"{own}:length", "--answer-tokens", 3).output
     assert "length" in shown and "ROUGE-L" in shown
     for metric in (("loss",), ("lenght", "--eval-answers", 2)):
-        assert "eval shows every metric" in run("eval", "-a", output, "-d", reviews, "--metric", *metric, code=1).output
+        assert "eval shows every metric" in run("eval", output, "-d", reviews, "--metric", *metric, code=1).output
     wrong = run("train", *arguments, "-o", tmp_path / "no", "--metric", f"{own}:none", code=1).output
     assert "has no function 'none'" in wrong and not (tmp_path / "no").exists()

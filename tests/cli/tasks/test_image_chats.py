@@ -245,7 +245,6 @@ def test_training_evaluating_and_answering(chats: Path, smolvlm: Path, tmp_path:
     assert result["after"]["loss"] != result["before"]["loss"]
     run(
         "predict",
-        "--adapter",
         tmp_path / "run",
         "--data",
         chats,
@@ -256,7 +255,7 @@ def test_training_evaluating_and_answering(chats: Path, smolvlm: Path, tmp_path:
     )
     found = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
     assert [len(each["images"]) for each in found] == [1, 2, 1, 0, 1, 2] and found[0]["prompt"] == "is it good"
-    assert "Use peftcore predict" in run("generate", "-a", tmp_path / "run", "--prompt", "is it", code=1).output
+    assert "Use peftcore predict" in run("generate", tmp_path / "run", "--prompt", "is it", code=1).output
 
 
 @pytest.mark.parametrize("kind", ["qwen", "llava", "mllama", "gemma"])

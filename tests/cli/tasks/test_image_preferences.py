@@ -143,10 +143,10 @@ def test_a_run_learns_the_preference(pairs: Path, smolvlm: Path, run: Run, tmp_p
     found = json.loads((output / "result.json").read_text())
     assert found["before"]["loss"] == pytest.approx(math.log(2), abs=1e-5)
     assert found["after"]["loss"] < 0.68 and found["after"]["preference_accuracy"] == 1.0
-    assert f"{found['after']['loss']:.4f}" in run("eval", "-a", output, "-d", pairs).output
+    assert f"{found['after']['loss']:.4f}" in run("eval", output, "-d", pairs).output
     chats = write_jsonl(tmp_path / "asked.jsonl", [{"messages": ASKED}])
     answers = tmp_path / "answers.jsonl"
-    run("predict", "-a", output, "-d", chats, "-o", answers)
+    run("predict", output, "-d", chats, "-o", answers)
     assert len(answers.read_text().splitlines()) == 1
     chats = write_jsonl(tmp_path / "chats.jsonl", [{"messages": [*ASKED, GOOD]}] * 4)
     run("train", "-a", output, "-d", chats, "--steps", "1", "--max-length", "100", "-o", tmp_path / "on")

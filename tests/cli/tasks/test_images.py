@@ -178,19 +178,19 @@ def test_end_to_end(run: Run, vit: Path, photos: Path, tmp_path: Path) -> None:
     assert "the head of" in text and "is for other labels and was replaced by a new one for 2" in text
     found = json.loads((output / "result.json").read_text())
     assert found["after"]["accuracy"] == 1.0 and found["labels"] == ["blue", "red"] and found["eval_rows"] == 4
-    assert "examples/s" in text and "tokens/s" not in text and f"predict --adapter {output}" in text
+    assert "examples/s" in text and "tokens/s" not in text and f"predict {output}" in text
     assert json.loads((output / "adapter" / "peftcore_task.json").read_text())["labels"] == ["blue", "red"]
-    assert "1.0000" in run("eval", "-a", output, "-d", photos).output
+    assert "1.0000" in run("eval", output, "-d", photos).output
 
     new = tmp_path / "new"
     new.mkdir()
     for label, color in COLORS.items():
         Image.new("RGB", (9, 9), color).save(new / f"{label}.png")
-    answers = [json.loads(line) for line in run("predict", "-a", output, "-d", new).stdout.splitlines()]
+    answers = [json.loads(line) for line in run("predict", output, "-d", new).stdout.splitlines()]
     assert [(Path(each["image"]).stem, each["label"]) for each in answers] == [("blue", "blue"), ("red", "red")]
     assert all(0.5 < each["probability"] <= 1 for each in answers)
-    assert "Use peftcore predict" in run("generate", "-a", output, "-p", "x", code=1).output
-    run("merge", "-a", output, "-o", tmp_path / "merged")
+    assert "Use peftcore predict" in run("generate", output, "-p", "x", code=1).output
+    run("merge", output, "-o", tmp_path / "merged")
     from transformers import AutoModelForImageClassification
 
     merged = AutoModelForImageClassification.from_pretrained(tmp_path / "merged").eval()

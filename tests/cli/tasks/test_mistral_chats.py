@@ -148,5 +148,5 @@ def test_a_run_learns_and_answers(chats: Path, voxtral: Path, run: Run, tmp_path
     run("train", *given, "--steps", "3", "--batch-size", "2", "--lr", "0.02", "--max-length", "1000")
     found = json.loads((output / "result.json").read_text())
     assert found["after"]["loss"] < found["before"]["loss"] - 0.02
-    run("predict", "-a", output, "-d", chats, "-o", answers, "--answer-tokens", "2")
+    run("predict", output, "-d", chats, "-o", answers, "--answer-tokens", "2")
     assert len(answers.read_text().splitlines()) == 4

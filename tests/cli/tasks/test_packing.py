@@ -151,7 +151,7 @@ def test_training_on_packed_rows(
     assert "packed 14 examples into 5 rows of at most 32 tokens" in shown.output
     found = json.loads((tmp_path / "run" / "result.json").read_text())
     assert found["after"]["loss"] < 0.7 * found["before"]["loss"]
-    evaluated = run("eval", "-a", tmp_path / "run", "-d", reviews).output
+    evaluated = run("eval", tmp_path / "run", "-d", reviews).output
     assert f"{found['after']['loss']:.4f}" in evaluated
     refused = run("train", "-m", bert, "-d", labelled, "-o", tmp_path / "no", *method, "--pack", code=1).output
     assert "--pack is for causal-lm, found task classification" in refused

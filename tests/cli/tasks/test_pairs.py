@@ -225,17 +225,17 @@ def test_training_evaluating_and_vectors(bert: Path, tmp_path: Path, run: Run) -
     assert result["after"]["loss"] < result["before"]["loss"] and 0 <= result["after"]["recall_at_1"] <= 1
     task = adapter_task(tmp_path / "run" / "adapter")
     assert (task.task, task.pooling) == (EMBEDDING, "cls")
-    said = run("eval", "--adapter", tmp_path / "run", "--data", file).output
+    said = run("eval", tmp_path / "run", "--data", file).output
     assert f"{result['after']['loss']:.4f}" in said and "recall@1" in said
     texts = write_jsonl(tmp_path / "texts.jsonl", [{"text": "the film is good"}, {"text": "bad"}])
-    run("predict", "--adapter", tmp_path / "run", "--data", texts, "--output", tmp_path / "vectors.jsonl")
+    run("predict", tmp_path / "run", "--data", texts, "--output", tmp_path / "vectors.jsonl")
     found = [json.loads(line) for line in (tmp_path / "vectors.jsonl").read_text().splitlines()]
     tokenizer, model = models.load_tokenizer(str(bert)), models.load_model(str(bert), EMBEDDING, device="cpu")
     peftcore.load(model, tmp_path / "run" / "adapter")
     wanted = sentence_pairs.embedded(model, tokenizer(["the film is good"])["input_ids"], 0, "cls")[0]
     assert found[0]["text"] == "the film is good"
     assert found[0]["embedding"] == pytest.approx(wanted.tolist(), abs=1e-5)
-    run("merge", "--adapter", tmp_path / "run", "--output", tmp_path / "merged")
+    run("merge", tmp_path / "run", "--output", tmp_path / "merged")
     assert sentence_pairs.pooling_of(str(tmp_path / "merged")) == "cls"
     merged = sentence_pairs.embedded(
         models.load_model(str(tmp_path / "merged"), EMBEDDING, device="cpu"),
@@ -245,7 +245,7 @@ def test_training_evaluating_and_vectors(bert: Path, tmp_path: Path, run: Run) -
     )
     assert found[0]["embedding"] == pytest.approx(merged[0].tolist(), abs=1e-4)
     for wrong in (("generate", "--prompt", "a"), ("chat",)):
-        assert "makes vectors of texts" in run(wrong[0], "--adapter", tmp_path / "run", *wrong[1:], code=1).output
+        assert "makes vectors of texts" in run(wrong[0], tmp_path / "run", *wrong[1:], code=1).output
     again = ("train", "--adapter", tmp_path / "run", "--data", file, "--output", tmp_path / "more", "--eval-data", file)
     run(*again, "--steps", "1", "--device", "cpu")
     assert json.loads((tmp_path / "more" / "adapter" / "peftcore_task.json").read_text())["pooling"] == "cls"

@@ -162,9 +162,9 @@ def test_dpo_end_to_end(run: Run, llama: Path, tmp_path: Path) -> None:
     state = json.loads((output / "checkpoints" / "checkpoint-8" / "trainer_state.json").read_text())
     first = next(entry for entry in state["log_history"] if "loss" in entry)
     assert first["loss"] == pytest.approx(math.log(2), abs=1e-5), "the reference is the base"
-    shown = run("eval", "-a", output, "-d", path).output
+    shown = run("eval", output, "-d", path).output
     assert f"{found['after']['loss']:.4f}" in shown and "preference accuracy" in shown
-    run("generate", "-a", output, "-p", "the film is", "--max-new-tokens", 2)
+    run("generate", output, "-p", "the film is", "--max-new-tokens", 2)
     wrong = run("train", *arguments, "-o", tmp_path / "no", "--pack", code=1).output
     assert "--pack is for causal-lm, found task dpo" in wrong
 

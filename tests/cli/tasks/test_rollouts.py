@@ -125,6 +125,6 @@ def test_end_to_end(run: Run, llama: Path, judges: Path, tmp_path: Path) -> None
     run("train", *arguments, "-o", output, *more, "--load-best")
     found = json.loads((output / "result.json").read_text())
     assert found["after"]["reward"] > found["before"]["reward"] + 0.3
-    assert f"{found['after']['reward']:.4f}" in run("eval", "-a", output, "-d", path, *reward).output
-    assert "is what eval needs for grpo" in run("eval", "-a", output, "-d", path, code=1).output
-    assert "good" in run("generate", "-a", output, "-p", "the film is", "--max-new-tokens", 4).output
+    assert f"{found['after']['reward']:.4f}" in run("eval", output, "-d", path, *reward).output
+    assert "is what eval needs for grpo" in run("eval", output, "-d", path, code=1).output
+    assert "good" in run("generate", output, "-p", "the film is", "--max-new-tokens", 4).output

@@ -120,11 +120,11 @@ def test_end_to_end(run: Run, t5: Path, tmp_path: Path) -> None:
     found = json.loads((output / "result.json").read_text())
     assert list(found["after"]) == ["loss", "exact_match", "rouge_l", "perplexity"]
     assert found["before"]["exact_match"] == 0 and found["after"]["exact_match"] >= 0.5
-    assert run("generate", "-a", output, "-p", "it was good", "--max-new-tokens", 4).output.strip() in (
+    assert run("generate", output, "-p", "it was good", "--max-new-tokens", 4).output.strip() in (
         "fun",
         "no heart",
     )
-    shown = run("eval", "-a", output, "-d", path, "--metric", "rouge_l", "--answer-tokens", 4).output
+    shown = run("eval", output, "-d", path, "--metric", "rouge_l", "--answer-tokens", 4).output
     assert f"{found['after']['rouge_l']:.4f}" in shown
 
 

@@ -279,9 +279,9 @@ def test_training_evaluating_and_transcribing(clips: Path, whisper: Path, tmp_pa
     assert result["best"]["metric"] == "wer" and result["best"]["value"] == result["after"]["wer"]
     task = json.loads((tmp_path / "run" / "adapter" / "peftcore_task.json").read_text())
     assert (task["task"], task["language"]) == (SPEECH, "german")
-    said = run("eval", "--adapter", tmp_path / "run", "--data", clips).output
+    said = run("eval", tmp_path / "run", "--data", clips).output
     assert "word error rate" in said and f"{result['after']['wer']:.4f}" in said
-    run("predict", "--adapter", tmp_path / "run", "--data", clips, "--output", tmp_path / "texts.jsonl")
+    run("predict", tmp_path / "run", "--data", clips, "--output", tmp_path / "texts.jsonl")
     found = [json.loads(line) for line in (tmp_path / "texts.jsonl").read_text().splitlines()]
     assert [Path(each["audio"]).name for each in found] == ["0.wav", "1.wav", "2.wav", "3.wav"]
 
@@ -293,7 +293,7 @@ def test_training_evaluating_and_transcribing(clips: Path, whisper: Path, tmp_pa
     generate: Any = model.generate
     tokens = generate(input_features=inputs, language="german", task="transcribe", max_new_tokens=19)
     assert found[0]["text"] == processor.tokenizer.batch_decode(tokens, skip_special_tokens=True)[0].strip()
-    assert "transcribes recordings" in run("generate", "-a", tmp_path / "run", "--prompt", "a", code=1).output
+    assert "transcribes recordings" in run("generate", tmp_path / "run", "--prompt", "a", code=1).output
     again = (
         "train",
         "--adapter",

@@ -137,12 +137,12 @@ def test_end_to_end(run: Run, bert: Path, tmp_path: Path) -> None:
     found = json.loads((output / "result.json").read_text())
     assert found["after"]["entity_f1"] > 0.9 > found["before"]["entity_f1"] and found["best"]["metric"] == "entity_f1"
     assert "entity F1" in text.output and found["labels"] == list(NAMES)
-    shown = run("eval", "-a", output, "-d", path).output
+    shown = run("eval", output, "-d", path).output
     assert f"{found['after']['loss']:.4f}" in shown and f"{found['before']['loss']:.4f}" in shown
-    answer = run("generate", "-a", output, "-p", "the good story is bad").output.strip()
+    answer = run("generate", output, "-p", "the good story is bad").output.strip()
     assert re.fullmatch(r"the/\S+ good/\S+ story/\S+ is/\S+ bad/\S+", answer)
     merged = tmp_path / "merged"
-    run("merge", "-a", output, "--output", merged)
+    run("merge", output, "--output", merged)
     from transformers import AutoModelForTokenClassification, AutoTokenizer
 
     model = AutoModelForTokenClassification.from_pretrained(merged).eval()

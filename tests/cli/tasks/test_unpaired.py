@@ -129,7 +129,7 @@ def test_kto_end_to_end(run: Run, llama: Path, tmp_path: Path) -> None:
     found = json.loads((output / "result.json").read_text())
     assert found["before"] == {"loss": pytest.approx(0.5), "accuracy": 0.0, "margin": 0.0, "kl": 0.0}
     assert found["after"]["loss"] < 0.45 and found["after"]["accuracy"] >= 0.75 and found["after"]["margin"] > 0.3
-    assert f"{found['after']['loss']:.4f}" in run("eval", "-a", output, "-d", path).output
+    assert f"{found['after']['loss']:.4f}" in run("eval", output, "-d", path).output
     wrong = run("train", *arguments, "-o", tmp_path / "no", "--batch-size", 1, code=1).output
     assert "--task kto compares the answers of a batch, found --batch-size 1" in wrong
 
@@ -203,4 +203,4 @@ def test_losses_of_training_are_those_of_trl(
     if weights != (1.0, 1.0):
         assert adapter_task(output / "adapter").weights == weights
         after = json.loads((output / "result.json").read_text())["after"]["loss"]
-        assert f"{after:.4f}" in run("eval", "-a", output, "-d", path).output
+        assert f"{after:.4f}" in run("eval", output, "-d", path).output

@@ -62,7 +62,7 @@ def test_it_begins_where_the_adapter_ended(run: Run, first: Path, more: Path, tm
     before = tensors_of(first)
     rate = ("--lr", "1e-12", "--warmup", 0, "--sample", "a bad story was", "--sample-tokens", 3)
     run("train", "-a", first, "-d", more, "--eval-data", more, "-o", tmp_path / "still", "--steps", 1, *rate)
-    evaluated = run("eval", "-a", first, "-d", more).output
+    evaluated = run("eval", first, "-d", more).output
     still = result_of(tmp_path / "still")
     assert f"{still['before']['loss']:.4f}" in evaluated, "the adapter's loss, not the base's"
     assert [writer for writer, _ in still["samples"]] == ["the adapter before", "with the adapter"]
@@ -163,7 +163,7 @@ def test_an_adapter_that_peft_trained(run: Run, bert: Path, labelled: Path, tmp_
     arguments = ("-d", labelled, "--eval-data", labelled, "--labels", "down,up", *STEPS, 8)
     run("train", "-a", tmp_path / "theirs", *arguments, "-o", tmp_path / "run")
     found = result_of(tmp_path / "run")
-    shown = run("eval", "-a", tmp_path / "theirs", "-d", labelled, "--labels", "down,up").output
+    shown = run("eval", tmp_path / "theirs", "-d", labelled, "--labels", "down,up").output
     assert f"{found['before']['loss']:.4f}" in shown and found["after"]["loss"] < found["before"]["loss"]
     again = PeftModel.from_pretrained(
         AutoModelForSequenceClassification.from_pretrained(bert), tmp_path / "run/adapter"
