@@ -354,6 +354,7 @@ def test_ddp_that_looks_for_unused_parameters(tmp_path: Path) -> None:
         wanted = step(model)
         parallel = nn.parallel.DistributedDataParallel(peftcore.loss_without_logits(model), find_unused_parameters=True)
         loss, found = step(parallel)
+        del parallel  # before its process group: freed after it, DDP waits for Gloo's thread for ever
     finally:
         torch.distributed.destroy_process_group()
     same((loss, {name.removeprefix("module."): grad for name, grad in found.items()}), wanted, 1e-5)
