@@ -1,6 +1,8 @@
 """Conformance suite for plugin authors: `check_method(config)` tries what users do with a method.
 
 It imports `files`, `quantization` and what is below them, and `peftcore` itself for the calls that users make.
+Public names, all of `peftcore.plugin`: `check_method`, `check_sharded`, `disturb`, `Family`, `FAMILIES`, and names of
+checks.
 """
 
 from __future__ import annotations
