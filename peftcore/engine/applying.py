@@ -12,6 +12,7 @@ from peftcore.engine.activating import freeze_branches, set_active, update_call_
 from peftcore.engine.adaptation import adapted, enclosing, fast_path, folding
 from peftcore.engine.adaptation.division import watch_batches
 from peftcore.engine.attachments import Attachments
+from peftcore.engine.base_checkpoints import accept_base_checkpoints
 from peftcore.engine.changes import Site, facts, submodule
 from peftcore.engine.divided import divide_experts, is_divided
 from peftcore.engine.first_values import initialize_adapter, initializer
@@ -137,6 +138,8 @@ def add_adapter(
         _attach(model, state, adapter, attachments, modules, is_first=is_first)
         if initialize is not None:
             initialize_adapter(model, adapter, initialize, attachments.method.name, config_of_initialize, batches)
+        if is_first:
+            state.loading = accept_base_checkpoints(model)
         if is_first and is_divided(model):
             state.watching = watch_batches(model)
         if fill is None and is_divided(model):  # the ranks may have drawn different random numbers

@@ -92,5 +92,7 @@ def _restore_base(model: nn.Module, state: State) -> None:
         folding.unfold(module)
     if state.watching is not None:
         state.watching.remove()
+    if state.loading is not None:
+        state.loading.remove()
     state.lock.retired = True
     model.__dict__.pop(STATE, None)

@@ -106,6 +106,7 @@ class State:
     lock: ModelLock = field(default_factory=ModelLock)
     own_parameters: list[tuple[str, str]] = field(default_factory=list)  # (path, adapter) of `OwnParameters`
     watching: Any = None  # handle of the check of `adaptation.division.watch_batches`
+    loading: Any = None  # handle of the hook of `base_checkpoints`
     snapshot: Snapshot | None = None  # snapshot of `sites` when they were last unchanged
 
     def __getstate__(self) -> dict[str, Any]:
