@@ -7,6 +7,7 @@ mentions the hook, so that `peftcore --help` answers at once.
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
 import sys
 import traceback
@@ -76,10 +77,18 @@ def build(words: list[str]) -> typer.Typer:
             )
         raise PluginError(f"'peftcore {typed}' is in a package that is not installed. Run: pip install {package}")
     for command in commands.values():
-        app.command(command.name, cls=SuggestingCommand, epilog=_epilog(command.examples))(
-            _with_clear_errors(command.function)
-        )
+        app.command(
+            command.name,
+            cls=SuggestingCommand,
+            help=_unwrapped(inspect.getdoc(command.function) or ""),
+            epilog=_epilog(command.examples),
+        )(_with_clear_errors(command.function))
     return app
+
+
+def _unwrapped(text: str) -> str:
+    """Return a docstring with each paragraph in one line; typer would keep the lines' ends."""
+    return "\n\n".join(" ".join(paragraph.split()) for paragraph in text.split("\n\n"))
 
 
 def _with_clear_errors(command: Callable[..., None]) -> Callable[..., None]:

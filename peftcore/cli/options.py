@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from peftcore.cli import completion, config_file
+from peftcore.cli import completion, config_file, option_groups
 from peftcore.cli.data import mixture
 from peftcore.errors import PluginError
 
@@ -29,13 +29,14 @@ def adapter_argument(help: str) -> Any:
     return typer.Argument(metavar="ADAPTER", callback=in_run, autocompletion=completion.adapters, help=help)
 
 
-Model = Annotated[str, typer.Option("--model", "-m", help="Hub id, local folder, or a .gguf file.")]
+Model = Annotated[str, typer.Option("--model", "-m", help="Base model: hub id, folder, or .gguf file.")]
 MaybeModel = Annotated[
     str | None,
-    typer.Option("--model", "-m", help="Base model: hub id, folder or .gguf file; with --adapter, if it moved."),
+    typer.Option("--model", "-m", help="Base model: hub id, folder, or .gguf file; with --adapter only if it moved."),
 ]
 BaseModel = Annotated[
-    str | None, typer.Option("--model", "-m", help="The adapter's base, if it is not where the adapter says.")
+    str | None,
+    typer.Option("--model", "-m", help="Base model; default: the one that the adapter names."),
 ]
 Adapter = Annotated[
     Path, adapter_argument("Folder of an adapter or a run: peftcore's, PEFT's or of a library that a plugin reads.")
@@ -48,7 +49,8 @@ Continued = Annotated[
         "-a",
         callback=in_run,
         autocompletion=completion.adapters,
-        help="Folder of an adapter or a run to go on training; the result is a new run.",
+        rich_help_panel=option_groups.MODEL,
+        help="Folder of an adapter or a run to go on training, as a new run.",
     ),
 ]
 Data = Annotated[
@@ -56,8 +58,8 @@ Data = Annotated[
     typer.Option(
         "--data",
         "-d",
-        help="Examples: a file (.jsonl .json .csv .tsv .parquet), a folder of them, a dataset's hub id "
-        "(ORG/NAME@SPLIT). Repeatable: all are read; in training FILE:2 is drawn twice per epoch.",
+        help="Examples: a .jsonl, .json, .csv, .tsv or .parquet file, a folder of them, or a dataset's hub id "
+        "(ORG/NAME@SPLIT). Repeatable; in training, FILE:2 counts twice.",
     ),
 ]
 Config = Annotated[
@@ -65,74 +67,123 @@ Config = Annotated[
     typer.Option(
         is_eager=True,
         callback=config_file.use,
-        help="A TOML file of options, such as one that an earlier call wrote; the command line wins over it.",
+        rich_help_panel=option_groups.OUTPUT,
+        help="TOML file of options, such as RUN/run.toml; options of the command line take precedence.",
     ),
 ]
 Columns = Annotated[
-    str | None, typer.Option(help="The data's names of fields, such as prompt=question,completion=answer.")
+    str | None,
+    typer.Option(
+        metavar="FIELD=COLUMN",
+        rich_help_panel=option_groups.DATA,
+        help="Columns with other names, such as prompt=question,completion=answer.",
+    ),
 ]
 ChatTemplate = Annotated[
     str | None,
-    typer.Option(help="How messages become text: chatml, or a file with a template; default the tokenizer's."),
+    typer.Option(
+        rich_help_panel=option_groups.DATA,
+        help="Template that turns messages into text: chatml, or a file; default: the tokenizer's.",
+    ),
 ]
 MethodName = Annotated[
     str | None,
     typer.Option(
         "--method",
         autocompletion=completion.methods,
-        help="Fine-tuning method; may be left out where only one is installed.",
+        help="Fine-tuning method, one that `peftcore methods` lists; optional if only one is installed.",
     ),
 ]
 Fields = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="NAME=VALUE", help="A field of the method's config, such as r=16. Repeatable."),
+    typer.Option("--set", metavar="NAME=VALUE", help="Field of the method's config, such as r=16. Repeatable."),
 ]
 Dtype = Annotated[
     str,
     typer.Option(
-        help="Base dtype: fp32, bf16, or auto: bf16 on a GPU that has it; on a CPU the checkpoint's, or fp32 where the "
-        "CPU multiplies that slowly."
+        rich_help_panel=option_groups.MEMORY,
+        help="Dtype of the base: fp32, bf16, or auto (bf16 on a GPU that has it; on a CPU the checkpoint's, or fp32 if "
+        "bf16 is slow there).",
     ),
 ]
 WrittenDtype = Annotated[
-    str, typer.Option(help="Base dtype: fp32, bf16, or auto (bf16 on a GPU that has it, else fp32).")
+    str,
+    typer.Option(
+        rich_help_panel=option_groups.MEMORY,
+        help="Dtype of the base: fp32, bf16, or auto (bf16 on a GPU that has it, else fp32).",
+    ),
 ]
 Parallel = Annotated[
     str | None,
     typer.Option(
-        help="Distribution over the processes of torchrun: ddp (a copy of the base in each) or fsdp2 (shards)."
+        rich_help_panel=option_groups.MEMORY,
+        help="How torchrun's processes share the base: ddp (each has a copy) or fsdp2 (shards).",
     ),
 ]
-Ranks = Annotated[int, typer.Option(min=1, help="Processes of the run, of which one is estimated.")]
+Ranks = Annotated[
+    int,
+    typer.Option(
+        min=1, metavar="N", rich_help_panel=option_groups.MEMORY, help="Number of processes; sizes are those of one."
+    ),
+]
 TensorParallel = Annotated[
     int,
-    typer.Option("--tp-size", min=1, help="Processes among which each layer is divided (tensor parallelism)."),
+    typer.Option(
+        "--tp-size",
+        min=1,
+        metavar="N",
+        rich_help_panel=option_groups.MEMORY,
+        help="Number of processes that share each layer (tensor parallelism).",
+    ),
 ]
 Quantize = Annotated[
     str | None,
     typer.Option(
         "--quantize",
-        help="Format of the base, such as nf4; default: as the adapter's training records; none: dense.",
+        help="4-bit format of the base, such as nf4, or none for dense; default: as in training.",
     ),
 ]
 TrustRemoteCode = Annotated[
     bool,
     typer.Option(
         "--trust-remote-code",
-        help="Run the Python code of the model's repository, for a model that transformers does not have; it can do "
-        "all that you can do. Read it first.",
+        rich_help_panel=option_groups.MODEL,
+        help="Run the Python code in the model's repository, for models that are not in transformers. The code can do "
+        "all that you can do: read it first.",
     ),
 ]
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, or auto.")]
+Device = Annotated[str, typer.Option(rich_help_panel=option_groups.MEMORY, help="Device: cpu, cuda, cuda:1, or auto.")]
 Task = Annotated[
     str | None,
     typer.Option(
+        rich_help_panel=option_groups.TASK,
         help="causal-lm, seq2seq, classification, regression, multi-label, tags, image, image-text, audio-text, pairs, "
-        "asr, dpo, image-dpo, kto, orpo, reward, grpo; default: read off the data."
+        "asr, dpo, image-dpo, kto, orpo, reward, or grpo; default: by the columns of the examples.",
     ),
 ]
 Labels = Annotated[
-    str | None, typer.Option(help="A classifier's labels in the order of its outputs, for adapters that PEFT wrote.")
+    str | None,
+    typer.Option(
+        metavar="A,B,...",
+        rich_help_panel=option_groups.TASK,
+        help="Labels of a classifier that PEFT trained, in the order of its outputs.",
+    ),
+]
+PlannedLabels = Annotated[
+    str | None,
+    typer.Option("--labels", metavar="A,B,...", rich_help_panel=option_groups.TASK, help="Labels of a classifier."),
+]
+PlannedData = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--data",
+        "-d",
+        help="Examples, from which the task, images, audio and numbers of texts are read. Repeatable.",
+    ),
+]
+MaxLength = Annotated[
+    int | None,
+    typer.Option(min=2, metavar="N", help="Maximum number of tokens per example; default: as in training."),
 ]
 
 

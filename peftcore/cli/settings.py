@@ -19,7 +19,7 @@ from typing import Annotated, Any
 import typer
 from filelock import FileLock, Timeout
 
-from peftcore.cli import config_file, options, task_names
+from peftcore.cli import config_file, option_groups, options, task_names
 from peftcore.cli.data import mixture
 from peftcore.errors import PeftcoreError
 
@@ -40,146 +40,281 @@ class RunOptions:
     values on to Trainer, and `training/option_checks.py` refuses options that a task ignores.
     """
 
-    eval_data: Annotated[str | None, typer.Option(help="Examples to evaluate on.")] = None
+    eval_data: Annotated[
+        str | None,
+        typer.Option(
+            rich_help_panel=option_groups.DATA, help="Held-out examples to evaluate on, written as for --data."
+        ),
+    ] = None
     holdout: Annotated[
-        float, typer.Option(help="Held-out examples, without --eval-data: a share, or a number from 1 up.")
+        float,
+        typer.Option(
+            rich_help_panel=option_groups.DATA,
+            help="Without --eval-data: share of the examples to hold out, or from 1 up their number.",
+        ),
     ] = 0.1
     epochs: Annotated[float, typer.Option(help="Passes over the examples.")] = 3.0
-    steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps, instead of --epochs.")] = None
-    batch_size: Annotated[int, typer.Option(min=1, help="Examples per batch, in each process.")] = 8
-    grad_accum: Annotated[int, typer.Option(min=1, help="Batches per optimizer step.")] = 1
+    steps: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            rich_help_panel=option_groups.TRAINING,
+            help="Number of optimizer steps, instead of --epochs.",
+        ),
+    ] = None
+    batch_size: Annotated[int, typer.Option(min=1, metavar="N", help="Examples per batch, in each process.")] = 8
+    grad_accum: Annotated[
+        int,
+        typer.Option(min=1, metavar="N", rich_help_panel=option_groups.TRAINING, help="Batches per optimizer step."),
+    ] = 1
     lr: Annotated[float | None, typer.Option(help="Learning rate; default: the method's.")] = None
-    scheduler: Annotated[str, typer.Option(help="Trainer's lr_scheduler_type: linear, cosine, constant, ...")] = (
-        "linear"
-    )
+    scheduler: Annotated[
+        str,
+        typer.Option(
+            rich_help_panel=option_groups.TRAINING,
+            help="Learning-rate schedule of transformers: linear, cosine, constant, ...",
+        ),
+    ] = "linear"
     warmup: Annotated[
-        float, typer.Option(min=0, help="Warmup as a share of the steps, or, from 1 up, as a number of steps.")
+        float,
+        typer.Option(
+            min=0,
+            metavar="X",
+            rich_help_panel=option_groups.TRAINING,
+            help="Warmup: share of the steps, or from 1 up their number.",
+        ),
     ] = 0.03
-    weight_decay: Annotated[float, typer.Option(min=0, help="Weight decay of the optimizer.")] = 0.0
-    max_grad_norm: Annotated[float, typer.Option(min=0, help="Clip gradients to this norm; 0 for none.")] = 1.0
-    max_length: Annotated[int, typer.Option(min=2, help="Maximum tokens per example.")] = 512
+    weight_decay: Annotated[
+        float,
+        typer.Option(min=0, metavar="X", rich_help_panel=option_groups.TRAINING, help="Weight decay of the optimizer."),
+    ] = 0.0
+    max_grad_norm: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            metavar="X",
+            rich_help_panel=option_groups.TRAINING,
+            help="Norm that gradients are clipped to; 0: no clipping.",
+        ),
+    ] = 1.0
+    max_length: Annotated[int, typer.Option(min=2, metavar="N", help="Maximum number of tokens per example.")] = 512
     streaming: Annotated[
         bool,
         typer.Option(
             "--streaming",
-            help="Leave examples in their .jsonl files and read each when it is needed, for data above memory.",
+            rich_help_panel=option_groups.DATA,
+            help="Read examples from their .jsonl files as they are needed, for data larger than memory.",
         ),
     ] = False
     pack: Annotated[
         bool,
         typer.Option(
-            "--pack", help="Pack several examples into a row of --max-length tokens, without attention between them."
+            "--pack",
+            rich_help_panel=option_groups.DATA,
+            help="Pack several examples into a row of --max-length tokens; they do not attend to each other.",
         ),
     ] = False
     beta: Annotated[
         float | None,
         typer.Option(
-            help="Beta of DPO, KTO (default: 0.1) and GRPO (default: 0), which keeps the model close to the base, or "
-            "weight of ORPO's odds (default: 0.1)."
+            rich_help_panel=option_groups.TASK,
+            help="Strength of the penalty for leaving the reference: DPO and KTO (default: 0.1), GRPO "
+            "(default: 0); weight of the odds ratio in ORPO (default: 0.1).",
         ),
     ] = None
-    desirable_weight: Annotated[float, typer.Option(min=0, help="Weight of good answers in KTO's loss.")] = 1.0
-    undesirable_weight: Annotated[float, typer.Option(min=0, help="Weight of bad answers in KTO's loss.")] = 1.0
+    desirable_weight: Annotated[
+        float,
+        typer.Option(
+            min=0, metavar="X", rich_help_panel=option_groups.TASK, help="Weight of good answers in KTO's loss."
+        ),
+    ] = 1.0
+    undesirable_weight: Annotated[
+        float,
+        typer.Option(
+            min=0, metavar="X", rich_help_panel=option_groups.TASK, help="Weight of bad answers in KTO's loss."
+        ),
+    ] = 1.0
     language: Annotated[
         str | None,
-        typer.Option(help="Language of the recordings (asr), for a model of many languages: english, ..."),
+        typer.Option(
+            rich_help_panel=option_groups.TASK,
+            help="Language of the recordings (asr), such as english; multilingual models need it.",
+        ),
     ] = None
     pooling: Annotated[
         str,
-        typer.Option(help="How a text's vector is made of its tokens' (pairs): auto (as the base), mean, cls, last."),
+        typer.Option(
+            rich_help_panel=option_groups.TASK,
+            help="Pooling of token embeddings (pairs): auto (the base's), mean, cls, or last.",
+        ),
     ] = "auto"
     reward: Annotated[
         str | None,
         typer.Option(
-            help="FILE.py:FUNCTION that judges answers (grpo): called with prompts, completions and the rows' columns "
-            "by name, as by TRL, it returns a list of numbers."
+            metavar="FILE.py:FUNCTION",
+            rich_help_panel=option_groups.TASK,
+            help="Function that scores answers (grpo). It is called as by TRL, with prompts, "
+            "completions and the other columns by name, and returns a list of numbers.",
         ),
     ] = None
-    generations: Annotated[int, typer.Option(min=2, help="Answers sampled for each prompt (grpo).")] = 8
-    temperature: Annotated[float, typer.Option(help="Temperature of sampled answers (grpo).")] = 1.0
+    generations: Annotated[
+        int,
+        typer.Option(min=2, metavar="N", rich_help_panel=option_groups.TASK, help="Answers sampled per prompt (grpo)."),
+    ] = 8
+    temperature: Annotated[
+        float, typer.Option(rich_help_panel=option_groups.TASK, help="Sampling temperature (grpo).")
+    ] = 1.0
     teacher: Annotated[
         str | None,
         typer.Option(
-            help="Model whose probabilities of the next token are learned, too (causal-lm): folder or hub id."
+            rich_help_panel=option_groups.TASK,
+            help="Model to distil from (causal-lm): hub id or folder. Its next-token probabilities are "
+            "learned in addition to the examples.",
         ),
     ] = None
     teacher_weight: Annotated[
-        float, typer.Option(help="Share of the teacher in the loss, from 0 to 1; the rest is that of the examples.")
+        float,
+        typer.Option(
+            rich_help_panel=option_groups.TASK,
+            help="Weight of the teacher in the loss, from 0 to 1; the examples have the rest.",
+        ),
     ] = 0.5
     labels: options.Labels = None
     columns: options.Columns = None
     chat_template: options.ChatTemplate = None
     quantize: Annotated[
-        str | None, typer.Option(help="Keep the frozen base in 4 bits, such as nf4, for any method.")
+        str | None, typer.Option(help="4-bit format of the frozen base, such as nf4; default: dense.")
     ] = None
     trust_remote_code: options.TrustRemoteCode = False
     dtype: options.Dtype = "auto"
     precision: Annotated[
         str,
-        typer.Option(help="Training precision: auto (the base's dtype), fp32, or mixed (bf16 or fp16, base in fp32)."),
+        typer.Option(
+            rich_help_panel=option_groups.MEMORY,
+            help="Dtype of the computation: auto (the base's), fp32, or bf16 or fp16 over a base in "
+            "fp32 (mixed precision).",
+        ),
     ] = "auto"
     device: options.Device = "auto"
     seed: Annotated[
-        int, typer.Option(help="Seed of the held-out split, the adapter's initialisation, the order and dropout.")
+        int,
+        typer.Option(
+            rich_help_panel=option_groups.TRAINING,
+            help="Seed of the held-out split, the adapter's initialisation, the order of examples and dropout.",
+        ),
     ] = 0
     parallel: options.Parallel = None
     gradient_checkpointing: Annotated[
-        bool, typer.Option(help="Recompute activations in backward: less memory, more time.")
+        bool,
+        typer.Option(
+            "--gradient-checkpointing",
+            rich_help_panel=option_groups.MEMORY,
+            help="Recompute activations in backward: less memory, more time.",
+        ),
     ] = False
     without_logits: Annotated[
         str,
-        typer.Option(help="Loss without the logits (causal-lm, chat): auto (where a few rows show the same), on, off."),
+        typer.Option(
+            rich_help_panel=option_groups.MEMORY,
+            help="Compute the loss without materializing logits (causal-lm): auto (if a few rows give "
+            "the same loss), on, or off.",
+        ),
     ] = "auto"
     fuse: Annotated[
         str,
         typer.Option(
-            help="Compute norms, gated activations and attention by one operator each: auto (on CPUs), on, off."
+            rich_help_panel=option_groups.MEMORY,
+            help="Fuse norms, gated activations and attention: auto (on CPUs), on, or off.",
         ),
     ] = "auto"
     recompute: Annotated[
         str,
         typer.Option(
-            help="Outputs of fused norms and activations for backward: auto (computed again: less memory, the same "
-            "gradients), none (kept)."
+            rich_help_panel=option_groups.MEMORY,
+            help="What backward recomputes of fused norms and activations: auto (their outputs: less "
+            "memory, the same gradients) or none.",
         ),
     ] = "auto"
     optim: Annotated[
-        str, typer.Option(help="Trainer's optim, or peftcore's paged_adamw_8bit and paged_adamw_32bit.")
+        str,
+        typer.Option(
+            rich_help_panel=option_groups.TRAINING,
+            help="Optimizer: one of transformers', or peftcore's paged_adamw_8bit and paged_adamw_32bit.",
+        ),
     ] = "adamw_torch"
     optim_args: Annotated[
-        str | None, typer.Option(help="Arguments of --optim, such as betas=(0.9,0.95) or budget=256MB.")
+        str | None,
+        typer.Option(
+            rich_help_panel=option_groups.TRAINING,
+            help="Arguments of the optimizer, such as betas=(0.9,0.95) or budget=256MB.",
+        ),
     ] = None
     eval_every: Annotated[
-        int | None, typer.Option(min=1, help="Steps between evaluations; default: 5 evaluations per run.")
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            rich_help_panel=option_groups.EVALUATION,
+            help="Steps between evaluations; default: 5 evaluations per run.",
+        ),
     ] = None
     save_every: Annotated[
-        int | None, typer.Option(min=1, help="Steps between checkpoints; default: 5 checkpoints per run.")
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            rich_help_panel=option_groups.OUTPUT,
+            help="Steps between checkpoints; default: 5 checkpoints per run.",
+        ),
     ] = None
-    keep: Annotated[int, typer.Option(min=2, help="Number of checkpoints to keep.")] = 2
+    keep: Annotated[
+        int,
+        typer.Option(min=2, metavar="N", rich_help_panel=option_groups.OUTPUT, help="Number of checkpoints to keep."),
+    ] = 2
     load_best: Annotated[
-        bool, typer.Option("--load-best", help="Save the adapter of the best evaluation instead of the last adapter.")
+        bool,
+        typer.Option(
+            "--load-best",
+            rich_help_panel=option_groups.EVALUATION,
+            help="Save the adapter of the best evaluation instead of the last one.",
+        ),
     ] = False
     metric: Annotated[
         str | None,
         typer.Option(
-            help="Held-out metric that decides which is best: loss (default), accuracy, exact_match, rouge_l, ..., or "
-            "FILE.py:FUNCTION, called with two lists of texts: answers, and what is wanted."
+            rich_help_panel=option_groups.EVALUATION,
+            help="Held-out metric that decides which evaluation is best: loss (default), accuracy, "
+            "exact_match, rouge_l, ..., or FILE.py:FUNCTION, called with the answers and the wanted texts.",
         ),
     ] = None
     eval_answers: Annotated[
         int | None,
         typer.Option(
             min=1,
-            help="Held-out examples that each evaluation answers for exact match and ROUGE-L; default: 100 with a "
-            "--metric of answers, else none.",
+            metavar="N",
+            rich_help_panel=option_groups.EVALUATION,
+            help="Number of held-out prompts to answer in each evaluation, for exact match and "
+            "ROUGE-L; default: 100 if --metric is one of answers, else none.",
         ),
     ] = None
     answer_tokens: Annotated[
-        int, typer.Option(min=1, help="Maximum tokens of such an answer, and of those of grpo.")
+        int,
+        typer.Option(
+            min=1,
+            metavar="N",
+            rich_help_panel=option_groups.EVALUATION,
+            help="Maximum number of tokens of such an answer, and of those of grpo.",
+        ),
     ] = 64
     patience: Annotated[
         int | None,
-        typer.Option(min=1, help="Stop after this many evaluations without improvement; implies --load-best."),
+        typer.Option(
+            min=1,
+            metavar="N",
+            rich_help_panel=option_groups.EVALUATION,
+            help="Number of evaluations without improvement after which training stops; implies --load-best.",
+        ),
     ] = None
 
 
@@ -190,11 +325,27 @@ SWITCH = ("auto", "on", "off")
 class Display:
     """Options of a run that change what it shows, and not what it learns."""
 
-    sample: Annotated[str | None, typer.Option(help="Prompt to answer before and after training (causal-lm).")] = None
-    sample_tokens: Annotated[int, typer.Option(min=1, help="Maximum tokens of the answer to --sample.")] = 48
+    sample: Annotated[
+        str | None,
+        typer.Option(
+            rich_help_panel=option_groups.EVALUATION, help="Prompt to answer before and after training (causal-lm)."
+        ),
+    ] = None
+    sample_tokens: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            metavar="N",
+            rich_help_panel=option_groups.EVALUATION,
+            help="Maximum number of tokens of the answer to --sample.",
+        ),
+    ] = 48
     report_to: Annotated[
         str | None,
-        typer.Option(help="Services that receive Trainer's log, separated by commas: tensorboard, wandb, mlflow, ..."),
+        typer.Option(
+            rich_help_panel=option_groups.OUTPUT,
+            help="Services that receive the training log, separated by commas: tensorboard, wandb, mlflow, ...",
+        ),
     ] = None
 
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from typer.core import TyperCommand
-
 from peftcore.cli import completion, console
+from peftcore.cli.option_groups import GroupedCommand
 from peftcore.errors import nearest
 
 # Names of transformers, TRL, axolotl, LLaMA-Factory and torchtune: ours.
@@ -74,7 +73,7 @@ def of_field(name: str, fields: Iterable[str]) -> str:
     return f". Did you mean '{meant[0]}'?" if len(meant) == 1 else nearest(name, fields)
 
 
-class SuggestingCommand(TyperCommand):
+class SuggestingCommand(GroupedCommand):
     """Command whose error about an unknown option names the option that is meant, and is printed by one rank."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:

@@ -25,10 +25,8 @@ def evaluate(
     labels: options.Labels = None,
     columns: options.Columns = None,
     chat_template: options.ChatTemplate = None,
-    max_length: Annotated[
-        int | None, typer.Option(min=2, help="Maximum tokens per example; default: as in training.")
-    ] = None,
-    batch_size: Annotated[int, typer.Option(min=1)] = 16,
+    max_length: options.MaxLength = None,
+    batch_size: Annotated[int, typer.Option(min=1, metavar="N", help="Examples per batch.")] = 16,
     *,
     given: Annotated[RunOptions, ("metric", "eval_answers", "answer_tokens", "reward", "trust_remote_code")],
     quantize: options.Quantize = None,

@@ -35,11 +35,8 @@ def plan(
     method: options.MethodName = None,
     fields: options.Fields = None,
     task: options.Task = None,
-    labels: Annotated[str | None, typer.Option(help="Labels of a classifier, separated by commas.")] = None,
-    data: Annotated[
-        list[str] | None,
-        typer.Option("--data", "-d", help="Examples whose images, audio or number of texts count. Repeatable."),
-    ] = None,
+    labels: options.PlannedLabels = None,
+    data: options.PlannedData = None,
     given: Annotated[RunOptions, _OPTIONS],
     ranks: options.Ranks = 1,
     tp_size: options.TensorParallel = 1,

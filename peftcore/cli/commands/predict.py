@@ -33,10 +33,10 @@ def predict(
     trust_remote_code: options.TrustRemoteCode = False,  # the application reads it
     labels: options.Labels = None,
     columns: options.Columns = None,
-    max_length: Annotated[
-        int | None, typer.Option(min=2, help="Maximum tokens per example; default: as in training.")
-    ] = None,
-    answer_tokens: Annotated[int, typer.Option(min=1, help="Maximum tokens of an answer (image-text).")] = 64,
+    max_length: options.MaxLength = None,
+    answer_tokens: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Maximum number of tokens of an answer (image-text, audio-text).")
+    ] = 64,
     chat_template: options.ChatTemplate = None,
     quantize: options.Quantize = None,
     dtype: options.Dtype = "auto",

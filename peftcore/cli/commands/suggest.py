@@ -35,11 +35,9 @@ def suggest(
         list[int] | None, typer.Option("--rank", min=1, help="Rank to consider. Repeatable; default: 16.")
     ] = None,
     *,
-    data: Annotated[
-        list[str] | None, typer.Option("--data", "-d", help="Examples, for their task. Repeatable.")
-    ] = None,
+    data: options.PlannedData = None,
     task: options.Task = None,
-    labels: Annotated[str | None, typer.Option(help="Labels of a classifier, separated by commas.")] = None,
+    labels: options.PlannedLabels = None,
     given: Annotated[
         RunOptions,
         ("max_length", "dtype", "precision", "parallel", "without_logits", "fuse", "recompute", "trust_remote_code"),

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from peftcore.cli import config_file, options
+from peftcore.cli import config_file, option_groups, options
 from peftcore.cli.console import command, out, require, say, table
 from peftcore.cli.settings import (
     RUN_FILE,
@@ -67,39 +67,42 @@ def train(
             "--resume",
             is_eager=True,
             callback=config_file.use_of_run,
-            help="Continue the run in --output, whose options are the defaults, from its latest complete checkpoint.",
+            rich_help_panel=option_groups.OUTPUT,
+            help="Continue the run in --output from its latest complete checkpoint, with its options as defaults.",
         ),
     ] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Start again, replacing the run in --output.")] = False,
+    overwrite: Annotated[
+        bool,
+        typer.Option(
+            "--overwrite", rich_help_panel=option_groups.OUTPUT, help="Start again, replacing the run in --output."
+        ),
+    ] = False,
     fit: Annotated[
         bool,
-        typer.Option("--fit", help="Choose batch size, checkpointing and optimizer to fit into free memory."),
+        typer.Option(
+            "--fit",
+            rich_help_panel=option_groups.MEMORY,
+            help="Choose batch size, gradient checkpointing and optimizer to fit into free memory.",
+        ),
     ] = False,
     force: Annotated[
-        bool, typer.Option("--force", help="Train even if the predicted memory is not available.")
+        bool,
+        typer.Option(
+            "--force",
+            rich_help_panel=option_groups.MEMORY,
+            help="Train even if the predicted memory is not available.",
+        ),
     ] = False,
     display: Display,
 ) -> None:
     """Fine-tune a model on a file of examples.
 
-    Language modelling learns from {"text": ...}, from {"prompt": ..., "completion": ...} (only the completion is
-    learned), or from conversations {"messages": [{"role": ..., "content": ...}, ...]} (only the assistant's turns are
-    learned, through the tokenizer's chat template). {"text": ..., "label": ...} is classification, regression if labels
-    are numbers that are not all whole, and multi-label if they are lists. {"tokens": [...], "tags": [...]} tags words.
-    A folder with one subfolder of images per label trains an image classifier. Conversations with images, {"type":
-    "image", "path": FILE} in a turn's content, train a model that reads images and texts (--task image-text), also by
-    DPO, with chosen and rejected answers (--task image-dpo); {"type": "audio", "path": FILE} one that takes audio
-    (--task audio-text).
-    {"anchor": ..., "positive": ...}, also with "negative", or {"sentence1": ..., "sentence2": ..., "score": ...} train
-    a model of embeddings (--task pairs).
-    {"audio": FILE, "text": ...} trains a model of speech such as Whisper (--task asr).
-    {"prompt": ..., "chosen": ..., "rejected": ...}, texts or messages, is learned by DPO, and {"prompt": ...,
-    "completion": ..., "label": true} by KTO, with the frozen base as the reference; the pairs also by ORPO (--task
-    orpo), or to train a reward model (--task reward). {"prompt": ...} is answered by the model itself in GRPO (--task
-    grpo), where a function (--reward FILE.py:FUNCTION) judges the answers.
+    The columns of the examples give the task: {"messages": [...]} trains a chat model, {"prompt": ..., "completion":
+    ...} or {"text": ...} a language model, {"text": ..., "label": ...} a classifier, {"prompt": ..., "chosen": ...,
+    "rejected": ...} preferences. docs/command-line.md lists all rows, also those with images and audio.
 
-    With --adapter training starts from an existing adapter, of this or another library, with its base and method; the
-    initial adapter is what results are compared with, also in DPO.
+    With --adapter, training continues from an existing adapter with its base and method. Results are compared with the
+    adapter as it was, which is also the reference of preferences.
     """
     from peftcore.cli import task_names
     from peftcore.cli.bases import base_files, precision as precisions
