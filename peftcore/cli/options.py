@@ -216,22 +216,21 @@ def resolve_method(
     Raises:
         PeftcoreError: the method is not installed, is not named although several are, or a field is wrong.
     """
+    import peftcore
     from peftcore.cli.fields import parse
-    from peftcore.engine.configs import config
-    from peftcore.plugin.registry import registry
 
     if name is None:
-        installed = registry.methods()
+        installed = peftcore.methods()
         if len(installed) != 1:
             names = ", ".join(installed) or "none; see peftcore plugins"
             raise PluginError(f"no method is given. Pass --method NAME (installed: {names})")
         name = next(iter(installed))
-    method = registry.method(name)
+    method = peftcore.method(name)
     found = parse(method.config_class, settings or [])
     if found and not before:  # the files of an adapter are checked when they are read
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # `apply` raises them
-            config(method.name, **found)
+            peftcore.config(method.name, **found)
     return method.name, {**(before or {}), **found}
 
 

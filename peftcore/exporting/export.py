@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from peftcore import engine
-from peftcore.errors import PeftcoreError, nearest
+from peftcore.errors import PeftcoreError, PluginError, nearest
 from peftcore.exporting.onnx import ONNX
 from peftcore.exporting.serving import VLLM
 from peftcore.files.folder import made
@@ -74,10 +74,9 @@ def export(
             weights.
         PluginError: the package of the format failed.
     """
-    plugin, exporter = find(format)
+    exporter = find(format)
     format_options, target = options_of(exporter, options), Path(path)
-    with registry.naming(plugin, "check"):
-        exporter.check(model)
+    exporter.check(model)
     if adapter is not None or exporter.write_model is None:
         if exporter.write_adapter is None:
             raise PeftcoreError(
@@ -85,22 +84,52 @@ def export(
                 "active adapters with peftcore.activate"
             )
         name = _only(model) if adapter is None else adapter
-        with registry.naming(plugin, "write_adapter"), _folder_of(target):
+        with _folder_of(target):
             exporter.write_adapter(model, target, name, format_options)
     else:
         _refuse(model, exporter)
-        with registry.naming(plugin, "write_model"), _folder_of(target):
+        with _folder_of(target):
             exporter.write_model(model, target, format_options)
     return target
 
 
-def find(format: str) -> tuple[Plugin, Exporter]:
-    """Return a format and the plugin that provides it.
+def formats() -> dict[str, Exporter]:
+    """Return the installed formats by name, sorted. A PluginError of their functions names the plugin.
+
+    Raises:
+        PluginError: two packages offer formats of one name.
+    """
+    return {name: _naming_plugin(plugin, exporter) for name, (plugin, exporter) in sorted(registry.exporters().items())}
+
+
+def _naming_plugin(plugin: Plugin, exporter: Exporter) -> Exporter:
+    """Return a format whose functions raise errors that name its plugin."""
+
+    def named(name: str) -> Callable[..., Any] | None:
+        function: Callable[..., Any] | None = getattr(exporter, name)
+        if function is None:
+            return None
+
+        def call(*arguments: Any) -> Any:
+            with registry.naming(plugin, name):
+                return function(*arguments)
+
+        return call
+
+    functions: dict[str, Any] = {name: named(name) for name in _FUNCTIONS}
+    return dataclasses.replace(exporter, **functions)
+
+
+_FUNCTIONS = ("check", "write_adapter", "write_model", "usage", "remarks")
+
+
+def find(format: str) -> Exporter:
+    """Return a format by its name.
 
     Raises:
         PeftcoreError: it is not installed.
     """
-    known = registry.exporters()
+    known = formats()
     if format in known:
         return known[format]
     names = ", ".join(sorted(known))
@@ -130,6 +159,24 @@ def options_of(exporter: Exporter, options: dict[str, Any]) -> Any:
             )
     check_types(exporter.options, options)
     return exporter.options(**options)
+
+
+def model_file(exporter: Exporter, options: dict[str, Any]) -> str:
+    """Return the name of a model's file, with the options filled in: `model-{type}.bin` becomes `model-q8.bin`.
+
+    Raises:
+        PeftcoreError: as in `options_of`.
+        PluginError: the format's name has a field that is none of its options.
+    """
+    values = options_of(exporter, options)
+    fields = {field.name: getattr(values, field.name) for field in dataclasses.fields(values)}
+    try:
+        return exporter.model_file.format(**fields)
+    except (KeyError, IndexError, ValueError) as error:
+        raise PluginError(
+            f"the format '{exporter.name}' has model_file='{exporter.model_file}', which its options "
+            f"({', '.join(fields) or 'none'}) do not fill: {error}. Correct it in the package of the format"
+        ) from error
 
 
 @contextmanager

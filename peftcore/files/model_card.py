@@ -65,7 +65,7 @@ def card(model: nn.Module, adapters: Sequence[str], task_type: str | None) -> tu
     of = base or type(model).__name__
     lines = [f"# Adapter{'s' * (len(adapters) > 1)} of {of}", ""]
     for name in adapters:
-        lines += [*([f"## {code(name)}", ""] if len(adapters) > 1 else []), *_table(_facts(model, name)), ""]
+        lines += [*([f"## {code_span(name)}", ""] if len(adapters) > 1 else []), *_table(_facts(model, name)), ""]
     lines += ["```python", "import peftcore", ""]
     lines += [f"model = ...  # {of}", 'peftcore.load(model, "ADAPTER")  # this folder, or ORG/NAME on the hub']
     return about, "\n".join([*lines, "```"])
@@ -88,11 +88,11 @@ def _facts(model: nn.Module, adapter: str) -> list[tuple[str, str]]:
             continue
         value = sorted(value) if isinstance(value, (set, frozenset)) else value
         text = json.dumps(value, default=str, sort_keys=True, ensure_ascii=False)
-        rows.append((code(field.name), code(text[:_LONGEST] + "…" * (len(text) > _LONGEST))))
+        rows.append((code_span(field.name), code_span(text[:_LONGEST] + "…" * (len(text) > _LONGEST))))
     return rows
 
 
-def code(text: str) -> str:
+def code_span(text: str) -> str:
     """Return a Markdown code span of one line that `text` cannot end, whoever wrote it."""
     return f"`{text.translate(_ESCAPES).strip()}`"
 
@@ -133,7 +133,7 @@ def read(folder: Path) -> str:
         raise CheckpointError(f"the model card was not written: {error}. Delete it, or use another folder") from error
 
 
-def add(folder: Path, heading: str, rows: Sequence[tuple[str, str]], command: str) -> None:
+def add_to_card(folder: Path, heading: str, rows: Sequence[tuple[str, str]], command: str) -> None:
     """Add a table and a command to the marked section, until the next save. A card without marks is left as it is.
 
     Args:

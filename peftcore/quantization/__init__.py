@@ -19,6 +19,7 @@ from peftcore.quantization import weight_formats  # noqa: F401  # it registers t
 from peftcore.quantization.checkpoint_layouts import built_empty as built_empty, is_packed as is_packed
 from peftcore.quantization.convert import (
     dequantize as dequantize,
+    give_back_freed as give_back_freed,
     quantize as quantize,
     quantized_experts as quantized_experts,
     quantized_layers as quantized_layers,

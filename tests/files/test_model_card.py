@@ -172,7 +172,7 @@ def test_keys_that_no_longer_apply_are_removed() -> None:
 def test_figures_are_added_until_the_next_save(tmp_path: Path) -> None:
     peftcore.save(model(r=2), tmp_path)
     before = read(tmp_path)
-    model_card.add(tmp_path, "Training", [("loss", "1.0 → 0.5")], "peftcore train --model org/base")
+    model_card.add_to_card(tmp_path, "Training", [("loss", "1.0 → 0.5")], "peftcore train --model org/base")
     added = "\n## Training\n\n| | |\n|---|---|\n| loss | 1.0 → 0.5 |\n\n```sh\npeftcore train --model org/base\n```\n"
     assert read(tmp_path) == before.replace(model_card.END, added + model_card.END)
     peftcore.save(model(r=2), tmp_path)
@@ -181,9 +181,9 @@ def test_figures_are_added_until_the_next_save(tmp_path: Path) -> None:
 
 def test_facts_of_a_training_leave_a_file_alone_that_is_not_a_card(tmp_path: Path) -> None:
     file = tmp_path / "README.md"
-    model_card.add(tmp_path, "Training", [("steps", "6")], "peftcore train")
+    model_card.add_to_card(tmp_path, "Training", [("steps", "6")], "peftcore train")
     assert not file.exists()
     for content in (b"\xff\xfe words", b"words without marks"):
         file.write_bytes(content)
-        model_card.add(tmp_path, "Training", [("steps", "6")], "peftcore train")
+        model_card.add_to_card(tmp_path, "Training", [("steps", "6")], "peftcore train")
         assert file.read_bytes() == content

@@ -19,11 +19,10 @@ USERS = {*peftcore.__all__, "__version__"}
 TOOLS = {
     "peftcore_compare": {  # a command that runs `train` several times
         "peftcore.cli",
-        "peftcore.engine.summary.megabytes",
     },
     "peftcore_serve": {  # a command that loads bases, adapters and tokenizers as `generate` does
         "peftcore.cli",
-        "peftcore.files.reading.vocabulary_rows",
+        "peftcore.files.vocabulary_rows",
     },
 }
 NAMESPACES = (

@@ -126,7 +126,7 @@ def load_model(
         quantize: 4-bit type of the linear layers, or all about how they are quantized; None for dense weights.
     """
     quiet_transformers()
-    from peftcore.quantization.convert import give_back_freed
+    from peftcore.quantization import give_back_freed
 
     asked = Quantization(quantize) if isinstance(quantize, str) else quantize
     packing = None if asked is None else asked.arguments()
@@ -169,7 +169,6 @@ def _load_gguf(
 ) -> PreTrainedModel:
     """Return the model of a .gguf file, dense or in 4 bits; `options` are those of `from_pretrained`."""
     from peftcore import quantization
-    from peftcore.quantization.format import QUANT_TYPES
 
     require("gguf", extra="gguf")
     gguf_file.check_blocks(model)
@@ -178,8 +177,8 @@ def _load_gguf(
     one_by_one = gguf_file.header(model).architecture in gguf_file.ONE_BY_ONE
     if one_by_one:
         options["model_class"] = auto_class._model_mapping[type(config)]
-        if packing is not None and packing["quant_type"] in QUANT_TYPES:
-            from peftcore.quantization.huggingface import FourBitConfig
+        if packing is not None and packing["quant_type"] in quantization.QUANT_TYPES:
+            from peftcore import FourBitConfig
 
             options["quantization_config"], packing = FourBitConfig(**packing), None
     else:
@@ -195,7 +194,7 @@ def _load_gguf(
 
 def _packing_of(config: PretrainedConfig) -> dict[str, Any] | None:
     """Return arguments of `quantization.load` for a quantized checkpoint, which keeps its bits; None for others."""
-    from peftcore.quantization.checkpoint_layouts import layout_of
+    from peftcore.quantization import is_packed
 
     stored = getattr(config, "quantization_config", None)
     if stored is not None:
@@ -204,7 +203,7 @@ def _packing_of(config: PretrainedConfig) -> dict[str, Any] | None:
     if stored.get("quant_method") == "bitsandbytes" and stored.get("load_in_4bit"):
         # Not by bitsandbytes, whose layers lose gradients on CPUs with AVX512-BF16 once they have been evaluated.
         return {"quant_type": "nf4", "compute_dtype": stored.get("bnb_4bit_compute_dtype")}
-    return None if layout_of(config) is None else {"quant_type": "nf4"}
+    return {"quant_type": "nf4"} if is_packed(config) else None
 
 
 def _refuse_unknown_quantization(stored: Any) -> None:

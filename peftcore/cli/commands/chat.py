@@ -192,7 +192,7 @@ class Talk:
 def _fit_vocabulary(model: Any, folders: dict[str, Path]) -> bool:
     """Resize the model's vocabulary for all adapters. Return whether it differs from the base's."""
     from peftcore.cli.bases import base_and_adapter
-    from peftcore.files.reading import vocabulary_rows
+    from peftcore.files import vocabulary_rows
 
     before = base_and_adapter.vocabulary(model)
     wanted = {name: vocabulary_rows(model, folder) or before for name, folder in folders.items()}

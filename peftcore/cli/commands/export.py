@@ -20,8 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from peftcore.cli.bases.adapter_folders import AdapterTask
-    from peftcore.plugin.discovery import Plugin
-    from peftcore.plugin.exporter import Exporter
+    from peftcore.plugin import Exporter
 
 EXAMPLES = (
     "peftcore export",
@@ -63,7 +62,7 @@ def export(
     if format is None:
         _list_formats()
         return
-    plugin, exporter = exporting.find(format)
+    exporter = exporting.find(format)
     given = _options(exporter, settings)
     _refuse_part(exporter, only, adapter, model, convert)
     folder = _new(output or _default_folder(adapter, str(model), format))
@@ -75,7 +74,7 @@ def export(
     if adapter is not None:
         base_and_adapter.load_adapter(loaded, adapter)
         name = _converted(loaded, convert)
-    work = _Work(plugin, exporter, given, folder, loaded, base)
+    work = _Work(exporter, given, folder, loaded, base)
     exporter.check(loaded)
     with complete_or_removed(folder, work.paths):
         if name is not None and "adapter" in exporter.parts and only != "model":
@@ -93,7 +92,6 @@ def export(
 class _Work:
     """Files of one export, and the report that is printed once all of them are written."""
 
-    plugin: Plugin
     exporter: Exporter
     options: dict[str, Any]
     folder: Path
@@ -122,24 +120,16 @@ class _Work:
         """Write the model with its current weights."""
         import peftcore
         from peftcore import exporting
-        from peftcore.plugin.registry import registry
 
-        values = exporting.options_of(self.exporter, self.options)
-        named = {each.name: getattr(values, each.name) for each in dataclasses.fields(values)}
-        with registry.naming(self.plugin, "model_file"):
-            path = self.folder / self.exporter.model_file.format(**named)
+        path = self.folder / exporting.model_file(self.exporter, self.options)
         self.paths.append(path)
         peftcore.export(self.model, path, format=self.exporter.name, **self.options)
         self._add(path, "model")
 
     def _add(self, path: Path, part: str) -> None:
-        from peftcore.plugin.registry import registry
-
         label = f"{path} ({path.stat().st_size / 1e6:.1f} MB)" if path.is_file() else str(path)
-        with registry.naming(self.plugin, "usage"):
-            usage = self.exporter.usage(path, self.base, part)
-        with registry.naming(self.plugin, "remarks"):
-            remarks = self.exporter.remarks(path, self.base, part)
+        usage = self.exporter.usage(path, self.base, part)
+        remarks = self.exporter.remarks(path, self.base, part)
         self.report += [f"{label}: {command}" for command in usage] or [label]
         for remark in remarks:
             warn(remark)
@@ -147,14 +137,13 @@ class _Work:
 
 def _list_formats() -> None:
     """Print the installed formats, their parts and options."""
-    import peftcore.exporting  # noqa: F401  # registers the core's formats
-    from peftcore.plugin.registry import registry
+    from peftcore import exporting
 
     def options(exporter: Exporter) -> str:
         fields = (each for each in dataclasses.fields(exporter.options) if each.name not in _FROM_THE_RUN)
         return ", ".join(f"{each.name}={each.default}" for each in fields)
 
-    exporters = (each for _, (_, each) in sorted(registry.exporters().items()))
+    exporters = exporting.formats().values()
     rows = ((each.name, each.programs, " and ".join(each.parts), options(each)) for each in exporters)
     table(rows, ("format", "for", "writes", "options (--set)"))
 
@@ -183,7 +172,7 @@ def _refuse_part(
     exporter: Exporter, only: str | None, adapter: Path | None, model: str | None, convert: int | None
 ) -> None:
     """Raise a PeftcoreError if the format does not have the part to write, or the adapter to write is missing."""
-    from peftcore.plugin.registry import registry
+    from peftcore import exporting
 
     if only is not None and only not in exporter.parts:
         raise PeftcoreError(
@@ -191,7 +180,7 @@ def _refuse_part(
         )
     if adapter is not None or (model and "model" in exporter.parts and only != "adapter" and convert is None):
         return
-    of_models = [name for name, (_, each) in sorted(registry.exporters().items()) if "model" in each.parts]
+    of_models = [name for name, each in exporting.formats().items() if "model" in each.parts]
     raise PeftcoreError(
         f"no adapter is given. Pass its folder; a model alone (--model) can be exported to {' and '.join(of_models)}"
     )
@@ -246,7 +235,6 @@ def complete_or_removed(folder: Path, paths: list[Path]) -> Iterator[None]:
 def _converted(model: PreTrainedModel, rank: int | None) -> str:
     """Return the name of the adapter to write: the model's adapter, or a low-rank approximation of it."""
     import peftcore
-    from peftcore.plugin.registry import registry
 
     names = [each.name for each in peftcore.summary(model).adapters]
     if len(names) != 1:
@@ -254,7 +242,7 @@ def _converted(model: PreTrainedModel, rank: int | None) -> str:
     (name,) = names
     if rank is None:
         return name
-    method = next(key for key, each in registry.methods().items() if each.low_rank is not None)
+    method = next(key for key, each in peftcore.methods().items() if each.low_rank is not None)
     kept = peftcore.convert(model, name, method=method, r=rank, adapter="converted")
     say(f"rank {rank} keeps at least {min(kept.values()):.1%} of the adapter's change in every layer")
     return "converted"

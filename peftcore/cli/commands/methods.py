@@ -36,12 +36,12 @@ def methods(
     trust_remote_code: options.TrustRemoteCode = False,  # the application reads it
 ) -> None:
     """List the installed methods, those that work on a model, or the fields of one for --set."""
-    from peftcore.plugin.registry import registry
+    import peftcore
 
     if name is not None and for_ is not None:
         fail(f"--for tries every method. Leave out '{name}', or use `peftcore plan` for a single method")
     if name is None:
-        found = {method.name: method for plugin in registry.plugins() for method in plugin.methods}
+        found = peftcore.methods()
         if not found:
             say(NO_METHOD)
         elif for_ is None:
@@ -51,7 +51,7 @@ def methods(
         return
     from peftcore.cli.fields import describe
 
-    config = registry.method(name).config_class
+    config = peftcore.method(name).config_class
     hints = typing.get_type_hints(config)
     table(
         ((f.name, describe(hints[f.name]), _default(f)) for f in dataclasses.fields(config) if f.init),
@@ -66,8 +66,8 @@ def _tried(folder: str, task: str | None, names: list[str]) -> Iterator[tuple[st
     """Yield each method's trainable parameters and bytes with its defaults, or the error."""
     import peftcore
     from peftcore.cli import task_names
+    from peftcore.cli.amounts import megabytes
     from peftcore.cli.bases import base_files, models
-    from peftcore.engine.summary import megabytes
 
     task = task or task_names.LANGUAGE_MODEL
     task_names.check_task(task)

@@ -47,9 +47,9 @@ def plan(
 ) -> None:
     """Show what would be trained, and what a training step would need, before training."""
     import peftcore
+    from peftcore.cli.amounts import megabytes
     from peftcore.cli.bases import base_files, models
     from peftcore.cli.training import forecast, training_run  # noqa: F401  # the memory of what `train` imports counts
-    from peftcore.engine.summary import megabytes
     from peftcore.estimating import NotFollowed
 
     task, names = options.planned_task(task, data, labels)

@@ -152,12 +152,12 @@ def train(
     if task in task_names.COMPARED:
         require("trl", extra="dpo")
     base_files.quiet_transformers()
+    import peftcore
     from peftcore.cli.bases import base_files, base_quantization
     from peftcore.cli.training import best_checkpoint, reporting, torchrun, training_data, training_run
     from peftcore.plugin import ranks
-    from peftcore.plugin.registry import registry
     from peftcore.quantization import find_type
-    from peftcore.training.integrations.trainer import latest_checkpoint
+    from peftcore.training import latest_checkpoint
 
     best_checkpoint.check(given, task)
     services = reporting.services(display.report_to)
@@ -169,7 +169,7 @@ def train(
         base_quantization.refuse_other(given.quantize, start.task.quantized, str(start.folder))
     elif given.quantize is not None:
         find_type(given.quantize)
-        if registry.method(name).prepare is not None:
+        if peftcore.method(name).prepare is not None:
             raise PeftcoreError(
                 f"--method {name} prepares the base itself, found --quantize {given.quantize}. Leave it out, or pass "
                 "another method"
@@ -184,7 +184,7 @@ def train(
         adapter=str(start.folder) if start else None,
         quantize=quantize,
         chat_template=given.chat_template or (start.task.chat_template if start else None),
-        lr=registry.method(name).learning_rate if given.lr is None else given.lr,
+        lr=peftcore.method(name).learning_rate if given.lr is None else given.lr,
         ranks=ranks.count(),
     )
     if fit:
@@ -286,18 +286,18 @@ def _show(settings: Settings, result: Result, output: Path, prompt: str | None) 
 
 def _add_to_card(settings: Settings, result: Result, rows: list[tuple[str, str, str]]) -> None:
     """Add data, figures and the command to the adapter's model card, with the names of files but not their folders."""
-    from peftcore.files import model_card
+    from peftcore.files import add_to_card, code_span
 
     files = [settings.data] if isinstance(settings.data, str) else settings.data
     said = [
         ("task", settings.task),
-        ("data", ", ".join(model_card.code(Path(file).name) for file in files)),
+        ("data", ", ".join(code_span(Path(file).name) for file in files)),
         ("examples", f"{result.train_rows:,} for training, {result.eval_rows:,} held out"),
         ("steps", f"{result.steps:,}"),
         *((f"held-out {name}", f"{before} before, {after} after") for name, before, after in rows),
     ]
     try:
-        model_card.add(result.adapter, "Training", said, shlex.join(map(_without_folders, shlex.split(command()))))
+        add_to_card(result.adapter, "Training", said, shlex.join(map(_without_folders, shlex.split(command()))))
     except CheckpointError as error:  # the adapter and the report are written
         say(str(error))
 
@@ -313,8 +313,8 @@ def _without_folders(word: str) -> str:
 
 
 def _facts(result: Result) -> list[tuple[str, str]]:
+    from peftcore.cli.amounts import counted, megabytes, share
     from peftcore.cli.training.progress import gigabytes
-    from peftcore.engine.summary import counted, megabytes, share
 
     trainable, base = result.summary.trainable_parameters, result.summary.base_parameters
     examples = f"{result.examples_per_second:,.1f} examples/s"

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from peftcore.cli.amounts import megabytes
 from peftcore.cli.console import table
 from peftcore.cli.options import FULL
 from peftcore.cli.tasks import metrics
 from peftcore.cli.training.chart import Panel, small_multiples
 from peftcore.cli.training.progress import gigabytes
-from peftcore.engine.summary import megabytes
 
 if TYPE_CHECKING:
     from peftcore.cli.settings import Settings

@@ -10,7 +10,7 @@ from torch import nn
 import peftcore
 from peftcore import PeftcoreError
 from peftcore.cli.bases import base_and_adapter
-from peftcore.files.reading import vocabulary_rows
+from peftcore.files import vocabulary_rows
 from peftcore.plugin import safe_reading
 from peftcore_serve.decoding import can_batch
 from peftcore_serve.folders import Folder, Stamp

@@ -1,0 +1,20 @@
+"""Sizes, shares and counts as the commands print them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+
+def megabytes(size: float) -> str:
+    """Return a size in bytes as `12.3 MB` (decimal), or in kB below 1 MB."""
+    return f"{size / 1e6:.1f} MB" if size >= 1e6 else f"{size / 1e3:.1f} kB"
+
+
+def share(part: int, whole: int) -> str:
+    """Return a percentage such as `1.23 %`."""
+    return f"{100 * part / whole:.2f} %" if whole else "-"
+
+
+def counted(kinds: Mapping[str, int]) -> str:
+    """Return how many there are of each kind, such as `2 x norm, 1 x MLP`."""
+    return ", ".join(f"{count} x {kind}" for kind, count in kinds.items())

@@ -1,0 +1,126 @@
+"""The command line and `estimate` use the public API as any other program does."""
+
+import ast
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from support.imports import ROOT
+
+# Packages whose names a program may import; `peftcore.ops` and `peftcore.plugin` with their documented modules.
+FRONTS = {
+    "peftcore",
+    "peftcore.errors",
+    "peftcore.ops",
+    "peftcore.plugin",
+    "peftcore.optim",
+    "peftcore.files",
+    "peftcore.quantization",
+    "peftcore.distributed",
+    "peftcore.training",
+    "peftcore.exporting",
+    "peftcore.testing",
+    "peftcore.estimating",
+}
+MODULES_OF_FRONTS = ("ranks", "safe_reading", "targets", "validation")
+
+# The folders that are programs, with the inner names that each may import. No name is to be added.
+PROGRAMS: dict[str, set[str]] = {
+    "peftcore/cli": {
+        "peftcore.engine",
+        "peftcore.engine.adaptation.modes.evaluation_mode",
+        "peftcore.engine.fused.fused_modules",
+        "peftcore.engine.fused.is_without_logits",
+        "peftcore.engine.merging.merged_layers.mergeable",
+        "peftcore.engine.state_of",
+        "peftcore.engine.summary.Summary",
+        "peftcore.engine.summary.counted",
+        "peftcore.engine.takes_batches",
+        "peftcore.estimating.choosing.PAGED",
+        "peftcore.estimating.choosing.PLAIN",
+        "peftcore.estimating.loop.OPTIMIZERS",
+        "peftcore.estimating.step.MIXED",
+        "peftcore.files.reading.method_of_folder",
+        "peftcore.files.reading.read_adapter",
+        "peftcore.model.positions.count",
+        "peftcore.plugin.registry.registry",
+        "peftcore.plugin.safe_reading.JSON_BYTES",
+        "peftcore.plugin.safe_reading.parse_json",
+        "peftcore.plugin.safe_reading.read_bytes",
+        "peftcore.plugin.validation.check_types",
+        "peftcore.quantization.checkpoint_layouts.layout_of",
+        "peftcore.quantization.checkpoint_layouts.pack_empty",
+        "peftcore.quantization.checkpoint_layouts.without_quantization",
+        "peftcore.quantization.convert.give_back_freed",
+        "peftcore.training.integrations.reference_model.reference_model",
+        "peftcore.training.integrations.trainer.is_complete",
+        "peftcore.training.integrations.trainer.latest_checkpoint",
+        "peftcore.training.integrations.trainer_optimizer.bare_model",
+        "peftcore.training.loss_without_logits.evaluated_without_logits",
+    },
+    # It runs a step on a copy without values, with the adapters of a model, and so needs to know how both are made.
+    "peftcore/estimating": {
+        "peftcore.engine.adaptation.modes.evaluation_mode",
+        "peftcore.engine.adapter_parameters",
+        "peftcore.engine.add_adapter",
+        "peftcore.engine.replicas.blocks",
+        "peftcore.engine.state.refuse_merged",
+        "peftcore.engine.state.refuse_per_sample",
+        "peftcore.engine.state_of",
+        "peftcore.engine.takes_batches",
+        "peftcore.model.base_modules.original_forward",
+        "peftcore.model.inputs.BATCH",
+        "peftcore.model.inputs.LENGTH",
+        "peftcore.model.inputs.example_inputs",
+        "peftcore.model.meta.MetaFloats",
+        "peftcore.model.meta.meta_copy",
+        "peftcore.model.positions",
+        "peftcore.plugin.layers.is_wrapped",
+        "peftcore.quantization.convert.convert",
+        "peftcore.training.loss_without_logits.switch_on",
+    },
+}
+
+
+def imports(file: Path) -> Iterator[str]:
+    """Yield the full names that a file imports from peftcore, including those for type checkers."""
+    for node in ast.walk(ast.parse(file.read_text("utf-8"))):
+        if isinstance(node, ast.ImportFrom) and f"{node.module}.".startswith("peftcore."):
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if f"{alias.name}.".startswith("peftcore."))
+
+
+def is_public(name: str) -> bool:
+    """Return whether a full name is that of a front, or a name that a front has."""
+    if name in FRONTS or name.startswith("peftcore.ops."):
+        return "._" not in name
+    home, _, last = name.rpartition(".")
+    if home not in FRONTS:
+        return False
+    return last in MODULES_OF_FRONTS or not isinstance(getattr(import_module(home), last), ModuleType)
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_programs_import_public_names_alone(program: str) -> None:
+    own = f"{program.replace('/', '.')}."
+    inner = {
+        name
+        for file in (ROOT / program).rglob("*.py")
+        for name in imports(file)
+        if not f"{name}.".startswith(own) and not is_public(name)
+    }
+    assert inner - PROGRAMS[program] == set()
+
+
+def test_the_check_sees_inner_names(tmp_path: Path) -> None:
+    file = tmp_path / "program.py"
+    file.write_text(
+        "import peftcore\nfrom peftcore import PeftcoreError, quantization\nfrom peftcore.plugin import ranks\n"
+        "from peftcore.engine import state_of\nfrom peftcore.quantization import convert, quantize\n"
+        "import peftcore.files.folder\n"
+    )
+    found = [name for name in imports(file) if not is_public(name)]
+    assert sorted(found) == ["peftcore.engine.state_of", "peftcore.files.folder", "peftcore.quantization.convert"]
