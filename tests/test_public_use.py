@@ -31,8 +31,8 @@ PROGRAMS: dict[str, set[str]] = {
     "peftcore/cli": {
         "peftcore.engine",
         "peftcore.engine.adaptation.modes.evaluation_mode",
-        "peftcore.engine.fused.fused_modules",
-        "peftcore.engine.fused.is_without_logits",
+        "peftcore.engine.adaptation.fused_forward.fused_modules",
+        "peftcore.engine.adaptation.fused_forward.is_without_logits",
         "peftcore.engine.merging.merged_layers.mergeable",
         "peftcore.engine.state_of",
         "peftcore.engine.summary.Summary",

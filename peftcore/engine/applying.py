@@ -10,7 +10,7 @@ from torch import nn
 
 from peftcore.engine.activating import freeze_branches, set_active, update_call_context
 from peftcore.engine.adaptation import adapted, enclosing, fast_path, folding
-from peftcore.engine.adaptation.division import watch_batches
+from peftcore.engine.adaptation.divided_forward import watch_batches
 from peftcore.engine.attachments import Attachments
 from peftcore.engine.base_checkpoints import accept_base_checkpoints
 from peftcore.engine.changes import Site, facts, submodule

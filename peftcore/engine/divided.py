@@ -11,8 +11,7 @@ from torch import nn
 
 from peftcore.engine.adaptation.adapted import is_adapted, rebuild
 from peftcore.engine.adaptation.divided_experts import divide_factors
-from peftcore.engine.adaptation.division import division_of, has_plan, plan_of
-from peftcore.engine.adaptation.parallel_hooks import mesh_of_hooks, without_hooks
+from peftcore.engine.adaptation.division import division_of, has_plan, mesh_of_hooks, plan_of, without_hooks
 from peftcore.engine.attachments import Attachments
 from peftcore.model.base_modules import OWN_FORWARD, base_modules, original_class
 from peftcore.plugin import ranks

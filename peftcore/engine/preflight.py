@@ -19,9 +19,8 @@ from torch import Tensor, nn
 
 from peftcore.engine.adaptation.adapted import adapters_of
 from peftcore.engine.adaptation.divided_experts import followed_plan, follows_experts
-from peftcore.engine.adaptation.division import division_of, has_plan
+from peftcore.engine.adaptation.division import divides_tokens, division_of, has_plan
 from peftcore.engine.adaptation.enclosing import LOCK
-from peftcore.engine.adaptation.parallel_hooks import divides_tokens
 from peftcore.engine.attachments import Attachments
 from peftcore.engine.changes import submodule
 from peftcore.engine.gradients import refuse_without_gradient

@@ -11,6 +11,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from peftcore.engine.adaptation import adapted
 from peftcore.engine.adaptation.concurrency import ModelLock
@@ -105,8 +106,8 @@ class State:
     samples: tuple[str | None, ...] | None = None  # each sample's adapter, with activate(..., per_sample=True)
     lock: ModelLock = field(default_factory=ModelLock)
     own_parameters: list[tuple[str, str]] = field(default_factory=list)  # (path, adapter) of `OwnParameters`
-    watching: Any = None  # handle of the check of `adaptation.division.watch_batches`
-    loading: Any = None  # handle of the hook of `base_checkpoints`
+    watching: RemovableHandle | None = None  # of the hook of `watch_batches`
+    loading: RemovableHandle | None = None  # of the hook of `base_checkpoints`
     snapshot: Snapshot | None = None  # snapshot of `sites` when they were last unchanged
 
     def __getstate__(self) -> dict[str, Any]:

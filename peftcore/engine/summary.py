@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftcore.engine.fused import fused_modules, is_without_logits
+from peftcore.engine.adaptation.fused_forward import fused_modules, is_without_logits
 from peftcore.engine.placing import covered, device_and_dtype, placements_for, reached_by
 from peftcore.engine.preflight import check_dtype
 from peftcore.engine.state import adapter_modules, adapter_parameters, changed, check_model, state_of

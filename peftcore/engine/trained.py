@@ -19,8 +19,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from peftcore.engine.adaptation import trained_parts
 from peftcore.engine.adaptation.adapted import Adapters
+from peftcore.engine.adaptation.divided_forward import follow_trained, trains_in_parts, unfollow_trained
 from peftcore.errors import PeftcoreError
 from peftcore.model.base_modules import TRAINED, base_modules, base_parameters
 from peftcore.model.detecting import mark_as_loaded
@@ -71,7 +71,7 @@ class TrainedParameters(nn.Module):
         for name in kept:
             trained._buffers[_key(name)] = _slot(model, name).detach().clone()
         _add(model, adapter, trained)
-        trained_parts.follow(trained.owners(model))
+        follow_trained(trained.owners(model))
 
     @staticmethod
     def keep(model: nn.Module, adapter: str, values: dict[str, Tensor]) -> None:
@@ -100,10 +100,10 @@ class TrainedParameters(nn.Module):
             return
         own = TrainedParameters.of(model, adapter)
         if own is not None:
-            trained_parts.unfollow(own.owners(model))
+            unfollow_trained(own.owners(model))
             for name, other in all_of(model):
                 if name != adapter:
-                    trained_parts.follow(other.owners(model))
+                    follow_trained(other.owners(model))
             del adapters._modules[adapter]
         if not len(adapters):
             del model._modules[TRAINED]
@@ -323,7 +323,7 @@ def modules_tied_to(model: nn.Module, path: str) -> list[str]:
 def _in_parts(model: nn.Module, name: str) -> bool:
     """Return whether every slot of the parameter `name` is in a layer whose plan an adapter can follow."""
     slots = [slot.rpartition(".") for slot in (name, *tied_to(model, [name]))]
-    return all(trained_parts.trains_in_parts(model.get_submodule(path), attribute) for path, _, attribute in slots)
+    return all(trains_in_parts(model.get_submodule(path), attribute) for path, _, attribute in slots)
 
 
 def _add(model: nn.Module, adapter: str, own: TrainedParameters) -> TrainedParameters:

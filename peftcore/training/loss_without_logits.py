@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from peftcore import ops
 from peftcore.engine.adaptation.adapted import has_forward_of_instance, is_active
+from peftcore.engine.adaptation.fused_forward import LOSS_HANDLES, is_without_logits
 from peftcore.engine.adaptation.modes import evaluation_mode
-from peftcore.engine.fused import LOSS_HANDLES, is_without_logits
 from peftcore.engine.state import check_model
 from peftcore.errors import PeftcoreError
 from peftcore.model import detect

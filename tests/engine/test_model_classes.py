@@ -13,7 +13,7 @@ from census.inputs import inputs
 from torch import Tensor, nn
 
 import peftcore
-from peftcore.engine.fused import fused_modules
+from peftcore.engine.adaptation.fused_forward import fused_modules
 
 ROUNDING = 3e-5  # of the largest value, in fp32
 FUSED, WITHOUT_LOGITS = 300, 120  # classes that are compared, at least; transformers has more than 400 model types

@@ -15,8 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import peftcore
 from peftcore import ops
-from peftcore.engine.adaptation.fused_forward import FUSED_FORWARD, is_fused
-from peftcore.engine.fused import fused_modules
+from peftcore.engine.adaptation.fused_forward import FUSED_FORWARD, fused_modules, is_fused
 from peftcore.model.base_modules import original_class
 from peftcore.plugin import Adapter, Around
 

@@ -14,7 +14,7 @@ from support import tiny
 from torch import Tensor, nn
 
 import peftcore
-from peftcore.engine.fused import is_without_logits
+from peftcore.engine.adaptation.fused_forward import is_without_logits
 from peftcore.ops.linear_cross_entropy import LinearCrossEntropy
 
 LABELS = tiny.TOKENS.masked_fill(tiny.TOKENS == 9, -100)

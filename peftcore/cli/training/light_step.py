@@ -14,7 +14,7 @@ from peftcore.cli.console import say
 from peftcore.cli.settings import Settings
 from peftcore.cli.tasks import by_task, encoded_examples
 from peftcore.cli.tasks.encoded_examples import Example
-from peftcore.engine.fused import fused_modules
+from peftcore.engine.adaptation.fused_forward import fused_modules
 from peftcore.engine.summary import counted
 from peftcore.errors import PeftcoreError
 

@@ -57,7 +57,7 @@ from peftcore.cli.training.run_result import Result, Stopped
 from peftcore.cli.training.sampler import LengthGroupedSampler
 from peftcore.cli.training.training_data import Examples
 from peftcore.engine import takes_batches
-from peftcore.engine.fused import fused_modules, is_without_logits
+from peftcore.engine.adaptation.fused_forward import fused_modules, is_without_logits
 from peftcore.engine.merging.merged_layers import mergeable
 from peftcore.errors import PeftcoreError
 from peftcore.plugin import ranks

@@ -24,7 +24,8 @@ from peftcore.engine.adaptation.chain import Branched, OwnForward, expert_link, 
 from peftcore.engine.adaptation.class_swap import BUILT, one_for_each_class, restore_class, subclass
 from peftcore.engine.adaptation.concurrency import ModelLock, disabled_in_thread
 from peftcore.engine.adaptation.divided_experts import ExpertsForward, followed_plan
-from peftcore.engine.adaptation.division import DividedChain, Division, WholeForward, division_of, on_local, on_parts
+from peftcore.engine.adaptation.divided_forward import DividedChain, WholeForward, has_on_parts, local_forward
+from peftcore.engine.adaptation.division import Division, division_of
 from peftcore.engine.adaptation.enclosing import LOCK, NAMES, adapter_for_each_sample, is_enclosing, takes_adapter_names
 from peftcore.engine.adaptation.per_sample import PerSample
 from peftcore.engine.adaptation.recomputed import SOURCE, inputs_instead
@@ -201,10 +202,10 @@ def _chain_of(module: nn.Module, base: OwnForward) -> Any:
 
 def _parts(adapters: Adapters, names: Sequence[str], base: OwnForward, division: Division) -> Any:
     """Return the forward of the adapters on this rank's part of a layer, or None if one needs the whole."""
-    chain: Any = on_local(base, division)
+    chain: Any = local_forward(base, division)
     for name in names:
         adapter: Any = adapters._modules[name]
-        if name in adapters.links or name in adapters.branches or not on_parts(adapter):
+        if name in adapters.links or name in adapters.branches or not has_on_parts(adapter):
             return None
         chain = partial(adapter.on_parts, chain, division)
     return chain

@@ -1,45 +1,33 @@
-"""Layers that tensor parallelism divides over the ranks, and adapters on them.
+"""Layers that tensor parallelism divides over the ranks: which, and how. divided_forward.py runs adapters on them.
 
 A plan of transformers (`tp_plan`) replaces the forward of a layer's instance; PyTorch's `parallelize_module` gives it
 hooks, between which the layer maps DTensors. Its weight is a DTensor, and from outside it maps plain tensors:
 
     column-wise   weight [out / n, in]   x whole -> y this rank's part, or gathered
     row-wise      weight [out, in / n]   x this rank's part, or whole -> y whole, summed over the ranks
-
-An adapter's parameters are whole and equal on every rank, and so must be their gradients. An adapter that has
-`Adapter.on_parts` computes with this rank's part of its tensors. Any other one gets whole inputs and outputs:
-
-    y = part(adapter(x -> gathered(layer(part(x))), gathered(x)))
-
-Whole tensors have whole gradients: where ranks use different parts of one, the backward pass joins their gradients.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, distributed, nn
-from torch.compiler import is_dynamo_compiling
 
-from peftcore.engine.adaptation.chain import OwnForward
-from peftcore.engine.adaptation.parallel_hooks import mesh_of_hooks, style_of_hooks
-from peftcore.engine.adaptation.rank_agreement import check_batch, check_random
 from peftcore.errors import PeftcoreError
 from peftcore.model.base_modules import OWN_FORWARD, original_forward
 from peftcore.plugin import ranks
-from peftcore.plugin.adapter import Adapter, Change, implements
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor
-    from torch.utils.hooks import RemovableHandle
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Division:
     """How a plan divides one layer over the ranks of a mesh.
 
@@ -151,62 +139,93 @@ def division_of(module: nn.Module) -> Division | None:
     by_hooks = style_of_hooks(module)
     if by_hooks is not None:
         return _division_by_hooks(module, *by_hooks)
-    found = plan_of(module)
-    if found is None or found["mesh"] is None:
-        return None
-    from torch.distributed.tensor import Replicate, Shard
-    from transformers.distributed import tensor_parallel as plans
-
-    style, mesh = found["self"], found["mesh"]
-    inside = getattr(found["original_forward"], "__func__", None)
-    stored = module._parameters.get("weight")
-    weight = None if stored is None else ranks.behind(stored)
-    divided = _placement(module, weight, mesh)
-    if (
-        mesh.ndim != 1
-        or inside is not original_forward(module)
-        or not isinstance(module, (nn.Linear, nn.Embedding))
-        or weight is None
-        or divided is None
-        or not (weight.is_floating_point() or hasattr(module, "held_part"))
-        or not getattr(style, "use_local_output", False)
-        or getattr(module, "_hf_quantized_needs_local_tp", False)
-    ):
-        return None
-    last, whole = Shard(-1), Replicate()
-    kind = type(style)
-    if isinstance(module, nn.Embedding):
-        known = kind is plans.EmbeddingParallel
-        return Division(mesh, False, False, False, module.num_embeddings, module.embedding_dim) if known else None
-    by_rows = kind is plans.RowwiseParallel
-    if not by_rows and kind is not plans.ColwiseParallel:
-        return None
-    given, returned = style.input_layouts, style.output_layouts
-    if type(divided) is not Shard or divided.dim % 2 != by_rows:
-        return None
-    if by_rows and (given not in (last, whole) or returned != whole):
-        return None
-    if not by_rows and (given != whole or returned not in (last, whole)):
-        return None
-    return Division(mesh, by_rows, given == last, returned == last, module.in_features, module.out_features)
+    plan = plan_of(module)
+    return None if plan is None or plan["mesh"] is None else _division_by_plan(module, plan)
 
 
 def _division_by_hooks(module: nn.Module, by_rows: bool, mesh: DeviceMesh) -> Division | None:
+    """Return how `parallelize_module` divides a layer; between its hooks the layer maps DTensors."""
     from torch.distributed.tensor import Shard
 
-    stored = module._parameters.get("weight")
-    weight = None if stored is None else ranks.behind(stored)
-    of_layer = isinstance(module, (nn.Linear, nn.Embedding)) and plan_of(module) is None
-    if not of_layer or mesh.ndim != 1 or weight is None:
-        return None
-    divided = _placement(module, weight, mesh)
-    if not (weight.is_floating_point() or hasattr(module, "held_part")) or type(divided) is not Shard:
+    placement = _placement_of_weight(module, mesh)
+    if type(placement) is not Shard or plan_of(module) is not None:
         return None
     if isinstance(module, nn.Embedding):
-        return Division(mesh, False, False, not by_rows, module.num_embeddings, module.embedding_dim, dtensors=True)
-    if not isinstance(module, nn.Linear) or divided.dim % 2 != by_rows:
+        return _division(module, mesh, output_in_parts=not by_rows, dtensors=True)
+    if placement.dim % 2 != by_rows:
         return None
-    return Division(mesh, by_rows, by_rows, not by_rows, module.in_features, module.out_features, dtensors=True)
+    return _division(module, mesh, by_rows=by_rows, input_in_parts=by_rows, output_in_parts=not by_rows, dtensors=True)
+
+
+def _division_by_plan(module: nn.Module, plan: dict[str, Any]) -> Division | None:
+    """Return how a plan of transformers divides a layer, whose forward it replaces."""
+    from torch.distributed.tensor import Replicate, Shard
+    from transformers.distributed import tensor_parallel as plans
+
+    style, mesh = plan["self"], plan["mesh"]
+    placement = _placement_of_weight(module, mesh)
+    if placement is None or not _maps_local_tensors(module, plan):
+        return None
+    if isinstance(module, nn.Embedding):
+        return _division(module, mesh) if type(style) is plans.EmbeddingParallel else None
+    last, whole = Shard(-1), Replicate()
+    if type(style) is plans.ColwiseParallel:
+        by_rows, known_layouts = False, [(whole, whole), (whole, last)]
+    elif type(style) is plans.RowwiseParallel:
+        by_rows, known_layouts = True, [(whole, whole), (last, whole)]
+    else:
+        return None
+    layouts = style.input_layouts, style.output_layouts
+    if type(placement) is not Shard or placement.dim % 2 != by_rows or layouts not in known_layouts:
+        return None
+    return _division(
+        module, mesh, by_rows=by_rows, input_in_parts=layouts[0] == last, output_in_parts=layouts[1] == last
+    )
+
+
+def _maps_local_tensors(module: nn.Module, plan: dict[str, Any]) -> bool:
+    """Return whether a plan's forward takes and returns plain tensors, around the forward of the module's class."""
+    inside = getattr(plan["original_forward"], "__func__", None)
+    return (
+        inside is original_forward(module)
+        and getattr(plan["self"], "use_local_output", False)
+        and not getattr(module, "_hf_quantized_needs_local_tp", False)
+    )
+
+
+def _division(
+    module: Any,
+    mesh: DeviceMesh,
+    *,
+    by_rows: bool = False,
+    input_in_parts: bool = False,
+    output_in_parts: bool = False,
+    dtensors: bool = False,
+) -> Division:
+    """Return the division of a linear layer or an embedding."""
+    is_embedding = isinstance(module, nn.Embedding)
+    return Division(
+        mesh=mesh,
+        by_rows=by_rows,
+        input_in_parts=input_in_parts,
+        output_in_parts=output_in_parts,
+        inputs=module.num_embeddings if is_embedding else module.in_features,
+        outputs=module.embedding_dim if is_embedding else module.out_features,
+        dtensors=dtensors,
+    )
+
+
+def _placement_of_weight(module: nn.Module, mesh: DeviceMesh) -> Any:
+    """Return how a mesh of one dimension divides the weight of a linear layer or an embedding; None for other layers.
+
+    Weights that another library has quantized are not followed.
+    """
+    stored = module._parameters.get("weight")
+    if mesh.ndim != 1 or stored is None or not isinstance(module, (nn.Linear, nn.Embedding)):
+        return None
+    weight = ranks.behind(stored)
+    is_readable = weight.is_floating_point() or hasattr(module, "held_part")
+    return _placement(module, weight, mesh) if is_readable else None
 
 
 def mesh_of(module: nn.Module) -> DeviceMesh | None:
@@ -215,13 +234,13 @@ def mesh_of(module: nn.Module) -> DeviceMesh | None:
     return mesh_of_hooks(module) if found is None else found["mesh"] or mesh_of_norm(module)
 
 
-def _placement(module: nn.Module, weight: Tensor | None, mesh: DeviceMesh) -> Any:
+def _placement(module: nn.Module, weight: Tensor, mesh: DeviceMesh) -> Any:
     """Return how `mesh` divides the base's weight, also where an adapter's own is in its place; None if it does not.
 
     FSDP2 divides a weight over other dimensions of a larger mesh, of which `mesh` is the last, and gathers these parts
     before the layer's forward.
     """
-    if weight is None or not ranks.is_dtensor(weight):
+    if not ranks.is_dtensor(weight):
         held: Any = getattr(module, "held_part", None)
         if held is not None:  # in 4 bits
             return held.placement
@@ -245,7 +264,7 @@ def plan_of(module: nn.Module) -> dict[str, Any] | None:
     not those that `apply_tensor_parallelism` was called with.
     """
     own = _own_forward(module)
-    own = getattr(own, "planned", own)  # inside a `trained_parts.TrainedForward`
+    own = getattr(own, "planned", own)  # inside a `divided_forward.TrainedForward`
     if not inspect.isfunction(own) or own.__name__ != "tp_forward":
         return None
     if not own.__module__.startswith("transformers.distributed"):
@@ -253,125 +272,68 @@ def plan_of(module: nn.Module) -> dict[str, Any] | None:
     return {"self": None, "mesh": None, "original_forward": None, **inspect.getclosurevars(own).nonlocals}
 
 
-class LocalForward(OwnForward):
-    """Own forward of a layer that maps DTensors, on local tensors."""
-
-    __slots__ = ("_division", "_own")
-
-    def __init__(self, own: OwnForward, division: Division) -> None:
-        self.module, self._own, self._division, self._changes = own.module, own, division, ()
-
-    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        return self._division.local_output(self._own(self._division.input_of(x), *args, **kwargs))
+def is_hook(hook: Any) -> bool:
+    """Return whether a forward hook is that of a parallel style."""
+    return inspect.isfunction(hook) and str(hook.__module__).startswith("torch.distributed.tensor")
 
 
-def on_local(own: OwnForward, division: Division) -> OwnForward:
-    """Return the own forward of a divided layer on local tensors."""
-    return LocalForward(own, division) if division.dtensors else own
+def mesh_of_hooks(module: nn.Module) -> DeviceMesh | None:
+    """Return the mesh over which a parallel style divides the work of `module`, or None if none does."""
+    return next((each["device_mesh"] for each in _closures(module) if "device_mesh" in each), None)
 
 
-class WholeForward(OwnForward):
-    """Own forward of a divided layer, for adapters that read whole inputs and outputs.
-
-    Where they change a weight, every rank gathers it and computes the whole layer.
-    """
-
-    __slots__ = ("_division", "_own")
-
-    def __init__(self, own: OwnForward, division: Division, changes: Sequence[Mapping[str, Change]] = ()) -> None:
-        self.module, self._division, self._changes = own.module, division, changes
-        self._own = own if isinstance(own, LocalForward) else on_local(own, division)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self._changes:
-            return self._whole()(*args, **kwargs)
-        division, (x, *rest) = self._division, args
-        y = self._own(division.part(x) if division.input_in_parts else x, *rest, **kwargs)
-        return division.gathered(y, division.outputs) if division.output_in_parts else y
-
-    def on_weights(self, changes: Mapping[str, Change]) -> WholeForward:
-        """See `Base.on_weights`."""
-        return WholeForward(self._own, self._division, (changes, *self._changes))
-
-    def linear_operands(self, x: Tensor) -> None:
-        """Return None: this rank has only a part of the weight."""
-
-    def weight_and_bias(self) -> tuple[Tensor, Tensor | None]:
-        """Return the whole weight and bias, see `ChainLink.weight_and_bias`. Collective."""
-        return self._whole().weight_and_bias()
-
-    def _whole(self) -> OwnForward:
-        """Return the forward of the layer's class, with changes, on gathered parameters. Collective."""
-        module = self.module
-        copy: nn.Module = object.__new__(type(module))
-        parameters: dict[str, Any] = {
-            name: None if each is None else _whole(ranks.behind(each)) for name, each in module._parameters.items()
-        }
-        copy.__dict__.update(module.__dict__, _parameters=parameters)
-        if hasattr(module, "held_part"):
-            parameters["weight"] = module.dequantized_parameter("weight", torch.float32)  # type: ignore[operator]
-        return OwnForward(copy, original_forward(module), None, self._changes)
-
-
-def _whole(parameter: Tensor) -> Tensor:
-    return ranks.whole(parameter) if ranks.is_part(parameter) else parameter  # one that is trained keeps its gradient
-
-
-class DividedChain:
-    """Chain of a divided layer: takes and returns what its plan does, and gives the adapters what they need.
-
-    Args:
-        division: how the layer is divided.
-        chain: the adapters around a `WholeForward`.
-        parts: (base, x) -> y of the adapters on this rank's part, or None if one of them needs the whole.
-    """
-
-    __slots__ = ("_checked", "_division", "_parts", "chain", "module")
-
-    def __init__(self, division: Division, chain: Any, parts: Callable[..., Any] | None) -> None:
-        self.module, self.chain = chain.module, chain
-        self._division, self._parts, self._checked = division, parts, False
-
-    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if self.module.training and not self._checked and not is_dynamo_compiling():
-            check_random(x.device, self._division.mesh)
-            self._checked = True
-        division = self._division
-        if division.dtensors:
-            return division.output_of(self._local(division.local_input(x), *args, **kwargs))
-        return self._local(x, *args, **kwargs)
-
-    def _local(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        division = self._division
-        if self._parts is not None and not args and not kwargs:
-            return self._parts(x)
-        y = self.chain(division.gathered(x, division.inputs) if division.input_in_parts else x, *args, **kwargs)
-        return division.part(y) if division.output_in_parts else y
-
-
-def on_parts(adapter: nn.Module) -> bool:
-    """Return whether `adapter` computes with this rank's part: its class has `on_parts` of its `forward`."""
-    if not implements(adapter, Adapter.on_parts) or adapter._forward_hooks or adapter._forward_pre_hooks:
-        return False
-    return _definer(type(adapter), "forward") is _definer(type(adapter), "on_parts")
-
-
-def _definer(kind: type, name: str) -> type:
-    return next(each for each in kind.__mro__ if name in each.__dict__)
-
-
-def watch_batches(model: nn.Module) -> RemovableHandle | None:
-    """Raise a PeftcoreError in a training call of `model` unless all ranks of its plan are given the same batch.
-
-    The first call that passes ends the check. An embedding that is divided by its vocabulary would mix their tokens.
-    """
-    mesh = next((mesh for module in model.modules() if (mesh := mesh_of(module)) is not None), None)
-    if mesh is None:
+def style_of_hooks(module: nn.Module) -> tuple[bool, DeviceMesh] | None:
+    """Return (whether it is row-wise, mesh) of a layer under ColwiseParallel or RowwiseParallel; None for others."""
+    found = [(each["input_fn"], each["device_mesh"]) for each in _closures(module) if "input_fn" in each]
+    if len(found) != 1:
         return None
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
 
-    def check(module: nn.Module, args: Any, kwargs: Any) -> None:
-        if module.training and not is_dynamo_compiling() and check_batch((args, kwargs), mesh):
-            handle.remove()
+    prepare, mesh = getattr(found[0][0], "func", None), found[0][1]
+    kinds = {ColwiseParallel._prepare_input_fn: False, RowwiseParallel._prepare_input_fn: True}
+    return (kinds[prepare], mesh) if prepare in kinds else None
 
-    handle = model.register_forward_pre_hook(check, with_kwargs=True)
-    return handle
+
+def divides_tokens(model: nn.Module) -> bool:
+    """Return whether a style divides activations along another dimension than the last (sequence parallelism)."""
+    return any(
+        _is_of_tokens(value) for module in model.modules() for each in _closures(module) for value in each.values()
+    )
+
+
+@contextmanager
+def without_hooks(module: nn.Module) -> Iterator[None]:
+    """Call `module` without the hooks of parallel styles inside the block."""
+    tables = [module._forward_pre_hooks, module._forward_hooks]
+    before = [dict(table) for table in tables]
+    for table in tables:
+        for key in [key for key, hook in table.items() if is_hook(hook)]:
+            del table[key]
+    try:
+        yield
+    finally:
+        for table, hooks in zip(tables, before, strict=True):
+            table.clear()
+            table.update(hooks)
+
+
+def _closures(module: nn.Module) -> Iterator[Mapping[str, Any]]:
+    """Yield the variables of each hook: a layer's style, its layouts and mesh are nowhere else.
+
+    The placements of its weight do not show how its inputs and outputs are divided (`input_layouts=Shard(1)`).
+    """
+    for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):
+        if is_hook(hook):
+            yield inspect.getclosurevars(hook).nonlocals
+
+
+def _is_of_tokens(value: Any) -> bool:
+    from torch.distributed.tensor import Shard
+
+    if isinstance(value, (tuple, list)):
+        return any(map(_is_of_tokens, value))
+    if hasattr(value, "func") and hasattr(value, "args"):  # functools.partial with a style's layouts
+        return _is_of_tokens(value.args)
+    if type(value).__module__ == "torch.distributed.tensor.parallel.style":
+        return any(map(_is_of_tokens, vars(value).values()))
+    return type(value) is Shard and value.dim >= 0

@@ -17,12 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from peftcore import ops
-from peftcore.engine.adaptation.fused_forward import plain
+from peftcore.engine.adaptation.fused_forward import FUSED_ATTENTION, plain
 from peftcore.engine.adaptation.modes import numeric_check
 from peftcore.model.base_modules import original_class
 from peftcore.ops.attention import has_attention_kernel
 
-FUSED_ATTENTION = "_peftcore_fused_attention"  # attribute of fused modules
 _ENTRY = "sdpa"
 _CLASSES = re.compile(r"\w*Attention\w*|\w+MLA")
 _ORIGINAL = "_peftcore_original"  # attribute of the entry: the function that it replaced

@@ -14,6 +14,7 @@ saving the outputs of fused modules for the backward pass.
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -23,14 +24,17 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 
 from peftcore import ops
+from peftcore.engine.adaptation.adapted import is_adapted
 from peftcore.engine.adaptation.class_swap import one_for_each_class, subclass
 from peftcore.engine.adaptation.recomputed import inputs_instead, with_source
+from peftcore.model.base_modules import base_modules
 from peftcore.ops.activated import Activation
 from peftcore.ops.calling import transformed
 from peftcore.ops.gated import Activation as GateActivation
 from peftcore.ops.weight import DTYPES
 
 FUSED_FORWARD = "_peftcore_fused_forward"
+FUSED_ATTENTION = "_peftcore_fused_attention"  # attribute of attention modules that fused_attention.py computes
 _MARKER = "_peftcore_fused"
 _DEVICES = ("cpu", "meta")  # with kernels; meta tensors stand for CPU ones
 _PLAIN = (Tensor, nn.Parameter, FakeTensor)
@@ -255,3 +259,22 @@ def _fused_class(cls: type[nn.Module]) -> type[nn.Module]:
         return own(self, *args, **kwargs)
 
     return subclass(cls, _fused_class, {"forward": forward, _MARKER: cls})
+
+
+LOSS_HANDLES = "_peftcore_loss_handles"  # attribute of a model whose loss is computed without logits: its hooks
+
+
+def fused_modules(model: nn.Module) -> dict[str, int]:
+    """Return the number of fused modules by kind. Adapted norms, MLPs, activations and dropouts are not fused."""
+    kinds = Counter[str]()
+    for _, module in base_modules(model):
+        if FUSED_ATTENTION in module.__dict__:
+            kinds["attention"] += 1
+        elif is_fused(module) and not is_adapted(module):
+            kinds[module.__dict__[FUSED_FORWARD].kind] += 1
+    return dict(sorted(kinds.items()))
+
+
+def is_without_logits(model: nn.Module) -> bool:
+    """Return whether the model computes the loss of its labels in training without logits."""
+    return LOSS_HANDLES in model.__dict__

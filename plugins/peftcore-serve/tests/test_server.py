@@ -21,7 +21,7 @@ from support.commands import save_tokenizer
 
 import peftcore
 from peftcore.cli.bases import models
-from peftcore.engine.fused import fused_modules
+from peftcore.engine.adaptation.fused_forward import fused_modules
 
 from .conftest import METHODS, PROMPTS, with_adapter, written
 

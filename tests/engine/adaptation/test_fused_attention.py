@@ -12,7 +12,7 @@ from torch import Tensor
 import peftcore
 from peftcore import ops
 from peftcore.engine.adaptation import fused_attention
-from peftcore.engine.fused import fused_modules
+from peftcore.engine.adaptation.fused_forward import fused_modules
 
 HAS_KERNEL = ops.extension is not None and ops.extension.has_attention("torch.bfloat16")
 

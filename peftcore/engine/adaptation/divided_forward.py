@@ -1,0 +1,284 @@
+"""Forward of layers that tensor parallelism divides over the ranks (division.py), with adapters.
+
+An adapter's parameters are whole and equal on every rank, and so must be their gradients. An adapter that has
+`Adapter.on_parts` computes with this rank's part of its tensors. Any other one gets whole inputs and outputs:
+
+    y = part(adapter(x -> gathered(layer(part(x))), gathered(x)))
+
+Whole tensors have whole gradients: where ranks use different parts of one, the backward pass joins their gradients.
+
+That also holds for parameters of the base that an adapter trains (biases, `modules_to_save`): the plan's forward
+computes with this rank's part of the adapter's whole parameter:
+
+    y = layer(x; part(trained parameter), frozen rest)
+
+The ranks must be given the same batch and draw the same random numbers, which the first training call checks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MethodType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.compiler import is_dynamo_compiling
+from torch.utils._pytree import tree_leaves
+
+from peftcore.engine.adaptation.chain import OwnForward
+from peftcore.engine.adaptation.division import Division, division_of, mesh_of, mesh_of_norm, plan_of
+from peftcore.errors import PeftcoreError
+from peftcore.model.base_modules import OWN_FORWARD, original_class, original_forward
+from peftcore.plugin import ranks
+from peftcore.plugin.adapter import Adapter, Change, implements
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.utils.hooks import RemovableHandle
+
+
+def local_forward(own: OwnForward, division: Division) -> Callable[..., Any]:
+    """Return the own forward of a divided layer on local tensors: `base` of `Adapter.on_parts`."""
+    if not division.dtensors:
+        return own
+
+    def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return division.local_output(own(division.input_of(x), *args, **kwargs))
+
+    return forward
+
+
+class WholeForward(OwnForward):
+    """Own forward of a divided layer, for adapters that read whole inputs and outputs.
+
+    Where they change a weight, every rank gathers it and computes the whole layer.
+    """
+
+    __slots__ = ("_division", "_local", "_own")
+
+    def __init__(self, own: OwnForward, division: Division, changes: Sequence[Mapping[str, Change]] = ()) -> None:
+        super().__init__(own.module, own._forward, own._weights, changes)
+        self._own = own
+        self._division = division
+        self._local = local_forward(own, division)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self._changes:
+            return self._whole()(*args, **kwargs)
+        division, (x, *rest) = self._division, args
+        y = self._local(division.part(x) if division.input_in_parts else x, *rest, **kwargs)
+        return division.gathered(y, division.outputs) if division.output_in_parts else y
+
+    def on_weights(self, changes: Mapping[str, Change]) -> WholeForward:
+        """See `Base.on_weights`."""
+        return WholeForward(self._own, self._division, (changes, *self._changes))
+
+    def linear_operands(self, x: Tensor) -> None:
+        """Return None: this rank has only a part of the weight."""
+
+    def weight_and_bias(self) -> tuple[Tensor, Tensor | None]:
+        """Return the whole weight and bias, see `ChainLink.weight_and_bias`. Collective."""
+        return self._whole().weight_and_bias()
+
+    def _whole(self) -> OwnForward:
+        """Return the forward of the layer's class, with changes, on gathered parameters. Collective."""
+        module = self.module
+        copy: nn.Module = object.__new__(type(module))
+        parameters: dict[str, Any] = {
+            name: None if each is None else _whole(ranks.behind(each)) for name, each in module._parameters.items()
+        }
+        copy.__dict__.update(module.__dict__, _parameters=parameters)
+        if hasattr(module, "held_part"):
+            parameters["weight"] = module.dequantized_parameter("weight", torch.float32)  # type: ignore[operator]
+        return OwnForward(copy, original_forward(module), None, self._changes)
+
+
+def _whole(parameter: Tensor) -> Tensor:
+    return ranks.whole(parameter) if ranks.is_part(parameter) else parameter  # one that is trained keeps its gradient
+
+
+class DividedChain:
+    """Chain of a divided layer: takes and returns what its plan does, and gives the adapters what they need.
+
+    Args:
+        division: how the layer is divided.
+        chain: the adapters around a `WholeForward`.
+        parts: (base, x) -> y of the adapters on this rank's part, or None if one of them needs the whole.
+    """
+
+    __slots__ = ("_checked", "_division", "_parts", "chain", "module")
+
+    def __init__(self, division: Division, chain: Any, parts: Callable[..., Any] | None) -> None:
+        self.module, self.chain = chain.module, chain
+        self._division, self._parts, self._checked = division, parts, False
+
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if self.module.training and not self._checked and not is_dynamo_compiling():
+            check_random(x.device, self._division.mesh)
+            self._checked = True
+        division = self._division
+        if division.dtensors:
+            return division.output_of(self._local(division.local_input(x), *args, **kwargs))
+        return self._local(x, *args, **kwargs)
+
+    def _local(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        division = self._division
+        if self._parts is not None and not args and not kwargs:
+            return self._parts(x)
+        y = self.chain(division.gathered(x, division.inputs) if division.input_in_parts else x, *args, **kwargs)
+        return division.part(y) if division.output_in_parts else y
+
+
+def has_on_parts(adapter: nn.Module) -> bool:
+    """Return whether `adapter` computes with this rank's part: its class has `on_parts` of its `forward`."""
+    if not implements(adapter, Adapter.on_parts) or adapter._forward_hooks or adapter._forward_pre_hooks:
+        return False
+    return _definer(type(adapter), "forward") is _definer(type(adapter), "on_parts")
+
+
+def _definer(kind: type, name: str) -> type:
+    return next(each for each in kind.__mro__ if name in each.__dict__)
+
+
+def trains_in_parts(module: nn.Module, name: str) -> bool:
+    """Return whether an adapter can train the parameter `name` of a layer that a plan divides, or leaves whole."""
+    parameter = module._parameters.get(name)
+    if parameter is None or not ranks.is_dtensor(found := ranks.behind(parameter)):
+        return True
+    by_plan = division_of(module) is not None and plan_of(module) is not None
+    return by_plan and found.device_mesh.ndim == 1  # else FSDP2 has its parts, too
+
+
+def follow_trained(modules: Iterable[nn.Module]) -> None:
+    """Make the forward of divided layers read whole parameters where an adapter's own are in the base's place."""
+    for module in modules:
+        slot = _slot(module)
+        planned = module.__dict__.get(slot)
+        if isinstance(planned, TrainedForward) or plan_of(module) is None:
+            continue
+        if division_of(module) is not None or mesh_of_norm(module) is not None:
+            module.__dict__[slot] = TrainedForward(module, planned)
+
+
+def unfollow_trained(modules: Iterable[nn.Module]) -> None:
+    """Undo `follow_trained`."""
+    for module in modules:
+        planned = module.__dict__.get(_slot(module))
+        if isinstance(planned, TrainedForward):
+            module.__dict__[_slot(module)] = planned.planned
+
+
+class TrainedForward:
+    """Forward of a plan's layer that gives the plan's own forward this rank's parts of trained parameters.
+
+    Args:
+        module: the layer, with the base's parameters.
+        planned: the plan's forward of this instance.
+    """
+
+    def __init__(self, module: nn.Module, planned: Any) -> None:
+        self.module, self.planned, self._checked = module, planned, False
+        self.placements = {
+            name: ranks.behind(each).placements  # type: ignore[attr-defined]
+            for name, each in module._parameters.items()
+            if each is not None and ranks.is_dtensor(ranks.behind(each))
+        }
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        module, mesh = self.module, mesh_of_norm(self.module)
+        trained = [name for name in self.placements if not ranks.is_dtensor(ranks.behind(module._parameters[name]))]  # type: ignore[arg-type]
+        if mesh is not None:
+            trained = [name for name, each in module._parameters.items() if each is not None and each.requires_grad]
+        if not trained:
+            return self.planned(*args, **kwargs)
+        plan = plan_of(module)
+        assert plan is not None
+        if module.training and not self._checked and not is_dynamo_compiling():
+            check_random(args[0].device, mesh or plan["mesh"])
+            self._checked = True
+        parts = {name: self._part(name, mesh or plan["mesh"]) for name in trained}
+        copy: Any = object.__new__(original_class(module))
+        copy.__dict__.update(module.__dict__, _parameters={**module._parameters, **parts})
+        copy.__dict__["forward"] = MethodType(original_forward(module), copy)
+        if mesh is None:
+            plan["self"].install_forward(copy, mesh or plan["mesh"])
+        return copy.forward(*args, **kwargs)
+
+    def _part(self, name: str, mesh: Any) -> Tensor:
+        from torch.distributed.tensor import DTensor, Partial, Replicate
+
+        whole = self.module._parameters[name]
+        assert whole is not None
+        replicated = DTensor.from_local(whole, mesh, [Replicate()], run_check=False)
+        if name not in self.placements:  # of a norm of single heads, of which every rank has some
+            return replicated.to_local(grad_placements=[Partial()])
+        return replicated.redistribute(placements=self.placements[name])
+
+
+def _slot(module: nn.Module) -> str:
+    return OWN_FORWARD if OWN_FORWARD in module.__dict__ else "forward"
+
+
+def watch_batches(model: nn.Module) -> RemovableHandle | None:
+    """Raise a PeftcoreError in a training call of `model` unless all ranks of its plan are given the same batch.
+
+    The first call that passes ends the check. An embedding that is divided by its vocabulary would mix their tokens.
+    """
+    mesh = next((mesh for module in model.modules() if (mesh := mesh_of(module)) is not None), None)
+    if mesh is None:
+        return None
+
+    def check(module: nn.Module, args: Any, kwargs: Any) -> None:
+        if module.training and not is_dynamo_compiling() and check_batch((args, kwargs), mesh):
+            handle.remove()
+
+    handle = model.register_forward_pre_hook(check, with_kwargs=True)
+    return handle
+
+
+def check_batch(inputs: Any, mesh: DeviceMesh) -> bool:
+    """Return whether `inputs` hold values; raise a PeftcoreError unless the ranks have equal ones. Collective."""
+    tensors = [each for each in tree_leaves(inputs) if isinstance(each, Tensor) and each.numel()]
+    if not tensors:
+        return False
+    shapes = _number(repr([list(each.shape) for each in tensors]).encode())
+    content = sum(number * _projection(each) for number, each in enumerate(tensors, 1))
+    if max(_spread([shapes, content], mesh)) > 1e-6:
+        raise PeftcoreError(
+            "the ranks of tensor parallelism were given different batches, but each computes a part of every layer "
+            "for one batch. Give all ranks the same batch, without a DistributedSampler over them"
+        )
+    return True
+
+
+def check_random(device: torch.device, mesh: DeviceMesh) -> None:
+    """Raise a PeftcoreError unless the ranks would draw the same random numbers. Collective."""
+    state = torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+    if _spread([_number(state.numpy().tobytes())], mesh)[0]:
+        raise PeftcoreError(
+            "the ranks of tensor parallelism have different random states, so each would train its copy of the adapter "
+            "with another dropout. Seed all ranks equally before training: torch.manual_seed(seed)"
+        )
+
+
+def _projection(tensor: Tensor) -> float:
+    values = tensor.detach().flatten().to(torch.float64)
+    angles = torch.arange(len(values), device=values.device, dtype=torch.float64)
+    return (values @ angles.cos() / values.norm().clamp(min=1e-30)).item()
+
+
+def _number(content: bytes) -> int:
+    """Return a number for `content` that float64 represents exactly."""
+    return int.from_bytes(hashlib.sha256(content).digest()[:6], "big")
+
+
+def _spread(facts: Sequence[float], mesh: DeviceMesh) -> list[float]:
+    """Return the largest difference of each fact between the ranks of `mesh`. Collective."""
+    both = [*facts, *(-fact for fact in facts)]
+    extremes = torch.tensor(both, dtype=torch.float64, device=mesh.device_type)
+    group = mesh.get_group() if mesh.ndim == 1 else mesh.get_group("tp")
+    distributed.all_reduce(extremes, distributed.ReduceOp.MAX, group=group)
+    found: list[float] = (extremes[: len(facts)] + extremes[len(facts) :]).tolist()
+    return found
