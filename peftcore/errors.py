@@ -9,6 +9,8 @@ from collections.abc import Iterable
 
 _COMPARED = 1_000  # names with one, which takes 0.1 s
 _LONGEST = 200  # characters of a name that is compared
+# Fields of configs by the names of other libraries: ours.
+FIELD_SYNONYMS = {"rank": "r", "targets": "target_modules", "target": "target_modules"}
 
 
 class PeftcoreError(ValueError):
@@ -31,13 +33,29 @@ def warn(message: str) -> None:
 def nearest(name: str, known: Iterable[str], n: int = 3) -> str:
     """Return a hint such as ` (nearest: 'r', 'use_rslora')`, or an empty string if nothing is similar.
 
-    The work is bounded, since a file may have any number of names of any length: among many names only those of similar
-    length are compared, and long ones are skipped.
+    Case does not count, and names with the same letters come first. The work is bounded, since a file may have any
+    number of names of any length: among many names only those of similar length are compared, and long ones are
+    skipped.
     """
     if len(name) > _LONGEST:
         return ""
     names = [each for each in known if len(each) <= _LONGEST]
     if len(names) > _COMPARED:
         names = heapq.nsmallest(_COMPARED, names, key=lambda each: abs(len(each) - len(name)))
-    found = difflib.get_close_matches(name, names, n=n, cutoff=0.5)
-    return f" (nearest: {', '.join(map(repr, found))})" if found else ""
+    by_lower = {known.lower(): known for known in names}
+    close = difflib.get_close_matches(name.lower(), list(by_lower), n=n, cutoff=0.5)
+    close.sort(key=lambda known: sorted(known) != sorted(name.lower()))  # two letters were swapped
+    return f" (nearest: {', '.join(repr(by_lower[known]) for known in close)})" if close else ""
+
+
+def nearest_field(name: str, known: Iterable[str]) -> str:
+    """Return a hint at the field of a config that `name` means in another library, or else at the nearest ones.
+
+    A prefix is ignored: `method_r` means `r`, and `alpha` the only field that ends with it, `method_alpha`.
+    """
+    fields = list(known)
+    plain = name.partition("_")[2] if "_" in name else name
+    candidates = [name, plain, FIELD_SYNONYMS.get(name), FIELD_SYNONYMS.get(plain)]
+    meant = [field for field in candidates if field in fields][:1]
+    meant = meant or [field for field in fields if field.endswith(f"_{name}")]
+    return f". Did you mean '{meant[0]}'?" if len(meant) == 1 else nearest(name, fields)

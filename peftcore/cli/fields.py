@@ -15,8 +15,7 @@ import typing
 from collections.abc import Iterator
 from typing import Any
 
-from peftcore.cli.synonyms import of_field
-from peftcore.errors import PeftcoreError
+from peftcore.errors import PeftcoreError, nearest_field
 from peftcore.plugin import fits, in_words
 
 _WORDS = {"none": None, "null": None, "true": True, "false": False}
@@ -38,7 +37,7 @@ def parse(config_class: type, settings: list[str], option: str = "--set") -> dic
             raise PeftcoreError(f"{option} {setting}: expected NAME=VALUE")
         if name not in known:
             raise PeftcoreError(
-                f"{option} {setting}: {config_class.__name__} has no field '{name}'{of_field(name, known)}. "
+                f"{option} {setting}: {config_class.__name__} has no field '{name}'{nearest_field(name, known)}. "
                 f"Its fields: {', '.join(known)}"
             )
         if name in values:

@@ -1,4 +1,4 @@
-"""Suggestions for options and fields that other programs name differently."""
+"""Suggestions for options that other programs name differently."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from typing import Any
 
 from peftcore.cli import completion, console
 from peftcore.cli.option_groups import GroupedCommand
-from peftcore.errors import nearest
 
 # Names of transformers, TRL, axolotl, LLaMA-Factory and torchtune: ours.
 OPTIONS = {
@@ -51,7 +50,6 @@ OPTIONS = {
     "finetuning-type": "method",
     "rank": "set",
 }
-FIELDS = {"rank": "r", "targets": "target_modules", "target": "target_modules"}
 
 
 def of_option(name: str, options: Iterable[str]) -> str | None:
@@ -61,16 +59,6 @@ def of_option(name: str, options: Iterable[str]) -> str | None:
     if found is None and plain.partition("-")[0] in completion.methods(""):  # a field with the method's name in front
         found = "set"
     return f"--{found}" if found is not None and f"--{found}" in options else None
-
-
-def of_field(name: str, fields: Iterable[str]) -> str:
-    """Return a hint at the field that is meant by `name`, or an empty string."""
-    fields = list(fields)
-    name = name if name in FIELDS or "_" not in name else FIELDS.get(name.partition("_")[2], name)
-    if name in fields:
-        return f". Did you mean '{name}'?"
-    meant = [FIELDS[name]] if FIELDS.get(name) in fields else [each for each in fields if each.endswith(f"_{name}")]
-    return f". Did you mean '{meant[0]}'?" if len(meant) == 1 else nearest(name, fields)
 
 
 class SuggestingCommand(GroupedCommand):

@@ -14,12 +14,12 @@ from typing import Any
 
 from torch import nn
 
-from peftcore.errors import PeftcoreError, nearest
+from peftcore.errors import PeftcoreError, nearest_field
 from peftcore.model import detect
 from peftcore.model.base_modules import base_modules
 from peftcore.model.experts import experts_layout
 from peftcore.plugin.method import Method
-from peftcore.plugin.peft_fields import config_of_fields, method_of_fields, of_peft_type, why_unknown
+from peftcore.plugin.peft_fields import COMMON, config_of_fields, method_of_fields, of_peft_type, why_unknown
 from peftcore.plugin.registry import registry
 from peftcore.plugin.validation import check_types
 
@@ -39,15 +39,26 @@ def config(method: str, /, **fields: Any) -> Any:
     known = [field.name for field in dataclasses.fields(config_class)]
     for name, value in fields.items():
         if name not in known:
+            reason = _habit(name, value) or why_unknown(registry.method(method), name, value)
+            hint = "" if reason else nearest_field(name, known)
             raise PeftcoreError(
-                f"{config_class.__name__} has no field '{name}'{nearest(name, known)}"
-                f"{why_unknown(registry.method(method), name, value)}. Its fields: {', '.join(known)}"
+                f"{config_class.__name__} has no field '{name}'{hint or reason}{'' if hint.endswith('?') else '.'} "
+                f"Its fields: {', '.join(known)}"
             )
     check_types(config_class, fields)
     try:
         return config_class(**fields)
     except TypeError as error:
         raise PeftcoreError(f"{config_class.__name__}: {error}") from error
+
+
+def _habit(name: str, value: object) -> str:
+    """Return a hint at what an argument of PEFT that is no field of a config is here, or an empty string."""
+    if name == "adapter_name":
+        return f". The name of the adapter is the argument adapter={value!r} of apply and load"
+    if name in COMMON:
+        return f". PEFT's {name} changes nothing here. Leave it out"
+    return ""
 
 
 _WITH_HEADS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")  # tasks whose heads PEFT trains, whatever else it trains

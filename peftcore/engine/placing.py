@@ -175,7 +175,10 @@ def _method_and_config(model: nn.Module, method: str | Any, fields: dict[str, An
     if isinstance(method, str):
         return registry.method(method), named_config(method, **fields)
     if fields:
-        raise PeftcoreError(f"give the fields {sorted(fields)} in the config, or the method by its name")
+        raise PeftcoreError(
+            f"apply takes no fields beside a config object, found {', '.join(sorted(fields))}. Pass them to it, "
+            "or name the method"
+        )
     if is_of_peft(method):
         return config_of_peft(model, method)
     chosen = registry.method_of_config(method)

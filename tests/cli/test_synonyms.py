@@ -42,15 +42,6 @@ def test_every_suggestion_is_an_option_of_train() -> None:
     assert {f"--{name}" for name in synonyms.OPTIONS.values()} <= options
 
 
-def test_fields() -> None:
-    known = ["r", "lora_alpha", "lora_dropout", "target_modules"]
-    assert synonyms.of_field("rank", known) == ". Did you mean 'r'?"
-    assert synonyms.of_field("lora_rank", known) == ". Did you mean 'r'?"
-    assert synonyms.of_field("dropout", known) == ". Did you mean 'lora_dropout'?"
-    assert synonyms.of_field("target_module", known) == " (nearest: 'target_modules')"
-    assert synonyms.of_field("zzz", known) == ""
-
-
 def test_a_folder_without_a_model(run: Run, tmp_path: Path) -> None:
     data = write_jsonl(tmp_path / "texts.jsonl", [{"text": "good"}, {"text": "bad"}])
     (tmp_path / "odd").mkdir()

@@ -173,7 +173,11 @@ def test_the_saved_config_is_explicit() -> None:
         ({"lora_dropout": 1.0}, r"lora_dropout must be in \[0, 1\), found 1.0"),
         ({"init_lora_weights": "olara"}, r"found 'olara'.*olora"),
         ({"bias": "some"}, r"bias must be 'none', 'all' or 'lora_only', found 'some'"),
-        ({"rank": 4}, r"LoraConfig has no field 'rank' \(nearest: 'rank_pattern'"),
+        ({"rank": 4}, r"LoraConfig has no field 'rank'\. Did you mean 'r'\? Its fields: r, "),
+        ({"lora_r": 4}, r"LoraConfig has no field 'lora_r'\. Did you mean 'r'\?"),
+        ({"dropout": 0.1}, r"LoraConfig has no field 'dropout' \(nearest: 'lora_dropout', 'kept_dropout'\)\. Its"),
+        ({"adapter_name": "a"}, r"The name of the adapter is the argument adapter='a' of apply and load\. Its fields"),
+        ({"task_type": "CAUSAL_LM"}, r"PEFT's task_type changes nothing here\. Leave it out"),
         ({"target_modules": ["input_layernorm"]}, r"'input_layernorm' matches LlamaRMSNorm"),
     ],
 )
