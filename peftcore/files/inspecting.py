@@ -89,15 +89,21 @@ class AdapterInfo:
             ("size", f"{self.bytes / 1e6:.1f} MB" if self.bytes >= 1e6 else f"{self.bytes / 1e3:.1f} kB"),
             *_experts(self.fields, self.parts[""]),
         ]
-        for name, value in sorted(self.fields.items()):
-            if name not in _SHOWN_BY_NAME and value not in (None, False, "", [], {}):
-                rows.append((f"  {name}", ", ".join(map(str, value)) if isinstance(value, list) else str(value)))
-        return rows
+        return [*rows, *_set_fields(self.fields)]
 
     def __str__(self) -> str:
         rows = self.rows()
         width = max(len(label) for label, _ in rows)
         return "\n".join(f"{label:{width}}  {text}" for label, text in rows)
+
+
+def _set_fields(fields: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return rows of the fields that are set and have no row of their own."""
+    rows: list[tuple[str, str]] = []
+    for name, value in sorted(fields.items()):
+        if name not in _SHOWN_BY_NAME and value not in (None, False, "", [], {}):
+            rows.append((f"  {name}", ", ".join(map(str, value)) if isinstance(value, list) else str(value)))
+    return rows
 
 
 def inspect(path: str | os.PathLike[str], *, method: str | None = None, revision: str | None = None) -> AdapterInfo:

@@ -8,8 +8,9 @@ from typing import Literal, TypeVar, get_args
 from torch import nn
 
 from peftcore.engine.adaptation.adapted import is_adapted
-from peftcore.engine.adaptation.fused_attention import FUSED_ATTENTION, calls_attention, replace_entry
+from peftcore.engine.adaptation.fused_attention import calls_attention, replace_entry
 from peftcore.engine.adaptation.fused_forward import (
+    FUSED_ATTENTION,
     FUSED_FORWARD,
     FusedMLP,
     RecomputedLayerNorm,
