@@ -31,10 +31,10 @@ R, ALPHA, BATCH, LR, MAX_LENGTH = 8, 16, 8, 5e-4, 96
 
 def examples(name, tokenizer):
     from peftcore.cli.data import row_reading
-    from peftcore.cli.tasks import by_task
+    from peftcore.cli.tasks import registered
 
     rows = row_reading.read_rows(smollm2.DEMO / "data" / f"write_{name}.jsonl", "causal-lm")
-    return by_task.encode(rows, "causal-lm", tokenizer, MAX_LENGTH).examples
+    return registered.find("causal-lm").encode(rows, tokenizer, MAX_LENGTH).examples
 
 
 def with_adapter(kind, model):
@@ -73,7 +73,7 @@ def held_out_loss(model, examples, collate):
 
 
 def run(kind, steps):
-    from peftcore.cli.tasks import by_task
+    from peftcore.cli.tasks import registered
 
     tokenizer = smollm2.tokenizer()
     train, held_out = examples("train", tokenizer), examples("test", tokenizer)
@@ -82,7 +82,7 @@ def run(kind, steps):
         for epoch in range(-(-steps * BATCH // len(train)))
         for i in random.Random(epoch).sample(range(len(train)), len(train))
     ]
-    collate = by_task.collator(tokenizer)
+    collate = registered.find("causal-lm").collator(tokenizer)
     model, load = smollm2.load(KINDS[kind])
     model = with_adapter(kind, model)
     trained = same_start(model)

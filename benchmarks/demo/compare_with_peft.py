@@ -59,18 +59,18 @@ def train(run: Path) -> dict:
     from transformers import PrinterCallback, set_seed
 
     import peftcore
-    from peftcore.cli import settings, task_names
+    from peftcore.cli import settings
     from peftcore.cli.bases import models
-    from peftcore.cli.tasks import by_task, row_labels
-    from peftcore.cli.training import progress, trainer_arguments, trainers, training_data, training_run
+    from peftcore.cli.tasks import registered
+    from peftcore.cli.training import measuring, progress, trainer_arguments, trainers, training_data, training_run
 
     warnings.simplefilter("ignore")
     chosen = settings.Settings(**json.loads((run / settings.RUN_FILE).read_text()))
     split = training_data.read(chosen)
-    labels = (
-        tuple(row_labels.labels_of([*split.train, *split.validation])) if chosen.task in task_names.LABELLED else ()
-    )
-    tokenizer = models.load_tokenizer(chosen.model)
+    task = registered.find(chosen.task)
+    tokenizer, about = training_run.prepared(chosen, split)
+    labels = about.labels
+    how = measuring.evaluation_of(chosen, tokenizer, about, split.held_out, batch_size=min(16, chosen.batch_size))
     rows, held_out = (
         training_data.encode_examples(what, part, chosen, tokenizer, labels)
         for what, part in (("training", split.train), ("held-out", split.held_out))
@@ -101,9 +101,9 @@ def train(run: Path) -> dict:
         args=arguments,
         train_dataset=rows,
         eval_dataset=held_out,
-        data_collator=by_task.collator(tokenizer),
+        data_collator=task.collator(tokenizer),
         callbacks=[meter],
-        measure=lambda model: by_task.measure(model, held_out, tokenizer, min(16, chosen.batch_size)),
+        measure=lambda model: task.measure(model, held_out, how),
         lengths=[len(example["input_ids"]) for example in rows],
     )
     trainer.remove_callback(PrinterCallback)
@@ -111,7 +111,7 @@ def train(run: Path) -> dict:
         trainer.add_callback(allocating(model.base_model))
     trainer.train()
     return {
-        "after": by_task.measure(model, held_out, tokenizer, min(16, chosen.batch_size)).as_dict(),
+        "after": task.measure(model, held_out, how).as_dict(),
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "ours_trainable_parameters": trainable,
         "step_seconds": meter.step_seconds,

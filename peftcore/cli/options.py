@@ -198,14 +198,12 @@ def planned_task(task: str | None, data: Sequence[str] | None, labels: str | Non
     Raises:
         PeftcoreError: the task is not known, or a file of examples is wrong.
     """
-    from peftcore.cli import task_names
     from peftcore.cli.data import row_reading
+    from peftcore.cli.tasks import registered
 
     if task is None and data:
         task = row_reading.guess_task(data)
-    task = task or (task_names.CLASSIFICATION if labels else task_names.LANGUAGE_MODEL)
-    task_names.check_task(task)
-    return task, names_of(labels)
+    return registered.find(task or registered.without_a_name(labels)).name, names_of(labels)
 
 
 def resolve_method(

@@ -19,7 +19,7 @@ from typing import Annotated, Any
 import typer
 from filelock import FileLock, Timeout
 
-from peftcore.cli import config_file, option_groups, options, task_names
+from peftcore.cli import config_file, option_groups, options
 from peftcore.cli.data import mixture
 from peftcore.errors import PeftcoreError
 
@@ -446,7 +446,9 @@ def for_these_ranks(output: Path, settings: Settings) -> Settings:
         return settings
     before = _read(run_file)
     ranks, accumulated, batches = before.get("ranks", 1), before.get("grad_accum", 1), _batches_per_step(before)
-    if ranks != settings.ranks and settings.task == task_names.ROLLOUTS:
+    from peftcore.cli.tasks import registered
+
+    if ranks != settings.ranks and registered.find(settings.task).fixed_ranks:
         raise PeftcoreError(
             f"the run in '{output}' samples answers on {ranks} ranks, and each has random numbers of its own, found "
             f"{settings.ranks} ranks. Resume on {ranks}, or start again: --overwrite"

@@ -13,7 +13,7 @@ import pluggy
 from peftcore.errors import PluginError, nearest
 from peftcore.plugin import hooks as hookspecs
 
-API = "3.9"  # of plugins: an addition raises the minor number, a change that breaks plugins the major number
+API = "3.10"  # of plugins: an addition raises the minor number, a change that breaks plugins the major number
 ARGUMENTS_OF_APPLY = ("adapter", "dtype", "batches")  # keywords of `apply`, which cannot be names of config fields
 
 

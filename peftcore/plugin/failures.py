@@ -35,8 +35,9 @@ def all_are(kind: type, plugin: Plugin, hook: str, answers: Any) -> list[Any]:
     """Return the result of a hook if it is a list of `kind`, else raise a PluginError."""
     for answer in answers if isinstance(answers, (list, tuple)) else [answers]:
         if not isinstance(answer, kind):
+            module = "peftcore.plugin" if kind.__module__.startswith("peftcore.plugin.") else kind.__module__
             raise PluginError(
-                f"{_named(hook, plugin)} must return a list of peftcore.plugin.{kind.__name__}, found "
+                f"{_named(hook, plugin)} must return a list of {module}.{kind.__name__}, found "
                 f"{type(answer).__name__}. {_without(plugin)}"
             )
     return list(answers)

@@ -5,7 +5,7 @@ Packages of the core implement them, too, see `registry.builtin`.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pluggy
 
@@ -50,6 +50,11 @@ def peftcore_architecture(model: nn.Module) -> Architecture | None:
 @hookspec
 def peftcore_commands() -> list[Command]:  # type: ignore[empty-body]
     """Return commands of the command line. Each has a name of its own."""
+
+
+@hookspec
+def peftcore_tasks() -> list[Any]:  # type: ignore[empty-body]
+    """Return tasks of `peftcore train`, `eval` and `predict`: `peftcore.cli.tasks.task.Task` objects with own names."""
 
 
 @hookspec

@@ -35,6 +35,7 @@ LISTS = (  # hooks that return a list, never None
     "peftcore_checkpoint_formats",
     "peftcore_exporters",
     COMMANDS,
+    "peftcore_tasks",
     "peftcore_integrations",
 )
 

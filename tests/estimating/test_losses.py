@@ -13,7 +13,8 @@ from support.whole_run import nightly_but
 from transformers import BertConfig, LlamaConfig, PreTrainedTokenizerFast, TrainingArguments
 
 import peftcore
-from peftcore.cli.tasks import sentence_pairs
+from peftcore.cli.tasks import pairs
+from peftcore.cli.tasks.registered import find
 from peftcore.errors import PeftcoreError
 from peftcore.estimating import Step
 from peftcore.estimating.losses import VECTORS
@@ -96,10 +97,10 @@ def test_is_what_a_step_on_texts_as_vectors_takes(kind: str, name: str) -> None:
     model = getattr(transformers, kind)(config).train()
     peftcore.fuse(peftcore.apply(model, "lora"))
     texts = [[list(range(3, 43 - i - text)) for text in range(VECTORS[name])] for i in range(3)]
-    batch = sentence_pairs.collate([{"texts": each, "labels": None} for each in texts], tokenizer())
+    batch = find("pairs").collate([{"texts": each, "labels": None} for each in texts], tokenizer())
 
     def loss() -> torch.Tensor:
-        return sentence_pairs.loss(sentence_pairs.vectors(model, batch, "mean"), batch["labels"], batch["same"])
+        return pairs.loss(pairs.vectors(model, batch, "mean"), batch["labels"], batch["same"])
 
     assert predicted(found) == pytest.approx(allocated_with(model, loss), rel=5e-3)
 

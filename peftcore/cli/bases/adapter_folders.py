@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peftcore.cli import task_names
+from peftcore.cli.tasks import registered
 from peftcore.errors import CheckpointError, PeftcoreError
 from peftcore.plugin import safe_reading, validation
 
@@ -97,8 +97,9 @@ def adapter_task(folder: Path, labels: str | None = None) -> AdapterTask:
         task = AdapterTask(stored["task"], stored["max_length"], tuple(stored["labels"]), chat, template, **more)
         if type(stored["labels"]) is not list:
             raise TypeError(f"labels must be a list, found {validation.shown(stored['labels'])}")
-        if task.task not in task_names.TASKS:
-            raise ValueError(f"task must be one of {', '.join(task_names.TASKS)}, found {validation.shown(task.task)}")
+        known = [each.name for each in registered.tasks()]
+        if task.task not in known:
+            raise ValueError(f"task must be one of {', '.join(known)}, found {validation.shown(task.task)}")
         validation.check_types(task)
         if template is not None and "{" not in template and template != "chatml":
             raise ValueError(
@@ -112,7 +113,7 @@ def adapter_task(folder: Path, labels: str | None = None) -> AdapterTask:
         _refuse_labels_without_outputs(info, task)
     except FileNotFoundError:
         if info.format != "peft":  # not stated; heads are elsewhere and belong to the base
-            return AdapterTask(task_names.CLASSIFICATION if given else task_names.LANGUAGE_MODEL, 512, given)
+            return AdapterTask(registered.without_a_name(given), 512, given)
         task = _task_of_peft(info)
     except KeyError as error:
         raise CheckpointError(f"'{folder / TASK_FILE}' cannot be read: it lacks {error}. It can be deleted") from error
@@ -148,26 +149,15 @@ def _refuse_labels_without_outputs(info: AdapterInfo, task: AdapterTask) -> None
     """Raise a ValueError for very many labels without a head in the adapter, before the base gets one of that size."""
     count = len(task.labels)
     has_head = any(tensor.shape[:1] == (count,) for tensor in info.tensors)
-    if task.task in task_names.HEADED and count > _LABELS and not has_head:
+    if count > _LABELS and not has_head and registered.find(task.task).has_labels:
         raise ValueError(f"it names {count:,} labels, but no tensor of the adapter has as many rows")
 
 
 def refuse_without_prompts(name: str, task: str) -> None:
-    """Raise a PeftcoreError with the command to use if the adapter `name` is for a task in `task_names.NO_PROMPTS`."""
-    if task == task_names.IMAGE:
-        raise PeftcoreError(f"'{name}' classifies images. Use peftcore predict --data IMAGES")
-    if task in task_names.HEADED:
-        raise PeftcoreError(f"'{name}' is a classifier and cannot write text. Use peftcore generate")
-    if task == task_names.REWARD:
-        raise PeftcoreError(f"'{name}' is a reward model, which writes no answers. Measure it: peftcore eval")
-    if task == task_names.SPEECH:
-        raise PeftcoreError(f"'{name}' transcribes recordings. Use peftcore predict --data RECORDINGS.jsonl")
-    if task == task_names.EMBEDDING:
-        raise PeftcoreError(f"'{name}' makes vectors of texts. Use peftcore predict --data TEXTS.jsonl")
-    if task in task_names.MULTIMODAL:
-        raise PeftcoreError(
-            f"'{name}' answers turns with images or audio. Use peftcore predict --data CONVERSATIONS.jsonl"
-        )
+    """Raise a PeftcoreError with the command to use if the adapter `name` is for a task that answers no texts."""
+    found = registered.find(task)
+    if not found.answers_texts:
+        raise PeftcoreError(f"'{name}' {found.no_chat}")
 
 
 def base_of(folder: Path, model: str | None) -> str:
@@ -209,16 +199,20 @@ def has_tokenizer(folder: Path) -> bool:
 
 
 def _task_of_peft(info: AdapterInfo) -> AdapterTask:
-    if info.task_type in (None, "CAUSAL_LM"):
-        return AdapterTask(task_names.LANGUAGE_MODEL, 512)
-    if info.task_type == "SEQ_2_SEQ_LM":
-        return AdapterTask(task_names.SEQ2SEQ, 512)
-    if info.task_type == "FEATURE_EXTRACTION":
-        return AdapterTask(task_names.EMBEDDING, 512)
-    if info.task_type != "SEQ_CLS":
+    found = next(filter(None, (task.of_peft(info) for task in registered.tasks())), None)
+    if found is None:
         raise PeftcoreError(
             f"'{info.path}' is for the task {info.task_type}, which no command supports. Use the library"
         )
+    return found
+
+
+def outputs_of_peft(info: AdapterInfo) -> int:
+    """Return the number of outputs of the classifier's head in a folder that PEFT wrote.
+
+    Raises:
+        CheckpointError: it has no head.
+    """
     saved = info.fields.get("modules_to_save") or ["classifier", "score"]
     if not isinstance(saved, list) or len(saved) > _MODULES or not all(isinstance(each, str) for each in saved):
         raise CheckpointError(
@@ -228,7 +222,4 @@ def _task_of_peft(info: AdapterInfo) -> AdapterTask:
     heads = [tensor for tensor in held if tensor.dim()]
     if not heads:
         raise CheckpointError(f"'{info.path}' has no classification head among its tensors")
-    outputs = heads[-1].shape[0]
-    if outputs == 1:
-        return AdapterTask(task_names.REGRESSION, 512)
-    return AdapterTask(task_names.CLASSIFICATION, 512, tuple(str(i) for i in range(outputs)))
+    return int(heads[-1].shape[0])

@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from peftcore import ops
-from peftcore.cli import task_names
 from peftcore.cli.bases import adapter_folders, device_choice, gguf_file, models
 from peftcore.cli.bases.precision import base_dtype
 from peftcore.cli.console import note, warn
 from peftcore.cli.options import FULL
 from peftcore.cli.settings import Settings
+from peftcore.cli.tasks import registered
 from peftcore.errors import PeftcoreError
 from peftcore.estimating import MIXED
 from peftcore.plugin import ranks
@@ -116,7 +116,7 @@ def of_base(
         labels: a classifier's labels.
         trained_in: the base's dtype when its adapter was trained, if the adapter's task file has it.
     """
-    needs = RECORDED if trained_in == WIDE or (trained_in is None and task in task_names.NEW_HEAD) else None
+    needs = RECORDED if trained_in == WIDE or (trained_in is None and registered.find(task).new_head) else None
     return _of_model(model, dtype, device, _stored(model, task, labels, dtype), needs)
 
 
@@ -138,7 +138,7 @@ def _of_run(settings: Settings, labels: tuple[str, ...]) -> Choice:
     needs = None
     if on_cpu and stored == "bf16" and settings.adapter is not None:
         task = adapter_folders.adapter_task(Path(settings.adapter), settings.labels)
-        needs = RECORDED if task.dtype == WIDE or settings.task in task_names.NEW_HEAD else None
+        needs = RECORDED if task.dtype == WIDE or registered.find(settings.task).new_head else None
     elif on_cpu and stored == "bf16":
         needs = TRAINED if _trains_base(settings, labels) else None
     return _of_model(settings.model, dtype, device, stored, needs)
@@ -156,7 +156,7 @@ def _trains_base(settings: Settings, labels: tuple[str, ...]) -> bool:
     """Return whether the run trains parameters of the base, such as biases or a head."""
     import peftcore
 
-    if settings.method == FULL or settings.task in task_names.NEW_HEAD:
+    if settings.method == FULL or registered.find(settings.task).new_head:
         return True
     if not settings.method:  # several are asked
         return False

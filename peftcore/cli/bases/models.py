@@ -12,13 +12,12 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peftcore.cli import task_names
 from peftcore.cli.bases import adapter_tokenizer, gguf_file, own_code
 from peftcore.cli.bases.adapter_folders import Quantization, has_tokenizer
 from peftcore.cli.bases.base_files import pretrained, quiet_transformers, remote_code
 from peftcore.cli.bases.device_choice import HALVES, torch_device, torch_dtype, without_instructions
 from peftcore.cli.console import note, require, warn
-from peftcore.cli.tasks import conversations, image_chats, speech
+from peftcore.cli.tasks import conversations, media_chats, registered
 from peftcore.errors import PeftcoreError, nearest
 from peftcore.plugin.registry import registry
 
@@ -46,33 +45,46 @@ def load_tokenizer(model: str, adapter: Path | None = None) -> PreTrainedTokeniz
     return tokenizer
 
 
-def load_processor(model: str, task: str, adapter: Path | None = None) -> Any:
-    """Return what prepares the inputs of a task: a processor of images (and texts), or the tokenizer.
+def image_processor(model: str, task: str) -> Any:
+    """Return the processor of a model that classifies images.
 
     Raises:
         PeftcoreError: it cannot be loaded.
     """
-    if task == task_names.SPEECH:
-        return _speech_processor(model, adapter)
-    if task not in (task_names.IMAGE, *task_names.MULTIMODAL):
-        return load_tokenizer(model, adapter)
     quiet_transformers()
-    from transformers import AutoImageProcessor, AutoProcessor
+    from transformers import AutoImageProcessor
 
-    if model.endswith(".gguf"):
-        raise PeftcoreError(f"--task {task} needs a model of transformers, found the .gguf file '{model}'")
-    if task != task_names.AUDIO_TEXT:
+    _refuse_gguf(model, task)
+    require("PIL", extra="images")
+    load_config(model, task)
+    return _with_torchvision(AutoImageProcessor, model, "image processor")
+
+
+def chat_processor(model: str, task: str, adapter: Path | None, *, hears: bool) -> Any:
+    """Return the processor of a model of conversations with images, or, if it `hears`, with audio.
+
+    Raises:
+        PeftcoreError: it cannot be loaded, or prepares no images or audio.
+    """
+    quiet_transformers()
+    from transformers import AutoProcessor
+
+    _refuse_gguf(model, task)
+    if not hears:
         require("PIL", extra="images")
     load_config(model, task)
-    if task in task_names.MULTIMODAL:
-        found = _with_torchvision(AutoProcessor, model, "processor")
-        processor = image_chats.checked(found, model, hears=task == task_names.AUDIO_TEXT)
-        if adapter is not None and has_tokenizer(adapter):
-            own = adapter_tokenizer.load(adapter)
-            own.chat_template = own.chat_template or processor.tokenizer.chat_template
-            processor.tokenizer = own
-        return processor
-    return _with_torchvision(AutoImageProcessor, model, "image processor")
+    found = _with_torchvision(AutoProcessor, model, "processor")
+    processor = media_chats.checked(found, model, hears=hears)
+    if adapter is not None and has_tokenizer(adapter):
+        own = adapter_tokenizer.load(adapter)
+        own.chat_template = own.chat_template or processor.tokenizer.chat_template
+        processor.tokenizer = own
+    return processor
+
+
+def _refuse_gguf(model: str, task: str) -> None:
+    if model.endswith(".gguf"):
+        raise PeftcoreError(f"--task {task} needs a model of transformers, found the .gguf file '{model}'")
 
 
 def _with_torchvision(kind: Any, model: str, what: str) -> Any:
@@ -96,14 +108,19 @@ def _with_torchvision(kind: Any, model: str, what: str) -> Any:
         raise PeftcoreError(f"the {what} of '{model}' cannot be loaded: {error}") from error
 
 
-def _speech_processor(model: str, adapter: Path | None) -> Any:
+def speech_processor(model: str, task: str, adapter: Path | None) -> tuple[Any, PretrainedConfig]:
+    """Return the processor of a model of Whisper's kind, and the model's config.
+
+    Raises:
+        PeftcoreError: it cannot be loaded, or the model is of another kind.
+    """
     quiet_transformers()
     from transformers import AutoFeatureExtractor, WhisperProcessor
 
-    config = load_config(model, task_names.SPEECH)
+    config = load_config(model, task)
     extractor = pretrained(AutoFeatureExtractor.from_pretrained, model, "feature extractor")
     tokenizer: Any = load_tokenizer(model, adapter)
-    return speech.checked(WhisperProcessor(extractor, tokenizer), config)
+    return WhisperProcessor(extractor, tokenizer), config
 
 
 def load_model(
@@ -143,8 +160,8 @@ def load_model(
         with advice:
             loaded = _load_gguf(model, task, labels, packing, options)
     elif packing is None:
-        if task == task_names.IMAGE:
-            options["ignore_mismatched_sizes"] = True  # image models come with the head of another data set
+        if registered.find(task).replaces_head:
+            options["ignore_mismatched_sizes"] = True
         loader = _auto_class(task).from_pretrained
         loaded, info = pretrained(loader, model, "model", output_loading_info=True, **options, **_head(task, labels))
         _check_whole(loaded, info["missing_keys"], model, task)
@@ -156,9 +173,9 @@ def load_model(
     loaded.config._name_or_path = model  # for a .gguf file transformers would record its folder only
     if asked is None and options["dtype"].itemsize == 4:
         _compute_in_fp32(loaded, device)
-    if task == task_names.LANGUAGE_MODEL:
+    if registered.find(task).learns_texts:
         own_code.complete(loaded)
-    if task != task_names.IMAGE:
+    if registered.find(task).reads_tokens:
         _set_padding(loaded, model)
     give_back_freed()  # what loading leaves in the heap
     return loaded.to(torch_device(device)).eval()
@@ -263,10 +280,9 @@ def _check_whole(loaded: PreTrainedModel, missing: Collection[str], model: str, 
         model: its name, for messages.
         task: the task.
     """
-    backbone = f"{loaded.base_model_prefix}." if task in task_names.NEW_HEAD else ""
-    if task == task_names.EMBEDDING:
-        missing = [name for name in missing if not name.startswith("pooler.")]  # not used
-    names = sorted(name for name in missing if name.startswith(backbone))
+    found = registered.find(task)
+    backbone = f"{loaded.base_model_prefix}." if found.new_head else ""
+    names = sorted(name for name in missing if name.startswith(backbone) and found.uses(name))
     if not names:
         return
     lacks = f"lacks {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
@@ -320,7 +336,7 @@ def empty_model(model: str, task: str, labels: tuple[str, ...] = ()) -> PreTrain
         made = _made_empty(shape, model, task)
     if layout is not None:
         pack_empty(made, layout)
-    if task == task_names.LANGUAGE_MODEL:
+    if registered.find(task).learns_texts:
         own_code.complete(made)
     return made
 
@@ -333,21 +349,6 @@ def _made_empty(config: PretrainedConfig, model: str, task: str) -> Any:
         return auto_class.from_config(config, **remote_code())
     except Exception as error:  # code that may not be made for the meta device
         raise PeftcoreError(f"the code of '{model}' cannot make a model without weights: {error}") from error
-
-
-_NEEDED = {
-    **dict.fromkeys(
-        task_names.SEEING,
-        "a model that reads images and texts, such as SmolVLM, Qwen2.5-VL or LLaVA, found {}. For texts use --task "
-        "causal-lm or dpo",
-    ),
-    task_names.AUDIO_TEXT: "a model that takes audio and texts, such as Qwen2-Audio or Gemma 3n, found {}. For "
-    "transcripts use --task asr with a Whisper",
-    task_names.SEQ2SEQ: "an encoder-decoder model such as T5 or BART, found {}. For others use --task causal-lm, with "
-    "rows prompt/completion",
-    task_names.LANGUAGE_MODEL: "a model that writes texts, found {}. For an encoder-decoder model use --task seq2seq",
-    task_names.IMAGE: "a model that classifies images, such as a ViT, found {}. Pass another model",
-}
 
 
 def load_config(model: str, task: str, labels: tuple[str, ...] = ()) -> PretrainedConfig:
@@ -363,21 +364,15 @@ def load_config(model: str, task: str, labels: tuple[str, ...] = ()) -> Pretrain
     auto_class = _auto_class(task)
     kinds = auto_class._model_mapping
     found = f"'{model}' ({config.model_type})"
-    if task == task_names.SPEECH:
-        speech.check(model, config)
-    elif type(config) not in kinds and not has_code(config, task):
-        needed = _NEEDED.get(task, "a model of texts, found {}. Pass another model")
-        raise PeftcoreError(f"--task {task} needs {needed.format(found)}")
+    named = registered.find(task)
+    if named.needed_model is not None and type(config) not in kinds and not has_code(config, task):
+        raise PeftcoreError(f"--task {task} needs {named.needed_model.format(found)}")
     if auto_class is transformers.AutoModelForCausalLM and _is_encoder(config):
         raise PeftcoreError(
             f"--task {task} needs a decoder, found {found}, an encoder, which reads the words that it would have to "
             "write. Use it for classification, tags or pairs, or pass another model"
         )
-    if task == task_names.EMBEDDING and config.is_encoder_decoder:
-        raise PeftcoreError(
-            f"--task pairs needs an encoder or a decoder, found '{model}' ({config.model_type}), which has both. Use a "
-            "model such as sentence-transformers/all-MiniLM-L6-v2"
-        )
+    named.check_config(model, config)
     if type(config) in kinds:
         config.architectures = [kinds[type(config)].__name__]
     elif has_code(config, task):
@@ -420,36 +415,12 @@ def load_generation_config(model: str) -> Any:
 def _auto_class(task: str) -> Any:
     import transformers
 
-    if task == task_names.TAGS:
-        return transformers.AutoModelForTokenClassification
-    if task == task_names.SEQ2SEQ:
-        return transformers.AutoModelForSeq2SeqLM
-    if task == task_names.IMAGE:
-        return transformers.AutoModelForImageClassification
-    if task == task_names.SPEECH:
-        return transformers.AutoModelForSpeechSeq2Seq
-    if task == task_names.EMBEDDING:
-        return transformers.AutoModel
-    if task in task_names.SEEING:
-        return transformers.AutoModelForImageTextToText
-    if task == task_names.AUDIO_TEXT:
-        return transformers.AutoModelForMultimodalLM
-    if task in task_names.NEW_HEAD:
-        return transformers.AutoModelForSequenceClassification
-    return transformers.AutoModelForCausalLM
+    return getattr(transformers, registered.find(task).model_class)
 
 
 def _head(task: str, labels: tuple[str, ...]) -> dict[str, Any]:
     """Return the config fields of the head, for the model to have its outputs and its loss."""
-    if task not in task_names.NEW_HEAD:
-        return {}
-    if task in (task_names.REGRESSION, task_names.REWARD):
-        return {"num_labels": 1, "problem_type": "regression"}
-    kinds = dict.fromkeys((task_names.CLASSIFICATION, task_names.IMAGE), "single_label_classification")
-    kinds[task_names.MULTI_LABEL] = "multi_label_classification"
-    names = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
-    kind = {"problem_type": kinds[task]} if task in kinds else {}
-    return {**kind, **(names if labels else {})}
+    return registered.find(task).head(labels)
 
 
 def _set_padding(loaded: PreTrainedModel, model: str) -> None:

@@ -50,7 +50,6 @@ def chat(
     Several adapters of one base may be loaded; switch between them with /use NAME.
     """
     import peftcore
-    from peftcore.cli import task_names
     from peftcore.cli.bases import (
         adapter_folders,
         base_and_adapter,
@@ -59,6 +58,7 @@ def chat(
         dtype_choice,
         models,
     )
+    from peftcore.cli.tasks import conversations, registered
 
     folders = _named(adapters or [])
     if not folders and model is None:
@@ -67,9 +67,9 @@ def chat(
         )
     about = {name: adapter_folders.adapter_task(folder) for name, folder in folders.items()}
     for name, task in about.items():
-        adapter_folders.refuse_without_prompts(str(folders[name]), task.task)
-        if task.task == task_names.SEQ2SEQ:
-            raise PeftcoreError(f"'{folders[name]}' answers texts, not conversations. Use peftcore generate")
+        why = registered.find(task.task).no_chat
+        if why is not None:
+            raise PeftcoreError(f"'{folders[name]}' {why}")
     bases = {name: adapter_folders.base_of(folder, model) for name, folder in folders.items()}
     base = next(iter(bases.values()), model)
     other = next((name for name, named in bases.items() if named != base), None)
@@ -80,15 +80,14 @@ def chat(
         )
     base = base_files.resolve(str(base))
     wide = any(task.dtype == "fp32" for task in about.values())
-    dtype = dtype_choice.of_base(base, task_names.LANGUAGE_MODEL, dtype, device, (), "fp32" if wide else None).say()
+    task_name = registered.without_a_name()
+    dtype = dtype_choice.of_base(base, task_name, dtype, device, (), "fp32" if wide else None).say()
     base_as = base_quantization.of_adapters(quantize, about)
-    loaded = models.load_model(base, task_names.LANGUAGE_MODEL, dtype=dtype, device=device, quantize=base_as)
+    loaded = models.load_model(base, task_name, dtype=dtype, device=device, quantize=base_as)
     peftcore.fuse(loaded)
     grown = _fit_vocabulary(loaded, folders)
     for name, folder in folders.items():
         base_and_adapter.load_adapter(loaded, folder, name)
-    from peftcore.cli.tasks import conversations
-
     tokenizers = {name: models.load_tokenizer(base, folder) for name, folder in folders.items()}
     if not grown:  # otherwise the base has no rows for some tokens
         tokenizers[BASE] = models.load_tokenizer(base)

@@ -189,8 +189,9 @@ def _refuse_part(
 def _tokenizer(base: str, adapter: Path | None, task: AdapterTask) -> tuple[Any, str | None]:
     """Return the tokenizer and a chat template that replaces its own; training may save both with the adapter."""
     from peftcore.cli.bases import adapter_folders, models
+    from peftcore.cli.tasks import registered
 
-    tokenizer = models.load_processor(base, task.task, adapter)
+    tokenizer = registered.find(task.task).load_processor(base, adapter)
     saved = adapter is not None and adapter_folders.has_tokenizer(adapter)
     if not base.endswith(".gguf") or (saved and tokenizer.get_vocab() != models.load_tokenizer(base).get_vocab()):
         return tokenizer, task.chat_template

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -35,8 +35,8 @@ def generate(
 ) -> None:
     """Answer a prompt with an adapter, and with --compare also with its base."""
     import peftcore
-    from peftcore.cli import task_names
     from peftcore.cli.bases import adapter_folders, base_and_adapter, base_files, models
+    from peftcore.cli.tasks import conversations, registered
 
     if adapter is None and model is None:
         raise PeftcoreError(
@@ -45,34 +45,26 @@ def generate(
     if adapter is None and (compare or labels is not None):
         raise PeftcoreError(f"{'--compare' if compare else '--labels'} needs an adapter. Pass one, or leave it out")
     if adapter is None:
-        task, base = adapter_folders.AdapterTask(task_names.LANGUAGE_MODEL, 512), base_files.resolve(str(model))
+        task, base = adapter_folders.AdapterTask(registered.without_a_name(), 512), base_files.resolve(str(model))
     else:
         task, base = adapter_folders.adapter_task(adapter, labels), adapter_folders.base_of(adapter, model)
-    if task.task not in (*task_names.LABELLED, task_names.TAGS):
+    found = registered.find(task.task)
+    if not found.generates:
         adapter_folders.refuse_without_prompts(str(adapter), task.task)
-    if pair is not None and task.task not in task_names.LABELLED:
+    if pair is not None and not found.takes_pairs:
         raise PeftcoreError(f"--pair is the second text for a classifier, found task {task.task}. Leave it out")
     loaded = base_and_adapter.load_base(base, task, adapter, quantize=quantize, dtype=dtype, device=device)
     peftcore.fuse(loaded)
     tokenizer = models.load_tokenizer(base, adapter)
-    from peftcore.cli.tasks import by_task, conversations, text_generation
 
     conversations.set_template(tokenizer, chat_template, task.chat_template)
     if chat is None:
         chat = conversations.has_template(tokenizer) if task.chat is None else task.chat
-        chat = chat and task.task != task_names.SEQ2SEQ
-    given: Any = [{"role": "user", "content": prompt}] if chat else prompt
+        chat = chat and found.no_chat is None
 
     def written() -> str:
-        if task.task == task_names.TAGS:
-            from peftcore.cli.tasks import tags
-
-            return tags.tagged(loaded, tokenizer, prompt, task.labels, task.max_length)
-        if task.task in task_names.LABELLED:
-            return by_task.classify(loaded, tokenizer, prompt, task.labels, task.max_length, task.task, pair)
-        return text_generation.generate_text(
-            loaded, tokenizer, given, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed
-        )
+        sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+        return found.answer(loaded, tokenizer, prompt, task, chat=bool(chat), pair=pair, **sampling)
 
     if adapter is None:
         print_answer(written())

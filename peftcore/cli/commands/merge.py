@@ -37,12 +37,11 @@ def merge(
         raise PeftcoreError(f"'{output}' exists already. Pass a new folder: --output FOLDER")
     if not re.fullmatch(r"\d+(\.\d+)?\s*[KMGT]B", shard_size.strip().upper()):
         raise PeftcoreError(f"--shard-size must be a number with KB, MB, GB or TB, such as 5GB, found '{shard_size}'")
-    from peftcore.cli import task_names
     from peftcore.cli.bases import adapter_folders, base_and_adapter, base_quantization, models
-    from peftcore.cli.tasks import conversations, text_generation
+    from peftcore.cli.tasks import conversations, registered, text_generation
 
     task, base = adapter_folders.adapter_task(adapter, labels), adapter_folders.base_of(adapter, model)
-    tokenizer = models.load_processor(base, task.task, adapter)
+    tokenizer = registered.find(task.task).load_processor(base, adapter)
     conversations.set_template(tokenizer, None, task.chat_template)
     base_as = base_quantization.of_adapter(quantize, adapter, task)
     loaded = models.load_model(base, task.task, dtype=dtype, device=device, labels=task.labels, quantize=base_as)
@@ -53,11 +52,7 @@ def merge(
     try:
         loaded.save_pretrained(output, max_shard_size=shard_size)
         tokenizer.save_pretrained(output)
-        if task.task == task_names.EMBEDDING:
-            from peftcore.cli.tasks import sentence_pairs
-
-            pooling = task.pooling or sentence_pairs.pooling_of(base)
-            sentence_pairs.write_pooling(output, pooling, loaded.config.hidden_size)
+        registered.find(task.task).write_merged(output, loaded, task, base)
     except OSError as error:
         raise PeftcoreError(f"the merged model could not be saved to '{output}': {error.strerror or error}") from error
     size = sum(file.stat().st_size for file in output.iterdir())

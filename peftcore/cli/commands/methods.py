@@ -65,13 +65,11 @@ def methods(
 def _tried(folder: str, task: str | None, names: list[str]) -> Iterator[tuple[str, str, str, str]]:
     """Yield each method's trainable parameters and bytes with its defaults, or the error."""
     import peftcore
-    from peftcore.cli import task_names
     from peftcore.cli.amounts import megabytes
     from peftcore.cli.bases import base_files, models
+    from peftcore.cli.tasks import registered
 
-    task = task or task_names.LANGUAGE_MODEL
-    task_names.check_task(task)
-    base = models.empty_model(base_files.resolve(folder), task, ())
+    base = models.empty_model(base_files.resolve(folder), task or registered.without_a_name())
     for name in names:
         with warnings.catch_warnings(record=True) as warned:
             warnings.simplefilter("always")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -49,36 +50,30 @@ def predict(
 
     Labels in the data are not read. To measure the adapter on examples with labels, use peftcore eval.
     """
-    from peftcore.cli import task_names
-    from peftcore.cli.bases import adapter_folders, base_and_adapter, models
+    from peftcore.cli.bases import adapter_folders, base_and_adapter
     from peftcore.cli.data.data_files import parsed_columns
+    from peftcore.cli.tasks import conversations, registered
 
     task = adapter_folders.adapter_task(adapter, labels)
-    if task.task not in (*task_names.HEADED, *task_names.MULTIMODAL, task_names.EMBEDDING, task_names.SPEECH):
+    task = replace(task, max_length=max_length or task.max_length)
+    found = registered.find(task.task)
+    if not found.predicts:
         raise PeftcoreError(
             f"predict is for classifiers, image-text, audio-text, pairs and asr, found an adapter for {task.task}. Use "
-            f"peftcore {'eval' if task.task == task_names.REWARD else 'generate --prompt TEXT'}"
+            f"peftcore {'generate --prompt TEXT' if found.generates else 'eval'}"
         )
     if output is not None and output.exists():
         raise PeftcoreError(f"'{output}' exists already. Pass a new file: --output FILE")
     base = adapter_folders.base_of(adapter, model)
-    from peftcore.cli.tasks import conversations, predictions, speech
 
-    rows = predictions.read_rows(data, task, parsed_columns(columns))
-    processor = models.load_processor(base, task.task, adapter)
+    rows = found.read_questions(data, parsed_columns(columns), task)
+    processor = found.load_processor(base, adapter)
+    task = found.prepared(processor, task, base)
     conversations.set_template(processor, chat_template, task.chat_template)
     loaded = base_and_adapter.load_base(base, task, adapter, quantize=quantize, dtype=dtype, device=device)
     base_and_adapter.load_adapter(loaded, adapter)
-    if task.task == task_names.SPEECH:
-        speech.set_language(processor, task.language, models.load_generation_config(base))
-        found = predictions.transcripts_of(loaded, rows, processor)
-    elif task.task == task_names.EMBEDDING:
-        found = predictions.embeddings(loaded, rows, processor, task, base, max_length or task.max_length)
-    elif task.task in task_names.MULTIMODAL:
-        found = predictions.texts(loaded, rows, processor, answer_tokens)
-    else:
-        found = predictions.answers(loaded, rows, processor, task, max_length or task.max_length)
-    lines = [json.dumps(each, ensure_ascii=False) for each in found]
+    answers = found.predict(loaded, rows, processor, task, answer_tokens=answer_tokens)
+    lines = [json.dumps(each, ensure_ascii=False) for each in answers]
     if output is None:
         for line in lines:
             print_answer(line)

@@ -104,11 +104,11 @@ def train(
     With --adapter, training continues from an existing adapter with its base and method. Results are compared with the
     adapter as it was, which is also the reference of preferences.
     """
-    from peftcore.cli import task_names
     from peftcore.cli.bases import base_files, precision as precisions
     from peftcore.cli.data import row_reading, streamed
     from peftcore.cli.data.data_files import parsed_columns
     from peftcore.cli.data.row import Row
+    from peftcore.cli.tasks import registered
     from peftcore.cli.training import option_checks, run_result, trainer_arguments, warm_start
 
     given = config_file.in_force(context, given)
@@ -134,10 +134,9 @@ def train(
         else:
             task, rows = row_reading.read(data, task, names)
         held_out = None if given.eval_data is None else row_reading.read_rows(given.eval_data, task, names)
-    task_names.check_task(task)
     if start is not None:
         start.check_task(task, f"{', '.join(map(repr, data))} is for {task}")
-    if task == task_names.SPEECH and start is not None:
+    if "language" in registered.find(task).options and start is not None:
         given = replace(given, language=given.language or start.task.language)
     option_checks.check(given, display, task, data, continues=start is not None)
     if given.teacher is not None:
@@ -149,8 +148,8 @@ def train(
         examples = streamed.Lines(data, task, names) if given.streaming else rows
     precisions.check(given.precision, given.dtype, given.device)
     require("transformers", "accelerate", "matplotlib", "psutil")
-    if task in task_names.COMPARED:
-        require("trl", extra="dpo")
+    for package, extra in registered.find(task).requires:
+        require(package, extra=extra)
     base_files.quiet_transformers()
     import peftcore
     from peftcore.cli.bases import base_files, base_quantization
@@ -351,20 +350,18 @@ def _predicted(result: Result) -> list[tuple[str, str]]:
 
 def _commands(settings: Settings, result: Result) -> list[str]:
     adapter = shlex.quote(str(result.adapter)) + (" --trust-remote-code" if settings.trust_remote_code else "")
-    from peftcore.cli import task_names
     from peftcore.cli.data import row_reading
+    from peftcore.cli.tasks import registered
 
+    task = registered.find(settings.task)
     files = [settings.eval_data] if settings.eval_data else [each.path for each in row_reading.sources(settings.data)]
     evaluation = " --data ".join(map(shlex.quote, files))
     if settings.columns:
         evaluation += f" --columns {shlex.quote(settings.columns)}"
-    reads_rows = (*task_names.MULTIMODAL, task_names.EMBEDDING, task_names.SPEECH)
-    takes_prompts = settings.task not in (task_names.IMAGE, task_names.REWARD, *reads_rows)
-    is_chat = result.is_chat and settings.task not in task_names.NO_PROMPTS
     return [
-        *([f"peftcore chat {adapter}"] if is_chat else []),
-        *([f'peftcore generate {adapter} --prompt "..."'] if takes_prompts else []),
-        *([f"peftcore predict {adapter} --data NEW"] if settings.task in (*task_names.HEADED, *reads_rows) else []),
+        *([f"peftcore chat {adapter}"] if result.is_chat and task.answers_texts else []),
+        *([f'peftcore generate {adapter} --prompt "..."'] if task.generates else []),
+        *([f"peftcore predict {adapter} --data NEW"] if task.predicts else []),
         f"peftcore eval {adapter} --data {evaluation}",
         f"peftcore merge {adapter} --output MERGED",
     ]

@@ -11,7 +11,7 @@ import itertools
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,20 @@ def records(path: str, columns: Mapping[str, str] | None = None) -> Iterator[Rec
         found = _of_file(where)
     found = map(checked, found)
     return (renamed(record, columns) for record in found) if columns else found
+
+
+def records_of_each(paths: Sequence[str], columns: Mapping[str, str] | None) -> list[Iterator[Record]]:
+    """Return the records of each data set; where only some have one of the columns, only those rename them."""
+    data_sets = [records(path) for path in paths]
+    if not columns:
+        return data_sets
+    first = [list(itertools.islice(each, 1)) for each in data_sets]
+    has_columns = [any(not fields.keys().isdisjoint(columns.values()) for _, fields in some) for some in first]
+    whole = [itertools.chain(some, rest) for some, rest in zip(first, data_sets, strict=True)]
+    return [
+        (renamed(record, columns) for record in each) if has or not any(has_columns) else each
+        for each, has in zip(whole, has_columns, strict=True)
+    ]
 
 
 def _missing(where: Path, path: str) -> str:

@@ -127,8 +127,14 @@ def _turns(where: str, key: str, found: Any, role: str) -> list[dict[str, Any]]:
     return turns.messages_of(where, key, found, has_images=True)
 
 
-def asked_of(where: str, fields: dict[str, Any], task: str) -> Row:
+def asked_of(where: str, fields: dict[str, Any], task: str, *, hears: bool = False) -> Row:
     """Return a conversation to answer: the row without an answer that is there.
+
+    Args:
+        where: file and line, for messages.
+        fields: of the line.
+        task: name of the task, for messages.
+        hears: whether the model takes audio.
 
     Raises:
         PeftcoreError: the conversation has no turn to answer, or an image is missing; the message begins with `where`.
@@ -139,7 +145,7 @@ def asked_of(where: str, fields: dict[str, Any], task: str) -> Row:
     given = turns.of_sharegpt(where, fields[key]) if key == "conversations" else fields[key]
     while isinstance(given, list) and given and isinstance(given[-1], dict) and given[-1].get("role") == "assistant":
         given = given[:-1]
-    images = _Images(where, _named(fields), _named(fields, "audio") if task == "audio-text" else None)
+    images = _Images(where, _named(fields), _named(fields, "audio") if hears else None)
     messages = turns.without_marks(images.placed(key, given))
     images.check_all_shown()
     return Row(where, "", messages=messages, images=tuple(images.paths), sounds=tuple(images.sounds))

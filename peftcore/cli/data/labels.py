@@ -6,38 +6,9 @@ import json
 import math
 from typing import Any
 
-from peftcore.cli.task_names import MULTI_LABEL, REGRESSION
 from peftcore.errors import PeftcoreError
 
 Label = str | float | tuple[str, ...]  # of each
-
-
-def parsed(where: str, key: str, value: Any, task: str) -> Label:
-    """Return the label as the file has it, checked for `task`.
-
-    Raises:
-        PeftcoreError: it is not a label; the message begins with `where`.
-    """
-    if task == REGRESSION:
-        found = number(value)
-        if found is None:
-            raise PeftcoreError(f"{where}: '{key}' must be a number, found {short(value)}")
-        return found
-    if task == MULTI_LABEL:
-        listed = names(value)
-        if listed is None:
-            raise PeftcoreError(f'{where}: \'{key}\' must be a list of names, such as ["a", "b"], found {short(value)}')
-        several = tuple(class_name(where, key, name) for name in listed)
-        twice = next((name for name in several if several.count(name) > 1), None)
-        if twice is not None:
-            raise PeftcoreError(
-                f"{where}: '{key}' names {twice} twice: {short(value)}. List the labels that apply, not zeros "
-                "and ones for all of them"
-            )
-        return several
-    if not isinstance(value, (int, str)):
-        raise PeftcoreError(f"{where}: '{key}' must be text, found {short(value)}")
-    return class_name(where, key, str(value))
 
 
 def class_name(where: str, key: str, text: str) -> str:
@@ -55,23 +26,6 @@ def class_name(where: str, key: str, text: str) -> str:
             "class differently"
         )
     return label
-
-
-def tagged_words(where: str, keys: tuple[str, str], words: Any, tags: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Return (words, tags) of a row.
-
-    Raises:
-        PeftcoreError: they are not lists of one length, or a tag is NaN; the message begins with `where`.
-    """
-    found = [names(each) for each in (words, tags)]
-    for key, value, each in zip(keys, (words, tags), found, strict=True):
-        if not each or any(len(name.split()) != 1 for name in each):
-            raise PeftcoreError(f"{where}: '{key}' must be a list of words without spaces, found {short(value)}")
-    if len(found[0] or ()) != len(found[1] or ()):
-        raise PeftcoreError(
-            f"{where}: '{keys[0]}' has {len(found[0] or ())} words, but '{keys[1]}' has {len(found[1] or ())} tags"
-        )
-    return found[0] or (), tuple(class_name(where, keys[1], tag) for tag in found[1] or ())
 
 
 def number(value: Any) -> float | None:

@@ -17,13 +17,12 @@ from typing import Any
 
 from torch.utils.data import Dataset, Sampler
 
-from peftcore.cli import task_names
 from peftcore.cli.data import row_reading
 from peftcore.cli.data.data_files import checked, object_of, renamed
 from peftcore.cli.data.row import Row
+from peftcore.cli.tasks import registered
 from peftcore.errors import PeftcoreError
 
-TASKS = (task_names.LANGUAGE_MODEL, task_names.SEQ2SEQ)
 _BLOCK = 1_000  # neighbouring lines
 _TOGETHER = 16  # blocks whose lines are drawn at random
 _BATCHES = 50  # batches drawn together, then sorted by length
@@ -70,7 +69,7 @@ class Lines:
     """
 
     def __init__(self, paths: Sequence[str], task: str, columns: Mapping[str, str] | None) -> None:
-        self.files, self.task, self.columns = files_of(paths), task, columns
+        self.files, self.task, self.columns = files_of(paths), registered.find(task), columns
         self.begins, self.sizes = array("q"), array("I")
         self.ends: list[int] = []  # number of rows up to and including each file
         for file in self.files:

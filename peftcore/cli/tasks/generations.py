@@ -8,6 +8,7 @@ averaged over examples.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import math
 import os
@@ -15,25 +16,27 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from peftcore.cli import task_names
 from peftcore.cli.data.row import Row
-from peftcore.cli.tasks import by_task, conversations, positions
+from peftcore.cli.tasks import conversations, positions, registered
 from peftcore.cli.tasks.evaluation_mode import batched, evaluating
 from peftcore.cli.tasks.metrics import Metrics
 from peftcore.cli.tasks.text_generation import ends
 from peftcore.errors import PeftcoreError
 
+if TYPE_CHECKING:
+    from peftcore.cli.tasks.task import Task
+
 FIGURES = ("exact_match", "rouge_l")
-WRITERS = (task_names.LANGUAGE_MODEL, task_names.SEQ2SEQ)  # tasks whose models write answers
 COUNT = 100  # answers in each evaluation by default
 
 Metric = Callable[[list[str], list[str]], float]
+Reward = Callable[..., list[float | None]]
 
 
 @dataclass(frozen=True)
@@ -54,19 +57,17 @@ def name_of(metric: str) -> str:
     return metric.rpartition(":")[2] if is_own(metric) else metric
 
 
-def count(task: str, metric: str | None, given: int | None) -> int:
-    """Return how many held-out examples are answered in each evaluation, given the two options.
+def count(task: Task, metric: str | None, given: int | None) -> int:
+    """Return how many held-out examples are answered in each evaluation, given --metric and --eval-answers.
 
     Raises:
         PeftcoreError: the model of this task writes no answers.
     """
-    if task == task_names.SPEECH and not is_own(metric):
-        return COUNT if given is None else given
-    if task not in WRITERS:
+    if not task.writes:
         if given is not None or is_own(metric):
             raise PeftcoreError(
-                f"--eval-answers and a --metric FILE.py:FUNCTION are for {' and '.join(WRITERS)}, found {task}. Leave "
-                "them out"
+                f"--eval-answers and a --metric FILE.py:FUNCTION are for {registered.named_by('writes')}, found "
+                f"{task.name}. Leave them out"
             )
         return 0
     needed = is_own(metric) or metric in FIGURES
@@ -97,7 +98,42 @@ def load_function(text: str, option: str = "--metric") -> Callable[..., Any]:
     return found
 
 
-def cases(rows: Sequence[Row], task: str, tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Case]:
+def load_reward(text: str) -> Reward:
+    """Return the function FILE.py:FUNCTION, whose results are checked when it is called.
+
+    Raises:
+        PeftcoreError: the file or the function does not exist.
+    """
+    if not is_own(text):
+        raise PeftcoreError(f"--reward must be FILE.py:FUNCTION, found '{text}'")
+    function = load_function(text, "--reward")
+
+    @functools.wraps(function)
+    def checked(**columns: Any) -> list[float | None]:
+        try:
+            found = function(**columns)
+        except Exception as error:
+            raise PeftcoreError(
+                f"--reward {text} fails with {type(error).__name__}: {error}. It is called with prompts, completions, "
+                "completion_ids, the columns of the rows and more by name: accept **kwargs"
+            ) from error
+        count = len(columns["completions"])
+        values = list(found) if isinstance(found, (list, tuple)) else []
+        if len(values) != count or not all(map(_is_reward, values)):
+            raise PeftcoreError(
+                f"--reward {text} must return a list of {count} finite numbers, one for each answer, found "
+                f"{str(found)[:80]}"
+            )
+        return [None if value is None else float(value) for value in values]
+
+    return checked
+
+
+def _is_reward(value: Any) -> bool:
+    return value is None or (isinstance(value, (int, float)) and math.isfinite(value))
+
+
+def cases(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Case]:
     """Return the prompts of rows and their answers; of a conversation, the last turn that is learned.
 
     Raises:
@@ -201,7 +237,6 @@ class Answering:
 
     Args:
         rows: held-out examples, of which the first `count` are answered.
-        task: their task.
         tokenizer: the tokenizer.
         metric: value of `--metric`.
         count: number of examples.
@@ -212,7 +247,6 @@ class Answering:
     def __init__(
         self,
         rows: Sequence[Row],
-        task: str,
         tokenizer: PreTrainedTokenizerBase,
         metric: str | None,
         *,
@@ -220,7 +254,7 @@ class Answering:
         max_length: int,
         max_new_tokens: int,
     ) -> None:
-        self.cases = cases(rows[:count], task, tokenizer, max_length)
+        self.cases = cases(rows[:count], tokenizer, max_length)
         self.tokenizer, self.metric, self.max_new_tokens = tokenizer, metric, max_new_tokens
         self.own: Metric | None = load_function(metric) if metric is not None and is_own(metric) else None
 
@@ -230,14 +264,6 @@ class Answering:
         return figures(answers, self.cases, self.metric, self.own)
 
 
-def measure(
-    answering: Answering,
-    model: nn.Module,
-    examples: Sequence[dict[str, Any]],
-    tokenizer: PreTrainedTokenizerBase,
-    batch_size: int = 16,
-    tokens: int | None = None,
-) -> Metrics:
-    """Like `by_task.measure`, with the figures of answers."""
-    found = by_task.measure(model, examples, tokenizer, batch_size, tokens)
+def with_answers(found: Metrics, answering: Answering, model: nn.Module) -> Metrics:
+    """Return the metrics of a language model with the figures of its answers."""
     return replace(found, figures={**answering.figures(model), "perplexity": found.perplexity})

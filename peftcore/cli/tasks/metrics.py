@@ -14,14 +14,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from peftcore.cli import task_names
-
-MAIN = {
-    task_names.CLASSIFICATION: "accuracy",
-    task_names.IMAGE: "accuracy",
-    task_names.MULTI_LABEL: "micro_f1",
-    task_names.REGRESSION: "pearson",
-}  # otherwise the loss
 TITLES = {
     "macro_f1": "macro F1",
     "micro_f1": "micro F1",

@@ -1,15 +1,8 @@
-"""Preference pairs for `--task dpo`: which of two answers to a prompt is better.
-
-Rafailov et al. 2023, arXiv 2305.18290:
-
-    loss = -log sigmoid(m),   m = beta ((log p(chosen) - log q(chosen)) - (log p(rejected) - log q(rejected)))
-
-p is the model with its adapter; q is the frozen base, or the initial adapter if a run starts from one. The margin m is
-positive if the model prefers the chosen answer.
-"""
+"""What tasks on preference pairs have in common: which of two answers to a prompt is better."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,97 +11,122 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
+from peftcore.cli.data import image_turns, turns
+from peftcore.cli.data.labels import text_of
 from peftcore.cli.data.row import Row
-from peftcore.cli.tasks import by_task, conversations
+from peftcore.cli.tasks import conversations, text_examples
 from peftcore.cli.tasks.conversations import IGNORED
 from peftcore.cli.tasks.encoded_examples import Encoded, Example
-from peftcore.cli.tasks.evaluation_mode import batched, evaluating
-from peftcore.cli.tasks.metrics import Metrics
+from peftcore.cli.tasks.judged import Judged
 from peftcore.errors import PeftcoreError
 
-BETA = 0.1
-HAS_REFERENCE = True
 
+class Preferences(Judged):
+    """A prompt with a chosen and a rejected answer."""
 
-def encode(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoded:
-    """Return rows as `prompt_ids`, `chosen_ids` and `rejected_ids`; long prompts are cut at the beginning.
+    keys = (("prompt", "chosen", "rejected"), ("chosen", "rejected"))
+    shown_keys = "prompt/chosen/rejected"
+    columns_example = "chosen=better,rejected=worse"
 
-    Raises:
-        PeftcoreError: a row has no tokens, or both answers have the same tokens; or in every row they begin to differ
-            beyond `max_length`, where they are cut.
-    """
-    examples, truncated, left_out = [], 0, 0
-    for row in rows:
-        chosen, rejected = (answered(row, answer, tokenizer) for answer in (row.completion, row.rejected))
-        begin = min(first_learned(chosen), first_learned(rejected))
-        ids, others = chosen["input_ids"], rejected["input_ids"]
-        prompt = next((i for i in range(begin) if ids[i] != others[i]), begin)  # tokens may merge across the boundary
-        pair = (learned(chosen, prompt), learned(rejected, prompt))
-        if pair[0] == pair[1]:
+    def read_row(self, where: str, fields: dict[str, Any], keys: tuple[str, ...]) -> Row:
+        """Return a prompt with a chosen and a rejected answer.
+
+        Raises:
+            PeftcoreError: an answer is empty or both are equal; the message begins with `where`.
+        """
+        if image_turns.has_images(fields):
             raise PeftcoreError(
-                f"{row.where}: 'chosen' and 'rejected' have the same tokens, so none can be preferred. Remove the row, "
-                "or use a model whose tokenizer knows their words"
+                f"{where}: the row has images, which --task {self.name} does not read. Use --task image-dpo"
             )
-        truncated += prompt + max(map(len, pair)) > max_length
-        pair = (pair[0][: max_length - 1], pair[1][: max_length - 1])
-        if pair[0] == pair[1]:
-            left_out += 1
-            continue
-        kept = min(prompt, max_length - max(map(len, pair)))
-        before = ids[prompt - kept : prompt]
-        if not before:
-            raise PeftcoreError(f"{row.where}: the prompt has no tokens")
-        examples.append({"prompt_ids": before, "chosen_ids": pair[0], "rejected_ids": pair[1]})
-    if not examples:
-        raise PeftcoreError(f"no pair of answers differs within {max_length} tokens. Increase --max-length")
-    return Encoded(examples, truncated, left_out)
+        row = _compared_turns(where, fields) if isinstance(fields["chosen"], list) else _compared_texts(where, fields)
+        if row.completion == row.rejected:
+            raise PeftcoreError(f"{where}: 'chosen' and 'rejected' are the same")
+        return row
+
+    def encode(
+        self,
+        rows: Sequence[Row],
+        processor: Any,
+        max_length: int,
+        labels: Sequence[str] = (),
+        *,
+        may_be_empty: bool = False,
+    ) -> Encoded:
+        """Return rows as `prompt_ids`, `chosen_ids` and `rejected_ids`; long prompts are cut at the beginning.
+
+        Raises:
+            PeftcoreError: a row has no tokens, or both answers have the same tokens; or in every row they begin to
+                differ beyond `max_length`, where they are cut.
+        """
+        examples, truncated, left_out = [], 0, 0
+        for row in rows:
+            chosen, rejected = (answered(row, answer, processor) for answer in (row.completion, row.rejected))
+            begin = min(first_learned(chosen), first_learned(rejected))
+            ids, others = chosen["input_ids"], rejected["input_ids"]
+            prompt = next(
+                (i for i in range(begin) if ids[i] != others[i]), begin
+            )  # tokens may merge across the boundary
+            pair = (learned(chosen, prompt), learned(rejected, prompt))
+            if pair[0] == pair[1]:
+                raise PeftcoreError(
+                    f"{row.where}: 'chosen' and 'rejected' have the same tokens, so none can be preferred. Remove the "
+                    "row, or use a model whose tokenizer knows their words"
+                )
+            truncated += prompt + max(map(len, pair)) > max_length
+            pair = (pair[0][: max_length - 1], pair[1][: max_length - 1])
+            if pair[0] == pair[1]:
+                left_out += 1
+                continue
+            kept = min(prompt, max_length - max(map(len, pair)))
+            before = ids[prompt - kept : prompt]
+            if not before:
+                raise PeftcoreError(f"{row.where}: the prompt has no tokens")
+            examples.append({"prompt_ids": before, "chosen_ids": pair[0], "rejected_ids": pair[1]})
+        if not examples:
+            raise PeftcoreError(f"no pair of answers differs within {max_length} tokens. Increase --max-length")
+        return Encoded(examples, truncated, left_out)
+
+    def as_texts(self, examples: Sequence[Example]) -> list[Example]:
+        """Return the chosen answers as examples of a language model, for methods that initialise from data."""
+        return [joined(each, "chosen_ids") for each in examples]
+
+    def lengths(self, examples: Sequence[Example]) -> list[int]:
+        """Return the number of tokens of the prompt with the longer answer."""
+        return [len(e["prompt_ids"]) + max(len(e["chosen_ids"]), len(e["rejected_ids"])) for e in examples]
 
 
-def as_texts(examples: Sequence[Example]) -> list[Example]:
-    """Return the chosen answers as examples of a language model, for methods that initialise from data."""
-    return [joined(each, "chosen_ids") for each in examples]
+def _compared_texts(where: str, fields: dict[str, Any]) -> Row:
+    prompt, chosen, rejected = (text_of(where, key, fields.get(key)) for key in ("prompt", "chosen", "rejected"))
+    for key, answer in (("chosen", chosen), ("rejected", rejected)):
+        if not answer.strip():
+            raise PeftcoreError(f"{where}: '{key}' is empty")
+    return Row(where, prompt, completion=chosen, rejected=rejected)
 
 
-def lengths(examples: Sequence[Example]) -> list[int]:
-    """Return the number of tokens of the prompt with the longer answer."""
-    return [len(e["prompt_ids"]) + max(len(e["chosen_ids"]), len(e["rejected_ids"])) for e in examples]
-
-
-def pairs_at_once(batch_size: int, longest: int) -> int:
-    """Return how many pairs to measure together, given a training batch: measuring needs whole logits."""
-    return max(1, min(8, batch_size, 512 // longest))
-
-
-Likelihoods = list[Tensor]  # per batch: log p of the chosen answers, then of the rejected ones
-
-
-def figures(after: Likelihoods, before: Likelihoods, examples: Sequence[Example], beta: float) -> Metrics:
-    """Return the loss over all pairs, the accuracy, and the mean margin, from likelihoods of model and reference."""
-    margins = []
-    for found, its in zip(after, before, strict=True):
-        chosen, rejected = (found - its).chunk(2)
-        margins.append(beta * (chosen - rejected))
-    margin = torch.cat(margins)
-    named = {"preference_accuracy": float((margin > 0).double().mean()), "margin": float(margin.mean())}
-    return Metrics(float(-F.logsigmoid(margin).mean()), len(examples), named)
-
-
-def likelihoods(
-    model: nn.Module, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, batch_size: int = 8
-) -> Likelihoods:
-    """Return the log-likelihoods of both answers of every pair, in batches of similar lengths."""
-    ordered = sorted(examples, key=lambda each: sum(map(len, each.values())))  # little padding
-    found = []
-    with evaluating(model):
-        for pairs in batched(ordered, batch_size):
-            answers = [joined(each, name) for name in ("chosen_ids", "rejected_ids") for each in pairs]
-            found.append(log_likelihoods(model, answers, tokenizer))
-    return found
+def _compared_turns(where: str, fields: dict[str, Any]) -> Row:
+    answers = {key: turns.messages_of(where, key, fields[key]) for key in ("chosen", "rejected")}
+    if fields.get("prompt") is not None:
+        asked = turns.messages_of(where, "prompt", fields["prompt"])
+    else:  # both contain the whole conversation
+        pairs = zip(answers["chosen"], answers["rejected"], strict=False)
+        asked = [one for one, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)]
+        answers = {key: messages[len(asked) :] for key, messages in answers.items()}
+        if not asked:
+            raise PeftcoreError(f"{where}: 'chosen' and 'rejected' must begin with the same prompt")
+    for key, answer in answers.items():
+        if [message["role"] for message in answer] != ["assistant"]:
+            found = ", ".join(message["role"] for message in answer) or "nothing"
+            raise PeftcoreError(f"{where}: '{key}' must be one assistant answer to the same prompt, found {found}")
+    answers = {key: turns.without_marks(answer) for key, answer in answers.items()}
+    whole = turns.conversation(where, [*asked, *answers["chosen"]], len(asked), fields)
+    return Row(
+        where, "", answers["chosen"], answers["rejected"], messages=turns.without_marks(asked), tools=whole.tools
+    )
 
 
 def log_likelihoods(model: nn.Module, examples: list[Example], tokenizer: PreTrainedTokenizerBase) -> Tensor:
     """Return log p of the learned tokens of each example, [examples], in float32."""
-    batch = by_task.collator(tokenizer)(examples)
+    batch = text_examples.collate(examples, tokenizer.pad_token_id or 0)
     device = next(model.parameters()).device
     inputs = {name: batch[name].to(device) for name in ("input_ids", "attention_mask", "labels")}
     logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits[:, :-1]
@@ -126,7 +144,7 @@ def answered(row: Row, answer: Any, tokenizer: PreTrainedTokenizerBase) -> Examp
         (example,) = conversations.encode(asked, tokenizer)
         return example
     asked = Row(row.where, row.text, completion=answer)
-    return by_task.encode([asked], "causal-lm", tokenizer, 1 << 30).examples[0]
+    return text_examples.encode([asked], tokenizer, 1 << 30).examples[0]
 
 
 def first_learned(example: Example) -> int:

@@ -9,51 +9,160 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from peftcore.cli.data import labels as data_labels
+from peftcore.cli.data.first_lines import FirstLines
 from peftcore.cli.data.row import Row, naming
-from peftcore.cli.tasks import metrics, positions
+from peftcore.cli.data.row_reading import row_of
+from peftcore.cli.tasks import metrics, positions, text_examples
+from peftcore.cli.tasks.classification import names_of
 from peftcore.cli.tasks.conversations import IGNORED
+from peftcore.cli.tasks.encoded_examples import Encoded, Example
+from peftcore.cli.tasks.labelled import Headed, given_fields
 from peftcore.cli.tasks.metrics import Metrics
+from peftcore.cli.tasks.task import Evaluation
 from peftcore.errors import PeftcoreError, nearest
+
+if TYPE_CHECKING:
+    from peftcore.cli.bases.adapter_folders import AdapterTask
 
 _MARKS = ("B-", "I-", "E-", "S-")
 
 
-def encode(
-    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_length: int, labels: Sequence[str]
-) -> tuple[list[dict[str, Any]], int]:
-    """Return (rows as `input_ids` and `labels`, number of truncated rows).
+class Tags(Headed):
+    """A base with an output of each token."""
 
-    Words beyond `max_length` tokens are cut off.
+    name = "tags"
+    keys = (("tokens", "tags"), ("tokens", "ner_tags"), ("words", "tags"))
+    shown_keys = "tokens/tags"
+    columns_example = "tokens=words"
+    model_class = "AutoModelForTokenClassification"
+    divides_by_tokens = False
+    figures = ("accuracy", "macro_f1", "entity_f1")
+
+    def recognises(self, lines: FirstLines) -> bool:
+        return lines.media is None and any(lines.have(*keys) for keys in self.keys)
+
+    def read_row(self, where: str, fields: dict[str, Any], keys: tuple[str, ...]) -> Row:
+        words, tags = tagged_words(where, (keys[0], keys[1]), *(fields[key] for key in keys))
+        return Row(where, " ".join(words), label=tags, words=words)
+
+    def read_question(self, where: str, fields: dict[str, Any], about: AdapterTask) -> Row:
+        given = given_fields(where, fields, ("tokens", "words"), self)
+        words = data_labels.names(next(iter(given.values()))) or ()
+        return row_of(where, {**given, "tags": [about.labels[0]] * len(words)}, self)
+
+    def head(self, labels: tuple[str, ...]) -> dict[str, Any]:
+        return names_of(labels)
+
+    def encode(
+        self,
+        rows: Sequence[Row],
+        processor: PreTrainedTokenizerBase,
+        max_length: int,
+        labels: Sequence[str] = (),
+        *,
+        may_be_empty: bool = False,
+    ) -> Encoded:
+        """Return rows as `input_ids` and `labels`; words beyond `max_length` tokens are cut off.
+
+        Raises:
+            PeftcoreError: a tag is unknown, or the tokenizer cannot say which word a token is of.
+        """
+        index = {label: i for i, label in enumerate(labels)}
+        examples, truncated = [], 0
+        for row in rows:
+            tags = row.label if isinstance(row.label, tuple) else ()
+            unknown = next((tag for tag in tags if tag not in index), None)
+            if unknown is not None:
+                raise PeftcoreError(
+                    f"{row.where}: tag '{unknown}' is unknown{nearest(unknown, labels)}. The model knows: "
+                    f"{', '.join(labels)}"
+                )
+            with naming(row.where):
+                ids, firsts = tokens_of(row.words, processor, max_length)
+            truncated += len(firsts) < len(row.words)
+            targets = [IGNORED] * len(ids)
+            for place, tag in zip(firsts, tags, strict=False):
+                targets[place] = index[tag]
+            if not firsts:
+                raise PeftcoreError(f"{row.where}: no word has a token within --max-length {max_length}")
+            examples.append({"input_ids": ids, "labels": targets})
+        return Encoded(examples, truncated)
+
+    def measure(
+        self,
+        model: nn.Module,
+        examples: Sequence[Example],
+        how: Evaluation,
+        *,
+        answers: bool = True,
+        reference: Any = None,
+    ) -> Metrics:
+        loss, found, wanted = 0.0, list[Tensor](), list[Tensor]()
+        for labels, output in text_examples.outputs(model, examples, self, how):
+            loss += float(output.loss) * int((labels != IGNORED).sum())
+            for chosen, right in zip(output.logits.argmax(-1).cpu(), labels.cpu(), strict=True):
+                found.append(chosen[right != IGNORED])
+                wanted.append(right[right != IGNORED])
+        return replace(figures(found, wanted, how.about.labels), loss=loss / sum(map(len, wanted)))
+
+    def fields_of(self, row: Row) -> dict[str, Any]:
+        return {"tokens": list(row.words)}
+
+    def answer_of(self, scores: Tensor, wanted: Tensor, row: Row, labels: Sequence[str]) -> dict[str, Any]:
+        tags = [labels[i] for i in scores[wanted != IGNORED].argmax(-1).tolist()]
+        return {"tags": tags + [None] * (len(row.words) - len(tags))}  # words beyond the length have none
+
+    @torch.no_grad()
+    def answer(
+        self,
+        model: PreTrainedModel,
+        processor: Any,
+        prompt: str,
+        about: AdapterTask,
+        *,
+        chat: bool = False,
+        pair: str | None = None,
+        **sampling: Any,
+    ) -> str:
+        """Return the words of a text, each followed by its most likely tag: `word/TAG`.
+
+        Raises:
+            PeftcoreError: the text has no words, or more tokens than the model has positions for.
+        """
+        words = prompt.split()
+        ids, firsts = tokens_of(words, processor, about.max_length)
+        if not firsts:
+            raise PeftcoreError("the text has no words. Pass another one")
+        positions.check(model, len(ids), "Pass a shorter text")
+        inputs = torch.tensor([ids], device=next(model.parameters()).device)
+        found = model(input_ids=inputs).logits[0].argmax(-1).tolist()
+        return " ".join(f"{word}/{about.labels[found[place]]}" for word, place in zip(words, firsts, strict=False))
+
+
+def tagged_words(where: str, keys: tuple[str, str], words: Any, tags: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return (words, tags) of a row.
 
     Raises:
-        PeftcoreError: a tag is unknown, or the tokenizer cannot say which word a token is of.
+        PeftcoreError: they are not lists of one length, or a tag is NaN; the message begins with `where`.
     """
-    index = {label: i for i, label in enumerate(labels)}
-    examples, truncated = [], 0
-    for row in rows:
-        tags = row.label if isinstance(row.label, tuple) else ()
-        unknown = next((tag for tag in tags if tag not in index), None)
-        if unknown is not None:
+    found = [data_labels.names(each) for each in (words, tags)]
+    for key, value, each in zip(keys, (words, tags), found, strict=True):
+        if not each or any(len(name.split()) != 1 for name in each):
             raise PeftcoreError(
-                f"{row.where}: tag '{unknown}' is unknown{nearest(unknown, labels)}. The model knows: "
-                f"{', '.join(labels)}"
+                f"{where}: '{key}' must be a list of words without spaces, found {data_labels.short(value)}"
             )
-        with naming(row.where):
-            ids, firsts = tokens_of(row.words, tokenizer, max_length)
-        truncated += len(firsts) < len(row.words)
-        targets = [IGNORED] * len(ids)
-        for place, tag in zip(firsts, tags, strict=False):
-            targets[place] = index[tag]
-        if not firsts:
-            raise PeftcoreError(f"{row.where}: no word has a token within --max-length {max_length}")
-        examples.append({"input_ids": ids, "labels": targets})
-    return examples, truncated
+    if len(found[0] or ()) != len(found[1] or ()):
+        raise PeftcoreError(
+            f"{where}: '{keys[0]}' has {len(found[0] or ())} words, but '{keys[1]}' has {len(found[1] or ())} tags"
+        )
+    return found[0] or (), tuple(data_labels.class_name(where, keys[1], tag) for tag in found[1] or ())
 
 
 def tokens_of(words: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_length: int) -> tuple[list[int], list[int]]:
@@ -123,19 +232,3 @@ def entities(tags: Sequence[str]) -> Iterator[tuple[str, int, int]]:
         if mark != "O" and kind is None:
             kind, begin = type_, i
         before = mark
-
-
-@torch.no_grad()
-def tagged(model: Any, tokenizer: PreTrainedTokenizerBase, text: str, labels: Sequence[str], max_length: int) -> str:
-    """Return the words of `text`, each followed by its most likely tag: `word/TAG`.
-
-    Raises:
-        PeftcoreError: the text has no words, or more tokens than the model has positions for.
-    """
-    words = text.split()
-    ids, firsts = tokens_of(words, tokenizer, max_length)
-    if not firsts:
-        raise PeftcoreError("the text has no words. Pass another one")
-    positions.check(model, len(ids), "Pass a shorter text")
-    found = model(input_ids=torch.tensor([ids], device=next(model.parameters()).device)).logits[0].argmax(-1).tolist()
-    return " ".join(f"{word}/{labels[found[place]]}" for word, place in zip(words, firsts, strict=False))

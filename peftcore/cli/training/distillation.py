@@ -16,12 +16,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from peftcore.cli import task_names
 from peftcore.cli.bases import base_files, models
 from peftcore.cli.bases.adapter_folders import adapter_folder
 from peftcore.cli.console import say
 from peftcore.cli.settings import RunOptions, Settings
-from peftcore.cli.tasks import packing
+from peftcore.cli.tasks import packing, registered
 from peftcore.cli.tasks.conversations import IGNORED
 from peftcore.cli.tasks.encoded_examples import Example
 from peftcore.cli.training.trainers import MeasuringTrainer
@@ -37,8 +36,8 @@ def checked(given: RunOptions, task: str) -> str:
         PeftcoreError: the options do not fit together, or the teacher is not a model.
     """
     teacher = str(given.teacher)
-    if task != task_names.LANGUAGE_MODEL:
-        raise PeftcoreError(f"--teacher is for causal-lm, found task {task}. Leave it out")
+    if not registered.find(task).learns_texts:
+        raise PeftcoreError(f"--teacher is for {registered.named_by('learns_texts')}, found task {task}. Leave it out")
     if not 0 < given.teacher_weight <= 1:
         raise PeftcoreError(f"--teacher-weight must be above 0 and at most 1, found {given.teacher_weight:g}")
     if given.without_logits == "on":
@@ -63,7 +62,7 @@ def of_run(
     if settings.teacher is None:
         return None
     name = settings.teacher
-    theirs, ours = models.load_processor(name, settings.task).get_vocab(), tokenizer.get_vocab()
+    theirs, ours = registered.find(settings.task).load_processor(name).get_vocab(), tokenizer.get_vocab()
     other = [token for token, id_ in ours.items() if theirs.get(token) != id_]
     if other:
         raise PeftcoreError(

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import peftcore
-from peftcore.cli import task_names
 from peftcore.cli.bases import base_quantization, device_choice, dtype_choice, models, precision as precisions
 from peftcore.cli.console import say
 from peftcore.cli.data import row_reading
@@ -20,7 +19,7 @@ from peftcore.cli.data.data_files import parsed_columns
 from peftcore.cli.data.row import Row
 from peftcore.cli.options import FULL
 from peftcore.cli.settings import Settings
-from peftcore.cli.tasks import by_task, comparisons, conversations, encoded_examples, image_chats, image_preferences
+from peftcore.cli.tasks import conversations, registered
 from peftcore.cli.tasks.encoded_examples import Example
 from peftcore.cli.training import torchrun
 from peftcore.cli.training.progress import current_memory, gigabytes
@@ -32,12 +31,7 @@ from peftcore.plugin import ranks
 from peftcore.quantization.convert import give_back_freed
 
 if TYPE_CHECKING:
-    from peftcore.cli.training.measuring import Inputs
     from peftcore.cli.training.training_data import Examples
-
-# ORPO's step has the pairs of DPO's, and not more.
-_LOSSES = dict.fromkeys((task_names.PREFERENCES, task_names.IMAGE_PREFERENCES, task_names.ODDS), "dpo")
-_LOSSES |= {task_names.UNPAIRED: "kto", task_names.EMBEDDING: "pairs"}
 
 
 @dataclass(frozen=True)
@@ -96,23 +90,12 @@ def how(task: str, precision: str, parallel: str | None, processes: int, tp_size
     if parallel is None and processes > tp_size:
         raise PeftcoreError(f"{processes} processes need a way to share the work: --parallel ddp, or fsdp2")
     return {
-        "loss": _LOSSES.get(task),
+        "loss": registered.find(task).step_loss,
         "mixed_precision": precision if precision in MIXED else None,
         "ranks": processes,
         "shard": parallel == "fsdp2",
         "tp_size": tp_size,
     }
-
-
-def of_examples(task: str, examples: Sequence[Example], processor: Any) -> dict[str, Any]:
-    """Return the arguments of `peftcore.Step` that encoded examples determine: the texts of each, or the longest."""
-    if task == task_names.EMBEDDING:
-        return {"loss": "triplets"} if len(examples[0]["texts"]) > 2 else {}
-    if task not in task_names.MULTIMODAL:
-        return {}
-    if task == task_names.IMAGE_PREFERENCES:
-        examples = [each[side] for each in examples for side in image_preferences.SIDES]
-    return {"example": image_chats.collate([max(examples, key=encoded_examples.length)], processor)}
 
 
 def of_data(settings: Settings, rows: Sequence[Row] | None = None) -> dict[str, Any]:
@@ -126,28 +109,21 @@ def of_data(settings: Settings, rows: Sequence[Row] | None = None) -> dict[str, 
         NotFollowed: the task needs examples, since a step depends on the sizes of images or the length of recordings.
         PeftcoreError: a file is missing or of another kind.
     """
-    task = settings.task
-    if task not in (task_names.EMBEDDING, *task_names.MULTIMODAL):
+    task = registered.find(settings.task)
+    if not settings.data and task.needs_examples:
+        raise NotFollowed(f"a step of --task {task.name} depends on the examples. Pass some: --data FILE")
+    if not settings.data or not task.examples_count:
         return {}
-    if not settings.data:
-        if task == task_names.EMBEDDING:
-            return {}
-        raise NotFollowed(f"a step of --task {task} depends on the examples. Pass some: --data FILE")
-    processor = models.load_processor(settings.model, task)
-    if task in task_names.MULTIMODAL:
-        conversations.set_template(processor, settings.chat_template)
+    processor = task.load_processor(settings.model)
+    conversations.set_template(processor, settings.chat_template)
     if rows is None:
-        rows = row_reading.read_rows(settings.data, task, parsed_columns(settings.columns))
-    if task in task_names.COMPARED:
-        encoded = comparisons.of(task).encode(rows, processor, settings.max_length)
-    else:
-        encoded = by_task.encode(list(rows), task, processor, settings.max_length)
-    return of_examples(task, encoded.examples, processor)
+        rows = row_reading.read_rows(settings.data, task.name, parsed_columns(settings.columns))
+    return task.step_of(task.encode(rows, processor, settings.max_length).examples, processor)
 
 
 def is_without_logits(settings: Settings) -> bool:
     """Return whether `train` is expected to compute the loss without logits."""
-    fits = settings.task == task_names.LANGUAGE_MODEL and settings.parallel is None
+    fits = registered.find(settings.task).learns_texts and settings.parallel is None
     return settings.without_logits == "on" or (settings.without_logits == "auto" and fits)
 
 
@@ -157,8 +133,8 @@ def is_fused(settings: Settings) -> bool:
 
 
 def tokens_of_step(length: int, task: str, config: Any) -> int:
-    """Return the tokens of a row whose longest has `length`: a transcript has no more than the model can write."""
-    return min(length, config.max_target_positions) if task == task_names.SPEECH else length
+    """Return the tokens of a row whose longest has `length`."""
+    return registered.find(task).tokens_of_step(length, config)
 
 
 def dtype_of_base(settings: Settings, labels: tuple[str, ...] = ()) -> torch.dtype:
@@ -190,7 +166,7 @@ def forecast(
         return None
     dtype = device_choice.torch_dtype(precisions.base_dtype(settings.precision, settings.dtype), settings.device)
     try:
-        shapes = of_examples(settings.task, examples, processor)
+        shapes = registered.find(settings.task).step_of(examples, processor)
         found = _estimate(settings, length, labels, dtype, shapes)
     except NotFollowed as error:
         say(f"memory is not predicted: {error}")
@@ -217,7 +193,7 @@ def _estimate(
         base,
         None if settings.method == FULL else settings.method,
         step=peftcore.Step(
-            batch_size=settings.batch_size * (2 if settings.task == task_names.REWARD else 1),
+            batch_size=settings.batch_size * registered.find(settings.task).sequences,
             length=tokens_of_step(length, settings.task, base.config),
             optimizer=settings.optim,
             gradient_checkpointing=settings.gradient_checkpointing,
@@ -232,7 +208,7 @@ def _estimate(
 
 
 def with_memory(
-    settings: Settings, inputs: Inputs, examples: Examples, *, force: bool
+    settings: Settings, processor: Any, labels: tuple[str, ...], examples: Examples, *, force: bool
 ) -> tuple[Settings, Forecast | str | None]:
     """Return the settings with the base's dtype, and the predicted memory: None if the reason is printed.
 
@@ -240,17 +216,18 @@ def with_memory(
 
     Args:
         settings: of the run.
-        inputs: the tokenizer and the labels.
+        processor: the tokenizer or processor.
+        labels: a classifier's labels.
         examples: encoded examples.
         force: run even if the predicted memory is not available.
 
     Raises:
         PeftcoreError: the predicted memory is not available, unless `force`.
     """
-    base_in = dtype_choice.of_run(settings, inputs.labels)
+    base_in = dtype_choice.of_run(settings, labels)
     settings = replace(settings, dtype=base_in.say())
     try:
-        predicted = forecast(settings, examples.longest, inputs.labels, examples.rows, inputs.tokenizer)
+        predicted = forecast(settings, examples.longest, labels, examples.rows, processor)
     except PeftcoreError as error:
         return settings, str(error)
     if predicted is None:
@@ -320,7 +297,7 @@ def _fitted(settings: Settings, rows: Sequence[Row]) -> Settings:
         **{**how(settings.task, settings.precision, settings.parallel, settings.ranks), **of_data(settings, rows)},
     )
     known: dict[str, Any] = {"dtype": device_choice.torch_dtype(dtype, settings.device), "step": step}
-    if settings.task == task_names.EMBEDDING:
+    if not registered.find(settings.task).divides_batches:
         return _fitted_whole(settings, config, known)
     (way,) = peftcore.suggest(config, [settings.method], fields=settings.fields, max_ways=1, **known).ways
     return _with_way(settings, way.batch_size, way.optimizer, gradient_checkpointing=way.gradient_checkpointing)
@@ -347,7 +324,7 @@ def _with_way(settings: Settings, batch_size: int, optimizer: str, *, gradient_c
         PeftcoreError: the task compares the answers of a batch, and none of two or more fits and divides the step.
     """
     examples = settings.batch_size * settings.grad_accum
-    least = 2 if settings.task == task_names.UNPAIRED else 1
+    least = registered.find(settings.task).least_batch
     most = min(settings.batch_size, batch_size)
     divisors = [n for n in range(least, most + 1) if examples % n == 0]
     if not divisors:
@@ -370,7 +347,7 @@ def _with_way(settings: Settings, batch_size: int, optimizer: str, *, gradient_c
 
 def unknown(task: str) -> str | None:
     """Return why the memory of a step of this task cannot be predicted, or None if it can."""
-    return "that of sampling answers is not known" if task == task_names.ROLLOUTS else None
+    return registered.find(task).unpredicted
 
 
 def _why_not(settings: Settings) -> str | None:

@@ -8,12 +8,12 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import peftcore
-from peftcore.cli import task_names
 from peftcore.cli.bases import precision
 from peftcore.cli.console import say
 from peftcore.cli.settings import Settings
-from peftcore.cli.tasks import by_task, encoded_examples
+from peftcore.cli.tasks import encoded_examples, registered
 from peftcore.cli.tasks.encoded_examples import Example
+from peftcore.cli.tasks.task import Task
 from peftcore.engine.adaptation.fused_forward import fused_modules
 from peftcore.engine.summary import counted
 from peftcore.errors import PeftcoreError
@@ -37,12 +37,13 @@ def use_loss_without_logits(
     Raises:
         PeftcoreError: it is `on`, and the loss needs the logits.
     """
-    may = settings.task == task_names.LANGUAGE_MODEL and not settings.parallel
+    task = registered.find(settings.task)
+    may = task.learns_texts and not settings.parallel
     if settings.without_logits == "off" or (settings.without_logits == "auto" and (not may or settings.teacher)):
         return
     try:
         with precision.autocast(settings.precision, model.device.type):
-            peftcore.loss_without_logits(model, _few(model, rows, tokenizer))
+            peftcore.loss_without_logits(model, _few(model, rows, tokenizer, task))
     except PeftcoreError as error:
         if settings.without_logits == "on":
             raise
@@ -51,7 +52,7 @@ def use_loss_without_logits(
         say(f"the loss is computed without the logits of a batch (--without-logits {settings.without_logits})")
 
 
-def _few(model: PreTrainedModel, rows: list[Example], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+def _few(model: PreTrainedModel, rows: list[Example], tokenizer: PreTrainedTokenizerBase, task: Task) -> dict[str, Any]:
     """Return a batch of the last tokens of the first rows."""
     few = [
         row
@@ -59,5 +60,5 @@ def _few(model: PreTrainedModel, rows: list[Example], tokenizer: PreTrainedToken
         else {k: v[-_TOKENS:] if isinstance(v, list) and len(v) == len(row["input_ids"]) else v for k, v in row.items()}
         for row in rows[:_ROWS]
     ]
-    batch = encoded_examples.in_dtype(by_task.collator(tokenizer)(few), model)
+    batch = encoded_examples.in_dtype(task.collate(few, tokenizer), model)
     return {name: value.to(model.device) if isinstance(value, Tensor) else value for name, value in batch.items()}

@@ -10,38 +10,22 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from peftcore.cli import task_names
 from peftcore.cli.bases import device_choice, precision
 from peftcore.cli.options import FULL
 from peftcore.cli.settings import Settings
-from peftcore.cli.tasks import comparisons
-from peftcore.cli.training import best_checkpoint, optim_options, trainers
+from peftcore.cli.tasks import registered
+from peftcore.cli.training import best_checkpoint, optim_options
 from peftcore.errors import PeftcoreError
 
 
 def of_run(settings: Settings, output: Path, examples: int, report_to: Sequence[str] = ()) -> TrainingArguments:
     """Return Trainer's arguments for this many examples."""
-    if settings.task == task_names.ROLLOUTS:
-        examples *= settings.generations
+    task = registered.find(settings.task)
+    examples = task.drawn(examples, settings)
     per_epoch = math.ceil(math.ceil(examples / (settings.batch_size * settings.ranks)) / settings.grad_accum)
     steps = settings.steps or math.ceil(per_epoch * settings.epochs)
     often = max(1, math.ceil(steps / 5))
-    kind: Any = TrainingArguments
-    more: dict[str, Any] = {}
-    if settings.task in task_names.COMPARED:
-        _, kind = trainers.trl_classes(settings.task)
-        more = {_checkpointing_name(): False}  # TRL's default is True
-        if settings.task == task_names.ROLLOUTS:
-            more |= {"num_generations": settings.generations, "max_completion_length": settings.answer_tokens}
-            more |= {"temperature": settings.temperature, "beta": settings.beta or 0.0}
-        else:
-            more["max_length"] = (
-                settings.max_length if settings.task == task_names.ODDS else None
-            )  # ORPO reports a missing one
-        if settings.task == task_names.UNPAIRED:
-            more |= {name: getattr(settings, name) for name in ("desirable_weight", "undesirable_weight")}
-        if settings.task not in (task_names.REWARD, task_names.ROLLOUTS):
-            more["beta"] = settings.beta or comparisons.BETA
+    kind, more = task.arguments(settings)
     try:
         return kind(
             output_dir=str(output / "checkpoints"),
@@ -65,9 +49,7 @@ def of_run(settings: Settings, output: Path, examples: int, report_to: Sequence[
             save_total_limit=max(2, settings.keep),  # the last complete one remains while the next is written
             logging_steps=max(1, steps // 100),
             logging_nan_inf_filter=False,  # NaN and Inf losses must be visible
-            include_num_input_tokens_seen="no"
-            if settings.task in (task_names.IMAGE, task_names.SPEECH, task_names.ROLLOUTS)
-            else "non_padding",
+            include_num_input_tokens_seen="non_padding" if task.counts_tokens else "no",
             use_cpu=device_choice.torch_device(settings.device).type == "cpu",
             dataloader_pin_memory=device_choice.torch_device(settings.device).type == "cuda",
             report_to=list(report_to) or "none",
@@ -96,7 +78,8 @@ def check(settings: Settings, output: Path) -> None:
         ) from error
 
 
-def _checkpointing_name() -> str:
+def checkpointing_name() -> str:
+    """Return the name of Trainer's argument for gradient checkpointing in this release."""
     names = {known.name for known in fields(TrainingArguments)}
     return "activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"
 
@@ -105,5 +88,5 @@ def _gradient_checkpointing(wanted: bool) -> dict[str, Any]:
     """Return Trainer's arguments for gradient checkpointing, by their name in this release."""
     if not wanted:
         return {}
-    name = _checkpointing_name()
+    name = checkpointing_name()
     return {name: True, f"{name}_kwargs": {"use_reentrant": False}}

@@ -10,14 +10,13 @@ from typing import Any
 
 from torch import nn
 
-from peftcore.cli import task_names
 from peftcore.cli.bases import models
 from peftcore.cli.console import number, say, warn
 from peftcore.cli.data import holdout, mixture, row_reading, streamed
 from peftcore.cli.data.data_files import parsed_columns
 from peftcore.cli.data.row import Row
 from peftcore.cli.settings import Settings
-from peftcore.cli.tasks import by_task, comparisons, encoded_examples, packing, positions
+from peftcore.cli.tasks import packing, positions, registered
 from peftcore.cli.tasks.encoded_examples import Example
 from peftcore.errors import PeftcoreError
 
@@ -147,10 +146,8 @@ def split(settings: Settings, rows: list[Row] | streamed.Lines, held_out: list[R
 def encode(rows: Rows, settings: Settings, tokenizer: Any, labels: tuple[str, ...]) -> Examples:
     """Return the examples of a run as token ids."""
     lines = rows.lines
-    if settings.task == task_names.UNPAIRED:
-        from peftcore.cli.tasks import unpaired  # imports transformers
-
-        unpaired.refuse_one_mark(rows.train)
+    task = registered.find(settings.task)
+    task.check_rows(rows.train)
     sets = encode_parts("training" if lines is None else "first", rows.train, settings, tokenizer, labels)
     held_out_sets = encode_parts("held-out", rows.held_out, settings, tokenizer, labels)
     held_out = [example for part in held_out_sets.values() for example in part]
@@ -165,13 +162,13 @@ def encode(rows: Rows, settings: Settings, tokenizer: Any, labels: tuple[str, ..
     if settings.pack:
         packed = f"{number(sum(map(len, sets.values())), 'example')} into {number(len(found), 'row')}"
         say(f"packed {packed} of at most {settings.max_length} tokens")
-    sizes = lengths(found, settings.task)
+    sizes = task.lengths(found)
     dataset: Any = found
     longest = max(sizes)
     if lines is not None:
 
         def encode_some(some: list[Row]) -> list[Example]:
-            return by_task.encode(some, settings.task, tokenizer, settings.max_length, may_be_empty=True).examples
+            return task.encode(some, tokenizer, settings.max_length, may_be_empty=True).examples
 
         dataset, longest = streamed.EncodedLines(lines, encode_some, rows.kept), settings.max_length
         parts = [(len(dataset), 1.0)]
@@ -199,13 +196,10 @@ def encode_parts(
     what: str, rows: Sequence[Row], settings: Settings, tokenizer: Any, labels: tuple[str, ...]
 ) -> dict[int, list[Example]]:
     """Like `encode_examples`, but by data set: {index: examples}, without those that `rows` have no example of."""
-    found = {}
+    found, task = {}, registered.find(settings.task)
     truncated = left_out = 0
     for source, some in itertools.groupby(rows, key=lambda row: row.source):
-        if settings.task in task_names.COMPARED:
-            encoded = comparisons.of(settings.task).encode(list(some), tokenizer, settings.max_length)
-        else:
-            encoded = by_task.encode(list(some), settings.task, tokenizer, settings.max_length, labels)
+        encoded = task.encode(list(some), tokenizer, settings.max_length, labels)
         found[source] = encoded.examples
         truncated, left_out = truncated + encoded.truncated, left_out + encoded.left_out
     if truncated:
@@ -237,18 +231,6 @@ def draws(parts: Sequence[tuple[int, float]]) -> int:
     return sum(mixture.count(size, weight) for size, weight in parts)
 
 
-def tokens(examples: Sequence[Example], task: str) -> int:
-    """Return the number of tokens of examples; of a preference, those of the prompt with the longer answer."""
-    return sum(lengths(examples, task))
-
-
-def lengths(examples: Sequence[Example], task: str) -> list[int]:
-    """Return the number of tokens of each example."""
-    if task in task_names.COMPARED:
-        return list(comparisons.of(task).lengths(examples))
-    return [encoded_examples.length(each) for each in examples]
-
-
 def facts(
     settings: Settings,
     rows: Sequence[Row],
@@ -257,10 +239,10 @@ def facts(
     after: dict[int, float],
 ) -> list[DataSet]:
     """Return the facts about each of several data sets."""
-    found = []
+    found, task = [], registered.find(settings.task)
     for i, source in enumerate(row_reading.sources(settings.data)):
         count = sum(row.source == i for row in rows)
-        size = tokens(examples.sets.get(i, []), settings.task)
+        size = sum(task.lengths(examples.sets.get(i, [])))
         held = len(examples.held_out_sets.get(i, []))
         found.append(DataSet(source.path, source.weight, count, size, held, before.get(i), after.get(i)))
     return found
@@ -286,7 +268,7 @@ def fit_max_length(settings: Settings) -> Settings:
 
 def check_positions(model: nn.Module, settings: Settings, examples: Examples) -> None:
     """Raise a PeftcoreError if the model has no position for each token of a run's examples, packed or not."""
-    if settings.task in (task_names.IMAGE, *task_names.MULTIMODAL):
+    if not registered.find(settings.task).has_positions:
         return
     packed = [len(each["input_ids"]) for each in examples.train] if settings.pack else []
     positions.check(model, max(packed, default=examples.longest))

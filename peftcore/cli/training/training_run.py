@@ -19,7 +19,6 @@ from torch.utils.data import DataLoader
 from transformers import PrinterCallback, set_seed
 
 import peftcore
-from peftcore.cli import task_names
 from peftcore.cli.bases import adapter_folders, base_quantization, models, precision
 from peftcore.cli.bases.adapter_folders import AdapterTask
 from peftcore.cli.console import number, say, warn
@@ -27,16 +26,12 @@ from peftcore.cli.options import FULL
 from peftcore.cli.settings import Settings
 from peftcore.cli.start import Clock
 from peftcore.cli.tasks import (
-    by_task,
-    comparisons,
     conversations,
     encoded_examples,
     generations,
     packing,
+    registered,
     row_labels,
-    sentence_pairs,
-    speech,
-    text_generation,
 )
 from peftcore.cli.tasks.encoded_examples import Example
 from peftcore.cli.tasks.metrics import Metrics
@@ -51,7 +46,7 @@ from peftcore.cli.training import (
     training_data,
     warm_start,
 )
-from peftcore.cli.training.measuring import Inputs, Measure
+from peftcore.cli.training.measuring import Measure
 from peftcore.cli.training.memory_trace import MemoryTrace
 from peftcore.cli.training.run_result import Result, Stopped
 from peftcore.cli.training.sampler import LengthGroupedSampler
@@ -93,28 +88,28 @@ def run(
         PeftcoreError: the data, the model or a setting is wrong, or there is not enough memory.
         Stopped: Ctrl-C; a checkpoint has been written.
     """
-    began, clock = time.perf_counter(), clock or Clock()
+    began, clock, task = time.perf_counter(), clock or Clock(), registered.find(settings.task)
     clock.parts["imports"] = clock.rest()
     with clock.part("data"):
         settings = training_data.fit_max_length(settings)
-        inputs = inputs_of(settings, rows)
-        examples = training_data.encode(rows, settings, inputs.tokenizer, inputs.labels)
-    if settings.task == task_names.EMBEDDING:
-        sentence_pairs.check(examples.train, "training", settings.batch_size)
-        sentence_pairs.check(examples.held_out, "held-out")
+        processor, about = prepared(settings, rows)
+        examples = training_data.encode(rows, settings, processor, about.labels)
+    task.check_examples(examples.train, "training", settings.batch_size)
+    task.check_examples(examples.held_out, "held-out")
     with clock.part("forecast"):
-        settings, predicted = forecasts.with_memory(settings, inputs, examples, force=force)
+        settings, predicted = forecasts.with_memory(settings, processor, about.labels, examples, force=force)
     with clock.part("loading"):
-        quantization = base_quantization.of_run(settings, inputs.labels)
-        model = _adapted_model(settings, inputs, examples, quantization)
+        quantized = base_quantization.of_run(settings, about.labels)
+        about = replace(about, dtype=settings.dtype, quantized=quantized)
+        model = _adapted_model(settings, processor, about, examples)
     if isinstance(predicted, str):
         say(f"memory is not predicted: {predicted}")
         predicted = None
-    teacher = distillation.of_run(settings, inputs.tokenizer, examples.train)
+    teacher = distillation.of_run(settings, processor, examples.train)
     summary = peftcore.summary(model)
     say(str(summary))
 
-    measure = Measure(settings, inputs, examples, rows.held_out, clock)
+    measure = Measure(settings, processor, about, examples, rows.held_out, clock)
     samples: list[tuple[str, str]] = []
     with peftcore.disabled(model) if settings.method != FULL and settings.adapter is None else contextlib.nullcontext():
         measure.keep_reference(model)
@@ -123,27 +118,34 @@ def run(
         if sample is not None:
             name = "base" if settings.adapter is None else "the adapter before"
             with clock.part("samples"):
-                samples.append((name, _answer(model, inputs, sample, sample_tokens)))
+                samples.append((name, _answer(model, processor, about, sample, sample_tokens)))
     _check_metric(settings, before.held_out)
     say(f"before training, on {number(len(rows.held_out), 'held-out example')}: {before.held_out}", "bold")
 
     light_step.fuse(model, settings)
     if settings.parallel == "fsdp2":
         peftcore.shard(model)
-    light_step.use_loss_without_logits(model, settings, examples.rows, inputs.tokenizer)
+    light_step.use_loss_without_logits(model, settings, examples.rows, processor)
     summary = replace(summary, fused=fused_modules(model), without_logits=is_without_logits(model))
     meter, stop, trace = progress.Meter(), progress.OrderlyStop(), MemoryTrace(model)
-    keeper, made_for = best_checkpoint.of_run(settings), _task_of(settings, inputs, quantization)
-    trainer = _trainer(
+    keeper, made_for = best_checkpoint.of_run(settings), None if settings.method == FULL else about
+    trainer = task.trainer(
+        {
+            "model": model,
+            "args": trainer_arguments.of_run(settings, output, training_data.draws(examples.parts), report_to),
+            "callbacks": [meter, stop, trace, progress.TaskWriter(made_for), *([keeper] if keeper else [])],
+            "train_dataset": examples.dataset,
+            "eval_dataset": examples.held_out,
+            "measure": measure,
+            "parts": examples.parts,
+            "lengths": examples.sizes,
+        },
         settings,
-        inputs,
-        examples,
-        measure,
+        processor,
+        about,
         teacher,
-        model=model,
-        args=trainer_arguments.of_run(settings, output, training_data.draws(examples.parts), report_to),
-        callbacks=[meter, stop, trace, progress.TaskWriter(made_for), *([keeper] if keeper else [])],
     )
+    trainer.remove_callback(PrinterCallback)
     from_checkpoint = _checkpoint_to_resume(output) if resume else None
     try:
         with stop:
@@ -159,9 +161,9 @@ def run(
     held_out_after = _measured_at_end(trainer, model, measure, best)
     if sample is not None:
         with clock.part("samples"):
-            samples.append(("with the adapter", _answer(model, inputs, sample, sample_tokens)))
+            samples.append(("with the adapter", _answer(model, processor, about, sample, sample_tokens)))
     adapter = output / "adapter"
-    _save(model, adapter, settings, inputs, made_for)
+    _save(model, adapter, settings, processor, made_for)
     with precision.own(model):
         chosen_by = measure(model, examples.validation) if examples.validation else None
         after = measure.all(model, held_out=held_out_after)
@@ -184,8 +186,8 @@ def run(
         adapter=adapter,
         adapter_bytes=sum(file.stat().st_size for file in adapter.iterdir()),
         samples=samples,
-        is_chat=inputs.is_chat,
-        labels=inputs.labels,
+        is_chat=bool(about.chat),
+        labels=about.labels,
         predicted=predicted,
         trace=trace.largest,
         validation=chosen_by,
@@ -198,35 +200,43 @@ def run(
     )
 
 
-def inputs_of(settings: Settings, rows: training_data.Rows) -> Inputs:
-    """Return what turns rows into inputs of the model: its tokenizer or processor, labels and pooling.
+def prepared(settings: Settings, rows: training_data.Rows) -> tuple[Any, AdapterTask]:
+    """Return the tokenizer or processor of a run, and what its adapter is trained for.
 
     Raises:
         PeftcoreError: the base has no tokenizer for the task, or a setting does not fit to it.
     """
+    task = registered.find(settings.task)
     start = Path(settings.adapter) if settings.adapter is not None else None
+    before = adapter_folders.adapter_task(start) if start is not None else None
     labels: tuple[str, ...] = ()
-    if settings.task in task_names.HEADED:
+    if task.has_labels:
         seen = [*rows.train, *rows.validation]
         if counts := row_labels.counts_of(seen):
             say(counts)
         labels = tuple(row_labels.labels_of(seen)) if start is None else warm_start.labels_of(start, settings.labels)
-    tokenizer = models.load_processor(settings.model, settings.task, start)
-    if settings.task == task_names.SPEECH:
-        speech.set_language(tokenizer, settings.language, models.load_generation_config(settings.model))
-    task_before = adapter_folders.adapter_task(start) if start is not None else None
-    pooling = ""
-    if settings.task == task_names.EMBEDDING:
-        pooling = sentence_pairs.pooling_of(settings.model, (task_before and task_before.pooling) or settings.pooling)
-        say(f"texts become vectors by {pooling} pooling")
-    template = task_before.chat_template if task_before is not None else None
-    conversations.set_template(tokenizer, settings.chat_template, template)
-    return Inputs(tokenizer, labels, pooling, is_chat=any(row.messages is not None for row in rows.train))
+    processor, is_chat = task.load_processor(settings.model, start), any(row.messages is not None for row in rows.train)
+    weights = (settings.desirable_weight, settings.undesirable_weight)
+    about = AdapterTask(
+        settings.task,
+        settings.max_length,
+        labels,
+        chat=is_chat,
+        beta=settings.beta,
+        weights=None if weights == (1.0, 1.0) else weights,
+        seed=settings.seed if task.new_head else None,
+        pooling=(before and before.pooling) or (None if settings.pooling == "auto" else settings.pooling),
+        language=settings.language,
+    )
+    about = task.prepared(processor, about, settings.model)
+    if about.pooling is not None:
+        say(f"texts become vectors by {about.pooling} pooling")
+    conversations.set_template(processor, settings.chat_template, before.chat_template if before is not None else None)
+    template = conversations.tokenizer_of(processor).chat_template if is_chat and settings.chat_template else None
+    return processor, replace(about, chat_template=template)
 
 
-def _adapted_model(
-    settings: Settings, inputs: Inputs, examples: Examples, quantization: adapter_folders.Quantization | None
-) -> Any:
+def _adapted_model(settings: Settings, processor: Any, about: AdapterTask, examples: Examples) -> Any:
     """Return the base with the adapter that is trained, or with `--method full` the base that is trained itself."""
     set_seed(settings.seed)  # also initialises a classifier's new head
     say(f"loading {settings.model} for {settings.task}")
@@ -235,8 +245,8 @@ def _adapted_model(
         settings.task,
         dtype=settings.dtype,
         device=settings.device,
-        labels=inputs.labels,
-        quantize=quantization,
+        labels=about.labels,
+        quantize=about.quantized,
     )
     training_data.check_positions(model, settings, examples)
     if settings.pack:
@@ -246,19 +256,18 @@ def _adapted_model(
     elif settings.adapter is not None:
         warm_start.load(model, settings)
     else:
-        batches = first_batches(settings, examples.rows, inputs.tokenizer, model)
-        is_pairs = settings.task == task_names.EMBEDDING and batches is not None
-        with sentence_pairs.with_loss(model, inputs.pooling) if is_pairs else contextlib.nullcontext():
+        task, batches = registered.find(settings.task), first_batches(settings, examples.rows, processor, model)
+        with contextlib.nullcontext() if batches is None else task.with_loss(model, about):
             peftcore.apply(model, settings.method, batches=batches, **settings.fields)
     if settings.pack and settings.method != FULL:
         packing.check(model, examples.train, settings.method)
     return model
 
 
-def _answer(model: Any, inputs: Inputs, sample: str, tokens: int) -> str:
-    prompt: Any = [{"role": "user", "content": sample}] if inputs.is_chat else sample
+def _answer(model: Any, processor: Any, about: AdapterTask, sample: str, tokens: int) -> str:
+    task, is_chat = registered.find(about.task), bool(about.chat)
     with precision.own(model):
-        return text_generation.generate_text(model.eval(), inputs.tokenizer, prompt, max_new_tokens=tokens)
+        return task.answer(model.eval(), processor, sample, about, chat=is_chat, max_new_tokens=tokens)
 
 
 def _check_metric(settings: Settings, measured: Metrics) -> None:
@@ -269,47 +278,6 @@ def _check_metric(settings: Settings, measured: Metrics) -> None:
             f"--metric {settings.metric} is not measured on these examples, which have {', '.join(names)}. Pass one of "
             "these"
         )
-
-
-def _trainer(
-    settings: Settings,
-    inputs: Inputs,
-    examples: Examples,
-    measure: Measure,
-    teacher: Any,
-    **arguments: Any,
-) -> trainers.Measuring:
-    """Return the trainer of the task; `arguments` are those of all trainers."""
-    tokenizer = inputs.tokenizer
-    common = {
-        **arguments,
-        "train_dataset": examples.dataset,
-        "eval_dataset": examples.held_out,
-        "measure": measure,
-        "parts": examples.parts,
-        "lengths": examples.sizes,
-    }
-    trainer: trainers.Measuring
-    if settings.task in task_names.COMPARED:
-        if measure.reward is not None:
-            common["reward_funcs"] = [measure.reward]
-        trainer = trainers.comparing_trainer(settings.task, **common, processing_class=tokenizer)
-    elif settings.task == task_names.EMBEDDING:
-        collate = by_task.collator(tokenizer)
-        trainer = trainers.EmbeddingTrainer(**common, data_collator=collate, pooling=inputs.pooling)
-    elif teacher is not None:
-        collate, weight = by_task.collator(tokenizer), settings.teacher_weight
-        trainer = distillation.DistillingTrainer(**common, data_collator=collate, teacher=teacher, weight=weight)
-    else:
-        is_mean = settings.task in (
-            task_names.TAGS,
-            task_names.SEQ2SEQ,
-            task_names.SPEECH,
-        )  # the loss of a batch, whatever the step has
-        collate = by_task.collator(tokenizer)
-        trainer = trainers.MeasuringTrainer(**common, data_collator=collate, divides_by_tokens=not is_mean)
-    trainer.remove_callback(PrinterCallback)
-    return trainer
 
 
 def _measured_at_end(
@@ -325,31 +293,7 @@ def _measured_at_end(
     return trainer.measured[trainer.state.global_step]
 
 
-def _task_of(
-    settings: Settings, inputs: Inputs, quantization: adapter_folders.Quantization | None
-) -> AdapterTask | None:
-    """Return the facts that are saved with the adapter; None for `--method full`."""
-    if settings.method == FULL:
-        return None
-    template = conversations.tokenizer_of(inputs.tokenizer).chat_template if inputs.is_chat else None
-    weights = (settings.desirable_weight, settings.undesirable_weight)
-    return AdapterTask(
-        settings.task,
-        settings.max_length,
-        inputs.labels,
-        chat=inputs.is_chat,
-        chat_template=template if settings.chat_template else None,
-        beta=settings.beta,
-        weights=None if weights == (1.0, 1.0) else weights,
-        dtype=settings.dtype,
-        seed=settings.seed if settings.task in task_names.NEW_HEAD else None,
-        pooling=inputs.pooling or None,
-        language=settings.language,
-        quantized=quantization,
-    )
-
-
-def _save(model: Any, folder: Path, settings: Settings, inputs: Inputs, made_for: AdapterTask | None) -> None:
+def _save(model: Any, folder: Path, settings: Settings, processor: Any, made_for: AdapterTask | None) -> None:
     """Save the adapter with the facts about its task, or the whole model of `--method full`."""
     if made_for is None:
         model.save_pretrained(folder)
@@ -359,7 +303,7 @@ def _save(model: Any, folder: Path, settings: Settings, inputs: Inputs, made_for
     def write_facts() -> None:
         made_for.write(folder)
         if settings.adapter is not None and adapter_folders.has_tokenizer(Path(settings.adapter)):
-            conversations.tokenizer_of(inputs.tokenizer).save_pretrained(folder)
+            conversations.tokenizer_of(processor).save_pretrained(folder)
 
     ranks.once(write_facts, together=True)
 
@@ -368,13 +312,12 @@ def first_batches(settings: Settings, train: list[Example], tokenizer: Any, mode
     """Return the training batches of `model` for methods that initialise from data; None for others."""
     if not takes_batches(settings.method, settings.fields):
         return None
-    if settings.task in task_names.COMPARED:
-        train = comparisons.of(settings.task).as_texts(train)
+    task = registered.find(settings.task)
+    train = list(task.as_texts(train))
     order = LengthGroupedSampler([encoded_examples.length(each) for each in train], settings.batch_size, settings.seed)
-    collate = by_task.collator(tokenizer)
 
     def batch(some: list[Example]) -> dict[str, Any]:
-        return encoded_examples.in_dtype(collate(some), model)
+        return encoded_examples.in_dtype(task.collate(some, tokenizer), model)
 
     return DataLoader(train, settings.batch_size, sampler=order, collate_fn=batch)  # type: ignore[arg-type]
 

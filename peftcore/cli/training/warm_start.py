@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peftcore.cli import task_names
 from peftcore.cli.bases import adapter_folders, base_and_adapter
 from peftcore.cli.bases.adapter_folders import TASK_FILE, AdapterTask
 from peftcore.cli.fields import text_of
 from peftcore.cli.settings import RUN_FILE, Settings
+from peftcore.cli.tasks import registered
 from peftcore.errors import PeftcoreError
 from peftcore.plugin.safe_reading import JSON_BYTES, parse_json, read_bytes
 from peftcore.plugin.validation import check_types
@@ -24,13 +24,6 @@ from peftcore.plugin.validation import check_types
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_WRITERS = (
-    task_names.LANGUAGE_MODEL,
-    task_names.PREFERENCES,
-    task_names.UNPAIRED,
-    task_names.ODDS,
-    task_names.ROLLOUTS,
-)  # related
 _ADAPTER = "default"
 
 
@@ -48,10 +41,6 @@ class Start:
     fields: dict[str, Any] = field(default_factory=dict)
     quantize: str | None = None
 
-    def _related_tasks(self) -> tuple[str, ...]:
-        """Return the tasks that can continue the adapter's, if there are several."""
-        return next((kinds for kinds in (_WRITERS, task_names.SEEING) if self.task.task in kinds), ())
-
     def task_of(self, task: str | None) -> str | None:
         """Return the run's task: the given one, otherwise the adapter's; None if the data decide among related ones.
 
@@ -59,23 +48,19 @@ class Start:
             PeftcoreError: the adapter is for another task.
         """
         if task is not None:
-            task_names.check_task(task)
             self.check_task(task, f"--task {task} is different")
             return task
-        return None if self._related_tasks() else self.task.task
+        return None if registered.find(self.task.task).family is not None else self.task.task
 
     def check_task(self, task: str, what: str) -> None:
         """Raise a PeftcoreError, with `what` has another task, unless the adapter can be trained further for `task`."""
         own = self.task.task
-        could_be_multi_label = not self._says_task() and bool(self.task.labels)
-        fits = task in (own, *self._related_tasks()) or (task == task_names.MULTI_LABEL and could_be_multi_label)
-        if not fits:
+        is_recorded = (self.folder / TASK_FILE).exists()
+        before = registered.find(own)
+        if not registered.find(task).continues(before, is_recorded=is_recorded, labels=self.task.labels):
             raise PeftcoreError(
                 f"the adapter in '{self.folder}' is for {own}, and {what}. To train a new adapter, leave out --adapter"
             )
-
-    def _says_task(self) -> bool:
-        return (self.folder / TASK_FILE).exists()
 
 
 def start_of(folder: Path, output: Path, *, model: str | None, method: str | None, labels: str | None) -> Start:

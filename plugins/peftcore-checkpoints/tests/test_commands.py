@@ -14,17 +14,16 @@ from support.commands import Run
 from transformers import AutoModelForCausalLM
 
 import peftcore
-from peftcore.cli import task_names
 from peftcore.cli.bases import models
 
 
 def test_the_base_keeps_its_bits(tmp_path: Path) -> None:
     dense = write_folder(quantized.llama(num_hidden_layers=1), tmp_path, config("gptq", 32), gptq, 32, smallest=1)
-    loaded = models.load_model(str(tmp_path), task_names.LANGUAGE_MODEL, dtype="fp32", device="cpu")
+    loaded = models.load_model(str(tmp_path), "causal-lm", dtype="fp32", device="cpu")
     for name, weight in dense.items():
         layer = loaded.get_submodule(name.removesuffix(".weight"))
         assert torch.equal(layer.dequantized(torch.float32), weight.float())
-    empty = models.empty_model(str(tmp_path), task_names.LANGUAGE_MODEL)
+    empty = models.empty_model(str(tmp_path), "causal-lm")
     assert empty.model.layers[0].mlp.up_proj.quant_type == "affine4"
 
 

@@ -18,7 +18,6 @@ from support.quantized import INPUTS, llama, logits
 from torch import Tensor, nn
 
 import peftcore
-from peftcore.cli import task_names
 from peftcore.cli.bases import models
 from peftcore.plugin.registry import registry
 from peftcore.quantization import quantized_experts, quantized_layers
@@ -233,4 +232,4 @@ def test_without_the_package_an_error_names_it(tmp_path: Path, monkeypatch: pyte
     with pytest.raises(peftcore.PeftcoreError, match=message):
         peftcore.estimate(tmp_path, "lora")
     with pytest.raises(peftcore.PeftcoreError, match=message):
-        models.load_model(str(tmp_path), task_names.LANGUAGE_MODEL)
+        models.load_model(str(tmp_path), "causal-lm")

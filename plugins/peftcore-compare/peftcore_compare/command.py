@@ -120,10 +120,10 @@ def compare(
     finds one among rates that are the same for all.
     A run that fails is shown with its reason. `--method full` is full fine-tuning.
     """
-    from peftcore.cli import task_names
     from peftcore.cli.bases import base_files
     from peftcore.cli.data import row_reading
     from peftcore.cli.data.data_files import parsed_columns
+    from peftcore.cli.tasks import registered
 
     given = config_file.in_force(context, given)
     names = parsed_columns(given.columns)
@@ -132,8 +132,9 @@ def compare(
         row_reading.read_rows(given.eval_data, task, names)
     if given.epochs <= 0:
         raise PeftcoreError(f"--epochs must be above 0, found {given.epochs:g}")
-    if given.other_data is not None and task != task_names.LANGUAGE_MODEL:
-        raise PeftcoreError(f"--other-data is for causal-lm, found task {task}. Leave it out")
+    if given.other_data is not None and not registered.find(task).learns_texts:
+        others = registered.named_by("learns_texts")
+        raise PeftcoreError(f"--other-data is for {others}, found task {task}. Leave it out")
     if given.other_data is not None:
         row_reading.read_rows(given.other_data, task)
     rates = parse_search(search, method)

@@ -15,7 +15,7 @@ import torch
 from peftcore.cli.amounts import megabytes
 from peftcore.cli.console import table
 from peftcore.cli.options import FULL
-from peftcore.cli.tasks import metrics
+from peftcore.cli.tasks import metrics, registered
 from peftcore.cli.training.chart import Panel, small_multiples
 from peftcore.cli.training.progress import gigabytes
 
@@ -80,7 +80,7 @@ class ComparisonReport:
 
     def __init__(self, settings: Settings, rows: Sequence[tuple[str, float]], rates: Sequence[float] = ()) -> None:
         self.settings, self.rates = settings, rates
-        self.metric = metrics.MAIN.get(settings.task, "loss")
+        self.metric = registered.find(settings.task).main_figure
         self.methods = [MethodRuns(label, lr) for label, lr in rows]
 
     def row(self, label: str) -> MethodRuns:

@@ -116,8 +116,8 @@ def make(
         PeftcoreError: the base cannot be loaded, or the folder of adapters cannot be read or is itself an adapter.
     """
     import peftcore
-    from peftcore.cli import task_names
     from peftcore.cli.bases import base_files, base_quantization, dtype_choice, models
+    from peftcore.cli.tasks import registered
     from peftcore_serve import folders
     from peftcore_serve.app import Server
 
@@ -132,7 +132,7 @@ def make(
     name = name or Path(base).name  # of "."
     tasks = _tasks(there)
     wide = any(each.dtype == "fp32" for each in tasks.values())
-    task = task_names.LANGUAGE_MODEL
+    task = registered.without_a_name()
     dtype = dtype_choice.of_base(base, task, dtype, device, (), "fp32" if wide else None).say()
     base_as = base_quantization.of_adapters(quantize, tasks)
     loaded = models.load_model(base, task, dtype=dtype, device=device, quantize=base_as)

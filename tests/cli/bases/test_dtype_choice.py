@@ -13,7 +13,6 @@ from support.commands import Run, save_tokenizer
 
 import peftcore
 from peftcore import ops
-from peftcore.cli import task_names
 from peftcore.cli.bases import dtype_choice, models
 from peftcore.cli.bases.adapter_folders import Quantization
 from peftcore.ops import processor
@@ -36,7 +35,7 @@ def on(monkeypatch: pytest.MonkeyPatch) -> Any:
 def in_bf16(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The Llama as most checkpoints are: 16 bits, which the config names."""
     folder = tmp_path_factory.mktemp("bf16")
-    models.load_model(str(llama), task_names.LANGUAGE_MODEL, dtype="bf16", device="cpu").save_pretrained(folder)
+    models.load_model(str(llama), "causal-lm", dtype="bf16", device="cpu").save_pretrained(folder)
     save_tokenizer(folder)
     return folder
 
@@ -106,13 +105,13 @@ def test_cards_have_their_own_rule(on: Any, monkeypatch: pytest.MonkeyPatch) -> 
 )
 def test_the_dtype_of_a_checkpoint_is_its_config_s(tmp_path: Path, fields: dict[str, str], stored: str | None) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **fields}))
-    assert dtype_choice.stored_dtype(models.load_config(str(tmp_path), task_names.LANGUAGE_MODEL)) == stored
+    assert dtype_choice.stored_dtype(models.load_config(str(tmp_path), "causal-lm")) == stored
 
 
 def test_the_dtype_of_a_text_model_in_a_larger_one(tmp_path: Path) -> None:
     inner = {"model_type": "gemma3_text", "torch_dtype": "bfloat16"}
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gemma3", "text_config": inner}))
-    assert dtype_choice.stored_dtype(models.load_config(str(tmp_path), task_names.LANGUAGE_MODEL)) == "bf16"
+    assert dtype_choice.stored_dtype(models.load_config(str(tmp_path), "causal-lm")) == "bf16"
 
 
 @pytest.fixture
@@ -174,15 +173,15 @@ def test_what_is_trained_of_the_base_is_in_fp32(
 ) -> None:
     on(ZEN4)
     chosen = {
-        "bitfit-like": ("lora", task_names.LANGUAGE_MODEL, {"modules_to_save": ["lm_head"]}),
-        "full": ("full", task_names.LANGUAGE_MODEL, {}),
-        "classifier": ("lora", task_names.CLASSIFICATION, {}),
+        "bitfit-like": ("lora", "causal-lm", {"modules_to_save": ["lm_head"]}),
+        "full": ("full", "causal-lm", {}),
+        "classifier": ("lora", "classification", {}),
     }[method]
     settings = dtype_choice.Settings(str(in_bf16), "", chosen[1], chosen[0], chosen[2], device="cpu")
     found = dtype_choice.of_run(settings, ("down", "up"))
     assert (found.dtype, found.instead_of) == ("fp32", "bf16")
     assert "parameters of the base are trained" in str(found.line)
-    plain = dtype_choice.Settings(str(in_bf16), "", task_names.LANGUAGE_MODEL, "lora", {}, device="cpu")
+    plain = dtype_choice.Settings(str(in_bf16), "", "causal-lm", "lora", {}, device="cpu")
     assert dtype_choice.of_run(plain, ()) == dtype_choice.Choice("bf16")
 
 
@@ -220,12 +219,12 @@ def test_4_bit_weights_of_a_checkpoint_compute_in_what_is_fast(
 ) -> None:
     """A checkpoint that names bf16 for its products, as those made for cards do."""
     packing = Quantization("nf4", compute_dtype="bfloat16")
-    model = models.load_model(str(llama), task_names.LANGUAGE_MODEL, dtype="bf16", device="cpu", quantize=packing)
+    model = models.load_model(str(llama), "causal-lm", dtype="bf16", device="cpu", quantize=packing)
     model.save_pretrained(tmp_path)
     save_tokenizer(tmp_path)
 
     def computes_in(dtype: str) -> set[torch.dtype]:
-        loaded = models.load_model(str(tmp_path), task_names.LANGUAGE_MODEL, dtype=dtype, device="cpu")
+        loaded = models.load_model(str(tmp_path), "causal-lm", dtype=dtype, device="cpu")
         assert loaded(torch.tensor([[4, 5]])).logits.isfinite().all()
         return {layer.compute_dtype for _, layer in peftcore.quantization.quantized_layers(loaded)}
 

@@ -35,18 +35,17 @@ def test_train_and_use(run: Run, llama: Path, reviews: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize("fields", [{}, {"skip": ["mlp"], "double_quant": False, "blocksize": 32}])
 def test_the_base_is_packed_as_it_is_read(llama: Path, fields: dict[str, object]) -> None:
     """Never dense as a whole, and bit for bit what `apply` makes of a dense one."""
-    from peftcore.cli import task_names
     from peftcore.cli.bases import base_quantization, models
 
-    packing = base_quantization.by_method("qlora", fields, str(llama), task_names.LANGUAGE_MODEL, ())
-    loaded = models.load_model(str(llama), task_names.LANGUAGE_MODEL, dtype="fp32", device="cpu", quantize=packing)
-    dense = models.load_model(str(llama), task_names.LANGUAGE_MODEL, dtype="fp32", device="cpu")
+    packing = base_quantization.by_method("qlora", fields, str(llama), "causal-lm", ())
+    loaded = models.load_model(str(llama), "causal-lm", dtype="fp32", device="cpu", quantize=packing)
+    dense = models.load_model(str(llama), "causal-lm", dtype="fp32", device="cpu")
     assert len([*peftcore.quantization.quantized_layers(loaded)]) == (9 if fields else 14)
     wanted = peftcore.apply(dense, "qlora", **fields).state_dict()
     found = peftcore.apply(loaded, "qlora", **fields).state_dict()
     assert found.keys() == wanted.keys()
     assert all(torch.equal(found[name], wanted[name]) for name in found if "lora_A" not in name)  # which is drawn
-    assert base_quantization.by_method("lora", {}, str(llama), task_names.LANGUAGE_MODEL, ()) is None
+    assert base_quantization.by_method("lora", {}, str(llama), "causal-lm", ()) is None
 
 
 def held_out_losses(output: str) -> list[float]:

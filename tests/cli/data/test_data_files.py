@@ -10,11 +10,9 @@ import pytest
 from support.counted_lines import growth
 
 from peftcore import PeftcoreError
-from peftcore.cli import task_names
 from peftcore.cli.data import mixture, row_reading
 from peftcore.cli.data.data_files import parsed_columns, records
 from peftcore.cli.data.row import Row
-from peftcore.cli.task_names import CLASSIFICATION, LANGUAGE_MODEL
 
 ROWS = [{"text": 'a "fine" film,\nreally', "label": "1"}, {"text": "dull", "label": "0"}]
 
@@ -39,7 +37,7 @@ def write(path: Path) -> Path:
 
 @pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "parquet"])
 def test_the_same_rows_of_each_format(suffix: str, tmp_path: Path) -> None:
-    found = row_reading.read_rows(write(tmp_path / f"rows.{suffix}"), CLASSIFICATION)
+    found = row_reading.read_rows(write(tmp_path / f"rows.{suffix}"), "classification")
     assert [(row.text, row.label) for row in found] == [(row["text"], row["label"]) for row in ROWS]
     assert all(row.where.startswith(f"{tmp_path / f'rows.{suffix}'}:") for row in found)
 
@@ -98,13 +96,13 @@ def test_columns_have_other_names(tmp_path: Path) -> None:
     path = tmp_path / "rows.csv"
     path.write_text("question,completion,answer\na,x,b\n")
     columns = parsed_columns("prompt=question, completion=answer")
-    assert row_reading.read_rows(path, LANGUAGE_MODEL, columns) == [Row(f"{path}:2", "a", completion="b")]
+    assert row_reading.read_rows(path, "causal-lm", columns) == [Row(f"{path}:2", "a", completion="b")]
     with pytest.raises(
         PeftcoreError,
         match=r"rows.csv:2: --columns names the column 'questoin' for text, which "
         r"does not exist",
     ):
-        row_reading.read_rows(path, LANGUAGE_MODEL, {"text": "questoin"})
+        row_reading.read_rows(path, "causal-lm", {"text": "questoin"})
     with pytest.raises(PeftcoreError, match="--columns must be FIELD=COLUMN pairs, found 'prompt'"):
         parsed_columns("prompt")
 
@@ -151,7 +149,7 @@ def test_a_field_may_be_a_document(suffix: str, tmp_path: Path) -> None:
     path.write_text(
         f'prompt,completion\n"{text}",good\n' if suffix == ".csv" else f"prompt\tcompletion\n{text}\tgood\n"
     )
-    assert row_reading.read_rows(path, LANGUAGE_MODEL) == [Row(f"{path}:2", text, completion="good")]
+    assert row_reading.read_rows(path, "causal-lm") == [Row(f"{path}:2", text, completion="good")]
 
 
 def test_work_on_columns_grows_with_their_number_alone(tmp_path: Path) -> None:
@@ -162,9 +160,9 @@ def test_work_on_columns_grows_with_their_number_alone(tmp_path: Path) -> None:
         def call() -> None:
             assert [len(fields) for _, fields in records(str(path))] == [len(names)]
             with pytest.raises(PeftcoreError, match=r"found column0, column1, .*column19, \.\.\.\. If they have other"):
-                row_reading.read_rows(path, LANGUAGE_MODEL)
+                row_reading.read_rows(path, "causal-lm")
             with pytest.raises(PeftcoreError, match=r"which does not exist \(nearest: 'column7"):
-                row_reading.read_rows(path, LANGUAGE_MODEL, {"text": "colum7"})
+                row_reading.read_rows(path, "causal-lm", {"text": "colum7"})
             path.write_text(",".join(names) + "\n")
             with pytest.raises(PeftcoreError, match=r"found column0, .*column19, \.\.\., and no line follows"):
                 list(records(str(path)))
@@ -199,10 +197,10 @@ def test_json_in_a_field_that_is_nested_too_deeply(tmp_path: Path) -> None:
     deep = "[" * 50_000 + "]" * 50_000
     path.write_text(json.dumps({"messages": [{"role": "assistant", "content": "x"}], "tools": deep}))
     with pytest.raises(PeftcoreError, match=r"rows.jsonl:1: 'tools' is not JSON: it is nested too deeply"):
-        row_reading.read_rows(path, LANGUAGE_MODEL)
+        row_reading.read_rows(path, "causal-lm")
     path.write_text(json.dumps({"text": "x", "labels": deep}))
     with pytest.raises(PeftcoreError, match=r"rows.jsonl:1: 'labels' must be a list of names"):
-        row_reading.read_rows(path, task_names.MULTI_LABEL)
+        row_reading.read_rows(path, "multi-label")
 
 
 def test_splits_and_configs_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:

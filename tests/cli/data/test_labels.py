@@ -12,7 +12,6 @@ from support.commands import Run, write_jsonl
 
 from peftcore import PeftcoreError
 from peftcore.cli.data import row_reading
-from peftcore.cli.task_names import CLASSIFICATION, MULTI_LABEL, REGRESSION
 from peftcore.cli.tasks import row_labels
 
 
@@ -23,13 +22,13 @@ def file_of(folder: Path, *labels: Any, name: str = "label") -> Path:
 @pytest.mark.parametrize(
     ("labels", "task", "read"),
     [
-        ((1, "b"), CLASSIFICATION, ["1", "b"]),
-        (("good ", "good", " bad"), CLASSIFICATION, ["good", "good", "bad"]),
-        ((1, 2), CLASSIFICATION, ["1", "2"]),
-        ((1, 2.5, "-3e1"), REGRESSION, [1.0, 2.5, -30.0]),
-        (("1.0", "2.0"), CLASSIFICATION, ["1.0", "2.0"]),
-        (("1.5", "two"), CLASSIFICATION, ["1.5", "two"]),
-        ((["a", 2], [], '["b"]'), MULTI_LABEL, [("a", "2"), (), ("b",)]),
+        ((1, "b"), "classification", ["1", "b"]),
+        (("good ", "good", " bad"), "classification", ["good", "good", "bad"]),
+        ((1, 2), "classification", ["1", "2"]),
+        ((1, 2.5, "-3e1"), "regression", [1.0, 2.5, -30.0]),
+        (("1.0", "2.0"), "classification", ["1.0", "2.0"]),
+        (("1.5", "two"), "classification", ["1.5", "two"]),
+        ((["a", 2], [], '["b"]'), "multi-label", [("a", "2"), (), ("b",)]),
     ],
 )
 def test_the_task_is_read_off_all_labels(tmp_path: Path, labels: tuple[Any, ...], task: str, read: list[Any]) -> None:
@@ -41,27 +40,27 @@ def test_the_task_is_read_off_all_labels(tmp_path: Path, labels: tuple[Any, ...]
 @pytest.mark.parametrize(
     ("task", "label", "message"),
     [
-        (CLASSIFICATION, 2.5, "'label' must be text, found 2.5"),
-        (CLASSIFICATION, "NaN", "'label' is NaN, which tables write where a value is missing"),
-        (REGRESSION, "high", "'label' must be a number, found \"high\""),
-        (REGRESSION, True, "'label' must be a number, found true"),
-        (REGRESSION, float("nan"), "'label' must be a number, found NaN"),
-        (REGRESSION, 10**400, "'label' must be a number, found 1000"),
-        (MULTI_LABEL, "a,b", "'label' must be a list of names"),
-        (MULTI_LABEL, '["a"', "'label' must be a list of names"),
-        (MULTI_LABEL, [0.0, 1.0], "'label' must be a list of names"),
-        (MULTI_LABEL, [True, False], "'label' must be a list of names"),
+        ("classification", 2.5, "'label' must be text, found 2.5"),
+        ("classification", "NaN", "'label' is NaN, which tables write where a value is missing"),
+        ("regression", "high", "'label' must be a number, found \"high\""),
+        ("regression", True, "'label' must be a number, found true"),
+        ("regression", float("nan"), "'label' must be a number, found NaN"),
+        ("regression", 10**400, "'label' must be a number, found 1000"),
+        ("multi-label", "a,b", "'label' must be a list of names"),
+        ("multi-label", '["a"', "'label' must be a list of names"),
+        ("multi-label", [0.0, 1.0], "'label' must be a list of names"),
+        ("multi-label", [True, False], "'label' must be a list of names"),
         (
-            MULTI_LABEL,
+            "multi-label",
             [0, 1, 1],
             "'label' names 1 twice: [0, 1, 1]. List the labels that apply, not zeros",
         ),
-        (MULTI_LABEL, ["a", " "], "'label' must be a list of names"),
-        (MULTI_LABEL, ["a", " nan"], "'label' is nan, which tables write where a value is missing"),
+        ("multi-label", ["a", " "], "'label' must be a list of names"),
+        ("multi-label", ["a", " nan"], "'label' is nan, which tables write where a value is missing"),
     ],
 )
 def test_errors_name_file_and_line(tmp_path: Path, task: str, label: Any, message: str) -> None:
-    good = {CLASSIFICATION: "a", REGRESSION: 1.5, MULTI_LABEL: ["a"]}[task]
+    good = {"classification": "a", "regression": 1.5, "multi-label": ["a"]}[task]
     path = file_of(tmp_path, good, label)
     with pytest.raises(PeftcoreError) as error:
         row_reading.read_rows(path, task)
@@ -69,15 +68,15 @@ def test_errors_name_file_and_line(tmp_path: Path, task: str, label: Any, messag
 
 
 def test_targets(tmp_path: Path) -> None:
-    rows = row_reading.read_rows(file_of(tmp_path, ["b", "a"], [], ["c"], name="labels"), MULTI_LABEL)
+    rows = row_reading.read_rows(file_of(tmp_path, ["b", "a"], [], ["c"], name="labels"), "multi-label")
     assert row_labels.labels_of(rows) == ["a", "b", "c"]
     assert row_labels.targets(rows, ["a", "b", "c"]) == [(1.0, 1.0, 0.0), (0.0, 0.0, 0.0), (0.0, 0.0, 1.0)]
     with pytest.raises(PeftcoreError, match=r":3: label 'c' is unknown"):
         row_labels.targets(rows, ["a", "b"])
-    rows = row_reading.read_rows(file_of(tmp_path, 1.5, 2), REGRESSION)
+    rows = row_reading.read_rows(file_of(tmp_path, 1.5, 2), "regression")
     assert row_labels.labels_of(rows) == [] and row_labels.targets(rows, []) == [1.5, 2.0]
     with pytest.raises(PeftcoreError, match=r":1: no example has a label"):
-        row_labels.labels_of(row_reading.read_rows(file_of(tmp_path, [], []), MULTI_LABEL))
+        row_labels.labels_of(row_reading.read_rows(file_of(tmp_path, [], []), "multi-label"))
 
 
 METHOD = ("--method", "lora", "--set", "r=4", "--lr", "0.02", "--steps", 40, "--batch-size", 4, "--save-every", 40)
@@ -141,8 +140,8 @@ def test_batches_that_make_one_step_weigh_as_one_batch(run: Run, bert: Path, lab
 @pytest.mark.parametrize(
     ("task", "labels", "said"),
     [
-        (CLASSIFICATION, ("good", "bad", "good ", "good"), "good (3), bad (1). 75.0% of the examples"),
-        (MULTI_LABEL, (["old", "good"], ["good"], [], []), "good (2), old (1). 50.0% of the examples"),
+        ("classification", ("good", "bad", "good ", "good"), "good (3), bad (1). 75.0% of the examples"),
+        ("multi-label", (["old", "good"], ["good"], [], []), "good (2), old (1). 50.0% of the examples"),
     ],
 )
 def test_counts_of_labels_are_described(tmp_path: Path, task: str, labels: tuple[Any, ...], said: str) -> None:
@@ -151,4 +150,4 @@ def test_counts_of_labels_are_described(tmp_path: Path, task: str, labels: tuple
 
 
 def test_numbers_have_no_counts(tmp_path: Path) -> None:
-    assert row_labels.counts_of(row_reading.read_rows(file_of(tmp_path, 1.0, 2.5), REGRESSION)) == ""
+    assert row_labels.counts_of(row_reading.read_rows(file_of(tmp_path, 1.0, 2.5), "regression")) == ""

@@ -13,7 +13,7 @@ from hypothesis import given, strategies as st
 from support.commands import Run, write_jsonl
 
 from peftcore import PeftcoreError
-from peftcore.cli import options, task_names
+from peftcore.cli import options
 from peftcore.cli.data import mixture, row_reading
 from peftcore.cli.data.mixture import Source
 from peftcore.cli.training.sampler import LengthGroupedSampler
@@ -102,10 +102,10 @@ def test_packed_rows_are_drawn_by_weight_too(run: Run, llama: Path, two: Any, tm
 
 def test_columns_of_several_data_sets(two: tuple[Path, Path], tmp_path: Path) -> None:
     paths = list(map(str, two))
-    rows = row_reading.read_rows(paths, task_names.LANGUAGE_MODEL, {"text": "sentence"})
+    rows = row_reading.read_rows(paths, "causal-lm", {"text": "sentence"})
     assert [row.source for row in rows] == [0] * 14 + [1] * 6 and {row.kind for row in rows} == {
         "prompt/completion",
         "text",
     }
     with pytest.raises(PeftcoreError, match=r"reviews.jsonl:1: --columns names the column 'sentense' for text"):
-        row_reading.read_rows(paths, task_names.LANGUAGE_MODEL, {"text": "sentense"})
+        row_reading.read_rows(paths, "causal-lm", {"text": "sentense"})

@@ -9,11 +9,10 @@ from typing import Any
 import pytest
 
 from peftcore import PeftcoreError
-from peftcore.cli import task_names
 from peftcore.cli.data import row_reading
 from peftcore.cli.data.row import Row
-from peftcore.cli.task_names import CLASSIFICATION, LANGUAGE_MODEL
 from peftcore.cli.tasks import row_labels
+from peftcore.cli.tasks.registered import find
 
 
 def test_jsonl(tmp_path: Path) -> None:
@@ -21,58 +20,63 @@ def test_jsonl(tmp_path: Path) -> None:
     path.write_text(
         '\ufeff{"prompt": "a", "completion": "b"}\n\n{"prompt": "c", "completion": "ü", "id": 3}\n', "utf-8"
     )
-    assert row_reading.read_rows(path, LANGUAGE_MODEL) == [
+    assert row_reading.read_rows(path, "causal-lm") == [
         Row(f"{path}:1", "a", completion="b"),
         Row(f"{path}:3", "c", completion="ü"),
     ]
-    assert row_reading.guess_task(path) == LANGUAGE_MODEL
+    assert row_reading.guess_task(path) == "causal-lm"
 
 
 def test_tsv_keeps_quotes(tmp_path: Path) -> None:
     path = tmp_path / "rows.tsv"
     path.write_text('label\tnote\ttext\n1\tx\ta "fine film\r\n0\ty\tdull\n')
-    assert row_reading.read_rows(path, CLASSIFICATION) == [
+    assert row_reading.read_rows(path, "classification") == [
         Row(f"{path}:2", 'a "fine film', label="1"),
         Row(f"{path}:3", "dull", label="0"),
     ]
-    assert row_reading.guess_task(path) == CLASSIFICATION
+    assert row_reading.guess_task(path) == "classification"
 
 
 @pytest.mark.parametrize(
     ("name", "content", "task", "message"),
     [
-        ("a.jsonl", '{"text": "a"}\n{"text": \n', LANGUAGE_MODEL, "a.jsonl:2: not JSON: Expecting value at column"),
-        ("a.jsonl", '{"text": "a"}\n\n[1]\n', LANGUAGE_MODEL, "a.jsonl:3: expected a JSON object, found list"),
+        ("a.jsonl", '{"text": "a"}\n{"text": \n', "causal-lm", "a.jsonl:2: not JSON: Expecting value at column"),
+        ("a.jsonl", '{"text": "a"}\n\n[1]\n', "causal-lm", "a.jsonl:3: expected a JSON object, found list"),
         (
             "a.jsonl",
             '{"txt": "a"}\n',
-            LANGUAGE_MODEL,
+            "causal-lm",
             "a.jsonl:1: causal-lm needs the keys text, prompt/completion, messages, conversations, instruction/"
             "output or input_ids, found txt",
         ),
-        ("a.jsonl", '{"prompt": "a"}\n', LANGUAGE_MODEL, "found prompt"),
-        ("a.jsonl", '{"text": 3}\n', LANGUAGE_MODEL, "a.jsonl:1: 'text' must be text, found 3"),
-        ("a.jsonl", '{"text": " "}\n', LANGUAGE_MODEL, "a.jsonl:1: 'text' is empty"),
-        ("a.jsonl", '{"text": "a", "label": null}\n', CLASSIFICATION, "a.jsonl:1: 'label' must be text, found null"),
-        ("a.jsonl", '{"text": "a", "label": ""}\n', CLASSIFICATION, "a.jsonl:1: 'label' is empty"),
+        ("a.jsonl", '{"prompt": "a"}\n', "causal-lm", "found prompt"),
+        ("a.jsonl", '{"text": 3}\n', "causal-lm", "a.jsonl:1: 'text' must be text, found 3"),
+        ("a.jsonl", '{"text": " "}\n', "causal-lm", "a.jsonl:1: 'text' is empty"),
+        ("a.jsonl", '{"text": "a", "label": null}\n', "classification", "a.jsonl:1: 'label' must be text, found null"),
+        ("a.jsonl", '{"text": "a", "label": ""}\n', "classification", "a.jsonl:1: 'label' is empty"),
         (
             "a.jsonl",
             '{"text": "a"}\n{"prompt": "a", "completion": "b"}\n',
-            LANGUAGE_MODEL,
+            "causal-lm",
             "a.jsonl:2: this line has prompt/completion, but the first line has text",
         ),
-        ("a.jsonl", "", LANGUAGE_MODEL, "a.jsonl' has no examples"),
-        ("a.jsonl", "\n \n", LANGUAGE_MODEL, "a.jsonl' has no examples"),
-        ("a.tsv", "", CLASSIFICATION, "a.tsv' has no examples"),
-        ("a.tsv", "good\tpos\nbad\tneg\n", CLASSIFICATION, "a.tsv:2: classification needs the keys text/label, found"),
+        ("a.jsonl", "", "causal-lm", "a.jsonl' has no examples"),
+        ("a.jsonl", "\n \n", "causal-lm", "a.jsonl' has no examples"),
+        ("a.tsv", "", "classification", "a.tsv' has no examples"),
+        (
+            "a.tsv",
+            "good\tpos\nbad\tneg\n",
+            "classification",
+            "a.tsv:2: classification needs the keys text/label, found",
+        ),
         (
             "a.tsv",
             "good\tpos\n",
-            CLASSIFICATION,
+            "classification",
             "a.tsv:1: the first line names the columns, found good, pos, and no line follows",
         ),
-        ("a.tsv", "text\tlabel\na\tb\na\n", CLASSIFICATION, "a.tsv:3: 1 columns, but the first line names 2"),
-        ("a.xml", "<a/>", CLASSIFICATION, "a.xml' must be one of .jsonl, .json, .csv, .tsv, .parquet, found"),
+        ("a.tsv", "text\tlabel\na\tb\na\n", "classification", "a.tsv:3: 1 columns, but the first line names 2"),
+        ("a.xml", "<a/>", "classification", "a.xml' must be one of .jsonl, .json, .csv, .tsv, .parquet, found"),
     ],
 )
 def test_errors_name_file_and_line(tmp_path: Path, name: str, content: str, task: str, message: str) -> None:
@@ -90,10 +94,10 @@ def test_a_task_is_one_that_there_is(tmp_path: Path) -> None:
 
 def test_a_file_that_is_missing_or_no_text(tmp_path: Path) -> None:
     with pytest.raises(PeftcoreError, match="does not exist"):
-        row_reading.read_rows(tmp_path / "none.jsonl", LANGUAGE_MODEL)
+        row_reading.read_rows(tmp_path / "none.jsonl", "causal-lm")
     (tmp_path / "b.jsonl").write_bytes(b'{"text": "\xff"}')
     with pytest.raises(PeftcoreError, match=r"b.jsonl' is not UTF-8 text: invalid start byte at byte 10"):
-        row_reading.read_rows(tmp_path / "b.jsonl", LANGUAGE_MODEL)
+        row_reading.read_rows(tmp_path / "b.jsonl", "causal-lm")
     with pytest.raises(PeftcoreError, match="has no examples"):
         (tmp_path / "c.jsonl").write_text("")
         row_reading.guess_task(tmp_path / "c.jsonl")
@@ -119,7 +123,7 @@ def test_labels() -> None:
 def test_labels_survive_json(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps({"text": "a", "label": label}) + "\n" for label in (0, 1, "1")))
-    assert [row.label for row in row_reading.read_rows(path, CLASSIFICATION)] == ["0", "1", "1"]
+    assert [row.label for row in row_reading.read_rows(path, "classification")] == ["0", "1", "1"]
 
 
 MESSAGES = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
@@ -139,8 +143,8 @@ def test_conversations(fields: dict[str, object], learned_from: int, tmp_path: P
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps({**fields, "tools": '[{"name": "f"}]'}))
     wanted = Row(f"{path}:1", "", messages=MESSAGES, learned_from=learned_from, tools=[{"name": "f"}])
-    assert row_reading.read_rows(path, LANGUAGE_MODEL) == [wanted]
-    assert row_reading.guess_task(path) == LANGUAGE_MODEL
+    assert row_reading.read_rows(path, "causal-lm") == [wanted]
+    assert row_reading.guess_task(path) == "causal-lm"
 
 
 @pytest.mark.parametrize(
@@ -166,7 +170,7 @@ def test_a_wrong_conversation_is_named(fields: dict[str, object], message: str, 
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps(fields))
     with pytest.raises(PeftcoreError, match=f"rows.jsonl:1: {message}"):
-        row_reading.read_rows(path, LANGUAGE_MODEL)
+        row_reading.read_rows(path, "causal-lm")
 
 
 def test_several_files_are_read_one_after_the_other(tmp_path: Path) -> None:
@@ -174,18 +178,18 @@ def test_several_files_are_read_one_after_the_other(tmp_path: Path) -> None:
     a.write_text('{"text": "1"}\n{"text": "2"}\n')
     b.write_text('{"text": "3"}\n')
     c.write_text('{"prompt": "4", "completion": "5"}\n')
-    assert [row.text for row in row_reading.read_rows([str(b), str(a)], LANGUAGE_MODEL)] == ["3", "1", "2"]
-    assert row_reading.guess_task([str(a), str(b)]) == LANGUAGE_MODEL
-    mixed = row_reading.read_rows([str(a), str(c)], LANGUAGE_MODEL)
+    assert [row.text for row in row_reading.read_rows([str(b), str(a)], "causal-lm")] == ["3", "1", "2"]
+    assert row_reading.guess_task([str(a), str(b)]) == "causal-lm"
+    mixed = row_reading.read_rows([str(a), str(c)], "causal-lm")
     assert [(row.kind, row.source) for row in mixed] == [("text", 0), ("text", 0), ("prompt/completion", 1)]
     b.write_text("")
     with pytest.raises(PeftcoreError, match=r"b.jsonl' has no examples"):
-        row_reading.read_rows([str(a), str(b)], LANGUAGE_MODEL)
+        row_reading.read_rows([str(a), str(b)], "causal-lm")
     a.write_text('{"text": "1", "label": 1}\n')
     b.write_text('{"text": "2", "label": 0.5}\n')
     assert (
-        row_reading.guess_task([str(a)]) == CLASSIFICATION
-        and row_reading.guess_task([str(a), str(b)]) == task_names.REGRESSION
+        row_reading.guess_task([str(a)]) == "classification"
+        and row_reading.guess_task([str(a), str(b)]) == "regression"
     )
 
 
@@ -204,7 +208,7 @@ def conversation(tmp_path: Path, *marks: dict[str, object], key: str = "messages
         names = {"role": "from", "content": "value"}
         turns = [{names.get(name, name): value for name, value in turn.items()} for turn in turns]
     path.write_text(json.dumps({key: turns}))
-    return row_reading.read_rows(path, LANGUAGE_MODEL)[0]
+    return row_reading.read_rows(path, "causal-lm")[0]
 
 
 @pytest.mark.parametrize("key", ["messages", "conversations"])
@@ -244,8 +248,8 @@ def test_the_input_of_alpaca_is_part_of_the_prompt(tmp_path: Path, columns: dict
         {"instruction": "Go.", "output": "y"},
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert row_reading.guess_task(path, columns) == LANGUAGE_MODEL
-    found = [(row.text, row.completion) for row in row_reading.read_rows(path, LANGUAGE_MODEL, columns)]
+    assert row_reading.guess_task(path, columns) == "causal-lm"
+    found = [(row.text, row.completion) for row in row_reading.read_rows(path, "causal-lm", columns)]
     assert found == [("Add.\n\n1, 2", "3"), ("Say.", "x"), ("Go.", "y")]
 
 
@@ -254,12 +258,12 @@ def test_parts_of_text_are_joined(tmp_path: Path) -> None:
     answer = {"role": "assistant", "content": [{"type": "text", "text": "yes"}]}
     path = tmp_path / "d.jsonl"
     path.write_text(json.dumps({"messages": [{"role": "user", "content": parts}, answer]}))
-    (row,) = row_reading.read_rows(path, LANGUAGE_MODEL)
+    (row,) = row_reading.read_rows(path, "causal-lm")
     assert [message["content"] for message in row.messages or ()] == ["is it", "yes"]
     for content in ([*parts, {"type": "image", "url": "a.png"}], []):
         path.write_text(json.dumps({"messages": [{"role": "user", "content": content}, answer]}))
         with pytest.raises(PeftcoreError, match=r"messages\[0\] has content in parts other than text"):
-            row_reading.read_rows(path, LANGUAGE_MODEL)
+            row_reading.read_rows(path, "causal-lm")
 
 
 @pytest.mark.parametrize(
@@ -272,9 +276,9 @@ def test_parts_of_text_are_joined(tmp_path: Path) -> None:
 )
 def test_fields_of_other_kinds(task: str, fields: dict[str, Any], message: str) -> None:
     with pytest.raises(PeftcoreError, match=f"f:1: {message}"):
-        row_reading.row_of("f:1", fields, task)
+        row_reading.row_of("f:1", fields, find(task))
 
 
 def test_a_turn_of_tool_calls_without_content() -> None:
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "tool_calls": [{"function": {"name": "f"}}]}]
-    assert row_reading.row_of("f:1", {"messages": turns}, "image-text").messages[1] == turns[1]
+    assert row_reading.row_of("f:1", {"messages": turns}, find("image-text")).messages[1] == turns[1]

@@ -18,8 +18,7 @@ from peftcore import PeftcoreError
 from peftcore.cli.bases import models
 from peftcore.cli.data import row_reading, streamed
 from peftcore.cli.settings import Display, RunOptions, Settings
-from peftcore.cli.task_names import LANGUAGE_MODEL, UNPAIRED
-from peftcore.cli.tasks import by_task
+from peftcore.cli.tasks.registered import find
 from peftcore.cli.training import option_checks, trainer_arguments
 
 WORDS = ("good", "bad", "dull", "bright", "fun", "very good", "no story")
@@ -40,8 +39,8 @@ def shards(tmp_path: Path) -> Path:
 
 
 def test_rows_are_those_of_reading_all(shards: Path) -> None:
-    lines = streamed.Lines([str(shards)], LANGUAGE_MODEL, None)
-    wanted = row_reading.read_rows(str(shards), LANGUAGE_MODEL)
+    lines = streamed.Lines([str(shards)], "causal-lm", None)
+    wanted = row_reading.read_rows(str(shards), "causal-lm")
     assert len(lines) == len(wanted) == 14
     found = [lines[i] for i in (13, *range(13))]
     assert [(row.text, row.completion) for row in found] == [(r.text, r.completion) for r in (wanted[13], *wanted[:13])]
@@ -51,7 +50,7 @@ def test_wrong_files(shards: Path, tmp_path: Path) -> None:
     (shards / "b.jsonl").write_text(
         '{"text": "a"}\n\n{"text": 3}\n{"text"\n["a"]\n{"text": "text"}\n', encoding="utf-8"
     )
-    lines = streamed.Lines([str(shards)], LANGUAGE_MODEL, None)
+    lines = streamed.Lines([str(shards)], "causal-lm", None)
     for index, message in (
         (10, "b.jsonl:3: 'text' must be text"),
         (11, "b.jsonl:4: not JSON"),
@@ -69,16 +68,16 @@ def test_wrong_files(shards: Path, tmp_path: Path) -> None:
         ("shards:2", "draws every line once"),
     ):
         with pytest.raises(PeftcoreError, match=message):
-            streamed.Lines([str(tmp_path / path)], LANGUAGE_MODEL, None)
+            streamed.Lines([str(tmp_path / path)], "causal-lm", None)
 
 
 def test_marked_answers_are_not_streamed() -> None:
     with pytest.raises(PeftcoreError, match="--streaming is for causal-lm and seq2seq, found task kto"):
-        option_checks.check(RunOptions(streaming=True), Display(), UNPAIRED, [], continues=False)
+        option_checks.check(RunOptions(streaming=True), Display(), "kto", [], continues=False)
 
 
 def test_lines_without_anything_to_learn_and_held_out_lines(shards: Path) -> None:
-    lines = streamed.Lines([str(shards)], LANGUAGE_MODEL, None)
+    lines = streamed.Lines([str(shards)], "causal-lm", None)
     examples = streamed.EncodedLines(
         lines, lambda rows: [{"text": row.text} for row in rows if "bad" not in row.text], [0, 3]
     )
@@ -95,7 +94,7 @@ def test_lines_without_anything_to_learn_and_held_out_lines(shards: Path) -> Non
 def test_each_line_once_in_an_order_of_seed_and_epoch(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(streamed, "_BLOCK", 3)
     monkeypatch.setattr(streamed, "_TOGETHER", 2)
-    examples = streamed.EncodedLines(streamed.Lines([str(shards)], LANGUAGE_MODEL, None), lambda rows: [{}])
+    examples = streamed.EncodedLines(streamed.Lines([str(shards)], "causal-lm", None), lambda rows: [{}])
     orders = []
     for seed, epoch in ((0, 0), (0, 1), (1, 0)):
         sampler = streamed.BlockSampler(examples, 4, seed)
@@ -119,7 +118,7 @@ def test_ranks_take_batches_of_one_order(shards: Path) -> None:
     from accelerate.data_loader import BatchSamplerShard
     from torch.utils.data import BatchSampler
 
-    examples = streamed.EncodedLines(streamed.Lines([str(shards)], LANGUAGE_MODEL, None), lambda rows: [{}])
+    examples = streamed.EncodedLines(streamed.Lines([str(shards)], "causal-lm", None), lambda rows: [{}])
     batches = BatchSampler(streamed.BlockSampler(examples, 2, 0), 2, drop_last=False)
     one, other = (list(BatchSamplerShard(batches, 2, rank, even_batches=False)) for rank in range(2))
     assert one == list(batches)[::2] and other == list(batches)[1::2]
@@ -137,12 +136,12 @@ def test_losses_are_those_of_transformers_trainer_and_resume_is_exact(
     state = tmp_path / "whole" / "checkpoints" / "checkpoint-5" / "trainer_state.json"
     ours = [each["loss"] for each in json.loads(state.read_text())["log_history"] if "loss" in each]
 
-    lines = streamed.Lines([str(shards)], LANGUAGE_MODEL, None)
+    lines = streamed.Lines([str(shards)], "causal-lm", None)
     tokenizer = models.load_tokenizer(str(llama))
     kept = streamed.chosen(lines, 2, 0)
 
     def encode(rows: list[Any]) -> list[dict[str, Any]]:
-        return by_task.encode(rows, LANGUAGE_MODEL, tokenizer, 512).examples
+        return find("causal-lm").encode(rows, tokenizer, 512).examples
 
     sampler = streamed.BlockSampler(streamed.EncodedLines(lines, encode, kept), 4, 0)
     order = []
@@ -150,15 +149,19 @@ def test_losses_are_those_of_transformers_trainer_and_resume_is_exact(
         sampler.set_epoch(epoch)
         order += [encode([lines[sampler.examples.index(place)]])[0] for place in sampler]
     set_seed(0)
-    model = models.load_model(str(llama), LANGUAGE_MODEL, device="cpu")
+    model = models.load_model(str(llama), "causal-lm", device="cpu")
     peftcore.apply(model, "lora", r=4)
     settings = Settings(
-        model="m", data="d", task=LANGUAGE_MODEL, method="lora", steps=5, batch_size=4, lr=1e-2, device="cpu"
+        model="m", data="d", task="causal-lm", method="lora", steps=5, batch_size=4, lr=1e-2, device="cpu"
     )
     arguments = trainer_arguments.of_run(settings, tmp_path / "theirs", len(order))
     arguments.train_sampling_strategy = "sequential"
     trainer = Trainer(
-        model, arguments, train_dataset=order, eval_dataset=order[:2], data_collator=by_task.collator(tokenizer)
+        model,
+        arguments,
+        train_dataset=order,
+        eval_dataset=order[:2],
+        data_collator=find("causal-lm").collator(tokenizer),
     )
     trainer.train()
     theirs = [each["loss"] for each in trainer.state.log_history if "loss" in each]

@@ -11,11 +11,10 @@ import torch
 from support.commands import Run, write_jsonl
 
 from peftcore import PeftcoreError
-from peftcore.cli import task_names
 from peftcore.cli.data import row_reading
 from peftcore.cli.data.row import Row
-from peftcore.cli.task_names import LANGUAGE_MODEL
-from peftcore.cli.tasks import by_task
+from peftcore.cli.tasks import labelled
+from peftcore.cli.tasks.registered import find
 
 METHOD = ("--method", "lora", "--set", "r=4", "--device", "cpu")
 
@@ -27,7 +26,7 @@ def tokenizer(llama: Path) -> Any:
     return AutoTokenizer.from_pretrained(llama)
 
 
-def read(folder: Path, fields: dict[str, Any], task: str = LANGUAGE_MODEL) -> Row:
+def read(folder: Path, fields: dict[str, Any], task: str = "causal-lm") -> Row:
     (row,) = row_reading.read_rows(write_jsonl(folder / "rows.jsonl", [fields]), task)
     return row
 
@@ -38,13 +37,13 @@ def test_tokens(tmp_path: Path, tokenizer: Any) -> None:
     padded = read(tmp_path, {"input_ids": [4, 5, 0], "labels": [-100, 5, -100], "attention_mask": [1, 1, 0]})
     assert padded.tokens == ([4, 5], [-100, 5]) and padded.kind == "input_ids"
     rows = [padded, read(tmp_path, {"input_ids": [4, 5, 6, 7], "labels": [-100, -100, -100, 7]})]
-    found = by_task.encode(rows, LANGUAGE_MODEL, tokenizer, 3)
+    found = find("causal-lm").encode(rows, tokenizer, 3)
     assert found.examples == [{"input_ids": [4, 5], "labels": [-100, 5]}]
     assert (found.truncated, found.left_out) == (1, 1)
     with pytest.raises(PeftcoreError, match="no token to learn is within 3 tokens in any row"):
-        by_task.encode(rows[1:], LANGUAGE_MODEL, tokenizer, 3)
+        find("causal-lm").encode(rows[1:], tokenizer, 3)
     with pytest.raises(PeftcoreError, match=r"'input_ids' has the token 99, but the model's tokenizer has 23"):
-        by_task.encode([read(tmp_path, {"input_ids": [4, 99]})], LANGUAGE_MODEL, tokenizer, 8)
+        find("causal-lm").encode([read(tmp_path, {"input_ids": [4, 99]})], tokenizer, 8)
 
 
 @pytest.mark.parametrize(
@@ -81,20 +80,20 @@ def test_tokens_train_as_their_text_does(run: Run, llama: Path, tokenizer: Any, 
     assert found[0] == found[1]
 
 
-@pytest.mark.parametrize("keys", row_reading.PAIRS)
+@pytest.mark.parametrize("keys", labelled.PAIRS)
 def test_pairs(tmp_path: Path, bert: Path, keys: tuple[str, str]) -> None:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(bert)
     tokenizer.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]  # BERT's own
-    row = read(tmp_path, {keys[0]: "the film", keys[1]: "is good", "label": "yes"}, task_names.CLASSIFICATION)
+    row = read(tmp_path, {keys[0]: "the film", keys[1]: "is good", "label": "yes"}, "classification")
     assert (row.text, row.pair, row.label) == ("the film", "is good", "yes")
-    assert row_reading.guess_task(tmp_path / "rows.jsonl") == task_names.CLASSIFICATION
-    examples = by_task.encode([row], task_names.CLASSIFICATION, tokenizer, 32, ("no", "yes")).examples
+    assert row_reading.guess_task(tmp_path / "rows.jsonl") == "classification"
+    examples = find("classification").encode([row], tokenizer, 32, ("no", "yes")).examples
     whole = tokenizer("the film", "is good")
     assert examples == [{"input_ids": whole["input_ids"], "token_type_ids": whole["token_type_ids"], "labels": 1}]
-    alone = by_task.encode([Row("f:1", "bad", label="no")], task_names.CLASSIFICATION, tokenizer, 32, ("no", "yes"))
-    batch = by_task.collator(tokenizer)([*examples, *alone.examples])
+    alone = find("classification").encode([Row("f:1", "bad", label="no")], tokenizer, 32, ("no", "yes"))
+    batch = find("classification").collator(tokenizer)([*examples, *alone.examples])
     assert batch["token_type_ids"].shape == batch["input_ids"].shape
     assert torch.equal(batch["token_type_ids"][0], torch.tensor(whole["token_type_ids"]))
 

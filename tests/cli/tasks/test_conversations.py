@@ -11,8 +11,8 @@ from transformers import PreTrainedTokenizerFast
 
 from peftcore import PeftcoreError
 from peftcore.cli.data.row import Row
-from peftcore.cli.task_names import LANGUAGE_MODEL
-from peftcore.cli.tasks import by_task, conversations
+from peftcore.cli.tasks import conversations
+from peftcore.cli.tasks.registered import find
 
 TALK = [
     {"role": "user", "content": "Hi"},
@@ -118,7 +118,7 @@ def test_what_a_template_refuses_is_reported(tokenizer: Any) -> None:
 def test_a_conversation_too_long_is_cut_or_left_out(tokenizer: Any) -> None:
     conversations.set_template(tokenizer, "chatml")
     rows = [Row("f:1", "", messages=TALK), Row("f:2", "", messages=[{"role": "user", "content": "x" * 90}, *TALK[1:]])]
-    found = by_task.encode(rows, LANGUAGE_MODEL, tokenizer, 60)
+    found = find("causal-lm").encode(rows, tokenizer, 60)
     assert (found.truncated, found.left_out, len(found.examples)) == (2, 1, 1)
     assert len(found.examples[0]["input_ids"]) == 60
     with pytest.raises(
@@ -126,7 +126,7 @@ def test_a_conversation_too_long_is_cut_or_left_out(tokenizer: Any) -> None:
         match=r"no answer begins within 8 tokens in any conversation\. Increase "
         r"--max-length",
     ):
-        by_task.encode(rows, LANGUAGE_MODEL, tokenizer, 8)
+        find("causal-lm").encode(rows, tokenizer, 8)
 
 
 def test_turns_that_are_marked_are_read_and_not_learned(tokenizer: Any) -> None:

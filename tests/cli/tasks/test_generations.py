@@ -10,12 +10,11 @@ import torch
 from support.commands import Run
 
 from peftcore import PeftcoreError
-from peftcore.cli import task_names
 from peftcore.cli.bases import models
 from peftcore.cli.data.row import Row
-from peftcore.cli.task_names import LANGUAGE_MODEL
 from peftcore.cli.tasks import generations
 from peftcore.cli.tasks.generations import Case
+from peftcore.cli.tasks.registered import find
 
 METHOD = ("--method", "lora", "--set", "r=4", "--device", "cpu")
 
@@ -75,17 +74,17 @@ def test_cases(llama: Path) -> None:
     turns = [("user", "is it"), ("assistant", "good"), ("user", "a film"), ("assistant", "bad")]
     messages = [{"role": role, "content": content} for role, content in turns]
     rows = [Row("f:1", "the film", completion="is good"), Row("f:2", "", messages=messages)]
-    found = generations.cases(rows, LANGUAGE_MODEL, tokenizer, 8)
+    found = generations.cases(rows, tokenizer, 8)
     wanted = [tokenizer(text)["input_ids"] for text in ("the film", "is it good a film")]
     assert found == [Case(wanted[0], "is good"), Case(wanted[1], "bad")]
     with pytest.raises(PeftcoreError, match="f:1: text has no prompt to answer"):
-        generations.cases([Row("f:1", "the film")], LANGUAGE_MODEL, tokenizer, 8)
+        generations.cases([Row("f:1", "the film")], tokenizer, 8)
     with pytest.raises(PeftcoreError, match=r"f:2: the prompt has 5 tokens; to be answered it needs 1 to 4"):
-        generations.cases(rows, LANGUAGE_MODEL, tokenizer, 4)
+        generations.cases(rows, tokenizer, 4)
 
 
 def test_answers_are_greedy_and_in_order(llama: Path) -> None:
-    tokenizer, model = models.load_tokenizer(str(llama)), models.load_model(str(llama), LANGUAGE_MODEL, device="cpu")
+    tokenizer, model = models.load_tokenizer(str(llama)), models.load_model(str(llama), "causal-lm", device="cpu")
     cases = [Case(tokenizer(text)["input_ids"], "") for text in ("the film is", "it", "a very dull", "no")]
     found = generations.answer(model, cases, tokenizer, 4, batch_size=2)
     for case, answer in zip(cases, found, strict=True):
@@ -100,10 +99,10 @@ def test_answers_are_greedy_and_in_order(llama: Path) -> None:
 
 def test_count() -> None:
     given = (("loss", None), ("rouge_l", None), (None, 3))
-    assert [generations.count(LANGUAGE_MODEL, *each) for each in given] == [0, 100, 3]
-    assert generations.count(task_names.MULTI_LABEL, "exact_match", None) == 0
+    assert [find("causal-lm").answered(*each) for each in given] == [0, 100, 3]
+    assert find("multi-label").answered("exact_match", None) == 0
     with pytest.raises(PeftcoreError, match="are for causal-lm and seq2seq, found classification"):
-        generations.count(task_names.CLASSIFICATION, "a.py:f", None)
+        find("classification").answered("a.py:f", None)
 
 
 def test_own_metric_chooses_the_best(run: Run, llama: Path, reviews: Path, own: Path, tmp_path: Path) -> None:

@@ -9,15 +9,15 @@ from typing import Any
 import pytest
 import torch
 from support.commands import Run, write_jsonl
+from support.measured import measured
 
 import peftcore
 from peftcore import PeftcoreError
 from peftcore.cli.bases import models
 from peftcore.cli.data import row_reading
 from peftcore.cli.settings import Settings
-from peftcore.cli.task_names import ODDS, REWARD
-from peftcore.cli.tasks import comparisons, preferences
-from peftcore.cli.training import trainer_arguments, trainers
+from peftcore.cli.tasks.registered import find
+from peftcore.cli.training import trainer_arguments
 from peftcore.cli.training.sampler import LengthGroupedSampler
 
 METHOD = ("--method", "lora", "--set", "r=4", "--device", "cpu")
@@ -31,12 +31,12 @@ SETTINGS = {"model": "", "data": "", "method": "lora", "lr": 0.02, "batch_size":
 
 @pytest.fixture
 def examples(llama: Path, tmp_path: Path) -> Any:
-    rows = row_reading.read_rows(write_jsonl(tmp_path / "few.jsonl", ROWS[:2]), ODDS)
-    return preferences.encode(rows, models.load_tokenizer(str(llama)), 32).examples
+    rows = row_reading.read_rows(write_jsonl(tmp_path / "few.jsonl", ROWS[:2]), "orpo")
+    return find("dpo").encode(rows, models.load_tokenizer(str(llama)), 32).examples
 
 
 def test_orpo_by_hand(llama: Path, examples: Any) -> None:
-    tokenizer, model = models.load_tokenizer(str(llama)), models.load_model(str(llama), ODDS, device="cpu")
+    tokenizer, model = models.load_tokenizer(str(llama)), models.load_model(str(llama), "orpo", device="cpu")
 
     @torch.no_grad()
     def logs(ids: list[int]) -> torch.Tensor:
@@ -53,7 +53,7 @@ def test_orpo_by_hand(llama: Path, examples: Any) -> None:
     ratio = torch.stack(odds)
     wanted = -torch.cat(wholes).mean() - 0.3 * torch.nn.functional.logsigmoid(ratio).mean()
     for size in (1, 2):
-        found = comparisons.measure(ODDS, model, examples, tokenizer, size, beta=0.3)
+        found = measured("orpo", model, examples, tokenizer, size, beta=0.3)
         assert found.loss == pytest.approx(float(wanted), rel=1e-4)
         assert found.figures["log_odds"] == pytest.approx(float(ratio.mean()), rel=1e-3, abs=1e-5)
 
@@ -61,14 +61,14 @@ def test_orpo_by_hand(llama: Path, examples: Any) -> None:
 def test_rewards_by_hand(llama: Path, examples: Any) -> None:
     tokenizer = models.load_tokenizer(str(llama))
     torch.manual_seed(0)
-    model = models.load_model(str(llama), REWARD, device="cpu")
+    model = models.load_model(str(llama), "reward", device="cpu")
     with torch.no_grad():
         chosen, rejected = (
             torch.cat([model(torch.tensor([each["prompt_ids"] + each[name]])).logits[0] for each in examples])
             for name in ("chosen_ids", "rejected_ids")
         )
     for size in (1, 2):
-        found = comparisons.measure(REWARD, model, examples, tokenizer, size)
+        found = measured("reward", model, examples, tokenizer, size)
         assert found.loss == pytest.approx(float(-(chosen - rejected).sigmoid().log().mean()), rel=1e-5)
         assert found.figures["margin"] == pytest.approx(float((chosen - rejected).mean()), rel=1e-4, abs=1e-6)
 
@@ -76,13 +76,13 @@ def test_rewards_by_hand(llama: Path, examples: Any) -> None:
 def test_reward_end_to_end(run: Run, llama: Path, tmp_path: Path) -> None:
     path, output = write_jsonl(tmp_path / "rows.jsonl", ROWS), tmp_path / "run"
     arguments = ("-m", llama, "-d", path, "--eval-data", path, *METHOD, "--lr", 0.02, "--batch-size", 6)
-    run("train", *arguments, "--task", REWARD, "-o", output, "--steps", 4, "--eval-every", 4)
+    run("train", *arguments, "--task", "reward", "-o", output, "--steps", 4, "--eval-every", 4)
     found = json.loads((output / "result.json").read_text())
     assert found["after"]["preference_accuracy"] == 1.0 and found["after"]["loss"] < found["before"]["loss"]
     assert f"{found['after']['loss']:.4f}" in run("eval", output, "-d", path).output
     assert "which writes no answers" in run("generate", output, "-p", "the", code=1).output
     assert "Use peftcore generate" not in run("predict", output, "-d", path, code=1).output
-    wrong = run("train", *arguments, "--task", REWARD, "--beta", 0.2, "-o", tmp_path / "no", code=1).output
+    wrong = run("train", *arguments, "--task", "reward", "--beta", 0.2, "-o", tmp_path / "no", code=1).output
     assert "--beta is for --task dpo, image-dpo, kto, orpo and grpo" in wrong
 
 
@@ -90,12 +90,12 @@ def test_a_trl_without_orpo(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("trl")
     monkeypatch.setitem(__import__("sys").modules, "trl.experimental", None)
     with pytest.raises(PeftcoreError, match=r"--task orpo needs TRL's ORPOTrainer, which TRL .* Use --task dpo"):
-        trainers.trl_classes(ODDS)
+        find("orpo").trl_classes()
 
 
 @pytest.mark.nightly
 @pytest.mark.filterwarnings("ignore")  # TRL calls what transformers has deprecated, and its package experimental
-@pytest.mark.parametrize("task", [ODDS, REWARD])
+@pytest.mark.parametrize("task", ["orpo", "reward"])
 def test_losses_of_training_are_those_of_trl(run: Run, llama: Path, tmp_path: Path, task: str) -> None:
     """TRL reads the same rows as texts, in the order that our sampler draws them."""
     from datasets import Dataset
@@ -117,9 +117,9 @@ def test_losses_of_training_are_those_of_trl(run: Run, llama: Path, tmp_path: Pa
     arguments = trainer_arguments.of_run(Settings(**SETTINGS, task=task), tmp_path / "trl", 12)
     arguments.num_train_epochs, arguments.train_sampling_strategy = 1, "sequential"
     arguments.warmup_steps, arguments.eval_strategy, arguments.save_strategy = 1, "no", "no"
-    if task == ODDS:
+    if task == "orpo":
         arguments.max_length = 64
-    kind = trainers.trl_classes(task)[0]
+    kind = find(task).trl_classes()[0]
     trainer = kind(model=model, args=arguments, train_dataset=Dataset.from_list(drawn), processing_class=tokenizer)
     trainer.train()
     theirs = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]

@@ -12,14 +12,14 @@ import pytest
 import torch
 from support import audio_models, image_models
 from support.commands import Run, write_jsonl
+from support.measured import measured
 
 from peftcore import PeftcoreError
-from peftcore.cli import task_names
 from peftcore.cli.bases import models
 from peftcore.cli.data import row_reading
-from peftcore.cli.task_names import AUDIO_TEXT
-from peftcore.cli.tasks import by_task, conversations
+from peftcore.cli.tasks import conversations
 from peftcore.cli.tasks.conversations import IGNORED
+from peftcore.cli.tasks.registered import find
 
 needs_mistral = pytest.mark.skipif(
     importlib.util.find_spec("mistral_common") is None, reason="mistral-common is not installed (make test-engines)"
@@ -66,8 +66,8 @@ def test_tokens_are_mistrals_and_answers_are_learned(chats: Path, voxtral: Path)
     from mistral_common.protocol.instruct.request import ChatCompletionRequest
     from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 
-    processor = models.load_processor(str(voxtral), AUDIO_TEXT)
-    examples = by_task.encode(row_reading.read_rows(chats, AUDIO_TEXT), AUDIO_TEXT, processor, 1000).examples
+    processor = find("audio-text").load_processor(str(voxtral))
+    examples = find("audio-text").encode(row_reading.read_rows(chats, "audio-text"), processor, 1000).examples
     assert [example["input_ids"].count(AUDIO) for example in examples] == [375, 750, 0, 750]  # of each half minute
     learned = [[label for label in example["labels"] if label != IGNORED] for example in examples]
     texts = ["very good</s>", "yes</s>no</s>", "ok</s>", "long</s>"]
@@ -76,7 +76,7 @@ def test_tokens_are_mistrals_and_answers_are_learned(chats: Path, voxtral: Path)
     row = [{"role": "system", "content": "be short"}, {"role": "user", "content": "it was a film"}, said("ok")]
     request = ChatCompletionRequest.from_openai(messages=row)
     assert examples[2]["input_ids"] == theirs.encode_chat_completion(request).tokens
-    batch = by_task.collator(processor)(examples)
+    batch = find("audio-text").collator(processor)(examples)
     assert batch["input_features"].shape == (5, 8, 3000)
     assert batch["labels"].shape == batch["input_ids"].shape == batch["attention_mask"].shape
     assert batch["attention_mask"].sum(1).tolist() == [len(example["input_ids"]) for example in examples]
@@ -84,14 +84,14 @@ def test_tokens_are_mistrals_and_answers_are_learned(chats: Path, voxtral: Path)
 
 @needs_mistral
 def test_the_loss_of_a_batch_is_that_of_its_rows(chats: Path, voxtral: Path) -> None:
-    processor = models.load_processor(str(voxtral), AUDIO_TEXT)
-    rows = row_reading.read_rows(chats, AUDIO_TEXT)
-    examples = by_task.encode([rows[0], rows[2]], AUDIO_TEXT, processor, 1000).examples
-    model = models.load_model(str(voxtral), AUDIO_TEXT, device="cpu")
-    together = by_task.measure(model, examples, processor)
-    alone = [by_task.measure(model, [example], processor) for example in examples]
+    processor = find("audio-text").load_processor(str(voxtral))
+    rows = row_reading.read_rows(chats, "audio-text")
+    examples = find("audio-text").encode([rows[0], rows[2]], processor, 1000).examples
+    model = models.load_model(str(voxtral), "audio-text", device="cpu")
+    together = measured("audio-text", model, examples, processor)
+    alone = [measured("audio-text", model, [example], processor) for example in examples]
     assert together.loss == pytest.approx(sum(each.loss * each.count for each in alone) / together.count, rel=1e-4)
-    batch = by_task.collator(processor)(examples[:1])
+    batch = find("audio-text").collator(processor)(examples[:1])
     quiet = {**batch, "input_features": torch.zeros_like(batch["input_features"])}
     with torch.no_grad():
         assert not torch.allclose(model(**batch).loss, model(**quiet).loss)  # the model hears
@@ -99,7 +99,7 @@ def test_the_loss_of_a_batch_is_that_of_its_rows(chats: Path, voxtral: Path) -> 
 
 @needs_mistral
 def test_what_it_does_not_take_is_an_error(chats: Path, voxtral: Path) -> None:
-    processor = models.load_processor(str(voxtral), AUDIO_TEXT)
+    processor = find("audio-text").load_processor(str(voxtral))
     system = {"role": "system", "content": "be short"}
     tool = {"type": "function", "function": {"name": "f", "description": "d", "parameters": {}}}
     for fields, message in (
@@ -108,9 +108,9 @@ def test_what_it_does_not_take_is_an_error(chats: Path, voxtral: Path) -> None:
         ({"messages": [asked(heard(0)), said("yes")], "tools": [tool]}, "does not write the tools. Remove 'tools'"),
         ({"messages": [asked(heard(0)), said("yes")]}, "has 383 tokens, 375 of them for 1 recordings, which"),
     ):
-        row = row_reading.row_of(f"{chats}:1", fields, AUDIO_TEXT)
+        row = row_reading.row_of(f"{chats}:1", fields, find("audio-text"))
         with pytest.raises(PeftcoreError, match=f"chats.jsonl:1: .*{message}"):
-            by_task.encode([row], AUDIO_TEXT, processor, 100)
+            find("audio-text").encode([row], processor, 100)
     with pytest.raises(PeftcoreError, match=r"--chat-template needs .* is mistral-common's, .* Remove the option"):
         conversations.set_template(processor, "chatml")
 
@@ -120,15 +120,13 @@ def test_an_error_names_the_missing_package(voxtral: Path, monkeypatch: pytest.M
     hidden = lambda name, *rest: None if name == "mistral_common" else find(name, *rest)  # noqa: E731
     monkeypatch.setattr("importlib.util.find_spec", hidden)
     with pytest.raises(PeftcoreError, match=r"by mistral-common, and 'mistral_common' is not installed. .*\[audio\]"):
-        models.load_processor(str(voxtral), AUDIO_TEXT)
+        find("audio-text").load_processor(str(voxtral))
 
 
 @needs_mistral
 def test_texts_are_tokens_of_transformers_where_the_folder_has_them(voxtral: Path, tmp_path: Path) -> None:
     """Where mistral-common is installed, transformers reads tekken.json first, and has no chat template then."""
-    row = row_reading.row_of(
-        "x:1", {"messages": [{"role": "user", "content": "hi"}, said("yo")]}, task_names.LANGUAGE_MODEL
-    )
+    row = row_reading.row_of("x:1", {"messages": [{"role": "user", "content": "hi"}, said("yo")]}, find("causal-lm"))
     tokenizer = models.load_tokenizer(str(voxtral))
     assert tokenizer.eos_token == "</s>"
     with pytest.raises(PeftcoreError, match=r"x:1: the tokenizer is mistral-common's, .* Add tokenizer.json"):

@@ -12,7 +12,8 @@ from hypothesis import given, strategies as st
 from support.commands import Run
 
 import peftcore
-from peftcore.cli.tasks import by_task, packing
+from peftcore.cli.tasks import packing
+from peftcore.cli.tasks.registered import find
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 40}
 
@@ -159,6 +160,6 @@ def test_training_on_packed_rows(
 
 def test_packed_rows_are_padded_as_examples_of_their_own(llama: Path) -> None:
     tokenizer = type("Tokenizer", (), {"pad_token_id": 3})()
-    batch = by_task.collator(tokenizer)(packing.packed([example(5, 6, 7), example(8, 9)], 3))
+    batch = find("causal-lm").collator(tokenizer)(packing.packed([example(5, 6, 7), example(8, 9)], 3))
     assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 9, 3]] and batch["labels"].tolist()[1] == [-100, 9, -100]
     assert batch["position_ids"].tolist() == [[0, 1, 2], [0, 1, 0]] and "attention_mask" not in batch

@@ -9,16 +9,16 @@ from typing import Any
 import pytest
 import torch
 from support.commands import Run, write_jsonl
+from support.measured import measured
 from torch.nn import functional as F
 
 import peftcore
 from peftcore import PeftcoreError
-from peftcore.cli import task_names
 from peftcore.cli.bases import models
-from peftcore.cli.bases.adapter_folders import adapter_task
+from peftcore.cli.bases.adapter_folders import AdapterTask, adapter_task
 from peftcore.cli.data import row_reading
-from peftcore.cli.task_names import EMBEDDING
-from peftcore.cli.tasks import by_task, encoded_examples, sentence_pairs
+from peftcore.cli.tasks import encoded_examples, pairs
+from peftcore.cli.tasks.registered import find
 from peftcore.cli.training.sampler import LengthGroupedSampler
 
 PAIRS: list[dict[str, Any]] = [
@@ -33,8 +33,8 @@ KINDS = {"pairs": PAIRS, "triplets": TRIPLETS, "scored": SCORED}
 
 
 def examples_of(folder: Path, rows: list[dict[str, Any]], tokenizer: Any) -> list[dict[str, Any]]:
-    found = row_reading.read_rows(write_jsonl(folder / "pairs.jsonl", rows), EMBEDDING)
-    return by_task.encode(found, EMBEDDING, tokenizer, 16).examples
+    found = row_reading.read_rows(write_jsonl(folder / "pairs.jsonl", rows), "pairs")
+    return find("pairs").encode(found, tokenizer, 16).examples
 
 
 def their_loss(model: Any, tokenizer: Any, rows: list[dict[str, Any]]) -> torch.Tensor:
@@ -59,13 +59,13 @@ def their_loss(model: Any, tokenizer: Any, rows: list[dict[str, Any]]) -> torch.
 def test_rows(tmp_path: Path) -> None:
     for name, rows in KINDS.items():
         file = write_jsonl(tmp_path / f"{name}.jsonl", rows)
-        assert row_reading.guess_task([str(file)]) == EMBEDDING
-        row = row_reading.read_rows(file, EMBEDDING)[1]
+        assert row_reading.guess_task([str(file)]) == "pairs"
+        row = row_reading.read_rows(file, "pairs")[1]
         assert (row.text, row.pair) == ("the film is bad", "bad story")
         assert row.negative == ("not bad story" if name == "triplets" else None)
         assert row.label == (0.5 if name == "scored" else None)
     labelled = write_jsonl(tmp_path / "labelled.jsonl", [{"sentence1": "a", "sentence2": "b", "label": "same"}])
-    assert row_reading.guess_task([str(labelled)]) == task_names.CLASSIFICATION
+    assert row_reading.guess_task([str(labelled)]) == "classification"
 
 
 @pytest.mark.parametrize(
@@ -81,23 +81,23 @@ def test_rows(tmp_path: Path) -> None:
 )
 def test_wrong_rows(tmp_path: Path, rows: list[dict[str, Any]], message: str) -> None:
     with pytest.raises(PeftcoreError, match=message):
-        row_reading.read_rows(write_jsonl(tmp_path / "rows.jsonl", rows), EMBEDDING)
+        row_reading.read_rows(write_jsonl(tmp_path / "rows.jsonl", rows), "pairs")
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_loss_is_that_of_sentence_transformers(kind: str, bert: Path, tmp_path: Path) -> None:
-    tokenizer, model = models.load_tokenizer(str(bert)), models.load_model(str(bert), EMBEDDING, device="cpu")
+    tokenizer, model = models.load_tokenizer(str(bert)), models.load_model(str(bert), "pairs", device="cpu")
     examples = examples_of(tmp_path, KINDS[kind], tokenizer)
-    found = sentence_pairs.measure(model, examples, tokenizer, 2, pooling="mean")
+    found = measured("pairs", model, examples, tokenizer, 2, pooling="mean")
     with torch.no_grad():
         assert found.loss == pytest.approx(float(their_loss(model, tokenizer, KINDS[kind])), rel=1e-4)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_methods_see_the_loss_of_their_first_batches(kind: str, bert: Path, tmp_path: Path) -> None:
-    tokenizer, model = models.load_tokenizer(str(bert)), models.load_model(str(bert), EMBEDDING, device="cpu")
-    batch = sentence_pairs.collate(examples_of(tmp_path, KINDS[kind], tokenizer), tokenizer)
-    with sentence_pairs.with_loss(model, "mean"), torch.no_grad():
+    tokenizer, model = models.load_tokenizer(str(bert)), models.load_model(str(bert), "pairs", device="cpu")
+    batch = find("pairs").collate(examples_of(tmp_path, KINDS[kind], tokenizer), tokenizer)
+    with find("pairs").with_loss(model, AdapterTask("pairs", 512, pooling="mean")), torch.no_grad():
         found = model(**batch).loss
         assert not hasattr(model(input_ids=batch["input_ids"]), "loss")
     with torch.no_grad():
@@ -109,31 +109,31 @@ def test_a_positive_without_another_text_is_refused(bert: Path, tmp_path: Path, 
     tokenizer = models.load_tokenizer(str(bert))
     pairs, triplets, scored = (examples_of(tmp_path, rows, tokenizer) for rows in KINDS.values())
     for fine, size in ((pairs, 2), (triplets, 1), (scored, 1), (triplets[:1], None), (scored[:1], None)):
-        sentence_pairs.check(fine, "training", size)
+        find("pairs").check_examples(fine, "training", size)
     with pytest.raises(PeftcoreError, match="found --batch-size 1 and rows without a negative"):
-        sentence_pairs.check(pairs, "training", 1)
+        find("pairs").check_examples(pairs, "training", 1)
     for alone in (pairs[:1], [pairs[0], pairs[0]]):
         with pytest.raises(PeftcoreError, match=r"all held-out examples \(\d\) have one positive.*--holdout 2"):
-            sentence_pairs.check(alone, "held-out")
+            find("pairs").check_examples(alone, "held-out")
     file = write_jsonl(tmp_path / "rows.jsonl", PAIRS)
     arguments = ("train", "-m", bert, "-d", file, "--method", "lora", "-o", tmp_path / "run", "--device", "cpu")
     assert "all held-out examples (1) have one positive" in run(*arguments, code=1).output
 
 
 def test_candidates_with_the_text_of_the_positive_are_no_negatives(bert: Path, tmp_path: Path) -> None:
-    tokenizer, model = models.load_tokenizer(str(bert)), models.load_model(str(bert), EMBEDDING, device="cpu")
+    tokenizer, model = models.load_tokenizer(str(bert)), models.load_model(str(bert), "pairs", device="cpu")
     twice = [PAIRS[0], {"anchor": "a good film", "positive": PAIRS[0]["positive"]}]
     examples = examples_of(tmp_path, twice, tokenizer)
-    assert sentence_pairs.measure(model, examples, tokenizer, pooling="mean").loss == pytest.approx(0, abs=1e-6)
-    assert sentence_pairs.collate(examples, tokenizer)["same"].tolist() == [[False, True], [True, False]]
+    assert measured("pairs", model, examples, tokenizer, pooling="mean").loss == pytest.approx(0, abs=1e-6)
+    assert find("pairs").collate(examples, tokenizer)["same"].tolist() == [[False, True], [True, False]]
 
 
 @pytest.mark.parametrize("pooling", ["mean", "cls", "last"])
 def test_vectors_ignore_padding(pooling: str, bert: Path) -> None:
-    tokenizer, model = models.load_tokenizer(str(bert)), models.load_model(str(bert), EMBEDDING, device="cpu")
+    tokenizer, model = models.load_tokenizer(str(bert)), models.load_model(str(bert), "pairs", device="cpu")
     texts = tokenizer(["the film is very good", "bad", "it was"])["input_ids"]
-    together = sentence_pairs.embedded(model, texts, 0, pooling, 3)
-    alone = torch.cat([sentence_pairs.embedded(model, [ids], 0, pooling) for ids in texts])
+    together = pairs.embedded(model, texts, 0, pooling, 3)
+    alone = torch.cat([pairs.embedded(model, [ids], 0, pooling) for ids in texts])
     assert torch.allclose(together, alone, atol=1e-5) and together.norm(dim=1).tolist() == pytest.approx([1, 1, 1])
     states = model(torch.tensor([texts[0]])).last_hidden_state[0].detach()
     wanted = {"mean": states.mean(0), "cls": states[0], "last": states[-1]}[pooling]
@@ -153,10 +153,10 @@ def test_figures() -> None:
 
     tokenizer: Any = type("Tokenizer", (), {"pad_token_id": 0})
     right = [{"texts": [[1], [1]], "labels": None}, {"texts": [[2], [2]], "labels": None}]
-    found = sentence_pairs.measure(Fixed(), right, tokenizer, pooling="mean").figures
+    found = measured("pairs", Fixed(), right, tokenizer, pooling="mean").figures
     assert found == {"recall_at_1": 1.0, "mrr": 1.0}
     wrong = [{"texts": [[1], [2]], "labels": None}, {"texts": [[2], [1]], "labels": None}]
-    assert sentence_pairs.measure(Fixed(), wrong, tokenizer, pooling="mean").figures == {"recall_at_1": 0.0, "mrr": 0.5}
+    assert measured("pairs", Fixed(), wrong, tokenizer, pooling="mean").figures == {"recall_at_1": 0.0, "mrr": 0.5}
 
 
 @pytest.mark.parametrize(
@@ -172,14 +172,14 @@ def test_pooling_is_the_bases(tmp_path: Path, files: dict[str, Any], pooling: st
     (tmp_path / "1_Pooling").mkdir()
     if files:
         (tmp_path / "1_Pooling" / "config.json").write_text(json.dumps(files))
-    assert sentence_pairs.pooling_of(str(tmp_path)) == pooling
-    assert sentence_pairs.pooling_of(str(tmp_path), "cls") == "cls"
+    assert pairs.pooling_of(str(tmp_path)) == pooling
+    assert pairs.pooling_of(str(tmp_path), "cls") == "cls"
     (tmp_path / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode_max_tokens": True}))
     with pytest.raises(PeftcoreError, match=r"pools by max_tokens.*--pooling mean"):
-        sentence_pairs.pooling_of(str(tmp_path))
+        pairs.pooling_of(str(tmp_path))
     (tmp_path / "modules.json").write_text(json.dumps([{"type": "sentence_transformers.models.Dense", "path": "2"}]))
     with pytest.raises(PeftcoreError, match="module Dense"):
-        sentence_pairs.pooling_of(str(tmp_path))
+        pairs.pooling_of(str(tmp_path))
 
 
 @pytest.mark.nightly
@@ -200,7 +200,7 @@ def test_training_is_that_of_the_losses(kind: str, bert: Path, tmp_path: Path, r
     ours = [each["loss"] for each in log if "loss" in each]
 
     torch.manual_seed(0)
-    tokenizer, model = models.load_tokenizer(str(dry)), models.load_model(str(dry), EMBEDDING, device="cpu")
+    tokenizer, model = models.load_tokenizer(str(dry)), models.load_model(str(dry), "pairs", device="cpu")
     peftcore.apply(model, "lora", r=4)
     optimizer = torch.optim.AdamW(peftcore.parameter_groups(model, lr=1e-3), weight_decay=0.0)
     examples = examples_of(tmp_path, rows, tokenizer)
@@ -224,21 +224,21 @@ def test_training_evaluating_and_vectors(bert: Path, tmp_path: Path, run: Run) -
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert result["after"]["loss"] < result["before"]["loss"] and 0 <= result["after"]["recall_at_1"] <= 1
     task = adapter_task(tmp_path / "run" / "adapter")
-    assert (task.task, task.pooling) == (EMBEDDING, "cls")
+    assert (task.task, task.pooling) == ("pairs", "cls")
     said = run("eval", tmp_path / "run", "--data", file).output
     assert f"{result['after']['loss']:.4f}" in said and "recall@1" in said
     texts = write_jsonl(tmp_path / "texts.jsonl", [{"text": "the film is good"}, {"text": "bad"}])
     run("predict", tmp_path / "run", "--data", texts, "--output", tmp_path / "vectors.jsonl")
     found = [json.loads(line) for line in (tmp_path / "vectors.jsonl").read_text().splitlines()]
-    tokenizer, model = models.load_tokenizer(str(bert)), models.load_model(str(bert), EMBEDDING, device="cpu")
+    tokenizer, model = models.load_tokenizer(str(bert)), models.load_model(str(bert), "pairs", device="cpu")
     peftcore.load(model, tmp_path / "run" / "adapter")
-    wanted = sentence_pairs.embedded(model, tokenizer(["the film is good"])["input_ids"], 0, "cls")[0]
+    wanted = pairs.embedded(model, tokenizer(["the film is good"])["input_ids"], 0, "cls")[0]
     assert found[0]["text"] == "the film is good"
     assert found[0]["embedding"] == pytest.approx(wanted.tolist(), abs=1e-5)
     run("merge", tmp_path / "run", "--output", tmp_path / "merged")
-    assert sentence_pairs.pooling_of(str(tmp_path / "merged")) == "cls"
-    merged = sentence_pairs.embedded(
-        models.load_model(str(tmp_path / "merged"), EMBEDDING, device="cpu"),
+    assert pairs.pooling_of(str(tmp_path / "merged")) == "cls"
+    merged = pairs.embedded(
+        models.load_model(str(tmp_path / "merged"), "pairs", device="cpu"),
         tokenizer(["the film is good"])["input_ids"],
         0,
         "cls",

@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 import torch
 from support.commands import SPECIAL, WORDS, Run, save_tokenizer, write_jsonl
+from support.measured import measured
 
 import peftcore
 from peftcore import PeftcoreError
 from peftcore.cli.bases import models
 from peftcore.cli.data import row_reading
 from peftcore.cli.settings import Settings
-from peftcore.cli.task_names import SEQ2SEQ
-from peftcore.cli.tasks import by_task
+from peftcore.cli.tasks.registered import find
 from peftcore.cli.training import trainer_arguments
 from peftcore.cli.training.sampler import LengthGroupedSampler
 
@@ -66,14 +66,14 @@ def bart(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_rows_and_tokens(tmp_path: Path, t5: Path) -> None:
     path = write_jsonl(tmp_path / "rows.jsonl", ROWS[:1])
-    (row,) = row_reading.read_rows(path, SEQ2SEQ)
-    assert (row.text, row.completion) == ("the film is good", "fun") and row_reading.guess_task(path) == SEQ2SEQ
+    (row,) = row_reading.read_rows(path, "seq2seq")
+    assert (row.text, row.completion) == ("the film is good", "fun") and row_reading.guess_task(path) == "seq2seq"
     tokenizer = models.load_tokenizer(str(t5))
     source, target = (tokenizer(text)["input_ids"] for text in (row.text, "fun"))
-    found = by_task.encode([row], SEQ2SEQ, tokenizer, 16)
+    found = find("seq2seq").encode([row], tokenizer, 16)
     assert found.examples == [{"input_ids": source, "labels": [*target, 2]}] and found.truncated == 0
-    assert by_task.encode([row], SEQ2SEQ, tokenizer, 2).examples == [{"input_ids": source[:2], "labels": [*target, 2]}]
-    batch = by_task.collator(tokenizer)([*found.examples, {"input_ids": [5], "labels": [6, 7, 2]}])
+    assert find("seq2seq").encode([row], tokenizer, 2).examples == [{"input_ids": source[:2], "labels": [*target, 2]}]
+    batch = find("seq2seq").collator(tokenizer)([*found.examples, {"input_ids": [5], "labels": [6, 7, 2]}])
     assert batch["labels"].tolist() == [[*target, 2, -100], [6, 7, 2]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 0, 0, 0]]
 
@@ -89,15 +89,15 @@ def test_rows_and_tokens(tmp_path: Path, t5: Path) -> None:
 )
 def test_wrong_rows(tmp_path: Path, fields: dict[str, Any], message: str) -> None:
     with pytest.raises(PeftcoreError, match=rf"rows.jsonl:1: {message}"):
-        row_reading.read_rows(write_jsonl(tmp_path / "rows.jsonl", [fields]), SEQ2SEQ)
+        row_reading.read_rows(write_jsonl(tmp_path / "rows.jsonl", [fields]), "seq2seq")
 
 
 @pytest.mark.parametrize("name", ["t5", "bart"])
 def test_the_loss_is_over_all_target_tokens(name: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     folder = request.getfixturevalue(name)
-    tokenizer, model = models.load_tokenizer(str(folder)), models.load_model(str(folder), SEQ2SEQ, device="cpu")
-    rows = row_reading.read_rows(write_jsonl(tmp_path / "rows.jsonl", ROWS), SEQ2SEQ)
-    examples = by_task.encode(rows, SEQ2SEQ, tokenizer, 16).examples
+    tokenizer, model = models.load_tokenizer(str(folder)), models.load_model(str(folder), "seq2seq", device="cpu")
+    rows = row_reading.read_rows(write_jsonl(tmp_path / "rows.jsonl", ROWS), "seq2seq")
+    examples = find("seq2seq").encode(rows, tokenizer, 16).examples
     start = model.config.decoder_start_token_id
     logs = []
     with torch.no_grad():
@@ -108,7 +108,7 @@ def test_the_loss_is_over_all_target_tokens(name: str, request: pytest.FixtureRe
             ).logits[0]
             logs += [-logits.log_softmax(-1)[i, token] for i, token in enumerate(target)]
     for size in (1, 4):
-        found = by_task.measure(model, examples, tokenizer, size)
+        found = measured("seq2seq", model, examples, tokenizer, size)
         assert found.count == len(logs) == 15 and found.loss == pytest.approx(float(sum(logs) / 15), rel=1e-5)
 
 
@@ -151,7 +151,7 @@ def test_losses_are_those_of_seq2seq_trainer(
     drawn += [examples[i] for i in order]
     set_seed(0)
     model = peftcore.apply(AutoModelForSeq2SeqLM.from_pretrained(folder), "lora", r=4)
-    settings = Settings(model="", data="", task=SEQ2SEQ, method="lora", lr=0.02, batch_size=3, device="cpu")
+    settings = Settings(model="", data="", task="seq2seq", method="lora", lr=0.02, batch_size=3, device="cpu")
     arguments = trainer_arguments.of_run(settings, tmp_path / "theirs", 12)
     arguments.num_train_epochs, arguments.train_sampling_strategy = 1, "sequential"
     arguments.warmup_steps, arguments.eval_strategy, arguments.save_strategy = 1, "no", "no"

@@ -10,12 +10,14 @@ from typing import Any
 import pytest
 import torch
 from support.commands import Run, write_jsonl
+from support.measured import measured
 
 from peftcore import PeftcoreError
+from peftcore.cli.bases.adapter_folders import AdapterTask
 from peftcore.cli.data import row_reading
 from peftcore.cli.data.row import Row
-from peftcore.cli.task_names import TAGS
-from peftcore.cli.tasks import by_task, row_labels, tags
+from peftcore.cli.tasks import row_labels, tags
+from peftcore.cli.tasks.registered import find
 
 METHOD = ("--method", "lora", "--set", "r=4", "--device", "cpu")
 NAMES = ("B-A", "I-A", "O")
@@ -39,17 +41,17 @@ def letters() -> Any:
 
 
 def read(folder: Path, fields: dict[str, Any]) -> Row:
-    (row,) = row_reading.read_rows(write_jsonl(folder / "rows.jsonl", [fields]), TAGS)
+    (row,) = row_reading.read_rows(write_jsonl(folder / "rows.jsonl", [fields]), "tags")
     return row
 
 
 def test_the_first_token_of_a_word_has_its_tag(tmp_path: Path, letters: Any) -> None:
     row = read(tmp_path, {"tokens": ["ab", "c", "def"], "tags": ["O", "B-A", "I-A"]})
     assert (row.words, row.label) == (("ab", "c", "def"), ("O", "B-A", "I-A"))
-    assert row_reading.guess_task(tmp_path / "rows.jsonl") == TAGS
-    (example,) = by_task.encode([row], TAGS, letters, 16, NAMES).examples
+    assert row_reading.guess_task(tmp_path / "rows.jsonl") == "tags"
+    (example,) = find("tags").encode([row], letters, 16, NAMES).examples
     assert example == {"input_ids": [0, 1, 2, 3, 4, 5, 6], "labels": [-100, 2, -100, 0, 1, -100, -100]}
-    short = by_task.encode([row], TAGS, letters, 4, NAMES)
+    short = find("tags").encode([row], letters, 4, NAMES)
     assert short.truncated == 1 and short.examples[0]["labels"] == [-100, 2, -100, 0]
 
 
@@ -81,7 +83,7 @@ def test_wrong_rows(tmp_path: Path, fields: dict[str, Any], message: str) -> Non
 def test_unknown_tags_and_a_single_one(tmp_path: Path, letters: Any) -> None:
     row = read(tmp_path, {"tokens": ["a", "b"], "tags": ["B-B", "B-B"]})
     with pytest.raises(PeftcoreError, match=r"rows.jsonl:1: tag 'B-B' is unknown \(nearest: 'B-A'"):
-        by_task.encode([row], TAGS, letters, 8, NAMES)
+        find("tags").encode([row], letters, 8, NAMES)
     with pytest.raises(PeftcoreError, match="every word has the tag"):
         row_labels.labels_of([row])
 
@@ -117,12 +119,12 @@ def test_measure_by_hand(bert: Path) -> None:
     torch.manual_seed(0)
     model = AutoModelForTokenClassification.from_pretrained(bert, id2label=dict(enumerate(NAMES))).eval()
     rows = [Row("f:1", "", label=tuple(row["tags"]), words=tuple(row["tokens"])) for row in (ROWS[0], ROWS[4])]
-    examples = by_task.encode(rows, TAGS, tokenizer, 16, NAMES).examples
+    examples = find("tags").encode(rows, tokenizer, 16, NAMES).examples
     with torch.no_grad():
         logits = torch.cat([model(torch.tensor([each["input_ids"]])).logits[0] for each in examples])
     wanted = torch.tensor([NAMES.index(tag) for row in rows for tag in row.label])  # a token for each word
     for size in (1, 2):
-        found = by_task.measure(model, examples, tokenizer, size, tag_names=NAMES)
+        found = measured("tags", model, examples, tokenizer, size, labels=NAMES)
         assert found.count == 8
         assert found.loss == pytest.approx(float(torch.nn.functional.cross_entropy(logits, wanted)), rel=1e-5)
         assert found.figures["accuracy"] == pytest.approx(float((logits.argmax(-1) == wanted).double().mean()))
@@ -147,7 +149,7 @@ def test_end_to_end(run: Run, bert: Path, tmp_path: Path) -> None:
 
     model = AutoModelForTokenClassification.from_pretrained(merged).eval()
     tokenizer = AutoTokenizer.from_pretrained(merged)
-    assert tags.tagged(model, tokenizer, "the good story is bad", NAMES, 16) == answer
+    assert find("tags").answer(model, tokenizer, "the good story is bad", AdapterTask("tags", 16, NAMES)) == answer
 
 
 def test_the_loss_of_small_batches_is_not_a_sum(run: Run, bert: Path, tmp_path: Path) -> None:
@@ -172,7 +174,7 @@ def test_no_entities_no_f1(run: Run, bert: Path, tmp_path: Path) -> None:
 def test_batches_pad_tags(bert: Path) -> None:
     from transformers import AutoTokenizer
 
-    batch = by_task.collator(AutoTokenizer.from_pretrained(bert))(
+    batch = find("tags").collator(AutoTokenizer.from_pretrained(bert))(
         [{"input_ids": [4, 5], "labels": [0, 1]}, {"input_ids": [4], "labels": [2]}]
     )
     assert batch["labels"].tolist() == [[0, 1], [2, -100]]

@@ -12,12 +12,10 @@ from support.commands import SPECIAL, WORDS, Run, save_tokenizer, write_jsonl
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, TrainingArguments
 
 import peftcore
-from peftcore.cli.bases import models
 from peftcore.cli.data.row_reading import read_rows
 from peftcore.cli.settings import Settings
-from peftcore.cli.task_names import LANGUAGE_MODEL
-from peftcore.cli.tasks import by_task
 from peftcore.cli.tasks.conversations import IGNORED
+from peftcore.cli.tasks.registered import find
 from peftcore.cli.training import distillation
 from peftcore.cli.training.sampler import LengthGroupedSampler
 
@@ -93,8 +91,8 @@ def test_a_teacher_of_packed_rows_is_tried_with_them(
 ) -> None:
     tried = []
     monkeypatch.setattr(distillation.packing, "check", lambda model, examples, what: tried.append((examples, what)))
-    tokenizer = models.load_processor(str(llama), LANGUAGE_MODEL)
-    common: dict[str, Any] = {"model": str(llama), "data": "d", "task": LANGUAGE_MODEL, "method": "lora"}
+    tokenizer = find("causal-lm").load_processor(str(llama))
+    common: dict[str, Any] = {"model": str(llama), "data": "d", "task": "causal-lm", "method": "lora"}
     common |= {"teacher": str(teacher), "dtype": "fp32", "device": "cpu"}
     for pack in (False, True):
         found = distillation.of_run(Settings(**common, pack=pack), tokenizer, [{"input_ids": [1, 2]}])
@@ -110,8 +108,8 @@ def test_losses_are_those_of_a_loop(weight: float, llama: Path, teacher: Path, r
     log = json.loads(next((output / "checkpoints").glob("*-2/trainer_state.json")).read_text())["log_history"]
     ours = [each["loss"] for each in log if "loss" in each]
 
-    tokenizer = models.load_processor(str(llama), LANGUAGE_MODEL)
-    examples = by_task.encode(read_rows(rows, LANGUAGE_MODEL), LANGUAGE_MODEL, tokenizer, 512).examples
+    tokenizer = find("causal-lm").load_processor(str(llama))
+    examples = find("causal-lm").encode(read_rows(rows, "causal-lm"), tokenizer, 512).examples
     order = list(LengthGroupedSampler([len(each["input_ids"]) for each in examples], 2, 0))
     torch.manual_seed(0)
     student, knowing = (AutoModelForCausalLM.from_pretrained(folder).eval() for folder in (llama, teacher))
@@ -122,7 +120,7 @@ def test_losses_are_those_of_a_loop(weight: float, llama: Path, teacher: Path, r
         batches = [[examples[i] for i in order[begin : begin + 2]] for begin in (4 * step, 4 * step + 2)]
         total: Any = 0
         count = sum(label != IGNORED for batch in batches for each in batch for label in each["labels"])
-        for batch in map(by_task.collator(tokenizer), batches):
+        for batch in map(find("causal-lm").collator(tokenizer), batches):
             labels = batch.pop("labels")
             for row, place in (labels != IGNORED).nonzero().tolist():
                 theirs = knowing(**batch).logits[row, place - 1, : len(tokenizer)].softmax(-1).detach()

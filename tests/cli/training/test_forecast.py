@@ -14,12 +14,13 @@ from support.whole_run import nightly_but
 from transformers import WhisperConfig
 
 import peftcore
-from peftcore.cli import task_names
 from peftcore.cli.bases import models
+from peftcore.cli.bases.adapter_folders import AdapterTask
 from peftcore.cli.data import row_reading
 from peftcore.cli.settings import RunOptions, Settings
-from peftcore.cli.tasks import by_task, encoded_examples, image_chats, image_preferences
-from peftcore.cli.training import forecast, trainers
+from peftcore.cli.tasks import encoded_examples, media_chats
+from peftcore.cli.tasks.registered import find
+from peftcore.cli.training import forecast
 
 METHOD = ("--method", "lora", "--set", "r=4")
 
@@ -126,20 +127,17 @@ def test_processes_that_share_memory_need_it_each() -> None:
 
 
 def test_what_a_task_makes_of_a_step() -> None:
-    losses = {
-        task: forecast.how(task, "auto", None, 1)["loss"]
-        for task in (task_names.UNPAIRED, task_names.ODDS, task_names.SPEECH)
-    }
-    assert losses == {task_names.UNPAIRED: "kto", task_names.ODDS: "dpo", task_names.SPEECH: None}
+    losses = {task: forecast.how(task, "auto", None, 1)["loss"] for task in ("kto", "orpo", "asr")}
+    assert losses == {"kto": "kto", "orpo": "dpo", "asr": None}
     config = WhisperConfig(max_target_positions=10)
-    assert [forecast.tokens_of_step(50, task, config) for task in (task_names.SPEECH, task_names.LANGUAGE_MODEL)] == [
+    assert [forecast.tokens_of_step(50, task, config) for task in ("asr", "causal-lm")] == [
         10,
         50,
     ]
     for task, fuse, wanted in (
-        (task_names.EMBEDDING, "auto", True),
-        (task_names.EMBEDDING, "on", True),
-        (task_names.SPEECH, "auto", True),
+        ("pairs", "auto", True),
+        ("pairs", "on", True),
+        ("asr", "auto", True),
     ):
         settings = Settings(model="m", data="d", task=task, method="lora", fuse=fuse)
         assert forecast.is_fused(settings) == wanted
@@ -171,19 +169,19 @@ def step_of(model: Path, file: Path, task: str) -> peftcore.Step:
 @pytest.mark.parametrize("kind", nightly_but([*FOLLOWED, "audio"], ("smolvlm", "qwen", "audio")))
 def test_a_step_on_images_and_audio(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The longest example's shapes, compared with the allocator's peak."""
-    task = task_names.AUDIO_TEXT if kind == "audio" else task_names.IMAGE_TEXT
+    task = "audio-text" if kind == "audio" else "image-text"
     made = (audio_models.qwen if kind == "audio" else image_models.KINDS[kind])(tmp_path / kind)
-    processor = image_chats.checked(made, kind, hears=kind == "audio")
-    monkeypatch.setattr(models, "load_processor", lambda *_: processor)
+    processor = media_chats.checked(made, kind, hears=kind == "audio")
+    monkeypatch.setattr(models, "chat_processor", lambda *_, **_options: processor)
     part = {"type": "audio", "path": "1.wav"} if kind == "audio" else {"type": "image", "path": "1.png"}
     file, folder = chats_with(tmp_path, part), str(tmp_path / kind)
     step = step_of(tmp_path / kind, file, task)
     found = peftcore.estimate(models.empty_model(folder, task), "lora", step=step)
     model = models.load_model(folder, task, device="cpu").train()
     peftcore.apply(model, "lora")
-    examples = by_task.encode(row_reading.read_rows(str(file), task), task, processor, 512).examples
+    examples = find(task).encode(row_reading.read_rows(str(file), task), processor, 512).examples
     assert step.length == len(examples[0]["input_ids"])
-    batch = encoded_examples.in_dtype(image_chats.collate(examples[:1] * 3, processor), model)
+    batch = encoded_examples.in_dtype(media_chats.collate(examples[:1] * 3, processor), model)
     assert predicted(found) == pytest.approx(allocated_with(model, lambda: model(**batch).loss), rel=5e-3)
 
 
@@ -198,28 +196,28 @@ def test_a_step_on_answers_to_images(tmp_path: Path) -> None:
     assert step.loss == "dpo" and step.example is not None and step.example["pixel_values"].shape[:2] == (1, 5)
     found = peftcore.estimate(models.empty_model(folder, task), "lora", step=step)
     model = peftcore.apply(models.load_model(folder, task, device="cpu"), "lora")
-    processor = models.load_processor(folder, task)
-    rows = image_preferences.encode(row_reading.read_rows(str(file), task), processor, 512).examples
+    processor = find(task).load_processor(folder)
+    rows = find("image-dpo").encode(row_reading.read_rows(str(file), task), processor, 512).examples
     most = allocated_by(lambda watch: image_trainer(model, rows, processor, tmp_path, watch))
     assert predicted(found) == pytest.approx(most, rel=0.02)
 
 
 def image_trainer(model: Any, rows: Any, processor: Any, folder: Path, watch: Any) -> Any:
-    config = trainers.trl_classes("image-dpo")[1]
+    task = find("image-dpo")
+    config = task.trl_classes()[1]
     settings = {"max_steps": 3, "report_to": "none", "disable_tqdm": True, "save_strategy": "no", "use_cpu": True}
     settings |= {"per_device_train_batch_size": 3, "remove_unused_columns": False, "dataloader_pin_memory": False}
     settings |= {"max_length": None, "bf16": False, "gradient_checkpointing": False}
-    return trainers.comparing_trainer(
-        "image-dpo",
-        model=model,
-        args=config(str(folder / "run"), **settings),
-        train_dataset=rows,
-        eval_dataset=rows,
-        measure=None,
-        lengths=[len(row["chosen"]["input_ids"]) for row in rows],
-        processing_class=processor,
-        callbacks=[watch],
-    )
+    arguments = {
+        "model": model,
+        "args": config(str(folder / "run"), **settings),
+        "train_dataset": rows,
+        "eval_dataset": rows,
+        "measure": None,
+        "lengths": [len(row["chosen"]["input_ids"]) for row in rows],
+        "callbacks": [watch],
+    }
+    return task.trainer(arguments, Settings("", "", "image-dpo", "lora"), processor, AdapterTask("image-dpo", 512))
 
 
 def test_plan_suggest_and_fit_of_examples(run: Run, llama: Path, bert: Path, tmp_path: Path) -> None:

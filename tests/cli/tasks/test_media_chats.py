@@ -11,17 +11,17 @@ import torch
 from PIL import Image
 from support import image_models
 from support.commands import Run, write_jsonl
+from support.measured import measured
 
 import peftcore
 from peftcore import PeftcoreError
-from peftcore.cli import task_names
 from peftcore.cli.bases import models
 from peftcore.cli.bases.adapter_folders import AdapterTask
 from peftcore.cli.data import row_reading
 from peftcore.cli.settings import Settings
-from peftcore.cli.task_names import IMAGE_TEXT
-from peftcore.cli.tasks import by_task, image_chats, predictions
+from peftcore.cli.tasks import media_chats
 from peftcore.cli.tasks.conversations import IGNORED
+from peftcore.cli.tasks.registered import find
 from peftcore.cli.training import trainer_arguments
 from peftcore.cli.training.sampler import LengthGroupedSampler
 
@@ -46,7 +46,7 @@ def smolvlm(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def made(request: pytest.FixtureRequest, tmp_path: Path) -> Made:
     """A model of each kind and its processor."""
     processor = image_models.KINDS[request.param](tmp_path / request.param)
-    return tmp_path / request.param, image_chats.checked(processor, request.param)
+    return tmp_path / request.param, media_chats.checked(processor, request.param)
 
 
 @pytest.fixture
@@ -70,8 +70,8 @@ def chats(tmp_path: Path) -> Path:
 
 
 def test_rows(chats: Path) -> None:
-    rows = row_reading.read_rows(chats, IMAGE_TEXT)
-    assert row_reading.guess_task([str(chats)]) == IMAGE_TEXT
+    rows = row_reading.read_rows(chats, "image-text")
+    assert row_reading.guess_task([str(chats)]) == "image-text"
     assert [[Path(image).name for image in row.images] for row in rows] == [
         ["1.png"],
         ["0.png", "1.png"],
@@ -88,8 +88,8 @@ def test_rows(chats: Path) -> None:
 
 def test_tokens_are_those_of_the_processor_and_answers_are_learned(chats: Path, made: Made) -> None:
     _, processor = made
-    rows = row_reading.read_rows(chats, IMAGE_TEXT)
-    examples = by_task.encode(rows, IMAGE_TEXT, processor, 400).examples
+    rows = row_reading.read_rows(chats, "image-text")
+    examples = find("image-text").encode(rows, processor, 400).examples
     place = processor.tokenizer.convert_tokens_to_ids(processor.image_token)
     for row, example in zip(rows, examples, strict=True):
         # what the processor itself makes of the messages, with the images in their places
@@ -106,7 +106,7 @@ def test_tokens_are_those_of_the_processor_and_answers_are_learned(chats: Path, 
         said = processor.tokenizer.decode(learned, skip_special_tokens=True).split()
         answers = [part["text"] for m in row.messages or [] if m["role"] == "assistant" for part in m["content"]]
         assert " ".join(said) == " ".join(answers)
-    batch = by_task.collator(processor)(examples)
+    batch = find("image-text").collator(processor)(examples)
     assert batch["labels"].shape == batch["input_ids"].shape == batch["attention_mask"].shape
     assert (batch["labels"] != IGNORED).sum() == sum(label != IGNORED for e in examples for label in e["labels"])
 
@@ -114,10 +114,10 @@ def test_tokens_are_those_of_the_processor_and_answers_are_learned(chats: Path, 
 @pytest.mark.nightly
 def test_the_loss_of_a_batch_is_that_of_its_examples(chats: Path, made: Made) -> None:
     folder, processor = made
-    model = models.load_model(str(folder), IMAGE_TEXT, device="cpu")
-    examples = by_task.encode(row_reading.read_rows(chats, IMAGE_TEXT), IMAGE_TEXT, processor, 400).examples
-    together = by_task.measure(model, examples, processor)
-    alone = [by_task.measure(model, [example], processor) for example in examples]
+    model = models.load_model(str(folder), "image-text", device="cpu")
+    examples = find("image-text").encode(row_reading.read_rows(chats, "image-text"), processor, 400).examples
+    together = measured("image-text", model, examples, processor)
+    alone = [measured("image-text", model, [example], processor) for example in examples]
     assert together.count == sum(each.count for each in alone)
     assert together.loss == pytest.approx(sum(each.loss * each.count for each in alone) / together.count, rel=1e-4)
 
@@ -146,23 +146,23 @@ def test_the_loss_of_a_batch_is_that_of_its_examples(chats: Path, made: Made) ->
 def test_wrong_rows(chats: Path, fields: dict[str, Any], message: str) -> None:
     write_jsonl(chats, [fields])
     with pytest.raises(PeftcoreError, match=f"chats.jsonl:1: .*{message}"):
-        row_reading.read_rows(chats, IMAGE_TEXT)
+        row_reading.read_rows(chats, "image-text")
 
 
 @pytest.mark.nightly
 def test_wrong_images_models_and_lengths(chats: Path, smolvlm: Path, llama: Path, run: Run) -> None:
-    processor = models.load_processor(str(smolvlm), IMAGE_TEXT)
-    rows = row_reading.read_rows(chats, IMAGE_TEXT)
+    processor = find("image-text").load_processor(str(smolvlm))
+    rows = row_reading.read_rows(chats, "image-text")
     with pytest.raises(PeftcoreError, match=r"chats.jsonl:2: the conversation has .* which cannot be cut"):
-        by_task.encode(rows, IMAGE_TEXT, processor, 50)
+        find("image-text").encode(rows, processor, 50)
     (chats.parent / "photos" / "1.png").write_bytes(b"\x89PNG")
     with pytest.raises(PeftcoreError, match=r"chats.jsonl:1: .*1.png' cannot be read as an image"):
-        by_task.encode(rows, IMAGE_TEXT, processor, 400)
+        find("image-text").encode(rows, processor, 400)
     arguments = ("--data", chats, "--method", "lora", "--output", chats.parent / "run")
     said = run("train", "--model", llama, *arguments, code=1)
     assert "needs a model that reads images and texts" in said.output.replace("\n", " ")
     with pytest.raises(PeftcoreError, match="use --task image-text"):
-        row_reading.read_rows(chats, task_names.LANGUAGE_MODEL)
+        row_reading.read_rows(chats, "causal-lm")
 
 
 def test_a_model_without_a_processor_of_images(chats: Path, smolvlm: Path, tmp_path: Path) -> None:
@@ -171,18 +171,18 @@ def test_a_model_without_a_processor_of_images(chats: Path, smolvlm: Path, tmp_p
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         (folder / name).write_bytes((smolvlm / name).read_bytes())
     with pytest.raises(PeftcoreError, match=r"processor.*(Copy|loaded)"):
-        models.load_processor(str(folder), IMAGE_TEXT)
+        find("image-text").load_processor(str(folder))
 
 
 @pytest.mark.nightly
 def test_a_template_without_images(chats: Path, smolvlm: Path) -> None:
-    processor = models.load_processor(str(smolvlm), IMAGE_TEXT)
+    processor = find("image-text").load_processor(str(smolvlm))
     processor.tokenizer.chat_template = (
         "{% for m in messages %}{{ m['role'] }}: {% for p in m['content'] %}{{ p.get('text', '') }}{% endfor %}\n"
         "{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
     )
     with pytest.raises(PeftcoreError, match="writes 0 images, and the conversation has 1"):
-        by_task.encode(row_reading.read_rows(chats, IMAGE_TEXT), IMAGE_TEXT, processor, 400)
+        find("image-text").encode(row_reading.read_rows(chats, "image-text"), processor, 400)
 
 
 @pytest.mark.nightly
@@ -196,15 +196,15 @@ def test_losses_are_those_of_transformers_trainer(chats: Path, smolvlm: Path, tm
     log = json.loads(next((tmp_path / "run" / "checkpoints").glob("*-3/trainer_state.json")).read_text())["log_history"]
     ours = [each["loss"] for each in log if "loss" in each]
 
-    processor = models.load_processor(str(smolvlm), IMAGE_TEXT)
-    examples = by_task.encode(row_reading.read_rows(chats, IMAGE_TEXT), IMAGE_TEXT, processor, 200).examples
+    processor = find("image-text").load_processor(str(smolvlm))
+    examples = find("image-text").encode(row_reading.read_rows(chats, "image-text"), processor, 200).examples
     set_seed(0)
-    model = models.load_model(str(smolvlm), IMAGE_TEXT, device="cpu")
+    model = models.load_model(str(smolvlm), "image-text", device="cpu")
     peftcore.apply(model, "lora", r=4)
     settings = Settings(
         model="m",
         data="d",
-        task=IMAGE_TEXT,
+        task="image-text",
         method="lora",
         steps=3,
         batch_size=2,
@@ -240,7 +240,7 @@ def test_training_evaluating_and_answering(chats: Path, smolvlm: Path, tmp_path:
     options = ("--method", "lora", "--set", "r=4", "--device", "cpu", "--max-length", "200", "--eval-data", chats)
     run("train", "--model", smolvlm, "--data", chats, *options, "--steps", "2", "--output", tmp_path / "run")
     task = json.loads((tmp_path / "run" / "adapter" / "peftcore_task.json").read_text())
-    assert task["task"] == IMAGE_TEXT
+    assert task["task"] == "image-text"
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert result["after"]["loss"] != result["before"]["loss"]
     run(
@@ -262,10 +262,11 @@ def test_training_evaluating_and_answering(chats: Path, smolvlm: Path, tmp_path:
 @pytest.mark.nightly
 def test_answers_of_other_models(kind: str, chats: Path, tmp_path: Path) -> None:
     """Each answer is what the model generates after what the processor itself makes of the messages."""
-    processor = image_chats.checked(image_models.KINDS[kind](tmp_path / kind), kind)
-    model = models.load_model(str(tmp_path / kind), IMAGE_TEXT, device="cpu")
-    rows = predictions.read_rows([str(chats)], AdapterTask(IMAGE_TEXT, 200), None)
-    found = predictions.texts(model, rows, processor, 3)
+    processor = media_chats.checked(image_models.KINDS[kind](tmp_path / kind), kind)
+    model = models.load_model(str(tmp_path / kind), "image-text", device="cpu")
+    task, about = find("image-text"), AdapterTask("image-text", 200)
+    rows = task.read_questions([str(chats)], None, about)
+    found = task.predict(model, rows, processor, about, answer_tokens=3)
     images = [{"type": "image", "path": path} for path in rows[0].images]
     messages = [{"role": "user", "content": [*images, {"type": "text", "text": "is it good"}]}]
     options = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "add_generation_prompt": True}
@@ -284,4 +285,4 @@ def test_a_missing_torchvision_is_named(smolvlm: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(AutoProcessor, "from_pretrained", missing)
     monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)
     with pytest.raises(PeftcoreError, match=r"needs torchvision.*: pip install torchvision$"):
-        models.load_processor(str(smolvlm), IMAGE_TEXT)
+        find("image-text").load_processor(str(smolvlm))

@@ -10,19 +10,20 @@ from typing import Any
 import pytest
 import torch
 from support.commands import Run, write_jsonl
+from support.measured import measured
 
 from peftcore import PeftcoreError
 from peftcore.cli.data import row_reading
 from peftcore.cli.data.row import Row
-from peftcore.cli.task_names import PREFERENCES
-from peftcore.cli.tasks import comparisons, conversations, preferences
+from peftcore.cli.tasks import conversations
+from peftcore.cli.tasks.registered import find
 
 ASKED = [{"role": "user", "content": "is it good"}]
 GOOD, BAD = ({"role": "assistant", "content": text} for text in ("it is very good", "no"))
 
 
 def read(folder: Path, fields: dict[str, Any]) -> Row:
-    (row,) = row_reading.read_rows(write_jsonl(folder / "rows.jsonl", [fields]), PREFERENCES)
+    (row,) = row_reading.read_rows(write_jsonl(folder / "rows.jsonl", [fields]), "dpo")
     return row
 
 
@@ -40,7 +41,7 @@ def test_how_files_have_them(tmp_path: Path) -> None:
     implicit = read(tmp_path, {"chosen": [*ASKED, GOOD], "rejected": [*ASKED, BAD]})
     assert explicit == implicit
     assert (explicit.messages, explicit.completion, explicit.rejected) == (ASKED, [GOOD], [BAD])
-    assert row_reading.guess_task(tmp_path / "rows.jsonl") == PREFERENCES
+    assert row_reading.guess_task(tmp_path / "rows.jsonl") == "dpo"
 
 
 @pytest.mark.parametrize(
@@ -67,15 +68,15 @@ def test_errors_name_file_and_line(tmp_path: Path, fields: dict[str, Any], messa
 
 def test_tokens_of_texts_end_where_an_answer_ends(tmp_path: Path, tokenizer: Any) -> None:
     row = read(tmp_path, {"prompt": "the film is", "chosen": "very good", "rejected": "bad"})
-    (example,) = preferences.encode([row], tokenizer, 32).examples
+    (example,) = find("dpo").encode([row], tokenizer, 32).examples
     ids = {
         name: tokenizer(text)["input_ids"] for name, text in (("p", "the film is"), ("c", "very good"), ("r", "bad"))
     }
     end = [tokenizer.eos_token_id]
     assert example == {"prompt_ids": ids["p"], "chosen_ids": ids["c"] + end, "rejected_ids": ids["r"] + end}
-    short = preferences.encode([row], tokenizer, 4)
+    short = find("dpo").encode([row], tokenizer, 4)
     assert short.truncated == 1 and short.examples[0]["prompt_ids"] == ids["p"][2:]
-    assert preferences.lengths(short.examples) == [4]
+    assert find("dpo").lengths(short.examples) == [4]
 
 
 def test_answers_that_differ_beyond_the_length_are_left_out(tmp_path: Path, tokenizer: Any) -> None:
@@ -83,18 +84,18 @@ def test_answers_that_differ_beyond_the_length_are_left_out(tmp_path: Path, toke
         read(tmp_path, {"prompt": "the film is", "chosen": "very good", "rejected": "bad"}),
         read(tmp_path, {"prompt": "the", "chosen": "a a a a a good", "rejected": "a a a a a bad"}),
     ]
-    found = preferences.encode(rows, tokenizer, 4)
+    found = find("dpo").encode(rows, tokenizer, 4)
     assert (len(found.examples), found.truncated, found.left_out) == (1, 2, 1)
     with pytest.raises(PeftcoreError, match="no pair of answers differs within 4 tokens"):
-        preferences.encode(rows[1:], tokenizer, 4)
+        find("dpo").encode(rows[1:], tokenizer, 4)
     with pytest.raises(PeftcoreError, match="'chosen' and 'rejected' have the same tokens"):
-        preferences.encode([read(tmp_path, {"prompt": "the", "chosen": "x", "rejected": "y"})], tokenizer, 8)
+        find("dpo").encode([read(tmp_path, {"prompt": "the", "chosen": "x", "rejected": "y"})], tokenizer, 8)
 
 
 def test_tokens_of_conversations_are_those_that_are_learned_otherwise(tmp_path: Path, tokenizer: Any) -> None:
     tokenizer.chat_template = "{% for m in messages %}{{ '<s> ' + m['content'] + ' </s> the ' }}{% endfor %}"
     row = read(tmp_path, {"prompt": ASKED, "chosen": [GOOD], "rejected": [BAD]})
-    (example,) = preferences.encode([row], tokenizer, 32).examples
+    (example,) = find("dpo").encode([row], tokenizer, 32).examples
     for answer, name in ((GOOD, "chosen_ids"), (BAD, "rejected_ids")):
         alone = Row("f:1", "", messages=[*ASKED, answer], learned_from=1)
         (learned,) = conversations.encode(alone, tokenizer)
@@ -114,8 +115,8 @@ def test_loss_and_margin_by_hand(llama: Path, tokenizer: Any, tmp_path: Path) ->
         read(tmp_path, {"prompt": "the film is", "chosen": "very good", "rejected": "bad"}),
         read(tmp_path, {"prompt": "a", "chosen": "story", "rejected": "no heart and no fun"}),
     ]
-    examples = preferences.encode(rows, tokenizer, 32).examples
-    assert comparisons.measure(PREFERENCES, model, examples, tokenizer).loss == pytest.approx(math.log(2))
+    examples = find("dpo").encode(rows, tokenizer, 32).examples
+    assert measured("dpo", model, examples, tokenizer).loss == pytest.approx(math.log(2))
     base = [chances(model, each) for each in examples]
     torch.manual_seed(1)
     peftcore.apply(model, "lora", r=2)
@@ -128,7 +129,7 @@ def test_loss_and_margin_by_hand(llama: Path, tokenizer: Any, tmp_path: Path) ->
         for mine, its in zip([chances(model, each) for each in examples], base, strict=True)
     ]
     for size in (1, 2):
-        found = comparisons.measure(PREFERENCES, model, examples, tokenizer, size, beta=0.5)
+        found = measured("dpo", model, examples, tokenizer, size, beta=0.5)
         assert found.loss == pytest.approx(sum(math.log1p(math.exp(-m)) for m in margins) / 2, rel=1e-4)
         assert found.figures["margin"] == pytest.approx(sum(margins) / 2, rel=1e-4)
         assert found.figures["preference_accuracy"] == sum(m > 0 for m in margins) / 2

@@ -12,14 +12,15 @@ import torch
 from PIL import Image
 from support import image_models
 from support.commands import Run, write_jsonl
+from support.measured import measured
 
 import peftcore
 from peftcore import PeftcoreError
 from peftcore.cli.bases import models
 from peftcore.cli.data import row_reading
-from peftcore.cli.task_names import IMAGE_PREFERENCES
-from peftcore.cli.tasks import comparisons, image_chats, image_preferences
+from peftcore.cli.tasks import image_dpo, media_chats
 from peftcore.cli.tasks.conversations import IGNORED
+from peftcore.cli.tasks.registered import find
 
 ASKED = [{"role": "user", "content": [{"type": "image", "path": "1.png"}, {"type": "text", "text": "is it good"}]}]
 GOOD, BAD = ({"role": "assistant", "content": text} for text in ("very good", "it is bad and dull"))
@@ -57,8 +58,8 @@ def pairs(tmp_path: Path) -> Path:
 
 
 def test_rows_of_every_form_are_the_same(pairs: Path) -> None:
-    rows = row_reading.read_rows(pairs, IMAGE_PREFERENCES)
-    assert row_reading.guess_task([str(pairs)]) == IMAGE_PREFERENCES
+    rows = row_reading.read_rows(pairs, "image-dpo")
+    assert row_reading.guess_task([str(pairs)]) == "image-dpo"
     asked = [{"type": "image"}, {"type": "text", "text": "is it good"}]
     for row in rows[:4]:
         assert row.messages == [{"role": "user", "content": asked}]
@@ -69,7 +70,7 @@ def test_rows_of_every_form_are_the_same(pairs: Path) -> None:
     for task in ("dpo", "orpo", "reward"):
         for line in pairs.read_text().splitlines()[:4]:
             with pytest.raises(PeftcoreError, match=r"the row has images, which .* Use --task image-dpo"):
-                row_reading.row_of("a.jsonl:1", json.loads(line), task)
+                row_reading.row_of("a.jsonl:1", json.loads(line), find(task))
 
 
 @pytest.mark.parametrize(
@@ -85,14 +86,14 @@ def test_rows_of_every_form_are_the_same(pairs: Path) -> None:
 def test_wrong_rows(pairs: Path, fields: dict[str, Any], message: str) -> None:
     write_jsonl(pairs, [fields])
     with pytest.raises(PeftcoreError, match=rf"pairs.jsonl:1: .*{message}"):
-        row_reading.read_rows(pairs, IMAGE_PREFERENCES)
+        row_reading.read_rows(pairs, "image-dpo")
 
 
 @pytest.mark.parametrize("kind", ["smolvlm", *(pytest.param(k, marks=pytest.mark.nightly) for k in OTHERS)])
 def test_answers_alone_are_compared(pairs: Path, kind: str, tmp_path: Path) -> None:
-    processor = image_chats.checked(image_models.KINDS[kind](tmp_path / kind), kind)
-    examples = image_preferences.encode(row_reading.read_rows(pairs, IMAGE_PREFERENCES), processor, 400).examples
-    batch = image_preferences.collator(processor)(examples)
+    processor = media_chats.checked(image_models.KINDS[kind](tmp_path / kind), kind)
+    examples = find("image-dpo").encode(row_reading.read_rows(pairs, "image-dpo"), processor, 400).examples
+    batch = image_dpo.trl_collator(processor)(examples)
     learned = [
         processor.tokenizer.decode(ids[mask.bool()], skip_special_tokens=True).split()
         for ids, mask in zip(batch["input_ids"], batch["completion_mask"], strict=True)
@@ -102,23 +103,23 @@ def test_answers_alone_are_compared(pairs: Path, kind: str, tmp_path: Path) -> N
         ["it", "is", "bad", "and", "dull"],
     ]
     assert batch["attention_mask"].shape == batch["completion_mask"].shape and "labels" not in batch
-    found = image_preferences.lengths(examples)
+    found = find("image-dpo").lengths(examples)
     assert found == [max(len(e["chosen"]["labels"]), len(e["rejected"]["labels"])) for e in examples]
     with pytest.raises(PeftcoreError, match=r"for [12] images, which cannot be cut"):
-        image_preferences.encode(row_reading.read_rows(pairs, IMAGE_PREFERENCES), processor, 6)
+        find("image-dpo").encode(row_reading.read_rows(pairs, "image-dpo"), processor, 6)
 
 
 def test_the_figures_are_those_of_the_formula(pairs: Path, smolvlm: Path) -> None:
-    processor = models.load_processor(str(smolvlm), IMAGE_PREFERENCES)
-    model = models.load_model(str(smolvlm), IMAGE_PREFERENCES, device="cpu")
-    examples = image_preferences.encode(row_reading.read_rows(pairs, IMAGE_PREFERENCES), processor, 400).examples[3:]
+    processor = find("image-dpo").load_processor(str(smolvlm))
+    model = models.load_model(str(smolvlm), "image-dpo", device="cpu")
+    examples = find("image-dpo").encode(row_reading.read_rows(pairs, "image-dpo"), processor, 400).examples[3:]
 
     def answers() -> torch.Tensor:
         """Return log p of the chosen and the rejected answers, one by one."""
         found = []
         for each in examples:
             for side in ("chosen", "rejected"):
-                batch = image_chats.collate([each[side]], processor)
+                batch = media_chats.collate([each[side]], processor)
                 labels = batch.pop("labels")[0, 1:]
                 with torch.no_grad():
                     scores = model(**batch).logits[0, :-1].log_softmax(-1)
@@ -129,7 +130,7 @@ def test_the_figures_are_those_of_the_formula(pairs: Path, smolvlm: Path) -> Non
     base = answers()
     peftcore.apply(model, "lora", init_lora_weights=False)
     margins = 0.2 * ((answers() - base) @ torch.tensor([1.0, -1.0]))
-    found = comparisons.measure(IMAGE_PREFERENCES, model, examples, processor, 2, beta=0.2)
+    found = measured("image-dpo", model, examples, processor, 2, beta=0.2)
     assert found.loss == pytest.approx(float(-torch.nn.functional.logsigmoid(margins).mean()), rel=1e-4)
     assert found.as_dict()["margin"] == pytest.approx(float(margins.mean()), rel=1e-3)
 

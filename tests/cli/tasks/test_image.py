@@ -10,14 +10,15 @@ import pytest
 import torch
 from PIL import Image
 from support.commands import Run
+from support.measured import measured
 
 import peftcore
 from peftcore import PeftcoreError
 from peftcore.cli.bases import models
 from peftcore.cli.data import image_files, row_reading
 from peftcore.cli.settings import Settings
-from peftcore.cli.task_names import IMAGE
-from peftcore.cli.tasks import by_task, images, row_labels
+from peftcore.cli.tasks import row_labels
+from peftcore.cli.tasks.registered import find
 from peftcore.cli.training import trainer_arguments
 from peftcore.cli.training.sampler import LengthGroupedSampler
 
@@ -54,8 +55,8 @@ def photos(tmp_path: Path) -> Path:
 def test_a_subfolder_is_a_label(photos: Path) -> None:
     (photos / ".hidden").write_text("")
     (photos / "red" / "Thumbs.db").write_text("")
-    rows = row_reading.read_rows(photos, IMAGE)
-    assert row_reading.guess_task([str(photos)]) == IMAGE and row_labels.labels_of(rows) == ["blue", "red"]
+    rows = row_reading.read_rows(photos, "image")
+    assert row_reading.guess_task([str(photos)]) == "image" and row_labels.labels_of(rows) == ["blue", "red"]
     assert [(row.image, row.label) for row in rows[5:7]] == [
         (str(photos / "blue" / "5.png"), "blue"),
         (str(photos / "red" / "0.png"), "red"),
@@ -92,26 +93,26 @@ def broken(photos: Path, how: str) -> None:
 def test_other_folders(photos: Path, how: str, message: str) -> None:
     broken(photos, how)
     with pytest.raises(PeftcoreError, match=message):
-        row_reading.read_rows(photos, IMAGE)
+        row_reading.read_rows(photos, "image")
 
 
 def test_names_of_folders_are_labels_as_those_of_tables(photos: Path) -> None:
     (photos / "red").rename(photos / " red ")
-    assert {row.label for row in row_reading.read_rows(photos, IMAGE)} == {"blue", "red"}
+    assert {row.label for row in row_reading.read_rows(photos, "image")} == {"blue", "red"}
     (photos / "blue").rename(photos / "nan")
     with pytest.raises(PeftcoreError, match="photos/nan: 'label' is nan, which tables write"):
-        row_reading.read_rows(photos, IMAGE)
+        row_reading.read_rows(photos, "image")
 
 
 def test_what_is_no_folder(photos: Path) -> None:
     with pytest.raises(PeftcoreError, match=r"is a file\. --task image needs a folder with one subfolder"):
-        row_reading.read_rows(photos / "red" / "0.png", IMAGE)
+        row_reading.read_rows(photos / "red" / "0.png", "image")
     with pytest.raises(PeftcoreError, match="does not exist"):
-        row_reading.read_rows(photos / "none", IMAGE)
+        row_reading.read_rows(photos / "none", "image")
     with pytest.raises(
         PeftcoreError, match="every training example has the label 'red', and a classifier needs at least two"
     ):
-        row_labels.labels_of([row for row in row_reading.read_rows(photos, IMAGE) if row.label == "red"])
+        row_labels.labels_of([row for row in row_reading.read_rows(photos, "image") if row.label == "red"])
     assert not image_files.is_labelled(str(photos / "red"))
 
 
@@ -157,16 +158,16 @@ def test_images_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_measured_by_hand(vit: Path, photos: Path) -> None:
-    processor = models.load_processor(str(vit), IMAGE)
-    model = models.load_model(str(vit), IMAGE, device="cpu", labels=("blue", "red"))
+    processor = find("image").load_processor(str(vit))
+    model = models.load_model(str(vit), "image", device="cpu", labels=("blue", "red"))
     assert model.config.id2label == {0: "blue", 1: "red"}
-    rows = row_reading.read_rows(photos, IMAGE)
-    examples = images.encode(rows, ("blue", "red"))
+    rows = row_reading.read_rows(photos, "image")
+    examples = find("image").encode(rows, processor, 2, ("blue", "red")).examples
     pixels = processor([Image.open(row.image).convert("RGB") for row in rows], return_tensors="pt")["pixel_values"]
     with torch.no_grad():
         logits = model(pixels).logits
     wanted = torch.tensor([0] * 6 + [1] * 6)
-    found = by_task.measure(model, examples, processor, 5)
+    found = measured("image", model, examples, processor, 5)
     assert found.loss == pytest.approx(float(torch.nn.functional.cross_entropy(logits, wanted)), rel=1e-5)
     assert found.figures["accuracy"] == pytest.approx(float((logits.argmax(-1) == wanted).double().mean()))
 
@@ -194,7 +195,7 @@ def test_end_to_end(run: Run, vit: Path, photos: Path, tmp_path: Path) -> None:
     from transformers import AutoModelForImageClassification
 
     merged = AutoModelForImageClassification.from_pretrained(tmp_path / "merged").eval()
-    processor = models.load_processor(str(tmp_path / "merged"), IMAGE)
+    processor = find("image").load_processor(str(tmp_path / "merged"))
     with torch.no_grad():
         chances = merged(**processor(Image.open(new / "red.png"), return_tensors="pt")).logits.softmax(-1)
     assert float(chances[0, 1]) == pytest.approx(answers[1]["probability"], abs=1e-4)
@@ -225,8 +226,8 @@ def test_losses_are_those_of_trainer(run: Run, vit: Path, photos: Path, tmp_path
     run("train", *common, "-o", tmp_path / "run", "--epochs", 2)
     state = json.loads((tmp_path / "run" / "checkpoints" / "checkpoint-4" / "trainer_state.json").read_text())
     ours = [entry["loss"] for entry in state["log_history"] if "loss" in entry]
-    rows = row_reading.read_rows(photos, IMAGE)
-    processor = models.load_processor(str(vit), IMAGE)
+    rows = row_reading.read_rows(photos, "image")
+    processor = find("image").load_processor(str(vit))
     order = LengthGroupedSampler([1] * 12, 6, 0)
     drawn = [rows[i] for i in order]
     order.set_epoch(1)
@@ -241,7 +242,7 @@ def test_losses_are_those_of_trainer(run: Run, vit: Path, photos: Path, tmp_path
     set_seed(0)
     model = AutoModelForImageClassification.from_pretrained(vit, num_labels=2, ignore_mismatched_sizes=True)
     peftcore.apply(model, "lora", r=4)
-    settings = Settings(model="", data="", task=IMAGE, method="lora", lr=0.02, batch_size=6, device="cpu")
+    settings = Settings(model="", data="", task="image", method="lora", lr=0.02, batch_size=6, device="cpu")
     arguments = trainer_arguments.of_run(settings, tmp_path / "theirs", 24)
     arguments.num_train_epochs, arguments.train_sampling_strategy = 1, "sequential"
     arguments.warmup_steps, arguments.eval_strategy, arguments.save_strategy = 1, "no", "no"

@@ -10,13 +10,14 @@ import pytest
 import torch
 from support import audio_models, image_models
 from support.commands import Run, write_jsonl
+from support.measured import measured
 
 from peftcore import PeftcoreError
 from peftcore.cli.bases import models
 from peftcore.cli.data import audio_files, row_reading
-from peftcore.cli.task_names import AUDIO_TEXT, IMAGE_TEXT
-from peftcore.cli.tasks import by_task, image_chats
+from peftcore.cli.tasks import media_chats
 from peftcore.cli.tasks.conversations import IGNORED
+from peftcore.cli.tasks.registered import find
 
 HEARD = {"type": "audio", "path": "clips/0.wav"}
 SAID = {"role": "assistant", "content": "very good"}
@@ -48,8 +49,8 @@ def chats(tmp_path: Path) -> Path:
 
 
 def test_rows(chats: Path) -> None:
-    rows = row_reading.read_rows(chats, AUDIO_TEXT)
-    assert row_reading.guess_task([str(chats)]) == AUDIO_TEXT
+    rows = row_reading.read_rows(chats, "audio-text")
+    assert row_reading.guess_task([str(chats)]) == "audio-text"
     found = [[Path(sound).name for sound in row.sounds] for row in rows]
     assert found == [["0.wav"], ["1.wav", "0.wav"], ["2.wav"], [], ["1.wav"]]
     assert rows[1].messages is not None and rows[4].messages is not None
@@ -57,13 +58,13 @@ def test_rows(chats: Path) -> None:
     assert rows[1].messages[0]["content"] == [{"type": "text", "text": "the film"}, place, place]
     assert rows[4].messages[0]["content"] == [place, {"type": "text", "text": "is it"}]
     with pytest.raises(PeftcoreError, match=r"chats.jsonl:1: .* than text and image.* read by --task audio-text"):
-        row_reading.read_rows(chats, IMAGE_TEXT)
+        row_reading.read_rows(chats, "image-text")
 
 
 def test_tokens_are_those_of_the_processor_and_answers_are_learned(chats: Path, qwen: Path) -> None:
-    processor = models.load_processor(str(qwen), AUDIO_TEXT)
-    rows = row_reading.read_rows(chats, AUDIO_TEXT)
-    examples = by_task.encode(rows, AUDIO_TEXT, processor, 400).examples
+    processor = find("audio-text").load_processor(str(qwen))
+    rows = row_reading.read_rows(chats, "audio-text")
+    examples = find("audio-text").encode(rows, processor, 400).examples
     place, counts = processor.tokenizer.convert_tokens_to_ids("<|AUDIO|>"), []
     for row, example in zip(rows, examples, strict=True):
         sounds = [audio_files.samples(path, 16_000) for path in row.sounds]
@@ -74,12 +75,12 @@ def test_tokens_are_those_of_the_processor_and_answers_are_learned(chats: Path, 
         assert place not in learned and len(learned) == len(example["input_ids"]) - example["labels"].count(IGNORED)
         counts.append(list(theirs).count(place))
     assert counts == [12, 37, 5, 0, 25]  # half a second is heard as 12 tokens, and a second as 25
-    batch = by_task.collator(processor)(examples)
+    batch = find("audio-text").collator(processor)(examples)
     assert batch["input_features"].shape == (5, 8, 100) and batch["feature_attention_mask"].shape == (5, 100)
     assert batch["labels"].shape == batch["input_ids"].shape
-    model = models.load_model(str(qwen), AUDIO_TEXT, device="cpu")
-    together = by_task.measure(model, examples, processor)
-    alone = [by_task.measure(model, [example], processor) for example in examples]
+    model = models.load_model(str(qwen), "audio-text", device="cpu")
+    together = measured("audio-text", model, examples, processor)
+    alone = [measured("audio-text", model, [example], processor) for example in examples]
     assert together.loss == pytest.approx(sum(each.loss * each.count for each in alone) / together.count, rel=1e-4)
     quiet = {**batch, "input_features": torch.zeros_like(batch["input_features"])}
     with torch.no_grad():
@@ -102,12 +103,12 @@ def test_gemmas_recordings_take_a_fixed_number_of_tokens(chats: Path) -> None:
     )
     extractor, images = Gemma3nAudioFeatureExtractor(), SiglipImageProcessorPil(size={"height": 8, "width": 8})
     processor = Gemma3nProcessor(extractor, images, text, template, audio_seq_length=3, image_seq_length=2)
-    processor = image_chats.checked(processor, "gemma", hears=True)
-    rows = row_reading.read_rows(chats, AUDIO_TEXT)
-    examples = by_task.encode(rows, AUDIO_TEXT, processor, 400).examples
+    processor = media_chats.checked(processor, "gemma", hears=True)
+    rows = row_reading.read_rows(chats, "audio-text")
+    examples = find("audio-text").encode(rows, processor, 400).examples
     place = text.convert_tokens_to_ids("<audio_soft_token>")
     assert [example["input_ids"].count(place) for example in examples] == [3, 6, 3, 0, 3]
-    batch = by_task.collator(processor)(examples)
+    batch = find("audio-text").collator(processor)(examples)
     assert len(batch["input_features"]) == 5 and batch["labels"].shape == batch["input_ids"].shape
 
 
@@ -131,23 +132,23 @@ def test_gemmas_recordings_take_a_fixed_number_of_tokens(chats: Path) -> None:
 def test_wrong_rows(chats: Path, fields: dict[str, Any], message: str) -> None:
     write_jsonl(chats, [fields])
     with pytest.raises(PeftcoreError, match=f"chats.jsonl:1: .*{message}"):
-        row_reading.read_rows(chats, AUDIO_TEXT)
+        row_reading.read_rows(chats, "audio-text")
 
 
 def test_what_does_not_fit_is_an_error(chats: Path, qwen: Path, llama: Path, tmp_path: Path) -> None:
-    processor = models.load_processor(str(qwen), AUDIO_TEXT)
-    rows = row_reading.read_rows(chats, AUDIO_TEXT)
+    processor = find("audio-text").load_processor(str(qwen))
+    rows = row_reading.read_rows(chats, "audio-text")
     with pytest.raises(PeftcoreError, match=r"tokens, 12 of them for 1 recordings, which cannot be cut"):
-        by_task.encode(rows, AUDIO_TEXT, processor, 8)
+        find("audio-text").encode(rows, processor, 8)
     audio_models.save_tone(tmp_path / "clips/0.wav", 1.5)
     with pytest.raises(PeftcoreError, match=r"chats.jsonl:1: .* has 1.5 seconds, and the model reads 1"):
-        by_task.encode(rows, AUDIO_TEXT, processor, 400)
+        find("audio-text").encode(rows, processor, 400)
     row = {"images": ["a.png"], "messages": [{"role": "user", "content": "<image>"}, SAID]}
     (tmp_path / "a.png").touch()
     with pytest.raises(PeftcoreError, match="Qwen2AudioProcessor takes no images"):
-        by_task.encode([row_reading.row_of(f"{chats}:1", row, AUDIO_TEXT)], AUDIO_TEXT, processor, 400)
+        find("audio-text").encode([row_reading.row_of(f"{chats}:1", row, find("audio-text"))], processor, 400)
     with pytest.raises(PeftcoreError, match="needs a model that takes audio and texts, such as Qwen2-Audio"):
-        models.load_processor(str(llama), AUDIO_TEXT)
+        find("audio-text").load_processor(str(llama))
 
 
 @pytest.mark.filterwarnings("ignore")  # of models and trainers
@@ -157,7 +158,7 @@ def test_a_run_learns_what_is_heard(chats: Path, qwen: Path, run: Run, tmp_path:
     shown = run("train", *given, "--steps", "4", "--batch-size", "2", "--lr", "0.02", "--max-length", "100").output
     assert "peftcore predict" in shown and "peftcore chat" not in shown and "generate" not in shown
     found = json.loads((output / "result.json").read_text())
-    assert json.loads((output / "run.json").read_text())["task"] == AUDIO_TEXT
+    assert json.loads((output / "run.json").read_text())["task"] == "audio-text"
     assert found["after"]["loss"] < found["before"]["loss"] - 0.05
     assert f"{found['after']['loss']:.4f}" in run("eval", output, "-d", chats).output
     answers = tmp_path / "answers.jsonl"

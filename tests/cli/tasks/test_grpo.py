@@ -10,13 +10,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.commands import Run, write_jsonl
+from support.measured import measured
 
 from peftcore import PeftcoreError
 from peftcore.cli.bases import models
 from peftcore.cli.data import row_reading
 from peftcore.cli.data.row import Row
-from peftcore.cli.task_names import ROLLOUTS
-from peftcore.cli.tasks import generations, rollouts
+from peftcore.cli.tasks import generations
+from peftcore.cli.tasks.registered import find
 
 METHOD = ("--method", "lora", "--set", "r=4", "--device", "cpu")
 ROWS = [{"prompt": f"the {word} is", "wanted": "good"} for word in ("film", "story", "heart", "fun")]
@@ -37,12 +38,12 @@ def judges(tmp_path: Path) -> Path:
 
 def test_rows(tmp_path: Path, llama: Path) -> None:
     tokenizer = models.load_tokenizer(str(llama))
-    rows = row_reading.read_rows(write_jsonl(tmp_path / "rows.jsonl", ROWS[:1]), ROLLOUTS)
-    (example,) = rollouts.encode(rows, tokenizer, 8).examples
+    rows = row_reading.read_rows(write_jsonl(tmp_path / "rows.jsonl", ROWS[:1]), "grpo")
+    (example,) = find("grpo").encode(rows, tokenizer, 8).examples
     assert example == {**ROWS[0], "prompt_ids": tokenizer("the film is")["input_ids"]}
-    assert rollouts.columns([example]) == ROWS[:1] and rollouts.lengths([example]) == [3]
+    assert find("grpo").columns([example]) == ROWS[:1] and find("grpo").lengths([example]) == [3]
     with pytest.raises(PeftcoreError, match=r"rows.jsonl:1: a prompt must have 1 to 2 tokens .* found 3"):
-        rollouts.encode(rows, tokenizer, 2)
+        find("grpo").encode(rows, tokenizer, 2)
     turn = {"role": "assistant", "content": "a"}
     for row, message in (
         ({"question": "a"}, "grpo needs the keys prompt, found question"),
@@ -50,30 +51,32 @@ def test_rows(tmp_path: Path, llama: Path) -> None:
         ({"prompt": "a", "tools": [{}]}, "tools are not supported"),
     ):
         with pytest.raises(PeftcoreError, match=message):
-            row_reading.read_rows(write_jsonl(tmp_path / "wrong.jsonl", [row]), ROLLOUTS)
+            row_reading.read_rows(write_jsonl(tmp_path / "wrong.jsonl", [row]), "grpo")
 
 
 def test_functions_are_checked(judges: Path) -> None:
     given: dict[str, Any] = {"prompts": ["a", "b"], "completions": ["good", "bad"], "wanted": ["good", "good"]}
-    assert rollouts.load_reward(f"{judges}:share")(**given) == [0.25, 0.0]
+    assert generations.load_reward(f"{judges}:share")(**given) == [0.25, 0.0]
     with pytest.raises(PeftcoreError, match=r"judges.py:strict fails with TypeError: .*accept \*\*kwargs"):
-        rollouts.load_reward(f"{judges}:strict")(**given)
+        generations.load_reward(f"{judges}:strict")(**given)
     with pytest.raises(PeftcoreError, match=r"must return a list of 2 finite numbers, .* found \[1.0\]"):
-        rollouts.load_reward(f"{judges}:short")(**given)
+        generations.load_reward(f"{judges}:short")(**given)
     with pytest.raises(PeftcoreError, match=r"--reward must be FILE.py:FUNCTION, found 'share'"):
-        rollouts.load_reward("share")
+        generations.load_reward("share")
 
 
 def test_the_reward_of_greedy_answers(llama: Path, judges: Path) -> None:
-    tokenizer, model = models.load_tokenizer(str(llama)), models.load_model(str(llama), ROLLOUTS, device="cpu")
+    tokenizer, model = models.load_tokenizer(str(llama)), models.load_model(str(llama), "grpo", device="cpu")
     rows = [Row("f:1", row["prompt"], columns={"wanted": "is"}) for row in ROWS]
-    examples = rollouts.encode(rows, tokenizer, 8).examples
+    examples = find("grpo").encode(rows, tokenizer, 8).examples
     answers = generations.answer(model, [generations.Case(each["prompt_ids"], "") for each in examples], tokenizer, 4)
-    found = rollouts.measure(model, examples, tokenizer, rollouts.load_reward(f"{judges}:share"), 4)
+    found = measured(
+        "grpo", model, examples, tokenizer, reward=generations.load_reward(f"{judges}:share"), answer_tokens=4
+    )
     wanted = sum(text.split().count("is") / 4 for text in answers) / 4
     assert found.figures == {"reward": pytest.approx(wanted)} and found.loss == pytest.approx(-wanted)
     with pytest.raises(PeftcoreError, match="returns None for every held-out answer"):
-        rollouts.measure(model, examples, tokenizer, rollouts.load_reward(f"{judges}:none"), 4)
+        measured("grpo", model, examples, tokenizer, reward=generations.load_reward(f"{judges}:none"), answer_tokens=4)
 
 
 def test_misuse(run: Run, llama: Path, judges: Path, tmp_path: Path) -> None:

@@ -18,8 +18,8 @@ from peftcore import PeftcoreError
 from peftcore.cli.bases import models
 from peftcore.cli.data import audio_files, row_reading
 from peftcore.cli.settings import Settings
-from peftcore.cli.task_names import SPEECH
-from peftcore.cli.tasks import by_task, speech, transcripts
+from peftcore.cli.tasks import asr
+from peftcore.cli.tasks.registered import find
 from peftcore.cli.training import trainer_arguments
 from peftcore.cli.training.sampler import LengthGroupedSampler
 
@@ -156,40 +156,40 @@ def test_wrong_recordings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         ({"file": "slow.wav"}, "needs the keys audio/text.*--columns audio="),
     ):
         with pytest.raises(PeftcoreError, match=f"rows.jsonl:1: .*{message}"):
-            row_reading.read_rows(write_jsonl(tmp_path / "rows.jsonl", [fields]), SPEECH)
+            row_reading.read_rows(write_jsonl(tmp_path / "rows.jsonl", [fields]), "asr")
 
 
 def test_word_error_rate() -> None:
-    assert transcripts.word_error_rate(["It is, good!"], ["it is good"]) == 0
-    assert transcripts.word_error_rate(["the cat sat", ""], ["a cat sat on", "it's"]) == pytest.approx(3 / 5)
-    assert transcripts.word_error_rate(["a b c"], ["a"]) == 2
-    assert transcripts.word_error_rate(["IT\u2019S 'good' caf\u0065\u0301 हिन्दी"], ["it's good caf\u00e9 हिन्दी."]) == 0
-    assert transcripts.word_error_rate(["हिन्दी"], ["हन्द"]) == 1  # marks are parts of a word
+    assert asr.word_error_rate(["It is, good!"], ["it is good"]) == 0
+    assert asr.word_error_rate(["the cat sat", ""], ["a cat sat on", "it's"]) == pytest.approx(3 / 5)
+    assert asr.word_error_rate(["a b c"], ["a"]) == 2
+    assert asr.word_error_rate(["IT\u2019S 'good' caf\u0065\u0301 हिन्दी"], ["it's good caf\u00e9 हिन्दी."]) == 0
+    assert asr.word_error_rate(["हिन्दी"], ["हन्द"]) == 1  # marks are parts of a word
 
 
 def test_languages_and_lengths(whisper: Path, clips: Path, llama: Path) -> None:
-    processor, how = models.load_processor(str(whisper), SPEECH), models.load_generation_config(str(whisper))
+    processor, how = find("asr").load_processor(str(whisper)), models.load_generation_config(str(whisper))
     with pytest.raises(PeftcoreError, match="--language english"):
-        speech.set_language(processor, None, how)
+        asr.set_language(processor, None, how)
     with pytest.raises(PeftcoreError, match="--language klingon is not known"):
-        speech.set_language(processor, "klingon", how)
+        asr.set_language(processor, "klingon", how)
     with pytest.raises(PeftcoreError, match="one language only"):
-        speech.set_language(processor, "english", None)
-    speech.set_language(processor, "german", how)
-    rows = row_reading.read_rows(clips, SPEECH)
-    assert row_reading.guess_task([str(clips)]) == SPEECH
-    first = speech.encode(rows, processor, 64)[0]["labels"]
+        asr.set_language(processor, "english", None)
+    asr.set_language(processor, "german", how)
+    rows = row_reading.read_rows(clips, "asr")
+    assert row_reading.guess_task([str(clips)]) == "asr"
+    first = find("asr").encode(rows, processor, 64).examples[0]["labels"]
     names = processor.tokenizer.convert_ids_to_tokens(first)
     assert names == [*(SPECIAL[i] for i in (1, 4, 6, 9)), *"good", SPECIAL[0]]
-    batch = by_task.collator(processor)([{"audio": rows[0].audio, "labels": first}])
+    batch = find("asr").collator(processor)([{"audio": rows[0].audio, "labels": first}])
     assert batch["labels"][0].tolist() == first[1:] and batch["input_features"].shape == (1, 8, 200)
     with pytest.raises(PeftcoreError, match="transcript has 9 tokens; at most 5"):
-        speech.encode(rows, processor, 5)
+        find("asr").encode(rows, processor, 5)
     save_wave(clips.parent / "clips" / "0.wav", np.zeros(40_000, "<i2"))
     with pytest.raises(PeftcoreError, match=r"clips.jsonl:1: .*has 2.5 seconds, and the model reads 2"):
-        speech.encode(rows, processor, 64)
+        find("asr").encode(rows, processor, 64)
     with pytest.raises(PeftcoreError, match="a model of Whisper's kind"):
-        models.load_processor(str(llama), SPEECH)
+        find("asr").load_processor(str(llama))
 
 
 @pytest.mark.nightly
@@ -202,7 +202,7 @@ def test_losses_are_those_of_transformers_trainer(clips: Path, whisper: Path, tm
     log = json.loads(next((tmp_path / "run" / "checkpoints").glob("*-3/trainer_state.json")).read_text())["log_history"]
     ours = [each["loss"] for each in log if "loss" in each]
 
-    processor = models.load_processor(str(whisper), SPEECH)
+    processor = find("asr").load_processor(str(whisper))
     processor.tokenizer.set_prefix_tokens(language="english", task="transcribe")
     examples = [
         {
@@ -212,7 +212,7 @@ def test_losses_are_those_of_transformers_trainer(clips: Path, whisper: Path, tm
         for i, text in enumerate(TEXTS)
     ]
     set_seed(0)
-    model = models.load_model(str(whisper), SPEECH, device="cpu")
+    model = models.load_model(str(whisper), "asr", device="cpu")
     peftcore.apply(model, "lora", r=4)
     order = list(LengthGroupedSampler([len(each["labels"]) for each in examples], 2, 0))
 
@@ -229,7 +229,7 @@ def test_losses_are_those_of_transformers_trainer(clips: Path, whisper: Path, tm
         def _get_train_sampler(self, *_args: Any) -> Any:
             return order
 
-    settings = Settings(model="m", data="d", task=SPEECH, method="lora", steps=3, batch_size=2, lr=1e-3, device="cpu")
+    settings = Settings(model="m", data="d", task="asr", method="lora", steps=3, batch_size=2, lr=1e-3, device="cpu")
     arguments = Seq2SeqTrainingArguments(
         **{
             **{
@@ -261,7 +261,7 @@ KEPT += ("use_cpu", "seed", "max_grad_norm", "weight_decay", "disable_tqdm", "sa
 
 
 def test_a_step_is_predicted_with_transcripts_that_the_model_can_write(whisper: Path, llama: Path, run: Run) -> None:
-    arguments = ("--task", SPEECH, "--method", "lora")
+    arguments = ("--task", "asr", "--method", "lora")
     said = run("plan", "-m", whisper, *arguments, "--batch-size", 2).output
     assert "a training step of WhisperForConditionalGeneration, lora, batch 2 x 24, fused operators" in said
     assert "twice the batch" in run("suggest", "-m", whisper, *arguments, "--memory", "4GB").output
@@ -278,7 +278,7 @@ def test_training_evaluating_and_transcribing(clips: Path, whisper: Path, tmp_pa
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert result["best"]["metric"] == "wer" and result["best"]["value"] == result["after"]["wer"]
     task = json.loads((tmp_path / "run" / "adapter" / "peftcore_task.json").read_text())
-    assert (task["task"], task["language"]) == (SPEECH, "german")
+    assert (task["task"], task["language"]) == ("asr", "german")
     said = run("eval", tmp_path / "run", "--data", clips).output
     assert "word error rate" in said and f"{result['after']['wer']:.4f}" in said
     run("predict", tmp_path / "run", "--data", clips, "--output", tmp_path / "texts.jsonl")
@@ -286,10 +286,10 @@ def test_training_evaluating_and_transcribing(clips: Path, whisper: Path, tmp_pa
     assert [Path(each["audio"]).name for each in found] == ["0.wav", "1.wav", "2.wav", "3.wav"]
 
     # What the library itself writes.
-    processor = models.load_processor(str(whisper), SPEECH)
-    model = models.load_model(str(whisper), SPEECH, device="cpu")
+    processor = find("asr").load_processor(str(whisper))
+    model = models.load_model(str(whisper), "asr", device="cpu")
     peftcore.load(model, tmp_path / "run" / "adapter")
-    inputs = speech.features([found[0]["audio"]], processor)
+    inputs = asr.features([found[0]["audio"]], processor)
     generate: Any = model.generate
     tokens = generate(input_features=inputs, language="german", task="transcribe", max_new_tokens=19)
     assert found[0]["text"] == processor.tokenizer.batch_decode(tokens, skip_special_tokens=True)[0].strip()

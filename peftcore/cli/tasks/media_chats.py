@@ -1,4 +1,4 @@
-"""Conversations with images or audio as a model's processor prepares them; the assistant's turns are learned.
+"""What tasks on conversations with images or audio have in common; the assistant's turns are learned.
 
 The text is that of the chat template, as for conversations without images. The processor replaces each image in it by
 as many tokens as the model reads for it, or by one that a mask of cross-attention refers to (Llama 3.2); these are
@@ -10,41 +10,106 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Iterator, Sequence
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from transformers import ProcessorMixin
+from transformers import PreTrainedModel, ProcessorMixin
 
-from peftcore.cli.data import audio_files, image_files
+from peftcore.cli.bases import models
+from peftcore.cli.data import audio_files, image_files, image_turns
 from peftcore.cli.data.row import Row, naming
-from peftcore.cli.tasks import conversations, mistral_chats
+from peftcore.cli.tasks import conversations, encoded_examples, mistral_chats, text_generation
 from peftcore.cli.tasks.conversations import IGNORED
-from peftcore.cli.tasks.encoded_examples import Example
+from peftcore.cli.tasks.encoded_examples import Encoded, Example
+from peftcore.cli.tasks.task import Keys, Task
 from peftcore.errors import PeftcoreError
+
+if TYPE_CHECKING:
+    from peftcore.cli.bases.adapter_folders import AdapterTask
 
 NAMES = {"image": "images", "audio": "recordings"}  # parts of a turn
 _OF_MEDIA = ("pixel", "input_features", "feature_")  # tensors whose second dimension is not that of tokens
 _WINDOW = 30  # seconds that models read whose feature extractor does not say it
 
 
-def encode(rows: Sequence[Row], processor: Any, max_length: int) -> tuple[list[Example], int, int]:
-    """Return (examples, number of truncated rows, number of those without a token to learn).
+class MediaChats(Task):
+    """A model of conversations whose turns have images or audio.
 
-    An example has `text`, `images` and `sounds` for the processor, and `input_ids` and `labels` as the processor makes
-    them.
-
-    Raises:
-        PeftcoreError: an image cannot be read, the template does not write it, or it is beyond `max_length` tokens.
+    Attributes:
+        hears: whether it takes audio.
     """
-    examples: list[Example] = []
-    truncated = left_out = 0
-    for row in rows:
-        found, cut = encoded(row, processor, max_length)
-        learned = [example for example in found if any(label != IGNORED for label in example["labels"][1:])]
-        examples, truncated, left_out = examples + learned, truncated + cut, left_out + len(found) - len(learned)
-    if not examples:
-        raise PeftcoreError(f"no answer begins within {max_length} tokens in any conversation. Increase --max-length")
-    return examples, truncated, left_out
+
+    keys: ClassVar[Keys] = (("messages",), ("conversations",), ("prompt", "completion"))
+    columns_example = "messages=chat"
+    has_positions = answers_texts = generates = False
+    predicts = examples_count = needs_examples = True
+    no_chat = "answers turns with images or audio. Use peftcore predict --data CONVERSATIONS.jsonl"
+    hears: ClassVar[bool] = False
+
+    def read_row(self, where: str, fields: dict[str, Any], keys: tuple[str, ...]) -> Row:
+        return image_turns.row_of(where, fields, hears=self.hears)
+
+    def read_question(self, where: str, fields: dict[str, Any], about: AdapterTask) -> Row:
+        return image_turns.asked_of(where, fields, self.name, hears=self.hears)
+
+    def load_processor(self, model: str, adapter: Path | None = None) -> Any:
+        return models.chat_processor(model, self.name, adapter, hears=self.hears)
+
+    def encode(
+        self,
+        rows: Sequence[Row],
+        processor: Any,
+        max_length: int,
+        labels: Sequence[str] = (),
+        *,
+        may_be_empty: bool = False,
+    ) -> Encoded:
+        """Return examples with `text`, `images` and `sounds` for the processor, and `input_ids` and `labels` of its.
+
+        Raises:
+            PeftcoreError: an image cannot be read, the template does not write it, or it is beyond `max_length` tokens.
+        """
+        examples: list[Example] = []
+        truncated = left_out = 0
+        for row in rows:
+            found, cut = encoded(row, processor, max_length)
+            learned = [example for example in found if any(label != IGNORED for label in example["labels"][1:])]
+            examples, truncated, left_out = examples + learned, truncated + cut, left_out + len(found) - len(learned)
+        if not examples:
+            raise PeftcoreError(
+                f"no answer begins within {max_length} tokens in any conversation. Increase --max-length"
+            )
+        return Encoded(examples, truncated, left_out)
+
+    def collate(self, examples: Sequence[Example], processor: Any) -> dict[str, Any]:
+        return collate(examples, processor)
+
+    def step_of(self, examples: Sequence[Example], processor: Any) -> dict[str, Any]:
+        """Return the longest example as a batch."""
+        return {"example": collate([max(examples, key=encoded_examples.length)], processor)}
+
+    @torch.no_grad()
+    def predict(
+        self, model: PreTrainedModel, rows: Sequence[Row], processor: Any, about: AdapterTask, *, answer_tokens: int
+    ) -> list[dict[str, Any]]:
+        """Return the images and the last turn of each conversation with the model's greedy answer."""
+        tokenizer, found = processor.tokenizer, []
+        device = next(model.parameters()).device
+        generate: Any = model.generate
+        for row in rows:
+            inputs = {name: value.to(device) for name, value in question(row, processor).items()}
+            tokens = generate(
+                **encoded_examples.in_dtype(inputs, model),
+                do_sample=False,
+                max_new_tokens=answer_tokens,
+                pad_token_id=tokenizer.pad_token_id,
+                eos_token_id=text_generation.ends(model, tokenizer),
+            )
+            answer = tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+            asked = "".join(part.get("text", "") for part in (row.messages or [])[-1]["content"])
+            found.append({"images": list(row.images), "prompt": asked, "answer": answer})
+        return found
 
 
 def encoded(row: Row, processor: Any, max_length: int) -> tuple[list[Example], int]:

@@ -9,16 +9,17 @@ from typing import Any
 import pytest
 import torch
 from support.commands import Run, write_jsonl
+from support.measured import measured
 
 import peftcore
 from peftcore import PeftcoreError
-from peftcore.cli import task_names
 from peftcore.cli.bases import models
 from peftcore.cli.bases.adapter_folders import adapter_task
 from peftcore.cli.data import row_reading
 from peftcore.cli.data.row import Row
 from peftcore.cli.settings import Settings
-from peftcore.cli.tasks import comparisons, unpaired
+from peftcore.cli.tasks import kto
+from peftcore.cli.tasks.registered import find
 from peftcore.cli.training import trainer_arguments
 from peftcore.cli.training.sampler import LengthGroupedSampler
 
@@ -32,7 +33,7 @@ ROWS = [
 
 
 def read(folder: Path, fields: dict[str, Any]) -> Row:
-    (row,) = row_reading.read_rows(write_jsonl(folder / "rows.jsonl", [fields]), task_names.UNPAIRED)
+    (row,) = row_reading.read_rows(write_jsonl(folder / "rows.jsonl", [fields]), "kto")
     return row
 
 
@@ -46,7 +47,7 @@ def tokenizer(llama: Path) -> Any:
 def test_how_files_have_them(tmp_path: Path) -> None:
     found = read(tmp_path, {"prompt": "a", "completion": "b", "label": True})
     assert (found.text, found.completion, found.is_good) == ("a", "b", True)
-    assert row_reading.guess_task(tmp_path / "rows.jsonl") == task_names.UNPAIRED
+    assert row_reading.guess_task(tmp_path / "rows.jsonl") == "kto"
     assert read(tmp_path, {"prompt": "a", "completion": "b", "label": "False"}).is_good is False
     found = read(tmp_path, {"prompt": ASKED, "completion": GOOD, "label": 1})
     assert (found.messages, found.completion, found.is_good) == (ASKED, GOOD, True)
@@ -73,18 +74,18 @@ def test_errors_name_file_and_line(tmp_path: Path, fields: dict[str, Any], messa
 def test_answers_of_one_mark_are_refused(mark: bool, other: str) -> None:
     rows = [Row(f"file:{number}", "a", completion="b", is_good=mark) for number in (1, 2)]
     with pytest.raises(PeftcoreError, match=rf"file:1: every answer has the label .* Add answers with {other}"):
-        unpaired.refuse_one_mark(rows)
+        find("kto").check_rows(rows)
 
 
 def test_tokens(tmp_path: Path, tokenizer: Any) -> None:
     row = read(tmp_path, {"prompt": "the film is", "completion": "very good", "label": True})
-    (example,) = unpaired.encode([row], tokenizer, 32).examples
+    (example,) = find("kto").encode([row], tokenizer, 32).examples
     prompt, answer = (tokenizer(text)["input_ids"] for text in ("the film is", "very good"))
     answer = [*answer, tokenizer.eos_token_id]
     assert example == {"prompt_ids": prompt, "completion_ids": answer, "label": True}
-    short = unpaired.encode([row], tokenizer, 4)
+    short = find("kto").encode([row], tokenizer, 4)
     assert short.truncated == 1 and short.examples[0]["prompt_ids"] == prompt[2:]
-    assert unpaired.lengths(short.examples) == [4]
+    assert find("kto").lengths(short.examples) == [4]
 
 
 def test_loss_by_hand(llama: Path, tokenizer: Any, tmp_path: Path) -> None:
@@ -92,8 +93,8 @@ def test_loss_by_hand(llama: Path, tokenizer: Any, tmp_path: Path) -> None:
 
     model = AutoModelForCausalLM.from_pretrained(llama)
     rows = [read(tmp_path, row) for row in (ROWS[0], ROWS[3], {**ROWS[0], "completion": "no heart and no fun"})]
-    examples = unpaired.encode(rows, tokenizer, 32).examples
-    assert comparisons.measure(task_names.UNPAIRED, model, examples, tokenizer).loss == pytest.approx(0.5)
+    examples = find("kto").encode(rows, tokenizer, 32).examples
+    assert measured("kto", model, examples, tokenizer).loss == pytest.approx(0.5)
     before = [[chance(model, one, other) for other in examples] for one in examples]
     torch.manual_seed(1)
     peftcore.apply(model, "lora", r=2)
@@ -106,7 +107,7 @@ def test_loss_by_hand(llama: Path, tokenizer: Any, tmp_path: Path) -> None:
     k = 0.5 * max(0.0, (ratio[0][2] + ratio[1][0] + ratio[2][1]) / 3)
     distances = [0.5 * ratio[0][0] - k, k - 0.5 * ratio[1][1], 0.5 * ratio[2][2] - k]
     for size in (1, 3):
-        found = comparisons.measure(task_names.UNPAIRED, model, examples, tokenizer, size, beta=0.5)
+        found = measured("kto", model, examples, tokenizer, size, beta=0.5)
         wanted = sum(1 - float(torch.tensor(each).sigmoid()) for each in distances) / 3
         assert found.loss == pytest.approx(wanted, rel=1e-4) and found.figures["kl"] == pytest.approx(k, rel=1e-4)
         assert found.figures["accuracy"] == sum(each > 0 for each in distances) / 3
@@ -135,10 +136,10 @@ def test_kto_end_to_end(run: Run, llama: Path, tmp_path: Path) -> None:
 
 
 def test_a_batch_of_one_has_the_answer_of_another_example(llama: Path) -> None:
-    collate = unpaired.collator(models.load_tokenizer(str(llama)))
+    collate = kto.trl_collator(models.load_tokenizer(str(llama)))
     ids = [[4, 5], [6], [7, 8]]
     rows = [{"prompt_ids": [1], "completion_ids": each, "label": True} for each in ids]
-    examples = unpaired.mismatched(rows)
+    examples = kto.mismatched(rows)
     assert collate([examples[1]])["KL_input_ids"].tolist() == [[1, 4, 5]]
     assert collate(examples[1:])["KL_input_ids"].tolist() == [[1, 7, 8], [1, 6, 0]]  # in the batch
 
@@ -147,18 +148,18 @@ def test_weights_of_answers(tmp_path: Path) -> None:
     examples = [{"label": True}, {"label": False}, {"label": True}]
     after, before = [torch.tensor([1.0, 2.0, 3.0]), torch.zeros(3)], [torch.zeros(3), torch.zeros(3)]
     plain = [1 - torch.tensor(x).sigmoid() for x in (0.5, -1.0, 1.5)]
-    found = unpaired.figures(after, before, unpaired.weighted(examples, (2.0, 0.5)), 0.5)
+    found = find("kto").figures_of(after, before, kto.weighted(examples, (2.0, 0.5)), 0.5)
     assert found.loss == pytest.approx(float(2 * plain[0] + 0.5 * plain[1] + 2 * plain[2]) / 3)
-    assert unpaired.figures(after, before, examples, 0.5).loss == pytest.approx(float(sum(plain)) / 3)
+    assert find("kto").figures_of(after, before, examples, 0.5).loss == pytest.approx(float(sum(plain)) / 3)
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize(
     ("task", "weights"),
     [
-        pytest.param(task_names.PREFERENCES, (1.0, 1.0), marks=pytest.mark.nightly),
-        (task_names.UNPAIRED, (1.0, 1.0)),
-        pytest.param(task_names.UNPAIRED, (1.5, 0.5), marks=pytest.mark.nightly),
+        pytest.param("dpo", (1.0, 1.0), marks=pytest.mark.nightly),
+        ("kto", (1.0, 1.0)),
+        pytest.param("kto", (1.5, 0.5), marks=pytest.mark.nightly),
     ],
 )
 def test_losses_of_training_are_those_of_trl(
@@ -170,13 +171,13 @@ def test_losses_of_training_are_those_of_trl(
     from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
     rows = ROWS
-    if task == task_names.PREFERENCES:
+    if task == "dpo":
         pairs = zip(ROWS[::2], ROWS[1::2], strict=True)
         rows = [{"prompt": a["prompt"], "chosen": a["completion"], "rejected": b["completion"]} for a, b in pairs]
     path, output = write_jsonl(tmp_path / "rows.jsonl", rows), tmp_path / "run"
     half = len(rows) // 2
     common = ("-m", llama, "-d", path, "--eval-data", path, "--method", "lora", "--set", "r=4", "--device", "cpu")
-    more = ("--desirable-weight", weights[0], "--undesirable-weight", weights[1]) if task == task_names.UNPAIRED else ()
+    more = ("--desirable-weight", weights[0], "--undesirable-weight", weights[1]) if task == "kto" else ()
     run("train", *common, *more, "-o", output, "--epochs", 2, "--batch-size", half, "--lr", "0.02", "--beta", "0.2")
     (state,) = (output / "checkpoints" / "checkpoint-4").glob("trainer_state.json")
     ours = [entry["loss"] for entry in json.loads(state.read_text())["log_history"] if "loss" in entry]
@@ -191,10 +192,10 @@ def test_losses_of_training_are_those_of_trl(
     settings = Settings(model="", data="", task=task, method="lora", lr=0.02, beta=0.2, batch_size=half, device="cpu")
     arguments = trainer_arguments.of_run(settings, tmp_path / "trl", 2 * len(rows))
     arguments.num_train_epochs, arguments.train_sampling_strategy = 1, "sequential"
-    if task == task_names.UNPAIRED:
+    if task == "kto":
         arguments.desirable_weight, arguments.undesirable_weight = weights
     arguments.warmup_steps, arguments.eval_strategy, arguments.save_strategy = 1, "no", "no"
-    kind = trl.KTOTrainer if task == task_names.UNPAIRED else trl.DPOTrainer
+    kind = trl.KTOTrainer if task == "kto" else trl.DPOTrainer
     arguments_of_trainer = {"args": arguments, "train_dataset": Dataset.from_list(drawn), "processing_class": tokenizer}
     trainer = kind(model=model, ref_model=peftcore.reference_model(model), **arguments_of_trainer)
     trainer.train()

@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from support.measured import measured
 
 from peftcore import PeftcoreError
 from peftcore.cli.data.row import Row
-from peftcore.cli.task_names import CLASSIFICATION, LANGUAGE_MODEL
-from peftcore.cli.tasks import by_task, encoded_examples, text_generation
+from peftcore.cli.tasks import encoded_examples, text_generation
+from peftcore.cli.tasks.registered import find
 
 
 @pytest.fixture
@@ -23,7 +24,7 @@ def tokenizer(llama: Path) -> Any:
 
 def test_a_long_text_is_divided_and_nothing_lost(tokenizer: Any) -> None:
     ids = tokenizer("the film is good and the story is bad")["input_ids"] + [tokenizer.eos_token_id]
-    found = by_task.encode([Row("f:1", "the film is good and the story is bad")], LANGUAGE_MODEL, tokenizer, 4)
+    found = find("causal-lm").encode([Row("f:1", "the film is good and the story is bad")], tokenizer, 4)
     assert found.truncated == 1
     assert [example["input_ids"] for example in found.examples] == [ids[0:4], ids[4:8], ids[8:10]]
     assert all(example["labels"] == example["input_ids"] for example in found.examples)
@@ -31,14 +32,14 @@ def test_a_long_text_is_divided_and_nothing_lost(tokenizer: Any) -> None:
 
 def test_of_a_long_prompt_the_beginning_is_dropped(tokenizer: Any) -> None:
     row = Row("f:1", "the film is good and the story", completion="is bad")
-    (example,) = by_task.encode([row], LANGUAGE_MODEL, tokenizer, 5).examples
+    (example,) = find("causal-lm").encode([row], tokenizer, 5).examples
     answer = [*tokenizer("is bad")["input_ids"], tokenizer.eos_token_id]
     assert example["input_ids"] == tokenizer("the story")["input_ids"] + answer
     assert example["labels"] == [-100, -100, *answer]
 
 
 def test_an_empty_prompt_begins_with_a_special_token(tokenizer: Any) -> None:
-    (example,) = by_task.encode([Row("f:1", "", completion="bad")], LANGUAGE_MODEL, tokenizer, 8).examples
+    (example,) = find("causal-lm").encode([Row("f:1", "", completion="bad")], tokenizer, 8).examples
     assert example["input_ids"][0] == tokenizer.bos_token_id and example["labels"][0] == -100
 
 
@@ -49,9 +50,9 @@ def test_measure_does_not_depend_on_batches(llama: Path, tokenizer: Any) -> None
     rows = [
         Row(f"f:{i}", text) for i, text in enumerate(("the film is", "a very very dull story", "no", "fun and heart"))
     ]
-    examples = by_task.encode(rows, LANGUAGE_MODEL, tokenizer, 16).examples
+    examples = find("causal-lm").encode(rows, tokenizer, 16).examples
     before = torch.get_rng_state()
-    found = [by_task.measure(model, examples, tokenizer, batch_size) for batch_size in (1, 2, 4)]
+    found = [measured("causal-lm", model, examples, tokenizer, batch_size) for batch_size in (1, 2, 4)]
     assert torch.equal(before, torch.get_rng_state()) and model.training
     assert [metrics.count for metrics in found] == [3 + 5 + 1 + 3] * 3
     assert found[0].loss == pytest.approx(found[1].loss, rel=1e-5) == pytest.approx(found[2].loss, rel=1e-5)
@@ -63,19 +64,19 @@ def test_measure_computes_no_logits(llama: Path, tokenizer: Any) -> None:
 
     model, rows = AutoModelForCausalLM.from_pretrained(llama), []
     model.register_forward_hook(lambda module, args, output: rows.append(output.logits.shape[1]))
-    examples = by_task.encode([Row("f:1", "the film is good")], LANGUAGE_MODEL, tokenizer, 16).examples
-    found = by_task.measure(model, examples, tokenizer)
+    examples = find("causal-lm").encode([Row("f:1", "the film is good")], tokenizer, 16).examples
+    found = measured("causal-lm", model, examples, tokenizer)
     with torch.no_grad():
-        wanted = model(**by_task.collator(tokenizer)(examples))
+        wanted = model(**find("causal-lm").collator(tokenizer)(examples))
     assert rows[-2:] == [0, len(examples[0]["input_ids"])]
     assert found.loss == pytest.approx(float(wanted.loss), rel=1e-5)
 
 
 def test_classes_are_cut_at_the_end(tokenizer: Any) -> None:
     rows = [Row("f:1", "the film is good", label="b"), Row("f:2", "bad", label="a")]
-    found = by_task.encode(rows, CLASSIFICATION, tokenizer, 3, ("a", "b"))
+    found = find("classification").encode(rows, tokenizer, 3, ("a", "b"))
     assert found.truncated == 1 and [example["labels"] for example in found.examples] == [1, 0]
-    batch = by_task.collator(tokenizer)(found.examples)
+    batch = find("causal-lm").collator(tokenizer)(found.examples)
     assert batch["input_ids"].tolist() == [
         tokenizer("the film is")["input_ids"],
         [*tokenizer("bad")["input_ids"], 0, 0],
@@ -97,8 +98,6 @@ def test_generation_leaves_the_random_state_alone(llama: Path, tokenizer: Any) -
 
 
 def test_errors(tokenizer: Any) -> None:
-    with pytest.raises(PeftcoreError, match="at least 2 tokens, found 1"):
-        by_task.encode([Row("f:1", "a")], LANGUAGE_MODEL, tokenizer, 1)
 
 
 def test_batches_of_so_many_examples_and_tokens() -> None:
