@@ -148,7 +148,7 @@ def test_an_installed_plugin_that_does_not_declare_its_api(discover) -> None:
     plugin = Answers([tiny.method("scale")])
     registry = discover(("scale", plugin, "peftcore-scale"))
     del plugin.peftcore_api
-    with pytest.warns(UserWarning, match=r"'scale' .* does not declare the plugin APIs .*peftcore_api = \">=3.9,<4\""):
+    with pytest.warns(UserWarning, match=r"'scale' .* does not declare the plugin APIs .*peftcore_api = \">=3.10,<4\""):
         assert registry.methods() == {}
 
 
@@ -181,18 +181,20 @@ def test_malformed_methods(discover, plugin, message: str) -> None:
         assert registry.methods() == {}
 
 
-@pytest.mark.parametrize("api", [">=4", ">=3.10,<4", "==2.*", "<3"])
+@pytest.mark.parametrize("api", [">=4", ">=3.11,<4", "==2.*", "<3"])
 def test_a_plugin_that_does_not_support_this_api(discover, api: str) -> None:
     plugin = tiny.Plugin(tiny.method("scale"))
     plugin.peftcore_api = api
     registry = discover(("scale", plugin, "peftcore-scale"))
-    with pytest.warns(UserWarning, match=rf"supports the plugin APIs {re.escape(api)}, this peftcore has 3.9. Upgrade"):
+    with pytest.warns(
+        UserWarning, match=rf"supports the plugin APIs {re.escape(api)}, this peftcore has 3.10. Upgrade"
+    ):
         assert registry.methods() == {}
 
 
 def test_an_addition_to_the_api_breaks_no_plugin(discover, monkeypatch) -> None:
     registry = discover(("scale", tiny.Plugin(tiny.method("scale")), "peftcore-scale"))
-    monkeypatch.setattr(plugin_checks, "API", "3.9")
+    monkeypatch.setattr(plugin_checks, "API", "3.11")
     assert list(registry.methods()) == ["scale"]
 
 

@@ -17,7 +17,7 @@ from peftcore.cli.bases.adapter_folders import Quantization, has_tokenizer
 from peftcore.cli.bases.base_files import pretrained, quiet_transformers, remote_code
 from peftcore.cli.bases.device_choice import HALVES, torch_device, torch_dtype, without_instructions
 from peftcore.cli.console import note, require, warn
-from peftcore.cli.tasks import conversations, media_chats, registered
+from peftcore.cli.tasks import conversations, registered
 from peftcore.errors import PeftcoreError, nearest
 from peftcore.plugin.registry import registry
 
@@ -60,11 +60,11 @@ def image_processor(model: str, task: str) -> Any:
     return _with_torchvision(AutoImageProcessor, model, "image processor")
 
 
-def chat_processor(model: str, task: str, adapter: Path | None, *, hears: bool) -> Any:
+def chat_processor(model: str, task: str, *, hears: bool) -> Any:
     """Return the processor of a model of conversations with images, or, if it `hears`, with audio.
 
     Raises:
-        PeftcoreError: it cannot be loaded, or prepares no images or audio.
+        PeftcoreError: it cannot be loaded.
     """
     quiet_transformers()
     from transformers import AutoProcessor
@@ -73,13 +73,7 @@ def chat_processor(model: str, task: str, adapter: Path | None, *, hears: bool) 
     if not hears:
         require("PIL", extra="images")
     load_config(model, task)
-    found = _with_torchvision(AutoProcessor, model, "processor")
-    processor = media_chats.checked(found, model, hears=hears)
-    if adapter is not None and has_tokenizer(adapter):
-        own = adapter_tokenizer.load(adapter)
-        own.chat_template = own.chat_template or processor.tokenizer.chat_template
-        processor.tokenizer = own
-    return processor
+    return _with_torchvision(AutoProcessor, model, "processor")
 
 
 def _refuse_gguf(model: str, task: str) -> None:

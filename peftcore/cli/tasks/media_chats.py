@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from transformers import PreTrainedModel, ProcessorMixin
 
-from peftcore.cli.bases import models
+from peftcore.cli.bases import adapter_tokenizer, models
+from peftcore.cli.bases.adapter_folders import has_tokenizer
 from peftcore.cli.data import audio_files, image_files, image_turns
 from peftcore.cli.data.row import Row, naming
 from peftcore.cli.tasks import conversations, encoded_examples, mistral_chats, text_generation
@@ -54,7 +55,12 @@ class MediaChats(Task):
         return image_turns.asked_of(where, fields, self.name, hears=self.hears)
 
     def load_processor(self, model: str, adapter: Path | None = None) -> Any:
-        return models.chat_processor(model, self.name, adapter, hears=self.hears)
+        processor = checked(models.chat_processor(model, self.name, hears=self.hears), model, hears=self.hears)
+        if adapter is not None and has_tokenizer(adapter):
+            own = adapter_tokenizer.load(adapter)
+            own.chat_template = own.chat_template or processor.tokenizer.chat_template
+            processor.tokenizer = own
+        return processor
 
     def encode(
         self,

@@ -116,8 +116,8 @@ def test_what_it_does_not_take_is_an_error(chats: Path, voxtral: Path) -> None:
 
 
 def test_an_error_names_the_missing_package(voxtral: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    find = importlib.util.find_spec
-    hidden = lambda name, *rest: None if name == "mistral_common" else find(name, *rest)  # noqa: E731
+    own = importlib.util.find_spec
+    hidden = lambda name, *rest: None if name == "mistral_common" else own(name, *rest)  # noqa: E731
     monkeypatch.setattr("importlib.util.find_spec", hidden)
     with pytest.raises(PeftcoreError, match=r"by mistral-common, and 'mistral_common' is not installed. .*\[audio\]"):
         find("audio-text").load_processor(str(voxtral))

@@ -9,7 +9,6 @@ import pytest
 import torch
 from support.measured import measured
 
-from peftcore import PeftcoreError
 from peftcore.cli.data.row import Row
 from peftcore.cli.tasks import encoded_examples, text_generation
 from peftcore.cli.tasks.registered import find
@@ -95,9 +94,6 @@ def test_generation_leaves_the_random_state_alone(llama: Path, tokenizer: Any) -
     ]
     assert texts[0] == texts[1] != texts[2]
     assert torch.equal(before, torch.get_rng_state())
-
-
-def test_errors(tokenizer: Any) -> None:
 
 
 def test_batches_of_so_many_examples_and_tokens() -> None:
