@@ -39,11 +39,11 @@ def test_it_trains_evaluates_and_predicts(run: Run, llama: Path, tmp_path: Path)
     after = json.loads((output / "result.json").read_text())["after"]
     assert after.keys() == {"loss", "right"} and after["loss"] < 2.0
 
-    shown = run("eval", "-a", output, "-d", data).output
+    shown = run("eval", output, "-d", data).output
     assert "right" in shown and "19 examples" in shown
     asked = write_jsonl(tmp_path / "new.jsonl", [{"body": "the good film"}, {"body": "the dull film"}])
     answers = [
-        json.loads(line) for line in run("predict", "-a", output, "-d", asked, "--answer-tokens", 4).output.splitlines()
+        json.loads(line) for line in run("predict", output, "-d", asked, "--answer-tokens", 4).output.splitlines()
     ]
     assert [each["body"] for each in answers] == ["the good film", "the dull film"]
     assert all(each["title"].startswith("a ") for each in answers)
