@@ -35,6 +35,7 @@ _PUBLIC = {
     "peftcore.files.loading": ("load",),
     "peftcore.files.saving": ("save",),
     "peftcore.training.integrations.reference_model": ("reference_model",),
+    "peftcore.engine.merging.merged_layers": ("can_merge",),
     "peftcore.engine.merging.merge": ("merge", "merge_error", "unmerge"),
     "peftcore.distributed": ("TrainingState", "load_sharded", "shard"),
     "peftcore.quantization": ("dequantize", "quantize"),

@@ -18,6 +18,7 @@ from peftcore.engine.composing.combining import combine as combine
 from peftcore.engine.composing.converting import convert as convert
 from peftcore.engine.configs import config as config
 from peftcore.engine.merging.merge import merge as merge, merge_error as merge_error, unmerge as unmerge
+from peftcore.engine.merging.merged_layers import can_merge as can_merge
 from peftcore.engine.scaling import scale as scale
 from peftcore.engine.summary import Plan as Plan, Summary as Summary, plan as plan, summary as summary
 from peftcore.errors import (

@@ -22,10 +22,9 @@ from torch.utils._pytree import tree_leaves
 
 from peftcore.errors import PeftcoreError
 from peftcore.estimating.costs import FREE, Cost, cost
-from peftcore.model.meta import MetaFloats
 from peftcore.ops.linear_cross_entropy import workspace, workspace_of_weight
 from peftcore.ops.weight import checked
-from peftcore.plugin import ranks
+from peftcore.plugin import MetaFloats, ranks
 
 LARGEST_INDEX = 1 << 22  # integer tensors with more values than this are on meta
 

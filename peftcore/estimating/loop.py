@@ -22,12 +22,10 @@ from peftcore.estimating.mixed_precision import asked_of_cpu, autocast, on_meta,
 from peftcore.estimating.processes import Alone, Replicas, Shards
 from peftcore.estimating.purpose import Purpose
 from peftcore.estimating.step import Step
-from peftcore.model import positions
 from peftcore.model.base_modules import original_forward
 from peftcore.model.inputs import BATCH, LENGTH, example_inputs
-from peftcore.model.meta import MetaFloats, meta_copy
 from peftcore.optim import NAMES, PagedOptimizer
-from peftcore.plugin import base_modules, has_adapters, text_config
+from peftcore.plugin import MetaFloats, base_modules, has_adapters, meta_copy, number_of_positions, text_config
 from peftcore.training.loss_without_logits import switch_on
 
 FORWARD, BACKWARD, UPDATE = "forward", "backward", "optimizer"
@@ -60,7 +58,7 @@ def make_inputs(
         )
     if example is not None:
         return _repeated(model, rows, example)
-    known = positions.count(model)
+    known = number_of_positions(model)
     if known is not None and length > known:
         raise PeftcoreError(
             f"{type(model).__name__} has positions for {known:,} tokens, found length={length:,}. Pass length={known} "

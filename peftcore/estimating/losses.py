@@ -17,10 +17,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import peftcore
-from peftcore.engine.adaptation.modes import evaluation_mode
 from peftcore.errors import PeftcoreError
 from peftcore.estimating.following import NotFollowed
-from peftcore.plugin import has_adapters
+from peftcore.plugin import evaluation_mode, has_adapters
 
 Call = Callable[..., Any]  # (model, **inputs) -> outputs, as a trainer calls the model
 # What each trainer asks of the policy's pass besides log-likelihoods, for its log (TRL 1.16).

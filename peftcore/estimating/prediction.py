@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 import peftcore
-from peftcore.engine import add_adapter, takes_batches
+from peftcore.engine import add_adapter
 from peftcore.errors import PeftcoreError
 from peftcore.estimating.checkpointing import checkpoint
 from peftcore.estimating.costs import kept
@@ -31,7 +31,7 @@ from peftcore.estimating.stand_in import apply_again, stand_in
 from peftcore.estimating.step import Step
 from peftcore.estimating.tensor_parallel import divide, first_of, refuse_trained
 from peftcore.optim import PAGE_BYTES
-from peftcore.plugin import has_adapters, ranks, text_config
+from peftcore.plugin import has_adapters, ranks, takes_batches, text_config
 from peftcore.quantization import quantize as to_4_bits
 from peftcore.training import recomputes
 

@@ -18,8 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
-from peftcore.distributed import divided
-from peftcore.engine.replicas import blocks
+from peftcore.distributed import blocks, divided
 from peftcore.estimating.following import Following
 from peftcore.estimating.purpose import Purpose
 from peftcore.estimating.step import Step

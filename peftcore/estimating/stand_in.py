@@ -15,7 +15,7 @@ from peftcore.engine import adapter_parameters, add_adapter, state_of
 from peftcore.engine.state import refuse_merged, refuse_per_sample
 from peftcore.errors import PeftcoreError
 from peftcore.estimating.following import NotFollowed
-from peftcore.model.meta import meta_copy
+from peftcore.plugin import meta_copy
 from peftcore.plugin.layers import is_wrapped
 from peftcore.quantization import QuantizedLinear, built_empty, is_packed, quantized_experts
 from peftcore.quantization.convert import convert

@@ -8,7 +8,7 @@ _TABLES = ("wpe", "embed_positions", "position_embeddings", "position_embedding"
 _OTHERS = ("vision", "visual", "audio")  # parts of a model that read something other than tokens
 
 
-def count(model: nn.Module) -> int | None:
+def number_of_positions(model: nn.Module) -> int | None:
     """Return the number of tokens that the model has positions for, or None if it has no table of positions."""
     found = []
     for path, module in model.named_modules():

@@ -11,6 +11,8 @@ examples. The names by subject:
     adapters              Adapter, LowRank, Base, BranchedBase; implements; override, of typing_extensions
     method and hooks      Method, hookimpl, WeightFormat, Exporter, Command, Integration
     programs with hooks   builtin, offered, commands, method_names
+    models in programs    evaluation_mode, number_of_positions, takes_batches; meta_copy, MetaFloats: models without
+                          values
     checkpoints in 4 bits CheckpointFormat, CheckpointLayout: how other tools store weights
     export                adapter_products: an adapter as low-rank products; base_tensors
     strangers' files      safe_reading: files read with limits
@@ -55,6 +57,10 @@ _MODULES = {
     "peftcore.plugin.adapter": "Adapter Base BranchedBase LowRank implements",
     "peftcore.plugin.architecture": "Architecture Sublayer text_config",
     "peftcore.engine": "set_trainable",
+    "peftcore.engine.adaptation.modes": "evaluation_mode",
+    "peftcore.engine.first_values": "takes_batches",
+    "peftcore.model.meta": "MetaFloats meta_copy",
+    "peftcore.model.positions": "number_of_positions",
     "peftcore.engine.current_optimizer": "reset_optimizer_state",
     "peftcore.engine.state": "has_adapters other_adapter",
     "peftcore.engine.trained": "base_tensors modules_tied_to",

@@ -8,7 +8,9 @@ from peftcore.engine.adaptation.adapted import (
     inside_at as inside_at,
 )
 from peftcore.engine.adaptation.division import Division as Division, division_of as division_of
+from peftcore.engine.adaptation.modes import evaluation_mode as evaluation_mode
 from peftcore.engine.current_optimizer import reset_optimizer_state as reset_optimizer_state
+from peftcore.engine.first_values import takes_batches as takes_batches
 from peftcore.engine.merging.probe import (
     embed_scale as embed_scale,
     looks_up as looks_up,
@@ -50,6 +52,8 @@ from peftcore.model.experts import (
     expert_biases as expert_biases,
     experts_layout as experts_layout,
 )
+from peftcore.model.meta import MetaFloats as MetaFloats, meta_copy as meta_copy
+from peftcore.model.positions import number_of_positions as number_of_positions
 from peftcore.model.weight_formats import (
     find_weight_format as find_weight_format,
     quantized_format as quantized_format,

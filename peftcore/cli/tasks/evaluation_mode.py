@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from peftcore.engine.adaptation.modes import evaluation_mode
+from peftcore.plugin import evaluation_mode
 
 T = TypeVar("T")
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from torch import nn
 
 from peftcore.errors import PeftcoreError
-from peftcore.model.positions import count as count
+from peftcore.plugin import number_of_positions as number_of_positions
 
 
 def check(model: nn.Module, tokens: int, advice: str = "Pass --max-length {}") -> None:
@@ -19,7 +19,7 @@ def check(model: nn.Module, tokens: int, advice: str = "Pass --max-length {}") -
         tokens: tokens of the longest text.
         advice: what to do, with the number of positions in the place of `{}`.
     """
-    known = count(model)
+    known = number_of_positions(model)
     if known is not None and tokens > known:
         raise PeftcoreError(
             f"{type(model).__name__} has positions for {known:,} tokens, found texts of up to {tokens:,}. "
@@ -38,7 +38,7 @@ def of_answers(model: nn.Module, option: str) -> Iterator[None]:
     try:
         yield
     except IndexError as error:
-        known = count(model)
+        known = number_of_positions(model)
         if known is None or "out of range" not in str(error):
             raise
         raise PeftcoreError(

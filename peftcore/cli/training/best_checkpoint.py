@@ -17,7 +17,7 @@ from peftcore.cli.console import say, warn
 from peftcore.cli.tasks import generations, metrics, registered
 from peftcore.errors import PeftcoreError, nearest
 from peftcore.plugin import ranks
-from peftcore.training.integrations.trainer import is_complete
+from peftcore.training import is_complete
 
 if TYPE_CHECKING:
     from peftcore.cli.settings import RunOptions

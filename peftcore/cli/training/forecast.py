@@ -24,11 +24,9 @@ from peftcore.cli.tasks.encoded_examples import Example
 from peftcore.cli.training import torchrun
 from peftcore.cli.training.progress import current_memory, gigabytes
 from peftcore.errors import PeftcoreError
-from peftcore.estimating import NotFollowed, Range, memory_here
-from peftcore.estimating.choosing import PAGED, PLAIN
-from peftcore.estimating.step import MIXED
+from peftcore.estimating import MIXED, PAGED, PLAIN, NotFollowed, Range, memory_here
 from peftcore.plugin import ranks
-from peftcore.quantization.convert import give_back_freed
+from peftcore.quantization import give_back_freed
 
 if TYPE_CHECKING:
     from peftcore.cli.training.training_data import Examples
@@ -351,7 +349,7 @@ def unknown(task: str) -> str | None:
 
 
 def _why_not(settings: Settings) -> str | None:
-    from peftcore.estimating.loop import OPTIMIZERS
+    from peftcore.estimating import OPTIMIZERS
 
     if (why := unknown(settings.task)) is not None:
         return why

@@ -6,10 +6,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from peftcore import Summary
 from peftcore.cli.tasks.metrics import Metrics
 from peftcore.cli.training import best_checkpoint, forecast as forecasts, training_data
 from peftcore.cli.training.memory_trace import Trace
-from peftcore.engine.summary import Summary
 
 
 @dataclass(frozen=True)

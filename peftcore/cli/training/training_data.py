@@ -256,7 +256,7 @@ def fit_max_length(settings: Settings) -> Settings:
         model = models.empty_model(settings.model, settings.task)
     except PeftcoreError:  # code of the model's repository; `check_positions` compares --max-length
         return settings
-    known = positions.count(model)
+    known = positions.number_of_positions(model)
     if known is None or settings.max_length <= known:
         return settings
     warn(

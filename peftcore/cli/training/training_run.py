@@ -51,12 +51,10 @@ from peftcore.cli.training.memory_trace import MemoryTrace
 from peftcore.cli.training.run_result import Result, Stopped
 from peftcore.cli.training.sampler import LengthGroupedSampler
 from peftcore.cli.training.training_data import Examples
-from peftcore.engine import takes_batches
 from peftcore.engine.adaptation.fused_forward import fused_modules, is_without_logits
-from peftcore.engine.merging.merged_layers import mergeable
 from peftcore.errors import PeftcoreError
-from peftcore.plugin import ranks
-from peftcore.training.integrations.trainer import latest_checkpoint
+from peftcore.plugin import ranks, takes_batches
+from peftcore.training import latest_checkpoint
 
 
 def run(
@@ -192,7 +190,7 @@ def run(
         trace=trace.largest,
         validation=chosen_by,
         other=(before.other, after.other) if before.other and after.other else None,
-        merges=None if settings.method == FULL else mergeable(model),
+        merges=None if settings.method == FULL else peftcore.can_merge(model),
         best=best,
         data_sets=training_data.facts(settings, rows.train, examples, before.sets, after.sets)
         if examples.is_mixed

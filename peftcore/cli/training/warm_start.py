@@ -18,8 +18,7 @@ from peftcore.cli.fields import text_of
 from peftcore.cli.settings import RUN_FILE, Settings
 from peftcore.cli.tasks import registered
 from peftcore.errors import PeftcoreError
-from peftcore.plugin.safe_reading import JSON_BYTES, parse_json, read_bytes
-from peftcore.plugin.validation import check_types
+from peftcore.plugin import safe_reading, validation
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -107,8 +106,8 @@ def made_by(folder: Path) -> Settings | None:
         return None
     file = where.parent / RUN_FILE
     try:
-        found = Settings(**parse_json(read_bytes(file, JSON_BYTES), file))
-        check_types(found)
+        found = Settings(**safe_reading.parse_json(safe_reading.read_bytes(file, safe_reading.JSON_BYTES), file))
+        validation.check_types(found)
         return found
     except (FileNotFoundError, PeftcoreError, TypeError):
         return None

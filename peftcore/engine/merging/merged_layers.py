@@ -98,8 +98,12 @@ def is_mergeable(module: nn.Module, name: str) -> bool:
     return adapters.links.get(name, Link).is_mergeable(adapters[name])
 
 
-def mergeable(model: nn.Module) -> bool:
-    """Return whether all active adapters only change weights."""
+def can_merge(model: nn.Module) -> bool:
+    """Return whether `merge` can write all active adapters into weights: whether they change nothing else.
+
+    Raises:
+        PeftcoreError: the model has no adapters.
+    """
     state = engine.require_state(model)
     return all(
         is_mergeable(module, name) for name in state.active for _, module in engine.modules_with(model, state, name)

@@ -203,3 +203,10 @@ def test_a_dtype_that_weights_cannot_have_is_refused(dtype: Any, tmp_path: Any) 
         with pytest.raises(peftcore.PeftcoreError, match=r"dtype must be .* of 16 bits or more"):
             use(model, dtype=dtype)
     assert torch.equal(tiny.logits(model), acting) and not list(tmp_path.iterdir())
+
+
+def test_can_merge_tells_what_merge_would_do() -> None:
+    assert peftcore.can_merge(peftcore.apply(tiny.llama(), "lora", target_modules=["q_proj"]))
+    assert not peftcore.can_merge(peftcore.apply(tiny.llama(), "adapter"))
+    with pytest.raises(peftcore.PeftcoreError, match="no adapter"):
+        peftcore.can_merge(tiny.llama())
