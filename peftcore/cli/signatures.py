@@ -15,7 +15,9 @@ import functools
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
-from typing import Any, get_type_hints
+from typing import Any
+
+from typing_extensions import get_type_hints
 
 
 @dataclass(frozen=True)
