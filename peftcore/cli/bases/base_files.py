@@ -73,6 +73,29 @@ def quiet_transformers() -> None:
     dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0  # an error, not a question at the terminal that runs code on "y"
 
 
+def _check_reachable(model: str) -> None:
+    """Ask the hub once for the config of a model that is not in the hub's cache.
+
+    transformers would retry for a minute, and print a line for each request.
+
+    Raises:
+        PeftcoreError: the hub does not answer.
+    """
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        if try_to_load_from_cache(model, "config.json") is None:
+            get_hf_file_metadata(hf_hub_url(model, "config.json"))
+    except (HfHubHTTPError, HFValidationError):
+        return  # an answer, such as that there is no such model, and a wrong id: transformers' errors are clear
+    except Exception as error:  # of the hub's HTTP library, which differs by release
+        raise PeftcoreError(
+            f"'{model}' is not a folder and not in the hub's cache, and the hub cannot be reached: "
+            f"{str(error).rstrip('.')}. Pass the folder of a model, or connect to the network"
+        ) from error
+
+
 def pretrained(loader: Any, model: str, what: str, **options: Any) -> Any:
     """Return what a `from_pretrained` of transformers loads.
 
@@ -85,6 +108,8 @@ def pretrained(loader: Any, model: str, what: str, **options: Any) -> Any:
     Raises:
         PeftcoreError: it cannot be loaded; the message has transformers' reason.
     """
+    if not os.path.exists(model):
+        _check_reachable(model)
     where, options = model, {**options, **remote_code()}
     hidden: Any = contextlib.nullcontext()
     if model.endswith(".gguf"):
