@@ -31,8 +31,8 @@ from peftcore.engine.state import (
 from peftcore.engine.trained import TrainedParameters, place_kept_tensors, unmoved_buffers
 from peftcore.errors import PeftcoreError, nearest
 from peftcore.model import observe
-from peftcore.model.rows import ROWS
-from peftcore.model.sample_rows import rows_of
+from peftcore.model.base_modules import ROWS
+from peftcore.model.rows import rows_of
 from peftcore.plugin.call import CallContext
 from peftcore.plugin.events import adapter_names_given
 from peftcore.plugin.method import Model

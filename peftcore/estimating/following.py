@@ -1,6 +1,6 @@
 """A training step run on meta tensors, with every storage followed from its creation until nothing refers to it.
 
-Floats are on the meta device and small integers real (`observation.meta`). Where PyTorch chooses between algorithms by
+Floats are on the meta device and small integers real (`model.meta`). Where PyTorch chooses between algorithms by
 device, the CPU's choice is taken.
 """
 

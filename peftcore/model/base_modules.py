@@ -11,6 +11,7 @@ from torch import nn
 
 CHILD = "peftcore"  # the child module of an adapted module that holds its adapters
 TRAINED = "peftcore_trained"  # the child of the model that keeps the values of `Train` placements
+ROWS = "_peftcore_rows"  # attribute of an adapted module: its `Rows`, or a string that says why they are not known
 OWN_FORWARD = "_peftcore_own_forward"  # attribute of an adapted module: the forward of this one instance
 _WRAPPED = "_checkpoint_wrapped_module"  # the one child of PyTorch's wrapper for activation checkpointing
 

@@ -18,8 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from peftcore.model.base_modules import CHILD, TRAINED, base_modules, original_class
-from peftcore.model.rows import ROWS
+from peftcore.model.base_modules import CHILD, ROWS, TRAINED, base_modules, original_class
 from peftcore.plugin import ranks
 
 _STATE = "_peftcore_state"  # of the engine: what is applied to a model

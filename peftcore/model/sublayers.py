@@ -1,14 +1,17 @@
 """Detection of attention, cross-attention and feed-forward sublayers in one forward pass.
 
-A sublayer is a branch F of the residual stream: s + F(s). It is found by what is added to what, never by the name of a
-class; see `residuals`.
+A sublayer is a branch F of the residual stream, the additions s + h where h was made from s. It is found by what is
+added to what, never by the name of a class.
+
+s ──┬── norm ── x ── F ── h ── (+) ── out
+    └──────────────────────────┘
 """
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -16,9 +19,22 @@ from torch import nn
 
 from peftcore.model.base_modules import base_modules
 from peftcore.model.bypass import bypassed, rewritten
-from peftcore.model.residuals import FUSED_ATTENTION, MATRIX, MIXING, Branch, Residuals
 from peftcore.model.tracing import SKIPPED, Call, Trace, cached_by_model, observe, trace
 from peftcore.plugin.architecture import ATTENTION, CROSS_ATTENTION, FEED_FORWARD, Kind, Sublayer
+
+# Attention in one operator, of (query, key, value).
+_FUSED_ATTENTION = {
+    f"_scaled_dot_product_{kind}" for kind in (
+        "flash_attention_for_cpu", "flash_attention", "efficient_attention", "cudnn_attention",
+        "fused_attention_overrideable", "attention_math", "attention_math_for_mps",
+    )
+}  # fmt: skip
+_MATRIX = {"mm", "addmm", "_grouped_mm", "bmm", "baddbmm", "convolution", *_FUSED_ATTENTION}
+# Operators by which one token sees others, where no product of activations does it.
+_MIXING = {"convolution", "_fft_r2c", "_fft_c2c", "cumsum", "stack", "avg_pool2d", "roll"}
+_NORMS = {"native_layer_norm", "_fused_rms_norm", "rsqrt", "native_batch_norm", "native_group_norm", "var_mean", "std"}
+_VIEWS = {"view", "_unsafe_view"}
+_SCALES = {"mul", "div", "_to_copy", "clone", "view"}
 
 
 class Observed(Sequence[Sublayer]):
@@ -74,6 +90,154 @@ def _whole_stacks(model: nn.Module, trace: Trace) -> bool:
     return all(len({f"{path}.{i}" in trace.called for i in range(len(module))}) <= 1 for path, module in lists)
 
 
+@dataclass(frozen=True)
+class Branch:
+    """A residual branch: `call` computes h from `stream`, and `adder` adds h to it, or to a multiple, giving `out`."""
+
+    call: Call
+    h: int
+    stream: int
+    out: int
+    adder: Call | None
+
+
+class Residuals:
+    """Residual `branches` found in a trace, and `streams`, the values to which something was added."""
+
+    def __init__(self, trace: Trace) -> None:
+        self.trace, self.values = trace, trace.values
+        self.returned: dict[int, list[Call]] = defaultdict(list)  # {value: calls that returned it, innermost first}
+        for call in trace.calls:
+            if call.output is not None and call.output not in call.arguments.values():
+                self.returned[call.output].insert(0, call)
+        self._views: dict[int, list[int]] = defaultdict(list)
+        for number, value in enumerate(self.values):
+            if value.operator in _VIEWS and value.shape[-1:] == self.values[value.inputs[0]].shape[-1:]:
+                self._views[value.inputs[0]].append(number)
+        self._mixing = self._calls_with(_MIXING | _MATRIX)
+        self.multiplies = self._calls_with(_MATRIX)
+        self._norms = self._calls_with(_NORMS)
+        self._additions = self._find_additions()
+        self.streams = {value for stream, _, root in self._additions.values() for value in (stream, root)}
+        found = [
+            Branch(call, call.output, root, out, self.values[out].call)
+            for out, (_, h, root) in self._additions.items()
+            for call in dict.fromkeys(self._givers(h, root, set(self._around(self.values[out].call))))
+            if call.output is not None
+        ]
+        adders = {around for branch in found for around in self._around(branch.adder)}
+        # Without blocks that contain branches.
+        self.branches = [branch for branch in found if branch.call not in adders]
+
+    def views(self, value: int) -> list[int]:
+        """Return `value` and its views with other leading dimensions, such as OPT's rows back in batches."""
+        return [value, *(view for each in self._views.get(value, ()) for view in self.views(each))]
+
+    def region(self, value: int, since: int) -> set[int]:
+        """Return the values from which `value` was computed, none older than `since`."""
+        seen, queue = {value}, [value]
+        while queue:
+            for number in self.values[queue.pop()].inputs:
+                if number >= since and number not in seen:
+                    seen.add(number)
+                    queue.append(number)
+        return seen
+
+    def comes_from(self, value: int, root: int) -> bool:
+        """Return whether `value` was computed from `root`."""
+        return value > root and root in self.region(value, root)
+
+    def is_norm(self, call: Call) -> bool:
+        return call in self._norms and self.is_plain(call)
+
+    def is_plain(self, call: Call) -> bool:
+        """Return whether the call mixes neither tokens nor features (norm, dropout, scale, activation)."""
+        return call not in self._mixing and not any(p.dim() > 1 for p in call.module.parameters())
+
+    def _calls_with(self, operators: set[str]) -> set[Call]:
+        return {call for value in self.values if value.operator in operators for call in self._around(value.call)}
+
+    def _around(self, call: Call | None) -> Iterator[Call]:
+        if call is not None:
+            yield call
+            yield from call.around()
+
+    def _find_additions(self) -> dict[int, tuple[int, int, int]]:
+        """Return {out: (s, h, the value of s from which h was computed)}."""
+        found: dict[int, tuple[int, int, int]] = {}
+
+        for out, value in enumerate(self.values):
+            if value.operator not in ("add", "add_") or len(value.inputs) < 2 or len(value.shape) < 2:
+                continue
+            a, b = value.inputs[:2]
+            if self.values[a].shape != self.values[b].shape:
+                continue
+            for s, h in ((a, b), (b, a)):
+                root = next((root for root in self._before(s, found) if self.comes_from(h, root)), None)
+                if root is not None and not self.values[h].is_weight:
+                    found[out] = s, h, root
+                    break
+        return found
+
+    def _givers(self, value: int, oldest: int, around: set[Call]) -> Iterator[Call]:
+        """Yield the outermost calls that returned `value`, ignoring norms, dropout, scales, views and sums."""
+        seen: set[int] = set()
+
+        def back(value: int) -> Iterator[Call]:
+            if value <= oldest or value in seen:
+                return
+            seen.add(value)
+            calls = [call for call in self.returned[value] if call not in around]
+            if found := [call for call in calls if not self.is_plain(call)]:
+                yield found[-1]
+                return
+            if calls:  # of a norm, dropout or scale: what it was called with
+                yield from back(next((v for v in calls[-1].arguments.values() if not self.values[v].is_weight), -1))
+                return
+            operator = self.values[value].operator
+            if operator in _MATRIX:
+                return
+            inputs = [v for v in self.values[value].inputs if not self.values[v].is_weight]
+            if value in self._additions:
+                inputs = [self._additions[value][1]]
+            if operator.startswith("add"):  # each term may come from a module of its own
+                for term in inputs:
+                    yield from back(term)
+                return
+            for factor in self._by_depth(
+                inputs, oldest
+            ):  # a gate is not followed if the gated value comes from a module
+                given = list(back(factor))
+                yield from given
+                if given:
+                    return
+
+        return back(value)
+
+    def _before(self, value: int, additions: dict[int, tuple[int, int, int]]) -> Iterator[int]:
+        """Yield a stream's value and its earlier ones: x + attn(x) + mlp(x) has two additions, a · x a scale."""
+        while True:
+            yield value
+            made = self.values[value]
+            inputs = [v for v in made.inputs if not self.values[v].is_weight]
+            if value in additions:
+                value = additions[value][0]
+            elif made.operator in _SCALES and len(inputs) == 1:
+                value = inputs[0]
+            else:
+                return
+
+    def _by_depth(self, values: list[int], oldest: int) -> list[int]:
+        """Sort values by the number of products that led to them, most first: a gated value before its gate."""
+        if len(values) < 2:
+            return values
+
+        def depth(value: int) -> int:
+            return sum(self.values[v].operator in _MATRIX for v in self.region(value, oldest))
+
+        return sorted(values, key=depth, reverse=True)
+
+
 class _Reader:
     """Converter of the branches of a trace into sublayers."""
 
@@ -118,7 +282,7 @@ class _Reader:
         """Return the kind of each branch of one layer; None for another kind of sublayer."""
         products = [self._product(branch) for branch in branches]
         attends = [product is not None for product in products]
-        mixes = [any(self.values[v].operator in MIXING for v in self._region(branch)) for branch in branches]
+        mixes = [any(self.values[v].operator in _MIXING for v in self._region(branch)) for branch in branches]
         kinds: list[Kind | None] = []
         for branch, product, mixing in zip(branches, products, mixes, strict=True):
             if product is not None:
@@ -140,7 +304,7 @@ class _Reader:
         """Return the factors of the first product of two activations: queries and keys."""
         for number in self._region(branch):
             value = self.values[number]
-            if value.operator in FUSED_ATTENTION:
+            if value.operator in _FUSED_ATTENTION:
                 return value.inputs[0], value.inputs[1]
             if value.operator in ("bmm", "baddbmm") and not any(self.values[v].is_weight for v in value.inputs[-2:]):
                 return value.inputs[-2], value.inputs[-1]
@@ -194,7 +358,7 @@ class _Reader:
     def _is_input(self, value: int, branch: Branch) -> bool:
         """Return whether it is the sublayer's input: the stream, or the normed stream."""
         region = self.residuals.region(value, branch.stream)
-        return branch.stream in region and not any(self.values[v].operator in MATRIX for v in region - {branch.stream})
+        return branch.stream in region and not any(self.values[v].operator in _MATRIX for v in region - {branch.stream})
 
     def _has_features_last(self, call: Call) -> bool:
         """Return whether the output has features in its last dimension, unlike that of a convolution."""
@@ -203,7 +367,7 @@ class _Reader:
             operator = self.values[value].operator
             if operator == "convolution" or self.values[value].turned:
                 return False
-            if operator in MATRIX or operator == "embedding":
+            if operator in _MATRIX or operator == "embedding":
                 return True
             value = next((v for v in self.values[value].inputs if not self.values[v].is_weight), None)
         return False

@@ -13,8 +13,7 @@ from support import tiny
 from torch import Tensor, nn
 
 import peftcore
-from peftcore.model.rows import UNKNOWN, taken
-from peftcore.model.sample_rows import rows_of
+from peftcore.model.rows import UNKNOWN, rows_of, taken
 from peftcore.testing import disturb
 
 NAMES = ["a", None, "b"]

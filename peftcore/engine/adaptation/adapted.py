@@ -30,9 +30,15 @@ from peftcore.engine.adaptation.enclosing import LOCK, NAMES, adapter_for_each_s
 from peftcore.engine.adaptation.per_sample import PerSample
 from peftcore.engine.adaptation.recomputed import SOURCE, inputs_instead
 from peftcore.errors import PeftcoreError
-from peftcore.model.base_modules import CHILD, OWN_FORWARD, has_own_forward, original_forward, restored_after_error
+from peftcore.model.base_modules import (
+    CHILD,
+    OWN_FORWARD,
+    ROWS,
+    has_own_forward,
+    original_forward,
+    restored_after_error,
+)
 from peftcore.model.experts import split_expert_path
-from peftcore.model.rows import ROWS
 from peftcore.model.weight_formats import find_weight_format
 from peftcore.plugin.call import Frame
 from peftcore.plugin.link import Link

@@ -20,8 +20,7 @@ from torch.compiler import is_dynamo_compiling
 from peftcore.engine.adaptation.class_swap import one_for_each_class, restore_class, subclass
 from peftcore.engine.adaptation.concurrency import ModelLock
 from peftcore.errors import PeftcoreError
-from peftcore.model.base_modules import original_class
-from peftcore.model.rows import ROWS
+from peftcore.model.base_modules import ROWS, original_class
 from peftcore.plugin.call import ROOT, Frame, untraced
 from peftcore.plugin.events import adapter_names_given, vocabulary_resizes
 

@@ -23,7 +23,8 @@ from torch.compiler import is_dynamo_compiling
 
 from peftcore.engine.adaptation.concurrency import ModelLock
 from peftcore.errors import PeftcoreError
-from peftcore.model.rows import ROWS, UNKNOWN, Rows, Samples, first_in, joined, taken
+from peftcore.model.base_modules import ROWS
+from peftcore.model.rows import UNKNOWN, Rows, Samples, first_in, joined, taken
 from peftcore.plugin.adapter import Adapter
 from peftcore.plugin.call import Call, CallState, Frame, as_if_called, current_frame
 from peftcore.plugin.link import Link

@@ -1,11 +1,10 @@
 """Kinds of placements, a file each, with all that depends on the kind.
 
-    placement       Placement, AtModule: what the core asks of a placement, and the answers of most kinds
+    placement       Placement, AtModule: what the core asks of a placement, and the answers of most kinds; Attachments
     around          Around      the adapter wraps a module
     after           After       the adapter follows a module
     on_weight       OnWeight    the adapter changes a parameter
     train           Train       parameters of the base are trained
-    attachments     Attachments: what the placements of a method attach to a model
     soft_prompt     SoftPrompt  vectors before the input
     prefix_kv       PrefixKV    keys and values in the cache
 
