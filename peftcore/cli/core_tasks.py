@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from peftcore.plugin.hooks import hookimpl
+from peftcore.plugin import hookimpl
 
 if TYPE_CHECKING:
     from peftcore.cli.tasks.task import Task

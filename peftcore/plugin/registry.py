@@ -424,13 +424,16 @@ def commands(typed: str | None = None) -> dict[str, Command]:
 
 
 def offered(hook: str, kind: type[Offered]) -> dict[str, Offered]:
-    """Return the objects that plugins, and modules registered by `builtin`, offer through a hook, by name.
+    """Return the objects that modules registered by `builtin`, and then plugins, offer through a hook, by name.
+
+    A plugin that fails is left out, with a warning.
 
     Args:
         hook: a hook that returns a list, such as "peftcore_commands".
         kind: class of the objects.
 
     Raises:
-        PluginError: a plugin fails, returns something else, or a name that is taken.
+        PluginError: a plugin returns something else, or a name that is taken.
     """
-    return {name: found for name, (_, found) in registry.offered(hook, kind).items()}
+    found = registry.offered(hook, kind, contain=True)
+    return {name: found[name][1] for name in sorted(found, key=lambda name: found[name][0] is not CORE)}

@@ -12,6 +12,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import peftcore
 from peftcore.cli.bases import adapter_tokenizer, gguf_file, own_code
 from peftcore.cli.bases.adapter_folders import Quantization, has_tokenizer
 from peftcore.cli.bases.base_files import pretrained, quiet_transformers, remote_code
@@ -19,7 +20,6 @@ from peftcore.cli.bases.device_choice import HALVES, torch_device, torch_dtype, 
 from peftcore.cli.console import note, require, warn
 from peftcore.cli.tasks import conversations, registered
 from peftcore.errors import PeftcoreError, nearest
-from peftcore.plugin.registry import registry
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -247,7 +247,7 @@ def quantize_advice(quant_type: str | None) -> Iterator[None]:
     try:
         yield
     except PeftcoreError as error:
-        method = next((name for name, each in registry.methods().items() if _quantizes(each.config_class)), None)
+        method = next((name for name, each in peftcore.methods().items() if _quantizes(each.config_class)), None)
         if quant_type is None or method is None or not any(f"{name}=" in str(error) for name in ("skip", "blocksize")):
             raise
         raise type(error)(
@@ -319,17 +319,10 @@ def _compute_in_fp32(loaded: PreTrainedModel, device: str) -> None:
 
 def empty_model(model: str, task: str, labels: tuple[str, ...] = ()) -> PreTrainedModel:
     """Return a base without weights, on the meta device."""
-    import torch
-
-    from peftcore.quantization.checkpoint_layouts import layout_of, pack_empty, without_quantization
+    from peftcore.quantization import built_empty
 
     config = load_config(model, task, labels)
-    layout = layout_of(config)
-    with torch.device("meta"):
-        shape = config if layout is None else without_quantization(config)
-        made = _made_empty(shape, model, task)
-    if layout is not None:
-        pack_empty(made, layout)
+    made: Any = built_empty(config, lambda dense: _made_empty(dense, model, task))
     if registered.find(task).learns_texts:
         own_code.complete(made)
     return made

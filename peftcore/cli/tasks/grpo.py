@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+import peftcore
 from peftcore.cli.console import require
 from peftcore.cli.data import mixture, turns
 from peftcore.cli.data.labels import text_of
@@ -22,9 +23,8 @@ from peftcore.cli.tasks.encoded_examples import Encoded, Example
 from peftcore.cli.tasks.judged import Judged
 from peftcore.cli.tasks.metrics import Metrics
 from peftcore.cli.tasks.task import Evaluation
-from peftcore.engine import state_of
 from peftcore.errors import PeftcoreError
-from peftcore.training.integrations.reference_model import reference_model
+from peftcore.plugin import has_adapters
 
 if TYPE_CHECKING:
     from peftcore.cli.bases.adapter_folders import AdapterTask
@@ -153,13 +153,13 @@ class GRPO(Judged):
     ) -> Measuring:
         arguments["reward_funcs"] = [arguments["measure"].how.reward]
         args, model = arguments["args"], arguments["model"]
-        if state_of(model) is None or args.beta == 0:
+        if not has_adapters(model) or args.beta == 0:
             return super().trainer(arguments, settings, processor, about)
         # GRPO's trainer takes no reference: with beta=0 it does not load the base a second time.
         beta, args.beta = args.beta, 0.0
         trainer: Any = super().trainer(arguments, settings, processor, about)
         trainer.beta = trainer.args.beta = beta
-        trainer.ref_model = reference_model(model)
+        trainer.ref_model = peftcore.reference_model(model)
         return trainer
 
     def measure(

@@ -14,8 +14,7 @@ from peftcore.cli.settings import Settings
 from peftcore.cli.tasks.encoded_examples import Example
 from peftcore.cli.tasks.metrics import Metrics
 from peftcore.cli.tasks.task import Evaluation, Task
-from peftcore.engine import state_of
-from peftcore.training.integrations.reference_model import reference_model
+from peftcore.plugin import has_adapters
 
 if TYPE_CHECKING:
     from peftcore.cli.bases.adapter_folders import AdapterTask
@@ -66,7 +65,7 @@ class Judged(Task):
         reference: Any = None,
     ) -> Metrics:
         if reference is None and self.has_reference:
-            with peftcore.disabled(model) if state_of(model) is not None else contextlib.nullcontext():
+            with peftcore.disabled(model) if has_adapters(model) else contextlib.nullcontext():
                 reference = self.reference(model, examples, how)
         after = self.likelihoods(model, examples, how.processor, at_once(how))
         return self.figures_of(after, reference, examples, how.about.beta or BETA)
@@ -125,8 +124,8 @@ class Judged(Task):
         datasets.utils.logging.set_verbosity_error()  # it cannot hash methods, which matters to its cache only
         for name in ("train_dataset", "eval_dataset"):
             arguments[name] = datasets.Dataset.from_list(self.columns(arguments[name]))
-        if self.has_reference and state_of(arguments["model"]) is not None:  # otherwise all weights train
-            arguments["ref_model"] = reference_model(arguments["model"])
+        if self.has_reference and has_adapters(arguments["model"]):  # otherwise all weights train
+            arguments["ref_model"] = peftcore.reference_model(arguments["model"])
         return self.trainer_class()(**arguments, processing_class=processor)
 
 

@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING
 
 from peftcore.cli import core_tasks
 from peftcore.errors import PeftcoreError
-from peftcore.plugin.discovery import CORE
-from peftcore.plugin.registry import builtin, registry
+from peftcore.plugin import builtin, offered
 
 if TYPE_CHECKING:
     from peftcore.cli.tasks.task import Task
@@ -22,8 +21,7 @@ def tasks() -> list[Task]:
     """
     from peftcore.cli.tasks.task import Task
 
-    found = registry.offered("peftcore_tasks", Task, contain=True).values()
-    return [task for _, task in sorted(found, key=lambda each: each[0] is not CORE)]
+    return list(offered("peftcore_tasks", Task).values())
 
 
 def find(name: str) -> Task:

@@ -19,7 +19,7 @@ from peftcore.cli.tasks.evaluation_mode import evaluating
 from peftcore.cli.tasks.metrics import Metrics
 from peftcore.cli.tasks.text_generation import first_token
 from peftcore.errors import PeftcoreError
-from peftcore.training.loss_without_logits import evaluated_without_logits
+from peftcore.training import evaluated_without_logits
 
 if TYPE_CHECKING:
     from peftcore.cli.tasks.task import Evaluation, Task

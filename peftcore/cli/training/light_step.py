@@ -8,14 +8,13 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import peftcore
+from peftcore.cli.amounts import counted
 from peftcore.cli.bases import precision
 from peftcore.cli.console import say
 from peftcore.cli.settings import Settings
 from peftcore.cli.tasks import encoded_examples, registered
 from peftcore.cli.tasks.encoded_examples import Example
 from peftcore.cli.tasks.task import Task
-from peftcore.engine.adaptation.fused_forward import fused_modules
-from peftcore.engine.summary import counted
 from peftcore.errors import PeftcoreError
 
 _ROWS, _TOKENS = 2, 64  # of a probe
@@ -24,7 +23,7 @@ _ROWS, _TOKENS = 2, 64  # of a probe
 def fuse(model: PreTrainedModel, settings: Settings) -> None:
     """Fuse operators as `settings` say: with `auto` on CPUs, in a run that is not parallel."""
     if settings.fuse == "on" or (settings.fuse == "auto" and not settings.parallel and model.device.type == "cpu"):
-        kinds = fused_modules(peftcore.fuse(model, recompute=settings.recompute))  # type: ignore[arg-type]
+        kinds = peftcore.summary(peftcore.fuse(model, recompute=settings.recompute)).fused  # type: ignore[arg-type]
         if kinds and settings.fuse == "auto":
             say(f"{counted(kinds)} by one operator each (--fuse auto)")
 

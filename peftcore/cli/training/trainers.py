@@ -15,7 +15,7 @@ from peftcore.cli.data import streamed
 from peftcore.cli.tasks import encoded_examples
 from peftcore.cli.tasks.metrics import Metrics
 from peftcore.cli.training.sampler import LengthGroupedSampler
-from peftcore.training.integrations.trainer_optimizer import bare_model
+from peftcore.training import bare_model
 
 _Base: Any = Trainer if TYPE_CHECKING else object  # mixin before one of several trainers
 

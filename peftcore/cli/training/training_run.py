@@ -51,7 +51,6 @@ from peftcore.cli.training.memory_trace import MemoryTrace
 from peftcore.cli.training.run_result import Result, Stopped
 from peftcore.cli.training.sampler import LengthGroupedSampler
 from peftcore.cli.training.training_data import Examples
-from peftcore.engine.adaptation.fused_forward import fused_modules, is_without_logits
 from peftcore.errors import PeftcoreError
 from peftcore.plugin import ranks, takes_batches
 from peftcore.training import latest_checkpoint
@@ -124,7 +123,8 @@ def run(
     if settings.parallel == "fsdp2":
         peftcore.shard(model)
     light_step.use_loss_without_logits(model, settings, examples.rows, processor)
-    summary = replace(summary, fused=fused_modules(model), without_logits=is_without_logits(model))
+    now = peftcore.summary(model)
+    summary = replace(summary, fused=now.fused, without_logits=now.without_logits)
     meter, stop, trace = progress.Meter(), progress.OrderlyStop(), MemoryTrace(model)
     keeper, made_for = best_checkpoint.of_run(settings), None if settings.method == FULL else about
     trainer = task.trainer(

@@ -68,8 +68,8 @@ def start_of(folder: Path, output: Path, *, model: str | None, method: str | Non
     Raises:
         PeftcoreError: there is no adapter, `method` does not read it, or it is in `output`.
     """
+    import peftcore
     from peftcore.files.reading import method_of_folder
-    from peftcore.plugin.registry import registry
 
     if folder.resolve().is_relative_to(output.resolve()):
         raise PeftcoreError(
@@ -78,9 +78,9 @@ def start_of(folder: Path, output: Path, *, model: str | None, method: str | Non
         )
     task, base = adapter_folders.adapter_task(folder, labels), adapter_folders.base_of(folder, model)
     before = made_by(folder)
-    if method is None and before is not None and before.method in registry.methods():
-        method = before.method if registry.method(before.method).recorded_as is not None else None
-    chosen = None if method is None else registry.method(method)
+    if method is None and before is not None and before.method in peftcore.methods():
+        method = before.method if peftcore.method(before.method).recorded_as is not None else None
+    chosen = None if method is None else peftcore.method(method)
     if chosen is None or chosen.recorded_as is None:
         name = method_of_folder(folder, method, "--method {}").name
         quantize = None if before is None else before.quantize
@@ -119,14 +119,11 @@ def load(model: PreTrainedModel, settings: Settings) -> None:
     Raises:
         PeftcoreError: it belongs to another base, or a given field differs from the adapter's.
     """
-    import torch
-
     import peftcore
     from peftcore import engine
     from peftcore.files.reading import read_adapter
-    from peftcore.plugin.registry import registry
 
-    folder, method = Path(str(settings.adapter)), registry.method(settings.method)
+    folder, method = Path(str(settings.adapter)), peftcore.method(settings.method)
     named = None if method.recorded_as is not None else method.name
     base_and_adapter.fit_vocabulary(model, folder)
     config = read_adapter(folder, model, named).config
@@ -135,8 +132,7 @@ def load(model: PreTrainedModel, settings: Settings) -> None:
     asked: Any = None
     if settings.fields or method.prepare is not None:
         wanted = {**{name: value for name, value in shared.items() if name in names}, **settings.fields}
-        with torch.device("meta"):  # placements are not needed
-            asked = engine.placements_for(model, method.name, wanted).config
+        asked = peftcore.plan(model, method.name, **wanted).config
     if method.prepare is not None:
         method.prepare(model, asked)
     peftcore.load(model, folder, method=named, trainable=True)
