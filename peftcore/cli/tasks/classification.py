@@ -37,7 +37,7 @@ class Classification(Labelled):
             raise PeftcoreError(f"{where}: '{key}' must be text, found {data_labels.short(value)}")
         return data_labels.class_name(where, key, str(value))
 
-    def any_label(self, labels: Sequence[str]) -> Any:
+    def any_label(self, labels: Sequence[str]) -> Label:
         return labels[0]
 
     def head(self, labels: tuple[str, ...]) -> dict[str, Any]:

@@ -151,14 +151,15 @@ class KTO(Judged):
         return super().measure(model, some, how, answers=answers, reference=reference)
 
     def figures_of(self, after: Likelihoods, before: Likelihoods, examples: Sequence[Example], beta: float) -> Metrics:
-        """Return the loss, the share of answers on the right side of `k`, the mean margin, and `k`."""
+        """Return the loss, the share of answers on the right side of `k`, and `k`; of both marks the mean margin."""
         rewards = beta * (after[0] - before[0])
         divergence = beta * (after[1] - before[1]).mean().clamp(min=0)
         good = torch.tensor([bool(each["label"]) for each in examples])
         distance = torch.where(good, rewards - divergence, divergence - rewards)
-        both = bool(good.any()) and not bool(good.all())
-        margin = float(rewards[good].mean() - rewards[~good].mean()) if both else 0.0
-        named = {"accuracy": float((distance > 0).double().mean()), "margin": margin, "kl": float(divergence)}
+        named = {"accuracy": float((distance > 0).double().mean())}
+        if good.any() and not good.all():
+            named["margin"] = float(rewards[good].mean() - rewards[~good].mean())
+        named["kl"] = float(divergence)
         weights = torch.tensor([each.get("weight", 1.0) for each in examples])
         return Metrics(float((weights * (1 - distance.sigmoid())).mean()), len(examples), named)
 

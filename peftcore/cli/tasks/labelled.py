@@ -14,7 +14,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from peftcore.cli.data import data_files
 from peftcore.cli.data.labels import Label, text_of
 from peftcore.cli.data.row import Row
-from peftcore.cli.data.row_reading import row_of
 from peftcore.cli.tasks import encoded_examples, positions, row_labels, text_examples
 from peftcore.cli.tasks.encoded_examples import Encoded, Example
 from peftcore.cli.tasks.evaluation_mode import evaluating
@@ -114,8 +113,8 @@ class Labelled(Headed):
         """
         raise NotImplementedError
 
-    def any_label(self, labels: Sequence[str]) -> Any:
-        """Return a label as files have it, in place of the one to be predicted."""
+    def any_label(self, labels: Sequence[str]) -> Label:
+        """Return a label of the model, in place of the one to be predicted."""
         raise NotImplementedError
 
     def said(self, logits: Tensor, labels: Sequence[str]) -> str:
@@ -129,8 +128,11 @@ class Labelled(Headed):
 
     def read_question(self, where: str, fields: dict[str, Any], about: AdapterTask) -> Row:
         given = given_fields(where, fields, ("text", *(key for pair in PAIRS for key in pair)), self)
-        given["label"] = self.any_label(about.labels)
-        return row_of(where, given, self)
+        keys = next((pair for pair in PAIRS if all(key in given for key in pair)), ("text",))
+        if keys[0] not in given:
+            raise missing_key(where, fields, "text", self)
+        text, *pair = (text_of(where, key, given[key]) for key in keys)
+        return Row(where, text, label=self.any_label(about.labels), pair=pair[0] if pair else None)
 
     def encode(
         self,

@@ -46,8 +46,8 @@ class MultiLabel(Labelled):
             )
         return several
 
-    def any_label(self, labels: Sequence[str]) -> Any:
-        return [labels[0]]
+    def any_label(self, labels: Sequence[str]) -> Label:
+        return (labels[0],)
 
     def head(self, labels: tuple[str, ...]) -> dict[str, Any]:
         return {"problem_type": "multi_label_classification", **names_of(labels)}

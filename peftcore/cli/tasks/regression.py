@@ -42,7 +42,7 @@ class Regression(Labelled):
             raise PeftcoreError(f"{where}: '{key}' must be a number, found {data_labels.short(value)}")
         return found
 
-    def any_label(self, labels: Sequence[str]) -> Any:
+    def any_label(self, labels: Sequence[str]) -> Label:
         return 0.0
 
     def head(self, labels: tuple[str, ...]) -> dict[str, Any]:

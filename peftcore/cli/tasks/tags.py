@@ -55,7 +55,8 @@ class Tags(Headed):
     def read_question(self, where: str, fields: dict[str, Any], about: AdapterTask) -> Row:
         given = given_fields(where, fields, ("tokens", "words"), self)
         words = data_labels.names(next(iter(given.values()))) or ()
-        return row_of(where, {**given, "tags": [about.labels[0]] * len(words)}, self)
+        row = row_of(where, {**given, "tags": ["O"] * len(words)}, self)
+        return replace(row, label=(about.labels[0],) * len(words))  # in place of those to be predicted
 
     def head(self, labels: tuple[str, ...]) -> dict[str, Any]:
         return names_of(labels)

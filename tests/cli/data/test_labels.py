@@ -11,8 +11,10 @@ import pytest
 from support.commands import Run, write_jsonl
 
 from peftcore import PeftcoreError
+from peftcore.cli.bases.adapter_folders import AdapterTask
 from peftcore.cli.data import row_reading
 from peftcore.cli.tasks import row_labels
+from peftcore.cli.tasks.registered import find
 
 
 def file_of(folder: Path, *labels: Any, name: str = "label") -> Path:
@@ -80,6 +82,15 @@ def test_targets(tmp_path: Path) -> None:
 
 
 METHOD = ("--method", "lora", "--set", "r=4", "--lr", "0.02", "--steps", 40, "--batch-size", 4, "--save-every", 40)
+
+
+@pytest.mark.parametrize("task", ["classification", "multi-label", "tags"])
+def test_questions_for_labels_that_no_file_may_have(task: str) -> None:
+    """Labels of another library's adapter: training data may not contain `nan`, or spaces around a name."""
+    about = AdapterTask(task, 16, (" nan", "very good "))
+    row = find(task).read_question("file:1", {"text": "the film", "tokens": ["the", "film"]}, about)
+    assert row.text == "the film"
+    assert row.label in (" nan", (" nan",), (" nan", " nan"))
 
 
 def rows_of(labelled: Path) -> list[dict[str, Any]]:

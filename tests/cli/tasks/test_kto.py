@@ -112,6 +112,7 @@ def test_loss_by_hand(llama: Path, tokenizer: Any, tmp_path: Path) -> None:
         assert found.loss == pytest.approx(wanted, rel=1e-4) and found.figures["kl"] == pytest.approx(k, rel=1e-4)
         assert found.figures["accuracy"] == sum(each > 0 for each in distances) / 3
         assert found.figures["margin"] == pytest.approx(0.5 * ((ratio[0][0] + ratio[2][2]) / 2 - ratio[1][1]), rel=1e-4)
+    assert list(measured("kto", model, [examples[0], examples[2]], tokenizer).figures) == ["accuracy", "kl"]
 
 
 @torch.no_grad()
