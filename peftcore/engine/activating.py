@@ -173,50 +173,67 @@ def _change_active(
     *,
     same_base: bool,
 ) -> None:
-    names, before, mixed_before = with_branches(state, names), state.active, state.samples is not None
-    inside = combined(state, names)
-    mixes = samples is not None
-    grows = (
-        not (mixes or mixed_before or inside)
-        and same_base
-        and len(names) > len(before)
-        and names[: len(before)] == before
-    )
-    # Deactivated ones first: they may have trained a parameter that a new one trains.
-    touched = names[len(before) :] if grows else tuple(dict.fromkeys((*(n for n in before if n not in names), *names)))
-    own = {name: tensors for name in touched if (tensors := TrainedParameters.of(model, name)) is not None}
+    names = with_branches(state, names)
+    by_sample, was_by_sample = samples is not None, state.samples is not None
+    grows = same_base and not by_sample and not was_by_sample and _extends_active(state, names)
+    if grows:
+        touched = names[len(state.active) :]
+    else:  # Deactivated ones first: they may have trained a parameter that a new one trains.
+        deactivated = [name for name in state.active if name not in names]
+        touched = tuple(dict.fromkeys([*deactivated, *names]))
+    own_tensors = _own_tensors(model, touched)
     if state.own_parameters:
         remove_own_parameters(model, state)
-    for name, tensors in own.items():
-        if mixes or name not in names:
+    for name, tensors in own_tensors.items():
+        if by_sample or name not in names:
             tensors.activate(model, False)
     state.active = names
     state.samples = samples and tuple(name if name in names else None for name in samples)
-    if mixes:
+    if by_sample:
         place_own_parameters(model, state, names)
         _choose_by_sample(model, state)
     elif grows:
-        for name in touched:
-            for _, module in modules_with(model, state, name):
-                adapted.activate_outermost(module, name)
+        _extend_chains(model, state, touched)
     else:
-        acting = [name for name in names if name not in inside]
-        _build_chains(model, state, acting, None if mixed_before else touched, same_base=same_base)
-    for name, tensors in own.items():
-        if name in names and not mixes:
+        _build_chains(model, state, None if was_by_sample else touched, same_base=same_base)
+    for name, tensors in own_tensors.items():
+        if name in names and not by_sample:
             tensors.activate(model, True)
     place_kept_tensors(model, names)
-    if mixes != mixed_before:
+    if by_sample != was_by_sample:
         update_call_context(state)
     training = tuple(name for name in names if state.applied[name].trainable)
     _set_requires_grad(model, state, touched, training)
     state.lock.activation = Activation(state.active, state.samples, training)
 
 
-def _build_chains(
-    model: nn.Module, state: State, acting: Sequence[str], touched: Sequence[str] | None, *, same_base: bool
-) -> None:
+def _extends_active(state: State, names: tuple[str, ...]) -> bool:
+    """Return whether `names` are the active adapters and more around them, none of which combines others."""
+    count = len(state.active)
+    return len(names) > count and names[:count] == state.active and not combined(state, names)
+
+
+def _own_tensors(model: nn.Module, names: Iterable[str]) -> dict[str, TrainedParameters]:
+    """Return the adapter-owned copies of base tensors of those adapters that have some, by adapter."""
+    own_tensors: dict[str, TrainedParameters] = {}
+    for name in names:
+        tensors = TrainedParameters.of(model, name)
+        if tensors is not None:
+            own_tensors[name] = tensors
+    return own_tensors
+
+
+def _extend_chains(model: nn.Module, state: State, names: Sequence[str]) -> None:
+    """Put the adapters `names` around the chains of their modules."""
+    for name in names:
+        for _, module in modules_with(model, state, name):
+            adapted.activate_outermost(module, name)
+
+
+def _build_chains(model: nn.Module, state: State, touched: Sequence[str] | None, *, same_base: bool) -> None:
     """Build the chains of the modules to which adapters `touched` are attached, or of all modules if None."""
+    branches = combined(state, state.active)
+    acting = [name for name in state.active if name not in branches]
     known = unchanged(model, state)
     modules: Iterable[nn.Module]
     if touched is None:
@@ -224,8 +241,9 @@ def _build_chains(
     else:
         modules = dict.fromkeys([module for name in touched for _, module in modules_with(model, state, name)])
     for module in modules:
-        there = adapted.adapters_at(module)
-        adapted.activate(module, [name for name in acting if name in there], same_base=same_base and known is not None)
+        attached = adapted.adapters_at(module)
+        names = [name for name in acting if name in attached]
+        adapted.activate(module, names, same_base=same_base and known is not None)
     if known is not None:
         known.per_sample = False
 

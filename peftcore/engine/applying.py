@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from peftcore.engine.activating import freeze_branches, set_active, update_call_context
 from peftcore.engine.adaptation import adapted, enclosing, fast_path, folding
@@ -28,7 +28,7 @@ from peftcore.plugin import ranks
 from peftcore.plugin.adapter import Adapter
 from peftcore.plugin.call import arguments_read
 from peftcore.plugin.events import adapter_applied
-from peftcore.plugin.method import Model
+from peftcore.plugin.method import Method, Model
 from peftcore.plugin.modules import parts
 from peftcore.plugin.registry import registry
 
@@ -110,42 +110,25 @@ def add_adapter(
     if attachments.method.prepare is not None:
         with registry.naming(attachments.method.name, "prepare"):
             attachments.method.prepare(model, attachments.config)
-    of_method, config = recorded(attachments.method, attachments.config)
+    recorded_method, config = recorded(attachments.method, attachments.config)
     modules = {each.path: submodule(model, each.path) for each in attachments.attached}
-    adapters = [each.adapter for each in attachments.attached]
-    allocated: dict[Any, Any] = {}
-    for each in attachments.attached:
-        _settle(each.adapter, *device_and_dtype(modules[each.path], dtype), model.training, allocated)
+    _settle_all(attachments, modules, dtype, training=model.training)
 
     state = state_of(model) or State()
     is_first = not state.applied
-    entry = Applied(
-        of_method.name,
-        config,
-        attachments.placements,
-        attachments.trained,
-        trainable=trainable,
-        reads=arguments_read(adapters),
-        whole_batch=any([each.whole_batch for each in adapters if isinstance(each, Adapter)]),
-    )
-    sites = {path: state.sites.get(path) or Site(facts(module)) for path, module in modules.items()}
+    state.applied[adapter] = _record(attachments, recorded_method, config, trainable=trainable)
+    for path, module in modules.items():
+        state.sites.setdefault(path, Site(facts(module))).adapters += 1
     model.__dict__[STATE] = state
-    state.sites.update(sites)
-    for site in sites.values():
-        site.adapters += 1
-    state.applied[adapter] = entry
     try:
         _attach(model, state, adapter, attachments, modules, is_first=is_first)
         if initialize is not None:
             initialize_adapter(model, adapter, initialize, attachments.method.name, config_of_initialize, batches)
         if is_first:
             state.loading = accept_base_checkpoints(model)
-        if is_first and is_divided(model):
-            state.watching = watch_batches(model)
-        if fill is None and is_divided(model):  # the ranks may have drawn different random numbers
-            ranks.give(tensor for each in adapters for tensor in (*each.parameters(), *each.buffers()))
-            if initialize is not None:
-                ranks.give(parameter.detach() for parameter in method_modules(model, adapter).trained.values())
+            state.watching = watch_batches(model) if is_divided(model) else None
+        if fill is None and is_divided(model):
+            _broadcast_values(model, adapter, attachments, initialized=initialize is not None)
         if ranks.count() > 1:
             divide_experts(model, attachments)
         if active:
@@ -188,36 +171,86 @@ def _attach(
     update_call_context(state)
 
 
+def _record(attachments: Attachments, method: Method, config: Any, *, trainable: bool) -> Applied:
+    """Return the record of the adapter that `attachments` become."""
+    adapters = [each.adapter for each in attachments.attached]
+    return Applied(
+        method=method.name,
+        config=config,
+        placements=attachments.placements,
+        trained=attachments.trained,
+        trainable=trainable,
+        reads=arguments_read(adapters),
+        whole_batch=any([each.whole_batch for each in adapters if isinstance(each, Adapter)]),
+    )
+
+
+def _broadcast_values(model: nn.Module, adapter: str, attachments: Attachments, *, initialized: bool) -> None:
+    """Give all ranks the adapter of rank 0: they may have drawn different random numbers."""
+    tensors: list[Tensor] = []
+    for attachment in attachments.attached:
+        tensors += [*attachment.adapter.parameters(), *attachment.adapter.buffers()]
+    ranks.give(tensors)
+    if initialized:
+        ranks.give(parameter.detach() for parameter in method_modules(model, adapter).trained.values())
+
+
+def _settle_all(
+    attachments: Attachments, modules: Mapping[str, nn.Module], dtype: torch.dtype | None, *, training: bool
+) -> None:
+    """Give each adapter the device of its module, its dtype and the model's mode, frozen."""
+    allocated: dict[nn.Parameter, nn.Parameter] = {}
+    for attachment in attachments.attached:
+        device, adapter_dtype = device_and_dtype(modules[attachment.path], dtype)
+        _settle(attachment.adapter, device, adapter_dtype, training, allocated)
+
+
 def _settle(
-    adapter: nn.Module, device: torch.device | None, dtype: torch.dtype, training: bool, allocated: dict[Any, Any]
+    adapter: nn.Module,
+    device: torch.device | None,
+    dtype: torch.dtype,
+    training: bool,
+    allocated: dict[nn.Parameter, nn.Parameter],
 ) -> None:
     """Do `adapter.to(device, dtype).train(training).requires_grad_(False)`, where anything is different.
 
     Tensors on the meta device are allocated without values. `allocated` maps them to the new ones, since adapters may
     share tensors.
     """
-    fits, is_set, gets_memory = True, True, device is not None and device.type != "meta"
+    fits = has_mode = True
     for module in parts(adapter):
-        is_set &= module.training == training and type(module).train is nn.Module.train
-        parameters = module._parameters
-        for name, parameter in parameters.items():
-            if parameter is None:
-                continue
-            if gets_memory and parameter.is_meta and type(parameter) is nn.Parameter:
-                own = dtype if parameter.is_floating_point() else parameter.dtype
-                if parameter not in allocated:
-                    allocated[parameter] = nn.Parameter(torch.empty(parameter.shape, dtype=own, device=device), False)
-                parameters[name] = allocated[parameter]
-                continue
-            parameter.requires_grad_(False)
-            fits &= parameter.device == device and (parameter.dtype == dtype or not parameter.is_floating_point())
-        for tensor in module._buffers.values():
-            if tensor is not None:
-                fits &= tensor.device == device and (tensor.dtype == dtype or not tensor.is_floating_point())
+        has_mode &= module.training == training and type(module).train is nn.Module.train
+        if device is not None and device.type != "meta":
+            _allocate(module, device, dtype, allocated)
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                parameter.requires_grad_(False)
+                fits &= _is_on(parameter, device, dtype)
+        for buffer in module._buffers.values():
+            fits &= buffer is None or _is_on(buffer, device, dtype)
     if not fits:
         adapter.to(dtype=dtype)
-        (adapter.to_empty if any(t.is_meta for t in (*adapter.parameters(), *adapter.buffers())) else adapter.to)(
-            device=device
-        )
-    if not is_set:
+        if any(tensor.is_meta for tensor in (*adapter.parameters(), *adapter.buffers())):
+            adapter.to_empty(device=device)
+        else:
+            adapter.to(device=device)
+    if not has_mode:
         adapter.train(training)
+
+
+def _allocate(
+    module: nn.Module, device: torch.device, dtype: torch.dtype, allocated: dict[nn.Parameter, nn.Parameter]
+) -> None:
+    """Replace the module's own parameters that are on the meta device by ones with memory."""
+    for name, parameter in module._parameters.items():
+        if parameter is None or not parameter.is_meta or type(parameter) is not nn.Parameter:
+            continue
+        if parameter not in allocated:
+            own_dtype = dtype if parameter.is_floating_point() else parameter.dtype
+            values = torch.empty(parameter.shape, dtype=own_dtype, device=device)
+            allocated[parameter] = nn.Parameter(values, requires_grad=False)
+        module._parameters[name] = allocated[parameter]
+
+
+def _is_on(tensor: Tensor, device: torch.device | None, dtype: torch.dtype) -> bool:
+    return tensor.device == device and (tensor.dtype == dtype or not tensor.is_floating_point())

@@ -86,38 +86,63 @@ def in_evaluation_mode(model: nn.Module, adapters: Iterable[str]) -> Iterator[No
     Afterwards their mode, their gradients, moving buffers, the problem type in the model's config and PyTorch's random
     state are as before.
     """
-    trees = [top for name in adapters for _, top in adapter_modules(model, name)]
-    modules = [*(module for _, module in base_modules(model)), *(module for top in trees for module in top.modules())]
-    modes = {module: module.training for module in modules}
-    gradients = {p: p.grad for module in modules for p in module._parameters.values() if p is not None}
-    # Classifiers of transformers set it in the first call with labels.
-    configs: list[Any] = [vars(module).get("config") for module in modules]
-    problem_types = [(config, config.problem_type) for config in configs if hasattr(config, "problem_type")]
-    devices = {p.device for p in gradients if p.device.type not in ("cpu", "meta")}
+    modules = [module for _, module in base_modules(model)]
+    for name in adapters:
+        for _, adapter in adapter_modules(model, name):
+            modules += adapter.modules()
+    parameters = {p for module in modules for p in module._parameters.values() if p is not None}
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices=[]))
-        for kind in {device.type for device in devices}:
-            of_kind = [device.index for device in devices if device.type == kind]
-            stack.enter_context(torch.random.fork_rng(devices=of_kind, device_type=kind))
+        by_type: dict[str, set[torch.device]] = {}
+        for parameter in parameters:
+            by_type.setdefault(parameter.device.type, set()).add(parameter.device)
+        for kind in by_type.keys() - {"cpu", "meta"}:
+            indices = [device.index for device in by_type[kind]]
+            stack.enter_context(torch.random.fork_rng(devices=indices, device_type=kind))
         stack.enter_context(unmoved_buffers(model))
+        stack.enter_context(_evaluating(modules))
+        stack.enter_context(_without_gradients(parameters))
+        stack.enter_context(_same_problem_types(modules))
+        yield
+
+
+@contextmanager
+def _evaluating(modules: Iterable[nn.Module]) -> Iterator[None]:
+    modes = {module: module.training for module in modules}
+    for module in modes:
+        module.training = False
+    try:
+        yield
+    finally:
         for module, mode in modes.items():
-            if mode:
-                module.training = False
+            module.training = mode
+
+
+@contextmanager
+def _without_gradients(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    gradients = {parameter: parameter.grad for parameter in parameters}
+    for parameter, gradient in gradients.items():
+        if gradient is not None:
+            parameter.grad = None
+    try:
+        yield
+    finally:
         for parameter, gradient in gradients.items():
-            if gradient is not None:
-                parameter.grad = None
-        try:
-            yield
-        finally:
-            for module, mode in modes.items():
-                if module.training is not mode:
-                    module.training = mode
-            for parameter, gradient in gradients.items():
-                if parameter.grad is not gradient:
-                    parameter.grad = gradient
-            for config, problem_type in problem_types:
-                if config.problem_type != problem_type:
-                    config.problem_type = problem_type
+            if parameter.grad is not gradient:
+                parameter.grad = gradient
+
+
+@contextmanager
+def _same_problem_types(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Restore the problem type in configs: classifiers of transformers set it in the first call with labels."""
+    configs: list[Any] = [vars(module).get("config") for module in modules]
+    before = [(config, config.problem_type) for config in configs if hasattr(config, "problem_type")]
+    try:
+        yield
+    finally:
+        for config, problem_type in before:
+            if config.problem_type != problem_type:
+                config.problem_type = problem_type
 
 
 def _base(model: nn.Module) -> dict[str, tuple[int, int]]:

@@ -100,22 +100,28 @@ def _cut_off(model: nn.Module) -> tuple[str, str] | None:
     """
     seen = set()
     for path, module in base_modules(model):
-        weight: Any = module._parameters.get("weight")
-        plain = weight is None or (type(weight) is nn.Parameter and weight.itemsize > 1)
-        if plain and (isinstance(module, nn.Linear) or not hasattr(module, "in_features")):
+        product = _foreign_product(path, module)
+        if product is None:
             continue
-        if is_unknown_linear(module) or has_scaled_float8(module):
-            found = path, type(module).__name__
-        elif weight is None or type(weight) is nn.Parameter or not is_linear(module):
-            continue
-        elif (is_bitsandbytes(module) and _is_packed(weight)) or is_wrapped(weight):
-            found = f"{path}.weight", type(weight).__name__
-        else:
-            continue
-        kind = original_class(module), type(weight), is_bitsandbytes(module)
+        kind = original_class(module), type(module._parameters.get("weight")), is_bitsandbytes(module)
         if kind not in seen and not _lets_through(model, module):
-            return found
+            return product
         seen.add(kind)
+    return None
+
+
+def _foreign_product(path: str, module: nn.Module) -> tuple[str, str] | None:
+    """Return (path, class) of a linear layer, or its weight, that another library computes with; None for others."""
+    weight: Any = module._parameters.get("weight")
+    is_plain = weight is None or (type(weight) is nn.Parameter and weight.itemsize > 1)
+    if is_plain and (isinstance(module, nn.Linear) or not hasattr(module, "in_features")):
+        return None
+    if is_unknown_linear(module) or has_scaled_float8(module):
+        return path, type(module).__name__
+    if weight is None or type(weight) is nn.Parameter or not is_linear(module):
+        return None
+    if (is_bitsandbytes(module) and _is_packed(weight)) or is_wrapped(weight):
+        return f"{path}.weight", type(weight).__name__
     return None
 
 

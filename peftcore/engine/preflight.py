@@ -21,7 +21,7 @@ from peftcore.engine.adaptation.adapted import adapters_of
 from peftcore.engine.adaptation.divided_experts import followed_plan, follows_experts
 from peftcore.engine.adaptation.division import divides_tokens, division_of, has_plan
 from peftcore.engine.adaptation.enclosing import LOCK
-from peftcore.engine.attachments import Attachments
+from peftcore.engine.attachments import Attachment, Attachments
 from peftcore.engine.changes import submodule
 from peftcore.engine.gradients import refuse_without_gradient
 from peftcore.engine.state import (
@@ -228,20 +228,28 @@ def refuse_unregistered_class(model: nn.Module, attachments: Attachments) -> Non
             )
 
 
+def _identities(model: nn.Module) -> tuple[set[int], set[int], set[int]]:
+    """Return (ids of the base's modules, ids of its tensors, where the memory of the plain ones begins)."""
+    modules: set[int] = set()
+    tensors: set[int] = set()
+    addresses: set[int] = set()
+    for _, module in base_modules(model):
+        modules.add(id(module))
+        for tensor in (*module._parameters.values(), *module._buffers.values()):
+            if tensor is not None:
+                tensors.add(id(tensor))
+                addresses.add(_address(tensor))
+    addresses.discard(0)  # tensors without memory
+    return modules, tensors, addresses
+
+
 def _classes_apart(model: nn.Module, method: str, placements: Sequence[Placement]) -> dict[type[nn.Module], bool]:
     """Return {class of a module of the adapters: whether one with it is placed itself, not only inside another}.
 
     Raises:
         PluginError: an adapter has registered a module or tensor of the base.
     """
-    modules, tensors, addresses = set(), set(), set()  # of the base
-    for _, module in base_modules(model):
-        modules.add(id(module))
-        for tensor in (*module._parameters.values(), *module._buffers.values()):
-            if tensor is not None:
-                tensors.add(id(tensor))
-                addresses.add(tensor.data_ptr() if type(tensor) in _PLAIN else 0)
-    addresses.discard(0)  # tensors without memory
+    modules, tensors, addresses = _identities(model)
     seen: set[int] = set()
     classes: dict[type[nn.Module], bool] = {}
     for placement in placements:
@@ -255,9 +263,7 @@ def _classes_apart(model: nn.Module, method: str, placements: Sequence[Placement
             if id(part) in modules:
                 _refuse_registered(model, method, placement, part)
             for tensor in (*part._parameters.values(), *part._buffers.values()):
-                if tensor is not None and (
-                    id(tensor) in tensors or (type(tensor) in _PLAIN and tensor.data_ptr() in addresses)
-                ):
+                if tensor is not None and (id(tensor) in tensors or _address(tensor) in addresses):
                     _refuse_registered(model, method, placement, tensor)
             ahead += part._modules.values()
     return classes
@@ -427,47 +433,80 @@ def refuse_divided(model: nn.Module, attachments: Attachments) -> None:
     Adapters around and after linear layers follow a plan of transformers (`peftcore.engine.adaptation.division`). Other
     layers of which every parameter is whole, and their gradients, are as in one process.
     """
-    method = attachments.method.name
     if ranks.count() == 1 and not ranks.is_sharded(model):
         return
-    paths = {id(module): path for path, module in base_modules(model)}
-    divided = {
-        f"{paths[id(module)]}.{name}".removeprefix("."): parameter
-        for fsdp, module in ranks.enclosed(model)
-        for name, parameter in module._parameters.items()
-        if id(module) in paths and parameter is not None and ranks.is_divided(ranks.behind(parameter), fsdp=fsdp)
-    }
-    tokens = divides_tokens(model)
-    if not divided and not tokens:
+    sharded, shards_tokens = _sharded_parameters(model), divides_tokens(model)
+    if not sharded and not shards_tokens:
         return
-    for each in attachments.attached:
-        module = submodule(model, each.path)
-        if each.link.follows_division and division_of(module) is not None:
+    method = attachments.method.name
+    for attachment in attachments.attached:
+        module = submodule(model, attachment.path)
+        if _follows_division(module, attachment, method):
             continue
-        if each.link is WeightLink and followed_plan(module) is not None:
-            if follows_experts(module, WeightLink.changes_of(each.adapter)):
-                continue
-            raise PeftcoreError(
-                f"{method} cannot be applied: the ranks share out the experts of '{each.path}' (ep_size), "
-                "and only low-rank products of single experts can follow them. Exclude the module, "
-                f"exclude_modules=['{each.path.rpartition('.')[2]}'], or load the model without ep_size"
-            )
-        held = [name for name, parameter in module._parameters.items() if parameter is not None]
-        own = [f"{each.path}.{name}".removeprefix(".") for name in held]
-        found = f"the work of '{each.path}'" if has_plan(module) else f"the tokens of '{each.path}'" if tokens else None
-        if found is None:
-            needed = (placement.divided(each.path, own, divided) for placement in each.placements)
-            found = next((f"'{name}'" for name in needed if name), None)
+        shared_out = _shared_out(module, attachment, sharded, shards_tokens=shards_tokens)
+        if shared_out is None:
+            continue
         weight = module._parameters.get("weight")
-        if found is not None and weight is not None and not ranks.behind(weight).is_floating_point():
+        if weight is not None and not ranks.behind(weight).is_floating_point():
             raise PeftcoreError(
-                f"{method} cannot be applied: '{each.path}' was divided over the ranks after it was "
+                f"{method} cannot be applied: '{attachment.path}' was divided over the ranks after it was "
                 "quantized, and its blocks of 4-bit values with it. Call peftcore.quantize(model) again, which gives "
                 "each rank its part of the blocks"
             )
-        if found is not None:
-            raise PeftcoreError(
-                f"{method} cannot be applied: tensor parallelism (tp_plan, tp_size, parallelize_module) "
-                f"divides {found} over the ranks, and the adapter needs all outputs or inputs of the layer. Load the "
-                "model without it, apply, and call peftcore.shard(model), or load it by peftcore.load_sharded(folder)"
-            )
+        raise PeftcoreError(
+            f"{method} cannot be applied: tensor parallelism (tp_plan, tp_size, parallelize_module) "
+            f"divides {shared_out} over the ranks, and the adapter needs all outputs or inputs of the layer. Load the "
+            "model without it, apply, and call peftcore.shard(model), or load it by peftcore.load_sharded(folder)"
+        )
+
+
+def _sharded_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the base's parameters that tensor parallelism has divided over the ranks, by name."""
+    paths = {id(module): path for path, module in base_modules(model)}
+    sharded: dict[str, nn.Parameter] = {}
+    for fsdp, module in ranks.enclosed(model):
+        path = paths.get(id(module))
+        if path is None:
+            continue
+        for name, parameter in module._parameters.items():
+            if parameter is not None and ranks.is_divided(ranks.behind(parameter), fsdp=fsdp):
+                sharded[f"{path}.{name}".removeprefix(".")] = parameter
+    return sharded
+
+
+def _follows_division(module: nn.Module, attachment: Attachment, method: str) -> bool:
+    """Return whether an adapter follows the plan that divides its module.
+
+    Raises:
+        PeftcoreError: the ranks share out the module's experts, and the adapter is not one of single experts.
+    """
+    if attachment.link.follows_division and division_of(module) is not None:
+        return True
+    if attachment.link is not WeightLink or followed_plan(module) is None:
+        return False
+    if follows_experts(module, WeightLink.changes_of(attachment.adapter)):
+        return True
+    raise PeftcoreError(
+        f"{method} cannot be applied: the ranks share out the experts of '{attachment.path}' (ep_size), "
+        "and only low-rank products of single experts can follow them. Exclude the module, "
+        f"exclude_modules=['{attachment.path.rpartition('.')[2]}'], or load the model without ep_size"
+    )
+
+
+def _shared_out(
+    module: nn.Module, attachment: Attachment, sharded: dict[str, nn.Parameter], *, shards_tokens: bool
+) -> str | None:
+    """Return what the ranks share out of a module, though its adapter needs the whole, as errors name it, or None."""
+    path = attachment.path
+    if has_plan(module):
+        return f"the work of '{path}'"
+    if shards_tokens:
+        return f"the tokens of '{path}'"
+    names = [
+        f"{path}.{name}".removeprefix(".") for name, parameter in module._parameters.items() if parameter is not None
+    ]
+    for placement in attachment.placements:
+        name = placement.divided(path, names, sharded)
+        if name:
+            return f"'{name}'"
+    return None

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from peftcore.engine.adaptation.fused_forward import fused_modules, is_without_logits
 from peftcore.engine.placing import covered, device_and_dtype, placements_for, reached_by
 from peftcore.engine.preflight import check_dtype
-from peftcore.engine.state import adapter_modules, adapter_parameters, changed, check_model, state_of
+from peftcore.engine.state import Applied, State, adapter_modules, adapter_parameters, changed, check_model, state_of
 from peftcore.engine.trained import TrainedParameters
 from peftcore.model.base_modules import base_modules, base_parameters, original_class, original_forward, walked_once
 from peftcore.model.experts import why_not_fused
@@ -288,55 +288,65 @@ def summary(model: nn.Module) -> Summary:
 
 
 def _summary(model: nn.Module) -> Summary:
-    state = state_of(model)
+    state = state_of(model) or State()
     base = _base_of(model)
-    by_parameter = {
-        id(module._parameters[name]): sizes
-        for _, module in base_modules(model)
-        for name, sizes in bits_of(module).items()
-    }
-    packed = list(by_parameter.values())
+    packed = _packed_sizes(model)
     packed_bytes = sum(size for _, size in packed)
-    codes = sum((weights + 1) // 2 for weights, _ in packed)
-    adapters, reached, copied, apart = [], set[str](), set[str](), False
-    active = state.active if state is not None else ()
-    for name, entry in state.applied.items() if state is not None else ():
-        parameters = list(dict.fromkeys(p for _, p in adapter_parameters(model, name)))
-        buffers = list(dict.fromkeys(b for _, module in adapter_modules(model, name) for b in module.buffers()))
-        reached.update(entry.trained, *(reached_by({path: found}) for path, found in entry.placements.items()))
-        copied.update(*(_copied_by({path: found}) for path, found in entry.placements.items()))
-        apart |= _one_by_one(entry.placements)
-        own = TrainedParameters.of(model, name)
-        for _, value, original in own.in_model(model) if own is not None else ():
-            if isinstance(original, nn.Parameter):
-                base.pop(id(value), None)
-                base[id(original)] = original, _count(original)
-        adapters.append(
-            AdapterSummary(
-                name=name,
-                method=entry.method,
-                active=name in active,
-                modules=len(entry.paths),
-                trained=len(entry.trained),
-                parameters=sum(map(_count, parameters)),
-                bytes=sum(_count(p) * p.itemsize for p in parameters),
-                buffers=sum(b.numel() for b in buffers),
-                buffer_bytes=sum(b.nbytes for b in buffers),
-            )
-        )
+    codes = sum((weights + 1) // 2 for weights, _ in packed)  # of which `base` counts the bytes already
+    adapters, reached, copied, one_by_one = [], set[str](), set[str](), False
+    for name, entry in state.applied.items():
+        adapters.append(_adapter_summary(model, name, entry, active=name in state.active))
+        _put_base_back(base, model, name)
+        reached.update(entry.trained, reached_by(entry.placements))
+        copied.update(_copied_by(entry.placements))
+        one_by_one |= _one_by_one(entry.placements)
     return Summary(
         adapters=tuple(adapters),
         base_parameters=sum(count for _, count in base.values()),
         base_bytes=sum(_count(p) * p.itemsize for p, _ in base.values()) + packed_bytes - codes,
         trainable_parameters=sum(_count(p) for p in model.parameters() if p.requires_grad),
-        merged=state is not None and state.merged is not None,
+        merged=state.merged is not None,
         changed=changed(model),
-        experts=mixture_of(model, reached, copied, apart),
+        experts=mixture_of(model, reached, copied, one_by_one),
         packed_parameters=sum(weights for weights, _ in packed),
         packed_bytes=packed_bytes,
         without_logits=is_without_logits(model),
         fused=fused_modules(model),
     )
+
+
+def _packed_sizes(model: nn.Module) -> list[tuple[int, int]]:
+    """Return (weights, bytes with scales) of each of the base's parameters that is in 4 bits."""
+    sizes: dict[int, tuple[int, int]] = {}  # a shared parameter counts once
+    for _, module in base_modules(model):
+        for name, size in bits_of(module).items():
+            sizes[id(module._parameters[name])] = size
+    return list(sizes.values())
+
+
+def _adapter_summary(model: nn.Module, name: str, entry: Applied, *, active: bool) -> AdapterSummary:
+    parameters = {parameter for _, parameter in adapter_parameters(model, name)}
+    buffers = {buffer for _, module in adapter_modules(model, name) for buffer in module.buffers()}
+    return AdapterSummary(
+        name=name,
+        method=entry.method,
+        active=active,
+        modules=len(entry.paths),
+        trained=len(entry.trained),
+        parameters=sum(map(_count, parameters)),
+        bytes=sum(_count(p) * p.itemsize for p in parameters),
+        buffers=sum(b.numel() for b in buffers),
+        buffer_bytes=sum(b.nbytes for b in buffers),
+    )
+
+
+def _put_base_back(base: dict[int, tuple[nn.Parameter, int]], model: nn.Module, adapter: str) -> None:
+    """Put the original parameters into `base` in place of those of an adapter that are in the model now."""
+    own = TrainedParameters.of(model, adapter)
+    for _, value, original in own.in_model(model) if own is not None else ():
+        if isinstance(original, nn.Parameter):
+            base.pop(id(value), None)
+            base[id(original)] = original, _count(original)
 
 
 def described(found: Plan | Summary) -> list[str]:

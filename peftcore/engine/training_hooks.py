@@ -227,35 +227,48 @@ def method_groups(model: nn.Module, lr: float, weight_decay: float) -> list[dict
     """Return the parameter groups of the methods whose adapters train, each with `lr` and `weight_decay`."""
     if state_of(model) is None:
         return []
-    there = {id(p): name for name, p in model.named_parameters()}
-    named: dict[int, str] = {}
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    owners: dict[int, str] = {}  # by parameter: the groups that contain it, for messages
     groups: list[dict[str, Any]] = []
     for adapter, entry, method in _training(model):
         if method.parameter_groups is None:
             continue
-        by = f"the parameter groups of {method.name} ('{adapter}')"
+        owner = f"the parameter groups of {method.name} ('{adapter}')"
         modules = method_modules(model, adapter)
         with registry.naming(method.name, "parameter_groups"):
             made = method.parameter_groups(modules, entry.config, lr, weight_decay)
         for group in made if isinstance(made, (list, tuple)) else [made]:
-            given = group["params"] if isinstance(group, dict) and "params" in group else None
-            given = [given] if isinstance(given, Tensor) else given
-            if not isinstance(given, Iterable):
-                raise PeftcoreError(f"{by} must be dicts with 'params', found {group!r:.200}")
-            parameters = [each[1] if isinstance(each, tuple) else each for each in given]  # torch takes named ones, too
-            for parameter in parameters:
-                name = there.get(id(parameter))
-                if name is None:
-                    raise PeftcoreError(
-                        f"{by} contain a {type(parameter).__name__} that is not a parameter of the model"
-                    )
-                if id(parameter) in named:
-                    raise PeftcoreError(f"{by} contain '{name}', which {named[id(parameter)]} contain already")
-                named[id(parameter)] = by
+            parameters = _parameters_of_group(group, owner)
+            _claim(parameters, owner, names, owners)
             trained = [p for p in parameters if p.requires_grad]
             if trained:
                 groups.append({"lr": lr, "weight_decay": weight_decay, **group, "params": trained})
     return groups
+
+
+def _parameters_of_group(group: Any, owner: str) -> list[nn.Parameter]:
+    """Return the parameters of a group as torch's optimizers take them: one, several, or (name, parameter) pairs."""
+    params = group["params"] if isinstance(group, dict) and "params" in group else None
+    if isinstance(params, Tensor):
+        params = [params]
+    if not isinstance(params, Iterable):
+        raise PeftcoreError(f"{owner} must be dicts with 'params', found {group!r:.200}")
+    return [each[1] if isinstance(each, tuple) else each for each in params]
+
+
+def _claim(parameters: Iterable[nn.Parameter], owner: str, names: dict[int, str], owners: dict[int, str]) -> None:
+    """Record in `owners` that the groups `owner` contain `parameters`.
+
+    Raises:
+        PeftcoreError: one is not a parameter of the model, whose `names` are given, or is in a group already.
+    """
+    for parameter in parameters:
+        name = names.get(id(parameter))
+        if name is None:
+            raise PeftcoreError(f"{owner} contain a {type(parameter).__name__} that is not a parameter of the model")
+        if id(parameter) in owners:
+            raise PeftcoreError(f"{owner} contain '{name}', which {owners[id(parameter)]} contain already")
+        owners[id(parameter)] = owner
 
 
 def not_in(groups: Iterable[dict[str, Any]], parameters: Iterable[tuple[str, nn.Parameter]]) -> dict[str, nn.Parameter]:
@@ -321,32 +334,39 @@ def watch(model: nn.Module) -> None:
 def _stepped(optimizer: Optimizer, _args: tuple[Any, ...], _kwargs: dict[str, Any]) -> None:
     if is_dynamo_compiling():
         return
+    stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     for model in list(_waiting):
         state = state_of(model)
         if state is None or all(entry.missed_steps is None for entry in state.applied.values()):
             _waiting.discard(model)
             continue
-        stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        for name in state.active:
-            entry = state.applied[name]
-            if entry.missed_steps is None or not entry.trainable or state.merged is not None:
-                continue
-            own = (parameter for _, parameter in adapter_parameters(model, name))
-            if not any(id(parameter) in stepped and not parameter.is_meta for parameter in own):  # meta: an estimate
-                continue
-            entry.missed_steps += 1
-            if entry.missed_steps == 2:
-                entry.missed_steps = None
-                warnings.warn(
-                    f"the optimizer has taken two steps on the adapter '{name}' ({entry.method}) without "
-                    "peftcore.after_step, so what its method does after each step (a projection, a schedule) is "
-                    "missing. Call peftcore.after_step(model, step, total_steps), with the step counted from 1, after "
-                    "each optimizer.step() and before optimizer.zero_grad(). transformers' Trainer does so by itself",
-                    stacklevel=3,
-                )
+        for name, entry, _ in _training(model):
+            if entry.missed_steps is not None and _has_stepped(model, name, stepped):
+                _count_missed_step(name, entry)
     if not _waiting:
         while _handles:
             _handles.pop().remove()
+
+
+def _has_stepped(model: nn.Module, adapter: str, stepped: set[int]) -> bool:
+    """Return whether a parameter of the adapter is among those stepped; on the meta device it is only an estimate."""
+    parameters = (parameter for _, parameter in adapter_parameters(model, adapter))
+    return any(id(parameter) in stepped and not parameter.is_meta for parameter in parameters)
+
+
+def _count_missed_step(name: str, entry: Applied) -> None:
+    """Count an optimizer step without `after_step`, and warn at the second."""
+    entry.missed_steps = (entry.missed_steps or 0) + 1
+    if entry.missed_steps < 2:
+        return
+    entry.missed_steps = None
+    warnings.warn(
+        f"the optimizer has taken two steps on the adapter '{name}' ({entry.method}) without "
+        "peftcore.after_step, so what its method does after each step (a projection, a schedule) is "
+        "missing. Call peftcore.after_step(model, step, total_steps), with the step counted from 1, after "
+        "each optimizer.step() and before optimizer.zero_grad(). transformers' Trainer does so by itself",
+        stacklevel=4,
+    )
 
 
 adapter_applied.subscribe(watch)

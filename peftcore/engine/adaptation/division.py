@@ -159,7 +159,7 @@ def _division_by_hooks(module: nn.Module, by_rows: bool, mesh: DeviceMesh) -> Di
 
 def _division_by_plan(module: nn.Module, plan: dict[str, Any]) -> Division | None:
     """Return how a plan of transformers divides a layer, whose forward it replaces."""
-    from torch.distributed.tensor import Replicate, Shard
+    from torch.distributed.tensor import Placement, Replicate, Shard
     from transformers.distributed import tensor_parallel as plans
 
     style, mesh = plan["self"], plan["mesh"]
@@ -168,7 +168,8 @@ def _division_by_plan(module: nn.Module, plan: dict[str, Any]) -> Division | Non
         return None
     if isinstance(module, nn.Embedding):
         return _division(module, mesh) if type(style) is plans.EmbeddingParallel else None
-    last, whole = Shard(-1), Replicate()
+    last: Placement = Shard(-1)
+    whole: Placement = Replicate()
     if type(style) is plans.ColwiseParallel:
         by_rows, known_layouts = False, [(whole, whole), (whole, last)]
     elif type(style) is plans.RowwiseParallel:

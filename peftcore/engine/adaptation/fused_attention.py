@@ -83,23 +83,27 @@ def _attention(
     **_: Any,
 ) -> Tensor | None:
     """Return the attention `[batch, queries, heads, size]`, or None if transformers must compute it, or refuse it."""
-    if position_bias is not None or softcap is not None or output_attentions:
+    if position_bias is not None or softcap is not None or output_attentions or not 0 <= dropout < 1:
         return None
-    if not 0 <= dropout < 1 or torch.is_autocast_enabled("cpu"):
-        return None
-    if not plain(query, key) or not plain(value, query) or not has_attention_kernel(query, key, value, mask):
-        return None
-    if mask is not None and type(mask) is not Tensor:
+    if not _has_fused_kernel(query, key, value, mask):
         return None
     queries = query.shape[2]
-    if query.dtype is torch.float32 and queries < _LEAST_QUERIES and not torch.is_grad_enabled():
-        return None
     # As transformers' function: one query sees all keys, and a given mask says what is seen.
     causal = queries > 1 and mask is None and bool(module.is_causal if is_causal is None else is_causal)
     if causal and key.shape[2] > queries:  # a static cache that is still empty behind the prompt
         key, value = key[:, :, :queries], value[:, :, :queries]
     output = ops.attention(query, key, value, mask, causal=causal, scale=scaling, dropout_p=dropout)
     return output.transpose(1, 2).contiguous()
+
+
+def _has_fused_kernel(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
+    """Return whether `ops.attention` computes this attention, and not more slowly than PyTorch."""
+    if torch.is_autocast_enabled("cpu") or (mask is not None and type(mask) is not Tensor):
+        return False
+    if not plain(query, key) or not plain(value, query) or not has_attention_kernel(query, key, value, mask):
+        return False
+    few_queries = query.dtype is torch.float32 and query.shape[2] < _LEAST_QUERIES
+    return torch.is_grad_enabled() or not few_queries
 
 
 class _Module(nn.Module):

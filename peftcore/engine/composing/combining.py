@@ -30,7 +30,7 @@ from peftcore.engine.trained import TrainedParameters, base_tensors
 from peftcore.errors import PeftcoreError, nearest
 from peftcore.plugin import ranks
 from peftcore.plugin.adapter import LowRank, neutral_of
-from peftcore.plugin.method import Model
+from peftcore.plugin.method import Method, Model
 from peftcore.plugin.modules import own_tensors
 from peftcore.plugin.registry import registry
 from peftcore.plugin.validation import positive_whole
@@ -191,24 +191,39 @@ def _combine_products(
     pruning: Pruning | None,
     r: int | None,
 ) -> None:
-    sources = [low_rank.factors_of(model, each, "be combined") for each in names]
-    makers = [(registry.method(entry.method), entry.config) for entry in (engine.applied(model, n) for n in names)]
-    maker = next((each for each in makers if each[0].low_rank is not None), None)
-    if maker is None:
-        raise PeftcoreError(
-            f"a sum of adapters of {makers[0][0].name} is not an adapter of {makers[0][0].name}. "
-            + low_rank.conversion_hint(f"peftcore.convert(model, '{names[0]}', method=...)")
-        )
-    largest = max(f.a.shape[0] for source in sources for pairs in source.values() for f in pairs)
+    sources = [low_rank.factors_of(model, name, "be combined") for name in names]
+    method, template = _method_of_products(model, names)
+    if r is None:
+        r = max(factors.a.shape[0] for source in sources for pairs in source.values() for factors in pairs)
     products: dict[str, list[tuple[Tensor, Tensor]]] = {}
     for path in dict.fromkeys(path for source in sources for path in source):
-        here = [(source[path], w) for source, w in zip(sources, weights, strict=True) if path in source]
-        lists, used = [pairs for pairs, _ in here], [w for _, w in here]
-        if len({tuple((f.a.shape[1:], f.b.shape[0], f.transposed) for f in pairs) for pairs in lists}) > 1:
+        with_factors = [i for i, source in enumerate(sources) if path in source]
+        factors = [sources[i][path] for i in with_factors]
+        if len(set(map(_shapes_of_factors, factors))) > 1:
             raise PeftcoreError(f"adapters {names} have factors of different shapes for '{path}'")
-        products[path] = [_product(path, each, used, how, pruning, r or largest) for each in zip(*lists, strict=True)]
-    first = next(iter(sources[0].values()))[0].a
-    low_rank.add(model, adapter, *maker, products, first.dtype)
+        used = [weights[i] for i in with_factors]
+        products[path] = [_product(path, each, used, how, pruning, r) for each in zip(*factors, strict=True)]
+    dtype = next(iter(sources[0].values()))[0].a.dtype
+    low_rank.add(model, adapter, method, template, products, dtype)
+
+
+def _method_of_products(model: nn.Module, names: Sequence[str]) -> tuple[Method, Any]:
+    """Return (method, config) of the first of the adapters whose method makes low-rank adapters."""
+    entries = [engine.applied(model, name) for name in names]
+    for entry in entries:
+        method = registry.method(entry.method)
+        if method.low_rank is not None:
+            return method, entry.config
+    first = entries[0].method
+    raise PeftcoreError(
+        f"a sum of adapters of {first} is not an adapter of {first}. "
+        + low_rank.conversion_hint(f"peftcore.convert(model, '{names[0]}', method=...)")
+    )
+
+
+def _shapes_of_factors(factors: Sequence[LowRank]) -> tuple[tuple[torch.Size, int, bool], ...]:
+    """Return the shapes of products without their rank."""
+    return tuple((f.a.shape[1:], f.b.shape[0], f.transposed) for f in factors)
 
 
 @torch.no_grad()

@@ -27,23 +27,42 @@ def difference(one: nn.Module, other: nn.Module, *, numbers: bool = True) -> str
     """
     if type(one) is not type(other):
         return f"a {type(other).__name__} is not a {type(one).__name__}"
-    mine, theirs = _attributes(one), _attributes(other)
-    for name in dict.fromkeys([*mine, *theirs]):
-        here, there = mine.get(name), theirs.get(name)
-        if not _equal(here, there) and (numbers or not (_is_number(here) and _is_number(there))):
-            return f"{name}={there!r}, here {here!r}"
+    return (
+        _different_attribute(one, other, numbers=numbers)
+        or _different_tensors(one, other)
+        or _different_child(one, other, numbers=numbers)
+    )
+
+
+def _different_attribute(one: nn.Module, other: nn.Module, *, numbers: bool) -> str | None:
+    here, there = _attributes(one), _attributes(other)
+    for name in dict.fromkeys([*here, *there]):
+        mine, theirs = here.get(name), there.get(name)
+        if _equal(mine, theirs) or (not numbers and _is_number(mine) and _is_number(theirs)):
+            continue
+        return f"{name}={theirs!r}, here {mine!r}"
+    return None
+
+
+def _different_tensors(one: nn.Module, other: nn.Module) -> str | None:
+    """Describe a difference between the names of tensors, or between the values of non-persistent buffers."""
     for kind in ("_parameters", "_buffers"):
-        own_names, its_names = ({n for n, t in vars(m)[kind].items() if t is not None} for m in (one, other))
-        if own_names != its_names:
-            return f"the tensors {sorted(its_names)}, here {sorted(own_names)}"
+        mine = {name for name, tensor in vars(one)[kind].items() if tensor is not None}
+        theirs = {name for name, tensor in vars(other)[kind].items() if tensor is not None}
+        if mine != theirs:
+            return f"the tensors {sorted(theirs)}, here {sorted(mine)}"
     for name in one._non_persistent_buffers_set:
         if not _equal_values(one._buffers[name], other._buffers[name]):
             return f"different values of the non-persistent buffer '{name}'"
+    return None
+
+
+def _different_child(one: nn.Module, other: nn.Module, *, numbers: bool) -> str | None:
     if one._modules.keys() != other._modules.keys():
         return f"the modules {sorted(other._modules)}, here {sorted(one._modules)}"
-    for name, child in one._modules.items():
-        its = other._modules[name]
-        found = difference(child, its, numbers=numbers) if child is not None and its is not None else None
+    for name, mine in one._modules.items():
+        theirs = other._modules[name]
+        found = None if mine is None or theirs is None else difference(mine, theirs, numbers=numbers)
         if found:
             return found
     return None

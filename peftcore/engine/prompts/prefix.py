@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 from weakref import ref
 
@@ -49,8 +50,9 @@ def place_prefix(
     path = decoder_path(model, architecture)
     attentions = _attentions(model.get_submodule(path), path)
     outer = model.get_submodule(architecture.backbone)
+    # A backbone around the decoder that takes token types makes the masks of images from them.
     blocks = path != architecture.backbone and "token_type_ids" in forward_arguments(outer)
-    if blocks:  # it makes the masks, from token types
+    if blocks:
         path = architecture.backbone
     backbone = model.get_submodule(path)
     argument = cache_argument(backbone)
@@ -58,62 +60,21 @@ def place_prefix(
         raise PeftcoreError(
             f"PrefixKV needs attention with a cache, and that of {type(model).__name__} has none. Use a soft prompt"
         )
-    if isinstance(input_embedding(backbone), nn.ModuleList):
-        raise PeftcoreError(
-            f"'{path}' of {type(model).__name__} reads several rows of codes for each sequence, and PrefixKV "
-            "would give each row a prefix. Use a method for linear layers"
-        )
-    if getattr(language_config(backbone), "model_type", None) in _TOKEN_BY_TOKEN:
-        raise PeftcoreError(
-            f"{type(model).__name__} reads one token at a time if its cache is not empty, and a prefix fills it. "
-            "Use a soft prompt"
-        )
-    if getattr(language_config(backbone), "kv_lora_rank", None):
-        raise PeftcoreError(
-            f"{type(model).__name__} has latent attention, with keys and values of different widths, but "
-            "PrefixKV gives both the same. Use a soft prompt"
-        )
-    there: set[Any] = {_layer(module) for module in attentions.values()}
-    if there != set(range(shape[0])):
+    _refuse_reading(model, path)
+    with_attention: set[Any] = {_layer(module) for module in attentions.values()}
+    if with_attention != set(range(shape[0])):
         raise PeftcoreError(
             f"the prefix has keys and values for {shape[0]} layers, but {type(model).__name__} has attention "
-            f"with a cache in {len(there)}: {sorted(there)}"
+            f"with a cache in {len(with_attention)}: {sorted(with_attention)}"
         )
-    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
-
     cache = _new_cache(backbone, architecture.is_encoder_decoder)
-    kept = getattr(cache, "self_attention_cache", cache).layers
-    plain = (DynamicLayer, DynamicSlidingWindowLayer)
-    other = [i for i, layer in enumerate(kept) if type(layer) not in plain and not _is_shared(layer)]
-    if other:
-        raise PeftcoreError(
-            f"layers {other} of {type(model).__name__} keep a recurrent or compressed state, which has no keys "
-            "and values for PrefixKV. Use a soft prompt"
-        )
-    if kept and len(kept) != shape[0]:
-        raise PeftcoreError(
-            f"{type(model).__name__} keeps keys and values of {len(kept)} layers but runs {shape[0]}, so "
-            "PrefixKV cannot assign its parts to layers. Use a soft prompt"
-        )
-    widths: set[Any] = {
-        getattr(module, name, None) for module in attentions.values() for name in ("head_dim", "v_head_dim")
-    }
-    widths -= {None, shape[4]}
-    if widths:
-        raise PeftcoreError(
-            f"layers of {type(model).__name__} have heads of different widths {sorted({shape[4], *widths})}, but "
-            "PrefixKV gives all the same. Use a soft prompt"
-        )
-    numbers = shape[2] * shape[4]
-    for at, module in attentions.items():
-        made = {name: getattr(child, "out_features", numbers) for name, child in module.named_children()}
-        odd = {name: made[name] for name in ("k_proj", "v_proj") if made.get(name, numbers) != numbers}
-        if odd:
-            raise PeftcoreError(
-                f"PrefixKV gives each layer {shape[2]} heads of width {shape[4]}, {numbers} numbers in all, but "
-                f"'{at}' of {type(model).__name__} produces {odd}. Use a soft prompt"
-            )
+    cache_layers = getattr(cache, "self_attention_cache", cache).layers
+    _refuse_cache(model, cache_layers, count=shape[0])
+    _refuse_widths(model, attentions, heads=shape[2], width=shape[4])
     division = _heads_division(attentions, shape[2])
+    windows: dict[int | None, int | None] = {
+        number: getattr(layer, "sliding_window", None) for number, layer in enumerate(cache_layers)
+    }
     around = PrefixAround(
         adapter,
         backbone,
@@ -121,19 +82,84 @@ def place_prefix(
         division=division,
         cache_argument=argument,
         causal=architecture.is_encoder_decoder or is_causal(backbone, architecture),
-        window=min((layer.sliding_window for layer in kept if getattr(layer, "sliding_window", None)), default=None),
+        window=min((window for window in windows.values() if window), default=None),
         blocks=blocks,
         crosses=architecture.is_encoder_decoder,
     )
-    windows: dict[int | None, int | None] = {i: getattr(part, "sliding_window", None) for i, part in enumerate(kept)}
-    layers: list[tuple[str, nn.Module]] = [
-        (at, PrefixLayer(adapter, module, windows.get(_layer(module)), division)) for at, module in attentions.items()
-    ]
-    inside = path != architecture.backbone and not architecture.is_encoder_decoder
-    if inside and around.counts and not hasattr(outer, "get_rope_index"):
-        known = cache_argument(outer) or argument  # some pass it on among others
-        layers.append((architecture.backbone, Positions(None, outer, cache_argument=known, causal=True)))
-    return [(path, around), *layers]
+    placed: list[tuple[str, nn.Module]] = [(path, around)]
+    for attention_path, module in attentions.items():
+        placed.append((attention_path, PrefixLayer(adapter, module, windows.get(_layer(module)), division)))
+    is_inside = path != architecture.backbone and not architecture.is_encoder_decoder
+    if is_inside and around.counts and not hasattr(outer, "get_rope_index"):
+        outer_argument = cache_argument(outer) or argument  # some pass it on among others
+        positions = Positions(None, outer, cache_argument=outer_argument, causal=True)
+        placed.append((architecture.backbone, positions))
+    return placed
+
+
+def _refuse_reading(model: nn.Module, path: str) -> None:
+    """Raise a PeftcoreError if the backbone at `path` reads tokens in a way that a filled cache does not allow."""
+    backbone = model.get_submodule(path)
+    config = language_config(backbone)
+    if isinstance(input_embedding(backbone), nn.ModuleList):
+        raise PeftcoreError(
+            f"'{path}' of {type(model).__name__} reads several rows of codes for each sequence, and PrefixKV "
+            "would give each row a prefix. Use a method for linear layers"
+        )
+    if getattr(config, "model_type", None) in _TOKEN_BY_TOKEN:
+        raise PeftcoreError(
+            f"{type(model).__name__} reads one token at a time if its cache is not empty, and a prefix fills it. "
+            "Use a soft prompt"
+        )
+    if getattr(config, "kv_lora_rank", None):
+        raise PeftcoreError(
+            f"{type(model).__name__} has latent attention, with keys and values of different widths, but "
+            "PrefixKV gives both the same. Use a soft prompt"
+        )
+
+
+def _refuse_cache(model: nn.Module, cache_layers: Sequence[Any], *, count: int) -> None:
+    """Raise a PeftcoreError unless the model's cache has keys and values for each of the prefix's `count` layers.
+
+    Args:
+        cache_layers: the layers of an empty cache; none if the cache makes them when it is filled.
+    """
+    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+    plain = (DynamicLayer, DynamicSlidingWindowLayer)
+    other = [i for i, layer in enumerate(cache_layers) if type(layer) not in plain and not _is_shared(layer)]
+    if other:
+        raise PeftcoreError(
+            f"layers {other} of {type(model).__name__} keep a recurrent or compressed state, which has no keys "
+            "and values for PrefixKV. Use a soft prompt"
+        )
+    if cache_layers and len(cache_layers) != count:
+        raise PeftcoreError(
+            f"{type(model).__name__} keeps keys and values of {len(cache_layers)} layers but runs {count}, so "
+            "PrefixKV cannot assign its parts to layers. Use a soft prompt"
+        )
+
+
+def _refuse_widths(model: nn.Module, attentions: dict[str, Any], *, heads: int, width: int) -> None:
+    """Raise a PeftcoreError unless the keys and values of every attention module have `heads` heads of `width`."""
+    widths = {width}
+    for module in attentions.values():
+        for name in ("head_dim", "v_head_dim"):
+            widths.add(getattr(module, name, None) or width)
+    if len(widths) > 1:
+        raise PeftcoreError(
+            f"layers of {type(model).__name__} have heads of different widths {sorted(widths)}, but "
+            "PrefixKV gives all the same. Use a soft prompt"
+        )
+    numbers = heads * width
+    for path, module in attentions.items():
+        outputs = {name: getattr(child, "out_features", numbers) for name, child in module.named_children()}
+        odd = {name: outputs[name] for name in ("k_proj", "v_proj") if outputs.get(name, numbers) != numbers}
+        if odd:
+            raise PeftcoreError(
+                f"PrefixKV gives each layer {heads} heads of width {width}, {numbers} numbers in all, but "
+                f"'{path}' of {type(model).__name__} produces {odd}. Use a soft prompt"
+            )
 
 
 class PrefixAround(Backbone):
@@ -170,41 +196,54 @@ class PrefixAround(Backbone):
         if self._cache_argument and not self._causal:
             call[self._cache_argument] = None  # bidirectional backbones keep nothing for later calls
         cache, past = self._cached(call)
-        if getattr(cache, _FAILED, False):
-            if seen(cache):
-                raise PeftcoreError(
-                    "the first call with this cache raised an error after the prefix had been put into it, and this "
-                    "call would put it there again. Pass a new cache"
-                )
-            setattr(cache, _FAILED, False)  # the cache has been emptied since
+        self._refuse_failed(cache)
         self._refuse_padding(base.module, call.get("attention_mask"))
-        if self._blocks and any(value is not None and "pixel" in name for name, value in call.items()):
-            raise PeftcoreError(
-                f"the images of {type(base.module).__name__} attend in both directions while the cache is empty, "
-                "and a prefix fills it. Use a soft prompt"
-            )
+        self._refuse_images(base.module, call)
         length = self._make_room(call, past)
-        mask = call.get("attention_mask")
-        if not self._causal and mask is not None and mask.shape[1] != length + self.tokens:
-            raise PeftcoreError(
-                f"{type(base.module).__name__} is bidirectional and keeps no cache, but was called with {length} "
-                f"tokens and a mask of {mask.shape[1] - self.tokens}. To generate, set is_decoder=True in its config"
-            )
-        own = cache is None
-        if own:
+        self._refuse_longer_mask(base.module, call.get("attention_mask"), length)
+        makes_cache = cache is None
+        if makes_cache:
             cache = call[self._cache_argument] = _new_cache(base.module, self._crosses)
         if past == 0:
             self._fill(cache, base.module, call)
-        outer = getattr(cache, IN_MASK, 0)
-        setattr(cache, IN_MASK, outer + self.tokens)
+        masked_by_outer = getattr(cache, IN_MASK, 0)
+        setattr(cache, IN_MASK, masked_by_outer + self.tokens)
         try:
             output = base(**call)
         except BaseException:
             setattr(cache, _FAILED, past == 0)
             raise
         finally:
-            setattr(cache, IN_MASK, outer)
-        return output if not own or self._wants_cache(base.module, call) else _without(output, self._cache_argument)
+            setattr(cache, IN_MASK, masked_by_outer)
+        if makes_cache and not self._wants_cache(base.module, call):
+            return _without(output, self._cache_argument)
+        return output
+
+    def _refuse_failed(self, cache: Any) -> None:
+        """Raise a PeftcoreError if an earlier call put the prefix into this cache and then raised an error."""
+        if not getattr(cache, _FAILED, False):
+            return
+        if seen(cache):
+            raise PeftcoreError(
+                "the first call with this cache raised an error after the prefix had been put into it, and this "
+                "call would put it there again. Pass a new cache"
+            )
+        setattr(cache, _FAILED, False)  # the cache has been emptied since
+
+    def _refuse_images(self, module: nn.Module, call: dict[str, Any]) -> None:
+        if self._blocks and any(value is not None and "pixel" in name for name, value in call.items()):
+            raise PeftcoreError(
+                f"the images of {type(module).__name__} attend in both directions while the cache is empty, "
+                "and a prefix fills it. Use a soft prompt"
+            )
+
+    def _refuse_longer_mask(self, module: nn.Module, mask: Any, length: int) -> None:
+        """Raise a PeftcoreError if a bidirectional backbone, which keeps no cache, is asked for the next token."""
+        if not self._causal and mask is not None and mask.shape[1] != length + self.tokens:
+            raise PeftcoreError(
+                f"{type(module).__name__} is bidirectional and keeps no cache, but was called with {length} "
+                f"tokens and a mask of {mask.shape[1] - self.tokens}. To generate, set is_decoder=True in its config"
+            )
 
     def _fill(self, cache: Any, module: nn.Module, call: dict[str, Any]) -> None:
         given = call.get("inputs_embeds")

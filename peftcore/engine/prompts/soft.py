@@ -160,28 +160,14 @@ class SoftPromptAround(Backbone):
     def forward(self, base: Base, *args: Any, **kwargs: Any) -> Any:
         call = self._call(args, kwargs)
         cache, past = self._cached(call)
-        cached = (name for name, value in call.items() if value is not None and name.startswith("past_"))
-        if (unknown := next((name for name in cached if name != self._cache_argument), None)) is not None:
-            raise PeftcoreError(
-                f"{type(base.module).__name__} keeps what it has read in '{unknown}', which may or may not "
-                "contain a soft prompt. Generate with use_cache=False"
-            )
+        self._refuse_other_state(base.module, call)
         if (frame := current_frame()) is not None:
             vars(frame.call)[SOFT] = True
         mask = call.get("attention_mask")
-        positions = call.get("position_ids")
         length = self._make_room(call, past)
-        if self._has_coordinates and isinstance(positions, Tensor) and positions.dim() == 3:
-            # Of an image's positions only the first axis grows with the text.
-            coordinates = (positions != positions[:1]).any(0)
-            call["position_ids"][1:] = torch.where(coordinates, positions[1:], call["position_ids"][1:])
         order = back = None
         if mask is not None:
-            # Padding must not separate prompt and input: windows and ALiBi count it, recurrences read it.
-            prefixes = getattr(cache, IN_MASK, 0)
-            order, back = orders(mask[:, prefixes:], self.tokens)
-            grown = call["attention_mask"]
-            call["attention_mask"] = torch.cat([grown[:, :prefixes], grown[:, prefixes:].gather(-1, order)], dim=-1)
+            order, back = self._move_behind_padding(call, mask, prefixes=getattr(cache, IN_MASK, 0))
         if past > 0:
             return base(**call)
         self._grow(call, order)
@@ -197,6 +183,38 @@ class SoftPromptAround(Backbone):
         if back is not None:
             back = torch.cat([places(order, self.tokens, len(back), back.device), back], dim=1)
         return _without_prompt(output, 0, self.tokens + length, back)
+
+    def _refuse_other_state(self, module: nn.Module, call: dict[str, Any]) -> None:
+        """Raise a PeftcoreError if earlier calls have left state that is not in the cache."""
+        for name, value in call.items():
+            if value is not None and name.startswith("past_") and name != self._cache_argument:
+                raise PeftcoreError(
+                    f"{type(module).__name__} keeps what it has read in '{name}', which may or may not "
+                    "contain a soft prompt. Generate with use_cache=False"
+                )
+
+    def _make_room(self, call: dict[str, Any], past: int) -> int:
+        positions = call.get("position_ids")
+        length = super()._make_room(call, past)
+        if self._has_coordinates and isinstance(positions, Tensor) and positions.dim() == 3:
+            # Of an image's positions only the first axis grows with the text.
+            coordinates = (positions != positions[:1]).any(0)
+            call["position_ids"][1:] = torch.where(coordinates, positions[1:], call["position_ids"][1:])
+        return length
+
+    def _move_behind_padding(self, call: dict[str, Any], mask: Tensor, *, prefixes: int) -> tuple[Tensor, Tensor]:
+        """Move the prompt's columns of the grown mask behind each row's left padding; return `orders`.
+
+        Padding must not separate prompt and input: windows and ALiBi count it, recurrences read it.
+
+        Args:
+            mask: the mask of the call, without the prompt.
+            prefixes: how many of its first columns belong to prefixes.
+        """
+        order, back = orders(mask[:, prefixes:], self.tokens)
+        grown = call["attention_mask"]
+        call["attention_mask"] = torch.cat([grown[:, :prefixes], grown[:, prefixes:].gather(-1, order)], dim=-1)
+        return order, back
 
     def _embedded(self, call: dict[str, Any], order: Tensor | None) -> dict[str, Any]:
         embedded = call.get("inputs_embeds")

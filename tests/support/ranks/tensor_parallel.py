@@ -310,7 +310,7 @@ def of_trained(folder: str, whole: bool) -> dict[str, float | str]:
     for each in norms:
         peftcore.activate(each, [])
         peftcore.apply(each, "ln-tuning", adapter="other")
-        peftcore.remove(each)
+        peftcore.remove(each, "default")
         for scale in (1.0, 3.0):
             (scale * work.loss(each, TOKENS)).backward()
     remaining = [values(each, "grad", "other") for each in norms]
