@@ -231,17 +231,16 @@ def checked(tensors: Sequence[Tensor], packing: Sequence[int], op: str) -> Tenso
     Raises:
         TypeError: a part has another dtype. ValueError: a part or a number does not fit the others.
     """
-    found = f"found {len(tensors)}"
     if not packing:
-        value(len(tensors) == 1, op, f"a dense weight is 1 tensor (without packing), {found}")
+        value(len(tensors) == 1, op, f"a dense weight is 1 tensor (without packing), found {len(tensors)}")
         return tensors[0]
     wanted = "a weight in 4 bits is 3 tensors, 4 with zero points, or 6 with nested scales"
-    value(len(tensors) in (3, 4, 6), op, f"{wanted}, {found}")
+    value(len(tensors) in (3, 4, 6), op, f"{wanted}, found {len(tensors)}")
     wanted = "packing must be [blocksize, nested_blocksize, shape..]"
     value(len(packing) >= 2, op, f"{wanted}, found {list(packing)}")
     codes, absmax, quant_map, *others = tensors
     blocksize, nested_blocksize, shape = int(packing[0]), int(packing[1]), tuple(packing[2:])
-    nested, has_zeros = len(tensors) == 6, len(tensors) == 4
+    nested, has_zeros = len(others) == 3, len(others) == 1
     powers = nested_blocksize == POWERS_OF_TWO and not nested
     affine = nested_blocksize == AFFINE and not nested
     value(affine or not has_zeros, op, f"zero points need affine codes, found packing {list(packing)}")
@@ -252,10 +251,9 @@ def checked(tensors: Sequence[Tensor], packing: Sequence[int], op: str) -> Tenso
     blocks = -(-count // blocksize)
     check_tensor(codes, torch.uint8, device, op, "codes")
     check_numel(codes, (count + 1) // 2, op, "codes", "two values a byte")
-    if nested or powers:
-        scale_dtype = torch.uint8
-    else:
-        scale_dtype = absmax.dtype if affine and absmax.dtype in DTYPES else torch.float32
+    scale_dtype = torch.uint8 if nested or powers else torch.float32
+    if affine and absmax.dtype in DTYPES:
+        scale_dtype = absmax.dtype
     check_tensor(absmax, scale_dtype, device, op, "absmax")
     check_numel(absmax, blocks, op, "absmax", "one a block")
     check_quant_map(quant_map, 16, device, op)
@@ -267,27 +265,33 @@ def checked(tensors: Sequence[Tensor], packing: Sequence[int], op: str) -> Tenso
     if powers:
         return weight._replace(quant_type="mxfp4", nested_blocksize=POWERS_OF_TWO)
     if affine:
-        zeros = others[0] if has_zeros else None
-        if zeros is not None:
-            check_tensor(zeros, torch.uint8 if zeros.dtype is torch.uint8 else torch.float32, device, op, "zeros")
-            check_numel(zeros, blocks, op, "zeros", "one a block")
-        return weight._replace(quant_type="affine4", nested_blocksize=AFFINE, zeros=zeros)
-    if not nested:
-        wanted = "nested_blocksize must be 0 without nested scales"
-        value(nested_blocksize == 0, op, f"{wanted}, found {nested_blocksize}")
-        return weight
-    nested_absmax, nested_quant_map, nested_offset = others
-    check_blocksize(nested_blocksize, op, "nested_blocksize")
-    check_tensor(nested_absmax, torch.float32, device, op, "nested_absmax")
-    check_numel(nested_absmax, -(-blocks // nested_blocksize), op, "nested_absmax", "one a block of scales")
-    check_tensor(nested_offset, torch.float32, device, op, "nested_offset")
-    check_numel(nested_offset, 1, op, "nested_offset", "one for all scales")
-    check_quant_map(nested_quant_map, 256, device, op, "nested_quant_map")
+        weight = weight._replace(quant_type="affine4", nested_blocksize=AFFINE)
+        return _with_zeros(weight, others[0], blocks, op) if has_zeros else weight
+    if nested:
+        return _with_nested(weight, others, nested_blocksize, blocks, op)
+    wanted = "nested_blocksize must be 0 without nested scales"
+    value(nested_blocksize == 0, op, f"{wanted}, found {nested_blocksize}")
+    return weight
+
+
+def _with_zeros(weight: PackedWeight, zeros: Tensor, blocks: int, op: str) -> PackedWeight:
+    dtype = torch.uint8 if zeros.dtype is torch.uint8 else torch.float32
+    check_tensor(zeros, dtype, weight.codes.device, op, "zeros")
+    check_numel(zeros, blocks, op, "zeros", "one a block")
+    return weight._replace(zeros=zeros)
+
+
+def _with_nested(weight: PackedWeight, parts: Sequence[Tensor], blocksize: int, blocks: int, op: str) -> PackedWeight:
+    absmax, quant_map, offset = parts
+    device = weight.codes.device
+    check_blocksize(blocksize, op, "nested_blocksize")
+    check_tensor(absmax, torch.float32, device, op, "nested_absmax")
+    check_numel(absmax, -(-blocks // blocksize), op, "nested_absmax", "one a block of scales")
+    check_tensor(offset, torch.float32, device, op, "nested_offset")
+    check_numel(offset, 1, op, "nested_offset", "one for all scales")
+    check_quant_map(quant_map, 256, device, op, "nested_quant_map")
     return weight._replace(
-        nested_absmax=nested_absmax,
-        nested_quant_map=nested_quant_map,
-        nested_offset=nested_offset,
-        nested_blocksize=nested_blocksize,
+        nested_absmax=absmax, nested_quant_map=quant_map, nested_offset=offset, nested_blocksize=blocksize
     )
 
 

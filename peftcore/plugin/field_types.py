@@ -17,38 +17,55 @@ _WORDS = {bool: "true or false", int: "a whole number", float: "a finite number"
 
 def fits(value: Any, hint: Any) -> bool:
     """Return whether a value has the type of an annotation, by the rules of `check_types`."""
-    origin, inside = typing.get_origin(hint), typing.get_args(hint)
+    origin, parts = typing.get_origin(hint), typing.get_args(hint)
     if origin in (Union, types.UnionType):
-        return any(fits(value, each) for each in inside)
+        return any(fits(value, part) for part in parts)
     if origin is Literal:
-        return any(type(value) is type(allowed) and value == allowed for allowed in inside)
+        # 1 equals True: types are compared as well.
+        return any(type(value) is type(allowed) and value == allowed for allowed in parts)
     if hint in (bool, str, type(None)):
         return isinstance(value, hint)
     if hint in (int, float):
         return isinstance(value, (int, hint)) and not isinstance(value, bool) and _is_number(value)
     kind = origin or hint
-    if not isinstance(kind, type) or not issubclass(kind, Collection):
-        return True
+    if isinstance(kind, type) and issubclass(kind, Collection):
+        return _collection_fits(value, kind, parts)
+    return True
+
+
+def _collection_fits(value: Any, kind: type[Collection[Any]], parts: tuple[Any, ...]) -> bool:
+    """Return whether a value is a list or table, as `kind` is, with entries of the types `parts`."""
     if not isinstance(value, Collection) or isinstance(value, (str, bytes)) or len(value) > _ENTRIES:
         return False
-    if issubclass(kind, Mapping) or isinstance(value, Mapping):
-        if not (issubclass(kind, Mapping) and isinstance(value, Mapping)):
-            return False
-        pairs = zip(inside, (list(value.keys()), list(value.values())), strict=False)
-        return all(fits(each, hint) for hint, values in pairs for each in values)
-    if not inside or (inside[0] is str and {*map(type, value)} <= {str}):
-        return True
-    return all(fits(each, inside[0]) for each in value)
+    if issubclass(kind, Mapping) != isinstance(value, Mapping):
+        return False
+    if isinstance(value, Mapping):
+        columns = value.keys(), value.values()
+        return all(_entries_fit(entries, part) for part, entries in zip(parts, columns, strict=False))
+    return not parts or _entries_fit(value, parts[0])
+
+
+def _entries_fit(entries: Collection[Any], hint: Any) -> bool:
+    if hint is str:  # by type at once: lists of names are long
+        return {*map(type, entries)} <= {str} or all(isinstance(entry, str) for entry in entries)
+    return all(fits(entry, hint) for entry in entries)
 
 
 def literals(hint: Any) -> list[Any]:
     """Return the values in a `Literal` hint."""
-    inside = typing.get_args(hint)
-    return list(inside) if typing.get_origin(hint) is Literal else [each for part in inside for each in literals(part)]
+    parts = typing.get_args(hint)
+    if typing.get_origin(hint) is Literal:
+        return list(parts)
+    values: list[Any] = []
+    for part in parts:
+        values += literals(part)
+    return values
 
 
 def _is_number(value: int | float) -> bool:
-    return -(1 << 63) <= value < 1 << 63 if isinstance(value, int) else math.isfinite(value)
+    if isinstance(value, int):
+        return -(1 << 63) <= value < 1 << 63
+    return math.isfinite(value)
 
 
 def in_words(hint: Any) -> str:

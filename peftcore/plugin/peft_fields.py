@@ -61,45 +61,48 @@ def method_of_fields(
     Raises:
         PluginError: no method reads them, several do, or the named one does not.
     """
-    peft_type = fields["peft_type"]
+    peft_type, own = fields["peft_type"], own or {}
     if method is None and written_by is not None:
         writer = _writer(written_by)
-        if writer is not None and _reads(writer, peft_type) and _is_flagged(writer, fields, own or {}) is not False:
+        if writer is not None and _reads(writer, peft_type) and _is_flagged(writer, fields, own) is not False:
             return writer
     offered = of_peft_type(peft_type)
     if method is not None:
-        return _named(where, offered, fields, own or {}, method)
+        return _named(where, offered, fields, own, method)
     if not offered:
         all_methods = [m for m in registry.methods().values() if m.recorded_as is None]
         known = ", ".join(f"{m.state.peft_type} ({m.name})" for m in all_methods) or "none"
         raise PluginError(
             f"no installed method reads peft_type {peft_type!r} (installed: {known}). {how_to_install(plugin)}"
         )
-    flagged = {m.name: _is_flagged(m, fields, own or {}) for m, _ in offered}
-    wanted = True if True in flagged.values() else None
-    left = [(m, plugin) for m, plugin in offered if flagged[m.name] is wanted]
-    if not left:
-        flags = ", ".join(
-            f"'{m.name}' ({plugin.distribution} {plugin.version}) {m.state.peft.flag}" for m, plugin in offered
-        )
+    readers = _by_flag(offered, fields, own)
+    if not readers:
+        flags = ", ".join(f"'{m.name}' ({p.distribution} {p.version}) {m.state.peft.flag}" for m, p in offered)
         raise PluginError(
-            f"no installed method reads {where}, {_set_in(fields, own or {})}, without a field that marks its method: "
+            f"no installed method reads {where}, {_set_in(fields, own)}, without a field that marks its method: "
             f"{flags}. {how_to_install(plugin)}"
         )
-    if len(left) > 1:
+    if len(readers) > 1:
         raise PluginError(
-            f"{where}, {_set_in(fields, own or {})}, may be read by any of {len(left)} installed methods: "
-            f"{_in_words(left)}. Choose one: {say.format('NAME')}; or restrict the plugins: "
+            f"{where}, {_set_in(fields, own)}, may be read by any of {len(readers)} installed methods: "
+            f"{_in_words(readers)}. Choose one: {say.format('NAME')}; or restrict the plugins: "
             "PEFTCORE_PLUGINS=NAME,NAME"
         )
-    chosen = left[0][0]
+    reader = readers[0][0]
     if written_by is not None:
-        what = "which is not installed" if _writer(written_by) is None else "which does not read it"
+        reason = "which is not installed" if _writer(written_by) is None else "which does not read it"
         warn(
-            f"{where} was written by the method {shown(written_by)}, {what}. '{chosen.name}' reads it as any file of "
+            f"{where} was written by the method {shown(written_by)}, {reason}. '{reader.name}' reads it as any file of "
             f"peft_type {shown(peft_type)}",
         )
-    return chosen
+    return reader
+
+
+def _by_flag(offered: list[Offered], fields: Mapping[str, Any], own: Mapping[str, Any]) -> list[Offered]:
+    """Return the methods whose flag is set in the fields; if there is none, those that have no flag."""
+    flags = [_is_flagged(method, fields, own) for method, _ in offered]
+    wanted = True if True in flags else None
+    return [method for method, flag in zip(offered, flags, strict=True) if flag is wanted]
 
 
 def how_to_install(plugin: str | None) -> str:

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import EntryPoint
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -283,17 +284,16 @@ class Registry:
             if canonical(name) not in by_name:
                 self._forget()
                 raise PluginError(f"{CHOSEN} names '{name}', which is not installed{nearest(name, by_name)}")
-        problems = []
+        problems: list[str] = []
         for key, candidates in sorted(by_name.items()):
-            if key in self._plugins or not (
-                hook is None or any(plugin_discovery.mentions(each, hook) for each in candidates)
-            ):
+            is_asked = hook is None or any(plugin_discovery.mentions(each, hook) for each in candidates)
+            if key in self._plugins or not is_asked:
                 continue
             name, dist = candidates[0].name, candidates[0].dist
-            entry = Plugin(name, dist.name if dist else "-", dist.version if dist else "-")
-            self._plugins[key] = entry
+            plugin = Plugin(name, dist.name if dist else "-", dist.version if dist else "-")
+            self._plugins[key] = plugin
             if allowed is not None and key not in map(canonical, allowed):
-                entry.error = f"it is switched off by {CHOSEN}={os.environ[CHOSEN]}"
+                plugin.error = f"it is switched off by {CHOSEN}={os.environ[CHOSEN]}"
                 continue
             if len(candidates) > 1:
                 used, *others = [plugin_discovery.owner(candidate, name) for candidate in candidates]
@@ -301,25 +301,32 @@ class Registry:
                     f"{len(candidates)} distributions provide the peftcore plugin '{name}': {used} is used, "
                     f"{', '.join(others)} is ignored. Uninstall all but one"
                 )
-            try:
-                plugin_checks.check_requirement(dist)
-                plugin = candidates[0].load()
-                plugin_checks.check_api_declared(plugin)
-                entry.methods = self._register(entry, plugin)
-            except KeyboardInterrupt:
-                self._forget()
-                raise
-            except BaseException as error:  # an import may end in SystemExit
-                entry.error = str(error) if isinstance(error, PeftcoreError) else f"{type(error).__name__}: {error}"
-                message = (
-                    f"peftcore plugin '{name}' ({entry.distribution} {entry.version}) is not usable: {entry.error}"
-                )
-                if os.environ.get(STRICT) == "1":
-                    self._forget()
-                    raise PluginError(message) from error
-                problems.append(message)
+            self._load(plugin, candidates[0], problems)
         for message in problems:  # after all others are loaded, since a warning may be turned into an error
             warn(message)
+
+    def _load(self, plugin: Plugin, entry_point: EntryPoint, problems: list[str]) -> None:
+        """Import a plugin and register it. A failure is kept in `plugin.error` and added to `problems`.
+
+        Raises:
+            PluginError: it failed, and plugins are strict.
+        """
+        try:
+            plugin_checks.check_requirement(entry_point.dist)
+            module = entry_point.load()
+            plugin_checks.check_api_declared(module)
+            plugin.methods = self._register(plugin, module)
+        except KeyboardInterrupt:
+            self._forget()
+            raise
+        except BaseException as error:  # an import may end in SystemExit
+            plugin.error = str(error) if isinstance(error, PeftcoreError) else f"{type(error).__name__}: {error}"
+            origin = f"{plugin.distribution} {plugin.version}"
+            message = f"peftcore plugin '{plugin.name}' ({origin}) is not usable: {plugin.error}"
+            if os.environ.get(STRICT) == "1":
+                self._forget()
+                raise PluginError(message) from error
+            problems.append(message)
 
     def _forget(self) -> None:
         """Clear the cache, so that plugins are discovered again on next use."""

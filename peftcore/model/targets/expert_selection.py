@@ -21,6 +21,14 @@ from peftcore.plugin.layers import is_linear
 ALL_LINEAR = "all-linear"
 
 
+def weight_owners(model: nn.Module) -> dict[str, str]:
+    """Return {full name of an experts' weight: path of the module that has it}, in the model's order."""
+    owners: dict[str, str] = {}
+    for path, names in expert_weights(model).items():
+        owners |= {f"{path}.{name}": path for name in names}
+    return owners
+
+
 def name_experts(
     model: nn.Module, target_modules: str | Sequence[str], supported: Callable[[nn.Module], bool]
 ) -> tuple[str | list[str], list[str]]:
@@ -34,15 +42,14 @@ def name_experts(
         target_modules: as in `select`.
         supported: (module) -> whether the method can adapt it.
     """
-    found = expert_weights(model)
-    if not found or target_modules == ALL_LINEAR:
+    weights = weight_owners(model)
+    if not weights or target_modules == ALL_LINEAR:
         return target_modules if isinstance(target_modules, str) else list(dict.fromkeys(target_modules)), []
     modules = [path for path, module in base_modules(model) if supported(module)]
-    weights = [(path, f"{path}.{name}") for path, names in found.items() for name in names]
 
     def meant(test: Callable[[str], bool]) -> list[str]:
         """Return the weights that match, unless a module does."""
-        return [] if any(map(test, modules)) else [name for path, name in weights if test(path) or test(name)]
+        return [] if any(map(test, modules)) else [name for name, path in weights.items() if test(path) or test(name)]
 
     if isinstance(target_modules, str):
         named = meant(compiled(target_modules, "target_modules"))
@@ -66,7 +73,7 @@ def select_experts(
 
     `all-linear` selects all of them but those that are bypassed.
     """
-    weights = {f"{path}.{name}": path for path, names in expert_weights(model).items() for name in names}
+    weights = weight_owners(model)
     if target_modules == ALL_LINEAR:
         past = bypassed(model) if weights else {}
         chosen = [name for name, path in weights.items() if path not in past]

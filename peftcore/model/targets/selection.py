@@ -9,7 +9,7 @@ pattern that matches nothing is an error.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -18,8 +18,8 @@ from peftcore.errors import PeftcoreError, nearest
 from peftcore.model import bypassed, rewritten, without_gradients
 from peftcore.model.base_modules import base_modules, base_parameters, original_class
 from peftcore.model.experts import expert_biases
-from peftcore.model.experts.in_model import expert_layers, expert_weights, routers, weight_named
-from peftcore.model.targets.expert_selection import ALL_LINEAR, name_experts, parameter_suffixes
+from peftcore.model.experts.in_model import expert_layers, routers, weight_named
+from peftcore.model.targets.expert_selection import ALL_LINEAR, name_experts, parameter_suffixes, weight_owners
 from peftcore.model.targets.patterns import (
     compiled,
     ends,
@@ -33,6 +33,8 @@ from peftcore.model.targets.patterns import (
 from peftcore.plugin.architecture import Architecture, Sublayer
 from peftcore.plugin.layers import is_conv1d, is_linear, sizes, unknown_layers
 from peftcore.plugin.placements.train import Train
+
+Supported = Callable[[nn.Module], bool]  # whether the method can adapt a module
 
 
 def widths(model: nn.Module, path: str, architecture: Architecture) -> tuple[int, int]:
@@ -61,7 +63,7 @@ def select(
     layers_to_transform: int | Sequence[int] | None = None,
     layers_pattern: str | Sequence[str] | None = None,
     modules_to_save: Sequence[str] | None = None,
-    supported: Any = is_linear,
+    supported: Supported = is_linear,
     own_parameters: bool = False,
 ) -> dict[str, nn.Module]:
     """Return the selected modules by path, in the model's order.
@@ -83,62 +85,96 @@ def select(
     Raises:
         PeftcoreError: a pattern matches nothing, or a module that the method cannot adapt.
     """
-    modules = dict(base_modules(model))
-    weights = {f"{path}.{name}": path for path, each in expert_weights(model).items() for name in each}
+    modules, weights = dict(base_modules(model)), weight_owners(model)
     names = [*modules, *weights]
     without = excluded(names, exclude_modules)
-    inside_saved = {path for saved in modules_to_save or () for path in modules if is_inside(saved, path)}
-    experts = dict[str, str]()  # the path of their module by the names of weights
+    gone = without | _inside(modules, modules_to_save or ())
+    experts: dict[str, str] = {}  # {name of a selected weight of experts: path of their module}
     if weights and not own_parameters and supported(nn.Linear(1, 1, device="meta")):
         target_modules, named = name_experts(model, target_modules, supported)
         experts = {name: weights[name] for name in named}
 
     if not target_modules and experts:
-        chosen = []
+        matched = []
     elif target_modules == ALL_LINEAR:
-        heads = tuple([f"{head}." for head in (architecture.output_head, *architecture.task_heads) if head is not None])
-        chosen = [path for path, module in modules.items() if is_linear(module) and not f"{path}.".startswith(heads)]
-        if not own_parameters:
-            past = {*bypassed(model), *rewritten(model), *routers(model), *without_gradients(model)}
-            chosen = [path for path in chosen if path not in past]
-        if not chosen:
-            raise PeftcoreError(
-                f"target_modules='{ALL_LINEAR}' found no linear layer in {type(model).__name__}. "
-                f"Name the modules: {_examples(modules, supported)}{unknown_layers(modules.values())}"
-            )
+        matched = _all_linear(model, modules, architecture, supported, own_parameters)
     elif isinstance(target_modules, str):
-        chosen = _by_regex(modules, target_modules, supported)
-        if not own_parameters and layers_to_transform is None:  # which leaves out what is in no layer
-            left = {path: modules[path] for path in modules if path not in without and path not in inside_saved}
-            _refuse_other_layers(left, target_modules, supported)
+        matched = _by_regex(modules, target_modules, supported)
+        # With layers_to_transform the expression may match modules that are in no layer.
+        if not own_parameters and layers_to_transform is None:
+            remaining = {path: module for path, module in modules.items() if path not in gone}
+            _refuse_other_layers(remaining, target_modules, supported)
     else:
-        chosen = _by_suffix(modules, target_modules, supported, names)
+        matched = _by_suffix(modules, target_modules, supported, names)
 
-    chosen = [path for path in chosen if path not in without and path not in inside_saved]
-    gone = without | inside_saved
-    chosen += [name for name, path in experts.items() if name not in without and path not in gone]
+    chosen = [path for path in matched if path not in gone]
+    chosen += [name for name, path in experts.items() if gone.isdisjoint((name, path))]
     if target_modules == ALL_LINEAR:
-        kept = _with_attention(modules, chosen, without, supported)
-        chosen = kept if kept or without else chosen  # where nothing else is there, the error is that of the projection
+        with_attention = _with_attention(modules, chosen, without, supported)
+        # If only projections of attentions are there, they stay, for the error that names them.
+        if with_attention or without:
+            chosen = with_attention
     if layers_to_transform is not None:
-        indices = layer_indices(chosen, layers_pattern)
-        wanted = {layers_to_transform} if isinstance(layers_to_transform, int) else set(layers_to_transform)
-        if not wanted:
-            raise PeftcoreError("layers_to_transform=[] names no layer. Name some, or leave it out for all layers")
-        missing = wanted - set(indices.values())
-        if missing:
-            there = sorted({i for i in indices.values() if i is not None})
-            raise PeftcoreError(
-                f"layers_to_transform: no targeted module is in layer {sorted(missing)} "
-                f"(layers found: {there if there else f'none by layers_pattern={layers_pattern!r}'})"
-            )
-        chosen = [path for path in chosen if indices[path] in wanted]
+        chosen = _in_layers(chosen, layers_to_transform, layers_pattern)
     if not chosen:
         raise PeftcoreError(
             f"target_modules={target_modules!r} leaves nothing after exclude_modules={exclude_modules!r} and "
             f"modules_to_save={modules_to_save!r}"
         )
     return _in_order(model, modules, [path for path in chosen if path not in experts], set(chosen) & experts.keys())
+
+
+def _inside(modules: Iterable[str], parents: Iterable[str]) -> set[str]:
+    """Return the paths of modules that one of `parents`, an entry of `modules_to_save`, matches or contains."""
+    parents = list(parents)
+    return {path for path in modules if any(is_inside(parent, path) for parent in parents)}
+
+
+def _all_linear(
+    model: nn.Module,
+    modules: dict[str, nn.Module],
+    architecture: Architecture,
+    supported: Supported,
+    own_parameters: bool,
+) -> list[str]:
+    """Return the linear layers that `all-linear` selects, before exclusions.
+
+    Raises:
+        PeftcoreError: there is none.
+    """
+    heads = [f"{head}." for head in (architecture.output_head, *architecture.task_heads) if head is not None]
+    chosen = [path for path, module in modules.items() if is_linear(module) and not f"{path}.".startswith(tuple(heads))]
+    if not own_parameters:
+        unreached = {*bypassed(model), *rewritten(model), *routers(model), *without_gradients(model)}
+        chosen = [path for path in chosen if path not in unreached]
+    if not chosen:
+        raise PeftcoreError(
+            f"target_modules='{ALL_LINEAR}' found no linear layer in {type(model).__name__}. "
+            f"Name the modules: {_examples(modules, supported)}{unknown_layers(modules.values())}"
+        )
+    return chosen
+
+
+def _in_layers(
+    chosen: list[str], layers_to_transform: int | Sequence[int], layers_pattern: str | Sequence[str] | None
+) -> list[str]:
+    """Return the modules that are in the layers with these indices.
+
+    Raises:
+        PeftcoreError: there are no indices, or none of the modules is in one of the layers.
+    """
+    layers = {layers_to_transform} if isinstance(layers_to_transform, int) else set(layers_to_transform)
+    if not layers:
+        raise PeftcoreError("layers_to_transform=[] names no layer. Name some, or leave it out for all layers")
+    indices = layer_indices(chosen, layers_pattern)
+    missing = layers - set(indices.values())
+    if missing:
+        present = sorted({index for index in indices.values() if index is not None})
+        raise PeftcoreError(
+            f"layers_to_transform: no targeted module is in layer {sorted(missing)} "
+            f"(layers found: {present or f'none by layers_pattern={layers_pattern!r}'})"
+        )
+    return [path for path in chosen if indices[path] in layers]
 
 
 def _in_order(
@@ -178,12 +214,14 @@ def sublayers(
             f"where {type(model).__name__} has its attention and feed-forward is not known. Name modules: "
             f"target_modules=[...]; linear layers here: {', '.join(linear) or 'none'}"
         )
-    wanted = {layers} if isinstance(layers, int) else None if layers is None else set(layers)
-    there = {sublayer.layer for sublayer in known}
-    if wanted is not None and (not wanted or wanted - there):
-        wrong = f"there is no layer {sorted(wanted - there)}" if wanted else "it names no layer"
-        raise PeftcoreError(f"layers_to_transform: {wrong} (layers: {sorted(there)})")
-    return [sublayer for sublayer in known if wanted is None or sublayer.layer in wanted]
+    if layers is None:
+        return known
+    wanted = {layers} if isinstance(layers, int) else set(layers)
+    present = {sublayer.layer for sublayer in known}
+    if not wanted or wanted - present:
+        wrong = f"there is no layer {sorted(wanted - present)}" if wanted else "it names no layer"
+        raise PeftcoreError(f"layers_to_transform: {wrong} (layers: {sorted(present)})")
+    return [sublayer for sublayer in known if sublayer.layer in wanted]
 
 
 def match_counts(model: nn.Module, target_modules: str | Iterable[str]) -> dict[str, int]:
@@ -191,9 +229,12 @@ def match_counts(model: nn.Module, target_modules: str | Iterable[str]) -> dict[
     paths = [path for path, _ in base_modules(model)]
     if isinstance(target_modules, str):
         return {target_modules: sum(map(compiled(target_modules, "target_modules"), paths))}
-    weights = [f"{path}.{name}" for path, names in expert_weights(model).items() for name in names]
-    counts = {pattern: sum(matches(pattern, path) for path in paths) for pattern in target_modules}
-    return {p: count or sum(matches(p, name) for name in weights) for p, count in counts.items()}
+    weights = list(weight_owners(model))
+    counts: dict[str, int] = {}
+    for pattern in target_modules:
+        count = sum(matches(pattern, path) for path in paths)
+        counts[pattern] = count or sum(matches(pattern, name) for name in weights)
+    return counts
 
 
 def minimal_suffixes(model: nn.Module, chosen: Iterable[str]) -> list[str]:
@@ -216,8 +257,8 @@ def drop_unmatched(model: nn.Module, entries: Sequence[str], experts: bool = Fal
     Reading one, the tensors decide what must be there; the list need not.
     """
     known: set[str] = set()
-    weights = expert_weights(model) if experts else {}
-    for path in [*dict(base_modules(model)), *(f"{path}.{name}" for path, names in weights.items() for name in names)]:
+    weights = weight_owners(model) if experts else {}
+    for path in [*dict(base_modules(model)), *weights]:
         known.update(ends(path))
     return [entry for entry in dict.fromkeys(entries) if entry in known]
 
@@ -256,7 +297,7 @@ def _attention_over(modules: Mapping[str, nn.Module], path: str) -> str | None:
 
 
 def _with_attention(
-    modules: Mapping[str, nn.Module], chosen: Iterable[str], excluded: Collection[str], supported: Any
+    modules: Mapping[str, nn.Module], chosen: Iterable[str], excluded: Collection[str], supported: Supported
 ) -> list[str]:
     """Return `chosen` with attentions as a whole in place of their projections; what is not `supported` is left out."""
     paths: list[str] = []
@@ -269,7 +310,7 @@ def _with_attention(
     return paths
 
 
-def _by_regex(modules: dict[str, nn.Module], pattern: str, supported: Any) -> list[str]:
+def _by_regex(modules: dict[str, nn.Module], pattern: str, supported: Supported) -> list[str]:
     matched = list(filter(compiled(pattern, "target_modules"), modules))
     chosen = [path for path in matched if supported(modules[path])]
     if not chosen:
@@ -282,7 +323,7 @@ def _by_regex(modules: dict[str, nn.Module], pattern: str, supported: Any) -> li
     return chosen
 
 
-def _refuse_other_layers(modules: dict[str, nn.Module], pattern: str, supported: Any) -> None:
+def _refuse_other_layers(modules: dict[str, nn.Module], pattern: str, supported: Supported) -> None:
     """Raise a PeftcoreError if a regular expression also matches layers that the method cannot adapt."""
     matched = filter(compiled(pattern, "target_modules"), modules)
     other = [path for path in matched if not supported(modules[path]) and _is_layer(modules[path])]
@@ -300,7 +341,7 @@ def _is_layer(module: nn.Module) -> bool:
 
 
 def _by_suffix(
-    modules: dict[str, nn.Module], patterns: Sequence[str], supported: Any, names: Collection[str]
+    modules: dict[str, nn.Module], patterns: Sequence[str], supported: Supported, names: Collection[str]
 ) -> list[str]:
     if not patterns:
         raise PeftcoreError("target_modules is an empty list. Name modules, or use 'all-linear'")
@@ -327,7 +368,7 @@ def _kinds(modules: dict[str, nn.Module], paths: Iterable[str]) -> str:
     return ", ".join(sorted({original_class(modules[path]).__name__ for path in paths}))
 
 
-def _examples(modules: dict[str, nn.Module], supported: Any) -> str:
+def _examples(modules: dict[str, nn.Module], supported: Supported) -> str:
     return ", ".join([f"'{path}'" for path, module in modules.items() if path and supported(module)][:3]) or "none"
 
 
