@@ -7,7 +7,7 @@ import json
 import os
 import re
 import shlex
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -30,7 +30,10 @@ from peftcore.cli.start import Clock
 from peftcore.errors import CheckpointError, PeftcoreError
 
 if TYPE_CHECKING:
+    from peftcore.cli.data.row import Row
+    from peftcore.cli.data.streamed import Lines
     from peftcore.cli.training.run_result import Result
+    from peftcore.cli.training.warm_start import Start
 
 EXAMPLES = (
     "peftcore train -m HuggingFaceTB/SmolLM2-135M-Instruct -d chat.jsonl --method METHOD -o run",
@@ -104,100 +107,186 @@ def train(
     With --adapter, training continues from an existing adapter with its base and method. Results are compared with the
     adapter as it was, which is also the reference of preferences.
     """
-    from peftcore.cli.bases import base_files, precision as precisions
-    from peftcore.cli.data import row_reading, streamed
-    from peftcore.cli.data.data_files import parsed_columns
-    from peftcore.cli.data.row import Row
-    from peftcore.cli.tasks import registered
-    from peftcore.cli.training import option_checks, run_result, trainer_arguments, warm_start
+    from peftcore.cli.training import forecast, torchrun, trainer_arguments
 
-    given = config_file.in_force(context, given)
+    given, clock = config_file.in_force(context, given), Clock()
+    start = _start(given, adapter, output, model=model, method=method)
+    rows = _read(given, data, task if start is None else start.task_of(task), clock)
+    if start is not None:
+        start.check_task(rows.task, f"{', '.join(map(repr, data))} is for {rows.task}")
+        given = start.completed(given)
+    given = _checked(given, display, rows, continues=start is not None, clock=clock)
+    torchrun.join(given.parallel, given.device)
+    named, own = (method, None) if start is None else (start.method, start.fields)
+    name, chosen = options.resolve_method(named, config_file.fields(context, fields), before=own)
+    _check_quantize(given, start, name)
+    settings = _settings(given, start, model=model, rows=rows, method=name, fields=chosen)
+    if fit:
+        settings = forecast.fitted(settings, rows.read)
+    if resume:
+        settings = _resumed(settings, output)
+    trainer_arguments.check(settings, output)
+    _run(settings, output, rows, display, clock=clock, resume=resume, overwrite=overwrite, force=force)
+    torchrun.leave()
+
+
+def _start(
+    given: RunOptions, adapter: Path | None, output: Path, *, model: str | None, method: str | None
+) -> Start | None:
+    """Return the adapter that the run starts from, or None for a new one."""
+    from peftcore.cli.training import warm_start
+
+    if adapter is not None:
+        return warm_start.start_of(adapter, output, model=model, method=method, labels=given.labels)
+    if model is None:
+        raise PeftcoreError(
+            "nothing to train. Pass a model (--model MODEL), or an adapter to start from (--adapter FOLDER)"
+        )
+    if given.labels is not None:
+        raise PeftcoreError(
+            "--labels names the outputs of an existing adapter (--adapter); a new one takes them from the examples. "
+            "Leave it out"
+        )
+    return None
+
+
+@dataclass
+class _Rows:
+    """The examples of a run and their task.
+
+    Attributes:
+        paths: values of --data.
+        task: name of the task.
+        read: the examples, none with --streaming.
+        held_out: those of --eval-data, or None to hold some out.
+        lines: with --streaming, the lines of the files.
+    """
+
+    paths: list[str]
+    task: str
+    read: list[Row]
+    held_out: list[Row] | None
+    lines: Lines | None = None
+
+
+def _read(given: RunOptions, data: list[str], task: str | None, clock: Clock) -> _Rows:
+    """Read the examples, which shows wrong lines before anything is loaded."""
+    from peftcore.cli.data import row_reading
+    from peftcore.cli.data.data_files import parsed_columns
+
     names = parsed_columns(given.columns)
-    if adapter is None:
-        if model is None:
-            raise PeftcoreError(
-                "nothing to train. Pass a model (--model MODEL), or an adapter to start from (--adapter FOLDER)"
-            )
-        if given.labels is not None:
-            raise PeftcoreError(
-                "--labels names the outputs of an existing adapter (--adapter); a new one takes "
-                "them from the examples. Leave it out"
-            )
-        start = None
-    else:
-        start = warm_start.start_of(adapter, output, model=model, method=method, labels=given.labels)
-        task = start.task_of(task)
-    clock, rows = Clock(), list[Row]()
-    with clock.part("data"):  # which shows wrong lines before anything is loaded
+    rows: list[Row] = []
+    with clock.part("data"):
         if given.streaming:
             task = task or row_reading.guess_task(data, names)
         else:
             task, rows = row_reading.read(data, task, names)
         held_out = None if given.eval_data is None else row_reading.read_rows(given.eval_data, task, names)
-    if start is not None:
-        start.check_task(task, f"{', '.join(map(repr, data))} is for {task}")
-    if "language" in registered.find(task).options and start is not None:
-        given = replace(given, language=given.language or start.task.language)
-    option_checks.check(given, display, task, data, continues=start is not None)
+    return _Rows(data, task, rows, held_out)
+
+
+def _checked(given: RunOptions, display: Display, rows: _Rows, *, continues: bool, clock: Clock) -> RunOptions:
+    """Return the options with the teacher's path, after they are checked and the lines of --streaming are found.
+
+    Raises:
+        PeftcoreError: an option contradicts another or the task, or a library is not installed.
+    """
+    from peftcore.cli.bases import base_files, precision as precisions
+    from peftcore.cli.data import streamed
+    from peftcore.cli.data.data_files import parsed_columns
+    from peftcore.cli.tasks import registered
+    from peftcore.cli.training import option_checks
+
+    option_checks.check(given, display, rows.task, rows.paths, continues=continues)
     if given.teacher is not None:
         require("transformers", "accelerate")
         from peftcore.cli.training import distillation
 
-        given = replace(given, teacher=distillation.checked(given, task))
-    with clock.part("data"):
-        examples = streamed.Lines(data, task, names) if given.streaming else rows
+        given = replace(given, teacher=distillation.checked(given, rows.task))
+    if given.streaming:
+        with clock.part("data"):
+            rows.lines = streamed.Lines(rows.paths, rows.task, parsed_columns(given.columns))
     precisions.check(given.precision, given.dtype, given.device)
     require("transformers", "accelerate", "matplotlib", "psutil")
-    for package, extra in registered.find(task).requires:
+    for package, extra in registered.find(rows.task).requires:
         require(package, extra=extra)
     base_files.quiet_transformers()
-    import peftcore
-    from peftcore.cli.bases import base_files, base_quantization
-    from peftcore.cli.training import best_checkpoint, reporting, torchrun, training_data, training_run
-    from peftcore.plugin import ranks
-    from peftcore.quantization import find_type
-    from peftcore.training import latest_checkpoint
+    from peftcore.cli.training import best_checkpoint, reporting
 
-    best_checkpoint.check(given, task)
-    services = reporting.services(display.report_to)
-    torchrun.join(given.parallel, given.device)
-    named, own = (start.method, start.fields) if start else (method, None)
-    name, chosen = options.resolve_method(named, config_file.fields(context, fields), before=own)
-    quantize = given.quantize or (start.quantize if start else None)
-    if given.quantize is not None and start is not None and start.task.quantized is not None:
+    best_checkpoint.check(given, rows.task)
+    reporting.services(display.report_to)
+    return given
+
+
+def _check_quantize(given: RunOptions, start: Start | None, method: str) -> None:
+    """Raise a PeftcoreError if --quantize contradicts the adapter to start from, or the method."""
+    import peftcore
+    from peftcore.cli.bases import base_quantization
+    from peftcore.quantization import find_type
+
+    if given.quantize is None:
+        return
+    if start is not None and start.task.quantized is not None:
         base_quantization.refuse_other(given.quantize, start.task.quantized, str(start.folder))
-    elif given.quantize is not None:
-        find_type(given.quantize)
-        if peftcore.method(name).prepare is not None:
-            raise PeftcoreError(
-                f"--method {name} prepares the base itself, found --quantize {given.quantize}. Leave it out, or pass "
-                "another method"
-            )
-    settings = Settings.of(
+        return
+    find_type(given.quantize)
+    if peftcore.method(method).prepare is not None:
+        raise PeftcoreError(
+            f"--method {method} prepares the base itself, found --quantize {given.quantize}. Leave it out, or pass "
+            "another method"
+        )
+
+
+def _settings(
+    given: RunOptions, start: Start | None, *, model: str | None, rows: _Rows, method: str, fields: dict[str, Any]
+) -> Settings:
+    """Return everything that determines the run."""
+    import peftcore
+    from peftcore.cli.bases import base_files
+    from peftcore.plugin import ranks
+
+    return Settings.of(
         given,
         model=base_files.resolve(start.base if start else str(model)),
-        data=options.absolute_data(data),
-        task=task,
-        method=name,
-        fields=chosen,
+        data=options.absolute_data(rows.paths),
+        task=rows.task,
+        method=method,
+        fields=fields,
         adapter=str(start.folder) if start else None,
-        quantize=quantize,
+        quantize=given.quantize or (start.quantize if start else None),
         chat_template=given.chat_template or (start.task.chat_template if start else None),
-        lr=peftcore.method(name).learning_rate if given.lr is None else given.lr,
+        lr=peftcore.method(method).learning_rate if given.lr is None else given.lr,
         ranks=ranks.count(),
     )
-    if fit:
-        from peftcore.cli.training import forecast
 
-        settings = forecast.fitted(settings, rows)
 
-    if resume:
-        chosen_before, resumed = settings, list[Settings]()
-        ranks.once(lambda: resumed.append(for_these_ranks(output, chosen_before)), together=True)
-        (settings,) = ranks.of_first(resumed)
-        if settings.grad_accum != given.grad_accum:
-            say(f"resuming with ranks={settings.ranks}: --grad-accum {settings.grad_accum} keeps the examples per step")
-    trainer_arguments.check(settings, output)
+def _resumed(settings: Settings, output: Path) -> Settings:
+    """Return the settings of a run that is resumed, perhaps on another number of ranks."""
+    from peftcore.plugin import ranks
+
+    found = list[Settings]()
+    ranks.once(lambda: found.append(for_these_ranks(output, settings)), together=True)
+    (resumed,) = ranks.of_first(found)
+    if resumed.grad_accum != settings.grad_accum:
+        say(f"resuming with ranks={resumed.ranks}: --grad-accum {resumed.grad_accum} keeps the examples per step")
+    return resumed
+
+
+def _run(
+    settings: Settings,
+    output: Path,
+    rows: _Rows,
+    display: Display,
+    *,
+    clock: Clock,
+    resume: bool,
+    overwrite: bool,
+    force: bool,
+) -> None:
+    """Train in the run's folder, which no other process may use meanwhile, and show the result."""
+    from peftcore.cli.training import run_result, torchrun, training_data, training_run
+    from peftcore.plugin import ranks
+    from peftcore.training import latest_checkpoint
 
     def prepare() -> None:
         if not (resume and (output / RUN_FILE).exists()):
@@ -208,17 +297,10 @@ def train(
 
     with contextlib.ExitStack() as held:
         ranks.once(prepare, together=True)
+        examples = training_data.split(settings, rows.read if rows.lines is None else rows.lines, rows.held_out)
         try:
             result = training_run.run(
-                settings,
-                output,
-                training_data.split(settings, examples, held_out),
-                resume=resume,
-                clock=clock,
-                sample=display.sample,
-                sample_tokens=display.sample_tokens,
-                report_to=services,
-                force=force,
+                settings, output, examples, resume=resume, clock=clock, display=display, force=force
             )
         except run_result.Stopped as stopped:
             if ranks.rank() == 0:
@@ -229,7 +311,6 @@ def train(
             raise typer.Exit(130) from None
         if ranks.rank() == 0:
             _show(settings, result, output, display.sample)
-    torchrun.leave()
 
 
 def _show(settings: Settings, result: Result, output: Path, prompt: str | None) -> None:

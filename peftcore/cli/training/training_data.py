@@ -238,7 +238,9 @@ def facts(
     before: dict[int, float],
     after: dict[int, float],
 ) -> list[DataSet]:
-    """Return the facts about each of several data sets."""
+    """Return the facts about each of several data sets; none of a single one."""
+    if not examples.is_mixed:
+        return []
     found, task = [], registered.find(settings.task)
     for i, source in enumerate(row_reading.sources(settings.data)):
         count = sum(row.source == i for row in rows)

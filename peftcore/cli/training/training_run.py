@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import time
 import warnings
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from peftcore.cli.bases import adapter_folders, base_quantization, models, preci
 from peftcore.cli.bases.adapter_folders import AdapterTask
 from peftcore.cli.console import number, say, warn
 from peftcore.cli.options import FULL
-from peftcore.cli.settings import Settings
+from peftcore.cli.settings import Display, Settings
 from peftcore.cli.start import Clock
 from peftcore.cli.tasks import (
     conversations,
@@ -41,15 +40,16 @@ from peftcore.cli.training import (
     forecast as forecasts,
     light_step,
     progress,
+    reporting,
     trainer_arguments,
-    trainers,
     training_data,
     warm_start,
 )
-from peftcore.cli.training.measuring import Measure
+from peftcore.cli.training.measuring import Measure, Measured
 from peftcore.cli.training.memory_trace import MemoryTrace
 from peftcore.cli.training.run_result import Result, Stopped
 from peftcore.cli.training.sampler import LengthGroupedSampler
+from peftcore.cli.training.trainers import Measuring
 from peftcore.cli.training.training_data import Examples
 from peftcore.errors import PeftcoreError
 from peftcore.plugin import ranks, takes_batches
@@ -63,9 +63,7 @@ def run(
     *,
     resume: bool,
     clock: Clock | None = None,
-    sample: str | None = None,
-    sample_tokens: int = 48,
-    report_to: Sequence[str] = (),
+    display: Display | None = None,
     force: bool = False,
 ) -> Result:
     """Train, evaluate before and after, and save the adapter.
@@ -76,126 +74,195 @@ def run(
         rows: its examples, see `training_data.read` and `split`.
         resume: continue from the latest checkpoint.
         clock: has the parts of the run so far, such as reading its data.
-        sample: prompt to answer before and after, in at most `sample_tokens` tokens.
-        sample_tokens: see `sample`.
-        report_to: services that receive Trainer's log, see `reporting`.
+        display: what the run shows.
         force: run even if the predicted memory is not available.
 
     Raises:
         PeftcoreError: the data, the model or a setting is wrong, or there is not enough memory.
         Stopped: Ctrl-C; a checkpoint has been written.
     """
-    began, clock, task = time.perf_counter(), clock or Clock(), registered.find(settings.task)
-    clock.parts["imports"] = clock.rest()
-    with clock.part("data"):
-        settings = training_data.fit_max_length(settings)
-        processor, about = prepared(settings, rows)
-        examples = training_data.encode(rows, settings, processor, about.labels)
-    task.check_examples(examples.train, "training", settings.batch_size)
-    task.check_examples(examples.held_out, "held-out")
-    with clock.part("forecast"):
-        settings, predicted = forecasts.with_memory(settings, processor, about.labels, examples, force=force)
-    with clock.part("loading"):
-        quantized = base_quantization.of_run(settings, about.labels)
-        about = replace(about, dtype=settings.dtype, quantized=quantized)
-        model = _adapted_model(settings, processor, about, examples)
-    if isinstance(predicted, str):
-        say(f"memory is not predicted: {predicted}")
-        predicted = None
-    teacher = distillation.of_run(settings, processor, examples.train)
-    summary = peftcore.summary(model)
-    say(str(summary))
+    steps = _Run(settings, output, rows, clock or Clock(), display or Display())
+    steps.encode()
+    steps.predict_memory(force=force)
+    steps.load()
+    steps.measure_before()
+    steps.lighten()
+    steps.train(resume=resume)
+    steps.save()
+    return steps.result()
 
-    measure = Measure(settings, processor, about, examples, rows.held_out, clock)
-    samples: list[tuple[str, str]] = []
-    with peftcore.disabled(model) if settings.method != FULL and settings.adapter is None else contextlib.nullcontext():
-        measure.keep_reference(model)
-        say("measuring held-out examples ...")
-        before = measure.all(model)
-        if sample is not None:
-            name = "base" if settings.adapter is None else "the adapter before"
-            with clock.part("samples"):
-                samples.append((name, _answer(model, processor, about, sample, sample_tokens)))
-    _check_metric(settings, before.held_out)
-    say(f"before training, on {number(len(rows.held_out), 'held-out example')}: {before.held_out}", "bold")
 
-    light_step.fuse(model, settings)
-    if settings.parallel == "fsdp2":
-        peftcore.shard(model)
-    light_step.use_loss_without_logits(model, settings, examples.rows, processor)
-    now = peftcore.summary(model)
-    summary = replace(summary, fused=now.fused, without_logits=now.without_logits)
-    meter, stop, trace = progress.Meter(), progress.OrderlyStop(), MemoryTrace(model)
-    keeper, made_for = best_checkpoint.of_run(settings), None if settings.method == FULL else about
-    trainer = task.trainer(
-        {
-            "model": model,
-            "args": trainer_arguments.of_run(settings, output, training_data.draws(examples.parts), report_to),
-            "callbacks": [meter, stop, trace, progress.TaskWriter(made_for), *([keeper] if keeper else [])],
+class _Run:
+    """A run, whose methods are its steps in their order; each adds what later ones need."""
+
+    processor: Any
+    about: AdapterTask
+    examples: Examples
+    predicted: forecasts.Forecast | None
+    unpredicted: str | None
+    model: Any
+    teacher: Any
+    summary: peftcore.Summary
+    measure: Measure
+    before: Measured
+    trainer: Measuring
+    best: best_checkpoint.Best | None
+    after: Measured
+    chosen_by: Metrics | None
+
+    def __init__(
+        self, settings: Settings, output: Path, rows: training_data.Rows, clock: Clock, display: Display
+    ) -> None:
+        self.began, self.clock = time.perf_counter(), clock
+        clock.parts["imports"] = clock.rest()
+        self.settings, self.output, self.rows, self.display = settings, output, rows, display
+        self.task, self.adapter = registered.find(settings.task), output / "adapter"
+        self.samples: list[tuple[str, str]] = []
+
+    def encode(self) -> None:
+        """Load the processor, and turn the rows into examples."""
+        with self.clock.part("data"):
+            self.settings = training_data.fit_max_length(self.settings)
+            self.processor, self.about = prepared(self.settings, self.rows)
+            self.examples = training_data.encode(self.rows, self.settings, self.processor, self.about.labels)
+        self.task.check_examples(self.examples.train, "training", self.settings.batch_size)
+        self.task.check_examples(self.examples.held_out, "held-out")
+
+    def predict_memory(self, *, force: bool) -> None:
+        """Choose the base's dtype, and refuse a run that does not fit into memory, unless `force`."""
+        labels = self.about.labels
+        with self.clock.part("forecast"):
+            self.settings, found = forecasts.with_memory(
+                self.settings, self.processor, labels, self.examples, force=force
+            )
+        self.predicted, self.unpredicted = (None, found) if isinstance(found, str) else (found, None)
+
+    def load(self) -> None:
+        """Load the base with its adapter, and the teacher if there is one."""
+        with self.clock.part("loading"):
+            quantized = base_quantization.of_run(self.settings, self.about.labels)
+            self.about = replace(self.about, dtype=self.settings.dtype, quantized=quantized)
+            self.model = _adapted_model(self.settings, self.processor, self.about, self.examples)
+        if self.unpredicted is not None:
+            say(f"memory is not predicted: {self.unpredicted}")
+        self.teacher = distillation.of_run(self.settings, self.processor, self.examples.train)
+        self.summary = peftcore.summary(self.model)
+        say(str(self.summary))
+
+    def measure_before(self) -> None:
+        """Measure the base, or the adapter that the run starts from."""
+        held_out, is_new = self.rows.held_out, self.settings.adapter is None
+        self.measure = Measure(self.settings, self.processor, self.about, self.examples, held_out, self.clock)
+        is_base = self.settings.method != FULL and is_new
+        with peftcore.disabled(self.model) if is_base else contextlib.nullcontext():
+            self.measure.keep_reference(self.model)
+            say("measuring held-out examples ...")
+            self.before = self.measure.all(self.model)
+            self._answer_sample("base" if is_new else "the adapter before")
+        _check_metric(self.settings, self.before.held_out)
+        say(f"before training, on {number(len(held_out), 'held-out example')}: {self.before.held_out}", "bold")
+
+    def lighten(self) -> None:
+        """Fuse operators, divide the base among processes, and compute the loss without logits, as options say."""
+        light_step.fuse(self.model, self.settings)
+        if self.settings.parallel == "fsdp2":
+            peftcore.shard(self.model)
+        light_step.use_loss_without_logits(self.model, self.settings, self.examples.rows, self.processor)
+        now = peftcore.summary(self.model)
+        self.summary = replace(self.summary, fused=now.fused, without_logits=now.without_logits)
+
+    def train(self, *, resume: bool) -> None:
+        """Train, from the latest checkpoint to `resume`, and find the best step if it is kept."""
+        self.meter, self.trace, stop = progress.Meter(), MemoryTrace(self.model), progress.OrderlyStop()
+        keeper, written = best_checkpoint.of_run(self.settings), progress.TaskWriter(self._record)
+        trainer = self.trainer = self._trainer([self.meter, stop, self.trace, written, *([keeper] if keeper else [])])
+        from_checkpoint = _checkpoint_to_resume(self.output) if resume else None
+        try:
+            with stop:
+                trainer.train(resume_from_checkpoint=from_checkpoint)
+        finally:
+            self.meter.close()
+            self.trace.close()
+        is_over = keeper is not None and keeper.stopped
+        if stop.requested and trainer.state.global_step < trainer.state.max_steps and not is_over:
+            raise Stopped(trainer.state.global_step, trainer.state.max_steps)
+        self.best = None if keeper is None else keeper.best(trainer.state)
+
+    def save(self) -> None:
+        """Measure the adapter that is saved, the best or the last, and save it."""
+        held_out = _measured_at_end(self.trainer, self.model, self.measure, self.best)
+        self._answer_sample("with the adapter")
+        _save(self.model, self.adapter, self.settings, self.processor, self._record)
+        validation = self.examples.validation
+        with precision.own(self.model):
+            self.chosen_by = self.measure(self.model, validation) if validation else None
+            self.after = self.measure.all(self.model, held_out=held_out)
+
+    def result(self) -> Result:
+        """Return the figures of the run."""
+        settings, examples, before, after = self.settings, self.examples, self.before, self.after
+        step_seconds = self.meter.step_seconds
+        self.clock.parts["training"] = self.meter.seconds
+        return Result(
+            before=before.held_out,
+            after=after.held_out,
+            history=self.trainer.state.log_history,
+            summary=self.summary,
+            steps=self.trainer.state.global_step,
+            train_rows=len(self.rows.train) if self.rows.lines is None else len(examples.dataset),
+            eval_rows=len(self.rows.held_out),
+            seconds=time.perf_counter() - self.began,
+            training_seconds=self.meter.seconds,
+            spent=self.clock.all(),
+            step_seconds=step_seconds,
+            tokens_per_second=self.meter.tokens_per_second,
+            examples_per_second=settings.batch_size * settings.grad_accum * settings.ranks / (step_seconds or 1.0),
+            peak=progress.peak_memory(),
+            adapter=self.adapter,
+            adapter_bytes=sum(file.stat().st_size for file in self.adapter.iterdir()),
+            samples=self.samples,
+            is_chat=bool(self.about.chat),
+            labels=self.about.labels,
+            predicted=self.predicted,
+            trace=self.trace.largest,
+            validation=self.chosen_by,
+            other=(before.other, after.other) if before.other and after.other else None,
+            merges=None if settings.method == FULL else peftcore.can_merge(self.model),
+            best=self.best,
+            data_sets=training_data.facts(settings, self.rows.train, examples, before.sets, after.sets),
+        )
+
+    @property
+    def _record(self) -> AdapterTask | None:
+        """The facts that are saved with the adapter; None for `--method full`."""
+        return None if self.settings.method == FULL else self.about
+
+    def _trainer(self, callbacks: list[Any]) -> Measuring:
+        examples, services = self.examples, reporting.services(self.display.report_to)
+        draws = training_data.draws(examples.parts)
+        arguments = {
+            "model": self.model,
+            "args": trainer_arguments.of_run(self.settings, self.output, draws, services),
+            "callbacks": callbacks,
             "train_dataset": examples.dataset,
             "eval_dataset": examples.held_out,
-            "measure": measure,
+            "measure": self.measure,
             "parts": examples.parts,
             "lengths": examples.sizes,
-        },
-        settings,
-        processor,
-        about,
-        teacher,
-    )
-    trainer.remove_callback(PrinterCallback)
-    from_checkpoint = _checkpoint_to_resume(output) if resume else None
-    try:
-        with stop:
-            trainer.train(resume_from_checkpoint=from_checkpoint)
-    finally:
-        meter.close()
-        trace.close()
-    is_over = keeper is not None and keeper.stopped
-    if stop.requested and trainer.state.global_step < trainer.state.max_steps and not is_over:
-        raise Stopped(trainer.state.global_step, trainer.state.max_steps)
+        }
+        trainer = self.task.trainer(arguments, self.settings, self.processor, self.about, self.teacher)
+        trainer.remove_callback(PrinterCallback)
+        return trainer
 
-    best = None if keeper is None else keeper.best(trainer.state)
-    held_out_after = _measured_at_end(trainer, model, measure, best)
-    if sample is not None:
-        with clock.part("samples"):
-            samples.append(("with the adapter", _answer(model, processor, about, sample, sample_tokens)))
-    adapter = output / "adapter"
-    _save(model, adapter, settings, processor, made_for)
-    with precision.own(model):
-        chosen_by = measure(model, examples.validation) if examples.validation else None
-        after = measure.all(model, held_out=held_out_after)
-    clock.parts["training"] = meter.seconds
-    return Result(
-        before=before.held_out,
-        after=after.held_out,
-        history=trainer.state.log_history,
-        summary=summary,
-        steps=trainer.state.global_step,
-        train_rows=len(rows.train) if rows.lines is None else len(examples.dataset),
-        eval_rows=len(rows.held_out),
-        seconds=time.perf_counter() - began,
-        training_seconds=meter.seconds,
-        spent=clock.all(),
-        step_seconds=meter.step_seconds,
-        tokens_per_second=meter.tokens_per_second,
-        examples_per_second=settings.batch_size * settings.grad_accum * settings.ranks / (meter.step_seconds or 1.0),
-        peak=progress.peak_memory(),
-        adapter=adapter,
-        adapter_bytes=sum(file.stat().st_size for file in adapter.iterdir()),
-        samples=samples,
-        is_chat=bool(about.chat),
-        labels=about.labels,
-        predicted=predicted,
-        trace=trace.largest,
-        validation=chosen_by,
-        other=(before.other, after.other) if before.other and after.other else None,
-        merges=None if settings.method == FULL else peftcore.can_merge(model),
-        best=best,
-        data_sets=training_data.facts(settings, rows.train, examples, before.sets, after.sets)
-        if examples.is_mixed
-        else [],
-    )
+    def _answer_sample(self, writer: str) -> None:
+        """Keep the model's answer to `--sample`, if there is one."""
+        if self.display.sample is None:
+            return
+        is_chat, most, sample = bool(self.about.chat), self.display.sample_tokens, self.display.sample
+        with self.clock.part("samples"), precision.own(self.model):
+            model = self.model.eval()
+            answer = self.task.answer(model, self.processor, sample, self.about, chat=is_chat, max_new_tokens=most)
+        self.samples.append((writer, answer))
 
 
 def prepared(settings: Settings, rows: training_data.Rows) -> tuple[Any, AdapterTask]:
@@ -262,12 +329,6 @@ def _adapted_model(settings: Settings, processor: Any, about: AdapterTask, examp
     return model
 
 
-def _answer(model: Any, processor: Any, about: AdapterTask, sample: str, tokens: int) -> str:
-    task, is_chat = registered.find(about.task), bool(about.chat)
-    with precision.own(model):
-        return task.answer(model.eval(), processor, sample, about, chat=is_chat, max_new_tokens=tokens)
-
-
 def _check_metric(settings: Settings, measured: Metrics) -> None:
     """Raise a PeftcoreError if `--metric` is not among the metrics that were measured."""
     names = measured.as_dict()
@@ -278,9 +339,7 @@ def _check_metric(settings: Settings, measured: Metrics) -> None:
         )
 
 
-def _measured_at_end(
-    trainer: trainers.Measuring, model: Any, measure: Measure, best: best_checkpoint.Best | None
-) -> Metrics:
+def _measured_at_end(trainer: Measuring, model: Any, measure: Measure, best: best_checkpoint.Best | None) -> Metrics:
     """Return the metrics on held-out examples of the adapter that is saved: the best, or the last."""
     if best is not None:
         say(f"saving the adapter of {best}")

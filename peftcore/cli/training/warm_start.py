@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peftcore.cli.bases import adapter_folders, base_and_adapter
 from peftcore.cli.bases.adapter_folders import TASK_FILE, AdapterTask
 from peftcore.cli.fields import text_of
-from peftcore.cli.settings import RUN_FILE, Settings
+from peftcore.cli.settings import RUN_FILE, RunOptions, Settings
 from peftcore.cli.tasks import registered
 from peftcore.errors import PeftcoreError
 from peftcore.plugin import safe_reading, validation
@@ -50,6 +50,10 @@ class Start:
             self.check_task(task, f"--task {task} is different")
             return task
         return None if registered.find(self.task.task).family is not None else self.task.task
+
+    def completed(self, given: RunOptions) -> RunOptions:
+        """Return the options of a run with what the adapter records: the language of its recordings."""
+        return replace(given, language=given.language or self.task.language)
 
     def check_task(self, task: str, what: str) -> None:
         """Raise a PeftcoreError, with `what` has another task, unless the adapter can be trained further for `task`."""
