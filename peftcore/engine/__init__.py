@@ -16,7 +16,7 @@ from peftcore.engine.applying import (
 )
 from peftcore.engine.changes import with_adapter as with_adapter
 from peftcore.engine.divided import follows_plan as follows_plan
-from peftcore.engine.first_values import takes_batches as takes_batches
+from peftcore.engine.initialization import takes_batches as takes_batches
 from peftcore.engine.placing import placements_for as placements_for
 from peftcore.engine.preflight import (
     check_name as check_name,

@@ -15,7 +15,7 @@ from peftcore.engine.attachments import Attachments
 from peftcore.engine.base_checkpoints import accept_base_checkpoints
 from peftcore.engine.changes import Site, facts, submodule
 from peftcore.engine.divided import divide_experts, is_divided
-from peftcore.engine.first_values import initialize_adapter, initializer
+from peftcore.engine.initialization import initialize_adapter, initializer
 from peftcore.engine.placing import device_and_dtype, placements_for, recorded, warn_of_little, with_memory
 from peftcore.engine.preflight import CHANGE, check_new_adapter, check_request
 from peftcore.engine.removing import detach_adapter

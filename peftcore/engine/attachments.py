@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor, nn
 
-from peftcore.engine.prompts import checked_shape
+from peftcore.engine.prompts.backbone import checked_shape
 from peftcore.engine.prompts.prefix import place_prefix
 from peftcore.engine.prompts.soft import place_soft_prompt
 from peftcore.errors import PeftcoreError, nearest
@@ -27,7 +27,8 @@ from peftcore.plugin.placements.on_weight import WeightChanges, WeightLink
 from peftcore.plugin.placements.placement import Placement
 
 
-class OfExpert(NamedTuple):
+@dataclass(frozen=True)
+class OfExpert:
     """Adapter of one expert's layer: its path, the name of the stacked weight, the number of the expert."""
 
     path: str
@@ -152,12 +153,13 @@ class Attachments:
         link: type[Link] = Link,
         branches: Sequence[str] = (),
     ) -> None:
-        found = split_expert_path(self.model, path)
-        if found is None:
+        expert_path = split_expert_path(self.model, path)
+        if expert_path is None:
             self.attached.append(Attachment(path, adapter, (placement,), link, branches))
-        else:
-            of_expert = OfExpert(path, *found[1:], adapter, link, branches)
-            self._experts.setdefault(found[0], []).append((of_expert, placement))
+            return
+        experts, name, number = expert_path
+        of_expert = OfExpert(path=path, name=name, expert=number, adapter=adapter, link=link, branches=branches)
+        self._experts.setdefault(experts, []).append((of_expert, placement))
 
     def change(self, placement: Placement, path: str, name: str, adapter: nn.Module) -> None:
         self._changes.setdefault(path, []).append((name, adapter, placement))

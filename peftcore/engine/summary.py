@@ -26,7 +26,7 @@ from peftcore.plugin.layers import shape_of
 from peftcore.plugin.placements.placement import Placement
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Mixture:
     """The experts of a model, whose weights are parameters `[experts, out, in]`.
 
@@ -73,31 +73,42 @@ def mixture_of(
         copied: names of parameters whose change is not a low-rank product.
         one_by_one: whether some experts have their own adapters.
     """
-    found = expert_weights(model)
-    if not found:
+    names_by_path = expert_weights(model)
+    if not names_by_path:
         return None
-    modules, wanted = dict(base_modules(model)), set(reached)
+    modules, targets = dict(base_modules(model)), set(reached)
     counts: list[int] = []
     used: list[int] = []
     weights = packed = adapted = idle = 0
     reasons: list[str] = []
-    for path, names in found.items():
+    for path, names in names_by_path.items():
         module = modules[path]
         for name in names:
             shape = shape_of(module, name)
-            size, taken = math.prod(shape), min(experts_per_token(module, model), shape[0])
+            size, per_token = math.prod(shape), min(experts_per_token(module, model), shape[0])
             counts.append(shape[0])
-            used.append(taken)
+            used.append(per_token)
             weights += size
-            idle += size // shape[0] * (shape[0] - taken)
-            is_packed, is_adapted = name in bits_of(module), bool(wanted & {path, f"{path}.{name}"})
+            idle += size // shape[0] * (shape[0] - per_token)
+            is_packed, is_adapted = name in bits_of(module), not targets.isdisjoint((path, f"{path}.{name}"))
             packed += size if is_packed else 0
             adapted += size if is_adapted else 0
             reason = why_not_fused(module, original_forward(module)) if is_packed or is_adapted else None
-            reason = "its adapter is not a low-rank product" if not reason and f"{path}.{name}" in copied else reason
-            reasons += [f"{original_class(module).__name__}: {reason}"] if reason else []
-    unfused = "; ".join(dict.fromkeys(reasons)) or None
-    return Mixture(len(found), max(counts), max(used), weights, packed, adapted, idle, unfused, one_by_one)
+            if not reason and f"{path}.{name}" in copied:
+                reason = "its adapter is not a low-rank product"
+            if reason:
+                reasons.append(f"{original_class(module).__name__}: {reason}")
+    return Mixture(
+        modules=len(names_by_path),
+        count=max(counts),
+        per_token=max(used),
+        weights=weights,
+        packed=packed,
+        adapted=adapted,
+        idle=idle,
+        unfused="; ".join(dict.fromkeys(reasons)) or None,
+        one_by_one=one_by_one,
+    )
 
 
 def bits_of(module: nn.Module) -> dict[str, tuple[int, int]]:

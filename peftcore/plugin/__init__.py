@@ -58,7 +58,7 @@ _MODULES = {
     "peftcore.plugin.architecture": "Architecture Sublayer text_config",
     "peftcore.engine": "set_trainable",
     "peftcore.engine.adaptation.modes": "evaluation_mode",
-    "peftcore.engine.first_values": "takes_batches",
+    "peftcore.engine.initialization": "takes_batches",
     "peftcore.model.meta": "MetaFloats meta_copy",
     "peftcore.model.positions": "number_of_positions",
     "peftcore.engine.current_optimizer": "reset_optimizer_state",

@@ -10,7 +10,7 @@ from peftcore.engine.adaptation.adapted import (
 from peftcore.engine.adaptation.division import Division as Division, division_of as division_of
 from peftcore.engine.adaptation.modes import evaluation_mode as evaluation_mode
 from peftcore.engine.current_optimizer import reset_optimizer_state as reset_optimizer_state
-from peftcore.engine.first_values import takes_batches as takes_batches
+from peftcore.engine.initialization import takes_batches as takes_batches
 from peftcore.engine.merging.probe import (
     embed_scale as embed_scale,
     looks_up as looks_up,

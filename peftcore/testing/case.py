@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore.engine import adapter_parameters
-from peftcore.engine.first_values import initializer
+from peftcore.engine.initialization import initializer
 from peftcore.model import detect, observe, share_facts
 from peftcore.plugin import ranks
 from peftcore.plugin.method import Method

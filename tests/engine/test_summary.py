@@ -91,15 +91,26 @@ def test_experts_and_four_bits_are_reported() -> None:
     model = mixture("qwen3_moe", num_experts=6)
     count, experts = sum(p.numel() for p in model.parameters()), 2 * 6 * 3 * 32 * 64
     found = peftcore.plan(model, "around", target_modules=("q_proj",)).experts
-    assert found == Mixture(2, 6, 2, experts, packed=0, adapted=0, idle=experts * 4 // 6)
+    assert found == Mixture(
+        modules=2, count=6, per_token=2, weights=experts, packed=0, adapted=0, idle=experts * 4 // 6
+    )
     peftcore.quantize(model, double_quant=False, skip=["layers.0.mlp.experts", "lm_head", "self_attn"])
     place = lambda *_: [OnWeight("model.layers.1.mlp.experts", "down_proj", tiny.LowRank(6, 64, 32))]  # noqa: E731
     with tiny.installed(tiny.method("down", place)):
         plan = peftcore.plan(model, "down")
         peftcore.apply(model, "down")
     summary = peftcore.summary(model)
-    sizes = 2, 6, 2, experts, experts // 2, experts // 6, experts * 4 // 6
-    assert plan.experts == summary.experts == Mixture(*sizes, "Qwen3MoeExperts: its adapter is not a low-rank product")
+    assert plan.experts == summary.experts
+    assert plan.experts == Mixture(
+        modules=2,
+        count=6,
+        per_token=2,
+        weights=experts,
+        packed=experts // 2,
+        adapted=experts // 6,
+        idle=experts * 4 // 6,
+        unfused="Qwen3MoeExperts: its adapter is not a low-rank product",
+    )
     assert str(plan).count("; on dense copies of all, without dropout: Qwen3MoeExperts: its adapter is no") == 1
     assert summary.base_parameters == count and summary.packed_parameters == experts // 2
     assert summary.packed_bytes == experts // 4 + 4 * experts // 2 // 64 + 2 * 64

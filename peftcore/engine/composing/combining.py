@@ -385,5 +385,10 @@ def _pruning(how: str, density: float | None, majority: Majority, generator: tor
         return None
     if isinstance(density, bool) or not isinstance(density, (int, float)) or not 0 < density <= 1:
         raise PeftcoreError(f"how='{how}' needs density, the fraction of entries to keep, in (0, 1], found {density!r}")
-    random, elects = kind.startswith("dare"), kind.endswith("ties")
-    return Pruning(random, elects, float(density), majority, generator)
+    return Pruning(
+        random=kind.startswith("dare"),
+        elects=kind.endswith("ties"),
+        density=float(density),
+        majority=majority,
+        generator=generator,
+    )

@@ -18,6 +18,7 @@ from peftcore.model.base_modules import base_modules, original_forward
 from peftcore.plugin import ranks
 from peftcore.plugin.adapter import Adapter, Base
 from peftcore.plugin.architecture import Architecture, text_config
+from peftcore.plugin.placements.placement import Placement
 
 # argument names of attention modules for the cache
 _CACHE_ARGUMENTS = ("cache", "past_key_values", "layer_past")
@@ -124,6 +125,44 @@ class Positions(Backbone):
             places = torch.arange(past, past + given.shape[1], device=given.device)
             call["position_ids"] = self._first + places.expand(len(given), -1)
         return base(**call)
+
+
+def checked_shape(
+    model: nn.Module,
+    architecture: Architecture,
+    placement: Placement,
+    dimensions: Sequence[str],
+    known: tuple[int, ...] | None = None,
+) -> tuple[int, ...]:
+    """Return the shape of the result of a placement's adapter, which has these dimensions.
+
+    Args:
+        dimensions: their names, of which one is "tokens".
+        known: the shape, if the adapter cannot be called to find out.
+
+    Raises:
+        PeftcoreError: the model has no token embedding, the dimensions differ, or no position is left for input.
+    """
+    kind = type(placement).__name__
+    if architecture.embedding is None:
+        raise PeftcoreError(
+            f"{kind} needs a token embedding, and {type(model).__name__} declares none. A plugin's "
+            "peftcore_architecture hook can name it"
+        )
+    with torch.no_grad():
+        shape = tuple(placement.adapter().shape) if known is None else known
+    if len(shape) != len(dimensions):
+        raise PeftcoreError(
+            f"the adapter of a {kind} must return [{', '.join(dimensions)}], found a tensor of shape {list(shape)}"
+        )
+    tokens = shape[dimensions.index("tokens")]
+    context = getattr(language_config(model), "max_position_embeddings", None)
+    if isinstance(context, int) and 0 < context <= tokens:
+        raise PeftcoreError(
+            f"a prompt of {tokens} tokens leaves no room for input: {type(model).__name__} has a context of "
+            f"{context} tokens. Use fewer"
+        )
+    return shape
 
 
 def decoder_path(model: nn.Module, architecture: Architecture) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -17,16 +17,18 @@ from peftcore.engine.training_hooks import method_modules
 from peftcore.errors import PeftcoreError, PluginError
 from peftcore.model.base_modules import base_modules
 from peftcore.plugin import ranks
-from peftcore.plugin.method import Method
+from peftcore.plugin.method import AdapterModules, Method
 from peftcore.plugin.registry import registry
 
+Initialize = Callable[[nn.Module, AdapterModules, Any, Iterable[Any] | None], Any]  # `Method.initialize`
 
-def initializer(method: Method, config: Any) -> tuple[Any, Any]:
+
+def initializer(method: Method, config: Any) -> tuple[Initialize | None, Any]:
     """Return (`initialize`, config) of `method` or of the one that it is recorded as; None if nothing is to be done."""
     if method.initialize is None:
         method, config = recorded(method, config)
-    wanted = method.initialize is not None and method.initializes(config)
-    return method.initialize if wanted else None, config
+    is_needed = method.initialize is not None and method.initializes(config)
+    return method.initialize if is_needed else None, config
 
 
 def takes_batches(method: str, fields: dict[str, Any]) -> bool:
@@ -39,7 +41,7 @@ def takes_batches(method: str, fields: dict[str, Any]) -> bool:
 
 
 def initialize_adapter(
-    model: nn.Module, adapter: str, initialize: Any, method: str, config: Any, batches: Iterable[Any] | None
+    model: nn.Module, adapter: str, initialize: Initialize, method: str, config: Any, batches: Iterable[Any] | None
 ) -> None:
     """Initialise the inactive `adapter`, and check that nothing else of the model changes.
 
