@@ -6,6 +6,7 @@ mentions the hook, so that `peftcore --help` answers at once.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import logging
@@ -91,7 +92,7 @@ def _unwrapped(text: str) -> str:
     return "\n\n".join(" ".join(paragraph.split()) for paragraph in text.split("\n\n"))
 
 
-def _with_clear_errors(command: Callable[..., None]) -> Callable[..., None]:
+def _with_clear_errors(command: Callable[..., object]) -> Callable[..., None]:
     """Return `command` as typer reads it; errors that a user can act on end it with their message alone."""
     command = signatures.expand(command)
 
@@ -103,7 +104,12 @@ def _with_clear_errors(command: Callable[..., None]) -> Callable[..., None]:
                 from peftcore.cli.bases import base_files
 
                 base_files.trust_remote_code(bool(kwargs["trust_remote_code"]))
-            command(*args, **kwargs)
+            if not kwargs.get("as_json"):
+                command(*args, **kwargs)
+                return
+            with contextlib.redirect_stdout(sys.stderr):
+                document = command(*args, **kwargs)
+            console.print_json(document)
         except PeftcoreError as error:
             fail(str(error))
         except OSError as error:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import json
 import logging
+import math
 import os
 import re
 import shlex
@@ -89,6 +91,19 @@ def print_answer(text: str, end: str = "\n") -> None:
     else:
         out.file.write(text + end)
         out.file.flush()
+
+
+def print_json(document: object) -> None:
+    """Print a document of `--json` to standard output. Numbers that are not finite, which JSON has not, become null."""
+    sys.stdout.write(json.dumps(_finite(document), indent=2, allow_nan=False, default=str) + "\n")
+
+
+def _finite(value: object) -> object:
+    if isinstance(value, dict):
+        return {name: _finite(each) for name, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def warn(message: str) -> None:

@@ -181,6 +181,7 @@ PlannedData = Annotated[
         help="Examples, from which the task, images, audio and numbers of texts are read. Repeatable.",
     ),
 ]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
 MaxLength = Annotated[
     int | None,
     typer.Option(min=2, metavar="N", help="Maximum number of tokens per example; default: as in training."),

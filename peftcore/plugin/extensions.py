@@ -18,13 +18,14 @@ class Command:
         name: name as it is typed.
         function: function that runs the command. typer reads options from its parameters, and the help text from its
             docstring; a parameter whose type is a dataclass becomes one option for each field. A `PeftcoreError` ends
-            the command with its message. `peftcore --help` imports the function's module, which therefore imports
-            heavy libraries within functions.
+            the command with its message. If the function has a parameter `as_json` that is true, the object that it
+            returns is printed as JSON, and its other output goes to standard error. `peftcore --help` imports the
+            function's module, which therefore imports heavy libraries within functions.
         examples: command lines for the end of `peftcore NAME --help`.
     """
 
     name: str
-    function: Callable[..., None]
+    function: Callable[..., object]
     examples: Sequence[str] = ()
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib
 import platform
+from dataclasses import asdict
 from importlib.metadata import version
 
+from peftcore.cli import options
 from peftcore.cli.console import NO_METHOD, out, say, table, warn
 
 EXAMPLES = ("peftcore doctor",)
@@ -20,7 +22,7 @@ LIBRARIES = {
 }
 
 
-def doctor() -> None:
+def doctor(as_json: options.Json = False) -> object:
     """Check the installation. Nothing is changed."""
     import torch
 
@@ -34,7 +36,10 @@ def doctor() -> None:
         ("PyTorch", torch.__version__),
         ("CUDA", cuda),
         ("threads", torch.get_num_threads()),
-        ("products in bf16", _products()),
+        (
+            "products in bf16",
+            "by instructions of the processor" if _has_bf16() else "without instructions: --dtype auto uses fp32",
+        ),
         ("extension", "works" if build.available else f"missing: {build.missing_because}"),
     ]
     if build.available:
@@ -50,37 +55,56 @@ def doctor() -> None:
             ),
             ("  caches", ", ".join(f"{size >> 10:,} KiB" for size in build.caches)),
         ]
-    missing = []
+    missing: list[str] = []
+    libraries: dict[str, str | None] = {}
     for name, (used_for, extra) in LIBRARIES.items():
         try:
             importlib.import_module(name)
+            libraries[name] = version(name)
             rows.append((name, version(name)))
         except Exception as error:  # a library that fails to import counts as missing, whatever it raises
+            libraries[name] = None
             rows.append((name, f"missing: {error}"))
             missing.append(
                 f"'{name}' is missing; it is needed for {used_for}. Install it: pip install peftcore[{extra}]"
             )
-    rows += [("experts", _experts(build.available, build.cpu_level)), *_plugins(missing)]
-    table(rows)
-    out.print()
+    methods = _methods(missing)
+    rows += [("experts", _experts(build.available, build.cpu_level)), ("methods", ", ".join(methods) or "none")]
     missing += [f"costs: {cost}" for cost in build.costs]
     if not build.available:
         missing.append(
             "to build the extension: install a C++20 compiler and ninja, then from a source checkout "
             "pip install --no-build-isolation -e ."
         )
+    if as_json:
+        return {
+            "peftcore": version("peftcore"),
+            "python": platform.python_version(),
+            "platform": f"{platform.system()} {platform.machine()}",
+            "torch": str(torch.__version__),
+            "cuda": torch.version.cuda if torch.cuda.is_available() else None,
+            "cuda_devices": torch.cuda.device_count(),
+            "threads": torch.get_num_threads(),
+            "bf16": _has_bf16(),
+            "extension": {**asdict(build), "out_of_reach": build.out_of_reach},
+            "libraries": libraries,
+            "methods": methods,
+            "missing": missing,
+        }
+    table(rows)
+    out.print()
     for line in missing:
         warn(line)
     if not missing:
         say("nothing is missing", "green")
+    return None
 
 
-def _products() -> str:
-    """Tell whether this processor has instructions for bf16, which `--dtype auto` asks."""
+def _has_bf16() -> bool:
+    """Return whether this processor has instructions for bf16, which `--dtype auto` asks."""
     from peftcore.cli.bases import device_choice
 
-    slow = device_choice.without_instructions("bf16")
-    return "by instructions of the processor" if slow is None else "without instructions: --dtype auto uses fp32"
+    return device_choice.without_instructions("bf16") is None
 
 
 def _experts(has_kernels: bool, level: str | None) -> str:
@@ -94,11 +118,12 @@ def _experts(has_kernels: bool, level: str | None) -> str:
     )
 
 
-def _plugins(missing: list[str]) -> list[tuple[str, str]]:
+def _methods(missing: list[str]) -> list[str]:
+    """Return the names of the installed methods; add what is wrong with plugins to `missing`."""
     import peftcore
 
     found = peftcore.plugins()
     missing += [f"plugin '{p.name}' ({p.distribution}) is broken: {p.error}" for p in found if p.error]
     if not any(p.methods for p in found):
         missing.append(NO_METHOD)
-    return [("methods", ", ".join(name for p in found for name in p.methods) or "none")]
+    return [name for plugin in found for name in plugin.methods]

@@ -32,7 +32,8 @@ def evaluate(
     quantize: options.Quantize = None,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
-) -> None:
+    as_json: options.Json = False,
+) -> object:
     """Measure a base and its adapter on a file of examples.
 
     A classifier's base has a randomly initialised head, the one that training started with if the adapter records it,
@@ -85,8 +86,19 @@ def evaluate(
     before = task.measure(loaded, examples, how)
     base_and_adapter.load_adapter(loaded, adapter)
     after = task.measure(loaded, examples, how)
+    if as_json:
+        return {
+            "task": task.name,
+            "examples": len(rows),
+            "base": before.as_dict(),
+            "adapter": after.as_dict(),
+            "baseline": after.baseline and {"name": after.baseline[0], "value": after.baseline[1]},
+            "labels": list(about.labels),
+            "confusion": after.confusion,
+        }
     table(metrics.rows(before, after), (number(len(rows), "example"), "base", "with the adapter"))
     if after.confusion is not None:
         out.print()
         cells = metrics.confusion_rows(after.confusion, about.labels)
         table(cells[1:], cells[0], title="with the adapter: labels (down), answers (across)")
+    return None

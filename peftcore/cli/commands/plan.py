@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import dataclasses
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from peftcore.cli import options
 from peftcore.cli.console import say, table
 from peftcore.cli.settings import RunOptions, Settings
+
+if TYPE_CHECKING:
+    from peftcore import Estimate, Plan
 
 EXAMPLES = ("peftcore plan -m MODEL --method METHOD --set FIELD=VALUE --full",)
 
@@ -44,7 +48,8 @@ def plan(
         str, typer.Option(help="Device: cpu (this machine), or a GPU: t4, rtx4090, a100, h100, ...")
     ] = "cpu",
     full: Annotated[bool, typer.Option("--full", help="List every placement.")] = False,
-) -> None:
+    as_json: options.Json = False,
+) -> object:
     """Show what would be trained, and what a training step would need, before training."""
     import peftcore
     from peftcore.cli.amounts import megabytes
@@ -57,11 +62,12 @@ def plan(
     name, chosen = options.resolve_method(method, fields)
     base = models.empty_model(base_files.resolve(model), task, names)
     planned = peftcore.plan(base, name, **chosen)
-    say(str(planned))
+    if not as_json:
+        say(str(planned))
     settings = Settings.of(
         given, model=base_files.resolve(model), data=data or "", task=task, method=name, fields=chosen, device=device
     )
-    why = forecast.unknown(task)
+    why, found = forecast.unknown(task), None
     try:
         if why is not None:
             raise NotFollowed(why)
@@ -83,11 +89,43 @@ def plan(
             device=device,
             **chosen,
         )
-        say(f"\n{found}")
     except NotFollowed as error:
-        say(f"\nthe memory of a step is not predicted: {error}")
+        why = str(error)
+    if as_json:
+        memory = {"memory": found and _memory(found), "memory_unknown": None if found else why}
+        return {"model": model, "task": task, **_placements(planned), **memory}
+    say(f"\nthe memory of a step is not predicted: {why}" if found is None else f"\n{found}")
     if full:
         table(
             ((path, kind, f"{count:,}", megabytes(size)) for path, kind, count, size in planned.rows),
             ("where", "what", "parameters", "size"),
         )
+    return None
+
+
+def _placements(planned: Plan) -> dict[str, object]:
+    return {
+        "method": planned.method,
+        "config": dataclasses.asdict(planned.config),
+        "base_parameters": planned.base_parameters,
+        "trainable_parameters": planned.trainable_parameters,
+        "trainable_bytes": planned.trainable_bytes,
+        "target_modules": planned.matches,
+        "placements": [
+            {"path": path, "kind": kind, "parameters": count, "bytes": size} for path, kind, count, size in planned.rows
+        ],
+    }
+
+
+def _memory(found: Estimate) -> dict[str, object]:
+    """Return the sizes of a step in bytes: of the process on this machine, or of the card's allocator."""
+    on_card = found.device is not None and found.device.is_card
+    return {
+        "device": found.device and found.device.name,
+        "device_memory": found.device and found.device.memory,
+        "fits": found.fits,
+        "tensors": found.peak,
+        "parts": {str(purpose).replace(" ", "_"): size for purpose, size in found.parts.items()},
+        "process": None if on_card else found.process._asdict(),
+        "card": found.reserved if on_card else None,
+    }

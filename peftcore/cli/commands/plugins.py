@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
+from peftcore.cli import options
 from peftcore.cli.console import NO_METHOD, say, table
 
 EXAMPLES = ("peftcore plugins",)
 
 
-def plugins() -> None:
+def plugins(as_json: options.Json = False) -> object:
     """List the installed plugins; broken ones with the reason."""
     import peftcore
 
     listed = peftcore.plugins()
+    if as_json:
+        return {"plugins": [asdict(plugin) for plugin in listed]}
     if not listed:
         say(NO_METHOD)
-        return
+        return None
     table(
         (
             (p.name, p.distribution, p.version, ", ".join(p.hooks) or "-", f"broken: {p.error}" if p.error else "works")
@@ -22,3 +27,4 @@ def plugins() -> None:
         ),
         ("plugin", "distribution", "version", "hooks", "state"),
     )
+    return None

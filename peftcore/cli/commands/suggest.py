@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -11,6 +11,9 @@ from peftcore.cli import options
 from peftcore.cli.console import say
 from peftcore.cli.settings import RunOptions, Settings
 from peftcore.errors import PeftcoreError
+
+if TYPE_CHECKING:
+    from peftcore.estimating.choosing import Way
 
 EXAMPLES = (
     "peftcore suggest -m MODEL --method METHOD --memory 24GB --device rtx4090 --max-length 2048",
@@ -43,7 +46,8 @@ def suggest(
         ("max_length", "dtype", "precision", "parallel", "without_logits", "fuse", "recompute", "trust_remote_code"),
     ],
     ranks: options.Ranks = 1,
-) -> None:
+    as_json: options.Json = False,
+) -> object:
     """Suggest ways to train a model within a memory budget, and print the commands for them.
 
     Each way is a training step that was simulated without memory.
@@ -79,15 +83,34 @@ def suggest(
         recompute=given.recompute,
         **{**forecast.how(task, given.precision, given.parallel, ranks), **forecast.of_data(settings)},
     )
-    say(str(found))
-    say("\nto train in the first of these ways:", "bold")
-    chosen = [*found.ways[0].options(), "--max-length", str(given.max_length)]
+    more = ["--max-length", str(given.max_length)]
     as_what = "bf16" if device != "cpu" and given.dtype == given.precision == "auto" else given.dtype
     shown = {"task": asked, "dtype": as_what, "precision": given.precision, "parallel": given.parallel}
     shown |= {"without-logits": given.without_logits, "fuse": given.fuse, "recompute": given.recompute}
     for name, value in shown.items():
         if value not in (None, "auto"):
-            chosen += [f"--{name}", value]
+            more += [f"--{name}", value]
     files = " -d ".join(map(shlex.quote, data or ())) or "DATA"
     start = "peftcore" if given.parallel is None else f"torchrun --nproc-per-node {ranks} -m peftcore"
-    say(f"  {start} train -m {shlex.quote(model)} -d {files} -o RUN {shlex.join(chosen)}")
+    commands = [
+        f"{start} train -m {shlex.quote(model)} -d {files} -o RUN {shlex.join([*way.options(), *more])}"
+        for way in found.ways
+    ]
+    if as_json:
+        ways = [{**_way(way), "command": command} for way, command in zip(found.ways, commands, strict=True)]
+        return {"model": model, "task": task, "device": found.device.name, "memory": found.memory, "ways": ways}
+    say(str(found))
+    say("\nto train in the first of these ways:", "bold")
+    say(f"  {commands[0]}")
+    return None
+
+
+def _way(way: Way) -> dict[str, object]:
+    return {
+        "method": way.method,
+        "fields": way.fields,
+        "batch_size": way.batch_size,
+        "gradient_checkpointing": way.gradient_checkpointing,
+        "optimizer": way.optimizer,
+        "memory": way.memory._asdict(),
+    }
