@@ -352,8 +352,11 @@ def release_branches(state: State, adapter: str) -> None:
 
 def with_branches(state: State, names: Sequence[str]) -> tuple[str, ...]:
     """Return `names` with the branches of each combiner before it, unless they are named themselves."""
-    every = (each for name in names for each in (*(b for b in state.applied[name].branches if b not in names), name))
-    return tuple(dict.fromkeys(every))
+    found: list[str] = []
+    for name in names:
+        found += [branch for branch in state.applied[name].branches if branch not in names]
+        found.append(name)
+    return tuple(dict.fromkeys(found))
 
 
 def combined(state: State, names: Sequence[str]) -> set[str]:

@@ -85,14 +85,18 @@ def each_expert(model: nn.Module, method: str, path: str, adapters: Sequence[OfE
 
 def _refuse_unfit(method: str, path: str, each: OfExpert) -> None:
     """Raise a PeftcoreError if the adapter reads the call, mixes the rows of a call, or combines others."""
-    asks = arguments_read([each.adapter]) is not None
-    whole = any(part.whole_batch for part in each.adapter.modules() if isinstance(part, Adapter))
-    if asks or whole or each.branches:
-        why = "reads the call of the model" if asks else "mixes the rows of a call" if whole else "combines others"
-        raise PeftcoreError(
-            f"{method} {why}, but the experts of '{path}' do not know which sample a row belongs to. Leave them out of "
-            "target_modules"
-        )
+    if arguments_read([each.adapter]) is not None:
+        reason = "reads the call of the model"
+    elif any(part.whole_batch for part in each.adapter.modules() if isinstance(part, Adapter)):
+        reason = "mixes the rows of a call"
+    elif each.branches:
+        reason = "combines others"
+    else:
+        return
+    raise PeftcoreError(
+        f"{method} {reason}, but the experts of '{path}' do not know which sample a row belongs to. Leave them out of "
+        "target_modules"
+    )
 
 
 _PREFIX = ("layers", "2", "kv_heads", "tokens", "head_dim")

@@ -47,12 +47,11 @@ def undivided(model: nn.Module) -> Iterator[None]:
 
     To be used inside `ranks.whole_when_read`.
     """
-    planned = [
-        (module, slot, module.__dict__[slot])
-        for _, module in base_modules(model)
-        if plan_of(module) is not None
-        for slot in [OWN_FORWARD if OWN_FORWARD in module.__dict__ else "forward"]
-    ]
+    planned = []
+    for _, module in base_modules(model):
+        if plan_of(module) is not None:
+            slot = OWN_FORWARD if OWN_FORWARD in module.__dict__ else "forward"
+            planned.append((module, slot, module.__dict__[slot]))
 
     def exchange(module: nn.Module, slot: str, forward: Any) -> None:
         module.__dict__[slot] = forward

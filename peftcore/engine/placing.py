@@ -95,12 +95,12 @@ def _placements_of(method: Method, model: nn.Module, config: Any, architecture: 
 
 def reached_by(placements: Mapping[str, Sequence[Placement]]) -> list[str]:
     """Return the paths of modules and full names of parameters whose adapters have parameters."""
-    return [
-        each.reached(path)
-        for path, placed in placements.items()
-        for each in placed
-        if next(each.adapter.parameters(), None) is not None
-    ]
+    reached: list[str] = []
+    for path, placed in placements.items():
+        for placement in placed:
+            if next(placement.adapter.parameters(), None) is not None:
+                reached.append(placement.reached(path))
+    return reached
 
 
 def covered(model: nn.Module, attachments: Attachments) -> Coverage:
@@ -115,15 +115,17 @@ def warn_of_little(model: nn.Module, attachments: Attachments) -> None:
     """Warn if a selection of everything leaves out most of the weight, or experts that the config does not exclude."""
     if attachments.names_modules:
         return
-    found, reached = covered(model, attachments), set(reached_by(attachments.placements))
+    coverage_found, reached = covered(model, attachments), set(reached_by(attachments.placements))
     trained = {name.rpartition(".")[0] for name in attachments.trained}  # a bias counts, as in `covered`
-    experts = ((path, f"{path}.{name}") for path, names in expert_weights(model).items() for name in names)
-    lacks = any(path not in trained and name not in reached for path, name in experts)
-    spoken = any(getattr(attachments.config, field, None) for field in ("exclude_modules", "layers_to_transform"))
-    if found.share < LITTLE or (lacks and not spoken):
+    lacks_experts = False
+    for path, names in expert_weights(model).items():
+        if path not in trained:
+            lacks_experts |= any(f"{path}.{name}" not in reached for name in names)
+    excludes = any(getattr(attachments.config, field, None) for field in ("exclude_modules", "layers_to_transform"))
+    if coverage_found.share < LITTLE or (lacks_experts and not excludes):
         hint = ". Methods that know linear layers adapt experts one by one where they are named: target_modules=[..., "
-        more = f"{hint}'experts']" if lacks else ""
-        warn(f"{attachments.method.name} on {type(model).__name__} {found}{more}")
+        more = f"{hint}'experts']" if lacks_experts else ""
+        warn(f"{attachments.method.name} on {type(model).__name__} {coverage_found}{more}")
 
 
 def with_memory(model: nn.Module) -> AbstractContextManager[Any]:

@@ -297,9 +297,11 @@ def style_of_hooks(module: nn.Module) -> tuple[bool, DeviceMesh] | None:
 
 def divides_tokens(model: nn.Module) -> bool:
     """Return whether a style divides activations along another dimension than the last (sequence parallelism)."""
-    return any(
-        _is_of_tokens(value) for module in model.modules() for each in _closures(module) for value in each.values()
-    )
+    for module in model.modules():
+        for variables in _closures(module):
+            if any(map(_is_of_tokens, variables.values())):
+                return True
+    return False
 
 
 @contextmanager

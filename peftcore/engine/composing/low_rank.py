@@ -228,7 +228,7 @@ def add(
                 raise PeftcoreError(f"{method.name} placed an adapter at '{path}' that {why}")
             own, given = set(map(id, adapter.parameters())), products[path]
             factors = list(adapter.low_rank())
-            if len(factors) != len(given) or not {_owner(t) for f in factors for t in (f.a, f.b)} <= own:
+            if len(factors) != len(given) or not _owners(factors) <= own:
                 raise PeftcoreError(
                     f"{method.name} placed {len(factors)} products at '{path}', and {len(given)} were given"
                 )
@@ -283,27 +283,29 @@ def _more(adapter: nn.Module, factors: Sequence[LowRank]) -> str:
     own = dict(chain(adapter.named_parameters(), adapter.named_buffers()))
     if _are_computed(own.values(), factors):
         return ""
-    known = {_owner(tensor) for each in factors for tensor in (each.a, each.b)}
+    known = _owners(factors)
     more = [name for name, tensor in own.items() if id(tensor) not in known]
     return f"is more than a low-rank product: it also has the tensor '{more[0]}'" if more else ""
 
 
 def _are_computed(own: Iterable[Tensor], factors: Sequence[LowRank]) -> bool:
     """Return whether a factor is computed rather than one of the tensors in `own`."""
-    known = set(map(id, own))
-    return any(_owner(tensor) not in known for each in factors for tensor in (each.a, each.b))
+    return not _owners(factors) <= set(map(id, own))
 
 
 def _are_mixed(adapter: nn.Module, factors: Sequence[LowRank]) -> bool:
     """Return whether some factors are the adapter's own tensors and others are computed."""
     own = [*adapter.parameters(), *adapter.buffers()]
-    owners = {_owner(tensor) for each in factors for tensor in (each.a, each.b)}
-    return _are_computed(own, factors) and not owners.isdisjoint(map(id, own))
+    return _are_computed(own, factors) and not _owners(factors).isdisjoint(map(id, own))
 
 
-def _owner(tensor: Tensor) -> int:
-    """Return the id of the parameter that the factor is, or is a view of."""
-    return id(tensor if tensor._base is None else tensor._base)
+def _owners(factors: Sequence[LowRank]) -> set[int]:
+    """Return the ids of the tensors that the factors are, or are views of."""
+    owners: set[int] = set()
+    for product in factors:
+        for tensor in (product.a, product.b):
+            owners.add(id(tensor if tensor._base is None else tensor._base))
+    return owners
 
 
 def _other(site: Site, adapter: Any, factors: Sequence[LowRank], method: str) -> str:

@@ -341,18 +341,13 @@ def tied_weights(model: nn.Module, names: tuple[str, ...], alike: list[list[str]
     """
     shared = [slots for slots in _shared(model) if slots not in alike]
     paths = {path for name in names for path in _changed_modules(model, name)} if shared else ()
-    return [
-        *_trained_apart(model, names),
-        *(
-            (path, other)
-            for slots in shared
-            for slot in slots
-            for path in [slot.rpartition(".")[0]]
-            if path in paths
-            for other in slots
-            if other != slot
-        ),
-    ]
+    tied = list(_trained_apart(model, names))
+    for slots in shared:
+        for slot in slots:
+            path = slot.rpartition(".")[0]
+            if path in paths:
+                tied += [(path, other) for other in slots if other != slot]
+    return tied
 
 
 def _shared(model: nn.Module) -> list[list[str]]:
@@ -369,7 +364,12 @@ def changed_alike(model: nn.Module, names: tuple[str, ...]) -> list[list[str]]:
     for name in names:
         for path, adapter in engine.adapter_modules(model, name):
             changed_by.setdefault(f"{path}.weight", []).append(id(adapter))
-    return [slots for slots in _shared(model) if all(changed_by.get(s, []) == changed_by.get(slots[0]) for s in slots)]
+    alike = []
+    for slots in _shared(model):
+        adapters = changed_by.get(slots[0], [])
+        if all(changed_by.get(slot, []) == adapters for slot in slots):
+            alike.append(slots)
+    return alike
 
 
 def _changed_modules(model: nn.Module, name: str) -> list[str]:

@@ -70,12 +70,11 @@ class MergedCopies:
 def refuse_unmergeable(model: nn.Module, names: tuple[str, ...]) -> None:
     """Raise a PeftcoreError if one of the adapters does more than change weights."""
     state = engine.require_state(model)
-    cannot = {
-        name: path
-        for name in names
-        for path, module in engine.modules_with(model, state, name)
-        if not is_mergeable(module, name)
-    }
+    cannot: dict[str, str] = {}
+    for name in names:
+        for path, module in engine.modules_with(model, state, name):
+            if not is_mergeable(module, name):
+                cannot[name] = path
     if not cannot:
         return
     method = {name: engine.applied(model, name).method for name in names}

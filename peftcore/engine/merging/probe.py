@@ -229,7 +229,9 @@ def _relative(off: Tensor, size: Tensor) -> float:
 def embed_scale(module: nn.Embedding) -> Tensor | float:
     """Return the factor of an embedding's output, in the dtype that the layer multiplies in."""
     scale = getattr(module, "embed_scale", None)
-    return 1.0 if scale is None else scale.to(module.weight.dtype) if isinstance(scale, Tensor) else scale
+    if scale is None:
+        return 1.0
+    return scale.to(module.weight.dtype) if isinstance(scale, Tensor) else scale
 
 
 def odd_embedding(path: str, module: nn.Module) -> str | None:
