@@ -20,6 +20,6 @@ def test_all_checks_on_another_family(family: str) -> None:
 
 
 @pytest.mark.nightly
-@pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
 def test_conformance_with_inductor() -> None:
     check_method(LoraConfig(r=4, lora_alpha=8), families=["Llama"], checks=[COMPILE], compile_backend="inductor")

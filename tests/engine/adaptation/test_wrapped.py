@@ -114,7 +114,8 @@ def test_a_product_without_a_gradient_cannot_be_trained_through(tmp_path: Path) 
     torch.testing.assert_close(output(model), output(peftcore.load(wrap(tiny.llama()), tmp_path)))
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @pytest.mark.parametrize("straight", [True, False])  # whether the gradient passes the rounding
 def test_layers_of_transformers_that_round_their_input(straight: bool) -> None:
     from transformers.integrations.bitnet import AutoBitLinear, BitLinear
