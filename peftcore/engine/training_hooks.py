@@ -395,20 +395,27 @@ def _term_of_whole(modules: Sequence[nn.Module], compute: Callable[[], Tensor | 
         value = compute()
     if value is None or not value.requires_grad:
         return value
-    here = {id(leaf): (leaf, parameter) for leaf, parameter in zip(leaves, parameters, strict=True)}
-    if any(id(leaf) not in here for leaf in _leaves(value)):
+    parameter_of = {id(leaf): parameter for leaf, parameter in zip(leaves, parameters, strict=True)}
+    if any(id(leaf) not in parameter_of for leaf in _leaves(value)):
         raise PeftcoreError(
             f"the loss of {what} depends on a forward, not on its parameters alone, and they are sharded. Keep them "
             "whole: peftcore.shard(model, adapter_placement='replicate')"
         )
-    trained = [pair for pair in here.values() if pair[0].requires_grad]
-    gradients = torch.autograd.grad(value, [leaf for leaf, _ in trained], allow_unused=True)
-    shares = [(parameter, g) for (_, parameter), g in zip(trained, gradients, strict=True) if g is not None]
-    if any(ranks.is_partitioned(parameter) for parameter, _ in shares):
-        with ranks.gathered(parameter for parameter, _ in shares):  # autograd notes the shapes of inputs
-            return cast(Tensor, _Known.apply(value.detach(), [g for _, g in shares], *(p for p, _ in shares)))  # type: ignore[no-untyped-call]
+    # A parameter that modules share is one leaf.
+    trained = list({id(leaf): leaf for leaf in leaves if leaf.requires_grad}.values())
+    gradients = torch.autograd.grad(value, trained, allow_unused=True)
+    used = [(parameter_of[id(leaf)], g) for leaf, g in zip(trained, gradients, strict=True) if g is not None]
+    return _with_gradients(value.detach(), used)
+
+
+def _with_gradients(value: Tensor, gradients: list[tuple[nn.Parameter, Tensor]]) -> Tensor:
+    """Return `value` with these gradients of whole parameters, which its backward pass gives to the shards."""
+    parameters = [parameter for parameter, _ in gradients]
+    if any(map(ranks.is_partitioned, parameters)):
+        with ranks.gathered(parameters):  # autograd notes the shapes of inputs
+            return cast(Tensor, _Known.apply(value, [g for _, g in gradients], *parameters))  # type: ignore[no-untyped-call]
     anchor = torch.zeros((), device=value.device, requires_grad=True)
-    return cast(Tensor, _Shares.apply(anchor, value.detach(), shares))  # type: ignore[no-untyped-call]
+    return cast(Tensor, _Shares.apply(anchor, value, gradients))  # type: ignore[no-untyped-call]
 
 
 class _Shares(torch.autograd.Function):

@@ -7,7 +7,7 @@ the class's name. To serve one more argument, add a function with `@argument("it
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
@@ -62,7 +62,7 @@ def example_inputs(
     """
     device = torch.device(device) if device is not None else _device(model)
     facts = Facts(model, device, batch, length, length if decoder_length is None else decoder_length)
-    names, first = _wanted(facts), next(iter(facts.parameters), None)
+    names, first = _arguments_to_fill(facts), next(iter(facts.parameters), None)
     built = {name: BUILDERS[name](facts) for name in names if name in BUILDERS}
     if first in names and first not in BUILDERS:  # `idx` of a model outside of transformers
         built[first] = _input(facts)
@@ -161,27 +161,47 @@ def _whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _wanted(facts: Facts) -> list[str]:
+def _arguments_to_fill(facts: Facts) -> list[str]:
     """Return the arguments to fill: those without a default, the main one, and further ones that these need."""
-    kinds = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
-    required = [
-        name for name, p in facts.parameters.items() if p.default is inspect.Parameter.empty and p.kind not in kinds
-    ]
-    main = getattr(facts.model, "main_input_name", None) or next(iter(facts.parameters), None)
-    names = [*required, *([main] if isinstance(main, str) else main or [])]
+    required = _required(facts)
+    names = required + _main_arguments(facts)
     if not any(facts.has(name) for name in names):
         names += list(facts.parameters)[:1]
-    modalities = getattr(facts.model, "input_modalities", ())
     if not _has_placeholders(facts):
-        for modality in [modalities] if isinstance(modalities, str) else modalities or ():
-            names += [name for name in _MODALITIES.get(modality, ()) if facts.has(name)][:1]
-        if "text" in modalities and modalities != "text":
-            names += ["input_ids"]
-    names += ["decoder_input_ids"] if facts.find("is_encoder_decoder") or "decoder_input_ids" in required else []
-    names += ["encoder_hidden_states"] if facts.find("add_cross_attention") else []
+        names += _modality_arguments(facts)
+    if facts.find("is_encoder_decoder") or "decoder_input_ids" in required:
+        names.append("decoder_input_ids")
+    if facts.find("add_cross_attention"):
+        names.append("encoder_hidden_states")
     for name in list(names):
         names += _TOGETHER.get(name, ())
     return [name for name in dict.fromkeys(names) if facts.has(name)]
+
+
+def _required(facts: Facts) -> list[str]:
+    variadic = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+    return [
+        name
+        for name, parameter in facts.parameters.items()
+        if parameter.default is inspect.Parameter.empty and parameter.kind not in variadic
+    ]
+
+
+def _main_arguments(facts: Facts) -> list[str]:
+    """Return the model's `main_input_name`, which may be several, or else its first argument."""
+    main = getattr(facts.model, "main_input_name", None) or list(facts.parameters)[:1]
+    return [main] if isinstance(main, str) else list(main)
+
+
+def _modality_arguments(facts: Facts) -> list[str]:
+    """Return an argument for each of the model's modalities, such as `pixel_values` of a model that sees images."""
+    modalities: str | Sequence[str] = getattr(facts.model, "input_modalities", None) or ()
+    names: list[str] = []
+    for modality in [modalities] if isinstance(modalities, str) else modalities:
+        names += [name for name in _MODALITIES.get(modality, ()) if facts.has(name)][:1]
+    if "text" in modalities and not isinstance(modalities, str):
+        names.append("input_ids")
+    return names
 
 
 def _has_placeholders(facts: Facts) -> bool:

@@ -63,9 +63,10 @@ class MetaFloats(TorchDispatchMode):
             return _without_values(operator, args, {**kwargs, "device": "meta"}, _FILLED[operator](args))
         for tensor in tensors:
             if tensor.is_meta:
-                break
-        else:
-            return _run_on_cpu(operator, args, kwargs, tensors)
+                return self._run_on_meta(operator, args, kwargs)
+        return _run_on_cpu(operator, args, kwargs, tensors)
+
+    def _run_on_meta(self, operator: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         if operator._schema.name == _WRAPPED:
             return aten.alias.default(*args)
         if operator is aten._local_scalar_dense.default:
@@ -78,18 +79,18 @@ class MetaFloats(TorchDispatchMode):
             return written  # a real tensor keeps its values where those to be written are not known
         if kwargs.get("device") is not None:
             kwargs = {**kwargs, "device": "meta"}
-        made = _shaped(operator, args, kwargs)
+        output = _shaped(operator, args, kwargs)
         if operator in _ORDERING:
             at = _ORDERING[operator]
             dim = args[at] if len(args) > at else kwargs.get("dim", -1)
-            return made[0], _positions(made[1], dim)
-        if isinstance(made, Tensor):
-            return made if made.is_floating_point() else self._with_values(made)
-        return tree_map_only(Tensor, self._with_values, made)
+            return output[0], _positions(output[1], dim)
+        if isinstance(output, Tensor):
+            return self._with_values(output)
+        return tree_map_only(Tensor, self._with_values, output)
 
     def _with_values(self, tensor: Tensor) -> Tensor:
         """Return an integer or boolean tensor as real zeros, unless it is large; another one as it is."""
-        if not tensor.is_meta or tensor.is_floating_point() or tensor.is_complex() or tensor.numel() > self._largest:
+        if tensor.is_floating_point() or not tensor.is_meta or tensor.is_complex() or tensor.numel() > self._largest:
             return tensor
         return torch.zeros(tensor.shape, dtype=tensor.dtype, device="cpu")
 
@@ -132,29 +133,40 @@ _MOST_KNOWN = 1 << 15
 
 def _shaped(operator: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """Return the operator's output on meta, cached for arguments of the same kind."""
-    key = None
-    if not operator.is_view and not operator._schema.is_mutable:
-        key = operator, _kind_of(args, kwargs), torch.get_default_dtype()
-        try:
-            known = _known.get(key)
-        except TypeError:  # an argument that cannot be a key
-            key = known = None
-        if known is not None:
-            return _made(*known) if isinstance(known[0], torch.Size) else tuple(_made(*form) for form in known)
+    key = _key(operator, args, kwargs)
+    try:
+        forms = None if key is None else _known.get(key)
+    except TypeError:  # an argument that cannot be part of a key
+        key = forms = None
+    if forms is not None:
+        return _made(*forms) if isinstance(forms[0], torch.Size) else tuple(_made(*form) for form in forms)
     args, kwargs = tree_map_only(Tensor, _on_meta, (args, kwargs))
     output = _SHAPES.get(operator, operator)(*args, **kwargs)
-    if key is not None:
-        found = (output,) if isinstance(output, Tensor) else output
-        if type(found) is tuple and all(type(each) is Tensor and each.is_meta for each in found):
-            storages = [each.untyped_storage()._cdata for each in (*found, *_tensors([*args, *kwargs.values()]))]
-            if len({*storages[: len(found)]}) == len(found) and not {*storages[: len(found)]} & {
-                *storages[len(found) :]
-            }:
-                if len(_known) >= _MOST_KNOWN:
-                    _known.clear()
-                forms = tuple((each.shape, each.stride(), each.dtype) for each in found)
-                _known[key] = forms[0] if isinstance(output, Tensor) else forms
+    if key is not None and _are_new(output, _tensors([*args, *kwargs.values()])):
+        if len(_known) >= _MOST_KNOWN:
+            _known.clear()
+        _known[key] = _form(output) if isinstance(output, Tensor) else tuple(map(_form, output))
     return output
+
+
+def _key(operator: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, ...] | None:
+    """Return the key of an operator's call in `_known`, or None for one whose output is not kept."""
+    if operator.is_view or operator._schema.is_mutable:
+        return None
+    return operator, _kind_of(args, kwargs), torch.get_default_dtype()
+
+
+def _are_new(output: Any, inputs: list[Tensor]) -> bool:
+    """Return whether an output is one or several meta tensors, none of which shares memory with another or an input."""
+    tensors = (output,) if isinstance(output, Tensor) else output
+    if type(tensors) is not tuple or not all(type(tensor) is Tensor and tensor.is_meta for tensor in tensors):
+        return False
+    storages = {tensor.untyped_storage()._cdata for tensor in tensors}
+    return len(storages) == len(tensors) and storages.isdisjoint(t.untyped_storage()._cdata for t in inputs)
+
+
+def _form(tensor: Tensor) -> _Form:
+    return tensor.shape, tensor.stride(), tensor.dtype
 
 
 def _made(shape: torch.Size, stride: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -304,21 +316,14 @@ def meta_copy(model: nn.Module) -> nn.Module:
 
     Linear layers with a packed weight become plain ones. Changes of the copy do not affect the model.
     """
-    memo: dict[int, Any] = {}
-    for _, module in base_modules(model):  # parameters define their own copying
-        for name in (CHILD, TRAINED):
-            adapters = module._modules.get(name)
-            if adapters is not None:
-                memo[id(adapters._modules)] = dict.fromkeys(adapters._modules)  # by name, none of them copied
-        for name in (_STATE, ROWS):
-            if not isinstance(module.__dict__.get(name), (str, type(None))):
-                memo[id(module.__dict__[name])] = None
-        for tensor in (*module._parameters.values(), *module._buffers.values()):
-            if tensor is not None and id(tensor) not in memo:
-                memo[id(tensor)] = _copied(tensor)
-    sharded: dict[nn.Module, Any] = {}  # modules of FSDP2's classes, which refuse to be copied
+    memo: dict[int, Any] = {}  # {id of an object: its copy}
+    sharded: dict[nn.Module, nn.Module] = {}  # modules of FSDP2's classes, which refuse to be copied, and their copies
     is_sharded: Callable[[Any], bool] = _is_sharded  # to mypy a class is not hashable
     for _, module in base_modules(model):
+        _leave_out_adapters(module, memo)
+        for tensor in (*module._parameters.values(), *module._buffers.values()):
+            if tensor is not None and id(tensor) not in memo:  # parameters define their own copying
+                memo[id(tensor)] = _copied(tensor)
         cls = original_class(module)
         if is_sharded(cls):
             sharded[module] = memo[id(module)] = object.__new__(cls.__bases__[1])
@@ -332,6 +337,18 @@ def meta_copy(model: nn.Module) -> nn.Module:
     for module in copied.modules():
         _strip(module)
     return copied
+
+
+def _leave_out_adapters(module: nn.Module, memo: dict[int, Any]) -> None:
+    """Add to a deep copy's memo what peftcore put at a module: names of adapters stay, and nothing else."""
+    for name in (CHILD, TRAINED):
+        adapters = module._modules.get(name)
+        if adapters is not None:
+            memo[id(adapters._modules)] = dict.fromkeys(adapters._modules)
+    for name in (_STATE, ROWS):
+        value = module.__dict__.get(name)
+        if not isinstance(value, (str, type(None))):
+            memo[id(value)] = None
 
 
 @cache

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import inspect
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,26 +86,33 @@ def taken(value: Any, where: Any, samples: Tensor, count: int) -> Any:
         PeftcoreError: the place of the samples in a part of it is not known.
     """
     if isinstance(value, Tensor):
-        size = value.shape[0] if value.dim() else 1
-        in_rows = isinstance(where, Samples) and where.dim == 0
-        if where == SHARED or (size == 1 and (where in (BROADCAST, UNKNOWN) or (count > 1 and in_rows))):
-            return value
-        where = Samples() if where == BROADCAST else where
-        if isinstance(where, Samples) and where.dim < value.dim() and value.shape[where.dim] % count == 0:
-            return value.index_select(where.dim, entries_of(samples, value.shape[where.dim] // count))
-        raise PeftcoreError(
-            f"an adapter for each of {count} samples: it is not known which part of an argument of shape "
-            f"{list(value.shape)} belongs to which sample. Run the samples of each adapter in a batch of their own"
-        )
+        return _taken_rows(value, where, samples, count)
     if type(value) in (tuple, list):
-        return type(value)(taken(each, _inside(where, value, i), samples, count) for i, each in enumerate(value))
+        return type(value)(taken(item, _inside(where, value, i), samples, count) for i, item in enumerate(value))
     if type(value) is dict:
-        return {key: taken(each, _inside(where, value, key), samples, count) for key, each in value.items()}
+        return {key: taken(item, _inside(where, value, key), samples, count) for key, item in value.items()}
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     raise PeftcoreError(
         f"an adapter for each of {count} samples: an argument of type {type(value).__name__} cannot be split. "
         "Only adapters of layers such as linear ones can be mixed in a batch"
+    )
+
+
+def _taken_rows(tensor: Tensor, where: Any, samples: Tensor, count: int) -> Tensor:
+    if where == SHARED:
+        return tensor
+    # One row for a batch of several samples is broadcast to them.
+    in_rows = isinstance(where, Samples) and where.dim == 0
+    may_be_broadcast = where in (BROADCAST, UNKNOWN) or (count > 1 and in_rows)
+    if may_be_broadcast and (tensor.dim() == 0 or tensor.shape[0] == 1):
+        return tensor
+    where = Samples() if where == BROADCAST else where
+    if isinstance(where, Samples) and where.dim < tensor.dim() and tensor.shape[where.dim] % count == 0:
+        return tensor.index_select(where.dim, entries_of(samples, tensor.shape[where.dim] // count))
+    raise PeftcoreError(
+        f"an adapter for each of {count} samples: it is not known which part of an argument of shape "
+        f"{list(tensor.shape)} belongs to which sample. Run the samples of each adapter in a batch of their own"
     )
 
 
@@ -269,28 +276,36 @@ def _rows(seen: Trace, seen_more: Trace, few: TracedCall, more: TracedCall, long
 def _compared(few: Any, more: Any, longer: Any) -> Any:
     """Return where samples are in tensors of these shapes, in the same containers."""
     if isinstance(few, torch.Size):
-        if not isinstance(more, torch.Size) or not isinstance(longer, torch.Size):
-            return UNKNOWN
-        where = _grown(few, more)
-        if not isinstance(where, Samples) or where.each == 1:
-            return where
-        if len(longer) != len(few) or longer[where.dim] % _FEW:
-            return UNKNOWN
-        each = longer[where.dim] // _FEW
-        if each == where.each:
-            return where
-        for short, long, names in zip(_SHORT, _LONG, (_TOKENS, _DECODER_TOKENS), strict=True):
-            if where.each % short == 0 and where.each // short * long == each:
-                return Samples(where.dim, where.each // short, names)
-        return UNKNOWN
+        return _samples_in(few, more, longer)
     if isinstance(few, dict):
-        others = [other if isinstance(other, dict) else {} for other in (more, longer)]
-        return {key: _compared(value, *(other.get(key) for other in others)) for key, value in few.items()}
+        more, longer = (other if isinstance(other, dict) else {} for other in (more, longer))
+        return {key: _compared(value, more.get(key), longer.get(key)) for key, value in few.items()}
     if isinstance(few, (tuple, list)):
-        same = all(isinstance(other, (tuple, list)) and len(other) == len(few) for other in (more, longer))
-        each_of = zip(few, more, longer, strict=True) if same else ((item, None, None) for item in few)
-        made = [_compared(*items) for items in each_of]
-        return tuple(made) if isinstance(few, tuple) else made
+        more, longer = (other if _is_sequence_like(few, other) else [None] * len(few) for other in (more, longer))
+        places = [_compared(*items) for items in zip(few, more, longer, strict=True)]
+        return tuple(places) if isinstance(few, tuple) else places
+    return UNKNOWN
+
+
+def _is_sequence_like(few: Sequence[Any], other: Any) -> bool:
+    return isinstance(other, (tuple, list)) and len(other) == len(few)
+
+
+def _samples_in(few: torch.Size, more: Any, longer: Any) -> Samples | str:
+    """Return where samples are in a tensor of these shapes: with few samples, with more, and with longer ones."""
+    if not isinstance(more, torch.Size) or not isinstance(longer, torch.Size):
+        return UNKNOWN
+    where = _grown(few, more)
+    if not isinstance(where, Samples) or where.each == 1:
+        return where
+    if len(longer) != len(few) or longer[where.dim] % _FEW:
+        return UNKNOWN
+    each = longer[where.dim] // _FEW
+    if each == where.each:
+        return where
+    for short, long, names in zip(_SHORT, _LONG, (_TOKENS, _DECODER_TOKENS), strict=True):
+        if where.each % short == 0 and where.each // short * long == each:
+            return Samples(where.dim, where.each // short, names)
     return UNKNOWN
 
 

@@ -10,7 +10,7 @@ s ──┬── norm ── x ── F ── h ── (+) ── out
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -255,28 +255,39 @@ class _Reader:
 
     def sublayers(self) -> tuple[Sublayer, ...]:
         """Return the sublayers of all numbered layers, in the order of the forward."""
-        branches: dict[str, Branch] = {}  # by path; a shared layer counts once
-        for branch in self.residuals.branches:
-            if _numbers(branch.call.path) and self._has_features_last(branch.call):
-                branches.setdefault(branch.call.path, branch)
-        twins = {path: [path] for path in branches}  # the same path in each layer like the one that was traced
-        for path, like in self.trace.alike:
-            for known in [known for known in twins if known.startswith(f"{like}.")]:
-                twins[known].append(path + known[len(like) :])
+        branches = self._branches_of_layers()
+        twins = self._twins(branches)
         layers = _layers([path for paths in twins.values() for path in paths])
-        watched: dict[str, list[Branch]] = defaultdict(list)
+        by_layer: dict[str, list[Branch]] = defaultdict(list)  # of the layers that were traced
         for path, branch in branches.items():
-            watched[layers[path]].append(branch)
+            by_layer[layers[path]].append(branch)
         found: dict[str, list[Sublayer]] = defaultdict(list)
-        for layer, inside in watched.items():
+        for layer, inside in by_layer.items():
             for branch, kind in zip(inside, self._kinds(inside), strict=True):
-                if kind is not None:
-                    sublayer = self._sublayer(branch, kind, layer)
-                    for path in dict.fromkeys(twins[branch.call.path]):
-                        found[layers[path]].append(_moved(sublayer, layer, layers[path]))
+                if kind is None:
+                    continue
+                sublayer = self._sublayer(branch, kind, layer)
+                for path in dict.fromkeys(twins[branch.call.path]):
+                    found[layers[path]].append(_moved(sublayer, layer, layers[path]))
         order = [call.path for call in self.trace.calls]
         indices = _indices(sorted(found, key=order.index))
         return tuple(replace(sublayer, layer=indices[layer]) for layer in indices for sublayer in found[layer])
+
+    def _branches_of_layers(self) -> dict[str, Branch]:
+        """Return the branches inside numbered modules by path; a layer that is called several times counts once."""
+        branches: dict[str, Branch] = {}
+        for branch in self.residuals.branches:
+            if _numbers(branch.call.path) and self._has_features_last(branch.call):
+                branches.setdefault(branch.call.path, branch)
+        return branches
+
+    def _twins(self, paths: Iterable[str]) -> dict[str, list[str]]:
+        """Return each path with the same one in all layers that are like the traced one."""
+        twins = {path: [path] for path in paths}
+        for path, traced in self.trace.alike:
+            for known in [known for known in twins if known.startswith(f"{traced}.")]:
+                twins[known].append(path + known[len(traced) :])
+        return twins
 
     def _kinds(self, branches: list[Branch]) -> list[Kind | None]:
         """Return the kind of each branch of one layer; None for another kind of sublayer."""

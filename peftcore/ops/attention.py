@@ -208,24 +208,34 @@ def has_attention_kernel(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -
 
     Meta tensors stand for CPU ones.
     """
+    if extension is None or not _shapes_have_kernel(q, k, v):
+        return False
     return (
-        extension is not None
-        and q.dtype is k.dtype is v.dtype
+        q.dtype is k.dtype is v.dtype
         and q.device.type == k.device.type == v.device.type
         and q.device.type in _DEVICES
-        and q.dim() == k.dim() == v.dim() == 4
-        and k.shape == v.shape
-        and q.shape[0] == k.shape[0]
-        and q.shape[3] == k.shape[3]
-        and q.shape[3] % _HEAD_SIZE_MULTIPLE == 0
-        and 0 < q.shape[3] <= _LARGEST_HEAD
-        and 0 < k.shape[2] <= _MOST_KEYS
-        and q.numel() > 0
-        and k.shape[1] > 0
-        and q.shape[1] % k.shape[1] == 0
-        and (mask is None or (mask.dtype is torch.bool and mask.device.type in _DEVICES and 2 <= mask.dim() <= 4))
+        and (mask is None or _mask_has_kernel(mask))
         and extension.has_attention(str(q.dtype))
     )
+
+
+def _shapes_have_kernel(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    if not q.dim() == k.dim() == v.dim() == 4 or k.shape != v.shape or q.numel() == 0:
+        return False
+    batch, heads, _, size = q.shape
+    key_batch, key_heads, keys, key_size = k.shape
+    return (
+        (batch, size) == (key_batch, key_size)
+        and size % _HEAD_SIZE_MULTIPLE == 0
+        and size <= _LARGEST_HEAD
+        and 0 < keys <= _MOST_KEYS
+        and key_heads > 0
+        and heads % key_heads == 0
+    )
+
+
+def _mask_has_kernel(mask: Tensor) -> bool:
+    return mask.dtype is torch.bool and mask.device.type in _DEVICES and 2 <= mask.dim() <= 4
 
 
 def attention(

@@ -247,21 +247,16 @@ def checked(tensors: Sequence[Tensor], packing: Sequence[int], op: str) -> Tenso
     check_blocksize(blocksize, op, least=MIN_NESTED_BLOCKSIZE if nested else MIN_BLOCKSIZE)
     for size in shape:
         value(size >= 0, op, f"shape must not be negative, found {list(shape)}")
-    count, device = math.prod(shape), codes.device
-    blocks = -(-count // blocksize)
-    check_tensor(codes, torch.uint8, device, op, "codes")
-    check_numel(codes, (count + 1) // 2, op, "codes", "two values a byte")
+    weight = PackedWeight(codes, absmax, quant_map, shape, blocksize)
+    blocks = -(-math.prod(shape) // blocksize)
     scale_dtype = torch.uint8 if nested or powers else torch.float32
     if affine and absmax.dtype in DTYPES:
         scale_dtype = absmax.dtype
-    check_tensor(absmax, scale_dtype, device, op, "absmax")
-    check_numel(absmax, blocks, op, "absmax", "one a block")
-    check_quant_map(quant_map, 16, device, op)
+    _check_parts(weight, scale_dtype, blocks, op)
     if powers or affine or blocksize < MIN_BLOCKSIZE:
         columns = shape[-1] if shape else 1
         wanted = f"rows must be whole blocks of {blocksize} values in this format"
         value(columns % blocksize == 0, op, f"{wanted}, found {columns} columns")
-    weight = PackedWeight(codes, absmax, quant_map, shape, blocksize)
     if powers:
         return weight._replace(quant_type="mxfp4", nested_blocksize=POWERS_OF_TWO)
     if affine:
@@ -272,6 +267,16 @@ def checked(tensors: Sequence[Tensor], packing: Sequence[int], op: str) -> Tenso
     wanted = "nested_blocksize must be 0 without nested scales"
     value(nested_blocksize == 0, op, f"{wanted}, found {nested_blocksize}")
     return weight
+
+
+def _check_parts(weight: PackedWeight, scale_dtype: torch.dtype, blocks: int, op: str) -> None:
+    """Check the parts that a weight has in every format."""
+    device = weight.codes.device
+    check_tensor(weight.codes, torch.uint8, device, op, "codes")
+    check_numel(weight.codes, (math.prod(weight.shape) + 1) // 2, op, "codes", "two values a byte")
+    check_tensor(weight.absmax, scale_dtype, device, op, "absmax")
+    check_numel(weight.absmax, blocks, op, "absmax", "one a block")
+    check_quant_map(weight.quant_map, 16, device, op)
 
 
 def _with_zeros(weight: PackedWeight, zeros: Tensor, blocks: int, op: str) -> PackedWeight:

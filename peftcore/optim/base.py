@@ -31,6 +31,33 @@ def largest(moments: Sequence[Tensor], keep: float) -> Tensor:
     return kept
 
 
+def _checked_moments(saved: dict[str, Any], name: str, param: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Return the moments `name` of a parameter's saved state, and their scales if they are in 8 bits.
+
+    Raises:
+        ValueError: they do not fit the parameter or each other.
+    """
+    value, scales = saved.get(name), f"{name}_absmax"
+    absmax: Tensor | None = saved.get(scales)
+    if not isinstance(value, Tensor):
+        raise ValueError(f"the saved state has no tensor '{name}' (it has: {', '.join(map(str, saved))})")
+    value = local(value)
+    if value.shape != param.shape:
+        raise ValueError(f"saved '{name}' has shape {list(value.shape)}, but the parameter has {list(param.shape)}")
+    if absmax is None:
+        if not value.is_floating_point():
+            raise ValueError(f"saved '{name}' is {value.dtype}, but the state has no '{scales}' for such codes")
+        return value, None
+    if absmax.numel() != blocks_of(param.numel()):
+        raise ValueError(
+            f"saved '{scales}' has {absmax.numel()} scales, but {param.numel()} elements need "
+            f"{blocks_of(param.numel())}"
+        )
+    if value.dtype != torch.uint8:
+        raise ValueError(f"saved '{name}' is {value.dtype}, but state with '{scales}' must be torch.uint8")
+    return value, absmax
+
+
 class FusedOptimizer(Optimizer):
     """Optimizer with one operator call per step and device. Subclasses define `rule` and the scalars of an update.
 
@@ -176,39 +203,21 @@ class FusedOptimizer(Optimizer):
         Raises:
             ValueError: the state does not fit the parameter.
         """
-        own = local(param)
-        values: dict[str, Tensor] = {}
         if saved.get("max_exp_avg_sq") is not None:
             raise ValueError(f"{type(self).__name__} does not support amsgrad, and the saved state has it")
+        values: dict[str, Tensor] = {}
         for plane in self.rule.planes:
             if plane.elements != 1:
                 continue  # scales are made or read with their codes
             name, scales = plane.name, f"{plane.name}_absmax"
-            value = saved.get(name)
-            absmax: Any = saved.get(scales)
-            if not isinstance(value, Tensor):
-                raise ValueError(f"the saved state has no tensor '{name}' (it has: {', '.join(map(str, saved))})")
-            value = local(value)
-            if value.shape != own.shape:
-                raise ValueError(
-                    f"saved '{name}' has shape {list(value.shape)}, but the parameter has {list(own.shape)}"
-                )
-            if absmax is None and not value.is_floating_point():
-                raise ValueError(f"saved '{name}' is {value.dtype}, but the state has no '{scales}' for such codes")
-            if absmax is not None and absmax.numel() != blocks_of(own.numel()):
-                raise ValueError(
-                    f"saved '{scales}' has {absmax.numel()} scales, but {own.numel()} elements need "
-                    f"{blocks_of(own.numel())}"
-                )
-            if absmax is not None and value.dtype != torch.uint8:
-                raise ValueError(f"saved '{name}' is {value.dtype}, but state with '{scales}' must be torch.uint8")
+            value, absmax = _checked_moments(saved, name, local(param))
             if plane.coded and absmax is None:
                 value, absmax = encode(value.float().flatten(), plane.map)
             elif not plane.coded and absmax is not None:
                 value = decode(value.flatten(), absmax, plane.map)
-            if plane.coded:
+            if plane.coded and absmax is not None:
                 values[scales] = absmax.float().flatten()
-            values[name] = value.to(plane.dtype).reshape(own.shape)
+            values[name] = value.to(plane.dtype).reshape(local(param).shape)
         return values
 
     def _take_over(self, param: Tensor, values: dict[str, Tensor], step: int) -> None:

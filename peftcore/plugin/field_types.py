@@ -40,7 +40,7 @@ def _collection_fits(value: Any, kind: type[Collection[Any]], parts: tuple[Any, 
     if issubclass(kind, Mapping) != isinstance(value, Mapping):
         return False
     if isinstance(value, Mapping):
-        columns = value.keys(), value.values()
+        columns: tuple[Collection[Any], ...] = (value.keys(), value.values())
         return all(_entries_fit(entries, part) for part, entries in zip(parts, columns, strict=False))
     return not parts or _entries_fit(value, parts[0])
 

@@ -70,10 +70,9 @@ def method_of_fields(
     if method is not None:
         return _named(where, offered, fields, own, method)
     if not offered:
-        all_methods = [m for m in registry.methods().values() if m.recorded_as is None]
-        known = ", ".join(f"{m.state.peft_type} ({m.name})" for m in all_methods) or "none"
         raise PluginError(
-            f"no installed method reads peft_type {peft_type!r} (installed: {known}). {how_to_install(plugin)}"
+            f"no installed method reads peft_type {peft_type!r} (installed: {_installed_types()}). "
+            f"{how_to_install(plugin)}"
         )
     readers = _by_flag(offered, fields, own)
     if not readers:
@@ -96,6 +95,11 @@ def method_of_fields(
             f"peft_type {shown(peft_type)}",
         )
     return reader
+
+
+def _installed_types() -> str:
+    recorded = [method for method in registry.methods().values() if method.recorded_as is None]
+    return ", ".join(f"{method.state.peft_type} ({method.name})" for method in recorded) or "none"
 
 
 def _by_flag(offered: list[Offered], fields: Mapping[str, Any], own: Mapping[str, Any]) -> list[Offered]:

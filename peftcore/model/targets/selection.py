@@ -110,10 +110,7 @@ def select(
     chosen = [path for path in matched if path not in gone]
     chosen += [name for name, path in experts.items() if gone.isdisjoint((name, path))]
     if target_modules == ALL_LINEAR:
-        with_attention = _with_attention(modules, chosen, without, supported)
-        # If only projections of attentions are there, they stay, for the error that names them.
-        if with_attention or without:
-            chosen = with_attention
+        chosen = _with_attention(modules, chosen, without, supported)
     if layers_to_transform is not None:
         chosen = _in_layers(chosen, layers_to_transform, layers_pattern)
     if not chosen:
@@ -297,7 +294,7 @@ def _attention_over(modules: Mapping[str, nn.Module], path: str) -> str | None:
 
 
 def _with_attention(
-    modules: Mapping[str, nn.Module], chosen: Iterable[str], excluded: Collection[str], supported: Supported
+    modules: Mapping[str, nn.Module], chosen: list[str], excluded: Collection[str], supported: Supported
 ) -> list[str]:
     """Return `chosen` with attentions as a whole in place of their projections; what is not `supported` is left out."""
     paths: list[str] = []
@@ -307,7 +304,8 @@ def _with_attention(
             paths.append(path)
         elif attention not in excluded and supported(modules[attention]):
             paths.append(attention)
-    return paths
+    # If the model has only projections of attentions, they stay, for the error that names them.
+    return paths if paths or excluded else chosen
 
 
 def _by_regex(modules: dict[str, nn.Module], pattern: str, supported: Supported) -> list[str]:
