@@ -182,10 +182,11 @@ def _change_active(
         deactivated = [name for name in state.active if name not in names]
         touched = tuple(dict.fromkeys([*deactivated, *names]))
     own_tensors = _own_tensors(model, touched)
+    in_model = () if by_sample else names  # the adapters whose own tensors may be in the model
     if state.own_parameters:
         remove_own_parameters(model, state)
     for name, tensors in own_tensors.items():
-        if by_sample or name not in names:
+        if name not in in_model:
             tensors.activate(model, False)
     state.active = names
     state.samples = samples and tuple(name if name in names else None for name in samples)
@@ -197,7 +198,7 @@ def _change_active(
     else:
         _build_chains(model, state, None if was_by_sample else touched, same_base=same_base)
     for name, tensors in own_tensors.items():
-        if name in names and not by_sample:
+        if name in in_model:
             tensors.activate(model, True)
     place_kept_tensors(model, names)
     if by_sample != was_by_sample:

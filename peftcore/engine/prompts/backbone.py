@@ -77,18 +77,7 @@ class Backbone(Adapter):
 
     def _make_room(self, call: dict[str, Any], past: int) -> int:
         """Extend the mask by the adapter's tokens and shift positions after them; return the number of given tokens."""
-        given = call.get("inputs_embeds")
-        given = call.get("input_ids") if given is None else given
-        if given is None:
-            raise PeftcoreError("a prompt needs input tokens, and the model was called without input_ids")
-        if given.dim() != (2 if given is call.get("input_ids") else 3):
-            raise PeftcoreError(f"a prompt needs tokens [batch, length], found a tensor of shape {list(given.shape)}")
-        length = given.shape[1]
-        if self._context and past + self.tokens + length > self._context:
-            raise PeftcoreError(
-                f"{past + length} input tokens and a prompt of {self.tokens} exceed the {self._context} "
-                "positions that this model has learned. Shorten the input"
-            )
+        length = self._input_length(call, past)
         mask, positions = call.get("attention_mask"), call.get("position_ids")
         if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
             found = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
@@ -105,6 +94,26 @@ class Backbone(Adapter):
             call["position_ids"] = positions + self.tokens
         if mask is not None:
             call["attention_mask"] = prepend(mask, torch.ones, self.tokens)
+        return length
+
+    def _input_length(self, call: dict[str, Any], past: int) -> int:
+        """Return the number of tokens of a call, to which the adapter's are to be added.
+
+        Raises:
+            PeftcoreError: the call has no tokens, or more than the model has positions for.
+        """
+        ids, embedded = call.get("input_ids"), call.get("inputs_embeds")
+        given = ids if embedded is None else embedded
+        if given is None:
+            raise PeftcoreError("a prompt needs input tokens, and the model was called without input_ids")
+        if given.dim() != (2 if given is ids else 3):
+            raise PeftcoreError(f"a prompt needs tokens [batch, length], found a tensor of shape {list(given.shape)}")
+        length: int = given.shape[1]
+        if self._context and past + self.tokens + length > self._context:
+            raise PeftcoreError(
+                f"{past + length} input tokens and a prompt of {self.tokens} exceed the {self._context} "
+                "positions that this model has learned. Shorten the input"
+            )
         return length
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -66,18 +66,9 @@ def place_soft_prompt(
             path, keeps = "", True
     backbone = model.get_submodule(path)
     names = forward_arguments(backbone)
-    if "input_ids" not in names and "inputs_embeds" not in names:
-        raise PeftcoreError(
-            f"a soft prompt needs tokens, and '{path}' ({type(backbone).__name__}) takes none: "
-            f"{', '.join(names[:3])}. Use a prefix or a method for linear layers"
-        )
+    _refuse_unreadable(model, path, names)
     # The decoder's name for the cache: some backbones pass it on among other arguments.
     cached = None if keeps else cache_argument(model.get_submodule(decoder_path(model, architecture)))
-    if getattr(language_config(backbone), "model_type", None) in _ADDS_SOUND:
-        raise PeftcoreError(
-            f"{type(model).__name__} adds a piece of sound to each token, and a soft prompt has none. Use a "
-            "prefix or a method for linear layers"
-        )
     own = input_embedding(backbone) or embedding
     needs_tokens = senses or "inputs_embeds" not in names or _reads_tokens(backbone, own)
     around = SoftPromptAround(
@@ -95,6 +86,21 @@ def place_soft_prompt(
     )
     at = next(name for name, module in base_modules(model) if module is own)
     return [(path, around), *after, (at, StandIns(backbone))]
+
+
+def _refuse_unreadable(model: nn.Module, path: str, names: Sequence[str]) -> None:
+    """Raise a PeftcoreError if the backbone at `path`, with arguments `names`, cannot take vectors as tokens."""
+    backbone = model.get_submodule(path)
+    if "input_ids" not in names and "inputs_embeds" not in names:
+        raise PeftcoreError(
+            f"a soft prompt needs tokens, and '{path}' ({type(backbone).__name__}) takes none: "
+            f"{', '.join(names[:3])}. Use a prefix or a method for linear layers"
+        )
+    if getattr(language_config(backbone), "model_type", None) in _ADDS_SOUND:
+        raise PeftcoreError(
+            f"{type(model).__name__} adds a piece of sound to each token, and a soft prompt has none. Use a "
+            "prefix or a method for linear layers"
+        )
 
 
 def _entry(model: nn.Module, architecture: Architecture) -> tuple[str, bool]:
