@@ -38,7 +38,9 @@ def chat(
     trust_remote_code: options.TrustRemoteCode = False,  # the application reads it
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Maximum number of tokens to write.")] = 512,
-    temperature: Annotated[float, typer.Option(min=0, help="Sampling temperature; 0: greedy decoding.")] = 0.0,
+    temperature: Annotated[
+        float, typer.Option(min=0, metavar="X", help="Sampling temperature; 0: greedy decoding.")
+    ] = 0.0,
     seed: Annotated[int, typer.Option(help="Seed of sampling, for a temperature above 0.")] = 0,
     chat_template: options.ChatTemplate = None,
     quantize: options.Quantize = None,

@@ -26,7 +26,9 @@ def generate(
     chat_template: options.ChatTemplate = None,
     compare: Annotated[bool, typer.Option("--compare", help="Also show the base's answer.")] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Maximum number of tokens to write.")] = 64,
-    temperature: Annotated[float, typer.Option(min=0, help="Sampling temperature; 0: greedy decoding.")] = 0.0,
+    temperature: Annotated[
+        float, typer.Option(min=0, metavar="X", help="Sampling temperature; 0: greedy decoding.")
+    ] = 0.0,
     seed: Annotated[int, typer.Option(help="Seed of sampling, for a temperature above 0.")] = 0,
     labels: options.Labels = None,
     quantize: options.Quantize = None,

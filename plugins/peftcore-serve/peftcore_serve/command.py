@@ -43,25 +43,29 @@ def serve(
         typer.Option(help="Folder of folders of adapters or runs, each a model of its name; read at every request."),
     ] = None,
     host: Annotated[str, typer.Option(help="Address to listen at. There is no authentication.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 for a free one.")] = 8000,
+    port: Annotated[int, typer.Option(min=0, max=65535, metavar="N", help="Port; 0: a free one.")] = 8000,
     limit: Annotated[
-        int, typer.Option(min=1, help="Adapters in memory; the least recently used leave for others.")
+        int,
+        typer.Option(min=1, metavar="N", help="Maximum number of adapters in memory; the least recently used leave."),
     ] = 16,
-    batch_size: Annotated[int, typer.Option(min=1, help="Answers that are decoded together; others wait.")] = 16,
+    batch_size: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Maximum number of answers decoded together.")
+    ] = 16,
     max_new_tokens: Annotated[
-        int, typer.Option(min=1, help="Tokens of a chat's answer if the request does not say how many.")
+        int, typer.Option(min=1, metavar="N", help="Maximum number of tokens of an answer if the request has none.")
     ] = 512,
     chat_template: options.ChatTemplate = None,
     trust_adapter_templates: Annotated[
         bool,
         typer.Option(
-            help="Render chat templates that came with adapters. Their authors can occupy the server for ever: a "
-            "template may loop and never end."
+            "--trust-adapter-templates",
+            help="Render chat templates that came with adapters. A template may loop "
+            "for ever, and keep the server busy.",
         ),
     ] = False,
     allowed_host: Annotated[
         list[str] | None,
-        typer.Option(help="Name that clients may call this server by, beside its address; repeatable."),
+        typer.Option(help="Host name under which clients reach this server, besides its address. Repeatable."),
     ] = None,
     quantize: options.Quantize = None,
     dtype: options.Dtype = "auto",
