@@ -120,7 +120,7 @@ class Residuals:
         self._additions = self._find_additions()
         self.streams = {value for stream, _, root in self._additions.values() for value in (stream, root)}
         found = [
-            Branch(call, call.output, root, out, self.values[out].call)
+            Branch(call=call, h=call.output, stream=root, out=out, adder=self.values[out].call)
             for out, (_, h, root) in self._additions.items()
             for call in dict.fromkeys(self._givers(h, root, set(self._around(self.values[out].call))))
             if call.output is not None

@@ -310,7 +310,17 @@ class _Watch:
     ) -> int:
         self._numbers[id(tensor)] = number = len(self._tensors)
         self._tensors.append(tensor)
-        self.trace.values.append(Value(operator, inputs, self._call, tuple(tensor.shape), is_weight, turned, moved))
+        self.trace.values.append(
+            Value(
+                operator=operator,
+                inputs=inputs,
+                call=self._call,
+                shape=tuple(tensor.shape),
+                is_weight=is_weight,
+                turned=turned,
+                moved=moved,
+            )
+        )
         return number
 
     def _number(self, tensor: Tensor) -> int:

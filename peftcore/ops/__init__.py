@@ -1,6 +1,7 @@
 """PyTorch operators (`torch.ops.peftcore.*`), each with a plain-PyTorch reference.
 
-A compiled kernel is used where the extension has one for the device; every other device runs the reference.
+A compiled kernel is used where the extension has one for the device; every other device runs the reference. The package
+imports PyTorch alone.
 """
 
 from peftcore.ops._extension import extension as extension

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.optim.optimizer import ParamsT
 
 from peftcore.ops import optim as ops
 from peftcore.ops.dynamic8 import blocks_of, decode, encode
@@ -76,7 +77,7 @@ class FusedOptimizer(Optimizer):
 
     def __init__(
         self,
-        params: Any,
+        params: ParamsT,
         defaults: dict[str, Any],
         *,
         maximize: bool = False,

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch.optim.optimizer import ParamsT
+
 from peftcore.ops.optim_rules import RULES
 from peftcore.optim.base import FusedOptimizer
 from peftcore.optim.paging import PagedOptimizer
@@ -34,7 +36,7 @@ class AdamW(FusedOptimizer):
 
     def __init__(
         self,
-        params: Any,
+        params: ParamsT,
         lr: float = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
@@ -79,7 +81,7 @@ class Lion(FusedOptimizer):
 
     def __init__(
         self,
-        params: Any,
+        params: ParamsT,
         lr: float = 1e-4,
         betas: tuple[float, float] = (0.9, 0.99),
         weight_decay: float = 0.0,
@@ -103,7 +105,7 @@ class SGD(FusedOptimizer):
 
     def __init__(
         self,
-        params: Any,
+        params: ParamsT,
         lr: float = 1e-3,
         momentum: float = 0.0,
         dampening: float = 0.0,

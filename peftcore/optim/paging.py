@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import ParamsT
 
 from peftcore.ops import optim as ops
 from peftcore.ops.dynamic8 import BLOCK, blocks_of
@@ -95,7 +96,7 @@ class PagedOptimizer(FusedOptimizer):
 
     def __init__(
         self,
-        params: Any,
+        params: ParamsT,
         defaults: dict[str, Any],
         budget: int | str = "auto",
         directory: str | os.PathLike[str] | None = None,

@@ -38,7 +38,8 @@ examples. The names by subject:
     the conformance suite check_method, check_sharded, Family, FAMILIES, CHECKS, IDENTITY, MERGE, COMPILE, PEFT_READS,
                           PEFT_WRITES, disturb
 
-Names are imported when first used, so that a package of commands needs no PyTorch before a command runs.
+The modules of this package import `ops`; the names of higher packages in the table below are for plugins. Names are
+imported when first used, so that a package of commands needs no PyTorch before a command runs.
 """
 
 from importlib import import_module

@@ -390,7 +390,7 @@ def trained_modules(model: nn.Module, modules_to_save: Sequence[str]) -> Train:
     return Train(tuple(dict.fromkeys(trained)))
 
 
-def refuse_targeted(target_modules: Any, paths: Iterable[str], why: str) -> None:
+def refuse_targeted(target_modules: str | Sequence[str] | None, paths: Iterable[str], why: str) -> None:
     """Raise a PeftcoreError if `target_modules` selects one of the modules `paths`, which are trained as a whole."""
     if not target_modules or target_modules == ALL_LINEAR:
         return
