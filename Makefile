@@ -96,7 +96,7 @@ test-avx2: $(VENV)/dev.stamp
 # DeepSpeed compiles a part of itself at the first call.
 test-engines: $(ENGINES)/engines.stamp
 	OMP_NUM_THREADS=1 $(ENGINES)/bin/python -m pytest -p no:xdist tests/distributed/test_deepspeed.py \
-		tests/distributed/test_engines.py tests/test_examples.py tests/cli/tasks/test_mistral_chats.py -k "deepspeed or engine or mistral"
+		tests/distributed/test_engines.py tests/test_examples.py plugins/peftcore-cli/tests/tasks/test_mistral_chats.py -k "deepspeed or engine or mistral"
 
 # mypy reads PyTorch once, 20 seconds, and then takes a second: its cache is .mypy_cache.
 lint: $(VENV)/dev.stamp

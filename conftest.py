@@ -29,11 +29,11 @@ LONGEST = (
     "tests/csrc/test_sanitizers.py",
     "tests/emulator/test_lora_kernels.py",
     "tests/distributed/test_sharding.py",
-    "tests/cli/training/test_parallel.py",
-    "tests/cli/commands/test_train.py",
+    "plugins/peftcore-cli/tests/training/test_parallel.py",
+    "plugins/peftcore-cli/tests/commands/test_train.py",
     "tests/emulator/test_linear_4bit_kernel.py",
     "tests/test_census.py",
-    "tests/cli/commands/test_new_plugin.py",
+    "plugins/peftcore-cli/tests/commands/test_new_plugin.py",
 )
 
 

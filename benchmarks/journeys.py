@@ -82,8 +82,8 @@ def preferences(folder: Path, llama: str, steps: int) -> None:
     clock.run(PROGRAM, "export", "run", "--format", "gguf", "--only", "model", "-o", "gguf")
     question = "When do you open?"
     ours = clock.run(PROGRAM, "generate", "run", "--prompt", question, "--max-new-tokens", str(TOKENS))
-    from peftcore.cli.bases import models
-    from peftcore.cli.tasks import conversations
+    from peftcore_cli.bases import models
+    from peftcore_cli.tasks import conversations
 
     asked = [{"role": "user", "content": question}]
     prompt = conversations.rendered(models.load_tokenizer(base), asked, begins_answer=True)

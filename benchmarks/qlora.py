@@ -30,8 +30,8 @@ R, ALPHA, BATCH, LR, MAX_LENGTH = 8, 16, 8, 5e-4, 96
 
 
 def examples(name, tokenizer):
-    from peftcore.cli.data import row_reading
-    from peftcore.cli.tasks import registered
+    from peftcore_cli.data import row_reading
+    from peftcore_cli.tasks import registered
 
     rows = row_reading.read_rows(smollm2.DEMO / "data" / f"write_{name}.jsonl", "causal-lm")
     return registered.find("causal-lm").encode(rows, tokenizer, MAX_LENGTH).examples
@@ -73,7 +73,7 @@ def held_out_loss(model, examples, collate):
 
 
 def run(kind, steps):
-    from peftcore.cli.tasks import registered
+    from peftcore_cli.tasks import registered
 
     tokenizer = smollm2.tokenizer()
     train, held_out = examples("train", tokenizer), examples("test", tokenizer)

@@ -31,7 +31,7 @@ def prepare():
     if (DENSE / "model.safetensors").exists():
         (DENSE / "model.safetensors").read_bytes()  # so that who loads it first does not wait for the disk
         return
-    from peftcore.cli.bases import models
+    from peftcore_cli.bases import models
 
     gguf = str(DEMO / WRITER)
     models.load_tokenizer(gguf).save_pretrained(DENSE)
@@ -39,7 +39,7 @@ def prepare():
 
 
 def tokenizer():
-    from peftcore.cli.bases import models
+    from peftcore_cli.bases import models
 
     return models.load_tokenizer(str(DENSE))
 

@@ -41,9 +41,8 @@ def _marked(page: Path) -> Any:
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with the model and the conversations that the pages name."""
+    from peftcore_cli.tasks.conversations import CHATML
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    from peftcore.cli.tasks.conversations import CHATML
 
     torch.manual_seed(0)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -87,7 +86,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
     monkeypatch.setattr("builtins.input", no_line)
     monkeypatch.setattr(
-        "peftcore.cli.training.training_report._pictured", no_picture
+        "peftcore_cli.training.training_report._pictured", no_picture
     )  # a third of a training this short
     return tmp_path
 
@@ -122,9 +121,8 @@ def run(line: str) -> None:
     """A command of ours; what installs is run by CI itself."""
     import shlex
 
+    from peftcore_cli.app import build
     from typer.testing import CliRunner
-
-    from peftcore.cli.app import build
 
     words = shlex.split(line, comments=True)
     if words[:1] != ["peftcore"]:
@@ -174,8 +172,7 @@ def test_the_errors_that_are_explained_exist() -> None:
 
 def test_the_options_that_stand_for_others_exist() -> None:
     import typer
-
-    from peftcore.cli.app import build
+    from peftcore_cli.app import build
 
     train = typer.main.get_command(build(["train"])).commands["train"]  # type: ignore[attr-defined]
     options = {each for option in train.params for each in option.opts}
@@ -200,9 +197,8 @@ def test_the_keys_of_other_programs_files_are_in_the_table(page: Path) -> None:
 )
 def test_train_accepts_the_configs_next_to_those_of_other_programs(page: Path, tmp_path: Path) -> None:
     import typer
-
-    from peftcore.cli.app import build
-    from peftcore.cli.config_file import fields
+    from peftcore_cli.app import build
+    from peftcore_cli.config_file import fields
 
     train = typer.main.get_command(build(["train"])).commands["train"]  # type: ignore[attr-defined]
     for code in re.findall(r"```toml\n(.*?)```", page.read_text(), re.DOTALL):

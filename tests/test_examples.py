@@ -135,9 +135,8 @@ def test_example_of_an_engine_that_replaces_a_killed_worker(base: Path, tmp_path
 def test_jobs_of_clusters_call_the_command_as_it_is() -> None:
     """Their command lines start torchrun with options of `peftcore train`; no cluster is asked."""
     import yaml
+    from peftcore_cli import settings
     from torch.distributed.run import parse_args
-
-    from peftcore.cli import settings
 
     sky, kubernetes = (EXAMPLES / "distributed" / f"{name}.yaml" for name in ("skypilot", "kubernetes"))
     calls = [yaml.safe_load(sky.read_text())["run"]]

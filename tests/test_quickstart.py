@@ -7,8 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-
-from peftcore.cli.data import row_reading
+from peftcore_cli.data import row_reading
 
 ROOT = Path(__file__).parent.parent
 LLAMA = Path(os.environ.get("PEFTCORE_LLAMA", ROOT / ".llama/bin/python"))

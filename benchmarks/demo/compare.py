@@ -97,7 +97,7 @@ def prepare(folder: Path, sizes: dict[str, Size]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     fetch(folder)
     if not (folder / DENSE_WRITER / "model.safetensors").exists():
-        from peftcore.cli.bases import models
+        from peftcore_cli.bases import models
 
         written = folder / f"{DENSE_WRITER}-unfinished"
         models.load_model(str(folder / WRITER), "causal-lm", dtype="bf16", device="cpu").save_pretrained(written)
@@ -163,7 +163,7 @@ def run_task(folder: Path, output: Path, task: str, size: Size, names: list[str]
     if task == "writer":
         command += ["--other-data", str(folder / "data/compare_other.jsonl"), "--dtype", "bf16"]
     print(f"\n$ peftcore {shlex.join(command)}", flush=True)
-    finished = subprocess.run([sys.executable, "-m", "peftcore", *command], env=environment()).returncode
+    finished = subprocess.run([sys.executable, "-m", "peftcore_cli", *command], env=environment()).returncode
     if finished != 0:
         sys.exit(finished)
 

@@ -67,7 +67,7 @@ def loss(run: dict) -> float:
 
 
 def collect(output: Path, sizes: dict, *, shared: bool) -> dict:
-    from peftcore.cli import versions
+    from peftcore_cli import versions
 
     made = {
         "command": "make compare" + (" COMPARE=--reduced" if output.name.endswith("reduced") else ""),
@@ -110,8 +110,9 @@ def of_row(row: Row) -> dict:
 
 def family(settings: dict) -> str | None:
     """Return what a method changes, by its placements; None if it refuses the model."""
-    from peftcore.cli.bases import models
-    from peftcore.cli.options import FULL
+    from peftcore_cli.bases import models
+    from peftcore_cli.options import FULL
+
     from peftcore.engine.placing import placements_for
     from peftcore.errors import PeftcoreError
 

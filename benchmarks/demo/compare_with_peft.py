@@ -56,13 +56,13 @@ def train(run: Path) -> dict:
 
     import peft
     import torch
+    from peftcore_cli import settings
+    from peftcore_cli.bases import models
+    from peftcore_cli.tasks import registered
+    from peftcore_cli.training import measuring, progress, trainer_arguments, trainers, training_data, training_run
     from transformers import PrinterCallback, set_seed
 
     import peftcore
-    from peftcore.cli import settings
-    from peftcore.cli.bases import models
-    from peftcore.cli.tasks import registered
-    from peftcore.cli.training import measuring, progress, trainer_arguments, trainers, training_data, training_run
 
     warnings.simplefilter("ignore")
     chosen = settings.Settings(**json.loads((run / settings.RUN_FILE).read_text()))

@@ -40,9 +40,8 @@ RUNS = {
 
 def upcycle(folder: Path) -> None:
     """Write the mixture to `models/upcycled`, and check that it computes what SmolLM2 does."""
+    from peftcore_cli.bases import models
     from transformers import MixtralConfig, MixtralForCausalLM
-
-    from peftcore.cli.bases import models
 
     to = folder / "models/upcycled"
     if (to / "config.json").exists():

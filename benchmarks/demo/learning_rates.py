@@ -68,9 +68,10 @@ def write_files(folder: Path) -> None:
 
 def train(folder: Path, task: str, method: str, rate: float) -> dict:
     """Return the held-out metrics before and after one run."""
-    from peftcore.cli import console, settings
-    from peftcore.cli.bases import base_files
-    from peftcore.cli.training import training_data, training_run
+    from peftcore_cli import console, settings
+    from peftcore_cli.bases import base_files
+    from peftcore_cli.training import training_data, training_run
+
     from peftcore.errors import PeftcoreError
 
     console.out.quiet = True

@@ -53,7 +53,7 @@ def prepare(folder: Path) -> None:
     fetch(demo)
     (folder / "examples").mkdir(parents=True)
     shutil.copy(ROOT / "examples/chat.jsonl", folder / "examples")
-    from peftcore.cli.bases import models
+    from peftcore_cli.bases import models
 
     for load in (models.load_tokenizer, lambda path: models.load_model(path, "causal-lm", dtype="bf16")):
         load(str(demo / WRITER)).save_pretrained(folder / MODEL)

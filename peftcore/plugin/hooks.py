@@ -54,7 +54,7 @@ def peftcore_commands() -> list[Command]:  # type: ignore[empty-body]
 
 @hookspec
 def peftcore_tasks() -> list[Any]:  # type: ignore[empty-body]
-    """Return tasks of `peftcore train`, `eval` and `predict`: `peftcore.cli.tasks.task.Task` objects with own names."""
+    """Return tasks of `peftcore train`, `eval` and `predict`: `peftcore_cli.tasks.task.Task` objects with own names."""
 
 
 @hookspec

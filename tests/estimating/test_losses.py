@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from peftcore_cli.tasks import pairs
+from peftcore_cli.tasks.registered import find
 from support.step_memory import allocated_by, allocated_with, predicted, real
 from support.whole_run import nightly_but
 from transformers import BertConfig, LlamaConfig, PreTrainedTokenizerFast, TrainingArguments
 
 import peftcore
-from peftcore.cli.tasks import pairs
-from peftcore.cli.tasks.registered import find
 from peftcore.errors import PeftcoreError
 from peftcore.estimating import Step
 from peftcore.estimating.losses import VECTORS

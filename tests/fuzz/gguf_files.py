@@ -269,8 +269,8 @@ def _nested(content: Content, at: int, inner: Any) -> bytes:
 def read(file: Path, wanted: dict[str, Any]) -> str:
     """A word for what came of it; raises what is wrong."""
     import torch
+    from peftcore_cli.bases import models
 
-    from peftcore.cli.bases import models
     from peftcore.errors import PeftcoreError
 
     outcome = []
@@ -324,11 +324,11 @@ def in_child(work: Callable[[], str]) -> str:
 def main(folder: str, count: str, step: str = "1", seed: str = "0") -> None:
     warnings.simplefilter("ignore")
     import torch
+    from peftcore_cli.bases import base_files, models
     from support import exported
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint  # noqa: F401
 
     import peftcore
-    from peftcore.cli.bases import base_files, models
 
     torch.set_num_threads(1)
     original, file = Path(folder) / "original.gguf", Path(folder) / "mutated.gguf"

@@ -61,7 +61,7 @@ def begin(arguments: list[Any], log: Path) -> int:
         with open(log, "w") as file:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
-            from peftcore.cli.app import build
+            from peftcore_cli.app import build
 
             words = [str(argument) for argument in arguments]
             build(words)(words, standalone_mode=False)
@@ -109,10 +109,9 @@ def losses(run: Path) -> list[Any]:
 
 
 def main(folder: Path, count: int, seed: int) -> None:
+    import peftcore_cli.app
+    import peftcore_cli.training.training_run  # noqa: F401
     import torch
-
-    import peftcore.cli.app
-    import peftcore.cli.training.training_run  # noqa: F401
 
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)

@@ -77,7 +77,7 @@ def labelled(tmp_path: Path) -> Path:
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch) -> Run:
     """`run("train", ...)`: run a command in this process; by default it must succeed."""
-    from peftcore.cli import console
+    from peftcore_cli import console
 
     monkeypatch.setattr(console.out, "width", 200)
 

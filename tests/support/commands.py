@@ -34,9 +34,8 @@ Run = Callable[..., Result]
 
 def invoke(*arguments: Any) -> Result:
     """Run `peftcore` with these arguments in this process. What it raises, but for SystemExit, is raised here."""
+    from peftcore_cli.app import build
     from typer.testing import CliRunner
-
-    from peftcore.cli.app import build
 
     words = [str(argument) for argument in arguments]
     result = CliRunner().invoke(build(words), words)
@@ -47,7 +46,7 @@ def invoke(*arguments: Any) -> Result:
 
 def printed(*arguments: Any) -> tuple[int, str]:
     """Run a command as `invoke`, with lines of 200 characters, and return its exit status and what it printed."""
-    from peftcore.cli import console
+    from peftcore_cli import console
 
     console.out.width = 200
     result = invoke(*arguments)

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from peftcore_cli.bases.adapter_folders import AdapterTask
 from torch import Tensor, nn
 
 import peftcore
-from peftcore.cli.bases.adapter_folders import AdapterTask
 
 TOKENS = torch.tensor([[5, 17, 3, 60, 41, 22, 9], [8, 4, 77, 31, 2, 50, 63]])
 VOCABULARY = 262  # of the model; the tokenizer has two tokens fewer

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from peftcore_cli.bases.adapter_folders import AdapterTask
+from peftcore_cli.tasks import registered
+from peftcore_cli.tasks.encoded_examples import Example
+from peftcore_cli.tasks.metrics import Metrics
+from peftcore_cli.tasks.task import Evaluation
 from torch import nn
-
-from peftcore.cli.bases.adapter_folders import AdapterTask
-from peftcore.cli.tasks import registered
-from peftcore.cli.tasks.encoded_examples import Example
-from peftcore.cli.tasks.metrics import Metrics
-from peftcore.cli.tasks.task import Evaluation
 
 
 def measured(

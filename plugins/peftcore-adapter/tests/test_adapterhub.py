@@ -125,11 +125,10 @@ def test_a_config_of_nobody_keeps_the_core_s_message(tmp_path: Path) -> None:
 @pytest.fixture
 def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """`command("eval", ...)`: a command on the folder of the Llama's adapter, with its base; returns what it prints."""
+    from peftcore_cli import console
+    from peftcore_cli.app import build
     from support.commands import SPECIAL, WORDS, save_tokenizer
     from typer.testing import CliRunner
-
-    from peftcore.cli import console
-    from peftcore.cli.app import build
 
     monkeypatch.setattr(console.out, "width", 200)
     base = tmp_path / "base"
@@ -161,7 +160,7 @@ def test_commands_take_such_folders(command: Any, tmp_path: Path) -> None:
 
 
 def test_a_folder_that_names_no_base(tmp_path: Path) -> None:
-    from peftcore.cli.bases import adapter_folders
+    from peftcore_cli.bases import adapter_folders
 
     assert adapter_folders.base_of(FOLDERS / "bert-seq_bn", "some/base") == "some/base"
     with pytest.raises(peftcore.PeftcoreError, match="does not name the base it was trained on"):

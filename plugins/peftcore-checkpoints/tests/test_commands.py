@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from int4_checkpoints import config, gptq, write_folder
+from peftcore_cli.bases import models
 from support import quantized
 from support.commands import Run
 from transformers import AutoModelForCausalLM
 
 import peftcore
-from peftcore.cli.bases import models
 
 
 def test_the_base_keeps_its_bits(tmp_path: Path) -> None:

@@ -12,13 +12,13 @@ import pytest
 import torch
 from int4_checkpoints import awq, compressed, config, gptq, values, write_folder
 from peftcore_checkpoints.int4 import to_affine4
+from peftcore_cli.bases import models
 from safetensors.torch import load_file, save_file
 from support.mixtures import mixture
 from support.quantized import INPUTS, llama, logits
 from torch import Tensor, nn
 
 import peftcore
-from peftcore.cli.bases import models
 from peftcore.plugin.registry import registry
 from peftcore.quantization import quantized_experts, quantized_layers
 from peftcore.quantization.checkpoint_layouts import find_layout

@@ -21,13 +21,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from peftcore_cli import completion, config_file, options
+from peftcore_cli.console import command, out, require, say, warn
+from peftcore_cli.settings import LOCK, RunOptions, Settings, only_process
 from rich.markup import escape
 
 import peftcore
 from peftcore import PeftcoreError
-from peftcore.cli import completion, config_file, options
-from peftcore.cli.console import command, out, require, say, warn
-from peftcore.cli.settings import LOCK, RunOptions, Settings, only_process
 
 if TYPE_CHECKING:
     from peftcore_compare.report import ComparisonReport
@@ -120,10 +120,10 @@ def compare(
     finds one among rates that are the same for all.
     A run that fails is shown with its reason. `--method full` is full fine-tuning.
     """
-    from peftcore.cli.bases import base_files
-    from peftcore.cli.data import row_reading
-    from peftcore.cli.data.data_files import parsed_columns
-    from peftcore.cli.tasks import registered
+    from peftcore_cli.bases import base_files
+    from peftcore_cli.data import row_reading
+    from peftcore_cli.data.data_files import parsed_columns
+    from peftcore_cli.tasks import registered
 
     given = config_file.in_force(context, given)
     names = parsed_columns(given.columns)
@@ -165,7 +165,7 @@ def compare(
 
 def _one_dtype(dtype: str, device: str) -> str:
     """Return the dtype of all runs: auto is bf16 on CUDA, else fp32, whatever each method would choose."""
-    from peftcore.cli.bases import dtype_choice
+    from peftcore_cli.bases import dtype_choice
 
     return dtype_choice.choose(dtype, device, None).dtype
 
@@ -311,8 +311,7 @@ def _does_not_fit(common: Settings) -> str | None:
     """Return why the whole model cannot be trained (weights, gradients and AdamW's moments do not fit), or None."""
     import psutil
     import torch
-
-    from peftcore.cli.bases import device_choice, models
+    from peftcore_cli.bases import device_choice, models
 
     device = device_choice.torch_device(common.device)
     size = device_choice.torch_dtype(common.dtype, common.device).itemsize

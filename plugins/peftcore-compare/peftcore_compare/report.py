@@ -11,16 +11,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-
-from peftcore.cli.amounts import megabytes
-from peftcore.cli.console import table
-from peftcore.cli.options import FULL
-from peftcore.cli.tasks import metrics, registered
-from peftcore.cli.training.chart import Panel, small_multiples
-from peftcore.cli.training.progress import gigabytes
+from peftcore_cli.amounts import megabytes
+from peftcore_cli.console import table
+from peftcore_cli.options import FULL
+from peftcore_cli.tasks import metrics, registered
+from peftcore_cli.training.chart import Panel, small_multiples
+from peftcore_cli.training.progress import gigabytes
 
 if TYPE_CHECKING:
-    from peftcore.cli.settings import Settings
+    from peftcore_cli.settings import Settings
 
 
 _FORGETTING, _MERGES = "forgetting", "merges"

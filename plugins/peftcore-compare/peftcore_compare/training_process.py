@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peftcore_cli.options import FULL
+from peftcore_cli.settings import RUN_FILE, Display, Settings, prepare_folder, write_options
 
 from peftcore import PeftcoreError
-from peftcore.cli.options import FULL
-from peftcore.cli.settings import RUN_FILE, Display, Settings, prepare_folder, write_options
 
 _RESULT, _ERROR = "result.json", "error.txt"
 STOPPED = 130
@@ -86,7 +86,7 @@ def _context() -> Any:
     if sys.platform != "linux" or torch.cuda.is_available():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["peftcore.cli.training.training_run"])
+    context.set_forkserver_preload(["peftcore_cli.training.training_run"])
     return context
 
 
@@ -112,7 +112,7 @@ def _failure(folder: Path, status: int) -> str:
 
 def main(folder: Path) -> int:
     """Train as `folder` says; the exit status."""
-    from peftcore.cli.training import run_result, training_data, training_run
+    from peftcore_cli.training import run_result, training_data, training_run
 
     settings = Settings(**json.loads((folder / RUN_FILE).read_text(encoding="utf-8")))
     (folder / _ERROR).unlink(missing_ok=True)

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from peftcore_cli.settings import Settings, only_process
 from peftcore_compare import command as compare, training_process
 from peftcore_compare.report import ComparisonReport
 from support.commands import Run
 
 from peftcore import PeftcoreError
-from peftcore.cli.settings import Settings, only_process
 
 SIZE = ("--steps", 2, "--batch-size", 4, "--max-length", 16)
 
@@ -204,7 +204,7 @@ def test_a_cut_off_comparison_goes_on(
 @pytest.mark.nightly
 def test_runs_in_processes_of_their_own(bert: Path, labelled: Path, tmp_path: Path) -> None:
     """A signal asks the run at hand for a checkpoint, from which the next call goes on."""
-    command = [sys.executable, "-m", "peftcore", "compare", "-m", bert, "-d", labelled, "-o", tmp_path / "out"]
+    command = [sys.executable, "-m", "peftcore_cli", "compare", "-m", bert, "-d", labelled, "-o", tmp_path / "out"]
     command += ["--no-full", "--seeds", "1", "--method", "lora r=2", "--steps", "4000", "--batch-size", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, text=True, env=environment)

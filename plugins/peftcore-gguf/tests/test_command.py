@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from peftcore_cli.bases.adapter_folders import TASK_FILE
 from support import commands, exported, tiny
 from support.commands import Run
 from support.exported import logits, saved_run, tensors
 
-from peftcore.cli.bases.adapter_folders import TASK_FILE
 from peftcore.errors import PeftcoreError
 
 

@@ -224,9 +224,8 @@ def test_on_a_base_in_4_bits(layout: str, tmp_path: Path) -> None:
 
 
 def test_the_command_line_says_what_is_in_it(tmp_path: Path) -> None:
+    from peftcore_cli.app import build
     from typer.testing import CliRunner
-
-    from peftcore.cli.app import build
 
     pipe = pipeline("sd")
     apply(pipe)

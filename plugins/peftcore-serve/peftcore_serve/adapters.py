@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
+from peftcore_cli.bases import base_and_adapter
 from torch import nn
 
 import peftcore
 from peftcore import PeftcoreError
-from peftcore.cli.bases import base_and_adapter
 from peftcore.files import vocabulary_rows
 from peftcore.plugin import safe_reading
 from peftcore_serve.decoding import can_batch

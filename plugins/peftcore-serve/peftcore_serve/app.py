@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from peftcore_cli.bases.adapter_folders import AdapterTask
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
@@ -22,7 +23,6 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from peftcore import PeftcoreError
-from peftcore.cli.bases.adapter_folders import AdapterTask
 from peftcore.plugin import nearest
 from peftcore_serve import folders, protocol
 from peftcore_serve.folders import Folder, Text, Texts, TooLong

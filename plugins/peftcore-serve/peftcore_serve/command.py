@@ -12,15 +12,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from peftcore_cli import options
+from peftcore_cli.console import LogFormatter, note, say
 
 from peftcore import PeftcoreError
-from peftcore.cli import options
-from peftcore.cli.console import LogFormatter, note, say
 
 if TYPE_CHECKING:
     import uvicorn
+    from peftcore_cli.bases.adapter_folders import AdapterTask
 
-    from peftcore.cli.bases.adapter_folders import AdapterTask
     from peftcore_serve.app import Server
     from peftcore_serve.folders import Folder
 
@@ -119,9 +119,10 @@ def make(
     Raises:
         PeftcoreError: the base cannot be loaded, or the folder of adapters cannot be read or is itself an adapter.
     """
+    from peftcore_cli.bases import base_files, base_quantization, dtype_choice, models
+    from peftcore_cli.tasks import registered
+
     import peftcore
-    from peftcore.cli.bases import base_files, base_quantization, dtype_choice, models
-    from peftcore.cli.tasks import registered
     from peftcore_serve import folders
     from peftcore_serve.app import Server
 
@@ -169,7 +170,7 @@ def make(
 
 def _tasks(found: Mapping[str, Folder]) -> dict[str, AdapterTask]:
     """Return what each adapter that can be read was trained for."""
-    from peftcore.cli.bases import adapter_folders
+    from peftcore_cli.bases import adapter_folders
 
     tasks = {}
     for name, folder in found.items():

@@ -11,12 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from peftcore_cli.bases import adapter_folders, base_and_adapter, models
+from peftcore_cli.bases.adapter_folders import AdapterTask
+from peftcore_cli.console import warn
+from peftcore_cli.data.row import Messages
+from peftcore_cli.tasks import conversations, text_generation
+
 from peftcore import PeftcoreError
-from peftcore.cli.bases import adapter_folders, base_and_adapter, models
-from peftcore.cli.bases.adapter_folders import AdapterTask
-from peftcore.cli.console import warn
-from peftcore.cli.data.row import Messages
-from peftcore.cli.tasks import conversations, text_generation
 
 _TOKENIZERS = 32  # different ones in memory
 # Characters per token of the context that are tokenized. Text has 3 to 5; the longest tokens of a vocabulary are runs

@@ -11,14 +11,14 @@ from typing import Any
 
 import pytest
 import torch
+from peftcore_cli.bases import base_and_adapter, models
+from peftcore_cli.tasks import text_generation
 from peftcore_serve.app import Server
 from peftcore_serve.command import make
 from starlette.testclient import TestClient
 from support.command_fixtures import llama
 
 import peftcore
-from peftcore.cli.bases import base_and_adapter, models
-from peftcore.cli.tasks import text_generation
 
 __all__ = ["llama"]
 TEMPLATE = "{% for m in messages %}{{ m['content'] + ' ' }}{% endfor %}{% if add_generation_prompt %}is {% endif %}"

@@ -17,12 +17,12 @@ from typing import Any
 import openai
 import pytest
 import uvicorn
+from peftcore_cli.bases.adapter_folders import AdapterTask, Quantization
 from peftcore_serve import command, folders
 from starlette.testclient import TestClient
 
 import peftcore
 from peftcore import PeftcoreError
-from peftcore.cli.bases.adapter_folders import AdapterTask, Quantization
 
 from .conftest import PROMPTS, save_adapter, written
 
@@ -107,7 +107,7 @@ def process(llama: Path, saved: Path, tmp_path: Path) -> Iterator[subprocess.Pop
         fields = json.loads((endless / name).read_text())
         kept = {key: value for key, value in fields.items() if not key.startswith("eos_token")}
         (endless / name).write_text(json.dumps(kept | ({"eos_token_id": None} if name == "config.json" else {})))
-    words = [sys.executable, "-m", "peftcore", "serve", "-m", str(endless), "--adapters", str(saved), "--port", "0"]
+    words = [sys.executable, "-m", "peftcore_cli", "serve", "-m", str(endless), "--adapters", str(saved), "--port", "0"]
     listen = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore it
     pipe = subprocess.PIPE
     with subprocess.Popen(words, stdout=pipe, stderr=pipe, text=True, preexec_fn=listen) as running:

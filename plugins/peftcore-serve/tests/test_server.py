@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from peftcore_cli.bases import models
 from peftcore_serve import folders
 from peftcore_serve.app import Server
 from peftcore_serve.command import make
@@ -20,7 +21,6 @@ from starlette.testclient import TestClient
 from support.commands import save_tokenizer
 
 import peftcore
-from peftcore.cli.bases import models
 from peftcore.engine.adaptation.fused_forward import fused_modules
 
 from .conftest import METHODS, PROMPTS, with_adapter, written

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from peftcore_cli.bases import models
+from peftcore_cli.tasks import conversations
 from peftcore_serve import command, folders
 from peftcore_serve.app import Server
 from peftcore_serve.command import make
@@ -18,9 +20,6 @@ from starlette.testclient import TestClient
 from support.commands import save_tokenizer
 from tokenizers import PreTokenizedString
 from tokenizers.pre_tokenizers import PreTokenizer
-
-from peftcore.cli.bases import models
-from peftcore.cli.tasks import conversations
 
 from .conftest import TEMPLATE, written
 

@@ -16,7 +16,6 @@ import transformers.models.gpt2.modeling_gpt2
 import transformers.models.llama.modeling_llama
 import transformers.trainer  # noqa: F401
 
-import peftcore.cli.training.training_run
 import peftcore.distributed
 import peftcore.testing
 from support.ranks import work  # noqa: F401

@@ -1,0 +1,5 @@
+"""`python -m peftcore` is the command `peftcore`."""
+
+from peftcore_cli import main
+
+main()

@@ -1,0 +1,102 @@
+"""The tokenizer saved with an adapter: untrusted files, read by transformers without running their code.
+
+Trainers save their tokenizer with the adapter, because it may have tokens that the base's lacks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from peftcore.errors import CheckpointError, PeftcoreError
+from peftcore.plugin import safe_reading
+from peftcore_cli.bases.adapter_folders import TEMPLATE_CHARACTERS
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_BYTES = 1 << 28  # of a vocabulary; the largest known have 40 MB
+_TABLES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.json")
+_READ = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".vocab", ".bpe", ".spm")
+_PROBE = "A text, 1 or 2."
+
+
+def load(folder: Path) -> PreTrainedTokenizerBase:
+    """Return the tokenizer in an adapter's folder; if it has no padding token, its end-of-text token is used.
+
+    Raises:
+        PeftcoreError: a file is not part of a valid tokenizer, or asks for code that came with it.
+    """
+    from transformers import AutoTokenizer
+
+    _check_files(folder)
+    with _explained(folder):
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+        _check(tokenizer)
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+        ids = tokenizer(_PROBE)["input_ids"]
+        tokenizer.decode(ids, skip_special_tokens=True)
+    return tokenizer
+
+
+def _check_files(folder: Path) -> None:
+    """Raise a CheckpointError for pipes and devices, files that are too large, and JSON that is not an object."""
+    try:
+        there = [folder / name for name in os.listdir(folder)]
+        templates = folder / "additional_chat_templates"
+        there += [templates / name for name in os.listdir(templates)] if templates.is_dir() else []
+        for file in there:
+            if file.suffix not in _READ or not os.path.lexists(file):
+                continue
+            status = os.stat(file)
+            safe_reading.require_regular(file, status.st_mode)
+            if status.st_size > _BYTES:
+                raise CheckpointError(f"'{file}' has {status.st_size:,} bytes; at most {_BYTES:,} are read")
+    except OSError as error:
+        raise CheckpointError(f"'{folder}' cannot be read: {error.strerror or error}") from error
+    for name in _TABLES:
+        if os.path.lexists(folder / name) and not isinstance(_value(folder / name), dict):
+            raise CheckpointError(
+                f"'{folder / name}' is not a JSON object. Delete the tokenizer's files to use the base's"
+            )
+
+
+def _value(file: Path) -> Any:
+    try:
+        return safe_reading.parse_json(safe_reading.read_bytes(file, safe_reading.JSON_BYTES), file)
+    except FileNotFoundError as error:  # a broken link
+        raise CheckpointError(f"'{file}' cannot be read: it is a broken link") from error
+
+
+def _check(tokenizer: Any) -> None:
+    """Raise a ValueError for values with types that a tokenizer does not have."""
+    template = getattr(tokenizer, "chat_template", None)
+    texts = template.values() if isinstance(template, dict) else [] if template is None else [template]
+    for each in texts:
+        if not isinstance(each, str):
+            raise ValueError(f"chat_template must be text, found {type(each).__name__}")
+        if len(each) > TEMPLATE_CHARACTERS:
+            raise ValueError(f"chat_template has {len(each):,} characters; at most {TEMPLATE_CHARACTERS:,} are read")
+    if not isinstance(tokenizer.model_max_length, (int, float)):
+        raise ValueError(f"model_max_length must be a number, found {type(tokenizer.model_max_length).__name__}")
+
+
+@contextlib.contextmanager
+def _explained(folder: Path) -> Iterator[None]:
+    """Turn any error that transformers and tokenizers raise on invalid files into a PeftcoreError."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, GeneratorExit, PeftcoreError):
+        raise
+    except BaseException as error:  # tokenizers' Rust code panics with a BaseException
+        what = "it is nested too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())[:400]
+        asks = "trust_remote_code" in str(error)
+        why = "it asks for code that came with it, which is never run" if asks else what
+        raise PeftcoreError(
+            f"the tokenizer in '{folder}' cannot be loaded: {why or type(error).__name__}. "
+            "Delete the tokenizer's files there to use the base's"
+        ) from error

@@ -1,0 +1,111 @@
+"""An adapter on its base: the vocabulary that fits both, loading, and merging."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from peftcore.errors import PeftcoreError
+from peftcore_cli.bases import adapter_tokenizer, base_quantization, dtype_choice, models
+from peftcore_cli.bases.adapter_folders import AdapterTask, Quantization, has_tokenizer
+from peftcore_cli.bases.device_choice import torch_dtype
+from peftcore_cli.bases.models import load_tokenizer
+from peftcore_cli.console import warn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+NEW_ROWS = "the adapter's vocabulary is larger than its base's, whose rows for the new tokens are initialised at random"
+
+
+def load_base(
+    base: str, task: AdapterTask, adapter: Path | None, *, quantize: str | None, dtype: str, device: str
+) -> PreTrainedModel:
+    """Load the base of an adapter for `task`, in the dtype and the format that options or its training name."""
+    dtype = dtype_choice.of_base(base, task.task, dtype, device, task.labels, task.dtype).say()
+    stored_as = base_quantization.of_adapter(quantize, adapter, task)
+    return models.load_model(base, task.task, dtype=dtype, device=device, labels=task.labels, quantize=stored_as)
+
+
+def fit_vocabulary(model: PreTrainedModel, folder: Path) -> bool:
+    """Resize the base's vocabulary to that of the adapter in `folder`. Return whether it changed.
+
+    Raises:
+        PeftcoreError: the adapter's tokenizer has tokens without rows.
+    """
+    from peftcore.files import vocabulary_rows
+
+    before = vocabulary(model)
+    if before is None:
+        return False
+    rows = vocabulary_rows(model, folder) or before
+    if rows != before:
+        model.resize_token_embeddings(rows)  # the new rows come from the adapter
+    if has_tokenizer(folder) and (tokens := _tokens(adapter_tokenizer.load(folder))) > rows:
+        base = str(getattr(model.config, "_name_or_path", ""))
+        if tokens > _tokens(load_tokenizer(base)):
+            raise PeftcoreError(
+                f"the tokenizer in '{folder}' has {tokens:,} tokens, but the model has {rows:,} rows and the "
+                "adapter brings no others. Ask its author to save it with its embedding (in PEFT: "
+                "save_embedding_layers=True)"
+            )
+    return rows != before
+
+
+def vocabulary(model: PreTrainedModel) -> int | None:
+    """Return the number of rows of the token embedding; None for models without one, which read characters."""
+    try:
+        weight = getattr(model.get_input_embeddings(), "weight", None)
+    except NotImplementedError:
+        return None
+    return None if weight is None else len(weight)
+
+
+def _tokens(tokenizer: PreTrainedTokenizerBase) -> int:
+    return max(tokenizer.get_vocab().values()) + 1
+
+
+def load_adapter(model: PreTrainedModel, folder: Path, name: str | None = None) -> PreTrainedModel:
+    """Load the adapter in `folder`, frozen."""
+    import peftcore
+
+    fit_vocabulary(model, folder)
+    return peftcore.load(model, folder, adapter=name, trainable=False).eval()
+
+
+def merge_adapter(
+    model: PreTrainedModel, *, untie: bool, quantize: str | Quantization | None, dtype: str, device: str
+) -> PreTrainedModel:
+    """Merge the adapter for good; 4-bit weights become dense. Warnings are worded for the commands."""
+    import peftcore
+
+    dense = torch_dtype(dtype, device) if quantize or _is_packed(model) or _is_read_only(model) else None
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            peftcore.merge(model, untie=untie, dtype=dense)
+        except PeftcoreError as error:
+            if not quantize:
+                raise
+            raise type(error)(f"{error}. To merge into the dense base, pass --quantize none") from error
+    if dense is not None:
+        peftcore.quantization.dequantize(model, dense)  # layers without adapters
+    for warning in caught:
+        warn(str(warning.message))
+    return model
+
+
+def _is_packed(model: PreTrainedModel) -> bool:
+    """Return whether weights are in 4 bits as the checkpoint stores them."""
+    from peftcore.quantization import quantized_experts, quantized_layers
+
+    return any(True for _ in quantized_layers(model)) or any(True for _ in quantized_experts(model))
+
+
+def _is_read_only(model: PreTrainedModel) -> bool:
+    """Return whether layers have a plugin's weight format that stores no other values than those of its checkpoint."""
+    from peftcore.plugin import base_modules, find_weight_format
+
+    formats = (find_weight_format(module) for _, module in base_modules(model))
+    return any(each is not None and each.decode and each.plain and not each.quantize for each in formats)

@@ -1,0 +1,180 @@
+"""`--dtype`: the dtype a base computes in, and the message about it.
+
+    CUDA    auto is bf16 if the GPU supports it, else fp32
+    CPU     auto is the dtype in `config.json`, or bf16 for a .gguf file in fewer bits, except that 16 bits become fp32
+            if this processor has no instructions for them, if parameters of the base are trained, whose small updates
+            bf16 would round away, and in place of fp16, whose gradients underflow unless they are scaled
+
+A message says what auto uses instead of the checkpoint's dtype, and what a given dtype costs on a processor without
+instructions for it. Commands that write weights (`merge`, `export`) or compare methods use fp32 for auto on a CPU.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from peftcore import ops
+from peftcore.errors import PeftcoreError
+from peftcore.estimating import MIXED
+from peftcore.plugin import ranks
+from peftcore_cli.bases import adapter_folders, device_choice, gguf_file, models
+from peftcore_cli.bases.precision import base_dtype
+from peftcore_cli.console import note, warn
+from peftcore_cli.options import FULL
+from peftcore_cli.settings import Settings
+from peftcore_cli.tasks import registered
+
+AUTO, WIDE = "auto", "fp32"
+TRAINED = "parameters of the base are trained, and {dtype} would round away small updates"
+RECORDED = "its adapter was trained with the base in fp32"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The dtype of a base.
+
+    Args:
+        dtype: as `--dtype` names it, never auto.
+        instead_of: the checkpoint's 16-bit dtype that auto avoids; None if the dtype is the checkpoint's or the user's.
+        line: message about the choice, or None. `is_warning`: it is about a dtype that the user chose.
+    """
+
+    dtype: str
+    instead_of: str | None = None
+    line: str | None = None
+    is_warning: bool = False
+
+    def say(self) -> str:
+        """Print the message and return the dtype."""
+        if self.line is not None:
+            (warn if self.is_warning else note)(self.line)
+        return self.dtype
+
+
+def choose(dtype: str, device: str, stored: str | None, *, needs_fp32: str | None = None) -> Choice:
+    """Choose the dtype of a base.
+
+    Args:
+        dtype: value of `--dtype`.
+        device: where the base runs.
+        stored: the checkpoint's dtype, see `stored_dtype`; None, if unknown, counts as fp32.
+        needs_fp32: why auto has to be fp32; `{dtype}` in it is replaced by `stored`.
+
+    Raises:
+        PeftcoreError: dtype or device is unknown.
+    """
+    named = "bf16" if device_choice.torch_dtype(dtype, device).itemsize == 2 else WIDE
+    if device_choice.torch_device(device).type != "cpu":
+        return Choice(named)
+    if dtype != AUTO:
+        return Choice(named, None, slow_line(named), is_warning=True) if named != WIDE else Choice(named)
+    if stored in (None, WIDE):
+        return Choice(WIDE)
+    if stored == "fp16":
+        why: str | None = "gradients underflow in {dtype} unless they are scaled, which PyTorch does on CUDA only"
+    else:
+        why = device_choice.without_instructions(str(stored)) or needs_fp32
+    if why is None:
+        return Choice(str(stored))
+    line = f"--dtype auto: fp32, not {stored}: {why.format(dtype=stored)}. "
+    return Choice(WIDE, stored, f"{line}Dense weights take twice the memory of {stored}")
+
+
+def slow_line(dtype: str, otherwise: str = "--dtype auto") -> str | None:
+    """Return a message if the user's dtype is slow on this processor, else None."""
+    slow = device_choice.without_instructions(dtype)
+    if slow is None:
+        return None
+    spared = (
+        "; peftcore's linear layers are not affected" if device_choice.torch_dtype(dtype, "cpu") in ops.WIDENED else ""
+    )
+    return f"{slow}{spared}. {otherwise} would choose fp32"
+
+
+def stored_dtype(config: Any) -> str | None:
+    """Return the dtype that a transformers config states for its checkpoint, as `--dtype` names it, or None."""
+    from peftcore.plugin import text_config
+
+    found = getattr(config, "dtype", None) or getattr(text_config(config), "dtype", None)
+    names = {WIDE: "float32", **device_choice.HALVES}
+    return next((name for name, full in names.items() if str(found).removeprefix("torch.") == full), None)
+
+
+def of_base(
+    model: str, task: str, dtype: str, device: str, labels: tuple[str, ...] = (), trained_in: str | None = None
+) -> Choice:
+    """Choose the dtype of a base for generation or evaluation.
+
+    Args:
+        model: folder or hub id.
+        task: its task.
+        dtype: value of `--dtype`.
+        device: where it runs.
+        labels: a classifier's labels.
+        trained_in: the base's dtype when its adapter was trained, if the adapter's task file has it.
+    """
+    needs = RECORDED if trained_in == WIDE or (trained_in is None and registered.find(task).new_head) else None
+    return _of_model(model, dtype, device, _stored(model, task, labels, dtype), needs)
+
+
+def of_run(settings: Settings, labels: tuple[str, ...]) -> Choice:
+    """Choose the dtype of a training run's base; with several processes the first one chooses. Collective."""
+    chosen: list[Choice] = []
+    ranks.once(lambda: chosen.append(_of_run(settings, labels)), together=True)
+    (first,) = ranks.of_first(chosen)
+    return first
+
+
+def _of_run(settings: Settings, labels: tuple[str, ...]) -> Choice:
+    dtype, device = base_dtype(settings.precision, settings.dtype), settings.device
+    on_cpu = device_choice.torch_device(device).type == "cpu"
+    if on_cpu and settings.precision in MIXED:
+        line = slow_line(settings.precision, "--precision auto with --dtype auto")
+        return Choice(choose(dtype, device, None).dtype, None, line, is_warning=True)
+    stored = _stored(settings.model, settings.task, labels, dtype)
+    needs = None
+    if on_cpu and stored == "bf16" and settings.adapter is not None:
+        task = adapter_folders.adapter_task(Path(settings.adapter), settings.labels)
+        needs = RECORDED if task.dtype == WIDE or registered.find(settings.task).new_head else None
+    elif on_cpu and stored == "bf16":
+        needs = TRAINED if _trains_base(settings, labels) else None
+    return _of_model(settings.model, dtype, device, stored, needs)
+
+
+def _of_model(model: str, dtype: str, device: str, stored: str | None, needs_fp32: str | None) -> Choice:
+    """Choose the dtype of a base; a .gguf file has no dtype that the choice would be, so that is always printed."""
+    found = choose(dtype, device, stored, needs_fp32=needs_fp32)
+    if dtype != AUTO or not model.endswith(".gguf") or found.line is not None:
+        return found
+    return replace(found, line=f"--dtype auto: {found.dtype} for the weights of '{Path(model).name}'")
+
+
+def _trains_base(settings: Settings, labels: tuple[str, ...]) -> bool:
+    """Return whether the run trains parameters of the base, such as biases or a head."""
+    import peftcore
+
+    if settings.method == FULL or registered.find(settings.task).new_head:
+        return True
+    if not settings.method:  # several are asked
+        return False
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # `apply` raises them
+        try:
+            planned = peftcore.plan(
+                models.empty_model(settings.model, settings.task, labels), settings.method, **settings.fields
+            )
+        except PeftcoreError:
+            return False  # the run itself reports what is wrong
+    return any(kind == "trained parameter" for _, kind, _, _ in planned.rows)
+
+
+def _stored(model: str, task: str, labels: tuple[str, ...], dtype: str) -> str | None:
+    """Return the checkpoint's dtype if it matters."""
+    if dtype != AUTO:
+        return None
+    if model.endswith(".gguf"):
+        return gguf_file.stored_dtype(model)
+    return stored_dtype(models.load_config(model, task, labels))

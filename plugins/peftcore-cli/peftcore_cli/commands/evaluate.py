@@ -1,0 +1,104 @@
+"""`peftcore eval`: metrics of a base and its adapter on a file of examples."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Annotated
+
+import typer
+
+from peftcore.errors import PeftcoreError
+from peftcore_cli import options
+from peftcore_cli.console import number, out, table, warn
+from peftcore_cli.settings import RunOptions
+
+EXAMPLES = (
+    "peftcore eval run -d test.jsonl",
+    "peftcore eval adapter -m MODEL -d test.csv --labels negative,positive",
+)
+
+
+def evaluate(
+    adapter: options.Adapter,
+    data: options.Data,
+    model: options.BaseModel = None,
+    labels: options.Labels = None,
+    columns: options.Columns = None,
+    chat_template: options.ChatTemplate = None,
+    max_length: options.MaxLength = None,
+    batch_size: Annotated[int, typer.Option(min=1, metavar="N", help="Examples per batch.")] = 16,
+    *,
+    given: Annotated[RunOptions, ("metric", "eval_answers", "answer_tokens", "reward", "trust_remote_code")],
+    quantize: options.Quantize = None,
+    dtype: options.Dtype = "auto",
+    device: options.Device = "auto",
+    as_json: options.Json = False,
+) -> object:
+    """Measure a base and its adapter on a file of examples.
+
+    A classifier's base has a randomly initialised head, the one that training started with if the adapter records it,
+    so its figures show chance level.
+    """
+    from peftcore_cli.bases import adapter_folders, base_and_adapter
+    from peftcore_cli.data import row_reading
+    from peftcore_cli.data.data_files import parsed_columns
+    from peftcore_cli.tasks import conversations, generations, metrics, positions, registered
+    from peftcore_cli.training import measuring
+
+    weighted = next((each for each in row_reading.sources(data) if each.weight != 1), None)
+    if weighted is not None:
+        raise PeftcoreError(
+            f"eval measures every example once, found the weight {weighted.weight:g} of --data {weighted.path}. "
+            "Leave out the weight"
+        )
+    about = adapter_folders.adapter_task(adapter, labels)
+    about = replace(about, max_length=max_length or about.max_length)
+    task = registered.find(about.task)
+    rows = row_reading.read_rows(data, task.name, parsed_columns(columns))
+    task.answered(given.metric, given.eval_answers)  # which may be none
+    is_of_answers = generations.is_own(given.metric) or (given.metric in generations.FIGURES and task.writes)
+    if given.metric is not None and not is_of_answers:
+        raise PeftcoreError(
+            f"eval shows every metric of {task.name}; --metric adds one of answers ({', '.join(generations.FIGURES)}, "
+            f"FILE.py:FUNCTION), found '{given.metric}'. Leave it out"
+        )
+    if ("reward" in task.options) != (given.reward is not None):
+        raise PeftcoreError(
+            f"--reward FILE.py:FUNCTION is what eval needs for {registered.with_option('reward')}, and only for it, "
+            f"found {task.name}"
+        )
+    base = adapter_folders.base_of(adapter, model)
+    processor = task.load_processor(base, adapter)
+    conversations.set_template(processor, chat_template, about.chat_template)
+    about = task.prepared(processor, about, base)
+    examples = task.encode(rows, processor, about.max_length, about.labels).examples
+    task.check_examples(examples, "evaluated")
+    how = measuring.evaluation_of(given, processor, about, rows, batch_size=batch_size)
+    if about.seed is not None:
+        from transformers import set_seed
+
+        set_seed(about.seed % (1 << 32))  # initialises the head as in training
+    loaded = base_and_adapter.load_base(base, about, adapter, quantize=quantize, dtype=dtype, device=device)
+    if task.has_positions:
+        positions.check(loaded, max(task.lengths(examples)))
+    if base_and_adapter.fit_vocabulary(loaded, adapter):
+        warn(base_and_adapter.NEW_ROWS)
+    before = task.measure(loaded, examples, how)
+    base_and_adapter.load_adapter(loaded, adapter)
+    after = task.measure(loaded, examples, how)
+    if as_json:
+        return {
+            "task": task.name,
+            "examples": len(rows),
+            "base": before.as_dict(),
+            "adapter": after.as_dict(),
+            "baseline": after.baseline and {"name": after.baseline[0], "value": after.baseline[1]},
+            "labels": list(about.labels),
+            "confusion": after.confusion,
+        }
+    table(metrics.rows(before, after), (number(len(rows), "example"), "base", "with the adapter"))
+    if after.confusion is not None:
+        out.print()
+        cells = metrics.confusion_rows(after.confusion, about.labels)
+        table(cells[1:], cells[0], title="with the adapter: labels (down), answers (across)")
+    return None

@@ -1,0 +1,81 @@
+"""`peftcore generate`: answer a prompt with a model and an adapter; classifiers answer with a label."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from peftcore.errors import PeftcoreError
+from peftcore_cli import options
+from peftcore_cli.console import print_answer, say, warn
+
+EXAMPLES = ('peftcore generate run -p "Is it good?" --compare',)
+
+
+def generate(
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="Prompt to answer.")],
+    pair: Annotated[str | None, typer.Option(help="Second text, for a classifier of pairs.")] = None,
+    adapter: options.MaybeAdapter = None,
+    model: options.BaseModel = None,
+    trust_remote_code: options.TrustRemoteCode = False,  # the application reads it
+    chat: Annotated[
+        bool | None,
+        typer.Option(help="Use the chat template; default: as in training, or if the tokenizer has one."),
+    ] = None,
+    chat_template: options.ChatTemplate = None,
+    compare: Annotated[bool, typer.Option("--compare", help="Also show the base's answer.")] = False,
+    max_new_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Maximum number of tokens to write.")] = 64,
+    temperature: Annotated[
+        float, typer.Option(min=0, metavar="X", help="Sampling temperature; 0: greedy decoding.")
+    ] = 0.0,
+    seed: Annotated[int, typer.Option(help="Seed of sampling, for a temperature above 0.")] = 0,
+    labels: options.Labels = None,
+    quantize: options.Quantize = None,
+    dtype: options.Dtype = "auto",
+    device: options.Device = "auto",
+) -> None:
+    """Answer a prompt with an adapter, and with --compare also with its base."""
+    import peftcore
+    from peftcore_cli.bases import adapter_folders, base_and_adapter, base_files, models
+    from peftcore_cli.tasks import conversations, registered
+
+    if adapter is None and model is None:
+        raise PeftcoreError(
+            "nothing to generate with. Pass an adapter (peftcore generate FOLDER), a model (--model MODEL), or both"
+        )
+    if adapter is None and (compare or labels is not None):
+        raise PeftcoreError(f"{'--compare' if compare else '--labels'} needs an adapter. Pass one, or leave it out")
+    if adapter is None:
+        task, base = adapter_folders.AdapterTask(registered.without_a_name(), 512), base_files.resolve(str(model))
+    else:
+        task, base = adapter_folders.adapter_task(adapter, labels), adapter_folders.base_of(adapter, model)
+    found = registered.find(task.task)
+    if not found.generates:
+        adapter_folders.refuse_without_prompts(str(adapter), task.task)
+    if pair is not None and not found.takes_pairs:
+        raise PeftcoreError(f"--pair is the second text for a classifier, found task {task.task}. Leave it out")
+    loaded = base_and_adapter.load_base(base, task, adapter, quantize=quantize, dtype=dtype, device=device)
+    peftcore.fuse(loaded)
+    tokenizer = models.load_tokenizer(base, adapter)
+
+    conversations.set_template(tokenizer, chat_template, task.chat_template)
+    if chat is None:
+        chat = conversations.has_template(tokenizer) if task.chat is None else task.chat
+        chat = chat and found.no_chat is None
+
+    def written() -> str:
+        sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+        return found.answer(loaded, tokenizer, prompt, task, chat=bool(chat), pair=pair, **sampling)
+
+    if adapter is None:
+        print_answer(written())
+        return
+    if compare:
+        if base_and_adapter.fit_vocabulary(loaded, adapter):
+            warn(base_and_adapter.NEW_ROWS)
+        say("base:", "bold")
+        print_answer(written().strip() + "\n")
+        say("with the adapter:", "bold")
+    base_and_adapter.load_adapter(loaded, adapter)
+    print_answer(written().strip() if compare else written())

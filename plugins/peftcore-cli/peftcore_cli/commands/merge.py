@@ -1,0 +1,59 @@
+"""`peftcore merge`: merge an adapter and write a plain transformers folder."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from peftcore.errors import PeftcoreError
+from peftcore_cli import options
+from peftcore_cli.console import say
+
+EXAMPLES = ("peftcore merge run -o merged",)
+
+
+def merge(
+    adapter: options.Adapter,
+    output: Annotated[Path, typer.Option("--output", "-o", help="New folder for the merged model.")],
+    model: options.BaseModel = None,
+    trust_remote_code: options.TrustRemoteCode = False,  # the application reads it
+    labels: options.Labels = None,
+    shard_size: Annotated[str, typer.Option(help="Maximum size of a file of weights, such as 5GB.")] = "5GB",
+    untie: Annotated[bool, typer.Option("--untie", help="Give an adapted tied embedding its own weight.")] = False,
+    quantize: options.Quantize = None,
+    dtype: options.WrittenDtype = "auto",
+    device: options.Device = "auto",
+) -> None:
+    """Write the merged model and its tokenizer: a folder that transformers loads without peftcore.
+
+    If a tokenizer is saved with the adapter, it is used.
+
+    With --quantize the adapter is merged into the dequantized values of the 4-bit weights.
+    """
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise PeftcoreError(f"'{output}' exists already. Pass a new folder: --output FOLDER")
+    if not re.fullmatch(r"\d+(\.\d+)?\s*[KMGT]B", shard_size.strip().upper()):
+        raise PeftcoreError(f"--shard-size must be a number with KB, MB, GB or TB, such as 5GB, found '{shard_size}'")
+    from peftcore_cli.bases import adapter_folders, base_and_adapter, base_quantization, models
+    from peftcore_cli.tasks import conversations, registered, text_generation
+
+    task, base = adapter_folders.adapter_task(adapter, labels), adapter_folders.base_of(adapter, model)
+    tokenizer = registered.find(task.task).load_processor(base, adapter)
+    conversations.set_template(tokenizer, None, task.chat_template)
+    base_as = base_quantization.of_adapter(quantize, adapter, task)
+    loaded = models.load_model(base, task.task, dtype=dtype, device=device, labels=task.labels, quantize=base_as)
+    base_and_adapter.load_adapter(loaded, adapter)
+    base_and_adapter.merge_adapter(loaded, untie=untie, quantize=base_as, dtype=dtype, device=device)
+    if adapter_folders.has_tokenizer(adapter) and loaded.can_generate():  # its answers may end with another token
+        loaded.generation_config.eos_token_id = text_generation.ends(loaded, conversations.tokenizer_of(tokenizer))
+    try:
+        loaded.save_pretrained(output, max_shard_size=shard_size)
+        tokenizer.save_pretrained(output)
+        registered.find(task.task).write_merged(output, loaded, task, base)
+    except OSError as error:
+        raise PeftcoreError(f"the merged model could not be saved to '{output}': {error.strerror or error}") from error
+    size = sum(file.stat().st_size for file in output.iterdir())
+    say(f"{output} ({size / 1e6:.1f} MB): {type(loaded).__name__} with the adapter merged in")

@@ -1,0 +1,141 @@
+"""`peftcore methods`: the installed methods, which of them work on a model, and the fields of a method's config."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import sys
+import typing
+import warnings
+from collections.abc import Iterator
+from typing import Annotated, Any
+
+import typer
+
+from peftcore_cli import completion, options
+from peftcore_cli.console import NO_METHOD, fail, out, say, table
+
+EXAMPLES = (
+    "peftcore methods",
+    "peftcore methods METHOD",
+    "peftcore methods --for MODEL",
+)
+
+
+def methods(
+    name: Annotated[
+        str | None, typer.Argument(help="Method whose fields to show.", autocompletion=completion.methods)
+    ] = None,
+    for_: Annotated[
+        str | None,
+        typer.Option(
+            "--for", metavar="MODEL", help="Model to try every method on, showing what each trains or why it cannot."
+        ),
+    ] = None,
+    task: options.Task = None,
+    trust_remote_code: options.TrustRemoteCode = False,  # the application reads it
+    as_json: options.Json = False,
+) -> object:
+    """List the installed methods, those that work on a model, or the fields of one for --set."""
+    import peftcore
+
+    if name is not None and for_ is not None:
+        fail(f"--for tries every method. Leave out '{name}', or use `peftcore plan` for a single method")
+    if name is not None:
+        document = _config_of(name)
+        if as_json:
+            return document
+        _show_config(document)
+        return None
+    found = peftcore.methods()
+    if for_ is not None and found:
+        tried = list(_tried(for_, task, list(found)))
+        if as_json:
+            return {"model": for_, "methods": tried}
+        _show_tried(tried)
+        return None
+    listed = [{"name": name, "description": _first_line(method)} for name, method in found.items()]
+    if as_json:
+        return {"methods": listed}
+    if not found:
+        say(NO_METHOD)
+        return None
+    table(((each["name"], each["description"]) for each in listed), ("method", ""))
+    return None
+
+
+def _config_of(name: str) -> dict[str, Any]:
+    """Return the fields of a method's config, their types in words, and their defaults."""
+    import peftcore
+    from peftcore_cli.fields import describe
+
+    method = peftcore.method(name)
+    hints = typing.get_type_hints(method.config_class)
+    fields = [field for field in dataclasses.fields(method.config_class) if field.init]
+    return {
+        "name": method.name,
+        "description": _first_line(method),
+        "fields": [{"name": field.name, "takes": describe(hints[field.name]), **_default(field)} for field in fields],
+        "documentation": inspect.cleandoc(method.config_class.__doc__ or ""),
+    }
+
+
+def _show_config(document: dict[str, Any]) -> None:
+    rows = (
+        (field["name"], field["takes"], "-" if field["required"] else str(field["default"]))
+        for field in document["fields"]
+    )
+    table(rows, ("field", "takes", "default"))
+    if document["documentation"]:
+        out.print()
+        say(document["documentation"])
+
+
+def _tried(folder: str, task: str | None, names: list[str]) -> Iterator[dict[str, Any]]:
+    """Yield what each method with its defaults would train, or the error."""
+    import peftcore
+    from peftcore_cli.bases import base_files, models
+    from peftcore_cli.tasks import registered
+
+    base = models.empty_model(base_files.resolve(folder), task or registered.without_a_name())
+    for name in names:
+        planned, error = None, None
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always")
+            try:
+                planned = peftcore.plan(base, name)
+            except peftcore.PeftcoreError as refused:
+                error = str(refused)
+        yield {
+            "name": name,
+            "trainable_parameters": None if planned is None else planned.trainable_parameters,
+            "trainable_bytes": None if planned is None else planned.trainable_bytes,
+            "warnings": [str(each.message) for each in warned] if error is None else [],
+            "error": error,
+        }
+
+
+def _show_tried(tried: list[dict[str, Any]]) -> None:
+    from peftcore_cli.amounts import megabytes
+
+    rows: list[tuple[str, str, str, str]] = []
+    for each in tried:
+        if each["error"] is not None:
+            rows.append((each["name"], "-", "-", each["error"]))
+            continue
+        size = megabytes(each["trainable_bytes"])
+        rows.append((each["name"], f"{each['trainable_parameters']:,}", size, "; ".join(each["warnings"])))
+    table(rows, ("method", "trains", "size", ""))
+
+
+def _first_line(method: Any) -> str:
+    package = sys.modules.get(method.config_class.__module__.partition(".")[0])
+    return (getattr(package, "__doc__", None) or "").strip().partition("\n")[0]
+
+
+def _default(field: dataclasses.Field[Any]) -> dict[str, Any]:
+    if field.default is not dataclasses.MISSING:
+        return {"default": field.default, "required": False}
+    if field.default_factory is not dataclasses.MISSING:
+        return {"default": field.default_factory(), "required": False}
+    return {"default": None, "required": True}

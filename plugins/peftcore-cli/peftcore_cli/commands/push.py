@@ -1,0 +1,89 @@
+"""`peftcore push`: upload an adapter to Hugging Face's hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from peftcore.errors import PeftcoreError
+from peftcore_cli import completion, options
+from peftcore_cli.console import require, say
+
+EXAMPLES = ("peftcore push run ORG/NAME", "peftcore push run ORG/NAME --update --message 'Two more epochs'")
+# Of a checkpoint: what only further training on this machine needs, and pickles, which nobody should load.
+NOT_UPLOADED = ["*.bin", "*.pt", "*.pth", "*.pkl", "*.tmp", "checkpoint-*", "runs/*", "complete.json"]
+NOT_UPLOADED += ["trainer_state.json", "reference.safetensors"]
+_LOG_IN = "Log in with `hf auth login`, or set HF_TOKEN to a token that may write"
+
+
+def push(
+    adapter: Annotated[
+        Path,
+        typer.Argument(
+            help="Folder of an adapter or a run.", callback=options.in_run, autocompletion=completion.adapters
+        ),
+    ],
+    repository: Annotated[str, typer.Argument(metavar="ORG/NAME", help="Name of the repository on the hub.")],
+    *,
+    public: Annotated[
+        bool, typer.Option("--public", help="Let everybody see the new repository; by default it is private.")
+    ] = False,
+    update: Annotated[bool, typer.Option("--update", help="Upload to a repository that exists.")] = False,
+    message: Annotated[str, typer.Option(help="Message of the commit.")] = "Upload of an adapter with peftcore",
+) -> None:
+    """Upload an adapter with its model card and tokenizer to Hugging Face's hub.
+
+    A new repository is private. Checkpoints' optimizer states and pickles are not uploaded.
+    """
+    import peftcore
+
+    peftcore.inspect(adapter)  # raises a CheckpointError if it is not an adapter
+    if public and update:
+        raise PeftcoreError("--public is for a new repository. Change who sees an existing one in its settings")
+    require("huggingface_hub", extra="hub")
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    _called(lambda: api.whoami(), repository)
+    if update:
+        if not _called(lambda: api.repo_exists(repository), repository):
+            raise PeftcoreError(f"repository '{repository}' was not found on the hub. Leave --update out to create it")
+    else:
+        _called(lambda: api.create_repo(repository, private=not public, exist_ok=False), repository)
+    done: Any = _called(
+        lambda: api.upload_folder(
+            repo_id=repository, folder_path=adapter, commit_message=message, ignore_patterns=NOT_UPLOADED
+        ),
+        repository,
+        "" if update else f" The repository '{repository}' was created and is empty: continue with --update",
+    )
+    say(f"{getattr(done, 'repo_url', None) or repository}{'' if public or update else ' (private)'}")
+    say(f"load it: peftcore.load(model, '{repository}')")
+
+
+def _called(call: Any, repository: str, then: str = "") -> Any:
+    """Return what a call of the hub's client returns; raise its errors as PeftcoreErrors that say what to do."""
+    from huggingface_hub import errors
+
+    try:
+        return call()
+    except errors.LocalTokenNotFoundError as error:
+        raise PeftcoreError(f"'{repository}' was not uploaded: no token of the hub was found. {_LOG_IN}") from error
+    except errors.HFValidationError as error:
+        raise PeftcoreError(f"'{repository}' is not a name on the hub: {error}. Pass ORG/NAME") from error
+    except errors.HfHubHTTPError as error:
+        status = getattr(error.response, "status_code", None)
+        what = {
+            401: f"the hub does not accept the token. {_LOG_IN}",
+            403: f"the token may not write there. {_LOG_IN}, or choose another ORG",
+            409: "the repository exists already. Choose another name, or pass --update to upload to it",
+        }.get(status or 0, f"the hub answered {status}: {' '.join(str(error).split())[:400]}. Try again later")
+        raise PeftcoreError(f"'{repository}' was not uploaded: {what}.{then}") from error
+    except Exception as error:
+        why = " ".join(str(error).split())[:400]
+        raise PeftcoreError(
+            f"'{repository}' was not uploaded: the hub was not reached ({type(error).__name__}: {why}). Check the "
+            f"network, HF_ENDPOINT and HF_HUB_OFFLINE.{then}"
+        ) from error

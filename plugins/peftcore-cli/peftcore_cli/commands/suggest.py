@@ -1,0 +1,116 @@
+"""`peftcore suggest`: ways of training that fit into a memory budget; no weights are loaded."""
+
+from __future__ import annotations
+
+import shlex
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from peftcore.errors import PeftcoreError
+from peftcore_cli import options
+from peftcore_cli.console import say
+from peftcore_cli.settings import RunOptions, Settings
+
+if TYPE_CHECKING:
+    from peftcore.estimating.choosing import Way
+
+EXAMPLES = (
+    "peftcore suggest -m MODEL --method METHOD --memory 24GB --device rtx4090 --max-length 2048",
+    "peftcore suggest -m MODEL --method METHOD --rank 8 --rank 64",
+)
+
+
+def suggest(
+    model: options.Model,
+    memory: Annotated[
+        str | None,
+        typer.Option(help="Memory budget, such as 24GB; default: the device's, or what is free on this machine."),
+    ] = None,
+    device: Annotated[
+        str, typer.Option(help="Device: cpu (this machine), or a GPU: t4, rtx4090, a100, h100, ...")
+    ] = "cpu",
+    method: Annotated[
+        list[str] | None,
+        typer.Option("--method", help="Method to consider. Repeatable."),
+    ] = None,
+    rank: Annotated[
+        list[int] | None, typer.Option("--rank", min=1, help="Rank to consider. Repeatable; default: 16.")
+    ] = None,
+    *,
+    data: options.PlannedData = None,
+    task: options.Task = None,
+    labels: options.PlannedLabels = None,
+    given: Annotated[
+        RunOptions,
+        ("max_length", "dtype", "precision", "parallel", "without_logits", "fuse", "recompute", "trust_remote_code"),
+    ],
+    ranks: options.Ranks = 1,
+    as_json: options.Json = False,
+) -> object:
+    """Suggest ways to train a model within a memory budget, and print the commands for them.
+
+    Each way is a training step that was simulated without memory.
+    """
+    import peftcore
+    from peftcore_cli.bases import base_files, models
+    from peftcore_cli.training import forecast, training_run  # noqa: F401  # the memory of what `train` imports counts
+
+    asked = task
+    task, names = options.planned_task(task, data, labels)
+    methods = method or [options.resolve_method(None, None)[0]]
+    base = base_files.resolve(model)
+    settings = Settings.of(given, model=base, data=data or "", task=task, method="", device=device)
+    why = forecast.unknown(task)
+    if why is not None:
+        raise PeftcoreError(f"suggest needs the memory of a step: {why}. Train with a small --batch-size")
+    config = models.load_config(base, task, names)
+    if models.has_code(config, task):
+        raise PeftcoreError(
+            f"suggest knows models of transformers, found '{model}' with code of its own. See what one method takes "
+            "with peftcore plan --trust-remote-code"
+        )
+    found = peftcore.suggest(
+        config,
+        methods,
+        memory=memory,
+        device=device,
+        r=rank or (16,),
+        dtype=forecast.dtype_of_base(settings, names),
+        length=forecast.tokens_of_step(given.max_length, task, config),
+        without_logits=forecast.is_without_logits(settings),
+        fused=forecast.is_fused(settings),
+        recompute=given.recompute,
+        **{**forecast.how(task, given.precision, given.parallel, ranks), **forecast.of_data(settings)},
+    )
+    more = ["--max-length", str(given.max_length)]
+    as_what = "bf16" if device != "cpu" and given.dtype == given.precision == "auto" else given.dtype
+    shown = {"task": asked, "dtype": as_what, "precision": given.precision, "parallel": given.parallel}
+    shown |= {"without-logits": given.without_logits, "fuse": given.fuse, "recompute": given.recompute}
+    for name, value in shown.items():
+        if value not in (None, "auto"):
+            more += [f"--{name}", value]
+    files = " -d ".join(map(shlex.quote, data or ())) or "DATA"
+    start = "peftcore" if given.parallel is None else f"torchrun --nproc-per-node {ranks} -m peftcore"
+    commands = [
+        f"{start} train -m {shlex.quote(model)} -d {files} -o RUN {shlex.join([*way.options(), *more])}"
+        for way in found.ways
+    ]
+    if as_json:
+        ways = [{**_way(way), "command": command} for way, command in zip(found.ways, commands, strict=True)]
+        return {"model": model, "task": task, "device": found.device.name, "memory": found.memory, "ways": ways}
+    say(str(found))
+    say("\nto train in the first of these ways:", "bold")
+    say(f"  {commands[0]}")
+    return None
+
+
+def _way(way: Way) -> dict[str, object]:
+    return {
+        "method": way.method,
+        "fields": way.fields,
+        "batch_size": way.batch_size,
+        "gradient_checkpointing": way.gradient_checkpointing,
+        "optimizer": way.optimizer,
+        "memory": way.memory._asdict(),
+    }

@@ -1,0 +1,86 @@
+"""Rows: examples as the files have them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from peftcore.errors import PeftcoreError
+from peftcore_cli.data.labels import Label
+
+Messages = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One example.
+
+    Attributes:
+        where: `FILE:LINE`, for messages.
+        text: the text; the prompt if there is a completion.
+        completion: the answer to learn; of a preference the chosen one. A list of one message in a conversation.
+        rejected: the other answer of a preference.
+        label: the label of a classifier; the score of a scored pair; the tags of `words`.
+        messages: a conversation as chat templates take it; of a preference or a marked answer the prompt.
+        learned_from: index of the message from which on the assistant's turns are learned.
+        not_learned: indices of turns after it that are not learned.
+        tools: tools that may be called in the conversation.
+        source: index of the data set.
+        is_good: whether a marked answer is good.
+        pair: the second text of a pair to classify or to embed.
+        negative: the third text of a triplet.
+        tokens: (ids, labels) of a row that is tokenized already.
+        words: the words that have tags.
+        image: path of the image to classify.
+        images: paths of a conversation's images.
+        sounds: paths of a conversation's recordings.
+        audio: path of the recording to transcribe.
+        columns: fields for a function that judges answers.
+    """
+
+    where: str
+    text: str
+    completion: str | Messages | None = None
+    rejected: str | Messages | None = None
+    label: Label | None = None
+    messages: Messages | None = None
+    learned_from: int = 0
+    not_learned: tuple[int, ...] = ()
+    tools: list[Any] | None = None
+    source: int = 0
+    is_good: bool | None = None
+    pair: str | None = None
+    negative: str | None = None
+    tokens: tuple[list[int], list[int]] | None = None
+    words: tuple[str, ...] = ()
+    image: str | None = None
+    images: tuple[str, ...] = ()
+    sounds: tuple[str, ...] = ()
+    audio: str | None = None
+    columns: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def kind(self) -> str:
+        """Name of the example's fields."""
+        if self.messages is not None:
+            return "messages"
+        if self.negative is not None:
+            return "anchor/positive/negative"
+        if self.pair is not None:
+            return "sentence1/sentence2/score" if isinstance(self.label, float) else "anchor/positive"
+        if self.tokens is not None:
+            return "input_ids"
+        return "text" if self.completion is None else "prompt/completion"
+
+
+@contextmanager
+def naming(where: str | None) -> Iterator[None]:
+    """Begin the message of a PeftcoreError with the place of the row that it is about, if there is one."""
+    try:
+        yield
+    except PeftcoreError as error:
+        if where is None:
+            raise
+        raise PeftcoreError(f"{where}: {error}") from error

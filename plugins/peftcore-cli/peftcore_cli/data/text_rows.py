@@ -1,0 +1,45 @@
+"""Rows of texts to learn: a text, a prompt with its completion, a conversation, or token ids."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peftcore.errors import PeftcoreError
+from peftcore_cli.data import turns
+from peftcore_cli.data.data_files import alpaca_prompt
+from peftcore_cli.data.labels import text_of
+from peftcore_cli.data.row import Row
+from peftcore_cli.data.token_rows import tokens_of
+
+
+def row_of(where: str, fields: dict[str, Any], keys: tuple[str, ...]) -> Row:
+    """Return a row of any of these kinds, of which `keys` are the fields.
+
+    Raises:
+        PeftcoreError: a field is wrong; the message begins with `where`.
+    """
+    if keys == ("messages",):
+        return turns.conversation(where, turns.messages_of(where, "messages", fields["messages"]), 0, fields)
+    if keys == ("conversations",):
+        return turns.conversation(where, turns.of_sharegpt(where, fields["conversations"]), 0, fields)
+    if keys == ("prompt", "completion") and isinstance(fields["prompt"], list):
+        before, answer = (turns.messages_of(where, key, fields[key]) for key in keys)
+        return turns.conversation(where, [*before, *answer], len(before), fields)
+    if keys == ("input_ids",):
+        return Row(where, "", tokens=tokens_of(where, fields))
+    return plain(where, fields, keys)
+
+
+def plain(where: str, fields: dict[str, Any], keys: tuple[str, ...]) -> Row:
+    """Return a text, or a prompt with its completion, also in Alpaca's form.
+
+    Raises:
+        PeftcoreError: a field is not text, or the last is empty; the message begins with `where`.
+    """
+    if keys == ("instruction", "output"):
+        prompt = alpaca_prompt(text_of(where, "instruction", fields["instruction"]), fields.get("input"))
+        fields, keys = {"prompt": prompt, "completion": fields["output"]}, ("prompt", "completion")
+    texts = [text_of(where, key, fields[key]) for key in keys]
+    if not texts[-1].strip():
+        raise PeftcoreError(f"{where}: '{keys[-1]}' is empty")
+    return Row(where, texts[0], completion=texts[1] if len(texts) > 1 else None)

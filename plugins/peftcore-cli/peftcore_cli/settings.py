@@ -1,0 +1,546 @@
+"""Settings that determine a run, and the run's folder, which stores them.
+
+OUTPUT/run.json       the settings; --resume refuses different ones
+OUTPUT/.train.lock    locked while a process trains or compares there
+OUTPUT/run.toml       the settings as options: `peftcore train --config OUTPUT/run.toml --output OTHER` repeats it
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from filelock import FileLock, Timeout
+
+from peftcore.errors import PeftcoreError
+from peftcore_cli import config_file, option_groups, options
+from peftcore_cli.data import mixture
+
+RUN_FILE = config_file.RUN_FILE
+LOCK = ".train.lock"  # in the folder while a process trains or compares there
+_OF_RANKS = ("ranks", "parallel", "grad_accum")  # may change together, see `for_these_ranks`
+_NOT_THE_SAME = (
+    ". --resume continues an interrupted run in --output; --adapter starts a new run from an existing adapter"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """Command-line options that determine a run, as given by the user.
+
+    An option is defined here and nowhere else: `train` has an option for each field; `compare`, `plan` and `suggest`
+    have those that they name; `run.json`, `run.toml` and `--resume` follow. `training/trainer_arguments.py` passes
+    values on to Trainer, and `training/option_checks.py` refuses options that a task ignores.
+    """
+
+    eval_data: Annotated[
+        str | None,
+        typer.Option(
+            rich_help_panel=option_groups.DATA, help="Held-out examples to evaluate on, written as for --data."
+        ),
+    ] = None
+    holdout: Annotated[
+        float,
+        typer.Option(
+            rich_help_panel=option_groups.DATA,
+            help="Without --eval-data: share of the examples to hold out, or from 1 up their number.",
+        ),
+    ] = 0.1
+    epochs: Annotated[float, typer.Option(help="Passes over the examples.")] = 3.0
+    steps: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            rich_help_panel=option_groups.TRAINING,
+            help="Number of optimizer steps, instead of --epochs.",
+        ),
+    ] = None
+    batch_size: Annotated[int, typer.Option(min=1, metavar="N", help="Examples per batch, in each process.")] = 8
+    grad_accum: Annotated[
+        int,
+        typer.Option(min=1, metavar="N", rich_help_panel=option_groups.TRAINING, help="Batches per optimizer step."),
+    ] = 1
+    lr: Annotated[float | None, typer.Option(help="Learning rate; default: the method's.")] = None
+    scheduler: Annotated[
+        str,
+        typer.Option(
+            rich_help_panel=option_groups.TRAINING,
+            help="Learning-rate schedule of transformers: linear, cosine, constant, ...",
+        ),
+    ] = "linear"
+    warmup: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            metavar="X",
+            rich_help_panel=option_groups.TRAINING,
+            help="Warmup: share of the steps, or from 1 up their number.",
+        ),
+    ] = 0.03
+    weight_decay: Annotated[
+        float,
+        typer.Option(min=0, metavar="X", rich_help_panel=option_groups.TRAINING, help="Weight decay of the optimizer."),
+    ] = 0.0
+    max_grad_norm: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            metavar="X",
+            rich_help_panel=option_groups.TRAINING,
+            help="Norm that gradients are clipped to; 0: no clipping.",
+        ),
+    ] = 1.0
+    max_length: Annotated[int, typer.Option(min=2, metavar="N", help="Maximum number of tokens per example.")] = 512
+    streaming: Annotated[
+        bool,
+        typer.Option(
+            "--streaming",
+            rich_help_panel=option_groups.DATA,
+            help="Read examples from their .jsonl files as they are needed, for data larger than memory.",
+        ),
+    ] = False
+    pack: Annotated[
+        bool,
+        typer.Option(
+            "--pack",
+            rich_help_panel=option_groups.DATA,
+            help="Pack several examples into a row of --max-length tokens; they do not attend to each other.",
+        ),
+    ] = False
+    beta: Annotated[
+        float | None,
+        typer.Option(
+            rich_help_panel=option_groups.TASK,
+            help="Strength of the penalty for leaving the reference: DPO and KTO (default: 0.1), GRPO "
+            "(default: 0); weight of the odds ratio in ORPO (default: 0.1).",
+        ),
+    ] = None
+    desirable_weight: Annotated[
+        float,
+        typer.Option(
+            min=0, metavar="X", rich_help_panel=option_groups.TASK, help="Weight of good answers in KTO's loss."
+        ),
+    ] = 1.0
+    undesirable_weight: Annotated[
+        float,
+        typer.Option(
+            min=0, metavar="X", rich_help_panel=option_groups.TASK, help="Weight of bad answers in KTO's loss."
+        ),
+    ] = 1.0
+    language: Annotated[
+        str | None,
+        typer.Option(
+            rich_help_panel=option_groups.TASK,
+            help="Language of the recordings (asr), such as english; multilingual models need it.",
+        ),
+    ] = None
+    pooling: Annotated[
+        str,
+        typer.Option(
+            rich_help_panel=option_groups.TASK,
+            help="Pooling of token embeddings (pairs): auto (the base's), mean, cls, or last.",
+        ),
+    ] = "auto"
+    reward: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE.py:FUNCTION",
+            rich_help_panel=option_groups.TASK,
+            help="Function that scores answers (grpo). It is called as by TRL, with prompts, "
+            "completions and the other columns by name, and returns a list of numbers.",
+        ),
+    ] = None
+    generations: Annotated[
+        int,
+        typer.Option(min=2, metavar="N", rich_help_panel=option_groups.TASK, help="Answers sampled per prompt (grpo)."),
+    ] = 8
+    temperature: Annotated[
+        float, typer.Option(rich_help_panel=option_groups.TASK, help="Sampling temperature (grpo).")
+    ] = 1.0
+    teacher: Annotated[
+        str | None,
+        typer.Option(
+            rich_help_panel=option_groups.TASK,
+            help="Model to distil from (causal-lm): hub id or folder. Its next-token probabilities are "
+            "learned in addition to the examples.",
+        ),
+    ] = None
+    teacher_weight: Annotated[
+        float,
+        typer.Option(
+            rich_help_panel=option_groups.TASK,
+            help="Weight of the teacher in the loss, from 0 to 1; the examples have the rest.",
+        ),
+    ] = 0.5
+    labels: options.Labels = None
+    columns: options.Columns = None
+    chat_template: options.ChatTemplate = None
+    quantize: Annotated[
+        str | None, typer.Option(help="4-bit format of the frozen base, such as nf4; default: dense.")
+    ] = None
+    trust_remote_code: options.TrustRemoteCode = False
+    dtype: options.Dtype = "auto"
+    precision: Annotated[
+        str,
+        typer.Option(
+            rich_help_panel=option_groups.MEMORY,
+            help="Dtype of the computation: auto (the base's), fp32, or bf16 or fp16 over a base in "
+            "fp32 (mixed precision).",
+        ),
+    ] = "auto"
+    device: options.Device = "auto"
+    seed: Annotated[
+        int,
+        typer.Option(
+            rich_help_panel=option_groups.TRAINING,
+            help="Seed of the held-out split, the adapter's initialisation, the order of examples and dropout.",
+        ),
+    ] = 0
+    parallel: options.Parallel = None
+    gradient_checkpointing: Annotated[
+        bool,
+        typer.Option(
+            "--gradient-checkpointing",
+            rich_help_panel=option_groups.MEMORY,
+            help="Recompute activations in backward: less memory, more time.",
+        ),
+    ] = False
+    without_logits: Annotated[
+        str,
+        typer.Option(
+            rich_help_panel=option_groups.MEMORY,
+            help="Compute the loss without materializing logits (causal-lm): auto (if a few rows give "
+            "the same loss), on, or off.",
+        ),
+    ] = "auto"
+    fuse: Annotated[
+        str,
+        typer.Option(
+            rich_help_panel=option_groups.MEMORY,
+            help="Fuse norms, gated activations and attention: auto (on CPUs), on, or off.",
+        ),
+    ] = "auto"
+    recompute: Annotated[
+        str,
+        typer.Option(
+            rich_help_panel=option_groups.MEMORY,
+            help="What backward recomputes of fused norms and activations: auto (their outputs: less "
+            "memory, the same gradients) or none.",
+        ),
+    ] = "auto"
+    optim: Annotated[
+        str,
+        typer.Option(
+            rich_help_panel=option_groups.TRAINING,
+            help="Optimizer: one of transformers', or peftcore's paged_adamw_8bit and paged_adamw_32bit.",
+        ),
+    ] = "adamw_torch"
+    optim_args: Annotated[
+        str | None,
+        typer.Option(
+            rich_help_panel=option_groups.TRAINING,
+            help="Arguments of the optimizer, such as betas=(0.9,0.95) or budget=256MB.",
+        ),
+    ] = None
+    eval_every: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            rich_help_panel=option_groups.EVALUATION,
+            help="Steps between evaluations; default: 5 evaluations per run.",
+        ),
+    ] = None
+    save_every: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            rich_help_panel=option_groups.OUTPUT,
+            help="Steps between checkpoints; default: 5 checkpoints per run.",
+        ),
+    ] = None
+    keep: Annotated[
+        int,
+        typer.Option(min=2, metavar="N", rich_help_panel=option_groups.OUTPUT, help="Number of checkpoints to keep."),
+    ] = 2
+    load_best: Annotated[
+        bool,
+        typer.Option(
+            "--load-best",
+            rich_help_panel=option_groups.EVALUATION,
+            help="Save the adapter of the best evaluation instead of the last one.",
+        ),
+    ] = False
+    metric: Annotated[
+        str | None,
+        typer.Option(
+            rich_help_panel=option_groups.EVALUATION,
+            help="Held-out metric that decides which evaluation is best: loss (default), accuracy, "
+            "exact_match, rouge_l, ..., or FILE.py:FUNCTION, called with the answers and the wanted texts.",
+        ),
+    ] = None
+    eval_answers: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            rich_help_panel=option_groups.EVALUATION,
+            help="Number of held-out prompts to answer in each evaluation, for exact match and "
+            "ROUGE-L; default: 100 if --metric is one of answers, else none.",
+        ),
+    ] = None
+    answer_tokens: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            metavar="N",
+            rich_help_panel=option_groups.EVALUATION,
+            help="Maximum number of tokens of such an answer, and of those of grpo.",
+        ),
+    ] = 64
+    patience: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            rich_help_panel=option_groups.EVALUATION,
+            help="Number of evaluations without improvement after which training stops; implies --load-best.",
+        ),
+    ] = None
+
+
+SWITCH = ("auto", "on", "off")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Display:
+    """Options of a run that change what it shows, and not what it learns."""
+
+    sample: Annotated[
+        str | None,
+        typer.Option(
+            rich_help_panel=option_groups.EVALUATION, help="Prompt to answer before and after training (causal-lm)."
+        ),
+    ] = None
+    sample_tokens: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            metavar="N",
+            rich_help_panel=option_groups.EVALUATION,
+            help="Maximum number of tokens of the answer to --sample.",
+        ),
+    ] = 48
+    report_to: Annotated[
+        str | None,
+        typer.Option(
+            rich_help_panel=option_groups.OUTPUT,
+            help="Services that receive the training log, separated by commas: tensorboard, wandb, mlflow, ...",
+        ),
+    ] = None
+
+
+@dataclass(frozen=True)
+class Settings(RunOptions):
+    """Everything that determines a run: its options, with defaults resolved.
+
+    `data`: a path or a dataset's id, or several, whose examples are read together.
+    `fields`: of the method's config.
+    `adapter`: folder of the adapter that the run continues; `labels` are its classifier's.
+    `validation`: share of the training examples that is kept from training, to choose among runs.
+    `other_data`: texts of another domain, whose loss before and after shows what is forgotten.
+    """
+
+    model: str
+    data: str | list[str]
+    task: str
+    method: str
+    fields: dict[str, Any] = field(default_factory=dict)
+    adapter: str | None = None
+    validation: float | None = None
+    other_data: str | None = None
+    ranks: int = 1
+    lr: float = field(default=2e-4, kw_only=True)
+
+    @classmethod
+    def of(cls, given: RunOptions, **resolved: Any) -> Settings:
+        """Return the settings of a run: the options `given`, overridden and completed by `resolved`."""
+        values = {**vars(given), **resolved}
+        if values["lr"] is None:  # nothing is trained
+            del values["lr"]
+        for name in ("eval_data", "other_data"):
+            if values.get(name) and mixture.parsed(values[name]).weight != 1:
+                raise PeftcoreError(
+                    f"--{name.replace('_', '-')} is measured once per example, found the weight in '{values[name]}'. "
+                    "Leave out the weight"
+                )
+        for name in ("eval_data", "chat_template", "other_data"):
+            if values.get(name):
+                values[name] = options.absolute(values[name])
+        for option in ("metric", "reward"):
+            if ".py:" in (values.get(option) or ""):
+                file, _, name = values[option].rpartition(":")
+                values[option] = f"{options.absolute(file)}:{name}"
+        return cls(**values)
+
+    def __post_init__(self) -> None:
+        """Raise a PeftcoreError unless all numbers are finite, and the rate and the number of epochs positive."""
+        for name, value in vars(self).items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise PeftcoreError(f"{name} must be a finite number, found {value}")
+        for option, chosen in (("--without-logits", self.without_logits), ("--fuse", self.fuse)):
+            if chosen not in SWITCH:
+                raise PeftcoreError(f"{option} must be one of {', '.join(SWITCH)}, found '{chosen}'")
+        from peftcore.training import RECOMPUTE  # with PyTorch, which --help does without
+
+        if self.recompute not in RECOMPUTE:
+            raise PeftcoreError(f"--recompute must be one of {', '.join(RECOMPUTE)}, found '{self.recompute}'")
+        if self.lr <= 0 or self.epochs <= 0:
+            raise PeftcoreError(f"lr and epochs must be above 0, found lr={self.lr:g}, epochs={self.epochs:g}")
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the settings as JSON stores them."""
+        return json.loads(json.dumps(asdict(self)))
+
+    def rows(self) -> list[tuple[str, str]]:
+        """Return (name, value) of what was chosen, and in a last row all options that are at their defaults."""
+        first = ("model", "data", "other_data", "task", "method", "adapter")
+        chosen: dict[str, Any] = {name: getattr(self, name) for name in first}
+        chosen |= {f"set {name}": value for name, value in self.fields.items()}
+        defaults: dict[str, Any] = {}
+        for each in fields(self):
+            if each.name not in (*first, "fields"):
+                value = getattr(self, each.name)
+                (defaults if value == each.default and each.name != "lr" else chosen)[each.name] = value
+        rows = [(name, _shown(value)) for name, value in chosen.items() if value is not None]
+        unchanged = (f"{name} {_shown(value)}" for name, value in defaults.items() if value is not None)
+        return [*rows, ("defaults", ", ".join(unchanged))]
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def for_these_ranks(output: Path, settings: Settings) -> Settings:
+    """Return settings that resume the run in `output` on another number of ranks.
+
+    `grad_accum` becomes what keeps the batches of an optimizer step: the sampler draws batches of `batch_size` in an
+    order that does not depend on the ranks, so each step then takes the examples that it would have taken.
+
+    Raises:
+        PeftcoreError: the ranks cannot share the batches of a step equally.
+    """
+    run_file = output / RUN_FILE
+    if not run_file.exists():
+        return settings
+    before = _read(run_file)
+    ranks, accumulated, batches = before.get("ranks", 1), before.get("grad_accum", 1), _batches_per_step(before)
+    from peftcore_cli.tasks import registered
+
+    if ranks != settings.ranks and registered.find(settings.task).fixed_ranks:
+        raise PeftcoreError(
+            f"the run in '{output}' samples answers on {ranks} ranks, and each has random numbers of its own, found "
+            f"{settings.ranks} ranks. Resume on {ranks}, or start again: --overwrite"
+        )
+    if ranks == settings.ranks or settings.grad_accum != accumulated:
+        return settings
+    if batches % settings.ranks:
+        fitting = ", ".join(str(n) for n in range(1, batches + 1) if batches % n == 0)
+        raise PeftcoreError(
+            f"the run in '{output}' takes {batches} batches per optimizer step (ranks={ranks}, grad_accum="
+            f"{accumulated}), and {settings.ranks} ranks cannot share them equally. Resume on a number of ranks that "
+            f"divides them: {fitting}; or start again: --overwrite"
+        )
+    return replace(settings, grad_accum=batches // settings.ranks)
+
+
+def _batches_per_step(settings: Mapping[str, Any]) -> int:
+    return int(settings.get("ranks", 1)) * int(settings.get("grad_accum", 1))
+
+
+def _read(run_file: Path) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads(run_file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise PeftcoreError(f"'{run_file}' cannot be read: {error}. Start again: --overwrite") from error
+    return found
+
+
+@contextlib.contextmanager
+def only_process(output: Path) -> Iterator[None]:
+    """Create the folder, and keep other processes from training or comparing in it within the block.
+
+    Raises:
+        PeftcoreError: another process trains or compares in it.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(output / LOCK, timeout=0):
+            yield
+    except Timeout:
+        raise PeftcoreError(
+            f"another process is at work in '{output}'. Wait until it ends, or pass another folder: --output FOLDER"
+        ) from None
+
+
+def check_folder(output: Path, *, overwrite: bool) -> None:
+    """Raise a PeftcoreError unless a run may begin in this folder: it is empty, or a run that is overwritten."""
+    if output.exists() and not output.is_dir():
+        raise PeftcoreError(f"'{output}' is a file. Pass a folder: --output FOLDER")
+    # Settings alone belong to a run that failed before it made anything.
+    begun = {RUN_FILE, config_file.NAME, LOCK}
+    if not output.is_dir() or all(path.name in begun for path in output.iterdir()):
+        return
+    if not (output / RUN_FILE).exists():
+        raise PeftcoreError(f"'{output}' already contains something else. Pass another folder")
+    if not overwrite:
+        raise PeftcoreError(
+            f"'{output}' already contains a run. Use --resume to continue it, or --overwrite to start again"
+        )
+
+
+def prepare_folder(output: Path, settings: Settings, *, resume: bool, overwrite: bool) -> None:
+    """Create the run's folder and write the settings.
+
+    Raises:
+        PeftcoreError: the folder is not empty, or the run to resume has different settings.
+    """
+    run_file = output / RUN_FILE
+    if resume and run_file.exists():
+        before, now = _read(run_file), settings.to_json()
+        since = {each.name: each.default for each in fields(settings) if each.default is not MISSING}
+        before = {**since, "fuse": "off", **before}  # a run from before an option existed had its default
+        if _batches_per_step(before) == _batches_per_step(now):
+            now |= {name: before[name] for name in _OF_RANKS}
+        for name in sorted(before.keys() | now.keys(), key=lambda name: (name != "adapter", name)):
+            if before.get(name) != now.get(name):
+                raise PeftcoreError(
+                    f"the run in '{output}' had {name}={before.get(name)!r}, now it is {now.get(name)!r}. "
+                    "To continue exactly, resume with the same settings; to start again: --overwrite"
+                    f"{_NOT_THE_SAME if name == 'adapter' else ''}"
+                )
+        return
+    check_folder(output, overwrite=overwrite)
+    for name in ("checkpoints", "adapter"):
+        shutil.rmtree(output / name, ignore_errors=True)
+    output.mkdir(parents=True, exist_ok=True)
+    run_file.write_text(json.dumps(settings.to_json(), indent=2) + "\n", encoding="utf-8")
+
+
+def write_options(output: Path, settings: Settings, display: Display) -> None:
+    """Write `run.toml`."""
+    shown = ("model", "data", "task", "method", "adapter", *(each.name for each in fields(RunOptions)))
+    chosen = {name: getattr(settings, name) for name in shown}
+    more = {"set": settings.fields, "output": str(output.resolve()), **vars(display)}
+    config_file.write(output / config_file.NAME, {**chosen, **more})

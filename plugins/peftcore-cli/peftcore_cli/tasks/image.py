@@ -1,0 +1,95 @@
+"""Images and their labels (`--task image`): each image as the model's image processor prepares it.
+
+Images are decoded batch by batch, so that a data set need not fit into memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from peftcore.errors import PeftcoreError
+from peftcore_cli.bases import models
+from peftcore_cli.data import image_files
+from peftcore_cli.data.data_files import Record
+from peftcore_cli.data.first_lines import FirstLines
+from peftcore_cli.data.row import Row
+from peftcore_cli.settings import RunOptions
+from peftcore_cli.tasks.classification import Classification
+from peftcore_cli.tasks.encoded_examples import Encoded, Example
+from peftcore_cli.tasks.row_labels import targets
+
+if TYPE_CHECKING:
+    from peftcore_cli.bases.adapter_folders import AdapterTask
+
+
+class Images(Classification):
+    """Classes of images, in a folder with one subfolder of images per label."""
+
+    name = "image"
+    shown_keys = None
+    model_class = "AutoModelForImageClassification"
+    needed_model = "a model that classifies images, such as a ViT, found {}. Pass another model"
+    peft_task_type = None
+    replaces_head = True  # image models come with the head of another data set
+    reads_tokens = has_positions = generates = takes_pairs = counts_tokens = False
+    no_chat = "classifies images. Use peftcore predict --data IMAGES"
+
+    def reads_files(self, paths: Sequence[str]) -> bool:
+        return all(image_files.is_labelled(path) for path in paths)
+
+    def recognises(self, lines: FirstLines) -> bool:
+        return False
+
+    def read(
+        self,
+        paths: Sequence[str],
+        columns: Mapping[str, str] | None,
+        records: Sequence[Sequence[Record]] | None = None,
+    ) -> list[list[Row]]:
+        if columns:
+            raise PeftcoreError("--columns names the fields of rows, and a folder of images has none. Leave it out")
+        images = [list(image_files.labelled(each)) for each in paths]
+        return [[Row(file, "", label=label, image=file) for file, label in folder] for folder in images]
+
+    def read_questions(self, paths: Sequence[str], columns: Mapping[str, str] | None, about: AdapterTask) -> list[Row]:
+        files = [file for path in paths for file in image_files.unlabelled(path)]
+        return [Row(file, "", label=about.labels[0], image=file) for file in files]
+
+    def load_processor(self, model: str, adapter: Path | None = None) -> Any:
+        return models.image_processor(model, self.name)
+
+    def check_options(self, given: RunOptions, data: Sequence[str], *, continues: bool) -> None:
+        if given.chat_template is not None or given.columns is not None:
+            raise PeftcoreError("--chat-template and --columns are for texts, found --task image. Leave them out")
+
+    def encode(
+        self,
+        rows: Sequence[Row],
+        processor: Any,
+        max_length: int,
+        labels: Sequence[str] = (),
+        *,
+        may_be_empty: bool = False,
+    ) -> Encoded:
+        """Return rows as `image`, the path of a file, and `labels`, after decoding each image once.
+
+        Raises:
+            PeftcoreError: an image cannot be read, or its label is unknown.
+        """
+        wanted = targets(list(rows), list(labels))
+        for row in rows:
+            image_files.opened(str(row.image))
+        return Encoded([{"image": row.image, "labels": label} for row, label in zip(rows, wanted, strict=True)], 0)
+
+    def collate(self, examples: Sequence[Example], processor: Any) -> dict[str, Any]:
+        """Return a batch: what the processor makes of the images, such as `pixel_values`, and `labels` [batch]."""
+        images = [image_files.opened(example["image"]) for example in examples]
+        tensors = processor(images=images, return_tensors="pt")
+        return {**tensors, "labels": torch.tensor([example["labels"] for example in examples])}
+
+    def fields_of(self, row: Row) -> dict[str, Any]:
+        return {"image": row.image}

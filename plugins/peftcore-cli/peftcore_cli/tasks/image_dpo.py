@@ -1,0 +1,150 @@
+"""Preferences between two answers to a conversation with images (`--task image-dpo`).
+
+The loss is that of `dpo`. Each answer is a conversation with images of its own (`media_chats`), so images are
+decoded batch by batch, and the tokens are the processor's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from peftcore.errors import PeftcoreError
+from peftcore_cli.data import image_turns
+from peftcore_cli.data.first_lines import FirstLines
+from peftcore_cli.data.row import Row
+from peftcore_cli.settings import Settings
+from peftcore_cli.tasks import dpo, encoded_examples, media_chats
+from peftcore_cli.tasks.conversations import IGNORED
+from peftcore_cli.tasks.encoded_examples import Encoded, Example
+from peftcore_cli.tasks.evaluation_mode import batched, evaluating
+from peftcore_cli.tasks.image_text import NEEDED
+from peftcore_cli.tasks.judged import Judged, Likelihoods
+from peftcore_cli.tasks.media_chats import MediaChats
+from peftcore_cli.tasks.metrics import Metrics
+
+if TYPE_CHECKING:
+    from peftcore_cli.bases.adapter_folders import AdapterTask
+    from peftcore_cli.training.trainers import Measuring
+
+SIDES = ("chosen", "rejected")
+
+
+class ImageDPO(Judged, MediaChats):
+    """Preferences by likelihoods of conversations with images, in comparison with a reference."""
+
+    name = "image-dpo"
+    keys = dpo.DPO.keys
+    shown_keys = "prompt/chosen/rejected with images"
+    columns_example = dpo.DPO.columns_example
+    model_class = "AutoModelForImageTextToText"
+    needed_model = NEEDED
+    has_reference = True
+    family = "seeing"
+    figures = dpo.DPO.figures
+    step_loss = "dpo"
+
+    def recognises(self, lines: FirstLines) -> bool:
+        shown = lines.media
+        return shown is not None and not image_turns.has_audio(shown) and {*SIDES} <= shown.keys()
+
+    def read_row(self, where: str, fields: dict[str, Any], keys: tuple[str, ...]) -> Row:
+        return image_turns.preference(where, fields)
+
+    def encode(
+        self,
+        rows: Sequence[Row],
+        processor: Any,
+        max_length: int,
+        labels: Sequence[str] = (),
+        *,
+        may_be_empty: bool = False,
+    ) -> Encoded:
+        """Return rows as {"chosen": example, "rejected": example} of `media_chats`; long answers are cut at the end.
+
+        Raises:
+            PeftcoreError: an image cannot be read or is beyond `max_length` tokens, or both answers have the same
+                tokens; or in every row they begin to differ beyond `max_length`.
+        """
+        examples, truncated, left_out = [], 0, 0
+        for row in rows:
+            messages = row.messages or []
+            pair, was_cut = [], 0
+            for answer in (row.completion, row.rejected):
+                said = replace(row, messages=[*messages, *(answer or [])], learned_from=len(messages))
+                found, cut = media_chats.encoded(said, processor, max_length)
+                pair += found
+                was_cut += cut
+            chosen, rejected = pair  # one example for each, as one turn is learned
+            if chosen["input_ids"] == rejected["input_ids"] and not was_cut:
+                raise PeftcoreError(
+                    f"{row.where}: 'chosen' and 'rejected' have the same tokens, so none can be preferred. Remove the "
+                    "row, or use a model whose tokenizer knows their words"
+                )
+            truncated += was_cut > 0
+            if chosen["input_ids"] == rejected["input_ids"] or not all(_learns(each) for each in pair):
+                left_out += 1
+            else:
+                examples.append(dict(zip(SIDES, pair, strict=True)))
+        if not examples:
+            raise PeftcoreError(f"no pair of answers differs within {max_length} tokens. Increase --max-length")
+        return Encoded(examples, truncated, left_out)
+
+    def as_texts(self, examples: Sequence[Example]) -> list[Example]:
+        """Return the chosen answers as conversations with images, for methods that initialise from data."""
+        return [each["chosen"] for each in examples]
+
+    def lengths(self, examples: Sequence[Example]) -> list[int]:
+        """Return the number of tokens of the longer conversation."""
+        return [max(len(each[side]["input_ids"]) for side in SIDES) for each in examples]
+
+    def likelihoods(
+        self, model: nn.Module, examples: Sequence[Example], processor: Any, batch_size: int = 8
+    ) -> Likelihoods:
+        """Return the log-likelihoods of the chosen, then of the rejected answers, per batch."""
+        device = next(model.parameters()).device
+        found = []
+        with evaluating(model):
+            for pairs in batched(examples, batch_size):
+                batch = media_chats.collate([each[side] for side in SIDES for each in pairs], processor)
+                wanted = batch.pop("labels")[:, 1:].to(device)
+                inputs = encoded_examples.in_dtype({name: value.to(device) for name, value in batch.items()}, model)
+                rows = zip(model(**inputs).logits[:, :-1], wanted, strict=True)
+                losses = [F.cross_entropy(x.float(), y, ignore_index=IGNORED, reduction="sum") for x, y in rows]
+                found.append(-torch.stack(losses).cpu())
+        return found
+
+    def figures_of(self, after: Likelihoods, before: Likelihoods, examples: Sequence[Example], beta: float) -> Metrics:
+        return dpo.margins(after, before, len(examples), beta)
+
+    def step_of(self, examples: Sequence[Example], processor: Any) -> dict[str, Any]:
+        return super().step_of([each[side] for each in examples for side in SIDES], processor)
+
+    def inputs_of(self, batch: Any, model: nn.Module) -> Any:
+        return encoded_examples.in_dtype(batch, model)
+
+    def trainer(
+        self, arguments: dict[str, Any], settings: Settings, processor: Any, about: AdapterTask, teacher: Any = None
+    ) -> Measuring:
+        arguments["data_collator"] = trl_collator(processor)
+        return super().trainer(arguments, settings, processor, about)
+
+
+def _learns(example: Example) -> bool:
+    return any(label != IGNORED for label in example["labels"][1:])
+
+
+def trl_collator(processor: Any) -> Callable[[list[Example]], dict[str, Any]]:
+    """Return a function that makes a batch of TRL's DPOTrainer: the chosen conversations, then the rejected ones."""
+
+    def batch(pairs: list[Example]) -> dict[str, Any]:
+        made = media_chats.collate([each[side] for side in SIDES for each in pairs], processor)
+        learned = made.pop("labels") != IGNORED
+        return {**made, "completion_mask": learned.long()}
+
+    return batch

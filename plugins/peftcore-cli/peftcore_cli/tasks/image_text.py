@@ -1,0 +1,24 @@
+"""Conversations with images (`--task image-text`)."""
+
+from __future__ import annotations
+
+from peftcore_cli.data.first_lines import FirstLines
+from peftcore_cli.tasks.media_chats import MediaChats
+
+NEEDED = (
+    "a model that reads images and texts, such as SmolVLM, Qwen2.5-VL or LLaVA, found {}. For texts use --task "
+    "causal-lm or dpo"
+)
+
+
+class ImageText(MediaChats):
+    """A model that reads images and texts, and writes texts."""
+
+    name = "image-text"
+    shown_keys = "messages with images"
+    model_class = "AutoModelForImageTextToText"
+    needed_model = NEEDED
+    family = "seeing"
+
+    def recognises(self, lines: FirstLines) -> bool:
+        return lines.media is not None

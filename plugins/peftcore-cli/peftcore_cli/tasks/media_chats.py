@@ -1,0 +1,361 @@
+"""What tasks on conversations with images or audio have in common; the assistant's turns are learned.
+
+The text is that of the chat template, as for conversations without images. The processor replaces each image in it by
+as many tokens as the model reads for it, or by one that a mask of cross-attention refers to (Llama 3.2); these are
+never learned. Images are decoded batch by batch, so that a data set need not fit into memory.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from transformers import PreTrainedModel, ProcessorMixin
+
+from peftcore.errors import PeftcoreError
+from peftcore_cli.bases import adapter_tokenizer, models
+from peftcore_cli.bases.adapter_folders import has_tokenizer
+from peftcore_cli.data import audio_files, image_files, image_turns
+from peftcore_cli.data.row import Row, naming
+from peftcore_cli.tasks import conversations, encoded_examples, mistral_chats, text_generation
+from peftcore_cli.tasks.conversations import IGNORED
+from peftcore_cli.tasks.encoded_examples import Encoded, Example
+from peftcore_cli.tasks.task import Keys, Task
+
+if TYPE_CHECKING:
+    from peftcore_cli.bases.adapter_folders import AdapterTask
+
+NAMES = {"image": "images", "audio": "recordings"}  # parts of a turn
+_OF_MEDIA = ("pixel", "input_features", "feature_")  # tensors whose second dimension is not that of tokens
+_WINDOW = 30  # seconds that models read whose feature extractor does not say it
+
+
+class MediaChats(Task):
+    """A model of conversations whose turns have images or audio.
+
+    Attributes:
+        hears: whether it takes audio.
+    """
+
+    keys: ClassVar[Keys] = (("messages",), ("conversations",), ("prompt", "completion"))
+    columns_example = "messages=chat"
+    has_positions = answers_texts = generates = False
+    predicts = examples_count = needs_examples = True
+    no_chat = "answers turns with images or audio. Use peftcore predict --data CONVERSATIONS.jsonl"
+    hears: ClassVar[bool] = False
+
+    def read_row(self, where: str, fields: dict[str, Any], keys: tuple[str, ...]) -> Row:
+        return image_turns.row_of(where, fields, hears=self.hears)
+
+    def read_question(self, where: str, fields: dict[str, Any], about: AdapterTask) -> Row:
+        return image_turns.asked_of(where, fields, self.name, hears=self.hears)
+
+    def load_processor(self, model: str, adapter: Path | None = None) -> Any:
+        processor = checked(models.chat_processor(model, self.name, hears=self.hears), model, hears=self.hears)
+        if adapter is not None and has_tokenizer(adapter):
+            own = adapter_tokenizer.load(adapter)
+            own.chat_template = own.chat_template or processor.tokenizer.chat_template
+            processor.tokenizer = own
+        return processor
+
+    def encode(
+        self,
+        rows: Sequence[Row],
+        processor: Any,
+        max_length: int,
+        labels: Sequence[str] = (),
+        *,
+        may_be_empty: bool = False,
+    ) -> Encoded:
+        """Return examples with `text`, `images` and `sounds` for the processor, and `input_ids` and `labels` of its.
+
+        Raises:
+            PeftcoreError: an image cannot be read, the template does not write it, or it is beyond `max_length` tokens.
+        """
+        examples: list[Example] = []
+        truncated = left_out = 0
+        for row in rows:
+            found, cut = encoded(row, processor, max_length)
+            learned = [example for example in found if any(label != IGNORED for label in example["labels"][1:])]
+            examples, truncated, left_out = examples + learned, truncated + cut, left_out + len(found) - len(learned)
+        if not examples:
+            raise PeftcoreError(
+                f"no answer begins within {max_length} tokens in any conversation. Increase --max-length"
+            )
+        return Encoded(examples, truncated, left_out)
+
+    def collate(self, examples: Sequence[Example], processor: Any) -> dict[str, Any]:
+        return collate(examples, processor)
+
+    def step_of(self, examples: Sequence[Example], processor: Any) -> dict[str, Any]:
+        """Return the longest example as a batch."""
+        return {"example": collate([max(examples, key=encoded_examples.length)], processor)}
+
+    @torch.no_grad()
+    def predict(
+        self, model: PreTrainedModel, rows: Sequence[Row], processor: Any, about: AdapterTask, *, answer_tokens: int
+    ) -> list[dict[str, Any]]:
+        """Return the images and the last turn of each conversation with the model's greedy answer."""
+        tokenizer, found = processor.tokenizer, []
+        device = next(model.parameters()).device
+        generate: Any = model.generate
+        for row in rows:
+            inputs = {name: value.to(device) for name, value in question(row, processor).items()}
+            tokens = generate(
+                **encoded_examples.in_dtype(inputs, model),
+                do_sample=False,
+                max_new_tokens=answer_tokens,
+                pad_token_id=tokenizer.pad_token_id,
+                eos_token_id=text_generation.ends(model, tokenizer),
+            )
+            answer = tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+            asked = "".join(part.get("text", "") for part in (row.messages or [])[-1]["content"])
+            found.append({"images": list(row.images), "prompt": asked, "answer": answer})
+        return found
+
+
+def encoded(row: Row, processor: Any, max_length: int) -> tuple[list[Example], int]:
+    """Return a row's examples, also those that learn nothing within `max_length`, and how many of them were cut.
+
+    Raises:
+        PeftcoreError: see `encode`.
+    """
+    examples, truncated = [], 0
+    for example in _examples(row, processor):
+        ids, labels = example["input_ids"], example["labels"]
+        if len(ids) > max_length:
+            places = _place_ids(processor)
+            if not places.isdisjoint(ids[max_length:]):
+                count = sum(id_ in places for id_ in ids)
+                media = {"images": example["images"], "recordings": example["sounds"]}
+                shown = " and ".join(f"{len(some)} {name}" for name, some in media.items() if some)
+                raise PeftcoreError(
+                    f"{row.where}: the conversation has {len(ids):,} tokens, {count:,} of them for {shown}, which "
+                    f"cannot be cut; --max-length is {max_length:,}. Increase it"
+                )
+            truncated += 1
+            example |= {"input_ids": ids[:max_length], "labels": labels[:max_length]}
+        examples.append(example)
+    return examples, truncated
+
+
+def _examples(row: Row, processor: Any) -> list[Example]:
+    """Return a row's examples, uncut."""
+    if mistral_chats.prepares(processor):
+        return mistral_chats.examples(row, processor)
+    sizes = _sizes(row, processor)
+    return [_example(row, part, sizes, processor) for part in conversations.texts_and_spans(row, processor.tokenizer)]
+
+
+def _sizes(row: Row, processor: Any) -> dict[str, list[list[int]]]:
+    """Return the tokens that the processor puts in the place of each image and recording of a row, by kind."""
+    begin = processor.tokenizer.bos_token_id  # Llama 3.2's processor begins every text with it
+    sizes: dict[str, list[list[int]]] = {"image": [], "audio": []}
+    for kind, paths in (("image", row.images), ("audio", row.sounds)):
+        if not paths:
+            continue
+        token = getattr(processor, f"{kind}_token", None)
+        if token is None:
+            raise PeftcoreError(f"{row.where}: {type(processor).__name__} takes no {NAMES[kind]}. Use another model")
+        images = [[image] for image in _opened(paths, row.where)] if kind == "image" else [[] for _ in paths]
+        sounds = _heard(paths, processor, row.where) if kind == "audio" else []
+        found = _prepared(processor, [token] * len(paths), images, sounds, add_special_tokens=False)["input_ids"]
+        sizes[kind] = [[id_ for id_ in ids if id_ != begin] for ids in found]
+    return sizes
+
+
+def _example(
+    row: Row, part: tuple[str, list[tuple[int, int]], int], sizes: dict[str, list[list[int]]], processor: Any
+) -> dict[str, Any]:
+    """Return one example of `conversations.texts_and_spans`, with the tokens of its images and recordings."""
+    text, spans, count = part
+    tokenizer = processor.tokenizer
+    ids, parts = list(tokenizer(text, add_special_tokens=False)["input_ids"]), _parts_of(row, count)
+    expanded, shown = text, {}
+    inserted: dict[int, Iterator[list[int]]] = {}  # tokens by the token of the place
+    for kind, name in NAMES.items():
+        token, shown[kind] = getattr(processor, f"{kind}_token", None), parts.count({"type": kind})
+        if token is None:
+            continue
+        place = tokenizer.convert_tokens_to_ids(token)
+        if ids.count(place) != shown[kind]:
+            raise PeftcoreError(
+                f"{row.where}: the chat template writes {ids.count(place)} {name}, and the conversation has "
+                f"{shown[kind]}. Pass one that writes them: --chat-template FILE"
+            )
+        inserted[place] = iter(sizes[kind])
+        whole = getattr(processor, f"full_{kind}_sequence", None)
+        if whole:  # Gemma's, with line ends that join others in a token
+            expanded, spans = _expanded(expanded, spans, token, whole)
+            inserted[place] = itertools.repeat([place])
+    plain = conversations.example(tokenizer, expanded, spans)
+    bare = list(tokenizer(expanded, add_special_tokens=False)["input_ids"])
+    if len(plain["input_ids"]) > len(bare):  # a template without an end mark
+        text, expanded, bare = text + tokenizer.eos_token, expanded + tokenizer.eos_token, plain["input_ids"]
+    whole = list(tokenizer(expanded, add_special_tokens=_adds_special(text, tokenizer))["input_ids"])
+    front = next((i for i in range(len(whole) - len(bare) + 1) if whole[i : i + len(bare)] == bare), 0)
+    ids, labels = whole[:front], [IGNORED] * front
+    for id_, label in zip(bare, plain["labels"], strict=True):
+        tokens = next(inserted[id_]) if id_ in inserted else [id_]
+        ids += tokens
+        labels += [IGNORED] * len(tokens) if id_ in inserted else [label]
+    rest = whole[front + len(bare) :]
+    return {
+        "text": text,
+        "images": list(row.images[: shown["image"]]),
+        "sounds": list(row.sounds[: shown["audio"]]),
+        "input_ids": ids + rest,
+        "labels": labels + [IGNORED] * len(rest),
+    }
+
+
+def _parts_of(row: Row, count: int) -> list[Any]:
+    """Return the parts of the first `count` messages of a row."""
+    return [part for message in (row.messages or [])[:count] for part in message.get("content") or ()]
+
+
+def _expanded(text: str, spans: list[tuple[int, int]], mark: str, written: str) -> tuple[str, list[tuple[int, int]]]:
+    """Return the text with `written` in the place of each `mark`, and the spans in it."""
+    more = len(written) - len(mark)
+    moved = [(begin + more * text[:begin].count(mark), end + more * text[:end].count(mark)) for begin, end in spans]
+    return text.replace(mark, written), moved
+
+
+def collate(examples: Sequence[Example], processor: Any) -> dict[str, Any]:
+    """Return a batch as the processor makes it, such as `pixel_values`, with `labels` [batch, length].
+
+    Raises:
+        PeftcoreError: the processor's tokens depend on the batch.
+    """
+    if mistral_chats.prepares(processor):
+        return mistral_chats.collate(examples, processor)
+    texts = [example["text"] for example in examples]
+    images = [_opened(example["images"]) for example in examples]
+    sounds = _heard([path for example in examples for path in example["sounds"]], processor)
+    special = _adds_special(texts[0], processor.tokenizer)
+    options = {"add_special_tokens": special, "padding": True, "padding_side": "right", "return_tensors": "pt"}
+    batch = _prepared(processor, texts, images, sounds, **options)
+    shape, length = batch["input_ids"].shape, max(len(example["labels"]) for example in examples)
+    for row, example in zip(batch["input_ids"].tolist(), examples, strict=True):
+        if row[: len(example["input_ids"])] != example["input_ids"]:
+            raise PeftcoreError(
+                f"{type(processor).__name__} writes other tokens for a conversation in a batch than for it "
+                "alone, so the learned part cannot be determined. Use --batch-size 1"
+            )
+    tensors = {
+        name: value[:, :length] if value.shape[:2] == shape and not name.startswith(_OF_MEDIA) else value
+        for name, value in batch.items()
+    }
+    labels = [example["labels"] + [IGNORED] * (length - len(example["labels"])) for example in examples]
+    return {**tensors, "labels": torch.tensor(labels)}
+
+
+def question(row: Row, processor: Any) -> dict[str, Any]:
+    """Return a conversation as the inputs of a model that writes its next turn, [1, length].
+
+    Raises:
+        PeftcoreError: an image cannot be read, or the template rejects the conversation.
+    """
+    if mistral_chats.prepares(processor):
+        return mistral_chats.question(row, processor)
+    with naming(row.where):
+        text = conversations.rendered(processor.tokenizer, row.messages or [], row.tools, begins_answer=True)
+    special = _adds_special(text, processor.tokenizer)
+    images, sounds = [_opened(row.images, row.where)], _heard(row.sounds, processor, row.where)
+    return _prepared(processor, [text], images, sounds, add_special_tokens=special, return_tensors="pt")
+
+
+def _prepared(
+    processor: Any, texts: list[str], images: list[list[Any]], sounds: list[Any], **options: Any
+) -> dict[str, Any]:
+    """Return what the processor makes of texts with the images of each, and the recordings of all in order."""
+    if any(images):
+        options["images"] = images
+    if sounds:
+        options |= {"audio": sounds, "sampling_rate": processor.feature_extractor.sampling_rate}
+    try:
+        return dict(processor(text=texts, **options))
+    except (ValueError, TypeError, IndexError, KeyError) as error:
+        shown = f"{list(map(len, images))} images" + (f" and {len(sounds)} recordings" if sounds else "")
+        raise PeftcoreError(
+            f"{type(processor).__name__} rejects conversations with {shown}: {str(error)[:400]}"
+        ) from error
+
+
+def _heard(paths: Sequence[str], processor: Any, where: str | None = None) -> list[Any]:
+    """Return the samples of recordings at the rate of the model, which reads a window and would drop what follows."""
+    if not paths:
+        return []
+    extractor = processor.feature_extractor
+    longest = int(getattr(extractor, "n_samples", None) or _WINDOW * extractor.sampling_rate)
+    with naming(where):
+        return [audio_files.samples(path, extractor.sampling_rate, longest) for path in paths]
+
+
+def _opened(paths: Sequence[str], where: str | None = None) -> list[Any]:
+    with naming(where):
+        return [image_files.opened(path) for path in paths]
+
+
+def _adds_special(text: str, tokenizer: Any) -> bool:
+    """Return whether the tokenizer adds its special tokens, as `ProcessorMixin.apply_chat_template` decides it."""
+    return not (tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token))
+
+
+def _place_ids(processor: Any) -> set[int]:
+    """Return the tokens of images and audio, in a chat template's text and in a model's input."""
+    found = itertools.product((processor, processor.tokenizer), NAMES)
+    tokens = [getattr(each, f"{kind}_token", None) for each, kind in found]
+    return {processor.tokenizer.convert_tokens_to_ids(token) for token in tokens if token is not None}
+
+
+def checked(processor: Any, model: str, *, hears: bool = False) -> Any:
+    """Return the processor of `model`, after its tokenizer has its chat template.
+
+    Raises:
+        PeftcoreError: it prepares no images, or, if it `hears`, no audio.
+    """
+    if hears:
+        return _checked_to_hear(processor, model)
+    if getattr(processor, "image_processor", None) is None or getattr(processor, "tokenizer", None) is None:
+        name = os.path.basename(model)
+        raise PeftcoreError(
+            f"'{name}' has no processor for texts with images (preprocessor_config.json and a tokenizer). Copy these "
+            "files from the model's original folder, or use --task causal-lm for texts"
+        )
+    if getattr(processor, "image_token", None) is None:
+        raise PeftcoreError(
+            f"{type(processor).__name__} has no token for images, so the learned part cannot be determined. Use a "
+            "model such as SmolVLM, Qwen2.5-VL or LLaVA"
+        )
+    return _with_template(processor)
+
+
+def _checked_to_hear(processor: Any, model: str) -> Any:
+    if mistral_chats.prepares(processor):
+        return mistral_chats.checked(processor)
+    kind = type(processor).__name__
+    if getattr(processor, "feature_extractor", None) is None or getattr(processor, "tokenizer", None) is None:
+        raise PeftcoreError(
+            f"'{os.path.basename(model)}' has no processor for texts with audio, found {kind}. Use a model such as "
+            "Qwen2-Audio or Gemma 3n; transcripts of recordings are --task asr"
+        )
+    writes = getattr(type(processor), "replace_audio_token", None)
+    if getattr(processor, "audio_token", None) is None or writes in (None, ProcessorMixin.replace_audio_token):
+        raise PeftcoreError(
+            f"{kind} does not put audio into a chat template's text, so the learned part cannot be determined. Use a "
+            "model such as Qwen2-Audio or Gemma 3n"
+        )
+    return _with_template(processor)
+
+
+def _with_template(processor: Any) -> Any:
+    tokenizer = processor.tokenizer
+    tokenizer.chat_template = processor.chat_template or tokenizer.chat_template
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    return processor

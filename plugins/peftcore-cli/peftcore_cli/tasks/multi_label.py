@@ -1,0 +1,68 @@
+"""Any number of labels for each text (`--task multi-label`)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from peftcore.errors import PeftcoreError
+from peftcore_cli.data import labels as data_labels
+from peftcore_cli.data.first_lines import FirstLines
+from peftcore_cli.data.labels import Label
+from peftcore_cli.data.row import Row
+from peftcore_cli.tasks import metrics
+from peftcore_cli.tasks.classification import names_of
+from peftcore_cli.tasks.labelled import Labelled, keys_with
+from peftcore_cli.tasks.metrics import Metrics
+from peftcore_cli.tasks.task import Task
+
+
+class MultiLabel(Labelled):
+    """Outputs that are answered one by one, yes above one half."""
+
+    name = "multi-label"
+    keys = (*keys_with("label"), *keys_with("labels"))
+    shown_keys = "text/labels"
+    columns_example = "text=body,labels=topics"
+    figures = ("micro_f1", "macro_f1", "exact_match")
+    main_figure = "micro_f1"
+
+    def recognises(self, lines: FirstLines) -> bool:
+        return lines.are_labelled and lines.media is None and data_labels.names(lines.labels[0]) is not None
+
+    def label_of(self, where: str, key: str, value: Any) -> Label:
+        listed = data_labels.names(value)
+        short = data_labels.short(value)
+        if listed is None:
+            raise PeftcoreError(f'{where}: \'{key}\' must be a list of names, such as ["a", "b"], found {short}')
+        several = tuple(data_labels.class_name(where, key, name) for name in listed)
+        twice = next((name for name in several if several.count(name) > 1), None)
+        if twice is not None:
+            raise PeftcoreError(
+                f"{where}: '{key}' names {twice} twice: {short}. List the labels that apply, not zeros and ones for "
+                "all of them"
+            )
+        return several
+
+    def any_label(self, labels: Sequence[str]) -> Label:
+        return (labels[0],)
+
+    def head(self, labels: tuple[str, ...]) -> dict[str, Any]:
+        return {"problem_type": "multi_label_classification", **names_of(labels)}
+
+    def continues(self, other: Task, *, is_recorded: bool = True, labels: Sequence[str] = ()) -> bool:
+        could_be = not is_recorded and bool(labels)  # a classifier of PEFT's, which does not say how it is trained
+        return could_be or super().continues(other)
+
+    def figures_of(self, answers: Tensor, labels: Tensor) -> Metrics:
+        return metrics.of_label_sets(answers > 0, labels)
+
+    def answer_of(self, scores: Tensor, wanted: Tensor, row: Row, labels: Sequence[str]) -> dict[str, Any]:
+        chances = dict(zip(labels, (round(each, 6) for each in scores.sigmoid().tolist()), strict=True))
+        return {"labels": [label for label, chance in chances.items() if chance > 0.5], "probabilities": chances}
+
+    def said(self, logits: Tensor, labels: Sequence[str]) -> str:
+        chances = zip(labels, logits.sigmoid().tolist(), strict=True)
+        return ", ".join(f"{label} ({100 * chance:.1f} %)" for label, chance in chances if chance > 0.5) or "none"

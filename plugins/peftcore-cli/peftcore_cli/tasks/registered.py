@@ -1,0 +1,56 @@
+"""The tasks of the command line: peftcore's own and those of plugins, all from the hook `peftcore_tasks`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from peftcore.errors import PeftcoreError
+from peftcore.plugin import builtin, offered
+from peftcore_cli import core_tasks
+
+if TYPE_CHECKING:
+    from peftcore_cli.tasks.task import Task
+
+builtin(core_tasks)
+
+
+def tasks() -> list[Task]:
+    """Return all tasks, peftcore's own first.
+
+    The first is that of rows which no other recognises.
+    """
+    from peftcore_cli.tasks.task import Task
+
+    return list(offered("peftcore_tasks", Task).values())
+
+
+def find(name: str) -> Task:
+    """Return the task of this name.
+
+    Raises:
+        PeftcoreError: there is none.
+    """
+    known = {task.name: task for task in tasks()}
+    if name not in known:
+        raise PeftcoreError(f"--task must be one of {', '.join(known)}, found '{name}'")
+    return known[name]
+
+
+def named_by(what: str) -> str:
+    """Return the names of the tasks for which the attribute `what` is true, for messages."""
+    return listed([task.name for task in tasks() if getattr(task, what)])
+
+
+def with_option(name: str) -> str:
+    """Return the names of the tasks that take an option of a run, for messages."""
+    return listed([task.name for task in tasks() if name in task.options])
+
+
+def listed(names: list[str]) -> str:
+    """Return names as `a, b and c`."""
+    return " and ".join(filter(None, (", ".join(names[:-1]), *names[-1:])))
+
+
+def without_a_name(labels: object = ()) -> str:
+    """Return the name of the task where neither an option nor a file says it: of classes if there are labels."""
+    return "classification" if labels else "causal-lm"

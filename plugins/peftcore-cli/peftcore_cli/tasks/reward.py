@@ -1,0 +1,78 @@
+"""A number for each answer, learned from preference pairs (`--task reward`).
+
+Bradley and Terry 1952, as in Ouyang et al. 2022, arXiv 2203.02155:
+
+    loss = -log sigmoid(r(chosen) - r(rejected))
+
+r is the output of a new head at the last token of prompt and answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from peftcore_cli.settings import Settings
+from peftcore_cli.tasks import text_examples
+from peftcore_cli.tasks.encoded_examples import Example
+from peftcore_cli.tasks.evaluation_mode import batched, evaluating
+from peftcore_cli.tasks.judged import Likelihoods
+from peftcore_cli.tasks.metrics import Metrics
+from peftcore_cli.tasks.preferences import Preferences
+
+
+class Reward(Preferences):
+    """A base with one output, the reward of an answer.
+
+    `likelihoods` are the rewards [examples, 2] per batch, of chosen and rejected answers.
+    """
+
+    name = "reward"
+    trl_name = "Reward"
+    model_class = "AutoModelForSequenceClassification"
+    new_head = True
+    least_beta = None
+    figures = ("preference_accuracy", "margin")
+    sequences = 2
+    answers_texts = generates = False
+    no_chat = "is a reward model, which writes no answers. Measure it: peftcore eval"
+
+    def head(self, labels: tuple[str, ...]) -> dict[str, Any]:
+        return {"num_labels": 1, "problem_type": "regression"}
+
+    def as_texts(self, examples: Sequence[Example]) -> list[Example]:
+        """Return the chosen answers as examples with a number, for methods that initialise from data."""
+        return [{"input_ids": each["prompt_ids"] + each["chosen_ids"], "labels": 0.0} for each in examples]
+
+    def likelihoods(
+        self, model: nn.Module, examples: Sequence[Example], processor: Any, batch_size: int = 8
+    ) -> Likelihoods:
+        """Return the rewards of both answers of every pair."""
+        device = next(model.parameters()).device
+        found, padding = [], processor.pad_token_id or 0
+        with evaluating(model):
+            for pairs in batched(examples, batch_size):
+                answers = [each["prompt_ids"] + each[name] for name in ("chosen_ids", "rejected_ids") for each in pairs]
+                batch = text_examples.collate([{"input_ids": ids, "labels": 0.0} for ids in answers], padding)
+                inputs = {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
+                found.append(model(**inputs).logits[:, 0].float().cpu().view(2, -1).T)
+        return found
+
+    def figures_of(self, after: Likelihoods, before: Likelihoods, examples: Sequence[Example], beta: float) -> Metrics:
+        """Return the loss over all pairs, the accuracy, and the mean margin; `before` and `beta` are not used."""
+        chosen, rejected = torch.cat(after).unbind(1)
+        margin = chosen - rejected
+        named = {"preference_accuracy": float((margin > 0).double().mean()), "margin": float(margin.mean())}
+        return Metrics(float(-F.logsigmoid(margin).mean()), len(examples), named)
+
+    def columns(self, examples: Sequence[Example]) -> list[Example]:
+        """Return examples with the columns of TRL's RewardTrainer: whole texts."""
+        return [{name: each["prompt_ids"] + each[name] for name in ("chosen_ids", "rejected_ids")} for each in examples]
+
+    def arguments(self, settings: Settings) -> tuple[Any, dict[str, Any]]:
+        kind, more = super().arguments(settings)
+        return kind, {name: value for name, value in more.items() if name != "beta"}

@@ -1,0 +1,235 @@
+"""A tag for each word (`--task tags`): named entities, parts of speech.
+
+A word's tag is learned, predicted and measured at its first token. If tags are `B-X` and `I-X`, also with `E-X` (the
+last word of an entity) and `S-X` (an entity of one word), entities are counted as by conlleval (Tjong Kim Sang and
+Buchholz 2000) and seqeval: one is right if its type, beginning and end are; `I-X` after another type or `O` begins one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from peftcore.errors import PeftcoreError, nearest
+from peftcore_cli.data import labels as data_labels
+from peftcore_cli.data.first_lines import FirstLines
+from peftcore_cli.data.row import Row, naming
+from peftcore_cli.data.row_reading import row_of
+from peftcore_cli.tasks import metrics, positions, text_examples
+from peftcore_cli.tasks.classification import names_of
+from peftcore_cli.tasks.conversations import IGNORED
+from peftcore_cli.tasks.encoded_examples import Encoded, Example
+from peftcore_cli.tasks.labelled import Headed, given_fields
+from peftcore_cli.tasks.metrics import Metrics
+from peftcore_cli.tasks.task import Evaluation
+
+if TYPE_CHECKING:
+    from peftcore_cli.bases.adapter_folders import AdapterTask
+
+_MARKS = ("B-", "I-", "E-", "S-")
+
+
+class Tags(Headed):
+    """A base with an output of each token."""
+
+    name = "tags"
+    keys = (("tokens", "tags"), ("tokens", "ner_tags"), ("words", "tags"))
+    shown_keys = "tokens/tags"
+    columns_example = "tokens=words"
+    model_class = "AutoModelForTokenClassification"
+    divides_by_tokens = False
+    figures = ("accuracy", "macro_f1", "entity_f1")
+
+    def recognises(self, lines: FirstLines) -> bool:
+        return lines.media is None and any(lines.have(*keys) for keys in self.keys)
+
+    def read_row(self, where: str, fields: dict[str, Any], keys: tuple[str, ...]) -> Row:
+        words, tags = tagged_words(where, (keys[0], keys[1]), *(fields[key] for key in keys))
+        return Row(where, " ".join(words), label=tags, words=words)
+
+    def read_question(self, where: str, fields: dict[str, Any], about: AdapterTask) -> Row:
+        given = given_fields(where, fields, ("tokens", "words"), self)
+        words = data_labels.names(next(iter(given.values()))) or ()
+        row = row_of(where, {**given, "tags": ["O"] * len(words)}, self)
+        return replace(row, label=(about.labels[0],) * len(words))  # in place of those to be predicted
+
+    def head(self, labels: tuple[str, ...]) -> dict[str, Any]:
+        return names_of(labels)
+
+    def encode(
+        self,
+        rows: Sequence[Row],
+        processor: PreTrainedTokenizerBase,
+        max_length: int,
+        labels: Sequence[str] = (),
+        *,
+        may_be_empty: bool = False,
+    ) -> Encoded:
+        """Return rows as `input_ids` and `labels`; words beyond `max_length` tokens are cut off.
+
+        Raises:
+            PeftcoreError: a tag is unknown, or the tokenizer cannot say which word a token is of.
+        """
+        index = {label: i for i, label in enumerate(labels)}
+        examples, truncated = [], 0
+        for row in rows:
+            tags = row.label if isinstance(row.label, tuple) else ()
+            unknown = next((tag for tag in tags if tag not in index), None)
+            if unknown is not None:
+                raise PeftcoreError(
+                    f"{row.where}: tag '{unknown}' is unknown{nearest(unknown, labels)}. The model knows: "
+                    f"{', '.join(labels)}"
+                )
+            with naming(row.where):
+                ids, firsts = tokens_of(row.words, processor, max_length)
+            truncated += len(firsts) < len(row.words)
+            targets = [IGNORED] * len(ids)
+            for place, tag in zip(firsts, tags, strict=False):
+                targets[place] = index[tag]
+            if not firsts:
+                raise PeftcoreError(f"{row.where}: no word has a token within --max-length {max_length}")
+            examples.append({"input_ids": ids, "labels": targets})
+        return Encoded(examples, truncated)
+
+    def measure(
+        self,
+        model: nn.Module,
+        examples: Sequence[Example],
+        how: Evaluation,
+        *,
+        answers: bool = True,
+        reference: Any = None,
+    ) -> Metrics:
+        loss, found, wanted = 0.0, list[Tensor](), list[Tensor]()
+        for labels, output in text_examples.outputs(model, examples, self, how):
+            loss += float(output.loss) * int((labels != IGNORED).sum())
+            for chosen, right in zip(output.logits.argmax(-1).cpu(), labels.cpu(), strict=True):
+                found.append(chosen[right != IGNORED])
+                wanted.append(right[right != IGNORED])
+        return replace(figures(found, wanted, how.about.labels), loss=loss / sum(map(len, wanted)))
+
+    def fields_of(self, row: Row) -> dict[str, Any]:
+        return {"tokens": list(row.words)}
+
+    def answer_of(self, scores: Tensor, wanted: Tensor, row: Row, labels: Sequence[str]) -> dict[str, Any]:
+        tags = [labels[i] for i in scores[wanted != IGNORED].argmax(-1).tolist()]
+        return {"tags": tags + [None] * (len(row.words) - len(tags))}  # words beyond the length have none
+
+    @torch.no_grad()
+    def answer(
+        self,
+        model: PreTrainedModel,
+        processor: Any,
+        prompt: str,
+        about: AdapterTask,
+        *,
+        chat: bool = False,
+        pair: str | None = None,
+        **sampling: Any,
+    ) -> str:
+        """Return the words of a text, each followed by its most likely tag: `word/TAG`.
+
+        Raises:
+            PeftcoreError: the text has no words, or more tokens than the model has positions for.
+        """
+        words = prompt.split()
+        ids, firsts = tokens_of(words, processor, about.max_length)
+        if not firsts:
+            raise PeftcoreError("the text has no words. Pass another one")
+        positions.check(model, len(ids), "Pass a shorter text")
+        inputs = torch.tensor([ids], device=next(model.parameters()).device)
+        found = model(input_ids=inputs).logits[0].argmax(-1).tolist()
+        return " ".join(f"{word}/{about.labels[found[place]]}" for word, place in zip(words, firsts, strict=False))
+
+
+def tagged_words(where: str, keys: tuple[str, str], words: Any, tags: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return (words, tags) of a row.
+
+    Raises:
+        PeftcoreError: they are not lists of one length, or a tag is NaN; the message begins with `where`.
+    """
+    found = [data_labels.names(each) for each in (words, tags)]
+    for key, value, each in zip(keys, (words, tags), found, strict=True):
+        if not each or any(len(name.split()) != 1 for name in each):
+            raise PeftcoreError(
+                f"{where}: '{key}' must be a list of words without spaces, found {data_labels.short(value)}"
+            )
+    if len(found[0] or ()) != len(found[1] or ()):
+        raise PeftcoreError(
+            f"{where}: '{keys[0]}' has {len(found[0] or ())} words, but '{keys[1]}' has {len(found[1] or ())} tags"
+        )
+    return found[0] or (), tuple(data_labels.class_name(where, keys[1], tag) for tag in found[1] or ())
+
+
+def tokens_of(words: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_length: int) -> tuple[list[int], list[int]]:
+    """Return (tokens, index of the first token of each word) of as many words as fit.
+
+    Raises:
+        PeftcoreError: the tokenizer has no offsets, or has no token for a word.
+    """
+    if not tokenizer.is_fast:
+        raise PeftcoreError(
+            f"--task tags needs a fast tokenizer, which knows where a token is in the text, found "
+            f"{type(tokenizer).__name__}. Use a model with a tokenizer.json"
+        )
+    text = " ".join(words)
+    encoded = tokenizer(text, truncation=True, max_length=max_length, return_offsets_mapping=True)
+    first: dict[int, int] = {}  # token of each beginning of a word
+    for i, (begin, end) in enumerate(encoded["offset_mapping"]):
+        begin += len(text[begin:end]) - len(text[begin:end].lstrip())
+        if begin < end:
+            first.setdefault(begin, i)
+    reach = max((end for _, end in encoded["offset_mapping"]), default=0)
+    firsts, begin = [], 0
+    for word in words:
+        if begin >= reach:
+            break
+        if begin not in first:
+            raise PeftcoreError(
+                f"the tokenizer has no token that begins with the word '{word}'. Join it to the one before"
+            )
+        firsts.append(first[begin])
+        begin += len(word) + 1
+    return list(encoded["input_ids"]), firsts
+
+
+def figures(answers: Sequence[Tensor], wanted: Sequence[Tensor], names: Sequence[str]) -> Metrics:
+    """Return accuracy and macro F1 of words, and F1 of entities if there are any; the loss is zero.
+
+    Args:
+        answers: predicted tags of each sentence's words.
+        wanted: their tags.
+        names: names of the tags.
+    """
+    found = metrics.of_classes(torch.cat(list(answers)), torch.cat(list(wanted)), len(names))
+    if not any(name.startswith(("B-", "I-")) for name in names):
+        return found
+    return replace(found, figures={**found.figures, "entity_f1": entity_f1(answers, wanted, names)})
+
+
+def entity_f1(answers: Sequence[Tensor], wanted: Sequence[Tensor], names: Sequence[str]) -> float:
+    """Return the F1 of entities over all sentences, given the tags' indices in each."""
+    right = count = 0
+    for each, other in zip(answers, wanted, strict=True):
+        found, real = (set(entities([names[i] for i in tags.tolist()])) for tags in (each, other))
+        right, count = right + len(found & real), count + len(found) + len(real)
+    return 2 * right / count if count else 0.0
+
+
+def entities(tags: Sequence[str]) -> Iterator[tuple[str, int, int]]:
+    """Yield (type, begin, end) of each entity."""
+    kind: str | None = None
+    begin, before = 0, "O"
+    for i, tag in enumerate([*tags, "O"]):
+        mark, _, type_ = tag.partition("-") if tag[:2] in _MARKS else ("O", "", "")
+        if kind is not None and (mark in "BSO" or before in "ES" or type_ != kind):
+            yield kind, begin, i
+            kind = None
+        if mark != "O" and kind is None:
+            kind, begin = type_, i
+        before = mark

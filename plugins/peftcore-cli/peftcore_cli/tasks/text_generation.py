@@ -1,0 +1,77 @@
+"""Answers of a language model to a prompt."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from peftcore.errors import PeftcoreError
+from peftcore_cli.data.row import Messages
+from peftcore_cli.tasks import conversations, positions
+from peftcore_cli.tasks.encoded_examples import is_encoder_decoder
+
+
+@torch.no_grad()
+def generate_text(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str | Messages,
+    *,
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    seed: int = 0,
+    streamer: Any = None,
+) -> str:
+    """Return a language model's answer to `prompt`: greedy, or sampled if a temperature is given.
+
+    Args:
+        model: the model.
+        tokenizer: the tokenizer.
+        prompt: a text, or a conversation for the tokenizer's chat template.
+        max_new_tokens: at most.
+        temperature: of sampling; None for greedy.
+        seed: of sampling.
+        streamer: a streamer of transformers that receives the tokens.
+    """
+    if isinstance(prompt, str):
+        inputs = tokenizer(prompt, return_tensors="pt")
+    else:
+        text = conversations.rendered(tokenizer, prompt, begins_answer=True)
+        inputs = tokenizer(text, add_special_tokens=False, return_tensors="pt")
+    inputs = inputs.to(next(model.parameters()).device)
+    if inputs["input_ids"].shape[1] == 0:
+        inputs = {"input_ids": torch.tensor([[first_token(tokenizer)]], device=next(model.parameters()).device)}
+    inputs = {name: inputs[name] for name in ("input_ids", "attention_mask") if name in inputs}
+    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        generate: Any = model.generate
+        with positions.of_answers(model, "its maximum length"):
+            tokens = generate(
+                **inputs,
+                **sampling,
+                max_new_tokens=max_new_tokens,
+                pad_token_id=tokenizer.pad_token_id,
+                eos_token_id=ends(model, tokenizer),
+                streamer=streamer,
+            )
+    begin = 0 if is_encoder_decoder(model) else inputs["input_ids"].shape[1]
+    return tokenizer.decode(tokens[0, begin:], skip_special_tokens=True)
+
+
+def ends(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int] | None:
+    """Return the tokens that end an answer: the tokenizer's, and the generation config's (end of turn)."""
+    named = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    ends = [tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])]
+    return sorted({end for end in ends if end is not None}) or None
+
+
+def first_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return a token to begin with if the prompt is empty."""
+    for token in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id):
+        if token is not None:
+            return token
+    raise PeftcoreError("the prompt is empty, and the tokenizer has no token to begin with. Pass a prompt")

@@ -1,0 +1,63 @@
+"""What makes a run's steps lighter: fused operators, and the loss without logits, which is checked on a few rows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+import peftcore
+from peftcore.errors import PeftcoreError
+from peftcore_cli.amounts import counted
+from peftcore_cli.bases import precision
+from peftcore_cli.console import say
+from peftcore_cli.settings import Settings
+from peftcore_cli.tasks import encoded_examples, registered
+from peftcore_cli.tasks.encoded_examples import Example
+from peftcore_cli.tasks.task import Task
+
+_ROWS, _TOKENS = 2, 64  # of a probe
+
+
+def fuse(model: PreTrainedModel, settings: Settings) -> None:
+    """Fuse operators as `settings` say: with `auto` on CPUs, in a run that is not parallel."""
+    if settings.fuse == "on" or (settings.fuse == "auto" and not settings.parallel and model.device.type == "cpu"):
+        kinds = peftcore.summary(peftcore.fuse(model, recompute=settings.recompute)).fused  # type: ignore[arg-type]
+        if kinds and settings.fuse == "auto":
+            say(f"{counted(kinds)} by one operator each (--fuse auto)")
+
+
+def use_loss_without_logits(
+    model: PreTrainedModel, settings: Settings, rows: list[Example], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Compute the loss without logits, as `settings` say: with `auto` if that of a few rows is the same.
+
+    Raises:
+        PeftcoreError: it is `on`, and the loss needs the logits.
+    """
+    task = registered.find(settings.task)
+    may = task.learns_texts and not settings.parallel
+    if settings.without_logits == "off" or (settings.without_logits == "auto" and (not may or settings.teacher)):
+        return
+    try:
+        with precision.autocast(settings.precision, model.device.type):
+            peftcore.loss_without_logits(model, _few(model, rows, tokenizer, task))
+    except PeftcoreError as error:
+        if settings.without_logits == "on":
+            raise
+        say(f"logits are computed in full: {error}")
+    else:
+        say(f"the loss is computed without the logits of a batch (--without-logits {settings.without_logits})")
+
+
+def _few(model: PreTrainedModel, rows: list[Example], tokenizer: PreTrainedTokenizerBase, task: Task) -> dict[str, Any]:
+    """Return a batch of the last tokens of the first rows."""
+    few = [
+        row
+        if "images" in row or "audio" in row  # their inputs cannot be cut
+        else {k: v[-_TOKENS:] if isinstance(v, list) and len(v) == len(row["input_ids"]) else v for k, v in row.items()}
+        for row in rows[:_ROWS]
+    ]
+    batch = encoded_examples.in_dtype(task.collate(few, tokenizer), model)
+    return {name: value.to(model.device) if isinstance(value, Tensor) else value for name, value in batch.items()}

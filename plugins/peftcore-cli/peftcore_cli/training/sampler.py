@@ -1,0 +1,48 @@
+"""Sampler in random order that groups examples of similar length, to reduce padding."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+
+from torch.utils.data import Sampler
+
+from peftcore_cli.data import mixture
+
+_BATCHES = 50  # batches drawn at random together, then sorted by length
+
+
+class LengthGroupedSampler(Sampler[int]):
+    """Yields indices in an order that depends only on the seed and the epoch, so resuming is exact.
+
+    Args:
+        lengths: tokens of each example.
+        batch_size: the data loader's, which takes indices in order.
+        seed: of the order.
+        parts: (number of examples, weight) of each data set, see `mixture`; by default every example is drawn once.
+    """
+
+    def __init__(
+        self, lengths: Sequence[int], batch_size: int, seed: int, parts: Sequence[tuple[int, float]] = ()
+    ) -> None:
+        self.lengths, self.batch_size, self.seed, self.epoch = lengths, batch_size, seed, 0
+        self.parts = parts or [(len(lengths), 1.0)]
+
+    def set_epoch(self, epoch: int) -> None:
+        """Set the epoch; called by the data loader."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return sum(mixture.count(size, weight) for size, weight in self.parts if size)
+
+    def __iter__(self) -> Iterator[int]:
+        draw = random.Random(f"{self.seed} {self.epoch}")
+        order = mixture.drawn(self.parts, draw)
+        draw.shuffle(order)
+        batches, rest = [], len(order) % self.batch_size
+        full, last = order[: len(order) - rest], order[len(order) - rest :]
+        for start in range(0, len(full), _BATCHES * self.batch_size):
+            drawn = sorted(full[start : start + _BATCHES * self.batch_size], key=self.lengths.__getitem__)
+            batches += [drawn[i : i + self.batch_size] for i in range(0, len(drawn), self.batch_size)]
+        draw.shuffle(batches)
+        return iter([index for batch in (*batches, last) for index in batch])

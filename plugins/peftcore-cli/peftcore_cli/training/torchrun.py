@@ -1,0 +1,70 @@
+"""A command on several processes started by torchrun: rank 0 prints, and every rank can end them all."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import torch
+from torch import distributed
+
+from peftcore.errors import PeftcoreError
+from peftcore_cli import console
+from peftcore_cli.bases.device_choice import torch_device
+
+WAYS = ("ddp", "fsdp2")
+
+
+def join(parallel: str | None, device: str) -> None:
+    """Join the run that torchrun started, if any.
+
+    Raises:
+        PeftcoreError: `parallel` is unknown, or does not fit the number of processes.
+    """
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if parallel is None:
+        if started > 1:
+            raise PeftcoreError(
+                f"torchrun has started {started} processes, which need a way to share the work: --parallel ddp"
+            )
+        return
+    if parallel not in WAYS:
+        raise PeftcoreError(f"--parallel must be one of {', '.join(WAYS)}, found '{parallel}'")
+    if "RANK" not in os.environ:
+        raise PeftcoreError(
+            "--parallel needs several processes: torchrun --nproc-per-node 2 -m peftcore_cli "
+            f"{' '.join(sys.argv[1:2])} ..."
+        )
+    named = torch_device(device)
+    on_cuda = named.type == "cuda"
+    if on_cuda:
+        torch.cuda.set_device(_own_card(named))
+    from peftcore.distributed import start
+
+    start("nccl" if on_cuda else "gloo")
+    if distributed.get_rank() > 0:
+        console.silence(f"rank {distributed.get_rank()}")
+
+
+def _own_card(device: torch.device) -> int:
+    """Return the index of this process's card."""
+    if device.index is not None:
+        raise PeftcoreError(
+            f"--parallel gives each process a card of its own, found --device {device}, one card for all processes. "
+            "Pass --device cuda, and choose cards with the variable CUDA_VISIBLE_DEVICES"
+        )
+    card, cards = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    if card >= cards:
+        raise PeftcoreError(
+            f"--parallel gives each process a card of its own, found process {card + 1} of this machine and {cards} "
+            f"cards. Start fewer processes: torchrun --nproc-per-node {cards}"
+        )
+    return card
+
+
+def leave() -> None:
+    """Leave the distributed run, if there is one."""
+    if distributed.is_available() and distributed.is_initialized():
+        from peftcore.distributed import finish
+
+        finish()

@@ -1,0 +1,392 @@
+"""One training run: from settings to an adapter folder, checkpoints, and facts for the report.
+
+OUTPUT/checkpoints/   adapter, optimizer, scheduler, RNG and trainer state
+OUTPUT/adapter/       the result, in Hugging Face PEFT's format
+OUTPUT/report.html
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch.utils.data import DataLoader
+from transformers import PrinterCallback, set_seed
+
+import peftcore
+from peftcore.errors import PeftcoreError
+from peftcore.plugin import ranks, takes_batches
+from peftcore.training import latest_checkpoint
+from peftcore_cli.bases import adapter_folders, base_quantization, models, precision
+from peftcore_cli.bases.adapter_folders import AdapterTask
+from peftcore_cli.console import number, say, warn
+from peftcore_cli.options import FULL
+from peftcore_cli.settings import Display, Settings
+from peftcore_cli.start import Clock
+from peftcore_cli.tasks import (
+    conversations,
+    encoded_examples,
+    generations,
+    packing,
+    registered,
+    row_labels,
+)
+from peftcore_cli.tasks.encoded_examples import Example
+from peftcore_cli.tasks.metrics import Metrics
+from peftcore_cli.training import (
+    best_checkpoint,
+    distillation,
+    forecast as forecasts,
+    light_step,
+    progress,
+    reporting,
+    trainer_arguments,
+    training_data,
+    warm_start,
+)
+from peftcore_cli.training.measuring import Measure, Measured
+from peftcore_cli.training.memory_trace import MemoryTrace
+from peftcore_cli.training.run_result import Result, Stopped
+from peftcore_cli.training.sampler import LengthGroupedSampler
+from peftcore_cli.training.trainers import Measuring
+from peftcore_cli.training.training_data import Examples
+
+
+def run(
+    settings: Settings,
+    output: Path,
+    rows: training_data.Rows,
+    *,
+    resume: bool,
+    clock: Clock | None = None,
+    display: Display | None = None,
+    force: bool = False,
+) -> Result:
+    """Train, evaluate before and after, and save the adapter.
+
+    Args:
+        settings: of the run.
+        output: folder of the run.
+        rows: its examples, see `training_data.read` and `split`.
+        resume: continue from the latest checkpoint.
+        clock: has the parts of the run so far, such as reading its data.
+        display: what the run shows.
+        force: run even if the predicted memory is not available.
+
+    Raises:
+        PeftcoreError: the data, the model or a setting is wrong, or there is not enough memory.
+        Stopped: Ctrl-C; a checkpoint has been written.
+    """
+    steps = _Run(settings, output, rows, clock or Clock(), display or Display())
+    steps.encode()
+    steps.predict_memory(force=force)
+    steps.load()
+    steps.measure_before()
+    steps.lighten()
+    steps.train(resume=resume)
+    steps.save()
+    return steps.result()
+
+
+class _Run:
+    """A run, whose methods are its steps in their order; each adds what later ones need."""
+
+    processor: Any
+    about: AdapterTask
+    examples: Examples
+    predicted: forecasts.Forecast | None
+    unpredicted: str | None
+    model: Any
+    teacher: Any
+    summary: peftcore.Summary
+    measure: Measure
+    before: Measured
+    trainer: Measuring
+    best: best_checkpoint.Best | None
+    after: Measured
+    chosen_by: Metrics | None
+
+    def __init__(
+        self, settings: Settings, output: Path, rows: training_data.Rows, clock: Clock, display: Display
+    ) -> None:
+        self.began, self.clock = time.perf_counter(), clock
+        clock.parts["imports"] = clock.rest()
+        self.settings, self.output, self.rows, self.display = settings, output, rows, display
+        self.task, self.adapter = registered.find(settings.task), output / "adapter"
+        self.samples: list[tuple[str, str]] = []
+
+    def encode(self) -> None:
+        """Load the processor, and turn the rows into examples."""
+        with self.clock.part("data"):
+            self.settings = training_data.fit_max_length(self.settings)
+            self.processor, self.about = prepared(self.settings, self.rows)
+            self.examples = training_data.encode(self.rows, self.settings, self.processor, self.about.labels)
+        self.task.check_examples(self.examples.train, "training", self.settings.batch_size)
+        self.task.check_examples(self.examples.held_out, "held-out")
+
+    def predict_memory(self, *, force: bool) -> None:
+        """Choose the base's dtype, and refuse a run that does not fit into memory, unless `force`."""
+        labels = self.about.labels
+        with self.clock.part("forecast"):
+            self.settings, found = forecasts.with_memory(
+                self.settings, self.processor, labels, self.examples, force=force
+            )
+        self.predicted, self.unpredicted = (None, found) if isinstance(found, str) else (found, None)
+
+    def load(self) -> None:
+        """Load the base with its adapter, and the teacher if there is one."""
+        with self.clock.part("loading"):
+            quantized = base_quantization.of_run(self.settings, self.about.labels)
+            self.about = replace(self.about, dtype=self.settings.dtype, quantized=quantized)
+            self.model = _adapted_model(self.settings, self.processor, self.about, self.examples)
+        if self.unpredicted is not None:
+            say(f"memory is not predicted: {self.unpredicted}")
+        self.teacher = distillation.of_run(self.settings, self.processor, self.examples.train)
+        self.summary = peftcore.summary(self.model)
+        say(str(self.summary))
+
+    def measure_before(self) -> None:
+        """Measure the base, or the adapter that the run starts from."""
+        held_out, is_new = self.rows.held_out, self.settings.adapter is None
+        self.measure = Measure(self.settings, self.processor, self.about, self.examples, held_out, self.clock)
+        is_base = self.settings.method != FULL and is_new
+        with peftcore.disabled(self.model) if is_base else contextlib.nullcontext():
+            self.measure.keep_reference(self.model)
+            say("measuring held-out examples ...")
+            self.before = self.measure.all(self.model)
+            self._answer_sample("base" if is_new else "the adapter before")
+        _check_metric(self.settings, self.before.held_out)
+        say(f"before training, on {number(len(held_out), 'held-out example')}: {self.before.held_out}", "bold")
+
+    def lighten(self) -> None:
+        """Fuse operators, divide the base among processes, and compute the loss without logits, as options say."""
+        light_step.fuse(self.model, self.settings)
+        if self.settings.parallel == "fsdp2":
+            peftcore.shard(self.model)
+        light_step.use_loss_without_logits(self.model, self.settings, self.examples.rows, self.processor)
+        now = peftcore.summary(self.model)
+        self.summary = replace(self.summary, fused=now.fused, without_logits=now.without_logits)
+
+    def train(self, *, resume: bool) -> None:
+        """Train, from the latest checkpoint to `resume`, and find the best step if it is kept."""
+        self.meter, self.trace, stop = progress.Meter(), MemoryTrace(self.model), progress.OrderlyStop()
+        keeper, written = best_checkpoint.of_run(self.settings), progress.TaskWriter(self._record)
+        trainer = self.trainer = self._trainer([self.meter, stop, self.trace, written, *([keeper] if keeper else [])])
+        from_checkpoint = _checkpoint_to_resume(self.output) if resume else None
+        try:
+            with stop:
+                trainer.train(resume_from_checkpoint=from_checkpoint)
+        finally:
+            self.meter.close()
+            self.trace.close()
+        is_over = keeper is not None and keeper.stopped
+        if stop.requested and trainer.state.global_step < trainer.state.max_steps and not is_over:
+            raise Stopped(trainer.state.global_step, trainer.state.max_steps)
+        self.best = None if keeper is None else keeper.best(trainer.state)
+
+    def save(self) -> None:
+        """Measure the adapter that is saved, the best or the last, and save it."""
+        held_out = _measured_at_end(self.trainer, self.model, self.measure, self.best)
+        self._answer_sample("with the adapter")
+        _save(self.model, self.adapter, self.settings, self.processor, self._record)
+        validation = self.examples.validation
+        with precision.own(self.model):
+            self.chosen_by = self.measure(self.model, validation) if validation else None
+            self.after = self.measure.all(self.model, held_out=held_out)
+
+    def result(self) -> Result:
+        """Return the figures of the run."""
+        settings, examples, before, after = self.settings, self.examples, self.before, self.after
+        step_seconds = self.meter.step_seconds
+        self.clock.parts["training"] = self.meter.seconds
+        return Result(
+            before=before.held_out,
+            after=after.held_out,
+            history=self.trainer.state.log_history,
+            summary=self.summary,
+            steps=self.trainer.state.global_step,
+            train_rows=len(self.rows.train) if self.rows.lines is None else len(examples.dataset),
+            eval_rows=len(self.rows.held_out),
+            seconds=time.perf_counter() - self.began,
+            training_seconds=self.meter.seconds,
+            spent=self.clock.all(),
+            step_seconds=step_seconds,
+            tokens_per_second=self.meter.tokens_per_second,
+            examples_per_second=settings.batch_size * settings.grad_accum * settings.ranks / (step_seconds or 1.0),
+            peak=progress.peak_memory(),
+            adapter=self.adapter,
+            adapter_bytes=sum(file.stat().st_size for file in self.adapter.iterdir()),
+            samples=self.samples,
+            is_chat=bool(self.about.chat),
+            labels=self.about.labels,
+            predicted=self.predicted,
+            trace=self.trace.largest,
+            validation=self.chosen_by,
+            other=(before.other, after.other) if before.other and after.other else None,
+            merges=None if settings.method == FULL else peftcore.can_merge(self.model),
+            best=self.best,
+            data_sets=training_data.facts(settings, self.rows.train, examples, before.sets, after.sets),
+        )
+
+    @property
+    def _record(self) -> AdapterTask | None:
+        """The facts that are saved with the adapter; None for `--method full`."""
+        return None if self.settings.method == FULL else self.about
+
+    def _trainer(self, callbacks: list[Any]) -> Measuring:
+        examples, services = self.examples, reporting.services(self.display.report_to)
+        draws = training_data.draws(examples.parts)
+        arguments = {
+            "model": self.model,
+            "args": trainer_arguments.of_run(self.settings, self.output, draws, services),
+            "callbacks": callbacks,
+            "train_dataset": examples.dataset,
+            "eval_dataset": examples.held_out,
+            "measure": self.measure,
+            "parts": examples.parts,
+            "lengths": examples.sizes,
+        }
+        trainer = self.task.trainer(arguments, self.settings, self.processor, self.about, self.teacher)
+        trainer.remove_callback(PrinterCallback)
+        return trainer
+
+    def _answer_sample(self, writer: str) -> None:
+        """Keep the model's answer to `--sample`, if there is one."""
+        if self.display.sample is None:
+            return
+        is_chat, most, sample = bool(self.about.chat), self.display.sample_tokens, self.display.sample
+        with self.clock.part("samples"), precision.own(self.model):
+            model = self.model.eval()
+            answer = self.task.answer(model, self.processor, sample, self.about, chat=is_chat, max_new_tokens=most)
+        self.samples.append((writer, answer))
+
+
+def prepared(settings: Settings, rows: training_data.Rows) -> tuple[Any, AdapterTask]:
+    """Return the tokenizer or processor of a run, and what its adapter is trained for.
+
+    Raises:
+        PeftcoreError: the base has no tokenizer for the task, or a setting does not fit to it.
+    """
+    task = registered.find(settings.task)
+    start = Path(settings.adapter) if settings.adapter is not None else None
+    before = adapter_folders.adapter_task(start) if start is not None else None
+    labels: tuple[str, ...] = ()
+    if task.has_labels:
+        seen = [*rows.train, *rows.validation]
+        if counts := row_labels.counts_of(seen):
+            say(counts)
+        labels = tuple(row_labels.labels_of(seen)) if start is None else warm_start.labels_of(start, settings.labels)
+    processor, is_chat = task.load_processor(settings.model, start), any(row.messages is not None for row in rows.train)
+    weights = (settings.desirable_weight, settings.undesirable_weight)
+    about = AdapterTask(
+        settings.task,
+        settings.max_length,
+        labels,
+        chat=is_chat,
+        beta=settings.beta,
+        weights=None if weights == (1.0, 1.0) else weights,
+        seed=settings.seed if task.new_head else None,
+        pooling=(before and before.pooling) or (None if settings.pooling == "auto" else settings.pooling),
+        language=settings.language,
+    )
+    about = task.prepared(processor, about, settings.model)
+    if about.pooling is not None:
+        say(f"texts become vectors by {about.pooling} pooling")
+    conversations.set_template(processor, settings.chat_template, before.chat_template if before is not None else None)
+    template = conversations.tokenizer_of(processor).chat_template if is_chat and settings.chat_template else None
+    return processor, replace(about, chat_template=template)
+
+
+def _adapted_model(settings: Settings, processor: Any, about: AdapterTask, examples: Examples) -> Any:
+    """Return the base with the adapter that is trained, or with `--method full` the base that is trained itself."""
+    set_seed(settings.seed)  # also initialises a classifier's new head
+    say(f"loading {settings.model} for {settings.task}")
+    model = models.load_model(
+        settings.model,
+        settings.task,
+        dtype=settings.dtype,
+        device=settings.device,
+        labels=about.labels,
+        quantize=about.quantized,
+    )
+    training_data.check_positions(model, settings, examples)
+    if settings.pack:
+        packing.check(model, examples.train, type(model).__name__)
+    if settings.method == FULL:
+        model.requires_grad_(True)
+    elif settings.adapter is not None:
+        warm_start.load(model, settings)
+    else:
+        task, batches = registered.find(settings.task), first_batches(settings, examples.rows, processor, model)
+        with contextlib.nullcontext() if batches is None else task.with_loss(model, about):
+            peftcore.apply(model, settings.method, batches=batches, **settings.fields)
+    if settings.pack and settings.method != FULL:
+        packing.check(model, examples.train, settings.method)
+    return model
+
+
+def _check_metric(settings: Settings, measured: Metrics) -> None:
+    """Raise a PeftcoreError if `--metric` is not among the metrics that were measured."""
+    names = measured.as_dict()
+    if settings.metric is not None and generations.name_of(settings.metric) not in names:
+        raise PeftcoreError(
+            f"--metric {settings.metric} is not measured on these examples, which have {', '.join(names)}. Pass one of "
+            "these"
+        )
+
+
+def _measured_at_end(trainer: Measuring, model: Any, measure: Measure, best: best_checkpoint.Best | None) -> Metrics:
+    """Return the metrics on held-out examples of the adapter that is saved: the best, or the last."""
+    if best is not None:
+        say(f"saving the adapter of {best}")
+        with precision.own(model):
+            return measure(model)
+    if trainer.state.global_step not in trainer.measured:
+        trainer.evaluate()
+    return trainer.measured[trainer.state.global_step]
+
+
+def _save(model: Any, folder: Path, settings: Settings, processor: Any, made_for: AdapterTask | None) -> None:
+    """Save the adapter with the facts about its task, or the whole model of `--method full`."""
+    if made_for is None:
+        model.save_pretrained(folder)
+        return
+    peftcore.save(model, folder)
+
+    def write_facts() -> None:
+        made_for.write(folder)
+        if settings.adapter is not None and adapter_folders.has_tokenizer(Path(settings.adapter)):
+            conversations.tokenizer_of(processor).save_pretrained(folder)
+
+    ranks.once(write_facts, together=True)
+
+
+def first_batches(settings: Settings, train: list[Example], tokenizer: Any, model: Any) -> DataLoader[Any] | None:
+    """Return the training batches of `model` for methods that initialise from data; None for others."""
+    if not takes_batches(settings.method, settings.fields):
+        return None
+    task = registered.find(settings.task)
+    train = list(task.as_texts(train))
+    order = LengthGroupedSampler([encoded_examples.length(each) for each in train], settings.batch_size, settings.seed)
+
+    def batch(some: list[Example]) -> dict[str, Any]:
+        return encoded_examples.in_dtype(task.collate(some, tokenizer), model)
+
+    return DataLoader(train, settings.batch_size, sampler=order, collate_fn=batch)  # type: ignore[arg-type]
+
+
+def _checkpoint_to_resume(output: Path) -> str | None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        checkpoint = latest_checkpoint(output / "checkpoints")
+    for warning in caught:
+        warn(str(warning.message))
+    if checkpoint is None:
+        warn(f"'{output}' has no complete checkpoint; starting from the beginning")
+    else:
+        say(f"resuming from {checkpoint}")
+    return checkpoint
