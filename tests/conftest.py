@@ -5,18 +5,13 @@ import types
 from collections.abc import Callable, Iterator
 
 import pytest
-from support import tiny
 from support.entry_points import entry
+from support.toys import toys
 
 from peftcore.plugin import discovery as plugin_discovery
 from peftcore.plugin.registry import Registry
 
-
-@pytest.fixture
-def toys() -> Iterator[None]:
-    """The toy methods `around`, `after`, `on-weight`, `soft`, `prefix` and `train`, registered for one test."""
-    with tiny.installed(*(tiny.method(kind, place) for kind, place in tiny.PLACES.items())):
-        yield
+__all__ = ["toys"]
 
 
 @pytest.fixture

@@ -159,7 +159,11 @@ def test_what_peft_has_is_there_and_what_stands_for_it_too() -> None:
 def test_the_errors_that_are_explained_exist() -> None:
     words = "\n".join(
         node.value
-        for path in [*(ROOT / "peftcore").rglob("*.py"), *(ROOT / "plugins").glob("*/*.py")]
+        for path in [
+            *(ROOT / "peftcore").rglob("*.py"),
+            *(ROOT / "plugins").glob("*/peftcore_*/**/*.py"),
+            *(ROOT / "plugins").glob("*/*.py"),
+        ]
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.Constant) and isinstance(node.value, str)
     )

@@ -363,7 +363,7 @@ def test_without_transformers_train_says_what_to_install(
 
     monkeypatch.setitem(sys.modules, "accelerate", None)
     error = run("train", "-m", "x", "-d", reviews, "-o", tmp_path / "run", code=1).output
-    assert "'accelerate' is needed and not installed. Install it: pip install peftcore-cli" in error
+    assert "'accelerate' is needed and not installed. Install it: pip install peftcore[train]" in error
 
 
 def test_which_method_must_be_said_where_there_are_several(run: Run, llama: Path, toys: None) -> None:

@@ -12,11 +12,12 @@ from support.imports import CORE, ROOT
 
 from peftcore.plugin.registry import registry
 
-# Packages of plugins/ without a method.
+# Packages of plugins/ without a method, but the command line.
 TOOLS = {
     package.parent.name.replace("-", "_")
     for package in ROOT.glob("plugins/*/pyproject.toml")
-    if not any("peftcore_methods" in file.read_text("utf-8") for file in package.parent.rglob("peftcore_*.py"))
+    if package.parent.name != "peftcore-cli"
+    and not any("peftcore_methods" in file.read_text("utf-8") for file in package.parent.rglob("peftcore_*.py"))
     and not any("peftcore_methods" in file.read_text("utf-8") for file in package.parent.rglob("peftcore_*/*.py"))
 }
 

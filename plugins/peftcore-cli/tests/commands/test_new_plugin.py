@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from peftcore_cli.commands.new_plugin import Kind, new_plugin, write
+from support.imports import ROOT
 from support.whole_run import WHOLE, nightly_but
 
 import peftcore
@@ -47,7 +48,7 @@ def test_what_is_written_passes_the_linters_of_this_repository(command: list[str
     """Except for the order of imports, which depends on the folder that ruff runs in."""
     for kind in Kind:
         write(f"fresh-{kind.value}", kind, tmp_path)
-    config = Path(__file__).parents[3] / "pyproject.toml"
+    config = ROOT / "pyproject.toml"
     lint = [sys.executable, "-m", "ruff", *command, "--config", config, tmp_path]
     result = subprocess.run(lint, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout
@@ -116,7 +117,7 @@ def test_installed_with_pip_used_and_uninstalled(tmp_path: Path) -> None:
     subprocess.run(install, check=True, capture_output=True)
 
     def python(*arguments: object, with_plugin: bool) -> subprocess.CompletedProcess:
-        paths = [str(Path(__file__).parents[2]), *([str(site)] if with_plugin else [])]
+        paths = [str(ROOT / "tests"), str(ROOT / "plugins/peftcore-cli"), *([str(site)] if with_plugin else [])]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
         command = [sys.executable, "-W", "ignore", *map(str, arguments)]
         return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)

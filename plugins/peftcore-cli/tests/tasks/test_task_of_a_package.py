@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 from peftcore_cli.tasks.registered import find, tasks
 from support.commands import WORDS, Run, write_jsonl
+from support.imports import ROOT
 
 import peftcore
 from peftcore.plugin.registry import registry
 
-PAGE = Path(__file__).parents[3] / "docs/plugins.md"
+PAGE = ROOT / "docs/plugins.md"
 
 
 @pytest.fixture
