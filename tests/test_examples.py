@@ -151,6 +151,6 @@ def test_jobs_of_clusters_call_the_command_as_it_is() -> None:
         words = shlex.split(call.replace('$(echo "$SKYPILOT_NODE_IPS" | head -n1)', "host").replace("\\\n", " "))
         parsed = parse_args(words[1:])
         # A machine that joins late would count other restarts: see `peftcore.distributed.start`.
-        assert parsed.max_restarts == 0 and parsed.module and parsed.training_script == "peftcore"
+        assert parsed.max_restarts == 0 and parsed.module and parsed.training_script == "peftcore_cli"
         assert parsed.training_script_args[0] == "train"
         assert {word for word in parsed.training_script_args if word.startswith("--")} <= own

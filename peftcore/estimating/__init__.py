@@ -4,6 +4,7 @@ from peftcore.estimating.choosing import (
     PAGED as PAGED,
     PLAIN as PLAIN,
     Suggestion as Suggestion,
+    Way as Way,
     suggest as suggest,
 )
 from peftcore.estimating.devices import memory_here as memory_here

@@ -13,7 +13,7 @@ from peftcore_cli.console import say
 from peftcore_cli.settings import RunOptions, Settings
 
 if TYPE_CHECKING:
-    from peftcore.estimating.choosing import Way
+    from peftcore.estimating import Way
 
 EXAMPLES = (
     "peftcore suggest -m MODEL --method METHOD --memory 24GB --device rtx4090 --max-length 2048",
