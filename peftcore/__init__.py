@@ -42,6 +42,22 @@ _PUBLIC = {
     "peftcore.quantization.huggingface": ("FourBitConfig",),
     "peftcore.plugin.registry": ("PluginInfo", "method", "methods", "plugins"),
 }
+# What people who know PEFT look for here.
+_OF_PEFT = {
+    "PeftModel": "peftcore.load(model, folder)",
+    "add_adapter": "peftcore.apply(model, method, adapter=NAME)",
+    "convert_to_lora": "peftcore.convert",
+    "delete_adapter": "peftcore.remove",
+    "disable_adapter": "peftcore.disabled",
+    "get_peft_model": "peftcore.apply(model, method)",
+    "get_peft_model_state_dict": "peftcore.state_dict",
+    "load_adapter": "peftcore.load(model, folder, adapter=NAME)",
+    "merge_and_unload": "peftcore.merge",
+    "prepare_model_for_kbit_training": "peftcore.quantize",
+    "print_trainable_parameters": "peftcore.summary",
+    "set_adapter": "peftcore.activate",
+    "set_peft_model_state_dict": "peftcore.set_state_dict",
+}
 _HOMES = {name: module for module, names in _PUBLIC.items() for name in names}
 
 
@@ -55,7 +71,8 @@ def __getattr__(name: str) -> Any:
     elif not name.startswith("_") and find_spec(f"peftcore.{name}"):
         value = import_module(f"peftcore.{name}")
     else:
-        raise AttributeError(f"module 'peftcore' has no attribute '{name}'")
+        hint = f". Try: {_OF_PEFT[name]}" if name in _OF_PEFT else ""
+        raise AttributeError(f"module 'peftcore' has no attribute '{name}'{hint}")
     globals()[name] = value
     return value
 

@@ -84,3 +84,10 @@ def test_rooms_are_imported_when_they_are_named() -> None:
     assert found.stdout.split() == ["False", "detect", "True"]
     with pytest.raises(AttributeError, match="module 'peftcore' has no attribute 'nonsense'"):
         _ = peftcore.nonsense
+
+
+def test_names_of_peft_are_answered_with_ours() -> None:
+    with pytest.raises(AttributeError, match=r"no attribute 'get_peft_model'\. Try: peftcore\.apply\(model, method\)"):
+        _ = peftcore.get_peft_model
+    for answer in peftcore._OF_PEFT.values():
+        assert answer.partition("(")[0].removeprefix("peftcore.") in peftcore.__all__
