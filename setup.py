@@ -52,6 +52,7 @@ UNITS = {
     "lora": "lora",
     "grouped": "grouped",
     "optim": "optim",
+    "gradients.cpp": "optim",
     "module.cpp": "optim",  # both include pybind11
 }
 

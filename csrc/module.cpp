@@ -10,6 +10,7 @@
 #include "common/huge_pages.h"
 #include "common/workspace.h"
 #include "cpu/kernels.h"
+#include "gradients.h"
 #include "optim/python.h"
 
 namespace py = pybind11;
@@ -92,6 +93,9 @@ PYBIND11_MODULE(_C, m) {
             move_into_huge_pages(reinterpret_cast<void*>(address), bytes);
         },
         py::arg("address"), py::arg("bytes"), "Ask the system to move memory into huge pages, in place.");
+    m.def("refuse_gradients", &refuse_gradients, py::arg("name"),
+          "Give an operator the kernel for autograd that raises a RuntimeError where a gradient would be "
+          "lost.");
     m.def("free_workspace", &free_workspace, "Give back what this thread keeps for linear_4bit on CPU.");
     optim::bind_optim(m);
 }

@@ -22,13 +22,16 @@ inline void check_packed(const Weight& weight, const char* op) {
                       weight.sizes());
 }
 
-// Checks `out`, which takes the dequantized weight.
-inline void check_out(const Weight& weight, const at::Tensor& out, const char* op) {
+// Checks `out`, which takes the dequantized weight of these tensors, which are read while it is written.
+inline void check_out(const Weight& weight, at::TensorList tensors, const at::Tensor& out, const char* op) {
     check_packed(weight, op);
     TORCH_CHECK_VALUE(out.device() == weight.first().device(), op, ": out must be on ",
                       weight.first().device(), ", found ", out.device());
     TORCH_CHECK_VALUE(out.sizes() == weight.sizes(), op, ": out must have the weight's shape ",
                       weight.sizes(), ", found ", out.sizes());
+    for (const at::Tensor& part : tensors)
+        TORCH_CHECK_VALUE(!out.is_alias_of(part), op,
+                          ": out shares memory with the weight. Pass memory of its own");
 }
 
 // Checks `t` against W [out, in]: t is x, whose last dimension is `in`, or a gradient, whose last dimension is `out`.

@@ -49,21 +49,13 @@ def _outside_autocast(reference: Callable[..., Any]) -> Callable[..., Any]:
     return computed
 
 
-def define(
-    schema: str,
-    reference: Callable[..., Any],
-    fake: Callable[..., Any],
-    *,
-    reads_host: bool = False,
-    check: Callable[..., None] | None = None,
-) -> None:
+def define(schema: str, reference: Callable[..., Any], fake: Callable[..., Any], *, reads_host: bool = False) -> None:
     """Define an operator: its schema, its PyTorch reference for every device, and its shape rule.
 
     The reference is registered below CPU and CUDA: a compiled kernel, where one is loaded, goes first. A call whose
     gradient would be lost raises a RuntimeError, see `_refuse_gradients`. An operator that `reads_host` takes numbers
     from the host that differ from call to call: a CUDA graph would repeat those of its capture, so that
-    `torch.compile(mode="reduce-overhead")` leaves the operator out of its graphs. `check` is called with the arguments
-    before any kernel.
+    `torch.compile(mode="reduce-overhead")` leaves the operator out of its graphs.
     """
     name = schema.partition("(")[0]
     try:
@@ -78,14 +70,18 @@ def define(
         ) from error
     library.impl(name, _tensors_there(schema, _outside_autocast(reference)), "CompositeExplicitAutograd")
     torch.library.register_fake(f"peftcore::{name}", _tensors_there(schema, fake), lib=library)
-    library.impl(name, _refuse_gradients(name, check), "Autograd", with_keyset=True)
+    _refuse_gradients(name)
 
 
-def _refuse_gradients(name: str, check: Callable[..., None] | None) -> Callable[..., Any]:
-    """Return the operator's kernel for autograd, which raises a RuntimeError where a gradient would be lost.
+def _refuse_gradients(name: str) -> None:
+    """Give the operator the kernel for autograd that raises a RuntimeError where a gradient would be lost.
 
     Operators have no gradient of their own: the functions of `peftcore.ops` call them in a `torch.autograd.Function`.
+    The extension has the same kernel in C++: in Python it takes a tenth of the time that a small model decodes in.
     """
+    if _extension.extension is not None:
+        _extension.extension.refuse_gradients(name)
+        return
     base, _, overload = name.partition(".")
     operator = getattr(getattr(torch.ops.peftcore, base), overload or "default")
     after = torch._C._after_autograd_keyset
@@ -98,11 +94,9 @@ def _refuse_gradients(name: str, check: Callable[..., None] | None) -> Callable[
                         f"torch.ops.peftcore.{name} has no gradient, and an argument requires one. Call the function "
                         "of peftcore.ops in its place, or call it under torch.no_grad()"
                     )
-        if check is not None:
-            check(*args, **kwargs)
         return operator.redispatch(keys & after, *args, **kwargs)
 
-    return refuse_or_compute
+    library.impl(name, refuse_or_compute, "Autograd", with_keyset=True)
 
 
 def _is_differentiated(tensor: Tensor) -> bool:
@@ -124,7 +118,7 @@ class Call(Protocol):
         """Tensors of the results' shapes and dtypes."""
 
 
-def define_by(schema: str, call: type[Call], check: Callable[..., None] | None = None) -> None:
+def define_by(schema: str, call: type[Call]) -> None:
     """Define an operator whose reference and shape rule come from one class, with the same arguments and checks.
 
     An operator with a `seed` is also defined as `NAME_seeded`, which a compiled model calls if the seed is on the CPU:
@@ -139,7 +133,7 @@ def define_by(schema: str, call: type[Call], check: Callable[..., None] | None =
     def fake(*args: Any, **kwargs: Any) -> Any:
         return call(*args, **kwargs).empty()
 
-    define(schema, reference, fake, check=check)
+    define(schema, reference, fake)
     if "Tensor? seed" not in schema:
         return
     name, _, arguments = schema.partition("(")

@@ -146,15 +146,6 @@ class Dequantize4bit:
         return self.packed.codes.new_empty(self.packed.shape, dtype=self.dtype)
 
 
-def _refuse_overlap(weight: Sequence[Tensor], packing: Sequence[int], *, out: Tensor) -> None:
-    """Raise a ValueError if `out` shares memory with a part of the weight, which is read while `out` is written."""
-    if out.is_meta or torch.compiler.is_compiling():  # Dynamo cannot ask whether tensors overlap
-        return
-    for part in weight:
-        if torch._C._overlaps(out, part):
-            raise ValueError("dequantize_4bit: out shares memory with the weight. Pass memory of its own")
-
-
 @dataclass
 class Dequantize4bitOut:
     weight: Sequence[Tensor]
@@ -171,6 +162,8 @@ class Dequantize4bitOut:
         value(out.shape == torch.Size(shape), op, f"{wanted}, found {list(out.shape)}")
 
     def compute(self) -> None:
+        shared = any(torch._C._overlaps(self.out, part) for part in self.weight)  # read while `out` is written
+        value(not shared, "dequantize_4bit", "out shares memory with the weight. Pass memory of its own")
         self.out.copy_(self.packed.values(self.out.dtype))
 
     def empty(self) -> None:
@@ -184,11 +177,7 @@ define_by(
     QuantizeAbsmax,
 )
 define_by("dequantize_4bit(Tensor[] weight, SymInt[] packing, ScalarType dtype) -> Tensor", Dequantize4bit)
-define_by(
-    "dequantize_4bit.out(Tensor[] weight, SymInt[] packing, *, Tensor(a!) out) -> ()",
-    Dequantize4bitOut,
-    _refuse_overlap,
-)
+define_by("dequantize_4bit.out(Tensor[] weight, SymInt[] packing, *, Tensor(a!) out) -> ()", Dequantize4bitOut)
 
 
 # --- what the rest of the package calls ------------------------------------------------------------------------------
@@ -255,7 +244,6 @@ def dequantize_4bit(weight: PackedWeight, dtype: torch.dtype | None = None, *, o
     if out is None:
         dense = _OPS.dequantize_4bit(tensors, packing, dtype or weight.dtype)
     else:
-        _refuse_overlap(tensors, packing, out=out)  # also of inference tensors, which skip the kernel for autograd
         _OPS.dequantize_4bit.out(tensors, packing, out=out)
         dense = out
     if weight.permutation is None:

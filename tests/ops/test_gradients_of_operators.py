@@ -23,6 +23,11 @@ def test_a_gradient_that_would_be_lost_is_an_error() -> None:
     weight = [torch.randn(8, 64).requires_grad_()]  # in a list
     with pytest.raises(RuntimeError, match=r"torch\.ops\.peftcore\.linear_4bit has no gradient"):
         torch.ops.peftcore.linear_4bit(X, weight, [])
+    with pytest.raises(RuntimeError, match="linear_4bit has no gradient"):  # in an optional tensor
+        torch.ops.peftcore.linear_4bit(X, [torch.randn(8, 64)], [], torch.randn(8).requires_grad_())
+    packed = ops.quantize_4bit(torch.randn(8, 64)).operands()
+    with pytest.raises(RuntimeError, match=r"torch\.ops\.peftcore\.dequantize_4bit\.out has no gradient"):
+        torch.ops.peftcore.dequantize_4bit.out(*packed, out=torch.empty(8, 64).requires_grad_())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

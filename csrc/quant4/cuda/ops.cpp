@@ -86,7 +86,7 @@ void dequantize_4bit_out(at::TensorList tensors, at::IntArrayRef packing, at::Te
     kernel_dtype(out.scalar_type(), op);
     const c10::DeviceGuard guard(out.device());
     const Weight weight(tensors, packing, op);
-    check_out(weight, out, op);
+    check_out(weight, tensors, out, op);
     if (out.is_contiguous()) return dequantize_into(weight.view(), out);
     Tensor dense = at::empty(out.sizes(), out.options());
     dequantize_into(weight.view(), dense);
