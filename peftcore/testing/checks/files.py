@@ -30,7 +30,7 @@ def saving(case: Case) -> None:
     model, fresh = case.model(), case.base()
     with tempfile.TemporaryDirectory() as folder:
         peftcore.save(model, folder, adapter="default")
-        peftcore.load(fresh, folder)
+        peftcore.load(fresh, folder, trainable=True)
         peftcore.save(model, Path(folder, "for use"), adapter="default", resumable=False)
         used = peftcore.load(case.base(), Path(folder, "for use"))
     loaded = dict(adapter_parameters(fresh, "default"))

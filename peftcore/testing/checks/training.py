@@ -145,7 +145,7 @@ def _quantized_base(case: Case, quant_type: str) -> str | None:
     acting = logits(model, inputs)
     with tempfile.TemporaryDirectory() as folder:
         peftcore.save(model, folder, adapter="default")
-        fresh = peftcore.load(case.base(quant_type=quant_type), folder)
+        fresh = peftcore.load(case.base(quant_type=quant_type), folder, trainable=True)
     same(logits(fresh, inputs), acting, "output after save and load")
     try:
         peftcore.merge(model, dtype=torch.float32, undo=True)
