@@ -87,7 +87,7 @@ def test_planning_allocates_nothing_and_needs_no_tokenizer() -> None:
             {"prompt_tuning_init": "TEXT"},
             "needs prompt_tuning_init_text and tokenizer_name_or_path, found None and None",
         ),
-        ({"virtual_tokens": 4}, "has no field 'virtual_tokens'. Did you mean 'num_virtual_tokens'"),
+        ({"virtual_tokens": 4}, r"has no field 'virtual_tokens'\. Did you mean 'num_virtual_tokens'"),
         ({"token_dim": 48}, "the prompt's vectors have width 48, but the token embedding has width 32"),
         ({"num_virtual_tokens": 2048}, "2048 tokens leaves no room for input: LlamaForCausalLM has a context of 2048"),
     ],
