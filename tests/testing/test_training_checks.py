@@ -171,8 +171,9 @@ def test_the_first_error_of_a_rank_ends_the_check() -> None:
 
 
 def test_a_warning_of_a_merge_is_a_refusal_only_if_a_change_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(peftcore, "merge", lambda model, undo: warnings.warn("something else", UserWarning, stacklevel=1))
-    with pytest.warns(UserWarning, match="something else"):
+    other = "something else"
+    monkeypatch.setattr(peftcore, "merge", lambda model, undo: warnings.warn(other, UserWarning, stacklevel=1))
+    with pytest.warns(UserWarning, match=other):
         merge_exactly(torch.nn.Linear(1, 1))
     lost = "2 merged layers are quantized again, which loses 3%"
     monkeypatch.setattr(peftcore, "merge", lambda model, undo: warnings.warn(lost, UserWarning, stacklevel=1))
