@@ -1,6 +1,7 @@
-"""A training loop of one's own: python examples/own_loop.py MODEL TEXTS.jsonl OUTPUT"""
+"""A training loop of your own, for any method: python examples/own_loop.py MODEL TEXTS.jsonl OUTPUT"""
 
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -15,15 +16,20 @@ texts = [json.loads(line)["text"] for line in Path(data).read_text().splitlines(
 
 model = AutoModelForCausalLM.from_pretrained(source)
 peftcore.apply(model, "lora", r=8, target_modules="all-linear").train()
-optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-3)
+optimizer = torch.optim.AdamW(peftcore.parameter_groups(model, lr=2e-3))
+epochs, batch_size = 2, 4
+total_steps = epochs * math.ceil(len(texts) / batch_size)
+step = 0
 
-for epoch in range(2):
-    for start in range(0, len(texts), 4):
-        batch = tokenizer(texts[start : start + 4], return_tensors="pt", padding=True)
+for epoch in range(epochs):
+    for start in range(0, len(texts), batch_size):
+        batch = tokenizer(texts[start : start + batch_size], return_tensors="pt", padding=True)
         labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
         loss = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=labels).loss
-        loss.backward()
+        (loss + peftcore.extra_loss(model)).backward()  # the method's own term of the loss, 0 for LoRA
         optimizer.step()
+        step += 1
+        peftcore.after_step(model, step, total_steps, optimizer=optimizer)  # before the gradients are cleared
         optimizer.zero_grad()
     print(f"epoch {epoch}: loss {loss.item():.4f}")
 

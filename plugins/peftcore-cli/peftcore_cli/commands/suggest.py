@@ -91,7 +91,7 @@ def suggest(
         if value not in (None, "auto"):
             more += [f"--{name}", value]
     files = " -d ".join(map(shlex.quote, data or ())) or "DATA"
-    start = "peftcore" if given.parallel is None else f"torchrun --nproc-per-node {ranks} -m peftcore"
+    start = "peftcore" if given.parallel is None else f"torchrun --nproc-per-node {ranks} -m peftcore_cli"
     commands = [
         f"{start} train -m {shlex.quote(model)} -d {files} -o RUN {shlex.join([*way.options(), *more])}"
         for way in found.ways
