@@ -1,4 +1,4 @@
-"""A training loop of your own, for any method: python examples/own_loop.py MODEL TEXTS.jsonl OUTPUT"""
+"""A training loop of your own: python examples/own_loop.py MODEL TEXTS.jsonl OUTPUT"""
 
 import json
 import math

@@ -142,8 +142,10 @@ def command(*, resume: bool = False) -> str:
     if resume:
         arguments = [*(each for each in arguments if each not in ("--resume", "--overwrite")), "--resume"]
     several = os.environ.get("WORLD_SIZE", "1")
-    started = ["torchrun", "--nproc-per-node", several, "-m"] if several != "1" else []
-    return shlex.join([*started, "peftcore", *arguments])
+    program = ["peftcore"]
+    if several != "1":
+        program = ["torchrun", "--nproc-per-node", several, "-m", "peftcore_cli"]
+    return shlex.join([*program, *arguments])
 
 
 def table(rows: Iterable[Iterable[Any]], columns: Iterable[str] = ("", ""), title: str | None = None) -> None:

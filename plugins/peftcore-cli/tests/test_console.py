@@ -81,3 +81,10 @@ def test_an_error_that_no_command_expects(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr("peftcore_cli.versions.versions", fails)
     with pytest.raises(SystemExit, match=r"RuntimeError: \\x1b\]0;title\\x07"):
         run_app(["--version"])
+
+
+@pytest.mark.parametrize("ranks, program", [("1", "peftcore"), ("2", "torchrun --nproc-per-node 2 -m peftcore_cli")])
+def test_the_command_that_resumes(ranks: str, program: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["peftcore", "train", "-o", "a run", "--overwrite"])
+    monkeypatch.setenv("WORLD_SIZE", ranks)
+    assert console.command(resume=True) == f"{program} train -o 'a run' --resume"

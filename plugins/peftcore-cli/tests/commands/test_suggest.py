@@ -98,7 +98,8 @@ def test_the_command_says_how_it_runs(run: Run, llama: Path) -> None:
     found = run(
         "suggest", "-m", llama, "--method", "lora", "--max-length", 12, "--memory", "2GB", "--device", "t4", *how
     )
-    command = found.output.rpartition("torchrun --nproc-per-node 2 -m peftcore_cli train")[2]
+    _, started, command = found.output.rpartition("torchrun --nproc-per-node 2 -m peftcore_cli train")
+    assert started
     assert "--task dpo" in command and "--precision bf16 --parallel fsdp2" in command and "--dtype" not in command
 
 
