@@ -54,8 +54,8 @@ class CheckpointFiles:
             by_pattern.update(dict.fromkeys(converter.source_patterns, converter))
         self.keys = {}
         for key in sorted(self.files, key=loading.dot_natural_key):
-            name = key if key in known else loading.apply_renamings(key, renamings)
-            target, pattern = (name, None) if name in known else loading.apply_converters(name, converters)
+            name = key if key in known else loading.rename_source_key(key, renamings, [])[0]
+            target, pattern = (name, None) if name in known else loading.rename_source_key(name, [], converters)
             if pattern is None or target not in known:
                 self.keys[name] = key
             else:

@@ -40,7 +40,7 @@ from peftcore.plugin.hooks import hookimpl
 from peftcore.plugin.registry import builtin, registry
 
 # Names of the argument for the attention cache, which differ between releases of transformers.
-_CACHE_ARGUMENTS = ("cache", "past_key_values")
+_CACHE_ARGUMENTS = ("cache", "past_key_values", "cache_params")  # in releases of transformers
 
 # PEFT's task types, by the ending of a class's name.
 _TASKS = {

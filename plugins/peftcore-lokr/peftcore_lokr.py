@@ -117,7 +117,8 @@ class LoKr(Adapter):
         for part in reversed(second):
             u = F.linear(u, part)  # [..., m, k]
         for part in reversed(first):
-            u = part @ u  # [..., l, k]
+            # [..., l, k]; PyTorch computes `part @ u` in another order where `part` needs gradients
+            u = F.linear(u.mT.contiguous(), part).mT
         update = self.scale * u.flatten(-2)
         return base(x) + (kept(update, *self.drops) if self.training else update)
 

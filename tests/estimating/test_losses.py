@@ -19,7 +19,7 @@ from peftcore.errors import PeftcoreError
 from peftcore.estimating import Step
 from peftcore.estimating.losses import VECTORS
 
-pytest.importorskip("trl")
+pytest.importorskip("trl", minversion="1.16")  # whose releases need Python 3.11
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # of names that TRL has of transformers
 
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from support import tiny
+from support.checkpointing import enable_checkpointing
 from support.tiny import TOKENS
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -232,17 +233,13 @@ def test_checkpointed_parts_see_the_call_of_their_forward(use_reentrant: bool) -
         torch.testing.assert_close(found, wanted)
 
 
-def checkpointing(model: Any) -> Any:
-    return getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-
-
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_checkpointing_of_transformers(use_reentrant: bool) -> None:
     gradients = []
     for enable in (False, True):
         model = by_task().train()
         if enable:
-            checkpointing(model)({"use_reentrant": use_reentrant})
+            enable_checkpointing(model, {"use_reentrant": use_reentrant})
             model.enable_input_require_grads()
         losses = [model(TOKENS, labels=TOKENS, task_ids=tasks, use_cache=False).loss for tasks in (A, B)]
         torch.stack(losses).prod().backward()
@@ -315,7 +312,7 @@ def test_compiled_parts_that_run_again_see_the_call_of_their_forward() -> None:
     for compile_parts in (False, True):
         torch._dynamo.reset()
         model = by_task().train()
-        checkpointing(model)({"use_reentrant": False})
+        enable_checkpointing(model, {"use_reentrant": False})
         if compile_parts:
             for layer in model.model.layers:
                 layer.compile(backend="eager")

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from support import tiny
+from support.checkpointing import enable_checkpointing
 from torch import Tensor, nn
 
 import peftcore
@@ -105,8 +106,7 @@ def gradients(model: Any) -> list[Tensor]:
 
 def test_a_checkpointed_layer_reads_what_its_forward_read() -> None:
     model, other = laddered().train(), laddered().train()
-    enable = getattr(other, "activation_checkpointing_enable", None)  # renamed in transformers 5
-    (enable or other.gradient_checkpointing_enable)({"use_reentrant": False})
+    enable_checkpointing(other, {"use_reentrant": False})
     wanted, found = gradients(model), gradients(other)
     assert len(wanted) == len(found) == 3
     for a, b in zip(wanted, found, strict=True):

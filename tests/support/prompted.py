@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore.engine import adapter_parameters
+from peftcore.plugin import cache_argument
 from support import tiny
 
 KINDS = ("soft", "prefix")
@@ -136,7 +137,7 @@ def by_hand(model: nn.Module, kind: str, tokens: Tensor) -> Tensor:
         for layer, (key, value) in enumerate(vectors):
             shape = (tokens.shape[0], *key.shape)
             cache.update(key.expand(shape), value.expand(shape), layer)
-        return model(input_ids=tokens, cache=cache).logits
+        return model(input_ids=tokens, **{cache_argument(model): cache}).logits
 
 
 def generate(model: nn.Module, tokens: Tensor, mask: Tensor | None = None, **changes: Any) -> Any:

@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 from support import tiny
+from support.checkpointing import enable_checkpointing
 from torch import Tensor, nn
 
 import peftcore
@@ -186,7 +187,7 @@ def test_arguments_of_the_loss(computed: list[int]) -> None:
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradient_checkpointing(reentrant: bool, computed: list[int]) -> None:
     model = adapted(tiny.llama())
-    model.activation_checkpointing_enable({"use_reentrant": reentrant})
+    enable_checkpointing(model, {"use_reentrant": reentrant})
     model.enable_input_require_grads()
     wanted = step(model)
     same(step(peftcore.loss_without_logits(model)), wanted, 1e-5)

@@ -28,7 +28,7 @@ _ORIGINAL = "_peftcore_original"  # attribute of the entry: the function that it
 _LEAST_QUERIES = 16  # in fp32 without gradients: the kernel first rearranges keys and values
 # Parameters of transformers' function. With another one it may compute something that we do not know.
 _PARAMETERS = {"module", "query", "key", "value", "attention_mask", "dropout", "scaling", "is_causal"}
-_PARAMETERS |= {"position_bias", "kwargs"}
+_PARAMETERS |= {"position_bias", "cache", "kwargs"}
 
 
 def calls_attention(module: nn.Module) -> bool:
@@ -78,12 +78,15 @@ def _attention(
     scaling: float | None = None,
     is_causal: bool | None = None,
     position_bias: Tensor | None = None,
+    cache: Any = None,
     softcap: float | None = None,
     output_attentions: bool | None = None,
     **_: Any,
 ) -> Tensor | None:
     """Return the attention `[batch, queries, heads, size]`, or None if transformers must compute it, or refuse it."""
     if position_bias is not None or softcap is not None or output_attentions or not 0 <= dropout < 1:
+        return None
+    if cache is not None:  # a paged one, which transformers' function updates
         return None
     if not _has_fused_kernel(query, key, value, mask):
         return None

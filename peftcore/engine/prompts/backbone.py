@@ -21,7 +21,7 @@ from peftcore.plugin.architecture import Architecture, text_config
 from peftcore.plugin.placements.placement import Placement
 
 # argument names of attention modules for the cache
-_CACHE_ARGUMENTS = ("cache", "past_key_values", "layer_past")
+_CACHE_ARGUMENTS = ("cache", "past_key_values", "layer_past", "cache_params")
 IN_CACHE = "_peftcore_prefix"  # attribute of a cache: how many of its tokens are prefixes
 IN_MASK = "_peftcore_masked"  # attribute of a cache: how many columns of this call's mask belong to prefixes
 SOFT = "soft_prompt"  # attribute of a call with a soft prompt before the input

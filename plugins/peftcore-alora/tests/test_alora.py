@@ -11,11 +11,12 @@ import pytest
 import torch
 from support import prompted, tiny
 from support.against_peft import both_ways, quiet
+from support.checkpointing import enable_checkpointing
 from torch import Tensor, nn
 from transformers import DynamicCache
 
 import peftcore
-from peftcore.plugin import disturb
+from peftcore.plugin import cache_argument, disturb
 
 FIELDS: dict[str, Any] = {"r": 4, "target_modules": ["q_proj", "v_proj", "down_proj"]}
 TOKENS = torch.tensor([[5, 17, 3, 60, 41, 17, 3, 9], [8, 4, 17, 3, 2, 50, 63, 7], [8, 4, 77, 31, 2, 50, 63, 7]])
@@ -65,13 +66,13 @@ def test_a_cache_goes_on(cuts: tuple[int, ...]) -> None:
     model, cache = adapted(), DynamicCache()
     ids, wanted = TOKENS[1:], run(adapted(), TOKENS[1:])
     parts = ids.tensor_split(cuts, dim=1)
-    found = [run(model, part, cache=cache) for part in parts[:-1]]
+    found = [run(model, part, **{cache_argument(model): cache}) for part in parts[:-1]]
     again = copy.deepcopy(cache)
-    close(torch.cat([*found, run(model, parts[-1], cache=cache)], 1), wanted)
-    close(run(model, parts[-1], cache=again), wanted[:, -parts[-1].shape[1] :])
+    close(torch.cat([*found, run(model, parts[-1], **{cache_argument(model): cache})], 1), wanted)
+    close(run(model, parts[-1], **{cache_argument(model): again}), wanted[:, -parts[-1].shape[1] :])
     cache.crop(2 - ids.shape[1])
     other = torch.tensor([[9, 9, 9], [9, 9, 9]])
-    close(run(model, other, cache=cache), run(model, torch.cat([ids[:, :2], other], 1))[:, 2:])
+    close(run(model, other, **{cache_argument(model): cache}), run(model, torch.cat([ids[:, :2], other], 1))[:, 2:])
 
 
 def test_a_recurrence_goes_on() -> None:
@@ -79,7 +80,7 @@ def test_a_recurrence_goes_on() -> None:
     model = peftcore.apply(prompted.mamba(), "alora", alora_invocation_tokens=INVOCATION, target_modules=["in_proj"])
     disturb(model, "default", seed=1)
     ids, cache = TOKENS[1:], DynamicCache(config=model.config)
-    found = [run(model, part, cache=cache) for part in ids.split([5, 1, 1, 1], dim=1)]
+    found = [run(model, part, **{cache_argument(model): cache}) for part in ids.split([5, 1, 1, 1], dim=1)]
     close(torch.cat(found, 1), run(model, ids))
 
 
@@ -92,21 +93,21 @@ def test_a_cache_by_its_old_name() -> None:
 @pytest.mark.parametrize("fields", [{"target_modules": ["down_proj"]}, {"layers_to_transform": [1]}], ids=str)
 def test_layers_behind_those_that_fill_the_cache(fields: dict[str, Any]) -> None:
     model, cache = adapted(**fields), DynamicCache()
-    found = [run(model, part, cache=cache) for part in TOKENS[1:].split((5, 2, 1), dim=1)]
+    found = [run(model, part, **{cache_argument(model): cache}) for part in TOKENS[1:].split((5, 2, 1), dim=1)]
     close(torch.cat(found, 1), run(model, TOKENS[1:]))
 
 
 def test_an_invocation_across_two_calls_is_refused() -> None:
     """Its first tokens are in the cache as the base has them. The one of a later call takes the place of an earlier."""
     model, cache = adapted(), DynamicCache()
-    run(model, TOKENS[1:2, :3], cache=cache)
+    run(model, TOKENS[1:2, :3], **{cache_argument(model): cache})
     with pytest.raises(peftcore.PeftcoreError, match="the invocation is split over two calls"):
-        run(model, TOKENS[1:2, 3:], cache=cache)
+        run(model, TOKENS[1:2, 3:], **{cache_argument(model): cache})
     seen: list[Tensor] = []
     cache = DynamicCache()
     handle = model.model.layers[0].self_attn.q_proj.register_forward_hook(lambda _m, _x, y: seen.append(y))
-    run(model, TOKENS[:1, :4], cache=cache)
-    run(model, TOKENS[:1, 4:], cache=cache)
+    run(model, TOKENS[:1, :4], **{cache_argument(model): cache})
+    run(model, TOKENS[:1, 4:], **{cache_argument(model): cache})
     with peftcore.disabled(model):
         run(model, TOKENS[:1])
     handle.remove()
@@ -128,7 +129,7 @@ def test_checkpointed_layers_see_their_call() -> None:
     for checkpointed in (False, True):
         model = adapted().train()
         if checkpointed:
-            model.activation_checkpointing_enable({"use_reentrant": False})
+            enable_checkpointing(model, {"use_reentrant": False})
         model(input_ids=TOKENS, labels=TOKENS).loss.backward()
         gradients.append([p.grad for p in model.parameters() if p.requires_grad])
     assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
@@ -151,12 +152,12 @@ def test_offsets_say_it_instead() -> None:
 def test_a_cache_of_the_base_serves_it() -> None:
     model, cache = adapted(), DynamicCache()
     with peftcore.disabled(model):
-        run(model, TOKENS[:2, :2], cache=cache)
+        run(model, TOKENS[:2, :2], **{cache_argument(model): cache})
     unknown = copy.deepcopy(cache)
-    close(run(model, TOKENS[:2, 2:], cache=cache), run(model, TOKENS[:2])[:, 2:])
+    close(run(model, TOKENS[:2, 2:], **{cache_argument(model): cache}), run(model, TOKENS[:2])[:, 2:])
     with pytest.raises(peftcore.PeftcoreError, match=r"may have invoked the adapter\. Pass alora_offsets"):
-        run(model, TOKENS[:2, 4:], cache=unknown)
-    close(run(model, TOKENS[:2, 2:3], cache=unknown, alora_offsets=torch.tensor([0, 1]))[:1],
+        run(model, TOKENS[:2, 4:], **{cache_argument(model): unknown})
+    close(run(model, TOKENS[:2, 2:3], **{cache_argument(model): unknown}, alora_offsets=torch.tensor([0, 1]))[:1],
           run(tiny.llama(), TOKENS[:1, :3])[:, 2:])  # fmt: skip
 
 

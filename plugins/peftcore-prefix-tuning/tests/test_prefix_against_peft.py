@@ -11,12 +11,13 @@ import pytest
 import torch
 from support import against_peft, tiny
 from support.against_peft import compare_padded, logits, quiet
+from support.checkpointing import enable_checkpointing
 from support.whole_run import nightly_but
 from torch import nn
 
 import peftcore
 from peftcore.files.folder import read_tensors
-from peftcore.plugin import disturb
+from peftcore.plugin import cache_argument, disturb
 
 
 def deep_t5() -> nn.Module:
@@ -134,7 +135,8 @@ def test_classifiers(make: Any, tmp_path: Path) -> None:
         mask[1, 5:] = 0
     with torch.no_grad():
         extended = torch.cat([torch.ones(2, 4, dtype=torch.long), mask], dim=1)
-        output = base.base_model(input_ids=tiny.TOKENS, attention_mask=extended, cache=theirs.get_prompt(2))
+        cache = {cache_argument(base.base_model): theirs.get_prompt(2)}
+        output = base.base_model(input_ids=tiny.TOKENS, attention_mask=extended, **cache)
         if hasattr(base, "score"):
             wanted = base.score(output.last_hidden_state[:, -1])
         else:
@@ -146,6 +148,6 @@ def test_classifiers(make: Any, tmp_path: Path) -> None:
 def test_peft_refuses_gradient_checkpointing() -> None:
     """... which works here, see `test_gradient_checkpointing`."""
     model = tiny.llama()
-    model.activation_checkpointing_enable()
+    enable_checkpointing(model)
     with pytest.raises(ValueError, match="does not work with gradient checkpointing"):
         trained_by_peft(model)

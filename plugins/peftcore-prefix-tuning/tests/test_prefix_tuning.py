@@ -9,6 +9,7 @@ import pytest
 import torch
 from peftcore_prefix_tuning import Prefix, PrefixTuningConfig
 from support import tiny
+from support.checkpointing import enable_checkpointing
 from torch import nn
 
 import peftcore
@@ -137,7 +138,7 @@ def test_gradient_checkpointing(make: Any, fields: dict[str, Any], reentrant: bo
         peftcore.apply(model, "prefix-tuning", **{"num_virtual_tokens": 4, **fields})
         disturb(model, "default", seed=1)
         if checkpointing:
-            model.activation_checkpointing_enable({"use_reentrant": reentrant})
+            enable_checkpointing(model, {"use_reentrant": reentrant})
             model.enable_input_require_grads()
         model.train()
         torch.manual_seed(3)  # the same dropout

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore.engine import adapter_modules, applied
-from peftcore.plugin import disturb
+from peftcore.plugin import cache_argument, disturb
 
 FOLDERS = Path(__file__).parent / "adapterhub"
 spec = importlib.util.spec_from_file_location("reft_make", FOLDERS / "make.py")
@@ -126,7 +126,7 @@ def test_the_last_tokens_of_a_prompt_stay_so_while_the_text_goes_on() -> None:
                 input_ids=tiny.TOKENS[:, 4:],
                 attention_mask=whole_mask,
                 position_ids=positions,
-                cache=begun.past_key_values,
+                **{cache_argument(model): begun.past_key_values},
                 **given,
             ).logits
             assert more.shape == (2, 3, 96)

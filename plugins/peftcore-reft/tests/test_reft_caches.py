@@ -13,7 +13,7 @@ from support import tiny
 from torch import Tensor, nn
 
 import peftcore
-from peftcore.plugin import disturb
+from peftcore.plugin import cache_argument, disturb
 
 SIZES = {"vocab_size": 96, "hidden_size": 32, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48, "num_hidden_layers": 2}
@@ -102,14 +102,14 @@ def in_parts(model: Any, parts: list[int], masks: str) -> Tensor:
     mask = torch.ones_like(tiny.TOKENS)
     mask[1, :2] = 0
     given: dict[str, Any] = {}
-    found = []
+    found, name = [], cache_argument(model)
     for start, end in zip([0, *ends], ends, strict=False):
         if masks == "whole":
             given["attention_mask"] = mask[:, :end]
         elif masks == "each":
             given["attention_mask"] = mask[:, start:end]
         out = model(input_ids=tiny.TOKENS[:, start:end], use_cache=True, **given)
-        given = {"cache": out.cache}
+        given = {name: out[name]}
         found.append(out.logits)
     logits = torch.cat(found, 1)
     return logits if masks == "none" else logits[mask == 1]
@@ -150,11 +150,12 @@ def test_next_to_a_prefix(make: Any, mask: Tensor) -> None:
 
 def test_a_recurrence_that_read_before_the_adapter_came() -> None:
     model: Any = copy.deepcopy(made("Mamba2"))
+    name = cache_argument(model)
     with torch.no_grad():
-        before = model(input_ids=TOKENS, use_cache=True).cache
+        before = model(input_ids=TOKENS, use_cache=True)[name]
         edited(model)
         with pytest.raises(peftcore.PeftcoreError, match=r"ReFT counts .* Pass the whole attention_mask"):
-            model(input_ids=TOKENS, cache=before)
+            model(input_ids=TOKENS, **{name: before})
 
 
 def test_texts_that_are_packed_into_one_row() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from support.checkpointing import enable_checkpointing
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
@@ -176,7 +177,7 @@ def test_within_other_hooks() -> None:
 def test_checkpointed_models() -> None:
     model, inputs = peftcore.fuse(model_of("llama")), inputs_of("llama")
     wanted = gradients(model, inputs)
-    model.activation_checkpointing_enable()
+    enable_checkpointing(model)
     same(gradients(model, inputs), wanted)
 
 

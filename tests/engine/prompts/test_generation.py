@@ -25,7 +25,7 @@ from support.prompted import (
 )
 from torch import nn
 
-from peftcore.plugin import PeftcoreError, cached_tokens
+from peftcore.plugin import PeftcoreError, cache_argument, cached_tokens
 
 pytestmark = pytest.mark.usefixtures("toys")
 
@@ -51,7 +51,7 @@ def test_generate_with_a_cache_that_counts_in_an_attribute() -> None:
 def test_a_cache_that_does_not_count_is_refused() -> None:
     model = applied(xlstm(), "soft")
     with pytest.raises(PeftcoreError, match=r"a SimpleNamespace has no get_seq_length\(\). Pass use_cache=False"):
-        model.backbone(tiny.TOKENS, cache=SimpleNamespace())
+        model.backbone(tiny.TOKENS, **{cache_argument(model.backbone): SimpleNamespace()})
 
 
 @pytest.mark.parametrize(
@@ -104,6 +104,7 @@ def test_beam_search(make: Callable[[], nn.Module], kind: str) -> None:
 def test_a_loop_of_one_s_own(kind: str) -> None:
     """Prefill, then token after token with the cache that the model gave; the mask covers the caller's tokens."""
     model = applied(tiny.llama(), kind)
+    name = cache_argument(model)
     for padded in (0, 2):
         tokens, mask = tiny.TOKENS, torch.ones_like(tiny.TOKENS)
         mask[0, :padded] = 0
@@ -112,7 +113,7 @@ def test_a_loop_of_one_s_own(kind: str) -> None:
             out = model(tokens[:, :4], mask[:, :4], use_cache=True)
             steps = [out.logits]
             for i in range(4, tokens.shape[1]):
-                out = model(tokens[:, i : i + 1], mask[:, : i + 1], cache=out.cache)
+                out = model(tokens[:, i : i + 1], mask[:, : i + 1], **{name: out[name]})
                 steps.append(out.logits)
         close(torch.cat(steps, dim=1)[mask == 1], wanted[mask == 1])
 
@@ -130,15 +131,17 @@ def test_prefixes_are_none_of_the_tokens_that_a_cache_has_read(prefixes: int) ->
     model = tiny.llama()
     for number in range(prefixes):
         applied(model, "prefix", f"prefix {number}")
-    cache, tokens = model(tiny.TOKENS, use_cache=True).cache, tiny.TOKENS.shape[1]
+    name = cache_argument(model)
+    cache, tokens = model(tiny.TOKENS, use_cache=True)[name], tiny.TOKENS.shape[1]
     assert (cache.get_seq_length(), cached_tokens(cache)) == (prefixes * N + tokens, tokens)
-    assert cached_tokens(model(tiny.TOKENS[:, :2], cache=cache).cache) == tokens + 2
+    assert cached_tokens(model(tiny.TOKENS[:, :2], **{name: cache})[name]) == tokens + 2
 
 
 def test_a_prefix_asks_for_no_cache() -> None:
     model = applied(tiny.llama(), "prefix")
-    assert model(tiny.TOKENS, use_cache=False).cache is None
-    assert model(tiny.TOKENS).cache.get_seq_length() == N + tiny.TOKENS.shape[1]
+    name = cache_argument(model)
+    assert name not in model(tiny.TOKENS, use_cache=False)
+    assert model(tiny.TOKENS)[name].get_seq_length() == N + tiny.TOKENS.shape[1]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -146,9 +149,9 @@ def test_compiled_generation(kind: str) -> None:
     """A compiled forward with a cache, at prefill and at each step; nothing falls back to Python."""
     model = applied(tiny.llama(), kind)
     compiled = torch.compile(model, fullgraph=True, backend="eager", dynamic=True)
-    wanted = logits(model, tiny.TOKENS)
+    wanted, name = logits(model, tiny.TOKENS), cache_argument(model)
     with torch.no_grad():
         out = compiled(tiny.TOKENS[:, :5], use_cache=True)
-        last = compiled(tiny.TOKENS[:, 5:], cache=out.cache)
+        last = compiled(tiny.TOKENS[:, 5:], **{name: out[name]})
     close(torch.cat([out.logits, last.logits], dim=1), wanted)
     torch._dynamo.reset()

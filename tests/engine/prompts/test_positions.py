@@ -69,6 +69,8 @@ def test_a_decoder_that_counts_from_behind_padding_s_place(method: str) -> None:
 
 def test_a_cache_that_the_model_copies() -> None:
     """Dory runs some layers again, each time with a copy of their cache: gradients go through all of them."""
+    if not hasattr(transformers, "DoryForCausalLM"):
+        pytest.skip("this release of transformers has no Dory")
     model = applied(instances.build("DoryForCausalLM"), "prefix-tuning")
     with torch.no_grad():
         wanted = model(input_ids=tiny.TOKENS).logits

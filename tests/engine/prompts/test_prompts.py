@@ -10,13 +10,14 @@ from collections.abc import Callable
 import pytest
 import torch
 from support import tiny
+from support.checkpointing import enable_checkpointing
 from support.prompted import DECODERS, KINDS, applied, bloom, by_hand, check_steps, close, generate, logits
 from torch import nn
 from transformers.cache_utils import CacheLayerMixin
 
 import peftcore
 from peftcore.engine import adapter_parameters
-from peftcore.engine.prompts.backbone import Backbone
+from peftcore.engine.prompts.backbone import Backbone, cache_argument
 from peftcore.engine.prompts.prefix import PrefixLayer
 
 pytestmark = pytest.mark.usefixtures("toys")
@@ -72,7 +73,7 @@ def test_several_at_once(order: tuple[str, str]) -> None:
             for layer, (key, value) in enumerate(torch.cat(prefixes[::-1], dim=3)):
                 cache.update(key.expand(2, -1, -1, -1), value.expand(2, -1, -1, -1), layer)
         rows = torch.cat([v.expand(2, -1, -1) for v in soft] + [model.get_input_embeddings()(tiny.TOKENS)], dim=1)
-        wanted = model(inputs_embeds=rows, cache=cache).logits[:, -tiny.TOKENS.shape[1] :]
+        wanted = model(inputs_embeds=rows, **{cache_argument(model): cache}).logits[:, -tiny.TOKENS.shape[1] :]
     close(found, wanted)
 
 
@@ -124,10 +125,10 @@ def test_gradient_checkpointing(order: tuple[str, ...], reentrant: bool) -> None
         for i, kind in enumerate(order):
             applied(model, kind, adapter=f"{i}", seed=i)
         if checkpointing:
-            model.activation_checkpointing_enable({"use_reentrant": reentrant})
+            enable_checkpointing(model, {"use_reentrant": reentrant})
             model.enable_input_require_grads()
         out = model.train()(tiny.TOKENS)
-        assert not checkpointing or out.cache is None
+        assert not checkpointing or cache_argument(model) not in out
         out.logits.square().mean().backward()
         results.append([out.logits.detach(), *(p.grad for p in model.parameters() if p.requires_grad)])
     for plain, found in zip(*results, strict=True):
@@ -154,7 +155,7 @@ def test_gradient_checkpointing_of_layers_with_a_window(window: int, prefixes: i
         for i in range(prefixes):
             applied(model, "prefix", adapter=f"{i}", seed=i)
         if checkpointing:
-            model.activation_checkpointing_enable({"use_reentrant": False})
+            enable_checkpointing(model, {"use_reentrant": False})
         out = model.train()(tiny.TOKENS)
         out.logits.square().mean().backward()
         results.append([out.logits.detach(), *(p.grad for p in model.parameters() if p.requires_grad)])
@@ -193,7 +194,8 @@ def test_a_step_leaves_no_cache_behind(kind: str) -> None:
 
 
 def test_a_cache_with_a_graph_is_copied_and_pickled() -> None:
-    cache = applied(tiny.llama(), "prefix").train()(tiny.TOKENS, use_cache=True).cache
+    model = applied(tiny.llama(), "prefix").train()
+    cache = model(tiny.TOKENS, use_cache=True)[cache_argument(model)]
     for twin in (copy.deepcopy(cache), pickle.loads(pickle.dumps(cache)), copy.deepcopy(copy.deepcopy(cache))):
         assert torch.equal(twin.layers[1].keys, cache.layers[1].keys)
     shallow = copy.copy(cache.layers[0])

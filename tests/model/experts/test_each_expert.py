@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from support import tiny
+from support.checkpointing import enable_checkpointing
 from support.mixtures import INPUTS, mixture
 from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
@@ -264,7 +265,7 @@ def test_beside_lora_on_the_same_experts(tmp_path: Path) -> None:
 
 def test_training_with_checkpointing_and_dropout() -> None:
     model, plain = (applied_to(new("qwen3_moe").train(), "dora", lora_dropout=0.5) for _ in range(2))
-    model.activation_checkpointing_enable()
+    enable_checkpointing(model)
     gradients = []
     for each in (model, plain):
         torch.manual_seed(3)

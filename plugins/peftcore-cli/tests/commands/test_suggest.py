@@ -94,6 +94,7 @@ def test_a_classifier_without_a_head(run: Run, bert: Path, labelled: Path, tmp_p
 
 
 def test_the_command_says_how_it_runs(run: Run, llama: Path) -> None:
+    pytest.importorskip("trl", minversion="1.16")  # whose releases need Python 3.11
     how = ("--parallel", "fsdp2", "--ranks", 2, "--precision", "bf16", "--task", "dpo")
     found = run(
         "suggest", "-m", llama, "--method", "lora", "--max-length", 12, "--memory", "2GB", "--device", "t4", *how

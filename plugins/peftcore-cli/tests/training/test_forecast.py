@@ -89,6 +89,7 @@ def test_an_error_of_the_forecast_alone_is_said_once_the_adapter_is_applied(
 def test_the_head_of_train_knows_how_it_runs(
     run: Run, llama: Path, reviews: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    pytest.importorskip("trl", minversion="1.16")  # whose releases need Python 3.11
     said = []
     monkeypatch.setattr(forecast, "refuse_if_too_large", lambda found, settings: said.append(found.estimate))
     common = ("train", "-m", llama, *METHOD, "--steps", 1, "--batch-size", 2)
@@ -108,6 +109,7 @@ def test_the_head_of_train_knows_how_it_runs(
 
 
 def test_plan_of_several_processes_and_mixed_precision(run: Run, llama: Path) -> None:
+    pytest.importorskip("trl", minversion="1.16")  # whose releases need Python 3.11
     arguments = ("plan", "-m", llama, *METHOD, "--batch-size", 2, "--max-length", 12)
     several = run(*arguments, "--parallel", "fsdp2", "--ranks", 4, "--precision", "bf16").output
     assert "batch 2 x 12, mixed bf16, one of 4 ranks (FSDP2)" in several and "gathered weights" in several
@@ -188,6 +190,7 @@ def test_a_step_on_images_and_audio(kind: str, tmp_path: Path, monkeypatch: pyte
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # TRL calls what transformers has deprecated
 def test_a_step_on_answers_to_images(tmp_path: Path) -> None:
     """DPO's passes with the images of the longer conversation, compared with TRL's trainer."""
+    pytest.importorskip("trl", minversion="1.16")  # whose releases need Python 3.11
     image_models.smolvlm(tmp_path / "smolvlm")
     Image.new("RGB", (40, 30), (60, 200, 20)).save(tmp_path / "1.png")
     row = {"images": ["1.png"], "prompt": "is it good", "chosen": "very good", "rejected": "is it bad and dull"}
