@@ -9,6 +9,11 @@ import pytest
 from support.processes import run
 from support.ranks import bases, dimensions, tensor_parallel
 from support.whole_run import WHOLE
+from transformers import PreTrainedModel
+
+pytestmark = pytest.mark.skipif(
+    not hasattr(PreTrainedModel, "_resolve_parallel_plans"), reason="transformers 5.24 divides models by plans"
+)
 
 CASES = [case for case in bases.DENSE if "," not in case]
 DAILY = ["lora", "qlora", "dora", "ia3", "prefix-tuning", "bitfit", "adaption-prompt"]

@@ -248,7 +248,7 @@ def test_wrong_arguments(arguments: dict[str, Any], message: str) -> None:
 
 def test_losses_without_adapters_on_shards_are_refused() -> None:
     pytest.importorskip("trl", minversion="1.16")  # whose releases need Python 3.11
-    with pytest.raises(PeftcoreError, match="loss=.dpo. without adapters on shards is not followed"):
+    with pytest.raises(PeftcoreError, match=r"loss=.dpo. without adapters on shards is not followed"):
         peftcore.estimate(CONFIG, None, shard=True, loss="dpo", **RUN)
 
 

@@ -132,6 +132,7 @@ def test_weights_that_the_model_changes_in_place_are_left_alone() -> None:
     assert not set(applied(model, "default").paths) & parts and len(applied(model, "default").paths) == 10
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # transformers before 5.24
 def test_deberta_takes_the_default_of_peft() -> None:
     config = transformers.DebertaConfig(
         vocab_size=64, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,

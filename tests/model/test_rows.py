@@ -126,6 +126,7 @@ def test_an_expert_gets_a_choice_of_tokens() -> None:
     check_rows(with_two(model, target_modules=["q", "v"]), inputs)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # transformers before 5.24
 def test_one_projection_of_tokens_and_of_distances() -> None:
     config = hf.DebertaV2Config(
         vocab_size=96, **SIZES, relative_attention=True, pos_att_type=["p2c", "c2p"], share_att_key=True,

@@ -34,7 +34,7 @@ def refused(name: str, method: str, message: str, **inputs: Any) -> None:
             r"same. Use a soft prompt",
         ),
         ("MiMoV2FlashModel", r"2 heads of width 8, 16 numbers in all, but .* produces \{'k_proj': 32, 'v_proj': 32\}"),
-        ("BambaModel", r"layers \[0\] of BambaModel keep a recurrent or compressed state"),
+        ("BambaModel", r"layers \[0\] of BambaModel keep a recurrent or compressed state|a cache in 1: \[1\]"),
         ("HrmTextModel", r"keys and values for 16 layers, but HrmTextModel has attention with a cache in 2: \[0, 1\]"),
         ("ProphetNetForCausalLM", "reads one token at a time if its cache is not empty, and a prefix fills it"),
         ("ParakeetForRNNT", "is unknown. A plugin's"),

@@ -16,6 +16,7 @@ from peftcore_cli.tasks.registered import find
 from support import audio_models, image_models
 from support.commands import Run, write_jsonl
 from support.measured import measured
+from support.releases import BEFORE_5_24
 
 from peftcore import PeftcoreError
 
@@ -87,6 +88,7 @@ def test_tokens_are_those_of_the_processor_and_answers_are_learned(chats: Path, 
         assert not torch.allclose(model(**batch).loss, model(**quiet).loss)  # the model hears
 
 
+@pytest.mark.skipif(BEFORE_5_24, reason="refused: Gemma3nProcessor lacks audio in its template")
 def test_gemmas_recordings_take_a_fixed_number_of_tokens(chats: Path) -> None:
     """Gemma 3n writes line ends around a recording, which are tokens of their own or join those of the text."""
     from transformers import Gemma3nAudioFeatureExtractor, Gemma3nProcessor
