@@ -16,7 +16,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from peftcore.errors import CheckpointError
 from peftcore.model.base_modules import base_parameters
 from peftcore.model.experts.conversion import expert_of, is_by_expert
-from peftcore.quantization.format import PARTS
+from peftcore.quantization.formats import PARTS
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"

@@ -20,7 +20,7 @@ from peftcore.plugin import ranks
 from peftcore.plugin.layers import is_linear
 from peftcore.quantization.config_sync import sync_config
 from peftcore.quantization.convert import convert_dense
-from peftcore.quantization.format import PARTS, FourBitSettings, check_quant_type, from_tensors
+from peftcore.quantization.formats import PARTS, FourBitSettings, check_quant_type, from_tensors
 from peftcore.quantization.packed_experts import pack_experts
 from peftcore.quantization.parameters import (
     PackedParameters,

@@ -14,8 +14,8 @@ from peftcore.errors import CheckpointError, PeftcoreError, PluginError
 from peftcore.files import single_file
 from peftcore.files.folder import SAVE, Folder, TwoSavesError, read_folder
 from peftcore.files.metadata import METHOD, PLUGIN, TIED, TOGETHER, VERSION, own_fields
+from peftcore.files.resized_vocabulary import embedding_parameters
 from peftcore.files.tensors import name_in_base
-from peftcore.files.vocabulary import embedding_parameters
 from peftcore.model.targets.patterns import limited
 from peftcore.plugin import ranks
 from peftcore.plugin.discovery import Plugin

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from peftcore import engine
 from peftcore.engine.trained import TrainedParameters, base_tensors, tied_to
 from peftcore.errors import CheckpointError, PeftcoreError, nearest
-from peftcore.files import vocabulary
+from peftcore.files import resized_vocabulary
 from peftcore.model import targets
 from peftcore.model.base_modules import base_modules
 from peftcore.plugin import ranks
@@ -88,7 +88,7 @@ def kept_on_disk(model: nn.Module, adapter: str) -> dict[str, Tensor]:
             whole.update(f"{path}.{name}" for name in persistent if module._buffers[name] is not None)
     kept = {name: model.get_buffer(name) for name in sorted(whole)}
     owned_slots = own_slots(model, adapter)
-    kept.update({name: base[name] for name in vocabulary.resized(model) if name not in owned_slots})
+    kept.update({name: base[name] for name in resized_vocabulary.resized(model) if name not in owned_slots})
     if owned is not None:
         for name, tensor in owned.kept_values(model):
             if name in kept or not torch.equal(tensor, base[name]):
@@ -274,7 +274,7 @@ def _take_embeddings(
     values_of_base = _values_of_base(model)
     resized: dict[str, Tensor] = {}
     lacking: list[str] = []
-    for name in vocabulary.embedding_parameters(model):
+    for name in resized_vocabulary.embedding_parameters(model):
         on_disk = _base_name(rules, entry, name)
         if on_disk in expected or name in kept:
             continue

@@ -343,7 +343,7 @@ def _in_order(few: Trace, more: Trace, number: int) -> bool:
             inputs = tuple(i for i in value.inputs if _keeps_rows(few.values[i], value) and not few.values[i].is_weight)
         else:
             inputs = ()
-        if not inputs or value.moved or value.shape[0] % _FEW:
+        if not inputs or value.moves_first or value.shape[0] % _FEW:
             return False
         ahead += [i for i in inputs if i not in known]
         known.update(inputs)

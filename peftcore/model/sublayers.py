@@ -376,7 +376,7 @@ class _Reader:
         value = call.output
         while value is not None:
             operator = self.values[value].operator
-            if operator == "convolution" or self.values[value].turned:
+            if operator == "convolution" or self.values[value].moves_last:
                 return False
             if operator in _MATRIX or operator == "embedding":
                 return True

@@ -76,8 +76,8 @@ class Value:
     call: Call | None
     shape: tuple[int, ...]
     is_weight: bool  # a parameter, buffer or constant, also transposed, cast or sliced
-    turned: bool = False  # the last dimension of its input is another dimension here
-    moved: bool = False  # and the first
+    moves_last: bool = False  # the operator moved its input's last dimension (transpose, permute)
+    moves_first: bool = False  # the operator moved its input's first dimension
 
 
 @dataclass
@@ -274,18 +274,18 @@ class _Watch:
         """Return the output of the layer at `call`, which is like the traced one at `path`."""
         seen = self.trace
 
-        def moved(name: str) -> str:
+        def renamed(name: str) -> str:
             return call.path + name[len(path) :] if is_inside(name) else name
 
         def is_inside(name: str) -> bool:
             return name == path or name.startswith(f"{path}.")
 
         for names in (seen.called, seen.with_gradients, seen.in_function, seen.own_reads, seen.dtype_reads):
-            names.update([moved(name) for name in names if is_inside(name)])
+            names.update([renamed(name) for name in names if is_inside(name)])
         for name in filter(is_inside, list(seen.other_reads)):
-            seen.other_reads.setdefault(moved(name), set()).update(map(moved, seen.other_reads[name]))
+            seen.other_reads.setdefault(renamed(name), set()).update(map(renamed, seen.other_reads[name]))
         for name in filter(is_inside, list(seen.rewritten)):
-            seen.rewritten[moved(name)] = moved(seen.rewritten[name])
+            seen.rewritten[renamed(name)] = renamed(seen.rewritten[name])
         seen.alike.append((call.path, path))
         given = {id(old): new for old, new in zip(tree_leaves(before), tree_leaves((args, kwargs)), strict=True)}
         inputs = tuple(call.arguments.values())
@@ -305,8 +305,8 @@ class _Watch:
         operator: str,
         inputs: tuple[int, ...],
         is_weight: bool,
-        turned: bool = False,
-        moved: bool = False,
+        moves_last: bool = False,
+        moves_first: bool = False,
     ) -> int:
         self._numbers[id(tensor)] = number = len(self._tensors)
         self._tensors.append(tensor)
@@ -317,8 +317,8 @@ class _Watch:
                 call=self._call,
                 shape=tuple(tensor.shape),
                 is_weight=is_weight,
-                turned=turned,
-                moved=moved,
+                moves_last=moves_last,
+                moves_first=moves_first,
             )
         )
         return number
@@ -337,11 +337,11 @@ class _Watch:
             inputs += (self._new(tensor, "leaf", (), True) if known is None else known,)
             is_weight = is_weight and values[inputs[-1]].is_weight
             self._record_read(tensor)
-        turned = name in _TURNS and _TURNS[name](-1, *args)
-        moved = name in _TURNS and _TURNS[name](0, *args)
+        moves_last = name in _TURNS and _TURNS[name](-1, *args)
+        moves_first = name in _TURNS and _TURNS[name](0, *args)
         for tensor in tree_leaves(output):
             if isinstance(tensor, Tensor):
-                number = self._new(tensor, name, inputs, is_weight, turned, moved)
+                number = self._new(tensor, name, inputs, is_weight, moves_last, moves_first)
         if operator._schema.is_mutable and tensors and inputs:  # the tensor that it is a view of has changed, too
             of = inputs[0]
             while values[of].operator in _VIEWS:

@@ -75,7 +75,7 @@ _MODULES = {
     "peftcore.plugin.discovery": "method_names",
     "peftcore.plugin.field_types": "fits in_words",
     "peftcore.plugin.layers": "shape_of",
-    "peftcore.engine.merging.probe": "embed_scale looks_up odd_embedding own_output",
+    "peftcore.engine.merging.merge_check": "embed_scale looks_up odd_embedding own_output",
     "peftcore.plugin.method": (
         "AdapterModules Fields FileFormat FileLayout ForeignFormat Method PeftRules StateRules Tensors WeightFormat "
         "prompt_tensor_name tensor_name"

@@ -11,7 +11,7 @@ from peftcore.engine.adaptation.division import Division as Division, division_o
 from peftcore.engine.adaptation.modes import evaluation_mode as evaluation_mode
 from peftcore.engine.current_optimizer import reset_optimizer_state as reset_optimizer_state
 from peftcore.engine.initialization import takes_batches as takes_batches
-from peftcore.engine.merging.probe import (
+from peftcore.engine.merging.merge_check import (
     embed_scale as embed_scale,
     looks_up as looks_up,
     odd_embedding as odd_embedding,

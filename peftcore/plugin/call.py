@@ -214,7 +214,9 @@ class CallContext:
         number = -1 if node is None else node._sequence_nr()
         with self._lock:
             frames = [frame for frame in self._frames if frame.first <= number < frame.last]
-        if len({id(frame.call) for frame in frames}) > 1:  # each thread numbers its nodes from the start
+        # Each thread numbers its nodes from the start, so calls of other threads may match: those that this backward
+        # pass has reached are kept.
+        if len({id(frame.call) for frame in frames}) > 1:
             task = torch._C._current_graph_task_id()
             frames = [frame for frame in frames if frame.reached == task]
         if len({id(frame.call) for frame in frames}) != 1:
@@ -248,6 +250,7 @@ class Frame:
         self.module = module
         names: tuple[str, ...] = type(module)._peftcore_arguments  # type: ignore[attr-defined]
         own = context.own(names, kwargs)
+        # `reached`: the backward pass that has reached this call's outputs, set by `adaptation.concurrency`.
         self.first = self.last = self.task = self.reached = -1
         if is_dynamo_compiling():
             if ROOT not in module.__dict__:

@@ -1,6 +1,7 @@
 """Hooks of plugins. They run when a method is applied or a command starts, never in `forward`.
 
-Packages of the core implement them, too, see `registry.builtin`.
+Packages of the core implement them, too, see `registry.builtin`. A hook that returns a list is also named in
+`registry.LISTS`.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ from peftcore.quantization.convert import (
     quantized_experts as quantized_experts,
     quantized_layers as quantized_layers,
 )
-from peftcore.quantization.format import QUANT_TYPES as QUANT_TYPES
+from peftcore.quantization.formats import QUANT_TYPES as QUANT_TYPES
 from peftcore.quantization.linear import QuantizedLinear as QuantizedLinear
 from peftcore.quantization.parameters import PackedParameters as PackedParameters
 from peftcore.quantization.quant_types import find_type as find_type

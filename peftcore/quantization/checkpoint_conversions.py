@@ -21,7 +21,7 @@ from peftcore.ops import PackedWeight
 from peftcore.plugin.checkpoints import CheckpointLayout
 from peftcore.plugin.layers import shape_of
 from peftcore.quantization.convert import convert
-from peftcore.quantization.format import from_tensors
+from peftcore.quantization.formats import from_tensors
 from peftcore.quantization.linear import QuantizedLinear
 from peftcore.quantization.mxfp4_format import BLOCKS, SCALES, from_blocks
 from peftcore.quantization.packed_experts import pack_parameter

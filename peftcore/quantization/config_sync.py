@@ -11,7 +11,7 @@ from torch import nn
 
 from peftcore.model.base_modules import base_modules, base_parameters
 from peftcore.model.targets import is_linear
-from peftcore.quantization.format import FORMATS
+from peftcore.quantization.formats import FORMATS
 from peftcore.quantization.four_bit_format import METHOD
 from peftcore.quantization.parameters import PackedParameters
 from peftcore.quantization.quantizable import expert_parameters

@@ -44,7 +44,7 @@ from peftcore.quantization.divided_linear import (
     refuse_blocks,
     renew_plan,
 )
-from peftcore.quantization.format import FourBitSettings, from_tensors, quantized
+from peftcore.quantization.formats import FourBitSettings, from_tensors, quantized
 from peftcore.quantization.linear import QuantizedLinear
 from peftcore.quantization.packed_experts import pack_experts, unpack_experts
 from peftcore.quantization.parameters import PackedParameters, packed_codes, refuse_non_finite

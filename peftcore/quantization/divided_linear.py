@@ -24,7 +24,7 @@ from peftcore.engine.adaptation.division import division_of, has_plan, plan_of, 
 from peftcore.errors import PeftcoreError
 from peftcore.ops import PackedWeight
 from peftcore.plugin import ranks
-from peftcore.quantization.format import FORMATS, FourBitSettings, quantized
+from peftcore.quantization.formats import FORMATS, FourBitSettings, quantized
 from peftcore.quantization.linear import QuantizedLinear
 
 if TYPE_CHECKING:

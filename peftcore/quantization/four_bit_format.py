@@ -25,8 +25,8 @@ _STATE_BYTES = 1 << 16
 class FourBitFormat:
     """A 4-bit format: how weights are quantized, and how they are stored on disk.
 
-    The kernels read a packed weight by its operands (`ops.weight`), so that a format adds C++ only for a new kind of
-    scales (csrc/weight/view.h).
+    `formats.FORMATS` has all of them. The kernels read a packed weight by its operands (`ops.weight`), so that a format
+    adds C++ only for a new kind of scales (csrc/weight/view.h).
 
     Args:
         name: the `quant_type`.

@@ -54,7 +54,7 @@ from peftcore.quantization.convert import (
     quantized_layers,
     quicken_few_rows,
 )
-from peftcore.quantization.format import PARTS, FourBitSettings, check_quant_type
+from peftcore.quantization.formats import PARTS, FourBitSettings, check_quant_type
 from peftcore.quantization.four_bit_format import DTYPES, METHOD
 from peftcore.quantization.mxfp4_format import BLOCKS, SCALES
 from peftcore.quantization.packed_experts import is_turned, pack_parameter
@@ -178,7 +178,8 @@ class FourBitQuantizer(HfQuantizer):
                 _by_expert(conversion) if isinstance(conversion, WeightConverter) else conversion
                 for conversion in weight_conversions
             ]
-        # Not `super()`: of older releases it adds nothing, and of newer ones this alone for a format like ours.
+        # `super()` is not called: in older transformers it adds nothing, and in newer ones it adds only the converter
+        # below, for a format like ours.
         conversions = [
             *weight_conversions,
             WeightConverter(self.serialized_names["weight"], "weight", [Deserialize(self)]),

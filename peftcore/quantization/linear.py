@@ -15,7 +15,7 @@ from peftcore import ops
 from peftcore.errors import PeftcoreError
 from peftcore.ops import PackedWeight
 from peftcore.plugin import ranks
-from peftcore.quantization.format import FourBitSettings, quantized
+from peftcore.quantization.formats import FourBitSettings, quantized
 from peftcore.quantization.parameters import PackedParameters, double_quant_text
 
 

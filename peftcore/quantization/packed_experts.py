@@ -20,7 +20,7 @@ from peftcore.model.base_modules import restored_after_error
 from peftcore.model.detecting import mark_as_loaded
 from peftcore.model.experts import experts_forward, experts_layout, has_interface_forward
 from peftcore.ops import PackedWeight
-from peftcore.quantization.format import FORMATS, FourBitSettings
+from peftcore.quantization.formats import FORMATS, FourBitSettings
 from peftcore.quantization.parameters import PackedParameters, quantized_by_expert
 
 _UNPACKED = "_peftcore_unpacked"

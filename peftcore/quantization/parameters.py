@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from peftcore import ops
 from peftcore.errors import CheckpointError, PeftcoreError
 from peftcore.ops import PackedWeight
-from peftcore.quantization.format import FORMATS, PARTS, FourBitSettings, from_tensors, quantized, to_tensors
+from peftcore.quantization.formats import FORMATS, PARTS, FourBitSettings, from_tensors, quantized, to_tensors
 
 BUFFERS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", "nested_offset", "zeros", "permutation")
 _BY_EXPERT = ("codes", "absmax", "nested_absmax", "zeros")  # parts of a packed weight that experts do not share

@@ -17,7 +17,7 @@ from peftcore.plugin.layers import is_conv1d
 from peftcore.plugin.method import WeightFormat
 from peftcore.plugin.registry import registry
 from peftcore.plugin.validation import shown
-from peftcore.quantization.format import FORMATS, QUANT_TYPES, FourBitSettings
+from peftcore.quantization.formats import FORMATS, QUANT_TYPES, FourBitSettings
 from peftcore.quantization.packed_experts import is_turned
 from peftcore.quantization.quantizable import with_skipped
 

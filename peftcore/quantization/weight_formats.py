@@ -14,7 +14,7 @@ from peftcore.plugin.method import WeightFormat
 from peftcore.plugin.registry import builtin
 from peftcore.quantization.config_sync import sync_config
 from peftcore.quantization.convert import convert_dense, make_plain
-from peftcore.quantization.format import QUANT_TYPES, FourBitSettings
+from peftcore.quantization.formats import QUANT_TYPES, FourBitSettings
 from peftcore.quantization.linear import QuantizedLinear
 from peftcore.quantization.packed_experts import forget_dense
 from peftcore.quantization.parameters import BUFFERS, PackedParameters

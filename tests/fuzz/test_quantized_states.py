@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore.quantization import QuantizedLinear
-from peftcore.quantization.format import from_tensors
+from peftcore.quantization.formats import from_tensors
 
 COUNT = 600
 CHECKPOINTS = 100  # whole ones, which take longer

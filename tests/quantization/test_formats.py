@@ -25,7 +25,7 @@ from peftcore import ops
 from peftcore.ops.weight import PackedWeight
 from peftcore.quantization import QuantizedLinear, quantized_experts, quantized_layers
 from peftcore.quantization.convert import convert
-from peftcore.quantization.format import from_tensors, to_tensors
+from peftcore.quantization.formats import from_tensors, to_tensors
 from peftcore.testing import tiny_llama
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")

@@ -16,7 +16,7 @@ from peftcore.model import detect
 from peftcore.model.base_modules import original_class
 from peftcore.model.targets.coverage import coverage
 from peftcore.quantization import PackedParameters, QuantizedLinear, quantized_experts, quantized_layers
-from peftcore.quantization.format import from_tensors
+from peftcore.quantization.formats import from_tensors
 from peftcore.testing import disturb
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")

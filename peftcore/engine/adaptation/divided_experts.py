@@ -117,7 +117,11 @@ class ExpertsForward(OwnForward):
 
 
 def _local(change: LowRank | EachExpert, batches: int) -> LowRank:
-    """Return this rank's part of a change. `batches`: how many the ranks have, of whose losses the mean is meant."""
+    """Return this rank's part of a change.
+
+    The gradients of experts are sums over all batches on which the ranks train: they are divided by the number of
+    `batches`, which gives the gradient of the mean loss.
+    """
     if not isinstance(change, LowRank) or not ranks.is_dtensor(change.a) or not ranks.is_dtensor(change.b):
         raise PeftcoreError("experts that ranks share out can be changed by low-rank products of single experts only")
     if change.dropout_p:
@@ -125,12 +129,12 @@ def _local(change: LowRank | EachExpert, batches: int) -> LowRank:
             "an adapter's dropout draws random numbers for the tokens of a rank's experts, after which the ranks' "
             "other random numbers would differ. Turn dropout off in adapters of experts that ranks share out (ep_size)"
         )
-    a, b = (_Mean.apply(factor.to_local(), batches) for factor in (change.a, change.b))  # type: ignore[no-untyped-call]
+    a, b = (_DividedGradient.apply(factor.to_local(), batches) for factor in (change.a, change.b))  # type: ignore[no-untyped-call]
     return LowRank(a, b, change.scale)
 
 
-class _Mean(torch.autograd.Function):
-    """Factor whose gradient is a sum over batches, of which the mean is returned."""
+class _DividedGradient(torch.autograd.Function):
+    """Identity whose gradient, a sum over batches, is divided by their number."""
 
     @staticmethod
     def forward(ctx: Any, factor: Tensor, batches: int) -> Tensor:

@@ -2,7 +2,7 @@
 
 The weight is read through its format in fp32, each active adapter's pure `merged(weight, bias)` is applied, and the
 result is rounded once to the stored dtype. The base's parameters are kept, not overwritten, so `unmerge` is bit exact.
-Before anything is written, each layer is run both ways (probe.py).
+Before anything is written, each layer is run both ways (merge_check.py).
 
 The error of merging into a quantized weight is measured per layer (merged_layers.py), and refused above a limit.
 """

@@ -9,7 +9,7 @@ from support import tiny
 from torch import nn
 
 import peftcore
-from peftcore.files import vocabulary
+from peftcore.files import resized_vocabulary
 from peftcore.testing import disturb
 
 pytestmark = pytest.mark.usefixtures("toys")
@@ -42,8 +42,8 @@ TOKENS = torch.tensor([[5, 97, 3, 60, 99, 22, 98], [8, 4, 77, 31, 2, 50, 63]])
 
 def test_it_is_seen(make) -> None:
     names = ["model.embed_tokens.weight", "lm_head.weight"]
-    assert vocabulary.resized(make(1)) == names
-    assert vocabulary.resized(make(1, 96)) == vocabulary.resized(tiny.llama()) == []
+    assert resized_vocabulary.resized(make(1)) == names
+    assert resized_vocabulary.resized(make(1, 96)) == resized_vocabulary.resized(tiny.llama()) == []
 
 
 @pytest.mark.parametrize("method", ["around", "soft"])
