@@ -203,6 +203,13 @@ def has_parameter_groups(model: nn.Module) -> bool:
     return any(method.parameter_groups for _, _, method in _training(model))
 
 
+NOTHING_TRAINS = (
+    "no parameter of the model trains: its adapters are frozen, inactive, or merged. To train an adapter from files, "
+    "load it with peftcore.load(model, folder, trainable=True); otherwise call peftcore.unmerge(model), or "
+    "peftcore.activate(model, 'NAME')"
+)
+
+
 def parameter_groups(model: nn.Module, lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
     """Return everything that trains as groups: `AdamW(peftcore.parameter_groups(model, lr=2e-4, weight_decay=0.01))`.
 
@@ -210,8 +217,8 @@ def parameter_groups(model: nn.Module, lr: float, weight_decay: float = 0.0) -> 
     such as biases, norms and scales, do not.
 
     Raises:
-        PeftcoreError: the model has no adapter; two groups contain the same parameter, or one contains a tensor that
-            is not a parameter of the model.
+        PeftcoreError: the model has no adapter, or nothing trains; two groups contain the same parameter, or one
+            contains a tensor that is not a parameter of the model.
     """
     require_state(model)
     groups = method_groups(model, lr, weight_decay)
@@ -220,6 +227,8 @@ def parameter_groups(model: nn.Module, lr: float, weight_decay: float = 0.0) -> 
     matrices = [p for p in rest.values() if _dimensions(p) >= 2]
     groups += [{"params": matrices, "lr": lr, "weight_decay": weight_decay}] if matrices else []
     groups += [{"params": vectors, "lr": lr, "weight_decay": 0.0}] if vectors else []
+    if not groups:
+        raise PeftcoreError(NOTHING_TRAINS)
     return groups
 
 

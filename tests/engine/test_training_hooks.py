@@ -6,6 +6,7 @@ import copy
 import re
 import warnings
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -187,6 +188,13 @@ def test_all_that_trains_is_in_one_group() -> None:
         torch.optim.AdamW(groups)
         peftcore.activate(model, ["base"])
         assert len(peftcore.parameter_groups(model, lr=0.1)) == 2
+
+
+def test_where_nothing_trains_there_are_no_groups(toys: None, tmp_path: Path) -> None:
+    peftcore.save(peftcore.apply(tiny.llama(), "around"), tmp_path)
+    with pytest.raises(peftcore.PeftcoreError, match=r"no parameter of the model trains.*trainable=True"):
+        peftcore.parameter_groups(peftcore.load(tiny.llama(), tmp_path), lr=1e-3)
+    assert peftcore.parameter_groups(peftcore.load(tiny.llama(), tmp_path, trainable=True), lr=1e-3)
 
 
 def test_a_model_without_adapters_has_no_groups() -> None:

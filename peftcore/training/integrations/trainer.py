@@ -45,6 +45,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from peftcore import engine
 from peftcore.engine.replicas import check_ranks, give_adapters, refuse_between_blocks
+from peftcore.engine.training_hooks import NOTHING_TRAINS
 from peftcore.errors import CheckpointError, PeftcoreError, warn
 from peftcore.files import model_card
 from peftcore.files.loading import restore
@@ -349,10 +350,7 @@ def _patch_trainer() -> None:
         if _has_adapters(trainer):
             model = bare_model(trainer)
             if not any(p.requires_grad for p in model.parameters()):
-                raise PeftcoreError(
-                    "no parameter of the model trains: its adapters are frozen, inactive, or merged. Activate one: "
-                    "peftcore.unmerge(model), peftcore.activate(model, 'NAME')"
-                )
+                raise PeftcoreError(NOTHING_TRAINS)
             refuse_before_training(trainer, model)
             if resume_from_checkpoint is True:
                 resume_from_checkpoint = latest_checkpoint(trainer.args.output_dir)
