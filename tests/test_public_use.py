@@ -28,12 +28,7 @@ MODULES_OF_FRONTS = ("ranks", "safe_reading", "targets", "validation")
 
 # The folders that are programs, with the inner names that each may import. No name is to be added.
 PROGRAMS: dict[str, set[str]] = {
-    # `train --adapter` compares fields with an adapter's config before and after it is loaded.
-    "plugins/peftcore-cli/peftcore_cli": {
-        "peftcore.engine",
-        "peftcore.files.reading.method_of_folder",
-        "peftcore.files.reading.read_adapter",
-    },
+    "plugins/peftcore-cli/peftcore_cli": set(),
     "plugins/peftcore-compare/peftcore_compare": set(),
     "plugins/peftcore-serve/peftcore_serve": set(),
     # It runs a step on a copy without values, with the adapters of a model, and so needs to know how both are made.

@@ -89,7 +89,7 @@ def config_of_peft(model: nn.Module, config: Any) -> tuple[Method, Any]:
             fields[name] = _plain(value)
     if not isinstance(fields.get("peft_type"), str):
         raise PeftcoreError(f"{where} names no peft_type: give the config of a method")
-    method = method_of_fields(where, fields, say="peftcore.apply(model, '{}', FIELD=...)")
+    method = method_of_fields(where, fields, choose="peftcore.apply(model, 'NAME', FIELD=...)")
     return method, _as_fresh(where, method, config_of_fields(where, method, fields, PeftcoreError))
 
 

@@ -172,12 +172,14 @@ class AdapterSummary:
     """One adapter: its method, the number of its modules, and its size, with shared parameters counted once.
 
     Args:
+        config: the method's config.
         trained: how many parameters of the base it trains.
         buffers, buffer_bytes: its untrained numbers.
     """
 
     name: str
     method: str
+    config: Any
     active: bool
     modules: int
     trained: int
@@ -341,6 +343,7 @@ def _adapter_summary(model: nn.Module, name: str, entry: Applied, *, active: boo
     return AdapterSummary(
         name=name,
         method=entry.method,
+        config=entry.config,
         active=active,
         modules=len(entry.paths),
         trained=len(entry.trained),

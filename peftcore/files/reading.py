@@ -215,28 +215,33 @@ def vocabulary_rows(model: nn.Module, folder: Path) -> int | None:
     return read_folder(folder, rows)
 
 
-def method_of_folder(folder: Path, method: str | None = None, say: str = "peftcore.load(..., method='{}')") -> Method:
-    """Return the installed method that reads an adapter folder, or `method`, if it can; the base is not needed.
+def config_of_folder(folder: Path, model: nn.Module, method: str | None = None) -> Any:
+    """Return the config with which `load` would place the adapter in a folder on `model`.
 
     Args:
-        say: how the user names a method, for messages.
+        method: the method that reads it; None: the method that wrote the file.
+
+    Raises:
+        PluginError: no method reads it, several do, or the named one does not.
+        CheckpointError: the folder is damaged or does not contain an adapter.
+    """
+    return read_adapter(folder, model, method).config
+
+
+def method_of(opened: Folder, named: str | None) -> Method:
+    """Return the installed method that reads an opened folder, or the named one, if it can.
 
     Raises:
         PluginError: no method can read it, several can, or the named one cannot.
         CheckpointError: the folder does not contain an adapter.
     """
-    return read_folder(folder, lambda opened: method_of(opened, method, say))
-
-
-def method_of(opened: Folder, named: str | None, say: str = "peftcore.load(..., method='{}')") -> Method:
-    """Return the installed method that reads an opened folder; arguments and errors as for `method_of_folder`."""
     foreign = _foreign(opened, named)
     if foreign is not None:
         return foreign.method
     fields, metadata = opened.config(), opened.metadata()
     method_fields, where = own_fields(opened.path, metadata), f"'{opened.path / CONFIG}'"
     writer = {"written_by": metadata.get(METHOD), "plugin": metadata.get(PLUGIN)}
-    return method_of_fields(where, fields, method_fields, **writer, method=named, say=say)
+    return method_of_fields(where, fields, method_fields, **writer, method=named)
 
 
 @dataclass(frozen=True)
@@ -258,7 +263,7 @@ def _foreign(opened: Folder, named: str | None = None) -> _Foreign | None:
         names = ", ".join(f"'{name}' ({m.plugin.distribution} {m.plugin.version})" for name, m in matches.items())
         raise PluginError(
             f"'{opened.path}' may be read by any of {len(matches)} installed methods: {names}. Choose one: "
-            f"peftcore.load(..., method='NAME'); or restrict the plugins: PEFTCORE_PLUGINS=NAME,NAME"
+            f"method='NAME' (in commands: --method NAME); or restrict the plugins: PEFTCORE_PLUGINS=NAME,NAME"
         )
     return next(iter(matches.values()), None)
 

@@ -46,7 +46,7 @@ def method_of_fields(
     written_by: str | None = None,
     plugin: str | None = None,
     method: str | None = None,
-    say: str = "peftcore.load(..., method='{}')",
+    choose: str = "method='NAME' (in commands: --method NAME)",
 ) -> Method:
     """Return the method that reads these fields.
 
@@ -56,7 +56,7 @@ def method_of_fields(
         written_by: the method that wrote them, if known; it reads them if it is installed.
         plugin: `DISTRIBUTION VERSION` of the plugin that wrote them, if known, for messages.
         method: the method that the user names.
-        say: how the user names a method, for messages.
+        choose: how the user chooses a method, for messages.
 
     Raises:
         PluginError: no method reads them, several do, or the named one does not.
@@ -84,7 +84,7 @@ def method_of_fields(
     if len(readers) > 1:
         raise PluginError(
             f"{where}, {_set_in(fields, own)}, may be read by any of {len(readers)} installed methods: "
-            f"{_in_words(readers)}. Choose one: {say.format('NAME')}; or restrict the plugins: "
+            f"{_in_words(readers)}. Choose one: {choose}; or restrict the plugins: "
             "PEFTCORE_PLUGINS=NAME,NAME"
         )
     reader = readers[0][0]

@@ -64,7 +64,8 @@ def test_a_strangers_claim_leaves_a_method_whole(names: tuple[str, str], tmp_pat
         with pytest.raises(
             peftcore.PluginError,
             match=r"adapter_config.json', of peft_type 'SAME' with .*value set, may be read by any of 2 installed "
-            r"methods: 'aa' \(peftcore-aa 1.0\), 'bb' \(peftcore-bb 1.0\). Choose one: peftcore.load\(.*'NAME'\)",
+            r"methods: 'aa' \(peftcore-aa 1.0\), 'bb' \(peftcore-bb 1.0\). Choose one: method='NAME' "
+            r"\(in commands: --method NAME\)",
         ):
             peftcore.load(tiny.llama(), tmp_path / mine)
         for spelling in (mine, mine.upper()):

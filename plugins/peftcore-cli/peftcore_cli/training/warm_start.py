@@ -23,8 +23,6 @@ from peftcore_cli.tasks import registered
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_ADAPTER = "default"
-
 
 @dataclass(frozen=True)
 class Start:
@@ -73,7 +71,6 @@ def start_of(folder: Path, output: Path, *, model: str | None, method: str | Non
         PeftcoreError: there is no adapter, `method` does not read it, or it is in `output`.
     """
     import peftcore
-    from peftcore.files.reading import method_of_folder
 
     if folder.resolve().is_relative_to(output.resolve()):
         raise PeftcoreError(
@@ -86,11 +83,13 @@ def start_of(folder: Path, output: Path, *, model: str | None, method: str | Non
         method = before.method if peftcore.method(before.method).recorded_as is not None else None
     chosen = None if method is None else peftcore.method(method)
     if chosen is None or chosen.recorded_as is None:
-        name = method_of_folder(folder, method, "--method {}").name
+        info = peftcore.inspect(folder, method=method)
+        if info.problem is not None:
+            raise info.problem
         quantize = None if before is None else before.quantize
         if task.quantized is not None:
             quantize = task.quantized.quant_type
-        return Start(folder.resolve(), task, base, name, quantize=quantize)
+        return Start(folder.resolve(), task, base, str(info.method), quantize=quantize)
     fields = before.fields if before is not None and before.method == chosen.name else {}
     return Start(folder.resolve(), task, base, chosen.name, fields)
 
@@ -124,13 +123,12 @@ def load(model: PreTrainedModel, settings: Settings) -> None:
         PeftcoreError: it belongs to another base, or a given field differs from the adapter's.
     """
     import peftcore
-    from peftcore import engine
-    from peftcore.files.reading import read_adapter
+    from peftcore.files import config_of_folder
 
     folder, method = Path(str(settings.adapter)), peftcore.method(settings.method)
     named = None if method.recorded_as is not None else method.name
     base_and_adapter.fit_vocabulary(model, folder)
-    config = read_adapter(folder, model, named).config
+    config = config_of_folder(folder, model, named)
     shared = {each.name: getattr(config, each.name) for each in dataclasses.fields(config)}
     names = {each.name for each in dataclasses.fields(method.config_class)}
     asked: Any = None
@@ -140,10 +138,11 @@ def load(model: PreTrainedModel, settings: Settings) -> None:
     if method.prepare is not None:
         method.prepare(model, asked)
     peftcore.load(model, folder, method=named, trainable=True)
-    applied = [each.name for each in peftcore.summary(model).adapters]
-    if applied != [_ADAPTER]:
-        raise PeftcoreError(f"'{folder}' contains the adapters {', '.join(applied)}. Pass the folder of one of them")
-    _refuse_other_fields(folder, settings, engine.applied(model, _ADAPTER).config, asked)
+    adapters = peftcore.summary(model).adapters
+    names = [adapter.name for adapter in adapters]
+    if names != ["default"]:
+        raise PeftcoreError(f"'{folder}' contains the adapters {', '.join(names)}. Pass the folder of one of them")
+    _refuse_other_fields(folder, settings, adapters[0].config, asked)
 
 
 def _refuse_other_fields(folder: Path, settings: Settings, config: Any, asked: Any) -> None:
