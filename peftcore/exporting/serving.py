@@ -23,6 +23,7 @@ from peftcore.files.reading import fields_of_folder
 from peftcore.files.saving import save
 from peftcore.plugin.adapter import LowRank
 from peftcore.plugin.exporter import Exporter, NoOptions
+from peftcore.plugin.peft_keys import PREFIX
 from peftcore.plugin.registry import registry
 
 WHAT = "be written for vLLM and SGLang"
@@ -68,7 +69,7 @@ def remarks(folder: Path, base: str, _part: str = "adapter") -> list[str]:
         sentences.append(f"vLLM and SGLang need the base as a folder or hub id to load an adapter, not '{base}'.")
     if rank > RANKS[-1]:
         sentences.append(f"vLLM supports ranks up to {RANKS[-1]}, and the adapter has rank {rank}.")
-    paths = {name.rpartition(".lora_")[0].removeprefix("base_model.model.") for name in tensors}
+    paths = {name.rpartition(".lora_")[0].removeprefix(PREFIX) for name in tensors}
     outside = sorted(path for path in paths if not any(part.isdigit() for part in path.split(".")))
     if outside:
         sentences.append(
@@ -96,7 +97,7 @@ def _has_experts(model: nn.Module, adapter: str) -> bool:
 
 def _tensors(model: nn.Module, adapter: str, path: str, product: LowRank) -> dict[str, Tensor]:
     module: Any = model.get_submodule(path)
-    stem = f"base_model.model.{path}"
+    stem = PREFIX + path
     if isinstance(module, nn.Embedding):
         return {
             f"{stem}.lora_embedding_A": product.b.T.contiguous(),

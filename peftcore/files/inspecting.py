@@ -19,6 +19,7 @@ from peftcore.files.hub import folder_of
 from peftcore.files.metadata import BASE, PARTS, VERSION, own_fields
 from peftcore.model.targets import pattern_value
 from peftcore.plugin.peft_fields import config_of_fields, with_own
+from peftcore.plugin.peft_keys import PREFIX
 from peftcore.plugin.safe_reading import CONFIG, TENSORS, parse_json
 
 _SHOWN_BY_NAME = {"peft_type", "task_type", "base_model_name_or_path", "peft_version", "inference_mode"}
@@ -206,7 +207,7 @@ def _experts(fields: dict[str, Any], tensors: dict[str, Tensor]) -> list[tuple[s
     modules: set[str] = set()
     parameters = 0
     for key, tensor in tensors.items():
-        name_in_base = key.removeprefix("base_model.model.").removesuffix(".weight").replace(".base_layer", "")
+        name_in_base = key.removeprefix(PREFIX).removesuffix(".weight").replace(".base_layer", "")
         path, _, factor = name_in_base.rpartition(".")
         names = _parameters_of(path, targets)
         if not names:

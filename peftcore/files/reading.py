@@ -15,12 +15,12 @@ from peftcore.files import single_file
 from peftcore.files.folder import SAVE, Folder, TwoSavesError, read_folder
 from peftcore.files.metadata import METHOD, PLUGIN, TIED, TOGETHER, VERSION, own_fields
 from peftcore.files.resized_vocabulary import embedding_parameters
-from peftcore.files.tensors import name_in_base
 from peftcore.model.targets.patterns import limited
 from peftcore.plugin import ranks
 from peftcore.plugin.discovery import Plugin
 from peftcore.plugin.method import ForeignFormat, Method
 from peftcore.plugin.peft_fields import config_of, config_of_fields, guarded, method_of_fields, peft_version, with_own
+from peftcore.plugin.peft_keys import name_in_base
 from peftcore.plugin.registry import registry
 from peftcore.plugin.safe_reading import CONFIG, TENSORS
 

@@ -26,6 +26,7 @@ from peftcore.model.base_modules import base_modules
 from peftcore.plugin import ranks
 from peftcore.plugin.method import Method, StateRules
 from peftcore.plugin.modules import own_tensors
+from peftcore.plugin.peft_keys import key_of_trained, name_in_base
 from peftcore.plugin.placements.train import Train
 from peftcore.plugin.registry import registry
 
@@ -208,15 +209,10 @@ def _refuse_unfit(value: _Value, folder: Path, model: str) -> None:
 
 def _base_name(rules: StateRules, entry: engine.Applied, name: str) -> str:
     """Return the name on disk of an adapter-owned base tensor."""
-    path, _, attribute = name.rpartition(".")
+    path = name.rpartition(".")[0]
     saved = any(targets.is_inside(pattern, path) for pattern in getattr(entry.config, "modules_to_save", None) or ())
-    on_disk = f"{path}.base_layer.{attribute}" if path in entry.paths else name
-    return rules.tensor_name(Train((name,), saved or name not in entry.trained), on_disk)
-
-
-def name_in_base(on_disk: str) -> str:
-    """Return the base's name of a tensor that has a name on disk as in PEFT's files."""
-    return on_disk.removeprefix("base_model.model.").replace(".base_layer.", ".")
+    key = key_of_trained(name, adapted=path in entry.paths)
+    return rules.tensor_name(Train((name,), saved or name not in entry.trained), key)
 
 
 def is_tied_in(model: nn.Module, method: Method, saved: Sequence[str], tensors: Mapping[str, Tensor]) -> bool:

@@ -77,9 +77,9 @@ _MODULES = {
     "peftcore.plugin.layers": "shape_of",
     "peftcore.engine.merging.merge_check": "embed_scale looks_up odd_embedding own_output",
     "peftcore.plugin.method": (
-        "AdapterModules Fields FileFormat FileLayout ForeignFormat Method PeftRules StateRules Tensors WeightFormat "
-        "prompt_tensor_name tensor_name"
+        "AdapterModules Fields FileFormat FileLayout ForeignFormat Method PeftRules StateRules Tensors WeightFormat"
     ),
+    "peftcore.plugin.peft_keys": "prompt_tensor_name tensor_name",
     "peftcore.model": "detect gradients_of inputs_of run targets",
     "peftcore.plugin.placements.after": "After",
     "peftcore.plugin.placements.around": "Around",

@@ -95,10 +95,9 @@ from peftcore.plugin.method import (
     StateRules as StateRules,
     Tensors as Tensors,
     WeightFormat as WeightFormat,
-    prompt_tensor_name as prompt_tensor_name,
-    tensor_name as tensor_name,
 )
 from peftcore.plugin.outputs import first_of as first_of, with_first as with_first
+from peftcore.plugin.peft_keys import prompt_tensor_name as prompt_tensor_name, tensor_name as tensor_name
 from peftcore.plugin.placements.after import After as After
 from peftcore.plugin.placements.around import Around as Around
 from peftcore.plugin.placements.on_weight import OnWeight as OnWeight

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import Tensor, nn
 
+from peftcore.plugin.peft_keys import tensor_name
+
 if TYPE_CHECKING:
     from peftcore.plugin.architecture import Architecture
     from peftcore.plugin.placements.placement import Placement
@@ -29,19 +31,6 @@ class AdapterModules(dict[str, nn.Module]):
     def __init__(self, modules: Mapping[str, nn.Module], trained: dict[str, nn.Parameter]) -> None:
         super().__init__(modules)
         self.trained = trained
-
-
-def tensor_name(placement: Placement, name: str) -> str:
-    """Return the name on disk of the tensor `name` of a placement, in Hugging Face PEFT's format.
-
-    `base_model.model.` + module path + name; for the vectors of a prompt only the name.
-    """
-    return placement.tensor_name(name)
-
-
-def prompt_tensor_name(placement: Placement, name: str) -> str:
-    """Return the name on disk like `tensor_name`, for prompts and prefixes: PEFT has one wrapper less around them."""
-    return name if placement.has_adapter else f"base_model.{name}"
 
 
 Tensors = Mapping[str, Tensor]  # by name on disk

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, ClassVar, Protocol
 from torch import nn
 
 from peftcore.plugin.link import Link
+from peftcore.plugin.peft_keys import key_in_model
 
 if TYPE_CHECKING:
     from peftcore.plugin.architecture import Architecture
@@ -84,8 +85,7 @@ class Placement:
 
     def tensor_name(self, name: str) -> str:
         """Return the name on disk, as PEFT's files have it, of the adapter's tensor `name`."""
-        key = self.key
-        return name if key is None else ".".join(filter(None, ("base_model.model", key, name)))
+        return name if self.key is None else key_in_model(self.key, name)
 
     def reached(self, path: str) -> str:
         """Return what the adapter changes where it is attached to the module at `path`: that path, or a parameter."""
@@ -132,9 +132,6 @@ class AtModule(Placement):
     @property
     def key(self) -> str | None:
         return self.path
-
-    def tensor_name(self, name: str) -> str:
-        return f"base_model.model.{self.path}.{name}" if self.path else f"base_model.model.{name}"
 
     def reached(self, path: str) -> str:
         return path if self.path == path else f"{path}.{self.path.rpartition('.')[2]}"  # an expert's stacked weight

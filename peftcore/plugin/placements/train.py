@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from peftcore.plugin.peft_keys import key_in_model
 from peftcore.plugin.placements.placement import Placement
 
 if TYPE_CHECKING:
@@ -30,4 +31,4 @@ class Train(Placement):
 
     def tensor_name(self, name: str) -> str:
         """Return the name on disk of the parameter `name`."""
-        return f"base_model.model.{name}"
+        return key_in_model("", name)

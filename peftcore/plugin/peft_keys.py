@@ -1,0 +1,53 @@
+"""Key names of Hugging Face PEFT: what a tensor is called in `adapter_model.safetensors`.
+
+    tensor `scale` of an adapter at `layers.0.q_proj`    base_model.model.layers.0.q_proj.scale
+    trained parameter `norm.weight` of the base          base_model.model.norm.weight
+    the same, if an adapter is around `norm`             base_model.model.norm.base_layer.weight
+    vectors of a prompt                                  prompt_embeddings
+
+A kind of placement names its tensors by `Placement.tensor_name`, and a method by `StateRules.tensor_name`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from peftcore.plugin.placements.placement import Placement
+
+# PEFT wraps the model twice: `PeftModel.base_model` is a tuner, and `model` in it the user's model.
+PREFIX = "base_model.model."
+
+
+def key_in_model(path: str, name: str) -> str:
+    """Return the key of the tensor `name` of an adapter at `path`, which is "" for the model itself."""
+    return f"{PREFIX}{path}.{name}" if path else PREFIX + name
+
+
+def key_of_trained(name: str, *, adapted: bool) -> str:
+    """Return the key of the base parameter `name`, without PEFT's prefix.
+
+    Args:
+        name: name in the base.
+        adapted: the adapter is also attached to the parameter's module, which PEFT then keeps as `base_layer`.
+    """
+    path, _, attribute = name.rpartition(".")
+    return f"{path}.base_layer.{attribute}" if adapted else name
+
+
+def name_in_base(key: str) -> str:
+    """Return the name in the base of a parameter that is stored under `key`."""
+    return key.removeprefix(PREFIX).replace(".base_layer.", ".")
+
+
+def tensor_name(placement: Placement, name: str) -> str:
+    """Return the name on disk of the tensor `name` of a placement, in Hugging Face PEFT's format.
+
+    `base_model.model.` + module path + name; for the vectors of a prompt only the name.
+    """
+    return placement.tensor_name(name)
+
+
+def prompt_tensor_name(placement: Placement, name: str) -> str:
+    """Return the name on disk like `tensor_name`, for prompts and prefixes: PEFT has one wrapper less around them."""
+    return name if placement.has_adapter else f"base_model.{name}"
