@@ -6,6 +6,7 @@ from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
+import peftcore_cli
 import pytest
 from support.imports import ROOT
 
@@ -49,13 +50,13 @@ PROGRAMS: dict[str, set[str]] = {
 }
 
 
-def imports(file: Path) -> Iterator[str]:
-    """Yield the full names that a file imports from peftcore, including those for type checkers."""
+def imports(file: Path, package: str = "peftcore") -> Iterator[str]:
+    """Yield the full names that a file imports from a package, including those for type checkers."""
     for node in ast.walk(ast.parse(file.read_text("utf-8"))):
-        if isinstance(node, ast.ImportFrom) and f"{node.module}.".startswith("peftcore."):
+        if isinstance(node, ast.ImportFrom) and f"{node.module}.".startswith(f"{package}."):
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
         elif isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names if f"{alias.name}.".startswith("peftcore."))
+            yield from (alias.name for alias in node.names if f"{alias.name}.".startswith(f"{package}."))
 
 
 def is_public(name: str) -> bool:
@@ -78,6 +79,23 @@ def test_programs_import_public_names_alone(program: str) -> None:
         if not f"{name}.".startswith(own) and not is_public(name)
     }
     assert inner == PROGRAMS[program]
+
+
+@pytest.mark.parametrize(
+    "program", ["plugins/peftcore-compare/peftcore_compare", "plugins/peftcore-serve/peftcore_serve"]
+)
+def test_packages_with_commands_import_public_names_of_the_command_line(program: str) -> None:
+    names = [name.split(".")[1:] for file in (ROOT / program).rglob("*.py") for name in imports(file, "peftcore_cli")]
+    modules = peftcore_cli._PUBLIC["peftcore_cli"].split()
+    for name, *inner in names:
+        assert name in dir(peftcore_cli) and (not inner or name in modules), (name, inner)
+
+
+def test_type_checkers_know_the_public_names_of_the_command_line() -> None:
+    stub = Path(str(peftcore_cli.__file__)).with_suffix(".pyi")
+    homes = {name.rpartition(".")[2]: name.rpartition(".")[0] for name in imports(stub, "peftcore_cli")}
+    assert homes == peftcore_cli._HOMES
+    assert all(getattr(peftcore_cli, name) for name in homes)
 
 
 def test_the_check_sees_inner_names(tmp_path: Path) -> None:

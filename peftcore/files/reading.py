@@ -240,8 +240,8 @@ def method_of(opened: Folder, named: str | None) -> Method:
         return foreign.method
     fields, metadata = opened.config(), opened.metadata()
     method_fields, where = own_fields(opened.path, metadata), f"'{opened.path / CONFIG}'"
-    writer = {"written_by": metadata.get(METHOD), "plugin": metadata.get(PLUGIN)}
-    return method_of_fields(where, fields, method_fields, **writer, method=named)
+    writer, plugin = metadata.get(METHOD), metadata.get(PLUGIN)
+    return method_of_fields(where, fields, method_fields, written_by=writer, plugin=plugin, method=named)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,11 @@ def megabytes(size: float) -> str:
     return f"{size / 1e6:.1f} MB" if size >= 1e6 else f"{size / 1e3:.1f} kB"
 
 
+def gigabytes(count: float) -> str:
+    """Format bytes like `1.23 GB` (decimal)."""
+    return f"{count / 1e9:.2f} GB"
+
+
 def share(part: int, whole: int) -> str:
     """Return a percentage such as `1.23 %`."""
     return f"{100 * part / whole:.2f} %" if whole else "-"

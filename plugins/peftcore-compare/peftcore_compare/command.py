@@ -120,13 +120,10 @@ def compare(
     finds one among rates that are the same for all.
     A run that fails is shown with its reason. `--method full` is full fine-tuning.
     """
-    from peftcore_cli.bases import base_files
-    from peftcore_cli.data import row_reading
-    from peftcore_cli.data.data_files import parsed_columns
-    from peftcore_cli.tasks import registered
+    from peftcore_cli import base_files, data_files, registered, row_reading
 
     given = config_file.in_force(context, given)
-    names = parsed_columns(given.columns)
+    names = data_files.parsed_columns(given.columns)
     task, _ = row_reading.read(data, task, names)  # shows wrong lines before anything is loaded
     if given.eval_data is not None:
         row_reading.read_rows(given.eval_data, task, names)
@@ -165,7 +162,7 @@ def compare(
 
 def _one_dtype(dtype: str, device: str) -> str:
     """Return the dtype of all runs: auto is bf16 on CUDA, else fp32, whatever each method would choose."""
-    from peftcore_cli.bases import dtype_choice
+    from peftcore_cli import dtype_choice
 
     return dtype_choice.choose(dtype, device, None).dtype
 
@@ -311,7 +308,7 @@ def _does_not_fit(common: Settings) -> str | None:
     """Return why the whole model cannot be trained (weights, gradients and AdamW's moments do not fit), or None."""
     import psutil
     import torch
-    from peftcore_cli.bases import device_choice, models
+    from peftcore_cli import device_choice, models
 
     device = device_choice.torch_device(common.device)
     size = device_choice.torch_dtype(common.dtype, common.device).itemsize

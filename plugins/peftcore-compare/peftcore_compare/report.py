@@ -11,12 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peftcore_cli.amounts import megabytes
+from peftcore_cli import chart, metrics, registered
+from peftcore_cli.amounts import gigabytes, megabytes
 from peftcore_cli.console import table
 from peftcore_cli.options import FULL
-from peftcore_cli.tasks import metrics, registered
-from peftcore_cli.training.chart import Panel, small_multiples
-from peftcore_cli.training.progress import gigabytes
 
 if TYPE_CHECKING:
     from peftcore_cli.settings import Settings
@@ -238,7 +236,7 @@ class ComparisonReport:
         peak = [method.median("peak") / 1e6 for method in methods]
         step = [1e3 * method.median("step_seconds") for method in methods]
         panels = [
-            Panel(
+            chart.Panel(
                 f"held-out {metrics.title(self.metric)}"
                 + (" (%)" if scale == 100 else "")
                 + (f", {seeds} seeds" if seeds > 1 else ""),
@@ -247,14 +245,14 @@ class ComparisonReport:
                 spreads=[statistics.stdev(each) if len(each) > 1 else 0.0 for each in values],
                 lines=lines,
             ),
-            Panel("trained parameters", trained, [_short(count) for count in trained], log=True),
-            Panel("peak memory (MB)", peak, [f"{value:,.0f}" for value in peak]),
-            Panel("step (ms)", step, [f"{value:,.0f}" for value in step]),
+            chart.Panel("trained parameters", trained, [_short(count) for count in trained], log=True),
+            chart.Panel("peak memory (MB)", peak, [f"{value:,.0f}" for value in peak]),
+            chart.Panel("step (ms)", step, [f"{value:,.0f}" for value in step]),
         ]
         model = "/".join(Path(self.settings.model).parts[-2:])
         files = [self.settings.data] if isinstance(self.settings.data, str) else self.settings.data
         title = f"{model} on {', '.join(Path(file).name for file in files)}"
-        return small_multiples([method.label for method in methods], panels, FULL, title)
+        return chart.small_multiples([method.label for method in methods], panels, FULL, title)
 
 
 def _markdown(rows: Sequence[Sequence[str]]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from peftcore_cli.bases import base_and_adapter
+from peftcore_cli import base_and_adapter
 from torch import nn
 
 import peftcore

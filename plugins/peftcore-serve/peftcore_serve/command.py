@@ -19,7 +19,7 @@ from peftcore import PeftcoreError
 
 if TYPE_CHECKING:
     import uvicorn
-    from peftcore_cli.bases.adapter_folders import AdapterTask
+    from peftcore_cli import AdapterTask
 
     from peftcore_serve.app import Server
     from peftcore_serve.folders import Folder
@@ -119,8 +119,7 @@ def make(
     Raises:
         PeftcoreError: the base cannot be loaded, or the folder of adapters cannot be read or is itself an adapter.
     """
-    from peftcore_cli.bases import base_files, base_quantization, dtype_choice, models
-    from peftcore_cli.tasks import registered
+    from peftcore_cli import base_files, base_quantization, dtype_choice, models, registered
 
     import peftcore
     from peftcore_serve import folders
@@ -170,7 +169,7 @@ def make(
 
 def _tasks(found: Mapping[str, Folder]) -> dict[str, AdapterTask]:
     """Return what each adapter that can be read was trained for."""
-    from peftcore_cli.bases import adapter_folders
+    from peftcore_cli import adapter_folders
 
     tasks = {}
     for name, folder in found.items():

@@ -11,11 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from peftcore_cli.bases import adapter_folders, base_and_adapter, models
-from peftcore_cli.bases.adapter_folders import AdapterTask
+from peftcore_cli import (
+    AdapterTask,
+    Messages,
+    adapter_folders,
+    base_and_adapter,
+    conversations,
+    models,
+    text_generation,
+)
 from peftcore_cli.console import warn
-from peftcore_cli.data.row import Messages
-from peftcore_cli.tasks import conversations, text_generation
 
 from peftcore import PeftcoreError
 

@@ -393,8 +393,7 @@ def _without_folders(word: str) -> str:
 
 
 def _facts(result: Result) -> list[tuple[str, str]]:
-    from peftcore_cli.amounts import counted, megabytes, share
-    from peftcore_cli.training.progress import gigabytes
+    from peftcore_cli.amounts import counted, gigabytes, megabytes, share
 
     trainable, base = result.summary.trainable_parameters, result.summary.base_parameters
     examples = f"{result.examples_per_second:,.1f} examples/s"
@@ -421,7 +420,7 @@ def _time(spent: dict[str, float]) -> str:
 
 
 def _predicted(result: Result) -> list[tuple[str, str]]:
-    from peftcore_cli.training.progress import gigabytes
+    from peftcore_cli.amounts import gigabytes
 
     if result.predicted is None:
         return []

@@ -16,6 +16,7 @@ from peftcore.errors import PeftcoreError
 from peftcore.estimating import MIXED, PAGED, PLAIN, NotFollowed, Range, memory_here
 from peftcore.plugin import ranks
 from peftcore.quantization import give_back_freed
+from peftcore_cli.amounts import gigabytes
 from peftcore_cli.bases import base_quantization, device_choice, dtype_choice, models, precision as precisions
 from peftcore_cli.console import say
 from peftcore_cli.data import row_reading
@@ -26,7 +27,7 @@ from peftcore_cli.settings import Settings
 from peftcore_cli.tasks import conversations, registered
 from peftcore_cli.tasks.encoded_examples import Example
 from peftcore_cli.training import torchrun
-from peftcore_cli.training.progress import current_memory, gigabytes
+from peftcore_cli.training.progress import current_memory
 
 if TYPE_CHECKING:
     from peftcore_cli.training.training_data import Examples

@@ -24,6 +24,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from peftcore.errors import PeftcoreError
 from peftcore.plugin import ranks
+from peftcore_cli.amounts import gigabytes
 from peftcore_cli.bases.adapter_folders import AdapterTask
 from peftcore_cli.console import out, say, warn
 
@@ -181,8 +182,3 @@ def peak_memory() -> dict[str, int]:
     peaks = {"memory": memory}
     on_cards = _on_cards(torch.cuda.max_memory_allocated)
     return {**peaks, "CUDA memory": on_cards} if on_cards else peaks
-
-
-def gigabytes(count: float) -> str:
-    """Format bytes like `1.23 GB` (decimal)."""
-    return f"{count / 1e9:.2f} GB"

@@ -139,9 +139,10 @@ def load(model: PreTrainedModel, settings: Settings) -> None:
         method.prepare(model, asked)
     peftcore.load(model, folder, method=named, trainable=True)
     adapters = peftcore.summary(model).adapters
-    names = [adapter.name for adapter in adapters]
-    if names != ["default"]:
-        raise PeftcoreError(f"'{folder}' contains the adapters {', '.join(names)}. Pass the folder of one of them")
+    adapter_names = [adapter.name for adapter in adapters]
+    if adapter_names != ["default"]:
+        shown = ", ".join(adapter_names)
+        raise PeftcoreError(f"'{folder}' contains the adapters {shown}. Pass the folder of one of them")
     _refuse_other_fields(folder, settings, adapters[0].config, asked)
 
 
