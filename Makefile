@@ -1,4 +1,4 @@
-# One command each: make install | demo | test | test-oldest | test-newest | lock | test-engines | test-all | test-avx2 | lint | fix | docs | bench | cuda-bounds | matrix | figures | compare | census | export-check. What they need is installed into .venv by the first call;
+# One command each: make install | demo | test | test-oldest | test-newest | lock | test-engines | test-all | test-avx2 | lint | fix | docs | pages | bench | cuda-bounds | matrix | figures | compare | census | export-check. What they need is installed into .venv by the first call;
 # stamp files there remember it. PYTHON chooses the interpreter: make test PYTHON=python3.12
 
 PYTHON ?= python3
@@ -25,7 +25,7 @@ CSRC := $(filter csrc/%,$(CXX_FILES))
 # need arguments, card.py a card, too.
 BENCHMARKS = $(filter-out $(patsubst %,benchmarks/%.py,card decode_llama journeys run_all),$(shell grep -l __main__ benchmarks/*.py))
 
-.PHONY: install demo test test-oldest test-newest lock test-engines test-all test-avx2 lint fix docs bench cuda-bounds matrix figures compare census export-check clean
+.PHONY: install demo test test-oldest test-newest lock test-engines test-all test-avx2 lint fix docs pages bench cuda-bounds matrix figures compare census export-check clean
 
 install: $(VENV)/train.stamp
 	@echo "installed into $(VENV). Go on with: . $(VENV)/bin/activate"
@@ -116,6 +116,11 @@ fix: $(VENV)/dev.stamp
 # The site into build/docs: links, names and options that lead nowhere are errors.
 docs: $(VENV)/docs.stamp
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
+
+# What the code of the pages prints, under it: the commands run on SmolLM2-135M, which the demo's package brings. One page:
+# make pages PAGES=docs/quickstart.md
+pages: $(VENV)/train.stamp
+	$(PY) benchmarks/demo/pages.py $(PAGES)
 
 # The table of methods in docs/methods.md, from conformance runs; a test fails when it is stale.
 matrix: $(VENV)/dev.stamp
