@@ -15,7 +15,9 @@ COMMANDS = "commands.md"
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    sections = {title: pages for section in config.nav if isinstance(section, dict) for title, pages in section.items()}
+    sections = {
+        title: pages for section in config.nav or () if isinstance(section, dict) for title, pages in section.items()
+    }
     sections["Methods"].append({"Each method": [{name: f"methods/{name}.md"} for name in sorted(registry.methods())]})
     return config
 
@@ -46,6 +48,7 @@ def command_reference() -> str:
     from peftcore_cli.app import build
 
     application = typer.main.get_command(build([]))
+    assert isinstance(application, typer.core.TyperGroup)
     intro = (
         "Made from the `--help` of each command. [The command line](command-line.md) explains how they work together."
     )

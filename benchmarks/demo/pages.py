@@ -12,10 +12,10 @@ A block of code whose output is shown is followed by a comment and a block that 
     ```text
     ```
 
-`first` and `last` keep that many lines of the output, with `...` between them; `typed="...|..."` are the lines typed at
-the prompt; `picture=NAME` draws the terminal to docs/assets/NAME.svg instead. All blocks of a page run, in their order, in one
-folder with `examples/` and SmolLM2-135M-Instruct, which comes from the demo's package and lies under its name on the hub,
-so that no hub is needed. Blocks that are marked `not run here` are left out.
+`first` and `last` keep that many lines of the output, with `...` between them; `typed="...|..."` are the lines typed
+at the prompt; `picture=NAME` draws the terminal to docs/assets/NAME.svg instead. All blocks of a page run, in their
+order, in one folder with `examples/` and SmolLM2-135M-Instruct. The model comes from the demo's package and lies under
+its name on the hub, so that no hub is needed. Blocks that are marked `not run here` are left out.
 """
 
 import contextlib
@@ -122,8 +122,7 @@ def run_command(command: str, folder: Path, options: dict[str, str]) -> str:
         cwd=folder,
         env=environment,
         input=options.get("typed", "").replace("|", "\n") + "\n",
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        capture_output=True,
         text=True,
         encoding="utf-8",
     )
