@@ -1,8 +1,8 @@
-"""AdaLoRA (Zhang et al. 2023, arXiv 2303.10512): y = W x + scale · B diag(E) A x, with one budget of ranks.
+"""AdaLoRA (Zhang et al. 2023, arXiv 2303.10512): y = W x + scale · B diag(E) A x, with one rank budget for all layers.
 
-triplet i of a layer: row i of A, number i of E, column i of B       scale = lora_alpha / init_r
+triplet i of a layer: row i of A, entry i of E, column i of B       scale = lora_alpha / init_r
 importance            s(E_i) + mean s(A_i) + mean s(B_i),  s = sensitivity · uncertainty, both smoothed  (eq. 8-10)
-budget                init_r a layer until step tinit, then cubically down to target_r until total_step - tfinal
+budget                init_r per layer until step tinit, then a cubic decay to target_r at step total_step - tfinal
 loss                  plus orth_reg_weight times the mean of |A Aᵀ - 1| and |Bᵀ B - 1|  (eq. 4)
 
 For a convolution W is the matrix [out, in · k], with k numbers in a kernel.
@@ -41,14 +41,16 @@ peftcore_api = ">=3.0,<4"
 
 @dataclass(frozen=True)
 class AdaLoraConfig(targets.LayersConfig):
-    """Config with the field names of Hugging Face PEFT's `AdaLoraConfig`; fields not listed are LoRA's.
+    """Config with the field names of Hugging Face PEFT's `AdaLoraConfig`; the other fields are LoRA's.
 
     Args:
-        target_r, init_r: triplets a layer, on average, at the end and at the start. A file may have target_r above
-            init_r, as with PEFT's defaults; all triplets are then kept. tinit, tfinal: steps before and
-            after the schedule. deltaT: steps between two allocations. beta1, beta2: smoothing.
-        orth_reg_weight: weight of the term of the loss. total_step: steps of the training. None: from the trainer.
-        rank_pattern: in PEFT's files, which triplets are left, by the name of E.
+        target_r, init_r: average number of triplets per layer at the end, and number at the start. If a file has
+            target_r above init_r, which PEFT's defaults allow, all triplets are kept.
+        tinit, tfinal, deltaT: steps before the schedule, after it, and between two allocations.
+        beta1, beta2: decay of the moving averages of sensitivity and uncertainty.
+        orth_reg_weight: weight of the orthogonality term in the loss.
+        total_step: number of training steps. None: taken from the trainer.
+        rank_pattern: in PEFT's files, a mask of the remaining triplets for each name of an E.
     """
 
     target_r: int = 8
@@ -78,16 +80,17 @@ class AdaLoraConfig(targets.LayersConfig):
 
 
 class AdaLora(LoraLinear):
-    """A `[r, in]`, E `[r, 1]` and B `[out, r]` of a linear layer, with the statistics of their importance."""
+    """A `[r, in]`, E `[r, 1]` and B `[out, r]` of a linear layer, and the statistics behind their importance."""
 
     def __init__(self, config: AdaLoraConfig, r: int, width: int, out_width: int) -> None:
-        nn.Module.__init__(self)  # LoRA's own initialisation of the factors is skipped
+        # LoraLinear.__init__ would create factors that are replaced below.
+        nn.Module.__init__(self)
         self.full_scale = (config.lora_alpha if config.lora_alpha > 0 else config.init_r) / (config.init_r + 1e-5)
         self.dropout, self.lora_bias = nn.Dropout(config.lora_dropout), None
-        std, first_e = (0.02, torch.zeros) if config.init_lora_weights else (1.0, torch.randn)
+        std, init_e = (0.02, torch.zeros) if config.init_lora_weights else (1.0, torch.randn)
         self.lora_A = nn.Parameter(std * torch.randn(r, width))
         self.lora_B = nn.Parameter(std * torch.randn(out_width, r))
-        self.lora_E = nn.Parameter(first_e(r, 1))
+        self.lora_E = nn.Parameter(init_e(r, 1))
         self.register_buffer("seen", torch.zeros(2, r, width + out_width + 1))  # a row per triplet
         self.register_buffer("left", torch.ones(r, 1))
 
@@ -95,23 +98,24 @@ class AdaLora(LoraLinear):
         return self.lora_A * self.lora_E, self.lora_B
 
     def observe(self, config: AdaLoraConfig) -> None:
-        """Update the smoothed |p · dp| of each number, and its smoothed distance from that mean."""
-        # no gradient: the layer was not called
+        """Update the moving averages of sensitivity |p · dp| and of uncertainty, for each entry of A, B and E."""
+        # A layer that this step did not call has no gradient.
         a, b, e = (p * (0 if p.grad is None else p.grad) for p in self.parameters())
-        now, (mean, off) = torch.cat([a, b.T, e], dim=1).abs(), self.get_buffer("seen")
-        mean.mul_(config.beta1).add_(now, alpha=1 - config.beta1)
-        off.mul_(config.beta2).add_((now - mean).abs(), alpha=1 - config.beta2)
+        sensitivity = torch.cat([a, b.T, e], dim=1).abs()
+        mean, uncertainty = self.get_buffer("seen")
+        mean.mul_(config.beta1).add_(sensitivity, alpha=1 - config.beta1)
+        uncertainty.mul_(config.beta2).add_((sensitivity - mean).abs(), alpha=1 - config.beta2)
 
     def importance(self) -> Tensor:
-        """Return the importance of each triplet, `[r]`. E is set to zero for those beyond the budget."""
+        """Return the importance of each triplet, `[r]`."""
         widths = [self.lora_A.shape[1], self.lora_B.shape[0], 1]
-        return sum(seen.mean(1) for seen in self.get_buffer("seen").prod(0).split(widths, dim=1))
+        return sum(statistic.mean(1) for statistic in self.get_buffer("seen").prod(0).split(widths, dim=1))
 
 
 class AdaLoraConv(AdaLora):
     """AdaLoRA of a convolution: A `[r, in · k]`."""
 
-    per_sample = staticmethod(Adapter.per_sample)  # LoRA's is for linear layers only
+    per_sample = staticmethod(Adapter.per_sample)  # LoRA's version only handles linear layers
 
     def __init__(self, config: AdaLoraConfig, r: int, layer: nn.Conv2d) -> None:
         super().__init__(config, r, *targets.sizes(layer))
@@ -121,32 +125,34 @@ class AdaLoraConv(AdaLora):
         return super().delta().view(self.shape)
 
     def forward(self, base: Base, x: Tensor) -> Tensor:
-        dropped = F.dropout(x, self.dropout.p, self.training)
-        y: Tensor = base(x) + base.module._conv_forward(dropped, self.delta().to(x.dtype), None)
+        inputs = F.dropout(x, self.dropout.p, self.training)
+        y: Tensor = base(x) + base.module._conv_forward(inputs, self.delta().to(x.dtype), None)
         return y
 
 
 def place(model: nn.Module, config: AdaLoraConfig, architecture: Architecture) -> list[Placement]:
-    left = {name.partition(".lora_E")[0]: sum(which) for name, which in (config.rank_pattern or {}).items()}
+    ranks = {name.partition(".lora_E")[0]: sum(mask) for name, mask in (config.rank_pattern or {}).items()}
     layers = config.selected(model, architecture)
-    placed = [Around(p, of_layer(config, left.get(p, config.init_r), module)) for p, module in layers.items()]
-    return [*placed, *targets.trained_biases(model, config.bias, layers)]
+    placements = [Around(p, adapter_for(config, ranks.get(p, config.init_r), module)) for p, module in layers.items()]
+    return [*placements, *targets.trained_biases(model, config.bias, layers)]
 
 
-def of_layer(config: AdaLoraConfig, r: int, module: nn.Module) -> AdaLora:
+def adapter_for(config: AdaLoraConfig, r: int, module: nn.Module) -> AdaLora:
     if isinstance(module, nn.Conv2d):
         return AdaLoraConv(config, r, module)
     return AdaLora(config, r, *targets.sizes(module))
 
 
 def refuse_growth(model: nn.Module, adapters: Mapping[str, Any], config: AdaLoraConfig, batches: Any) -> None:
-    """Raise a PeftcoreError for a new adapter whose schedule would add triplets; loaded adapters may have one."""
-    found = f"target_r={config.target_r} is above init_r={config.init_r}, and triplets are only removed"
-    raise PeftcoreError(f"{found}. Choose a larger init_r, or a target_r of at most {config.init_r}")
+    """Raise a PeftcoreError for a new adapter with target_r above init_r; loaded adapters may have that."""
+    reason = f"target_r={config.target_r} is above init_r={config.init_r}, but AdaLoRA only removes triplets"
+    raise PeftcoreError(f"{reason}. Choose a larger init_r, or a target_r of at most {config.init_r}")
 
 
 def loss(adapters: Mapping[str, Any], config: AdaLoraConfig) -> Tensor | None:
-    products = [product for a in adapters.values() for product in (a.lora_A @ a.lora_A.T, a.lora_B.T @ a.lora_B)]
+    products = []
+    for adapter in adapters.values():
+        products += [adapter.lora_A @ adapter.lora_A.T, adapter.lora_B.T @ adapter.lora_B]
     norms = torch.stack([torch.linalg.norm(p - torch.eye(len(p), device=p.device)) for p in products])
     return config.orth_reg_weight * norms.mean() if config.orth_reg_weight else None
 
@@ -154,31 +160,35 @@ def loss(adapters: Mapping[str, Any], config: AdaLoraConfig) -> Tensor | None:
 @torch.no_grad()
 def after_step(adapters: Mapping[str, Any], config: AdaLoraConfig, step: int, total_steps: int) -> None:
     layers, total = list(adapters.values()), config.total_step or total_steps
-    until, found = total - config.tfinal, f"total_step={total}, tinit={config.tinit}, tfinal={config.tfinal}"
-    validation.require(until > config.tinit, f"schedule has no step ({found}). Set max_steps or total_step=...")
-    graded = any(p.grad is not None for layer in layers for p in layer.parameters())
+    schedule_end = total - config.tfinal
+    schedule = f"total_step={total}, tinit={config.tinit}, tfinal={config.tfinal}"
     validation.require(
-        graded or step >= until,
-        "AdaLoRA reads gradients in after_step, and there are none. Call it between optimizer.step() and "
-        "optimizer.zero_grad(). DeepSpeed clears them within its step: use another method with it, or shard the "
+        schedule_end > config.tinit, f"AdaLoRA's schedule has no step ({schedule}). Set max_steps or total_step=..."
+    )
+    has_gradients = any(p.grad is not None for layer in layers for p in layer.parameters())
+    validation.require(
+        has_gradients or step >= schedule_end,
+        "AdaLoRA reads gradients in after_step, but no parameter has one. Call after_step between optimizer.step() and "
+        "optimizer.zero_grad(). DeepSpeed clears gradients in its step: use another method with it, or shard the "
         "model with peftcore.shard(model)",
     )
-    for layer in layers if step < until else ():
+    for layer in layers if step < schedule_end else ():
         layer.observe(config)
-    allocates = config.tinit < step <= until and (step % config.deltaT == 0 or step == until)
+    allocates = config.tinit < step <= schedule_end and (step % config.deltaT == 0 or step == schedule_end)
     if allocates:
         start, end = config.init_r * len(layers), config.target_r * len(layers)
-        budget = int((start - end) * (1 - (step - config.tinit) / (until - config.tinit)) ** 3 + end)
+        budget = int((start - end) * (1 - (step - config.tinit) / (schedule_end - config.tinit)) ** 3 + end)
         scores = torch.cat([layer.importance() for layer in layers])
         limit = scores.kthvalue(len(scores) - budget)[0] if budget < len(scores) else -torch.inf
         for layer in layers:
             layer.left.copy_((layer.importance() > limit)[:, None])
-    for layer in layers if allocates or step > until else ():
+    # As in PEFT, pruned entries of E may grow again until the next allocation, but not after the schedule.
+    for layer in layers if allocates or step > schedule_end else ():
         layer.lora_E.mul_(layer.left)
 
 
 def no_steps(fields: Mapping[str, Any]) -> int:
-    """Return a total_step without a step of the schedule, written for None, which PEFT refuses."""
+    """Return the total_step to write for None, which PEFT refuses: one that leaves its schedule no step."""
     return int(fields.get("tinit", 0) + fields.get("tfinal", 0) + 1)
 
 

@@ -55,7 +55,7 @@ class AdapterFusionConfig:
         dropout_prob: dropout probability of the scores.
         weights: for "average", a weight per adapter. None: equal weights.
         splits: for "split", the number of tokens for each adapter, in order; their sum is the text's length.
-        modules_to_save: modules that are also trained, in full. None: a classifier's head.
+        modules_to_save: modules to train in full as well. None: a classifier's head.
     """
 
     adapters: Sequence[str] = ()

@@ -1,12 +1,12 @@
-"""Arrow (Ostapenko et al. 2024, arXiv 2405.11157, section 4.2): each token is routed to low-rank experts.
+"""Arrow (Ostapenko et al. 2024, arXiv 2405.11157, section 4.2): route each token to low-rank experts.
 
-    v_e         top right singular vector of B_e A_e: the direction to which expert e responds most
+    v_e         top right singular vector of B_e A_e: the input direction that expert e amplifies most
     s_e = |v_e · x|                          for each expert and token x
-    w   = softmax(s / temperature)           over the top k; 0 for the others
+    w   = softmax(s / temperature)           over the top k experts; 0 for the others
     y   = W x + Σ w_e · (expert_e(x) - W x)
 
-The experts are existing adapters of the model with a product B A at linear layers, such as LoRA. v is the initial value
-of a parameter, which trains with the adapter unless the adapter is frozen.
+The experts are adapters that the model already has, with a product B A at linear layers, such as LoRA. v initialises a
+parameter, which is trained unless the adapter is frozen.
 """
 
 from __future__ import annotations
@@ -37,18 +37,18 @@ from peftcore.plugin import (
 
 peftcore_api = ">=3.0,<4"
 
-_STEPS = 15  # steps of the power iteration, as in PEFT, so that v is equal
+_STEPS = 15  # power iterations; as many as in PEFT, to get the same v
 
 
 @dataclass(frozen=True)
 class ArrowConfig:
-    """Config with the field names of Hugging Face PEFT's `ArrowConfig`, which lists experts by their files instead.
+    """Config with the field names of Hugging Face PEFT's `ArrowConfig`, plus the experts, which PEFT takes as files.
 
     Args:
-        experts: names of adapters of the model, all at the same modules.
+        experts: names of adapters that the model has, all on the same modules.
         top_k: number of experts per token.
         router_temperature: temperature of the softmax over the scores.
-        rng_seed: seed of the start of the power iteration. None: random.
+        rng_seed: seed for the initial vector of the power iteration. None: random.
     """
 
     experts: Sequence[str] = ()
@@ -64,7 +64,7 @@ class ArrowConfig:
         )
         validation.require(
             self.top_k <= len(self.experts),
-            f"top_k={self.top_k} is more than the {len(self.experts)} experts that are named: {list(self.experts)}. "
+            f"top_k={self.top_k} is more than the {len(self.experts)} experts in the config: {list(self.experts)}. "
             "Name more in experts=[...], or choose a smaller top_k",
         )
 
@@ -78,34 +78,35 @@ class ArrowRouter(Adapter):
         self.prototypes = nn.Parameter(torch.zeros(len(self.experts), width))
 
     def shares(self, x: Tensor) -> Tensor:
-        """Return weights w `[..., experts]` of the tokens x `[..., in]`, in the dtype of the prototypes."""
+        """Return the experts' weights w `[..., experts]` for tokens x `[..., in]`, in the dtype of the prototypes."""
         scores = F.linear(x.to(self.prototypes.dtype), self.prototypes).abs()
         top, index = scores.topk(self.top_k, dim=-1)
         scores = torch.full_like(scores, -torch.inf).scatter(-1, index, top)
         return (scores / self.temperature).softmax(-1)
 
     def forward(self, base: BranchedBase, x: Tensor) -> Tensor:
-        shares = self.shares(x).to(x.dtype).unbind(-1)  # their sum is 1, so W x need not be subtracted from each
-        mixed: Any = sum(w[..., None] * base.branch(name)(x) for w, name in zip(shares, self.experts, strict=True))
-        return mixed if base.is_own else base(x) + (mixed - base.own(x))
+        shares = self.shares(x).to(x.dtype).unbind(-1)  # they sum to 1, so W x is not subtracted from each branch
+        mixture: Any = sum(w[..., None] * base.branch(name)(x) for w, name in zip(shares, self.experts, strict=True))
+        return mixture if base.is_own else base(x) + (mixture - base.own(x))
 
 
 def factors_of(model: nn.Module, expert: str) -> dict[str, LowRank]:
-    """Return the factors of an expert at each linear layer, by path.
+    """Return the low-rank factors of an expert, by the path of the linear layer.
 
     Raises:
-        PeftcoreError: there is no such adapter, or it is not a product B A at every module.
+        PeftcoreError: the model has no such adapter, or the adapter is not a product B A at every module.
     """
-    found: dict[str, LowRank] = {}
-    other = other_adapter(model, expert)
-    for path, adapter in other.modules.items():
+    factors_by_path: dict[str, LowRank] = {}
+    adapted = other_adapter(model, expert)
+    for path, adapter in adapted.modules.items():
         factors = adapter.low_rank() if implements(adapter, Adapter.low_rank) else []
         if len(factors) != 1 or factors[0].transposed or factors[0].a.dim() != 2:
             raise PeftcoreError(
-                f"'{expert}' ({other.method}) is not a product B A of a linear layer at '{path}'. Choose other experts"
+                f"'{expert}' ({adapted.method}) is not a product B A of a linear layer at '{path}'. "
+                "Choose other experts"
             )
-        found[path] = factors[0]
-    return found
+        factors_by_path[path] = factors[0]
+    return factors_by_path
 
 
 def direction(factors: LowRank, seed: int | None) -> Tensor:
@@ -123,10 +124,11 @@ def direction(factors: LowRank, seed: int | None) -> Tensor:
 def place(model: nn.Module, config: ArrowConfig, architecture: Architecture) -> list[Placement]:
     experts = {name: factors_of(model, name) for name in config.experts}
     layers = experts[config.experts[0]]
-    for name, found in experts.items():
-        if apart := sorted(found.keys() ^ layers.keys()):
+    for name, factors_by_path in experts.items():
+        if unshared := sorted(factors_by_path.keys() ^ layers.keys()):
             raise PeftcoreError(
-                f"experts must be at the same modules: only one of '{config.experts[0]}' and '{name}' is at {apart[:3]}"
+                "experts must be at the same modules: only one of "
+                f"'{config.experts[0]}' and '{name}' is at {unshared[:3]}"
             )
     routers = {path: ArrowRouter(config, factors.a.shape[1]) for path, factors in layers.items()}
     return [Around(path, router, branches=tuple(config.experts)) for path, router in routers.items()]
@@ -135,9 +137,9 @@ def place(model: nn.Module, config: ArrowConfig, architecture: Architecture) -> 
 def initialize(
     model: nn.Module, adapters: Mapping[str, Any], config: ArrowConfig, batches: Iterable[Any] | None
 ) -> None:
-    for place, name in enumerate(config.experts):
+    for index, name in enumerate(config.experts):
         for path, factors in factors_of(model, name).items():
-            adapters[path].prototypes[place] = direction(factors, config.rng_seed)
+            adapters[path].prototypes[index] = direction(factors, config.rng_seed)
 
 
 @hookimpl

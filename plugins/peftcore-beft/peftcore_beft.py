@@ -1,7 +1,7 @@
 """BEFT, bias-efficient fine-tuning (Huang et al. 2025, arXiv 2509.15974): y = W x + b + d, d zero at the start.
 
-Like BitFit, but for chosen layers, including layers without a bias. According to the paper the value projections
-matter most: `target_modules=["v_proj"]`. Merges into b, where a layer has one.
+Unlike BitFit it adapts selected layers, also those without a bias. The paper found that the value projections matter
+most: `target_modules=["v_proj"]`. d merges into b, so only layers with a bias can be merged.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ peftcore_api = ">=3.0,<4"
 
 @dataclass(frozen=True)
 class BeftConfig(targets.LayersConfig):
-    """Config with the field names of Hugging Face PEFT's `BeftConfig`; fields not listed are LoRA's.
+    """Config with the field names of Hugging Face PEFT's `BeftConfig`; the other fields are LoRA's.
 
     Args:
-        init_weights: False: d is random, so the adapter changes the model from the start.
+        init_weights: False: random d; the adapter then changes the model from the start.
     """
 
     init_weights: bool = True
@@ -44,9 +44,9 @@ class BeftConfig(targets.LayersConfig):
 class Beft(Adapter):
     """Trained bias d `[1, out]` of a linear layer."""
 
-    def __init__(self, out_width: int, start: bool) -> None:
+    def __init__(self, out_width: int, zero_init: bool) -> None:
         super().__init__()
-        self.beft_bias = nn.Parameter((torch.zeros if start else torch.randn)(1, out_width))
+        self.beft_bias = nn.Parameter((torch.zeros if zero_init else torch.randn)(1, out_width))
 
     def forward(self, base: Base, x: Tensor) -> Tensor:
         return base(x) + self.beft_bias[0].to(x.dtype)

@@ -10,9 +10,9 @@
             |
             x [in]
 
-All biases are trained, or only those of the queries and of the feed-forward's inner layer, which change most
-(section 4.3). A layer without a bias can be given one that starts at zero. Trained biases of the base merge; added
-biases have no parameter in the base and do not.
+It trains all biases, or only those of the query projections and of the first feed-forward layers, which change most
+(section 4.3). `add_missing` gives layers without a bias one that starts at zero. Biases that the base model has can
+be merged; added ones cannot, since the base model has no parameter for them.
 """
 
 from __future__ import annotations
@@ -47,16 +47,16 @@ QUERY_INTERMEDIATE = "query-intermediate"
 
 @dataclass(frozen=True)
 class BitFitConfig:
-    """Choice of the biases that are trained.
+    """Selects the biases to train.
 
     Args:
-        target_modules: "all" modules with a bias (norms too); "query-intermediate", the paper's subset: the
-            projection to queries and the feed-forward's layer to its inner size (b_q and b_m2); or a list of
+        target_modules: "all": all modules with a bias, norms included. "query-intermediate": the paper's subset, the
+            query projection and the feed-forward layer from the hidden to the inner size (b_q and b_m2). Otherwise
             suffixes or a regular expression, see `peftcore.model.targets.select`.
         exclude_modules, layers_to_transform, layers_pattern: see `peftcore.model.targets.select`.
-        add_missing: add a bias, zero at the start, to chosen linear layers without one ("all": every linear layer
-            but the output head and the task's heads).
-        modules_to_save: modules that are also trained, in full. None: a classifier's head.
+        add_missing: add a bias that starts at zero to selected linear layers without one (for "all": to every linear
+            layer except the output head and task heads).
+        modules_to_save: modules to train in full as well. None: a classifier's head.
     """
 
     target_modules: str | Sequence[str] = ALL
@@ -70,15 +70,15 @@ class BitFitConfig:
         validation.check_types(self)
 
     def resolved(self, model: nn.Module, architecture: Architecture) -> BitFitConfig:
-        """Return the config with choices that depend on the model made explicit, so that it means the same anywhere."""
+        """Return the config with module names in place of "query-intermediate"; a saved adapter then stands alone."""
         if self.target_modules != QUERY_INTERMEDIATE:
             return self
-        chosen = selected(model, self, architecture)
-        return replace(self, target_modules=targets.minimal_suffixes(model, chosen))
+        modules = selected(model, self, architecture)
+        return replace(self, target_modules=targets.minimal_suffixes(model, modules))
 
 
 class AddedBias(Adapter):
-    """Bias b added to the output of a layer without one: `[..., out]`, or `[..., groups, out / groups]`."""
+    """Bias b added to a layer's output, `[..., out]`, or `[..., groups, out / groups]` for a grouped layer."""
 
     def __init__(self, size: int) -> None:
         super().__init__()
@@ -90,7 +90,7 @@ class AddedBias(Adapter):
 
 
 def bias_names(module: nn.Module) -> list[str]:
-    """Return the names of the module's biases: `bias`, `in_proj_bias`, `bias_ih_l0`, ..., and those of experts."""
+    """Return the names of a module's biases: `bias`, `in_proj_bias`, `bias_ih_l0`, ..., and the biases of experts."""
     of_experts = expert_biases(module)
     return [
         name
@@ -100,57 +100,60 @@ def bias_names(module: nn.Module) -> list[str]:
 
 
 def selected(model: nn.Module, config: BitFitConfig, architecture: Architecture) -> dict[str, nn.Module]:
-    """Return the modules that the config selects, by path; each has a bias or is to be given one."""
-    pattern = wanted = config.target_modules
+    """Return the selected modules by path. Each has a bias or gets one."""
+    pattern = target_modules = config.target_modules
     if pattern == ALL:
-        wanted = ".*"
+        target_modules = ".*"
     elif pattern == QUERY_INTERMEDIATE:
-        wanted = query_and_intermediate(model, architecture)
-    chosen = targets.select_by(
+        target_modules = query_and_intermediate(model, architecture)
+    modules = targets.select_by(
         config,
         model,
         architecture,
-        target_modules=wanted,
+        target_modules=target_modules,
         supported=lambda module: bool(bias_names(module)) or targets.is_linear(module),
         own_parameters=True,
     )
-    missing = {path: module for path, module in chosen.items() if not bias_names(module)}
+    without_bias = {path: module for path, module in modules.items() if not bias_names(module)}
     if pattern == ALL:
         heads = {architecture.output_head, *architecture.task_heads}
-        dropped = heads & missing.keys() if config.add_missing else missing.keys()
-        chosen = {path: module for path, module in chosen.items() if path not in dropped}
-    if not chosen or (missing and not config.add_missing and pattern != ALL):
+        skipped = heads & without_bias.keys() if config.add_missing else without_bias.keys()
+        modules = {path: module for path, module in modules.items() if path not in skipped}
+    if not modules or (without_bias and not config.add_missing and pattern != ALL):
         raise PeftcoreError(
-            f"{type(model).__name__} lacks biases to train: target_modules={pattern!r} selects {len(missing)} linear "
-            f"layers without one, such as '{next(iter(missing), None)}'. Use add_missing=True to add biases that start "
-            "at zero"
+            f"{type(model).__name__} lacks biases to train: target_modules={pattern!r} selects {len(without_bias)} "
+            f"linear layers without one, such as '{next(iter(without_bias), None)}'. Use add_missing=True to add "
+            "biases that start at zero"
         )
-    return chosen
+    return modules
 
 
 def query_and_intermediate(model: nn.Module, architecture: Architecture) -> list[str]:
-    """Return the paths of the paper's subset."""
+    """Return the paths of the query projections and of the first feed-forward layers."""
     attention = [sublayer for sublayer in architecture.sublayers if sublayer.kind == "attention"]
     queries = [sublayer.query for sublayer in attention if sublayer.query is not None]
     inner = [path for sublayer in architecture.sublayers for path in sublayer.inner]
     fused = len(queries) < len(attention)
     if not queries or not inner or fused:
-        why = "queries share a layer with keys and values" if fused else "the layers' parts are not known"
+        reason = "queries share a layer with keys and values" if fused else "its attention layers are not known"
         raise PeftcoreError(
-            f"target_modules='{QUERY_INTERMEDIATE}' cannot be resolved for {type(model).__name__}: {why}. "
+            f"target_modules='{QUERY_INTERMEDIATE}' cannot be resolved for {type(model).__name__}: {reason}. "
             "Name the modules, as in target_modules=['q_proj', 'fc1'] (GPT-2: ['c_attn', 'c_fc'])"
         )
     return [*queries, *inner]
 
 
 def place(model: nn.Module, config: BitFitConfig, architecture: Architecture) -> list[Placement]:
-    chosen = selected(model, config, architecture)
-    trained = [f"{path}.{name}" if path else name for path, module in chosen.items() for name in bias_names(module)]
-    placements: list[Any] = [
-        After(path, AddedBias(targets.sizes(module)[1])) for path, module in chosen.items() if not bias_names(module)
-    ]
-    placements.append(Train(tuple(trained)))
-    return placements
+    modules = selected(model, config, architecture)
+    trained_names: list[str] = []
+    placements: list[Any] = []
+    for path, module in modules.items():
+        names = bias_names(module)
+        if names:
+            trained_names += [f"{path}.{name}" if path else name for name in names]
+        else:
+            placements.append(After(path, AddedBias(targets.sizes(module)[1])))
+    return [*placements, Train(tuple(trained_names))]
 
 
 @hookimpl

@@ -1,9 +1,9 @@
-"""C3A (Chen et al. 2024, arXiv 2407.19342): y = W x + circular convolutions of blocks, by FFT.
+"""C3A (Chen et al. 2024, arXiv 2407.19342): y = W x + block-wise circular convolutions of x, computed by FFT.
 
-    x in blocks x₁ .. xₙ of b numbers, y in blocks y₁ .. yₘ        kernels w [m, n, b]
-    yⱼ += 1/in · Σᵢ IDFT( DFT(xᵢ) · conj DFT(wⱼᵢ) )                real numbers: half the spectrum suffices
+    x in blocks x₁ .. xₙ of b numbers, y in blocks y₁ .. yₘ        kernels w [m, n, b], trained
+    yⱼ += 1/in · Σᵢ IDFT( DFT(xᵢ) · conj DFT(wⱼᵢ) )                real numbers, so half the spectrum suffices
 
-An update of any rank takes out · in / b parameters, and no matrix of the weight's size is built. Trained: w.
+With out · in / b parameters the update can have any rank. No matrix of the weight's size is built.
 """
 
 from __future__ import annotations
@@ -34,19 +34,21 @@ from peftcore.plugin import (
 peftcore_api = ">=3.0,<4"
 
 
-SMALLEST = 16  # smallest block that `all-linear` chooses: smaller ones have nearly as many parameters as the weight
+# Smallest block that `all-linear` chooses. With smaller ones an adapter has nearly as many parameters as the weight.
+SMALLEST = 16
 
 
 @dataclass(frozen=True)
 class C3AConfig(targets.LayersConfig):
-    """Config with the field names of Hugging Face PEFT's `C3AConfig`; fields not listed choose layers.
+    """Config with the field names of Hugging Face PEFT's `C3AConfig`; the other fields select layers.
 
     Args:
-        block_size: b, a divisor of inputs and outputs of each layer. Where it is not, `all-linear` uses the largest
-            common divisor, at least 16, and warns. block_size_pattern: values for single layers, by name.
-        bias: biases that are also trained: "none", "all", or "c3a_only" (of adapted modules).
+        block_size: b, which must divide the inputs and outputs of each layer. Where it does not, `all-linear` uses the
+            greatest common divisor if that is at least 16, and warns.
+        block_size_pattern: block sizes of single layers, by name.
+        bias: biases to train as well: "none", "all", or "c3a_only" (of adapted modules).
         init_weights: "xavier_uniform" (also for False), "kaiming_uniform" or "gaussian": random kernels, so that
-            the adapter changes the model from the start. True: they are zero.
+            the adapter changes the model from the start. True: zero.
     """
 
     not_in_peft = frozenset({"exclude_modules", "fan_in_fan_out"})
@@ -67,8 +69,9 @@ class C3AConfig(targets.LayersConfig):
     def misfit(self, path: str, module: nn.Module) -> str | None:
         b, (width, out_width) = self.block_of(path), targets.sizes(module)
         sizes = f"'{path}' has {width} inputs and {out_width} outputs"
-        odd = f"block_size={b} must divide both sizes, {sizes}: choose {math.gcd(width, out_width)}"
-        return odd if width % b or out_width % b else None
+        if width % b == 0 and out_width % b == 0:
+            return None
+        return f"block_size={b} must divide both sizes, but {sizes}: choose {math.gcd(width, out_width)}"
 
     def resolved(self, model: nn.Module, architecture: Architecture) -> C3AConfig:
         """Return the config with block sizes that fit the layers of `all-linear`."""
@@ -77,25 +80,28 @@ class C3AConfig(targets.LayersConfig):
             smaller: dict[int, list[str]] = {}
             for path, module in targets.select_by(self, model, architecture).items():
                 common = math.gcd(self.block_size, *targets.sizes(module))
-                named = targets.pattern_value(self.block_size_pattern, path, None) is not None
-                if SMALLEST <= common < self.block_size and not named:
+                has_pattern = targets.pattern_value(self.block_size_pattern, path, None) is not None
+                if SMALLEST <= common < self.block_size and not has_pattern:
                     smaller.setdefault(common, []).append(path)
-            found = {name: b for b, paths in smaller.items() for name in targets.minimal_suffixes(model, paths)}
-            if found:
-                message = f"block_size={self.block_size} does not divide the sizes of all layers: block_size_pattern"
-                warn(f"{message}={found} is used for the others")
-                config = replace(self, block_size_pattern={**self.block_size_pattern, **found})
+            pattern: dict[str, int] = {}
+            for block_size, paths in smaller.items():
+                pattern.update(dict.fromkeys(targets.minimal_suffixes(model, paths), block_size))
+            if pattern:
+                warn(
+                    f"block_size={self.block_size} does not divide the sizes of all layers; the others get "
+                    f"block_size_pattern={pattern}"
+                )
+                config = replace(self, block_size_pattern={**self.block_size_pattern, **pattern})
         return targets.LayersConfig.resolved(config, model, architecture)
 
 
 class Correlation(torch.autograd.Function):
-    """x `[..., n b]`, kernels `[m, n, b]` -> `[..., m b]`; saves only these two for the backward pass."""
+    """Correlates x `[..., n b]` with kernels `[m, n, b]` to `[..., m b]`; saves only its inputs for backward."""
 
     @staticmethod
     def forward(x: Tensor, kernel: Tensor) -> Tensor:
-        return blocks_of(
-            torch.einsum("...nf,mnf->...mf", spectrum(x, kernel), torch.fft.rfft(kernel).conj()), x, kernel
-        )
+        y = torch.einsum("...nf,mnf->...mf", spectrum(x, kernel), torch.fft.rfft(kernel).conj())
+        return from_spectrum(y, x, kernel)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -106,15 +112,15 @@ class Correlation(torch.autograd.Function):
         x, kernel = ctx.saved_tensors
         dx, dkernel, g = None, None, spectrum(dy, kernel)
         if ctx.needs_input_grad[0]:
-            dx = blocks_of(torch.einsum("...mf,mnf->...nf", g, torch.fft.rfft(kernel)), x, kernel)
+            dx = from_spectrum(torch.einsum("...mf,mnf->...nf", g, torch.fft.rfft(kernel)), x, kernel)
         if ctx.needs_input_grad[1]:
-            both = torch.einsum("tmf,tnf->mnf", g.conj().flatten(0, -3), spectrum(x, kernel).flatten(0, -3))
-            dkernel = torch.fft.irfft(both, n=kernel.shape[-1])
+            spectra = torch.einsum("tmf,tnf->mnf", g.conj().flatten(0, -3), spectrum(x, kernel).flatten(0, -3))
+            dkernel = torch.fft.irfft(spectra, n=kernel.shape[-1])
         return dx, dkernel
 
 
-def wide_enough(x: Tensor) -> torch.dtype:
-    """Return the dtype for FFTs, which need 32 bits or more."""
+def fft_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype to transform x in: FFTs need at least fp32."""
     return torch.promote_types(x.dtype, torch.float32)
 
 
@@ -123,7 +129,8 @@ def spectrum(x: Tensor, kernel: Tensor) -> Tensor:
     return torch.fft.rfft(x.to(kernel.dtype).unflatten(-1, (-1, kernel.shape[-1])))
 
 
-def blocks_of(spectra: Tensor, x: Tensor, kernel: Tensor) -> Tensor:
+def from_spectrum(spectra: Tensor, x: Tensor, kernel: Tensor) -> Tensor:
+    """Return the blocks with these spectra, joined to `[..., blocks · b]`, in x's dtype."""
     return torch.fft.irfft(spectra, n=kernel.shape[-1]).flatten(-2).to(x.dtype)
 
 
@@ -142,7 +149,7 @@ class C3A(Adapter):
             nn.init.uniform_(self.c3a_kernel, -bound, bound)
 
     def forward(self, base: Base, x: Tensor) -> Tensor:
-        return base(x) + Correlation.apply(x, self.c3a_kernel.to(wide_enough(x)) / self.width)  # type: ignore[no-untyped-call]
+        return base(x) + Correlation.apply(x, self.c3a_kernel.to(fft_dtype(x)) / self.width)  # type: ignore[no-untyped-call]
 
     @override
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -157,10 +164,10 @@ class C3A(Adapter):
 
 def place(model: nn.Module, config: C3AConfig, architecture: Architecture) -> list[Placement]:
     layers = {path: targets.sizes(module) for path, module in config.selected(model, architecture).items()}
-    placed: list[Placement] = []
+    placements: list[Placement] = []
     for path, (width, out_width) in layers.items():
-        placed.append(Around(path, C3A(config, config.block_of(path), width, out_width)))
-    return placed + targets.trained_biases(model, config.bias, layers)
+        placements.append(Around(path, C3A(config, config.block_of(path), width, out_width)))
+    return placements + targets.trained_biases(model, config.bias, layers)
 
 
 @hookimpl

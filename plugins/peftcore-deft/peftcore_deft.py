@@ -37,7 +37,7 @@ peftcore_api = ">=3.0,<4"
 
 @dataclass(frozen=True)
 class DeftConfig(targets.LayersConfig):
-    """Config with the field names of Hugging Face PEFT's `DeftConfig`; fields not listed are LoRA's.
+    """Config with the field names of Hugging Face PEFT's `DeftConfig`; the other fields are LoRA's.
 
     Args:
         r: dimension of the subspace, at most a layer's outputs.

@@ -34,13 +34,13 @@ peftcore_api = ">=3.0,<4"
 
 @dataclass(frozen=True)
 class DeloraConfig(targets.LayersConfig):
-    """Config with the field names of Hugging Face PEFT's `DeloraConfig`; fields not listed choose layers.
+    """Config with the field names of Hugging Face PEFT's `DeloraConfig`; the other fields select layers.
 
     Args:
         r: rank. delora_lambda: λ at the start. rank_pattern, lambda_pattern: values for single layers, by name.
         module_dropout: dropout probability of the inputs of A.
-        bias: biases that are also trained: "none", "all", or "delora_only" (of adapted modules).
-        init_weights: False: B is random too, so the adapter changes the model from the start.
+        bias: biases to train as well: "none", "all", or "delora_only" (of adapted modules).
+        init_weights: False: B is random too; the adapter then changes the model from the start.
     """
 
     not_in_peft = frozenset({"fan_in_fan_out"})

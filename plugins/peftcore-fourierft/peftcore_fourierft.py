@@ -35,13 +35,13 @@ peftcore_api = ">=3.0,<4"
 
 @dataclass(frozen=True)
 class FourierFTConfig(targets.LayersConfig):
-    """Config with the field names of Hugging Face PEFT's `FourierFTConfig`; fields not listed choose layers.
+    """Config with the field names of Hugging Face PEFT's `FourierFTConfig`; the other fields select layers.
 
     Args:
         n_frequency: entries of S per layer. n_frequency_pattern: values for single layers, by name.
         scaling: factor of the update; 150 for encoders, 300 for Llamas (appendix A of the paper).
         random_loc_seed: seed of the positions.
-        bias: biases that are also trained: "none", "all", or "fourier_only" (of adapted modules).
+        bias: biases to train as well: "none", "all", or "fourier_only" (of adapted modules).
         init_weights: True: entries are zero at the start. False, as in the paper: random, so the adapter changes
             the model from the start.
     """

@@ -41,12 +41,12 @@ peftcore_api = ">=3.0,<4"
 
 @dataclass(frozen=True)
 class GloraConfig(targets.LayersConfig):
-    """Config with the field names of Hugging Face PEFT's `GloraConfig`; fields not listed choose layers.
+    """Config with the field names of Hugging Face PEFT's `GloraConfig`; the other fields select layers.
 
     Args:
         r: rank of the parts with form "lora".
         config_A_B, config_C, config_D_E: the form of A and B, of C, and of D and E.
-        bias: biases that are also trained: "none", "all", or "glora_only" (of adapted modules).
+        bias: biases to train as well: "none", "all", or "glora_only" (of adapted modules).
         init_weights: False: a random start.
     """
 

@@ -40,12 +40,12 @@ peftcore_api = ">=3.0,<4"
 
 @dataclass(frozen=True)
 class GraloraConfig(targets.LayersConfig):
-    """Config with the field names of Hugging Face PEFT's `GraloraConfig`; fields not listed are LoRA's.
+    """Config with the field names of Hugging Face PEFT's `GraloraConfig`; the other fields are LoRA's.
 
     Args:
         r: a multiple of gralora_k. hybrid_r: rank of the additional plain product; 0: none.
         gralora_k: k, a divisor of inputs and outputs of all layers.
-        init_weights: False: B is random too, so the adapter changes the model from the start.
+        init_weights: False: B is random too; the adapter then changes the model from the start.
     """
 
     r: int = 32

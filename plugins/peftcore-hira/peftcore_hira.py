@@ -41,7 +41,7 @@ peftcore_api = ">=3.0,<4"
 
 @dataclass(frozen=True)
 class HiraConfig(targets.LayersConfig):
-    """Config with the field names of Hugging Face PEFT's `HiraConfig`; fields not listed are LoRA's.
+    """Config with the field names of Hugging Face PEFT's `HiraConfig`; the other fields are LoRA's.
 
     Args:
         hira_dropout: dropout probability of the inputs of W ⊙ B A, except for embeddings.

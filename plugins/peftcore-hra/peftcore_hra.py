@@ -39,13 +39,13 @@ peftcore_api = ">=3.0,<4"
 
 @dataclass(frozen=True)
 class HRAConfig(targets.LayersConfig):
-    """Config with the field names of Hugging Face PEFT's `HRAConfig`; fields not listed choose layers.
+    """Config with the field names of Hugging Face PEFT's `HRAConfig`; the other fields select layers.
 
     Args:
         r: number of reflections. An odd number has no pairs, so the start changes the model.
         apply_GS: make the reflections orthogonal. Their product is then never 1, so the start changes the model: here
             by random reflections, in PEFT by the remainder of equal vectors.
-        bias: biases that are also trained: "none", "all", or "hra_only" (of adapted modules).
+        bias: biases to train as well: "none", "all", or "hra_only" (of adapted modules).
         init_weights: False: all reflections are random.
     """
 

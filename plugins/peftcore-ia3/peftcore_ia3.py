@@ -47,7 +47,7 @@ class IA3Config:
             inner activations: `["k_proj", "v_proj", "down_proj"]` of a Llama.
         feedforward_modules: suffixes, or a regular expression for whole paths, of selected layers whose input is
             scaled. None: the last layers of feed-forward blocks, where they are known.
-        modules_to_save: modules that are also trained, in full. None: a classifier's head.
+        modules_to_save: modules to train in full as well. None: a classifier's head.
         init_ia3_weights: factors are 1; False: random, so the adapter changes the model from the start.
         fan_in_fan_out: written for PEFT, which needs True for GPT-2; peftcore reads the layout from the layer.
     """

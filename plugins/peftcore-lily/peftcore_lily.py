@@ -47,11 +47,11 @@ peftcore_api = ">=3.0,<4"
 
 @dataclass(frozen=True)
 class LilyConfig(targets.LayersConfig):
-    """Config with the field names of Hugging Face PEFT's `LilyConfig`; fields not listed are LoRA's.
+    """Config with the field names of Hugging Face PEFT's `LilyConfig`; the other fields are LoRA's.
 
     Args:
         stride_A: number of consecutive layers of the same name and size that share an A. num_B: n, 2 or more.
-        init_weights: False: B is random too, so the adapter changes the model from the start.
+        init_weights: False: B is random too; the adapter then changes the model from the start.
     """
 
     r: int = 32

@@ -40,7 +40,7 @@ peftcore_api = ">=3.0,<4"
 
 @dataclass(frozen=True)
 class LoHaConfig(targets.LayersConfig):
-    """Config with the field names of Hugging Face PEFT's `LoHaConfig`; fields not listed choose layers.
+    """Config with the field names of Hugging Face PEFT's `LoHaConfig`; the other fields select layers.
 
     Args:
         r, alpha: rank of each product; the scale is alpha / r. rank_pattern, alpha_pattern: values for single layers.

@@ -42,7 +42,7 @@ peftcore_api = ">=3.0,<4"
 
 @dataclass(frozen=True)
 class LoKrConfig(targets.LayersConfig):
-    """Config with the field names of Hugging Face PEFT's `LoKrConfig`; fields not listed choose layers.
+    """Config with the field names of Hugging Face PEFT's `LoKrConfig`; the other fields select layers.
 
     Args:
         r, alpha: rank of factors that are products; the scale is always alpha / r. rank_pattern, alpha_pattern: values

@@ -42,13 +42,13 @@ peftcore_api = ">=3.0,<4"
 
 @dataclass(frozen=True)
 class MissConfig(targets.LayersConfig):
-    """Config with the field names of Hugging Face PEFT's `MissConfig`; fields not listed choose layers.
+    """Config with the field names of Hugging Face PEFT's `MissConfig`; the other fields select layers.
 
     Args:
         r: size of a shard, and rank of the update; at most a layer's inputs.
         miss_dropout: dropout probability of the inputs of the sums; not with "bat".
         mini_r: for "mini": number of outputs after which D repeats, a divisor of a layer's outputs.
-        bias: biases that are also trained: "none", "all", or "MiSS_only" (of adapted modules; "bone_only" in Bone).
+        bias: biases to train as well: "none", "all", or "MiSS_only" (of adapted modules; "bone_only" in Bone).
         init_weights: the variant, "mini" or "bat", or True. False: D is random.
     """
 

@@ -1,12 +1,13 @@
-"""OFT (Qiu et al. 2023, arXiv 2306.07280; 2025, OFTv2, arXiv 2506.19847): y = W (R x), with blocks of x rotated.
+"""OFT (Qiu et al. 2023, arXiv 2306.07280; OFTv2, 2025, arXiv 2506.19847): y = W (R x), where R rotates blocks of x.
 
-      x [in] in blocks of b:  .--R1--. .--R2--. .--R3--.      W keeps the angles between its rows, since each R is a
-      x Wᵀ + bias             |______| |______| |______|      rotation, the Cayley transform of a skew-symmetric Q:
+      x [in] in blocks of b:  .--R1--. .--R2--. .--R3--.      Rotations keep the angles between the rows of W. Each Rᵢ
+      x Wᵀ + bias             |______| |______| |______|      is the Cayley transform of a skew-symmetric Q:
 
-    R - 1 = -2 Q (1 + Q)⁻¹                                exactly, or by default for -Q, by a Neumann series
-    R - 1 = 2 Q + 2 Q² + ... + 2 Qⁿ⁻² + Qⁿ⁻¹              of n terms (for n = 3 PEFT uses 4)
+    R - 1 = -2 Q (1 + Q)⁻¹                                exact, with use_cayley_neumann=False
+    R - 1 = 2 Q + 2 Q² + ... + 2 Qⁿ⁻² + Qⁿ⁻¹              default: n terms of a Neumann series, with -Q for Q (for n = 3
+                                                          PEFT uses 4)
 
-Trained: the upper triangle of each block's Q, zero at the start. In 16 bits (R - 1) x is added to x, so that small
+The upper triangle of each block's Q is trained and starts at zero. In 16 bits (R - 1) x is added to x, so that small
 rotations are not rounded away. COFT keeps Q within eps of zero. For an embedding the outputs are rotated.
 """
 
@@ -44,16 +45,17 @@ peftcore_api = ">=3.0,<4"
 
 @dataclass(frozen=True)
 class OFTConfig(targets.LayersConfig):
-    """Config with the field names of Hugging Face PEFT's `OFTConfig`; fields not listed choose layers.
+    """Config with the field names of Hugging Face PEFT's `OFTConfig`; the other fields select layers.
 
     Args:
-        r, oft_block_size: number or size of the blocks of x; exactly one is 0 and is computed from the other. A value
-            that does not divide a layer's inputs is replaced by the nearest divisor, as in PEFT, with a warning.
+        r, oft_block_size: number or size of the blocks of x. One is 0 and computed from the other. A value that does
+            not divide a layer's inputs is replaced by the nearest divisor, as in PEFT, with a warning.
         module_dropout: share of the blocks left unrotated in a training step. (PEFT 0.21 ignores it.)
-        coft, eps: limit the norm of each block's Q to eps / √blocks. block_share: one rotation for all blocks.
-        use_cayley_neumann, num_cayley_neumann_terms: use the series, and its number of terms.
-        bias: biases that are also trained: "none", "all", or "oft_only" (of adapted modules).
-        init_weights: False: random rotations, so the adapter changes the model from the start.
+        coft, eps: limit the norm of each block's Q to eps / √blocks.
+        block_share: use one rotation for all blocks.
+        use_cayley_neumann, num_cayley_neumann_terms: use the Neumann series, and its number of terms.
+        bias: biases to train as well: "none", "all", or "oft_only" (of adapted modules).
+        init_weights: False: random rotations; the adapter then changes the model from the start.
     """
 
     r: int = 0
@@ -72,24 +74,24 @@ class OFTConfig(targets.LayersConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         found = f"found r={self.r}, oft_block_size={self.oft_block_size}"
-        one = min(self.r, self.oft_block_size) == 0 < max(self.r, self.oft_block_size)
-        validation.require(one, f"one of r and oft_block_size must be 0, and the other above 0, {found}")
+        exactly_one = min(self.r, self.oft_block_size) == 0 < max(self.r, self.oft_block_size)
+        validation.require(exactly_one, f"one of r and oft_block_size must be 0 and the other positive, {found}")
         validation.probability(module_dropout=self.module_dropout)
-        validation.require(self.eps > 0, f"eps must be above 0, found {self.eps}")
-        least = f"num_cayley_neumann_terms={self.num_cayley_neumann_terms} rotates nothing. Use 2 or more"
-        validation.require(self.num_cayley_neumann_terms > 1, least)
+        validation.require(self.eps > 0, f"eps must be positive, found {self.eps}")
+        message = f"num_cayley_neumann_terms={self.num_cayley_neumann_terms} rotates nothing. Use 2 or more"
+        validation.require(self.num_cayley_neumann_terms > 1, message)
 
     def misfit(self, path: str, module: nn.Module) -> str | None:
         if not isinstance(module, nn.Conv2d) or math.prod(module.kernel_size) == 1:
             return None
         return (
-            f"'{path}' is a convolution with kernel_size={module.kernel_size}, where PEFT puts rotated patches back in "
-            f"another order, which no weight can reproduce. Leave it out: exclude_modules=['{path}']"
+            f"'{path}' is a convolution with kernel_size={module.kernel_size}, whose rotated patches PEFT puts back in "
+            f"a different order, which no weight can reproduce. Leave it out: exclude_modules=['{path}']"
         )
 
 
 class Rotation(nn.Module):
-    """Rotation of blocks `weight` `[blocks, b (b - 1) / 2]`, one row with `block_share`; x `[..., in]` -> rotated x."""
+    """Rotates blocks of x `[..., in]` by `weight` `[blocks, b (b - 1) / 2]`, a single row with `block_share`."""
 
     def __init__(self, config: OFTConfig, blocks: int, block_size: int) -> None:
         super().__init__()
@@ -102,23 +104,25 @@ class Rotation(nn.Module):
         """Return `weight` limited to eps for COFT; the gradient passes through unchanged."""
         limit = self.config.eps / len(self.weight) ** 0.5
         w = self.weight.detach()
-        norms = 2**0.5 * torch.linalg.vector_norm(w, dim=1, keepdim=True)  # norm of Q, which contains each number twice
+        # Q has each number twice, so its norm is √2 times the norm of w.
+        norms = 2**0.5 * torch.linalg.vector_norm(w, dim=1, keepdim=True)
         return self.weight + (w * (limit / norms.clamp(min=limit)) - w)
 
-    def turns(self) -> Tensor:
+    def deltas(self) -> Tensor:
         """Return R - 1 of each block, fp32 `[blocks, b, b]`."""
         q = skew((self.within_eps() if self.config.coft else self.weight).float(), self.block_size)
         return neumann(q, self.config.num_cayley_neumann_terms) if self.config.use_cayley_neumann else cayley(q)
 
     def forward(self, x: Tensor) -> Tensor:
-        turns = self.turns()
-        if self.training and self.config.module_dropout and len(turns) > 1:
-            dropped = torch.randperm(len(turns), device=x.device) < int(self.config.module_dropout * len(turns))
-            turns = turns * ~dropped[:, None, None]
-        turns = turns.to(x.dtype)
-        if x.dtype in (torch.float32, torch.float64):  # R itself is exact enough
-            return turned(x, turns + torch.eye(self.block_size, device=x.device, dtype=x.dtype))
-        return x + turned(x, turns)
+        deltas = self.deltas()
+        if self.training and self.config.module_dropout and len(deltas) > 1:
+            mask = torch.randperm(len(deltas), device=x.device) < int(self.config.module_dropout * len(deltas))
+            deltas = deltas * ~mask[:, None, None]
+        deltas = deltas.to(x.dtype)
+        if x.dtype in (torch.float32, torch.float64):
+            return rotate_blocks(x, deltas + torch.eye(self.block_size, device=x.device, dtype=x.dtype))
+        # A 16-bit R would round small rotations away.
+        return x + rotate_blocks(x, deltas)
 
 
 class OFT(Adapter):
@@ -133,11 +137,11 @@ class OFT(Adapter):
 
     @override
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        return weight + turned(weight, self.oft_R.turns().transpose(1, 2)), bias
+        return weight + rotate_blocks(weight, self.oft_R.deltas().transpose(1, 2)), bias
 
 
 class OFTConv(OFT):
-    """Rotation of the channels of each pixel, of all groups, for a convolution with kernel size 1."""
+    """Rotation of each pixel's channels, across groups, for a convolution with kernel size 1."""
 
     def forward(self, base: Base, x: Tensor) -> Any:
         return base(self.oft_R(x.movedim(-3, -1)).movedim(-1, -3))
@@ -146,8 +150,8 @@ class OFTConv(OFT):
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         if weight.shape[1] != self.oft_R.width:
             raise PeftcoreError(
-                f"OFT of a convolution in groups (weight {list(weight.shape)}) reaches across the groups, so it cannot "
-                "be merged (in PEFT neither). Keep the adapter unmerged, or apply it with that layer in exclude_modules"
+                f"OFT rotates channels across the groups of a convolution (weight {list(weight.shape)}), which cannot "
+                "be merged, also not in PEFT. Keep the adapter unmerged, or apply it with that layer in exclude_modules"
             )
         return super().merged(weight.flatten(1), bias)[0].view_as(weight), bias
 
@@ -164,7 +168,7 @@ class OFTEmbedding(Adapter):
 
     @override
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        return weight + turned(weight, self.oft_embedding_R.turns()), bias
+        return weight + rotate_blocks(weight, self.oft_embedding_R.deltas()), bias
 
 
 def skew(upper: Tensor, size: int) -> Tensor:
@@ -181,15 +185,15 @@ def cayley(q: Tensor) -> Tensor:
 
 
 def neumann(q: Tensor, terms: int) -> Tensor:
-    """Return R - 1 for R = (1 + Q) (1 - Q)⁻¹, from the first terms of its series."""
+    """Return R - 1 for R = (1 + Q) (1 - Q)⁻¹ = 1 + 2 Q + 2 Q² + ..., from the first terms of this series."""
     if terms == 2:
         return 2 * q
-    turns: Tensor = Series.apply(q, max(terms - 2, 2))  # type: ignore[no-untyped-call]
-    return turns
+    delta: Tensor = Series.apply(q, max(terms - 2, 2))  # type: ignore[no-untyped-call]
+    return delta
 
 
 class Series(torch.autograd.Function):
-    """Result of the last of Horner's steps; saves only Q for the backward pass."""
+    """The last of `horner`'s steps; saves only Q for the backward pass, which computes the steps again."""
 
     @staticmethod
     def forward(q: Tensor, count: int) -> Tensor:
@@ -217,48 +221,53 @@ def horner(q: Tensor, count: int) -> list[Tensor]:
     return steps
 
 
-def turned(x: Tensor, matrices: Tensor) -> Tensor:
-    """Return x `[..., in]` with each block multiplied by its matrix of `[blocks, b, b]`, or by the only one."""
+def rotate_blocks(x: Tensor, matrices: Tensor) -> Tensor:
+    """Multiply each block of x `[..., in]` by its matrix of `[blocks, b, b]`; a single matrix serves all blocks."""
     x = x.unflatten(-1, (-1, matrices.shape[-1]))
-    return (x @ matrices[0] if len(matrices) == 1 else torch.einsum("...rk,rkc->...rc", x, matrices)).flatten(-2)
+    if len(matrices) == 1:
+        return (x @ matrices[0]).flatten(-2)
+    return torch.einsum("...rk,rkc->...rc", x, matrices).flatten(-2)
 
 
-def nearest_divisor(size: int, wanted: int) -> int:
-    """Return the divisor of `size` nearest to `wanted`, the lower of two."""
-    return min((d for d in range(1, size + 1) if size % d == 0), key=lambda d: (abs(d - wanted), d))
+def nearest_divisor(size: int, requested: int) -> int:
+    """Return the divisor of `size` nearest to `requested`; of two equally near, the smaller."""
+    divisors = [d for d in range(1, size + 1) if size % d == 0]
+    return min(divisors, key=lambda d: (abs(d - requested), d))
 
 
 def place(model: nn.Module, config: OFTConfig, architecture: Architecture) -> list[Placement]:
     layers = config.selected(model, architecture)
-    widths = {path: turned_width(module) for path, module in layers.items()}
-    given = config.r or config.oft_block_size
-    divisors = {width: nearest_divisor(width, given) for width in sorted(set(widths.values()))}
-    if any(divisor != given for divisor in divisors.values()):
-        what = "r" if config.r else "oft_block_size"
-        others = ", ".join(f"{d} of {width} inputs" for width, d in divisors.items() if d != given)
-        warn(f"{what}={given} does not divide all layers' inputs. Used instead: {others}")
-    placed: list[Placement] = []
+    widths = {path: rotated_width(module) for path, module in layers.items()}
+    field, value = ("r", config.r) if config.r else ("oft_block_size", config.oft_block_size)
+    divisors = {width: nearest_divisor(width, value) for width in sorted(set(widths.values()))}
+    replaced = {width: divisor for width, divisor in divisors.items() if divisor != value}
+    if replaced:
+        substitutes = ", ".join(f"{divisor} for {width} inputs" for width, divisor in replaced.items())
+        warn(f"{field}={value} does not divide the inputs of all layers. Used instead: {substitutes}")
+    placements: list[Placement] = []
     for path, width in widths.items():
-        other = width // divisors[width]
-        blocks, block_size = (divisors[width], other) if config.r else (other, divisors[width])
-        placed.append(Around(path, kind_for(layers[path])(config, blocks, block_size)))
-    return placed + targets.trained_biases(model, config.bias, widths)
+        divisor, quotient = divisors[width], width // divisors[width]
+        blocks, block_size = (divisor, quotient) if config.r else (quotient, divisor)
+        placements.append(Around(path, adapter_class(layers[path])(config, blocks, block_size)))
+    return placements + targets.trained_biases(model, config.bias, widths)
 
 
-def turned_width(module: nn.Module) -> int:
-    """Return how many numbers are rotated together."""
+def rotated_width(module: nn.Module) -> int:
+    """Return the width of the vectors that are rotated: channels, outputs of an embedding, inputs of a linear layer."""
     if isinstance(module, nn.Conv2d):
         return module.in_channels
     return targets.sizes(module)[1 if isinstance(module, nn.Embedding) else 0]
 
 
-def kind_for(module: nn.Module) -> type[OFT | OFTEmbedding]:
-    return OFTEmbedding if isinstance(module, nn.Embedding) else OFTConv if isinstance(module, nn.Conv2d) else OFT
+def adapter_class(module: nn.Module) -> type[OFT | OFTEmbedding]:
+    if isinstance(module, nn.Embedding):
+        return OFTEmbedding
+    return OFTConv if isinstance(module, nn.Conv2d) else OFT
 
 
 @torch.no_grad()
 def after_step(adapters: Mapping[str, Any], config: OFTConfig, step: int, total_steps: int) -> None:
-    """Store COFT's limited weights, so that training continues from them."""
+    """Store the limited weights of COFT, so that the optimizer continues from them."""
     for adapter in adapters.values() if config.coft else ():
         (rotation,) = adapter.children()
         rotation.weight.copy_(rotation.within_eps())
@@ -267,7 +276,7 @@ def after_step(adapters: Mapping[str, Any], config: OFTConfig, step: int, total_
 def read(model: nn.Module | None, tensors: dict[str, Tensor], fields: dict[str, Any]) -> tuple[Tensors, Fields]:
     """Refuse files of PEFT before 0.14, whose blocks are different."""
     if "oft_block_size" not in fields:
-        raise PeftcoreError("it is an OFT of PEFT before 0.14, whose blocks are different. Train it again")
+        raise PeftcoreError("this OFT was saved by PEFT before 0.14, which used different blocks. Train it again")
     return tensors, fields
 
 

@@ -43,7 +43,7 @@ class PTuningConfig:
             itself, as in a file without the network.
         encoder_hidden_size: hidden size of the network. None: token_dim.
         encoder_num_layers, encoder_dropout: layers and dropout of the LSTM.
-        modules_to_save: modules that are also trained, in full. None: a classifier's head.
+        modules_to_save: modules to train in full as well. None: a classifier's head.
         token_dim, num_layers, num_attention_heads, num_transformer_submodules: written for PEFT; read from the model.
             PEFT keeps n rows for each submodule, two in an encoder-decoder, and uses the first n, in the encoder.
     """

@@ -34,12 +34,12 @@ peftcore_api = ">=3.0,<4"
 
 @dataclass(frozen=True)
 class PeanutConfig(targets.LayersConfig):
-    """Config with the field names of Hugging Face PEFT's `PeanutConfig`; fields not listed are LoRA's.
+    """Config with the field names of Hugging Face PEFT's `PeanutConfig`; the other fields are LoRA's.
 
     Args:
         depth: number of encoders, and of decoders, between A and B.
         act_fn: f, by its name in transformers, such as "relu", "gelu" or "silu".
-        init_weights: False: B is random too, so the adapter changes the model from the start.
+        init_weights: False: B is random too; the adapter then changes the model from the start.
     """
 
     r: int = 32

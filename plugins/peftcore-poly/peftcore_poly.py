@@ -41,14 +41,14 @@ peftcore_api = ">=3.0,<4"
 
 @dataclass(frozen=True)
 class PolyConfig(targets.LayersConfig):
-    """Config with the field names of Hugging Face PEFT's `PolyConfig`; fields not listed choose layers.
+    """Config with the field names of Hugging Face PEFT's `PolyConfig`; the other fields select layers.
 
     Args:
         r: rank of a skill.
         n_tasks, n_skills: number of tasks, and of skills that they share.
         n_splits: number of splits of inputs and outputs, each with its own weights (MHR); 1: Poly.
         poly_type: "poly", the only type.
-        init_weights: False: B is random too, so the adapter changes the model from the start.
+        init_weights: False: B is random too; the adapter then changes the model from the start.
     """
 
     not_in_peft: ClassVar[frozenset[str]] = frozenset({"layers_to_transform", "layers_pattern", "fan_in_fan_out"})

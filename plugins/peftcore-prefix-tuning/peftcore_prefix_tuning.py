@@ -45,7 +45,7 @@ class PrefixTuningConfig:
         prefix_projection: train the prefix through a network of two layers.
         encoder_hidden_size: hidden size of the network. None: token_dim.
         init_weights: None (random) or "zero": keys and values start at zero.
-        modules_to_save: modules that are also trained, in full. None: a classifier's head.
+        modules_to_save: modules to train in full as well. None: a classifier's head.
         token_dim, num_attention_heads, num_layers: kv_heads · head_dim, kv_heads, layers; read from the model.
         num_transformer_submodules: for encoder-decoders. 2 (None) is PEFT's layout, where decoder layer l uses the
             part of layer 2l mod layers; with 1 each layer has its own part, which PEFT cannot read.

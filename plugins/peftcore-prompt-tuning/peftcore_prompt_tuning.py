@@ -45,7 +45,7 @@ class PromptTuningConfig:
         prompt_tuning_init: initial values: "RANDOM" (normal, std 1), "SAMPLE_VOCAB" (embeddings of random tokens) or
             "TEXT" (embeddings of a text, repeated or truncated to n tokens).
         prompt_tuning_init_text, tokenizer_name_or_path, tokenizer_kwargs: the text and its tokenizer, for "TEXT".
-        modules_to_save: modules that are also trained, in full. None: a classifier's head.
+        modules_to_save: modules to train in full as well. None: a classifier's head.
         token_dim, num_layers, num_attention_heads, num_transformer_submodules: written for PEFT; read from the model.
             PEFT keeps n rows for each submodule, two in an encoder-decoder, and uses the first n, in the encoder.
         initialize: False if the values come from a file; not saved.

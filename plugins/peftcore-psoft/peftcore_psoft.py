@@ -41,7 +41,7 @@ peftcore_api = ">=3.0,<4"
 
 @dataclass(frozen=True)
 class PsoftConfig(targets.LayersConfig):
-    """Config with the field names of Hugging Face PEFT's `PsoftConfig`; fields not listed choose layers.
+    """Config with the field names of Hugging Face PEFT's `PsoftConfig`; the other fields select layers.
 
     Args:
         r, psoft_alpha: rank of the subspace; B is divided by the scale, psoft_alpha / r. psoft_dropout: dropout
@@ -51,7 +51,7 @@ class PsoftConfig(targets.LayersConfig):
         psoft_orth: False: R is any matrix. psoft_mag_a, psoft_mag_b: whether there are a and b.
         use_cayley_neumann, num_cayley_neumann_terms: compute the rotation by a series, and its number of terms.
             cayley_neumann_eps: upper limit of the norm of Q, between 0 and 1, or None.
-        init_weights: False: a random rotation, so the adapter changes the model from the start.
+        init_weights: False: a random rotation; the adapter then changes the model from the start.
     """
 
     r: int = 32

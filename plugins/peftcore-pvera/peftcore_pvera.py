@@ -41,7 +41,7 @@ peftcore_api = ">=3.0,<4"
 
 @dataclass(frozen=True)
 class PveraConfig(targets.LayersConfig):
-    """Config with the field names of Hugging Face PEFT's `PveraConfig`; fields not listed are LoRA's.
+    """Config with the field names of Hugging Face PEFT's `PveraConfig`; the other fields are LoRA's.
 
     Args:
         r: rank of B. projection_prng_key: seed of A and B. save_projection: save them; otherwise they are drawn again

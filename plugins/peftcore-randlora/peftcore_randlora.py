@@ -43,7 +43,7 @@ peftcore_api = ">=3.0,<4"
 
 @dataclass(frozen=True)
 class RandLoraConfig(targets.LayersConfig):
-    """Config with the field names of Hugging Face PEFT's `RandLoraConfig`; fields not listed are LoRA's.
+    """Config with the field names of Hugging Face PEFT's `RandLoraConfig`; the other fields are LoRA's.
 
     Args:
         r: rank of a product. A smaller r means more products and more trained parameters.

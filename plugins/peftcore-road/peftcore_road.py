@@ -38,12 +38,12 @@ peftcore_api = ">=3.0,<4"
 
 @dataclass(frozen=True)
 class RoadConfig(targets.LayersConfig):
-    """Config with the field names of Hugging Face PEFT's `RoadConfig`; fields not listed choose layers.
+    """Config with the field names of Hugging Face PEFT's `RoadConfig`; the other fields select layers.
 
     Args:
         variant: "road_1", "road_2" or "road_4".
         group_size: outputs per group, an even divisor of each layer's outputs.
-        init_weights: False: random rotations, so the adapter changes the model from the start.
+        init_weights: False: random rotations; the adapter then changes the model from the start.
     """
 
     not_in_peft = frozenset({"exclude_modules", "layers_to_transform", "layers_pattern", "fan_in_fan_out"})

@@ -38,7 +38,7 @@ peftcore_api = ">=3.0,<4"
 
 @dataclass(frozen=True)
 class ShiraConfig(targets.LayersConfig):
-    """Config with the field names of Hugging Face PEFT's `ShiraConfig`; fields not listed are LoRA's.
+    """Config with the field names of Hugging Face PEFT's `ShiraConfig`; the other fields are LoRA's.
 
     Args:
         r: train r · (in + out) numbers of each layer.

@@ -42,7 +42,7 @@ peftcore_api = ">=3.0,<4"
 
 @dataclass(frozen=True)
 class SupertuningConfig(targets.LayersConfig):
-    """Config with the field names of Hugging Face PEFT's `SupertuningConfig`; fields not listed choose layers.
+    """Config with the field names of Hugging Face PEFT's `SupertuningConfig`; the other fields select layers.
 
     Args:
         sparsity: share of a weight's numbers that are not trained.

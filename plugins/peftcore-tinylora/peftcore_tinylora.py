@@ -41,7 +41,7 @@ peftcore_api = ">=3.0,<4"
 
 @dataclass(frozen=True)
 class TinyLoraConfig(targets.LayersConfig):
-    """Config with the field names of Hugging Face PEFT's `TinyLoraConfig`; fields not listed are LoRA's.
+    """Config with the field names of Hugging Face PEFT's `TinyLoraConfig`; the other fields are LoRA's.
 
     Args:
         r: number of singular vectors, at most as many as a weight has. u: numbers in v.

@@ -36,7 +36,7 @@ peftcore_api = ">=3.0,<4"
 
 @dataclass(frozen=True)
 class UniLoraConfig(targets.LayersConfig):
-    """Config with the field names of Hugging Face PEFT's `UniLoraConfig`; fields not listed are LoRA's.
+    """Config with the field names of Hugging Face PEFT's `UniLoraConfig`; the other fields are LoRA's.
 
     Args:
         theta_d_length: d. proj_seed: seed of the columns, drawn by NumPy.

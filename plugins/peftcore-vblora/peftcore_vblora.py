@@ -45,7 +45,7 @@ MISSING = -1e4  # logit of a vector that a file with save_only_topk_weights leav
 
 @dataclass(frozen=True)
 class VBLoRAConfig(targets.LayersConfig):
-    """Config with the field names of Hugging Face PEFT's `VBLoRAConfig`; fields not listed are LoRA's.
+    """Config with the field names of Hugging Face PEFT's `VBLoRAConfig`; the other fields are LoRA's.
 
     Args:
         num_vectors, vector_length: size of the bank. The length must divide inputs and outputs of all layers.

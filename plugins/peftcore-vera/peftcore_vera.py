@@ -43,8 +43,8 @@ class VeraConfig:
         projection_prng_key: seed of A and B. save_projection: save them; otherwise they are drawn again on load.
         vera_dropout: dropout probability of the inputs of A.
         d_initial: value of d at the start (table 6c of the paper).
-        bias: biases that are also trained: "none", "all", or "vera_only" (of adapted modules).
-        modules_to_save: modules that are also trained, in full. None: a classifier's head.
+        bias: biases to train as well: "none", "all", or "vera_only" (of adapted modules).
+        modules_to_save: modules to train in full as well. None: a classifier's head.
         init_weights: False: b is one and d random.
         fan_in_fan_out: written for PEFT; peftcore reads the layout from the layer.
     """

@@ -117,7 +117,7 @@ FAMILIES = [f"db{n}" for n in range(1, 11)] + [f"sym{n}" for n in range(2, 11)] 
 
 @dataclass(frozen=True)
 class WaveFTConfig(targets.LayersConfig):
-    """Config with the field names of Hugging Face PEFT's `WaveFTConfig`; fields not listed choose layers.
+    """Config with the field names of Hugging Face PEFT's `WaveFTConfig`; the other fields select layers.
 
     Args:
         n_frequency: entries of S per layer. n_frequency_pattern: values for single layers, by name.
@@ -126,7 +126,7 @@ class WaveFTConfig(targets.LayersConfig):
         wavelet_family: "db1" (Haar) to "db10", "sym2" to "sym10", "coif1" to "coif4". Other names fail in PEFT, too.
         use_idwt: False: S itself is the change of W.
         random_loc_seed: seed of the positions.
-        bias: biases that are also trained: "none", "all", or "waveft_only" (of adapted modules).
+        bias: biases to train as well: "none", "all", or "waveft_only" (of adapted modules).
         init_weights: True: entries are zero at the start. False: normal, with standard deviation 0.01.
     """
 

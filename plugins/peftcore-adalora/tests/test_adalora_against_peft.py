@@ -1,4 +1,4 @@
-"""Hugging Face PEFT reads what is saved here, and the other way round; a training goes the same way."""
+"""Hugging Face PEFT loads adapters saved here, and vice versa; training takes the same course."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ SCHEDULE = {"init_r": 6, "target_r": 3, "tinit": 2, "tfinal": 3, "deltaT": 2, "t
 def test_files(kind: str, tmp_path: Path) -> None:
     names = TARGETS[kind]
     fields: dict[str, Any] = {"target_modules": names, "fan_in_fan_out": kind == "gpt2", **SCHEDULE}
-    ours = peftcore.apply(tiny.MODELS[kind](), "adalora", **fields)
-    both_ways(tiny.MODELS[kind], tmp_path, ours, peft.AdaLoraConfig(task_type=TASKS[kind], **fields))
+    model = peftcore.apply(tiny.MODELS[kind](), "adalora", **fields)
+    both_ways(tiny.MODELS[kind], tmp_path, model, peft.AdaLoraConfig(task_type=TASKS[kind], **fields))
 
 
 def test_a_training_goes_the_way_of_peft_s(tmp_path: Path) -> None:
@@ -32,31 +32,33 @@ def test_a_training_goes_the_way_of_peft_s(tmp_path: Path) -> None:
     torch.manual_seed(1)
     fields: dict[str, Any] = {"target_modules": ["q_proj", "down_proj"], **SCHEDULE}
     peftcore.save(peftcore.apply(tiny.llama(), "adalora", **fields), tmp_path / "start", resumable=False)
-    theirs = quiet(peft.PeftModel.from_pretrained, tiny.llama(), tmp_path / "start", is_trainable=True)
-    ours = peftcore.load(tiny.llama(), tmp_path / "start", trainable=True)
+    peft_model = quiet(peft.PeftModel.from_pretrained, tiny.llama(), tmp_path / "start", is_trainable=True)
+    model = peftcore.load(tiny.llama(), tmp_path / "start", trainable=True)
     steps = SCHEDULE["total_step"]
-    optimizers = [torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], lr=3e-2) for m in (ours, theirs)]
+    optimizers = [
+        torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], lr=3e-2) for m in (model, peft_model)
+    ]
     for step in range(1, steps + 1):
-        loss = ours(input_ids=tiny.TOKENS, labels=tiny.TOKENS).loss + peftcore.extra_loss(ours)
+        loss = model(input_ids=tiny.TOKENS, labels=tiny.TOKENS).loss + peftcore.extra_loss(model)
         loss.backward()
         optimizers[0].step()
-        peftcore.after_step(ours, step, steps)
-        wanted = theirs(input_ids=tiny.TOKENS, labels=tiny.TOKENS).loss
-        wanted.backward()
+        peftcore.after_step(model, step, steps)
+        expected = peft_model(input_ids=tiny.TOKENS, labels=tiny.TOKENS).loss
+        expected.backward()
         optimizers[1].step()
-        theirs.base_model.update_and_allocate(step)
+        peft_model.base_model.update_and_allocate(step)
         for optimizer in optimizers:
             optimizer.zero_grad()
-        torch.testing.assert_close(loss, wanted, rtol=1e-5, atol=1e-5)
-    left = {n: (p != 0).sum().item() for n, p in adapter_parameters(ours, "default") if n.endswith("lora_E")}
-    assert sum(left.values()) == SCHEDULE["target_r"] * len(left)
-    torch.testing.assert_close(logits(ours), logits(theirs), rtol=0, atol=1e-4)
-    quiet(theirs.save_pretrained, tmp_path / "pruned")
-    again = peftcore.load(tiny.llama(), tmp_path / "pruned", trainable=True)
-    torch.testing.assert_close(logits(again), logits(theirs), rtol=0, atol=1e-5)
-    peftcore.save(again, tmp_path / "again")
+        torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
+    triplet_counts = {n: (p != 0).sum().item() for n, p in adapter_parameters(model, "default") if n.endswith("lora_E")}
+    assert sum(triplet_counts.values()) == SCHEDULE["target_r"] * len(triplet_counts)
+    torch.testing.assert_close(logits(model), logits(peft_model), rtol=0, atol=1e-4)
+    quiet(peft_model.save_pretrained, tmp_path / "pruned")
+    reloaded = peftcore.load(tiny.llama(), tmp_path / "pruned", trainable=True)
+    torch.testing.assert_close(logits(reloaded), logits(peft_model), rtol=0, atol=1e-5)
+    peftcore.save(reloaded, tmp_path / "again")
     read = quiet(peft.PeftModel.from_pretrained, tiny.llama(), tmp_path / "again").eval()
-    torch.testing.assert_close(logits(read), logits(again), rtol=0, atol=1e-5)
+    torch.testing.assert_close(logits(read), logits(reloaded), rtol=0, atol=1e-5)
 
 
 def test_a_schedule_without_steps_is_refused() -> None:
@@ -70,19 +72,19 @@ def test_a_schedule_without_steps_is_refused() -> None:
 def test_a_file_with_target_r_above_init_r_keeps_its_triplets(tmp_path: Path) -> None:
     """PEFT's default target_r is 8: it trains such an adapter where nobody drives the schedule, and all of it stays."""
     config = peft.AdaLoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], init_r=3, total_step=4)
-    theirs = moved(quiet(peft.get_peft_model, tiny.llama(), config).eval())
-    quiet(theirs.save_pretrained, tmp_path / "theirs")
-    ours = peftcore.load(tiny.llama(), tmp_path / "theirs", trainable=True)
-    wanted = logits(theirs)
-    assert (wanted - logits(tiny.llama())).abs().max() > 1e-3
-    torch.testing.assert_close(logits(ours), wanted, rtol=0, atol=1e-5)
+    peft_model = moved(quiet(peft.get_peft_model, tiny.llama(), config).eval())
+    quiet(peft_model.save_pretrained, tmp_path / "peft")
+    model = peftcore.load(tiny.llama(), tmp_path / "peft", trainable=True)
+    expected = logits(peft_model)
+    assert (expected - logits(tiny.llama())).abs().max() > 1e-3
+    torch.testing.assert_close(logits(model), expected, rtol=0, atol=1e-5)
     for step in range(1, 5):
-        ours(input_ids=tiny.TOKENS, labels=tiny.TOKENS).loss.backward()
-        peftcore.after_step(ours, step, 4)
-    torch.testing.assert_close(logits(ours), wanted, rtol=0, atol=1e-5)
-    peftcore.save(ours, tmp_path / "ours")
-    again = quiet(peft.PeftModel.from_pretrained, tiny.llama(), tmp_path / "ours").eval()
-    torch.testing.assert_close(logits(again), wanted, rtol=0, atol=1e-5)
+        model(input_ids=tiny.TOKENS, labels=tiny.TOKENS).loss.backward()
+        peftcore.after_step(model, step, 4)
+    torch.testing.assert_close(logits(model), expected, rtol=0, atol=1e-5)
+    peftcore.save(model, tmp_path / "peftcore")
+    reloaded = quiet(peft.PeftModel.from_pretrained, tiny.llama(), tmp_path / "peftcore").eval()
+    torch.testing.assert_close(logits(reloaded), expected, rtol=0, atol=1e-5)
 
 
 def test_a_new_adapter_cannot_grow() -> None:

@@ -1,4 +1,4 @@
-"""AdaLoRA of convolutions: PEFT's files both ways, merged; the schedule; what is refused."""
+"""AdaLoRA of convolutions: files to and from PEFT, merged; the schedule; errors."""
 
 from __future__ import annotations
 

@@ -76,19 +76,19 @@ def test_compositions_of_adapters(name: str, tmp_path: Path) -> None:
 
 def test_mam_is_that_of_adapters() -> None:
     """A prefix and a parallel bottleneck, with the text's positions where `adapters` has them, from 0 on."""
-    wanted = load_file(FOLDERS / "mam" / "outputs.safetensors")
+    expected = load_file(FOLDERS / "mam" / "outputs.safetensors")
     model: Any = models.filled(models.bert())
-    tokens, n = models.inputs(model)["input_ids"], len(wanted["prefix"])
+    tokens, n = models.inputs(model)["input_ids"], len(expected["prefix"])
     peftcore.apply(model, "prefix-tuning", adapter="prefix", num_virtual_tokens=n)
     [(_, prefix)] = peftcore.engine.adapter_parameters(model, "prefix")
     with torch.no_grad():
-        prefix.copy_(wanted["prefix"])
+        prefix.copy_(expected["prefix"])
         peftcore.load(model, FOLDERS / "mam" / "ffn", adapter="ffn")
         call = {"input_ids": tokens, "position_ids": torch.arange(tokens.shape[1]).expand_as(tokens) - n}
-        torch.testing.assert_close(model(**call)[0], wanted["output"], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(model(**call)[0], expected["output"], rtol=1e-4, atol=1e-5)
         for alone, inputs in (("prefix", call), ("ffn", {"input_ids": tokens})):
             peftcore.activate(model, [alone])
-            assert (model(**inputs)[0] - wanted["output"]).abs().max() > 0.03
+            assert (model(**inputs)[0] - expected["output"]).abs().max() > 0.03
 
 
 @pytest.mark.parametrize("how", ["attention", "average", "split"])
@@ -101,14 +101,14 @@ def test_behind_another_adapter_it_reads_what_that_one_gives(how: str, behind_no
         peftcore.apply(model, "adapter", adapter=name, bottleneck_size=4, **fields)
         disturb(model, name, seed, std=0.5)
     with torch.no_grad():
-        wanted = model(input_ids=tiny.TOKENS)[0]
+        expected = model(input_ids=tiny.TOKENS)[0]
         more = {"splits": [7]} if how == "split" else {}
         peftcore.apply(model, "adapter-fusion", adapters=["a"], how=how, adapter="one", modules_to_save=[], **more)
         for adapter in dict(adapter_modules(model, "one")).values():
             if "value" in adapter._modules:
                 nn.init.eye_(adapter.value.weight)
         peftcore.activate(model, ["lang", "one"])
-        torch.testing.assert_close(model(input_ids=tiny.TOKENS)[0], wanted, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(model(input_ids=tiny.TOKENS)[0], expected, rtol=1e-4, atol=1e-5)
 
 
 def test_attention_by_its_formula_in_float64() -> None:
@@ -126,8 +126,8 @@ def test_attention_by_its_formula_in_float64() -> None:
         q = y.double() @ fused.query.weight.double().T + fused.query.bias
         k = ups @ fused.key.weight.double().T + fused.key.bias
         p = (q * k).sum(-1).softmax(0)
-        wanted = y + (p[..., None] * (ups @ fused.value.weight.double().T)).sum(0)
-    torch.testing.assert_close(model(x).double(), wanted, rtol=1e-4, atol=1e-5)
+        expected = y + (p[..., None] * (ups @ fused.value.weight.double().T)).sum(0)
+    torch.testing.assert_close(model(x).double(), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_on_a_base_in_four_bits_and_of_other_bottlenecks() -> None:
@@ -142,10 +142,10 @@ def test_on_a_base_in_four_bits_and_of_other_bottlenecks() -> None:
     for path, adapter in second.items():
         adapter.load_state_dict(first[path].state_dict())
     peftcore.activate(model, ["a"])
-    wanted = tiny.logits(model)
+    expected = tiny.logits(model)
     peftcore.apply(model, "adapter-fusion", adapters=["a", "b"], how="average", adapter="mean")
     peftcore.activate(model, ["mean"])
-    torch.testing.assert_close(tiny.logits(model), wanted)
+    torch.testing.assert_close(tiny.logits(model), expected)
     peftcore.apply(model, "adapter-fusion", adapters=["a", "b"], adapter="fused")
     model(**tiny.inputs(model)).logits.square().mean().backward()
     fused = dict(adapter_modules(model, "fused"))["model.layers.0.mlp"]
@@ -159,8 +159,8 @@ def test_the_term_of_the_loss() -> None:
     value = dict(adapter_modules(model, "fused"))["0"].value.weight
     with torch.no_grad():
         value += 0.5
-    wanted = 0.01 * (value - torch.eye(6)).square().sum()
-    torch.testing.assert_close(peftcore.extra_loss(model), wanted)
+    expected = 0.01 * (value - torch.eye(6)).square().sum()
+    torch.testing.assert_close(peftcore.extra_loss(model), expected)
     peftcore.remove(model, "fused")
     peftcore.apply(model, "adapter-fusion", adapters=["a"], adapter="fused", regularization=False)
     assert float(peftcore.extra_loss(model)) == 0.0

@@ -1,4 +1,4 @@
-"""It passes the conformance suite, on models with two bottlenecks."""
+"""The method passes the conformance suite, on models with two bottlenecks."""
 
 from dataclasses import replace
 

@@ -51,7 +51,7 @@ class AdapterConfig:
         layers_to_transform: indices of the layers with bottlenecks; None: all.
         target_modules: modules to put bottlenecks after (or parallel to), instead of the known sublayers;
             exclude_modules, layers_pattern: see `peftcore.model.targets.select`.
-        modules_to_save: modules that are also trained, in full. None: a classifier's head.
+        modules_to_save: modules to train in full as well. None: a classifier's head.
     """
 
     placement: Literal["houlsby", "pfeiffer", "attention"] = "houlsby"

@@ -44,8 +44,8 @@ def test_equals_the_formula_in_float64(width: int, out: int, activation: str, sc
         assert torch.equal(model(x), y)
         disturb(model, "default", seed=1, std=0.5)
         adapter = dict(adapter_modules(model, "default"))["0"]
-        wanted = y + scaling * f(adapter, x if parallel else y)
-    torch.testing.assert_close(model(x).double(), wanted, rtol=1e-4, atol=1e-4)
+        expected = y + scaling * f(adapter, x if parallel else y)
+    torch.testing.assert_close(model(x).double(), expected, rtol=1e-4, atol=1e-4)
 
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -148,8 +148,8 @@ def test_a_parallel_branch_on_bert_reads_the_sublayers_input() -> None:
         handle.remove()
         handle = output.register_forward_hook(lambda module, args, out: seen.update(out=out))
         model(**call)
-        wanted = output.LayerNorm(output.dense(h) + x + 2.0 * f(adapter, x).float())
-    torch.testing.assert_close(seen["out"], wanted, rtol=1e-4, atol=1e-5)
+        expected = output.LayerNorm(output.dense(h) + x + 2.0 * f(adapter, x).float())
+    torch.testing.assert_close(seen["out"], expected, rtol=1e-4, atol=1e-5)
 
 
 def test_sizes_and_what_is_trained() -> None:
@@ -183,8 +183,8 @@ def test_what_stands_behind_a_norm_adds_in_the_order_of_its_names() -> None:
         for first, second in ((a, b), (b, a)):
             model(input_ids=tiny.TOKENS)
             z = seen["z"] + f(first, plain(seen["z"])).float()
-            wanted = plain(z + f(second, plain(z)).float())
-            torch.testing.assert_close(seen["out"], wanted, rtol=1e-4, atol=1e-5)
+            expected = plain(z + f(second, plain(z)).float())
+            torch.testing.assert_close(seen["out"], expected, rtol=1e-4, atol=1e-5)
             peftcore.activate(model, ["b", "a"])
 
 
@@ -206,8 +206,8 @@ def test_compacter_is_a_sum_of_kronecker_products(whole: bool) -> None:
 
     y = nn.functional.linear(x, model[0].weight, model[0].bias)
     z = torch.relu(y @ product(adapter.adapter_down) + adapter.adapter_down.bias)
-    wanted = y + z @ product(adapter.adapter_up) + adapter.adapter_up.bias
-    torch.testing.assert_close(model(x), wanted)
+    expected = y + z @ product(adapter.adapter_up) + adapter.adapter_up.bias
+    torch.testing.assert_close(model(x), expected)
     assert adapter.adapter_down.rule is adapter.adapter_up.rule
 
 
@@ -330,9 +330,9 @@ def test_a_mixture_with_lora_is_saved_loaded_and_switched(tmp_path: Path) -> Non
         peftcore.save(model, tmp_path / name, adapter=name)
         peftcore.load(twin, tmp_path / name, adapter=name)
     assert torch.equal(tiny.logits(twin), both)
-    for names, wanted in ((["a"], alone["a"]), (["b"], alone["b"]), (["a", "b"], both), ([], base)):
+    for names, expected in ((["a"], alone["a"]), (["b"], alone["b"]), (["a", "b"], both), ([], base)):
         peftcore.activate(twin, names)
-        assert torch.equal(tiny.logits(twin), wanted), names
+        assert torch.equal(tiny.logits(twin), expected), names
     peftcore.remove(twin, "a")
     peftcore.remove(twin, "b")
     assert torch.equal(tiny.logits(twin), base)

@@ -21,14 +21,14 @@ spec.loader.exec_module(make)
 
 @pytest.mark.parametrize("name", sorted(path.name for path in FOLDERS.iterdir() if "-" in path.name))
 def test_computes_the_same(name: str, tmp_path: Path) -> None:
-    wanted = load_file(FOLDERS / name / "output.safetensors")["output"]
+    expected = load_file(FOLDERS / name / "output.safetensors")["output"]
     model = make.filled(getattr(make, name.split("-")[0])())
     inputs = make.inputs(model)
     with torch.no_grad():
         base = model(**inputs)[0]
         peftcore.load(model, FOLDERS / name)
-        torch.testing.assert_close(model(**inputs)[0], wanted, rtol=1e-4, atol=1e-5)
-        assert (base - wanted).abs().max() > 0.1
+        torch.testing.assert_close(model(**inputs)[0], expected, rtol=1e-4, atol=1e-5)
+        assert (base - expected).abs().max() > 0.1
         peftcore.save(model, tmp_path)  # in our own format
         twin = make.filled(getattr(make, name.split("-")[0])())
         peftcore.load(twin, tmp_path)

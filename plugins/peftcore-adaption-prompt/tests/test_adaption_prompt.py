@@ -1,4 +1,4 @@
-"""Adaption prompts beside Hugging Face PEFT's: files both ways, one field after another; what does not fit."""
+"""Adaption prompts beside Hugging Face PEFT's: files both ways, one field after another; invalid configs."""
 
 from __future__ import annotations
 
@@ -36,51 +36,51 @@ MAKES: dict[str, Any] = {"llama": tiny.llama, "gpt2": tiny.gpt2, "mistral": mist
 )  # fmt: skip
 def test_files(kind: str, fields: dict[str, Any], tmp_path: Path) -> None:
     fields = {**fields, "target_modules": "attn" if kind == "gpt2" else "self_attn"}
-    ours = peftcore.apply(MAKES[kind](), "adaption-prompt", **fields)
-    both_ways(MAKES[kind], tmp_path, ours, peft.AdaptionPromptConfig(task_type="CAUSAL_LM", **fields))
+    model = peftcore.apply(MAKES[kind](), "adaption-prompt", **fields)
+    both_ways(MAKES[kind], tmp_path, model, peft.AdaptionPromptConfig(task_type="CAUSAL_LM", **fields))
 
 
 def test_what_is_not_said_is_the_model_s(tmp_path: Path) -> None:
-    ours = peftcore.apply(mistral(), "adaption-prompt", adapter_len=4)
+    model = peftcore.apply(mistral(), "adaption-prompt", adapter_len=4)
     config = peft.AdaptionPromptConfig(task_type="CAUSAL_LM", adapter_len=4, adapter_layers=3)
-    both_ways(mistral, tmp_path, ours, config)
+    both_ways(mistral, tmp_path, model, config)
 
 
 def test_a_closed_gate_changes_nothing() -> None:
-    wanted = tiny.logits(tiny.llama())
-    assert torch.equal(tiny.logits(peftcore.apply(tiny.llama(), "adaption-prompt")), wanted)
+    expected = tiny.logits(tiny.llama())
+    assert torch.equal(tiny.logits(peftcore.apply(tiny.llama(), "adaption-prompt")), expected)
 
 
 def test_around_a_lora_it_reads_the_layers_with_that() -> None:
     """As if its change were in the weights."""
-    low, other = peftcore.apply(tiny.llama(), "lora", r=2, adapter="low"), tiny.llama()
+    low, merged = peftcore.apply(tiny.llama(), "lora", r=2, adapter="low"), tiny.llama()
     disturb(low, "low", 1, std=0.3)
     for path, adapter in peftcore.engine.adapter_modules(low, "low"):
-        other.get_submodule(path).weight.data += adapter.delta()
-    for model in (low, other):
+        merged.get_submodule(path).weight.data += adapter.delta()
+    for model in (low, merged):
         torch.manual_seed(4)
         peftcore.apply(model, "adaption-prompt", adapter_len=4, adapter="prompt")
         disturb(model, "prompt", 2, std=0.5)
     peftcore.activate(low, ["low", "prompt"])
-    torch.testing.assert_close(tiny.logits(low), tiny.logits(other), rtol=0, atol=1e-4)
+    torch.testing.assert_close(tiny.logits(low), tiny.logits(merged), rtol=0, atol=1e-4)
 
 
 def test_what_does_not_fit_is_refused() -> None:
-    def refused(match: str, make: Any, **fields: Any) -> None:
+    def assert_refused(match: str, make: Any, **fields: Any) -> None:
         with pytest.raises(peftcore.PeftcoreError, match=match):
             peftcore.apply(make(), "adaption-prompt", **fields)
 
-    refused("adapter_layers=9, and the model has 2", tiny.llama, adapter_layers=9)
-    refused(r"\(LlamaMLP\) differs. Use prefix-tuning or LoRA", tiny.llama, target_modules="mlp")
-    refused("LlamaForCausalLM has none", tiny.llama, target_modules="attention")
+    assert_refused("adapter_layers=9, but the model has 2", tiny.llama, adapter_layers=9)
+    assert_refused(r"\(LlamaMLP\) differs. Use prefix-tuning or LoRA", tiny.llama, target_modules="mlp")
+    assert_refused("LlamaForCausalLM has none", tiny.llama, target_modules="attention")
 
     def llama(**fields: Any) -> Any:
         return lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES, **HEADS, **fields))
 
-    refused("LlamaForCausalLM has none", llama(attention_bias=True))  # PEFT would add that of o_proj twice
+    assert_refused("LlamaForCausalLM has none", llama(attention_bias=True))  # PEFT would add that of o_proj twice
 
     def granite() -> Any:
         config = transformers.GraniteConfig(**SIZES, **HEADS, attention_multiplier=0.5)
         return transformers.GraniteForCausalLM(config)
 
-    refused("GraniteForCausalLM has none", granite)
+    assert_refused("GraniteForCausalLM has none", granite)

@@ -1,4 +1,4 @@
-"""Beside Hugging Face PEFT, both ways and in generate; with caches, beams, checkpoints and offsets; what is refused."""
+"""Beside Hugging Face PEFT, both ways and in generate; with caches, beams, checkpoints and offsets; errors."""
 
 from __future__ import annotations
 
@@ -34,45 +34,45 @@ def run(model: nn.Module, ids: Tensor, **call: Any) -> Tensor:
         return model(input_ids=ids, **call).logits
 
 
-def close(found: Tensor, wanted: Tensor) -> None:
-    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
+def close(actual: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
 
 
 def test_files(tmp_path: Path) -> None:
     fields = {**FIELDS, "alora_invocation_tokens": [17, 3]}
-    ours = peftcore.apply(tiny.llama(), "alora", **fields)
-    both_ways(tiny.llama, tmp_path, ours, peft.LoraConfig(task_type="CAUSAL_LM", **fields))
+    model = peftcore.apply(tiny.llama(), "alora", **fields)
+    both_ways(tiny.llama, tmp_path, model, peft.LoraConfig(task_type="CAUSAL_LM", **fields))
 
 
 def test_it_acts_from_the_last_invocation_on(tmp_path: Path) -> None:
     """Before it a token is the base's, in a row without one all are. As in PEFT, generating from padded rows too."""
     model = adapted()
-    found, base = run(model, TOKENS), run(tiny.llama(), TOKENS)
-    differs = (found - base).abs().amax(-1) > 1e-4
+    actual, base = run(model, TOKENS), run(tiny.llama(), TOKENS)
+    differs = (actual - base).abs().amax(-1) > 1e-4
     assert torch.equal(differs, ACTS)
     peftcore.save(model, tmp_path)
-    theirs = quiet(peft.PeftModel.from_pretrained, tiny.llama(), tmp_path).eval()
-    close(found, quiet(run, theirs, TOKENS))
+    peft_model = quiet(peft.PeftModel.from_pretrained, tiny.llama(), tmp_path).eval()
+    close(actual, quiet(run, peft_model, TOKENS))
     padded, mask = nn.functional.pad(TOKENS, (3, 0)), nn.functional.pad(torch.ones_like(TOKENS), (3, 0))
     greedy: dict[str, Any] = {"attention_mask": mask, "max_new_tokens": 5, "do_sample": False, "min_new_tokens": 5}
-    wanted = quiet(theirs.generate, input_ids=padded, **greedy)
-    assert torch.equal(model.generate(padded, **greedy), wanted)
-    assert not torch.equal(tiny.llama().generate(padded, **greedy), wanted)
+    expected = quiet(peft_model.generate, input_ids=padded, **greedy)
+    assert torch.equal(model.generate(padded, **greedy), expected)
+    assert not torch.equal(tiny.llama().generate(padded, **greedy), expected)
 
 
 @pytest.mark.parametrize("cuts", [(4,), (6,), (1, 5), (2, 4)], ids=str)
 def test_a_cache_goes_on(cuts: tuple[int, ...]) -> None:
     """In chunks, of which the last ones may have been generated; a copy of the cache knows it, a cropped one not."""
     model, cache = adapted(), DynamicCache()
-    ids, wanted = TOKENS[1:], run(adapted(), TOKENS[1:])
+    ids, expected = TOKENS[1:], run(adapted(), TOKENS[1:])
     parts = ids.tensor_split(cuts, dim=1)
-    found = [run(model, part, **{cache_argument(model): cache}) for part in parts[:-1]]
-    again = copy.deepcopy(cache)
-    close(torch.cat([*found, run(model, parts[-1], **{cache_argument(model): cache})], 1), wanted)
-    close(run(model, parts[-1], **{cache_argument(model): again}), wanted[:, -parts[-1].shape[1] :])
+    outputs = [run(model, part, **{cache_argument(model): cache}) for part in parts[:-1]]
+    copied_cache = copy.deepcopy(cache)
+    close(torch.cat([*outputs, run(model, parts[-1], **{cache_argument(model): cache})], 1), expected)
+    close(run(model, parts[-1], **{cache_argument(model): copied_cache}), expected[:, -parts[-1].shape[1] :])
     cache.crop(2 - ids.shape[1])
-    other = torch.tensor([[9, 9, 9], [9, 9, 9]])
-    close(run(model, other, **{cache_argument(model): cache}), run(model, torch.cat([ids[:, :2], other], 1))[:, 2:])
+    tokens = torch.tensor([[9, 9, 9], [9, 9, 9]])
+    close(run(model, tokens, **{cache_argument(model): cache}), run(model, torch.cat([ids[:, :2], tokens], 1))[:, 2:])
 
 
 def test_a_recurrence_goes_on() -> None:
@@ -80,8 +80,8 @@ def test_a_recurrence_goes_on() -> None:
     model = peftcore.apply(prompted.mamba(), "alora", alora_invocation_tokens=INVOCATION, target_modules=["in_proj"])
     disturb(model, "default", seed=1)
     ids, cache = TOKENS[1:], DynamicCache(config=model.config)
-    found = [run(model, part, **{cache_argument(model): cache}) for part in ids.split([5, 1, 1, 1], dim=1)]
-    close(torch.cat(found, 1), run(model, ids))
+    actual = [run(model, part, **{cache_argument(model): cache}) for part in ids.split([5, 1, 1, 1], dim=1)]
+    close(torch.cat(actual, 1), run(model, ids))
 
 
 def test_a_cache_by_its_old_name() -> None:
@@ -93,8 +93,8 @@ def test_a_cache_by_its_old_name() -> None:
 @pytest.mark.parametrize("fields", [{"target_modules": ["down_proj"]}, {"layers_to_transform": [1]}], ids=str)
 def test_layers_behind_those_that_fill_the_cache(fields: dict[str, Any]) -> None:
     model, cache = adapted(**fields), DynamicCache()
-    found = [run(model, part, **{cache_argument(model): cache}) for part in TOKENS[1:].split((5, 2, 1), dim=1)]
-    close(torch.cat(found, 1), run(model, TOKENS[1:]))
+    actual = [run(model, part, **{cache_argument(model): cache}) for part in TOKENS[1:].split((5, 2, 1), dim=1)]
+    close(torch.cat(actual, 1), run(model, TOKENS[1:]))
 
 
 def test_an_invocation_across_two_calls_is_refused() -> None:
@@ -103,15 +103,15 @@ def test_an_invocation_across_two_calls_is_refused() -> None:
     run(model, TOKENS[1:2, :3], **{cache_argument(model): cache})
     with pytest.raises(peftcore.PeftcoreError, match="the invocation is split over two calls"):
         run(model, TOKENS[1:2, 3:], **{cache_argument(model): cache})
-    seen: list[Tensor] = []
+    queries: list[Tensor] = []
     cache = DynamicCache()
-    handle = model.model.layers[0].self_attn.q_proj.register_forward_hook(lambda _m, _x, y: seen.append(y))
+    handle = model.model.layers[0].self_attn.q_proj.register_forward_hook(lambda _m, _x, y: queries.append(y))
     run(model, TOKENS[:1, :4], **{cache_argument(model): cache})
     run(model, TOKENS[:1, 4:], **{cache_argument(model): cache})
     with peftcore.disabled(model):
         run(model, TOKENS[:1])
     handle.remove()
-    acts = (torch.cat(seen[:2], 1) - seen[2]).abs().amax(-1) > 1e-4
+    acts = (torch.cat(queries[:2], 1) - queries[2]).abs().amax(-1) > 1e-4
     assert acts.int().tolist() == [[0, 1, 1, 1, 0, 1, 1, 1]]
 
 
@@ -119,9 +119,9 @@ def test_beams() -> None:
     """The rows of one text's beams change places; the cache changes nothing."""
     model = adapted()
     call: dict[str, Any] = {"max_new_tokens": 6, "num_beams": 3, "do_sample": False, "min_new_tokens": 6}
-    found, wanted = (model.generate(TOKENS, use_cache=cached, **call) for cached in (True, False))
-    assert torch.equal(found, wanted)
-    assert torch.equal(found[:1], model.generate(TOKENS[:1], **call))
+    actual, expected = (model.generate(TOKENS, use_cache=cached, **call) for cached in (True, False))
+    assert torch.equal(actual, expected)
+    assert torch.equal(actual[:1], model.generate(TOKENS[:1], **call))
 
 
 def test_checkpointed_layers_see_their_call() -> None:
@@ -138,15 +138,15 @@ def test_checkpointed_layers_see_their_call() -> None:
 
 def test_offsets_say_it_instead() -> None:
     model, offsets = adapted(), torch.tensor([3, 6, 0])
-    wanted = run(model, TOKENS)
-    embedded = model.get_input_embeddings()(TOKENS)
+    expected = run(model, TOKENS)
+    embeddings = model.get_input_embeddings()(TOKENS)
     with pytest.raises(peftcore.PeftcoreError, match=r"the call has none\. Pass alora_offsets"):
-        run(model, None, inputs_embeds=embedded)  # type: ignore[arg-type]
-    close(run(model, None, inputs_embeds=embedded, alora_offsets=offsets), wanted)  # type: ignore[arg-type]
-    other = adapted([90])
-    close(run(other, TOKENS, alora_offsets=offsets), wanted)
+        run(model, None, inputs_embeds=embeddings)  # type: ignore[arg-type]
+    close(run(model, None, inputs_embeds=embeddings, alora_offsets=offsets), expected)  # type: ignore[arg-type]
+    other_model = adapted([90])
+    close(run(other_model, TOKENS, alora_offsets=offsets), expected)
     call: dict[str, Any] = {"max_new_tokens": 4, "num_beams": 2, "do_sample": False}
-    assert torch.equal(other.generate(TOKENS, alora_offsets=offsets, **call), model.generate(TOKENS, **call))
+    assert torch.equal(other_model.generate(TOKENS, alora_offsets=offsets, **call), model.generate(TOKENS, **call))
 
 
 def test_a_cache_of_the_base_serves_it() -> None:
@@ -174,7 +174,7 @@ def test_a_cache_of_the_base_serves_it() -> None:
 def test_what_it_does_not_know_is_refused(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(peftcore.PeftcoreError, match=message):
         peftcore.apply(tiny.llama(), "alora", **fields)
-    with pytest.raises(peftcore.PeftcoreError, match="for text decoders, as in PEFT, and BertForSeq"):
+    with pytest.raises(peftcore.PeftcoreError, match="for text decoders, as in PEFT, but BertForSeq"):
         peftcore.apply(tiny.bert_classifier(), "alora", alora_invocation_tokens=[5])
 
 
@@ -186,11 +186,11 @@ def test_it_does_not_merge() -> None:
 def test_texts_packed_into_a_row() -> None:
     """Each has its own invocation, also in a compiled graph; an invocation over two texts is none."""
     model, texts = adapted(), [TOKENS[0, :6], TOKENS[1], torch.tensor([9, 17]), torch.tensor([3, 8])]
-    wanted = torch.cat([run(model, text[None], use_cache=False)[0] for text in texts])
+    expected = torch.cat([run(model, text[None], use_cache=False)[0] for text in texts])
     places = torch.cat([torch.arange(len(text)) for text in texts])[None]
     row = {"ids": torch.cat(texts)[None], "position_ids": places, "use_cache": False}
-    close(run(model, **row)[0], wanted)
-    close(run(torch.compile(model, backend="eager", fullgraph=True), **row)[0], wanted)
+    close(run(model, **row)[0], expected)
+    close(run(torch.compile(model, backend="eager", fullgraph=True), **row)[0], expected)
     with pytest.raises(peftcore.PeftcoreError, match=r"a row packs several examples.*alora_offsets has one number"):
         run(model, **row, alora_offsets=torch.tensor([3]))
 

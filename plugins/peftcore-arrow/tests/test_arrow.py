@@ -28,7 +28,7 @@ def saved(folder: Path, make: Any = tiny.llama, **fields: Any) -> list[Path]:
     return [folder / name for name in EXPERTS]
 
 
-def ours(folder: Path, make: Any = tiny.llama) -> Any:
+def routed_model(folder: Path, make: Any = tiny.llama) -> Any:
     """A model with the experts, frozen, and a router."""
     model = make()
     for name in EXPERTS:
@@ -39,19 +39,19 @@ def ours(folder: Path, make: Any = tiny.llama) -> Any:
 @pytest.mark.parametrize("make", [tiny.llama, tiny.gpt2])
 def test_the_logits_are_peft_s(make: Any, tmp_path: Path) -> None:
     files = [str(file) for file in saved(tmp_path, make, lora_alpha=6)]
-    model = ours(tmp_path, make)
-    theirs = quiet(create_arrow_model, make(), files, peft.ArrowConfig(**FIELDS)).eval()
-    found = tiny.logits(model)
-    torch.testing.assert_close(found, quiet(tiny.logits, theirs), rtol=0, atol=1e-5)
+    model = routed_model(tmp_path, make)
+    peft_model = quiet(create_arrow_model, make(), files, peft.ArrowConfig(**FIELDS)).eval()
+    actual = tiny.logits(model)
+    torch.testing.assert_close(actual, quiet(tiny.logits, peft_model), rtol=0, atol=1e-5)
     with peftcore.disabled(model):
-        assert (found - tiny.logits(model)).abs().max() > 1e-2
+        assert (actual - tiny.logits(model)).abs().max() > 1e-2
     peftcore.activate(model, list(EXPERTS))
-    assert (found - tiny.logits(model)).abs().max() > 1e-2
+    assert (actual - tiny.logits(model)).abs().max() > 1e-2
 
 
 def test_directions_are_those_of_the_product(tmp_path: Path) -> None:
     saved(tmp_path)
-    model = ours(tmp_path)
+    model = routed_model(tmp_path)
     layer = model.model.layers[1].mlp.down_proj.peftcore
     for v, name in zip(layer["default"].prototypes, EXPERTS, strict=True):
         _, _, right = torch.linalg.svd(layer[name].delta())
@@ -63,27 +63,27 @@ def test_directions_are_those_of_the_product(tmp_path: Path) -> None:
 
 def test_with_an_adapter_inside_and_outside(tmp_path: Path) -> None:
     saved(tmp_path)
-    model = ours(tmp_path)
-    peftcore.apply(model, "lora", r=2, adapter="more")
-    disturb(model, "more", 7, std=0.5)
+    model = routed_model(tmp_path)
+    peftcore.apply(model, "lora", r=2, adapter="options")
+    disturb(model, "options", 7, std=0.5)
     outside = tiny.logits(model)
-    peftcore.activate(model, ["more", "default"])
+    peftcore.activate(model, ["options", "default"])
     torch.testing.assert_close(tiny.logits(model), outside, rtol=0, atol=1e-4)
 
 
 def test_on_four_bits(tmp_path: Path) -> None:
     saved(tmp_path)
-    model = ours(tmp_path, lambda: peftcore.quantize(tiny.llama()))
-    found = tiny.logits(model)
-    plain = ours(tmp_path, lambda: peftcore.dequantize(peftcore.quantize(tiny.llama()), torch.float32))
-    torch.testing.assert_close(found, tiny.logits(plain), rtol=0, atol=1e-4)
+    model = routed_model(tmp_path, lambda: peftcore.quantize(tiny.llama()))
+    actual = tiny.logits(model)
+    plain = routed_model(tmp_path, lambda: peftcore.dequantize(peftcore.quantize(tiny.llama()), torch.float32))
+    torch.testing.assert_close(actual, tiny.logits(plain), rtol=0, atol=1e-4)
     model(**tiny.inputs(model)).logits.square().mean().backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
 def test_removed_it_leaves_all_as_it_was(tmp_path: Path) -> None:
     saved(tmp_path)
-    model, base = ours(tmp_path), tiny.llama()
+    model, base = routed_model(tmp_path), tiny.llama()
     peftcore.remove(model, "default")
     assert torch.equal(tiny.logits(model), tiny.logits(base))  # the experts rest
     alone = peftcore.load(tiny.llama(), tmp_path / "code")
@@ -91,26 +91,28 @@ def test_removed_it_leaves_all_as_it_was(tmp_path: Path) -> None:
     assert torch.equal(tiny.logits(model), tiny.logits(alone))
     for name in EXPERTS:
         peftcore.remove(model, name)
-    wanted, found = base.state_dict(), model.state_dict()
-    assert list(found) == list(wanted) and all(torch.equal(found[name], wanted[name]) for name in wanted)
+    expected, actual = base.state_dict(), model.state_dict()
+    assert list(actual) == list(expected) and all(torch.equal(actual[name], expected[name]) for name in expected)
 
 
 def test_files(tmp_path: Path) -> None:
     saved(tmp_path)
-    model = ours(tmp_path)
+    model = routed_model(tmp_path)
     peftcore.save(model, tmp_path / "router", adapter="default")
     peftcore.save(model, tmp_path / "all")
-    again = tiny.llama()
+    reloaded = tiny.llama()
     with pytest.raises(peftcore.PeftcoreError, match=r"no adapter 'maths'. First apply or load it"):
-        peftcore.load(again, tmp_path / "router", trainable=True)
+        peftcore.load(reloaded, tmp_path / "router", trainable=True)
     for name in EXPERTS:
-        peftcore.load(again, tmp_path / name, adapter=name, trainable=True)
+        peftcore.load(reloaded, tmp_path / name, adapter=name, trainable=True)
     for loaded in (
-        peftcore.load(again, tmp_path / "router", trainable=True),
+        peftcore.load(reloaded, tmp_path / "router", trainable=True),
         peftcore.load(tiny.llama(), tmp_path / "all", trainable=True),
     ):
         assert torch.equal(tiny.logits(loaded), tiny.logits(model))
-    trained = {name.rpartition("peftcore.")[2].split(".")[0] for name, p in again.named_parameters() if p.requires_grad}
+    trained = {
+        name.rpartition("peftcore.")[2].split(".")[0] for name, p in reloaded.named_parameters() if p.requires_grad
+    }
     assert trained == {"default"}  # the router has frozen its experts, which loading let train
 
 
@@ -119,15 +121,15 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     peftcore.apply(model, "lora", target_modules=["q_proj"], adapter="code")
     peftcore.apply(model, "ia3", target_modules=["q_proj"], feedforward_modules=[], adapter="factor")
 
-    def refused(match: str, *experts: str, **fields: Any) -> None:
+    def assert_refused(match: str, *experts: str, **fields: Any) -> None:
         with pytest.raises(peftcore.PeftcoreError, match=match):
             peftcore.apply(model, "arrow", experts=experts, **{"top_k": 1, **fields})
 
-    refused("top_k=3 is more than the 2 experts", "maths", "code", top_k=3)
-    refused("experts must be at the same modules: only one of 'maths' and 'code' is at", "maths", "code")
-    refused(r"'factor' \(ia3\) is not a product B A of a linear layer at '.*q_proj'", "factor")
-    refused("no adapter 'poems' is applied", "poems")
-    refused("router_temperature must be positive", "maths", router_temperature=0.0)
+    assert_refused("top_k=3 is more than the 2 experts", "maths", "code", top_k=3)
+    assert_refused("experts must be at the same modules: only one of 'maths' and 'code' is at", "maths", "code")
+    assert_refused(r"'factor' \(ia3\) is not a product B A of a linear layer at '.*q_proj'", "factor")
+    assert_refused("no adapter 'poems' is applied", "poems")
+    assert_refused("router_temperature must be positive", "maths", router_temperature=0.0)
     peftcore.apply(model, "arrow", experts=["maths"], top_k=1, adapter="router")
     with pytest.raises(peftcore.PeftcoreError, match="cannot remove 'maths': 'router' combines it"):
         peftcore.remove(model, "maths")

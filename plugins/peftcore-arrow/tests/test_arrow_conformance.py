@@ -1,4 +1,4 @@
-"""It passes the conformance suite, on models with three experts."""
+"""The method passes the conformance suite, on models with three experts."""
 
 from dataclasses import replace
 

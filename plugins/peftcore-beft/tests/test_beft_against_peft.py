@@ -1,4 +1,4 @@
-"""Hugging Face PEFT reads what is saved here, and the other way round, with the same logits."""
+"""Hugging Face PEFT loads adapters saved here with the same logits, and vice versa."""
 
 from __future__ import annotations
 
@@ -22,5 +22,5 @@ CASES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("kind", list(TARGETS))
 def test_files(kind: str, tmp_path: Path) -> None:
     fields = {"target_modules": TARGETS[kind], **CASES["biases"]}
-    ours = peftcore.apply(tiny.MODELS[kind](), "beft", **fields)
-    both_ways(tiny.MODELS[kind], tmp_path, ours, peft.BeftConfig(task_type=TASKS[kind], **fields))
+    model = peftcore.apply(tiny.MODELS[kind](), "beft", **fields)
+    both_ways(tiny.MODELS[kind], tmp_path, model, peft.BeftConfig(task_type=TASKS[kind], **fields))

@@ -58,12 +58,14 @@ def test_the_gradient_of_experts_biases_is_that_of_their_own_forward() -> None:
     model, plain = gpt_oss(False), gpt_oss(False)
     peftcore.apply(model, "bitfit")
     disturb(model, "default", seed=1)
-    found = {name: p for name, p in adapter_parameters(model, "default") if "experts" in name}
+    biases = {name: p for name, p in adapter_parameters(model, "default") if "experts" in name}
     parameters = dict(plain.named_parameters())
     with torch.no_grad():
         for name, p in adapter_parameters(model, "default"):
             parameters[name].copy_(p)
-    wanted = torch.autograd.grad(plain(**INPUTS).logits.square().sum(), [parameters[name] for name in found])
-    given = torch.autograd.grad(model(**INPUTS).logits.square().sum(), list(found.values()))
-    for one, other in zip(given, wanted, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+    expected_gradients = torch.autograd.grad(
+        plain(**INPUTS).logits.square().sum(), [parameters[name] for name in biases]
+    )
+    gradients = torch.autograd.grad(model(**INPUTS).logits.square().sum(), list(biases.values()))
+    for gradient, expected_gradient in zip(gradients, expected_gradients, strict=True):
+        torch.testing.assert_close(gradient, expected_gradient, rtol=1e-5, atol=1e-5)

@@ -1,4 +1,4 @@
-"""Hugging Face PEFT reads what is saved here, and the other way round, also products of rotations; what is refused."""
+"""Hugging Face PEFT loads adapters saved here, and vice versa, also products of rotations; errors."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ TASKS = {"llama": "CAUSAL_LM", "bert": "SEQ_CLS", "t5": "SEQ_2_SEQ_LM"}
 
 
 def block_diagonals(blocks: torch.Tensor) -> list[torch.Tensor]:
-    """What PEFT's CUDA kernel computes, which its products of several rotations need and compile where a card is."""
-    return [torch.stack([torch.block_diag(*each) for each in blocks])]
+    """Return what PEFT's CUDA kernel computes. PEFT needs it for several rotations and compiles it on a GPU machine."""
+    return [torch.stack([torch.block_diag(*group) for group in blocks])]
 
 
 @pytest.mark.parametrize(
-    ("kind", "more"),
+    ("kind", "options"),
     [("llama", {"boft_block_size": 4}), ("bert", {"boft_block_size": 0, "boft_block_num": 4, "bias": "boft_only"}),
      ("t5", {"boft_block_size": 4, "boft_n_butterfly_factor": 3, "init_weights": False}),
      ("bert", {"boft_block_size": 2, "boft_n_butterfly_factor": 4})],
 )  # fmt: skip
-def test_files(kind: str, more: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files(kind: str, options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peft_layer, "_FBD_CUDA", SimpleNamespace(forward=block_diagonals))
-    make, fields = tiny.MODELS[kind], {"target_modules": TARGETS[kind], **more}
+    make, fields = tiny.MODELS[kind], {"target_modules": TARGETS[kind], **options}
     config = peft.BOFTConfig(task_type=TASKS[kind], **fields)
     same_start(make, tmp_path, peftcore.apply(make(), "boft", **fields), config)
     both_ways(make, tmp_path, peftcore.apply(make(), "boft", **fields), config)
@@ -44,16 +44,16 @@ def test_files_of_peft_without_its_kernel_have_one_rotation(tmp_path: Path, monk
     """PEFT's config says three, which need not fit the layers."""
     monkeypatch.setattr(peft_layer, "get_fbd_cuda", lambda: None)
     config = peft.BOFTConfig(target_modules=["q_proj"], boft_block_size=16, boft_n_butterfly_factor=3)
-    theirs = moved(quiet(peft.get_peft_model, tiny.llama(), config).eval())
-    quiet(theirs.save_pretrained, tmp_path / "theirs")
-    assert json.loads((tmp_path / "theirs" / "adapter_config.json").read_text())["boft_n_butterfly_factor"] == 3
-    ours = peftcore.load(tiny.llama(), tmp_path / "theirs")
-    assert (logits(ours) - logits(tiny.llama())).abs().max() > 1e-3
-    torch.testing.assert_close(logits(ours), logits(theirs), rtol=0, atol=1e-5)
-    peftcore.save(ours, tmp_path / "ours")
-    assert json.loads((tmp_path / "ours" / "adapter_config.json").read_text())["boft_n_butterfly_factor"] == 1
-    again = quiet(peft.PeftModel.from_pretrained, tiny.llama(), tmp_path / "ours").eval()
-    torch.testing.assert_close(logits(again), logits(theirs), rtol=0, atol=1e-5)
+    peft_model = moved(quiet(peft.get_peft_model, tiny.llama(), config).eval())
+    quiet(peft_model.save_pretrained, tmp_path / "peft")
+    assert json.loads((tmp_path / "peft" / "adapter_config.json").read_text())["boft_n_butterfly_factor"] == 3
+    model = peftcore.load(tiny.llama(), tmp_path / "peft")
+    assert (logits(model) - logits(tiny.llama())).abs().max() > 1e-3
+    torch.testing.assert_close(logits(model), logits(peft_model), rtol=0, atol=1e-5)
+    peftcore.save(model, tmp_path / "peftcore")
+    assert json.loads((tmp_path / "peftcore" / "adapter_config.json").read_text())["boft_n_butterfly_factor"] == 1
+    reloaded = quiet(peft.PeftModel.from_pretrained, tiny.llama(), tmp_path / "peftcore").eval()
+    torch.testing.assert_close(logits(reloaded), logits(peft_model), rtol=0, atol=1e-5)
 
 
 def adapted(**fields: Any) -> Any:
@@ -65,8 +65,8 @@ def adapted(**fields: Any) -> Any:
 def test_the_product_merges() -> None:
     model, x = adapted(boft_n_butterfly_factor=3), torch.randn(3, 32)
     disturb(model, "default", seed=1)
-    wanted = model(x)
-    torch.testing.assert_close(peftcore.merge(model, undo=True)(x), wanted)
+    expected = model(x)
+    torch.testing.assert_close(peftcore.merge(model, undo=True)(x), expected)
 
 
 def test_a_share_of_one_rotation_s_blocks_rests_in_training() -> None:
@@ -74,11 +74,11 @@ def test_a_share_of_one_rotation_s_blocks_rests_in_training() -> None:
     disturb(model, "default", seed=1)
     boft = model[0].peftcore["default"]
     torch.nn.init.ones_(boft.boft_s)
-    seen: list[torch.Tensor] = []
-    turned = boft.turned
-    boft.turned = lambda *args: seen.append(turned(*args)) or seen[-1]
+    outputs: list[torch.Tensor] = []
+    rotated = boft.rotated
+    boft.rotated = lambda *args: outputs.append(rotated(*args)) or outputs[-1]
     model.train()(x)
-    assert (seen[0] == x).view(3, 8, 4).all(-1).all(0).sum() == 4
+    assert (outputs[0] == x).view(3, 8, 4).all(-1).all(0).sum() == 4
 
 
 def test_what_does_not_fit_is_refused() -> None:
@@ -87,7 +87,7 @@ def test_what_does_not_fit_is_refused() -> None:
         ({"boft_block_num": 2}, "one of boft_block_size and boft_block_num must be 0"),
         (
             {"boft_n_butterfly_factor": 5},
-            "needs blocks of an even size, and a multiple of 16 of them; '0' has 8 blocks of 4",
+            "needs an even block size and a number of blocks divisible by 16, but '0' has 8 blocks of 4",
         ),
     ):
         with pytest.raises(peftcore.PeftcoreError, match=message):

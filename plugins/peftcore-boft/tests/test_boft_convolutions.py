@@ -1,4 +1,4 @@
-"""BOFT of convolutions: PEFT's files both ways, also products of rotations, merged; what is refused."""
+"""BOFT of convolutions: files to and from PEFT, also products of rotations, merged; errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Hugging Face PEFT reads what is saved here, and the other way round; the formula for all sizes; what does not fit."""
+"""Hugging Face PEFT loads adapters saved here, and vice versa; the formula for all sizes; invalid configs."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ TASKS = {"llama": "CAUSAL_LM", "bert": "SEQ_CLS", "t5": "SEQ_2_SEQ_LM"}
 
 
 @pytest.mark.parametrize(
-    ("kind", "more"),
+    ("kind", "options"),
     [("llama", {"block_size": 8, "block_size_pattern": {"v_proj": 16}}),
      ("bert", {"block_size": 16, "bias": "c3a_only", "init_weights": True}),
      ("t5", {"block_size": 4, "init_weights": "gaussian"}),
      ("t5", {"block_size": 2, "init_weights": "kaiming_uniform"})],
 )  # fmt: skip
-def test_files(kind: str, more: dict[str, Any], tmp_path: Path) -> None:
-    make, fields = tiny.MODELS[kind], {"target_modules": TARGETS[kind], **more}
+def test_files(kind: str, options: dict[str, Any], tmp_path: Path) -> None:
+    make, fields = tiny.MODELS[kind], {"target_modules": TARGETS[kind], **options}
     config = quiet(peft.C3AConfig, task_type=TASKS[kind], **fields)
     same_start(make, tmp_path, peftcore.apply(make(), "c3a", **fields), config)
     both_ways(make, tmp_path, peftcore.apply(make(), "c3a", **fields), config)

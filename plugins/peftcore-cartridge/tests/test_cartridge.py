@@ -1,4 +1,4 @@
-"""Cartridges: Hugging Face PEFT's files both ways, the frozen tokens, and the start from a text."""
+"""Cartridges: files to and from Hugging Face PEFT, the frozen tokens, and the start from a text."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ import peftcore
 @pytest.mark.parametrize("frozen", [0, 1, 3])
 def test_files(kind: str, frozen: int, tmp_path: Path) -> None:
     fields = {"num_virtual_tokens": 4, "num_frozen_tokens": frozen}
-    ours = peftcore.apply(tiny.MODELS[kind](), "cartridge", **fields)
-    both_ways(tiny.MODELS[kind], tmp_path, ours, peft.CartridgeConfig(task_type=TASKS[kind], **fields))
+    model = peftcore.apply(tiny.MODELS[kind](), "cartridge", **fields)
+    both_ways(tiny.MODELS[kind], tmp_path, model, peft.CartridgeConfig(task_type=TASKS[kind], **fields))
     assert list(load_file(tmp_path / "ours" / "adapter_model.safetensors"))[-1] == "prompt_embeddings"
 
 
@@ -29,9 +29,9 @@ def test_it_starts_as_if_the_text_were_there(make: Any) -> None:
     text, tokens = torch.arange(20, 26)[None], tiny.TOKENS
     model = peftcore.apply(make(), "cartridge", num_virtual_tokens=6, batches=[{"input_ids": text}])
     with torch.no_grad():
-        found = model(input_ids=tokens).logits
-        wanted = make()(input_ids=torch.cat([text.expand(len(tokens), -1), tokens], dim=1)).logits[:, 6:]
-    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
+        actual = model(input_ids=tokens).logits
+        expected = make()(input_ids=torch.cat([text.expand(len(tokens), -1), tokens], dim=1)).logits[:, 6:]
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
 
 
 def test_the_first_tokens_stay() -> None:
@@ -41,15 +41,15 @@ def test_the_first_tokens_stay() -> None:
 
 
 def test_what_does_not_fit_is_refused() -> None:
-    def refused(match: str, make: Any = tiny.llama, **fields: Any) -> None:
+    def assert_refused(match: str, make: Any = tiny.llama, **fields: Any) -> None:
         with pytest.raises(peftcore.PeftcoreError, match=match):
             peftcore.apply(make(), "cartridge", **fields)
 
-    refused("must leave a token to train, found 4 of 4", num_virtual_tokens=4, num_frozen_tokens=4)
-    refused(
+    assert_refused("must leave a token to train, found 4 of 4", num_virtual_tokens=4, num_frozen_tokens=4)
+    assert_refused(
         "starts from input_ids with at least 20 tokens", batches=[{"input_ids": torch.zeros(1, 3, dtype=torch.long)}]
     )
     text = torch.arange(20, 30)[None]
-    some = [{"input_ids": text}]
-    refused("gives no cache to start from", tiny.bert_classifier, num_virtual_tokens=4, batches=some)
-    refused("batches are for decoders", tiny.t5, num_virtual_tokens=4, batches=[{"input_ids": text}])
+    batches = [{"input_ids": text}]
+    assert_refused("returns no cache to start from", tiny.bert_classifier, num_virtual_tokens=4, batches=batches)
+    assert_refused("batches only work with decoders", tiny.t5, num_virtual_tokens=4, batches=[{"input_ids": text}])

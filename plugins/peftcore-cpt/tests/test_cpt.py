@@ -35,7 +35,7 @@ MAKES = {"llama": tiny.llama, "gpt2": tiny.gpt2}
 INPUT_TYPES = torch.tensor([[1, 2, 2, 3, 4, 0, 8], [2, 2, 3, 4, 4, 4, 0]])
 
 
-def theirs(make: Any, **fields: Any) -> Any:
+def peft_cpt(make: Any, **fields: Any) -> Any:
     config = peft.CPTConfig(task_type="CAUSAL_LM", **fields)
     return quiet(peft.get_peft_model, make(), config).eval()
 
@@ -52,30 +52,32 @@ def call(with_types: bool) -> dict[str, Any]:
 @pytest.mark.parametrize("case", list(OTHERS))
 def test_files(case: str, kind: str, tmp_path: Path) -> None:
     fields = {**FIELDS, "opt_projection_epsilon": 4.0, "opt_projection_format_epsilon": 4.0, **OTHERS[case]}
-    ours = peftcore.apply(MAKES[kind](), "cpt", **fields)
-    both_ways(MAKES[kind], tmp_path, ours, peft.CPTConfig(task_type="CAUSAL_LM", **fields))
+    model = peftcore.apply(MAKES[kind](), "cpt", **fields)
+    both_ways(MAKES[kind], tmp_path, model, peft.CPTConfig(task_type="CAUSAL_LM", **fields))
 
 
 @pytest.mark.parametrize("with_types", [False, True])
 @pytest.mark.parametrize("case", [case for case in OTHERS if case not in ("one token", "all of type 1")])
 def test_loss_and_gradients(case: str, with_types: bool, tmp_path: Path) -> None:
     fields = {**FIELDS, **OTHERS[case]}
-    peft_model, ours = theirs(tiny.llama, **fields), peftcore.apply(tiny.llama(), "cpt", **fields)
-    optimizers = [torch.optim.SGD([p for p in m.parameters() if p.requires_grad], lr=5.0) for m in (peft_model, ours)]
+    peft_model, peftcore_model = peft_cpt(tiny.llama, **fields), peftcore.apply(tiny.llama(), "cpt", **fields)
+    optimizers = [
+        torch.optim.SGD([p for p in m.parameters() if p.requires_grad], lr=5.0) for m in (peft_model, peftcore_model)
+    ]
     for step in range(1, 4):
-        outputs = [quiet(model, **call(with_types)) for model in (peft_model, ours)]
+        outputs = [quiet(model, **call(with_types)) for model in (peft_model, peftcore_model)]
         torch.testing.assert_close(outputs[1].loss, outputs[0].loss, rtol=0, atol=1e-5)
-        wanted = outputs[0].logits[:, -tiny.TOKENS.shape[1] :]
-        torch.testing.assert_close(outputs[1].logits, wanted, rtol=0, atol=1e-5)
+        expected = outputs[0].logits[:, -tiny.TOKENS.shape[1] :]
+        torch.testing.assert_close(outputs[1].logits, expected, rtol=0, atol=1e-5)
         for output, optimizer in zip(outputs, optimizers, strict=True):
             optimizer.zero_grad()
             output.loss.backward()
             optimizer.step()
-        peftcore.after_step(ours, step, 3)
-    peftcore.save(ours, tmp_path / "ours")
-    quiet(peft_model.save_pretrained, tmp_path / "theirs")
-    rows, wanted = (load_file(tmp_path / who / "adapter_model.safetensors") for who in ("ours", "theirs"))
-    torch.testing.assert_close(rows["prompt_embeddings"], wanted["prompt_embeddings"], rtol=0, atol=1e-5)
+        peftcore.after_step(peftcore_model, step, 3)
+    peftcore.save(peftcore_model, tmp_path / "peftcore")
+    quiet(peft_model.save_pretrained, tmp_path / "peft")
+    rows, expected = (load_file(tmp_path / library / "adapter_model.safetensors") for library in ("peftcore", "peft"))
+    torch.testing.assert_close(rows["prompt_embeddings"], expected["prompt_embeddings"], rtol=0, atol=1e-5)
 
 
 def test_what_may_not_move_stays_and_the_rest_is_on_its_ball() -> None:
@@ -84,8 +86,8 @@ def test_what_may_not_move_stays_and_the_rest_is_on_its_ball() -> None:
     peftcore.after_step(model, 1, 1)
     prompt: Any = next(module for module in model.modules() if hasattr(module, "delta_embedding"))
     moves = (prompt() - prompt.embedding).norm(dim=1) / (prompt.hidden / 2048) ** 0.5
-    wanted = torch.tensor([0.1, 2.0, 0.1, 0.0, 0.1, 2.0, 0.0, 0.0])
-    torch.testing.assert_close(moves, wanted, rtol=0, atol=1e-5)
+    expected = torch.tensor([0.1, 2.0, 0.1, 0.0, 0.1, 2.0, 0.0, 0.0])
+    torch.testing.assert_close(moves, expected, rtol=0, atol=1e-5)
 
 
 def test_training_goes_on_around_the_start(tmp_path: Path) -> None:
@@ -96,9 +98,9 @@ def test_training_goes_on_around_the_start(tmp_path: Path) -> None:
     assert list(load_file(tmp_path / "small" / "adapter_model.safetensors")) == ["prompt_embeddings"]
     starts = []
     for folder in ("whole", "small"):
-        again = peftcore.load(tiny.llama(), tmp_path / folder)
-        torch.testing.assert_close(tiny.logits(again), tiny.logits(model), rtol=0, atol=1e-6)
-        starts.append(next(m.embedding for m in again.modules() if hasattr(m, "delta_embedding")))
+        reloaded = peftcore.load(tiny.llama(), tmp_path / folder)
+        torch.testing.assert_close(tiny.logits(reloaded), tiny.logits(model), rtol=0, atol=1e-6)
+        starts.append(next(m.embedding for m in reloaded.modules() if hasattr(m, "delta_embedding")))
     assert torch.equal(starts[0], tiny.llama().model.embed_tokens.weight[IDS])
     assert not torch.equal(starts[1], starts[0])
 
@@ -111,15 +113,15 @@ def test_padding_and_other_outputs_leave_the_loss() -> None:
     mask[0], mask[1, 2:] = 1, 1
     labels = ids.where(mask == 1, -100)
     labels[1, 2] = -100  # as everywhere, a padding's output would be its prediction
-    found = model(input_ids=ids, attention_mask=mask, labels=labels, output_hidden_states=True)
+    actual = model(input_ids=ids, attention_mask=mask, labels=labels, output_hidden_states=True)
     rows = [model(input_ids=ids[i : i + 1, pad:], labels=labels[i : i + 1, pad:]).loss for i, pad in ((0, 0), (1, 2))]
     counts = [2 + 6, 2 + 3]  # its own outputs, and the input's tokens
-    wanted = (rows[0] * counts[0] + rows[1] * counts[1]) / sum(counts)
-    torch.testing.assert_close(found.loss, wanted, rtol=0, atol=1e-5)
-    assert found.logits.shape[1] == 6 and {states.shape[1] for states in found.hidden_states} == {6}
+    expected = (rows[0] * counts[0] + rows[1] * counts[1]) / sum(counts)
+    torch.testing.assert_close(actual.loss, expected, rtol=0, atol=1e-5)
+    assert actual.logits.shape[1] == 6 and {states.shape[1] for states in actual.hidden_states} == {6}
     plain = model(input_ids=ids, attention_mask=mask, labels=labels, return_dict=False)
-    torch.testing.assert_close(plain[0], found.loss)
-    torch.testing.assert_close(plain[1], found.logits)
+    torch.testing.assert_close(plain[0], actual.loss)
+    torch.testing.assert_close(plain[1], actual.logits)
 
 
 def test_a_trainer_that_accumulates_adds_what_one_batch_gives(tmp_path: Path) -> None:
@@ -140,7 +142,7 @@ def test_what_does_not_fit_is_refused() -> None:
     refused("the same length, found 0 tokens", cpt_token_ids=[])
     refused("must not contain negative numbers", cpt_token_ids=[1, -2])
     refused("opt_projection_epsilon must not be negative", opt_projection_epsilon=-1.0)
-    refused("cpt_token_ids contains 5000, and the model", cpt_token_ids=[5000])
+    refused("cpt_token_ids contains 5000, but the model", cpt_token_ids=[5000])
     refused("CPT is for text decoders with a head", tiny.t5)
     model = peftcore.apply(tiny.llama(), "cpt", **FIELDS)
     with pytest.raises(peftcore.PeftcoreError, match="needs logits of the 8 prompt tokens"):

@@ -1,4 +1,4 @@
-"""It passes the conformance suite."""
+"""The method passes the conformance suite."""
 
 from peftcore_cpt import CptConfig
 from support import matrix

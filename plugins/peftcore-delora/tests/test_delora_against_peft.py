@@ -1,4 +1,4 @@
-"""Hugging Face PEFT reads what is saved here, and the other way round; the norms that are kept; the bound."""
+"""Hugging Face PEFT loads adapters saved here, and vice versa; the norms that are kept; the bound."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ TASKS = {"llama": "CAUSAL_LM", "bert": "SEQ_CLS", "t5": "SEQ_2_SEQ_LM"}
 
 
 @pytest.mark.parametrize(
-    ("kind", "more"),
+    ("kind", "options"),
     [("llama", {"r": 3, "rank_pattern": {"v_proj": 2}, "lambda_pattern": {"down_proj": 7}}),
      ("bert", {"r": 4, "bias": "delora_only", "delora_lambda": 3}),
      ("t5", {"r": 2, "init_weights": False})],
 )  # fmt: skip
-def test_files(kind: str, more: dict[str, Any], tmp_path: Path) -> None:
-    make, fields = tiny.MODELS[kind], {"target_modules": TARGETS[kind], **more}
+def test_files(kind: str, options: dict[str, Any], tmp_path: Path) -> None:
+    make, fields = tiny.MODELS[kind], {"target_modules": TARGETS[kind], **options}
     config = quiet(peft.DeloraConfig, task_type=TASKS[kind], **fields)
     same_start(make, tmp_path, peftcore.apply(make(), "delora", **fields), config)
     both_ways(make, tmp_path, peftcore.apply(make(), "delora", **fields), config)
@@ -47,11 +47,11 @@ def test_norms_are_those_of_the_file_and_not_of_a_base_that_has_changed(tmp_path
     model = peftcore.apply(tiny.llama(), "delora", r=2, target_modules=["q_proj"])
     disturb(model, "default", seed=1)
     peftcore.save(model, tmp_path)
-    other = tiny.llama()
-    other.model.layers[0].self_attn.q_proj.weight.data *= 2
-    peftcore.load(other, tmp_path, check_base=False)
-    found, wanted = (m.model.layers[0].self_attn.q_proj.peftcore["default"] for m in (other, model))
-    assert torch.equal(found.delora_w_norm, wanted.delora_w_norm)
+    reloaded = tiny.llama()
+    reloaded.model.layers[0].self_attn.q_proj.weight.data *= 2
+    peftcore.load(reloaded, tmp_path, check_base=False)
+    actual, expected = (m.model.layers[0].self_attn.q_proj.peftcore["default"] for m in (reloaded, model))
+    assert torch.equal(actual.delora_w_norm, expected.delora_w_norm)
 
 
 def test_layers_that_are_not_linear_are_refused() -> None:

@@ -1,4 +1,4 @@
-"""Hugging Face PEFT reads what is saved here, and the other way round; the formula for all sizes; what does not fit."""
+"""Hugging Face PEFT loads adapters saved here, and vice versa; the formula for all sizes; invalid configs."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ TASKS = {"llama": "CAUSAL_LM", "bert": "SEQ_CLS", "t5": "SEQ_2_SEQ_LM", "gpt2": 
 
 
 @pytest.mark.parametrize(
-    ("kind", "more"),
+    ("kind", "options"),
     [("llama", {"n_frequency": 30, "n_frequency_pattern": {"v_proj": 9}}),
      ("gpt2", {"n_frequency": 50, "fan_in_fan_out": True, "scaling": 90.0}),
      ("bert", {"n_frequency": 40, "bias": "fourier_only", "init_weights": True}),
      ("t5", {"n_frequency": 60, "random_loc_seed": 5, "scaling": 50.0})],
 )  # fmt: skip
-def test_files(kind: str, more: dict[str, Any], tmp_path: Path) -> None:
-    make, fields = tiny.MODELS[kind], {"target_modules": TARGETS[kind], **more}
+def test_files(kind: str, options: dict[str, Any], tmp_path: Path) -> None:
+    make, fields = tiny.MODELS[kind], {"target_modules": TARGETS[kind], **options}
     config = quiet(peft.FourierFTConfig, task_type=TASKS[kind], **fields)
     same_start(make, tmp_path, peftcore.apply(make(), "fourierft", **fields), config)
     both_ways(make, tmp_path, peftcore.apply(make(), "fourierft", **fields), config)
@@ -39,12 +39,14 @@ def test_the_transforms_are_the_change_of_the_weight(width: int, out_width: int,
     n = data.draw(st.integers(1, width * out_width))
     at = Places(n, width, out_width, seed=777)
     adapter, x = FourierFT(FourierFTConfig(scaling=3.0), at, out_width), torch.randn(2, width, requires_grad=True)
-    found = adapter(lambda x: x.new_zeros(2, out_width), x)
-    wanted = x @ adapter.merged(torch.zeros(out_width, width), None)[0].T
-    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+    actual = adapter(lambda x: x.new_zeros(2, out_width), x)
+    expected = x @ adapter.merged(torch.zeros(out_width, width), None)[0].T
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
     dy, inputs = torch.randn(2, out_width), (x, adapter.fourierft_spectrum)
-    for own, theirs in zip(*(torch.autograd.grad(y, inputs, dy) for y in (found, wanted)), strict=True):
-        torch.testing.assert_close(own, theirs, rtol=1e-4, atol=1e-4)
+    for gradient, expected_gradient in zip(
+        *(torch.autograd.grad(y, inputs, dy) for y in (actual, expected)), strict=True
+    ):
+        torch.testing.assert_close(gradient, expected_gradient, rtol=1e-4, atol=1e-4)
 
 
 def test_more_frequencies_than_there_are_is_refused() -> None:

@@ -1,4 +1,4 @@
-"""Hugging Face PEFT reads what is saved here, and the other way round, in each form; what does not fit."""
+"""Hugging Face PEFT loads adapters saved here, and vice versa, in each form; invalid configs."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def test_files(case: str, kind: str, tmp_path: Path) -> None:
 
 def test_biases_alone(tmp_path: Path) -> None:
     fields: dict[str, Any] = {"target_modules": ["key"], "config_A_B": "none", "config_C": "vector"}
-    ours = peftcore.apply(tiny.MODELS["bert"](), "glora", **fields)
-    both_ways(tiny.MODELS["bert"], tmp_path, ours, peft.GloraConfig(task_type="SEQ_CLS", **fields))
+    model = peftcore.apply(tiny.MODELS["bert"](), "glora", **fields)
+    both_ways(tiny.MODELS["bert"], tmp_path, model, peft.GloraConfig(task_type="SEQ_CLS", **fields))
 
 
 @pytest.mark.parametrize("case", list(CASES))
@@ -46,17 +46,19 @@ def test_it_starts_as_peft_s(case: str, tmp_path: Path) -> None:
     fields = {"target_modules": TARGETS["bert"], **CASES[case]}
     torch.manual_seed(0)
     config = peft.GloraConfig(task_type="SEQ_CLS", **fields)
-    theirs = peft.get_peft_model_state_dict(quiet(peft.get_peft_model, tiny.MODELS["bert"](), config))
-    wanted = {name: t for name, t in theirs.items() if ".glora_" in name and not name.endswith(".zeros")}
+    peft_state = peft.get_peft_model_state_dict(quiet(peft.get_peft_model, tiny.MODELS["bert"](), config))
+    expected = {name: t for name, t in peft_state.items() if ".glora_" in name and not name.endswith(".zeros")}
     model = peftcore.apply(tiny.MODELS["bert"](), "glora", **fields)
     tensors = load_file(peftcore.save(model, tmp_path) / "adapter_model.safetensors")
-    found = {name: t for name, t in tensors.items() if ".glora_" in name}
-    assert {name: t.shape for name, t in found.items()} == {name: t.shape for name, t in wanted.items()}
-    for kind in {name.partition(".glora_")[2] for name in found}:
-        own, other = (torch.cat([t.flatten() for n, t in s.items() if n.endswith(kind)]) for s in (found, wanted))
-        assert bool(own.any()) == bool(other.any())
-        if len(own) > 60:
-            assert float(own.std()) == pytest.approx(float(other.std()), rel=0.4)
+    actual = {name: t for name, t in tensors.items() if ".glora_" in name}
+    assert {name: t.shape for name, t in actual.items()} == {name: t.shape for name, t in expected.items()}
+    for kind in {name.partition(".glora_")[2] for name in actual}:
+        initial, peft_initial = (
+            torch.cat([t.flatten() for n, t in s.items() if n.endswith(kind)]) for s in (actual, expected)
+        )
+        assert bool(initial.any()) == bool(peft_initial.any())
+        if len(initial) > 60:
+            assert float(initial.std()) == pytest.approx(float(peft_initial.std()), rel=0.4)
 
 
 def test_what_does_not_fit_is_refused() -> None:

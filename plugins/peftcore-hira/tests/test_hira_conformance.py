@@ -1,4 +1,4 @@
-"""It passes the conformance suite."""
+"""The method passes the conformance suite."""
 
 from peftcore_hira import HiraConfig
 from support import matrix

@@ -1,4 +1,4 @@
-"""HiRA of convolutions and embeddings: PEFT's files both ways, merged, dropped inputs, what is refused."""
+"""HiRA of convolutions and embeddings: files to and from PEFT, merged, dropped inputs, errors."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def test_files(kind: str, start: Any, tmp_path: Path) -> None:
 
 def test_embedding_of_a_model(tmp_path: Path) -> None:
     fields: dict[str, Any] = {"target_modules": ["embed_tokens", "q_proj"], "r": 4}
-    ours = peftcore.apply(tiny.llama(), "hira", **fields)
-    both_ways(tiny.llama, tmp_path, ours, peft.HiraConfig(task_type="CAUSAL_LM", **fields))
+    model = peftcore.apply(tiny.llama(), "hira", **fields)
+    both_ways(tiny.llama, tmp_path, model, peft.HiraConfig(task_type="CAUSAL_LM", **fields))
 
 
 def test_inputs_of_a_convolution_are_dropped_in_training() -> None:
@@ -58,15 +58,15 @@ def test_shares_of_an_embedding_s_entries_are_mixed() -> None:
     torch.manual_seed(0)
     model, shares = Layer(Ovis2VisualEmbeddingTable(20, 8)), torch.randn(2, 4, 20).softmax(-1)
     disturb(peftcore.apply(model, "hira", target_modules=["layer"], r=2), "default", seed=1)
-    wanted = model(shares).detach()
-    torch.testing.assert_close(peftcore.merge(model, undo=True)(shares), wanted)
+    expected = model(shares).detach()
+    torch.testing.assert_close(peftcore.merge(model, undo=True)(shares), expected)
     assert (peftcore.unmerge(model)(shares) - shares @ model.layer.weight).abs().max() > 0.01
 
 
 def test_ranks_that_peft_wrote_and_did_not_use_are_refused(tmp_path: Path) -> None:
     fields: dict[str, Any] = {"target_modules": ["embed_tokens"], "r": 4, "rank_pattern": {"embed_tokens": 2}}
-    theirs = quiet(peft.get_peft_model, tiny.llama(), peft.HiraConfig(**fields))
-    quiet(theirs.save_pretrained, tmp_path)
+    peft_model = quiet(peft.get_peft_model, tiny.llama(), peft.HiraConfig(**fields))
+    quiet(peft_model.save_pretrained, tmp_path)
     with pytest.raises(peftcore.PeftcoreError, match=r"Remove it from adapter_config\.json"):
         peftcore.load(tiny.llama(), tmp_path)
 

@@ -1,4 +1,4 @@
-"""Hugging Face PEFT reads what is saved here, and the other way round; reflections keep lengths; what is said."""
+"""Hugging Face PEFT loads adapters saved here, and vice versa; reflections keep lengths; warnings."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ TASKS = {"llama": "CAUSAL_LM", "bert": "SEQ_CLS", "t5": "SEQ_2_SEQ_LM"}
 
 
 @pytest.mark.parametrize(
-    ("kind", "more"),
+    ("kind", "options"),
     [("llama", {"r": 4}),
      ("bert", {"r": 2, "bias": "hra_only"}),
      ("llama", {"r": 4, "init_weights": False, "apply_GS": True}),
      ("t5", {"r": 3, "init_weights": False})],
 )  # fmt: skip
-def test_files(kind: str, more: dict[str, Any], tmp_path: Path) -> None:
-    make, fields = tiny.MODELS[kind], {"target_modules": TARGETS[kind], **more}
+def test_files(kind: str, options: dict[str, Any], tmp_path: Path) -> None:
+    make, fields = tiny.MODELS[kind], {"target_modules": TARGETS[kind], **options}
     config = quiet(peft.HRAConfig, task_type=TASKS[kind], **fields)
     same_start(make, tmp_path, peftcore.apply(make(), "hra", **fields), config)
     both_ways(make, tmp_path, peftcore.apply(make(), "hra", **fields), config)
@@ -36,9 +36,9 @@ def test_files(kind: str, more: dict[str, Any], tmp_path: Path) -> None:
 def test_lengths_are_kept(orthogonal: bool) -> None:
     hra = HRA(HRAConfig(r=5, apply_GS=orthogonal, init_weights=False), 12)
     x = torch.randn(7, 12)
-    turned = hra(lambda x: x, x)
-    torch.testing.assert_close(turned.norm(dim=1), x.norm(dim=1))
-    assert (turned - x).abs().max() > 0.1
+    reflected = hra(lambda x: x, x)
+    torch.testing.assert_close(reflected.norm(dim=1), x.norm(dim=1))
+    assert (reflected - x).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("fields", [{"r": 3}, {"apply_GS": True}])

@@ -1,4 +1,4 @@
-"""HRA of convolutions: PEFT's files both ways, merged, what is refused."""
+"""HRA of convolutions: files to and from PEFT, merged, errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Hugging Face PEFT reads what is saved here, and the other way round, with the same logits."""
+"""Hugging Face PEFT loads adapters saved here with the same logits, and vice versa."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.norm(x.transpose(1, 2)).transpose(1, 2)
-        found: Tensor = self.attention(x, x, x, need_weights=False)[0]
-        return found
+        output: Tensor = self.attention(x, x, x, need_weights=False)[0]
+        return output
 
 
 X = torch.linspace(-2, 2, 80).sin().view(2, 5, 8)
@@ -34,10 +34,10 @@ X = torch.linspace(-2, 2, 80).sin().view(2, 5, 8)
 
 @pytest.mark.parametrize("kind", list(tiny.MODELS))
 def test_files(kind: str, tmp_path: Path) -> None:
-    """Every norm of ours, those of PEFT's table or named ones of theirs; a classifier's head with both."""
-    ours = peftcore.apply(tiny.MODELS[kind](), "ln-tuning")
+    """All norms here, and the norms of PEFT's table or named ones in PEFT; a classifier's head in both."""
+    model = peftcore.apply(tiny.MODELS[kind](), "ln-tuning")
     names = ["LayerNorm"] if kind == "bert" else None
-    both_ways(tiny.MODELS[kind], tmp_path, ours, peft.LNTuningConfig(task_type=TASKS[kind], target_modules=names))
+    both_ways(tiny.MODELS[kind], tmp_path, model, peft.LNTuningConfig(task_type=TASKS[kind], target_modules=names))
 
 
 def test_norms_with_statistics_are_left_alone() -> None:
@@ -48,30 +48,30 @@ def test_norms_with_statistics_are_left_alone() -> None:
 def test_modules_with_modules_inside_and_buffers(tmp_path: Path) -> None:
     """PEFT copies them whole: parameters inside have names of their own, and statistics move with the copy."""
     config = peft.LNTuningConfig(target_modules=["norm", "attention"])
-    theirs = quiet(peft.get_peft_model, Attention(), config, adapter_name="mine")
-    theirs(X)  # moves the statistics
-    wanted = moved(theirs.eval())(X)
-    assert (wanted - Attention().eval()(X)).abs().max() > 0.1
-    quiet(theirs.save_pretrained, tmp_path)
-    ours = peftcore.load(Attention(), tmp_path / "mine").eval()
-    torch.testing.assert_close(ours(X), wanted, rtol=0, atol=1e-5)
-    torch.testing.assert_close(peftcore.merge(ours, undo=True)(X), wanted, rtol=0, atol=1e-5)
+    peft_model = quiet(peft.get_peft_model, Attention(), config, adapter_name="mine")
+    peft_model(X)  # moves the statistics
+    expected = moved(peft_model.eval())(X)
+    assert (expected - Attention().eval()(X)).abs().max() > 0.1
+    quiet(peft_model.save_pretrained, tmp_path)
+    model = peftcore.load(Attention(), tmp_path / "mine").eval()
+    torch.testing.assert_close(model(X), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(peftcore.merge(model, undo=True)(X), expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("named", [["norm", "attention"], r"attention|attention\.out_proj|norm"], ids=str)
 def test_peft_reads_modules_with_modules_inside(named: str | list[str], tmp_path: Path) -> None:
-    ours = peftcore.apply(Attention(), "ln-tuning", target_modules=named).train()
-    ours(X)  # moves the statistics
-    disturb(ours, "default", seed=1)
-    wanted = ours.eval()(X)
-    assert (wanted - Attention().eval()(X)).abs().max() > 0.1
-    peftcore.save(ours, tmp_path)
-    theirs = quiet(peft.PeftModel.from_pretrained, Attention(), tmp_path).eval()
-    torch.testing.assert_close(theirs(X), wanted, rtol=0, atol=1e-5)
-    assert torch.equal(peftcore.load(Attention(), tmp_path, trainable=True).eval()(X), wanted)
+    model = peftcore.apply(Attention(), "ln-tuning", target_modules=named).train()
+    model(X)  # moves the statistics
+    disturb(model, "default", seed=1)
+    expected = model.eval()(X)
+    assert (expected - Attention().eval()(X)).abs().max() > 0.1
+    peftcore.save(model, tmp_path)
+    peft_model = quiet(peft.PeftModel.from_pretrained, Attention(), tmp_path).eval()
+    torch.testing.assert_close(peft_model(X), expected, rtol=0, atol=1e-5)
+    assert torch.equal(peftcore.load(Attention(), tmp_path, trainable=True).eval()(X), expected)
 
 
 @pytest.mark.parametrize("named", ["mlp", "layers.0"])
 def test_blocks(named: str, tmp_path: Path) -> None:
-    ours = peftcore.apply(tiny.llama(), "ln-tuning", target_modules=[named])
-    both_ways(tiny.llama, tmp_path, ours, peft.LNTuningConfig(task_type="CAUSAL_LM", target_modules=[named]))
+    model = peftcore.apply(tiny.llama(), "ln-tuning", target_modules=[named])
+    both_ways(tiny.llama, tmp_path, model, peft.LNTuningConfig(task_type="CAUSAL_LM", target_modules=[named]))

@@ -1,4 +1,4 @@
-"""It passes the conformance suite."""
+"""The method passes the conformance suite."""
 
 from peftcore_ln_tuning import LNTuningConfig
 from support import matrix

@@ -1,4 +1,4 @@
-"""Hugging Face PEFT reads what is saved here, and the other way round; what is dropped; what is refused."""
+"""Hugging Face PEFT loads adapters saved here, and vice versa; dropout; errors."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ TASKS = {"llama": "CAUSAL_LM", "bert": "SEQ_CLS", "t5": "SEQ_2_SEQ_LM"}
 
 
 @pytest.mark.parametrize(
-    ("kind", "more"),
+    ("kind", "options"),
     [("llama", {"r": 3}), ("llama", {"r": 16, "rank_pattern": {"v_proj": 2}, "alpha_pattern": {"down_proj": 9}}),
      ("bert", {"r": 8, "init_weights": False}), ("t5", {"r": 2, "use_effective_conv2d": True})],
 )  # fmt: skip
-def test_files(kind: str, more: dict[str, Any], tmp_path: Path) -> None:
-    make, fields = tiny.MODELS[kind], {"target_modules": TARGETS[kind], "alpha": 6, **more}
+def test_files(kind: str, options: dict[str, Any], tmp_path: Path) -> None:
+    make, fields = tiny.MODELS[kind], {"target_modules": TARGETS[kind], "alpha": 6, **options}
     config = peft.LoHaConfig(task_type=TASKS[kind], **fields)
     same_start(make, tmp_path, peftcore.apply(make(), "loha", **fields), config)
     both_ways(make, tmp_path, peftcore.apply(make(), "loha", **fields), config)
@@ -40,17 +40,17 @@ def layer(**fields: Any) -> tuple[Any, Any, Any, Any]:
 
 
 def test_outputs_are_dropped_in_training_and_the_others_make_up_for_them() -> None:
-    model, plain, added, x = layer(rank_dropout=0.5)
-    found = model.train()(x).detach() - plain
-    dropped = (found.abs() < 1e-6).all(0)
+    model, plain, delta, x = layer(rank_dropout=0.5)
+    actual = model.train()(x).detach() - plain
+    dropped = (actual.abs() < 1e-6).all(0)
     assert 0 < dropped.sum() < 40
     scale = 40 / (40 - dropped.sum())
-    torch.testing.assert_close(found[:, ~dropped], scale * added[:, ~dropped], rtol=0, atol=1e-5)
+    torch.testing.assert_close(actual[:, ~dropped], scale * delta[:, ~dropped], rtol=0, atol=1e-5)
 
 
 def test_a_layer_s_update_is_dropped_as_a_whole() -> None:
-    model, plain, added, x = layer(module_dropout=0.5)
-    shares = [((model.train()(x) - plain).norm() / added.norm()).item() for _ in range(40)]
+    model, plain, delta, x = layer(module_dropout=0.5)
+    shares = [((model.train()(x) - plain).norm() / delta.norm()).item() for _ in range(40)]
     assert 5 < sum(abs(share - 1) < 1e-4 for share in shares) < 35
     assert all(min(abs(share), abs(share - 1)) < 1e-4 for share in shares)
 

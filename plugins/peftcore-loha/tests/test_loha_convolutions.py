@@ -1,4 +1,4 @@
-"""LoHa of convolutions: PEFT's files both ways, merged, dropped outputs, what is refused."""
+"""LoHa of convolutions: files to and from PEFT, merged, dropped outputs, errors."""
 
 from __future__ import annotations
 
@@ -42,21 +42,21 @@ def test_channels_are_dropped_in_training_and_the_others_make_up_for_them() -> N
     plain = model(x).detach()
     torch.manual_seed(0)
     disturb(peftcore.apply(model, "loha", target_modules=["layer"], r=2, rank_dropout=0.5), "default", seed=1)
-    added, found = model.eval()(x).detach() - plain, model.train()(x).detach() - plain
-    dropped = (found.abs() < 1e-6).all(dim=(0, 2, 3))
+    delta, actual = model.eval()(x).detach() - plain, model.train()(x).detach() - plain
+    dropped = (actual.abs() < 1e-6).all(dim=(0, 2, 3))
     assert 0 < dropped.sum() < 40
     scale = 40 / (40 - dropped.sum())
-    torch.testing.assert_close(found[:, ~dropped], scale * added[:, ~dropped], rtol=0, atol=1e-5)
+    torch.testing.assert_close(actual[:, ~dropped], scale * delta[:, ~dropped], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("fields", FIELDS, ids=["a matrix", "with T"])
 def test_it_becomes_a_lora(fields: dict[str, Any]) -> None:
     model = Layer(nn.Conv2d(8, 6, 3))
     disturb(peftcore.apply(model, "loha", target_modules=["layer"], **fields), "default", seed=1)
-    wanted = model(IMAGE).detach()
+    expected = model(IMAGE).detach()
     peftcore.convert(model, "default", method="lora", r=6, adapter="thin")
     peftcore.activate(model, ["thin"])
-    torch.testing.assert_close(model(IMAGE).detach(), wanted, rtol=0, atol=1e-4)
+    torch.testing.assert_close(model(IMAGE).detach(), expected, rtol=0, atol=1e-4)
 
 
 class Standardized(nn.Conv2d):

@@ -1,4 +1,4 @@
-"""Hugging Face PEFT reads what is saved here, and the other way round; the formula; how sizes are divided."""
+"""Hugging Face PEFT loads adapters saved here, and vice versa; the formula; how sizes are divided."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ TASKS = {"llama": "CAUSAL_LM", "bert": "SEQ_CLS", "t5": "SEQ_2_SEQ_LM"}
 
 
 @pytest.mark.parametrize(
-    ("kind", "more"),
+    ("kind", "options"),
     [("llama", {"r": 2}), ("llama", {"r": 8, "rank_pattern": {"v_proj": 1}, "alpha_pattern": {"down_proj": 9}}),
      ("bert", {"r": 1, "decompose_both": True, "decompose_factor": 8}), ("t5", {"r": 2, "init_weights": "lycoris"}),
      ("t5", {"r": 8, "init_weights": False, "decompose_factor": 5})],
 )  # fmt: skip
-def test_files(kind: str, more: dict[str, Any], tmp_path: Path) -> None:
-    make, fields = tiny.MODELS[kind], {"target_modules": TARGETS[kind], "alpha": 6, **more}
+def test_files(kind: str, options: dict[str, Any], tmp_path: Path) -> None:
+    make, fields = tiny.MODELS[kind], {"target_modules": TARGETS[kind], "alpha": 6, **options}
     config = peft.LoKrConfig(task_type=TASKS[kind], **fields)
     same_start(make, tmp_path, peftcore.apply(make(), "lokr", **fields), config)
     both_ways(make, tmp_path, peftcore.apply(make(), "lokr", **fields), config)
@@ -46,11 +46,11 @@ def test_outputs_are_dropped_in_training(rescaled: bool) -> None:
     plain = model(x).detach()
     fields = {"target_modules": ["0"], "rank_dropout": 0.5, "rank_dropout_scale": rescaled}
     disturb(peftcore.apply(model, "lokr", **fields), "default", seed=1)
-    added, found = model.eval()(x).detach() - plain, model.train()(x).detach() - plain
-    dropped = (found.abs() < 1e-6).all(0)
+    delta, actual = model.eval()(x).detach() - plain, model.train()(x).detach() - plain
+    dropped = (actual.abs() < 1e-6).all(0)
     assert 0 < dropped.sum() < 40
     scale = 40 / (40 - dropped.sum()) if rescaled else 1
-    torch.testing.assert_close(found[:, ~dropped], scale * added[:, ~dropped], rtol=0, atol=1e-5)
+    torch.testing.assert_close(actual[:, ~dropped], scale * delta[:, ~dropped], rtol=0, atol=1e-5)
 
 
 def test_what_has_no_meaning_is_refused() -> None:

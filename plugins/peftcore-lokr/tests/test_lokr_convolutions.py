@@ -1,4 +1,4 @@
-"""LoKr of convolutions: PEFT's files both ways, merged, dropped outputs, what is refused."""
+"""LoKr of convolutions: files to and from PEFT, merged, dropped outputs, errors."""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ def test_channels_are_dropped_in_training() -> None:
     plain = model(x).detach()
     torch.manual_seed(0)
     disturb(peftcore.apply(model, "lokr", target_modules=["layer"], r=2, rank_dropout=0.5), "default", seed=1)
-    added, found = model.eval()(x).detach() - plain, model.train()(x).detach() - plain
-    dropped = (found.abs() < 1e-6).all(dim=(0, 2))
+    delta, actual = model.eval()(x).detach() - plain, model.train()(x).detach() - plain
+    dropped = (actual.abs() < 1e-6).all(dim=(0, 2))
     assert 0 < dropped.sum() < 40
-    torch.testing.assert_close(found[:, ~dropped], added[:, ~dropped], rtol=0, atol=1e-5)
+    torch.testing.assert_close(actual[:, ~dropped], delta[:, ~dropped], rtol=0, atol=1e-5)
 
 
 def test_what_peft_computes_otherwise_is_refused() -> None:

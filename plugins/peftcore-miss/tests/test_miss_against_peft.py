@@ -1,4 +1,4 @@
-"""Hugging Face PEFT reads what is saved here, and the other way round; Bone's files; what does not fit."""
+"""Hugging Face PEFT loads adapters saved here, and vice versa; Bone's files; invalid configs."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ TASKS = {"llama": "CAUSAL_LM", "bert": "SEQ_CLS", "t5": "SEQ_2_SEQ_LM"}
 
 
 @pytest.mark.parametrize(
-    ("kind", "more"),
+    ("kind", "options"),
     [("llama", {"r": 8}),
      ("t5", {"r": 7, "init_weights": False}),
      ("bert", {"r": 16, "init_weights": "bat", "bias": "MiSS_only"}),
      ("llama", {"r": 16, "init_weights": "mini", "mini_r": 4})],
 )  # fmt: skip
-def test_files(kind: str, more: dict[str, Any], tmp_path: Path) -> None:
-    make, fields = tiny.MODELS[kind], {"target_modules": TARGETS[kind], **more}
+def test_files(kind: str, options: dict[str, Any], tmp_path: Path) -> None:
+    make, fields = tiny.MODELS[kind], {"target_modules": TARGETS[kind], **options}
     config = quiet(peft.MissConfig, task_type=TASKS[kind], **fields)
     same_start(make, tmp_path, peftcore.apply(make(), "miss", **fields), config)
     both_ways(make, tmp_path, peftcore.apply(make(), "miss", **fields), config)

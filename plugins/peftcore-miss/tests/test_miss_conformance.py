@@ -1,4 +1,4 @@
-"""It passes the conformance suite."""
+"""The method passes the conformance suite."""
 
 from peftcore_miss import MissConfig
 from support import matrix

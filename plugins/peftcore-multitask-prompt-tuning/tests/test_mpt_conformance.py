@@ -1,4 +1,4 @@
-"""It passes the conformance suite."""
+"""The method passes the conformance suite."""
 
 from peftcore_multitask_prompt_tuning import MultitaskPromptTuningConfig
 from support import matrix

@@ -1,4 +1,4 @@
-"""OFT of embeddings and of convolutions with a kernel of one number: PEFT's files both ways, merged; COFT."""
+"""OFT of embeddings and of convolutions with a kernel of one number: files to and from PEFT, merged; COFT."""
 
 from __future__ import annotations
 
@@ -53,12 +53,14 @@ def test_a_scaled_embedding(tmp_path: Path) -> None:
 
 def test_groups_are_turned_together_and_cannot_be_merged(tmp_path: Path) -> None:
     make = lambda: Layer(nn.Conv2d(8, 6, 1, groups=2)).eval()  # noqa: E731
-    theirs = moved(quiet(peft.get_peft_model, make(), peft.OFTConfig(target_modules=["layer"], oft_block_size=8)))
-    quiet(theirs.save_pretrained, tmp_path)
-    ours = peftcore.load(make(), tmp_path)
-    torch.testing.assert_close(ours(IMAGE), theirs(IMAGE), rtol=0, atol=1e-5)
-    with pytest.raises(peftcore.PeftcoreError, match=r"OFT of a convolution in groups .* reaches across the groups"):
-        peftcore.merge(ours, undo=True)
+    peft_model = moved(quiet(peft.get_peft_model, make(), peft.OFTConfig(target_modules=["layer"], oft_block_size=8)))
+    quiet(peft_model.save_pretrained, tmp_path)
+    model = peftcore.load(make(), tmp_path)
+    torch.testing.assert_close(model(IMAGE), peft_model(IMAGE), rtol=0, atol=1e-5)
+    with pytest.raises(
+        peftcore.PeftcoreError, match=r"OFT rotates channels across the groups of a convolution .* cannot be merged"
+    ):
+        peftcore.merge(model, undo=True)
 
 
 def test_coft_goes_on_from_where_it_was_brought_back_to() -> None:

@@ -1,4 +1,4 @@
-"""Poly: Hugging Face PEFT's files both ways, tasks from the call, what training draws, and what does not fit."""
+"""Poly: files to and from Hugging Face PEFT, tasks from the call, what training draws, and invalid configs."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-def theirs(kind: str, **fields: Any) -> nn.Module:
+def peft_poly(kind: str, **fields: Any) -> nn.Module:
     config = peft.PolyConfig(task_type=TASKS[kind], target_modules=TARGETS[kind], **fields)
     return quiet(peft.get_peft_model, tiny.MODELS[kind](), config).eval()
 
@@ -36,8 +36,8 @@ def theirs(kind: str, **fields: Any) -> nn.Module:
 def logits(model: Any, tasks: torch.Tensor = ROWS) -> torch.Tensor:
     base = model.get_base_model() if isinstance(model, peft.PeftModel) else model
     with torch.no_grad():
-        found: torch.Tensor = quiet(model, **tiny.inputs(base), task_ids=tasks).logits
-    return found
+        actual: torch.Tensor = quiet(model, **tiny.inputs(base), task_ids=tasks).logits
+    return actual
 
 
 @pytest.mark.parametrize("kind", nightly_but(TARGETS, ["llama"]))
@@ -49,24 +49,24 @@ def test_files(case: str, kind: str, tmp_path: Path) -> None:
     tasks = ROWS % fields["n_tasks"]
     model = peftcore.apply(tiny.MODELS[kind](), "poly", target_modules=TARGETS[kind], **fields)
     disturb(model, "default", seed=1, std=0.5)
-    found = logits(model, tasks)
-    assert (found - tiny.logits(tiny.MODELS[kind]())).abs().max() > 1e-3
+    actual = logits(model, tasks)
+    assert (actual - tiny.logits(tiny.MODELS[kind]())).abs().max() > 1e-3
     if fields["n_tasks"] > 1:
-        assert (found - logits(model, tasks.flip(0))).abs().max() > 1e-4
-    peftcore.save(model, tmp_path / "ours")
-    read = quiet(peft.PeftModel.from_pretrained, tiny.MODELS[kind](), tmp_path / "ours").eval()
-    torch.testing.assert_close(logits(read, tasks), found, rtol=0, atol=1e-5)
-    other = moved(theirs(kind, **fields))
-    quiet(other.save_pretrained, tmp_path / "theirs")
-    model = peftcore.load(tiny.MODELS[kind](), tmp_path / "theirs")
+        assert (actual - logits(model, tasks.flip(0))).abs().max() > 1e-4
+    peftcore.save(model, tmp_path / "peftcore")
+    read = quiet(peft.PeftModel.from_pretrained, tiny.MODELS[kind](), tmp_path / "peftcore").eval()
+    torch.testing.assert_close(logits(read, tasks), actual, rtol=0, atol=1e-5)
+    other = moved(peft_poly(kind, **fields))
+    quiet(other.save_pretrained, tmp_path / "peft")
+    model = peftcore.load(tiny.MODELS[kind](), tmp_path / "peft")
     torch.testing.assert_close(logits(model, tasks), logits(other, tasks), rtol=0, atol=1e-5)
 
 
 def test_it_starts_as_peft_s(tmp_path: Path) -> None:
     torch.manual_seed(0)
     fields = {**FIELDS, "n_tasks": 40, "n_splits": 2, "init_weights": False, "target_modules": TARGETS["llama"]}
-    ours = peftcore.apply(tiny.llama(), "poly", **fields)
-    same_start(tiny.llama, tmp_path, ours, peft.PolyConfig(task_type="CAUSAL_LM", **fields))
+    model = peftcore.apply(tiny.llama(), "poly", **fields)
+    same_start(tiny.llama, tmp_path, model, peft.PolyConfig(task_type="CAUSAL_LM", **fields))
 
 
 def test_training_draws_what_evaluation_has_on_average() -> None:
@@ -75,12 +75,12 @@ def test_training_draws_what_evaluation_has_on_average() -> None:
     disturb(model, "default", seed=1, std=1.0)
     router = model.model.layers[0].self_attn.k_proj.peftcore["default"].poly_router
     torch.manual_seed(3)
-    found = router(ROWS, draws=True)
+    actual = router(ROWS, draws=True)
     torch.manual_seed(3)
     z = torch.distributions.RelaxedBernoulli(
         temperature=torch.tensor(1.0), logits=router.module_logits[ROWS].unflatten(1, (1, 2))
     ).rsample()
-    torch.testing.assert_close(found, z / z.sum(-1, keepdim=True))
+    torch.testing.assert_close(actual, z / z.sum(-1, keepdim=True))
     assert not torch.equal(model.train()(**tiny.inputs(model), task_ids=ROWS).logits, logits(model.eval()))
 
 

@@ -1,4 +1,4 @@
-"""Hugging Face PEFT reads what is saved here, and the other way round, with the same logits."""
+"""Hugging Face PEFT loads adapters saved here with the same logits, and vice versa."""
 
 from __future__ import annotations
 
@@ -53,13 +53,13 @@ def bases(request: pytest.FixtureRequest) -> tuple[nn.Module, nn.Module]:
     return MODELS[request.param](), MODELS[request.param]()
 
 
-def compare(ours: nn.Module, theirs: nn.Module) -> None:
+def compare(model: nn.Module, peft_model: nn.Module) -> None:
     """The same logits, for rows of one length, without a mask, and for a row that is padded on the right."""
-    torch.testing.assert_close(logits(ours), logits(theirs), rtol=0, atol=1e-5)
+    torch.testing.assert_close(logits(model), logits(peft_model), rtol=0, atol=1e-5)
     torch.testing.assert_close(
-        logits(ours, attention_mask=None), logits(theirs, attention_mask=None), rtol=0, atol=1e-5
+        logits(model, attention_mask=None), logits(peft_model, attention_mask=None), rtol=0, atol=1e-5
     )
-    compare_padded(ours, theirs)
+    compare_padded(model, peft_model)
 
 
 def trained_by_peft(model: nn.Module, **fields: Any) -> nn.Module:
@@ -74,24 +74,24 @@ PROJECTION = {"prefix_projection": True, "encoder_hidden_size": 7}
 def test_peft_reads_ours(
     bases: tuple[nn.Module, nn.Module], fields: dict[str, Any], resumable: bool, tmp_path: Path
 ) -> None:
-    ours, theirs = bases
-    base = logits(ours)
-    peftcore.apply(ours, "prefix-tuning", num_virtual_tokens=4, **fields)
-    disturb(ours, "default", seed=1)
-    assert (logits(ours) - base).abs().max() > 1e-3
-    peftcore.save(ours, tmp_path, resumable=resumable)
-    compare(ours, quiet(peft.PeftModel.from_pretrained, theirs, tmp_path).eval())
+    model, peft_model = bases
+    base = logits(model)
+    peftcore.apply(model, "prefix-tuning", num_virtual_tokens=4, **fields)
+    disturb(model, "default", seed=1)
+    assert (logits(model) - base).abs().max() > 1e-3
+    peftcore.save(model, tmp_path, resumable=resumable)
+    compare(model, quiet(peft.PeftModel.from_pretrained, peft_model, tmp_path).eval())
 
 
 @pytest.mark.parametrize("fields", [{}, PROJECTION], ids=["direct", "projected"])
 def test_ours_reads_peft(bases: tuple[nn.Module, nn.Module], fields: dict[str, Any], tmp_path: Path) -> None:
-    ours, theirs = bases
-    theirs = trained_by_peft(theirs, **fields)
-    quiet(theirs.save_pretrained, tmp_path)
-    base = logits(ours)
-    peftcore.load(ours, tmp_path)
-    assert (logits(ours) - base).abs().max() > 1e-3
-    compare(ours, theirs)
+    model, peft_model = bases
+    peft_model = trained_by_peft(peft_model, **fields)
+    quiet(peft_model.save_pretrained, tmp_path)
+    base = logits(model)
+    peftcore.load(model, tmp_path)
+    assert (logits(model) - base).abs().max() > 1e-3
+    compare(model, peft_model)
 
 
 @pytest.mark.parametrize("fields", [{}, PROJECTION], ids=["direct", "projected"])
@@ -99,52 +99,56 @@ def test_files_are_peft_s(fields: dict[str, Any], tmp_path: Path) -> None:
     """The same keys in both files; the projection's tensors only where training may go on."""
     quiet(trained_by_peft(tiny.llama(), **fields).save_pretrained, tmp_path / "peft")
     model = peftcore.apply(tiny.llama(), "prefix-tuning", num_virtual_tokens=4, **fields)
-    peftcore.save(model, tmp_path / "ours", resumable=False)
+    peftcore.save(model, tmp_path / "peftcore", resumable=False)
     peftcore.save(model, tmp_path / "resumable")
-    ours, theirs = (json.loads((tmp_path / name / "adapter_config.json").read_text()) for name in ("ours", "peft"))
-    assert ours == {name: value for name, value in theirs.items() if name != "peft_version"}
-    ours, theirs, resumable = (
-        {name: tensor.shape for name, tensor in read_tensors(tmp_path / folder)[0].items()}
-        for folder in ("ours", "peft", "resumable")
+    config, peft_config = (
+        json.loads((tmp_path / folder / "adapter_config.json").read_text()) for folder in ("peftcore", "peft")
     )
-    assert ours == theirs
+    assert config == {name: value for name, value in peft_config.items() if name != "peft_version"}
+    shapes, peft_shapes, resumable = (
+        {name: tensor.shape for name, tensor in read_tensors(tmp_path / folder)[0].items()}
+        for folder in ("peftcore", "peft", "resumable")
+    )
+    assert shapes == peft_shapes
     assert len(resumable) == (6 if fields else 1)
 
 
 def test_the_loss_and_gradients_are_peft_s(tmp_path: Path) -> None:
-    theirs = trained_by_peft(tiny.llama())
-    quiet(theirs.save_pretrained, tmp_path)
-    ours = peftcore.load(tiny.llama(), tmp_path, trainable=True)
-    losses = [quiet(model, input_ids=tiny.TOKENS, labels=tiny.TOKENS).loss for model in (ours, theirs)]
+    peft_model = trained_by_peft(tiny.llama())
+    quiet(peft_model.save_pretrained, tmp_path)
+    peftcore_model = peftcore.load(tiny.llama(), tmp_path, trainable=True)
+    losses = [quiet(model, input_ids=tiny.TOKENS, labels=tiny.TOKENS).loss for model in (peftcore_model, peft_model)]
     torch.testing.assert_close(*losses, rtol=0, atol=1e-6)
     for loss in losses:
         loss.backward()
-    found, wanted = (next(p.grad for p in model.parameters() if p.requires_grad) for model in (ours, theirs))
-    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-6)
+    actual, expected = (
+        next(p.grad for p in model.parameters() if p.requires_grad) for model in (peftcore_model, peft_model)
+    )
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("make", [tiny.bert_classifier, tiny.roberta_classifier, tiny.llama_classifier])
 def test_classifiers(make: Any, tmp_path: Path) -> None:
     """PEFT asks classifiers for an argument that transformers has renamed; it means its prefix in their cache."""
-    theirs = trained_by_peft(make())
+    peft_model = trained_by_peft(make())
     if not BEFORE_5_24:
         with pytest.raises(ValueError, match="does not support past key values"):
-            logits(theirs)
-    quiet(theirs.save_pretrained, tmp_path)
-    ours = peftcore.load(make(), tmp_path)
-    mask, base = torch.ones_like(tiny.TOKENS), theirs.get_base_model()
+            logits(peft_model)
+    quiet(peft_model.save_pretrained, tmp_path)
+    model = peftcore.load(make(), tmp_path)
+    mask, base = torch.ones_like(tiny.TOKENS), peft_model.get_base_model()
     if not hasattr(base, "score"):
         mask[1, 5:] = 0
     with torch.no_grad():
         extended = torch.cat([torch.ones(2, 4, dtype=torch.long), mask], dim=1)
-        cache = {cache_argument(base.base_model): theirs.get_prompt(2)}
+        cache = {cache_argument(base.base_model): peft_model.get_prompt(2)}
         output = base.base_model(input_ids=tiny.TOKENS, attention_mask=extended, **cache)
         if hasattr(base, "score"):
-            wanted = base.score(output.last_hidden_state[:, -1])
+            expected = base.score(output.last_hidden_state[:, -1])
         else:
             pooled = getattr(output, "pooler_output", None)
-            wanted = base.classifier(output.last_hidden_state if pooled is None else pooled)
-    torch.testing.assert_close(logits(ours, attention_mask=mask), wanted, rtol=0, atol=1e-5)
+            expected = base.classifier(output.last_hidden_state if pooled is None else pooled)
+    torch.testing.assert_close(logits(model, attention_mask=mask), expected, rtol=0, atol=1e-5)
 
 
 def test_peft_refuses_gradient_checkpointing() -> None:

@@ -31,14 +31,14 @@ def test_the_order_of_keys_and_values() -> None:
     prefix = Prefix(config)
     with torch.no_grad():
         prefix.prompt_embeddings.copy_(torch.arange(3 * 32).view(3, 32))
-    found = prefix()
-    assert found.shape == (2, 2, 2, 3, 4)
+    actual = prefix()
+    assert actual.shape == (2, 2, 2, 3, 4)
     for layer in range(2):
         for kv in range(2):
             for head in range(2):
                 start = 16 * layer + 8 * kv + 4 * head
                 for i in range(3):
-                    assert found[layer, kv, head, i].tolist() == [32 * i + start + d for d in range(4)]
+                    assert actual[layer, kv, head, i].tolist() == [32 * i + start + d for d in range(4)]
 
 
 def test_a_projection_is_left_out_of_the_file_for_users(tmp_path: Path) -> None:
@@ -64,8 +64,8 @@ def test_zero_values() -> None:
     """Keys and values of zero: attention to the prefix gets nothing."""
     for fields in ({}, PROJECTION):
         model = peftcore.apply(tiny.llama(), "prefix-tuning", init_weights="zero", **fields)
-        found = next(module for module in model.modules() if isinstance(module, Prefix))()
-        assert not found.any()
+        actual = next(module for module in model.modules() if isinstance(module, Prefix))()
+        assert not actual.any()
 
 
 @pytest.mark.parametrize("submodules", [1, 2])
@@ -145,7 +145,7 @@ def test_gradient_checkpointing(make: Any, fields: dict[str, Any], reentrant: bo
         output = model(**tiny.inputs(model)).logits
         output.square().mean().backward()
         results.append((output.detach(), {name: p.grad for name, p in adapter_parameters(model, "default")}))
-    (plain, wanted), (found, gradients) = results
-    torch.testing.assert_close(found, plain, rtol=0, atol=1e-5)
-    for name, gradient in wanted.items():
+    (plain, expected), (actual, gradients) = results
+    torch.testing.assert_close(actual, plain, rtol=0, atol=1e-5)
+    for name, gradient in expected.items():
         torch.testing.assert_close(gradients[name], gradient, rtol=1e-4, atol=1e-6)

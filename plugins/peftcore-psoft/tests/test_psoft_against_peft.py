@@ -1,4 +1,4 @@
-"""Hugging Face PEFT reads what is saved here, and the other way round; a base in 4 bits; what does not fit."""
+"""Hugging Face PEFT loads adapters saved here, and vice versa; a base in 4 bits; invalid configs."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ TASKS = {"llama": "CAUSAL_LM", "bert": "SEQ_CLS", "t5": "SEQ_2_SEQ_LM"}
 
 
 @pytest.mark.parametrize(
-    ("kind", "more"),
+    ("kind", "options"),
     [("llama", {"r": 4, "psoft_alpha": 6}),
      ("llama", {"r": 4, "psoft_svd": "lowrank", "random_seed": 5, "ab_svd_init": "pissa_init"}),
      ("bert", {"r": 5, "use_cayley_neumann": True, "cayley_neumann_eps": 0.4, "psoft_mag_a": False}),
      ("t5", {"r": 4, "psoft_orth": False, "psoft_mag_b": False}),
      ("t5", {"r": 4, "use_cayley_neumann": True, "num_cayley_neumann_terms": 4, "init_weights": False})],
 )  # fmt: skip
-def test_files(kind: str, more: dict[str, Any], tmp_path: Path) -> None:
-    make, fields = tiny.MODELS[kind], {"target_modules": TARGETS[kind], **more}
+def test_files(kind: str, options: dict[str, Any], tmp_path: Path) -> None:
+    make, fields = tiny.MODELS[kind], {"target_modules": TARGETS[kind], **options}
     config = quiet(peft.PsoftConfig, task_type=TASKS[kind], **fields)
     start = load_file(peftcore.save(peftcore.apply(make(), "psoft", **fields), tmp_path / "start") / TENSORS)
-    wanted = peft.get_peft_model_state_dict(quiet(peft.get_peft_model, make(), config))
+    expected = peft.get_peft_model_state_dict(quiet(peft.get_peft_model, make(), config))
     assert {n: t.shape for n, t in start.items() if not n.endswith((".psoft_A", ".psoft_B"))} == {
-        n: t.shape for n, t in wanted.items()
+        n: t.shape for n, t in expected.items()
     }
     both_ways(make, tmp_path, peftcore.apply(make(), "psoft", **fields), config)
 
@@ -77,11 +77,11 @@ def test_an_adapter_of_a_4_bit_base_keeps_its_factors_on_dense_ones(dtype: torch
     peftcore.apply(trained, "psoft", r=4, target_modules=TARGETS["llama"])
     disturb(trained, "default", seed=1)
     peftcore.save(trained, tmp_path)
-    wanted = tiny.logits(trained) - tiny.logits(peftcore.quantize(tiny.llama(), "nf4"))
+    expected = tiny.logits(trained) - tiny.logits(peftcore.quantize(tiny.llama(), "nf4"))
 
     def compare(model: nn.Module) -> None:
         change = tiny.logits(model).float() - tiny.logits(tiny.llama().to(dtype)).float()
-        assert (change - wanted).norm() < 0.2 * wanted.norm()
+        assert (change - expected).norm() < 0.2 * expected.norm()
 
     compare(peftcore.load(tiny.llama().to(dtype), tmp_path))
     for replace in (restore, lambda model, folder: peftcore.set_state_dict(model, "default", folder)):
@@ -93,9 +93,9 @@ def test_an_adapter_of_a_4_bit_base_keeps_its_factors_on_dense_ones(dtype: torch
 def test_a_file_of_peft_is_refused_on_a_4_bit_base(tmp_path: Path) -> None:
     """It lacks the factors, which PEFT computed from the dense weight."""
     config = peft.PsoftConfig(task_type="CAUSAL_LM", r=4, target_modules=["v_proj"])
-    quiet(quiet(peft.get_peft_model, tiny.llama(), config).save_pretrained, tmp_path / "theirs")
+    quiet(quiet(peft.get_peft_model, tiny.llama(), config).save_pretrained, tmp_path / "peft")
     quantized = peftcore.quantize(tiny.llama(), "nf4")
     with pytest.raises(peftcore.PeftcoreError, match=r"dense weight of 'model\..*v_proj', which here is in nf4"):
-        peftcore.load(quantized, tmp_path / "theirs")
-    dense = peftcore.load(tiny.llama(), tmp_path / "theirs")
-    peftcore.load(quantized, peftcore.save(dense, tmp_path / "ours"))
+        peftcore.load(quantized, tmp_path / "peft")
+    dense = peftcore.load(tiny.llama(), tmp_path / "peft")
+    peftcore.load(quantized, peftcore.save(dense, tmp_path / "peftcore"))

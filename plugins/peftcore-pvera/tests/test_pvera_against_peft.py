@@ -1,4 +1,4 @@
-"""Hugging Face PEFT reads what is saved here, and the other way round, with the same logits."""
+"""Hugging Face PEFT loads adapters saved here with the same logits, and vice versa."""
 
 from __future__ import annotations
 
@@ -27,5 +27,5 @@ CASES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("kind", nightly_but(TARGETS, ["llama", "gpt2"]))
 def test_files(kind: str, tmp_path: Path) -> None:
     fields = {"target_modules": TARGETS[kind], "fan_in_fan_out": kind == "gpt2", **CASES["with A and B"]}
-    ours = peftcore.apply(tiny.MODELS[kind](), "pvera", **fields)
-    both_ways(tiny.MODELS[kind], tmp_path, ours, peft.PveraConfig(task_type=TASKS[kind], **fields))
+    model = peftcore.apply(tiny.MODELS[kind](), "pvera", **fields)
+    both_ways(tiny.MODELS[kind], tmp_path, model, peft.PveraConfig(task_type=TASKS[kind], **fields))

@@ -1,4 +1,4 @@
-"""Hugging Face PEFT reads what is saved here, and the other way round; layers are named where they must be."""
+"""Hugging Face PEFT loads adapters saved here, and vice versa; layers are named where they must be."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ TASKS = {"llama": "CAUSAL_LM", "bert": "SEQ_CLS", "t5": "SEQ_2_SEQ_LM"}
 
 
 @pytest.mark.parametrize(
-    ("kind", "more"),
+    ("kind", "options"),
     [("llama", {"group_size": 8}),
      ("bert", {"group_size": 16, "variant": "road_2"}),
      ("t5", {"group_size": 4, "variant": "road_4", "init_weights": False})],
 )  # fmt: skip
-def test_files(kind: str, more: dict[str, Any], tmp_path: Path) -> None:
-    make, fields = tiny.MODELS[kind], {"target_modules": TARGETS[kind], **more}
+def test_files(kind: str, options: dict[str, Any], tmp_path: Path) -> None:
+    make, fields = tiny.MODELS[kind], {"target_modules": TARGETS[kind], **options}
     config = quiet(peft.RoadConfig, task_type=TASKS[kind], **fields)
     same_start(make, tmp_path, peftcore.apply(make(), "road", **fields), config)
     both_ways(make, tmp_path, peftcore.apply(make(), "road", **fields), config)
@@ -38,9 +38,9 @@ def test_layers_are_named_where_peft_has_no_other_way(tmp_path: Path) -> None:
     disturb(model, "default", seed=1)
     config = json.loads((peftcore.save(model, tmp_path) / "adapter_config.json").read_text())
     assert "exclude_modules" not in config and len(config["target_modules"]) >= 2
-    theirs = quiet(peft.PeftModel.from_pretrained, tiny.llama(), tmp_path)
-    assert sum(name.endswith("road_theta") for name, module in theirs.named_modules()) == 3
-    torch.testing.assert_close(tiny.logits(theirs.eval()), tiny.logits(model), rtol=0, atol=1e-5)
+    peft_model = quiet(peft.PeftModel.from_pretrained, tiny.llama(), tmp_path)
+    assert sum(name.endswith("road_theta") for name, module in peft_model.named_modules()) == 3
+    torch.testing.assert_close(tiny.logits(peft_model.eval()), tiny.logits(model), rtol=0, atol=1e-5)
 
 
 def test_what_does_not_fit_is_refused() -> None:

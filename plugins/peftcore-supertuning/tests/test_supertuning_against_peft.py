@@ -1,4 +1,4 @@
-"""Hugging Face PEFT reads what is saved here, and the other way round; places; what does not fit."""
+"""Hugging Face PEFT loads adapters saved here, and vice versa; places; invalid configs."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def test_files(case: str, kind: str, tmp_path: Path) -> None:
     make, fields = tiny.MODELS[kind], {"target_modules": TARGETS[kind], "sparsity": 0.9, **CASES[case]}
     torch.manual_seed(0)
     config = quiet(peft.SupertuningConfig, task_type=TASKS[kind], **fields)
-    ours = peftcore.apply(make(), "supertuning", **fields)
-    both_ways(make, tmp_path, ours, config)
+    model = peftcore.apply(make(), "supertuning", **fields)
+    both_ways(make, tmp_path, model, config)
 
 
 @pytest.mark.parametrize("case", ["plain", "smallest", "supra", "drawn"])
@@ -45,15 +45,15 @@ def test_it_starts_as_peft_s(case: str, tmp_path: Path) -> None:
     fields = {"target_modules": TARGETS["llama"], "sparsity": 0.9, **CASES[case]}
     torch.manual_seed(0)
     config = peft.SupertuningConfig(task_type="CAUSAL_LM", **fields)
-    wanted = peft.get_peft_model_state_dict(quiet(peft.get_peft_model, tiny.llama(), config))
+    expected = peft.get_peft_model_state_dict(quiet(peft.get_peft_model, tiny.llama(), config))
     folder = peftcore.save(peftcore.apply(tiny.llama(), "supertuning", **fields), tmp_path)
-    found = load_file(folder / "adapter_model.safetensors")
-    assert found.keys() == wanted.keys()
-    for name, tensor in found.items():
+    actual = load_file(folder / "adapter_model.safetensors")
+    assert actual.keys() == expected.keys()
+    for name, tensor in actual.items():
         if name.endswith("indices"):
-            assert torch.equal(tensor, wanted[name]) and tensor.dtype == wanted[name].dtype
+            assert torch.equal(tensor, expected[name]) and tensor.dtype == expected[name].dtype
         else:
-            assert float(tensor.std()) == pytest.approx(float(wanted[name].std()), rel=0.4)
+            assert float(tensor.std()) == pytest.approx(float(expected[name].std()), rel=0.4)
 
 
 def test_places_are_those_of_the_largest_numbers(tmp_path: Path) -> None:
@@ -68,15 +68,15 @@ def test_a_file_of_peft_without_places(tmp_path: Path) -> None:
     """They are computed from a dense base; a 4-bit base refuses the file until it is saved with them."""
     fields = {"sparsity": 0.9, "target_modules": ["v_proj"], "save_precomputed_indices": False}
     config = quiet(peft.SupertuningConfig, task_type="CAUSAL_LM", **fields)
-    theirs = moved(quiet(peft.get_peft_model, tiny.llama(), config).eval())
-    quiet(theirs.save_pretrained, tmp_path / "theirs")
-    assert not any("indices" in name for name in load_file(tmp_path / "theirs" / "adapter_model.safetensors"))
-    dense = peftcore.load(tiny.llama(), tmp_path / "theirs")
-    torch.testing.assert_close(tiny.logits(dense), logits(theirs), rtol=0, atol=1e-5)
+    peft_model = moved(quiet(peft.get_peft_model, tiny.llama(), config).eval())
+    quiet(peft_model.save_pretrained, tmp_path / "peft")
+    assert not any("indices" in name for name in load_file(tmp_path / "peft" / "adapter_model.safetensors"))
+    dense = peftcore.load(tiny.llama(), tmp_path / "peft")
+    torch.testing.assert_close(tiny.logits(dense), logits(peft_model), rtol=0, atol=1e-5)
     quantized = peftcore.quantize(tiny.llama(), "nf4")
     with pytest.raises(peftcore.PeftcoreError, match=r"dense weight of 'model\..*v_proj', which here is in nf4"):
-        peftcore.load(quantized, tmp_path / "theirs")
-    peftcore.load(quantized, peftcore.save(dense, tmp_path / "ours"))
+        peftcore.load(quantized, tmp_path / "peft")
+    peftcore.load(quantized, peftcore.save(dense, tmp_path / "peftcore"))
 
 
 @pytest.mark.parametrize(
@@ -87,11 +87,11 @@ def test_places_are_saved(make: Any, tmp_path: Path) -> None:
     trained = peftcore.apply(tiny.llama(), "supertuning", sparsity=0.9)
     disturb(trained, "default", seed=1)
     peftcore.save(trained, tmp_path)
-    wanted = tiny.logits(trained) - tiny.logits(tiny.llama())
+    expected = tiny.logits(trained) - tiny.logits(tiny.llama())
 
     def compare(model: nn.Module) -> None:
         change = tiny.logits(model).float() - tiny.logits(make()).float()
-        assert (change - wanted).norm() < 0.2 * wanted.norm()
+        assert (change - expected).norm() < 0.2 * expected.norm()
 
     compare(peftcore.load(make(), tmp_path))
     for replace in (restore, lambda model, folder: peftcore.set_state_dict(model, "default", folder)):
@@ -120,7 +120,7 @@ def test_small_numbers_act_in_mixed_precision() -> None:
     nn.init.constant_(adapter.supertuning_values, 1e-3)
     x = torch.tensor([[1.0, -1.0, 1.0, -1.0], [1.0, 1.0, -1.0, -1.0]])
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        found = model(x)
-    wanted = x @ adapter.with_sparse(torch.zeros(4, 4)).detach().T
-    assert wanted.abs().max() >= 1e-3
-    torch.testing.assert_close(found.float(), wanted, rtol=1e-2, atol=1e-6)
+        actual = model(x)
+    expected = x @ adapter.with_sparse(torch.zeros(4, 4)).detach().T
+    assert expected.abs().max() >= 1e-3
+    torch.testing.assert_close(actual.float(), expected, rtol=1e-2, atol=1e-6)

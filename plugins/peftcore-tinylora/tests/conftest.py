@@ -1,4 +1,4 @@
-"""One thread for tiny matrices: more only wait for one another, ten times as long on a busy machine."""
+"""Run on one thread: with matrices this small, further threads only wait for one another."""
 
 from collections.abc import Iterator
 

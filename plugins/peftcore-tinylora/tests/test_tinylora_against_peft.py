@@ -1,4 +1,4 @@
-"""Hugging Face PEFT reads what is saved here, and the other way round, with the same logits."""
+"""Hugging Face PEFT loads adapters saved here with the same logits, and vice versa."""
 
 from __future__ import annotations
 
@@ -30,5 +30,5 @@ CASES: dict[str, dict[str, Any]] = {
 )
 def test_files(kind: str, case: str, tmp_path: Path) -> None:
     fields = {"target_modules": TARGETS[kind], "fan_in_fan_out": kind == "gpt2", **CASES[case]}
-    ours = peftcore.apply(tiny.MODELS[kind](), "tinylora", **fields)
-    both_ways(tiny.MODELS[kind], tmp_path, ours, peft.TinyLoraConfig(task_type=TASKS[kind], **fields))
+    model = peftcore.apply(tiny.MODELS[kind](), "tinylora", **fields)
+    both_ways(tiny.MODELS[kind], tmp_path, model, peft.TinyLoraConfig(task_type=TASKS[kind], **fields))

@@ -1,4 +1,4 @@
-"""TinyLoRA of embeddings: PEFT's files both ways, merged, dropout, what is refused."""
+"""TinyLoRA of embeddings: files to and from PEFT, merged, dropout, errors."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ def test_files(fields: dict[str, Any], tmp_path: Path) -> None:
 @pytest.mark.parametrize("tying", [0.0, 0.6])
 def test_embedding_of_a_model(tying: float, tmp_path: Path) -> None:
     fields: dict[str, Any] = {"target_modules": ["embed_tokens", "q_proj"], "u": 5, "weight_tying": tying}
-    ours = peftcore.apply(tiny.llama(), "tinylora", **fields)
-    both_ways(tiny.llama, tmp_path, ours, peft.TinyLoraConfig(task_type="CAUSAL_LM", **fields))
+    model = peftcore.apply(tiny.llama(), "tinylora", **fields)
+    both_ways(tiny.llama, tmp_path, model, peft.TinyLoraConfig(task_type="CAUSAL_LM", **fields))
 
 
 def test_numbers_of_the_subspace_are_dropped_in_training() -> None:
     model = Layer(nn.Embedding(20, 8))
     disturb(peftcore.apply(model, "tinylora", target_modules=["layer"], tinylora_dropout=0.9), "default", seed=1)
     added = model.eval()(IDS).detach() - model.layer.weight[IDS]
-    found = model.train()(IDS).detach() - model.layer.weight[IDS]
-    assert 0 < (found.abs() < 1e-6).all(-1).sum() < 8 and (added.abs() > 1e-6).any(-1).all()
+    actual = model.train()(IDS).detach() - model.layer.weight[IDS]
+    assert 0 < (actual.abs() < 1e-6).all(-1).sum() < 8 and (added.abs() > 1e-6).any(-1).all()
 
 
 def test_a_scaled_embedding_is_refused() -> None:

@@ -35,8 +35,8 @@ MODELS = {**tiny.MODELS, "gemma": gemma}
 def test_files(kind: str, tmp_path: Path) -> None:
     make = MODELS[kind]
     task = peftcore.model.detect(make()).task_type
-    ours = peftcore.apply(make(), TrainableTokensConfig(token_indices=IDS))
-    both_ways(make, tmp_path, ours, peft.TrainableTokensConfig(token_indices=IDS, task_type=task))
+    model = peftcore.apply(make(), TrainableTokensConfig(token_indices=IDS))
+    both_ways(make, tmp_path, model, peft.TrainableTokensConfig(token_indices=IDS, task_type=task))
 
 
 @pytest.mark.parametrize("named", [["lm_head"], ["embed_tokens", "lm_head"], r"lm_head|model\.embed_tokens"])
@@ -44,11 +44,11 @@ def test_peft_reads_the_rows_of_a_tied_head(named: str | list[str], tmp_path: Pa
     model = peftcore.apply(gemma(), "trainable-tokens", token_indices=IDS, target_modules=named)
     disturb(model, "default", seed=1)
     peftcore.save(model, tmp_path)
-    ours = tiny.logits(model)
-    theirs = quiet(peft.PeftModel.from_pretrained, gemma(), tmp_path).eval()
-    torch.testing.assert_close(logits(theirs), ours, rtol=0, atol=1e-5)
-    assert not torch.allclose(tiny.logits(gemma()), ours, atol=0.1)
-    assert torch.equal(tiny.logits(peftcore.load(gemma(), tmp_path)), ours)
+    peftcore_model = tiny.logits(model)
+    peft_model = quiet(peft.PeftModel.from_pretrained, gemma(), tmp_path).eval()
+    torch.testing.assert_close(logits(peft_model), peftcore_model, rtol=0, atol=1e-5)
+    assert not torch.allclose(tiny.logits(gemma()), peftcore_model, atol=0.1)
+    assert torch.equal(tiny.logits(peftcore.load(gemma(), tmp_path)), peftcore_model)
 
 
 def test_an_untied_head_is_adapted_alone() -> None:
@@ -63,13 +63,13 @@ def test_rows_are_those_of_the_weight() -> None:
     model = peftcore.apply(gemma(), "trainable-tokens", token_indices=IDS)
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == len(IDS) * 32
     disturb(model, "default", seed=1)
-    ours = tiny.logits(model)
+    peftcore_model = tiny.logits(model)
     rows = model.model.embed_tokens.peftcore["default"].trainable_tokens_delta
     plain = gemma()
     weight = plain.model.embed_tokens.weight
     with torch.no_grad():
         weight[torch.tensor(IDS)] = rows
-    torch.testing.assert_close(ours, tiny.logits(plain), rtol=0, atol=1e-5)
+    torch.testing.assert_close(peftcore_model, tiny.logits(plain), rtol=0, atol=1e-5)
     for each in (model, plain):
         each(input_ids=tiny.TOKENS, labels=tiny.TOKENS).loss.backward()
     torch.testing.assert_close(rows.grad, weight.grad[torch.tensor(IDS)], rtol=1e-4, atol=1e-6)
@@ -77,7 +77,7 @@ def test_rows_are_those_of_the_weight() -> None:
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert torch.equal(model.lm_head.weight, weight)
     peftcore.unmerge(model)
-    assert torch.equal(tiny.logits(model), ours)
+    assert torch.equal(tiny.logits(model), peftcore_model)
 
 
 def test_padding_gets_no_gradient() -> None:
@@ -94,11 +94,11 @@ def test_new_tokens_are_in_the_file(tmp_path: Path) -> None:
     model.resize_token_embeddings(99)
     peftcore.apply(model, "trainable-tokens", token_indices=[96, 97, 98], init_weights=False)
     peftcore.save(model, tmp_path)
-    again = tiny.llama()
-    again.resize_token_embeddings(99)
-    peftcore.load(again, tmp_path)
+    reloaded = tiny.llama()
+    reloaded.resize_token_embeddings(99)
+    peftcore.load(reloaded, tmp_path)
     tokens = torch.tensor([[5, 96, 98]])
-    assert torch.equal(again.model.embed_tokens(tokens), model.model.embed_tokens(tokens))
+    assert torch.equal(reloaded.model.embed_tokens(tokens), model.model.embed_tokens(tokens))
 
 
 @pytest.mark.parametrize(
@@ -145,14 +145,14 @@ BESIDE_LORA = {"target_modules": ["query"], "r": 2, "trainable_token_indices": {
     ids=["alone", "lora"],
 )
 def test_peft_leaves_out_the_bias_of_a_head(config: peft.PeftConfig, tmp_path: Path) -> None:
-    theirs = moved(quiet(peft.get_peft_model, masked(), config).eval())
-    quiet(theirs.save_pretrained, tmp_path)
+    peft_model = moved(quiet(peft.get_peft_model, masked(), config).eval())
+    quiet(peft_model.save_pretrained, tmp_path)
     with pytest.raises(peftcore.PeftcoreError, match=r"PEFT computes 'cls.predictions.decoder' without its bias"):
         peftcore.load(masked(), tmp_path)
     base = masked()
     base.get_submodule("cls.predictions.decoder").bias = None  # as the message says
-    ours = peftcore.load(base, tmp_path)
-    torch.testing.assert_close(tiny.logits(ours), logits(theirs), rtol=0, atol=1e-5)
+    model = peftcore.load(base, tmp_path)
+    torch.testing.assert_close(tiny.logits(model), logits(peft_model), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(

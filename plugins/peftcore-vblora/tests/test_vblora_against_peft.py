@@ -1,4 +1,4 @@
-"""Hugging Face PEFT reads what is saved here, and the other way round, with the same logits."""
+"""Hugging Face PEFT loads adapters saved here with the same logits, and vice versa."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ CASES: dict[str, dict[str, Any]] = {
 )
 def test_files(kind: str, case: str, tmp_path: Path) -> None:
     fields = {"target_modules": TARGETS[kind], "fan_in_fan_out": kind == "gpt2", **CASES[case]}
-    ours = peftcore.apply(tiny.MODELS[kind](), "vblora", **fields)
-    both_ways(tiny.MODELS[kind], tmp_path, ours, peft.VBLoRAConfig(task_type=TASKS[kind], **fields))
+    model = peftcore.apply(tiny.MODELS[kind](), "vblora", **fields)
+    both_ways(tiny.MODELS[kind], tmp_path, model, peft.VBLoRAConfig(task_type=TASKS[kind], **fields))
 
 
 def test_a_thin_file_is_not_trained(tmp_path: Path) -> None:
@@ -39,10 +39,10 @@ def test_a_thin_file_is_not_trained(tmp_path: Path) -> None:
     model = peftcore.apply(tiny.llama(), "vblora", **fields).train()
     model(input_ids=tiny.TOKENS)  # before it was written it may
     peftcore.save(model, tmp_path)
-    again = peftcore.load(tiny.llama(), tmp_path)
-    torch.testing.assert_close(tiny.logits(again), tiny.logits(model.eval()), rtol=0, atol=1e-6)
+    reloaded = peftcore.load(tiny.llama(), tmp_path)
+    torch.testing.assert_close(tiny.logits(reloaded), tiny.logits(model.eval()), rtol=0, atol=1e-6)
     with pytest.raises(peftcore.PeftcoreError, match="no logits to train"):
-        again.train()(input_ids=tiny.TOKENS)
+        reloaded.train()(input_ids=tiny.TOKENS)
 
 
 def test_the_bank_learns_at_a_tenth_of_the_rate() -> None:

@@ -1,4 +1,4 @@
-"""Hugging Face PEFT reads what is saved here, and the other way round, with the same logits."""
+"""Hugging Face PEFT loads adapters saved here with the same logits, and vice versa."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ def test_files(kind: str, kept: bool, tmp_path: Path) -> None:
     # PEFT takes GPT-2's sizes for those of its transposed weights where layers are of several sizes.
     names = TARGETS[kind][:1] if kind == "gpt2" else TARGETS[kind]
     fields = {"target_modules": names, "fan_in_fan_out": kind == "gpt2", "r": 8, "save_projection": kept}
-    ours = peftcore.apply(tiny.MODELS[kind](), "vera", **fields)
+    model = peftcore.apply(tiny.MODELS[kind](), "vera", **fields)
     with pytest.warns() if not kept else nothing():
         config = peft.VeraConfig(task_type=TASKS[kind], **fields)
-    both_ways(tiny.MODELS[kind], tmp_path, ours, config)
+    both_ways(tiny.MODELS[kind], tmp_path, model, config)
 
 
 def test_a_and_b_are_one_pair(tmp_path: Path) -> None:

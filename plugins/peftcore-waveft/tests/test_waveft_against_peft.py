@@ -1,4 +1,4 @@
-"""Hugging Face PEFT reads what is saved here, and the other way round; each wavelet; what does not fit."""
+"""Hugging Face PEFT loads adapters saved here, and vice versa; each wavelet; invalid configs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TARGETS["gpt2"] = ["c_attn"]
 
 
 @pytest.mark.parametrize(
-    ("kind", "more"),
+    ("kind", "options"),
     [("llama", {"n_frequency": 30, "n_frequency_pattern": {"v_proj": 9}, "init_weights": False}),
      ("llama", {"n_frequency": 30, "proportional_parameters": True, "layers_to_transform": [1]}),
      ("llama", {"n_frequency": 30, "exclude_modules": ["0.self_attn.k_proj"], "wavelet_family": "coif2"}),
@@ -31,8 +31,8 @@ TARGETS["gpt2"] = ["c_attn"]
      ("gpt2", {"n_frequency": 40, "fan_in_fan_out": True, "bias": "all", "use_idwt": False}),
      ("t5", {"n_frequency": 60, "random_loc_seed": 5, "wavelet_family": "db10"})],
 )  # fmt: skip
-def test_files(kind: str, more: dict[str, Any], tmp_path: Path) -> None:
-    make, fields = tiny.MODELS[kind], {"target_modules": TARGETS[kind], **more}
+def test_files(kind: str, options: dict[str, Any], tmp_path: Path) -> None:
+    make, fields = tiny.MODELS[kind], {"target_modules": TARGETS[kind], **options}
     torch.manual_seed(0)
     config = quiet(peft.WaveFTConfig, task_type=TASKS[kind], **fields)
     same_start(make, tmp_path, peftcore.apply(make(), "waveft", **fields), config)
@@ -44,18 +44,18 @@ def test_each_wavelet(family: str) -> None:
     """Filters whose shifts by two are orthonormal, and PEFT's change of weights of odd and even sizes."""
     low, high = filters(family)
     for shift in range(0, len(low), 2):
-        wanted = torch.eye(2, dtype=low.dtype) * (shift == 0)
+        expected = torch.eye(2, dtype=low.dtype) * (shift == 0)
         both = torch.stack([low, high])
         off = 3e-2 if family == "coif4" else 1e-10  # PEFT's numbers of this one are not quite a wavelet's
-        torch.testing.assert_close(both[:, shift:] @ both[:, : len(low) - shift].T, wanted, rtol=0, atol=off)
+        torch.testing.assert_close(both[:, shift:] @ both[:, : len(low) - shift].T, expected, rtol=0, atol=off)
     for width, out_width in ((12, 7), (9, 16)):
         fields = {"n_frequency": 50, "wavelet_family": family}
-        theirs = WaveFTLinear(nn.Linear(width, out_width), "x", peft.WaveFTConfig(**fields), n_frequency=50)
+        peft_model = WaveFTLinear(nn.Linear(width, out_width), "x", peft.WaveFTConfig(**fields), n_frequency=50)
         config = WaveFTConfig(**fields)
-        ours = WaveFT(config, Patches(config, 50, width, out_width), width, out_width)
+        model = WaveFT(config, Patches(config, 50, width, out_width), width, out_width)
         values = torch.randn(50)
-        ours.waveft_spectrum.data, theirs.waveft_spectrum["x"].data = values, values.clone()
-        torch.testing.assert_close(ours.delta(), theirs.get_delta_weight("x"), rtol=0, atol=1e-5 * 25)
+        model.waveft_spectrum.data, peft_model.waveft_spectrum["x"].data = values, values.clone()
+        torch.testing.assert_close(model.delta(), peft_model.get_delta_weight("x"), rtol=0, atol=1e-5 * 25)
 
 
 @given(st.integers(2, 9), st.integers(2, 9), st.sampled_from(FAMILIES), st.booleans(), st.data())
