@@ -25,11 +25,11 @@ from peftcore.quantization.packed_experts import pack_experts
 from peftcore.quantization.parameters import (
     PackedParameters,
     check_experts,
-    joined_experts,
     parameter_shape,
+    quantize_experts,
     refuse_non_finite,
 )
-from peftcore.quantization.quantizable import selected, selected_experts
+from peftcore.quantization.quantizable import select_experts, select_layers
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -123,8 +123,8 @@ def _make_quantized(
     layers: set[str] = set()
     experts: dict[str, dict[str, int]] = {}
     if quantizes and not packed:
-        layers.update(selected(model, skip))
-        experts = selected_experts(model, skip, settings.blocksize)
+        layers.update(select_layers(model, skip))
+        experts = select_experts(model, skip, settings.blocksize)
     for name in packed:
         path, _, attribute = name.rpartition(".")
         if attribute == "weight" and is_linear(model.get_submodule(path)):
@@ -218,7 +218,7 @@ def _fill_quantized(
     if name in tensors.experts:
         _check_shape(name, tensors.experts[name][1], packing.shape)
         experts = (_finite(expert, name) for expert in tensors.by_expert(model, name, 0, packing.shape[0]))
-        packed = joined_experts(experts, packing.shape, module.settings_of(attribute), packing.turned)
+        packed = quantize_experts(experts, packing.shape, module.settings_of(attribute), packing.turned)
     else:
         weight, parts = tensors.stored(tensors.keys[name])[...], tensors.parts(name)
         packed = (

@@ -17,7 +17,7 @@ from peftcore.errors import PeftcoreError
 from peftcore.estimating.following import NotFollowed
 from peftcore.plugin import meta_copy
 from peftcore.plugin.layers import is_wrapped
-from peftcore.quantization import QuantizedLinear, built_empty, is_packed, quantized_experts
+from peftcore.quantization import QuantizedLinear, build_empty, is_packed, quantized_experts
 from peftcore.quantization.convert import convert
 
 
@@ -140,7 +140,7 @@ def _built(config: Any, dtype: torch.dtype) -> nn.Module:
     import transformers
 
     if is_packed(config):
-        return built_empty(config, lambda dense: _built(dense, dtype))
+        return build_empty(config, lambda dense: _built(dense, dtype))
     _refuse_packed(config)
     config = copy.deepcopy(config)  # building a model changes its config
     named = getattr(transformers, (getattr(config, "architectures", None) or ["?"])[0], None)

@@ -92,8 +92,8 @@ def shape_of(module: nn.Module, name: str) -> tuple[int, ...]:
     if hasattr(type(module), "packings"):  # of `quantization.parameters.PackedParameters`
         packings: Any = module.packings
         if name in packings:
-            held: Any = getattr(module, "held_part", None)  # this rank has a part of the weight
-            return tuple(packings[name].shape if held is None else held.shape)
+            shard: Any = getattr(module, "weight_shard", None)  # this rank has a shard of the weight
+            return tuple(packings[name].shape if shard is None else shard.shape)
     parameter = module._parameters.get(name)
     if parameter is None:
         parameter = module.get_parameter(name)

@@ -1,8 +1,7 @@
-"""4-bit weights: quantized linear layers, experts and whole models, and their files.
+"""4-bit weights: quantized linear layers, experts and models, and their files.
 
-It imports `engine` and what is below it. Public names: `peftcore.quantize`, `dequantize` and `FourBitConfig`; here
-`load`, `QuantizedLinear`, `quantized_layers` and `quantized_experts`; and for plugins `PackedParameters`,
-`default_skip` and `find_type`.
+Public names are `peftcore.quantize`, `dequantize` and `FourBitConfig`; in this package `load`, `QuantizedLinear`,
+`quantized_layers` and `quantized_experts`; and for plugins `PackedParameters`, `default_skip` and `find_type`.
 """
 
 from __future__ import annotations
@@ -16,13 +15,13 @@ from torch import nn
 
 from peftcore.errors import PeftcoreError
 from peftcore.quantization import weight_formats  # noqa: F401  # it registers the 4-bit formats
-from peftcore.quantization.checkpoint_layouts import built_empty as built_empty, is_packed as is_packed
+from peftcore.quantization.checkpoint_layouts import build_empty as build_empty, is_packed as is_packed
 from peftcore.quantization.convert import (
     dequantize as dequantize,
-    give_back_freed as give_back_freed,
     quantize as quantize,
     quantized_experts as quantized_experts,
     quantized_layers as quantized_layers,
+    release_free_memory as release_free_memory,
 )
 from peftcore.quantization.formats import QUANT_TYPES as QUANT_TYPES
 from peftcore.quantization.linear import QuantizedLinear as QuantizedLinear
@@ -34,30 +33,29 @@ from peftcore.quantization.quantizable import default_skip as default_skip, quan
 def load(path: str | os.PathLike[str], quant_type: str = "nf4", **options: Any) -> nn.Module:
     """Load a transformers model from a folder or hub id, quantizing each weight as it is read.
 
-    Memory holds the quantized model and one dense weight at a time. A checkpoint that is quantized keeps its bits:
-    bitsandbytes' 4-bit format, MXFP4, and with the package peftcore-checkpoints int4 of GPTQ, AutoAWQ and
-    compressed-tensors, whose layers become `affine4`, and NVFP4 of ModelOpt and compressed-tensors.
+    At any time, memory holds the quantized model and one dense weight. Quantized checkpoints keep their bits:
+    bitsandbytes' 4-bit format and MXFP4, and with the package peftcore-checkpoints also int4 by GPTQ, AutoAWQ and
+    compressed-tensors (the layers become `affine4`) and NVFP4 by ModelOpt and compressed-tensors.
 
     Args:
         path: folder or hub id.
-        quant_type: as for `quantize`; for a format of a plugin the dense model is loaded first.
-        options: `double_quant`, `skip`, `compute_dtype` and `blocksize` as for `quantize`; `dtype` of what stays dense
-            (by default the checkpoint's); `model_class`, by default the class that the checkpoint names. Other options
-            are passed to its `from_pretrained`.
+        quant_type: as for `quantize`. For a plugin's format, the whole dense model is loaded first.
+        options: `double_quant`, `skip`, `compute_dtype` and `blocksize` as for `quantize`; `dtype` of the weights that
+            stay dense (default: the checkpoint's); `model_class` (default: the class that the checkpoint's config
+            names). Other options are passed to its `from_pretrained`.
 
     Returns:
         The model.
 
     Raises:
-        PeftcoreError: the checkpoint is quantized in another format, or an argument is wrong.
-        CheckpointError: 4-bit tensors in it are damaged.
+        PeftcoreError: the checkpoint is quantized in an unsupported format, or an argument is wrong.
+        CheckpointError: 4-bit tensors in the checkpoint are damaged.
     """
     if importlib.util.find_spec("transformers") is None:
         raise PeftcoreError("loading a model needs transformers. Install it: pip install transformers")
     if torch.get_default_device().type == "meta":
         raise PeftcoreError(
-            "a model cannot be loaded under torch.device('meta'), where tensors have no values. "
-            "Load it outside that block"
+            "cannot load a model under torch.device('meta'), where tensors have no values. Load it outside that block"
         )
     from peftcore.quantization import huggingface
 

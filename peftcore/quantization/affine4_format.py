@@ -27,9 +27,9 @@ from peftcore.quantization.four_bit_format import (
     check_blocksize,
     check_parts,
     check_state,
-    damaged,
-    encoded,
-    facts_of,
+    damaged_error,
+    encode_json,
+    state_metadata,
 )
 
 _STATE = "quant_state.peftcore__affine4"
@@ -56,25 +56,28 @@ def to_tensors(weight: PackedWeight) -> dict[str, Tensor]:
         tensors["zeros"] = weight.zeros
     if weight.permutation is not None:
         tensors["permutation"] = weight.permutation
-    return {**tensors, _STATE: encoded({**facts_of(weight), "blocksize": weight.blocksize}, weight.absmax.device)}
+    return {
+        **tensors,
+        _STATE: encode_json({**state_metadata(weight), "blocksize": weight.blocksize}, weight.absmax.device),
+    }
 
 
 def from_tensors(codes: Tensor, tensors: Mapping[str, Tensor], name: str) -> PackedWeight:
-    """Build the weight `name` from its bytes and tensors, checked against each other.
+    """Build the weight `name` from its codes and tensors, and check that they are consistent.
 
     Raises:
-        CheckpointError: a part is missing or does not fit: the file is damaged or has another format.
+        CheckpointError: a tensor is missing or does not fit; the file is damaged or has another format.
     """
-    facts, shape, dtype, is_turned = check_state(codes, tensors, _STATE, name)
-    blocksize: Any = facts.get("blocksize")
+    metadata, shape, dtype, is_transposed = check_state(codes, tensors, _STATE, name)
+    blocksize: Any = metadata.get("blocksize")
     try:
         check_blocksize(blocksize)
     except PeftcoreError as error:
-        raise damaged(name, f"cannot be read from '{_STATE}': {error}") from error
+        raise damaged_error(name, f"cannot be read from '{_STATE}': {error}") from error
     if not shape or shape[-1] % blocksize:
-        raise damaged(name, f"has shape={list(shape)}, whose rows are not multiples of {blocksize} values")
-    blocks, found = math.prod(shape) // blocksize, {part: t.dtype for part, t in tensors.items()}
-    scales, zeros = found.get("absmax"), found.get("zeros")
+        raise damaged_error(name, f"has shape={list(shape)}, whose rows are not multiples of {blocksize} values")
+    blocks, dtypes = math.prod(shape) // blocksize, {part: t.dtype for part, t in tensors.items()}
+    scales, zeros = dtypes.get("absmax"), dtypes.get("zeros")
     expected = {"absmax": (scales if scales in (torch.float16, torch.bfloat16) else torch.float32, blocks)}
     if zeros is not None:
         expected["zeros"] = (torch.uint8 if zeros is torch.uint8 else torch.float32, blocks)
@@ -86,17 +89,23 @@ def from_tensors(codes: Tensor, tensors: Mapping[str, Tensor], name: str) -> Pac
     if "permutation" in parts:
         _check_permutation(parts["permutation"], shape, name)
     quant_map = ops.codebook("affine4", codes.device)
-    facts = {"shape": shape, "blocksize": blocksize, "dtype": dtype, "quant_type": "affine4", "turned": is_turned}
+    metadata = {
+        "shape": shape,
+        "blocksize": blocksize,
+        "dtype": dtype,
+        "quant_type": "affine4",
+        "turned": is_transposed,
+    }
     codes = codes.detach().contiguous()
-    return PackedWeight(codes, quant_map=quant_map, nested_blocksize=AFFINE, **facts, **parts)
+    return PackedWeight(codes, quant_map=quant_map, nested_blocksize=AFFINE, **metadata, **parts)
 
 
 def _check_permutation(permutation: Tensor, shape: tuple[int, ...], name: str) -> None:
     if permutation.is_meta:
         return
     if len(shape) != 2 or not torch.equal(permutation.sort().values.cpu(), torch.arange(shape[-1])):
-        found = shown(permutation.tolist())
-        raise damaged(name, f"has permutation={found}, which is not one of the inputs of shape {list(shape)}")
+        values = shown(permutation.tolist())
+        raise damaged_error(name, f"has permutation={values}, which does not permute the inputs of shape {list(shape)}")
 
 
 AFFINE4 = FourBitFormat(

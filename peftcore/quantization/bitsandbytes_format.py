@@ -25,14 +25,14 @@ from peftcore.quantization.four_bit_format import (
     FourBitFormat,
     check_blocksize,
     check_parts,
-    damaged,
-    decoded,
-    encoded,
+    damaged_error,
+    decode_json,
+    encode_json,
     shape_and_dtype,
 )
 
 STATE_KEY = "quant_state.bitsandbytes__"
-_STORAGE = (  # dtypes that packed bytes are viewed as
+_STORAGE = (  # values of bitsandbytes' quant_storage: the dtypes as which packed bytes may be stored
     torch.uint8,
     torch.int8,
     torch.float16,
@@ -43,7 +43,7 @@ _STORAGE = (  # dtypes that packed bytes are viewed as
 
 def to_tensors(weight: PackedWeight) -> dict[str, Tensor]:
     """Return the tensors stored with `X.weight` on disk, by the part of the name after `X.weight.`."""
-    facts: dict[str, Any] = {
+    metadata: dict[str, Any] = {
         "quant_type": weight.quant_type,
         "blocksize": weight.blocksize,
         "dtype": str(weight.dtype).removeprefix("torch."),
@@ -53,50 +53,50 @@ def to_tensors(weight: PackedWeight) -> dict[str, Tensor]:
     nested_absmax, nested_quant_map, nested_offset = weight.nested_absmax, weight.nested_quant_map, weight.nested_offset
     if nested_absmax is not None and nested_quant_map is not None and nested_offset is not None:
         tensors |= {"nested_absmax": nested_absmax, "nested_quant_map": nested_quant_map}
-        facts |= {
+        metadata |= {
             "nested_blocksize": weight.nested_blocksize,
             "nested_dtype": "float32",
             "nested_offset": nested_offset.item(),
         }
-    return {**tensors, STATE_KEY + weight.quant_type: encoded(facts, weight.absmax.device)}
+    return {**tensors, STATE_KEY + weight.quant_type: encode_json(metadata, weight.absmax.device)}
 
 
 def from_tensors(codes: Tensor, tensors: Mapping[str, Tensor], name: str, quant_type: str) -> PackedWeight:
-    """Build the weight `name` from its bytes and tensors, checked against each other.
+    """Build the weight `name` from its codes and tensors, and check that they are consistent.
 
     Raises:
-        CheckpointError: a part is missing or does not fit: the file is damaged or has another format.
+        CheckpointError: a tensor is missing or does not fit; the file is damaged or has another format.
     """
     key = STATE_KEY + quant_type
     try:
-        facts = decoded(tensors[key], f"{name}.{key}")
-        blocksize, nested_blocksize = facts.get("blocksize"), facts.get("nested_blocksize", 256)
+        metadata = decode_json(tensors[key], f"{name}.{key}")
+        blocksize, nested_blocksize = metadata.get("blocksize"), metadata.get("nested_blocksize", 256)
         check_blocksize(blocksize)
         check_blocksize(nested_blocksize, "nested_blocksize")
     except PeftcoreError as error:
-        raise damaged(name, f"cannot be read from '{key}': {error}") from error
-    if facts.get("quant_type") != quant_type:
-        raise damaged(name, f"has quant_type={shown(facts.get('quant_type'))} in '{key}'")
-    shape, dtype = shape_and_dtype(facts, name)
-    offset: Any = facts.get("nested_offset")
+        raise damaged_error(name, f"cannot be read from '{key}': {error}") from error
+    if metadata.get("quant_type") != quant_type:
+        raise damaged_error(name, f"has quant_type={shown(metadata.get('quant_type'))} in '{key}'")
+    shape, dtype = shape_and_dtype(metadata, name)
+    offset: Any = metadata.get("nested_offset")
     assert blocksize is not None
     count = math.prod(shape)
     blocks, is_nested = -(-count // blocksize), "nested_absmax" in tensors
-    wanted = {"absmax": (torch.uint8 if is_nested else torch.float32, blocks), "quant_map": (torch.float32, 16)}
+    expected_parts = {"absmax": (torch.uint8 if is_nested else torch.float32, blocks), "quant_map": (torch.float32, 16)}
     if is_nested:
         if type(offset) not in (int, float) or not abs(offset) <= torch.finfo(torch.float32).max:
-            raise damaged(name, f"has nested_offset={shown(offset)}, which is not a finite float32")
-        wanted["nested_absmax"] = (torch.float32, -(-blocks // nested_blocksize))
-        wanted["nested_quant_map"] = (torch.float32, 256)
-    check_parts(tensors, wanted, name)
+            raise damaged_error(name, f"has nested_offset={shown(offset)}, which is not a finite float32")
+        expected_parts["nested_absmax"] = (torch.float32, -(-blocks // nested_blocksize))
+        expected_parts["nested_quant_map"] = (torch.float32, 256)
+    check_parts(tensors, expected_parts, name)
     if codes.dtype not in _STORAGE or codes.dim() != 2 or codes.shape[1] != 1:
         expected = f"expected {torch.uint8} [{(count + 1) // 2}, 1]"
-        raise damaged(name, f"has bytes {codes.dtype} {list(codes.shape)}, {expected}")
+        raise damaged_error(name, f"has bytes {codes.dtype} {list(codes.shape)}, {expected}")
     data = codes.detach().contiguous().reshape(-1).view(torch.uint8)
     if data.numel() != (count + 1) // 2:
-        raise damaged(name, f"has {data.numel()} bytes, but shape {list(shape)} needs {(count + 1) // 2}")
+        raise damaged_error(name, f"has {data.numel()} bytes, but shape {list(shape)} needs {(count + 1) // 2}")
     # Copies, so that small parts do not keep a memory-mapped file open.
-    parts: dict[str, Any] = {part: tensors[part].detach().clone() for part in wanted}
+    parts: dict[str, Any] = {part: tensors[part].detach().clone() for part in expected_parts}
     if is_nested:
         offset = torch.tensor(float(offset), dtype=torch.float32, device=parts["absmax"].device)
         parts |= {"nested_offset": offset, "nested_blocksize": nested_blocksize}

@@ -1,4 +1,4 @@
-"""Conversions of a checkpoint's 4-bit tensors to 4-bit parameters, which transformers calls while it loads."""
+"""Conversions that transformers calls while loading, from a checkpoint's 4-bit tensors to 4-bit parameters."""
 
 from __future__ import annotations
 
@@ -27,24 +27,24 @@ from peftcore.quantization.mxfp4_format import BLOCKS, SCALES, from_blocks
 from peftcore.quantization.packed_experts import pack_parameter
 from peftcore.quantization.parameters import check_experts, check_shape
 
-# Around a name in a pattern, so that `weight` matches neither `inject_weight` nor `weight.absmax` nor `weight_scale`.
+# Boundaries of a name in a pattern: `weight` must not match `inject_weight`, `weight.absmax` or `weight_scale`.
 _START, _END = r"(?<!\w)", r"(?![\w.])"
-# Where the errors of conversions go, which transformers only logs while it loads; None: nowhere.
+# Collects the errors of conversions, which transformers only logs. None outside of `collecting_failures`.
 _FAILURES: ContextVar[list[PeftcoreError] | None] = ContextVar("failures", default=None)
 
 
-def whole_names(names: Iterable[str]) -> list[str]:
-    """Return patterns, for a converter's sources, that match these names and no longer ones."""
+def exact_name_patterns(names: Iterable[str]) -> list[str]:
+    """Return source patterns for a WeightConverter that match exactly these names."""
     return [f"{_START}{name}{_END}" for name in names]
 
 
 class Quantizer(Protocol):
-    """What conversions use of the quantizer with which transformers loads a model.
+    """The attributes of `huggingface.FourBitQuantizer` that conversions use.
 
     Attributes:
         compute_dtype: dtype of products with the weights.
-        weights: gets the names of parameters in 4 bits.
-        layout_names: gets the names of parameters of which the checkpoint has tensors in another tool's layout.
+        weights: names of 4-bit parameters; conversions add to it.
+        layout_names: names of parameters that the checkpoint stores in another tool's layout; conversions add to it.
     """
 
     weights: set[str]
@@ -54,17 +54,17 @@ class Quantizer(Protocol):
     def compute_dtype(self) -> torch.dtype | None: ...
 
 
-class _ToPacked(ConversionOps):
-    """Conversion of a checkpoint's tensors to a 4-bit parameter. Subclasses build the packed weight."""
+class _PackingConversion(ConversionOps):
+    """Conversion from a checkpoint's tensors to a 4-bit parameter. Subclasses build the packed weight."""
 
     def __init__(self, hf_quantizer: Quantizer) -> None:
         self.hf_quantizer = hf_quantizer
 
     def packed(self, by_pattern: dict[str, Any], name: str, model: PreTrainedModel) -> PackedWeight:
-        """Return the packed weight of the parameter `name` from its tensors by the pattern of their names.
+        """Build the packed weight of the parameter `name` from its tensors, which are keyed by source pattern.
 
         Raises:
-            PeftcoreError: the tensors do not fit, or the parameter is not one that is read.
+            PeftcoreError: the tensors are not consistent, or the parameter cannot be packed.
         """
         raise NotImplementedError
 
@@ -73,7 +73,7 @@ class _ToPacked(ConversionOps):
     ) -> dict[str, Tensor]:
         path, _, attribute = full_layer_name.rpartition(".")
         module: Any = model.get_submodule(path)
-        with noted():
+        with recording_failure():
             packed = self.packed(input_dict, full_layer_name, model)
             is_weight = attribute == "weight" and is_linear(module)
             check_shape(packed, sizes(module)[::-1] if is_weight else shape_of(module, attribute), full_layer_name)
@@ -88,24 +88,25 @@ class _ToPacked(ConversionOps):
 
     @property
     def reverse_op(self) -> ConversionOps:
-        return _AsItIs()
+        return _Unchanged()
 
 
-class Deserialize(_ToPacked):
-    """Conversion of weights in the formats of bitsandbytes and peftcore."""
+class Deserialize(_PackingConversion):
+    """Conversion of weights in bitsandbytes' and peftcore's formats."""
 
     def convert(
         self, input_dict: dict[str, Any], model: Any = None, full_layer_name: str = "", **kwargs: Any
     ) -> dict[str, Tensor]:
         if len(input_dict) > 1:
             return super().convert(input_dict, model, full_layer_name, **kwargs)
-        path, _, attribute = full_layer_name.rpartition(".")  # a dense weight, as the file has it
+        # The file has no 4-bit state for this weight, so it is dense.
+        path, _, attribute = full_layer_name.rpartition(".")
         like = getattr(model.get_submodule(path), attribute)
-        tensors = _by_part(input_dict)
+        tensors = _tensors_by_pattern(input_dict)
         return {name: t.to(like.dtype) if t.is_floating_point() else t for name, t in tensors.items()}
 
     def packed(self, by_pattern: dict[str, Any], name: str, model: PreTrainedModel) -> PackedWeight:
-        tensors, attribute = _by_part(by_pattern), name.rpartition(".")[2]
+        tensors, attribute = _tensors_by_pattern(by_pattern), name.rpartition(".")[2]
         if attribute not in tensors:
             raise CheckpointError(
                 f"the checkpoint has the 4-bit state of '{name}' but not its weight. Download it again"
@@ -115,22 +116,24 @@ class Deserialize(_ToPacked):
         return packed._replace(codes=packed.codes.clone())
 
 
-class FromBlocks(_ToPacked):
-    """Conversion of experts in MXFP4 as gpt-oss stores them."""
+class FromBlocks(_PackingConversion):
+    """Conversion of MXFP4 experts in gpt-oss's format."""
 
     def packed(self, by_pattern: dict[str, Any], name: str, model: PreTrainedModel) -> PackedWeight:
-        tensors = {f"_{pattern.rpartition('_')[2]}": t for pattern, t in _by_part(by_pattern).items()}
-        missing = [part for part in (BLOCKS, SCALES) if part not in tensors]
-        if missing:
-            raise CheckpointError(f"the checkpoint lacks '{name}{missing[0]}'. Download it again")
+        tensors = {f"_{pattern.rpartition('_')[2]}": t for pattern, t in _tensors_by_pattern(by_pattern).items()}
+        missing_parts = [part for part in (BLOCKS, SCALES) if part not in tensors]
+        if missing_parts:
+            raise CheckpointError(f"the checkpoint lacks '{name}{missing_parts[0]}'. Download it again")
         blocks = tensors[BLOCKS]
-        if blocks.untyped_storage().filename is not None:  # memory-mapped, which may be read-only
+        if (
+            blocks.untyped_storage().filename is not None
+        ):  # memory-mapped, perhaps read-only, but changed in place below
             blocks = blocks.clone()
         return from_blocks(blocks, tensors[SCALES], model.get_parameter(name).dtype, name)
 
 
-class FromLayout(_ToPacked):
-    """Conversion of a layer's weight in 4 bits that another tool wrote."""
+class FromLayout(_PackingConversion):
+    """Conversion of a linear layer's weight from another tool's 4-bit layout."""
 
     def __init__(self, hf_quantizer: Quantizer, layout: CheckpointLayout) -> None:
         super().__init__(hf_quantizer)
@@ -141,25 +144,25 @@ class FromLayout(_ToPacked):
         module: Any = model.get_submodule(path)
         if not is_linear(module):
             raise PeftcoreError(
-                f"'{path}' is {type(module).__name__} with a weight of {self.layout.tool} in {self.layout.kind}, and "
-                "only linear layers and experts are read. Use a checkpoint where it is dense"
+                f"'{path}' ({type(module).__name__}) is stored as {self.layout.kind} by {self.layout.tool}, but only "
+                "linear layers and experts can be read. Use a checkpoint where it is dense"
             )
         if name in model.all_tied_weights_keys:
             raise PeftcoreError(
-                f"'{path}' has a weight in {self.layout.kind}, but the model shares its weight with "
+                f"'{path}' is stored as {self.layout.kind}, but the model ties its weight to "
                 f"'{model.all_tied_weights_keys[name]}'. Set tie_word_embeddings=false in its config"
             )
         layout = self.layout
-        return layout.pack(layout.read(_by_part(by_pattern), path), module.weight.dtype, path)
+        return layout.pack(layout.read(_tensors_by_pattern(by_pattern), path), module.weight.dtype, path)
 
 
-class FromLayoutOfExperts(_ToPacked):
-    """Conversion of experts in 4 bits that the checkpoint stores one by one to one parameter.
+class FromLayoutOfExperts(_PackingConversion):
+    """Conversion of 4-bit experts that the checkpoint stores one by one into one parameter.
 
     Args:
-        layout: the layout of each.
-        sources: name of each projection of an expert up to its last part, as a pattern; projections are joined along
-            their outputs in this order.
+        layout: layout of each expert.
+        sources: name pattern of each projection of an expert, without its last part. Projections are concatenated
+            along their outputs in this order.
     """
 
     def __init__(self, hf_quantizer: Quantizer, layout: CheckpointLayout, sources: Sequence[str]) -> None:
@@ -171,11 +174,11 @@ class FromLayoutOfExperts(_ToPacked):
         path, _, attribute = name.rpartition(".")
         count, dtype = shape_of(model.get_submodule(path), attribute)[0], model.get_parameter(name).dtype
         for pattern, tensors in by_pattern.items():
-            wanted = pattern.removesuffix(_END)
-            if len(tensors) != count and not wanted.endswith(self.layout.ignored):
+            name_pattern = pattern.removesuffix(_END)
+            if len(tensors) != count and not name_pattern.endswith(self.layout.ignored):
                 raise CheckpointError(
-                    f"the checkpoint has {len(tensors)} tensors '{wanted}' for '{name}', but the model has {count} "
-                    f"experts. Use a checkpoint where all experts are in {self.layout.kind}, or the dense one"
+                    f"the checkpoint has {len(tensors)} tensors '{name_pattern}' for '{name}', but the model has "
+                    f"{count} experts. Use a checkpoint where all experts are in {self.layout.kind}, or the dense one"
                 )
         parts = []
         for i in range(count):
@@ -183,30 +186,32 @@ class FromLayoutOfExperts(_ToPacked):
                 patterns = {part: f"{source}{part}{_END}" for part in self.layout.parts}
                 tensors = {part: by_pattern[pattern] for part, pattern in patterns.items() if pattern in by_pattern}
                 expert = source.strip(".").replace("*", str(i))
-                # taken out of the lists, so that each is freed once it is packed
-                one = self.layout.read({part: t.pop(0) for part, t in tensors.items()}, expert)
-                parts.append(self.layout.pack(one, dtype, expert))
+                # Pop each tensor from its list, so that it is freed once it is packed.
+                tensors_of_expert = self.layout.read({part: t.pop(0) for part, t in tensors.items()}, expert)
+                parts.append(self.layout.pack(tensors_of_expert, dtype, expert))
         return self.layout.join(parts, count, name)
 
 
 def layout_converter(layout: CheckpointLayout, hf_quantizer: Quantizer) -> WeightConverter:
-    """Return the converter of layers' weights. `hf_quantizer.layout_names` gets the names that it finds."""
+    """Return the converter of linear layers' weights. It adds the names it finds to `hf_quantizer.layout_names`."""
     names = hf_quantizer.layout_names
 
     class Converter(WeightConverter):
         __slots__ = ()
 
         def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
-            renamed, pattern = super().rename_source_key(source_key)
+            name, pattern = super().rename_source_key(source_key)
             if pattern is not None:
-                names.add(renamed)
-            return renamed, pattern
+                names.add(name)
+            return name, pattern
 
-    return Converter(whole_names([*layout.parts, *layout.ignored]), "weight", [FromLayout(hf_quantizer, layout)])
+    return Converter(
+        exact_name_patterns([*layout.parts, *layout.ignored]), "weight", [FromLayout(hf_quantizer, layout)]
+    )
 
 
-class NameOfPacked(WeightRenaming):
-    """Renaming of packed weights that a tool (ModelOpt) gives the name of dense ones."""
+class RenamePackedWeight(WeightRenaming):
+    """Renaming of packed weights that have the names of dense ones in the checkpoint (ModelOpt)."""
 
     __slots__ = ("codes", "packed")
 
@@ -223,80 +228,83 @@ class NameOfPacked(WeightRenaming):
 def layout_experts_converter(
     converter: WeightConverter, layout: CheckpointLayout, hf_quantizer: Quantizer
 ) -> WeightConverter | None:
-    """Return the converter of experts in 4 bits to the parameter of a dense experts' converter; None if it has none."""
+    """Return the 4-bit counterpart of a dense experts' converter; None if its operations have no counterpart."""
     operations, sources = list(converter.operations), list(converter.source_patterns)
-    joins = [each for each in operations if isinstance(each, Concatenate)]
-    is_known = all(isinstance(each, (MergeModulelist, Concatenate)) for each in operations)
-    if not is_known or not is_by_expert(converter) or any(each.dim not in (1, -2) for each in joins):
+    joins = [operation for operation in operations if isinstance(operation, Concatenate)]
+    is_known = all(isinstance(operation, (MergeModulelist, Concatenate)) for operation in operations)
+    if not is_known or not is_by_expert(converter) or any(join.dim not in (1, -2) for join in joins):
         return None
     if (len(sources) > 1) != bool(joins) or not all(source.endswith(".weight") for source in sources):
         return None
     stems = [source.removesuffix("weight") for source in sources]
     patterns = ["".join(names) for names in product(stems, (*layout.parts, *layout.ignored), [_END])]
     operation = FromLayoutOfExperts(hf_quantizer, layout, stems)
-    of_experts = WeightConverter(patterns, list(converter.target_patterns), [operation])
-    of_experts.scope_prefix, of_experts.base_model_prefix = converter.scope_prefix, converter.base_model_prefix
-    return of_experts
+    packed_converter = WeightConverter(patterns, list(converter.target_patterns), [operation])
+    packed_converter.scope_prefix, packed_converter.base_model_prefix = (
+        converter.scope_prefix,
+        converter.base_model_prefix,
+    )
+    return packed_converter
 
 
 def experts_converters(
     dense: Iterable[WeightConverter], model: nn.Module, layout: CheckpointLayout, hf_quantizer: Quantizer
 ) -> list[WeightConverter]:
-    """Return the converters of experts in 4 bits that a checkpoint stores one by one.
+    """Return the converters of 4-bit experts that a checkpoint stores one by one.
 
-    Dense checkpoints of some families (Gemma 4, Qwen3.5) have one tensor of all experts, so that transformers has no
-    converter for single ones. Tools that quantize layers name them as the layers of a dense MLP.
+    Dense checkpoints of some families (Gemma 4, Qwen3.5) store all experts in one tensor, so transformers has no
+    converter for single experts. Quantization tools store each expert's layers under the names of a dense MLP.
 
     Args:
-        dense: transformers' converters of the model's dense checkpoints.
+        dense: transformers' converters for the model's dense checkpoints.
         model: the model.
         layout: the layout of each expert.
         hf_quantizer: the quantizer that loads the model.
     """
     converters = [layout_experts_converter(converter, layout, hf_quantizer) for converter in dense]
-    names: set[str] = set()  # of parameters for which transformers has a converter of single experts
+    names: set[str] = set()  # parameters for which transformers has a converter of single experts
     for converter in filter(None, converters):
         names.update(pattern.rpartition(".")[2] for pattern in converter.target_patterns)
-    of_layers: dict[str, WeightConverter] = {}
+    layer_converters: dict[str, WeightConverter] = {}
     for path, module in model.named_modules():
         experts = experts_layout(module)
         if experts is None or experts.transposed or experts.interleaved or not names.isdisjoint(experts.names):
             continue
         stem = path.rpartition(".")[2]
-        ups = ["gate_proj", "up_proj"] if experts.up == "gate_up_proj" else [experts.up]
-        of_layers[f"{stem}.{experts.up}"] = _converter_of_layers(stem, experts.up, ups)
-        of_layers[f"{stem}.{experts.down}"] = _converter_of_layers(stem, experts.down, [experts.down])
-    converters += [layout_experts_converter(converter, layout, hf_quantizer) for converter in of_layers.values()]
+        up_projections = ["gate_proj", "up_proj"] if experts.up == "gate_up_proj" else [experts.up]
+        layer_converters[f"{stem}.{experts.up}"] = _converter_of_layers(stem, experts.up, up_projections)
+        layer_converters[f"{stem}.{experts.down}"] = _converter_of_layers(stem, experts.down, [experts.down])
+    converters += [layout_experts_converter(converter, layout, hf_quantizer) for converter in layer_converters.values()]
     return [converter for converter in converters if converter is not None]
 
 
 def _converter_of_layers(stem: str, name: str, layers: Sequence[str]) -> WeightConverter:
-    """Return the converter of dense layers of single experts, joined along their outputs, to one parameter."""
+    """Return a converter from single experts' dense layers, concatenated along their outputs, to one parameter."""
     operations: list[ConversionOps] = [MergeModulelist(dim=0)]
     if len(layers) > 1:
         operations.append(Concatenate(dim=1))
     return WeightConverter([f"{stem}.*.{layer}.weight" for layer in layers], f"{stem}.{name}", operations)
 
 
-def _by_part(found: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Return the tensors of one parameter, by the names that the patterns mean."""
+def _tensors_by_pattern(by_pattern: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return the tensors of one parameter by name: the pattern without its boundaries."""
     tensors = {}
-    for pattern, tensor in found.items():
+    for pattern, tensor in by_pattern.items():
         name = pattern.removeprefix(_START).removesuffix(_END)
         tensors[name] = tensor[0] if isinstance(tensor, list) else tensor
     return tensors
 
 
-class _AsItIs(ConversionOps):
-    """Conversion for saving that changes nothing: the state dict already has the format's keys."""
+class _Unchanged(ConversionOps):
+    """Conversion for saving that changes nothing, because the state dict already has the format's keys."""
 
     def convert(self, input_dict: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
         return input_dict
 
 
 @contextlib.contextmanager
-def collected(failures: list[PeftcoreError]) -> Iterator[None]:
-    """Add the errors of conversions within the block to `failures`."""
+def collecting_failures(failures: list[PeftcoreError]) -> Iterator[None]:
+    """Append the errors of conversions within the block to `failures`."""
     token = _FAILURES.set(failures)
     try:
         yield
@@ -305,8 +313,8 @@ def collected(failures: list[PeftcoreError]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def noted() -> Iterator[None]:
-    """Pass a PeftcoreError that the block raises to `collected`."""
+def recording_failure() -> Iterator[None]:
+    """Pass a PeftcoreError from the block to the enclosing `collecting_failures`, and raise it."""
     try:
         yield
     except PeftcoreError as error:

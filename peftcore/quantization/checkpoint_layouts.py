@@ -1,4 +1,4 @@
-"""Checkpoints that other tools stored in 4 bits: which layout a config describes, and empty models of it."""
+"""4-bit checkpoints written by other tools: the layout that a config describes, and empty models in that layout."""
 
 from __future__ import annotations
 
@@ -21,83 +21,83 @@ from peftcore.plugin.registry import registry
 from peftcore.plugin.safe_reading import parse_json, read_bytes
 from peftcore.plugin.validation import shown
 from peftcore.quantization.convert import convert
-from peftcore.quantization.packed_experts import is_turned, pack_parameter
-from peftcore.quantization.quant_types import check_reader
-from peftcore.quantization.quantizable import selected, selected_experts
+from peftcore.quantization.packed_experts import pack_parameter, packs_transpose
+from peftcore.quantization.quant_types import find_reader_package
+from peftcore.quantization.quantizable import select_experts, select_layers
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-MODELOPT = "hf_quant_config.json"  # file that ModelOpt writes next to, or in older versions instead of, the config
+MODELOPT = "hf_quant_config.json"  # ModelOpt's file; older versions write it instead of `quantization_config`
 
 
-def find_layout(config: Mapping[str, Any], where: str) -> CheckpointLayout | None:
-    """Return the layout that a model's `quantization_config` describes; None if no plugin's format does.
+def find_layout(config: Mapping[str, Any], checkpoint: str) -> CheckpointLayout | None:
+    """Return the layout that a `quantization_config` describes; None if no plugin handles its `quant_method`.
 
     Raises:
-        PeftcoreError: the package that reads such checkpoints is not installed, or the layout is not read.
+        PeftcoreError: the package that reads such checkpoints is not installed, or it does not support the layout.
     """
-    check_reader(config, where)
+    find_reader_package(config, checkpoint)
     formats = registry.offered("peftcore_checkpoint_formats", CheckpointFormat)
-    offered_format = formats.get(str(config.get("quant_method")))
-    if offered_format is None:
+    entry = formats.get(str(config.get("quant_method")))
+    if entry is None:
         return None
-    plugin, of_plugin = offered_format
+    plugin, checkpoint_format = entry
     with registry.naming(plugin, "layout"):
-        return of_plugin.layout(config, where)
+        return checkpoint_format.layout(config, checkpoint)
 
 
-def described(config: PretrainedConfig) -> Mapping[str, Any] | None:
-    """Return the `quantization_config` of a transformers config, or that of ModelOpt's file in the model's folder."""
-    stored = getattr(config, "quantization_config", None)
+def find_quantization_config(config: PretrainedConfig) -> Mapping[str, Any] | None:
+    """Return a model's `quantization_config`, from its config or from ModelOpt's file in its folder."""
+    quantization_config = getattr(config, "quantization_config", None)
     file = Path(str(getattr(config, "_name_or_path", "") or "?")) / MODELOPT
-    if stored is not None or not file.is_file():
-        return stored if isinstance(stored, Mapping) else None
+    if quantization_config is not None or not file.is_file():
+        return quantization_config if isinstance(quantization_config, Mapping) else None
     content = parse_json(read_bytes(file), file)
     details = content.get("quantization") if isinstance(content, Mapping) else None
     if not isinstance(details, Mapping):
         raise PeftcoreError(f"'{file}' must have an object 'quantization', found {shown(content)}")
-    cache = details.get("kv_cache_quant_algo")
-    return {**details, "quant_method": "modelopt", "kv_cache_scheme": cache}
+    cache_algorithm = details.get("kv_cache_quant_algo")
+    return {**details, "quant_method": "modelopt", "kv_cache_scheme": cache_algorithm}
 
 
 def layout_of(config: PretrainedConfig) -> CheckpointLayout | None:
-    """Return the layout of a transformers config's checkpoint; None if it is dense, or no plugin's format.
+    """Return the layout of the checkpoint of a transformers config; None if it is dense or no plugin handles it.
 
     Raises:
-        PeftcoreError: the layout is not read, or by a package that is not installed.
+        PeftcoreError: the layout is not supported, or only by a package that is not installed.
     """
-    stored = described(config)
-    if stored is None:
+    quantization_config = find_quantization_config(config)
+    if quantization_config is None:
         return None
     try:
-        return find_layout(stored, str(getattr(config, "_name_or_path", "")))
+        return find_layout(quantization_config, str(getattr(config, "_name_or_path", "")))
     except PeftcoreError:
-        is_compressed = stored.get("quant_method") == "compressed-tensors"
+        is_compressed = quantization_config.get("quant_method") == "compressed-tensors"
         if is_compressed and importlib.util.find_spec("compressed_tensors") is not None:
             return None  # transformers loads it with that library
         raise
 
 
 def is_packed(config: Any) -> bool:
-    """Return whether a transformers config is that of a checkpoint in 4 bits whose bits `quantization.load` keeps.
+    """Return whether a transformers config belongs to a 4-bit checkpoint whose bits `quantization.load` keeps.
 
     Raises:
-        PeftcoreError: the checkpoint is in a format that is not read, or by a package that is not installed.
+        PeftcoreError: the format is not supported, or only by a package that is not installed.
     """
     return layout_of(config) is not None
 
 
-def built_empty(config: Any, build: Callable[[Any], nn.Module]) -> nn.Module:
-    """Return a model on the meta device, with layers in 4 bits where the checkpoint of its config has them.
+def build_empty(config: Any, build: Callable[[Any], nn.Module]) -> nn.Module:
+    """Build a model on the meta device, with 4-bit layers where its checkpoint has them.
 
     Args:
         config: a transformers config.
-        build: (config) -> model, such as `AutoModelForCausalLM.from_config`; the config it gets is that of the dense
-            model.
+        build: (config) -> model, such as `AutoModelForCausalLM.from_config`. Its argument is `config` without the
+            quantization.
 
     Raises:
-        PeftcoreError: as in `is_packed`, or by `build`.
+        PeftcoreError: as in `is_packed`.
     """
     layout = layout_of(config)
     with torch.device("meta"):
@@ -111,27 +111,27 @@ def without_quantization(config: PretrainedConfig) -> PretrainedConfig:
     """Return a copy of a transformers config that describes the dense model."""
     config = copy.deepcopy(config)
     config.__dict__.pop("quantization_config", None)
-    config._name_or_path = ""  # the folder may have ModelOpt's file
+    config._name_or_path = ""  # else `find_quantization_config` finds ModelOpt's file in the folder
     return config
 
 
 @limited()
 def pack_empty(model: nn.Module, layout: CheckpointLayout) -> None:
-    """Give a dense model on the meta device layers and experts in 4 bits, changed in place."""
-    stay_dense = [_naming(pattern) for pattern in layout.dense]
+    """Replace layers and experts of a dense model on the meta device by 4-bit ones, in place."""
+    stay_dense = [_path_matcher(pattern) for pattern in layout.dense]
 
     def is_packed(path: str) -> bool:
         return not any(names(path) for names in stay_dense)
 
     with torch.device("meta"):
-        for path, layer in selected(model, None).items():
+        for path, layer in select_layers(model, None).items():
             if is_packed(path):
                 columns, rows = sizes(layer)
                 weight: Any = layer.weight
                 convert(layer, layout.empty((rows, columns), weight.dtype, path), None)
-        for path, names in selected_experts(model, None, MIN_BLOCKSIZE).items():
+        for path, names in select_experts(model, None, MIN_BLOCKSIZE).items():
             module = model.get_submodule(path)
-            if is_turned(module, layout.quant_type) or not is_packed(path):
+            if packs_transpose(module, layout.quant_type) or not is_packed(path):
                 continue
             for name in names:
                 parameter = module.get_parameter(name)
@@ -139,10 +139,10 @@ def pack_empty(model: nn.Module, layout: CheckpointLayout) -> None:
                 pack_parameter(module, name, packed, None)
 
 
-def _naming(pattern: str) -> Callable[[str], bool]:
-    """Return a function that tests whether a name in a `quantization_config` means the layer at a path.
+def _path_matcher(pattern: str) -> Callable[[str], bool]:
+    """Return a function that tests whether a pattern of a `quantization_config` matches a path.
 
-    Names are parts of a path, regular expressions after `re:`, or have asterisks.
+    A pattern is a part of a path, a wildcard with asterisks, or a regular expression after `re:`.
     """
     if "*" in pattern and not pattern.startswith("re:"):
         anything = re.escape(pattern).replace(r"\*", ".*")

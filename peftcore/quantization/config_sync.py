@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from transformers.core_model_loading import WeightConverter, WeightRenaming
 
 _CONVERSIONS = "_weight_conversions"  # transformers' attribute: how names on disk are converted to names in the model
-_OWN_CONVERSIONS = "_peftcore_own_conversions"
+_OWN_CONVERSIONS = "_peftcore_own_conversions"  # the conversions as they were before quantization
 
 
 def packed_names(model: nn.Module) -> Iterator[tuple[str, PackedParameters, str]]:
@@ -32,37 +32,37 @@ def packed_names(model: nn.Module) -> Iterator[tuple[str, PackedParameters, str]
 
 
 def config_fields(model: nn.Module) -> dict[str, Any] | None:
-    """Return the `quantization_config` for loading the model; None if it is dense.
+    """Return the `quantization_config` for loading the model; None if the model is dense.
 
-    With bitsandbytes, or in a format that bitsandbytes does not have, with peftcore's quantizer.
+    It names bitsandbytes' quantizer, or peftcore's if a weight is in a format that bitsandbytes cannot read.
     """
     packed = list(packed_names(model))
     if not packed:
         return None
-    of_peftcore: list[tuple[PackedParameters, str]] = []  # in formats that bitsandbytes does not have
+    other_formats: list[tuple[PackedParameters, str]] = []  # weights in formats that bitsandbytes cannot read
     for _, module, name in packed:
         if FORMATS[module.packings[name].quant_type].quant_method == METHOD:
-            of_peftcore.append((module, name))
-    module, name = (of_peftcore or [packed[0][1:]])[0]
-    first = module.packings[name]
+            other_formats.append((module, name))
+    module, name = (other_formats or [packed[0][1:]])[0]
+    packing = module.packings[name]
     dense = _dense_paths(model, {path for path, _, _ in packed})
-    if of_peftcore:
+    if other_formats:
         return {
             "quant_method": METHOD,
-            "quant_type": first.quant_type,
+            "quant_type": packing.quant_type,
             "double_quant": False,
-            "blocksize": first.blocksize,
+            "blocksize": packing.blocksize,
             "compute_dtype": str(module.compute_dtype).removeprefix("torch.") if module.compute_dtype else None,
             "skip": dense,
         }
-    floating = next((p.dtype for _, p in base_parameters(model) if p.is_floating_point()), torch.float32)
+    floating_dtype = next((p.dtype for _, p in base_parameters(model) if p.is_floating_point()), torch.float32)
     return {
         "quant_method": "bitsandbytes",
         "load_in_4bit": True,
         "load_in_8bit": False,
-        "bnb_4bit_quant_type": first.quant_type,
+        "bnb_4bit_quant_type": packing.quant_type,
         "bnb_4bit_use_double_quant": module.settings_of(name).double_quant,
-        "bnb_4bit_compute_dtype": str(module.compute_dtype or floating).removeprefix("torch."),
+        "bnb_4bit_compute_dtype": str(module.compute_dtype or floating_dtype).removeprefix("torch."),
         "bnb_4bit_quant_storage": "uint8",
         "llm_int8_skip_modules": dense,
     }
@@ -78,7 +78,7 @@ def _dense_paths(model: nn.Module, packed: Collection[str]) -> list[str]:
 
 
 def sync_config(model: nn.Module) -> None:
-    """Update a transformers model's `quantization_config` and weight conversions after its layers changed."""
+    """Update a transformers model's `quantization_config` and weight conversions after its layers have changed."""
     config = getattr(model, "config", None)
     if config is None or not hasattr(model, "save_pretrained"):
         return
@@ -93,7 +93,7 @@ def sync_config(model: nn.Module) -> None:
 def _sync_conversions(model: PreTrainedModel) -> None:
     """Make `save_pretrained` write 4-bit weights under their names in the model.
 
-    transformers would split or join them as it does dense weights, such as experts into one tensor each.
+    By default, transformers splits or joins them as it does dense weights, such as experts into one tensor each.
     """
     if _OWN_CONVERSIONS in model.__dict__:
         _restore_conversions(model)
@@ -109,23 +109,25 @@ def _sync_conversions(model: PreTrainedModel) -> None:
         reverse = conversion.reverse_transform()
         return any(reverse.rename_source_key(name)[1] is not None for name in packed)
 
-    # as transformers makes them for a model that it did not load
+    # The conversions that transformers uses for a model that it did not load.
     mapping = get_model_conversion_mapping(model, add_legacy=False)
-    usual = [conversion for conversion in mapping if not isinstance(conversion, loading.PrefixChange)]
+    default_conversions = [conversion for conversion in mapping if not isinstance(conversion, loading.PrefixChange)]
     model_conversions = getattr(model, _CONVERSIONS, None)
-    if not any(map(splits, model_conversions or usual)):
+    if not any(map(splits, model_conversions or default_conversions)):
         return
-    present = usual if model_conversions is None else model_conversions
-    remaining = [conversion for conversion in present if not splits(conversion)]
-    if model_conversions is not None:  # conversions of a file that had the model's names lack those that split them
-        model_conversions = [*remaining, *filter(splits, usual)]
+    conversions = default_conversions if model_conversions is None else model_conversions
+    remaining = [conversion for conversion in conversions if not splits(conversion)]
+    # A checkpoint with the model's names was loaded without the conversions that split, but saving a dense model needs
+    # them once the model is dequantized.
+    if model_conversions is not None:
+        model_conversions = [*remaining, *filter(splits, default_conversions)]
     model.__dict__[_OWN_CONVERSIONS] = model_conversions
     model.__dict__[_CONVERSIONS] = remaining
 
 
 def _restore_conversions(model: PreTrainedModel) -> None:
-    """Give the model the conversions back that it had when all its weights were dense."""
-    before = model.__dict__.pop(_OWN_CONVERSIONS)
+    """Restore the conversions that the model had when all its weights were dense."""
+    conversions = model.__dict__.pop(_OWN_CONVERSIONS)
     model.__dict__.pop(_CONVERSIONS, None)
-    if before is not None:
-        model.__dict__[_CONVERSIONS] = before
+    if conversions is not None:
+        model.__dict__[_CONVERSIONS] = conversions

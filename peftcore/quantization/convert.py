@@ -1,4 +1,4 @@
-"""Quantize a whole model to 4 bits and back, layer by layer, freeing each dense weight before the next."""
+"""Quantize a model to 4 bits and back, layer by layer, freeing each dense weight before the next."""
 
 from __future__ import annotations
 
@@ -33,18 +33,7 @@ from peftcore.plugin.method import Model
 from peftcore.plugin.validation import shown
 from peftcore.quantization import gptq
 from peftcore.quantization.config_sync import packed_names, sync_config
-from peftcore.quantization.divided_linear import (
-    HeldPart,
-    QuantizedPart,
-    convert_part,
-    divide_quantized,
-    hold_part,
-    is_divided_later,
-    part_of,
-    refuse_blocks,
-    renew_plan,
-)
-from peftcore.quantization.formats import FourBitSettings, from_tensors, quantized
+from peftcore.quantization.formats import FourBitSettings, from_tensors, quantize_weight
 from peftcore.quantization.linear import QuantizedLinear
 from peftcore.quantization.packed_experts import pack_experts, unpack_experts
 from peftcore.quantization.parameters import PackedParameters, packed_codes, refuse_non_finite
@@ -56,9 +45,20 @@ from peftcore.quantization.quant_types import (
     refuse_options,
     warn_of_experts,
 )
-from peftcore.quantization.quantizable import selected, selected_experts, warn_of_dense
+from peftcore.quantization.quantizable import select_experts, select_layers, warn_of_dense
+from peftcore.quantization.sharded_linear import (
+    QuantizedShard,
+    WeightShard,
+    check_shard_blocks,
+    convert_shard,
+    install_shard,
+    is_sharded_after_quantization,
+    renew_plan,
+    shard_of,
+    shard_quantized,
+)
 
-_WORTH = 16 << 20  # bytes of dense weights from which returning free memory to the system is worth the time
+_RELEASE_THRESHOLD = 16 << 20  # bytes; below this, returning freed memory to the system is not worth the time
 Layer = TypeVar("Layer", bound=nn.Module)
 
 
@@ -74,78 +74,77 @@ def quantize(
 ) -> Model:
     """Quantize the weights of linear layers (including transformers' Conv1D) and experts to 4 bits (arXiv 2305.14314).
 
-    Layers stay in place and become `QuantizedLinear`, a subclass of `nn.Linear`; modules with experts as parameters
+    Layers become `QuantizedLinear`, a subclass of `nn.Linear`, in place; modules with experts as parameters
     `[experts, .., ..]` get a subclass with `PackedParameters`. Embeddings, weights shared with them (a tied output
-    head) and experts' biases stay dense. Also left dense, with a warning, are subclasses of `nn.Linear` that compute
-    something else, `nn.MultiheadAttention`, and layers whose weight or its dtype is read or changed by other code
-    (`peftcore.model.bypassed`, `rewritten`). Layers that are quantized already, also by bitsandbytes, keep their bits.
+    head) and experts' biases stay dense. Subclasses of `nn.Linear` that compute something else,
+    `nn.MultiheadAttention`, and layers whose weight or dtype other code reads or changes (`peftcore.model.bypassed`,
+    `rewritten`) also stay dense, with a warning. Layers that are already quantized, also by bitsandbytes, keep their
+    bits.
 
     Args:
         model: the model.
         quant_type: `nf4`, `fp4`, `mxfp4` (4.25 bits per weight), `nvfp4` (4.5), `affine4` (4.375), or the name of a
             plugin's weight format that can quantize.
         double_quant: store the scales in 8 bits: 4.127 bits per weight instead of 4.5. For nf4 and fp4.
-        skip: paths, or their last parts, of modules to leave dense with their children, or of experts' parameters. None
-            for the output head, task heads, routers, and modules the model class keeps in float32.
+        skip: paths, or last parts of paths, of modules to leave dense with their children, or of experts' parameters.
+            None for the output head, task heads, routers, and modules that the model class keeps in float32.
         compute_dtype: dtype of the products; None for the input's.
-        blocksize: number of weights that share a scale, a power of two from 32 to 4096; for mxfp4 always 32, for
-            nvfp4 16. Experts that do not divide into blocks get smaller ones or stay dense, with a warning.
-        batches: for affine4: what to call the model with (mappings, tuples or tensors), to round linear layers by GPTQ
-            (arXiv 2210.17323) with their inputs. 16 to 128 texts of a few hundred tokens are usual. Takes a forward
-            pass up to each layer. None: round to nearest. Experts, and layers that no batch reaches, are rounded to
-            nearest, with a warning.
+        blocksize: number of weights that share a scale, a power of two from 32 to 4096. mxfp4 always has 32, nvfp4 16.
+            Experts that do not divide into blocks get smaller ones or stay dense, with a warning.
+        batches: calibration batches (mappings, tuples or tensors) for rounding to affine4 by GPTQ (arXiv 2210.17323);
+            16 to 128 texts of a few hundred tokens are usual. Each layer costs a forward pass up to it. Experts and
+            layers that no batch reaches are rounded to nearest, with a warning. None: round everything to nearest.
 
     Returns:
-        The model, changed in place. The config of a transformers model contains what bitsandbytes needs to load it.
-        Experts and subclasses of `nn.Linear` (Falcon's) can be loaded by `peftcore.quantization.load` only.
+        The model, changed in place. The config of a transformers model gets the fields that bitsandbytes needs to load
+        it. Only `peftcore.quantization.load` can load experts and subclasses of `nn.Linear` (Falcon's).
 
     Raises:
         PeftcoreError: an argument is wrong, a weight is not floating point or contains NaN or Inf, or adapters are
-            applied. The model is left unchanged. If GPTQ finds inputs that are not finite, or after any other
-            exception, such as KeyboardInterrupt, some layers are quantized and the others dense, and the same call
-            quantizes the rest.
+            applied. The model stays unchanged. If GPTQ finds inputs that are not finite, or after any other exception
+            (KeyboardInterrupt), some layers are quantized and others dense; the same call quantizes the rest.
     """
     plugin, weight_format = find_type(quant_type)
     if batches is not None and quant_type != "affine4":
-        raise PeftcoreError(f"batches are for quant_type='affine4', found {shown(quant_type)}. Leave them out")
+        raise PeftcoreError(f"batches only work with quant_type='affine4', found {shown(quant_type)}. Leave them out")
     settings = FourBitSettings(quant_type, double_quant, blocksize, compute_dtype)
     if plugin is CORE:
         settings = settings.resolved()
     else:
         refuse_options(settings)
     _refuse_compiled_or_adapted(model)
-    chosen = _select(model, skip, settings, stores_experts=plugin is CORE)
+    selection = _select(model, skip, settings, stores_experts=plugin is CORE)
     if plugin is CORE:
-        _check_blocks(model, chosen, settings, skip)
-    _warn_of_what_stays_dense(model, chosen, skip)
-    before = _held_by(model)
+        _check_blocks(model, selection, settings, skip)
+    _warn_of_dense_weights(model, selection, skip)
+    bytes_before = _parameter_bytes(model)
     try:
         for path, module in base_modules(model):
-            if isinstance(module, QuantizedLinear) and is_divided_later(module):
-                divide_quantized(module, path)
-        for path, packed in chosen.bitsandbytes.items():
-            _adopt(model.get_submodule(path), packed)
+            if isinstance(module, QuantizedLinear) and is_sharded_after_quantization(module):
+                shard_quantized(module, path)
+        for path, packed in selection.bitsandbytes.items():
+            _convert_bitsandbytes_layer(model.get_submodule(path), packed)
         if plugin is not CORE:
-            quantize_by_plugin(plugin, weight_format, chosen.layers)
+            quantize_by_plugin(plugin, weight_format, selection.layers)
         else:
-            _convert_all(model, chosen, settings, None if batches is None else list(batches))
-    finally:  # also if an error leaves some layers quantized
+            _convert_all(model, selection, settings, None if batches is None else list(batches))
+    finally:  # an error may leave some layers quantized, whose config must match
         (weight_format.update_config or sync_config)(model)
         fast_path.guard(model)
-    quicken_few_rows(model)
-    if before - _held_by(model) >= _WORTH:
-        give_back_freed()
+    speed_up_decoding(model)
+    if bytes_before - _parameter_bytes(model) >= _RELEASE_THRESHOLD:
+        release_free_memory()
     return model
 
 
 @dataclass(frozen=True)
-class _Chosen:
-    """What `quantize` converts.
+class _Selection:
+    """The weights that `quantize` converts.
 
     Args:
         layers: dense linear layers by path.
-        experts: parameters of experts: block sizes by path of the module and name.
-        bitsandbytes: weights of bitsandbytes' layers by path, which keep their bits.
+        experts: block sizes of experts' parameters, by module path and parameter name.
+        bitsandbytes: packed weights of bitsandbytes' layers by path; they keep their bits.
     """
 
     layers: dict[str, nn.Module]
@@ -154,71 +153,75 @@ class _Chosen:
 
     @property
     def expert_names(self) -> list[str]:
-        """Names of the experts' parameters."""
+        """Full names of the experts' parameters."""
         names: list[str] = []
         for path, of_module in self.experts.items():
-            names += [_joined(path, name) for name in of_module]
+            names += [_full_name(path, name) for name in of_module]
         return names
 
 
-def _joined(path: str, name: str) -> str:
+def _full_name(path: str, name: str) -> str:
     return f"{path}.{name}" if path else name
 
 
 def _select(
     model: nn.Module, skip: Sequence[str] | None, settings: FourBitSettings, *, stores_experts: bool
-) -> _Chosen:
-    """Return what is quantized.
+) -> _Selection:
+    """Select the weights to quantize.
 
     Raises:
-        PeftcoreError: there is nothing to quantize, or a weight cannot be.
+        PeftcoreError: there is nothing to quantize, or a weight cannot be quantized.
     """
     with assumed_unchanged(model):
-        layers, experts = selected(model, skip), selected_experts(model, skip, settings.blocksize)
-    bitsandbytes = {path: _bits_of(module, path) for path, module in base_modules(model) if is_bitsandbytes(module)}
-    chosen = _Chosen(layers, experts, bitsandbytes)
+        layers, experts = select_layers(model, skip), select_experts(model, skip, settings.blocksize)
+    bitsandbytes = {
+        path: _read_bitsandbytes_weight(module, path) for path, module in base_modules(model) if is_bitsandbytes(module)
+    }
+    selection = _Selection(layers, experts, bitsandbytes)
     if not stores_experts:
-        warn_of_experts(chosen.expert_names, settings.quant_type)
-        chosen = replace(chosen, experts={})
-    if not layers and not chosen.experts and not bitsandbytes and not any(packed_names(model)):
+        warn_of_experts(selection.expert_names, settings.quant_type)
+        selection = replace(selection, experts={})
+    if not layers and not selection.experts and not bitsandbytes and not any(packed_names(model)):
         unreadable = unknown_layers(module for _, module in base_modules(model))
         raise PeftcoreError(f"{type(model).__name__} has no linear layer to quantize (skip={skip!r}){unreadable}")
     for path, module in layers.items():
-        _check_parameter(path, module, "weight", part_of(module) if stores_experts else None)
-    for path, names in chosen.experts.items():
+        _check_parameter(path, module, "weight", shard_of(module) if stores_experts else None)
+    for path, names in selection.experts.items():
         for name in names:
             _check_parameter(path, model.get_submodule(path), name)
-    return chosen
+    return selection
 
 
-def _check_blocks(model: nn.Module, chosen: _Chosen, settings: FourBitSettings, skip: Sequence[str] | None) -> None:
-    """Raise a PeftcoreError for weights, or ranks' parts of them, that do not divide into the format's blocks."""
-    for path, module in chosen.layers.items():
-        part = part_of(module)
-        if part is not None:
-            refuse_blocks(f"{path}.weight", part, settings)
-    check_rows(model, settings, chosen.layers, chosen.experts, skip)
+def _check_blocks(
+    model: nn.Module, selection: _Selection, settings: FourBitSettings, skip: Sequence[str] | None
+) -> None:
+    """Raise a PeftcoreError for weights, or shards of them, that do not divide into the format's blocks."""
+    for path, module in selection.layers.items():
+        shard = shard_of(module)
+        if shard is not None:
+            check_shard_blocks(f"{path}.weight", shard, settings)
+    check_rows(model, settings, selection.layers, selection.experts, skip)
 
 
-def _warn_of_what_stays_dense(model: nn.Module, chosen: _Chosen, skip: Sequence[str] | None) -> None:
+def _warn_of_dense_weights(model: nn.Module, selection: _Selection, skip: Sequence[str] | None) -> None:
     with assumed_unchanged(model):
         if skip is None:
-            packed_before = [_joined(path, name) for path, _, name in packed_names(model)]
-            _warn_if_little(model, [*chosen.layers, *chosen.expert_names, *packed_before, *chosen.bitsandbytes])
+            packed = [_full_name(path, name) for path, _, name in packed_names(model)]
+            _warn_if_little(model, [*selection.layers, *selection.expert_names, *packed, *selection.bitsandbytes])
         warn_of_dense(model, skip)
 
 
-def _convert_all(model: nn.Module, chosen: _Chosen, settings: FourBitSettings, batches: list[Any] | None) -> None:
-    """Convert layers and experts in place, by GPTQ those that `batches` reach."""
-    layers = chosen.layers if batches is None else _round_by_gptq(model, chosen, batches, settings)
-    for module, first in _with_first(layers.values()):
-        if first is module:
+def _convert_all(model: nn.Module, selection: _Selection, settings: FourBitSettings, batches: list[Any] | None) -> None:
+    """Convert layers and experts in place. Layers that `batches` reach are rounded by GPTQ."""
+    layers = selection.layers if batches is None else _round_by_gptq(model, selection, batches, settings)
+    for module, source in _with_source(layers.values()):
+        if source is module:
             convert_dense(module, settings)
-        elif isinstance(first, QuantizedPart):
-            hold_part(module, first.packed, first.held_part, settings.compute_dtype)
-        else:  # it shares the weight of a layer that has been converted
-            convert(module, cast(QuantizedLinear, first).packed, settings.compute_dtype)
-    for path, blocksizes in chosen.experts.items():
+        elif isinstance(source, QuantizedShard):
+            install_shard(module, source.packed, source.weight_shard, settings.compute_dtype)
+        else:  # a layer converted before has the same weight
+            convert(module, cast(QuantizedLinear, source).packed, settings.compute_dtype)
+    for path, blocksizes in selection.experts.items():
         pack_experts(model.get_submodule(path), blocksizes, settings)
 
 
@@ -226,16 +229,17 @@ def _refuse_compiled_or_adapted(model: nn.Module) -> None:
     refuse_scripted(model)
     if hasattr(model, "_orig_mod"):
         raise PeftcoreError("the model is compiled. Quantize the original model, then call torch.compile on it")
-    if any(map(lock_of, model.modules())):  # also of a submodule, or of a model that contains this one
+    # The lock is also set if adapters are applied to a submodule, or to a model that contains this one.
+    if any(map(lock_of, model.modules())):
         state = state_of(model)
-        applied = ", ".join(state.applied) if state is not None else "to a part of the model"
+        adapters = ", ".join(state.applied) if state is not None else "to a part of the model"
         raise PeftcoreError(
-            f"quantize needs a model without adapters, found {applied}. Quantize first, or call peftcore.remove"
+            f"quantize needs a model without adapters, found {adapters}. Quantize first, or call peftcore.remove"
         )
 
 
-def quicken_few_rows(model: nn.Module) -> None:
-    """Make products of few rows of a quantized model fast: in huge pages, the dense output head by its own kernel."""
+def speed_up_decoding(model: nn.Module) -> None:
+    """Speed up products of few rows: move weights to huge pages, and give the dense output head its own kernel."""
     with walked_once(model):
         head = detect(model).output_head
     fold_frozen(model, head)
@@ -246,40 +250,40 @@ def quicken_few_rows(model: nn.Module) -> None:
 
 
 def _round_by_gptq(
-    model: nn.Module, chosen: _Chosen, batches: list[Any], settings: FourBitSettings
+    model: nn.Module, selection: _Selection, batches: list[Any], settings: FourBitSettings
 ) -> dict[str, nn.Module]:
-    """Convert layers by GPTQ, and return those that no batch reaches."""
+    """Convert layers by GPTQ, and return the layers that no batch reaches, by path."""
 
     def convert_one(layer: nn.Module, weight: PackedWeight) -> None:
         convert(layer, weight, settings.compute_dtype)
         fast_path.guard(model)
 
-    unreached = gptq.round_layers(model, chosen.layers, batches, settings.blocksize, convert_one)
-    gptq.warn_of_nearest(unreached, chosen.expert_names)
-    return {path: chosen.layers[path] for path in unreached}
+    unreached_paths = gptq.round_layers(model, selection.layers, batches, settings.blocksize, convert_one)
+    gptq.warn_of_nearest(unreached_paths, selection.expert_names)
+    return {path: selection.layers[path] for path in unreached_paths}
 
 
-def _held_by(model: nn.Module) -> int:
-    """Return the bytes of a model's parameters, without those on the meta device."""
+def _parameter_bytes(model: nn.Module) -> int:
+    """Return the size in bytes of a model's parameters, excluding those on the meta device."""
     return sum(parameter.nbytes for parameter in model.parameters() if not parameter.is_meta)
 
 
-def give_back_freed() -> None:
-    """Return free memory between remaining weights to the system, which glibc would keep."""
+def release_free_memory() -> None:
+    """Return freed memory to the system. By default, glibc keeps free blocks that lie between weights."""
     if sys.platform.startswith("linux"):
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other C libraries do not have malloc_trim
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # musl does not have malloc_trim
         if trim is not None:
             trim(0)
 
 
 def _warn_if_little(model: nn.Module, quantized: Sequence[str]) -> None:
-    covered = coverage(model, detect(model), quantized, lacking="that share their weight or are kept dense")
-    if covered.share < LITTLE:
-        warn(f"quantize on {type(model).__name__} {covered}")
+    result = coverage(model, detect(model), quantized, lacking="that share their weight or are kept dense")
+    if result.share < LITTLE:
+        warn(f"quantize on {type(model).__name__} {result}")
 
 
 def dequantize(model: Model, dtype: torch.dtype | None = None) -> Model:
-    """Turn quantized layers into plain `nn.Linear`s and experts into dense parameters, with the values of the 4 bits.
+    """Turn quantized layers into plain `nn.Linear`s and experts into dense parameters, with the dequantized values.
 
     Args:
         model: the model.
@@ -295,19 +299,19 @@ def dequantize(model: Model, dtype: torch.dtype | None = None) -> Model:
             weight_format = find_weight_format(module)
             if weight_format is None or isinstance(module, PackedParameters):
                 continue
-            if weight_format.decode and weight_format.plain:  # a plugin's
+            if weight_format.decode and weight_format.plain:  # a plugin's format that can dequantize
                 dequantize_by_plugin(module, weight_format, dtype)
                 if weight_format.update_config is not None:
                     weight_format.update_config(model)
         for _, experts in list(quantized_experts(model)):
             unpack_experts(experts, dtype)
         layers = [module for _, module in base_modules(model) if isinstance(module, QuantizedLinear)]
-        for module, first in _with_first(layers):
-            if first is module:
+        for module, source in _with_source(layers):
+            if source is module:
                 make_plain(module, module.dense_parameter(dtype))
             else:
-                make_plain(module, cast(nn.Parameter, first.weight))
-    finally:  # also if an error leaves some layers dense
+                make_plain(module, cast(nn.Parameter, source.weight))
+    finally:  # an error may leave some layers dense, and the config must match
         fast_path.guard(model)
         sync_config(model)
     return model
@@ -315,12 +319,12 @@ def dequantize(model: Model, dtype: torch.dtype | None = None) -> Model:
 
 def convert_dense(module: Any, settings: FourBitSettings) -> QuantizedLinear:
     """Quantize one dense layer in place."""
-    part = part_of(module)
-    if part is not None:
-        return convert_part(module, part, settings)
+    shard = shard_of(module)
+    if shard is not None:
+        return convert_shard(module, shard, settings)
     weight = module.weight.detach()
     weight = weight.T if is_conv1d(module) else weight
-    return convert(module, quantized(weight, settings), settings.compute_dtype)
+    return convert(module, quantize_weight(weight, settings), settings.compute_dtype)
 
 
 def convert(module: Any, weight: PackedWeight, compute_dtype: torch.dtype | None) -> QuantizedLinear:
@@ -332,7 +336,7 @@ def convert(module: Any, weight: PackedWeight, compute_dtype: torch.dtype | None
         dense = module._parameters.get("weight")
         module.__class__ = QuantizedLinear
         module.compute_dtype = compute_dtype
-        if isinstance(weight.codes, nn.Parameter):  # for a layer that shares its weight
+        if isinstance(weight.codes, nn.Parameter):  # layers that share a weight share this parameter
             module.weight = weight.codes
         module.set_packed_parameter("weight", weight._replace(codes=weight.codes.detach()))
         mark_as_loaded(module.weight, dense)
@@ -347,7 +351,7 @@ def make_plain(module: Any, weight: nn.Parameter) -> None:
         module.weight = weight
         for name in list(module._buffers):
             del module._buffers[name]
-        for name in ("packings", "compute_dtype", "held_part"):
+        for name in ("packings", "compute_dtype", "weight_shard"):
             module.__dict__.pop(name, None)
         module.__class__ = nn.Linear
         renew_plan(module)
@@ -369,33 +373,36 @@ def quantized_experts(model: nn.Module) -> Iterator[tuple[str, PackedParameters]
             yield path, module
 
 
-def _with_first(modules: Iterable[Layer]) -> list[tuple[Layer, Layer]]:
-    """Return (module, first module with the same weight) pairs, computed before any weight is freed."""
+def _with_source(modules: Iterable[Layer]) -> list[tuple[Layer, Layer]]:
+    """Pair each module with the first one that has the same weight.
+
+    The result is a list, because ids of weights are only valid until the first of them is freed.
+    """
     modules = list(modules)
-    first: dict[int, Layer] = {}
+    sources: dict[int, Layer] = {}
     for module in modules:
-        first.setdefault(id(module.weight), module)
-    return [(module, first[id(module.weight)]) for module in modules]
+        sources.setdefault(id(module.weight), module)
+    return [(module, sources[id(module.weight)]) for module in modules]
 
 
-def _check_parameter(path: str, module: nn.Module, parameter: str, part: HeldPart | None = None) -> None:
-    """Raise a PeftcoreError if a parameter cannot be quantized. `part`: the part of it that this rank can quantize."""
+def _check_parameter(path: str, module: nn.Module, parameter: str, shard: WeightShard | None = None) -> None:
+    """Raise a PeftcoreError if a parameter, or this rank's shard of it, cannot be quantized."""
     weight = module.get_parameter(parameter)
-    name = _joined(path, parameter)
+    name = _full_name(path, parameter)
     if ranks.is_partitioned(weight):
         raise PeftcoreError(
-            f"'{name}' is partitioned by DeepSpeed's ZeRO-3, and no rank has the whole weight. Load and quantize the "
-            "model before HfDeepSpeedConfig or TrainingArguments(deepspeed=...) is created: deepspeed.initialize then "
+            f"'{name}' is partitioned by DeepSpeed ZeRO-3, so no rank has the full weight. Load and quantize the model "
+            "before creating HfDeepSpeedConfig or TrainingArguments(deepspeed=...); deepspeed.initialize then "
             "partitions the 4-bit weights"
         )
-    if ranks.is_part(weight) and part is None:
+    if ranks.is_part(weight) and shard is None:
         raise PeftcoreError(
-            f"'{name}' is sharded, and no rank has the whole weight. Quantize before sharding, or load in 4 "
-            f"bits: peftcore.load_sharded(folder, 'nf4'), or leave it dense: skip=['{path}']"
+            f"'{name}' is sharded, so no rank has the full weight. Quantize before sharding, load the model in 4 bits "
+            f"(peftcore.load_sharded(folder, 'nf4')), or leave the weight dense: skip=['{path}']"
         )
     if is_wrapped(weight):
         raise PeftcoreError(
-            f"'{name}' is quantized already, by another library ({type(weight).__name__}). Quantize the original "
+            f"'{name}' is already quantized by another library ({type(weight).__name__}). Quantize the original "
             f"model, or skip the layer: skip=['{path}']"
         )
     if weight.dtype not in DTYPES:
@@ -403,31 +410,31 @@ def _check_parameter(path: str, module: nn.Module, parameter: str, part: HeldPar
             f"'{name}' is {weight.dtype}; only float32, float16 and bfloat16 can be quantized. Cast the model "
             f"first, or skip the layer: skip=['{path}']"
         )
-    if "forward" in module.__dict__ and part is None:
+    if "forward" in module.__dict__ and shard is None:
         raise PeftcoreError(
             f"'{path}' has its own `forward` (such as accelerate's hooks), which reads the dense weight. "
             "Quantize before the model is dispatched"
         )
     if weight.is_meta:
         return
-    if part is None:
+    if shard is None:
         refuse_non_finite(weight.detach(), name)
     elif ranks.any_of(not cast(Any, weight).to_local().isfinite().all()):
         refuse_non_finite(ranks.whole(weight), name)
 
 
-def _bits_of(module: nn.Module, path: str) -> PackedWeight:
-    """Return the weight of a layer of bitsandbytes, with the layer's own tensors."""
+def _read_bitsandbytes_weight(module: nn.Module, path: str) -> PackedWeight:
+    """Return the packed weight of a bitsandbytes layer, without copying."""
     parts = {name.removeprefix("weight."): t for name, t in module.state_dict().items() if name.startswith("weight.")}
     if not parts:
         raise PeftcoreError(
-            f"'{path}' is a layer of bitsandbytes that is not quantized yet. Move it to its device first"
+            f"'{path}' is a bitsandbytes layer that has not been quantized yet. Move it to its device first"
         )
     return from_tensors(module.get_parameter("weight").detach(), parts, f"{path}.weight")
 
 
-def _adopt(module: Any, packed: PackedWeight) -> None:
-    """Turn a layer of bitsandbytes into a `QuantizedLinear` with the same bits."""
+def _convert_bitsandbytes_layer(module: Any, packed: PackedWeight) -> None:
+    """Turn a bitsandbytes layer into a `QuantizedLinear` with the same bits."""
     compute_dtype = module.compute_dtype
     with restored_after_error(module):
         for attribute in ("quant_state", "quant_storage", "compute_type_is_set", "support_avx512bf16_for_cpu"):

@@ -15,7 +15,7 @@ from peftcore.ops.weight import PackedWeight
 from peftcore.plugin.validation import shown
 from peftcore.quantization.affine4_format import AFFINE4
 from peftcore.quantization.bitsandbytes_format import FP4, NF4
-from peftcore.quantization.four_bit_format import FourBitFormat, damaged
+from peftcore.quantization.four_bit_format import FourBitFormat, damaged_error
 from peftcore.quantization.mxfp4_format import MXFP4
 from peftcore.quantization.nvfp4_format import NVFP4
 
@@ -32,7 +32,7 @@ def check_quant_type(quant_type: Any) -> None:
 
 @dataclass(frozen=True)
 class FourBitSettings:
-    """How weights are quantized, and the dtype of products with them; see `peftcore.quantize`."""
+    """Arguments of `peftcore.quantize`: how weights are quantized, and the dtype of products with them."""
 
     quant_type: str = "nf4"
     double_quant: bool = True
@@ -40,16 +40,16 @@ class FourBitSettings:
     compute_dtype: torch.dtype | None = None
 
     def resolved(self) -> FourBitSettings:
-        """Return the settings with the values that the format uses.
+        """Return the settings as the format applies them, with its fixed block size if it has one.
 
         Raises:
-            PeftcoreError: the format does not have such a block size.
+            PeftcoreError: the format does not support the block size.
         """
         double_quant, blocksize = FORMATS[self.quant_type].settings(self.double_quant, self.blocksize)
         return replace(self, double_quant=double_quant, blocksize=blocksize)
 
 
-def quantized(weight: Tensor, settings: FourBitSettings) -> PackedWeight:
+def quantize_weight(weight: Tensor, settings: FourBitSettings) -> PackedWeight:
     """Quantize a dense weight."""
     settings = settings.resolved()
     return FORMATS[settings.quant_type].quantize(weight, settings.blocksize, settings.double_quant)
@@ -61,14 +61,14 @@ def to_tensors(weight: PackedWeight) -> dict[str, Tensor]:
 
 
 def from_tensors(codes: Tensor, tensors: Mapping[str, Tensor], name: str) -> PackedWeight:
-    """Build the weight `name` from its bytes and tensors, checked against each other.
+    """Build the weight `name` from its codes and tensors, and check that they are consistent.
 
     Raises:
-        CheckpointError: a part is missing or does not fit: the file is damaged or has another format.
+        CheckpointError: a tensor is missing or does not fit; the file is damaged or has another format.
     """
-    stored = [form for form in FORMATS.values() if form.state in tensors]
+    formats = [form for form in FORMATS.values() if form.state in tensors]
     states = [key for key in tensors if key.startswith("quant_state.")]
-    if len(stored) != 1 or len(states) != 1:
+    if len(formats) != 1 or len(states) != 1:
         states_of_formats = [f"'{name}.{form.state}'" for form in FORMATS.values()]
-        raise damaged(name, f"needs one tensor {' or '.join(states_of_formats)}, found {states or 'none'}")
-    return stored[0].from_tensors(codes, tensors, name)
+        raise damaged_error(name, f"needs one tensor {' or '.join(states_of_formats)}, found {states or 'none'}")
+    return formats[0].from_tensors(codes, tensors, name)

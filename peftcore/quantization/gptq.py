@@ -1,11 +1,12 @@
 """GPTQ's rounding of linear layers to affine4 (Frantar et al. 2022, arXiv 2210.17323).
 
 For inputs X of a layer with weight W, columns of W are rounded one after the other. With H = Xᵀ X + damp and U the
-upper Cholesky factor of H⁻¹, the error of column i, e = (w_i - rounded(w_i)) / U_ii, is made up for by the columns that
-are not rounded yet: w_j -= e U_ij for j > i. A group's scale and zero point are those of its values when it begins.
+upper Cholesky factor of H⁻¹, the error of column i, e = (w_i - round(w_i)) / U_ii, is compensated by the columns that
+are not rounded yet: w_j -= e U_ij for j > i. A group's scale and zero point are computed when its first column is
+reached.
 
-Layers are rounded in the order in which the model calls them, each with inputs that the layers before it, rounded
-already, give it.
+Layers are rounded in the order in which the model calls them, each with the inputs that the already rounded layers
+before it produce.
 """
 
 from __future__ import annotations
@@ -26,14 +27,14 @@ from peftcore.model.batches import run
 from peftcore.ops import PackedWeight
 from peftcore.plugin.layers import is_conv1d
 
-_DAMP = 0.01  # of the mean of H's diagonal
+_DAMP = 0.01  # dampening, relative to the mean of H's diagonal
 Convert: TypeAlias = "Callable[[nn.Module, PackedWeight], object]"
 
-_AT_ONCE = 32  # columns whose errors reach the columns behind them together
+_COLUMNS_AT_ONCE = 32  # columns whose errors are applied to the remaining columns in one product
 
 
 @torch.no_grad()
-def rounded(weight: Tensor, upper: Tensor, blocksize: int) -> PackedWeight:
+def round_weight(weight: Tensor, upper: Tensor, blocksize: int) -> PackedWeight:
     """Round a weight to affine4 by GPTQ.
 
     Args:
@@ -44,24 +45,25 @@ def rounded(weight: Tensor, upper: Tensor, blocksize: int) -> PackedWeight:
     remaining, width = weight.double(), weight.shape[1]
     codes = torch.empty(weight.T.shape, dtype=torch.uint8, device=weight.device)
     scales, zeros = [], []
-    step = min(blocksize, _AT_ONCE)
-    for first in range(0, width, step):
-        last = first + step
-        if first % blocksize == 0:
-            group = ops.quantize_affine4(remaining[:, first : first + blocksize].float(), blocksize)
+    step = min(blocksize, _COLUMNS_AT_ONCE)
+    for start in range(0, width, step):
+        stop = start + step
+        if start % blocksize == 0:
+            group = ops.quantize_affine4(remaining[:, start : start + blocksize].float(), blocksize)
             assert group.zeros is not None
             scales.append(group.absmax)
             zeros.append(group.zeros)
             scale, zero = scales[-1].double(), zeros[-1].double()
             inverse = (1 / scale).masked_fill_(scale == 0, 0)
-        part, factor = remaining[:, first:last].T.contiguous(), upper[first:last, first:last]  # a row is a column of W
-        errors = torch.empty_like(part)
+        columns = remaining[:, start:stop].T.contiguous()  # transposed: columns[i] is a column of W
+        factor = upper[start:stop, start:stop]
+        errors = torch.empty_like(columns)
         for i in range(step):
-            code = (part[i] * inverse).round_().add_(zero).clamp_(0, 15)
-            codes[first + i] = code.to(torch.uint8)
-            errors[i] = (part[i] - scale * (code - zero)) / factor[i, i]
-            part[i + 1 :].addr_(factor[i, i + 1 :], errors[i], alpha=-1)
-        remaining[:, last:].addmm_(errors.T, upper[first:last, last:], alpha=-1)
+            code = (columns[i] * inverse).round_().add_(zero).clamp_(0, 15)
+            codes[start + i] = code.to(torch.uint8)
+            errors[i] = (columns[i] - scale * (code - zero)) / factor[i, i]
+            columns[i + 1 :].addr_(factor[i, i + 1 :], errors[i], alpha=-1)
+        remaining[:, stop:].addmm_(errors.T, upper[start:stop, stop:], alpha=-1)
     return ops.affine4_weight(codes.T, torch.stack(scales, 1), torch.stack(zeros, 1), dtype=weight.dtype)
 
 
@@ -69,24 +71,25 @@ def inverse_factor(hessian: Tensor) -> Tensor:
     """Return the upper Cholesky factor of the inverse of Xᵀ X, fp64 `[in, in]`, with dampening.
 
     Raises:
-        PeftcoreError: it is not finite.
+        PeftcoreError: Xᵀ X is not finite.
     """
     hessian = hessian.clone()
     diagonal = hessian.diagonal()
-    diagonal[diagonal == 0] = 1  # inputs that are always zero: their columns are rounded to nearest
+    # Inputs that are always zero would make H singular. With 1 their columns are rounded to nearest.
+    diagonal[diagonal == 0] = 1
     diagonal += _DAMP * diagonal.mean()
-    lower, failed = torch.linalg.cholesky_ex(hessian)
-    if failed or not lower.isfinite().all():
+    lower, info = torch.linalg.cholesky_ex(hessian)
+    if info or not lower.isfinite().all():
         raise PeftcoreError("the inputs are not finite")
     return torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True)
 
 
 @dataclass
 class _Group:
-    """Weights that are rounded together, because their layers get the same inputs.
+    """Weights that are rounded together because their layers get the same input.
 
     Args:
-        weights: paths of the layers of each weight: several if they share it.
+        weights: for each weight, the paths of the layers that have it; more than one if they share it.
         calls: number of calls of these layers in one forward pass.
     """
 
@@ -99,19 +102,19 @@ class _Group:
         return self.weights[0]
 
 
-class _Enough(BaseException):
-    """Signal that ends a forward pass whose rest is not needed. No `except Exception` of a model catches it."""
+class _StopForward(BaseException):
+    """Ends a forward pass early. A BaseException, so that no `except Exception` in a model catches it."""
 
 
 def round_layers(
     model: nn.Module, layers: Mapping[str, nn.Module], batches: Sequence[Any], blocksize: int, convert: Convert
 ) -> list[str]:
-    """Convert linear layers to affine4 in place, one after the other, so that each dense weight is freed at once.
+    """Convert linear layers to affine4 in place, one by one, so that each dense weight is freed before the next.
 
     Args:
         model: the model.
         layers: the layers, by path.
-        batches: what the model is called with. Rows that an `attention_mask` excludes are left out.
+        batches: calibration batches, passed to the model. Tokens that an `attention_mask` excludes are ignored.
         blocksize: number of inputs in a group.
         convert: (layer, packed weight) -> None: convert one layer in place.
 
@@ -119,18 +122,18 @@ def round_layers(
         Paths of layers that no batch reaches, which are not converted.
 
     Raises:
-        PeftcoreError: there is no batch, or inputs are not finite. Layers before those with such inputs are converted.
+        PeftcoreError: `batches` is empty, or a layer's inputs are not finite. The layers before it are converted.
     """
     if not batches:
         raise PeftcoreError("`batches` is empty. If it is an iterator that has been read, pass a list or a DataLoader")
     training = [module for module in model.modules() if module.training]
     try:
         model.eval()
-        groups, unreached = _in_order(model, layers, batches)
+        groups, unreached_paths = _groups_in_call_order(model, layers, batches)
         for group in groups:
             hessian = _hessian(model, group, batches)
-            if hessian is None:  # routing has changed
-                unreached += chain.from_iterable(group.weights)
+            if hessian is None:  # rounding earlier layers changed the routing, and no token reaches this expert now
+                unreached_paths += chain.from_iterable(group.weights)
                 continue
             try:
                 upper = inverse_factor(hessian)
@@ -143,22 +146,22 @@ def round_layers(
     finally:
         for module in training:
             module.training = True
-    return unreached
+    return unreached_paths
 
 
 def _convert(layers: Mapping[str, Any], paths: list[str], upper: Tensor, blocksize: int, convert: Convert) -> None:
-    first = layers[paths[0]]
-    weight = first.weight.detach()
-    packed = rounded(weight.T if is_conv1d(first) else weight, upper, blocksize)
+    owner = layers[paths[0]]
+    weight = owner.weight.detach()
+    packed = round_weight(weight.T if is_conv1d(owner) else weight, upper, blocksize)
     for path in paths:
-        convert(layers[path], packed if layers[path] is first else first.packed)
+        convert(layers[path], packed if layers[path] is owner else owner.packed)
 
 
 @dataclass(frozen=True)
 class _Call:
-    """Call of a layer: its input with the version that in-place operators raise, and the leader of the layer's weight.
+    """Last call of a layer: its input, the input's version, which in-place operators increment, and the leader.
 
-    The leader of weights that get one input in consecutive calls, such as query, key and value, is the first of them.
+    Weights that get the same input in consecutive calls, such as query, key and value, have the first as their leader.
     """
 
     x: Tensor
@@ -166,8 +169,14 @@ class _Call:
     leader: int
 
 
-def _in_order(model: nn.Module, layers: Mapping[str, Any], batches: Sequence[Any]) -> tuple[list[_Group], list[str]]:
-    """Return the weights, grouped by their input, in the order of first calls, and the paths that no batch reaches."""
+def _groups_in_call_order(
+    model: nn.Module, layers: Mapping[str, Any], batches: Sequence[Any]
+) -> tuple[list[_Group], list[str]]:
+    """Group weights by their input, in the order of their first calls.
+
+    Returns:
+        The groups, and the paths that no batch reaches.
+    """
     weights = {path: id(layer.weight) for path, layer in layers.items()}
     paths_of: dict[int, list[str]] = {}  # by weight
     for path, weight in weights.items():
@@ -175,64 +184,65 @@ def _in_order(model: nn.Module, layers: Mapping[str, Any], batches: Sequence[Any
     groups: dict[int, _Group] = {}
     leaders: dict[int, int] = {}
     counts: Counter[int] = Counter()
-    latest: _Call | None = None
+    last_call: _Call | None = None
 
-    def see(weight: int, x: Tensor) -> None:
-        nonlocal latest
+    def record_call(weight: int, x: Tensor) -> None:
+        nonlocal last_call
         counts[weight] += 1
         groups.setdefault(weight, _Group([paths_of[weight]]))
         version = None if x.is_inference() else x._version
-        again = latest is not None and latest.x is x and latest.version == version
-        leader = latest.leader if latest is not None and again else weight
-        if leaders.setdefault(weight, leader) != leader:  # the inputs are not the same in all calls
+        is_same_input = last_call is not None and last_call.x is x and last_call.version == version
+        leader = last_call.leader if last_call is not None and is_same_input else weight
+        # A weight whose input is another layer's only in some calls forms a group of its own.
+        if leaders.setdefault(weight, leader) != leader:
             leaders[weight] = leader = weight
-        latest = _Call(x, version, leader)
+        last_call = _Call(x, version, leader)
 
     for batch in batches:
         counts.clear()
-        latest = None
-        _forward(model, weights, batch, see)
+        last_call = None
+        _forward(model, weights, batch, record_call)
         for weight, count in counts.items():
             groups[weight].calls = max(groups[weight].calls, count)
-    ordered: list[_Group] = []
+    ordered_groups: list[_Group] = []
     for weight, group in groups.items():
-        leading = groups[leaders[weight]]
-        if leading is not group and leading.calls == group.calls == 1:
-            leading.weights += group.weights
+        leader_group = groups[leaders[weight]]
+        if leader_group is not group and leader_group.calls == group.calls == 1:
+            leader_group.weights += group.weights
         else:
-            ordered.append(group)
-    return ordered, [path for path, weight in weights.items() if weight not in groups]
+            ordered_groups.append(group)
+    return ordered_groups, [path for path, weight in weights.items() if weight not in groups]
 
 
-def _forward(model: nn.Module, keys: Mapping[str, Any], batch: Any, see: Callable[[Any, Tensor], object]) -> None:
+def _forward(model: nn.Module, keys: Mapping[str, Any], batch: Any, on_call: Callable[[Any, Tensor], object]) -> None:
     """Run the model on a batch, and pass (key, input) of each call of the modules at `keys` to `see`."""
 
-    def look(key: Any, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def hook(key: Any, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
         if x is not None:
-            see(key, x)
+            on_call(key, x)
 
-    hooks = [
-        model.get_submodule(path).register_forward_pre_hook(partial(look, key), with_kwargs=True)
+    handles = [
+        model.get_submodule(path).register_forward_pre_hook(partial(hook, key), with_kwargs=True)
         for path, key in keys.items()
     ]
     try:
         with torch.no_grad():
             run(model, batch)
-    except _Enough:
+    except _StopForward:
         pass
     finally:
-        for hook in hooks:
-            hook.remove()
+        for handle in handles:
+            handle.remove()
 
 
 def _hessian(model: nn.Module, group: _Group, batches: Sequence[Any]) -> Tensor | None:
-    """Return Xᵀ X of a group's inputs in all batches, fp64; None without inputs."""
+    """Return Xᵀ X of a group's inputs in all batches, fp64 `[in, in]`; None if no batch reaches the group."""
     total: Tensor | None = None
     for batch in batches:
         remaining = group.calls
 
-        def see(_key: str, x: Tensor, batch: Any = batch) -> None:
+        def record_call(_key: str, x: Tensor, batch: Any = batch) -> None:
             nonlocal total, remaining
             mask = batch.get("attention_mask") if hasattr(batch, "get") else None
             if isinstance(mask, Tensor) and mask.shape == x.shape[:-1]:
@@ -242,14 +252,14 @@ def _hessian(model: nn.Module, group: _Group, batches: Sequence[Any]) -> Tensor 
             total = product if total is None else total.add_(product)
             remaining -= 1
             if remaining == 0:
-                raise _Enough
+                raise _StopForward
 
-        _forward(model, dict.fromkeys(group.paths, ""), batch, see)
+        _forward(model, dict.fromkeys(group.paths, ""), batch, record_call)
     return total
 
 
 def warn_of_nearest(unreached: Sequence[str], experts: Sequence[str]) -> None:
-    """Warn of weights that are rounded to nearest, since GPTQ has no inputs of theirs."""
+    """Warn about weights that are rounded to nearest because GPTQ has no inputs for them."""
     for names, reason in ((unreached, "no batch reaches them"), (experts, "they are weights of experts")):
         if names:
-            warn(f"{len(names)} weights ('{names[0]}') are rounded to nearest and not by GPTQ, because {reason}")
+            warn(f"{len(names)} weights ('{names[0]}') are rounded to nearest instead of by GPTQ, because {reason}")

@@ -1,6 +1,6 @@
-"""4 bits for transformers: `from_pretrained(..., quantization_config=FourBitConfig())`, and `load`.
+"""4-bit loading for transformers: `from_pretrained(..., quantization_config=FourBitConfig())`, and `load`.
 
-transformers reads a checkpoint tensor by tensor and passes each weight to the quantizer below, so memory holds the
+transformers reads a checkpoint tensor by tensor and passes each weight to the quantizer below. So memory holds the
 quantized model and one dense weight at a time, or the weights of one expert if the checkpoint stores experts one by
 one. Importing this module registers the quantizer.
 """
@@ -37,38 +37,38 @@ from peftcore.plugin.layers import shape_of
 from peftcore.quantization.checkpoint_conversions import (
     Deserialize,
     FromBlocks,
-    NameOfPacked,
-    collected,
+    RenamePackedWeight,
+    collecting_failures,
+    exact_name_patterns,
     experts_converters,
     layout_converter,
-    noted,
-    whole_names,
+    recording_failure,
 )
-from peftcore.quantization.checkpoint_layouts import described, find_layout
+from peftcore.quantization.checkpoint_layouts import find_layout, find_quantization_config
 from peftcore.quantization.config_sync import sync_config
 from peftcore.quantization.convert import (
     convert_dense,
-    give_back_freed,
     quantize,
     quantized_experts,
     quantized_layers,
-    quicken_few_rows,
+    release_free_memory,
+    speed_up_decoding,
 )
 from peftcore.quantization.formats import PARTS, FourBitSettings, check_quant_type
 from peftcore.quantization.four_bit_format import DTYPES, METHOD
 from peftcore.quantization.mxfp4_format import BLOCKS, SCALES
-from peftcore.quantization.packed_experts import is_turned, pack_parameter
-from peftcore.quantization.parameters import joined_experts, refuse_non_finite
-from peftcore.quantization.quant_types import check_rows, refuse_options, refuse_read_as_it_is
-from peftcore.quantization.quantizable import expert_parameters, selected, selected_experts, warn_of_dense
+from peftcore.quantization.packed_experts import pack_parameter, packs_transpose
+from peftcore.quantization.parameters import quantize_experts, refuse_non_finite
+from peftcore.quantization.quant_types import check_rows, refuse_options, refuse_plugin_checkpoint
+from peftcore.quantization.quantizable import expert_parameters, select_experts, select_layers, warn_of_dense
 
 
 @register_quantization_config(METHOD)
 class FourBitConfig(QuantizationConfigMixin):
     """Config for quantizing a dense checkpoint in `from_pretrained`, with the arguments of `peftcore.quantize`.
 
-    For a checkpoint quantized by bitsandbytes, transformers accepts only bitsandbytes' config and raises ValueError:
-    load it with `peftcore.quantization.load`.
+    For a checkpoint that bitsandbytes quantized, transformers raises a ValueError unless the config is bitsandbytes'.
+    Load such a checkpoint with `peftcore.quantization.load`.
     """
 
     def __init__(
@@ -96,30 +96,30 @@ class FourBitConfig(QuantizationConfigMixin):
 
     @property
     def settings(self) -> FourBitSettings:
-        """The settings, with `compute_dtype` as a dtype; the attributes are what a JSON file has."""
+        """The settings, with `compute_dtype` as a dtype. The attributes are values that JSON can store."""
         dtype = None if self.compute_dtype is None else DTYPES[self.compute_dtype]
         return FourBitSettings(self.quant_type, self.double_quant, self.blocksize, dtype)
 
 
 @register_quantizer(METHOD)
 class FourBitQuantizer(HfQuantizer):
-    """Quantizer that quantizes dense checkpoints while loading, and loads those in bitsandbytes' 4-bit format."""
+    """transformers' quantizer for `FourBitConfig`: quantizes dense checkpoints and reads 4-bit ones while loading."""
 
     quantization_config: FourBitConfig
     # Without this, Trainer refuses a quantized model that is not wrapped by PEFT.
     is_qat_trainable = True
     is_trainable = True
     quantized_element_size = 0.5
-    serialized_names: ClassVar = {"weight": whole_names(["weight", *(f"weight.{part}" for part in PARTS)])}
+    serialized_names: ClassVar = {"weight": exact_name_patterns(["weight", *(f"weight.{part}" for part in PARTS)])}
 
     def __init__(self, quantization_config: FourBitConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self.weights: set[str] = set()
-        self.divided = False  # by a plan, over ranks
-        self.blocksizes: dict[str, int] = {}  # of experts, by parameter name
-        self.layout_names: set[str] = set()  # parameters of which the checkpoint has tensors in another tool's layout
+        self.is_tensor_parallel = False
+        self.blocksizes: dict[str, int] = {}  # block sizes of experts by parameter name
+        self.layout_names: set[str] = set()  # parameters that the checkpoint stores in another tool's layout
         self.files: Sequence[str] = ()
-        self.model: nn.Module | None = None  # while it is loaded
+        self.model: nn.Module | None = None  # the model, while it is being loaded
 
     @property
     def compute_dtype(self) -> torch.dtype | None:
@@ -134,27 +134,27 @@ class FourBitQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         self.files = kwargs.get("checkpoint_files") or ()
         self.model = model
-        self.divided = ranks.count() > 1 and getattr(model.config, "distributed_config", None) is not None
-        if self.divided and self.pre_quantized:
+        self.is_tensor_parallel = ranks.count() > 1 and getattr(model.config, "distributed_config", None) is not None
+        if self.is_tensor_parallel and self.pre_quantized:
             raise PeftcoreError(
-                "a checkpoint in 4 bits cannot be divided over the ranks while it is loaded (tp_plan, tp_size, "
-                "distributed_config). Load the dense checkpoint that way and call peftcore.quantize(model), or load "
-                "this one whole, call parallelize_module, and peftcore.quantize(model) again"
+                "cannot load a 4-bit checkpoint into a tensor-parallel model (tp_plan, tp_size, distributed_config). "
+                "Load the dense checkpoint that way and call peftcore.quantize(model), or load this checkpoint without "
+                "tensor parallelism, call parallelize_module, and then peftcore.quantize(model) again"
             )
-        if not self.pre_quantized and not self.divided:
+        if not self.pre_quantized and not self.is_tensor_parallel:
             config, tied = self.quantization_config, model.all_tied_weights_keys
-            chosen = selected(model, config.skip)
+            layers = select_layers(model, config.skip)
             warn_of_dense(model, config.skip)
-            experts = selected_experts(model, config.skip, config.blocksize)
-            chosen = {path: chosen[path] for path in chosen if f"{path}.weight" not in {*tied, *tied.values()}}
-            check_rows(model, config.settings, chosen, experts, config.skip)
+            experts = select_experts(model, config.skip, config.blocksize)
+            layers = {path: layers[path] for path in layers if f"{path}.weight" not in {*tied, *tied.values()}}
+            check_rows(model, config.settings, layers, experts, config.skip)
             for path, blocksizes in experts.items():
                 self.blocksizes |= {f"{path}.{name}": size for name, size in blocksizes.items()}
-            self.weights = {*(f"{path}.weight" for path in chosen), *self.blocksizes} - {*tied, *tied.values()}
+            self.weights = {*(f"{path}.weight" for path in layers), *self.blocksizes} - {*tied, *tied.values()}
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         self.model = None
-        if self.divided:  # each rank has read its dense parts
+        if self.is_tensor_parallel:  # each rank has loaded its dense shards
             config = self.quantization_config
             return quantize(
                 model,
@@ -165,7 +165,7 @@ class FourBitQuantizer(HfQuantizer):
                 blocksize=config.blocksize,
             )
         fast_path.guard(model)
-        quicken_few_rows(model)
+        speed_up_decoding(model)
         sync_config(model)
         return model
 
@@ -175,32 +175,32 @@ class FourBitQuantizer(HfQuantizer):
         assert model is not None
         if not self.pre_quantized:
             return [
-                _by_expert(conversion) if isinstance(conversion, WeightConverter) else conversion
+                _convert_by_expert(conversion) if isinstance(conversion, WeightConverter) else conversion
                 for conversion in weight_conversions
             ]
-        # `super()` is not called: in older transformers it adds nothing, and in newer ones it adds only the converter
-        # below, for a format like ours.
+        # Do not call `super()`: in older transformers it adds nothing, and in newer ones only the converter below.
         conversions = [
             *weight_conversions,
             WeightConverter(self.serialized_names["weight"], "weight", [Deserialize(self)]),
         ]
-        stored = self.quantization_config.stored
-        layout = None if stored is None else find_layout(stored, "")
-        if layout is not None:  # first: older transformers match `w1.weight` with `w1.weight_packed`, too
+        stored_config = self.quantization_config.stored
+        layout = None if stored_config is None else find_layout(stored_config, "")
+        # The converters of experts come first, because older transformers also match `w1.weight_packed` by `w1.weight`.
+        if layout is not None:
             dense = [conversion for conversion in conversions if isinstance(conversion, WeightConverter)]
             conversions = [*experts_converters(dense, model, layout, self), *conversions]
             conversions.append(layout_converter(layout, self))
             if layout.packed_names is not None:
-                with noted():
-                    conversions.insert(0, NameOfPacked(layout.packed_names(self.files), layout.parts[0]))
+                with recording_failure():
+                    conversions.insert(0, RenamePackedWeight(layout.packed_names(self.files), layout.parts[0]))
         names: dict[str, None] = {}
         for path, module in base_modules(model):
             names.update(dict.fromkeys(expert_parameters(model, path, module)))
         names.pop("weight", None)
         for name in names:
-            parts = whole_names([name, *(f"{name}.{part}" for part in PARTS)])
+            parts = exact_name_patterns([name, *(f"{name}.{part}" for part in PARTS)])
             conversions.append(WeightConverter(parts, name, [Deserialize(self)]))
-            blocks = whole_names([f"{name}{part}" for part in (BLOCKS, SCALES)])
+            blocks = exact_name_patterns([f"{name}{part}" for part in (BLOCKS, SCALES)])
             conversions.append(WeightConverter(blocks, name, [FromBlocks(self)]))
         return conversions
 
@@ -221,7 +221,7 @@ class _Quantize(ConversionOps):
         for name in list(input_dict):
             value = input_dict.pop(name)
             value = value[0] if isinstance(value, list) else value
-            with noted():
+            with recording_failure():
                 refuse_non_finite(value, name)
             if name in self.hf_quantizer.blocksizes:
                 quantized_parameters |= self.experts(model, name, value)
@@ -233,13 +233,13 @@ class _Quantize(ConversionOps):
         return quantized_parameters
 
     def experts(self, model: nn.Module, name: str, experts: Iterable[Tensor]) -> dict[str, nn.Parameter]:
-        """Quantize the parameter `name` expert by expert as they arrive."""
+        """Quantize the experts' parameter `name`, one expert at a time as they are read."""
         config, blocksize = self.hf_quantizer.quantization_config, self.hf_quantizer.blocksizes[name]
         path, _, attribute = name.rpartition(".")
         module = model.get_submodule(path)
         shape = shape_of(module, attribute)
 
-        def checked() -> Iterator[Tensor]:
+        def checked_experts() -> Iterator[Tensor]:
             count = 0
             for count, expert in enumerate(experts, 1):
                 if tuple(expert.shape) != shape[1:] or count > shape[0]:
@@ -251,15 +251,15 @@ class _Quantize(ConversionOps):
             if count != shape[0]:
                 raise CheckpointError(f"'{name}' has {count} experts, but the model needs {list(shape)}")
 
-        with noted():
+        with recording_failure():
             settings = replace(config.settings, blocksize=blocksize)
-            packed = joined_experts(checked(), shape, settings, is_turned(module, config.quant_type))
+            packed = quantize_experts(checked_experts(), shape, settings, packs_transpose(module, config.quant_type))
         pack_parameter(module, attribute, packed, self.hf_quantizer.compute_dtype)
         return {name: module.get_parameter(attribute)}
 
 
 class _ByExpert(WeightConverter):
-    """Conversion that makes a parameter from experts' tensors, one expert at a time, if it is quantized."""
+    """Converter that builds a quantized experts' parameter from one expert's tensors at a time."""
 
     __slots__ = ()
 
@@ -270,20 +270,22 @@ class _ByExpert(WeightConverter):
         are_jobs = all(map(callable, chain.from_iterable(lists.values())))
         if not is_by_expert or len(counts) != 1 or not are_jobs:
             return super().convert(layer_name, model=model, config=config, **kwargs)
-        taken = {pattern: lists.pop(pattern) for pattern in list(lists)}
+        jobs_by_pattern = {pattern: lists.pop(pattern) for pattern in list(lists)}
 
         def experts() -> Iterator[Tensor]:
             for i in range(*counts):
-                value = expert_of(self, {pattern: jobs[i]() for pattern, jobs in taken.items()}, layer_name, model)
-                with noted():
+                value = expert_of(
+                    self, {pattern: jobs[i]() for pattern, jobs in jobs_by_pattern.items()}, layer_name, model
+                )
+                with recording_failure():
                     refuse_non_finite(value, f"{layer_name}[{i}]")
                 yield value
 
         return quantize.experts(model, layer_name, experts())
 
 
-def _by_expert(converter: WeightConverter) -> WeightConverter:
-    """Return the converter, changed to convert one expert at a time if it treats each expert separately."""
+def _convert_by_expert(converter: WeightConverter) -> WeightConverter:
+    """Return a `_ByExpert` copy of a converter that treats experts separately, or the converter itself."""
     if not is_by_expert(converter):
         return converter
     by_expert = copy.copy(converter)
@@ -304,73 +306,82 @@ def load(
     **options: Any,
 ) -> nn.Module:
     """Implement `peftcore.quantization.load`."""
-    where = os.fspath(path)
+    checkpoint = os.fspath(path)
     quantization_config = FourBitConfig(quant_type, double_quant, skip, compute_dtype, blocksize)
-    config, options = _config_and_options(where, options)
-    stored, layout = described(config), None
-    if stored is None:
+    config, options = _config_and_options(checkpoint, options)
+    stored_config, layout = find_quantization_config(config), None
+    if stored_config is None:
         options["quantization_config"] = quantization_config
     else:
-        layout = _read_as_ours(config, stored, quantization_config, where)
-    model_class = model_class or _class_named_in(config)
-    reading = contextlib.nullcontext() if stored is None else read_when_needed()
-    with _errors_of_reading(where), not_mapped(), reading:
+        layout = _read_as_ours(config, stored_config, quantization_config, checkpoint)
+    model_class = model_class or _model_class_of(config)
+    reading = contextlib.nullcontext() if stored_config is None else reading_synchronously()
+    with _raising_read_errors(checkpoint), reading_without_mmap(), reading:
         model, info = model_class.from_pretrained(
-            where, config=config, dtype=dtype, output_loading_info=True, **options
+            checkpoint, config=config, dtype=dtype, output_loading_info=True, **options
         )
     for parameter in model.parameters():
-        if parameter.untyped_storage().filename is not None:  # mapped anyway, which would hold the whole file
+        # A parameter that is memory-mapped nevertheless would keep the whole file resident.
+        if parameter.untyped_storage().filename is not None:
             parameter.data = parameter.data.clone()
-    give_back_freed()
+    release_free_memory()
     if layout is not None:
-        _check_layout(model, layout, info["unexpected_keys"], where)
-    elif stored is not None and stored.get("quant_method") == "mxfp4":
-        _check_blocks(model, where)
-    elif stored is not None:
-        _warn_of_dense_experts(model, where, stored.get("llm_int8_skip_modules") or ())
-    _refuse_missing(model, info["missing_keys"], where)
+        _check_layout(model, layout, info["unexpected_keys"], checkpoint)
+    elif stored_config is not None and stored_config.get("quant_method") == "mxfp4":
+        _check_blocks(model, checkpoint)
+    elif stored_config is not None:
+        _warn_of_dense_experts(model, checkpoint, stored_config.get("llm_int8_skip_modules") or ())
+    _refuse_missing(model, info["missing_keys"], checkpoint)
     return model
 
 
 def _read_as_ours(
-    config: PretrainedConfig, stored: Mapping[str, Any], quantization_config: FourBitConfig, where: str
+    config: PretrainedConfig, stored_config: Mapping[str, Any], quantization_config: FourBitConfig, checkpoint: str
 ) -> CheckpointLayout | None:
-    """Make transformers read a checkpoint in 4 bits by the quantizer above. Return its layout, if another tool's.
+    """Make transformers read a 4-bit checkpoint with the quantizer above.
+
+    Returns:
+        The checkpoint's layout if another tool wrote it, else None.
 
     Raises:
-        PeftcoreError: the checkpoint is quantized in another format.
+        PeftcoreError: the checkpoint is quantized in an unsupported format.
     """
-    quant_method = stored.get("quant_method")
-    if quant_method in (METHOD, "mxfp4") or (quant_method == "bitsandbytes" and stored.get("load_in_4bit")):
+    quant_method = stored_config.get("quant_method")
+    if quant_method in (METHOD, "mxfp4") or (quant_method == "bitsandbytes" and stored_config.get("load_in_4bit")):
         config.quantization_config = quantization_config.to_dict()
         return None
-    layout = find_layout(stored, where)
+    layout = find_layout(stored_config, checkpoint)
     if layout is None:
-        refuse_read_as_it_is(stored, where)
+        refuse_plugin_checkpoint(stored_config, checkpoint)
         raise PeftcoreError(
-            f"'{where}' is quantized with {quant_method!r}, which is not supported. Use a dense "
+            f"'{checkpoint}' is quantized with {quant_method!r}, which is not supported. Use a dense "
             "checkpoint, or one in bitsandbytes' 4-bit format, MXFP4, GPTQ, AWQ, NVFP4 or compressed-tensors' W4A16"
         )
     if layout.warning:
         warn(layout.warning)
-    if stored.get("kv_cache_scheme"):
-        warn(f"'{where}' asks for a quantized cache of keys and values, which is left in the model's dtype")
-    of_layout = FourBitConfig(
-        layout.quant_type, skip=quantization_config.skip, compute_dtype=quantization_config.compute_dtype, stored=stored
+    if stored_config.get("kv_cache_scheme"):
+        warn(f"'{checkpoint}' specifies a quantized KV cache, which is not supported; it stays in the model's dtype")
+    layout_config = FourBitConfig(
+        layout.quant_type,
+        skip=quantization_config.skip,
+        compute_dtype=quantization_config.compute_dtype,
+        stored=stored_config,
     )
-    config.quantization_config = of_layout.to_dict()
+    config.quantization_config = layout_config.to_dict()
     return layout
 
 
 @contextlib.contextmanager
-def _errors_of_reading(where: str) -> Iterator[None]:
-    """Raise the errors of conversions, which transformers only logs, and name a checkpoint that cannot be read."""
+def _raising_read_errors(checkpoint: str) -> Iterator[None]:
+    """Raise the errors of conversions, which transformers only logs, and name the checkpoint in read errors."""
     failures: list[PeftcoreError] = []
     try:
-        with collected(failures):
+        with collecting_failures(failures):
             yield
     except SafetensorError as error:
-        raise CheckpointError(f"the weights in '{where}' cannot be read: {error}. The checkpoint is damaged") from error
+        raise CheckpointError(
+            f"the weights in '{checkpoint}' cannot be read: {error}. The checkpoint is damaged"
+        ) from error
     except RuntimeError as error:
         if failures:
             raise failures[0] from error
@@ -391,159 +402,166 @@ def load_then_quantize(
 ) -> nn.Module:
     """Load a dense model and quantize it in a plugin's format."""
     refuse_options(FourBitSettings(quant_type, double_quant, blocksize, compute_dtype))
-    where = os.fspath(path)
-    config, options = _config_and_options(where, options)
-    model_class = model_class or _class_named_in(config)
-    model, info = model_class.from_pretrained(where, config=config, dtype=dtype, output_loading_info=True, **options)
-    _refuse_missing(model, info["missing_keys"], where)
+    checkpoint = os.fspath(path)
+    config, options = _config_and_options(checkpoint, options)
+    model_class = model_class or _model_class_of(config)
+    model, info = model_class.from_pretrained(
+        checkpoint, config=config, dtype=dtype, output_loading_info=True, **options
+    )
+    _refuse_missing(model, info["missing_keys"], checkpoint)
     return quantize(model, quant_type, skip=skip)
 
 
-def _config_and_options(where: str, options: dict[str, Any]) -> tuple[PretrainedConfig, dict[str, Any]]:
-    """Return a checkpoint's config, with those of the options that it has, and the others."""
-    config, _ = AutoConfig.from_pretrained(where, return_unused_kwargs=True, **options)
+def _config_and_options(checkpoint: str, options: dict[str, Any]) -> tuple[PretrainedConfig, dict[str, Any]]:
+    """Return a checkpoint's config, updated by the options that are its fields, and the remaining options."""
+    config, _ = AutoConfig.from_pretrained(checkpoint, return_unused_kwargs=True, **options)
     return config, {name: value for name, value in options.items() if not hasattr(config, name)}
 
 
-def _class_named_in(config: PretrainedConfig) -> type[PreTrainedModel]:
-    """Return the class of models that a checkpoint names, or else that of language models."""
+def _model_class_of(config: PretrainedConfig) -> type[PreTrainedModel]:
+    """Return the model class that a checkpoint's config names, by default `AutoModelForCausalLM`."""
     name = (config.architectures or [""])[0]
     return getattr(transformers, name, None) or transformers.AutoModelForCausalLM
 
 
-def _refuse_missing(model: PreTrainedModel, missing: Iterable[str], where: str) -> None:
-    """Raise a CheckpointError if the checkpoint lacks weights, which transformers has initialised at random.
+def _refuse_missing(model: PreTrainedModel, missing_names: Iterable[str], checkpoint: str) -> None:
+    """Raise a CheckpointError if the checkpoint lacks weights, which transformers has initialized at random.
 
     Args:
         model: the loaded model.
-        missing: names of these weights. A new task's head, outside of the backbone, may be among them.
-        where: the checkpoint.
+        missing_names: names of the weights that the checkpoint lacks. Those of a new task head are accepted.
+        checkpoint: folder or hub id, for the message.
     """
-    if model.get_output_embeddings() is not None:  # a language model, whose head is its own
-        names = sorted(missing)
+    if model.get_output_embeddings() is not None:  # the head of a language model must be in the checkpoint
+        names = sorted(missing_names)
     elif hasattr(model, model.base_model_prefix):
-        names = sorted(name for name in missing if name.startswith(f"{model.base_model_prefix}."))
-    else:  # a backbone, which may lack the pooler that no task of its checkpoint has trained
-        names = sorted(name for name in missing if not name.startswith("pooler."))
+        names = sorted(name for name in missing_names if name.startswith(f"{model.base_model_prefix}."))
+    else:  # a backbone; masked language modeling does not train its pooler
+        names = sorted(name for name in missing_names if not name.startswith("pooler."))
     if names:
-        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        suffix = f" and {len(names) - 3} more" if len(names) > 3 else ""
         raise CheckpointError(
-            f"'{where}' lacks {', '.join(names[:3])}{more}, which would be random. The checkpoint is incomplete or "
-            "another model's: download it again, or pass its model_class"
+            f"'{checkpoint}' lacks {', '.join(names[:3])}{suffix}, which would be random. The checkpoint is "
+            "incomplete or of another model: download it again, or pass its model_class"
         )
 
 
-def _dense_experts(model: nn.Module, skipped: Sequence[str] = ()) -> list[str]:
-    """Return the names of weights of experts that are dense."""
+def _dense_experts(model: nn.Module, skipped_paths: Sequence[str] = ()) -> list[str]:
+    """Return the full names of experts' weights that are dense."""
     names: list[str] = []
     for path, module in base_modules(model):
-        if path not in skipped:
+        if path not in skipped_paths:
             experts = expert_parameters(model, path, module)
             names += [f"{path}.{name}" for name in experts if module.get_parameter(name).is_floating_point()]
     return names
 
 
-def _check_blocks(model: nn.Module, where: str) -> None:
-    """Raise a CheckpointError unless all experts of a model in MXFP4 were read from blocks."""
+def _check_blocks(model: nn.Module, checkpoint: str) -> None:
+    """Raise a CheckpointError unless all experts of an MXFP4 model were read from blocks."""
     dense = _dense_experts(model)
     if dense or next(quantized_experts(model), None) is None:
         problem = f"no blocks of '{dense[0]}'" if dense else "no experts in blocks"
         raise CheckpointError(
-            f"'{where}' is quantized with 'mxfp4', but has {problem}. Only experts stored as gpt-oss's are read: "
-            "use a dense checkpoint"
+            f"'{checkpoint}' is quantized with 'mxfp4', but has {problem}. Only experts in gpt-oss's format can be "
+            "read: use a dense checkpoint"
         )
 
 
-def _check_layout(model: PreTrainedModel, layout: CheckpointLayout, unexpected: Iterable[str], where: str) -> None:
-    """Raise a PeftcoreError unless each weight of the checkpoint in the layout has been read."""
-    unread = sorted(model.hf_quantizer.layout_names.intersection(unexpected))
-    if unread:
+def _check_layout(
+    model: PreTrainedModel, layout: CheckpointLayout, unexpected_keys: Iterable[str], checkpoint: str
+) -> None:
+    """Raise a PeftcoreError unless every weight that the checkpoint stores in the layout has been read."""
+    unread_names = sorted(model.hf_quantizer.layout_names.intersection(unexpected_keys))
+    if unread_names:
         raise PeftcoreError(
-            f"'{where}' has {len(unread)} {layout.kind} weights of {layout.tool} that are neither those of linear "
-            f"layers nor of experts that transformers joins expert by expert ('{unread[0]}'). Use the dense checkpoint"
+            f"'{checkpoint}' has {len(unread_names)} {layout.kind} weights of {layout.tool} ('{unread_names[0]}') that "
+            "belong neither to linear layers nor to experts stored one by one. Use the dense checkpoint"
         )
     if next(quantized_layers(model), None) is None and next(quantized_experts(model), None) is None:
         raise CheckpointError(
-            f"'{where}' is quantized with {layout.tool} by its config, but has no "
+            f"the config of '{checkpoint}' says that {layout.tool} quantized it, but it has no "
             f"'{layout.known_by or layout.parts[0]}'. The checkpoint is damaged or has another format"
         )
 
 
-def _warn_of_dense_experts(model: nn.Module, where: str, skipped: Sequence[str]) -> None:
-    """Warn of experts that are dense because bitsandbytes in transformers does not quantize them."""
-    dense = _dense_experts(model, skipped)
+def _warn_of_dense_experts(model: nn.Module, checkpoint: str, skipped_paths: Sequence[str]) -> None:
+    """Warn about dense experts, which transformers' bitsandbytes integration does not quantize."""
+    dense = _dense_experts(model, skipped_paths)
     if dense:
         warn(
-            f"{len(dense)} weights of experts ('{dense[0]}') are dense in '{where}'. peftcore.quantize(model) "
-            "quantizes them too",
+            f"{len(dense)} weights of experts ('{dense[0]}') are dense in '{checkpoint}'. peftcore.quantize(model) "
+            "quantizes them as well",
         )
 
 
 _Change = Callable[[], contextlib.AbstractContextManager[None]]
 
 
-def _while_any(change: _Change) -> _Change:
-    """Make a change of the process last from the first thread that enters its block to the last one that leaves.
+def _shared_by_threads(change: _Change) -> _Change:
+    """Apply a process-wide change when the first thread enters its block, and undo it when the last one leaves.
 
-    If each thread made the change, one that overlaps would save what another has changed, and restore that.
+    If every thread applied the change, overlapping threads would save and restore each other's changed value.
     """
-    lock, inside, undo = threading.Lock(), set[object](), contextlib.ExitStack()
+    lock, active_blocks, undo = threading.Lock(), set[object](), contextlib.ExitStack()
 
     @contextlib.contextmanager
     @functools.wraps(change)
-    def changed() -> Iterator[None]:
+    def shared_change() -> Iterator[None]:
         token = object()
         try:
             with lock:
-                if not inside:
+                if not active_blocks:
                     undo.enter_context(change())
-                inside.add(token)
+                active_blocks.add(token)
             yield
         finally:
             with lock:
-                inside.discard(token)
-                if not inside:
+                active_blocks.discard(token)
+                if not active_blocks:
                     undo.close()
 
-    return changed
+    return shared_change
 
 
-@_while_any
+@_shared_by_threads
 @contextlib.contextmanager
-def read_when_needed() -> Iterator[None]:
-    """Make transformers read a quantized tensor when it is converted within the block, not ahead by threads.
+def reading_synchronously() -> Iterator[None]:
+    """Make transformers read each tensor when it is converted, instead of ahead in threads.
 
-    The memory of what threads have read is not reused for converted weights: a checkpoint would take twice its size.
+    The allocator does not reuse the threads' memory for converted weights, so loading would take twice the checkpoint's
+    size.
     """
     name = "HF_DEACTIVATE_ASYNC_LOAD"
-    before = os.environ.get(name)
+    previous = os.environ.get(name)
     os.environ[name] = "1"
     try:
         yield
     finally:
-        if before is None:
+        if previous is None:
             os.environ.pop(name, None)
         else:
-            os.environ[name] = before
+            os.environ[name] = previous
 
 
-@_while_any
+@_shared_by_threads
 @contextlib.contextmanager
-def not_mapped() -> Iterator[None]:
-    """Make transformers read weights instead of memory-mapping files within the block.
+def reading_without_mmap() -> Iterator[None]:
+    """Make transformers read weights with pread instead of memory-mapping files.
 
-    Pages read from a mapped file stay in memory until it is closed, so at the end of loading the whole dense checkpoint
-    would be resident in addition to the quantized model. Other threads that load at the same time get the same values.
+    Pages of a mapped file stay resident until it is closed, so at the end of loading, the whole dense checkpoint would
+    be in memory in addition to the quantized model. Threads that load other models at the same time are not disturbed.
     """
     import transformers.modeling_utils as reader
 
-    opened = reader.safe_open
+    safe_open = reader.safe_open
 
-    def opened_to_read(*args: Any, **kwargs: Any) -> Any:
-        return opened(*args, **({**kwargs, "backend": "pread"} if kwargs.get("backend") == "mmap" else kwargs))
+    def open_without_mmap(*args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("backend") == "mmap":
+            kwargs["backend"] = "pread"
+        return safe_open(*args, **kwargs)
 
-    reader.safe_open = opened_to_read
+    reader.safe_open = open_without_mmap
     try:
         yield
     finally:
-        reader.safe_open = opened
+        reader.safe_open = safe_open

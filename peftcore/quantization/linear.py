@@ -1,7 +1,4 @@
-"""Linear layer with a 4-bit weight: y = x Wᵀ + b, with W dequantized on the fly (`ops.linear_4bit`).
-
-It is an `nn.Linear` whose `weight` is one of `PackedParameters`.
-"""
+"""Linear layer with a 4-bit weight: y = x Wᵀ + b, with W dequantized on the fly (`ops.linear_4bit`)."""
 
 from __future__ import annotations
 
@@ -15,7 +12,7 @@ from peftcore import ops
 from peftcore.errors import PeftcoreError
 from peftcore.ops import PackedWeight
 from peftcore.plugin import ranks
-from peftcore.quantization.formats import FourBitSettings, quantized
+from peftcore.quantization.formats import FourBitSettings, quantize_weight
 from peftcore.quantization.parameters import PackedParameters, double_quant_text
 
 
@@ -43,20 +40,20 @@ class QuantizedLinear(PackedParameters, nn.Linear):
         self.in_features, self.out_features = in_features, out_features
         self.compute_dtype = compute_dtype
         weight = torch.zeros(out_features, in_features, device=device, dtype=dtype)
-        self.bias: nn.Parameter | None  # type: ignore[assignment]  # as in nn.Linear, which does not say so
+        self.bias: nn.Parameter | None  # type: ignore[assignment]  # nn.Linear declares it as Tensor, though it may be None
         self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
         settings = FourBitSettings(quant_type=quant_type, double_quant=double_quant, blocksize=blocksize)
-        self.set_packed_parameter("weight", quantized(weight, settings))
+        self.set_packed_parameter("weight", quantize_weight(weight, settings))
 
     @property
     def is_quantized(self) -> bool:
-        """Whether the weight is quantized; False after merging put a dense one in its place."""
+        """Whether the weight is quantized; False after a merge has replaced it by a dense one."""
         return self.weight.dtype is torch.uint8
 
     @property
     def packed(self) -> PackedWeight:
         """Return the 4-bit weight, without copying."""
-        # This is read for every token. Neither `nn.Module.__getattr__` nor names of arguments are worth their time.
+        # This runs for every generated token, where `nn.Module.__getattr__` and keyword arguments are measurably slow.
         parameters: dict[str, Any] = self._parameters
         buffers: dict[str, Any] = self._buffers
         packing = self.packings["weight"]
@@ -104,8 +101,8 @@ class QuantizedLinear(PackedParameters, nn.Linear):
             return F.linear(x.to(weight.dtype), weight, bias).to(x.dtype)
         if ranks.is_dtensor(x):
             raise PeftcoreError(
-                "a layer in 4 bits was divided over the ranks after it was quantized, and its blocks with it. Call "
-                "peftcore.quantize(model) again, which gives each rank its part of the blocks"
+                "a 4-bit layer was sharded after it was quantized, which splits its blocks. Call "
+                "peftcore.quantize(model) again, to give each rank its blocks"
             )
         dtype = self.compute_dtype
         if dtype is None or dtype is x.dtype:
@@ -113,7 +110,7 @@ class QuantizedLinear(PackedParameters, nn.Linear):
         return ops.linear_4bit(x.to(dtype), self.packed, bias).to(x.dtype)
 
     def linear_operands(self, x: Tensor) -> tuple[PackedWeight, Tensor | None] | None:
-        """Return what an adapter may multiply by itself, see `peftcore.plugin.adapter.Base`."""
+        """Return the (weight, bias) that an adapter may multiply itself; see `peftcore.plugin.adapter.Base`."""
         parameters: dict[str, Any] = self._parameters  # see `packed`
         if parameters["weight"].dtype is not torch.uint8 or self.compute_dtype not in (None, x.dtype):
             return None

@@ -24,15 +24,22 @@ from peftcore.errors import CheckpointError, PeftcoreError
 from peftcore.ops.mxfp4 import BLOCKSIZE, swap_nibbles
 from peftcore.ops.weight import POWERS_OF_TWO, PackedWeight
 from peftcore.plugin.validation import shown
-from peftcore.quantization.four_bit_format import FourBitFormat, check_parts, check_state, damaged, encoded, facts_of
+from peftcore.quantization.four_bit_format import (
+    FourBitFormat,
+    check_parts,
+    check_state,
+    damaged_error,
+    encode_json,
+    state_metadata,
+)
 
 _STATE = "quant_state.peftcore__mxfp4"
-BLOCKS, SCALES = "_blocks", "_scales"  # ends of the names of gpt-oss's tensors
-_LARGEST = 252  # E8M0 byte of the largest scale: 6 * 2^125 is finite in fp32, as any dequantized weight must be
+BLOCKS, SCALES = "_blocks", "_scales"  # suffixes of gpt-oss's tensor names
+_LARGEST = 252  # largest E8M0 byte: the code 6 times 2^125 is still finite in fp32
 
 
 def _settings(double_quant: bool, blocksize: int) -> tuple[bool, int]:
-    """Return the only settings. The defaults of NF4, True and 64, count as not given."""
+    """Return the format's fixed settings. NF4's defaults (True, 64) are accepted, because `quantize` passes them."""
     if blocksize not in (64, BLOCKSIZE):
         raise PeftcoreError(f"mxfp4 has blocks of {BLOCKSIZE} values, found blocksize={shown(blocksize)}. Leave it out")
     return False, BLOCKSIZE
@@ -49,21 +56,21 @@ def _quantize(weight: Tensor, blocksize: int, double_quant: bool) -> PackedWeigh
 
 def to_tensors(weight: PackedWeight) -> dict[str, Tensor]:
     """Return the tensors stored with `X.weight` on disk, by the part of the name after `X.weight.`."""
-    return {"absmax": weight.absmax, _STATE: encoded(facts_of(weight), weight.absmax.device)}
+    return {"absmax": weight.absmax, _STATE: encode_json(state_metadata(weight), weight.absmax.device)}
 
 
 def from_tensors(codes: Tensor, tensors: Mapping[str, Tensor], name: str) -> PackedWeight:
-    """Build the weight `name` from its bytes and tensors, checked against each other.
+    """Build the weight `name` from its codes and tensors, and check that they are consistent.
 
     Raises:
-        CheckpointError: a part is missing or does not fit: the file is damaged or has another format.
+        CheckpointError: a tensor is missing or does not fit; the file is damaged or has another format.
     """
-    _, shape, dtype, is_turned = check_state(codes, tensors, _STATE, name)
+    _, shape, dtype, is_transposed = check_state(codes, tensors, _STATE, name)
     if not shape or shape[-1] % BLOCKSIZE:
-        raise damaged(name, f"has shape={list(shape)}, whose rows are not multiples of {BLOCKSIZE} values")
+        raise damaged_error(name, f"has shape={list(shape)}, whose rows are not multiples of {BLOCKSIZE} values")
     check_parts(tensors, {"absmax": (torch.uint8, math.prod(shape) // BLOCKSIZE)}, name)
     _check_scales(tensors["absmax"], name)
-    return _packed(codes.detach().contiguous(), tensors["absmax"].detach().clone(), shape, dtype, is_turned)
+    return _packed(codes.detach().contiguous(), tensors["absmax"].detach().clone(), shape, dtype, is_transposed)
 
 
 def from_blocks(blocks: Tensor, scales: Tensor, dtype: torch.dtype, name: str) -> PackedWeight:
@@ -78,7 +85,7 @@ def from_blocks(blocks: Tensor, scales: Tensor, dtype: torch.dtype, name: str) -
         Packed weight `[experts, out, in]` of a parameter `[experts, in, out]`.
 
     Raises:
-        CheckpointError: a tensor does not fit the other, or a scale is NaN or too large.
+        CheckpointError: the shapes or dtypes do not match, or a scale is NaN or too large.
     """
     fits = blocks.dtype is scales.dtype is torch.uint8 and blocks.dim() == 4 and blocks.shape[-1] == BLOCKSIZE // 2
     if not fits or scales.shape != blocks.shape[:-1]:
@@ -88,21 +95,24 @@ def from_blocks(blocks: Tensor, scales: Tensor, dtype: torch.dtype, name: str) -
             "The checkpoint is damaged or has another format"
         )
     _check_scales(scales, name)
-    experts, out, across = scales.shape
+    experts, out, blocks_per_row = scales.shape
     codes = swap_nibbles(blocks.detach().contiguous()).view(-1, 1)
-    return _packed(codes, scales.detach().reshape(-1).clone(), (experts, out, across * BLOCKSIZE), dtype, True)
+    return _packed(codes, scales.detach().reshape(-1).clone(), (experts, out, blocks_per_row * BLOCKSIZE), dtype, True)
 
 
 def _check_scales(scales: Tensor, name: str) -> None:
     if scales.numel() and not scales.is_meta and int(scales.max()) > _LARGEST:
-        found = int(scales.max())
-        raise damaged(name, f"has a scale of {'NaN' if found == 255 else f'2^{found - 127}'}, so values are not finite")
+        exponent = int(scales.max())
+        scale = "NaN" if exponent == 255 else f"2^{exponent - 127}"
+        raise damaged_error(name, f"has a scale of {scale}, so values are not finite")
 
 
-def _packed(codes: Tensor, scales: Tensor, shape: tuple[int, ...], dtype: torch.dtype, is_turned: bool) -> PackedWeight:
+def _packed(
+    codes: Tensor, scales: Tensor, shape: tuple[int, ...], dtype: torch.dtype, is_transposed: bool
+) -> PackedWeight:
     quant_map = ops.codebook("mxfp4", codes.device)
     weight = PackedWeight(codes, scales, quant_map, shape, BLOCKSIZE, dtype, "mxfp4", nested_blocksize=POWERS_OF_TWO)
-    return weight._replace(turned=is_turned)
+    return weight._replace(turned=is_transposed)
 
 
 MXFP4 = FourBitFormat(

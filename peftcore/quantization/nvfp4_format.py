@@ -24,13 +24,20 @@ from peftcore.ops.codebooks import E4M3
 from peftcore.ops.nvfp4 import BLOCKSIZE, EXPERT_VALUES, largest_of, matrices, not_finite, nvfp4_weight
 from peftcore.ops.weight import PackedWeight
 from peftcore.plugin.validation import shown
-from peftcore.quantization.four_bit_format import FourBitFormat, check_parts, check_state, damaged, encoded, facts_of
+from peftcore.quantization.four_bit_format import (
+    FourBitFormat,
+    check_parts,
+    check_state,
+    damaged_error,
+    encode_json,
+    state_metadata,
+)
 
 _STATE, _GLOBAL, _MAP = "quant_state.peftcore__nvfp4", "nested_absmax", "nested_quant_map"
 
 
 def _settings(double_quant: bool, blocksize: int) -> tuple[bool, int]:
-    """Return the only settings. The defaults of NF4, True and 64, count as not given."""
+    """Return the format's fixed settings. NF4's defaults (True, 64) are accepted, because `quantize` passes them."""
     if blocksize not in (64, BLOCKSIZE):
         raise PeftcoreError(f"nvfp4 has blocks of {BLOCKSIZE} values, found blocksize={shown(blocksize)}. Leave it out")
     return False, BLOCKSIZE
@@ -42,38 +49,38 @@ def _quantize(weight: Tensor, blocksize: int, double_quant: bool) -> PackedWeigh
     return ops.quantize_nvfp4(weight)
 
 
-def _check_shape(shape: tuple[int, ...], found: str) -> None:
+def _check_shape(shape: tuple[int, ...], problem: str) -> None:
     if shape[-1] % BLOCKSIZE:
-        raise PeftcoreError(f"nvfp4 needs rows that are multiples of {BLOCKSIZE} values, {found}")
+        raise PeftcoreError(f"nvfp4 needs rows of a multiple of {BLOCKSIZE} values, {problem}")
     if len(shape) > 2 and math.prod(shape[-2:]) % EXPERT_VALUES:
-        raise PeftcoreError(f"nvfp4 needs experts of a multiple of {EXPERT_VALUES} values, {found}")
+        raise PeftcoreError(f"nvfp4 needs experts of a multiple of {EXPERT_VALUES} values, {problem}")
 
 
 def to_tensors(weight: PackedWeight) -> dict[str, Tensor]:
     """Return the tensors stored with `X.weight` on disk, by the part of the name after `X.weight.`."""
-    outer, scale_map = weight.nested_absmax, weight.nested_quant_map
-    assert outer is not None and scale_map is not None
-    by_matrix = outer.reshape(max(matrices(weight.shape), 1), -1)
-    is_one = bool((by_matrix == by_matrix[:, :1]).all())
-    tensors = {"absmax": weight.absmax, _GLOBAL: by_matrix[:, 0].contiguous() if is_one else outer}
+    global_scales, scale_map = weight.nested_absmax, weight.nested_quant_map
+    assert global_scales is not None and scale_map is not None
+    by_matrix = global_scales.reshape(max(matrices(weight.shape), 1), -1)
+    is_uniform = bool((by_matrix == by_matrix[:, :1]).all())
+    tensors = {"absmax": weight.absmax, _GLOBAL: by_matrix[:, 0].contiguous() if is_uniform else global_scales}
     if not torch.equal(scale_map, E4M3.to(scale_map.device)):
         tensors[_MAP] = scale_map
-    return {**tensors, _STATE: encoded(facts_of(weight), weight.absmax.device)}
+    return {**tensors, _STATE: encode_json(state_metadata(weight), weight.absmax.device)}
 
 
 def from_tensors(codes: Tensor, tensors: Mapping[str, Tensor], name: str) -> PackedWeight:
-    """Build the weight `name` from its bytes and tensors, checked against each other.
+    """Build the weight `name` from its codes and tensors, and check that they are consistent.
 
     Raises:
-        CheckpointError: a part is missing or does not fit: the file is damaged or has another format.
+        CheckpointError: a tensor is missing or does not fit; the file is damaged or has another format.
     """
-    _, shape, dtype, is_turned = check_state(codes, tensors, _STATE, name)
+    _, shape, dtype, is_transposed = check_state(codes, tensors, _STATE, name)
     if not shape:
-        raise damaged(name, "has the shape of a scalar")
+        raise damaged_error(name, "has the shape of a scalar")
     try:
         _check_shape(shape, f"found shape {list(shape)}")
     except PeftcoreError as error:
-        raise damaged(name, f"cannot be read from '{_STATE}': {error}") from error
+        raise damaged_error(name, f"cannot be read from '{_STATE}': {error}") from error
     parts, count = tensors[_GLOBAL].numel() if _GLOBAL in tensors else 0, matrices(shape)
     expected = {"absmax": (torch.uint8, math.prod(shape) // BLOCKSIZE)}
     expected[_GLOBAL] = (torch.float32, count if len(shape) < 3 or not parts or parts % count else parts)
@@ -82,18 +89,18 @@ def from_tensors(codes: Tensor, tensors: Mapping[str, Tensor], name: str) -> Pac
     if scale_map is not None:
         is_map = scale_map.dtype is torch.float32 and scale_map.shape == (256,)
         if not is_map or not scale_map.isfinite().all():
-            packed = f"{scale_map.dtype} {list(scale_map.shape)}"
-            raise damaged(name, f"has '{_MAP}' {packed}, expected finite values {torch.float32} [256]")
+            description = f"{scale_map.dtype} {list(scale_map.shape)}"
+            raise damaged_error(name, f"has '{_MAP}' {description}, expected finite values {torch.float32} [256]")
         scale_map = scale_map.detach().clone()
     # Copies, so that small parts do not keep a memory-mapped file open.
     scales, outer = (tensors[part].detach().clone() for part in expected)
     try:
         weight = nvfp4_weight(codes.detach().contiguous(), scales, outer, shape, dtype, scale_map)
     except ValueError as error:
-        raise damaged(name, f"has parts that do not fit: {error}") from error
+        raise damaged_error(name, f"has parts that do not fit: {error}") from error
     if reason := not_finite(weight):
-        raise damaged(name, reason)
-    return weight._replace(turned=is_turned)
+        raise damaged_error(name, reason)
+    return weight._replace(turned=is_transposed)
 
 
 NVFP4 = FourBitFormat(
@@ -105,5 +112,5 @@ NVFP4 = FourBitFormat(
     to_tensors=to_tensors,
     from_tensors=from_tensors,
     rows_are_blocks=True,
-    quantize_part=lambda part, largest: ops.quantize_nvfp4(part, largest(largest_of(part))),
+    quantize_shard=lambda part, largest: ops.quantize_nvfp4(part, largest(largest_of(part))),
 )

@@ -1,7 +1,7 @@
 """Experts with 4-bit weights: the module's class is replaced by a subclass with `PackedParameters`.
 
-If its forward is that of transformers' experts interface, it becomes `experts_forward`, which reads packed weights. A
-hand-written forward runs on weights that are dequantized for the call.
+The forward of transformers' experts interface is replaced by `experts_forward`, which reads packed weights. Any other
+forward runs on weights that are dequantized for each call.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from peftcore.model.detecting import mark_as_loaded
 from peftcore.model.experts import experts_forward, experts_layout, has_interface_forward
 from peftcore.ops import PackedWeight
 from peftcore.quantization.formats import FORMATS, FourBitSettings
-from peftcore.quantization.parameters import PackedParameters, quantized_by_expert
+from peftcore.quantization.parameters import PackedParameters, quantize_by_expert
 
-_UNPACKED = "_peftcore_unpacked"
+_ORIGINAL_CLASS = "_peftcore_unpacked"
 
 
 def pack_parameter(module: Any, name: str, weight: PackedWeight, compute_dtype: torch.dtype | None) -> None:
-    """Store `weight` as the parameter `name` of a module of experts, in place."""
+    """Set the parameter `name` of a module of experts to a packed weight, in place."""
     with restored_after_error(module):
         if not isinstance(module, PackedParameters):
             module.__class__ = packed_class(type(module))
@@ -38,17 +38,17 @@ def pack_parameter(module: Any, name: str, weight: PackedWeight, compute_dtype: 
 
 
 def pack_experts(module: nn.Module, blocksizes: Mapping[str, int], settings: FourBitSettings) -> None:
-    """Quantize parameters of a module in place, expert by expert, in blocks of these sizes by name."""
+    """Quantize a module's parameters in place, expert by expert. `blocksizes` maps parameter names to block sizes."""
     for name, blocksize in blocksizes.items():
         weight = module.get_parameter(name).detach()
         of_parameter = replace(settings, blocksize=blocksize)
-        packed = quantized_by_expert(weight, of_parameter, is_turned(module, settings.quant_type))
+        packed = quantize_by_expert(weight, of_parameter, packs_transpose(module, settings.quant_type))
         del weight
         pack_parameter(module, name, packed, settings.compute_dtype)
 
 
-def is_turned(module: nn.Module, quant_type: str) -> bool:
-    """Return whether the format packs the transpose of a module's experts: where blocks are parts of rows `[in]`."""
+def packs_transpose(module: nn.Module, quant_type: str) -> bool:
+    """Return whether the format packs the transpose of a module's experts, so that its blocks run along the inputs."""
     layout = experts_layout(module)
     return FORMATS[quant_type].rows_are_blocks and layout is not None and layout.transposed
 
@@ -60,19 +60,19 @@ def unpack_experts(module: PackedParameters, dtype: torch.dtype | None = None) -
             parameter = nn.Parameter(module.dequantized_parameter(name, dtype), requires_grad=False)
             mark_as_loaded(parameter, module._parameters[name])
             module._parameters[name] = parameter
-    finally:  # also those that were dense before an interruption
-        forget_dense(module)
+    finally:  # after an interruption, some parameters are dense already
+        drop_dense_packings(module)
 
 
-def forget_dense(module: PackedParameters) -> None:
-    """Make parameters that are dense again ordinary ones; restore the module's class after the last."""
+def drop_dense_packings(module: PackedParameters) -> None:
+    """Forget the packings of parameters that are dense again; after the last, restore the module's class."""
     for name in list(module.packings):
         if module.packed_parameter(name) is None:
             module.forget_packing(name)
     if not module.packings:
         for attribute in ("packings", "compute_dtype"):
             module.__dict__.pop(attribute, None)
-        restore_class(module, _UNPACKED)
+        restore_class(module, _ORIGINAL_CLASS)
 
 
 @one_for_each_class
@@ -83,24 +83,26 @@ def packed_class(cls: type[nn.Module]) -> type[nn.Module]:
         if has_interface_forward(self, cls.forward):
             return experts_forward(self, hidden, *args, **kwargs)
         dtype = self.compute_dtype or hidden.dtype
-        copy = _unpacked(self, dtype)
+        copy = _copy_with_dense_parameters(self, dtype)
         output = cls.forward(copy, hidden.to(dtype), *args, **kwargs)
         if not is_dynamo_compiling():
             keep_attributes(self, copy)
         return output.to(hidden.dtype) if isinstance(output, Tensor) else output
 
-    forward.__wrapped__ = cls.forward  # type: ignore[attr-defined]  # whose signature others read
+    forward.__wrapped__ = cls.forward  # type: ignore[attr-defined]  # inspect.signature reads it
     forward.over_dense = cls.forward  # type: ignore[attr-defined]  # see `has_interface_forward`
     forward.__doc__ = cls.forward.__doc__
-    return subclass(cls, packed_class, {"forward": forward, _UNPACKED: cls}, (PackedParameters,))
+    return subclass(cls, packed_class, {"forward": forward, _ORIGINAL_CLASS: cls}, (PackedParameters,))
 
 
-def _unpacked(module: PackedParameters, dtype: torch.dtype) -> nn.Module:
+def _copy_with_dense_parameters(module: PackedParameters, dtype: torch.dtype) -> nn.Module:
     """Return a shallow copy with dense parameters."""
     copy: nn.Module = object.__new__(type(module))
     parameters: dict[str, Any] = dict(module._parameters)
     for name in module.packings:
-        held = parameters[name]  # an adapter may have put a dense one there, with gradients
-        parameters[name] = held.to(dtype) if held.is_floating_point() else module.dequantized_parameter(name, dtype)
+        parameter = parameters[name]  # may be dense: an adapter puts a weight with gradients there
+        parameters[name] = (
+            parameter.to(dtype) if parameter.is_floating_point() else module.dequantized_parameter(name, dtype)
+        )
     copy.__dict__.update(module.__dict__, _parameters=parameters)
     return copy

@@ -1,10 +1,10 @@
-"""Modules with 4-bit parameters: bytes in the parameter's place, scales in buffers.
+"""Modules with 4-bit parameters: the parameter holds the packed codes, buffers hold the scales.
 
     weight         uint8 [ceil(n / 2), 1], frozen      absmax, quant_map, nested_absmax, ..
     gate_up_proj   likewise                            gate_up_proj_absmax, gate_up_proj_quant_map, ..
 
-`state_dict()` has bitsandbytes' keys (see format.py). Casts of the module (`.to(dtype)`, `.half()`) change dense
-tensors only. Merging may replace a quantized parameter by a dense one.
+`state_dict()` has bitsandbytes' keys (see bitsandbytes_format.py). Casts of the module (`.to(dtype)`, `.half()`) change
+dense tensors only. Merging may replace a quantized parameter by a dense one.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from peftcore import ops
 from peftcore.errors import CheckpointError, PeftcoreError
 from peftcore.ops import PackedWeight
-from peftcore.quantization.formats import FORMATS, PARTS, FourBitSettings, from_tensors, quantized, to_tensors
+from peftcore.quantization.formats import FORMATS, PARTS, FourBitSettings, from_tensors, quantize_weight, to_tensors
 
 BUFFERS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", "nested_offset", "zeros", "permutation")
 _BY_EXPERT = ("codes", "absmax", "nested_absmax", "zeros")  # parts of a packed weight that experts do not share
@@ -37,7 +37,7 @@ class Packing:
         quant_type: name of the format.
         nested_blocksize: number of scales that share a scale.
         buffers: names of the buffers, in the order of `BUFFERS`.
-        turned: the packed weight is the transpose of the parameter, of each expert.
+        turned: the packed weight is the transpose of each expert of the parameter.
     """
 
     shape: tuple[int, ...]
@@ -51,7 +51,7 @@ class Packing:
     @property
     def packed_shape(self) -> tuple[int, ...]:
         """Shape of the packed weight."""
-        return swapped(self.shape) if self.turned else self.shape
+        return swap_last_dims(self.shape) if self.turned else self.shape
 
 
 class PackedParameters(nn.Module):
@@ -82,7 +82,7 @@ class PackedParameters(nn.Module):
         )
 
     def set_packed_parameter(self, name: str, weight: PackedWeight) -> None:
-        """Replace the parameter by another quantized weight of its shape."""
+        """Set the parameter to a packed weight. The `nn.Parameter` stays the same object if it was packed already."""
         prefix = "" if name == "weight" else f"{name}_"
         names = tuple(prefix + part for part in BUFFERS)
         packing = Packing(
@@ -94,12 +94,12 @@ class PackedParameters(nn.Module):
             buffers=names,
             turned=weight.turned,
         )
-        # A new dictionary, because shallow copies of this module share the old one.
+        # Assign a new dictionary, because shallow copies of this module share the old one.
         self.packings = {**self.packings, name: packing}
-        held = self._parameters.get(name)
-        if held is not None and held.dtype is torch.uint8 and not held.is_meta:
-            if held is not weight.codes:
-                held.data = weight.codes
+        parameter = self._parameters.get(name)
+        if parameter is not None and parameter.dtype is torch.uint8 and not parameter.is_meta:
+            if parameter is not weight.codes:
+                parameter.data = weight.codes
         else:
             codes = weight.codes
             self._parameters[name] = codes if isinstance(codes, nn.Parameter) else nn.Parameter(codes, False)
@@ -107,7 +107,7 @@ class PackedParameters(nn.Module):
             self.register_buffer(buffer, getattr(weight, part))
 
     def dense_values(self, packed: PackedWeight, dtype: torch.dtype | None = None) -> Tensor:
-        """Return the dense values of a parameter as it is or would be quantized; by default in its original dtype."""
+        """Dequantize a packed weight to the parameter's layout, by default in its original dtype."""
         dense = ops.dequantize_4bit(packed, dtype)
         return dense.mT.contiguous() if packed.turned else dense
 
@@ -124,9 +124,9 @@ class PackedParameters(nn.Module):
         packing = self.packings[name]
         permutation = self._buffers[packing.buffers[BUFFERS.index("permutation")]]
         if permutation is None:
-            return quantized_by_expert(weight, self.settings_of(name), packing.turned)
+            return quantize_by_expert(weight, self.settings_of(name), packing.turned)
         permutation = permutation.to(weight.device)
-        packed = quantized_by_expert(weight.index_select(-1, permutation), self.settings_of(name), packing.turned)
+        packed = quantize_by_expert(weight.index_select(-1, permutation), self.settings_of(name), packing.turned)
         return packed._replace(permutation=permutation)
 
     def settings_of(self, name: str) -> FourBitSettings:
@@ -141,10 +141,10 @@ class PackedParameters(nn.Module):
         )
 
     def forget_packing(self, name: str) -> None:
-        """Turn the parameter, which is dense by now, into an ordinary one."""
+        """Remove the packing and the buffers of a parameter that is dense again."""
         for buffer in self.packings[name].buffers:
             del self._buffers[buffer]
-        self.packings = {other: packing for other, packing in self.packings.items() if other != name}
+        self.packings = {other_name: packing for other_name, packing in self.packings.items() if other_name != name}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedParameters:
         # A cast to half precision would round the scales, and `type(dtype)` would read bytes as numbers.
@@ -155,7 +155,7 @@ class PackedParameters(nn.Module):
             if parameter is not None and parameter.dtype is torch.uint8:
                 packed_ids.add(id(parameter))
         apply: Any = super()._apply
-        return apply(lambda t: _moved(t, fn) if id(t) in packed_ids else fn(t), recurse)
+        return apply(lambda t: _move_bytes(t, fn) if id(t) in packed_ids else fn(t), recurse)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -178,12 +178,12 @@ class PackedParameters(nn.Module):
         error_msgs: list[str],
     ) -> None:
         buffers = list(chain.from_iterable(packing.buffers for packing in self.packings.values()))
-        # `set_model_state_dict` of torch.distributed.checkpoint adds the buffers itself.
-        taken = {prefix + key for key in buffers if state_dict.get(prefix + key, 0) is self._buffers.get(key)}
+        # torch.distributed.checkpoint's `set_model_state_dict` adds the module's own buffers to the state dict.
+        handled = {prefix + key for key in buffers if state_dict.get(prefix + key, 0) is self._buffers.get(key)}
         for name in self.packings:
             full = prefix + name
             parts = {part: state_dict[f"{full}.{part}"] for part in PARTS if f"{full}.{part}" in state_dict}
-            taken |= {full, *(f"{full}.{part}" for part in parts)}
+            handled |= {full, *(f"{full}.{part}" for part in parts)}
             if full in state_dict:
                 try:
                     self._load_parameter(name, state_dict[full], parts, full)
@@ -191,16 +191,16 @@ class PackedParameters(nn.Module):
                     error_msgs.append(str(error))
             elif strict:
                 missing_keys.append(full)
-        rest = {key: value for key, value in state_dict.items() if key not in taken}
-        held = {key: self._buffers.pop(key) for key in buffers if key in self._buffers}
+        remaining = {key: value for key, value in state_dict.items() if key not in handled}
+        buffer_values = {key: self._buffers.pop(key) for key in buffers if key in self._buffers}
         parameters = dict(self._parameters)
         for name in self.packings:
             del self._parameters[name]
         try:
-            arguments = (rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+            arguments = (remaining, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
             super()._load_from_state_dict(*arguments)
         finally:
-            self._buffers.update(held)
+            self._buffers.update(buffer_values)
             self._parameters = {name: self._parameters.get(name, p) for name, p in parameters.items()}
 
     def _load_parameter(self, name: str, weight: Tensor, parts: dict[str, Tensor], full: str) -> None:
@@ -227,7 +227,7 @@ class PackedParameters(nn.Module):
         return "; ".join(filter(None, parts))
 
     def _fqn_modifiers(self) -> dict[str, str]:
-        """Map names for torch.distributed.checkpoint, so that it finds keys such as `weight.absmax`."""
+        """Let torch.distributed.checkpoint resolve keys such as `weight.absmax`; it calls this method."""
         return dict.fromkeys(self.packings, "_any_path")
 
     @property
@@ -236,7 +236,7 @@ class PackedParameters(nn.Module):
 
 
 def packed_codes(model: nn.Module) -> list[nn.Parameter]:
-    """Return the parameters of a model that have 4-bit codes; a shared one once."""
+    """Return the model's parameters that hold 4-bit codes, without duplicates."""
     codes: dict[nn.Parameter, None] = {}
     for module in model.modules():
         if isinstance(module, PackedParameters):
@@ -246,7 +246,7 @@ def packed_codes(model: nn.Module) -> list[nn.Parameter]:
 
 
 class _AnyPath:
-    """Object that has every attribute, because keys below a parameter have no modules."""
+    """Object that has every attribute, since there are no modules behind keys such as `weight.absmax`."""
 
     def __getattr__(self, name: str) -> _AnyPath:
         if name.startswith("_"):
@@ -255,61 +255,64 @@ class _AnyPath:
 
 
 def double_quant_text(quant_type: str, nested_absmax: Tensor | None) -> str:
-    """Return what `extra_repr` says of nested scales, which are an option of some formats."""
+    """Return the part of `extra_repr` about nested scales, which only some formats have as an option."""
     is_option = FORMATS[quant_type].settings(True, 64)[0]
     return ", double_quant" if is_option and nested_absmax is not None else ""
 
 
-def swapped(shape: tuple[int, ...]) -> tuple[int, ...]:
+def swap_last_dims(shape: tuple[int, ...]) -> tuple[int, ...]:
     """Return the shape with its last two sizes exchanged."""
     return (*shape[:-2], shape[-1], shape[-2])
 
 
 def parameter_shape(weight: PackedWeight) -> tuple[int, ...]:
     """Return the shape of the parameter that the packed weight represents."""
-    return swapped(weight.shape) if weight.turned else weight.shape
+    return swap_last_dims(weight.shape) if weight.turned else weight.shape
 
 
-def quantized_by_expert(weight: Tensor, settings: FourBitSettings, turned: bool = False) -> PackedWeight:
-    """Quantize `[experts, .., ..]` like the whole weight, bit for bit, with temporary memory for one expert only.
+def quantize_by_expert(weight: Tensor, settings: FourBitSettings, turned: bool = False) -> PackedWeight:
+    """Quantize `[experts, .., ..]` with temporary memory for one expert only, bit for bit as in one piece.
 
     Args:
         turned: quantize the transpose of each expert.
     """
     experts = weight.shape[0] if weight.dim() > 2 and not weight.is_meta else 1
     if experts < 2 or (weight.numel() // experts) % settings.blocksize:
-        packed = quantized(weight.mT if turned else weight, settings)
+        packed = quantize_weight(weight.mT if turned else weight, settings)
         return packed._replace(turned=turned)
-    return joined_experts(iter(weight), tuple(weight.shape), settings, turned)
+    return quantize_experts(iter(weight), tuple(weight.shape), settings, turned)
 
 
-def joined_experts(
+def quantize_experts(
     experts: Iterable[Tensor],
     shape: tuple[int, ...],
     settings: FourBitSettings,
     turned: bool = False,
 ) -> PackedWeight:
-    """Return the packed weight `[experts, ..]` of dense experts produced one by one, in whole blocks.
+    """Quantize experts as an iterator yields them, and concatenate their codes and scales.
 
     Args:
+        experts: dense weights of one expert each, of a multiple of the block size in elements.
+        shape: shape `[experts, .., ..]` of the parameter.
+        settings: how to quantize.
         turned: quantize the transpose of each expert.
     """
     settings = settings.resolved()
-    joined: dict[str, Tensor] = {}
+    parts_by_name: dict[str, Tensor] = {}
     for i, expert in enumerate(experts):
         dense = expert.detach()
-        # Scales of the scales are those of all experts together.
-        one = quantized((dense.mT if turned else dense).unsqueeze(0), replace(settings, double_quant=False))
+        # Nested scales span all experts, so they are computed at the end.
+        packed = quantize_weight((dense.mT if turned else dense).unsqueeze(0), replace(settings, double_quant=False))
         for name in _BY_EXPERT:
-            part = getattr(one, name)
+            part = getattr(packed, name)
             if part is None:
                 continue
-            if name not in joined:
-                joined[name] = part.new_empty((shape[0], *part.shape))
-            joined[name][i] = part
-    assert joined
-    whole: dict[str, Any] = {name: part.flatten(0, 1) for name, part in joined.items()}
-    weight = one._replace(**whole, shape=swapped(shape) if turned else shape, turned=turned)
+            if name not in parts_by_name:
+                parts_by_name[name] = part.new_empty((shape[0], *part.shape))
+            parts_by_name[name][i] = part
+    assert parts_by_name
+    parts: dict[str, Any] = {name: part.flatten(0, 1) for name, part in parts_by_name.items()}
+    weight = packed._replace(**parts, shape=swap_last_dims(shape) if turned else shape, turned=turned)
     return ops.with_nested_scales(weight) if settings.double_quant else weight
 
 
@@ -321,7 +324,7 @@ def check_shape(weight: PackedWeight, shape: tuple[int, ...], name: str) -> None
 
 
 def check_experts(weight: PackedWeight, name: str) -> None:
-    """Raise a CheckpointError if a block of the experts `name` straddles two of them, which no kernel supports."""
+    """Raise a CheckpointError if a block of the experts `name` straddles two experts, which no kernel supports."""
     if len(weight.shape) == 3 and weight.shape[1] * weight.shape[2] % weight.blocksize:
         raise CheckpointError(
             f"'{name}' has blocks of {weight.blocksize} values that straddle experts of shape "
@@ -331,7 +334,7 @@ def check_experts(weight: PackedWeight, name: str) -> None:
 
 def refuse_non_finite(weight: Tensor, name: str) -> None:
     """Raise a PeftcoreError that names the first NaN or Inf in `weight`."""
-    if weight.numel() and not all(bound.isfinite() for bound in torch.aminmax(weight)):
+    if weight.numel() and not all(extreme.isfinite() for extreme in torch.aminmax(weight)):
         index = (~weight.isfinite()).nonzero()[0].tolist()
         raise PeftcoreError(
             f"'{name}' contains {weight[tuple(index)].item()} at index {index} and cannot be quantized. Repair "
@@ -339,8 +342,8 @@ def refuse_non_finite(weight: Tensor, name: str) -> None:
         )
 
 
-def _moved(tensor: Tensor, fn: Callable[[Tensor], Tensor]) -> Tensor:
-    """Apply `fn`, which moves or casts, to the bytes of `tensor`, but keep only the move if the dtype would change."""
+def _move_bytes(tensor: Tensor, fn: Callable[[Tensor], Tensor]) -> Tensor:
+    """Apply a move or cast of `nn.Module._apply` to the bytes of `tensor`: follow a move, but ignore a cast."""
     flat = tensor.detach().reshape(-1).view(torch.uint8)
     moved = fn(flat)
     if moved is flat:

@@ -24,80 +24,81 @@ from peftcore.quantization.parameters import PackedParameters
 
 
 def default_skip(model: nn.Module) -> list[str]:
-    """Return the paths left dense by default: heads, routers, modules that the class keeps in float32."""
+    """Return the paths left dense by default: heads, routers, and modules that the model class keeps in float32."""
     architecture = detect(model)
     float32_modules = getattr(model, "_keep_in_fp32_modules", None) or ()
-    paths = [path for path, _ in base_modules(model) if any(matches(name, path) for name in float32_modules)]
-    return [
-        path for path in (architecture.output_head, *architecture.task_heads, *sorted(routers(model)), *paths) if path
-    ]
+    paths = [architecture.output_head, *architecture.task_heads, *sorted(routers(model))]
+    for path, _ in base_modules(model):
+        if any(matches(name, path) for name in float32_modules):
+            paths.append(path)
+    return [path for path in paths if path]
 
 
 def expert_parameters(model: nn.Module, path: str, module: nn.Module) -> tuple[str, ...]:
-    """Return the names of the weights `[experts, .., ..]` of the module at `path`, if its own forward reads them."""
+    """Return the names of a module's weights `[experts, .., ..]` if only its own forward reads them."""
     names = stacked_weights(module)
     is_packed = any(module._parameters[name].dtype is torch.uint8 for name in names)  # type: ignore[union-attr]
     if not names or is_packed or experts_layout(module) is not None:
         return names
-    # The forward is written by hand, and other code, which reads parameters, would find packed bytes (DBRX).
-    seen, full = observe(model), {f"{path}.{name}" if path else name for name in names}
-    if path in seen.called and not full <= seen.own_reads:
+    # In a family that `experts_layout` does not know, other modules may read the parameters, and would get packed bytes
+    # (DBRX).
+    observation, full_names = observe(model), {f"{path}.{name}" if path else name for name in names}
+    if path in observation.called and not full_names <= observation.own_reads:
         return ()
-    return () if full & seen.other_reads.keys() else names
+    return () if full_names & observation.other_reads.keys() else names
 
 
-def selected(model: nn.Module, skip: Sequence[str] | None) -> dict[str, nn.Module]:
-    """Return the layers that `quantize` converts, by path; of layers that share a weight, all or none."""
-    modules, skipped = dict(base_modules(model)), _left_dense(model, skip)
-    owners = _owners(model)
-    chosen = {}
+def select_layers(model: nn.Module, skip: Sequence[str] | None) -> dict[str, nn.Module]:
+    """Return the layers that `quantize` converts, by path. Layers that share a weight are selected together or not."""
+    modules, dense_paths = dict(base_modules(model)), _paths_left_dense(model, skip)
+    owners = _owner_paths(model)
+    layers = {}
     for path, module in modules.items():
-        if not is_dense_linear(module) or _within(path, skipped):
+        if not is_dense_linear(module) or _is_within(path, dense_paths):
             continue
-        alike = all(type(modules[owner]) is type(module) for owner in owners[id(module.weight)])
-        if not _is_in_attention(modules, path) and alike:
-            chosen[path] = module
-    return {path: module for path, module in chosen.items() if owners[id(module.weight)] <= chosen.keys()}
+        is_same_class = all(type(modules[owner]) is type(module) for owner in owners[id(module.weight)])
+        if not _is_in_attention(modules, path) and is_same_class:
+            layers[path] = module
+    return {path: module for path, module in layers.items() if owners[id(module.weight)] <= layers.keys()}
 
 
 def quantizable(model: nn.Module) -> list[str]:
-    """Return the names of the weights that `quantize` can store in 4 bits, if none is skipped.
+    """Return the names of the weights that `quantize` can store in 4 bits with `skip=()`.
 
-    A linear layer is named by its path, a parameter of experts by its full name. The model is not changed, and may be
-    on the meta device.
+    Linear layers are named by their path, experts' parameters by their full name. The model may be on the meta device.
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of experts that stay dense, which `quantize` warns of
-        experts = selected_experts(model, (), 64)
+        warnings.simplefilter("ignore")  # `quantize` warns about experts that stay dense
+        experts = select_experts(model, (), 64)
     names = [f"{path}.{name}" for path, parameters in experts.items() for name in parameters]
-    return [*selected(model, ()), *names]
+    return [*select_layers(model, ()), *names]
 
 
 def warn_of_dense(model: nn.Module, skip: Sequence[str] | None) -> None:
-    """Warn of linear layers that are neither skipped nor quantized, with the reasons.
+    """Warn about linear layers that are neither skipped nor quantized, with the reasons.
 
-    Layers that share their weight with a layer that stays dense, such as a tied head, are not mentioned.
+    The warning omits layers that share their weight with one that stays dense, such as a tied head.
     """
-    skipped, modules = _skipped(model, skip), dict(base_modules(model))
+    skipped_paths, modules = _skipped_paths(model, skip), dict(base_modules(model))
     reason_by_path = dict.fromkeys(asked_for_dtype(model), "other code reads the dtype of the weight")
     reason_by_path |= {**rewritten(model), **bypassed(model)}
     dense: dict[str, list[str]] = {}
     for path, module in modules.items():
-        if _within(path, skipped) or _is_in_attention(modules, path):
+        if _is_within(path, skipped_paths) or _is_in_attention(modules, path):
             continue
         reason = _why_dense(path, module, reason_by_path)
         if reason is not None:
             dense.setdefault(reason, []).append(path)
     if dense:
-        parts = [f"{_listed(paths)}, because {reason}" for reason, paths in dense.items()]
+        parts = [f"{_summarize_paths(paths)}, because {reason}" for reason, paths in dense.items()]
         warn(
-            f"quantize leaves layers of {type(model).__name__} dense: {'; '.join(parts)}. To leave them dense "
-            "without this warning, name them in skip",
+            f"quantize leaves layers of {type(model).__name__} dense: {'; '.join(parts)}. To silence this warning, "
+            "name them in skip",
         )
 
 
 def _why_dense(path: str, module: nn.Module, reason_by_path: Mapping[str, str]) -> str | None:
-    """Return why a module's weight stays dense, or None if it is quantized or has no dense weight."""
+    """Return why a module's weight stays dense; None if it is quantized, or has no dense weight."""
     if isinstance(module, nn.MultiheadAttention):
         reads_weights = _has_plain_weight(module.out_proj)
         return "nn.MultiheadAttention reads the weights of its layers itself" if reads_weights else None
@@ -105,40 +106,40 @@ def _why_dense(path: str, module: nn.Module, reason_by_path: Mapping[str, str]) 
         return None
     if not is_dense_linear(module):
         return f"{original_class(module).__name__} is not known to compute x Wᵀ + b"
-    return next((reason for other, reason in reason_by_path.items() if _within(path, [other])), None)
+    return next((reason for parent, reason in reason_by_path.items() if _is_within(path, [parent])), None)
 
 
-def _listed(paths: Sequence[str]) -> str:
+def _summarize_paths(paths: Sequence[str]) -> str:
     return f"'{paths[0]}'" + (f" and {len(paths) - 1} more" if len(paths) > 1 else "")
 
 
-def selected_experts(model: nn.Module, skip: Sequence[str] | None, blocksize: int) -> dict[str, dict[str, int]]:
-    """Return the experts' parameters that `quantize` converts and their block sizes, by path and name.
+def select_experts(model: nn.Module, skip: Sequence[str] | None, blocksize: int) -> dict[str, dict[str, int]]:
+    """Return the block sizes of the experts' parameters that `quantize` converts, by module path and name.
 
-    Blocks must not straddle experts: if `blocksize` does not divide an expert, a smaller block is used or the parameter
+    Blocks must not straddle experts. Where `blocksize` does not divide an expert, its parameter gets smaller blocks or
     stays dense, with a warning.
     """
-    skipped, owners = _left_dense(model, skip), _owners(model)
-    chosen: dict[str, dict[str, int]] = {}
-    other: dict[int, list[str]] = {}  # names by the block size used instead; 0 for dense
+    dense_paths, owners = _paths_left_dense(model, skip), _owner_paths(model)
+    blocksizes: dict[str, dict[str, int]] = {}
+    names_by_size: dict[int, list[str]] = {}  # parameters that get another block size; 0 for dense
     for path, module in base_modules(model):
         for name in expert_parameters(model, path, module):
-            parameter, full = module._parameters[name], f"{path}.{name}" if path else name
-            if parameter is None or not parameter.is_floating_point() or _within(full, skipped):
+            parameter, full_name = module._parameters[name], f"{path}.{name}" if path else name
+            if parameter is None or not parameter.is_floating_point() or _is_within(full_name, dense_paths):
                 continue
             if len(owners[id(parameter)]) > 1:
                 continue
-            size = _dividing(parameter[0].numel(), blocksize)
+            size = _dividing_blocksize(parameter[0].numel(), blocksize)
             if size:
-                chosen.setdefault(path, {})[name] = size
+                blocksizes.setdefault(path, {})[name] = size
             if size != blocksize:
-                other.setdefault(size, []).append(full)
-    _warn_of_other_sizes(other, blocksize)
-    return chosen
+                names_by_size.setdefault(size, []).append(full_name)
+    _warn_of_other_sizes(names_by_size, blocksize)
+    return blocksizes
 
 
 def _warn_of_other_sizes(names_by_size: Mapping[int, Sequence[str]], blocksize: int) -> None:
-    """Warn of experts' weights that get another block size than `blocksize`; 0: that stay dense."""
+    """Warn about experts' weights that get a block size other than `blocksize`, or stay dense (0)."""
     for size, names in names_by_size.items():
         treatment = f"quantized in blocks of {size}" if size else "left dense"
         warn(
@@ -147,8 +148,8 @@ def _warn_of_other_sizes(names_by_size: Mapping[int, Sequence[str]], blocksize: 
         )
 
 
-def _dividing(count: int, blocksize: int) -> int:
-    """Return the largest power of two up to `blocksize` that divides `count`, or 0 if that is too small."""
+def _dividing_blocksize(count: int, blocksize: int) -> int:
+    """Return the largest power of two up to `blocksize` that divides `count`; 0 if it is below the minimum."""
     smallest = min(blocksize, MIN_BLOCKSIZE)
     while blocksize >= smallest:
         if count % blocksize == 0:
@@ -157,8 +158,8 @@ def _dividing(count: int, blocksize: int) -> int:
     return 0
 
 
-def _owners(model: nn.Module) -> dict[int, set[str]]:
-    """Return the paths of the modules that hold a parameter, by its id."""
+def _owner_paths(model: nn.Module) -> dict[int, set[str]]:
+    """Return the paths of the modules that have each parameter, by the parameter's id."""
     owners: dict[int, set[str]] = {}
     for name, parameter in base_parameters(model):
         owners.setdefault(id(parameter), set()).add(name.rpartition(".")[0])
@@ -166,7 +167,7 @@ def _owners(model: nn.Module) -> dict[int, set[str]]:
 
 
 def _is_in_attention(modules: Mapping[str, nn.Module], path: str) -> bool:
-    """Return whether the layer belongs to an `nn.MultiheadAttention`, which reads its weight and never calls it."""
+    """Return whether the layer is in an `nn.MultiheadAttention`, which reads its weight instead of calling it."""
     return bool(path) and isinstance(modules.get(path.rpartition(".")[0]), nn.MultiheadAttention)
 
 
@@ -177,9 +178,9 @@ def _has_plain_weight(module: nn.Module) -> bool:
 
 
 def is_dense_linear(module: nn.Module) -> bool:
-    """Return whether `module` is dense and computes x Wᵀ + b: an `nn.Linear`, a Conv1D, or a class that does no more.
+    """Return whether `module` is dense and computes x Wᵀ + b: an `nn.Linear`, a Conv1D, or an equivalent subclass.
 
-    Falcon's is such a class, with a forward of its own.
+    Falcon's linear layer is such a subclass, with its own forward.
     """
     if module._parameters.get("weight") is None:
         return False
@@ -188,31 +189,32 @@ def is_dense_linear(module: nn.Module) -> bool:
         return True
     if not isinstance(module, nn.Linear) or not module._parameters.keys() <= {"weight", "bias"}:
         return False
-    if module._buffers or module._modules or not _adds_nothing(cls):
+    if module._buffers or module._modules or not _overrides_only_harmless(cls):
         return False
     if cls.forward is nn.Linear.forward:
         return True
-    takes_x_alone = len(inspect.signature(cls.forward).parameters) == 2  # with self: a packed layer passes no more on
+    # `QuantizedLinear.forward` takes (self, x) only.
+    takes_x_alone = len(inspect.signature(cls.forward).parameters) == 2
     return takes_x_alone and _computes_linear(module)
 
 
 @cache
-def _adds_nothing(cls: Any) -> bool:
-    """Return whether a subclass of `nn.Linear` overrides at most what is allowed here, and has no further methods."""
+def _overrides_only_harmless(cls: Any) -> bool:
+    """Return whether a subclass of `nn.Linear` overrides only methods in `_HARMLESS_OVERRIDES` and adds none."""
     for subclass in set(cls.__mro__).difference(nn.Linear.__mro__):
         for name, value in vars(subclass).items():
-            if name not in _HARMLESS and (callable(value) or hasattr(value, "__get__")):
+            if name not in _HARMLESS_OVERRIDES and (callable(value) or hasattr(value, "__get__")):
                 return False
     return True
 
 
-_HARMLESS = {"__init__", "forward", "extra_repr", "reset_parameters"}
+_HARMLESS_OVERRIDES = {"__init__", "forward", "extra_repr", "reset_parameters"}
 
 
 def _computes_linear(module: nn.Module) -> bool:
-    """Return whether the forward of `module` computes what `nn.Linear`'s does, on small random values.
+    """Return whether the forward of `module` equals `nn.Linear`'s on random inputs.
 
-    In training and evaluation, of inputs of one to three dimensions, small and large ones, in fp32 and bf16.
+    The inputs have one to three dimensions, are small and large, in fp32 and bf16, in training and in evaluation mode.
     """
     generator = torch.Generator().manual_seed(0)
     probe: Any = object.__new__(original_class(module))
@@ -226,55 +228,55 @@ def _computes_linear(module: nn.Module) -> bool:
             **vars(module), "_parameters": {"weight": w, "bias": b}, "in_features": 4, "out_features": 6,
             "training": is_training,
         }  # fmt: skip
-        expected = nn.functional.linear(x.to(dtype), w, b)
+        reference = nn.functional.linear(x.to(dtype), w, b)
         try:
             with torch.no_grad():
                 output = original_class(module).forward(probe, x.to(dtype))
-        except Exception:  # it needs more than one input
+        except Exception:  # a forward that needs anything else is not a plain linear layer
             return False
-        if not isinstance(output, Tensor) or output.dtype != dtype or output.shape != expected.shape:
+        if not isinstance(output, Tensor) or output.dtype != dtype or output.shape != reference.shape:
             return False
-        if (output - expected).abs().max() > 4 * torch.finfo(dtype).eps * expected.abs().max():
+        if (output - reference).abs().max() > 4 * torch.finfo(dtype).eps * reference.abs().max():
             return False
     return True
 
 
-def _within(path: str, paths: Sequence[str]) -> bool:
-    return any(path == other or path.startswith(f"{other}.") for other in paths)
+def _is_within(path: str, paths: Sequence[str]) -> bool:
+    return any(path == parent or path.startswith(f"{parent}.") for parent in paths)
 
 
-def _left_dense(model: nn.Module, skip: Sequence[str] | None) -> list[str]:
-    return [*_skipped(model, skip), *bypassed(model), *rewritten(model), *asked_for_dtype(model)]
+def _paths_left_dense(model: nn.Module, skip: Sequence[str] | None) -> list[str]:
+    return [*_skipped_paths(model, skip), *bypassed(model), *rewritten(model), *asked_for_dtype(model)]
 
 
-def _skipped(model: nn.Module, skip: Sequence[str] | None) -> list[str]:
+def _skipped_paths(model: nn.Module, skip: Sequence[str] | None) -> list[str]:
     if isinstance(skip, str):
         raise PeftcoreError(f"skip must be a list of module names, found the string {skip!r}. Use skip=[{skip!r}]")
     if skip is None:
         return default_skip(model)
-    names = _names(model)
-    skipped = []
+    paths_in_model = _names(model)
+    skipped_paths = []
     for pattern in skip:
-        paths = [path for path in names if matches(pattern, path)]
-        if not paths:
-            parts = {*names, *(path.rpartition(".")[2] for path in names)}
+        matching = [path for path in paths_in_model if matches(pattern, path)]
+        if not matching:
+            parts = {*paths_in_model, *(path.rpartition(".")[2] for path in paths_in_model)}
             raise PeftcoreError(f"skip: '{pattern}' matches no module{nearest(pattern, parts)}")
-        skipped += paths
-    return skipped
+        skipped_paths += matching
+    return skipped_paths
 
 
 def _names(model: nn.Module) -> list[str]:
-    """Return the paths of modules and of experts' parameters, which `skip` selects from."""
+    """Return the paths that `skip` selects from: modules and experts' parameters."""
     names = []
     for path, module in base_modules(model):
         names += [path, *(f"{path}.{name}" if path else name for name in expert_parameters(model, path, module))]
     return names
 
 
-def with_skipped(model: nn.Module, skip: Sequence[str] | None, dense: Collection[str]) -> list[str]:
-    """Return a `skip` that leaves `more` paths dense, too, by their last parts where these select nothing else."""
-    names, skipped = _names(model), list(default_skip(model) if skip is None else skip)
+def extend_skip(model: nn.Module, skip: Sequence[str] | None, dense: Collection[str]) -> list[str]:
+    """Return `skip` extended by the paths in `dense`, shortened to their last parts where these match nothing else."""
+    names, patterns = _names(model), list(default_skip(model) if skip is None else skip)
     for path in dense:
         part = path.rpartition(".")[2]
-        skipped.append(part if all(other in dense for other in names if matches(part, other)) else path)
-    return list(dict.fromkeys(skipped))
+        patterns.append(part if all(other_path in dense for other_path in names if matches(part, other_path)) else path)
+    return list(dict.fromkeys(patterns))

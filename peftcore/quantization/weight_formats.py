@@ -16,13 +16,13 @@ from peftcore.quantization.config_sync import sync_config
 from peftcore.quantization.convert import convert_dense, make_plain
 from peftcore.quantization.formats import QUANT_TYPES, FourBitSettings
 from peftcore.quantization.linear import QuantizedLinear
-from peftcore.quantization.packed_experts import forget_dense
+from peftcore.quantization.packed_experts import drop_dense_packings
 from peftcore.quantization.parameters import BUFFERS, PackedParameters
 
 
 @cache
-def four_bits(quant_type: str, name: str = "weight") -> WeightFormat:
-    """Return the format of parameters called `name` with these codes, of modules with `PackedParameters`."""
+def weight_format_of(quant_type: str, name: str = "weight") -> WeightFormat:
+    """Return the weight format of 4-bit parameters called `name` with this `quant_type`, on `PackedParameters`."""
 
     def matches(module: nn.Module) -> bool:
         if not isinstance(module, PackedParameters):
@@ -31,7 +31,7 @@ def four_bits(quant_type: str, name: str = "weight") -> WeightFormat:
         return packing is not None and packing.quant_type == quant_type and module.packed_parameter(name) is not None
 
     def names_of(module: PackedParameters) -> dict[str, str]:
-        """Return the names of a packed weight's tensors, by part."""
+        """Return the names of a packed weight's parameter and buffers, by part."""
         return {"codes": name, **dict(zip(BUFFERS, module.packings[name].buffers, strict=True))}
 
     def write(module: PackedParameters, weight: Tensor) -> dict[str, Tensor]:
@@ -42,8 +42,10 @@ def four_bits(quant_type: str, name: str = "weight") -> WeightFormat:
     def decode(module: PackedParameters, tensors: dict[str, Tensor]) -> Tensor:
         packed, names = module.packed_parameter(name), names_of(module)
         assert packed is not None
-        changed: dict[str, Any] = {part: tensors[named] for part, named in names.items() if named in tensors}
-        return module.dense_values(packed._replace(**changed), torch.float32)
+        parts: dict[str, Any] = {
+            part: tensors[tensor_name] for part, tensor_name in names.items() if tensor_name in tensors
+        }
+        return module.dense_values(packed._replace(**parts), torch.float32)
 
     return WeightFormat(
         name=quant_type,
@@ -54,7 +56,7 @@ def four_bits(quant_type: str, name: str = "weight") -> WeightFormat:
         plain=_plain,
         update_config=sync_config,
         quantize=partial(convert_dense, settings=FourBitSettings(quant_type)),
-        for_parameter=partial(four_bits, quant_type),
+        for_parameter=partial(weight_format_of, quant_type),
     )
 
 
@@ -62,12 +64,12 @@ def _plain(module: PackedParameters) -> None:
     if isinstance(module, QuantizedLinear):
         make_plain(module, cast(nn.Parameter, module.weight))
     else:
-        forget_dense(module)
+        drop_dense_packings(module)
 
 
-@hookimpl(trylast=True)  # a dense layer, the most frequent, asks none of them
+@hookimpl(trylast=True)  # most layers are dense, and the formats are tried in order
 def peftcore_weight_formats() -> list[WeightFormat]:
-    return [four_bits(quant_type) for quant_type in QUANT_TYPES]
+    return [weight_format_of(quant_type) for quant_type in QUANT_TYPES]
 
 
 builtin(sys.modules[__name__])

@@ -35,7 +35,7 @@ def test_read_computes_tensors_from_whole_weights(folder: str) -> None:
 def test_what_is_refused(folder: str) -> None:
     for told in run(bases.refused, folder):
         assert "stages of a pipeline (pp_size)" in told["stage"] and "peftcore.shard(model)" in told["stage"]
-        assert "is sharded, and no rank has the whole weight. Quantize before" in told["quantize"]
+        assert "is sharded, so no rank has the full weight. Quantize before" in told["quantize"]
         assert told["merge"].startswith("cannot merge: the model is sharded")
         assert told["old PyTorch"].startswith("PyTorch 2.11.0 cannot shard the integer weights")
 

@@ -126,7 +126,7 @@ def test_a_rank_of_tensor_parallelism_has_parts() -> None:
         ({"ranks": 4, "tp_size": 4}, "tp_size=4 does not divide the 2 heads .num_key_value_heads.. Choose a divisor"),
         (
             {"ranks": 2, "tp_size": 2, "quantize": "nf4"},
-            "is divided over 2 ranks after 32 columns, which is not a multiple of the 64 values that share a scale",
+            "is sharded over 2 ranks after 32 columns, which is not a multiple of the 64 values that share a scale",
         ),
         ({"ranks": 2, "tp_size": 2, "method": None}, "tp_size=2 is followed with adapters, .* Name a method"),
     ],

@@ -18,7 +18,7 @@ def test_a_dense_checkpoint_is_built_as_it_is(tmp_path) -> None:
     tiny.llama().config.save_pretrained(tmp_path)
     config = AutoConfig.from_pretrained(tmp_path)
     assert not quantization.is_packed(config)
-    model = quantization.built_empty(config, AutoModelForCausalLM.from_config)
+    model = quantization.build_empty(config, AutoModelForCausalLM.from_config)
     assert all(parameter.is_meta for parameter in model.parameters())
     assert next(quantization.quantized_layers(model), None) is None
     assert torch.get_default_device().type == "cpu"

@@ -100,13 +100,13 @@ def test_no_more_than_an_expert_is_dense_at_once(tmp_path, monkeypatch):
     """Of a model of 300 MB with 96 experts in 6 layers: 79 MiB packed, 86 at the peak, 306 where it is read dense."""
     mixture("mixtral").save_pretrained(tmp_path)
     alive: list[weakref.ref] = []
-    seen, quantized = [], parameters.quantized
+    seen, quantized = [], parameters.quantize_weight
 
     def watched(x, *args, **kwargs):
         seen.append((tuple(x.shape), sum(ref() is not None for ref in alive)))
         alive.append(weakref.ref(x.untyped_storage()))
         return quantized(x, *args, **kwargs)
 
-    monkeypatch.setattr(parameters, "quantized", watched)
+    monkeypatch.setattr(parameters, "quantize_weight", watched)
     peftcore.quantization.load(tmp_path)
     assert sorted(seen) == 8 * [((1, 64, 64), 0)] + 8 * [((1, 128, 64), 0)]

@@ -225,7 +225,7 @@ DAMAGES: list[tuple[Format, Callable[[dict[str, Tensor]], Any], str]] = [
     (
         AFFINE4,
         lambda t: t.update(permutation=torch.zeros(64, dtype=torch.int64)),
-        "which is not one of the inputs",
+        "which does not permute the inputs",
     ),
 ]
 for each in (MXFP4, NVFP4, AFFINE4):

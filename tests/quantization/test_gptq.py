@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import peftcore
 from peftcore.ops import quantize_affine4
 from peftcore.quantization import QuantizedLinear, quantized_layers
-from peftcore.quantization.gptq import inverse_factor, rounded
+from peftcore.quantization.gptq import inverse_factor, round_weight
 
 
 def correlated(rows: int, width: int) -> Tensor:
@@ -41,7 +41,7 @@ def plainly(weight: Tensor, x: Tensor, blocksize: int) -> Tensor:
 @pytest.mark.parametrize(("width", "blocksize"), [(96, 32), (256, 256)])
 def test_the_formula(width: int, blocksize: int) -> None:
     x, weight = correlated(400, width), torch.randn(24, width, generator=torch.Generator().manual_seed(1))
-    packed = rounded(weight, inverse_factor(x.double().T @ x.double()), blocksize)
+    packed = round_weight(weight, inverse_factor(x.double().T @ x.double()), blocksize)
     assert packed.blocksize == blocksize and packed.dtype is torch.float32 and packed.absmax.dtype is torch.bfloat16
     found, expected = peftcore.ops.dequantize_4bit(packed).double(), plainly(weight, x, blocksize)
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
@@ -53,7 +53,7 @@ def test_the_formula(width: int, blocksize: int) -> None:
 def test_inputs_that_are_always_zero_are_rounded_to_nearest() -> None:
     x, weight = correlated(200, 64), torch.randn(8, 64, generator=torch.Generator().manual_seed(1))
     x[:, 32:] = 0
-    packed = rounded(weight, inverse_factor(x.double().T @ x.double()), 32)
+    packed = round_weight(weight, inverse_factor(x.double().T @ x.double()), 32)
     nearest = peftcore.ops.dequantize_4bit(quantize_affine4(weight, 32))
     assert torch.equal(peftcore.ops.dequantize_4bit(packed)[:, 32:], nearest[:, 32:])
 
@@ -73,7 +73,7 @@ def test_each_layer_has_the_inputs_of_the_quantized_ones_before_it() -> None:
         hook.remove()
         rows = torch.cat([x[b["attention_mask"].bool()] for x, b in zip(inputs, batches, strict=True)]).float()
         upper = inverse_factor(rows.T.double() @ rows.double())
-        expected = rounded(dense.get_submodule(path).weight.detach(), upper, 32)
+        expected = round_weight(dense.get_submodule(path).weight.detach(), upper, 32)
         differ = (layer.packed.codes != expected.codes).float().mean()
         assert differ < 0.01, path  # sums of another order, at ties
 
@@ -128,9 +128,9 @@ def test_after_an_interruption_the_same_call_rounds_the_rest(error: Any, monkeyp
         calls.append(args)
         if len(calls) == 5:
             raise error
-        return rounded(*args)
+        return round_weight(*args)
 
-    monkeypatch.setattr("peftcore.quantization.gptq.rounded", stop)
+    monkeypatch.setattr("peftcore.quantization.gptq.round_weight", stop)
     with pytest.raises(error):
         peftcore.quantize(model, "affine4", blocksize=32, batches=[INPUTS])
     assert all(module.training and not module._forward_pre_hooks for module in model.modules())
@@ -144,7 +144,7 @@ def test_after_an_interruption_the_same_call_rounds_the_rest(error: Any, monkeyp
 
 
 def test_asked_for_wrongly() -> None:
-    with pytest.raises(peftcore.PeftcoreError, match="batches are for quant_type='affine4', found 'nf4'"):
+    with pytest.raises(peftcore.PeftcoreError, match="batches only work with quant_type='affine4', found 'nf4'"):
         peftcore.quantize(llama(), "nf4", batches=[INPUTS])
     with pytest.raises(peftcore.PeftcoreError, match="`batches` is empty"):
         peftcore.quantize(llama(), "affine4", blocksize=32, batches=[])

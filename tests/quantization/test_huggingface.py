@@ -270,7 +270,7 @@ def test_blocks_that_overlap_leave_the_process_as_it_was(before: str | None, mon
     monkeypatch.delenv(name, raising=False)
     if before is not None:
         monkeypatch.setenv(name, before)
-    blocks = [(huggingface.read_when_needed(), huggingface.not_mapped()) for _ in range(2)]
+    blocks = [(huggingface.reading_synchronously(), huggingface.reading_without_mmap()) for _ in range(2)]
     for block in blocks:
         for each in block:
             each.__enter__()

@@ -32,7 +32,7 @@ LINES = [(engine, what) for engine in ENGINES for what in CHECKS]
 NAMED = "named"
 SAVED = "saved"  # without the others
 SENTENCES = {  # parts of errors
-    "quantize first": "is sharded, and no rank has the whole weight. Quantize before sharding",
+    "quantize first": "is sharded, so no rank has the full weight. Quantize before sharding",
     "no stage": "no stage has the adapter parameter",
     "whole sequences": "needs whole sequences, and context_parallel gives each rank a part",
     "train before": "is sharded and cannot be trained from here on",

@@ -90,7 +90,7 @@ class WholeForward(OwnForward):
             name: None if each is None else _whole(ranks.behind(each)) for name, each in module._parameters.items()
         }
         copy.__dict__.update(module.__dict__, _parameters=parameters)
-        if hasattr(module, "held_part"):
+        if hasattr(module, "weight_shard"):
             parameters["weight"] = module.dequantized_parameter("weight", torch.float32)  # type: ignore[operator]
         return OwnForward(copy, original_forward(module), None, self._changes)
 

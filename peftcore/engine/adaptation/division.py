@@ -225,7 +225,7 @@ def _placement_of_weight(module: nn.Module, mesh: DeviceMesh) -> Any:
     if mesh.ndim != 1 or stored is None or not isinstance(module, (nn.Linear, nn.Embedding)):
         return None
     weight = ranks.behind(stored)
-    is_readable = weight.is_floating_point() or hasattr(module, "held_part")
+    is_readable = weight.is_floating_point() or hasattr(module, "weight_shard")
     return _placement(module, weight, mesh) if is_readable else None
 
 
@@ -242,9 +242,9 @@ def _placement(module: nn.Module, weight: Tensor, mesh: DeviceMesh) -> Any:
     before the layer's forward.
     """
     if not ranks.is_dtensor(weight):
-        held: Any = getattr(module, "held_part", None)
-        if held is not None:  # in 4 bits
-            return held.placement
+        shard: Any = getattr(module, "weight_shard", None)
+        if shard is not None:  # a 4-bit weight
+            return shard.placement
         known: dict[str, Sequence[Any]] = getattr(_own_forward(module), "placements", {})
         return next(iter(known.get("weight", ())), None)
     whole, last = weight.device_mesh, weight.device_mesh.ndim - 1

@@ -422,12 +422,12 @@ class Exchange:
         module = self.model.get_submodule(path)
         before: Tensor = ranks.behind(getattr(module, attribute))
         self.aside.setdefault(name, before)
-        held = getattr(module, "held_part", None) if attribute == "weight" else None
+        shard = getattr(module, "weight_shard", None) if attribute == "weight" else None
         table: dict[str, Any] = module._parameters if attribute in module._parameters else module._buffers
         if table is module._parameters:
-            if held is not None:
+            if shard is not None:
                 if tensor.is_floating_point() and not ranks.is_dtensor(tensor):
-                    tensor = held.dtensor(held.of(tensor))
+                    tensor = shard.to_dtensor(shard.slice(tensor))
             elif ranks.is_dtensor(before) and not ranks.is_dtensor(tensor):
                 tensor = ranks.divided_as(tensor, before)
             if not isinstance(tensor, nn.Parameter):

@@ -264,7 +264,7 @@ def test_a_dense_folder_that_says_aqlm_is_an_error(tmp_path: Path) -> None:
 
 def test_commands_that_would_quantize_it_again_say_how_it_is_read(tmp_path: Path) -> None:
     write_folder(tmp_path)
-    with pytest.raises(peftcore.PeftcoreError, match=r"is read as it is: after `import peftcore_aqlm`.* --quantize"):
+    with pytest.raises(peftcore.PeftcoreError, match=r"from_pretrained after `import peftcore_aqlm`.* --quantize"):
         peftcore.quantization.load(tmp_path)
 
 

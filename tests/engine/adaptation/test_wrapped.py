@@ -159,7 +159,7 @@ def test_a_wrapped_weight_is_not_trained_whole() -> None:
 
 def test_what_is_quantized_already_is_not_quantized_again_nor_estimated() -> None:
     model = wrap(tiny.llama())
-    with pytest.raises(peftcore.PeftcoreError, match=r"q_proj.weight' is quantized already, by another library .Int8."):
+    with pytest.raises(peftcore.PeftcoreError, match=r"q_proj.weight' is already quantized by another library .Int8."):
         peftcore.quantize(model)
     with pytest.raises(peftcore.PeftcoreError, match=r"the weights are quantized .Int8., which is not followed"):
         peftcore.estimate(model, "lora")

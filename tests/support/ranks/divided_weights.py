@@ -135,9 +135,9 @@ REFUSALS = {
     "blocks": "after 36 rows of 36 values, which is not a multiple of the 64 values that share a scale in nf4",
     "columns": "after 32 columns, which is not a multiple of the 64 values that share a scale in nf4",
     "not finite": "contains nan at index [188, 3] and cannot be quantized",
-    "divided later": "was divided over the ranks after it was quantized",
-    "called": "was divided over the ranks after it was quantized",
-    "a file": "a checkpoint in 4 bits cannot be divided over the ranks while it is loaded",
+    "divided later": "was sharded after it was quantized",
+    "called": "was sharded after it was quantized",
+    "a file": "cannot load a 4-bit checkpoint into a tensor-parallel model",
 }
 
 

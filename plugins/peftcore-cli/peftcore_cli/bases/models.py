@@ -137,7 +137,7 @@ def load_model(
         quantize: 4-bit type of the linear layers, or all about how they are quantized; None for dense weights.
     """
     quiet_transformers()
-    from peftcore.quantization import give_back_freed
+    from peftcore.quantization import release_free_memory
 
     asked = Quantization(quantize) if isinstance(quantize, str) else quantize
     packing = None if asked is None else asked.arguments()
@@ -171,7 +171,7 @@ def load_model(
         own_code.complete(loaded)
     if registered.find(task).reads_tokens:
         _set_padding(loaded, model)
-    give_back_freed()  # what loading leaves in the heap
+    release_free_memory()  # what loading leaves in the heap
     return loaded.to(torch_device(device)).eval()
 
 
@@ -319,10 +319,10 @@ def _compute_in_fp32(loaded: PreTrainedModel, device: str) -> None:
 
 def empty_model(model: str, task: str, labels: tuple[str, ...] = ()) -> PreTrainedModel:
     """Return a base without weights, on the meta device."""
-    from peftcore.quantization import built_empty
+    from peftcore.quantization import build_empty
 
     config = load_config(model, task, labels)
-    made: Any = built_empty(config, lambda dense: _made_empty(dense, model, task))
+    made: Any = build_empty(config, lambda dense: _made_empty(dense, model, task))
     if registered.find(task).learns_texts:
         own_code.complete(made)
     return made

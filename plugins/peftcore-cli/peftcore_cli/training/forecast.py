@@ -15,7 +15,7 @@ import peftcore
 from peftcore.errors import PeftcoreError
 from peftcore.estimating import MIXED, PAGED, PLAIN, NotFollowed, Range, memory_here
 from peftcore.plugin import ranks
-from peftcore.quantization import give_back_freed
+from peftcore.quantization import release_free_memory
 from peftcore_cli.amounts import gigabytes
 from peftcore_cli.bases import base_quantization, device_choice, dtype_choice, models, precision as precisions
 from peftcore_cli.console import say
@@ -175,7 +175,7 @@ def forecast(
     room = float(torch.cuda.mem_get_info(device)[0]) if on_cuda else memory_here()
     together = 1 if on_cuda else int(os.environ.get("LOCAL_WORLD_SIZE", settings.ranks))
     gc.collect()
-    give_back_freed()
+    release_free_memory()
     return Forecast(found, 0 if on_cuda else current_memory(), room, on_cuda, together)
 
 
