@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.autograd import Variable
 
-from peftcore.plugin import ranks
+from peftcore.plugin import sharded
 
 # transformers' Trainer averages replicated parameters itself unless they bear this mark.
 _AVERAGED = "_replicated_grad_hook_registered"
@@ -83,13 +83,13 @@ def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float, norm_type: fl
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     groups: dict[object, list[Tensor]] = {}
     for gradient in gradients:
-        groups.setdefault(gradient.device_mesh if ranks.is_dtensor(gradient) else None, []).append(gradient)
+        groups.setdefault(gradient.device_mesh if sharded.is_dtensor(gradient) else None, []).append(gradient)
     norms = [torch.nn.utils.get_total_norm(group, norm_type, foreach=False) for group in groups.values()]
     if not norms:
         return torch.tensor(0.0)
-    total = torch.linalg.vector_norm(torch.stack([ranks.whole(norm) for norm in norms]), norm_type)
+    total = torch.linalg.vector_norm(torch.stack([sharded.whole(norm) for norm in norms]), norm_type)
     factor = (max_norm / (total + 1e-6)).clamp(max=1.0)
     for gradient in gradients:
-        local = gradient.to_local() if ranks.is_dtensor(gradient) else gradient
+        local = gradient.to_local() if sharded.is_dtensor(gradient) else gradient
         local.mul_(factor.to(local.device))
     return total

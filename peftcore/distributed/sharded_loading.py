@@ -16,7 +16,7 @@ from peftcore.distributed.sharding import shard
 from peftcore.errors import CheckpointError, nearest
 from peftcore.model.base_modules import base_parameters
 from peftcore.ops.weight import MIN_BLOCKSIZE
-from peftcore.plugin import ranks
+from peftcore.plugin import sharded
 from peftcore.plugin.layers import is_linear
 from peftcore.quantization.config_sync import sync_config
 from peftcore.quantization.convert import convert_dense
@@ -138,7 +138,7 @@ def _make_quantized(
 
 
 def _device(model: nn.Module) -> torch.device:
-    kind: str = next(p for p in model.parameters() if ranks.is_dtensor(p)).device_mesh.device_type
+    kind: str = next(p for p in model.parameters() if sharded.is_dtensor(p)).device_mesh.device_type
     return torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
 
 
@@ -152,7 +152,7 @@ def _materialize(model: nn.Module, device: torch.device) -> None:
             if p is None:
                 continue
             if id(p) not in materialized:
-                assert ranks.is_dtensor(p)  # all are sharded
+                assert sharded.is_dtensor(p)  # all are sharded
                 local = torch.empty_like(p.to_local(), device=device)
                 whole = DTensor.from_local(
                     local, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride()
@@ -183,7 +183,7 @@ def _read(model: nn.Module, tensors: CheckpointFiles) -> None:
                 )
             parameter, (path, _, attribute) = parameters[name], name.rpartition(".")
             module: Any = model.get_submodule(path)
-            assert ranks.is_dtensor(parameter)
+            assert sharded.is_dtensor(parameter)
             if attribute in getattr(module, "packings", ()):
                 _fill_quantized(model, module, attribute, tensors, name)
             elif name in tensors.experts:
@@ -225,7 +225,7 @@ def _fill_quantized(
             from_tensors(weight, parts, name) if parts else module.quantized_parameter(attribute, _finite(weight, name))
         )
         check_experts(packed, name)
-    assert ranks.is_dtensor(parameter)
+    assert sharded.is_dtensor(parameter)
     if packed.codes.shape != parameter.shape or parameter_shape(packed) != packing.shape:
         raise CheckpointError(f"'{name}' has shape {list(parameter_shape(packed))}, this layer {list(packing.shape)}")
     module.set_packed_parameter(attribute, packed.to(parameter.to_local().device)._replace(codes=parameter))

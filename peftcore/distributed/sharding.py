@@ -21,7 +21,7 @@ from peftcore.engine.replicas import between_blocks, blocks, check_ranks, give_a
 from peftcore.engine.trained import TrainedParameters
 from peftcore.errors import PeftcoreError
 from peftcore.model.base_modules import base_modules
-from peftcore.plugin import ranks
+from peftcore.plugin import sharded
 from peftcore.plugin.method import Model
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ def _refuse_unshardable(model: nn.Module, adapter_placement: str) -> None:
     if state is not None and state.merged is not None:
         raise PeftcoreError("adapters are merged into the base. Shard after peftcore.unmerge, or a plain merged model")
     check_ranks(model)
-    if is_sharded and adapter_placement == "shard" and not all(map(ranks.is_part, _of_adapters(model))):
+    if is_sharded and adapter_placement == "shard" and not all(map(sharded.is_shard, _of_adapters(model))):
         raise PeftcoreError("the base is sharded already: adapters that come afterwards can only be replicated")
 
 
@@ -123,7 +123,7 @@ def divided(model: nn.Module, adapter_placement: str) -> tuple[list[nn.Parameter
     What a trained parameter has replaced takes no part in any forward: to gather it would be idle work.
     """
     between = between_blocks(model)
-    plain = [p for p in _of_adapters(model) if not ranks.is_part(p)]
+    plain = [p for p in _of_adapters(model) if not sharded.is_shard(p)]
     replicated = [p for p in plain if adapter_placement == "replicate" or p in between]
     return replicated, {*_aside(model), *between, *replicated}
 

@@ -20,7 +20,7 @@ from peftcore.engine.trained import TrainedParameters, base_tensors
 from peftcore.errors import CheckpointError, PeftcoreError
 from peftcore.files.fingerprint import difference, fingerprint
 from peftcore.files.tensors import own_slots
-from peftcore.plugin import ranks
+from peftcore.plugin import sharded
 from peftcore.plugin.registry import registry
 
 
@@ -49,7 +49,7 @@ class TrainingState(Stateful):
                 "tensors of the shapes that are there. Train with Trainer, which saves and restores them, or save the "
                 "adapter by peftcore.save and the optimizer by torch.distributed.checkpoint.state_dict"
             )
-        if any(map(ranks.is_partitioned, self.model.parameters())):
+        if any(map(sharded.is_zero3, self.model.parameters())):
             raise PeftcoreError(
                 "DeepSpeed's ZeRO-3 has partitioned the model, and keeps the optimizer's state itself. Save it by "
                 "DeepSpeed's engine.save_checkpoint(folder), and the adapter by peftcore.save(model, folder)"
@@ -57,7 +57,7 @@ class TrainingState(Stateful):
 
     def state_dict(self) -> dict[str, Any]:
         """Adapters by name, optimizer state by parameter name, the base's fingerprint."""
-        ranks.reshard(self.model)
+        sharded.reshard(self.model)
         return {
             # Copies: loading fills them in place, before anything is checked.
             "adapters": {name: parameter.detach().clone() for name, parameter in self._adapters()},

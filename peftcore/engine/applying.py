@@ -24,7 +24,7 @@ from peftcore.engine.trained import TrainedParameters, enclosing_paths
 from peftcore.engine.training_hooks import method_modules
 from peftcore.model import assumed_unchanged
 from peftcore.model.base_modules import base_parameters
-from peftcore.plugin import ranks
+from peftcore.plugin import ranks, sharded
 from peftcore.plugin.adapter import Adapter
 from peftcore.plugin.call import arguments_read
 from peftcore.plugin.events import adapter_applied
@@ -93,7 +93,7 @@ def add_adapter(
         trainable: whether the adapter trains, as in `set_trainable`.
     """
     check_request(model, adapter, dtype, activates=active)
-    with assumed_unchanged(model), with_memory(model), ranks.whole_when_read(model):
+    with assumed_unchanged(model), with_memory(model), sharded.gathered_when_read(model):
         attachments = method if isinstance(method, Attachments) else placements_for(model, method, fields)
         initialize, config_of_initialize = None, None
         if fill is None:
@@ -190,9 +190,9 @@ def _broadcast_values(model: nn.Module, adapter: str, attachments: Attachments, 
     tensors: list[Tensor] = []
     for attachment in attachments.attached:
         tensors += [*attachment.adapter.parameters(), *attachment.adapter.buffers()]
-    ranks.give(tensors)
+    ranks.broadcast(tensors)
     if initialized:
-        ranks.give(parameter.detach() for parameter in method_modules(model, adapter).trained.values())
+        ranks.broadcast(parameter.detach() for parameter in method_modules(model, adapter).trained.values())
 
 
 def _settle_all(

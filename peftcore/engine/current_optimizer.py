@@ -12,7 +12,7 @@ from torch.optim import LBFGS, Adagrad, Optimizer
 
 from peftcore.errors import PeftcoreError
 from peftcore.optim.base import FusedOptimizer, largest
-from peftcore.plugin import ranks
+from peftcore.plugin import sharded
 
 _OPTIMIZER: ContextVar[tuple[Optimizer | None, ...]] = ContextVar("peftcore_optimizer", default=())
 
@@ -111,8 +111,8 @@ def _keep_largest(optimizer: Optimizer, parameter: nn.Parameter, keep: float) ->
                 f"parameter of shape {list(parameter.shape)}, and no part of it can be kept. Reset all of the state, "
                 "or use AdamW, in 32 bits or of peftcore.optim"
             )
-    whole = {name: ranks.whole(value) for name, value in moments.items() if value.dim()} if keep < 1 else {}
+    whole = {name: sharded.whole(value) for name, value in moments.items() if value.dim()} if keep < 1 else {}
     if whole:
         kept = largest(list(whole.values()), keep)
         for name, value in whole.items():
-            ranks.fill(moments[name], value * kept)
+            sharded.fill(moments[name], value * kept)

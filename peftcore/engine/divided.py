@@ -14,7 +14,7 @@ from peftcore.engine.adaptation.divided_experts import divide_factors
 from peftcore.engine.adaptation.division import division_of, has_plan, mesh_of_hooks, plan_of, without_hooks
 from peftcore.engine.attachments import Attachments
 from peftcore.model.base_modules import OWN_FORWARD, base_modules, original_class
-from peftcore.plugin import ranks
+from peftcore.plugin import ranks, sharded
 from peftcore.plugin.placements.on_weight import WeightLink
 
 
@@ -25,10 +25,10 @@ def is_divided(model: nn.Module) -> bool:
 
 def follows_plan(model: nn.Module) -> bool:
     """Return whether a parallel plan alone divides `model`, and every adapted module as adapters can follow it."""
-    if not is_divided(model) or any(fsdp for fsdp, _ in ranks.enclosed(model)):
+    if not is_divided(model) or any(fsdp for fsdp, _ in sharded.modules_with_fsdp(model)):
         return False
     return all(
-        division_of(module) is not None or not any(map(ranks.is_part, module.parameters(recurse=False)))
+        division_of(module) is not None or not any(map(sharded.is_shard, module.parameters(recurse=False)))
         for _, module in base_modules(model)
         if is_adapted(module)
     )
@@ -45,7 +45,7 @@ def divide_experts(model: nn.Module, attachments: Attachments) -> None:
 def undivided(model: nn.Module) -> Iterator[None]:
     """Run every layer whole on every rank inside the block, whatever a parallel plan says, as it reads whole weights.
 
-    To be used inside `ranks.whole_when_read`.
+    To be used inside `sharded.gathered_when_read`.
     """
     planned = []
     for _, module in base_modules(model):

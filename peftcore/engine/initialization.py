@@ -16,7 +16,7 @@ from peftcore.engine.trained import moving_buffers, unmoved_buffers
 from peftcore.engine.training_hooks import method_modules
 from peftcore.errors import PeftcoreError, PluginError
 from peftcore.model.base_modules import base_modules
-from peftcore.plugin import ranks
+from peftcore.plugin import sharded
 from peftcore.plugin.method import AdapterModules, Method
 from peftcore.plugin.registry import registry
 
@@ -55,7 +55,7 @@ def initialize_adapter(
             in_evaluation_mode(model, [adapter, *require_state(model).active]),
             with_memory(model),
             torch.no_grad(),
-            ranks.whole_when_read(model),
+            sharded.gathered_when_read(model),
             undivided(model),
         ):
             with registry.naming(method, "initialize"):
@@ -63,7 +63,7 @@ def initialize_adapter(
             if new is not None:
                 applied(model, adapter).config = new
     finally:
-        ranks.reshard(model)
+        sharded.reshard(model)
         changed = next((name for name, facts in _base(model).items() if before.get(name) != facts), None)
         if changed is not None:
             raise PluginError(
@@ -155,7 +155,7 @@ def _base(model: nn.Module) -> dict[str, tuple[int, int]]:
         kept = {n: b for n, b in module._buffers.items() if n not in module._non_persistent_buffers_set}
         tensors: dict[str, Tensor | None] = {**module._parameters, **kept}
         for name, tensor in tensors.items():
-            if tensor is not None and id(tensor) not in moving and not ranks.is_part(tensor):
+            if tensor is not None and id(tensor) not in moving and not sharded.is_shard(tensor):
                 version = 0 if tensor.is_inference() else tensor._version
                 found[f"{path}.{name}" if path else name] = id(tensor), version
     return found

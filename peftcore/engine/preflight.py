@@ -38,7 +38,7 @@ from peftcore.errors import PeftcoreError, PluginError, nearest
 from peftcore.model import observe
 from peftcore.model.base_modules import base_modules, base_parameters
 from peftcore.model.targets.selection import refuse_bypassed
-from peftcore.plugin import ranks
+from peftcore.plugin import ranks, sharded
 from peftcore.plugin.adapter import unseen_member
 from peftcore.plugin.layers import is_wrapped
 from peftcore.plugin.link import Link
@@ -433,21 +433,21 @@ def refuse_divided(model: nn.Module, attachments: Attachments) -> None:
     Adapters around and after linear layers follow a plan of transformers (`peftcore.engine.adaptation.division`). Other
     layers of which every parameter is whole, and their gradients, are as in one process.
     """
-    if ranks.count() == 1 and not ranks.is_sharded(model):
+    if ranks.count() == 1 and not sharded.is_sharded(model):
         return
-    sharded, shards_tokens = _sharded_parameters(model), divides_tokens(model)
-    if not sharded and not shards_tokens:
+    divided, shards_tokens = _divided_parameters(model), divides_tokens(model)
+    if not divided and not shards_tokens:
         return
     method = attachments.method.name
     for attachment in attachments.attached:
         module = submodule(model, attachment.path)
         if _follows_division(module, attachment, method):
             continue
-        shared_out = _shared_out(module, attachment, sharded, shards_tokens=shards_tokens)
+        shared_out = _shared_out(module, attachment, divided, shards_tokens=shards_tokens)
         if shared_out is None:
             continue
         weight = module._parameters.get("weight")
-        if weight is not None and not ranks.behind(weight).is_floating_point():
+        if weight is not None and not sharded.original(weight).is_floating_point():
             raise PeftcoreError(
                 f"{method} cannot be applied: '{attachment.path}' was divided over the ranks after it was "
                 "quantized, and its blocks of 4-bit values with it. Call peftcore.quantize(model) again, which gives "
@@ -460,18 +460,18 @@ def refuse_divided(model: nn.Module, attachments: Attachments) -> None:
         )
 
 
-def _sharded_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+def _divided_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the base's parameters that tensor parallelism has divided over the ranks, by name."""
     paths = {id(module): path for path, module in base_modules(model)}
-    sharded: dict[str, nn.Parameter] = {}
-    for fsdp, module in ranks.enclosed(model):
+    divided: dict[str, nn.Parameter] = {}
+    for fsdp, module in sharded.modules_with_fsdp(model):
         path = paths.get(id(module))
         if path is None:
             continue
         for name, parameter in module._parameters.items():
-            if parameter is not None and ranks.is_divided(ranks.behind(parameter), fsdp=fsdp):
-                sharded[f"{path}.{name}".removeprefix(".")] = parameter
-    return sharded
+            if parameter is not None and sharded.is_tensor_parallel(sharded.original(parameter), fsdp=fsdp):
+                divided[f"{path}.{name}".removeprefix(".")] = parameter
+    return divided
 
 
 def _follows_division(module: nn.Module, attachment: Attachment, method: str) -> bool:
@@ -494,7 +494,7 @@ def _follows_division(module: nn.Module, attachment: Attachment, method: str) ->
 
 
 def _shared_out(
-    module: nn.Module, attachment: Attachment, sharded: dict[str, nn.Parameter], *, shards_tokens: bool
+    module: nn.Module, attachment: Attachment, divided: dict[str, nn.Parameter], *, shards_tokens: bool
 ) -> str | None:
     """Return what the ranks share out of a module, though its adapter needs the whole, as errors name it, or None."""
     path = attachment.path
@@ -506,7 +506,7 @@ def _shared_out(
         f"{path}.{name}".removeprefix(".") for name, parameter in module._parameters.items() if parameter is not None
     ]
     for placement in attachment.placements:
-        name = placement.divided(path, names, sharded)
+        name = placement.divided(path, names, divided)
         if name:
             return f"'{name}'"
     return None

@@ -20,7 +20,7 @@ from peftcore.engine.state import (
 from peftcore.engine.trained import TrainedParameters, enclosing_paths
 from peftcore.errors import warn
 from peftcore.model.base_modules import base_modules, base_parameters
-from peftcore.plugin import ranks
+from peftcore.plugin import sharded
 from peftcore.plugin.method import Model
 
 
@@ -56,7 +56,7 @@ def detach_adapter(model: nn.Module, adapter: str) -> dict[str, str]:
     left = dict(changes_of(model, state, adapter))
     there = set(with_adapter(model, adapter, state.applied[adapter].paths))
     if not all(adapted.is_outermost(module) for module in there if adapted.is_adapted(module)):
-        ranks.refuse_sharded(model, f"remove '{adapter}'")  # `fully_shard` has swapped a class once more
+        sharded.refuse_sharded(model, f"remove '{adapter}'")  # `fully_shard` has swapped a class once more
     if left:
         there.update(moved_with_adapter(model, adapter, state.lock))
     if adapter in state.active:

@@ -21,7 +21,7 @@ def give_adapters(model: nn.Module) -> None:
     for name in state.applied if state is not None else ():
         tensors += [parameter for _, parameter in adapter_parameters(model, name)]
         tensors += [buffer for _, adapter in adapter_modules(model, name) for buffer in adapter.buffers()]
-    ranks.give(tensors)
+    ranks.broadcast(tensors)
 
 
 def check_ranks(model: nn.Module) -> None:
@@ -32,7 +32,7 @@ def check_ranks(model: nn.Module) -> None:
         for name, entry in state.applied.items():
             inactive = "" if name in state.active else ", inactive"
             facts[name] = f"{entry.method}, {entry.config}, {_digest(adapter_parameters(model, name))}{inactive}"
-    ranks.agree(facts, "adapters")
+    ranks.check_equal(facts, "adapters")
 
 
 def blocks(model: nn.Module) -> Iterator[nn.Module]:

@@ -21,7 +21,7 @@ from peftcore.model.experts import why_not_fused
 from peftcore.model.experts.in_model import expert_weights, experts_per_token
 from peftcore.model.targets import match_counts
 from peftcore.model.targets.coverage import Coverage, percent
-from peftcore.plugin import ranks
+from peftcore.plugin import sharded
 from peftcore.plugin.layers import shape_of
 from peftcore.plugin.placements.placement import Placement
 
@@ -400,4 +400,4 @@ def _base_of(model: nn.Module) -> dict[int, tuple[nn.Parameter, int]]:
 
 def _count(tensor: Tensor) -> int:
     """Return how many values the whole tensor has, also where it is sharded."""
-    return ranks.shape_of(tensor).numel()
+    return sharded.shape_of(tensor).numel()

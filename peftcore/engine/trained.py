@@ -24,7 +24,7 @@ from peftcore.engine.adaptation.divided_forward import follow_trained, trains_in
 from peftcore.errors import PeftcoreError
 from peftcore.model.base_modules import TRAINED, base_modules, base_parameters
 from peftcore.model.detecting import mark_as_loaded
-from peftcore.plugin import ranks
+from peftcore.plugin import ranks, sharded
 
 
 class TrainedParameters(nn.Module):
@@ -65,7 +65,7 @@ class TrainedParameters(nn.Module):
             return
         trained = TrainedParameters(slots, kept)
         for name in slots:
-            copy = nn.Parameter(ranks.whole(base[name]).clone())
+            copy = nn.Parameter(sharded.whole(base[name]).clone())
             mark_as_loaded(copy, base[name])
             trained._parameters[_key(name)] = copy
         for name in kept:
@@ -85,7 +85,7 @@ class TrainedParameters(nn.Module):
             owned = _add(model, adapter, TrainedParameters({}, {}))
         for name, value in values.items():
             like = base[name]
-            if ranks.is_part(like):
+            if sharded.is_shard(like):
                 raise PeftcoreError(
                     f"the adapter has its own '{name}', but that of the base is sharded. Load before sharding"
                 )
@@ -118,8 +118,8 @@ class TrainedParameters(nn.Module):
         """Put the adapter's trained parameters into the model, or those of the base back."""
         if active == self.active:
             return
-        if any(ranks.is_dtensor(each) and not _in_parts(model, name) for name, each in self.originals(model)):
-            ranks.refuse_sharded(model, "exchange trained parameters for those of the base")
+        if any(sharded.is_dtensor(each) and not _in_parts(model, name) for name, each in self.originals(model)):
+            sharded.refuse_sharded(model, "exchange trained parameters for those of the base")
         self._exchange_all(model, self.slots, "active", active)
 
     def hold(self, model: nn.Module, names: Collection[str]) -> None:
@@ -174,7 +174,7 @@ class TrainedParameters(nn.Module):
     def changes(self, model: nn.Module) -> Iterator[tuple[str, str]]:
         """Yield (slot, how it changed) where the tensor is missing or has another shape."""
         for name, slots in {**self.slots, **self.kept}.items():
-            was = list(ranks.shape_of(self._aside(_key(name))))
+            was = list(sharded.shape_of(self._aside(_key(name))))
             for slot in slots:
                 now = _shape(model, slot)
                 if now != was:
@@ -205,7 +205,7 @@ class TrainedParameters(nn.Module):
         key = _key(name)
         here = self._tensors_aside(key)
         aside = here[key]
-        slots = [slot for slot in slots if _shape(model, slot) == list(ranks.shape_of(aside))]  # resized ones stay
+        slots = [slot for slot in slots if _shape(model, slot) == list(sharded.shape_of(aside))]  # resized ones stay
         if not slots:
             return
         here[key] = _slot(model, slots[0])
@@ -232,10 +232,12 @@ def refuse_sharded_parameters(model: nn.Module, names: Iterable[str]) -> None:
     """Raise a PeftcoreError if one of the base's parameters `names` is sharded so that it cannot be trained."""
     names = list(names)
     base = base_tensors(model) if names else {}
-    by_fsdp = {id(module) for fsdp, module in ranks.enclosed(model) if fsdp} if names and ranks.count() > 1 else set()
+    by_fsdp: set[int] = set()  # ids of the modules whose parameters FSDP2 shards, and may have gathered now
+    if names and ranks.count() > 1:
+        by_fsdp = {id(module) for fsdp, module in sharded.modules_with_fsdp(model) if fsdp}
     for name in names:
-        inside = id(model.get_submodule(name.rpartition(".")[0])) in by_fsdp  # where it may be gathered now
-        if inside or (ranks.is_dtensor(ranks.behind(base[name])) and not _in_parts(model, name)):
+        module = model.get_submodule(name.rpartition(".")[0])
+        if id(module) in by_fsdp or (sharded.is_dtensor(sharded.original(base[name])) and not _in_parts(model, name)):
             raise PeftcoreError(
                 f"'{name}' is sharded and cannot be trained from here on. Apply first, then shard; under tensor "
                 "parallelism, load the model without tp_plan"
@@ -358,7 +360,7 @@ def _shape(model: nn.Module, name: str) -> list[int] | None:
         slot = _slot(model, name)
     except (AttributeError, KeyError):
         return None
-    return list(ranks.shape_of(slot))
+    return list(sharded.shape_of(slot))
 
 
 def _slot(model: nn.Module, name: str) -> Tensor:

@@ -26,7 +26,7 @@ from peftcore.engine.current_optimizer import stepping, unwrapped
 from peftcore.engine.state import Applied, adapter_parameters, applied, placements, require_state, state_of
 from peftcore.engine.trained import TrainedParameters
 from peftcore.errors import PeftcoreError, PluginError
-from peftcore.plugin import ranks
+from peftcore.plugin import sharded
 from peftcore.plugin.events import adapter_applied
 from peftcore.plugin.method import AdapterModules, Method
 from peftcore.plugin.registry import registry
@@ -84,7 +84,7 @@ def after_step(model: nn.Module, step: int, total_steps: int, *, optimizer: Any 
             before = _base_versions(model, entry, parameters)
             with (
                 registry.naming(method.name, "after_step"),
-                ranks.gathered(parameters, write=True),
+                sharded.gathered(parameters, write=True),
                 stepping(optimizer),
             ):
                 config = method.after_step(modules, entry.config, step, total_steps)
@@ -156,9 +156,9 @@ def loss_terms(model: nn.Module) -> dict[str, Tensor]:
     for name, entry, method in _training(model):
         if method.loss is None:
             continue
-        ranks.reshard(model)  # or whole parameters may be in the slots, whose gradients would be lost
+        sharded.reshard(model)  # or whole parameters may be in the slots, whose gradients would be lost
         modules = method_modules(model, name)
-        of_parts = any(ranks.is_part(parameter) for _, parameter in adapter_parameters(model, name))
+        of_parts = any(sharded.is_shard(parameter) for _, parameter in adapter_parameters(model, name))
         compute = partial(method.loss, modules, entry.config)
         if of_parts:
             trained = nn.Module()
@@ -311,14 +311,14 @@ def _base_versions(model: nn.Module, entry: Applied, trained: Iterable[nn.Parame
         for name, parameter in module._parameters.items():
             if parameter is None or id(parameter) in own:
                 continue
-            if parameter.requires_grad or parameter.is_inference() or ranks.is_part(parameter):
+            if parameter.requires_grad or parameter.is_inference() or sharded.is_shard(parameter):
                 continue
             found[f"{path}.{name}" if path else name] = parameter._version
     return found
 
 
 def _dimensions(parameter: nn.Parameter) -> int:
-    return len(ranks.shape_of(parameter))
+    return len(sharded.shape_of(parameter))
 
 
 _waiting: WeakSet[nn.Module] = WeakSet()  # models with an adapter that waits for its first `after_step`
@@ -399,7 +399,7 @@ def _term_of_whole(modules: Sequence[nn.Module], compute: Callable[[], Tensor | 
     parameters = [p for module in modules for _, p in module.named_parameters(remove_duplicate=False)]
     with ExitStack() as stack:
         for module in modules:
-            stack.enter_context(ranks.whole_parameters(module))
+            stack.enter_context(sharded.gathered_parameters(module))
         leaves = [p for module in modules for _, p in module.named_parameters(remove_duplicate=False)]
         value = compute()
     if value is None or not value.requires_grad:
@@ -420,8 +420,8 @@ def _term_of_whole(modules: Sequence[nn.Module], compute: Callable[[], Tensor | 
 def _with_gradients(value: Tensor, gradients: list[tuple[nn.Parameter, Tensor]]) -> Tensor:
     """Return `value` with these gradients of whole parameters, which its backward pass gives to the shards."""
     parameters = [parameter for parameter, _ in gradients]
-    if any(map(ranks.is_partitioned, parameters)):
-        with ranks.gathered(parameters):  # autograd notes the shapes of inputs
+    if any(map(sharded.is_zero3, parameters)):
+        with sharded.gathered(parameters):  # autograd notes the shapes of inputs
             return cast(Tensor, _Known.apply(value, [g for _, g in gradients], *parameters))  # type: ignore[no-untyped-call]
     anchor = torch.zeros((), device=value.device, requires_grad=True)
     return cast(Tensor, _Shares.apply(anchor, value, gradients))  # type: ignore[no-untyped-call]
@@ -446,7 +446,7 @@ class _Shares(torch.autograd.Function):
     def add(shares: list[tuple[nn.Parameter, Tensor]], scale: Tensor) -> None:
         for parameter, gradient in shares:
             share = torch.zeros_like(parameter)
-            ranks.fill(share, gradient * scale)
+            sharded.fill(share, gradient * scale)
             parameter.grad = share if parameter.grad is None else parameter.grad.add_(share)
 
 

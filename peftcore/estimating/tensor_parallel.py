@@ -38,11 +38,11 @@ def first_of(size: int) -> Iterator[Any]:
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     distributed.init_process_group("fake", rank=0, world_size=size, store=FakeStore())
-    agree, ranks.agree = ranks.agree, lambda facts, what: None
+    check_equal, ranks.check_equal = ranks.check_equal, lambda facts, subject: None  # no other rank answers
     try:
         yield init_device_mesh("cpu", (size,))
     finally:
-        ranks.agree = agree
+        ranks.check_equal = check_equal
         distributed.destroy_process_group()
 
 

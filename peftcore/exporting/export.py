@@ -18,7 +18,7 @@ from peftcore.exporting.onnx import ONNX
 from peftcore.exporting.serving import VLLM
 from peftcore.files.folder import made
 from peftcore.files.saving import save
-from peftcore.plugin import ranks
+from peftcore.plugin import sharded
 from peftcore.plugin.discovery import Plugin
 from peftcore.plugin.exporter import Exporter, NoOptions
 from peftcore.plugin.hooks import hookimpl
@@ -192,7 +192,7 @@ def _folder_of(path: Path) -> Iterator[None]:
 
 def _refuse(model: nn.Module, exporter: Exporter) -> None:
     """Raise a PeftcoreError if the file would lack a part of the model."""
-    ranks.refuse_sharded(model, "export")
+    sharded.refuse_sharded(model, "export")
     state = engine.state_of(model)
     if state is not None and state.active and not exporter.with_adapters:
         raise PeftcoreError(

@@ -8,7 +8,7 @@ from torch import nn
 from peftcore import engine
 from peftcore.engine.composing import low_rank
 from peftcore.errors import PeftcoreError
-from peftcore.plugin import ranks
+from peftcore.plugin import sharded
 from peftcore.plugin.adapter import LowRank
 
 
@@ -25,7 +25,7 @@ def adapter_products(model: nn.Module, adapter: str, what: str) -> dict[str, Low
     """
     engine.refuse_merged(engine.require_state(model), "export")
     engine.refuse_changed(model)
-    ranks.refuse_sharded(model, "export")
+    sharded.refuse_sharded(model, "export")
     factors_by_path = low_rank.factors_of(model, adapter, what)
     if not factors_by_path:
         raise PeftcoreError(f"'{adapter}' cannot {what}: it changes no weights")

@@ -26,7 +26,7 @@ from peftcore.files.fitting import config_on, refuse_other_base
 from peftcore.files.metadata import ties_partly
 from peftcore.files.reading import read_adapter
 from peftcore.files.tensors import fill, kept_on_disk, tensors_on_disk
-from peftcore.plugin import ranks
+from peftcore.plugin import sharded
 from peftcore.plugin.adapter import Adapter, LowRank, implements
 from peftcore.plugin.method import Method, Model
 from peftcore.plugin.peft_fields import guarded, peft_version
@@ -49,9 +49,9 @@ def state_dict(model: nn.Module, adapter: str) -> OrderedDict[str, Tensor]:
     """
     engine.refuse_merged(engine.require_state(model), "read an adapter's state")
     engine.refuse_changed(model)
-    ranks.reshard(model)
+    sharded.reshard(model)
     tensors = {**tensors_on_disk(model, adapter, exported=True), **kept_on_disk(model, adapter)}
-    whole = {name: ranks.whole(tensor).clone() for name, tensor in tensors.items()}
+    whole = {name: sharded.whole(tensor).clone() for name, tensor in tensors.items()}
     entry = engine.applied(model, adapter)
     with registry.naming(entry.method, "write"):
         fields = dataclasses.asdict(entry.config)
@@ -86,7 +86,7 @@ def set_state_dict(model: Model, adapter: str, source: _Source, *, check_base: b
     state, entry = engine.require_state(model), engine.applied(model, adapter)
     engine.refuse_merged(state, f"set the values of '{adapter}'")
     engine.refuse_changed(model)
-    ranks.refuse_sharded(model, f"set the values of '{adapter}'")
+    sharded.refuse_sharded(model, f"set the values of '{adapter}'")
     before = entry.multiplier
     set_multiplier(model, adapter, 1.0)  # the other adapter's values are fitted to the scale of the config
     try:

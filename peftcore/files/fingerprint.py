@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from peftcore.errors import CheckpointError
-from peftcore.plugin import ranks
+from peftcore.plugin import sharded
 from peftcore.plugin.layers import is_wrapped
 from peftcore.plugin.validation import shown
 
@@ -38,10 +38,10 @@ def fingerprint(tensors: Mapping[str, Tensor], important: Collection[str] = ()) 
     """
     names = _with_values(tensors)
     chosen: Collection[str] = names
-    parts = ranks.any_part([tensors[name] for name in names])
+    parts = sharded.any_shards([tensors[name] for name in names])
     if parts:
         chosen = {*names[:: -(-len(names) // _GATHERED)], *important}
-    shapes = {name: ranks.shape_of(tensors[name]) if parts else tensors[name].shape for name in names}
+    shapes = {name: sharded.shape_of(tensors[name]) if parts else tensors[name].shape for name in names}
     values = _samples({name: (tensors[name], _positions(shapes[name].numel())) for name in names if name in chosen})
     recorded: dict[str, Any] = {}
     for name in names:
@@ -63,7 +63,7 @@ def difference(tensors: Mapping[str, Tensor], expected: str) -> str | None:
             return f"it has no parameter '{name}'"
         if name not in with_values:
             continue
-        shape_here = getattr(tensor, "ds_shape", tensor.shape)  # `ranks.shape_of`
+        shape_here = getattr(tensor, "ds_shape", tensor.shape)  # `sharded.shape_of`
         if list(shape_here) != shape:
             return f"'{name}' has shape {list(shape_here)}, the adapter's base {shape}"
         if not values:
@@ -124,10 +124,10 @@ def _positions(count: int) -> tuple[int, ...]:
 
 def _samples(chosen: Mapping[str, tuple[Tensor, tuple[int, ...]]]) -> dict[str, list[float]]:
     """Return the values of tensors at positions; those of one dtype and device are fetched together."""
-    parts = ranks.any_part([tensor for tensor, _ in chosen.values()])
+    parts = sharded.any_shards([tensor for tensor, _ in chosen.values()])
     kinds: dict[Any, dict[str, Tensor]] = {}
     for name, (tensor, positions) in chosen.items():
-        flat = (ranks.whole(tensor) if parts else tensor.detach()).reshape(-1)
+        flat = (sharded.whole(tensor) if parts else tensor.detach()).reshape(-1)
         index = _index(positions)
         sample = flat.index_select(0, index if flat.is_cpu else index.to(flat.device))
         kinds.setdefault((sample.dtype, sample.device), {})[name] = sample

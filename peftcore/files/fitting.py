@@ -27,7 +27,7 @@ from peftcore.files.tensors import fill, is_tied_in
 from peftcore.model import detect
 from peftcore.model.base_modules import base_parameters
 from peftcore.model.targets import drop_unmatched
-from peftcore.plugin import ranks
+from peftcore.plugin import sharded
 from peftcore.plugin.method import Method
 from peftcore.plugin.modules import own_tensors
 from peftcore.plugin.peft_fields import guarded
@@ -114,7 +114,7 @@ def _placed(model: nn.Module, method: Method, config: Any, folder: Path) -> Atta
         CheckpointError: the config cannot be applied.
     """
     try:
-        with guarded(method, f"'{folder}'"), ranks.whole_when_read(model):
+        with guarded(method, f"'{folder}'"), sharded.gathered_when_read(model):
             return engine.placements_for(model, config, {}, _on_meta())
     except (CheckpointError, PluginError):
         raise

@@ -23,7 +23,7 @@ from peftcore.files.reading import Stored, adapter_folder, read_adapter, read_sa
 from peftcore.files.tensors import grown_buffers
 from peftcore.model import assumed_unchanged
 from peftcore.model.targets.patterns import limited
-from peftcore.plugin import ranks
+from peftcore.plugin import sharded
 
 Models = TypeVar("Models", bound="nn.Module | Mapping[str, Any]")
 
@@ -134,7 +134,7 @@ def restore(model: nn.Module, path: str | os.PathLike[str], *, adapter: str = "d
     before = [(module, name, module._buffers[name]) for module, name, _ in grown]
     parameters = (parameter for _, parameter in engine.adapter_parameters(model, adapter))
     try:
-        with ranks.gathered(parameters, write=True):
+        with sharded.gathered(parameters, write=True):
             for module, name, tensor in grown:
                 module._buffers[name] = tensor
             fill_applied(model, adapter, folder, stored)

@@ -22,7 +22,7 @@ from peftcore import engine
 from peftcore.engine.scaling import scaled_config
 from peftcore.errors import CheckpointError
 from peftcore.files.folder import CARD, write_file
-from peftcore.plugin import ranks
+from peftcore.plugin import sharded
 from peftcore.plugin.peft_fields import is_of_peft
 from peftcore.plugin.registry import registry
 from peftcore.plugin.safe_reading import read_bytes
@@ -79,7 +79,7 @@ def base_on_hub(model: nn.Module) -> str | None:
 
 def _facts(model: nn.Module, adapter: str) -> list[tuple[str, str]]:
     config = scaled_config(model, adapter)
-    trained = sum(ranks.shape_of(parameter).numel() for _, parameter in engine.adapter_parameters(model, adapter))
+    trained = sum(sharded.shape_of(parameter).numel() for _, parameter in engine.adapter_parameters(model, adapter))
     rows = [("method", engine.applied(model, adapter).method), ("trained parameters", f"{trained:,}")]
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)

@@ -16,7 +16,7 @@ from peftcore.files.folder import SAVE, Folder, TwoSavesError, read_folder
 from peftcore.files.metadata import METHOD, PLUGIN, TIED, TOGETHER, VERSION, own_fields
 from peftcore.files.resized_vocabulary import embedding_parameters
 from peftcore.model.targets.patterns import limited
-from peftcore.plugin import ranks
+from peftcore.plugin import sharded
 from peftcore.plugin.discovery import Plugin
 from peftcore.plugin.method import ForeignFormat, Method
 from peftcore.plugin.peft_fields import config_of, config_of_fields, guarded, method_of_fields, peft_version, with_own
@@ -170,7 +170,7 @@ def _read(
     fields["ensure_weight_tying"] = False if tied is None else tied
     if VERSION in metadata:
         fields.setdefault("peft_version", peft_version())  # the fields are those of that release
-    with guarded(method, f"'{opened.path}'"), ranks.whole_when_read(model):
+    with guarded(method, f"'{opened.path}'"), sharded.gathered_when_read(model):
         for layout in method.state.layouts.values():
             tensors, fields = layout.read(model, tensors, fields)
         reason = None if VERSION in metadata else method.state.peft.refused(model, tensors, fields)

@@ -28,7 +28,7 @@ from peftcore.files.reading import name_inside
 from peftcore.files.tensors import for_training, kept_on_disk, names_of_base, own_slots, tensors_on_disk
 from peftcore.model import detect, targets
 from peftcore.model.base_modules import base_parameters, original_forward, walked_once
-from peftcore.plugin import ranks
+from peftcore.plugin import ranks, sharded
 from peftcore.plugin.architecture import Architecture
 from peftcore.plugin.method import Method
 from peftcore.plugin.modules import own_tensors
@@ -114,16 +114,16 @@ def _save_single(
         model_name: (model, _only_adapter(model, adapter, format))
         for model_name, model in _with_adapters(models).items()
     }
-    sharded = any(ranks.is_sharded(model) for model, _ in adapters.values())
-    if not sharded and ranks.rank() > 0:
+    is_sharded = any(sharded.is_sharded(model) for model, _ in adapters.values())
+    if not is_sharded and ranks.rank() > 0:
         return path
     with ranks.explaining_failure(f"'{path}' could not be written by all ranks") if sharded else nullcontext():
         contents: dict[str | None, tuple[nn.Module, Content]] = {}
         for model_name, (model, name) in adapters.items():
-            if sharded:
+            if is_sharded:
                 _refuse_drifted(model, name)
             contents[model_name] = model, _content(model, name, dtype, resumable=False)
-        ranks.once(lambda: single_file.write(format, path, contents), together=sharded)
+        ranks.once(lambda: single_file.write(format, path, contents), together=is_sharded)
     return path
 
 
@@ -172,12 +172,12 @@ def _save(
 ) -> Path:
     """Write adapters, by subfolder of `folder`, on rank 0. Collective if the model is sharded."""
     _check_savable(model)
-    sharded = ranks.is_sharded(model)
-    if not inside or (not sharded and ranks.rank() != 0):
+    is_sharded = sharded.is_sharded(model)
+    if not inside or (not is_sharded and ranks.rank() != 0):
         return folder
     failure = f"the adapter could not be saved by all ranks ('{folder}' is whole: as it was before, or as saved now)"
     with ranks.explaining_failure(failure) if sharded else nullcontext():
-        if sharded:
+        if is_sharded:
             for name in inside.values():
                 _refuse_drifted(model, name)
         with walked_once(model):
@@ -187,7 +187,7 @@ def _save(
                 contents[place] = _in_format(model, name, format, content)
             tasks = {content.fields.get("task_type") for content in contents.values()}
             card = model_card.card(model, list(inside.values()), tasks.pop() if len(tasks) == 1 else None)
-        ranks.once(lambda: _write(folder, contents, card), together=sharded)
+        ranks.once(lambda: _write(folder, contents, card), together=is_sharded)
     return folder
 
 
@@ -213,7 +213,7 @@ def _write(folder: Path, contents: dict[str, Content], card: tuple[dict[str, Any
 
 def _refuse_drifted(model: nn.Module, adapter: str) -> None:
     """Raise a PeftcoreError on every rank if the adapter differs between ranks. Collective."""
-    drifted = ranks.difference(dict(engine.adapter_parameters(model, adapter)))
+    drifted = ranks.find_unequal(dict(engine.adapter_parameters(model, adapter)))
     if drifted is not None:
         name, rank, difference = drifted
         raise PeftcoreError(
@@ -221,7 +221,7 @@ def _refuse_drifted(model: nn.Module, adapter: str) -> None:
             "ranks have trained without averaging their gradients. Call peftcore.shard(model) after apply, which "
             "averages them in every backward pass"
         )
-    drifted = ranks.difference(_buffers(model, adapter))
+    drifted = ranks.find_unequal(_buffers(model, adapter))
     if drifted is not None:
         name, rank, difference = drifted
         raise PeftcoreError(
@@ -235,7 +235,7 @@ def _buffers(model: nn.Module, adapter: str) -> dict[str, Tensor]:
     """Return the saved buffers of an adapter by name, without those of modules with sharded parameters."""
     buffers: dict[str, Tensor] = {}
     for path, module in engine.adapter_modules(model, adapter):
-        if ranks.any_part(module.parameters()):
+        if sharded.any_shards(module.parameters()):
             continue
         for name, tensor in own_tensors(module).items():
             if not isinstance(tensor, nn.Parameter):
@@ -253,8 +253,8 @@ def _content(
     """Return what is written of an adapter in PEFT's format. Collective if the model is sharded."""
     entry = engine.applied(model, adapter)
     method = registry.method(entry.method)
-    with ranks.gathered(parameter for _, parameter in engine.adapter_parameters(model, adapter)):
-        ranks.reshard(model)
+    with sharded.gathered(parameter for _, parameter in engine.adapter_parameters(model, adapter)):
+        sharded.reshard(model)
         own = tensors_on_disk(model, adapter, own=resumable, exported=True)
         kept = kept_on_disk(model, adapter)
         tensors = _for_disk({**own, **kept}, adapter, own, dtype)
@@ -385,7 +385,7 @@ def _refuse_unreadable(
     """Raise a PluginError unless `read` returns the tensors that `write` was given, in their shapes."""
     method = registry.method(engine.applied(model, adapter).method)
     fields = {**fields, "peft_version": peft_version()}
-    with registry.naming(method.name, "read"), ranks.whole_when_read(model):
+    with registry.naming(method.name, "read"), sharded.gathered_when_read(model):
         read_tensors = method.state.read(model, dict(written), fields)[0]
     expected = {**tensors_on_disk(model, adapter), **kept_on_disk(model, adapter)}
     for name in sorted(expected.keys() & tensors.keys() - for_training(model, adapter)):
@@ -430,10 +430,10 @@ def _for_disk(
     Raises:
         CheckpointError: one of the adapter's `own` tensors is not finite, or a value is too large for `dtype`.
     """
-    divided = ranks.any_part(tensors.values())
+    divided = sharded.any_shards(tensors.values())
     whole: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        tensor = ranks.whole(tensor) if divided else tensor.detach()
+        tensor = sharded.whole(tensor) if divided else tensor.detach()
         if name in own and tensor.is_floating_point() and not bool(tensor.float().isfinite().all()):
             raise CheckpointError(
                 f"adapter '{adapter}': '{name}' contains NaN or Inf and could not be loaded again: training has "

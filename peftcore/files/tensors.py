@@ -23,7 +23,7 @@ from peftcore.errors import CheckpointError, PeftcoreError, nearest
 from peftcore.files import resized_vocabulary
 from peftcore.model import targets
 from peftcore.model.base_modules import base_modules
-from peftcore.plugin import ranks
+from peftcore.plugin import sharded
 from peftcore.plugin.method import Method, StateRules
 from peftcore.plugin.modules import own_tensors
 from peftcore.plugin.peft_keys import key_of_trained, name_in_base
@@ -54,7 +54,7 @@ def tensors_on_disk(model: nn.Module, adapter: str, *, own: bool = True, exporte
         for placement in engine.placements(model, adapter):
             others: Mapping[str, Tensor] = {}
             if exported and rules.export is not None:
-                with registry.naming(entry.method, "export"), ranks.whole_parameters(placement.adapter):
+                with registry.naming(entry.method, "export"), sharded.gathered_parameters(placement.adapter):
                     others = rules.export(placement)
                 add(others.items(), "export")
             if own or not others:
@@ -115,7 +115,7 @@ def fill(model: nn.Module, adapter: str, tensors: dict[str, Tensor], folder: Pat
     Args:
         partly_tied: a tied parameter may be in the file under only one of its names.
     """
-    ranks.reshard(model)
+    sharded.reshard(model)
     tensors = dict(tensors)
     expected = exported = tensors_on_disk(model, adapter)
     if registry.method(engine.applied(model, adapter).method).state.export is not None or own_slots(model, adapter):
@@ -133,7 +133,7 @@ def fill(model: nn.Module, adapter: str, tensors: dict[str, Tensor], folder: Pat
         _refuse_unfit(value, folder, type(model).__name__)
     with torch.no_grad():
         for value in values:
-            ranks.fill(value.target, value.tensor)
+            sharded.fill(value.target, value.tensor)
     if embeddings:
         state = engine.require_state(model)
         TrainedParameters.keep(model, adapter, embeddings)
@@ -330,7 +330,7 @@ def _is_copy_of_base(base: Callable[[], Mapping[str, Tensor]], name: str, tensor
     base_tensor = base().get(name_in_base(name))
     if base_tensor is None or base_tensor.shape != tensor.shape:
         return False
-    return torch.equal(ranks.whole(base_tensor).cpu().to(tensor.dtype), tensor)
+    return torch.equal(sharded.whole(base_tensor).cpu().to(tensor.dtype), tensor)
 
 
 def own_slots(model: nn.Module, adapter: str) -> set[str]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from peftcore.errors import PeftcoreError
-from peftcore.plugin import ranks
+from peftcore.plugin import sharded
 
 
 def run(model: nn.Module, batch: Any) -> Any:
@@ -193,7 +193,7 @@ def _parameter(model: nn.Module, name: str) -> nn.Parameter:
         raise PeftcoreError(f"'{name}' is not a parameter of {type(model).__name__}") from None
     if not parameter.is_floating_point():
         raise PeftcoreError(f"'{name}' is stored as {parameter.dtype}, which has no gradient. Observe a dense base")
-    if ranks.is_part(parameter):
+    if sharded.is_shard(parameter):
         raise PeftcoreError(f"'{name}' is sharded. Observe its gradient before the model is sharded")
     return parameter
 

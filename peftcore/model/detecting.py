@@ -33,7 +33,7 @@ from peftcore.model.base_modules import (
     original_forward,
 )
 from peftcore.model.sublayers import Observed
-from peftcore.plugin import ranks
+from peftcore.plugin import sharded
 from peftcore.plugin.architecture import Architecture, text_config
 from peftcore.plugin.discovery import Plugin
 from peftcore.plugin.hooks import hookimpl
@@ -221,7 +221,7 @@ def _missing(model: nn.Module, outside: list[str], output_head: str | None) -> I
     """
     loaded: dict[str, bool] = {}  # True for parameters of which the mark says nothing
     for name, found in base_parameters(model):
-        parameter = ranks.behind(found)
+        parameter = sharded.original(found)
         can_be_marked = type(parameter) is nn.Parameter and parameter.is_floating_point() and not parameter.is_meta
         loaded[name] = not can_be_marked or getattr(parameter, _LOADED, False)
     backbone = [is_loaded for name, is_loaded in loaded.items() if not _is_inside(name, outside)]

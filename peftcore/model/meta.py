@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from peftcore.model.base_modules import CHILD, ROWS, TRAINED, base_modules, original_class
-from peftcore.plugin import ranks
+from peftcore.plugin import sharded
 
 _STATE = "_peftcore_state"  # of the engine: what is applied to a model
 _SMALL = 1 << 16  # an integer tensor with more values is packed weights, not an index
@@ -307,7 +307,7 @@ def _copied(tensor: Tensor) -> Tensor:
         return tensor.detach().cpu().clone()
     if tensor.is_meta and not floating and tensor.numel() <= _SMALL:
         return torch.zeros(tensor.shape, dtype=tensor.dtype, device="cpu")
-    copied = torch.empty(ranks.shape_of(tensor), dtype=tensor.dtype, device="meta")
+    copied = torch.empty(sharded.shape_of(tensor), dtype=tensor.dtype, device="meta")
     return nn.Parameter(copied, requires_grad=False) if isinstance(tensor, nn.Parameter) else copied
 
 

@@ -26,7 +26,7 @@ from peftcore.model.weight_formats import find_weight_format
 from peftcore.ops import PackedWeight
 from peftcore.ops.huge_pages import collapse, move_to_huge_pages
 from peftcore.ops.weight import DTYPES
-from peftcore.plugin import ranks
+from peftcore.plugin import ranks, sharded
 from peftcore.plugin.discovery import CORE
 from peftcore.plugin.layers import is_bitsandbytes, is_wrapped, unknown_layers
 from peftcore.plugin.method import Model
@@ -389,13 +389,13 @@ def _check_parameter(path: str, module: nn.Module, parameter: str, shard: Weight
     """Raise a PeftcoreError if a parameter, or this rank's shard of it, cannot be quantized."""
     weight = module.get_parameter(parameter)
     name = _full_name(path, parameter)
-    if ranks.is_partitioned(weight):
+    if sharded.is_zero3(weight):
         raise PeftcoreError(
             f"'{name}' is partitioned by DeepSpeed ZeRO-3, so no rank has the full weight. Load and quantize the model "
             "before creating HfDeepSpeedConfig or TrainingArguments(deepspeed=...); deepspeed.initialize then "
             "partitions the 4-bit weights"
         )
-    if ranks.is_part(weight) and shard is None:
+    if sharded.is_shard(weight) and shard is None:
         raise PeftcoreError(
             f"'{name}' is sharded, so no rank has the full weight. Quantize before sharding, load the model in 4 bits "
             f"(peftcore.load_sharded(folder, 'nf4')), or leave the weight dense: skip=['{path}']"
@@ -420,7 +420,7 @@ def _check_parameter(path: str, module: nn.Module, parameter: str, shard: Weight
     if shard is None:
         refuse_non_finite(weight.detach(), name)
     elif ranks.any_of(not cast(Any, weight).to_local().isfinite().all()):
-        refuse_non_finite(ranks.whole(weight), name)
+        refuse_non_finite(sharded.whole(weight), name)
 
 
 def _read_bitsandbytes_weight(module: nn.Module, path: str) -> PackedWeight:

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from peftcore import ops
 from peftcore.errors import PeftcoreError
 from peftcore.ops import PackedWeight
-from peftcore.plugin import ranks
+from peftcore.plugin import sharded
 from peftcore.quantization.formats import FourBitSettings, quantize_weight
 from peftcore.quantization.parameters import PackedParameters, double_quant_text
 
@@ -99,7 +99,7 @@ class QuantizedLinear(PackedParameters, nn.Linear):
         if weight.dtype is not torch.uint8:
             bias = None if bias is None else bias.to(weight.dtype)
             return F.linear(x.to(weight.dtype), weight, bias).to(x.dtype)
-        if ranks.is_dtensor(x):
+        if sharded.is_dtensor(x):
             raise PeftcoreError(
                 "a 4-bit layer was sharded after it was quantized, which splits its blocks. Call "
                 "peftcore.quantize(model) again, to give each rank its blocks"

@@ -23,7 +23,7 @@ from peftcore import ops
 from peftcore.engine.adaptation.division import division_of, has_plan, plan_of, style_of_hooks
 from peftcore.errors import PeftcoreError
 from peftcore.ops import PackedWeight
-from peftcore.plugin import ranks
+from peftcore.plugin import sharded
 from peftcore.quantization.formats import FORMATS, FourBitSettings, quantize_weight
 from peftcore.quantization.linear import QuantizedLinear
 
@@ -109,7 +109,7 @@ class QuantizedShard(QuantizedLinear):
         packed = self.packed_parameter(name)
         if packed is not None:
             return self.dense_values(packed, dtype)
-        weight = ranks.whole(ranks.behind(self.get_parameter(name)))
+        weight = sharded.whole(sharded.original(self.get_parameter(name)))
         return weight if dtype is None else weight.to(dtype)
 
     def dequantized(self, dtype: torch.dtype | None = None) -> Tensor:
@@ -130,19 +130,19 @@ class QuantizedShard(QuantizedLinear):
     def forward(self, x: Tensor) -> Tensor:
         if not self.is_quantized:
             return super().forward(x)
-        if not ranks.is_dtensor(x):
+        if not sharded.is_dtensor(x):
             # Under a plan of transformers, x and the bias are this rank's, and the plan reduces the output.
             return self.full_forward(x) if self.weight_shard.takes_dtensors else super().forward(x)
         from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
         shard, bias = self.weight_shard, self._parameters["bias"]
-        mesh, local_bias = shard.mesh, None if bias is None else ranks.behind(bias)
+        mesh, local_bias = shard.mesh, None if bias is None else sharded.original(bias)
         local = x.to_local(grad_placements=[x.placements[0] if shard.placement.dim else Partial()])
         if shard.placement.dim:
             y = DTensor.from_local(self._product(local, None), mesh, [Partial()], run_check=False)
             y = y.redistribute(placements=[Replicate()])
             return y if local_bias is None else y + local_bias.to(y.dtype)
-        if local_bias is not None and ranks.is_dtensor(local_bias):
+        if local_bias is not None and sharded.is_dtensor(local_bias):
             local_bias = local_bias.to_local()
         product = self._product(local, local_bias)
         shape = torch.Size([*product.shape[:-1], self.out_features])
@@ -179,7 +179,7 @@ def shard_of(module: nn.Module) -> WeightShard | None:
     if shard is not None:
         return cast(WeightShard, shard)
     weight: Any = module._parameters.get("weight")
-    if weight is None or not ranks.is_dtensor(weight) or not isinstance(module, nn.Linear):
+    if weight is None or not sharded.is_dtensor(weight) or not isinstance(module, nn.Linear):
         return None
     division = division_of(module)
     # In a mesh of more dimensions, FSDP2 shards the weight as well.
@@ -232,7 +232,7 @@ def convert_shard(module: Any, shard: WeightShard, settings: FourBitSettings) ->
 
 def is_sharded_after_quantization(module: QuantizedLinear) -> bool:
     """Return whether a plan or `parallelize_module` has sharded the bytes of a quantized layer like a dense weight."""
-    return has_plan(module) and ranks.is_dtensor(module.weight) and module.is_quantized
+    return has_plan(module) and sharded.is_dtensor(module.weight) and module.is_quantized
 
 
 def shard_quantized(module: Any, path: str) -> QuantizedShard:
@@ -247,7 +247,7 @@ def shard_quantized(module: Any, path: str) -> QuantizedShard:
         )
     by_rows, mesh = style
     tensors = {name: t for name, t in module.packed._asdict().items() if isinstance(t, Tensor)}
-    full_tensors: dict[str, Any] = {name: ranks.whole(t) for name, t in tensors.items()}
+    full_tensors: dict[str, Any] = {name: sharded.whole(t) for name, t in tensors.items()}
     packed = module.packed._replace(**full_tensors)
     rows, columns = packed.shape
     shard = WeightShard(

@@ -17,7 +17,7 @@ import peftcore
 from peftcore.engine import adapter_parameters
 from peftcore.engine.initialization import initializer
 from peftcore.model import detect, observe, share_facts
-from peftcore.plugin import ranks
+from peftcore.plugin import sharded
 from peftcore.plugin.method import Method
 from peftcore.plugin.registry import registry
 from peftcore.testing.families import Family
@@ -197,7 +197,10 @@ def disturb(model: nn.Module, adapter: str, seed: int, std: float = 0.2) -> None
     with torch.no_grad():
         for _, parameter in adapter_parameters(model, adapter):
             noise = std * torch.randn(parameter.shape, generator=generator)
-            parameter.add_(ranks.divided_as(noise, parameter) if ranks.is_dtensor(parameter) else noise.to(parameter))
+            if sharded.is_dtensor(parameter):
+                parameter.add_(sharded.sharded_like(noise, parameter))
+            else:
+                parameter.add_(noise.to(parameter))
 
 
 def merge_exactly(model: nn.Module) -> None:

@@ -20,7 +20,7 @@ from torch import distributed
 import peftcore
 from peftcore.engine import adapter_parameters
 from peftcore.errors import PluginError
-from peftcore.plugin import ranks
+from peftcore.plugin import ranks, sharded
 from peftcore.plugin.registry import registry
 from peftcore.testing.case import Case, logits, loss_of, same
 from peftcore.testing.families import family_of
@@ -103,10 +103,10 @@ def _work(folder: str, config: Any, family: str, adapters: Shards) -> None:
         optimizer.step()
         peftcore.after_step(model, 1, 2, optimizer=optimizer)
     wanted = dict(adapter_parameters(alone, "default"))
-    ranks.reshard(spread)
+    sharded.reshard(spread)
     for name, parameter in adapter_parameters(spread, "default"):
         limit = 1e-4 * wanted[name].abs().max().item() + 1e-6
-        same(ranks.whole(parameter), wanted[name], f"'{name}' after a step", limit)
+        same(sharded.whole(parameter), wanted[name], f"'{name}' after a step", limit)
     peftcore.save(spread, Path(folder, "adapter"))
     distributed.barrier()
     loaded = peftcore.load(case.base(), Path(folder, "adapter"))

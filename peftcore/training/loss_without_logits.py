@@ -32,7 +32,7 @@ from peftcore.model import detect
 from peftcore.model.base_modules import original_class
 from peftcore.model.inputs import example_inputs
 from peftcore.ops import PackedWeight
-from peftcore.plugin import ranks
+from peftcore.plugin import sharded
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -211,7 +211,7 @@ def _loss_of_logits() -> Callable[..., Tensor]:
 
 def _is_sharded(model: nn.Module, head: nn.Module) -> bool:
     # FSDP2 makes parameters whole for the forward pass of the module that has `unshard`.
-    return hasattr(model, "unshard") or hasattr(head, "unshard") or ranks.is_sharded(model)
+    return hasattr(model, "unshard") or hasattr(head, "unshard") or sharded.is_sharded(model)
 
 
 # --- a call ----------------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from peftcore.engine.adaptation.chain import OwnForward, with_changes
 from peftcore.errors import PeftcoreError
 from peftcore.model.base_modules import OWN_FORWARD, original_forward
 from peftcore.model.experts import EachExpert, expert_changes, experts_forward, experts_layout, has_interface_forward
-from peftcore.plugin import ranks
+from peftcore.plugin import ranks, sharded
 from peftcore.plugin.adapter import Adapter, Change, LowRank, implements
 
 if TYPE_CHECKING:
@@ -48,8 +48,8 @@ def followed_plan(module: nn.Module) -> dict[str, Any] | None:
 
     mesh: DeviceMesh = plan["ep_mesh"]
     for name in layout.names:
-        weight: Any = ranks.behind(module._parameters[name])  # type: ignore[arg-type]
-        if not ranks.is_dtensor(weight) or weight.placements[-1] != Shard(0):
+        weight: Any = sharded.original(module._parameters[name])  # type: ignore[arg-type]
+        if not sharded.is_dtensor(weight) or weight.placements[-1] != Shard(0):
             return None
         if weight.device_mesh.size() != mesh.size():  # FSDP2 has parts of each rank's experts on other ranks, too
             return None
@@ -79,7 +79,7 @@ def divide_factors(module: nn.Module, changes: Mapping[str, nn.Module]) -> None:
     for change in changes.values():
         for part in change.modules():
             for name, whole in part._parameters.items():
-                if whole is not None and not ranks.is_dtensor(whole):
+                if whole is not None and not sharded.is_dtensor(whole):
                     own = distribute_tensor(whole.detach(), plan["ep_mesh"], [Shard(0)], src_data_rank=None)
                     part._parameters[name] = nn.Parameter(own, whole.requires_grad)
 
@@ -122,7 +122,7 @@ def _local(change: LowRank | EachExpert, batches: int) -> LowRank:
     The gradients of experts are sums over all batches on which the ranks train: they are divided by the number of
     `batches`, which gives the gradient of the mean loss.
     """
-    if not isinstance(change, LowRank) or not ranks.is_dtensor(change.a) or not ranks.is_dtensor(change.b):
+    if not isinstance(change, LowRank) or not sharded.is_dtensor(change.a) or not sharded.is_dtensor(change.b):
         raise PeftcoreError("experts that ranks share out can be changed by low-rank products of single experts only")
     if change.dropout_p:
         raise PeftcoreError(
@@ -158,7 +158,7 @@ def _called(plan: Mapping[str, Any], forward: Callable[..., Tensor]) -> Callable
 
     def call(hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         hidden_states, top_k_weights = (
-            each.to_local() if ranks.is_dtensor(each) else each for each in (hidden_states, top_k_weights)
+            each.to_local() if sharded.is_dtensor(each) else each for each in (hidden_states, top_k_weights)
         )
         with style.context_around_forward(plan["module"], plan["ep_mesh"]):
             output: Tensor = copied(hidden_states, top_k_index, top_k_weights)

@@ -31,7 +31,7 @@ from peftcore.engine.adaptation.chain import OwnForward
 from peftcore.engine.adaptation.division import Division, division_of, mesh_of, mesh_of_norm, plan_of
 from peftcore.errors import PeftcoreError
 from peftcore.model.base_modules import OWN_FORWARD, original_class, original_forward
-from peftcore.plugin import ranks
+from peftcore.plugin import sharded
 from peftcore.plugin.adapter import Adapter, Change, implements
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ class WholeForward(OwnForward):
         module = self.module
         copy: nn.Module = object.__new__(type(module))
         parameters: dict[str, Any] = {
-            name: None if each is None else _whole(ranks.behind(each)) for name, each in module._parameters.items()
+            name: None if each is None else _whole(sharded.original(each)) for name, each in module._parameters.items()
         }
         copy.__dict__.update(module.__dict__, _parameters=parameters)
         if hasattr(module, "weight_shard"):
@@ -95,8 +95,13 @@ class WholeForward(OwnForward):
         return OwnForward(copy, original_forward(module), None, self._changes)
 
 
+def _is_dtensor(parameter: Tensor | None) -> bool:
+    return parameter is not None and sharded.is_dtensor(sharded.original(parameter))
+
+
 def _whole(parameter: Tensor) -> Tensor:
-    return ranks.whole(parameter) if ranks.is_part(parameter) else parameter  # one that is trained keeps its gradient
+    # `sharded.whole` detaches, and a full parameter that is trained keeps its gradient.
+    return sharded.whole(parameter) if sharded.is_shard(parameter) else parameter
 
 
 class DividedChain:
@@ -145,7 +150,7 @@ def _definer(kind: type, name: str) -> type:
 def trains_in_parts(module: nn.Module, name: str) -> bool:
     """Return whether an adapter can train the parameter `name` of a layer that a plan divides, or leaves whole."""
     parameter = module._parameters.get(name)
-    if parameter is None or not ranks.is_dtensor(found := ranks.behind(parameter)):
+    if parameter is None or not sharded.is_dtensor(found := sharded.original(parameter)):
         return True
     by_plan = division_of(module) is not None and plan_of(module) is not None
     return by_plan and found.device_mesh.ndim == 1  # else FSDP2 has its parts, too
@@ -181,14 +186,14 @@ class TrainedForward:
     def __init__(self, module: nn.Module, planned: Any) -> None:
         self.module, self.planned, self._checked = module, planned, False
         self.placements = {
-            name: ranks.behind(each).placements  # type: ignore[attr-defined]
+            name: sharded.original(each).placements  # type: ignore[attr-defined]
             for name, each in module._parameters.items()
-            if each is not None and ranks.is_dtensor(ranks.behind(each))
+            if each is not None and _is_dtensor(each)
         }
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         module, mesh = self.module, mesh_of_norm(self.module)
-        trained = [name for name in self.placements if not ranks.is_dtensor(ranks.behind(module._parameters[name]))]  # type: ignore[arg-type]
+        trained = [name for name in self.placements if not _is_dtensor(module._parameters[name])]
         if mesh is not None:
             trained = [name for name, each in module._parameters.items() if each is not None and each.requires_grad]
         if not trained:

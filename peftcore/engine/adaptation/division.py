@@ -20,7 +20,7 @@ from torch import Tensor, distributed, nn
 
 from peftcore.errors import PeftcoreError
 from peftcore.model.base_modules import OWN_FORWARD, original_forward
-from peftcore.plugin import ranks
+from peftcore.plugin import sharded
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -87,7 +87,7 @@ class Division:
         from torch.distributed.tensor import Replicate, Shard
 
         wanted = Shard(x.dim() - 1) if self.input_in_parts else Replicate()
-        if not ranks.is_dtensor(x) or x.placements not in ((wanted,), (Shard(-1),) if self.input_in_parts else ()):
+        if not sharded.is_dtensor(x) or x.placements not in ((wanted,), (Shard(-1),) if self.input_in_parts else ()):
             raise PeftcoreError(
                 f"a layer with an adapter that parallelize_module has divided was given {type(x).__name__} "
                 f"{list(getattr(x, 'placements', ()))}, not a DTensor {[wanted]}. Call the layer itself, so that the "
@@ -224,7 +224,7 @@ def _placement_of_weight(module: nn.Module, mesh: DeviceMesh) -> Any:
     stored = module._parameters.get("weight")
     if mesh.ndim != 1 or stored is None or not isinstance(module, (nn.Linear, nn.Embedding)):
         return None
-    weight = ranks.behind(stored)
+    weight = sharded.original(stored)
     is_readable = weight.is_floating_point() or hasattr(module, "weight_shard")
     return _placement(module, weight, mesh) if is_readable else None
 
@@ -241,7 +241,7 @@ def _placement(module: nn.Module, weight: Tensor, mesh: DeviceMesh) -> Any:
     FSDP2 divides a weight over other dimensions of a larger mesh, of which `mesh` is the last, and gathers these parts
     before the layer's forward.
     """
-    if not ranks.is_dtensor(weight):
+    if not sharded.is_dtensor(weight):
         shard: Any = getattr(module, "weight_shard", None)
         if shard is not None:  # a 4-bit weight
             return shard.placement

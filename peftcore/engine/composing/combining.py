@@ -28,7 +28,7 @@ from peftcore.engine.composing.low_rank import dense, of_matrix, of_product
 from peftcore.engine.merging.merged_layers import is_mergeable
 from peftcore.engine.trained import TrainedParameters, base_tensors
 from peftcore.errors import PeftcoreError, nearest
-from peftcore.plugin import ranks
+from peftcore.plugin import sharded
 from peftcore.plugin.adapter import LowRank, neutral_of
 from peftcore.plugin.method import Method, Model
 from peftcore.plugin.modules import own_tensors
@@ -159,7 +159,7 @@ def combine(
     state = engine.require_state(model)
     engine.refuse_merged(state, "combine adapters")
     engine.refuse_changed(model)
-    ranks.refuse_sharded(model, "combine adapters")
+    sharded.refuse_sharded(model, "combine adapters")
     names, given = _sources(model, adapters, weights)
     pruning = _pruning(how, density, majority_sign_method, generator)
     if r is not None:

@@ -18,7 +18,7 @@ from peftcore.engine.composing.low_rank import Approximation, kept_of, of_matrix
 from peftcore.engine.merging.merged_layers import MergedCopies, is_mergeable, merged_copies
 from peftcore.errors import PeftcoreError
 from peftcore.model.weight_formats import DENSE, find_weight_format, weight_format
-from peftcore.plugin import ranks
+from peftcore.plugin import sharded
 from peftcore.plugin.registry import registry
 from peftcore.plugin.validation import positive_whole
 
@@ -53,7 +53,7 @@ def convert(
     state, entry = engine.require_state(model), engine.applied(model, source)
     engine.refuse_merged(state, "convert an adapter")
     engine.refuse_changed(model)
-    ranks.refuse_sharded(model, "convert an adapter")
+    sharded.refuse_sharded(model, "convert an adapter")
     if r is not None:
         positive_whole(r=r)
     target = registry.method(method)

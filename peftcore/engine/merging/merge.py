@@ -26,7 +26,7 @@ from peftcore.engine.trained import TrainedParameters, tied_to
 from peftcore.errors import PeftcoreError, warn
 from peftcore.model.base_modules import base_parameters
 from peftcore.model.detecting import mark_as_loaded
-from peftcore.plugin import ranks
+from peftcore.plugin import sharded
 from peftcore.plugin.method import Model, WeightFormat
 
 
@@ -78,7 +78,7 @@ def merge(
             f"the weight of '{tied[0][0]}' is tied to '{tied[0][1]}', which merging would change too. Call "
             "merge(model, untie=True) to give the adapted module its own weight"
         )
-    with ranks.whole_when_read(model):
+    with sharded.gathered_when_read(model):
         if undo:
             return _merge(model, state, alike, tied, dtype=dtype, max_error=max_error)
         return _merge_for_good(model, state, alike, tied, dtype=dtype, max_error=max_error)
@@ -198,7 +198,7 @@ def _ready(model: nn.Module, what: str) -> engine.State:
     engine.refuse_merged(state, what)
     engine.refuse_changed(model)
     if not engine.follows_plan(model):
-        ranks.refuse_sharded(model, what)
+        sharded.refuse_sharded(model, what)
     engine.refuse_per_sample(state, what)
     return state
 
@@ -212,7 +212,7 @@ def merge_error(model: nn.Module) -> dict[str, float]:
     """
     state = _ready(model, "measure the error of merging")
     refuse_unmergeable(model, state.active)
-    with ranks.whole_when_read(model):
+    with sharded.gathered_when_read(model):
         return measured_error(model, state.active, None)
 
 
@@ -420,16 +420,16 @@ class Exchange:
         """Replace the parameter or buffer `name` by `tensor`."""
         path, _, attribute = name.rpartition(".")
         module = self.model.get_submodule(path)
-        before: Tensor = ranks.behind(getattr(module, attribute))
+        before: Tensor = sharded.original(getattr(module, attribute))
         self.aside.setdefault(name, before)
         shard = getattr(module, "weight_shard", None) if attribute == "weight" else None
         table: dict[str, Any] = module._parameters if attribute in module._parameters else module._buffers
         if table is module._parameters:
             if shard is not None:
-                if tensor.is_floating_point() and not ranks.is_dtensor(tensor):
+                if tensor.is_floating_point() and not sharded.is_dtensor(tensor):
                     tensor = shard.to_dtensor(shard.slice(tensor))
-            elif ranks.is_dtensor(before) and not ranks.is_dtensor(tensor):
-                tensor = ranks.divided_as(tensor, before)
+            elif sharded.is_dtensor(before) and not sharded.is_dtensor(tensor):
+                tensor = sharded.sharded_like(tensor, before)
             if not isinstance(tensor, nn.Parameter):
                 tensor = nn.Parameter(tensor, requires_grad=False)
             mark_as_loaded(tensor, before)

@@ -27,7 +27,7 @@ from peftcore.engine.prompts.backbone import (
 )
 from peftcore.errors import PeftcoreError
 from peftcore.model.base_modules import base_modules, base_parameters
-from peftcore.plugin import ranks
+from peftcore.plugin import sharded
 from peftcore.plugin.adapter import Adapter, Base
 from peftcore.plugin.architecture import Architecture
 
@@ -356,7 +356,7 @@ def _heads_division(attentions: dict[str, Any], heads: int) -> Division | None:
     Raises:
         PeftcoreError: layers are divided in different ways, or other parts of attention are, or not by whole heads.
     """
-    if not any(ranks.has_divided(module) for module in attentions.values()):
+    if not any(sharded.has_divided(module) for module in attentions.values()):
         return None
     divisions = {
         division_of(child) if isinstance(child := getattr(module, name, None), nn.Module) else None

@@ -18,7 +18,7 @@ from peftcore.engine.adaptation.modes import evaluation_mode
 from peftcore.engine.merging.merged_layers import changes_nothing
 from peftcore.engine.trained import TrainedParameters
 from peftcore.errors import PeftcoreError
-from peftcore.plugin import ranks
+from peftcore.plugin import sharded
 
 
 def reference_model(model: nn.Module, *, base: bool = False) -> ReferenceModel:
@@ -62,12 +62,12 @@ class ReferenceModel(nn.Module):
         if base:
             return
         tensors = dict(self._tensors())
-        if any(map(ranks.is_part, tensors.values())):
+        if any(map(sharded.is_shard, tensors.values())):
             raise PeftcoreError(
                 "adapters cannot be kept as a reference because they are sharded. Replicate them: "
                 "peftcore.shard(model, adapter_placement='replicate')"
             )
-        if ranks.is_sharded(policy) or not all(changes_nothing(policy, name) for name in self.active):
+        if sharded.is_sharded(policy) or not all(changes_nothing(policy, name) for name in self.active):
             self.copies = {name: tensor.detach().clone() for name, tensor in tensors.items()}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

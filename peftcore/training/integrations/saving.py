@@ -15,7 +15,7 @@ from peftcore.engine import require_state, state_of
 from peftcore.errors import PeftcoreError
 from peftcore.files.saving import save
 from peftcore.model.base_modules import CHILD, TRAINED
-from peftcore.plugin import ranks
+from peftcore.plugin import sharded
 from peftcore.training.integrations.patching import replace
 
 
@@ -49,7 +49,7 @@ def _save_transformers(model: Any, original: Callable[..., Any], save_directory:
         tensors = options.get("state_dict")
         options["state_dict"] = merged_tensors(model.state_dict() if tensors is None else tensors)
         return original(save_directory, **options)
-    if is_main_process or ranks.is_sharded(model):
+    if is_main_process or sharded.is_sharded(model):
         save(model, save_directory)
     if options.get("push_to_hub") and is_main_process:
         chosen = ("repo_id", "commit_message", "private", "token", "revision", "create_pr")

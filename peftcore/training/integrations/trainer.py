@@ -51,7 +51,7 @@ from peftcore.files import model_card
 from peftcore.files.loading import restore
 from peftcore.files.reading import adapter_folder
 from peftcore.files.saving import save_each
-from peftcore.plugin import ranks
+from peftcore.plugin import ranks, sharded
 from peftcore.training.integrations.trainer_loss import add_extra_loss, logged
 from peftcore.training.integrations.trainer_optimizer import (
     PagingReport,
@@ -112,7 +112,7 @@ class AdapterTrainer(_Base):
         model = bare_model(self)
         if not _has_adapters(self):
             return super()._prepare_for_training(*args, **kwargs)
-        if not ranks.is_sharded(model):
+        if not sharded.is_sharded(model):
             check_ranks(model)  # DDP's own message does not name the adapter
             if self.is_fsdp_enabled and ranks.count() > 1:  # DDP sets them itself
                 refuse_between_blocks(model)
@@ -143,7 +143,7 @@ class AdapterTrainer(_Base):
         folder, model = output_dir or self.args.output_dir, bare_model(self)
         if not _has_adapters(self) or engine.require_state(model).merged is not None:
             return super()._save(output_dir, state_dict)
-        if not self.args.should_save and not ranks.is_sharded(model):
+        if not self.args.should_save and not sharded.is_sharded(model):
             return None
         save_adapters(model, folder)
         if self.args.should_save:
@@ -280,8 +280,8 @@ def _adopt(trainer: Trainer) -> None:
     if not isinstance(trainer, AdapterTrainer):
         trainer.__class__ = _with_mixin(type(trainer))
     model = bare_model(trainer)
-    if any(map(ranks.is_dtensor, model.parameters())):
-        if any(ranks.is_dtensor(p) for p in model.parameters() if p.requires_grad):
+    if any(map(sharded.is_dtensor, model.parameters())):
+        if any(sharded.is_dtensor(p) for p in model.parameters() if p.requires_grad):
             raise PeftcoreError(
                 "Trainer keeps the optimizer's state on rank 0 and cannot keep that of sharded adapters. "
                 "Replicate them: peftcore.shard(model, adapter_placement='replicate'). Adapters on experts that ranks "

@@ -10,7 +10,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, distributed, nn
 
 import peftcore
-from peftcore.plugin import OnWeight, ranks
+from peftcore.plugin import OnWeight, ranks, sharded
 from peftcore.testing import disturb
 from support import tiny
 from support.ranks import work
@@ -41,7 +41,7 @@ def backward(found: nn.Module, way: str) -> None:
     """One batch for all ranks, or a batch for each, of whose losses one process takes the mean."""
     if way == "one batch":
         work.loss(found, TOKENS).backward()
-    elif ranks.is_sharded(found):
+    elif sharded.is_sharded(found):
         work.loss(found, TOKENS.chunk(2)[ranks.rank()]).backward()
     else:
         for rows in TOKENS.chunk(2):
@@ -58,7 +58,7 @@ def of_experts(folder: str, way: str, targets: list[str]) -> dict[str, float]:
     warnings.simplefilter("ignore")
     found: dict[str, float] = {}
     alone, spread = adapted(base(folder, KIND), targets), divided(folder, way, targets)
-    parts = [p for p in trained(spread) if ranks.is_dtensor(p)]
+    parts = [p for p in trained(spread) if sharded.is_dtensor(p)]
     assert parts and all(2 * len(p.to_local()) == len(p) for p in parts)  # a rank has its experts' factors only
     found["logits"] = off(logits(spread), logits(alone))
     optimizers = [optimizer_of(each.train()) for each in (alone, spread)]

@@ -12,14 +12,14 @@ from transformers import AutoModelForCausalLM
 
 import peftcore
 from peftcore.engine import adapter_parameters
-from peftcore.plugin import ranks
+from peftcore.plugin import ranks, sharded
 
 
 def held_by_first(config: Any, count: int) -> dict[str, int]:
     """Bytes of the base and of LoRA's adapter on rank 0 of `count`, after `peftcore.shard`."""
     model = _joined(config, count)
     peftcore.apply(model, "lora", r=16)
-    with mock.patch.object(ranks, "agree"):  # nobody answers
+    with mock.patch.object(ranks, "check_equal"):  # nobody answers
         peftcore.shard(model)
     return _held(model)
 
@@ -39,7 +39,7 @@ def held_in_mesh(config: Any, count: int, tp_size: int) -> dict[str, int]:
     for name in groups:
         fully_shard(model.get_submodule(name), mesh=mesh["fsdp"])
     fully_shard(model, mesh=mesh["fsdp"])
-    with mock.patch.object(ranks, "agree"):
+    with mock.patch.object(ranks, "check_equal"):
         peftcore.apply(model, "lora", r=16)
     return _held(model)
 
@@ -53,7 +53,7 @@ def _joined(config: Any, count: int) -> Any:
 def _held(model: Any) -> dict[str, int]:
     adapter = {p for _, p in adapter_parameters(model, "default")}
     base = [p for p in model.parameters() if p not in adapter]
-    assert all(map(ranks.is_dtensor, base))
+    assert all(map(sharded.is_dtensor, base))
     return {
         "base": sum(p.to_local().nbytes for p in base),
         "adapters": sum(p.nbytes for p in adapter),

@@ -9,7 +9,7 @@ from torch import Tensor
 
 import peftcore
 from peftcore.engine import adapter_parameters
-from peftcore.plugin import ranks
+from peftcore.plugin import ranks, sharded
 from support import tiny
 
 ROWS = torch.randint(3, 90, (4, 7), generator=torch.Generator().manual_seed(3))
@@ -28,6 +28,6 @@ def trained(how: str | None, optimizer_class: Any) -> dict[str, Tensor]:
         optimizer.step()
         peftcore.after_step(model, step, 5, optimizer=optimizer)
         optimizer.zero_grad()
-    ranks.reshard(model)
-    adapter = {name: ranks.whole(parameter).clone() for name, parameter in adapter_parameters(model, "default")}
+    sharded.reshard(model)
+    adapter = {name: sharded.whole(parameter).clone() for name, parameter in adapter_parameters(model, "default")}
     return adapter | {name: each.clone() for name, each in model.named_buffers() if ".past_" in name}

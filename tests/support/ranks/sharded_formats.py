@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore import ops
-from peftcore.plugin import ranks
+from peftcore.plugin import sharded
 from peftcore.quantization import quantized_layers
 from peftcore.testing import disturb
 from support import quantized
@@ -47,7 +47,7 @@ def adapted(model: nn.Module) -> nn.Module:
 def whole(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers of the base, whole."""
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    return {name: ranks.whole(t.detach()).clone() for name, t in tensors.items() if "lora" not in name}
+    return {name: sharded.whole(t.detach()).clone() for name, t in tensors.items() if "lora" not in name}
 
 
 def against_one_process(form: str) -> tuple[float, bool]:

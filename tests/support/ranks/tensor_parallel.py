@@ -16,7 +16,7 @@ import peftcore
 from peftcore.engine.adaptation.chain import OwnForward
 from peftcore.engine.adaptation.division import Division
 from peftcore.engine.state import state_of
-from peftcore.plugin import AdapterModules, After, AtModule, Link, ranks
+from peftcore.plugin import AdapterModules, After, AtModule, Link, ranks, sharded
 from peftcore.testing import disturb
 from support import tiny
 from support.ranks import work
@@ -108,7 +108,7 @@ def against_one_process(case: str, folder: str) -> dict[str, float | str]:
     found["loaded by two"] = off(logits(again), wanted)
     given_back(peftcore.remove(again), kind)
 
-    weights = {name: ranks.whole(p).clone() for name, p in spread.named_parameters()}
+    weights = {name: sharded.whole(p).clone() for name, p in spread.named_parameters()}
     dense = {"dtype": torch.float32} if case == "qlora" else {}
     try:
         peftcore.merge(spread, **dense, undo=True)
@@ -118,7 +118,7 @@ def against_one_process(case: str, folder: str) -> dict[str, float | str]:
     else:
         found["merged"] = off(logits(spread), wanted)
         peftcore.unmerge(spread)
-        assert all(torch.equal(ranks.whole(p), weights[name]) for name, p in spread.named_parameters())
+        assert all(torch.equal(sharded.whole(p), weights[name]) for name, p in spread.named_parameters())
         peftcore.merge(spread, **dense)
         found["merged"] = max(found["merged"], off(logits(spread), wanted))
     return found

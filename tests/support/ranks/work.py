@@ -13,7 +13,7 @@ import peftcore
 from peftcore.engine import adapter_parameters, set_trainable
 from peftcore.engine.replicas import refuse_between_blocks
 from peftcore.files.loading import restore
-from peftcore.plugin import ranks
+from peftcore.plugin import ranks, sharded
 from peftcore.testing import disturb
 from support import tiny
 from support.mixtures import mixture
@@ -87,9 +87,9 @@ def optimizer_of(found: nn.Module) -> torch.optim.Optimizer:
 
 def values(found: nn.Module, attribute: str | None = None, adapter: str = "default") -> dict[str, Tensor]:
     """Whole parameters of the adapter by name, or their gradients."""
-    ranks.reshard(found)
+    sharded.reshard(found)
     chosen = ((n, p if attribute is None else getattr(p, attribute)) for n, p in adapter_parameters(found, adapter))
-    return {name: ranks.whole(t.detach()).clone() for name, t in chosen if t is not None}
+    return {name: sharded.whole(t.detach()).clone() for name, t in chosen if t is not None}
 
 
 def farthest(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
@@ -265,7 +265,7 @@ def resume_on_another_base(folder: str) -> str:
 def load_sharded(folder: str, quant_type: str | None) -> tuple[dict[str, Tensor], list[float], dict[str, int]]:
     """(whole base, losses of two steps, bytes held by this rank and in all)."""
     base = peftcore.load_sharded(folder, quant_type)
-    whole = {name: ranks.whole(p.detach()).clone() for name, p in base.named_parameters()}
+    whole = {name: sharded.whole(p.detach()).clone() for name, p in base.named_parameters()}
     parts = {id(p): p for p in base.parameters()}.values()
     held = {"here": sum(p.to_local().nbytes for p in parts), "all": sum(p.nbytes for p in parts)}
     torch.manual_seed(ranks.rank())  # the adapter starts differently on each rank, until it is given to all

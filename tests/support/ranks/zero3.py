@@ -16,7 +16,7 @@ from torch import Tensor, distributed, nn
 import peftcore
 from peftcore.engine import adapter_parameters
 from peftcore.files.loading import restore
-from peftcore.plugin import ranks
+from peftcore.plugin import ranks, sharded
 from support.ranks import bases, work
 from support.ranks.cases import CASES
 
@@ -52,7 +52,7 @@ def engine_of(found: nn.Module, optimizer: type[torch.optim.Optimizer], lr: floa
 
 
 def values(found: nn.Module) -> dict[str, Tensor]:
-    return {name: ranks.whole(p).clone() for name, p in adapter_parameters(found, "default")}
+    return {name: sharded.whole(p).clone() for name, p in adapter_parameters(found, "default")}
 
 
 def one_step(case: str) -> float | str:
