@@ -21,7 +21,7 @@ import torch
 from peftcore_lora.config import refuse_fields
 from peftcore_lora.files import RULES, name_inside
 from peftcore_lora.layers import LoraLinear, LoraOnWeight
-from peftcore_lora.placing import place as place_lora, wrapped
+from peftcore_lora.placing import place as place_lora, wrap_adapters
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -191,7 +191,7 @@ def place(model: nn.Module, config: AloraConfig, architecture: Architecture) -> 
     def wrap(lora: Any) -> Alora | None:
         return Alora(lora, invocation) if isinstance(lora, LoraLinear) and not isinstance(lora, LoraOnWeight) else None
 
-    layers = wrapped(place_lora(model, config, architecture), wrap, "activated LoRA")
+    layers = wrap_adapters(place_lora(model, config, architecture), wrap, "activated LoRA")
     return [Around(architecture.backbone or "", invocation), *layers]
 
 

@@ -25,7 +25,7 @@ from peftcore_lora.layers import (
     LoraLinearOnWeight,
     LoraOnWeight,
 )
-from peftcore_lora.placing import place as place_lora, wrapped
+from peftcore_lora.placing import place as place_lora, wrap_adapters
 from torch import Tensor, nn
 
 from peftcore import ops
@@ -123,7 +123,7 @@ def place(model: nn.Module, config: DoraConfig, architecture: Architecture) -> l
         "weight, so DoRA has no norms to divide by. PEFT divides by the norms of a matrix that the layer does not "
         f"apply. Exclude it: exclude_modules=['{grouped}']; or choose LoRA",
     )
-    return wrapped(placed, lambda lora: Dora(lora) if type(lora) in KNOWN else None, "DoRA")
+    return wrap_adapters(placed, lambda lora: Dora(lora) if type(lora) in KNOWN else None, "DoRA")
 
 
 def initialize(model: nn.Module, adapters: Any, config: DoraConfig, batches: Any) -> None:

@@ -23,8 +23,8 @@ import torch
 from peftcore_lora.config import refuse_fields
 from peftcore_lora.files import RULES
 from peftcore_lora.layers import LoraLinear, LoraOnWeight
-from peftcore_lora.placing import place as place_lora, wrapped
-from peftcore_lora.starts import scaled_fields
+from peftcore_lora.placing import place as place_lora, wrap_adapters
+from peftcore_lora.starts import scale_rank
 from torch import Tensor, nn
 
 from peftcore.plugin import (
@@ -138,7 +138,7 @@ def place(model: nn.Module, config: ReloraConfig, architecture: Architecture) ->
         adaptable = isinstance(lora, LoraLinear) and not isinstance(lora, LoraOnWeight)
         return Relora(lora, config.rounds or 1, gaussian) if adaptable else None
 
-    return wrapped(place_lora(model, config, architecture), wrap, "ReLoRA")
+    return wrap_adapters(place_lora(model, config, architecture), wrap, "ReLoRA")
 
 
 def every(config: ReloraConfig, total_steps: int) -> int:
@@ -219,9 +219,9 @@ def read(model: nn.Module | None, tensors: dict[str, Tensor], fields: dict[str, 
             found[name], found[name.replace(".lora_B.", ".past_B.")] = own_B, past
     one, sizes = own.pop("of_one", None) or {}, dict(read)
     if one.keys() != {*SIZES} or any(
-        scaled_fields({**sizes, **one}, rounds)[name] != sizes.get(name) for name in SIZES
+        scale_rank({**sizes, **one}, rounds)[name] != sizes.get(name) for name in SIZES
     ):  # edited
-        one = scaled_fields(sizes, 1 / rounds)
+        one = scale_rank(sizes, 1 / rounds)
     return found, {**sizes, **{name: one[name] for name in SIZES}, **own}
 
 
@@ -234,7 +234,7 @@ def write(model: nn.Module | None, tensors: dict[str, Tensor], fields: dict[str,
         if past.numel():
             now = name.replace(".past_", ".lora_")
             joined[now] = torch.cat([tensors[now], past], dim=0 if ".past_A." in name else 1)
-    found, fields_on_disk = RULES.write(model, joined, scaled_fields(rest, own["rounds"] or 1))
+    found, fields_on_disk = RULES.write(model, joined, scale_rank(rest, own["rounds"] or 1))
     return found, {**fields_on_disk, **own, "of_one": {name: rest[name] for name in SIZES}}
 
 

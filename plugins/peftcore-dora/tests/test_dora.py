@@ -172,7 +172,7 @@ class Attention(nn.Module):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"target_modules": ["mha"]}, r"'mha' is a layer that DoRA cannot adapt.*exclude_modules=\['mha'\]"),
+        ({"target_modules": ["mha"]}, r"DoRA cannot adapt 'mha'.*exclude_modules=\['mha'\]"),
         ({"target_modules": ["conv"]}, r"'conv' is a convolution in groups.*PEFT divides .*exclude_modules=\['conv'\]"),
         ({"target_modules": ["conv"], "lora_bias": True}, "lora_bias=True is not supported with DoRA. Leave it out"),
         ({"r": 0}, "r must be a positive whole number"),

@@ -15,13 +15,14 @@
             '--------+--------'
                   x [in]
 
-Trained: r · (in + out) numbers instead of in · out. `merged` adds scale · B A to W: no cost at inference.
+Only r · (in + out) parameters are trained instead of in · out. Merging adds scale · B A to W, so inference costs
+nothing extra.
 """
 
 from __future__ import annotations
 
 from peftcore.plugin import Method, hookimpl
-from peftcore_lora.config import LoraConfig, is_computed, of_ranks
+from peftcore_lora.config import LoraConfig, config_for_ranks, is_computed
 from peftcore_lora.files import RULES
 from peftcore_lora.loftq import loftq_start
 from peftcore_lora.placing import place
@@ -45,7 +46,7 @@ def peftcore_methods() -> list[Method]:
             initialize=initialize,
             initializes=is_computed,
             parameter_groups=parameter_groups,
-            low_rank=of_ranks,
+            low_rank=config_for_ranks,
             learning_rate=1e-3,
         )
     ]

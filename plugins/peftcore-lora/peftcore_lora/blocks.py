@@ -1,9 +1,11 @@
-"""BD-LoRA (Wang et al. 2025, arXiv 2510.23346): A or B is block-diagonal, so that ranks need not communicate.
+"""BD-LoRA (Wang et al. 2025, arXiv 2510.23346): A or B is block-diagonal, for tensor parallelism.
+
+Each rank then computes its blocks alone, without communication for the LoRA:
 
     A = diag(A1 ... An)   Ai [r / n, in / n], for layers that are sharded by rows (o_proj, down_proj)
     B = diag(B1 ... Bn)   Bi [out / n, r / n], for layers that are sharded by columns (q_proj, up_proj)
 
-Parameters and files have the blocks concatenated by rows: `lora_A` `[r, in / n]`, `lora_B` `[out, r / n]`.
+Parameters and files store the blocks concatenated by rows: `lora_A` `[r, in / n]`, `lora_B` `[out, r / n]`.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from peftcore.plugin import targets, validation
-from peftcore_lora.config import LoraConfig, nested
+from peftcore_lora.config import LoraConfig, nested_config
 from peftcore_lora.layers import LoraLinear
 
 
@@ -34,24 +36,25 @@ class BlockDiagonal:
         validation.positive_whole(nblocks=self.nblocks)
 
     def factor(self, path: str) -> Literal["A", "B"] | None:
-        """Return which factor of the layer at `path` is block-diagonal; None: neither.
+        """Return which factor of the layer at `path` is block-diagonal, or None if neither is.
 
         Raises:
-            PeftcoreError: the lists name both, or, with `match_strict`, neither.
+            PeftcoreError: both lists match the layer or, with `match_strict`, neither does.
         """
-        a, b = (
-            any(name in path for name in names or ()) for names in (self.target_modules_bd_a, self.target_modules_bd_b)
-        )
+        in_a = any(name in path for name in self.target_modules_bd_a or ())
+        in_b = any(name in path for name in self.target_modules_bd_b or ())
         validation.require(
-            not (a and b),
+            not (in_a and in_b),
             f"use_bdlora: '{path}' matches both target_modules_bd_a and target_modules_bd_b. Remove it from one",
         )
         validation.require(
-            a or b or not self.match_strict,
+            in_a or in_b or not self.match_strict,
             f"use_bdlora: '{path}' matches neither target_modules_bd_a nor target_modules_bd_b. Name it in one of the "
             "two, or choose match_strict=False to give it a plain LoRA",
         )
-        return "A" if a else "B" if b else None
+        if in_a:
+            return "A"
+        return "B" if in_b else None
 
 
 class LoraBlocks(LoraLinear):
@@ -63,7 +66,7 @@ class LoraBlocks(LoraLinear):
         shapes = ([width // blocks], [out_width]) if factor == "A" else ([width], [out_width])
         super().__init__(config, path, *shapes, groups=1 if factor == "A" else blocks)
         self.blocks, self.factor = blocks, factor
-        if factor == "A":  # as in PEFT, for any init_lora_weights
+        if factor == "A":  # whatever init_lora_weights is, as in PEFT
             nn.init.kaiming_uniform_(self.lora_A)
         else:
             nn.init.zeros_(self.lora_B)
@@ -74,29 +77,30 @@ class LoraBlocks(LoraLinear):
         return self.lora_A, torch.block_diag(*self.lora_B.chunk(self.blocks))
 
 
-def in_blocks(config: LoraConfig, path: str, module: nn.Module) -> LoraBlocks | None:
-    """Return the adapter of a linear layer, or None if the layer has a plain LoRA."""
-    diagonal = nested(BlockDiagonal, "use_bdlora", config.use_bdlora)
+def block_adapter(config: LoraConfig, path: str, module: nn.Module) -> LoraBlocks | None:
+    """Create the block-diagonal adapter of a linear layer; None if `use_bdlora` gives the layer a plain LoRA."""
+    diagonal = nested_config(BlockDiagonal, "use_bdlora", config.use_bdlora)
     factor, n = diagonal.factor(path), diagonal.nblocks
     if factor is None:
         return None
-    r, (width, out_width) = targets.pattern_value(config.rank_pattern, path, config.r), targets.sizes(module)
-    size = width if factor == "A" else out_width
+    r = targets.pattern_value(config.rank_pattern, path, config.r)
+    width, out_width = targets.sizes(module)
+    size, dimension = (width, "inputs") if factor == "A" else (out_width, "outputs")
     validation.require(
         r % n == 0 and size % n == 0,
-        f"use_bdlora: nblocks={n} must divide r={r} and the {size} {'in' if factor == 'A' else 'out'}puts of '{path}'",
+        f"use_bdlora: nblocks={n} must divide r={r} and the {size} {dimension} of '{path}'",
     )
     return LoraBlocks(config, path, width, out_width, n, factor)
 
 
-def without_blocks(values: Mapping[str, Any], path: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return a layer's tensors as a plain LoRA, for files without blocks.
+def expand_blocks(values: Mapping[str, Any], path: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Write out the block-diagonal factor of a layer in full, for file formats without blocks.
 
     Args:
         values: the field `use_bdlora`.
         tensors: tensors by their names in PEFT's files, such as `lora_A.weight`.
     """
-    diagonal = nested(BlockDiagonal, "use_bdlora", values)
+    diagonal = nested_config(BlockDiagonal, "use_bdlora", values)
     factor = diagonal.factor(path)
     if factor is None:
         return dict(tensors)

@@ -1,4 +1,4 @@
-"""LoRA for each kind of layer: B A added to the output, or to the weight."""
+"""LoRA for each type of layer: B A x added to the output, or B A added to the weight."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ _DROPOUT: ContextVar[nn.Dropout | None] = ContextVar("peftcore_lora_dropout", de
 
 
 @contextmanager
-def one_dropout(probability: float) -> Iterator[None]:
-    """Let all layers created within the block share one dropout module."""
+def shared_dropout(probability: float) -> Iterator[None]:
+    """Make all layers that are created within the block share one dropout module."""
     token = _DROPOUT.set(nn.Dropout(probability))
     try:
         yield
@@ -42,7 +42,7 @@ def one_dropout(probability: float) -> Iterator[None]:
 
 
 class Lora(Adapter):
-    """Base of LoRA's layers: two factors, their scale and dropout. Subclasses apply B A."""
+    """Base class with the factors A and B, their scale and dropout. Subclasses apply B A."""
 
     multiplier = 1.0  # set by `peftcore.scale`
     dropout: nn.Dropout
@@ -63,8 +63,8 @@ class Lora(Adapter):
         r = targets.pattern_value(config.rank_pattern, path, config.r)
         alpha = targets.pattern_value(config.alpha_pattern, path, config.lora_alpha)
         self.full_scale = alpha / (math.sqrt(r) if config.use_rslora else r)
-        # A module, since trainers look for modules when they turn dropout off. All layers share it, since it takes 2
-        # KB.
+        # Dropout is a module because trainers look for nn.Dropout to turn it off. One is shared by all layers because
+        # each would take 2 KB.
         self.add_module("dropout", _DROPOUT.get() or nn.Dropout(config.lora_dropout))
         self.register_parameter("lora_A", nn.Parameter(torch.empty(r * experts, *a_shape)))
         self.register_parameter("lora_B", nn.Parameter(torch.zeros(b_shape[0], r * experts // groups, *b_shape[1:])))
@@ -86,8 +86,8 @@ class Lora(Adapter):
         return self.full_scale * self.multiplier
 
     def pair(self) -> tuple[Tensor, Tensor]:
-        """Return the A and B to compute with."""
-        # avoids `nn.Module.__getattr__`, which would run once per layer and token
+        """Return A and B as the forward uses them; subclasses compute them from other tensors."""
+        # `self.lora_A` would call `nn.Module.__getattr__`, which is slow in Python, once per layer and token.
         parameters: dict[str, Any] = self._parameters
         if "lora_A" in parameters and "lora_B" in parameters:
             return parameters["lora_A"], parameters["lora_B"]
@@ -102,16 +102,16 @@ class Lora(Adapter):
         a, b = self.pair()
         return (self.scale * b.float()) @ a.float()
 
-    def with_bias(self, bias: Tensor | None) -> Tensor | None:
-        """Return the layer's bias plus B's, which is in float32 if there is one."""
+    def add_bias(self, bias: Tensor | None) -> Tensor | None:
+        """Return the layer's bias plus scale · B's bias, in float32 if B has one; None if neither has."""
         if self.lora_bias is None:
             return bias
-        own = self.scale * self.lora_bias
-        return own if bias is None else bias + own
+        update_bias = self.scale * self.lora_bias
+        return update_bias if bias is None else bias + update_bias
 
     @override
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        return weight + self.delta(), self.with_bias(bias)
+        return weight + self.delta(), self.add_bias(bias)
 
 
 class LoraLinear(Lora):
@@ -119,21 +119,23 @@ class LoraLinear(Lora):
 
     def forward(self, base: Base, x: Tensor) -> Tensor:
         p = self.dropout.p if self.training else 0.0
-        operands, (a, b) = None if x.is_nested else base.linear_operands(x), self.pair()
+        a, b = self.pair()
+        operands = None if x.is_nested else base.linear_operands(x)
         if operands is not None:
             weight, bias = operands
-            bias = bias if self.lora_bias is None else self.with_bias(bias)
+            bias = bias if self.lora_bias is None else self.add_bias(bias)
             return ops.lora_linear(x, weight, bias, a, b, self.full_scale * self.multiplier, p)
-        y, bias = base(x), self.with_bias(None)
-        x = F.dropout(x, self.dropout.p, self.training)  # other layers share the module and may be in another mode
+        y, bias = base(x), self.add_bias(None)
+        # Not self.dropout(x): other layers share that module, and it may be in another mode than this layer.
+        x = F.dropout(x, self.dropout.p, self.training)
         s = self.scale * F.linear(x, a.to(x.dtype))  # [..., r]
         return y + F.linear(s, b.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
     @override
     def on_parts(self, base: Callable[[Tensor], Tensor], division: Division, x: Tensor) -> Tensor:
-        y, (a, b), bias = base(x), self.pair(), self.with_bias(None)
-        x = self._dropped(x, division.inputs if division.input_in_parts else x.shape[-1], division)
-        if division.by_rows:  # A's inputs are divided: the ranks' products are summed
+        y, (a, b), bias = base(x), self.pair(), self.add_bias(None)
+        x = self._apply_dropout(x, division.inputs if division.input_in_parts else x.shape[-1], division)
+        if division.by_rows:  # each rank has some of A's inputs, so the ranks' products are summed
             if not division.input_in_parts:
                 x = division.part(x)
             s = division.summed(F.linear(x, division.part(a, 1).to(x.dtype)))
@@ -147,31 +149,30 @@ class LoraLinear(Lora):
     @staticmethod
     @override
     def per_sample(adapters: Sequence[LoraLinear], index: Tensor, base: Base, *args: Any, **kwargs: Any) -> Any:
-        """Return all rows' outputs in one pass over the base; NotImplemented where gradients are needed."""
+        """Compute all rows in one pass over the base; NotImplemented if gradients, dropout or a bias prevent that."""
         (x,) = args
-        operands, (a, b) = base.linear_operands(x), zip(*(m.pair() for m in adapters), strict=True)
-        trains = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *a, *b))
-        apart = any((m.training and m.dropout.p) or m.lora_bias is not None for m in adapters)
-        if operands is None or trains or apart:
+        operands = base.linear_operands(x)
+        a, b = zip(*(m.pair() for m in adapters), strict=True)
+        needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *a, *b))
+        needs_own_pass = any((m.training and m.dropout.p) or m.lora_bias is not None for m in adapters)
+        if operands is None or needs_grad or needs_own_pass:
             return NotImplemented
         weight, bias = operands
         return ops.lora_linear_per_sample(x, weight, bias, list(a), list(b), [m.scale for m in adapters], index)
 
-    def _dropped(self, x: Tensor, width: int, division: Division) -> Tensor:
-        """Return x after dropout with the mask that the whole input, `width` wide, would get on every rank."""
+    def _apply_dropout(self, x: Tensor, width: int, division: Division) -> Tensor:
+        """Apply dropout to x `[..., shard]` with this rank's part of the mask for the full input `[..., width]`."""
         if x.shape[-1] == width or not (self.training and self.dropout.p):
             return F.dropout(x, self.dropout.p, self.training)
         with torch.no_grad():
+            # Every rank draws the full mask, so that the mask does not depend on the number of ranks.
             mask = F.dropout(x.new_ones(*x.shape[:-1], width), self.dropout.p, True)
             mask = division.part(mask)
         return x * mask
 
 
 class LowRankLinear(LoraLinear):
-    """Change of a linear layer that is a low-rank product of other parameters, as a base for other methods.
-
-    Subclasses have their own parameters, and `pair()` computes A `[r, in]` and B `[out, r]` from them.
-    """
+    """Base class for methods whose A `[r, in]` and B `[out, r]` are computed from other parameters, by `pair()`."""
 
     def __init__(self, scale: float = 1.0, dropout: float = 0.0) -> None:
         Adapter.__init__(self)
@@ -185,7 +186,7 @@ class LowRankLinear(LoraLinear):
 
 
 class LoraFromStart(LoraLinear):
-    """y = W x + scale · (B A - B0 A0) x: A and B start at the frozen A0 and B0, so the start is the base."""
+    """y = W x + scale · (B A - B0 A0) x: A and B start at the frozen A0 and B0, so y starts at W x."""
 
     start_A: Tensor
     start_B: Tensor
@@ -210,18 +211,18 @@ class LoraFrozenB(LoraLinear):
 
 
 class LoraConv(Lora):
-    """LoRA of nn.Conv1d, 2d and 3d: A convolves with the layer's kernel to r channels, B mixes them pointwise."""
+    """LoRA of nn.Conv1d, 2d and 3d: A is a convolution with the layer's kernel to r channels, B a 1x1 convolution."""
 
     def forward(self, base: Base, x: Tensor) -> Tensor:
         y = base(x)
-        x = F.dropout(x, self.dropout.p, self.training)  # other layers share the module and may be in another mode
+        x = F.dropout(x, self.dropout.p, self.training)
         s = base.module._conv_forward(x, self.lora_A.to(x.dtype), None)  # with the layer's stride, padding and dilation
-        return self.mixed(y, s)
+        return self.add_update(y, s)
 
-    def mixed(self, y: Tensor, s: Tensor, groups: int = 1) -> Tensor:
-        """Return y + scale · (B s + its bias)."""
-        mix, bias = CONVOLUTIONS[s.dim() - 2], self.with_bias(None)
-        y = y + self.scale * mix(s, self.lora_B.to(s.dtype), groups=groups)
+    def add_update(self, y: Tensor, s: Tensor, groups: int = 1) -> Tensor:
+        """Return y + scale · (B s + B's bias), for s `[batch, r, ...]`."""
+        convolve, bias = CONVOLUTIONS[s.dim() - 2], self.add_bias(None)
+        y = y + self.scale * convolve(s, self.lora_B.to(s.dtype), groups=groups)
         return y if bias is None else y + bias.to(s.dtype).view(-1, *(1 for _ in s.shape[2:]))
 
     def delta(self) -> Tensor:
@@ -229,35 +230,35 @@ class LoraConv(Lora):
 
 
 class LoraGroupedConv(LoraConv):
-    """LoRA with g groups: A `[r, in, ...]` reads all channels, B `[out, r / g, 1...]` mixes r / g of them per group.
+    """LoRA of a convolution with g groups: A `[r, in, ...]` has no groups, B `[out, r / g, 1...]` has g.
 
-    This is PEFT's definition. B A connects every input to every output, which a weight in groups cannot represent.
+    This is PEFT's definition. B A connects every input to every output, which a grouped weight cannot represent.
     """
 
     def forward(self, base: Base, x: Tensor) -> Tensor:
         y, layer = base(x), base.module
-        x = F.dropout(x, self.dropout.p, self.training)  # other layers share the module and may be in another mode
+        x = F.dropout(x, self.dropout.p, self.training)
         convolve = CONVOLUTIONS[self.lora_A.dim() - 2]
         s = convolve(x, self.lora_A.to(x.dtype), None, layer.stride, layer.padding)
-        return self.mixed(y, s, layer.groups)
+        return self.add_update(y, s, layer.groups)
 
     @override
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         raise PeftcoreError(
-            f"LoRA of a convolution in groups (weight {list(weight.shape)}) reaches across the groups, so it cannot be "
-            "merged (in PEFT neither). Keep the adapter unmerged, or apply it with that layer in exclude_modules"
+            f"LoRA of a grouped convolution (weight {list(weight.shape)}) connects all groups, so it cannot be merged "
+            "(nor can it in PEFT). Keep the adapter unmerged, or apply it with that layer in exclude_modules"
         )
 
 
 class LoraEmbedding(Lora):
     """LoRA of nn.Embedding: A `[r, vocabulary]` is looked up, B `[dim, r]` maps to the embedding.
 
-    Subclasses that multiply their output by `embed_scale` (Gemma, BART) multiply B A, too.
+    Embeddings that multiply their output by `embed_scale` (Gemma, BART) also multiply B A by it.
     """
 
     def forward(self, base: Base, tokens: Tensor) -> Tensor:
         y, scale = base(tokens), embed_scale(base.module)
-        if tokens.is_floating_point():  # mixtures of entries, as in Ovis
+        if tokens.is_floating_point():  # Ovis passes probabilities over the vocabulary instead of token ids
             s = F.linear(tokens, self.lora_A.to(tokens.dtype)).to(self.lora_B.dtype)
         else:
             s = F.embedding(tokens, self.lora_A.T, base.module.padding_idx)  # [..., r]
@@ -272,33 +273,33 @@ class LoraEmbedding(Lora):
 
 
 class LoraOnWeight(Lora):
-    """LoRA of layers that do more than a product: their forward reads W + scale · B A. It has no dropout."""
+    """LoRA of layers that compute more than W x: their own forward runs with W + scale · B A. There is no dropout."""
 
     per_sample = staticmethod(Adapter.per_sample)
 
     def forward(self, base: Base, *args: Any, **kwargs: Any) -> Any:
-        changes: dict[str, Any] = {"weight": self.changed}
+        changes: dict[str, Any] = {"weight": self.add_delta}
         if self.lora_bias is not None:
-            changes["bias"] = lambda bias: (bias + self.with_bias(None)).to(bias.dtype)
+            changes["bias"] = lambda bias: (bias + self.add_bias(None)).to(bias.dtype)
         return base.on_weights(changes)(*args, **kwargs)
 
-    def changed(self, weight: Tensor) -> Tensor:
+    def add_delta(self, weight: Tensor) -> Tensor:
         return weight + self.delta().to(weight.dtype)
 
 
 class LoraLinearOnWeight(LoraOnWeight, LoraLinear):
-    """LoRA of routers, which return a choice with their logits, and of products in groups."""
+    """LoRA of linear layers with a custom forward, such as routers that return indices, and grouped products."""
 
 
 class LoraConvOnWeight(LoraOnWeight, LoraConv):
-    """LoRA of a convolution that pads or transposes its input itself."""
+    """LoRA of a convolution whose own forward pads or transposes the input."""
 
 
 class LoraAttention(LoraOnWeight):
     """LoRA of nn.MultiheadAttention: A `[r, E]`, B `[3 E, r]` for `in_proj_weight`, and another pair for `out_proj`.
 
-    PEFT adds scale · B A to `out_proj` twice (see `KNOWN_PEFT` in files.py). Files assume that, so it is done here,
-    too.
+    PEFT adds scale · B A to `out_proj` twice (see `KNOWN_PEFT` in files.py), and its files are trained that way, so
+    peftcore does the same.
     """
 
     def __init__(self, config: LoraConfig, path: str, width: int) -> None:
@@ -307,7 +308,7 @@ class LoraAttention(LoraOnWeight):
         self.out_proj.full_scale *= 2
 
     def forward(self, base: Base, *args: Any, **kwargs: Any) -> Any:
-        changes = {"in_proj_weight": self.changed, "out_proj.weight": self.out_proj.changed}
+        changes = {"in_proj_weight": self.add_delta, "out_proj.weight": self.out_proj.add_delta}
         return base.on_weights(changes)(*args, **kwargs)
 
     @override

@@ -1,7 +1,8 @@
-"""LoftQ's start for a base in any 4-bit format (Li et al. 2023, arXiv 2310.08659).
+"""LoftQ initialisation for a base in any 4-bit format (Li et al. 2023, arXiv 2310.08659).
 
-s B A = the r largest singular parts of W - Q, for the dense weight W and its quantized values Q: LoftQ's first step,
-after which Q stays as it is. The start is a part of the adapter: it is saved, and means something on this base only.
+s B A = the best approximation of W - Q of rank r, for the dense weight W and its quantized values Q. This is LoftQ's
+first step; LoftQ would then quantize W - s B A, while Q stays as it is here. A and B are saved with the adapter, which
+therefore only fits this quantized base.
 """
 
 from __future__ import annotations
@@ -19,63 +20,70 @@ from peftcore_lora.layers import LoraLinear
 def loftq_start(
     model: nn.Module, dense: nn.Module | Mapping[str, Tensor], *, adapter: str = "default"
 ) -> dict[str, float]:
-    """Start a LoRA adapter at what quantization took from the weights.
+    """Initialise a LoRA adapter from the quantization error W - Q.
 
     Args:
-        model: a model in 4 bits with a LoRA adapter that was not trained.
-        dense: the model before it was quantized, or its `state_dict()`, such as an open safetensors file's tensors. One
-            weight is read at a time.
+        model: a 4-bit model with a LoRA adapter that has not been trained.
+        dense: the model before quantization, or its `state_dict()`; the tensors of an open safetensors file also work.
+            One weight is read at a time.
         adapter: name of the adapter.
 
     Returns:
-        The share of the quantization error that is left, ‖W - Q - s B A‖ / ‖W - Q‖, by path.
+        The share of the quantization error that remains, ‖W - Q - s B A‖ / ‖W - Q‖, by path.
 
     Raises:
-        PeftcoreError: the adapter is not such a LoRA or was trained, a dense weight is missing or does not fit, or no
-            adapted layer is quantized. The adapter is left unchanged.
+        PeftcoreError: the adapter has no LoRA on linear layers or has been trained, a dense weight is missing or has
+            another shape, or no adapted layer is quantized. The adapter is left unchanged.
     """
-    found = other_adapter(model, adapter)
-    layers = {path: each for path, each in found.modules.items() if type(each) is LoraLinear}
+    placed_adapter = other_adapter(model, adapter)
+    layers = {path: layer for path, layer in placed_adapter.modules.items() if type(layer) is LoraLinear}
     validation.require(
-        bool(layers), f"loftq_start needs LoRA on linear layers, and adapter '{adapter}' ({found.method}) has none"
+        bool(layers),
+        f"loftq_start needs LoRA on linear layers, and adapter '{adapter}' ({placed_adapter.method}) has none",
     )
-    for path, each in layers.items():
+    for path, layer in layers.items():
         validation.require(
-            not each.lora_B.any(),
+            not layer.lora_B.any(),
             f"adapter '{adapter}' has been trained: B at '{path}' is not zero. Call loftq_start after apply, with "
             "init_lora_weights=True",
         )
     starts: dict[str, tuple[Tensor, Tensor]] = {}
-    left: dict[str, float] = {}
-    for path, each in layers.items():
+    residuals: dict[str, float] = {}
+    for path, layer in layers.items():
         module = model.get_submodule(path)
         quantized = weight_format(module).read(module).detach().float()
-        lost = _dense_weight(dense, path, quantized).to(quantized.device) - quantized
-        if not lost.any():
+        error = _dense_weight(dense, path, quantized).to(quantized.device) - quantized
+        if not error.any():
             continue
-        a, b = _largest_parts(lost, len(each.lora_A))
-        left[path] = ((lost - b @ a).norm() / lost.norm()).item()
-        starts[path] = a / each.full_scale**0.5, b / each.full_scale**0.5
-    validation.require(bool(starts), "the adapted layers have the dense weights: loftq_start needs a base in 4 bits")
+        a, b = _low_rank_factors(error, len(layer.lora_A))
+        residuals[path] = ((error - b @ a).norm() / error.norm()).item()
+        starts[path] = a / layer.full_scale**0.5, b / layer.full_scale**0.5
+    validation.require(
+        bool(starts), "the adapted layers have the dense weights, without a quantization error. Use a 4-bit base"
+    )
     for path, (a, b) in starts.items():
         layers[path].lora_A.copy_(a)
         layers[path].lora_B.copy_(b)
-    others = [path for path in found.modules if path not in layers]
-    if others:
-        warn(f"loftq_start is for linear layers: {len(others)} others ('{others[0]}') keep the start that they have")
-    return left
+    other_paths = [path for path in placed_adapter.modules if path not in layers]
+    if other_paths:
+        warn(f"loftq_start is for linear layers: {len(other_paths)} others ('{other_paths[0]}') stay as initialised")
+    return residuals
 
 
-def _largest_parts(weight: Tensor, r: int) -> tuple[Tensor, Tensor]:
-    """Return A `[r, in]` and B `[out, r]`, equally large, whose product is the best approximation of rank r."""
+def _low_rank_factors(weight: Tensor, r: int) -> tuple[Tensor, Tensor]:
+    """Return A `[r, in]` and B `[out, r]` of equal norms, whose product is the best approximation of rank r."""
     out_width, width = weight.shape
-    gram = weight @ weight.T if out_width <= width else weight.T @ weight
-    vectors = torch.linalg.eigh(gram)[1][:, -r:]
-    other = vectors.T @ weight if out_width <= width else weight @ vectors
-    root = other.norm(dim=1 if out_width <= width else 0).clamp_min(torch.finfo(other.dtype).tiny).sqrt()
+    tiny = torch.finfo(weight.dtype).tiny
+    # The eigenvectors of the smaller of W Wᵀ and Wᵀ W are singular vectors of W, and faster to compute than an SVD.
     if out_width <= width:
-        return other / root[:, None], vectors * root
-    return vectors.T * root[:, None], other / root
+        u = torch.linalg.eigh(weight @ weight.T)[1][:, -r:]
+        scaled_v = u.T @ weight
+        root = scaled_v.norm(dim=1).clamp_min(tiny).sqrt()
+        return scaled_v / root[:, None], u * root
+    v = torch.linalg.eigh(weight.T @ weight)[1][:, -r:]
+    scaled_u = weight @ v
+    root = scaled_u.norm(dim=0).clamp_min(tiny).sqrt()
+    return v.T * root[:, None], scaled_u / root
 
 
 def _dense_weight(dense: nn.Module | Mapping[str, Tensor], path: str, like: Tensor) -> Tensor:
@@ -89,9 +97,9 @@ def _dense_weight(dense: nn.Module | Mapping[str, Tensor], path: str, like: Tens
     elif name in dense:
         weight = dense[name].detach().float()
         if weight.shape != like.shape and weight.dim() == 2:
-            weight = weight.T  # a Conv1D's
+            weight = weight.T  # GPT-2's Conv1D stores [in, out]
     else:
-        raise PeftcoreError(f"the dense weights lack '{name}'{nearest(name, dense)}. Pass those of the same model")
+        raise PeftcoreError(f"the dense weights lack '{name}'{nearest(name, dense)}. Pass weights of the same model")
     validation.require(
         weight.shape == like.shape,
         f"the dense weight '{name}' has shape {list(weight.shape)}, but the layer needs {list(like.shape)}",

@@ -1,10 +1,10 @@
-"""Files with single experts, as vLLM and SGLang read them, and as PEFT wrote them for models with lists of experts.
+"""Files with one LoRA per expert and projection: vLLM and SGLang read them, PEFT wrote them for lists of experts.
 
 P.experts.3.gate_proj.lora_A.weight [r, in], .lora_B.weight [out, r]     likewise up_proj, down_proj (w1, w3, w2)
 
-written    gate and up both have A of gate_up, and its B is split by rows
-read       if gate and up have equal A, they become that pair again; otherwise a pair of the sum of their ranks,
-           A [A_gate; A_up] and B = diag(B_gate, B_up), which computes the same
+save    gate and up both get A of the fused gate_up, and its B is split by rows
+load    if gate and up have the same A, they become one fused pair again; otherwise the fused pair has the sum of their
+        ranks, A = [A_gate; A_up] and B = diag(B_gate, B_up), which computes the same
 """
 
 from __future__ import annotations
@@ -20,19 +20,17 @@ from torch import Tensor, nn
 
 from peftcore.plugin import CheckpointError, ExpertsLayout, experts_layout, targets, validation
 from peftcore_lora.config import is_adaptable
-from peftcore_lora.parameters import BY_EXPERT, named, read_experts, stem_on_disk
+from peftcore_lora.parameters import BY_EXPERT, read_experts, select_parameters, stem_on_disk
 
 PARTS = {"gate_proj": "gate", "w1": "gate", "up_proj": "up", "w3": "up", "down_proj": "down", "w2": "down"}
 NAME = re.compile(rf"base_model\.model\.(.+)\.(\d+)\.({'|'.join(PARTS)})\.lora_([AB])\.weight")
-
-
-TODAY = {"peft_version": "0.19.0"}  # release that does not swap A and B of experts
+CURRENT_LAYOUT = {"peft_version": "0.19.0"}  # first release that does not exchange A and B of experts
 Values = dict[tuple[str, str], Any]  # by the path of a module of experts in the file, and gate_proj, up_proj, ...
 
 
 @dataclass
-class Part:
-    """LoRA of one of gate, up and down: A `[experts, r, in]`, B `[experts, out, r]`, and its lora_alpha."""
+class ExpertsLora:
+    """LoRA of gate, up or down of all experts: A `[experts, r, in]`, B `[experts, out, r]`, and its lora_alpha."""
 
     a: Tensor
     b: Tensor
@@ -51,128 +49,148 @@ class Part:
 def read(
     model: nn.Module, tensors: dict[str, Tensor], fields: Mapping[str, Any]
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return (tensors, fields) in PEFT's layout for fused experts, from a file with single experts."""
-    found: dict[str, dict[tuple[str, int, str], Tensor]] = {}
-    others: dict[str, Tensor] = {}
+    """Convert (tensors, fields) of a file with single experts to PEFT's layout for fused experts."""
+    expert_tensors: dict[str, dict[tuple[str, int, str], Tensor]] = {}
+    disk_tensors: dict[str, Tensor] = {}
     paths: dict[str, str | None] = {}
     for name, tensor in tensors.items():
         match = NAME.fullmatch(name)
         if match and match[1] not in paths:
-            paths[match[1]] = _fused(model, match[1])
+            paths[match[1]] = _fused_experts_path(model, match[1])
         path = paths[match[1]] if match else None
         if match is None or path is None:
-            others[name] = tensor
+            disk_tensors[name] = tensor
             continue
-        found.setdefault(path, {})[PARTS[match[3]], int(match[2]), match[4]] = tensor
-        found[path].setdefault(("names", 0, match[3]), tensor)
-    if not found:
+        expert_tensors.setdefault(path, {})[PARTS[match[3]], int(match[2]), match[4]] = tensor
+        # `_part` needs the name that the file uses (gate_proj or w1) to find it in alpha_pattern.
+        expert_tensors[path].setdefault(("names", 0, match[3]), tensor)
+    if not expert_tensors:
         return tensors, dict(fields)
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
-    for path, given in found.items():
-        layout: Any = experts_layout(model.get_submodule(path))
-        pairs = {name: _pair(fields, path, layout, name, given) for name in model.get_submodule(path)._parameters}
-        own = {name: pair for name, pair in pairs.items() if pair is not None}
-        for inside, (name, pair) in enumerate(reversed(own.items())):
-            stem = stem_on_disk(path, inside)
-            others[f"{stem}.lora_A.weight"] = pair.a.flatten(0, 1)
-            others[f"{stem}.lora_B.weight"] = pair.b.permute(1, 2, 0).flatten(1)
-            ranks[f"{path}.{name}"], alphas[f"{path}.{name}"] = pair.r, pair.alpha
-    chosen = fields.get("target_modules") or []
-    if isinstance(chosen, str) and not any(targets.match_counts(model, chosen).values()):
-        chosen = []
-    return others, {
+    for path, module_tensors in expert_tensors.items():
+        module = model.get_submodule(path)
+        layout: Any = experts_layout(module)
+        loras = {name: _fuse(fields, path, layout, name, module_tensors) for name in module._parameters}
+        present = {name: lora for name, lora in loras.items() if lora is not None}
+        for depth, (name, lora) in enumerate(reversed(present.items())):
+            stem = stem_on_disk(path, depth)
+            disk_tensors[f"{stem}.lora_A.weight"] = lora.a.flatten(0, 1)
+            disk_tensors[f"{stem}.lora_B.weight"] = lora.b.permute(1, 2, 0).flatten(1)
+            ranks[f"{path}.{name}"], alphas[f"{path}.{name}"] = lora.r, lora.alpha
+    target_modules = fields.get("target_modules") or []
+    if isinstance(target_modules, str) and not any(targets.match_counts(model, target_modules).values()):
+        target_modules = []
+    return disk_tensors, {
         **fields,
-        "target_modules": chosen,
+        "target_modules": target_modules,
         "target_parameters": [*(fields.get("target_parameters") or ()), *targets.parameter_suffixes(model, ranks)],
-        "rank_pattern": {**_patterns(model, ranks, fields.get("r", 8)), **_known(model, fields.get("rank_pattern"))},
+        "rank_pattern": {
+            **_patterns(model, ranks, fields.get("r", 8)),
+            **_matching_patterns(model, fields.get("rank_pattern")),
+        },
         "alpha_pattern": {
             **_patterns(model, alphas, fields.get("lora_alpha", 8)),
-            **_known(model, fields.get("alpha_pattern")),
+            **_matching_patterns(model, fields.get("alpha_pattern")),
         },
-        **TODAY,
+        **CURRENT_LAYOUT,
     }
 
 
 def write(
     model: nn.Module, tensors: dict[str, Tensor], fields: Mapping[str, Any]
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return (tensors, fields) with single experts, from PEFT's layout."""
-    found, ranks, alphas = read_experts(model, tensors, {**fields, **TODAY}), Values(), Values()
+    """Convert (tensors, fields) from PEFT's layout for fused experts to single experts.
+
+    Raises:
+        PeftcoreError: an adapted parameter is not a weight of experts.
+    """
+    disk_tensors, ranks, alphas = read_experts(model, tensors, {**fields, **CURRENT_LAYOUT}), Values(), Values()
     gate, up, down, block = names_in_checkpoints(model)
-    targeted = named(model, fields.get("target_parameters") or ())
-    for path, parameters in targeted.items():
+    leaves = {"gate": gate, "up": up, "down": down}
+    parameters_by_path = select_parameters(model, fields.get("target_parameters") or ())
+    for path, parameters in parameters_by_path.items():
         module = model.get_submodule(path)
         layout = experts_layout(module)
-        for inside, name in enumerate(reversed(parameters)):
+        for depth, name in enumerate(reversed(parameters)):
             validation.require(
                 layout is not None and name in layout.names,
                 f"'{path}.{name}' is not a weight of experts run by transformers' interface, so it cannot be saved per "
                 "expert. Save it in PEFT's layout: format='peft'",
             )
             assert layout is not None
-            stem = stem_on_disk(path, inside)
-            a, b = (found.pop(f"{stem}.lora_{which}.{BY_EXPERT}") for which in "AB")
-            leaves = {"gate": gate, "up": up, "down": down}
-            old = path if block is None else re.sub(rf"\.{block[1]}\.(\w+)$", rf".{block[0]}.\1", path)
+            stem = stem_on_disk(path, depth)
+            a, b = (disk_tensors.pop(f"{stem}.lora_{letter}.{BY_EXPERT}") for letter in "AB")
+            file_path = path if block is None else re.sub(rf"\.{block[1]}\.(\w+)$", rf".{block[0]}.\1", path)
             for part, rows in _rows(layout, name, b.shape[1]).items():
                 for expert in range(layout.count):
-                    to = f"base_model.model.{old}.{expert}.{leaves[part]}"
-                    found[f"{to}.lora_A.weight"] = a[expert].clone()
-                    found[f"{to}.lora_B.weight"] = b[expert][rows].contiguous()
-                for values, kind, usual in ((ranks, "rank_pattern", "r"), (alphas, "alpha_pattern", "lora_alpha")):
-                    value = targets.pattern_value(fields.get(kind), f"{path}.{name}", fields[usual])
-                    values[old, leaves[part]] = value
+                    expert_stem = f"base_model.model.{file_path}.{expert}.{leaves[part]}"
+                    disk_tensors[f"{expert_stem}.lora_A.weight"] = a[expert].clone()
+                    disk_tensors[f"{expert_stem}.lora_B.weight"] = b[expert][rows].contiguous()
+                key, parameter = (file_path, leaves[part]), f"{path}.{name}"
+                ranks[key] = targets.pattern_value(fields.get("rank_pattern"), parameter, fields["r"])
+                alphas[key] = targets.pattern_value(fields.get("alpha_pattern"), parameter, fields["lora_alpha"])
     names, paths = list(fields["target_modules"]), [path for path, _ in targets.base_modules(model)]
-    for old, leaf in ranks:
-        alone = all(f"base_model.model.{p}.lora_A.weight" in found for p in paths if p.endswith(f".{leaf}"))
-        count = sum(f"base_model.model.{old}.{i}.{leaf}.lora_A.weight" in found for i in range(len(found)))
-        # layers with this name have no LoRA
-        names += [leaf] if alone else [f"experts.{i}.{leaf}" for i in range(count)]
-    patterns = {"rank_pattern": _expert_patterns(ranks, fields["r"])}
-    patterns["alpha_pattern"] = _expert_patterns(alphas, fields["lora_alpha"])
-    return found, {
+    for file_path, leaf in ranks:
+        same_name = [p for p in paths if p.endswith(f".{leaf}")]
+        if all(f"base_model.model.{p}.lora_A.weight" in disk_tensors for p in same_name):
+            names.append(leaf)
+        else:  # the name alone would also select layers that have no LoRA, such as those of dense blocks
+            a_names = (f"base_model.model.{file_path}.{i}.{leaf}.lora_A.weight" for i in range(len(disk_tensors)))
+            count = sum(name in disk_tensors for name in a_names)
+            names += [f"experts.{i}.{leaf}" for i in range(count)]
+    return disk_tensors, {
         **fields,
-        **{kind: {**_known(model, fields.get(kind), layers=True), **own} for kind, own in patterns.items()},
+        "rank_pattern": {
+            **_matching_patterns(model, fields.get("rank_pattern"), layers=True),
+            **_expert_patterns(ranks, fields["r"]),
+        },
+        "alpha_pattern": {
+            **_matching_patterns(model, fields.get("alpha_pattern"), layers=True),
+            **_expert_patterns(alphas, fields["lora_alpha"]),
+        },
         "target_modules": list(dict.fromkeys(names)),
         "target_parameters": None,
     }
 
 
 def names_in_checkpoints(model: nn.Module) -> tuple[str, str, str, tuple[str, str] | None]:
-    """Return (gate, up, down, block's names in checkpoints and here), as transformers converts lists of experts."""
-    found = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
+    """Return (gate, up, down, block) with the names in checkpoints, from transformers' conversion of lists of experts.
+
+    `block` is (its name in checkpoints, its name in the model), or None if they are the same.
+    """
+    names = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
     block = None
     conversions = sys.modules.get("transformers.conversion_mapping")
-    for each in conversions.get_model_conversion_mapping(model) if conversions is not None else ():
-        sources, into = _listed(each.source_patterns), str(_listed(each.target_patterns)[0])
-        leaves = [
-            match[1] for source in sources if (match := re.search(r"experts\\?\.\*\\?\.(\w+)\\?\.weight", source))
-        ]
-        if len(leaves) == 2 and "gate_up_proj" in into:
-            found["gate"], found["up"] = leaves
-        elif len(leaves) == 1 and "down_proj" in into:
-            found["down"] = leaves[0]
-        elif "block_sparse_moe" in sources[0] and re.search(r"\bmlp\b", into):
+    for conversion in conversions.get_model_conversion_mapping(model) if conversions is not None else ():
+        sources, target = _as_list(conversion.source_patterns), str(_as_list(conversion.target_patterns)[0])
+        matches = [re.search(r"experts\\?\.\*\\?\.(\w+)\\?\.weight", source) for source in sources]
+        leaves = [match[1] for match in matches if match]
+        if len(leaves) == 2 and "gate_up_proj" in target:
+            names["gate"], names["up"] = leaves
+        elif len(leaves) == 1 and "down_proj" in target:
+            names["down"] = leaves[0]
+        elif "block_sparse_moe" in sources[0] and re.search(r"\bmlp\b", target):
             block = "block_sparse_moe", "mlp"
-    return found["gate"], found["up"], found["down"], block
+    return names["gate"], names["up"], names["down"], block
 
 
-def _listed(patterns: Any) -> list[str]:
+def _as_list(patterns: Any) -> list[str]:
     return [patterns] if isinstance(patterns, str) else list(patterns)
 
 
-def _fused(model: nn.Module, path: str) -> str | None:
-    """Return the module of fused experts for a path in a file, whose block may have another name there."""
-    there = [p for p, module in targets.base_modules(model) if experts_layout(module) is not None]
-    if path in there:
+def _fused_experts_path(model: nn.Module, path: str) -> str | None:
+    """Return the path in the model of the fused experts at `path` in a file, where the block may have another name."""
+    expert_paths = [p for p, module in targets.base_modules(model) if experts_layout(module) is not None]
+    if path in expert_paths:
         return path
-    ends = [p for p in there if p.split(".")[:-2] == path.split(".")[:-2] and p.split(".")[-1] == path.split(".")[-1]]
-    return ends[0] if len(ends) == 1 else None
+    names = path.split(".")
+    candidates = [p for p in expert_paths if p.split(".")[:-2] == names[:-2] and p.split(".")[-1] == names[-1]]
+    return candidates[0] if len(candidates) == 1 else None
 
 
 def _rows(layout: ExpertsLayout, name: str, out: int) -> dict[str, slice]:
-    """Return the rows of a weight's outputs for each of gate, up and down."""
+    """Return which rows of the parameter `name`, with `out` outputs, belong to gate, up or down."""
     if name == layout.down:
         return {"down": slice(None)}
     if name == "up_proj":
@@ -182,34 +200,37 @@ def _rows(layout: ExpertsLayout, name: str, out: int) -> dict[str, slice]:
     return {"gate": slice(0, out // 2), "up": slice(out // 2, None)}
 
 
-def _pair(
+def _fuse(
     fields: Mapping[str, Any],
     path: str,
     layout: ExpertsLayout,
     name: str,
-    given: Mapping[tuple[str, int, str], Tensor],
-) -> Part | None:
-    """Return LoRA of the parameter `name` from the file's parts, or None if there are none."""
+    module_tensors: Mapping[tuple[str, int, str], Tensor],
+) -> ExpertsLora | None:
+    """Return the LoRA of the parameter `name` from those of its parts, or None if the file has none."""
     if name not in layout.names:
         return None
     rows = _rows(layout, name, 0)
-    parts = {part: _part(fields, path, layout, part, given) for part in rows}
-    there = {part: each for part, each in parts.items() if each is not None}
-    if not there:
+    parts = {part: _part(fields, path, layout, part, module_tensors) for part in rows}
+    loras = {part: lora for part, lora in parts.items() if lora is not None}
+    if not loras:
         return None
-    first, *others = there.values()
-    out = sum(each.b.shape[1] for each in there.values()) * len(rows) // len(there)
+    first = next(iter(loras.values()))
+    # A part without a LoRA has as many outputs as the other one, and zeros in B.
+    out = sum(lora.b.shape[1] for lora in loras.values()) * len(rows) // len(loras)
     rows = _rows(layout, name, out)
-    alike = all(torch.equal(each.a, first.a) and each.scale == first.scale for each in others)
-    r = first.r if alike else sum(each.r for each in there.values())
+    share_a = all(torch.equal(lora.a, first.a) and lora.scale == first.scale for lora in loras.values())
+    r = first.r if share_a else sum(lora.r for lora in loras.values())
     b, begin = first.b.new_zeros(layout.count, out, r), 0
-    for part, each in there.items():
-        end = r if alike else begin + each.r
-        b[:, rows[part], begin:end] = each.b if each.scale == first.scale else each.b * (each.scale / first.scale)
-        begin = begin if alike else end
+    for part, lora in loras.items():
+        end = r if share_a else begin + lora.r
+        b[:, rows[part], begin:end] = lora.b if lora.scale == first.scale else lora.b * (lora.scale / first.scale)
+        begin = begin if share_a else end
+    # The fused LoRA keeps the scale of its first part, at another rank.
     ratio = r / first.r
     alpha = first.alpha * (ratio**0.5 if first.rs else ratio)
-    return Part(first.a if alike else torch.cat([each.a for each in there.values()], 1), b, alpha, first.rs)
+    a = first.a if share_a else torch.cat([lora.a for lora in loras.values()], 1)
+    return ExpertsLora(a, b, alpha, first.rs)
 
 
 def _part(
@@ -217,47 +238,49 @@ def _part(
     path: str,
     layout: ExpertsLayout,
     part: str,
-    given: Mapping[tuple[str, int, str], Tensor],
-) -> Part | None:
-    has = [key for key in given if key[0] == part]
-    if not has:
+    module_tensors: Mapping[tuple[str, int, str], Tensor],
+) -> ExpertsLora | None:
+    keys = [key for key in module_tensors if key[0] == part]
+    if not keys:
         return None
-    lacking = [(e, which) for e in range(layout.count) for which in "AB" if (part, e, which) not in given]
-    beyond = [key for key in has if key[1] >= layout.count]
-    if lacking or beyond:
-        what = f"has expert {beyond[0][1]}" if beyond else f"lacks lora_{lacking[0][1]} of expert {lacking[0][0]}"
+    missing = [(e, letter) for e in range(layout.count) for letter in "AB" if (part, e, letter) not in module_tensors]
+    extra = [key for key in keys if key[1] >= layout.count]
+    if missing or extra:
+        problem = f"has expert {extra[0][1]}" if extra else f"lacks lora_{missing[0][1]} of expert {missing[0][0]}"
         raise CheckpointError(
-            f"the file {what} for {part} of '{path}', which has {layout.count} experts. It is incomplete, or for "
-            "another model"
+            f"the file {problem} for {part} of '{path}', which has {layout.count} experts. The file is incomplete, or "
+            "for another model"
         )
-    a, b = (torch.stack([given[part, e, which] for e in range(layout.count)]) for which in "AB")
-    leaf = next(key[2] for key in given if key[0] == "names" and PARTS[key[2]] == part)
+    a, b = (torch.stack([module_tensors[part, e, letter] for e in range(layout.count)]) for letter in "AB")
+    leaf = next(key[2] for key in module_tensors if key[0] == "names" and PARTS[key[2]] == part)
     alpha = targets.pattern_value(fields.get("alpha_pattern"), f"{path}.0.{leaf}", fields.get("lora_alpha", 8))
-    return Part(a, b, alpha, bool(fields.get("use_rslora")))
+    return ExpertsLora(a, b, alpha, bool(fields.get("use_rslora")))
 
 
-def _patterns(model: nn.Module, values: Mapping[str, Any], usual: Any) -> dict[str, Any]:
-    """Return {suffix of parameters: their common value}, except for the usual value."""
+def _patterns(model: nn.Module, values: Mapping[str, Any], default: Any) -> dict[str, Any]:
+    """Return {suffix of parameters: their common value} for all values but the default."""
     groups: dict[Any, list[str]] = {}
     for name, value in values.items():
         groups.setdefault(value, []).append(name)
-    groups.pop(usual, None)
+    groups.pop(default, None)
     return {key: value for value, names in groups.items() for key in targets.parameter_suffixes(model, names)}
 
 
-def _expert_patterns(values: Values, usual: Any) -> dict[str, Any]:
-    """Return {regex of single experts: their value}, except for the usual value."""
-    found: dict[str, Any] = {}
+def _expert_patterns(values: Values, default: Any) -> dict[str, Any]:
+    """Return {regex for paths of single experts: their value} for all values but the default."""
+    patterns: dict[str, Any] = {}
     for (path, leaf), value in values.items():
-        same = len({each for (_, other), each in values.items() if other == leaf}) == 1
-        if value != usual:
-            found[rf"{path.rpartition('.')[2] if same else re.escape(path)}\.\d+\.{leaf}"] = value
-    return found
+        if value == default:
+            continue
+        values_of_leaf = {other for (_, other_leaf), other in values.items() if other_leaf == leaf}
+        stem = path.rpartition(".")[2] if len(values_of_leaf) == 1 else re.escape(path)
+        patterns[rf"{stem}\.\d+\.{leaf}"] = value
+    return patterns
 
 
-def _known(model: nn.Module, patterns: Mapping[str, Any] | None, layers: bool = False) -> dict[str, Any]:
-    """Return the entries of a pattern that match something in the model, or only layers."""
+def _matching_patterns(model: nn.Module, patterns: Mapping[str, Any] | None, layers: bool = False) -> dict[str, Any]:
+    """Return the entries of `patterns` that match a module or parameter of the model; with `layers`, a layer."""
     names = [path for path, module in targets.base_modules(model) if is_adaptable(module) or not layers]
     names += [] if layers else [name for name, _ in targets.base_parameters(model)]
-    known = targets.matched_keys(patterns or {}, names)
-    return {key: value for key, value in (patterns or {}).items() if key in known and value is not None}
+    matched = targets.matched_keys(patterns or {}, names)
+    return {key: value for key, value in (patterns or {}).items() if key in matched and value is not None}

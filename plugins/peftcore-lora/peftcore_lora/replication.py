@@ -2,7 +2,8 @@
 
     [[0, 4], [2, 5]]    layers 0 1 2 3, then 2 3 4
 
-Replication changes the model, which adapters must not do. It is therefore done beforehand, and the config is checked.
+Replication changes the model, which applying an adapter must not do. So the user calls `replicate_layers` first, and
+the method only checks that the model matches the config.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from peftcore.plugin import PeftcoreError, has_adapters, validation
 
 
 def replicate_layers(model: Any, layer_map: Sequence[Sequence[int]]) -> Any:
-    """Repeat the layers of a transformers model according to `layer_map`, `[[first, last + 1], ...]`, in order.
+    """Repeat the layers of a transformers model in the order of `layer_map`, `[[first, last + 1], ...]`.
 
     As in Hugging Face PEFT, repeated layers share their weights. The model is changed in place and returned.
 
@@ -34,11 +35,11 @@ def replicate_layers(model: Any, layer_map: Sequence[Sequence[int]]) -> Any:
         bool(order) and all(0 <= i < len(layers) for i in order),
         f"layer_map={list(layer_map)!r} names layers that do not exist: the model has {len(layers)}",
     )
-    copies = [_sharing(layers[i]) for i in order]
-    for place, layer in enumerate(copies):
+    copies = [_copy_with_shared_weights(layers[i]) for i in order]
+    for position, layer in enumerate(copies):
         for module in layer.modules():
-            if hasattr(module, "layer_idx"):  # transformers finds the layer's cache by it
-                module.__dict__["layer_idx"] = place
+            if hasattr(module, "layer_idx"):  # the index of the layer's KV cache in transformers
+                module.__dict__["layer_idx"] = position
     setattr(owner, name, nn.ModuleList(copies))
     config: Any = getattr(model, "config", None)
     if getattr(config, "layer_types", None):
@@ -49,26 +50,27 @@ def replicate_layers(model: Any, layer_map: Sequence[Sequence[int]]) -> Any:
 
 
 def check_replicated(model: nn.Module, layer_map: Sequence[Sequence[int]]) -> None:
-    """Raise a PeftcoreError unless the layers of `model` are those of `layer_map`."""
+    """Raise a PeftcoreError unless the layers of `model` are repeated as `layer_map` says."""
     owner, name = _layers(model)
     layers, order = list(getattr(owner, name)), _order(layer_map)
-    first = [next(iter(layer.parameters()), None) for layer in layers]
-    there = [next(i for i, other in enumerate(first) if other is each) for each in first]
-    wanted = [order.index(i) for i in order]
+    # Repeated layers share their weights: for each layer, the position of the first one with the same weights.
+    weights = [id(next(iter(layer.parameters()), None)) for layer in layers]
+    first_positions = [weights.index(weight) for weight in weights]
+    expected_positions = [order.index(i) for i in order]
     validation.require(
-        there == wanted,
-        f"layer_replication={[list(each) for each in layer_map]} needs a model with repeated layers, and the "
-        f"{len(layers)} layers of this one are not repeated like that. Call peftcore_lora.replicate_layers(model, "
-        "...), which changes the model, and then apply or load",
+        first_positions == expected_positions,
+        f"layer_replication={[list(run) for run in layer_map]} needs a model with repeated layers, and the "
+        f"{len(layers)} layers of this model are not repeated in that order. Call "
+        "peftcore_lora.replicate_layers(model, ...), which changes the model, and then apply or load",
     )
 
 
 def _order(layer_map: Sequence[Sequence[int]]) -> list[int]:
     validation.require(
-        all(len(each) == 2 for each in layer_map),
+        all(len(run) == 2 for run in layer_map),
         f"layer_replication must have [first, last + 1] for each run of layers, found {list(layer_map)!r}",
     )
-    return [i for first, behind in layer_map for i in range(first, behind)]
+    return [i for start, stop in layer_map for i in range(start, stop)]
 
 
 def _layers(model: Any) -> tuple[Any, str]:
@@ -85,6 +87,7 @@ def _layers(model: Any) -> tuple[Any, str]:
     )
 
 
-def _sharing(layer: nn.Module) -> nn.Module:
+def _copy_with_shared_weights(layer: nn.Module) -> nn.Module:
     shared = [*layer.parameters(), *layer.buffers()]
+    # deepcopy takes tensors in the memo as already copied.
     return copy.deepcopy(layer, {id(tensor): tensor for tensor in shared})

@@ -1,4 +1,4 @@
-"""`trainable_token_indices`: rows of embeddings, trained with LoRA as `peftcore-trainable-tokens` trains them."""
+"""`trainable_token_indices`: rows of embeddings trained next to LoRA, by the plugin peftcore-trainable-tokens."""
 
 from __future__ import annotations
 
@@ -17,12 +17,14 @@ except ImportError:
 
 
 def refused_tokens(model: nn.Module, tensors: Mapping[str, Tensor], fields: Mapping[str, Any]) -> str | None:
-    """Return why the token rows of PEFT's file cannot be computed here, or None."""
-    return refused(model, tensors, fields) if refused is not None and fields.get("trainable_token_indices") else None
+    """Return the reason why the token rows of PEFT's file cannot be read, or None."""
+    if refused is None or not fields.get("trainable_token_indices"):
+        return None
+    return refused(model, tensors, fields)
 
 
 def misread_heads(model: nn.Module, paths: Iterable[str]) -> list[str]:
-    """Return the modules among `paths` that have trained rows, and a bias that PEFT leaves out."""
+    """Return the modules among `paths` that have trained rows and a bias, which PEFT does not add."""
     if token_rows is None:
         return []
     heads = biased_heads(model, paths)
@@ -30,54 +32,57 @@ def misread_heads(model: nn.Module, paths: Iterable[str]) -> list[str]:
 
 
 def place_tokens(model: nn.Module, config: LoraConfig, architecture: Architecture) -> list[Any]:
-    """Return placements of the rows that the config names.
+    """Return placements for the rows that the config names.
 
-    Modules tied to the embedding have the same rows, unless others are named for them. Different rows are refused with
-    ensure_weight_tying, and trained separately without.
+    Modules tied to the embedding train the same rows, unless the config names other rows for them. Those are trained
+    separately, which ensure_weight_tying=True refuses.
     """
-    given = config.trainable_token_indices or []
+    token_ids = config.trainable_token_indices or []
     validation.require(
         token_rows is not None,
         "trainable_token_indices needs the plugin peftcore-trainable-tokens, which is not installed. Install it",
     )
-    if not isinstance(given, Mapping):
+    if not isinstance(token_ids, Mapping):
         validation.require(
             architecture.embedding is not None,
             "the model's token embedding is unknown. Name it: trainable_token_indices={name: [...]}",
         )
-        given = {str(architecture.embedding): given}
-    rows = _by_path(model, given)
+        token_ids = {str(architecture.embedding): token_ids}
+    rows = _by_path(model, token_ids)
     for path in rows:
-        saved = next((entry for entry in config.modules_to_save or () if targets.is_inside(entry, path)), None)
+        saved_entry = next((entry for entry in config.modules_to_save or () if targets.is_inside(entry, path)), None)
         validation.require(
-            saved is None,
-            f"'{path}' is trained in full (modules_to_save names '{saved}'), and trainable_token_indices names rows of "
-            "it. Leave one out",
+            saved_entry is None,
+            f"'{path}' is trained in full (modules_to_save has '{saved_entry}'), and trainable_token_indices has rows "
+            "of it. Leave one out",
         )
-    placed: dict[str, Any] = {}
-    for path in sorted(rows, key=lambda path: path != architecture.embedding):  # tied modules are placed with it
-        if path in placed:
+    placements: dict[str, Any] = {}
+    # The embedding comes first, since its placements include the modules tied to it.
+    for path in sorted(rows, key=lambda path: path != architecture.embedding):
+        if path in placements:
             continue
-        tied = modules_tied_to(model, path) if path == architecture.embedding else []
-        other = next((each for each in tied if list(rows.get(each, rows[path])) != list(rows[path])), None)
+        tied_paths = modules_tied_to(model, path) if path == architecture.embedding else []
+        conflict = next((tied for tied in tied_paths if list(rows.get(tied, rows[path])) != list(rows[path])), None)
         validation.require(
-            other is None or not config.ensure_weight_tying,
-            f"trainable_token_indices names different rows of '{other}' and '{path}', which are tied. Name equal rows, "
-            "or train the two separately: ensure_weight_tying=False",
+            conflict is None or not config.ensure_weight_tying,
+            f"trainable_token_indices names different rows of '{conflict}' and '{path}', which are tied. Name equal "
+            "rows, or train the two separately: ensure_weight_tying=False",
         )
-        placed |= {each.path: each for each in token_rows(model, path, rows[path], together=bool(tied) and not other)}
-    return list(placed.values())
+        for placement in token_rows(model, path, rows[path], together=bool(tied_paths) and not conflict):
+            placements[placement.path] = placement
+    return list(placements.values())
 
 
-def _by_path(model: nn.Module, given: Mapping[str, Sequence[int]]) -> dict[str, Sequence[int]]:
-    kinds = (nn.Embedding, nn.Linear)
-    there = [path for path, module in base_modules(model) if isinstance(module, kinds)]
-    found: dict[str, Sequence[int]] = {}
-    for name, ids in given.items():
-        paths = [path for path in there if targets.matches(name, path)]
-        known = [part for path in there for part in (path, path.rpartition(".")[2])]
+def _by_path(model: nn.Module, token_ids: Mapping[str, Sequence[int]]) -> dict[str, Sequence[int]]:
+    """Return `token_ids` with the full path of each module instead of the suffix that the config names."""
+    candidates = [path for path, module in base_modules(model) if isinstance(module, (nn.Embedding, nn.Linear))]
+    leaves = [path.rpartition(".")[2] for path in candidates]
+    rows: dict[str, Sequence[int]] = {}
+    for name, ids in token_ids.items():
+        paths = [path for path in candidates if targets.matches(name, path)]
         validation.require(
-            bool(paths), f"trainable_token_indices: '{name}' is not an embedding or head{nearest(name, known)}"
+            bool(paths),
+            f"trainable_token_indices: '{name}' is not an embedding or head{nearest(name, [*candidates, *leaves])}",
         )
-        found |= dict.fromkeys(paths, ids)
-    return found
+        rows |= dict.fromkeys(paths, ids)
+    return rows

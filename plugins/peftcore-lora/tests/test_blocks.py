@@ -97,7 +97,7 @@ def test_what_has_no_meaning_is_refused(tmp_path: Path) -> None:
         ({"target_modules": ["q_proj", "v_proj"]}, r"v_proj' matches neither .* or choose match_strict=False"),
         (
             {"target_modules": ["embed_tokens"]},
-            r"\(Embedding\) is not a plain linear layer, as use_bdlora needs",
+            r"use_bdlora needs plain linear layers, and '.*' \(Embedding\) is not one",
         ),
         ({"lora_bias": True}, "use_bdlora is not supported with lora_bias=True. Leave one of them out"),
         ({"init_lora_weights": "pissa"}, "use_bdlora is not supported with init_lora_weights='pissa'"),

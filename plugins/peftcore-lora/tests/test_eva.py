@@ -111,13 +111,13 @@ def test_batches_of_any_size_give_one_result(sizes: list[int]) -> None:
     _, values, vectors = torch.linalg.svd((kept - kept.mean(0)).double(), full_matrices=False)
     torch.testing.assert_close(followed.values[:3], values[:3], rtol=1e-4, atol=1e-5)
     assert overlap(followed.vectors[:3], vectors[:3]) > 0.9999
-    torch.testing.assert_close(followed.explained().sum().item(), 1.0, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(followed.explained_variance().sum().item(), 1.0, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
     ("changes", "given", "message"),
     [
-        ({}, None, r"init_lora_weights='eva' needs data: pass peftcore.apply\(..., batches="),
+        ({}, None, r"init_lora_weights='eva' needs data. Pass .* peftcore.apply\(..., batches="),
         ({}, [], "`batches` is empty"),
         ({"eva_config": {"rhoo": 2.0}}, batches(1), "eva_config has no field 'rhoo'. Its fields: rho, tau"),
         ({"eva_config": {"rho": 0.5}}, batches(1), "rho must be 1 or more, found 0.5"),

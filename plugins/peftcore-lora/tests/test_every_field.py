@@ -1,6 +1,6 @@
-"""docs/lora.md: what becomes of each field of PEFT's `LoraConfig`, by files that PEFT makes, read here, and taken back.
+"""docs/lora.md: whether files with each field of PEFT's `LoraConfig` load in peftcore, and load back in PEFT.
 
-PEFTCORE_WRITE_FIELDS=1 writes the page; else it is compared with what is found.
+PEFTCORE_WRITE_FIELDS=1 writes the page; otherwise the test compares it with the outcomes.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import peft
 import pytest
 import torch
 from peftcore_lora import replicate_layers
-from peftcore_lora.files import PLAIN
+from peftcore_lora.files import PLAIN_VARIANTS
 from support import tiny
 from support.against_peft import logits, moved, quiet
 from torch import nn
@@ -25,24 +25,27 @@ from torch import nn
 import peftcore
 
 PAGE = Path(__file__).parents[3] / "docs" / "lora.md"
-# Of every config; `runtime_config` is no part of a file.
+# Fields that every config of PEFT has; `runtime_config` is not saved.
 COMMON = {f.name for f in dataclasses.fields(peft.PeftConfig)} | {"peft_type", "inference_mode", "runtime_config"}
-
-
-def grouped() -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(4, 8, 3, groups=2), nn.Flatten(), nn.Linear(72, 3)).eval()
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """Fields of a file that PEFT makes on a model, and `edited` ones, which are written into its config afterwards."""
+    """A file that PEFT writes.
 
-    shown: str
+    Args:
+        label: the field's value in the page.
+        fields: arguments of PEFT's config.
+        edits: fields written into the saved config afterwards.
+        make: makes the base.
+        prepare: prepares the base before peftcore loads the file.
+    """
+
+    label: str
     fields: dict[str, Any] = dataclasses.field(default_factory=dict)
-    edited: dict[str, Any] = dataclasses.field(default_factory=dict)
+    edits: dict[str, Any] = dataclasses.field(default_factory=dict)
     make: Callable[[], nn.Module] = tiny.llama
-    prepare: Callable[[nn.Module], Any] = lambda model: model  # of the base, before its file is loaded here
+    prepare: Callable[[nn.Module], Any] = lambda model: model
 
 
 Q = {"target_modules": ["q_proj", "o_proj"]}
@@ -51,8 +54,8 @@ TWICE = [[0, 2], [1, 2]]
 CONFIGS = ("eva_config", "corda_config", "lora_ga_config", "loftq_config")
 
 
-def cases(field: str, *values: Any, make: Callable[[], nn.Module] = tiny.llama, **others: Any) -> list[Case]:
-    return [Case(json.dumps(value), {**Q, **others, field: value}, make=make) for value in values]
+def cases(field: str, *values: Any, make: Callable[[], nn.Module] = tiny.llama, **fields: Any) -> list[Case]:
+    return [Case(json.dumps(value), {**Q, **fields, field: value}, make=make) for value in values]
 
 
 ROWS: dict[str, list[Case]] = {
@@ -107,7 +110,7 @@ ROWS: dict[str, list[Case]] = {
 
 
 NOTES = {
-    **{name: f"as plain LoRA, which computes the same; {what}" for name, what in PLAIN.items()},
+    **{name: f"as plain LoRA, which computes the same; {effect}" for name, effect in PLAIN_VARIANTS.items()},
     **dict.fromkeys(CONFIGS, "only for the initialisation by `init_lora_weights`; a trained file does not need it"),
     "layer_replication": "after `peftcore_lora.replicate_layers(model, ...)`, without which it is refused",
     "megatron_core": "no effect without `megatron_config`",
@@ -115,57 +118,57 @@ NOTES = {
     "fan_in_fan_out": "peftcore reads the layout from the layer",
     "use_dora": "by the plugin `dora`",
     "alora_invocation_tokens": "by the plugin `alora`",
-    "target_parameters": "of any module, of two or three dimensions; files of PEFT before 0.19, too",
-    "trainable_token_indices": "by the plugin `trainable-tokens`; of what is tied to the embedding, too",
+    "target_parameters": "parameters of any module, with two or three dimensions; also files of PEFT before 0.19",
+    "trainable_token_indices": "by the plugin `trainable-tokens`; also modules tied to the embedding",
     "lora_bias": "merging changes the layer's bias, and is refused for layers without one",
     "ensure_weight_tying": "PEFT's default is False, here it is True",
 }
 
 
 def outcome(case: Case, folder: Path) -> str:
-    """`works`, or the sentence with which the file is refused."""
+    """`works`, or the error that refuses the file."""
     base = case.make()
     task = peftcore.model.detect(base).task_type
     config = quiet(peft.LoraConfig, task_type=task, **{"r": 4, **case.fields})
-    theirs = moved(quiet(peft.get_peft_model, base, config).eval())
-    quiet(theirs.save_pretrained, folder / "theirs")
-    file = folder / "theirs" / "adapter_config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), **case.edited}))
+    peft_model = moved(quiet(peft.get_peft_model, base, config).eval())
+    quiet(peft_model.save_pretrained, folder / "peft")
+    file = folder / "peft" / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **case.edits}))
     try:
-        ours = quiet(peftcore.load, case.prepare(case.make()), folder / "theirs")
+        model = quiet(peftcore.load, case.prepare(case.make()), folder / "peft")
     except peftcore.PeftcoreError as error:
-        return re.sub(r"^'[^']*theirs[^']*'[: ]*", "", str(error)).strip()
-    torch.testing.assert_close(logits(ours), logits(theirs), rtol=0, atol=1e-5)
-    peftcore.save(ours, folder / "ours")
-    again = quiet(peft.PeftModel.from_pretrained, case.make(), folder / "ours").eval()
-    torch.testing.assert_close(logits(again), logits(ours), rtol=0, atol=1e-5)
+        return re.sub(r"^'[^']*peft[^']*'[: ]*", "", str(error)).strip()
+    torch.testing.assert_close(logits(model), logits(peft_model), rtol=0, atol=1e-5)
+    peftcore.save(model, folder / "peftcore")
+    reloaded = quiet(peft.PeftModel.from_pretrained, case.make(), folder / "peftcore").eval()
+    torch.testing.assert_close(logits(reloaded), logits(model), rtol=0, atol=1e-5)
     return "works"
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[tuple[str, str]]]:
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[tuple[str, str]]]:
     """{field: [(value, outcome)]}."""
     return {
-        field: [(case.shown, outcome(case, tmp_path_factory.mktemp(field))) for case in of_field]
-        for field, of_field in ROWS.items()
+        field: [(case.label, outcome(case, tmp_path_factory.mktemp(field))) for case in field_cases]
+        for field, field_cases in ROWS.items()
     }
 
 
-def page(found: dict[str, list[tuple[str, str]]]) -> str:
+def page(outcomes: dict[str, list[tuple[str, str]]]) -> str:
     lines = [
         "# LoRA: each field of PEFT's `LoraConfig`",
         "",
-        "For each value PEFT writes a file, which peftcore loads and saves, and PEFT loads again. *Works* means that",
-        "both times the logits are equal to 1e-5 in float32; otherwise the table has the error that refuses the file.",
+        "For each value PEFT writes a file, peftcore loads and saves it, and PEFT loads that. *Works* means that both",
+        "times the logits agree to 1e-5 in float32; otherwise the table has the error that refuses the file.",
         "",
         "| field | value | outcome |",
         "|---|---|---|",
     ]
-    for field, outcomes in found.items():
-        grouped: dict[str, list[str]] = {}
-        for shown, result in outcomes:
-            grouped.setdefault(result, []).append(shown.replace("|", "\\|"))
-        for result, values in grouped.items():
+    for field, field_outcomes in outcomes.items():
+        values_by_result: dict[str, list[str]] = {}
+        for label, result in field_outcomes:
+            values_by_result.setdefault(result, []).append(label.replace("|", "\\|"))
+        for result, values in values_by_result.items():
             note = f" ({NOTES[field]})" if result == "works" and field in NOTES else ""
             lines.append(f"| `{field}` | {', '.join(f'`{value}`' for value in values)} | {result}{note} |")
     return "\n".join([*lines, "", f"Made by `{Path(__file__).name}` on PEFT {peft.__version__}."]) + "\n"
@@ -176,17 +179,16 @@ def test_every_field_has_a_row() -> None:
     assert fields == ROWS.keys()
 
 
-def test_the_page_says_what_is_found(found: dict[str, list[tuple[str, str]]]) -> None:
+def test_page_is_up_to_date(outcomes: dict[str, list[tuple[str, str]]]) -> None:
     if os.environ.get("PEFTCORE_WRITE_FIELDS"):
-        PAGE.write_text(page(found))
-    assert page(found) == PAGE.read_text(), "docs/lora.md is stale: PEFTCORE_WRITE_FIELDS=1 updates it"
+        PAGE.write_text(page(outcomes))
+    assert page(outcomes) == PAGE.read_text(), "docs/lora.md is stale: PEFTCORE_WRITE_FIELDS=1 updates it"
 
 
-def test_plain_fields_work(found: dict[str, list[tuple[str, str]]]) -> None:
-    """Whatever else is refused, these are not."""
-    refused = {
+def test_supported_fields_work(outcomes: dict[str, list[tuple[str, str]]]) -> None:
+    partly_refused = {
         "megatron_config", "use_qalora", "arrow_config", "kasa_config", "init_lora_weights",
         "use_dora",
     }  # fmt: skip
-    wrong = {(field, *each) for field in found.keys() - refused for each in found[field] if each[1] != "works"}
-    assert wrong == set()
+    for field in outcomes.keys() - partly_refused:
+        assert {result for _, result in outcomes[field]} == {"works"}, field

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from peftcore_lora.pipelines.kohya_file import FORMAT
-from peftcore_lora.pipelines.kohya_names import names_of
+from peftcore_lora.pipelines.kohya_names import readable_names
 from safetensors.torch import save_file
 from support import pipelines
 from support.pipelines import FILE, is_layer, of_kohya, output, pipeline
@@ -21,7 +21,9 @@ def test_names_of_stable_diffusion(tmp_path: Path) -> None:
     pipe = pipeline("sdxl")
     every = {path for path, module in pipe.unet.named_modules() if is_layer(module)}
     known = {
-        flat: name.paths[0] for flat, name in names_of(pipe.unet).items() if name.paths[0].replace(".", "_") != flat
+        flat: name.paths[0]
+        for flat, name in readable_names(pipe.unet).items()
+        if name.paths[0].replace(".", "_") != flat
     }
     assert set(known.values()) == every
     torch.manual_seed(3)
@@ -56,7 +58,7 @@ def test_names_of_flux(blocks: bool, tmp_path: Path) -> None:
     pipe = pipeline("flux")
     torch.manual_seed(3)
     tensors: dict[str, Tensor] = {}
-    for flat, name in names_of(pipe.transformer).items():
+    for flat, name in readable_names(pipe.transformer).items():
         if flat.startswith("double_blocks"):
             rows = [pipe.transformer.get_submodule(path).weight.shape[0] for path in name.paths]
             width = pipe.transformer.get_submodule(name.paths[0]).weight.shape[1]

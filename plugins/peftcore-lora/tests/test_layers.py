@@ -125,17 +125,17 @@ def test_peft_computes_the_same(case: tuple[Callable[[], nn.Module], Any], tmp_p
 
 
 REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
-    "BART's places": (lambda: model_of("bart", "BartLearnedPositionalEmbedding", 20, 8), "more than look its input up"),
-    "OPT's places": (lambda: model_of("opt", "OPTLearnedPositionalEmbedding", 20, 8), "more than look its input up"),
-    "Whisper's places": (lambda: model_of("whisper", "WhisperPositionalEmbedding", 20, 8), "more than look its"),
+    "BART's places": (lambda: model_of("bart", "BartLearnedPositionalEmbedding", 20, 8), "more than look up its input"),
+    "OPT's places": (lambda: model_of("opt", "OPTLearnedPositionalEmbedding", 20, 8), "more than look up its input"),
+    "Whisper's places": (lambda: model_of("whisper", "WhisperPositionalEmbedding", 20, 8), "more than look up its"),
     "a second table": (
         lambda: model_of("idefics", "IdeficsDecoupledEmbedding", 20, 4, 8, False, padding_idx=0),
-        "more than look its input up",
+        "more than look up its input",
     ),
-    "rows of bounded norm": (lambda: Box(nn.Embedding(20, 8, max_norm=1.0)), "more than look its input up"),
+    "rows of bounded norm": (lambda: Box(nn.Embedding(20, 8, max_norm=1.0)), "more than look up its input"),
     "standardized": (
         lambda: model_of("bit", "WeightStandardizedConv2d", 8, 6, 3),
-        "more with its weight than convolve",
+        "more than a convolution with its weight",
     ),
     "complex": (lambda: Box(nn.Linear(8, 6, dtype=torch.complex64)), "complex weights"),
 }

@@ -189,10 +189,10 @@ def test_bad_fields(fields: dict[str, Any], message: str) -> None:
 def test_convolutions_in_groups() -> None:
     with pytest.raises(peftcore.PeftcoreError, match=r"r must be a multiple .* found 3.*rank_pattern=\{'0': 2\}"):
         peftcore.apply(nn.Sequential(nn.Conv2d(4, 4, 3, groups=2)), "lora", target_modules=["0"], r=3)
-    with pytest.raises(peftcore.PeftcoreError, match=r"in 2 groups that is dilated.*exclude_modules=\['0'\]"):
+    with pytest.raises(peftcore.PeftcoreError, match=r"with 2 groups that is dilated.*exclude_modules=\['0'\]"):
         peftcore.apply(nn.Sequential(nn.Conv1d(4, 4, 3, groups=2, dilation=2)), "lora", target_modules=["0"], r=2)
     model = peftcore.apply(nn.Sequential(nn.Conv2d(4, 4, 3, groups=2)), "lora", target_modules=["0"], r=2)
-    with pytest.raises(peftcore.PeftcoreError, match="reaches across the groups, so it cannot be merged"):
+    with pytest.raises(peftcore.PeftcoreError, match="connects all groups, so it cannot be merged"):
         peftcore.merge(model, undo=True)
 
 

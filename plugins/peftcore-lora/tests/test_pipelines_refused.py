@@ -109,7 +109,7 @@ STEM = "lora_unet_down_blocks_1_attentions_0_proj_in"
         ({f"{STEM}.lora_up.weight": torch.ones(32, 3, 1, 1)}, r"has A \[2, 32, 1, 1\] and B \[32, 3, 1, 1\]"),
         ({f"{STEM}.lora_up.weight": torch.ones(0)}, "which are no"),
         ({f"{STEM}.lora_up.weight": None}, r"lora_B \(up\) of .* is missing"),
-        ({f"{STEM}.lora_up.weight": torch.ones(31, 2, 1, 1)}, "but the model has 32 outputs there"),
+        ({f"{STEM}.lora_up.weight": torch.ones(31, 2, 1, 1)}, "but in this model it has 32 outputs"),
         ({f"{STEM}.lora_down.weight": torch.ones(2, 31, 1, 1)}, "has shape"),
         ({f"{STEM}.lora_down.weight": torch.full((2, 32, 1, 1), float("inf"))}, "not finite"),
         (
@@ -135,7 +135,7 @@ def test_hostile_files(change: dict[str, Tensor | None], message: str, tmp_path:
     [
         ("[", "is not JSON"),
         ("[" * 100_000, "is not JSON"),
-        ("3", "is not an object"),
+        ("3", "is not a JSON object"),
         ('{"unet.r": 5, "unet.lora_alpha": 4}', "the header has r=5"),
         ('{"unet.r": 4, "unet.lora_alpha": "x"}', "the header has lora_alpha='x'"),
         ('{"unet.r": 4, "unet.rank_pattern": {"((a+)+)+$": 4}}', None),

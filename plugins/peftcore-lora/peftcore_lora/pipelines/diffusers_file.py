@@ -18,7 +18,15 @@ from typing import Any
 from torch import Tensor, nn
 
 from peftcore.plugin import CheckpointError, FileFormat, targets, validation
-from peftcore_lora.pipelines.layer_changes import Change, complete, from_peft, layers, number, ranks_and_alphas, to_peft
+from peftcore_lora.pipelines.layer_changes import (
+    Change,
+    adaptable_layers,
+    build_change,
+    from_peft,
+    ranks_and_alphas,
+    read_alpha,
+    to_peft,
+)
 from peftcore_lora.pipelines.parts import TEXT_ENCODER, TRANSFORMER, UNET, has_flat_clip, parts
 
 FILE = "pytorch_lora_weights.safetensors"
@@ -34,129 +42,138 @@ TENSOR = re.compile(
     r")"
 )
 OLD_NAMES = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}  # CLIP's projections
-# Fields of the header that tensors determine, or that concern training and differ between releases of PEFT.
-REPLACED = {"r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules", "exclude_modules"} | {
+# Fields of the header that are not taken over: the tensors determine them, or they differ between releases of PEFT.
+IGNORED_FIELDS = {"r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules", "exclude_modules"} | {
     "layers_to_transform", "layers_pattern", "use_rslora", "use_dora", "lora_bias", "modules_to_save"
 }  # fmt: skip
 
 
 def matches(names: Collection[str]) -> bool:
-    found = [PART.fullmatch(name) is not None for name in names if TENSOR.fullmatch(name)]
-    others = any(name.startswith(("lora_", "diffusion_model.")) for name in names)  # of kohya, ComfyUI
-    return bool(found) and all(found) == any(found) and not others
+    have_part = [PART.fullmatch(name) is not None for name in names if TENSOR.fullmatch(name)]
+    is_kohya = any(name.startswith(("lora_", "diffusion_model.")) for name in names)  # the latter is ComfyUI's prefix
+    all_or_none = all(have_part) == any(have_part)
+    return bool(have_part) and all_or_none and not is_kohya
 
 
 def split(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    found: dict[str, dict[str, Tensor]] = {}
+    parts_tensors: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         match = PART.fullmatch(name)
-        part, inside = (match[1], match[2]) if match else ("", name)
-        found.setdefault(part, {})[inside] = tensor
-    return found
+        part, name_in_part = (match[1], match[2]) if match else ("", name)
+        parts_tensors.setdefault(part, {})[name_in_part] = tensor
+    return parts_tensors
 
 
 def read(
     model: nn.Module, part: str, tensors: dict[str, Tensor], metadata: Mapping[str, str]
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    there = layers(model)
-    found: dict[str, dict[str, Tensor]] = {}
+    layers = adaptable_layers(model)
+    layer_tensors: dict[str, dict[str, Tensor]] = {}
     unknown: list[str] = []
-    names: dict[str, str] = {}  # ours: in the file
+    file_paths: dict[str, str] = {}  # {path in the model: path in the file}
     for name, tensor in tensors.items():
         match = TENSOR.fullmatch(name)
-        path = match and _path(match["path"], there)
+        path = match and _path(match["path"], layers)
         if match is None or not path:
             unknown.append(name)
             continue
         kind = str(match.lastgroup)
-        validation.require(kind not in found.setdefault(path, {}), f"it has {kind} for '{path}' twice")
-        found[path][kind] = tensor
-        names[path] = match["path"]
-    if unknown or not found:
-        what = ", ".join(f"'{name}'" for name in unknown[:5]) or "none"
+        validation.require(kind not in layer_tensors.setdefault(path, {}), f"the file has {kind} for '{path}' twice")
+        layer_tensors[path][kind] = tensor
+        file_paths[path] = match["path"]
+    if unknown or not layer_tensors:
+        examples = ", ".join(f"'{name}'" for name in unknown[:5]) or "none"
         raise CheckpointError(
-            f"{len(unknown)} of its tensors are not for a layer of {type(model).__name__}, or not LoRA: {what}"
+            f"{len(unknown)} of the file's tensors are not for a layer of {type(model).__name__}, or not LoRA: "
+            f"{examples}"
         )
-    fields = _header(metadata, part)
-    changes = {path: _change(path, names[path], each, fields) for path, each in found.items()}
+    fields = _header_fields(metadata, part)
+    changes = {path: _change(path, file_paths[path], ab, fields) for path, ab in layer_tensors.items()}
     for name, kind in (("use_dora", "magnitude"), ("lora_bias", "bias")):
-        there_is = any(kind in each for each in found.values())
+        has_tensor = any(kind in ab for ab in layer_tensors.values())
         validation.require(
-            there_is or not (fields or {}).get(name), f"the header has {name}=true, but no tensor is a {kind}"
+            has_tensor or not (fields or {}).get(name), f"the header has {name}=true, but no tensor is a {kind}"
         )
-    return to_peft(model, changes, {name: value for name, value in (fields or {}).items() if name not in REPLACED})
+    other_fields = {name: value for name, value in (fields or {}).items() if name not in IGNORED_FIELDS}
+    return to_peft(model, changes, other_fields)
 
 
-def _change(path: str, in_file: str, found: dict[str, Tensor], fields: dict[str, Any] | None) -> Change:
-    alpha = number(f"{in_file}.alpha", found["alpha"]) if "alpha" in found else None
+def _change(path: str, file_path: str, layer_tensors: dict[str, Tensor], fields: dict[str, Any] | None) -> Change:
+    alpha = read_alpha(f"{file_path}.alpha", layer_tensors["alpha"]) if "alpha" in layer_tensors else None
     if fields is None:
-        return complete(path, found, alpha)
-    validation.require(alpha is None, f"'{in_file}' has an alpha, and the header has another")
+        return build_change(path, layer_tensors, alpha)
+    validation.require(alpha is None, f"'{file_path}' has an alpha, and the header has another")
     values: dict[str, Any] = {}
-    for name, pattern, usual in (("r", "rank_pattern", 8), ("lora_alpha", "alpha_pattern", 8)):
-        values[name] = fields.get(name, usual)
-        for each in (in_file, path):
-            values[name] = targets.pattern_value(fields.get(pattern), each, values[name])
-        is_number = isinstance(values[name], (int, float)) and not isinstance(values[name], bool)
-        validation.require(is_number, f"the header has {name}={values[name]!r} for '{path}'")
-    change = complete(path, found, float(values["lora_alpha"]), bool(fields.get("use_rslora")))
+    for name, pattern, default in (("r", "rank_pattern", 8), ("lora_alpha", "alpha_pattern", 8)):
+        value = targets.pattern_value(fields.get(pattern), file_path, fields.get(name, default))
+        value = targets.pattern_value(fields.get(pattern), path, value)
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        validation.require(is_number, f"the header has {name}={value!r} for '{path}', which is not a number")
+        values[name] = value
+    change = build_change(path, layer_tensors, float(values["lora_alpha"]), bool(fields.get("use_rslora")))
     validation.require(
         change.r == values["r"], f"'{path}' has A {list(change.a.shape)}, but the header has r={values['r']}"
     )
     return change
 
 
-def _path(path: str, there: Collection[str]) -> str | None:
-    """Return the layer for a path in a file."""
+def _path(path: str, layers: Collection[str]) -> str | None:
+    """Return the model's layer for a path in a file, by current or older names; None if it has none."""
     path = path.replace(".processor.", ".")
-    stem, _, last = path.rpartition(".")
-    candidates = [path, f"{path}.0", f"{stem}.{OLD_NAMES.get(last, last)}"]
-    candidates += [each.removeprefix("text_model.") for each in candidates]
-    candidates += [f"text_model.{each}" for each in candidates]
-    return next((each for each in candidates if each in there), None)
+    stem, _, leaf = path.rpartition(".")
+    candidates = [path, f"{path}.0", f"{stem}.{OLD_NAMES.get(leaf, leaf)}"]
+    # transformers 5 has no `text_model.` in CLIP, and releases before it do.
+    candidates += [candidate.removeprefix("text_model.") for candidate in candidates]
+    candidates += [f"text_model.{candidate}" for candidate in candidates]
+    return next((candidate for candidate in candidates if candidate in layers), None)
 
 
-def _header(metadata: Mapping[str, str], part: str) -> dict[str, Any] | None:
+def _header_fields(metadata: Mapping[str, str], part: str) -> dict[str, Any] | None:
     """Return the fields of a part's config, or None if the file has none."""
     if HEADER not in metadata:
         return None
     try:
         fields = json.loads(metadata[HEADER])
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"its {HEADER} is not JSON: {error}") from error
+        raise CheckpointError(f"{HEADER} in the header is not JSON: {error}") from error
     if not isinstance(fields, dict):
-        raise CheckpointError(f"its {HEADER} is not an object")
+        raise CheckpointError(f"{HEADER} in the header is not a JSON object")
     prefix = f"{part}." if part else ""
-    own = {name.removeprefix(prefix): value for name, value in fields.items() if name.startswith(prefix)}
-    return own or None
+    part_fields = {name.removeprefix(prefix): value for name, value in fields.items() if name.startswith(prefix)}
+    return part_fields or None
 
 
 def write(
     contents: Mapping[str, tuple[nn.Module, dict[str, Tensor], dict[str, Any]]],
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    found: dict[str, Tensor] = {}
+    tensors_on_disk: dict[str, Tensor] = {}
     header: dict[str, Any] = {}
     for part, (model, tensors, fields) in contents.items():
         changes = from_peft(model, tensors, fields)
-        of_text = part not in (UNET, TRANSFORMER)
-        down, up = (".lora_linear_layer.down", ".lora_linear_layer.up") if of_text else (".lora_A", ".lora_B")
-        magnitude = ".lora_magnitude_vector" + (".weight" if of_text else "")
+        is_text_encoder = part not in (UNET, TRANSFORMER)
+        down, up = (".lora_linear_layer.down", ".lora_linear_layer.up") if is_text_encoder else (".lora_A", ".lora_B")
+        magnitude = ".lora_magnitude_vector" + (".weight" if is_text_encoder else "")
         for path, change in changes.items():
             stem = f"{part}.{'text_model.' if has_flat_clip(model) else ''}{path}"
-            found |= {f"{stem}{down}.weight": change.a, f"{stem}{up}.weight": change.b}
-            found |= {} if change.bias is None else {f"{stem}{up}.bias": change.bias}
-            found |= {} if change.magnitude is None else {f"{stem}{magnitude}": change.magnitude}
-        first = next(iter(changes.values()))
+            tensors_on_disk |= {f"{stem}{down}.weight": change.a, f"{stem}{up}.weight": change.b}
+            if change.bias is not None:
+                tensors_on_disk[f"{stem}{up}.bias"] = change.bias
+            if change.magnitude is not None:
+                tensors_on_disk[f"{stem}{magnitude}"] = change.magnitude
         config = {
             **ranks_and_alphas(model, changes),
             "target_modules": targets.minimal_suffixes(model, changes),
             "lora_dropout": fields.get("lora_dropout", 0.0),
-            **({"use_rslora": True} if first.rs else {}),
-            **({"use_dora": True} if first.magnitude is not None else {}),
-            **({"lora_bias": True} if first.bias is not None else {}),
         }
+        any_change = next(iter(changes.values()))  # all layers agree on these flags
+        flags = {
+            "use_rslora": any_change.rs,
+            "use_dora": any_change.magnitude is not None,
+            "lora_bias": any_change.bias is not None,
+        }
+        config |= {name: True for name, value in flags.items() if value}
         header |= {f"{part}.{name}": value for name, value in config.items()}
-    return found, {HEADER: json.dumps(header, indent=2, sort_keys=True)}
+    return tensors_on_disk, {HEADER: json.dumps(header, indent=2, sort_keys=True)}
 
 
 FORMAT = FileFormat("diffusers", FILE, matches, parts, split, read, write)

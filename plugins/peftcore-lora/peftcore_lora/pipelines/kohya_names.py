@@ -1,7 +1,7 @@
-"""Names of layers in kohya's files, each with the layers that it covers.
+"""Names of layers in kohya's files, and the layers of a diffusers model that each name covers.
 
-They are paths with _ for each dot, and the names of the models' first authors: Stable Diffusion's
-(`input_blocks.1.1.proj_in`) and Flux' (`double_blocks.0.img_attn.qkv`).
+A name is a path with _ for each dot. It is diffusers' path, or the one in the model's original release: Stable
+Diffusion's `input_blocks.1.1.proj_in`, Flux' `double_blocks.0.img_attn.qkv`.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from peftcore.plugin import original_class
-from peftcore_lora.pipelines.layer_changes import layers
+from peftcore_lora.pipelines.layer_changes import adaptable_layers
 from peftcore_lora.pipelines.parts import has_flat_clip
 
 
 class Name(NamedTuple):
-    """Layers with concatenated outputs; `swapped`: the halves of the output are exchanged."""
+    """Layers whose outputs one name concatenates, and whether the file has the halves of the output exchanged."""
 
     paths: tuple[str, ...]
-    swapped: bool = False
+    swaps_halves: bool = False
 
 
 RESNET = {
@@ -66,37 +66,39 @@ FLUX_ENDS = {
     "final_layer.linear": "proj_out",
     "final_layer.adaLN_modulation.1": "norm_out.linear",
 }
-SWAPPED = {"final_layer.adaLN_modulation.1"}  # shift and scale in the file, scale and shift in diffusers
+SWAPPED_HALVES = {"final_layer.adaLN_modulation.1"}  # shift and scale in the file, scale and shift in diffusers
 
 
-def names_of(model: nn.Module) -> dict[str, Name]:
+def readable_names(model: nn.Module) -> dict[str, Name]:
     """Return all names that a file may use for a model's layers, except ambiguous ones."""
-    there = layers(model)
-    found: dict[str, Name] = {}
-    twice: set[str] = set()
-    prefixes = ("", "text_model.") if has_flat_clip(model) else ("",)
-    own = [(f"{prefix}{path}", Name((path,))) for path in there for prefix in prefixes]
-    for path, name in [*own, *_unet(model), *_flux(model)]:
-        flat = path.replace(".", "_")
-        if all(each in there for each in name.paths) and found.setdefault(flat, name) != name:
-            twice.add(flat)
-    return {flat: name for flat, name in found.items() if flat not in twice}
+    layers = adaptable_layers(model)
+    names: dict[str, Name] = {}
+    ambiguous: set[str] = set()
+    diffusers_names = [(path, Name((path,))) for path in layers]
+    if has_flat_clip(model):
+        diffusers_names += [(f"text_model.{path}", Name((path,))) for path in layers]
+    for path, name in [*diffusers_names, *_unet(model), *_flux(model)]:
+        flat_name = path.replace(".", "_")
+        if all(layer in layers for layer in name.paths) and names.setdefault(flat_name, name) != name:
+            ambiguous.add(flat_name)
+    return {flat_name: name for flat_name, name in names.items() if flat_name not in ambiguous}
 
 
-def written_names(model: nn.Module) -> dict[str, tuple[str, ...]]:
-    """Return the names to write layers with, which diffusers reads."""
-    there, known = layers(model), names_of(model)
+def names_to_write(model: nn.Module) -> dict[str, tuple[str, ...]]:
+    """Return the names to save a model's layers under, which diffusers can read, and the layers that each covers."""
+    layers = adaptable_layers(model)
     if is_flux(model):
-        chosen = {path.replace(".", "_") for path, name in _flux(model) if "blocks" in path}
+        paths = [path for path, _ in _flux(model) if "blocks" in path]
     elif is_unet(model):
-        ends = {path.replace(".", "_") for path in UNET_ENDS if path.startswith("label_emb")}
-        chosen = {path.replace(".", "_") for path in there if not path.startswith("add_embedding")} | ends
+        paths = [path for path in layers if not path.startswith("add_embedding")]
+        paths += [path for path in UNET_ENDS if path.startswith("label_emb")]
     elif is_clip(model):
         prefix = "text_model." if has_flat_clip(model) else ""
-        chosen = {f"{prefix}{path}".replace(".", "_") for path in there}
+        paths = [f"{prefix}{path}" for path in layers]
     else:
         return {}
-    return {flat: name.paths for flat, name in known.items() if flat in chosen}
+    flat_names = {path.replace(".", "_") for path in paths}
+    return {flat_name: name.paths for flat_name, name in readable_names(model).items() if flat_name in flat_names}
 
 
 def is_unet(model: nn.Module) -> bool:
@@ -114,30 +116,28 @@ def is_clip(model: nn.Module) -> bool:
 def _flux(model: Any) -> Iterator[tuple[str, Name]]:
     if not is_flux(model):
         return
-    for there, here, table in (
+    for original, renamed, table in (
         ("double_blocks", "transformer_blocks", DOUBLE),
         ("single_blocks", "single_transformer_blocks", SINGLE),
     ):
-        for i in range(len(getattr(model, here))):
+        for i in range(len(getattr(model, renamed))):
             for name, paths in table.items():
-                yield f"{there}.{i}.{name}", Name(tuple(f"{here}.{i}.{path}" for path in paths))
+                yield f"{original}.{i}.{name}", Name(tuple(f"{renamed}.{i}.{path}" for path in paths))
     for name, path in FLUX_ENDS.items():
-        yield name, Name((path,), name in SWAPPED)
+        yield name, Name((path,), name in SWAPPED_HALVES)
 
 
 def _unet(model: Any) -> Iterator[tuple[str, Name]]:
-    """Yield Stable Diffusion's original names: every resnet or sampler is a block, with its attention next to it."""
+    """Yield Stable Diffusion's original names, where each resnet or sampler has a block, with its attention if any."""
     if not is_unet(model):
         return
-    there = layers(model)
-    blocks: list[tuple[str, str]] = []  # (original prefix, ours)
+    layers = adaptable_layers(model)
+    blocks: list[tuple[str, str]] = []  # (prefix in the original release, prefix in diffusers)
     n = 1
     for i, down in enumerate(model.down_blocks):
         for j in range(len(getattr(down, "resnets", ()))):
-            blocks += [
-                (f"input_blocks.{n}.{k}", f"down_blocks.{i}.{kind}.{j}")
-                for k, kind in enumerate(("resnets", "attentions"))
-            ]
+            blocks.append((f"input_blocks.{n}.0", f"down_blocks.{i}.resnets.{j}"))
+            blocks.append((f"input_blocks.{n}.1", f"down_blocks.{i}.attentions.{j}"))
             n += 1
         if getattr(down, "downsamplers", None):
             blocks.append((f"input_blocks.{n}.0", f"down_blocks.{i}.downsamplers.0"))
@@ -149,16 +149,16 @@ def _unet(model: Any) -> Iterator[tuple[str, Name]]:
         count = len(getattr(up, "resnets", ()))
         for j in range(count):
             kinds = ["resnets", *(["attentions"] if getattr(up, "attentions", None) else [])]
-            inside = [f"up_blocks.{i}.{kind}.{j}" for kind in kinds]
+            block_paths = [f"up_blocks.{i}.{kind}.{j}" for kind in kinds]
             if j == count - 1 and getattr(up, "upsamplers", None):
-                inside.append(f"up_blocks.{i}.upsamplers.0")
-            blocks += [(f"output_blocks.{n}.{k}", path) for k, path in enumerate(inside)]
+                block_paths.append(f"up_blocks.{i}.upsamplers.0")
+            blocks += [(f"output_blocks.{n}.{k}", path) for k, path in enumerate(block_paths)]
             n += 1
     for prefix, path in blocks:
-        renamed = {f"{path}.{ours}": f"{prefix}.{theirs}" for theirs, ours in RESNET.items()}
-        renamed |= {f"{path}.conv": f"{prefix}.{'op' if 'downsamplers' in path else 'conv'}"}
-        for layer in there:
+        original_names = {f"{path}.{name}": f"{prefix}.{original}" for original, name in RESNET.items()}
+        original_names[f"{path}.conv"] = f"{prefix}.op" if "downsamplers" in path else f"{prefix}.conv"
+        for layer in layers:
             if layer.startswith(f"{path}."):
-                yield renamed.get(layer, f"{prefix}{layer.removeprefix(path)}"), Name((layer,))
-    for theirs, ours in UNET_ENDS.items():
-        yield theirs, Name((ours,))
+                yield original_names.get(layer, f"{prefix}{layer.removeprefix(path)}"), Name((layer,))
+    for original, name in UNET_ENDS.items():
+        yield original, Name((name,))

@@ -1,4 +1,4 @@
-"""Parts of a diffusers pipeline, found by a model's class without importing diffusers or transformers."""
+"""Parts of a diffusers pipeline, told by a model's class without importing diffusers or transformers."""
 
 from __future__ import annotations
 
@@ -9,34 +9,36 @@ from torch import nn
 from peftcore.plugin import PeftcoreError, original_class
 
 UNET, TRANSFORMER, TEXT_ENCODER = "unet", "transformer", "text_encoder"
-ONE_OF_TEXT = (TEXT_ENCODER, f"{TEXT_ENCODER}_2")
+CLIP_WITH_PROJECTION = (TEXT_ENCODER, f"{TEXT_ENCODER}_2")  # SDXL's second text encoder, and both of SD 3
 
 
-def parts(model: nn.Module, called: str | None) -> list[str]:
-    """Return the parts of a pipeline that a model may be; only one if `called` names it.
+def parts(model: nn.Module, part_name: str | None) -> list[str]:
+    """Return the parts of a pipeline that a model may be; only `part_name`, if it is one of them.
 
-    Diffusers reads LoRA only of CLIP among text encoders.
+    Of text encoders, diffusers reads LoRA only for CLIP.
+
+    Raises:
+        PeftcoreError: the model is not such a part, or not `part_name`.
     """
-    may_be = _parts(model)
-    if called is not None and called in may_be:
-        return [called]
-    if called is None and may_be:
-        return may_be
-    kind = original_class(model).__name__
-    known = f"It may be {' or '.join(map(repr, may_be))}" if may_be else "Save it in PEFT's layout: format='peft'"
-    what = (
-        f"a {kind} is not read as '{called}' of a pipeline"
-        if called
-        else f"a {kind} is not a part of a pipeline whose LoRA can be read"
-    )
-    raise PeftcoreError(f"{what}. {known}")
+    candidates = _parts(model)
+    if part_name is not None and part_name in candidates:
+        return [part_name]
+    if part_name is None and candidates:
+        return candidates
+    class_name = original_class(model).__name__
+    problem = f"diffusers reads no LoRA for a {class_name}"
+    if part_name:
+        problem += f" as '{part_name}' of a pipeline"
+    if candidates:
+        raise PeftcoreError(f"{problem}. It may be {' or '.join(map(repr, candidates))}")
+    raise PeftcoreError(f"{problem}. Save it in PEFT's layout: format='peft'")
 
 
 def _parts(model: nn.Module) -> list[str]:
     cls = original_class(model)
-    names = [f"{each.__module__}.{each.__qualname__}" for each in cls.__mro__]
+    names = [f"{base_class.__module__}.{base_class.__qualname__}" for base_class in cls.__mro__]
     if is_a(names, "transformers.", "CLIPTextModelWithProjection"):
-        return list(ONE_OF_TEXT)  # SDXL's second, SD 3's both
+        return list(CLIP_WITH_PROJECTION)
     if is_a(names, "transformers.", "CLIPTextModel"):
         return [TEXT_ENCODER]
     if is_a(names, "diffusers.", "ModelMixin"):
@@ -52,5 +54,5 @@ def is_a(names: Iterable[str], library: str, kind: str) -> bool:
 
 
 def has_flat_clip(model: nn.Module) -> bool:
-    """Return whether it is a CLIP text encoder without the `text_model.` of others' files (transformers 5)."""
+    """Return whether the model is a CLIP text encoder of transformers 5, which has no `text_model.` in its paths."""
     return TEXT_ENCODER in _parts(model) and not hasattr(model, "text_model")
