@@ -3,14 +3,31 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import heapq
+import inspect
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar, cast
 
 _COMPARED = 1_000  # names with one, which takes 0.1 s
 _LONGEST = 200  # characters of a name that is compared
 # Fields of configs by the names of other libraries: ours.
 FIELD_SYNONYMS = {"rank": "r", "targets": "target_modules", "target": "target_modules"}
+# Arguments of functions by the names of other libraries: ours.
+ARGUMENT_SYNONYMS = {
+    "adapter_name": "adapter",
+    "adapter_names": "adapters",
+    "combination_type": "how",
+    "is_trainable": "trainable",
+    "keep_adapters": "undo",
+    "model_id": "path",
+    "save_directory": "path",
+    "svd_rank": "r",
+    "torch_dtype": "dtype",
+}
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 class PeftcoreError(ValueError):
@@ -59,3 +76,18 @@ def nearest_field(name: str, known: Iterable[str]) -> str:
     meant = [field for field in candidates if field in fields][:1]
     meant = meant or [field for field in fields if field.endswith(f"_{name}")]
     return f". Did you mean '{meant[0]}'?" if len(meant) == 1 else nearest(name, fields)
+
+
+def with_argument_hints(function: Function) -> Function:
+    """Decorate a function to raise a PeftcoreError for an unknown argument, with a hint at the one that is meant."""
+    known = list(inspect.signature(function).parameters)
+
+    @functools.wraps(function)
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        for name in kwargs.keys() - known:
+            synonym = ARGUMENT_SYNONYMS.get(name)
+            hint = f". Did you mean '{synonym}'?" if synonym in known else f"{nearest(name, known)}."
+            raise PeftcoreError(f"{function.__name__} has no argument '{name}'{hint} Its arguments: {', '.join(known)}")
+        return function(*args, **kwargs)
+
+    return cast(Function, checked)

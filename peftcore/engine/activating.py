@@ -29,7 +29,7 @@ from peftcore.engine.state import (
     unchanged,
 )
 from peftcore.engine.trained import TrainedParameters, place_kept_tensors, unmoved_buffers
-from peftcore.errors import PeftcoreError, nearest
+from peftcore.errors import PeftcoreError, nearest, with_argument_hints
 from peftcore.model import observe
 from peftcore.model.base_modules import ROWS
 from peftcore.model.rows import rows_of
@@ -39,6 +39,7 @@ from peftcore.plugin.method import Model
 from peftcore.plugin.modules import parts
 
 
+@with_argument_hints
 @exclusive("activate adapters", base=True)
 def activate(model: Model, adapters: str | Sequence[str | None], *, per_sample: bool = False) -> Model:
     """Activate `adapters`, in this order, and make them trainable; deactivate and freeze all others.

@@ -18,12 +18,13 @@ from peftcore.engine.state import (
     require_state,
 )
 from peftcore.engine.trained import TrainedParameters, enclosing_paths
-from peftcore.errors import warn
+from peftcore.errors import warn, with_argument_hints
 from peftcore.model.base_modules import base_modules, base_parameters
 from peftcore.plugin import sharded
 from peftcore.plugin.method import Model
 
 
+@with_argument_hints
 @exclusive("remove adapters", base=True)
 def remove(model: Model, adapter: str | None = None) -> Model:
     """Remove one adapter, or all. Removing the last one restores the model bit for bit to what it was before `apply`.

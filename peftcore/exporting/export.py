@@ -25,7 +25,7 @@ from peftcore.plugin.hooks import hookimpl
 from peftcore.plugin.registry import builtin, registry
 from peftcore.plugin.validation import check_types
 
-EXTRAS = {"gguf": "gguf"}  # formats of packages that are separate, and the extra that installs each
+_PACKAGES = {"gguf": "peftcore-gguf"}  # formats of packages that are separate
 
 
 def _write_peft(model: nn.Module, path: Path, adapter: str, _options: NoOptions) -> None:
@@ -136,10 +136,10 @@ def find(format: str) -> Exporter:
     broken = next((plugin for plugin in registry.plugins() if plugin.name == format and plugin.error), None)
     if broken is not None:
         raise PeftcoreError(f"the format '{format}' is of {broken}, which is not usable: {broken.error}")
-    if format in EXTRAS:
+    if format in _PACKAGES:
         raise PeftcoreError(
-            f"the format '{format}' is not installed. Install it: pip install peftcore[{EXTRAS[format]}]. "
-            f"Installed: {names}"
+            f"the format '{format}' is not installed. Run in a copy of peftcore's repository: pip install "
+            f"./plugins/{_PACKAGES[format]}. Installed: {names}"
         )
     raise PeftcoreError(f"the format '{format}' is not known{nearest(format, known)}. Installed: {names}")
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from peftcore import engine
 from peftcore.engine.scaling import set_multiplier
-from peftcore.errors import CheckpointError
+from peftcore.errors import CheckpointError, with_argument_hints
 from peftcore.files import single_file
 from peftcore.files.fitting import fill_applied, fitting
 from peftcore.files.folder import read_folder
@@ -28,6 +28,7 @@ from peftcore.plugin import sharded
 Models = TypeVar("Models", bound="nn.Module | Mapping[str, Any]")
 
 
+@with_argument_hints
 @limited()
 def load(
     model: Models,

@@ -18,7 +18,7 @@ from peftcore import engine
 from peftcore.engine.preflight import check_dtype
 from peftcore.engine.scaling import scaled_config
 from peftcore.engine.trained import TrainedParameters, all_of, base_tensors
-from peftcore.errors import CheckpointError, PeftcoreError, PluginError, warn
+from peftcore.errors import CheckpointError, PeftcoreError, PluginError, warn, with_argument_hints
 from peftcore.files import model_card, single_file
 from peftcore.files.fingerprint import fingerprint
 from peftcore.files.folder import Content, Folder
@@ -50,6 +50,7 @@ _PASSED = {
 }
 
 
+@with_argument_hints
 def save(
     model: nn.Module | Mapping[str, Any],
     path: str | os.PathLike[str],

@@ -51,7 +51,7 @@ def find_type(quant_type: Any) -> tuple[Plugin, WeightFormat]:
         plugin_of_type = _find_plugin(package)
         if plugin_of_type is None:
             raise PeftcoreError(
-                f"quant_type='{quant_type}' is in a package that is not installed. Run: pip install {package}"
+                f"quant_type='{quant_type}' is in a package that is not installed. {_how_to_install(package)}"
             )
         if plugin_of_type.error:
             raise PeftcoreError(
@@ -59,6 +59,10 @@ def find_type(quant_type: Any) -> tuple[Plugin, WeightFormat]:
             )
     names = ", ".join([*QUANT_TYPES, *sorted(name for name in formats if name not in QUANT_TYPES)])
     raise PeftcoreError(f"quant_type={shown(quant_type)} is not known. Choose one of: {names}")
+
+
+def _how_to_install(package: str) -> str:
+    return f"Run in a copy of peftcore's repository: pip install ./plugins/{package}"
 
 
 def _find_plugin(package: str) -> Plugin | None:
@@ -82,8 +86,8 @@ def find_reader_package(quantization_config: Mapping[str, Any], checkpoint: str)
     plugin = _find_plugin(package)
     if plugin is None:
         raise PeftcoreError(
-            f"'{checkpoint}' is quantized with '{method}', which needs the package {package}. Run: pip install "
-            f"{package}"
+            f"'{checkpoint}' is quantized with '{method}', which needs the package {package}. "
+            f"{_how_to_install(package)}"
         )
     if plugin.error:
         raise PeftcoreError(f"'{checkpoint}' is quantized with '{method}', which {plugin} reads: {plugin.error}")

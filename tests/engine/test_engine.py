@@ -199,6 +199,15 @@ def test_tied_parameters_are_trained_as_one() -> None:
         (lambda m: peftcore.apply(m, "train", names=("lm_head.wait",)), r"not a parameter \(nearest: 'lm_head.weight'"),
         (lambda m: peftcore.apply(m, "train"), r"places nothing on LlamaForCausalLM"),
         (lambda m: peftcore.apply(m, object()), r"object is not the config of an installed method"),
+        (
+            lambda m: peftcore.merge(m, keep_adapters=True),
+            r"merge has no argument 'keep_adapters'\. Did you mean 'undo'\? Its arguments: model, undo",
+        ),
+        (lambda m: peftcore.load(m, "x", adapter_name="a"), r"'adapter_name'\. Did you mean 'adapter'\?"),
+        (
+            lambda m: peftcore.remove(m, adaptor="a"),
+            r"'adaptor' \(nearest: 'adapter'\)\. Its arguments: model, adapter",
+        ),
         (lambda m: peftcore.activate(m, "x"), r"no adapter is applied"),
         (lambda m: peftcore.remove(m, "x"), r"no adapter is applied"),
         (lambda m: peftcore.save(m, "nowhere", adapter="x"), r"no adapter is applied"),

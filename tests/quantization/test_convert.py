@@ -273,7 +273,8 @@ def test_a_type_of_a_package_that_is_not_installed(quant_type, monkeypatch):
     monkeypatch.setattr(registry, "plugins", lambda: plugins)
     with pytest.raises(
         peftcore.PeftcoreError,
-        match=f"quant_type='{quant_type}' is in a package that is not installed. Run: pip install peftcore-8da4w",
+        match=f"quant_type='{quant_type}' is in a package that is not installed. Run in .*: pip install "
+        "./plugins/peftcore-8da4w",
     ):
         peftcore.quantize(llama(), quant_type)
 

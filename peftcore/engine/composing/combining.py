@@ -27,7 +27,7 @@ from peftcore.engine.composing.compatibility import difference
 from peftcore.engine.composing.low_rank import dense, of_matrix, of_product
 from peftcore.engine.merging.merged_layers import is_mergeable
 from peftcore.engine.trained import TrainedParameters, base_tensors
-from peftcore.errors import PeftcoreError, nearest
+from peftcore.errors import PeftcoreError, nearest, with_argument_hints
 from peftcore.plugin import sharded
 from peftcore.plugin.adapter import LowRank, neutral_of
 from peftcore.plugin.method import Method, Model
@@ -110,6 +110,7 @@ How = Literal[
 ]
 
 
+@with_argument_hints
 @engine.exclusive("combine adapters", base=True)
 def combine(
     model: Model,

@@ -16,7 +16,7 @@ from peftcore.engine.adaptation.adapted import changes_at
 from peftcore.engine.composing import low_rank
 from peftcore.engine.composing.low_rank import Approximation, kept_of, of_matrix, of_product
 from peftcore.engine.merging.merged_layers import MergedCopies, is_mergeable, merged_copies
-from peftcore.errors import PeftcoreError
+from peftcore.errors import PeftcoreError, with_argument_hints
 from peftcore.model.weight_formats import DENSE, find_weight_format, weight_format
 from peftcore.plugin import sharded
 from peftcore.plugin.registry import registry
@@ -26,6 +26,7 @@ Change = Tensor | tuple[Tensor, Tensor]  # dense [rows, columns] as stored, or b
 Refusal = Callable[[str], PeftcoreError]
 
 
+@with_argument_hints
 @engine.exclusive("convert an adapter", base=True)
 def convert(
     model: nn.Module, source: str, *, method: str, r: int | None = 16, adapter: str | None = None

@@ -23,13 +23,14 @@ from peftcore.engine.merging.merged_layers import MergedLayer, measured_error, m
 from peftcore.engine.preflight import check_dtype
 from peftcore.engine.state import Merged
 from peftcore.engine.trained import TrainedParameters, tied_to
-from peftcore.errors import PeftcoreError, warn
+from peftcore.errors import PeftcoreError, warn, with_argument_hints
 from peftcore.model.base_modules import base_parameters
 from peftcore.model.detecting import mark_as_loaded
 from peftcore.plugin import sharded
 from peftcore.plugin.method import Model, WeightFormat
 
 
+@with_argument_hints
 @engine.exclusive("merge", base=True)
 def merge(
     model: Model,

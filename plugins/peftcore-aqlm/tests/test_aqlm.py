@@ -274,7 +274,9 @@ def test_without_the_package_an_error_names_it(tmp_path: Path, monkeypatch: pyte
     write_folder(tmp_path)
     plugins = [each for each in registry.plugins() if each.distribution != "peftcore-aqlm"]
     monkeypatch.setattr(registry, "plugins", lambda: plugins)
-    with pytest.raises(peftcore.PeftcoreError, match=r"quantized with 'aqlm', .* Run: pip install peftcore-aqlm"):
+    with pytest.raises(
+        peftcore.PeftcoreError, match=r"quantized with 'aqlm', .* Run in .* pip install ./plugins/peftcore-aqlm"
+    ):
         peftcore.estimate(tmp_path, "lora")
 
 

@@ -226,7 +226,7 @@ def test_without_the_package_an_error_names_it(tmp_path: Path, monkeypatch: pyte
     written(tmp_path)
     plugins = [each for each in registry.plugins() if each.distribution != "peftcore-checkpoints"]
     monkeypatch.setattr(registry, "plugins", lambda: plugins)
-    message = r"quantized with 'gptq', which needs the package .* Run: pip install peftcore-checkpoints"
+    message = r"quantized with 'gptq', which needs the package .* Run in .* pip install ./plugins/peftcore-checkpoints"
     with pytest.raises(peftcore.PeftcoreError, match=message):
         peftcore.quantization.load(tmp_path)
     with pytest.raises(peftcore.PeftcoreError, match=message):

@@ -58,5 +58,5 @@ def main() -> None:
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] not in ("typer", "rich", "click"):
             raise
-        sys.exit(f"peftcore: the command line needs '{error.name}'. Install it: pip install peftcore-cli")
+        sys.exit(f"peftcore: the command line needs '{error.name}'. Install it: pip install {error.name}")
     run()

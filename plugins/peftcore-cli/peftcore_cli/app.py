@@ -76,7 +76,10 @@ def build(words: list[str]) -> typer.Typer:
             raise PluginError(
                 f"'peftcore {typed}' cannot run: {package} {broken.version} is not usable: {broken.error}"
             )
-        raise PluginError(f"'peftcore {typed}' is in a package that is not installed. Run: pip install {package}")
+        raise PluginError(
+            f"'peftcore {typed}' is in a package that is not installed. Run in a copy of peftcore's repository: "
+            f"pip install ./plugins/{package}"
+        )
     for command in commands.values():
         app.command(
             command.name,

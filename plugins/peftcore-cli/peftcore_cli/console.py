@@ -161,8 +161,12 @@ def table(rows: Iterable[Iterable[Any]], columns: Iterable[str] = ("", ""), titl
     out.print(grid)
 
 
-def require(*modules: str, extra: str = "train") -> None:
-    """Import the libraries of an extra.
+def require(*modules: str, extra: str | None = None) -> None:
+    """Import libraries, so that a missing one is an error before the work begins.
+
+    Args:
+        modules: names of their modules.
+        extra: the extra of peftcore that installs them; None if a module has the name of its package.
 
     Raises:
         PeftcoreError: one is not installed; the message says how to install it.
@@ -171,6 +175,7 @@ def require(*modules: str, extra: str = "train") -> None:
         try:
             importlib.import_module(module)
         except ModuleNotFoundError as error:
+            package = error.name if extra is None else f"peftcore[{extra}]"
             raise PeftcoreError(
-                f"'{error.name}' is needed and not installed. Install it: pip install peftcore[{extra}]"
+                f"'{error.name}' is needed and not installed. Install it: pip install {package}"
             ) from error

@@ -158,7 +158,8 @@ Task = Annotated[
     typer.Option(
         rich_help_panel=option_groups.TASK,
         help="causal-lm, seq2seq, classification, regression, multi-label, tags, image, image-text, audio-text, pairs, "
-        "asr, dpo, image-dpo, kto, orpo, reward, or grpo; default: by the columns of the examples.",
+        "asr, dpo, image-dpo, kto, orpo, reward, grpo, or a task of another package; default: recognised by the "
+        "columns of the examples.",
     ),
 ]
 Labels = Annotated[

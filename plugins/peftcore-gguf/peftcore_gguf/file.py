@@ -39,7 +39,7 @@ def writing(path: Path, architecture: str) -> Iterator[Any]:
         import gguf
     except ModuleNotFoundError as error:
         raise PeftcoreError(
-            f"exporting to GGUF needs '{error.name}', which is not installed: pip install peftcore[gguf]"
+            f"exporting to GGUF needs '{error.name}', which is not installed: pip install gguf"
         ) from error
     part = path.with_name(f"{path.name}.part")
     writer = gguf.GGUFWriter(part, architecture)

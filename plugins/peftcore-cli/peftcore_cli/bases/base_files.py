@@ -113,7 +113,7 @@ def pretrained(loader: Any, model: str, what: str, **options: Any) -> Any:
     where, options = model, {**options, **remote_code()}
     hidden: Any = contextlib.nullcontext()
     if model.endswith(".gguf"):
-        require("gguf", extra="gguf")
+        require("gguf")
         where, options["gguf_file"] = str(Path(model).parent), Path(model).name
         hidden = contextlib.redirect_stderr(io.StringIO())  # a progress bar that no setting of transformers disables
     from huggingface_hub.errors import StrictDataclassError

@@ -181,7 +181,7 @@ def _load_gguf(
     """Return the model of a .gguf file, dense or in 4 bits; `options` are those of `from_pretrained`."""
     from peftcore import quantization
 
-    require("gguf", extra="gguf")
+    require("gguf")
     gguf_file.check_blocks(model)
     loader, auto_class, config = gguf_file.load, _auto_class(task), load_config(model, task, labels)
     options = {**options, "config": config, "output_loading_info": True}

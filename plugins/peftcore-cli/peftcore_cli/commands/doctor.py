@@ -14,11 +14,11 @@ EXAMPLES = ("peftcore doctor",)
 
 # What each optional library is for, and its extra.
 LIBRARIES = {
-    "transformers": ("train, eval, generate, merge, plan", "train"),
-    "accelerate": ("train", "train"),
-    "matplotlib": ("the loss curve of train's report", "train"),
-    "psutil": ("the memory figures of train", "train"),
-    "gguf": (".gguf files as base models", "gguf"),
+    "transformers": "train, eval, generate, merge, plan",
+    "accelerate": "train",
+    "matplotlib": "the loss curve of train's report",
+    "psutil": "the memory figures of train",
+    "gguf": ".gguf files as base models",
 }
 
 
@@ -57,7 +57,7 @@ def doctor(as_json: options.Json = False) -> object:
         ]
     missing: list[str] = []
     libraries: dict[str, str | None] = {}
-    for name, (used_for, extra) in LIBRARIES.items():
+    for name, used_for in LIBRARIES.items():
         try:
             importlib.import_module(name)
             libraries[name] = version(name)
@@ -65,9 +65,7 @@ def doctor(as_json: options.Json = False) -> object:
         except Exception as error:  # a library that fails to import counts as missing, whatever it raises
             libraries[name] = None
             rows.append((name, f"missing: {error}"))
-            missing.append(
-                f"'{name}' is missing; it is needed for {used_for}. Install it: pip install peftcore[{extra}]"
-            )
+            missing.append(f"'{name}' is missing; it is needed for {used_for}. Install it: pip install {name}")
     methods = _methods(missing)
     rows += [("experts", _experts(build.available, build.cpu_level)), ("methods", ", ".join(methods) or "none")]
     missing += [f"costs: {cost}" for cost in build.costs]
