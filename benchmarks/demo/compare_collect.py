@@ -113,7 +113,7 @@ def family(settings: dict) -> str | None:
     from peftcore_cli.bases import models
     from peftcore_cli.options import FULL
 
-    from peftcore.engine.placing import placements_for
+    from peftcore.engine.method_placements import placements_for
     from peftcore.errors import PeftcoreError
 
     if settings["method"] == FULL:

@@ -16,9 +16,9 @@ from torch.torch_version import TorchVersion
 from peftcore.distributed.gradients import average_gradients
 from peftcore.distributed.process_group import check_running
 from peftcore.engine import adapter_parameters, state_of
-from peftcore.engine.adaptation.division import has_plan
+from peftcore.engine.adaptation.tensor_parallel import has_plan
 from peftcore.engine.replicas import between_blocks, blocks, check_ranks, give_adapters
-from peftcore.engine.trained import TrainedParameters
+from peftcore.engine.trained_parameters import TrainedParameters
 from peftcore.errors import PeftcoreError
 from peftcore.model.base_modules import base_modules
 from peftcore.plugin import sharded

@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.stateful import Stateful
 from torch.optim import Optimizer
 
 from peftcore.engine import adapter_parameters, require_state, state_of
-from peftcore.engine.trained import TrainedParameters, base_tensors
+from peftcore.engine.trained_parameters import TrainedParameters, base_tensors
 from peftcore.errors import CheckpointError, PeftcoreError
 from peftcore.files.fingerprint import difference, fingerprint
 from peftcore.files.tensors import own_slots

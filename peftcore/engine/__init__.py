@@ -14,10 +14,10 @@ from peftcore.engine.applying import (
     add_adapter as add_adapter,
     apply as apply,
 )
-from peftcore.engine.changes import with_adapter as with_adapter
-from peftcore.engine.divided import follows_plan as follows_plan
+from peftcore.engine.changed_modules import with_adapter as with_adapter
 from peftcore.engine.initialization import takes_batches as takes_batches
-from peftcore.engine.placing import placements_for as placements_for
+from peftcore.engine.method_placements import placements_for as placements_for
+from peftcore.engine.model_parallel import follows_plan as follows_plan
 from peftcore.engine.preflight import (
     check_name as check_name,
     refuse_adapters_of_others as refuse_adapters_of_others,

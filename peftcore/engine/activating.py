@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from peftcore.engine.adaptation import adapted
 from peftcore.engine.adaptation.adapted import adapters_of, attach, detach
 from peftcore.engine.adaptation.concurrency import Activation, Block
-from peftcore.engine.changes import module_at
+from peftcore.engine.changed_modules import module_at
 from peftcore.engine.preflight import refuse_shared
 from peftcore.engine.state import (
     State,
@@ -28,7 +28,7 @@ from peftcore.engine.state import (
     require_state,
     unchanged,
 )
-from peftcore.engine.trained import TrainedParameters, place_kept_tensors, unmoved_buffers
+from peftcore.engine.trained_parameters import TrainedParameters, place_kept_tensors, unmoved_buffers
 from peftcore.errors import PeftcoreError, nearest, with_argument_hints
 from peftcore.model import observe
 from peftcore.model.base_modules import ROWS

@@ -9,18 +9,18 @@ import torch
 from torch import Tensor, nn
 
 from peftcore.engine.activating import freeze_branches, set_active, update_call_context
-from peftcore.engine.adaptation import adapted, enclosing, fast_path, folding
-from peftcore.engine.adaptation.divided_forward import watch_batches
-from peftcore.engine.attachments import Attachments
+from peftcore.engine.adaptation import adapted, ancestors, fast_path, frozen_linear
+from peftcore.engine.adaptation.tensor_parallel_forward import watch_batches
+from peftcore.engine.attachments import AdapterAttachments
 from peftcore.engine.base_checkpoints import accept_base_checkpoints
-from peftcore.engine.changes import Site, facts, submodule
-from peftcore.engine.divided import divide_experts, is_divided
+from peftcore.engine.changed_modules import Site, facts, submodule
 from peftcore.engine.initialization import initialize_adapter, initializer
-from peftcore.engine.placing import device_and_dtype, placements_for, recorded, warn_of_little, with_memory
+from peftcore.engine.method_placements import device_and_dtype, placements_for, recorded, warn_of_little, with_memory
+from peftcore.engine.model_parallel import divide_experts, is_divided
 from peftcore.engine.preflight import CHANGE, check_new_adapter, check_request
 from peftcore.engine.removing import detach_adapter
 from peftcore.engine.state import STATE, Applied, State, exclusive, state_of
-from peftcore.engine.trained import TrainedParameters, enclosing_paths
+from peftcore.engine.trained_parameters import TrainedParameters, enclosing_paths
 from peftcore.engine.training_hooks import method_modules
 from peftcore.model import assumed_unchanged
 from peftcore.model.base_modules import base_parameters
@@ -84,7 +84,7 @@ def add_adapter(
 
     Args:
         model: the model.
-        method: name of a method, a config, or checked `Attachments` on the meta device, whose tensors are then
+        method: name of a method, a config, or checked `AdapterAttachments` on the meta device, whose tensors are then
             allocated without values.
         fields: fields of the config, for a name.
         adapter, dtype, batches: as in `apply`.
@@ -94,7 +94,7 @@ def add_adapter(
     """
     check_request(model, adapter, dtype, activates=active)
     with assumed_unchanged(model), with_memory(model), sharded.gathered_when_read(model):
-        attachments = method if isinstance(method, Attachments) else placements_for(model, method, fields)
+        attachments = method if isinstance(method, AdapterAttachments) else placements_for(model, method, fields)
         initialize, config_of_initialize = None, None
         if fill is None:
             initialize, config_of_initialize = initializer(attachments.method, attachments.config)
@@ -146,16 +146,16 @@ def _attach(
     model: nn.Module,
     state: State,
     adapter: str,
-    attachments: Attachments,
+    attachments: AdapterAttachments,
     modules: Mapping[str, nn.Module],
     *,
     is_first: bool,
 ) -> None:
     """Attach the recorded `adapter` to `modules`, inactive; the first one freezes the base."""
     if is_first:  # before other classes are swapped in, inside which the folding class stays
-        folding.fold_frozen(model, attachments.architecture.output_head)
+        frozen_linear.fold_frozen(model, attachments.architecture.output_head)
     for path in enclosing_paths(model, modules, attachments.trained):
-        enclosing.enclose(submodule(model, path), state.lock, root=not path)
+        ancestors.enclose(submodule(model, path), state.lock, root=not path)
     if is_first:
         parameters = base_parameters(model)
         state.requires_grad = {name: parameter.requires_grad for name, parameter in parameters}
@@ -171,7 +171,7 @@ def _attach(
     update_call_context(state)
 
 
-def _record(attachments: Attachments, method: Method, config: Any, *, trainable: bool) -> Applied:
+def _record(attachments: AdapterAttachments, method: Method, config: Any, *, trainable: bool) -> Applied:
     """Return the record of the adapter that `attachments` become."""
     adapters = [each.adapter for each in attachments.attached]
     return Applied(
@@ -185,7 +185,7 @@ def _record(attachments: Attachments, method: Method, config: Any, *, trainable:
     )
 
 
-def _broadcast_values(model: nn.Module, adapter: str, attachments: Attachments, *, initialized: bool) -> None:
+def _broadcast_values(model: nn.Module, adapter: str, attachments: AdapterAttachments, *, initialized: bool) -> None:
     """Give all ranks the adapter of rank 0: they may have drawn different random numbers."""
     tensors: list[Tensor] = []
     for attachment in attachments.attached:
@@ -196,7 +196,7 @@ def _broadcast_values(model: nn.Module, adapter: str, attachments: Attachments, 
 
 
 def _settle_all(
-    attachments: Attachments, modules: Mapping[str, nn.Module], dtype: torch.dtype | None, *, training: bool
+    attachments: AdapterAttachments, modules: Mapping[str, nn.Module], dtype: torch.dtype | None, *, training: bool
 ) -> None:
     """Give each adapter the device of its module, its dtype and the model's mode, frozen."""
     allocated: dict[nn.Parameter, nn.Parameter] = {}

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from peftcore.engine.prompts.backbone import checked_shape
 from peftcore.engine.prompts.prefix import place_prefix
-from peftcore.engine.prompts.soft import place_soft_prompt
+from peftcore.engine.prompts.soft_prompt import place_soft_prompt
 from peftcore.errors import PeftcoreError, nearest
 from peftcore.model.base_modules import base_modules, base_parameters
 from peftcore.model.experts import EachExpert, experts_layout, split_expert_path
@@ -124,7 +124,7 @@ class Attachment:
 
 
 @dataclass
-class Attachments:
+class AdapterAttachments:
     """What the placements of a method attach to `model`. Each `Placement.attach` adds to it, as the contract says.
 
     Args:

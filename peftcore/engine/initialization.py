@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftcore.engine.divided import undivided
-from peftcore.engine.placing import recorded, with_memory
+from peftcore.engine.method_placements import recorded, with_memory
+from peftcore.engine.model_parallel import undivided
 from peftcore.engine.state import adapter_modules, adapter_parameters, applied, require_state
-from peftcore.engine.trained import moving_buffers, unmoved_buffers
+from peftcore.engine.trained_parameters import moving_buffers, unmoved_buffers
 from peftcore.engine.training_hooks import method_modules
 from peftcore.errors import PeftcoreError, PluginError
 from peftcore.model.base_modules import base_modules

@@ -18,12 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from peftcore.engine.adaptation.adapted import adapters_of
-from peftcore.engine.adaptation.divided_experts import followed_plan, follows_experts
-from peftcore.engine.adaptation.division import divides_tokens, division_of, has_plan
-from peftcore.engine.adaptation.enclosing import LOCK
-from peftcore.engine.attachments import Attachment, Attachments
-from peftcore.engine.changes import submodule
-from peftcore.engine.gradients import refuse_without_gradient
+from peftcore.engine.adaptation.ancestors import LOCK
+from peftcore.engine.adaptation.expert_parallel import followed_plan, follows_experts
+from peftcore.engine.adaptation.tensor_parallel import divides_tokens, division_of, has_plan
+from peftcore.engine.attachments import AdapterAttachments, Attachment
+from peftcore.engine.blocked_gradients import refuse_without_gradient
+from peftcore.engine.changed_modules import submodule
 from peftcore.engine.state import (
     Applied,
     State,
@@ -33,7 +33,7 @@ from peftcore.engine.state import (
     refuse_per_sample,
     state_of,
 )
-from peftcore.engine.trained import TrainedParameters, refuse_sharded_parameters
+from peftcore.engine.trained_parameters import TrainedParameters, refuse_sharded_parameters
 from peftcore.errors import PeftcoreError, PluginError, nearest
 from peftcore.model import observe
 from peftcore.model.base_modules import base_modules, base_parameters
@@ -67,14 +67,20 @@ def check_base(model: nn.Module) -> None:
         check(model)
 
 
-def check_placements(model: nn.Module, attachments: Attachments) -> None:
+def check_placements(model: nn.Module, attachments: AdapterAttachments) -> None:
     """Raise an error if `attachments` cannot be attached to `model`, or would do nothing."""
     for check in _PLACEMENTS:
         check(model, attachments)
 
 
 def check_new_adapter(
-    model: nn.Module, adapter: str, attachments: Attachments, *, trains: bool, initializes: bool, has_batches: bool
+    model: nn.Module,
+    adapter: str,
+    attachments: AdapterAttachments,
+    *,
+    trains: bool,
+    initializes: bool,
+    has_batches: bool,
 ) -> None:
     """Raise a PeftcoreError if `attachments` cannot become the adapter named `adapter`.
 
@@ -211,7 +217,7 @@ _BASE = (
 )
 
 
-def refuse_unregistered_class(model: nn.Module, attachments: Attachments) -> None:
+def refuse_unregistered_class(model: nn.Module, attachments: AdapterAttachments) -> None:
     """Raise a PluginError if an adapter has members of `Adapter` that are not called, since it is not one.
 
     Or if it has registered a module or tensor of the base.
@@ -297,7 +303,7 @@ def _refuse_registered(model: nn.Module, method: str, placement: Any, registered
     )
 
 
-def refuse_unknown_paths(model: nn.Module, attachments: Attachments) -> None:
+def refuse_unknown_paths(model: nn.Module, attachments: AdapterAttachments) -> None:
     """Raise a PeftcoreError if an adapter is placed at no module, or two are placed at one."""
     method, modules = attachments.method.name, dict(base_modules(model))
     seen: set[str] = set()
@@ -311,12 +317,12 @@ def refuse_unknown_paths(model: nn.Module, attachments: Attachments) -> None:
         seen.add(path)
 
 
-def refuse_uncalled(model: nn.Module, attachments: Attachments) -> None:
+def refuse_uncalled(model: nn.Module, attachments: AdapterAttachments) -> None:
     """Raise a PeftcoreError if the model reads a module's weight without calling it."""
     refuse_bypassed(model, attachments.paths)
 
 
-def refuse_complex(model: nn.Module, attachments: Attachments) -> None:
+def refuse_complex(model: nn.Module, attachments: AdapterAttachments) -> None:
     """Raise a PeftcoreError if an adapter would be at a module with complex parameters, for which no method is made."""
     for path in attachments.paths:
         for name, parameter in submodule(model, path)._parameters.items():
@@ -327,7 +333,7 @@ def refuse_complex(model: nn.Module, attachments: Attachments) -> None:
                 )
 
 
-def refuse_more_arguments(model: nn.Module, attachments: Attachments) -> None:
+def refuse_more_arguments(model: nn.Module, attachments: AdapterAttachments) -> None:
     """Raise a PeftcoreError if the model calls a linear layer with more than x, which adapters cannot pass on.
 
     Adapters that change the weight can, since the layer's own forward runs.
@@ -347,13 +353,13 @@ def refuse_more_arguments(model: nn.Module, attachments: Attachments) -> None:
             )
 
 
-def refuse_nothing(model: nn.Module, attachments: Attachments) -> None:
+def refuse_nothing(model: nn.Module, attachments: AdapterAttachments) -> None:
     """Raise a PeftcoreError if the method has placed nothing."""
     if not attachments.attached and not attachments.trained:
         raise PeftcoreError(f"{attachments.method.name} places nothing on {type(model).__name__}")
 
 
-def refuse_untrainable(model: nn.Module, attachments: Attachments) -> None:
+def refuse_untrainable(model: nn.Module, attachments: AdapterAttachments) -> None:
     """Raise a PeftcoreError if a parameter of the base that is to be trained is missing or has no gradient."""
     method, parameters = attachments.method.name, dict(base_parameters(model))
     for name in attachments.trained:
@@ -369,7 +375,7 @@ def refuse_untrainable(model: nn.Module, attachments: Attachments) -> None:
             )
 
 
-def refuse_trained_twice(model: nn.Module, attachments: Attachments) -> None:
+def refuse_trained_twice(model: nn.Module, attachments: AdapterAttachments) -> None:
     """Raise a PeftcoreError if an active adapter trains a parameter that the new one would train."""
     state = state_of(model) or State()
     new = Applied(attachments.method.name, None, trained=attachments.trained)  # it is active with the others
@@ -401,7 +407,7 @@ _PLACEMENTS = (
 )
 
 
-def refuse_missing_branches(model: nn.Module, adapter: str, attachments: Attachments) -> None:
+def refuse_missing_branches(model: nn.Module, adapter: str, attachments: AdapterAttachments) -> None:
     """Raise a PeftcoreError unless each branch of the new `adapter` is attached where it is to be combined."""
     state = state_of(model) or State()
     for each in attachments.attached:
@@ -427,11 +433,11 @@ def refuse_missing_branches(model: nn.Module, adapter: str, attachments: Attachm
                 )
 
 
-def refuse_divided(model: nn.Module, attachments: Attachments) -> None:
+def refuse_divided(model: nn.Module, attachments: AdapterAttachments) -> None:
     """Raise a PeftcoreError if tensor parallelism splits a layer that an adapter would change and cannot follow.
 
-    Adapters around and after linear layers follow a plan of transformers (`peftcore.engine.adaptation.division`). Other
-    layers of which every parameter is whole, and their gradients, are as in one process.
+    Adapters around and after linear layers follow a plan of transformers (see `adaptation.tensor_parallel`). Any other
+    layer must have full parameters, and their gradients, as in one process.
     """
     if ranks.count() == 1 and not sharded.is_sharded(model):
         return

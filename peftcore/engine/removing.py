@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import nn
 
 from peftcore.engine.activating import refuse_needed, release_branches, set_active, update_call_context
-from peftcore.engine.adaptation import adapted, enclosing, fast_path, folding
-from peftcore.engine.changes import moved_with_adapter, with_adapter
+from peftcore.engine.adaptation import adapted, ancestors, fast_path, frozen_linear
+from peftcore.engine.changed_modules import moved_with_adapter, with_adapter
 from peftcore.engine.state import (
     STATE,
     State,
@@ -17,7 +17,7 @@ from peftcore.engine.state import (
     refuse_merged,
     require_state,
 )
-from peftcore.engine.trained import TrainedParameters, enclosing_paths
+from peftcore.engine.trained_parameters import TrainedParameters, enclosing_paths
 from peftcore.errors import warn, with_argument_hints
 from peftcore.model.base_modules import base_modules, base_parameters
 from peftcore.plugin import sharded
@@ -81,7 +81,7 @@ def detach_adapter(model: nn.Module, adapter: str) -> dict[str, str]:
     inside = set(enclosing_paths(model, state.sites, tuple(trained))) if state.applied else set()
     for path, module in base_modules(model):
         if path in inside and module in there:
-            enclosing.enclose(module, state.lock)  # it has lost this adapter, and contains others
+            ancestors.enclose(module, state.lock)  # it has lost this adapter, and contains others
     return left
 
 
@@ -89,8 +89,8 @@ def _restore_base(model: nn.Module, state: State) -> None:
     for name, parameter in base_parameters(model):
         parameter.requires_grad_(state.requires_grad.get(name, parameter.requires_grad))
     for _, module in base_modules(model):
-        enclosing.release(module)
-        folding.unfold(module)
+        ancestors.release(module)
+        frozen_linear.unfold(module)
     if state.watching is not None:
         state.watching.remove()
     if state.loading is not None:

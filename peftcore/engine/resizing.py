@@ -11,9 +11,9 @@ from collections.abc import Iterable, Iterator
 from torch import nn
 
 from peftcore.engine.adaptation.adapted import adapters_of
-from peftcore.engine.changes import module_at
+from peftcore.engine.changed_modules import module_at
 from peftcore.engine.state import state_of
-from peftcore.engine.trained import all_of
+from peftcore.engine.trained_parameters import all_of
 from peftcore.errors import PeftcoreError
 from peftcore.model.base_modules import base_modules
 from peftcore.plugin.events import vocabulary_resizes

@@ -15,8 +15,8 @@ from torch.utils.hooks import RemovableHandle
 
 from peftcore.engine.adaptation import adapted
 from peftcore.engine.adaptation.concurrency import ModelLock
-from peftcore.engine.changes import Site, Snapshot, attached, changes, changes_of_trained
-from peftcore.engine.trained import TrainedParameters
+from peftcore.engine.changed_modules import Site, Snapshot, attached, changes, changes_of_trained
+from peftcore.engine.trained_parameters import TrainedParameters
 from peftcore.errors import PeftcoreError, nearest
 from peftcore.model.base_modules import TRAINED
 from peftcore.plugin.method import WeightFormat

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from peftcore.engine.adaptation.fused_forward import fused_modules, is_without_logits
-from peftcore.engine.placing import covered, device_and_dtype, placements_for, reached_by
+from peftcore.engine.method_placements import covered, device_and_dtype, placements_for, reached_by
 from peftcore.engine.preflight import check_dtype
 from peftcore.engine.state import Applied, State, adapter_modules, adapter_parameters, changed, check_model, state_of
-from peftcore.engine.trained import TrainedParameters
+from peftcore.engine.trained_parameters import TrainedParameters
 from peftcore.model.base_modules import base_modules, base_parameters, original_class, original_forward, walked_once
 from peftcore.model.experts import why_not_fused
 from peftcore.model.experts.in_model import expert_weights, experts_per_token

@@ -24,7 +24,7 @@ from torch.utils.hooks import RemovableHandle
 
 from peftcore.engine.current_optimizer import stepping, unwrapped
 from peftcore.engine.state import Applied, adapter_parameters, applied, placements, require_state, state_of
-from peftcore.engine.trained import TrainedParameters
+from peftcore.engine.trained_parameters import TrainedParameters
 from peftcore.errors import PeftcoreError, PluginError
 from peftcore.plugin import sharded
 from peftcore.plugin.events import adapter_applied

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from peftcore import engine
-from peftcore.engine.attachments import Attachments
+from peftcore.engine.attachments import AdapterAttachments
 from peftcore.engine.composing.compatibility import difference, has_nonpersistent_buffers
 from peftcore.engine.scaling import scaled_config, set_multiplier
 from peftcore.errors import CheckpointError
@@ -232,7 +232,7 @@ def _why_fixed(entry: engine.Applied, method: Method, config: Any) -> str | None
     return None
 
 
-def _placed(model: nn.Module, method: Method, values: _Values) -> Attachments:
+def _placed(model: nn.Module, method: Method, values: _Values) -> AdapterAttachments:
     """Return what the other config would attach, on the meta device if tensors in files are all that it has."""
     with torch.device("meta"), guarded(method, f"'{values.where}'"):
         placed = engine.placements_for(model, values.config, {})

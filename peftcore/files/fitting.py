@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from peftcore import engine
-from peftcore.engine.attachments import Attachments
+from peftcore.engine.attachments import AdapterAttachments
 from peftcore.engine.configs import ends_within_a_name
-from peftcore.engine.trained import base_tensors
+from peftcore.engine.trained_parameters import base_tensors
 from peftcore.errors import CheckpointError, PeftcoreError, PluginError
 from peftcore.files.fingerprint import difference
 from peftcore.files.metadata import BASE, VERSION, ties_partly
@@ -46,7 +46,7 @@ class Fit:
         trained: names of base parameters that it trains.
     """
 
-    to_fill: Attachments | Any
+    to_fill: AdapterAttachments | Any
     multiplier: float
     trained: tuple[str, ...]
 
@@ -107,7 +107,7 @@ def refuse_other_base(model: nn.Module, folder: Path, metadata: dict[str, str], 
         )
 
 
-def _placed(model: nn.Module, method: Method, config: Any, folder: Path) -> Attachments:
+def _placed(model: nn.Module, method: Method, config: Any, folder: Path) -> AdapterAttachments:
     """Return the placements of the config, built on the meta device.
 
     Raises:
@@ -130,7 +130,7 @@ def _on_meta() -> Iterator[None]:
         yield
 
 
-def _has_every_tensor(placed: Attachments, tensors: Mapping[str, Tensor], folder: Path) -> bool:
+def _has_every_tensor(placed: AdapterAttachments, tensors: Mapping[str, Tensor], folder: Path) -> bool:
     """Return whether a file has every tensor of these adapters, so that none must be initialised.
 
     Raises:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from peftcore import engine
 from peftcore.engine.preflight import check_dtype
 from peftcore.engine.scaling import scaled_config
-from peftcore.engine.trained import TrainedParameters, all_of, base_tensors
+from peftcore.engine.trained_parameters import TrainedParameters, all_of, base_tensors
 from peftcore.errors import CheckpointError, PeftcoreError, PluginError, warn, with_argument_hints
 from peftcore.files import model_card, single_file
 from peftcore.files.fingerprint import fingerprint

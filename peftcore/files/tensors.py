@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from peftcore import engine
-from peftcore.engine.trained import TrainedParameters, base_tensors, tied_to
+from peftcore.engine.trained_parameters import TrainedParameters, base_tensors, tied_to
 from peftcore.errors import CheckpointError, PeftcoreError, nearest
 from peftcore.files import resized_vocabulary
 from peftcore.model import targets

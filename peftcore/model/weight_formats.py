@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from peftcore.errors import PeftcoreError
 from peftcore.model.experts import PackedExpert
 from peftcore.plugin.discovery import CORE, Plugin
-from peftcore.plugin.failures import failed_at, is_passed_on
 from peftcore.plugin.hooks import hookimpl
 from peftcore.plugin.layers import has_scaled_float8, is_bitsandbytes, is_conv1d, is_wrapped
 from peftcore.plugin.method import WeightFormat
+from peftcore.plugin.plugin_errors import failed_at, is_passed_on
 from peftcore.plugin.registry import builtin, registry
 
 

@@ -53,7 +53,7 @@ _MODULES = {
     "peftcore.model.base_modules": "base_modules base_parameters original_class",
     "peftcore.plugin.call": "Call current_call",
     "peftcore.plugin.link": "Link",
-    "peftcore.engine.adaptation.division": "Division division_of",
+    "peftcore.engine.adaptation.tensor_parallel": "Division division_of",
     "peftcore.plugin.outputs": "first_of with_first",
     "peftcore.plugin.adapter": "Adapter Base BranchedBase LowRank implements",
     "peftcore.plugin.architecture": "Architecture Sublayer text_config",
@@ -64,7 +64,7 @@ _MODULES = {
     "peftcore.model.positions": "number_of_positions",
     "peftcore.engine.current_optimizer": "reset_optimizer_state",
     "peftcore.engine.state": "has_adapters other_adapter",
-    "peftcore.engine.trained": "base_tensors modules_tied_to",
+    "peftcore.engine.trained_parameters": "base_tensors modules_tied_to",
     "peftcore.errors": "CheckpointError PeftcoreError nearest warn",
     "peftcore.model.experts": "ExpertsLayout expert_biases experts_layout",
     "peftcore.plugin.exporter": "Exporter",
@@ -91,7 +91,7 @@ _MODULES = {
     "peftcore.engine.prompts.backbone": (
         "arguments_by_name cache_argument decoder_path forward_arguments refuse_packed text_starts"
     ),
-    "peftcore.engine.prompts.counting": "TokenCounter cached_tokens",
+    "peftcore.engine.prompts.token_counter": "TokenCounter cached_tokens",
     "peftcore.quantization": "PackedParameters default_skip quantized_layers",
     "peftcore.training.integrations.late_import": "when_imported",
     "peftcore.plugin.checkpoints": "CheckpointFormat CheckpointLayout",

@@ -7,8 +7,8 @@ from peftcore.engine.adaptation.adapted import (
     has_forward_of_instance as has_forward_of_instance,
     inside_at as inside_at,
 )
-from peftcore.engine.adaptation.division import Division as Division, division_of as division_of
 from peftcore.engine.adaptation.modes import evaluation_mode as evaluation_mode
+from peftcore.engine.adaptation.tensor_parallel import Division as Division, division_of as division_of
 from peftcore.engine.current_optimizer import reset_optimizer_state as reset_optimizer_state
 from peftcore.engine.initialization import takes_batches as takes_batches
 from peftcore.engine.merging.merge_check import (
@@ -25,9 +25,9 @@ from peftcore.engine.prompts.backbone import (
     refuse_packed as refuse_packed,
     text_starts as text_starts,
 )
-from peftcore.engine.prompts.counting import TokenCounter as TokenCounter, cached_tokens as cached_tokens
+from peftcore.engine.prompts.token_counter import TokenCounter as TokenCounter, cached_tokens as cached_tokens
 from peftcore.engine.state import has_adapters as has_adapters, other_adapter as other_adapter
-from peftcore.engine.trained import base_tensors as base_tensors, modules_tied_to as modules_tied_to
+from peftcore.engine.trained_parameters import base_tensors as base_tensors, modules_tied_to as modules_tied_to
 from peftcore.errors import (
     CheckpointError as CheckpointError,
     PeftcoreError as PeftcoreError,

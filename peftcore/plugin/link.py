@@ -76,7 +76,7 @@ class Link(ChainLink):
         merges_by: the member of adapters that merging calls, for messages.
         calls_adapter: a call calls the adapter, so adapters of one class may run together (`Adapter.per_sample`).
         follows_division: at a linear layer that tensor parallelism divides, a call with whole inputs and outputs
-            (`peftcore.engine.adaptation.division`) computes what one process does.
+            (`peftcore.engine.adaptation.tensor_parallel`) computes what one process does.
     """
 
     __slots__ = ("_adapter", "_base", "_name")

@@ -23,7 +23,7 @@ from peftcore.plugin.checks import canonical
 from peftcore.plugin.discovery import CHOSEN, CORE, Plugin
 from peftcore.plugin.exporter import Exporter
 from peftcore.plugin.extensions import Command, Integration
-from peftcore.plugin.failures import all_are, failure, failure_with_advice, is_passed_on, naming_plugin
+from peftcore.plugin.plugin_errors import all_are, failure, failure_with_advice, is_passed_on, naming_plugin
 
 if TYPE_CHECKING:  # imported when first used: the command line asks for commands before PyTorch is loaded
     from peftcore.plugin.method import Method

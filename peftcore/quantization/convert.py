@@ -13,8 +13,8 @@ from torch import nn
 
 from peftcore.engine import state_of
 from peftcore.engine.adaptation import fast_path
-from peftcore.engine.adaptation.enclosing import lock_of
-from peftcore.engine.adaptation.folding import fold_frozen
+from peftcore.engine.adaptation.ancestors import lock_of
+from peftcore.engine.adaptation.frozen_linear import fold_frozen
 from peftcore.engine.preflight import refuse_scripted
 from peftcore.errors import PeftcoreError, warn
 from peftcore.model import assumed_unchanged, detect

@@ -20,7 +20,7 @@ from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 
 from peftcore import ops
-from peftcore.engine.adaptation.division import division_of, has_plan, plan_of, style_of_hooks
+from peftcore.engine.adaptation.tensor_parallel import division_of, has_plan, plan_of, style_of_hooks
 from peftcore.errors import PeftcoreError
 from peftcore.ops import PackedWeight
 from peftcore.plugin import sharded

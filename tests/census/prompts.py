@@ -15,7 +15,7 @@ from census import special
 from census.case import Case, Wrong, distance, run, same, tensors
 from census.instances import VOCABULARY
 from peftcore.engine import adapter_parameters, applied
-from peftcore.engine.prompts.soft import ordinary_token
+from peftcore.engine.prompts.soft_prompt import ordinary_token
 
 VIRTUAL = 4  # tokens of a prompt or prefix
 SHORT, LONG, NEW = 5, 21, 3  # tokens of a row alone, of the batch it is padded to, and that are generated

@@ -224,7 +224,7 @@ def test_refusals_leave_the_model_alone(call, message: str) -> None:
 
 
 @pytest.mark.parametrize("has_other", [False, True])
-@pytest.mark.parametrize("step", ["engine.adaptation.adapted.attach", "engine.trained.mark_as_loaded"])
+@pytest.mark.parametrize("step", ["engine.adaptation.adapted.attach", "engine.trained_parameters.mark_as_loaded"])
 def test_an_apply_that_fails_midway_leaves_the_model_as_it_was(step: str, has_other: bool, monkeypatch) -> None:
     model = peftcore.apply(tiny.llama(), "around", adapter="other") if has_other else tiny.llama()
     outputs, keys, classes = tiny.logits(model), list(model.state_dict()), list(map(type, model.modules()))

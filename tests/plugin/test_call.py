@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import peftcore
-from peftcore.engine.adaptation.enclosing import lock_of
+from peftcore.engine.adaptation.ancestors import lock_of
 from peftcore.plugin import Adapter, Around, current_call
 
 A, B = torch.tensor([0, 1]), torch.tensor([2, 1])

@@ -20,15 +20,15 @@ from typing import Any, cast
 from torch import nn
 from torch.compiler import is_dynamo_compiling
 
+from peftcore.engine.adaptation.ancestors import LOCK, NAMES, adapter_for_each_sample, is_enclosing, takes_adapter_names
 from peftcore.engine.adaptation.chain import Branched, OwnForward, expert_link, own_forward
 from peftcore.engine.adaptation.class_swap import BUILT, one_for_each_class, restore_class, subclass
 from peftcore.engine.adaptation.concurrency import ModelLock, disabled_in_thread
-from peftcore.engine.adaptation.divided_experts import ExpertsForward, followed_plan
-from peftcore.engine.adaptation.divided_forward import DividedChain, WholeForward, has_on_parts, local_forward
-from peftcore.engine.adaptation.division import Division, division_of
-from peftcore.engine.adaptation.enclosing import LOCK, NAMES, adapter_for_each_sample, is_enclosing, takes_adapter_names
+from peftcore.engine.adaptation.expert_parallel import ExpertsForward, followed_plan
 from peftcore.engine.adaptation.per_sample import PerSample
-from peftcore.engine.adaptation.recomputed import SOURCE, inputs_instead
+from peftcore.engine.adaptation.recomputation import SOURCE, inputs_instead
+from peftcore.engine.adaptation.tensor_parallel import Division, division_of
+from peftcore.engine.adaptation.tensor_parallel_forward import DividedChain, WholeForward, has_on_parts, local_forward
 from peftcore.errors import PeftcoreError
 from peftcore.model.base_modules import (
     CHILD,

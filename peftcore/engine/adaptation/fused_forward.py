@@ -7,7 +7,7 @@ The class is swapped below all of peftcore's other classes, so hooks, adapters, 
 children of an MLP are still called. The module's own `forward` computes every call that the operator does not support,
 or would compute more slowly: other dtypes, devices and tensor subclasses, compiled and transformed calls.
 
-Attention is fused in fused_attention.py, since it is a call inside a module. recomputed.py explains how layers avoid
+Attention is fused in fused_attention.py, since it is a call inside a module. recomputation.py explains how layers avoid
 saving the outputs of fused modules for the backward pass.
 """
 
@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from peftcore import ops
 from peftcore.engine.adaptation.adapted import is_adapted
 from peftcore.engine.adaptation.class_swap import one_for_each_class, subclass
-from peftcore.engine.adaptation.recomputed import inputs_instead, with_source
+from peftcore.engine.adaptation.recomputation import inputs_instead, with_source
 from peftcore.model.base_modules import base_modules
 from peftcore.ops.activated import Activation
 from peftcore.ops.calling import transformed

@@ -26,7 +26,7 @@ from peftcore.engine.composing import low_rank
 from peftcore.engine.composing.compatibility import difference
 from peftcore.engine.composing.low_rank import dense, of_matrix, of_product
 from peftcore.engine.merging.merged_layers import is_mergeable
-from peftcore.engine.trained import TrainedParameters, base_tensors
+from peftcore.engine.trained_parameters import TrainedParameters, base_tensors
 from peftcore.errors import PeftcoreError, nearest, with_argument_hints
 from peftcore.plugin import sharded
 from peftcore.plugin.adapter import LowRank, neutral_of

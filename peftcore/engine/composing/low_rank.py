@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from peftcore import engine
 from peftcore.engine.adaptation.adapted import changes_at
-from peftcore.engine.trained import TrainedParameters
+from peftcore.engine.trained_parameters import TrainedParameters
 from peftcore.errors import PeftcoreError
 from peftcore.model.weight_formats import weight_format
 from peftcore.plugin.adapter import Adapter, LowRank, implements

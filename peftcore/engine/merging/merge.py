@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from peftcore import engine
 from peftcore.engine.adaptation import adapted
 from peftcore.engine.adaptation.adapted import changes_at, is_adapted
-from peftcore.engine.changes import facts, module_at
+from peftcore.engine.changed_modules import facts, module_at
 from peftcore.engine.merging.merged_layers import MergedLayer, measured_error, merged_layers, refuse_unmergeable
 from peftcore.engine.preflight import check_dtype
 from peftcore.engine.state import Merged
-from peftcore.engine.trained import TrainedParameters, tied_to
+from peftcore.engine.trained_parameters import TrainedParameters, tied_to
 from peftcore.errors import PeftcoreError, warn, with_argument_hints
 from peftcore.model.base_modules import base_parameters
 from peftcore.model.detecting import mark_as_loaded

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
 
 from peftcore.engine.adaptation import adapted
-from peftcore.engine.adaptation.division import division_of
+from peftcore.engine.adaptation.tensor_parallel import division_of
 from peftcore.errors import PeftcoreError
 from peftcore.model.base_modules import CHILD, base_modules, original_class, original_forward
 from peftcore.model.experts import experts_layout

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from peftcore import engine
 from peftcore.engine.adaptation.adapted import adapters_at
 from peftcore.engine.merging.merge_check import evaluated, put, refuse_inexact
-from peftcore.engine.trained import TrainedParameters
+from peftcore.engine.trained_parameters import TrainedParameters
 from peftcore.errors import PeftcoreError
 from peftcore.model import read_by_others, reader_named
 from peftcore.model.experts import experts_layout

@@ -9,6 +9,6 @@ need not know of it. The loss is over the same tokens as without a prompt: the f
 last vector predicts, is not included. Several may be active: soft prompts come in order of activation,
 `[first, …, last, tokens]`, and prefixes likewise in the cache, before the soft prompts.
 
-It imports `adaptation` for divided layers. Public: `place_soft_prompt` (soft.py) and `place_prefix` (prefix.py), which
-placements attach, `TokenCounter` (counting.py), and for plugins how a backbone is called (backbone.py).
+It imports `adaptation` for layers under tensor parallelism. Placements attach `place_soft_prompt` (soft_prompt.py) and
+`place_prefix` (prefix.py). Plugins use `TokenCounter` (token_counter.py), and backbone.py to read a backbone's call.
 """

@@ -10,7 +10,7 @@ from weakref import ref
 import torch
 from torch import Tensor, nn
 
-from peftcore.engine.adaptation.division import Division, division_of
+from peftcore.engine.adaptation.tensor_parallel import Division, division_of
 from peftcore.engine.prompts.backbone import (
     IN_CACHE,
     IN_MASK,

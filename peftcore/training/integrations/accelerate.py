@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from peftcore.engine import state_of
 from peftcore.engine.adaptation.adapted import Adapters
-from peftcore.engine.trained import all_of
+from peftcore.engine.trained_parameters import all_of
 
 _STAY: ContextVar[frozenset[int]] = ContextVar("_STAY", default=frozenset())  # modules of the model that is offloaded
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from peftcore import engine
 from peftcore.engine.adaptation.modes import evaluation_mode
 from peftcore.engine.merging.merged_layers import changes_nothing
-from peftcore.engine.trained import TrainedParameters
+from peftcore.engine.trained_parameters import TrainedParameters
 from peftcore.errors import PeftcoreError
 from peftcore.plugin import sharded
 

@@ -13,7 +13,7 @@ from torch import nn
 
 import peftcore
 from peftcore import PeftcoreError
-from peftcore.engine.attachments import Attachments
+from peftcore.engine.attachments import AdapterAttachments
 from peftcore.engine.prompts.backbone import learned_context
 from peftcore.model import detect
 from peftcore.plugin import PrefixKV, SoftPrompt
@@ -53,7 +53,7 @@ def test_input_that_leaves_no_room(make: Callable[[], nn.Module], kind: str) -> 
 def test_wrong_shapes(placement: Callable[[], Any], message: str) -> None:
     model = tiny.gpt2()
     with pytest.raises(PeftcoreError, match=message):
-        placement().attach(Attachments(model, detect(model), registry.method("soft")))
+        placement().attach(AdapterAttachments(model, detect(model), registry.method("soft")))
 
 
 def test_models_that_cannot() -> None:
@@ -61,7 +61,9 @@ def test_models_that_cannot() -> None:
 
     distilbert = DistilBertModel(DistilBertConfig(vocab_size=96, dim=32, n_layers=2, n_heads=4, hidden_dim=48))
     with pytest.raises(PeftcoreError, match="needs attention with a cache, and that of DistilBertModel has none"):
-        PrefixKV(Vectors(2, 2, 4, 3, 8)).attach(Attachments(distilbert, detect(distilbert), registry.method("prefix")))
+        PrefixKV(Vectors(2, 2, 4, 3, 8)).attach(
+            AdapterAttachments(distilbert, detect(distilbert), registry.method("prefix"))
+        )
     assert torch.isfinite(peftcore.apply(distilbert, "soft")(tiny.TOKENS)[0]).all()
     with pytest.raises(PeftcoreError, match="DeepseekV3ForCausalLM has latent attention"):
         peftcore.apply(deepseek(), "prefix")

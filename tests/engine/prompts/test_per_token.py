@@ -9,7 +9,7 @@ from torch import Tensor
 
 import peftcore
 from peftcore.engine import adapter_parameters
-from peftcore.engine.prompts.soft import SoftPromptAround
+from peftcore.engine.prompts.soft_prompt import SoftPromptAround
 
 BATCH, LENGTH, N = 2, 6, 3
 TOKEN = 40

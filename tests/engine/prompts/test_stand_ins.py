@@ -10,7 +10,7 @@ from support.prompted import N, applied, close, logits, padded
 
 import peftcore
 from peftcore.engine import adapter_parameters
-from peftcore.engine.prompts.soft import ordinary_token
+from peftcore.engine.prompts.soft_prompt import ordinary_token
 
 pytestmark = pytest.mark.usefixtures("toys")
 

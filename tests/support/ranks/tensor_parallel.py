@@ -14,7 +14,7 @@ from torch import Tensor, distributed, nn
 
 import peftcore
 from peftcore.engine.adaptation.chain import OwnForward
-from peftcore.engine.adaptation.division import Division
+from peftcore.engine.adaptation.tensor_parallel import Division
 from peftcore.engine.state import state_of
 from peftcore.plugin import AdapterModules, After, AtModule, Link, ranks, sharded
 from peftcore.testing import disturb

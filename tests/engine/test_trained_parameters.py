@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore.engine import adapter_parameters
-from peftcore.engine.trained import TrainedParameters, base_tensors, moving_buffers
+from peftcore.engine.trained_parameters import TrainedParameters, base_tensors, moving_buffers
 from peftcore.files.loading import restore
 
 pytestmark = pytest.mark.usefixtures("toys")

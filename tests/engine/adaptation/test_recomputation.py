@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 import peftcore
 from peftcore import ops
-from peftcore.engine.adaptation.recomputed import inputs_instead, with_source
+from peftcore.engine.adaptation.recomputation import inputs_instead, with_source
 
 SIZES: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
 FAMILIES: dict[str, tuple[str, Any]] = {  # and paths of layers that norms, gates and activations are given to

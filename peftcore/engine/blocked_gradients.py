@@ -8,14 +8,14 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from peftcore.engine.attachments import Attachments
+from peftcore.engine.attachments import AdapterAttachments
 from peftcore.errors import PeftcoreError, warn
 from peftcore.model import observe, without_gradients
 from peftcore.model.base_modules import base_modules, base_parameters, original_class, original_forward
 from peftcore.plugin.layers import has_scaled_float8, is_bitsandbytes, is_linear, is_unknown_linear, is_wrapped, sizes
 
 
-def refuse_without_gradient(model: nn.Module, attachments: Attachments, trains: bool) -> None:
+def refuse_without_gradient(model: nn.Module, attachments: AdapterAttachments, trains: bool) -> None:
     """Raise a PeftcoreError if adapters would get no gradient, or a wrong one.
 
     Args:
@@ -46,7 +46,7 @@ def refuse_without_gradient(model: nn.Module, attachments: Attachments, trains: 
         warn(f"{what}: it can be used but not trained")
 
 
-def _refuse_no_grad(model: nn.Module, attachments: Attachments) -> None:
+def _refuse_no_grad(model: nn.Module, attachments: AdapterAttachments) -> None:
     """Refuse adapters at modules that the model runs under `torch.no_grad` (indexers of DeepSeek's sparse attention).
 
     Of base parameters there is a warning, since methods choose them by their kind, such as all biases.
@@ -65,7 +65,7 @@ def _refuse_no_grad(model: nn.Module, attachments: Attachments) -> None:
         warn(f"{attachments.method.name} does not train '{lost[0]}'{more}: {why}")
 
 
-def _refuse_in_function(model: nn.Module, attachments: Attachments) -> None:
+def _refuse_in_function(model: nn.Module, attachments: AdapterAttachments) -> None:
     """Refuse layers in a `torch.autograd.Function` (Reformer's), which learn only if its input requires gradients."""
     inside = observe(model).in_function
     if not inside or getattr(model, "_require_grads_hooks", None):

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import peftcore
 from peftcore import ops
-from peftcore.engine.adaptation import folding
+from peftcore.engine.adaptation import frozen_linear
 from peftcore.engine.adaptation.chain import OwnForward
 
 
@@ -45,7 +45,9 @@ def test_the_logits_of_some_places_are_one_product() -> None:
     assert not {"bmm", "expand"} & set(operators.seen)
     with Operators() as operators:
         wanted = nn.functional.linear(hidden[:, 5:], head.weight)
-    assert "bmm" in operators.seen  # else PyTorch does it by itself now, and peftcore.engine.adaptation.folding may go
+    assert (
+        "bmm" in operators.seen
+    )  # else PyTorch does it by itself now, and peftcore.engine.adaptation.frozen_linear may go
     torch.testing.assert_close(found, wanted)
     assert isinstance(head, nn.Linear)
     assert type(head).__name__ == "Linear"
@@ -143,7 +145,7 @@ def test_what_stays_dense_of_a_quantized_model_is_multiplied_by_the_operator() -
 def test_gradients_of_a_slow_dtype(shape: tuple[int, ...], bias: bool, dtype: torch.dtype) -> None:
     layer = nn.Linear(32, 48, bias=bias, dtype=dtype)
     layer.weight.requires_grad_(False)
-    folding.fold(layer)
+    frozen_linear.fold(layer)
     x = torch.randn(shape).to(dtype).requires_grad_()
     y = layer(x)
     dy = torch.randn_like(y)

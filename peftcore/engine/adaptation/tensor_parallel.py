@@ -1,4 +1,6 @@
-"""Layers that tensor parallelism divides over the ranks: which, and how. divided_forward.py runs adapters on them.
+"""Layers that tensor parallelism divides over the ranks: which, and how.
+
+tensor_parallel_forward.py runs adapters on them.
 
 A plan of transformers (`tp_plan`) replaces the forward of a layer's instance; PyTorch's `parallelize_module` gives it
 hooks, between which the layer maps DTensors. Its weight is a DTensor, and from outside it maps plain tensors:
@@ -265,7 +267,7 @@ def plan_of(module: nn.Module) -> dict[str, Any] | None:
     not those that `apply_tensor_parallelism` was called with.
     """
     own = _own_forward(module)
-    own = getattr(own, "planned", own)  # inside a `divided_forward.TrainedForward`
+    own = getattr(own, "planned", own)  # inside a `TrainedForward`
     if not inspect.isfunction(own) or own.__name__ != "tp_forward":
         return None
     if not own.__module__.startswith("transformers.distributed"):

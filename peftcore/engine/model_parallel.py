@@ -10,9 +10,9 @@ from typing import Any
 from torch import nn
 
 from peftcore.engine.adaptation.adapted import is_adapted, rebuild
-from peftcore.engine.adaptation.divided_experts import divide_factors
-from peftcore.engine.adaptation.division import division_of, has_plan, mesh_of_hooks, plan_of, without_hooks
-from peftcore.engine.attachments import Attachments
+from peftcore.engine.adaptation.expert_parallel import divide_factors
+from peftcore.engine.adaptation.tensor_parallel import division_of, has_plan, mesh_of_hooks, plan_of, without_hooks
+from peftcore.engine.attachments import AdapterAttachments
 from peftcore.model.base_modules import OWN_FORWARD, base_modules, original_class
 from peftcore.plugin import ranks, sharded
 from peftcore.plugin.placements.on_weight import WeightLink
@@ -34,7 +34,7 @@ def follows_plan(model: nn.Module) -> bool:
     )
 
 
-def divide_experts(model: nn.Module, attachments: Attachments) -> None:
+def divide_experts(model: nn.Module, attachments: AdapterAttachments) -> None:
     """Leave each rank its experts' factors of adapters on experts that the ranks share out."""
     for each in attachments.attached:
         if each.link is WeightLink:

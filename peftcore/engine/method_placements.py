@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from peftcore.engine.attachments import Attachments
+from peftcore.engine.attachments import AdapterAttachments
 from peftcore.engine.configs import config as named_config, config_of_peft, is_of_peft
-from peftcore.engine.odd_linear import fitted
+from peftcore.engine.custom_linear import fitted
 from peftcore.engine.preflight import check_base, check_placements
-from peftcore.engine.trained import tied_to
+from peftcore.engine.trained_parameters import tied_to
 from peftcore.errors import PeftcoreError, PluginError, warn
 from peftcore.model import assumed_unchanged, bypassed, detect
 from peftcore.model.base_modules import base_parameters
@@ -30,7 +30,7 @@ from peftcore.plugin.validation import check_types
 
 def placements_for(
     model: nn.Module, method: str | Any, fields: dict[str, Any], building: AbstractContextManager[Any] | None = None
-) -> Attachments:
+) -> AdapterAttachments:
     """Return what a method attaches to `model`, checked; the model is not changed.
 
     Args:
@@ -50,14 +50,16 @@ def placements_for(
         return attachments
 
 
-def _attachments(model: nn.Module, chosen: Method, config: Any, building: AbstractContextManager[Any]) -> Attachments:
+def _attachments(
+    model: nn.Module, chosen: Method, config: Any, building: AbstractContextManager[Any]
+) -> AdapterAttachments:
     architecture = detect(model)
     names_modules = getattr(config, "target_modules", None) not in ("all", ALL_LINEAR)
     config, saved, apart = _saved_modules(model, config, architecture)
     if hasattr(config, "resolved"):
         with registry.naming(chosen.name, "resolved"):
             config = config.resolved(model, architecture)
-    attachments = Attachments(model, architecture, chosen, config, apart=apart, names_modules=names_modules)
+    attachments = AdapterAttachments(model, architecture, chosen, config, apart=apart, names_modules=names_modules)
     with building:
         for placement in _placements_of(chosen, model, config, architecture):
             placement.attach(attachments)
@@ -103,7 +105,7 @@ def reached_by(placements: Mapping[str, Sequence[Placement]]) -> list[str]:
     return reached
 
 
-def covered(model: nn.Module, attachments: Attachments) -> Coverage:
+def covered(model: nn.Module, attachments: AdapterAttachments) -> Coverage:
     """Return what share of the weight in layers has an adapter or a trained parameter."""
     reached = reached_by(attachments.placements)
     reached += dict.fromkeys(f"{name.rpartition('.')[0]}." for name in attachments.trained)
@@ -111,7 +113,7 @@ def covered(model: nn.Module, attachments: Attachments) -> Coverage:
     return coverage(model, attachments.architecture, reached, lacking=lacking)
 
 
-def warn_of_little(model: nn.Module, attachments: Attachments) -> None:
+def warn_of_little(model: nn.Module, attachments: AdapterAttachments) -> None:
     """Warn if a selection of everything leaves out most of the weight, or experts that the config does not exclude."""
     if attachments.names_modules:
         return

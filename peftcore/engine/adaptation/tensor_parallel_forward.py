@@ -1,4 +1,4 @@
-"""Forward of layers that tensor parallelism divides over the ranks (division.py), with adapters.
+"""Forward of layers that tensor parallelism divides over the ranks (tensor_parallel.py), with adapters.
 
 An adapter's parameters are whole and equal on every rank, and so must be their gradients. An adapter that has
 `Adapter.on_parts` computes with this rank's part of its tensors. Any other one gets whole inputs and outputs:
@@ -28,7 +28,7 @@ from torch.compiler import is_dynamo_compiling
 from torch.utils._pytree import tree_leaves
 
 from peftcore.engine.adaptation.chain import OwnForward
-from peftcore.engine.adaptation.division import Division, division_of, mesh_of, mesh_of_norm, plan_of
+from peftcore.engine.adaptation.tensor_parallel import Division, division_of, mesh_of, mesh_of_norm, plan_of
 from peftcore.errors import PeftcoreError
 from peftcore.model.base_modules import OWN_FORWARD, original_class, original_forward
 from peftcore.plugin import sharded

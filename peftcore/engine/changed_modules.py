@@ -14,9 +14,9 @@ from typing import Any
 from torch import nn
 
 from peftcore.engine.adaptation.adapted import adapters_at, is_adapted
+from peftcore.engine.adaptation.ancestors import LOCK, lock_of
 from peftcore.engine.adaptation.concurrency import ModelLock
-from peftcore.engine.adaptation.enclosing import LOCK, lock_of
-from peftcore.engine.trained import TrainedParameters
+from peftcore.engine.trained_parameters import TrainedParameters
 from peftcore.model.base_modules import CHILD, TRAINED, base_modules, original_class
 
 Facts = Mapping[str, tuple[int, ...]]

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from peftcore.engine.adaptation.chain import OwnForward
 from peftcore.engine.attachments import Attachment
-from peftcore.engine.changes import submodule
+from peftcore.engine.changed_modules import submodule
 from peftcore.errors import PeftcoreError
 from peftcore.model.base_modules import original_class, original_forward
 from peftcore.plugin.adapter import Adapter, Change, implements

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from peftcore.engine.adaptation.adapted import Adapters
-from peftcore.engine.adaptation.divided_forward import follow_trained, trains_in_parts, unfollow_trained
+from peftcore.engine.adaptation.tensor_parallel_forward import follow_trained, trains_in_parts, unfollow_trained
 from peftcore.errors import PeftcoreError
 from peftcore.model.base_modules import TRAINED, base_modules, base_parameters
 from peftcore.model.detecting import mark_as_loaded
