@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import os
 from pathlib import Path
 from typing import Any
 
 from peftcore.errors import PeftcoreError
+from peftcore_cli.bases import gguf_file
 from peftcore_cli.bases.adapter_folders import adapter_folder
 from peftcore_cli.console import require
 
@@ -111,15 +111,15 @@ def pretrained(loader: Any, model: str, what: str, **options: Any) -> Any:
     if not os.path.exists(model):
         _check_reachable(model)
     where, options = model, {**options, **remote_code()}
-    hidden: Any = contextlib.nullcontext()
+    reading: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
     if model.endswith(".gguf"):
         require("gguf")
         where, options["gguf_file"] = str(Path(model).parent), Path(model).name
-        hidden = contextlib.redirect_stderr(io.StringIO())  # a progress bar that no setting of transformers disables
+        reading = gguf_file.reading()
     from huggingface_hub.errors import StrictDataclassError
 
     try:
-        with hidden:
+        with reading:
             return loader(where, **options)
     except Exception as error:
         # GGUF readers may raise anything on invalid bytes

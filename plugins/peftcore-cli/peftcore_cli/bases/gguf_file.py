@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import functools
+import io
 import re
 import struct
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from math import prod
 from mmap import ACCESS_READ, mmap
@@ -68,8 +71,8 @@ def header(path: str) -> Header:
 class _Reader:
     """Reader of the values of a file, one after the other."""
 
-    def __init__(self, data: mmap) -> None:
-        self.data, self.place = data, 0
+    def __init__(self, data: mmap | numpy.memmap[Any, Any], place: int = 0) -> None:
+        self.data, self.place = data, place
 
     def number(self, code: str) -> Any:
         (value,) = struct.unpack_from(f"<{code}", self.data, self.place)
@@ -145,6 +148,38 @@ def stored_dtype(path: str) -> str:
     kinds = Counter(entry.kind for entry in header(path).tensors.values() if len(entry.shape) > 1)
     most = max(kinds, key=kinds.__getitem__, default=0)
     return {0: "fp32", 1: "fp16"}.get(most, "bf16")
+
+
+@contextmanager
+def reading() -> Iterator[None]:
+    """Let transformers read files without a progress bar, and headers without the strings of the vocabulary.
+
+    transformers reads the header for the config, and again for the tokenizer's class. It uses the number of tokens
+    alone, and `gguf.GGUFReader` makes two arrays of each of 100,000 tokens and merges, which takes seconds.
+    """
+    from unittest.mock import patch
+
+    import gguf
+    import numpy
+
+    class Reader(gguf.GGUFReader):  # type: ignore[misc]
+        def _get_field_parts(self, orig_offs: int, raw_type: int) -> tuple[int, list[Any], list[int], list[Any]]:
+            if raw_type != _ARRAY:
+                return super()._get_field_parts(orig_offs, raw_type)  # type: ignore[no-any-return]
+            array = _Reader(self.data, orig_offs)
+            array.value(_ARRAY)
+            element, count = struct.unpack_from("<IQ", self.data, orig_offs)
+            kind = gguf.GGUFValueType(element)
+            if element == _STRING:
+                parts, places = [numpy.empty(0, numpy.uint8)], [0] * count
+            else:
+                values = self._get(orig_offs + 12, self.gguf_scalar_to_np[kind], count)
+                parts, places = list(values.reshape(-1, 1)), list(range(count))
+            return array.place - orig_offs, parts, places, [gguf.GGUFValueType.ARRAY, kind]
+
+    # No setting of transformers disables the progress bar.
+    with patch.object(gguf, "GGUFReader", Reader), redirect_stderr(io.StringIO()):
+        yield
 
 
 class LazyTensor:

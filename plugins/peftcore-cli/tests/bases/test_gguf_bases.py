@@ -9,9 +9,9 @@ import gguf
 import pytest
 import torch
 from fuzz.gguf_files import Content
-from peftcore_cli.bases import dtype_choice, gguf_file, models
+from peftcore_cli.bases import base_files, dtype_choice, gguf_file, models
 from support import exported
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import peftcore
 from peftcore import PeftcoreError
@@ -97,6 +97,16 @@ def test_the_header_has_what_the_gguf_package_reads(in_8_bits: Path) -> None:
         tensor.name: tensor.data_offset for tensor in reader.tensors
     }
     assert found.architecture == "llama" and found.fields["llama.block_count"] == 2
+
+
+def test_config_and_tokenizer_are_those_that_transformers_reads(in_8_bits: Path) -> None:
+    place = {"pretrained_model_name_or_path": in_8_bits.parent, "gguf_file": in_8_bits.name}
+    config, tokenizer = AutoConfig.from_pretrained(**place), AutoTokenizer.from_pretrained(**place)
+    assert base_files.pretrained(AutoConfig.from_pretrained, str(in_8_bits), "configuration") == config
+    loaded = base_files.pretrained(AutoTokenizer.from_pretrained, str(in_8_bits), "tokenizer")
+    assert type(loaded) is type(tokenizer)
+    assert loaded.init_kwargs == tokenizer.init_kwargs
+    assert loaded.backend_tokenizer.to_str() == tokenizer.backend_tokenizer.to_str()
 
 
 @pytest.mark.parametrize(
