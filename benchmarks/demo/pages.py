@@ -13,7 +13,9 @@ A block of code whose output is shown is followed by a comment and a block that 
     ```
 
 `first` and `last` keep that many lines of the output, with `...` between them; `typed="...|..."` are the lines typed
-at the prompt; `picture=NAME` draws the terminal to docs/assets/NAME.svg instead. All blocks of a page run, in their
+at the prompt; `picture=NAME` draws the terminal to docs/assets/NAME.svg instead. A page
+of HTML that a command wrote is photographed by Chromium: `screenshot=FILE size=WIDTHxHEIGHT name=NAME` stands above the
+picture docs/assets/NAME.png. All blocks of a page run, in their
 order, in one folder with `examples/` and SmolLM2-135M-Instruct. The model comes from the demo's package and lies under
 its name on the hub, so that no hub is needed. Blocks that are marked `not run here` are left out.
 """
@@ -34,6 +36,7 @@ MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 FOLDER = ROOT / ".demo/pages"
 PICTURES = ROOT / "docs/assets"
 COLUMNS = 90
+SCREENSHOT = re.compile(r"\n<!-- output: (screenshot=[^\n]*) -->\n")
 BLOCK = re.compile(
     r"(?P<skipped><!-- not run here: [^\n]* -->\n)?```(?P<language>sh|python|toml)\n(?P<code>.*?)```\n"
     r"(?P<shown>\n<!-- output(?:: (?P<options>[^\n]*))? -->\n(?P<old>```text\n.*?```|!\[[^\n]*\))\n)?",
@@ -80,7 +83,19 @@ def with_outputs(text: str, folder: Path) -> str:
         if block["shown"]:
             parts += [text[end : block.start("old")], shown(printed, options)]
             end = block.end("old")
+    for options in SCREENSHOT.findall(text):
+        screenshot(folder, **dict(option.split("=", 1) for option in options.split()))
     return "".join(parts) + text[end:]
+
+
+def screenshot(folder: Path, screenshot: str, size: str, name: str) -> None:
+    browser = shutil.which("chromium") or shutil.which("google-chrome")
+    if browser is None:
+        print(f"docs/assets/{name}.png stays as it is: neither chromium nor google-chrome is installed")
+        return
+    options = ["--headless", "--no-sandbox", "--hide-scrollbars", f"--window-size={size.replace('x', ',')}"]
+    target = f"--screenshot={PICTURES / name}.png"
+    subprocess.run([browser, *options, target, (folder / screenshot).as_uri()], check=True, capture_output=True)
 
 
 def run_block(
