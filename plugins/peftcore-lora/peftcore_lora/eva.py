@@ -123,11 +123,9 @@ def initialize(model: nn.Module, adapters: Mapping[str, Any], config: LoraConfig
             adapter.full_scale = alpha / rank
             rank_pattern[path], alpha_pattern[path] = rank, alpha
     # The first pattern that matches a path applies, so the new ranks come before the user's patterns.
-    return replace(
-        config,
-        rank_pattern={**rank_pattern, **config.rank_pattern},
-        alpha_pattern={**alpha_pattern, **config.alpha_pattern},
-    )
+    rank_pattern |= {name: rank for name, rank in config.rank_pattern.items() if name not in rank_pattern}
+    alpha_pattern |= {name: alpha for name, alpha in config.alpha_pattern.items() if name not in alpha_pattern}
+    return replace(config, rank_pattern=rank_pattern, alpha_pattern=alpha_pattern)
 
 
 def redistribute_ranks(components: Mapping[str, Components], ranks: Mapping[str, int]) -> dict[str, int]:

@@ -88,6 +88,17 @@ def test_ranks_go_where_they_explain_most(tmp_path: Path) -> None:
     torch.testing.assert_close(logits(theirs), logits(model), rtol=0, atol=1e-5)
 
 
+def test_a_layer_of_rank_pattern_is_loaded_with_its_new_rank(tmp_path: Path) -> None:
+    path = "model.layers.0.self_attn.q_proj"
+    model = peftcore.apply(
+        tiny.llama(), "lora", batches=batches(), **{**FIELDS, "rank_pattern": {path: 2}, "alpha_pattern": {path: 4}}
+    )
+    assert len(model.get_submodule(path).peftcore["default"].lora_A) == 4
+    peftcore.testing.disturb(model, "default", 1)
+    peftcore.save(model, tmp_path)
+    assert torch.equal(logits(peftcore.load(tiny.llama(), tmp_path)), logits(model))
+
+
 def test_settled_components_need_no_more_batches() -> None:
     seen: list[int] = []
 
