@@ -2,11 +2,10 @@
 
     y = Q₄(W) Q₈(x) + b
 
-Q₄ rounds each group of a row's weights to s · c, with integers c from -8 to 7 and s = max |w| / 7.5. Q₈ rounds each
-token's input to s · (c - z), with integers c from -128 to 127 between its smallest and its largest value, and 0. The
-gradient passes Q₈ as if it were the identity (straight-through, Bengio et al. 2013, arXiv 1308.3432). An adapter that
-is trained on such a base makes up for the rounding of weights and inputs: quantization-aware training, with frozen
-weights.
+Q₄ rounds each group of weights in a row to s · c, with integers c from -8 to 7 and s = max |w| / 7.5. Q₈ rounds the
+input of each token to s · (c - z), with integers c from -128 to 127 that span its values and 0. The gradient treats Q₈
+as the identity (straight-through, Bengio et al. 2013, arXiv 1308.3432). An adapter trained on such a base learns to
+compensate for the rounding: quantization-aware training with frozen weights.
 """
 
 from __future__ import annotations
@@ -25,18 +24,19 @@ from peftcore.plugin import WeightFormat, hookimpl
 peftcore_api = ">=3.1,<4"
 
 GROUPS = (32, 64, 128, 256)  # weights of a row that share a scale
-_CENTRE = 8  # the code of zero in affine4, whose operators multiply
-_LEAST = torch.finfo(torch.float32).eps  # the smallest scale, as in torchao
+_ZERO_CODE = 8  # code of the value 0 in affine4, whose operators compute the products
+_MIN_SCALE = torch.finfo(torch.float32).eps  # as in torchao
 
 
-class _Rounded(torch.autograd.Function):
+class _RoundInputs(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        wide = x.float()
-        low, high = wide.amin(-1, keepdim=True).clamp(max=0), wide.amax(-1, keepdim=True).clamp(min=0)
-        scale = ((high - low) / 255).clamp(min=_LEAST)
+        x_fp32 = x.float()
+        low, high = x_fp32.amin(-1, keepdim=True).clamp(max=0), x_fp32.amax(-1, keepdim=True).clamp(min=0)
+        scale = ((high - low) / 255).clamp(min=_MIN_SCALE)
         zero = (-128 - (low / scale).round()).clamp(-128, 127)
-        codes = ((wide * (1 / scale)).round() + zero).clamp(-128, 127)
+        # torchao multiplies by the reciprocal, whose rounding differs from a division's.
+        codes = ((x_fp32 * (1 / scale)).round() + zero).clamp(-128, 127)
         return ((codes - zero) * scale).to(x.dtype)
 
     @staticmethod
@@ -44,14 +44,14 @@ class _Rounded(torch.autograd.Function):
         return grad
 
 
-def rounded_inputs(x: Tensor) -> Tensor:
-    """Return `x` `[.., in]` with each token rounded to int8 and back; its gradient is that of the identity."""
-    rounded: Tensor = _Rounded.apply(x)  # type: ignore[no-untyped-call]
-    return rounded
+def round_inputs(x: Tensor) -> Tensor:
+    """Round each token of `x` `[..., in]` to int8 and back; the gradient passes unchanged."""
+    y: Tensor = _RoundInputs.apply(x)  # type: ignore[no-untyped-call]
+    return y
 
 
 class Int8Int4Linear(nn.Linear):
-    """Linear layer of the format 8da4w. Inputs are rounded also where an adapter puts a dense weight in its place."""
+    """Linear layer of the format 8da4w. It also rounds inputs while an adapter replaces its weight by a dense one."""
 
     scales: Tensor  # fp32 [out, groups]
 
@@ -60,8 +60,8 @@ class Int8Int4Linear(nn.Linear):
         """Number of weights that share a scale."""
         return self.in_features // self.scales.shape[1]
 
-    def packed(self, codes: Tensor, scales: Tensor) -> ops.PackedWeight:
-        """Return codes `[out, in / 2]` and scales `[out, groups]` as a weight for the operators."""
+    def pack(self, codes: Tensor, scales: Tensor) -> ops.PackedWeight:
+        """Return codes `[out, in / 2]` and scales `[out, groups]` as an affine4 weight for the operators."""
         return ops.PackedWeight(
             codes.reshape(-1, 1),
             scales.reshape(-1),
@@ -74,9 +74,9 @@ class Int8Int4Linear(nn.Linear):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        x = rounded_inputs(x)
+        x = round_inputs(x)
         if self.weight.dtype is torch.uint8:
-            return ops.linear_4bit(x, self.packed(self.weight, self.scales), self.bias)
+            return ops.linear_4bit(x, self.pack(self.weight, self.scales), self.bias)
         bias = None if self.bias is None else self.bias.to(self.weight.dtype)
         return F.linear(x.to(self.weight.dtype), self.weight, bias).to(x.dtype)
 
@@ -90,20 +90,20 @@ def read(layer: Int8Int4Linear) -> Tensor:
 
 
 def write(layer: Int8Int4Linear, weight: Tensor) -> dict[str, Tensor]:
-    """Return the codes and scales of a dense weight `[out, in]`."""
-    return rounded_weight(weight, layer.group)
+    """Round a dense weight `[out, in]` to the layer's codes and scales."""
+    return round_weight(weight, layer.group)
 
 
-def decode(layer: Int8Int4Linear, stored: dict[str, Tensor]) -> Tensor:
-    """Return the dense weight of codes and scales, fp32."""
-    return ops.dequantize_4bit(layer.packed(stored["weight"], stored["scales"]))
+def decode(layer: Int8Int4Linear, tensors: dict[str, Tensor]) -> Tensor:
+    """Return the dense weight `[out, in]` of codes and scales, fp32."""
+    return ops.dequantize_4bit(layer.pack(tensors["weight"], tensors["scales"]))
 
 
-def rounded_weight(weight: Tensor, group: int) -> dict[str, Tensor]:
-    """Return codes uint8 `[out, in / 2]`, two a byte, and scales fp32 `[out, in / group]` of a weight `[out, in]`."""
+def round_weight(weight: Tensor, group: int) -> dict[str, Tensor]:
+    """Round a weight `[out, in]` to codes, uint8 `[out, in / 2]` (two a byte), and scales, fp32 `[out, in / group]`."""
     groups = weight.detach().float().unflatten(1, (-1, group))
-    scales = (groups.abs().amax(2, keepdim=True) / 7.5).clamp(min=_LEAST)
-    codes = ((groups * (1 / scales)).round().clamp(-8, 7) + _CENTRE).byte().flatten(1)
+    scales = (groups.abs().amax(2, keepdim=True) / 7.5).clamp(min=_MIN_SCALE)
+    codes = ((groups * (1 / scales)).round().clamp(-8, 7) + _ZERO_CODE).byte().flatten(1)
     return {"weight": codes[:, ::2] << 4 | codes[:, 1::2], "scales": scales.squeeze(2)}
 
 
@@ -111,27 +111,27 @@ def quantize(layer: nn.Linear, group: int) -> None:
     """Convert a dense layer in place.
 
     Raises:
-        PeftcoreError: its inputs do not divide into groups.
+        PeftcoreError: the number of inputs is not a multiple of `group`.
     """
     if layer.in_features % group:
         raise PeftcoreError(
             f"8da4w with groups of {group} needs a multiple of {group} inputs, found {layer.in_features}. Choose "
-            f"smaller groups: {', '.join(NAMES[each] for each in GROUPS)}; or leave the layer dense: skip=[...]"
+            f"smaller groups: {', '.join(NAMES.values())}; or leave the layer dense: skip=[...]"
         )
-    stored = rounded_weight(layer.weight, group)
+    tensors = round_weight(layer.weight, group)
     layer.__class__ = Int8Int4Linear
-    layer.weight = nn.Parameter(stored["weight"], requires_grad=False)
-    layer.register_buffer("scales", stored["scales"])
+    layer.weight = nn.Parameter(tensors["weight"], requires_grad=False)
+    layer.register_buffer("scales", tensors["scales"])
 
 
-def plain(layer: Int8Int4Linear) -> None:
-    """Convert a layer whose weight is dense into an ordinary one, whose inputs are not rounded."""
+def to_linear(layer: Int8Int4Linear) -> None:
+    """Convert a layer whose weight is dense again into an nn.Linear, which does not round its inputs."""
     layer.__class__ = nn.Linear  # type: ignore[assignment]
     del layer.scales
 
 
 def matches(layer: nn.Module, group: int) -> bool:
-    """Return whether the layer has a weight in this format, in groups of this size."""
+    """Return whether the layer's weight is in this format with groups of this size."""
     return isinstance(layer, Int8Int4Linear) and layer.weight.dtype is torch.uint8 and layer.group == group
 
 
@@ -148,7 +148,7 @@ def peftcore_weight_formats() -> list[WeightFormat]:
             write,
             decode=decode,
             quantize=partial(quantize, group=group),
-            plain=plain,
+            plain=to_linear,
         )
         for group, name in NAMES.items()
     ]

@@ -1,10 +1,10 @@
 """DoRA (Liu et al. 2024, arXiv 2402.09353): y = g ∘ (W x + scale · B A x) + bias, with g = m / n.
 
-    x ---+--- W ---------(+)--- · g --- + bias --- y       m [out], trained: at the start the norms of W's rows
-         '--- A --- B --- '                                n [out]: norms of W + scale · B A
+    x ---+--- W ---------(+)--- · g --- + bias --- y       m [out], trained: initially the norms of W's rows
+         '--- A --- B --- '                                n [out]: norms of the rows of W + scale · B A
 
-`peftcore-lora`'s LoRA learns the rows' directions, and m their lengths. n is treated as a constant in the gradient
-(section 4.3). For an embedding, m and n belong to the columns.
+The LoRA of `peftcore-lora` learns the direction of each row, and m its length. The gradient treats n as a constant
+(section 4.3). For an embedding, m and n are norms of columns.
 """
 
 from __future__ import annotations
@@ -47,12 +47,12 @@ from peftcore.plugin import (
 
 peftcore_api = ">=3.0,<4"
 
-KNOWN = LoraLinear, LoraConv, LoraEmbedding, LoraLinearOnWeight, LoraConvOnWeight
+SUPPORTED = LoraLinear, LoraConv, LoraEmbedding, LoraLinearOnWeight, LoraConvOnWeight
 
 
 @dataclass(frozen=True)
 class DoraConfig(peftcore_lora.LoraConfig):
-    """Config with LoRA's fields, except lora_bias; saved as a LoRA with `use_dora: true`, as in Hugging Face PEFT."""
+    """Config with LoRA's fields, except lora_bias. As in PEFT, the file is a LoRA with `use_dora: true`."""
 
     reaches_experts = False
     adapts_attention = False
@@ -63,14 +63,14 @@ class DoraConfig(peftcore_lora.LoraConfig):
 
 
 class Dora(Adapter):
-    """LoRA of a layer and the magnitudes of its outputs: `[out]`, or `[1, out, 1...]` for a convolution, as in PEFT."""
+    """LoRA of a layer, and the magnitude m of each output: `[out]`, or PEFT's `[1, out, 1...]` for a convolution."""
 
     def __init__(self, lora: Any) -> None:
         super().__init__()
         self.lora = lora
         self.on_weight = isinstance(lora, LoraOnWeight)
-        self.transposed = isinstance(lora, LoraEmbedding)  # outputs are the weight's last dimension
-        self.axes = [1] * (lora.lora_A.dim() - 2)  # dimensions after the channels
+        self.is_transposed = isinstance(lora, LoraEmbedding)  # outputs are the weight's last dimension
+        self.axes = [1] * (lora.lora_A.dim() - 2)  # shape of the dimensions after the channels
         m = lora.lora_B.new_ones(lora.lora_B.shape[0])
         self.lora_magnitude_vector = nn.Parameter(m.view(1, -1, *self.axes) if self.axes else m)
 
@@ -85,21 +85,22 @@ class Dora(Adapter):
         return y if bias is None else y + bias.to(y.dtype)
 
     def norms(self, weight: Any) -> Tensor:
-        """Return n, fp32 `[out]`, for W in the layout of the layer's weight, or packed."""
+        """Return n, fp32 `[out]`. `weight` is W in the layout of the layer's weight, or packed."""
         if isinstance(weight, Tensor):
-            weight = weight.T if self.transposed else weight.flatten(1)
+            weight = weight.T if self.is_transposed else weight.flatten(1)
         a, b = self.lora.lora_A.flatten(1), self.lora.lora_B.flatten(1)
-        return ops.row_norms(weight, a, b, self.lora.scale).clamp(min=1e-30)  # rows of zeros stay zero
+        return ops.row_norms(weight, a, b, self.lora.scale).clamp(min=1e-30)  # so that rows of zeros give 0, not NaN
 
     @override
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         gain = self.lora_magnitude_vector.flatten() / self.norms(weight)
-        return (weight + self.lora.delta()) * (gain if self.transposed else gain.view(-1, 1, *self.axes)), bias
+        gain = gain if self.is_transposed else gain.view(-1, 1, *self.axes)
+        return (weight + self.lora.delta()) * gain, bias
 
 
 @dataclass
 class WithoutBias:
-    """Wrapped layer without its bias, which magnitudes do not scale."""
+    """The wrapped layer without its bias, since the magnitude scales W x + scale · B A x alone."""
 
     module: nn.Module
     base: Base
@@ -115,19 +116,21 @@ class WithoutBias:
 
 
 def place(model: nn.Module, config: DoraConfig, architecture: Architecture) -> list[Placement]:
-    placed = place_lora(model, config, architecture)
-    grouped = next((p.path for p in placed if isinstance(p, Around) and isinstance(p.adapter, LoraGroupedConv)), None)
-    validation.require(
-        grouped is None,
-        f"'{grouped}' is a convolution in groups, where B A reaches across the groups and is not a change of the "
-        "weight, so DoRA has no norms to divide by. PEFT divides by the norms of a matrix that the layer does not "
-        f"apply. Exclude it: exclude_modules=['{grouped}']; or choose LoRA",
+    placements = place_lora(model, config, architecture)
+    grouped_path = next(
+        (p.path for p in placements if isinstance(p, Around) and isinstance(p.adapter, LoraGroupedConv)), None
     )
-    return wrap_adapters(placed, lambda lora: Dora(lora) if type(lora) in KNOWN else None, "DoRA")
+    validation.require(
+        grouped_path is None,
+        f"DoRA cannot adapt '{grouped_path}', a grouped convolution: B A connects all groups, so it is not a change of "
+        "the weight, and there are no norms to divide by. PEFT divides by the norms of a matrix that the layer does "
+        f"not apply. Exclude it: exclude_modules=['{grouped_path}']; or choose LoRA",
+    )
+    return wrap_adapters(placements, lambda lora: Dora(lora) if type(lora) in SUPPORTED else None, "DoRA")
 
 
 def initialize(model: nn.Module, adapters: Any, config: DoraConfig, batches: Any) -> None:
-    """Set m to the norms of the wrapped weight with A and B; the training batches are not used."""
+    """Set m to the norms of the wrapped weight plus B A. `batches` is not used."""
     for path, dora in adapters.items():
         m: Any = dora.lora_magnitude_vector
         m.copy_(dora.norms(inside_at(model, path).weight()).view_as(m))
@@ -149,8 +152,8 @@ def peftcore_methods() -> list[Method]:
         tensor_name=name_inside,
         read=read,
         write=write,
-        # this format is for LoRA of experts
-        formats=[each for each in RULES.formats if not isinstance(each, FileLayout)],
+        # The file layout is for LoRA of experts, which have no magnitudes.
+        formats=[file_format for file_format in RULES.formats if not isinstance(file_format, FileLayout)],
         peft=dataclasses.replace(RULES.peft, flag="use_dora", scaled=None),
     )
     return [Method("dora", DoraConfig, place, rules, initialize, learning_rate=1e-3)]

@@ -13,7 +13,7 @@
             '--------+--------'
                   x [in]
 
-`apply` quantizes the base once. The adapter and its file are then those of `peftcore-lora`.
+`apply` quantizes the base once, and then adds an ordinary LoRA of `peftcore-lora`, which is also what is saved.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ peftcore_api = ">=3.0,<4"
 
 @dataclass(frozen=True)
 class QLoraConfig(peftcore_lora.LoraConfig):
-    """Config with LoRA's fields, and fields for quantizing the base. A base that is already quantized stays as it is.
+    """Config with LoRA's fields, and fields for quantizing the base. A base that is already quantized is not changed.
 
     Args:
         quant_type, double_quant, blocksize, compute_dtype: see `peftcore.quantize`.
@@ -71,7 +71,7 @@ def prepare(model: nn.Module, config: QLoraConfig) -> None:
 
 
 def as_lora(config: QLoraConfig) -> peftcore_lora.LoraConfig:
-    """Return the config of the adapter after quantization, a plain LoRA."""
+    """Return the LoRA config without the fields for quantization; the adapter is saved with it."""
     names = (f.name for f in fields(peftcore_lora.LoraConfig))
     return peftcore_lora.LoraConfig(**{name: getattr(config, name) for name in names})
 
@@ -79,5 +79,5 @@ def as_lora(config: QLoraConfig) -> peftcore_lora.LoraConfig:
 @hookimpl
 def peftcore_methods() -> list[Method]:
     (lora,) = peftcore_lora.peftcore_methods()
-    more: dict[str, Any] = {"prepare": prepare, "recorded_as": as_lora, "learning_rate": lora.learning_rate}
-    return [Method("qlora", QLoraConfig, lora.place, lora.state, **more)]
+    options: dict[str, Any] = {"prepare": prepare, "recorded_as": as_lora, "learning_rate": lora.learning_rate}
+    return [Method("qlora", QLoraConfig, lora.place, lora.state, **options)]

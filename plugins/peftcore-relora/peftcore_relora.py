@@ -1,12 +1,12 @@
 """ReLoRA (Lialin et al. 2023, arXiv 2307.05695): y = W x + scale · (B1 A1 + ... + Bn An) x, one product after another.
 
 every `restart_every` steps    the trained A and B join the frozen ones; A is drawn again, and B is 0
-state of their optimizer       stays where both moments are among the share 1 - prune_ratio of largest magnitudes
+optimizer state                is kept only where both moments are among the 1 - prune_ratio largest in magnitude
 learning rate                  times 1/(w + 1), ..., w/(w + 1) in the w = restart_warmup steps after a restart,
                                and times a/(a + 1), ..., 1/(a + 1) in the a = restart_anneal steps before it
 
-The sum has rank n r. The paper adds each product to W. Here it stays apart: a base in 4 bits loses nothing, a file
-holds the whole change, as a LoRA of rank n r, and removing the adapter restores the base.
+The sum has rank n r. The paper adds each product to W. peftcore keeps the products separate: a 4-bit base loses
+nothing, a file holds the whole change as a LoRA of rank n r, and removing the adapter restores the base.
 """
 
 from __future__ import annotations
@@ -48,17 +48,17 @@ peftcore_api = ">=3.6,<4"
 
 @dataclass(frozen=True)
 class ReloraConfig(peftcore_lora.LoraConfig):
-    """Config with LoRA's fields; saved as a LoRA of all products, which other libraries read.
+    """Config with LoRA's fields, and when and how to restart. The file is a LoRA of all products together.
 
     Args:
-        restart_every: steps between two restarts. None: a quarter of the training, and at least
+        restart_every: number of steps between two restarts. None: a quarter of all steps, but at least
             restart_warmup + restart_anneal + 1.
-        restart_warmup: steps after a restart in which the learning rate rises.
-        restart_anneal: steps before a restart in which it falls.
-        prune_ratio: share of the optimizer's moments, those of smallest magnitude, that a restart sets to zero; an
-            element of which one is zero loses both. 1: all, and the optimizer counts its steps again.
-        rounds: number of products, of which the last is trained. Set by training, and in files.
-        of_one: ranks and scales of one product, in files, where those of LoRA's fields are for all products.
+        restart_warmup: number of steps after a restart in which the learning rate rises.
+        restart_anneal: number of steps before a restart in which it falls.
+        prune_ratio: share of the optimizer's moments, the smallest in magnitude, that a restart sets to zero. If one
+            moment of an element is zeroed, so is the other. 1: all, and the optimizer's step count starts again.
+        rounds: number of products, of which the last is trained. Set by training and stored in files.
+        of_one: r, lora_alpha and patterns of one product. Only in files, where LoRA's fields describe all products.
     """
 
     restart_every: int | None = None
@@ -81,16 +81,16 @@ class ReloraConfig(peftcore_lora.LoraConfig):
             value = getattr(self, name)
             validation.require(value >= 0, f"{name} must be at least 0, found {value}")
         validation.require(0 < self.prune_ratio <= 1, f"prune_ratio must be in (0, 1], found {self.prune_ratio}")
-        within = self.restart_warmup + self.restart_anneal
+        reduced_steps = self.restart_warmup + self.restart_anneal
         validation.require(
-            self.restart_every is None or within < self.restart_every,
-            f"restart_warmup + restart_anneal = {within} steps must be less than restart_every={self.restart_every}, "
-            "or the learning rate would never be whole",
+            self.restart_every is None or reduced_steps < self.restart_every,
+            f"restart_warmup + restart_anneal = {reduced_steps} steps must be less than "
+            f"restart_every={self.restart_every}, or the learning rate would never reach its full value",
         )
 
     def as_lora(self) -> peftcore_lora.LoraConfig:
-        """Return LoRA's fields."""
-        names = [each.name for each in dataclasses.fields(peftcore_lora.LoraConfig)]
+        """Return the LoRA config without the fields of ReLoRA."""
+        names = [f.name for f in dataclasses.fields(peftcore_lora.LoraConfig)]
         return peftcore_lora.LoraConfig(**{name: getattr(self, name) for name in names})
 
     def resolved(self, model: nn.Module, architecture: Architecture) -> ReloraConfig:
@@ -99,13 +99,13 @@ class ReloraConfig(peftcore_lora.LoraConfig):
 
 
 class Relora(LoraLinear):
-    """LoRA of a linear layer, and the frozen products of earlier rounds: A `[(n - 1) r, in]`, B `[out, (n - 1) r]`."""
+    """LoRA of a linear layer, plus the frozen earlier products: A `[(n - 1) r, in]`, B `[out, (n - 1) r]`."""
 
     past_A: Tensor
     past_B: Tensor
 
     def __init__(self, lora: LoraLinear, rounds: int, gaussian: bool) -> None:
-        Adapter.__init__(self)  # the factors are those of `lora`
+        Adapter.__init__(self)  # not LoraLinear's, which would create new factors
         self.full_scale, self.dropout, self.lora_bias = lora.full_scale, lora.dropout, None
         self.lora_A, self.lora_B, self.gaussian = lora.lora_A, lora.lora_B, gaussian
         (r, width), out_width = self.lora_A.shape, len(self.lora_B)
@@ -118,16 +118,17 @@ class Relora(LoraLinear):
         return torch.cat([self.lora_A, self.past_A]), torch.cat([self.lora_B, self.past_B], dim=1)
 
     def restart(self, seed: int) -> None:
-        """Freeze the product, and begin another."""
+        """Freeze the current product, and start a new one with A drawn from `seed` and B = 0."""
         a, b = ranks.whole(self.lora_A), ranks.whole(self.lora_B)
         self.past_A = torch.cat([self.past_A, a])
         self.past_B = torch.cat([self.past_B, b], dim=1)
-        drawn, generator = torch.empty(a.shape, device="cpu"), torch.Generator().manual_seed(seed)
+        # Drawn on the CPU, so that all ranks and devices get the same values.
+        new_a, generator = torch.empty(a.shape, device="cpu"), torch.Generator().manual_seed(seed)
         if self.gaussian:
-            drawn.normal_(std=1 / len(a), generator=generator)
+            new_a.normal_(std=1 / len(a), generator=generator)
         else:
-            nn.init.kaiming_uniform_(drawn, a=5**0.5, generator=generator)
-        ranks.fill(self.lora_A, drawn.to(a))
+            nn.init.kaiming_uniform_(new_a, a=5**0.5, generator=generator)
+        ranks.fill(self.lora_A, new_a.to(a))
         ranks.fill(self.lora_B, torch.zeros_like(b))
 
 
@@ -135,111 +136,116 @@ def place(model: nn.Module, config: ReloraConfig, architecture: Architecture) ->
     gaussian = config.init_lora_weights == "gaussian"
 
     def wrap(lora: Any) -> Relora | None:
-        adaptable = isinstance(lora, LoraLinear) and not isinstance(lora, LoraOnWeight)
-        return Relora(lora, config.rounds or 1, gaussian) if adaptable else None
+        is_supported = isinstance(lora, LoraLinear) and not isinstance(lora, LoraOnWeight)
+        return Relora(lora, config.rounds or 1, gaussian) if is_supported else None
 
     return wrap_adapters(place_lora(model, config, architecture), wrap, "ReLoRA")
 
 
-def every(config: ReloraConfig, total_steps: int) -> int:
-    """Return the steps between two restarts."""
-    shortest = config.restart_warmup + config.restart_anneal + 1  # with one step at the whole learning rate
+def restart_interval(config: ReloraConfig, total_steps: int) -> int:
+    """Return the number of steps between two restarts."""
+    shortest = config.restart_warmup + config.restart_anneal + 1  # leaves one step at the full learning rate
     return config.restart_every or max(shortest, -(-total_steps // 4))
 
 
 def schedule(config: ReloraConfig, step: int, total_steps: int) -> float:
     """Return the factor of the learning rate at a step, counted from 1.
 
-    For a loop of your own: `LambdaLR(optimizer, lambda done: schedule(config, done + 1, total_steps))`.
+    In your own training loop: `LambdaLR(optimizer, lambda done: schedule(config, done + 1, total_steps))`.
     """
-    between = every(config, total_steps)
-    after, factor = (step - 1) % between + 1, 1.0
-    if step > between and after <= config.restart_warmup:
-        factor = after / (config.restart_warmup + 1)
-    before = between - after + 1  # steps until the restart, this one included
-    if before <= config.restart_anneal and step + before - 1 < total_steps:
-        factor = min(factor, before / (config.restart_anneal + 1))
+    interval = restart_interval(config, total_steps)
+    step_in_round, factor = (step - 1) % interval + 1, 1.0
+    if step > interval and step_in_round <= config.restart_warmup:  # no warmup in the first round
+        factor = step_in_round / (config.restart_warmup + 1)
+    steps_to_restart = interval - step_in_round + 1  # counting this one
+    restart_step = step + steps_to_restart - 1
+    if steps_to_restart <= config.restart_anneal and restart_step < total_steps:  # no restart after the last step
+        factor = min(factor, steps_to_restart / (config.restart_anneal + 1))
     return factor
 
 
 @torch.no_grad()
 def after_step(adapters: Mapping[str, Any], config: ReloraConfig, step: int, total_steps: int) -> ReloraConfig | None:
-    keep, between = 1 - config.prune_ratio, every(config, total_steps)
+    interval = restart_interval(config, total_steps)
     factors = [parameter for adapter in adapters.values() for parameter in adapter.parameters()]
-    if step == 1 and between < total_steps:  # an error that a restart would raise, and what it will take
+    if step == 1 and interval < total_steps:
+        # Raises now if the optimizer's state cannot be reset, instead of at the first restart.
         reset_optimizer_state(factors, keep=1.0)
-        warn_of_rank(adapters, (total_steps - 1) // between)
-    elif step == 1 and total_steps > 2:  # one or two steps try a config
-        warn_of_no_restart(config, between, total_steps)
-    if step % between or step >= total_steps:
+        warn_of_size(adapters, (total_steps - 1) // interval)
+    elif step == 1 and total_steps > 2:  # with one or two steps the user only tries the config
+        warn_of_no_restart(config, interval, total_steps)
+    if step % interval or step >= total_steps:
         return None
     rounds = (config.rounds or 1) + 1
     for path, adapter in adapters.items():
         adapter.restart(zlib.crc32(f"{path} {rounds}".encode()))
-    reset_optimizer_state(factors, keep=keep)
+    reset_optimizer_state(factors, keep=1 - config.prune_ratio)
     return dataclasses.replace(config, rounds=rounds)
 
 
-def warn_of_no_restart(config: ReloraConfig, between: int, total_steps: int) -> None:
-    """Warn of a training that ends before its first restart."""
-    between_by, smaller = f"restart_every={between} is", "a smaller restart_every"
+def warn_of_no_restart(config: ReloraConfig, interval: int, total_steps: int) -> None:
+    """Warn that training ends before the first restart."""
+    cause, advice = f"restart_every={interval} is", "a smaller restart_every"
     if config.restart_every is None:
-        own = f"restart_warmup={config.restart_warmup} and restart_anneal={config.restart_anneal}"
-        between_by, smaller = f"{own} put {between} steps between restarts,", "smaller ones"
+        names = f"restart_warmup={config.restart_warmup} and restart_anneal={config.restart_anneal}"
+        cause, advice = f"{names} put {interval} steps between restarts,", "smaller values"
     warn(
-        f"{between_by} not less than the training's {total_steps} steps, so it has no restart, and trains what LoRA "
-        f"trains. Train longer, or pass {smaller}"
+        f"{cause} not less than the training's {total_steps} steps, so there is no restart, and ReLoRA equals LoRA. "
+        f"Train longer, or pass {advice}"
     )
 
 
-def warn_of_rank(adapters: Mapping[str, Any], restarts: int) -> None:
-    """Warn if the products of all rounds will take more values than the weights that they change."""
-    sizes = [(*ranks.shape_of(each.lora_A), ranks.shape_of(each.lora_B)[0]) for each in adapters.values()]
-    products = (restarts + 1) * sum(r * (width + out_width) for r, width, out_width in sizes)
-    weights = sum(width * out_width for _, width, out_width in sizes)
+def warn_of_size(adapters: Mapping[str, Any], restarts: int) -> None:
+    """Warn if the products of all rounds will have more values than the weights that they adapt."""
+    shapes = [(*ranks.shape_of(adapter.lora_A), ranks.shape_of(adapter.lora_B)[0]) for adapter in adapters.values()]
+    products = (restarts + 1) * sum(r * (width + out_width) for r, width, out_width in shapes)
+    weights = sum(width * out_width for _, width, out_width in shapes)
     if products > weights:
         warn(
-            f"{restarts} restarts make products of {products:,} values, more than the {weights:,} of the weights that "
-            "they change. Restart less often (restart_every), or with a smaller r"
+            f"after {restarts} restarts the products have {products:,} values, more than the {weights:,} of the "
+            "weights that they adapt. Restart less often (restart_every), or with a smaller r"
         )
 
 
 def read(model: nn.Module | None, tensors: dict[str, Tensor], fields: dict[str, Any]) -> tuple[Tensors, Fields]:
     rounds = max(1, int(fields.get("rounds") or 1))
-    own = {name: fields[name] for name in OWN if name in fields}
-    found, read = RULES.read(model, tensors, {name: value for name, value in fields.items() if name not in OWN})
-    found = dict(found)
-    for name in list(found):
+    relora_fields = {name: fields[name] for name in RELORA_FIELDS if name in fields}
+    other_fields = {name: value for name, value in fields.items() if name not in RELORA_FIELDS}
+    disk_factors, lora_fields = RULES.read(model, tensors, other_fields)
+    factors = dict(disk_factors)
+    for name, tensor in disk_factors.items():  # the trained product comes first, and then the frozen ones
         if name.endswith(".lora_A.weight"):
-            r = len(found[name]) // rounds
-            found[name], found[name.replace(".lora_A.", ".past_A.")] = found[name].split([r, len(found[name]) - r])
+            r = len(tensor) // rounds
+            factors[name], factors[name.replace(".lora_A.", ".past_A.")] = tensor.split([r, len(tensor) - r])
         elif name.endswith(".lora_B.weight"):
-            r = found[name].shape[1] // rounds
-            own_B, past = found[name].split([r, found[name].shape[1] - r], dim=1)
-            found[name], found[name.replace(".lora_B.", ".past_B.")] = own_B, past
-    one, sizes = own.pop("of_one", None) or {}, dict(read)
-    if one.keys() != {*SIZES} or any(
-        scale_rank({**sizes, **one}, rounds)[name] != sizes.get(name) for name in SIZES
-    ):  # edited
-        one = scale_rank(sizes, 1 / rounds)
-    return found, {**sizes, **{name: one[name] for name in SIZES}, **own}
+            r = tensor.shape[1] // rounds
+            current, past = tensor.split([r, tensor.shape[1] - r], dim=1)
+            factors[name], factors[name.replace(".lora_B.", ".past_B.")] = current, past
+    sizes = relora_fields.pop("of_one", None) or {}
+    is_consistent = sizes.keys() == {*SIZES}
+    if is_consistent:
+        scaled = scale_rank({**lora_fields, **sizes}, rounds)
+        is_consistent = all(scaled[name] == lora_fields.get(name) for name in SIZES)
+    if not is_consistent:  # the user edited LoRA's fields, which then apply
+        sizes = scale_rank(dict(lora_fields), 1 / rounds)
+    return factors, {**lora_fields, **{name: sizes[name] for name in SIZES}, **relora_fields}
 
 
 def write(model: nn.Module | None, tensors: dict[str, Tensor], fields: dict[str, Any]) -> tuple[Tensors, Fields]:
-    own = {name: fields[name] for name in OWN}
-    rest = {name: value for name, value in fields.items() if name not in OWN}
-    pasts = {name: tensor for name, tensor in tensors.items() if re.search(r"\.past_[AB]\.", name)}
-    joined = {name: tensor for name, tensor in tensors.items() if name not in pasts}
-    for name, past in pasts.items():
+    relora_fields = {name: fields[name] for name in RELORA_FIELDS}
+    lora_fields = {name: value for name, value in fields.items() if name not in RELORA_FIELDS}
+    past_factors = {name: tensor for name, tensor in tensors.items() if re.search(r"\.past_[AB]\.", name)}
+    factors = {name: tensor for name, tensor in tensors.items() if name not in past_factors}
+    for past_name, past in past_factors.items():
         if past.numel():
-            now = name.replace(".past_", ".lora_")
-            joined[now] = torch.cat([tensors[now], past], dim=0 if ".past_A." in name else 1)
-    found, fields_on_disk = RULES.write(model, joined, scale_rank(rest, own["rounds"] or 1))
-    return found, {**fields_on_disk, **own, "of_one": {name: rest[name] for name in SIZES}}
+            name = past_name.replace(".past_", ".lora_")
+            factors[name] = torch.cat([tensors[name], past], dim=0 if ".past_A." in past_name else 1)
+    disk_factors, fields_on_disk = RULES.write(model, factors, scale_rank(lora_fields, relora_fields["rounds"] or 1))
+    return disk_factors, {**fields_on_disk, **relora_fields, "of_one": {name: lora_fields[name] for name in SIZES}}
 
 
 SIZES = ("r", "lora_alpha", "rank_pattern", "alpha_pattern")
-OWN = ("restart_every", "restart_warmup", "restart_anneal", "prune_ratio", "rounds", "of_one")
+RELORA_FIELDS = ("restart_every", "restart_warmup", "restart_anneal", "prune_ratio", "rounds", "of_one")
 
 
 @hookimpl
@@ -248,8 +254,8 @@ def peftcore_methods() -> list[Method]:
         RULES,
         read=read,
         write=write,
-        formats=[each for each in RULES.formats if not isinstance(each, (FileFormat, FileLayout))],
-        peft=dataclasses.replace(RULES.peft, flag="rounds", own_fields=RULES.peft.own_fields | {*OWN}),
+        formats=[f for f in RULES.formats if not isinstance(f, (FileFormat, FileLayout))],
+        peft=dataclasses.replace(RULES.peft, flag="rounds", own_fields=RULES.peft.own_fields | {*RELORA_FIELDS}),
     )
     return [
         Method(

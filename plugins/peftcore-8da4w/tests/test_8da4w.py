@@ -20,7 +20,7 @@ def layer(inputs: int = 64, bias: bool = True) -> nn.Sequential:
 
 def test_weights_are_multiples_of_a_scale_from_minus_8_to_7() -> None:
     weight = torch.tensor([[-1.5, 1.5, 0.3, 0.09, *[0.0] * 28], [*[0.2] * 16, *[-0.1] * 16]])
-    stored = peftcore_8da4w.rounded_weight(weight, 32)
+    stored = peftcore_8da4w.round_weight(weight, 32)
     assert torch.allclose(stored["scales"], torch.tensor([[0.2], [0.2 / 7.5]]))
     model = nn.Sequential(nn.Linear(32, 2, bias=False))
     model[0].weight.data.copy_(weight)
@@ -32,10 +32,10 @@ def test_weights_are_multiples_of_a_scale_from_minus_8_to_7() -> None:
 
 def test_inputs_are_rounded_by_token_between_their_bounds_and_zero() -> None:
     x = torch.tensor([[0.0, 1.0, 2.55, 0.014], [-1.0, -2.55, -0.004, -0.006], [0.0, 0.0, 0.0, 0.0]])
-    found = peftcore_8da4w.rounded_inputs(x)
+    found = peftcore_8da4w.round_inputs(x)
     wanted = [[0.0, 1.0, 2.55, 0.01], [-1.0, -2.55, 0.0, -0.01], [0.0, 0.0, 0.0, 0.0]]
     assert torch.allclose(found, torch.tensor(wanted), atol=1e-6)
-    assert peftcore_8da4w.rounded_inputs(x.bfloat16()).dtype is torch.bfloat16
+    assert peftcore_8da4w.round_inputs(x.bfloat16()).dtype is torch.bfloat16
 
 
 @pytest.mark.parametrize(("group", "name"), peftcore_8da4w.NAMES.items())
@@ -49,7 +49,7 @@ def test_the_values_and_gradients_are_those_of_torchao(group: int, name: str) ->
     x = torch.randn(3, 512, requires_grad=True)
     same = x.detach().clone().requires_grad_()
     assert torch.equal(peftcore_8da4w.read(model[0]), theirs.weight_fake_quantizer(theirs.weight))
-    assert torch.equal(peftcore_8da4w.rounded_inputs(x), theirs.activation_fake_quantizer(same))
+    assert torch.equal(peftcore_8da4w.round_inputs(x), theirs.activation_fake_quantizer(same))
     ours, wanted = model(x), theirs(same)
     assert torch.allclose(ours, wanted, atol=1e-5)
     ours.square().sum().backward()
@@ -63,7 +63,7 @@ def test_adapters_learn_over_the_rounded_base(method: str) -> None:
     peftcore.quantize(model, "8da4w")
     x = torch.randn(4, 64)
     base, weight, bias = model(x), peftcore_8da4w.read(model[0]), model[0].bias
-    assert torch.allclose(base, F.linear(peftcore_8da4w.rounded_inputs(x), weight, bias), atol=1e-5)
+    assert torch.allclose(base, F.linear(peftcore_8da4w.round_inputs(x), weight, bias), atol=1e-5)
     more = {"feedforward_modules": []} if method == "ia3" else {}
     peftcore.apply(model, method, target_modules=["0"], **more)
     assert torch.allclose(model(x), base, atol=1e-4)

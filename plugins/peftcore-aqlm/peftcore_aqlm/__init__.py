@@ -1,11 +1,14 @@
-"""Weight format of AQLM (Egiazarian et al. 2024, arXiv 2401.06118): sums of entries of codebooks, times a scale.
+"""Weight format of AQLM (Egiazarian et al. 2024, arXiv 2401.06118): blocks of W are sums of codebook entries.
 
     W[block of out_group x in_group] = s[out group] · Σ_c codebook_c[code_c[block]]
 
-A checkpoint has `X.codes` int8 or int16 `[out / out_group, in / in_group, codebooks]`, whose integers stand for 0 to
-2^bits - 1 modulo 2^bits, `X.codebooks` `[codebooks, 2^bits, out_group, in_group]` and `X.scales`
-`[out / out_group, 1, 1, 1]`. Memory has them as they are on disk. A layer's weight is dequantized for each product, in
-forward and in backward.
+For each layer X a checkpoint has
+
+    X.codes        int8 or int16 [out / out_group, in / in_group, codebooks], modulo 2^bits
+    X.codebooks    [codebooks, 2^bits, out_group, in_group]
+    X.scales       [out / out_group, 1, 1, 1]
+
+They stay in memory in this form. Forward and backward each dequantize the layer's weight.
 """
 
 from __future__ import annotations
@@ -14,10 +17,10 @@ from peftcore.plugin import WeightFormat, hookimpl, when_imported
 from peftcore_aqlm.layer import (
     AqlmLinear as AqlmLinear,
     decode,
-    dequantized as dequantized,
-    matches,
-    plain,
+    dequantize as dequantize,
+    has_codes,
     read,
+    to_linear,
     write,
 )
 
@@ -38,7 +41,8 @@ def _update_config(model: object) -> None:
 
 @hookimpl
 def peftcore_weight_formats() -> list[WeightFormat]:
-    return [WeightFormat("aqlm", matches, read, write, decode=decode, plain=plain, update_config=_update_config)]
+    return [WeightFormat("aqlm", has_codes, read, write, decode=decode, plain=to_linear, update_config=_update_config)]
 
 
+# Only where transformers is used: importing it here would slow down every start of peftcore.
 when_imported("transformers.quantizers.auto", _register)

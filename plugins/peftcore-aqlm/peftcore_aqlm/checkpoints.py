@@ -1,4 +1,4 @@
-"""Checkpoints of AQLM, read and written by transformers' `from_pretrained` and `save_pretrained`."""
+"""AQLM checkpoints in transformers' `from_pretrained` and `save_pretrained`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
 
 from peftcore.plugin import CheckpointError, PeftcoreError, base_modules
-from peftcore_aqlm.layer import AqlmLinear, matches
+from peftcore_aqlm.layer import AqlmLinear, has_codes
 
 _METHOD = "aqlm"
 _CODES = ".codes"
@@ -20,16 +20,16 @@ _DTYPES = {"I8": torch.int8, "I16": torch.int16}
 
 
 def register() -> None:
-    """Make transformers read and write checkpoints of AQLM by the class below, with or without the aqlm package."""
+    """Make transformers read and write AQLM checkpoints with `AqlmQuantizer`, even if the aqlm package is installed."""
     AUTO_QUANTIZER_MAPPING[_METHOD] = AqlmQuantizer
 
 
 class AqlmQuantizer(HfQuantizer):
-    """Quantizer that gives the model an `AqlmLinear` for each layer that has codes in the checkpoint."""
+    """Quantizer that converts each linear layer with codes in the checkpoint to an `AqlmLinear`."""
 
     requires_calibration = True
     is_trainable = True
-    is_qat_trainable = True  # without it, Trainer refuses a quantized model that is not wrapped by PEFT
+    is_qat_trainable = True  # otherwise Trainer refuses a quantized model that PEFT does not wrap
 
     def is_serializable(self) -> bool:
         return True
@@ -39,26 +39,26 @@ class AqlmQuantizer(HfQuantizer):
         shapes = _headers(kwargs.get("checkpoint_files") or ())
         prefix = f"{model.base_model_prefix}." if model.base_model_prefix else ""
         names = {name.removeprefix(prefix): name for name, _ in model.named_modules()}
-        found = 0
+        layer_count = 0
         paths = {key.rpartition(".")[0]: None for key in shapes if key.endswith((_CODES, ".codebooks"))}
         for path in paths:
             name = names.get(path.removeprefix(prefix))
             if name is None and ".experts." not in path:
-                continue  # such as the head of another task
+                continue  # not a part of this model, such as the head for another task
             layer: Any = None if name is None else model.get_submodule(name)
             if type(layer) is not nn.Linear:
-                kind = "experts" if layer is None else type(layer).__name__
+                layer_type = "experts" if layer is None else type(layer).__name__
                 raise PeftcoreError(
-                    f"the checkpoint has codes of AQLM for '{path}', and codes are read for nn.Linear, not for {kind}. "
-                    "Use the dense checkpoint"
+                    f"the checkpoint has AQLM codes for '{path}' ({layer_type}), but only those of nn.Linear can be "
+                    "read. Use the dense checkpoint"
                 )
             layout.check(path, layer, shapes)
             _make_empty(layer, shapes, path)
-            found += 1
-        if not found:
+            layer_count += 1
+        if not layer_count:
             raise CheckpointError(
-                "the config says quant_method 'aqlm', but no layer of the model has codes in the checkpoint. Download "
-                "it again, or remove quantization_config from config.json if the weights are dense"
+                "config.json has quant_method 'aqlm', but the checkpoint has no codes for any layer of the model. "
+                "Download it again, or remove quantization_config from config.json if the weights are dense"
             )
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
@@ -67,12 +67,13 @@ class AqlmQuantizer(HfQuantizer):
             if not isinstance(layer, AqlmLinear):
                 continue
             codes: Any = layer.__dict__["_parameters"].pop("codes")
-            if not codes.is_meta and limit != 1 << (8 * codes.element_size() - 1):
-                low, high = (int(bound) for bound in codes.aminmax())
+            uses_all_bits = limit == 1 << (8 * codes.element_size() - 1)
+            if not codes.is_meta and not uses_all_bits:
+                low, high = (int(code) for code in codes.aminmax())
                 if low < -limit or high >= limit:
                     raise CheckpointError(
-                        f"'{path}.codes' has values from {low} to {high}, and codes of this config are from {-limit} "
-                        f"to {limit - 1}. Correct nbits_per_codebook in config.json, or download the checkpoint again"
+                        f"'{path}.codes' has values from {low} to {high}, but by config.json they are from {-limit} to "
+                        f"{limit - 1}. Correct nbits_per_codebook in config.json, or download the checkpoint again"
                     )
             for name in ("codebooks", "scales"):
                 values = getattr(layer, name)
@@ -83,11 +84,11 @@ class AqlmQuantizer(HfQuantizer):
         return model
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Return the state dict with the checkpoint's names; buffers of layers with dense weights are left out."""
+        """Return the state dict with the checkpoint's names, without codebooks and scales of layers that are dense."""
         state = dict(model.state_dict())
         for path, layer in model.named_modules():
             if isinstance(layer, AqlmLinear):
-                if matches(layer):
+                if has_codes(layer):
                     state[f"{path}.codes"] = state.pop(f"{path}.weight")
                 else:
                     del state[f"{path}.codebooks"], state[f"{path}.scales"]
@@ -95,23 +96,23 @@ class AqlmQuantizer(HfQuantizer):
 
 
 class _Layout:
-    """Sizes of the codes, as `quantization_config` has them."""
+    """Sizes of blocks, codebooks and codes in a `quantization_config`."""
 
     def __init__(self, config: Any) -> None:
         self.in_group, self.out_group = int(config.in_group_size), int(config.out_group_size)
         self.books, self.bits = int(config.num_codebooks), int(config.nbits_per_codebook)
         if min(self.in_group, self.out_group, self.books, self.bits) < 1 or self.bits > 16:
             raise CheckpointError(
-                "quantization_config of AQLM needs in_group_size, out_group_size and num_codebooks of at least 1 and "
+                "AQLM's quantization_config needs in_group_size, out_group_size and num_codebooks of at least 1, and "
                 f"nbits_per_codebook from 1 to 16, found {self.in_group}, {self.out_group}, {self.books} and "
                 f"{self.bits}. Download config.json again"
             )
 
     def check(self, path: str, layer: nn.Linear, shapes: Mapping[str, tuple[list[int], str]]) -> None:
-        """Compare the tensors of a layer in the file with the layer and the config.
+        """Check the tensors of a layer in the checkpoint against the model and the config.
 
         Raises:
-            CheckpointError: one is missing, or has another shape or dtype.
+            CheckpointError: a tensor is missing, or has another shape or dtype.
         """
         out, inputs = layer.out_features, layer.in_features
         if out % self.out_group or inputs % self.in_group:
@@ -120,46 +121,55 @@ class _Layout:
                 f"{self.in_group}. Correct out_group_size and in_group_size in config.json, or download it again"
             )
         rows = out // self.out_group
-        wanted = {
+        expected_shapes = {
             "codes": [rows, inputs // self.in_group, self.books],
             "codebooks": [self.books, 1 << self.bits, self.out_group, self.in_group],
             "scales": [rows, 1, 1, 1],
         }
-        for part, shape in wanted.items():
-            found, dtype = shapes.get(f"{path}.{part}", (None, ""))
-            dtypes = ("I8" if self.bits <= 8 else "I16",) if part == "codes" else ("F16", "BF16", "F32")
-            if found != shape or dtype not in dtypes:
-                what = "is not in the checkpoint" if found is None else f"has shape {found} and dtype {dtype}"
+        for part, shape in expected_shapes.items():
+            found_shape, dtype = shapes.get(f"{path}.{part}", (None, ""))
+            dtypes = ["F16", "BF16", "F32"]
+            if part == "codes":
+                dtypes = ["I8"] if self.bits <= 8 else ["I16"]
+            if found_shape != shape or dtype not in dtypes:
+                problem = f"has shape {found_shape} and dtype {dtype}"
+                if found_shape is None:
+                    problem = "is not in the checkpoint"
                 raise CheckpointError(
-                    f"'{path}.{part}' {what}, but the model and its quantization_config need {shape} and "
+                    f"'{path}.{part}' {problem}, but the model and its quantization_config need {shape} and "
                     f"{' or '.join(dtypes)}. Download the checkpoint again"
                 )
 
 
 def _headers(files: Sequence[str]) -> dict[str, tuple[list[int], str]]:
-    """Return (shape, dtype) of each tensor of the files, without reading the tensors."""
-    found: dict[str, tuple[list[int], str]] = {}
+    """Return (shape, dtype) of each tensor in the files, from their headers."""
+    headers: dict[str, tuple[list[int], str]] = {}
     for file in files:
         if not str(file).endswith(".safetensors"):
-            raise PeftcoreError(f"'{file}' is not a safetensors file, and checkpoints of AQLM are read from these only")
+            raise PeftcoreError(
+                f"'{file}' is not a safetensors file, and AQLM checkpoints are read from those only. Convert it"
+            )
         try:
             with safe_open(file, framework="pt") as tensors:
                 for key in tensors.keys():  # noqa: SIM118
-                    part = tensors.get_slice(key)
-                    found[key] = part.get_shape(), part.get_dtype()
+                    tensor_slice = tensors.get_slice(key)
+                    headers[key] = tensor_slice.get_shape(), tensor_slice.get_dtype()
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"'{file}' cannot be read: {error}. Download it again") from error
-    return found
+    return headers
 
 
 def _make_empty(layer: Any, shapes: Mapping[str, tuple[list[int], str]], path: str) -> None:
-    """Turn a dense layer into an `AqlmLinear` on the meta device, with the tensors' names in the checkpoint."""
+    """Convert a dense layer to an `AqlmLinear` on the meta device, with the tensors' names in the checkpoint.
+
+    The parameter is called `codes` until transformers has loaded it, and `weight` afterwards.
+    """
     dtype = layer.weight.dtype
     layer.__class__ = AqlmLinear
     del layer._parameters["weight"]
-    codes, kind = shapes[path + _CODES]
-    empty = torch.empty(codes, dtype=_DTYPES[kind], device="meta")
-    layer.register_parameter("codes", nn.Parameter(empty, requires_grad=False))
+    shape, codes_dtype = shapes[path + _CODES]
+    codes = torch.empty(shape, dtype=_DTYPES[codes_dtype], device="meta")
+    layer.register_parameter("codes", nn.Parameter(codes, requires_grad=False))
     for name in ("codebooks", "scales"):
         layer.register_buffer(name, torch.empty(shapes[f"{path}.{name}"][0], dtype=dtype, device="meta"))
     if layer.bias is not None:
@@ -174,13 +184,14 @@ def update_config(model: Any) -> None:
     if not isinstance(quantizer, AqlmQuantizer) or config is None:
         return
     layers = [(path, layer) for path, layer in base_modules(model) if isinstance(layer, nn.Linear)]
-    dense = [f"{path}.weight" for path, layer in layers if not matches(layer)]
+    dense = [f"{path}.weight" for path, layer in layers if not has_codes(layer)]
     if len(dense) < len(layers):
         quantizer.quantization_config.linear_weights_not_to_quantize = dense
         config.quantization_config = quantizer.quantization_config
         return
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    if not any(isinstance(layer, AqlmLinear) for _, layer in layers):  # for good: a plain model
+    # While an undoable merge is active the layers are still AqlmLinear, and the model stays quantized.
+    if not any(isinstance(layer, AqlmLinear) for _, layer in layers):
         del model.hf_quantizer
         model.is_quantized = False

@@ -50,7 +50,7 @@ def load(folder: Path) -> Any:
 def test_the_values_are_those_of_the_formula(layout: str) -> None:
     torch.manual_seed(0)
     parts = stored(8, 16, layout)
-    assert torch.equal(peftcore_aqlm.dequantized(**parts), by_loop(**parts))
+    assert torch.equal(peftcore_aqlm.dequantize(**parts), by_loop(**parts))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -60,13 +60,13 @@ def test_the_values_are_those_of_the_aqlm_package(layout: str) -> None:
     parts = stored(8, 16, layout)
     codes = utils.unpack_int_data(parts["codes"], LAYOUTS[layout][1])
     wanted = utils._dequantize_weight(codes, parts["codebooks"], parts["scales"])
-    assert torch.equal(peftcore_aqlm.dequantized(**parts), wanted)
+    assert torch.equal(peftcore_aqlm.dequantize(**parts), wanted)
 
 
 def test_a_weight_is_dequantized_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("peftcore_aqlm.layer._AT_ONCE", 100)  # 3 of 8 rows of blocks
+    monkeypatch.setattr("peftcore_aqlm.layer._CHUNK_VALUES", 100)  # 3 of 8 rows of blocks
     parts = stored(16, 16, "blocks")
-    assert torch.equal(peftcore_aqlm.dequantized(**parts), by_loop(**parts))
+    assert torch.equal(peftcore_aqlm.dequantize(**parts), by_loop(**parts))
 
 
 @pytest.mark.parametrize("layout", ["1x16", "2x8"])
@@ -111,7 +111,7 @@ def test_other_heads_read_the_codes(tmp_path: Path, name: str) -> None:
     dense = write_folder(tmp_path)
     model = getattr(transformers, name).from_pretrained(tmp_path)
     path = LAYER if hasattr(model, "score") else LAYER.removeprefix("model.")
-    found = peftcore_aqlm.dequantized(
+    found = peftcore_aqlm.dequantize(
         *(getattr(model.get_submodule(path), n) for n in ("weight", "codebooks", "scales"))
     )
     assert torch.equal(found, dense[f"{LAYER}.weight"])
@@ -172,7 +172,7 @@ def test_merging_is_into_dense_weights_only(tmp_path: Path) -> None:
     model, ids = load(tmp_path / "base"), torch.arange(6)[None]
     peftcore.apply(model, "lora", target_modules=["q_proj"], init_lora_weights=False)
     wanted = model(ids).logits
-    with pytest.raises(peftcore.PeftcoreError, match=r"AQLM's codes cannot take merged values.*dtype=torch.bfloat16"):
+    with pytest.raises(peftcore.PeftcoreError, match=r"cannot merge into AQLM codes.*dtype=torch.bfloat16"):
         peftcore.merge(model, undo=True)
     peftcore.merge(model, dtype=torch.float32, undo=True)
     assert torch.allclose(model(ids).logits, wanted, atol=1e-4)
@@ -243,7 +243,7 @@ def test_codes_of_experts_are_refused(tmp_path: Path) -> None:
     state = load_file(tmp_path / "model.safetensors")
     state["model.layers.0.mlp.experts.0.up_proj.codes"] = torch.zeros(64, 4, 2, dtype=torch.int8)
     save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(peftcore.PeftcoreError, match=r"codes of AQLM for '.*experts.0.up_proj', .* not for experts"):
+    with pytest.raises(peftcore.PeftcoreError, match=r"AQLM codes for '.*experts.0.up_proj' \(experts\), but only"):
         load(tmp_path)
 
 
@@ -258,7 +258,7 @@ def test_files_of_pickle_are_refused(tmp_path: Path) -> None:
 def test_a_dense_folder_that_says_aqlm_is_an_error(tmp_path: Path) -> None:
     dense = write_folder(tmp_path)
     save_file(dense, tmp_path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(peftcore.CheckpointError, match="no layer of the model has codes"):
+    with pytest.raises(peftcore.CheckpointError, match="has no codes for any layer of the model"):
         load(tmp_path)
 
 

@@ -173,7 +173,10 @@ class Attention(nn.Module):
     ("fields", "message"),
     [
         ({"target_modules": ["mha"]}, r"DoRA cannot adapt 'mha'.*exclude_modules=\['mha'\]"),
-        ({"target_modules": ["conv"]}, r"'conv' is a convolution in groups.*PEFT divides .*exclude_modules=\['conv'\]"),
+        (
+            {"target_modules": ["conv"]},
+            r"DoRA cannot adapt 'conv', a grouped.*PEFT divides .*exclude_modules=\['conv'\]",
+        ),
         ({"target_modules": ["conv"], "lora_bias": True}, "lora_bias=True is not supported with DoRA. Leave it out"),
         ({"r": 0}, "r must be a positive whole number"),
     ],

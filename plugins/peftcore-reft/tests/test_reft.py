@@ -60,7 +60,9 @@ def test_files_of_adapters(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["llama-noreft", "bert-direft"])
 def test_a_file_that_may_be_either_is_refused(name: str) -> None:
     model = models.filled(getattr(models, name.split("-")[0])())
-    with pytest.raises(peftcore.CheckpointError, match=r"it is a NoReFT or a DiReFT.*Add \"subtract_projection\""):
+    with pytest.raises(
+        peftcore.CheckpointError, match=r"the file is a NoReFT or a DiReFT.*Add \"subtract_projection\""
+    ):
         peftcore.load(model, FOLDERS / name)
 
 
@@ -187,8 +189,8 @@ def test_masks_that_it_cannot_count_by() -> None:
     ("fields", "message"),
     [
         ({"r": 33}, r"r=33 is more than the width of 'model.layers.0', 32"),
-        ({"prefix_positions": 0}, r"no tokens are chosen: prefix_positions and suffix_positions are \(0, 0\)"),
-        ({"prefix_positions": -1}, "no tokens are chosen"),
+        ({"prefix_positions": 0}, r"prefix_positions and suffix_positions are \(0, 0\), which selects no tokens"),
+        ({"prefix_positions": -1}, "selects no tokens"),
         ({"non_linearity": "rellu"}, "non_linearity must be 'relu'"),
         ({"exclude_modules": ["mlp"]}, "need target_modules"),
         ({"layers_to_transform": 7}, r"there is no layer \[7\]"),

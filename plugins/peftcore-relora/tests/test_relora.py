@@ -78,7 +78,7 @@ def test_equals_merging_into_the_base(optimizer: Any) -> None:
 
 def test_the_last_step_does_not_restart() -> None:
     with pytest.warns(
-        UserWarning, match="restart_every=5 is not less than the training's 5 steps, so it has no restart"
+        UserWarning, match="restart_every=5 is not less than the training's 5 steps, so there is no restart"
     ):
         found = trained(model(restart_every=STEPS, restart_warmup=0))
     assert all(len(each.past_A) == 0 and each.lora_B.any() for each in products(found))
@@ -225,7 +225,7 @@ def test_errors_come_at_the_first_step() -> None:
             peftcore.after_step(found, 1, STEPS, optimizer=optimizer)
     with pytest.raises(peftcore.PeftcoreError, match="needs the optimizer"):
         peftcore.after_step(found, 1, STEPS)
-    with pytest.warns(UserWarning, match="4 restarts make products of .* values, more than the"):
+    with pytest.warns(UserWarning, match="after 4 restarts the products have .* values, more than the"):
         trained(model(r=8, restart_every=1, restart_warmup=0))
 
 
