@@ -17,7 +17,7 @@ from peftcore.distributed.gradients import average_gradients
 from peftcore.distributed.process_group import check_running
 from peftcore.engine import adapter_parameters, state_of
 from peftcore.engine.adaptation.tensor_parallel import has_plan
-from peftcore.engine.replicas import between_blocks, blocks, check_ranks, give_adapters
+from peftcore.engine.replicas import between_blocks, blocks, broadcast_adapters, check_ranks
 from peftcore.engine.trained_parameters import TrainedParameters
 from peftcore.errors import PeftcoreError
 from peftcore.model.base_modules import base_modules
@@ -61,7 +61,7 @@ def shard(
 
     _refuse_unshardable(model, adapter_placement)
     replicated, whole = divided(model, adapter_placement)
-    give_adapters(model)
+    broadcast_adapters(model)
     if not isinstance(model, FSDPModule):
         _shard_blocks(model, whole, mesh, mixed_precision, offload, reshard_after_forward)
     groups = [distributed.group.WORLD] if mesh is None else [mesh.get_group(i) for i in range(mesh.ndim)]

@@ -1,14 +1,15 @@
 """Activation of adapters, also for each sample of a batch: `activate`, `disabled`, `call_arguments`, and what trains.
 
-A combiner is an adapter that calls others of its module as branches (`Placement.branches`). While it is active, so are
-its branches, but only through it. Applying a combiner freezes its branches; `set_trainable` lets them train with it.
+A combiner is an adapter that calls other adapters of its module as branches (`Placement.branches`). While a combiner
+is active, its branches act only through it. Applying it freezes them; `set_trainable` lets them train with it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from itertools import chain
 from typing import Any
 
 from torch import Tensor, nn
@@ -21,18 +22,19 @@ from peftcore.engine.preflight import refuse_shared
 from peftcore.engine.state import (
     State,
     applied,
+    current_snapshot,
     exclusive,
     modules_with,
     refuse_changed,
     refuse_merged,
     require_state,
-    unchanged,
 )
 from peftcore.engine.trained_parameters import TrainedParameters, place_kept_tensors, unmoved_buffers
 from peftcore.errors import PeftcoreError, nearest, with_argument_hints
 from peftcore.model import observe
 from peftcore.model.base_modules import ROWS
 from peftcore.model.rows import rows_of
+from peftcore.plugin.adapter import Base
 from peftcore.plugin.call import CallContext
 from peftcore.plugin.events import adapter_names_given
 from peftcore.plugin.method import Model
@@ -60,24 +62,24 @@ def activate(model: Model, adapters: str | Sequence[str | None], *, per_sample: 
             per_sample, an adapter acts on a whole batch: prompts, prefixes and parameters of the base.
     """
     state = require_state(model)
-    given = _names(adapters, per_sample)
-    chosen = tuple(name for name in given if name is not None)
+    entries = _check_names(adapters, per_sample)
+    names = tuple(name for name in entries if name is not None)
     if per_sample:
-        chosen = tuple(dict.fromkeys(chosen))
-    for name in chosen:
+        names = tuple(dict.fromkeys(names))
+    for name in names:
         applied(model, name)
-    if len(set(chosen)) < len(chosen):
+    if len(set(names)) < len(names):
         raise PeftcoreError(
-            f"activate: an adapter is named twice in {list(chosen)}. To name one for each sample of a batch, pass "
+            f"activate: an adapter is named twice in {list(names)}. To name one for each sample of a batch, pass "
             "per_sample=True"
         )
     refuse_changed(model)
     refuse_merged(state, "activate adapters")
     if per_sample:
-        refuse_whole_batch(model, with_branches(state, chosen))
+        refuse_whole_batch(model, with_branches(state, names))
     else:
-        refuse_shared(state, chosen)
-    set_active(model, chosen, given if per_sample else None)
+        refuse_shared(state, names)
+    set_active(model, names, entries if per_sample else None)
     return model
 
 
@@ -85,40 +87,40 @@ def activate(model: Model, adapters: str | Sequence[str | None], *, per_sample: 
 def disabled(model: Model) -> Iterator[Model]:
     """Compute with the base alone inside the block; its adapters are active again afterwards.
 
-    As with `torch.no_grad`, this affects the thread (and asyncio task) that entered the block, and no other. If active
-    adapters train parameters of the base, which the block must swap, calls of other threads wait until it ends.
+    As with `torch.no_grad`, this affects only the thread (and asyncio task) that entered the block. If active adapters
+    train parameters of the base, the block puts the original ones back, and calls of other threads wait until it ends.
 
     Raises:
         PeftcoreError: no adapter is applied, the model is merged, or another thread keeps changing it.
     """
     state = require_state(model)
     block = Block(state.lock)
-    exchanged: list[TrainedParameters] = []
+    replacements: list[TrainedParameters] = []
     try:
         state.lock.open_block(block)
         refuse_merged(state, "disable adapters")
         if any(True for _ in _in_place_of_base(model, state)):
             state.lock.hold(block)
-            exchanged = list(_in_place_of_base(model, state))
+            replacements = list(_in_place_of_base(model, state))
             place_kept_tensors(model, ())
-        for own in exchanged:
-            own.activate(model, False)
-        with unmoved_buffers(model) if exchanged else nullcontext():
+        for tensors in replacements:
+            tensors.activate(model, False)
+        with unmoved_buffers(model) if replacements else nullcontext():
             yield model
     finally:
-        for own in exchanged:
-            own.activate(model, True)
-        if exchanged:
+        for tensors in replacements:
+            tensors.activate(model, True)
+        if replacements:
             place_kept_tensors(model, state.active)
         state.lock.close_block(block)
 
 
 def _in_place_of_base(model: nn.Module, state: State) -> Iterator[TrainedParameters]:
-    """Yield the adapter-owned tensors that are in the base's place now."""
+    """Yield the records of adapters whose own tensors are in the place of the base's now."""
     for name in state.applied:
-        own = TrainedParameters.of(model, name)
-        if own is not None and (own.active or own.held):
-            yield own
+        tensors = TrainedParameters.of(model, name)
+        if tensors is not None and (tensors.active or tensors.held):
+            yield tensors
 
 
 @exclusive("set what trains")
@@ -128,8 +130,8 @@ def set_trainable(model: nn.Module, adapter: str, trainable: bool) -> None:
     entry, state = applied(model, adapter), require_state(model)
     _refuse_stopped_merge(state)
     entry.trainable = bool(trainable)
-    for each in state.applied.values():
-        each.froze.discard(adapter)
+    for other_entry in state.applied.values():
+        other_entry.froze.discard(adapter)
     set_active(model, state.active, state.samples)
 
 
@@ -142,8 +144,8 @@ def set_active(
 ) -> None:
     """Activate `names` in order, with the branches that combiners among them use, and let them train.
 
-    The cost is that of what changes: adapters that stay inactive are not visited, and if `names` starts with all active
-    adapters, only the modules of the new ones are. After an error the adapters act as before.
+    Adapters that stay inactive are not visited. If `names` starts with all active adapters, only the modules of the new
+    ones are visited. After an error the adapters act as before.
 
     Args:
         base_exchanged: the base's tensors have been exchanged since the chains were built, so how each module stores
@@ -151,13 +153,13 @@ def set_active(
     """
     state = require_state(model)
     _refuse_stopped_merge(state)
-    before, samples_before = state.active, state.samples
+    previous_names, previous_samples = state.active, state.samples
     try:
         _change_active(model, state, names, samples, same_base=not base_exchanged)
     except BaseException:
         if state.snapshot is not None:
-            state.snapshot.per_sample = False  # of some modules the chain may have been built
-        _change_active(model, state, before, samples_before, same_base=False)
+            state.snapshot.per_sample = False  # the chains of some modules may have been built
+        _change_active(model, state, previous_names, previous_samples, same_base=False)
         raise
 
 
@@ -177,46 +179,52 @@ def _change_active(
     names = with_branches(state, names)
     by_sample, was_by_sample = samples is not None, state.samples is not None
     grows = same_base and not by_sample and not was_by_sample and _extends_active(state, names)
-    if grows:
-        touched = names[len(state.active) :]
-    else:  # Deactivated ones first: they may have trained a parameter that a new one trains.
-        deactivated = [name for name in state.active if name not in names]
-        touched = tuple(dict.fromkeys([*deactivated, *names]))
-    own_tensors = _own_tensors(model, touched)
+    changed_names = names[len(state.active) :] if grows else _with_deactivated(state, names)
+    own_tensors = _own_tensors(model, changed_names)
     in_model = () if by_sample else names  # the adapters whose own tensors may be in the model
-    if state.own_parameters:
-        remove_own_parameters(model, state)
-    for name, tensors in own_tensors.items():
-        if name not in in_model:
-            tensors.activate(model, False)
+    remove_own_parameters(model, state)
+    _exchange_own_tensors(model, own_tensors, [name for name in own_tensors if name not in in_model], active=False)
     state.active = names
     state.samples = samples and tuple(name if name in names else None for name in samples)
     if by_sample:
         place_own_parameters(model, state, names)
         _choose_by_sample(model, state)
     elif grows:
-        _extend_chains(model, state, touched)
+        _extend_chains(model, state, changed_names)
     else:
-        _build_chains(model, state, None if was_by_sample else touched, same_base=same_base)
-    for name, tensors in own_tensors.items():
-        if name in in_model:
-            tensors.activate(model, True)
+        _build_chains(model, state, None if was_by_sample else changed_names, same_base=same_base)
+    _exchange_own_tensors(model, own_tensors, [name for name in own_tensors if name in in_model], active=True)
     place_kept_tensors(model, names)
     if by_sample != was_by_sample:
         update_call_context(state)
     training = tuple(name for name in names if state.applied[name].trainable)
-    _set_requires_grad(model, state, touched, training)
+    _set_requires_grad(model, state, changed_names, training)
     state.lock.activation = Activation(state.active, state.samples, training)
+
+
+def _with_deactivated(state: State, names: Sequence[str]) -> tuple[str, ...]:
+    """Return the adapters that are deactivated, and then `names`."""
+    # In this order: a new adapter may train a parameter that a deactivated one has trained.
+    deactivated = [name for name in state.active if name not in names]
+    return tuple(dict.fromkeys([*deactivated, *names]))
+
+
+def _exchange_own_tensors(
+    model: nn.Module, own_tensors: Mapping[str, TrainedParameters], names: Iterable[str], *, active: bool
+) -> None:
+    """Put the own tensors of the adapters `names` into the model, or the base's tensors back."""
+    for name in names:
+        own_tensors[name].activate(model, active)
 
 
 def _extends_active(state: State, names: tuple[str, ...]) -> bool:
     """Return whether `names` are the active adapters and more around them, none of which combines others."""
     count = len(state.active)
-    return len(names) > count and names[:count] == state.active and not combined(state, names)
+    return len(names) > count and names[:count] == state.active and not branches_of(state, names)
 
 
 def _own_tensors(model: nn.Module, names: Iterable[str]) -> dict[str, TrainedParameters]:
-    """Return the adapter-owned copies of base tensors of those adapters that have some, by adapter."""
+    """Return the adapters' own copies of base tensors, by adapter; adapters without copies are left out."""
     own_tensors: dict[str, TrainedParameters] = {}
     for name in names:
         tensors = TrainedParameters.of(model, name)
@@ -232,42 +240,46 @@ def _extend_chains(model: nn.Module, state: State, names: Sequence[str]) -> None
             adapted.activate_outermost(module, name)
 
 
-def _build_chains(model: nn.Module, state: State, touched: Sequence[str] | None, *, same_base: bool) -> None:
-    """Build the chains of the modules to which adapters `touched` are attached, or of all modules if None."""
-    branches = combined(state, state.active)
+def _build_chains(model: nn.Module, state: State, changed_names: Sequence[str] | None, *, same_base: bool) -> None:
+    """Build the chains of the modules to which adapters `changed_names` are attached, or of all modules if None."""
+    branches = branches_of(state, state.active)
     acting = [name for name in state.active if name not in branches]
-    known = unchanged(model, state)
-    modules: Iterable[nn.Module]
-    if touched is None:
-        modules = _all_modules(model, state)
-    else:
-        modules = dict.fromkeys([module for name in touched for _, module in modules_with(model, state, name)])
+    snapshot = current_snapshot(model, state)
+    modules = _all_modules(model, state) if changed_names is None else _modules_of(model, state, changed_names)
     for module in modules:
-        attached = adapted.adapters_at(module)
-        names = [name for name in acting if name in attached]
-        adapted.activate(module, names, same_base=same_base and known is not None)
-    if known is not None:
-        known.per_sample = False
+        adapters = adapted.adapters_at(module)
+        names = [name for name in acting if name in adapters]
+        adapted.activate(module, names, same_base=same_base and snapshot is not None)
+    if snapshot is not None:
+        snapshot.per_sample = False
 
 
 def _choose_by_sample(model: nn.Module, state: State) -> None:
     """Make all modules look up each sample's adapter when they are called."""
-    known = unchanged(model, state)
-    if known is not None and known.per_sample:
+    snapshot = current_snapshot(model, state)
+    if snapshot is not None and snapshot.per_sample:
         return
     observe_rows(model, state)
     for _, module in modules_by_sample(model, state):
         if not adapted.is_per_sample(module):
             adapted.activate(module, None)
-    if known is not None:
-        known.per_sample = True
+    if snapshot is not None:
+        snapshot.per_sample = True
 
 
 def _all_modules(model: nn.Module, state: State) -> list[nn.Module]:
     """Return the modules to which adapters are attached."""
     if state.snapshot is not None:
         return list(state.snapshot.modules.values())
-    return list(dict.fromkeys(module for name in state.applied for _, module in modules_with(model, state, name)))
+    return _modules_of(model, state, state.applied)
+
+
+def _modules_of(model: nn.Module, state: State, names: Iterable[str]) -> list[nn.Module]:
+    """Return the modules to which one of the adapters `names` is attached."""
+    modules: dict[nn.Module, None] = {}  # a dictionary, which keeps the order
+    for name in names:
+        modules.update((module, None) for _, module in modules_with(model, state, name))
+    return list(modules)
 
 
 def _set_requires_grad(model: nn.Module, state: State, touched: Iterable[str], training: Collection[str]) -> None:
@@ -282,19 +294,20 @@ def _set_requires_grad(model: nn.Module, state: State, touched: Iterable[str], t
 
 def _parameters(model: nn.Module, state: State, name: str) -> list[nn.Parameter]:
     """Return the parameters of an adapter, like `adapter_parameters` without names, three times faster."""
-    found: list[nn.Parameter] = []
+    parameters: list[nn.Parameter] = []
     for _, module in modules_with(model, state, name):
         for part in parts(adapted.adapters_at(module)[name]):
             for parameter in part._parameters.values():
                 if parameter is not None:
-                    found.append(parameter)
-    own = TrainedParameters.of(model, name)
-    if own is not None:
-        found += [parameter for _, parameter in own.values(model)]
-    return found
+                    parameters.append(parameter)
+    tensors = TrainedParameters.of(model, name)
+    if tensors is not None:
+        parameters += [parameter for _, parameter in tensors.values(model)]
+    return parameters
 
 
-def _names(names: Any, per_sample: bool) -> tuple[str | None, ...]:
+def _check_names(names: object, per_sample: bool) -> tuple[str | None, ...]:
+    """Return the names that `activate` was called with as a tuple, or raise a PeftcoreError."""
     names = (names,) if isinstance(names, str) else names
     if not isinstance(names, Sequence) or not all(name is None or isinstance(name, str) for name in names):
         raise PeftcoreError(f"activate takes a name or a list of names, found {names!r}. Pass [] to activate none")
@@ -320,8 +333,8 @@ def call_arguments(model: nn.Module, **values: Any) -> Iterator[None]:
     names = context.names if context is not None else frozenset()
     for name in values:
         if name not in names:
-            there = f"They read: {', '.join(sorted(names))}" if names else "They read no arguments"
-            raise PeftcoreError(f"no adapter of the model reads the argument '{name}'{nearest(name, names)}. {there}")
+            hint = f"Arguments that adapters read: {', '.join(sorted(names))}" if names else "They read no arguments"
+            raise PeftcoreError(f"no adapter of the model reads the argument '{name}'{nearest(name, names)}. {hint}")
     if context is None:
         yield
         return
@@ -330,7 +343,7 @@ def call_arguments(model: nn.Module, **values: Any) -> Iterator[None]:
 
 
 def update_call_context(state: State) -> None:
-    """Make calls of the model known to adapters (active or not) that read them, and with `per_sample`."""
+    """Track calls of the model if an adapter, active or not, reads them, or if each sample has its own adapter."""
     reads = [entry.reads for entry in state.applied.values() if entry.reads is not None]
     if not reads and state.samples is None:
         state.lock.context = None
@@ -354,20 +367,20 @@ def release_branches(state: State, adapter: str) -> None:
 
 def with_branches(state: State, names: Sequence[str]) -> tuple[str, ...]:
     """Return `names` with the branches of each combiner before it, unless they are named themselves."""
-    found: list[str] = []
+    all_names: list[str] = []
     for name in names:
-        found += [branch for branch in state.applied[name].branches if branch not in names]
-        found.append(name)
-    return tuple(dict.fromkeys(found))
+        all_names += [branch for branch in state.applied[name].branches if branch not in names]
+        all_names.append(name)
+    return tuple(dict.fromkeys(all_names))
 
 
-def combined(state: State, names: Sequence[str]) -> set[str]:
+def branches_of(state: State, names: Sequence[str]) -> set[str]:
     """Return the branches of the combiners among the active `names`, which are not active by themselves."""
-    return {branch for name in names for branch in state.applied[name].branches}
+    return set(chain.from_iterable(state.applied[name].branches for name in names))
 
 
 def refuse_needed(state: State, adapter: str) -> None:
-    """Raise a PeftcoreError if another adapter combines this one, which is to be removed."""
+    """Raise a PeftcoreError if `adapter`, which is to be removed, is a branch of another adapter."""
     combiner = next((name for name, entry in state.applied.items() if adapter in entry.branches), None)
     if combiner is not None:
         raise PeftcoreError(
@@ -379,59 +392,59 @@ _BASE = "__base__"  # PEFT's name for no adapter
 
 
 def observe_rows(model: nn.Module, state: State) -> None:
-    """Record at each module with adapters where samples are in its tensors."""
+    """Record at each module with adapters which entries of its tensors belong to which sample."""
     modules = modules_by_sample(model, state)
-    found = {} if all(ROWS in module.__dict__ for _, module in modules) else rows_of(model)
+    rows_by_path = {} if all(ROWS in module.__dict__ for _, module in modules) else rows_of(model)
     for path, module in modules:
         if ROWS not in module.__dict__:
-            known = found.get(path, "the model has changed since it was observed")
-            module.__dict__[ROWS] = f"at '{path}', {known}" if isinstance(known, str) else known
-    if found:
-        model.__dict__[ROWS] = found[""]
+            rows = rows_by_path.get(path, "the model has changed since it was observed")
+            module.__dict__[ROWS] = f"at '{path}', {rows}" if isinstance(rows, str) else rows
+    if rows_by_path:
+        model.__dict__[ROWS] = rows_by_path[""]
 
 
 def modules_by_sample(model: nn.Module, state: State) -> list[tuple[str, nn.Module]]:
     """Return (path, module) of modules with attached adapters or with adapter-owned parameters."""
-    attached: Iterable[tuple[str, nn.Module]]
+    with_adapters: Iterable[tuple[str, nn.Module]]
     if state.snapshot is not None:
-        attached = state.snapshot.modules.items()
+        with_adapters = state.snapshot.modules.items()
     else:
-        attached = (each for name in state.applied for each in modules_with(model, state, name))
-    own = ((path, model.get_submodule(path)) for path, _ in state.own_parameters)
-    return list(dict.fromkeys((*attached, *own)))
+        with_adapters = chain.from_iterable(modules_with(model, state, name) for name in state.applied)
+    with_own_parameters = ((path, model.get_submodule(path)) for path, _ in state.own_parameters)
+    return list(dict.fromkeys((*with_adapters, *with_own_parameters)))
 
 
 class OwnParameters(nn.Module):
-    """The values that an adapter trains for one module's parameters, used for the samples that have the adapter.
+    """Values that an adapter trains for one module's parameters, used for the samples that have the adapter.
 
     Args:
-        own: the adapter's own parameters.
-        names: {name of a parameter in the module: its name in `own`}.
+        tensors: the adapter's own parameters.
+        names: {name of a parameter in the module: its name in `tensors`}.
     """
 
-    def __init__(self, own: TrainedParameters, names: dict[str, str]) -> None:
+    def __init__(self, tensors: TrainedParameters, names: dict[str, str]) -> None:
         super().__init__()
-        self.__dict__["own"] = own  # not a child: its values are in the state dict already
+        self.__dict__["tensors"] = tensors  # not a child: its values are in the state dict already
         self.names = names
 
-    def forward(self, base: Any, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, base: Base, *args: Any, **kwargs: Any) -> Any:
         values = {name: partial(self._value, key) for name, key in self.names.items()}
         return base.on_weights(values)(*args, **kwargs)
 
     def _value(self, key: str, _base: Tensor) -> Tensor:
-        own: TrainedParameters = self.__dict__["own"]
-        return own.aside(key)
+        tensors: TrainedParameters = self.__dict__["tensors"]
+        return tensors.aside(key)
 
 
 def place_own_parameters(model: nn.Module, state: State, names: Iterable[str]) -> None:
-    """Make modules whose parameters some of the adapters `names` train compute with each sample's own values."""
+    """Make modules compute with each sample's own values of the parameters that the adapters `names` train."""
     for name in names:
-        own = TrainedParameters.of(model, name)
-        for path, keys in ({} if own is None else own.by_module()).items():
+        tensors = TrainedParameters.of(model, name)
+        for path, keys in ({} if tensors is None else tensors.by_module()).items():
             module = module_at(model, path)
-            there = None if module is None else adapters_of(module)
-            if module is not None and (there is None or name not in there):
-                attach(module, name, OwnParameters(own, keys), lock=state.lock)  # type: ignore[arg-type]  # not None
+            adapters = None if module is None else adapters_of(module)
+            if module is not None and (adapters is None or name not in adapters):
+                attach(module, name, OwnParameters(tensors, keys), lock=state.lock)  # type: ignore[arg-type]  # not None
                 state.own_parameters.append((path, name))
 
 
@@ -440,41 +453,43 @@ def remove_own_parameters(model: nn.Module, state: State) -> None:
     while state.own_parameters:
         path, name = state.own_parameters.pop()
         module = module_at(model, path)
-        there = None if module is None else adapters_of(module)
-        if module is not None and there is not None and isinstance(there._modules.get(name), OwnParameters):
+        adapters = None if module is None else adapters_of(module)
+        if module is not None and adapters is not None and isinstance(adapters._modules.get(name), OwnParameters):
             detach(module, name)
 
 
 def refuse_whole_batch(model: nn.Module, names: Iterable[str]) -> None:
     """Raise a PeftcoreError if one of these adapters cannot act on single samples of a batch."""
     for name in names:
-        entry, own = applied(model, name), TrainedParameters.of(model, name)
-        why = None if own is None else _not_by_sample(model, own, set(entry.paths))
-        if entry.whole_batch or why is not None:
+        entry, tensors = applied(model, name), TrainedParameters.of(model, name)
+        reason = None if tensors is None else _why_not_by_sample(model, tensors, set(entry.paths))
+        if entry.whole_batch or reason is not None:
             raise PeftcoreError(
-                f"'{name}' ({entry.method}) acts on a batch as a whole, so it cannot be given to single samples"
-                + (f": {why}" if why else "")
+                f"'{name}' ({entry.method}) acts on a batch as a whole, so single samples cannot have it"
+                + (f": {reason}" if reason else "")
             )
 
 
-def _not_by_sample(model: nn.Module, own: TrainedParameters, adapted_paths: Collection[str]) -> str | None:
+def _why_not_by_sample(model: nn.Module, tensors: TrainedParameters, adapted_paths: Collection[str]) -> str | None:
     """Return why trained parameters cannot differ between the samples of a batch; None if they can."""
-    if own.has_moved(model):
+    if tensors.has_moved(model):
         return "it has buffers of its own, such as statistics"
-    rows: dict[str, Any] = rows_of(model) if own.slots else {}
-    read = {name.rpartition(".")[0] for name in observe(model).other_reads} if own.slots else set()
-    for path in own.by_module():
-        known = rows.get(path, "the module is missing")
-        if isinstance(known, str):
-            return f"it trains parameters of '{path}', whose input cannot be divided into samples: {known}"
-        if path in read or not path:
-            return f"it trains parameters of '{path}', which are read without a call of that module"
+    if not tensors.slots:
+        return None
+    rows_by_path = rows_of(model)
+    paths_read_elsewhere = {name.rpartition(".")[0] for name in observe(model).other_reads}
+    for path in tensors.by_module():
+        rows = rows_by_path.get(path, "the module is missing")
+        if isinstance(rows, str):
+            return f"it trains parameters of '{path}', whose input cannot be split into samples: {rows}"
+        if path in paths_read_elsewhere or not path:
+            return f"it trains parameters of '{path}', which are read without calling that module"
         if path in adapted_paths:
             return f"it trains parameters of '{path}', to which it also adds an adapter"
     return None
 
 
-def _choose(model: nn.Module, names: Any, use: Callable[[Activation], object]) -> None:
+def _activate_for_call(model: nn.Module, names: Any, use: Callable[[Activation], object]) -> None:
     """Call `use` with the activation for `model(..., adapter_names=names)`."""
     state = require_state(model)
     is_list = isinstance(names, Sequence) and not isinstance(names, str) and len(names) > 0
@@ -488,28 +503,28 @@ def _choose(model: nn.Module, names: Any, use: Callable[[Activation], object]) -
             "adapter_names are for inference, but the model is in training mode. Call model.eval() first"
         )
     samples = tuple(None if name == _BASE else name for name in names)
-    wanted = tuple(name for name in dict.fromkeys(samples) if name is not None)
+    requested_names = tuple(name for name in dict.fromkeys(samples) if name is not None)
     refuse_changed(model)
     refuse_merged(state, "give each sample its adapter")
-    refuse_whole_batch(model, wanted)
+    refuse_whole_batch(model, requested_names)
     for name in state.active:
-        own = TrainedParameters.of(model, name)
-        if own is not None and (own.active or own.held):
+        tensors = TrainedParameters.of(model, name)
+        if tensors is not None and (tensors.active or tensors.held):
             raise PeftcoreError(
-                f"the active adapter '{name}' trains parameters of the base, which all samples would share. Deactivate "
-                "it first: peftcore.activate(model, [])"
+                f"the active adapter '{name}' trains parameters of the base, which all samples would share. First call "
+                "peftcore.activate(model, [])"
             )
-    place_own_parameters(model, state, wanted)
+    place_own_parameters(model, state, requested_names)
     observe_rows(model, state)
     require_call_context(state)
-    use(Activation(wanted, samples))
+    use(Activation(requested_names, samples))
 
 
-adapter_names_given.subscribe(_choose)
+adapter_names_given.subscribe(_activate_for_call)
 
 
 def require_call_context(state: State) -> CallContext:
-    """Return what adapters read of the model's calls; made here if no adapter has read any."""
+    """Return the context through which adapters read the model's calls; create it if there is none."""
     if state.lock.context is None:
         state.lock.context = CallContext()
     return state.lock.context

@@ -1,4 +1,4 @@
-"""Application of adapters."""
+"""`apply`: attach an adapter to a model, and freeze the base."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from peftcore.engine.adaptation import adapted, ancestors, fast_path, frozen_lin
 from peftcore.engine.adaptation.tensor_parallel_forward import watch_batches
 from peftcore.engine.attachments import AdapterAttachments
 from peftcore.engine.base_checkpoints import accept_base_checkpoints
-from peftcore.engine.changed_modules import Site, facts, submodule
+from peftcore.engine.changed_modules import Site, parameter_shapes, submodule
 from peftcore.engine.initialization import initialize_adapter, initializer
-from peftcore.engine.method_placements import device_and_dtype, placements_for, recorded, warn_of_little, with_memory
+from peftcore.engine.method_placements import device_and_dtype, placements_for, recorded_as, warn_of_little, with_memory
 from peftcore.engine.model_parallel import divide_experts, is_divided
 from peftcore.engine.preflight import CHANGE, check_new_adapter, check_request
 from peftcore.engine.removing import detach_adapter
@@ -84,12 +84,12 @@ def add_adapter(
 
     Args:
         model: the model.
-        method: name of a method, a config, or checked `AdapterAttachments` on the meta device, whose tensors are then
-            allocated without values.
-        fields: fields of the config, for a name.
+        method: name of a method, a config, or `AdapterAttachments` on the meta device that were checked. Their tensors
+            are then allocated without values.
+        fields: fields of the config, if `method` is a name.
         adapter, dtype, batches: as in `apply`.
         fill: sets the values of the new adapter, in place of the method's `initialize`.
-        active: activate the adapter. If False, the active adapters stay as they are, also with one for each sample.
+        active: activate the adapter. If False, the active adapters stay as they are, also if each sample has its own.
         trainable: whether the adapter trains, as in `set_trainable`.
     """
     check_request(model, adapter, dtype, activates=active)
@@ -110,15 +110,15 @@ def add_adapter(
     if attachments.method.prepare is not None:
         with registry.naming(attachments.method.name, "prepare"):
             attachments.method.prepare(model, attachments.config)
-    recorded_method, config = recorded(attachments.method, attachments.config)
-    modules = {each.path: submodule(model, each.path) for each in attachments.attached}
+    recorded_method, config = recorded_as(attachments.method, attachments.config)
+    modules = {attachment.path: submodule(model, attachment.path) for attachment in attachments.attached}
     _settle_all(attachments, modules, dtype, training=model.training)
 
     state = state_of(model) or State()
     is_first = not state.applied
     state.applied[adapter] = _record(attachments, recorded_method, config, trainable=trainable)
     for path, module in modules.items():
-        state.sites.setdefault(path, Site(facts(module))).adapters += 1
+        state.sites.setdefault(path, Site(parameter_shapes(module))).adapters += 1
     model.__dict__[STATE] = state
     try:
         _attach(model, state, adapter, attachments, modules, is_first=is_first)
@@ -161,9 +161,11 @@ def _attach(
         state.requires_grad = {name: parameter.requires_grad for name, parameter in parameters}
         for _, parameter in parameters:
             parameter.requires_grad_(False)
-    for each in attachments.attached:
-        module = modules[each.path]
-        adapted.attach(module, adapter, each.adapter, link=each.link, branches=each.branches, lock=state.lock)
+    for attachment in attachments.attached:
+        module = modules[attachment.path]
+        adapted.attach(
+            module, adapter, attachment.adapter, link=attachment.link, branches=attachment.branches, lock=state.lock
+        )
     TrainedParameters.attach(model, adapter, attachments.trained, attachments.apart)
     state.applied[adapter].frozen = TrainedParameters.of(model, adapter) is None  # by `_settle`
     fast_path.guard(model)
@@ -172,8 +174,8 @@ def _attach(
 
 
 def _record(attachments: AdapterAttachments, method: Method, config: Any, *, trainable: bool) -> Applied:
-    """Return the record of the adapter that `attachments` become."""
-    adapters = [each.adapter for each in attachments.attached]
+    """Return the record of the new adapter."""
+    adapters = [adapter.adapter for adapter in attachments.attached]
     return Applied(
         method=method.name,
         config=config,
@@ -181,12 +183,12 @@ def _record(attachments: AdapterAttachments, method: Method, config: Any, *, tra
         trained=attachments.trained,
         trainable=trainable,
         reads=arguments_read(adapters),
-        whole_batch=any([each.whole_batch for each in adapters if isinstance(each, Adapter)]),
+        whole_batch=any(adapter.whole_batch for adapter in adapters if isinstance(adapter, Adapter)),
     )
 
 
 def _broadcast_values(model: nn.Module, adapter: str, attachments: AdapterAttachments, *, initialized: bool) -> None:
-    """Give all ranks the adapter of rank 0: they may have drawn different random numbers."""
+    """Copy rank 0's adapter to all ranks, which may have drawn different random numbers."""
     tensors: list[Tensor] = []
     for attachment in attachments.attached:
         tensors += [*attachment.adapter.parameters(), *attachment.adapter.buffers()]
@@ -198,11 +200,11 @@ def _broadcast_values(model: nn.Module, adapter: str, attachments: AdapterAttach
 def _settle_all(
     attachments: AdapterAttachments, modules: Mapping[str, nn.Module], dtype: torch.dtype | None, *, training: bool
 ) -> None:
-    """Give each adapter the device of its module, its dtype and the model's mode, frozen."""
-    allocated: dict[nn.Parameter, nn.Parameter] = {}
+    """Move each adapter to the device of its module and to its dtype, put it in the model's mode, and freeze it."""
+    new_parameters: dict[nn.Parameter, nn.Parameter] = {}
     for attachment in attachments.attached:
         device, adapter_dtype = device_and_dtype(modules[attachment.path], dtype)
-        _settle(attachment.adapter, device, adapter_dtype, training, allocated)
+        _settle(attachment.adapter, device, adapter_dtype, training, new_parameters)
 
 
 def _settle(
@@ -210,18 +212,18 @@ def _settle(
     device: torch.device | None,
     dtype: torch.dtype,
     training: bool,
-    allocated: dict[nn.Parameter, nn.Parameter],
+    new_parameters: dict[nn.Parameter, nn.Parameter],
 ) -> None:
-    """Do `adapter.to(device, dtype).train(training).requires_grad_(False)`, where anything is different.
+    """Do `adapter.to(device, dtype).train(training).requires_grad_(False)`, but only what changes something.
 
-    Tensors on the meta device are allocated without values. `allocated` maps them to the new ones, since adapters may
-    share tensors.
+    Tensors on the meta device are allocated without values. `new_parameters` maps them to the new ones, since adapters
+    may share tensors.
     """
     fits = has_mode = True
     for module in parts(adapter):
         has_mode &= module.training == training and type(module).train is nn.Module.train
         if device is not None and device.type != "meta":
-            _allocate(module, device, dtype, allocated)
+            _allocate(module, device, dtype, new_parameters)
         for parameter in module._parameters.values():
             if parameter is not None:
                 parameter.requires_grad_(False)
@@ -239,17 +241,17 @@ def _settle(
 
 
 def _allocate(
-    module: nn.Module, device: torch.device, dtype: torch.dtype, allocated: dict[nn.Parameter, nn.Parameter]
+    module: nn.Module, device: torch.device, dtype: torch.dtype, new_parameters: dict[nn.Parameter, nn.Parameter]
 ) -> None:
-    """Replace the module's own parameters that are on the meta device by ones with memory."""
+    """Allocate the module's own parameters that are on the meta device."""
     for name, parameter in module._parameters.items():
         if parameter is None or not parameter.is_meta or type(parameter) is not nn.Parameter:
             continue
-        if parameter not in allocated:
+        if parameter not in new_parameters:
             own_dtype = dtype if parameter.is_floating_point() else parameter.dtype
             values = torch.empty(parameter.shape, dtype=own_dtype, device=device)
-            allocated[parameter] = nn.Parameter(values, requires_grad=False)
-        module._parameters[name] = allocated[parameter]
+            new_parameters[parameter] = nn.Parameter(values, requires_grad=False)
+        module._parameters[name] = new_parameters[parameter]
 
 
 def _is_on(tensor: Tensor, device: torch.device | None, dtype: torch.dtype) -> bool:

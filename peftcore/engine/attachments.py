@@ -1,4 +1,4 @@
-"""What a method attaches to a model: adapters of modules, and trained parameters of the base.
+"""Attachments of a method: its adapters, one for each module, and the parameters of the base that it trains.
 
 Adapters of several parameters, or of single experts (`experts.3.down_proj`), are joined into one adapter of the module.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -29,7 +29,13 @@ from peftcore.plugin.placements.placement import Placement
 
 @dataclass(frozen=True)
 class OfExpert:
-    """Adapter of one expert's layer: its path, the name of the stacked weight, the number of the expert."""
+    """Adapter of one expert's layer.
+
+    Args:
+        path: path of the layer, such as `experts.3.down_proj`.
+        name: name of the stacked weight in the module of experts.
+        expert: number of the expert.
+    """
 
     path: str
     name: str
@@ -40,7 +46,7 @@ class OfExpert:
 
 
 class ExpertLink(WeightLink):
-    """The link of `WeightChanges` that consist of one `EachExpert` for each weight."""
+    """Link of `WeightChanges` that have one `EachExpert` for each weight."""
 
     __slots__ = ()
     merges_by = "merged"
@@ -51,45 +57,47 @@ class ExpertLink(WeightLink):
 
     @staticmethod
     def merged_change(change: Any, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        found: tuple[Tensor, Tensor | None] = change.merged(weight, bias)
-        return found
+        return cast("tuple[Tensor, Tensor | None]", change.merged(weight, bias))
 
 
 def each_expert(model: nn.Module, method: str, path: str, adapters: Sequence[OfExpert]) -> WeightChanges:
-    """Return the adapter of the module of experts at `path`: one for each expert of each of its weights.
+    """Join the adapters of single experts into one adapter of their module, which is at `path`.
 
     Raises:
         PeftcoreError: some experts of a weight have none, or an adapter must know which sample a row belongs to.
     """
-    layout: Any = experts_layout(model.get_submodule(path))
+    layout = experts_layout(model.get_submodule(path))
+    assert layout is not None
     by_name: dict[str, dict[int, OfExpert]] = {}
-    for each in adapters:
-        _refuse_unfit(method, path, each)
-        if each.expert in by_name.setdefault(each.name, {}):
+    for attachment in adapters:
+        _refuse_unfit(method, path, attachment)
+        if attachment.expert in by_name.setdefault(attachment.name, {}):
             raise PeftcoreError(
-                f"{method} places two adapters at '{each.path}'; a module takes one adapter of each name"
+                f"{method} places two adapters at '{attachment.path}'; a module takes one adapter of each name"
             )
-        by_name[each.name][each.expert] = each
+        by_name[attachment.name][attachment.expert] = attachment
     changes: dict[str, nn.Module] = {}
-    for name in (name for name in layout.names if name in by_name):
-        own = by_name[name]
-        lacking = next((expert for expert in range(layout.count) if expert not in own), None)
-        if lacking is not None:
+    for name in filter(by_name.__contains__, layout.names):
+        by_expert = by_name[name]
+        missing_expert = next((expert for expert in range(layout.count) if expert not in by_expert), None)
+        if missing_expert is not None:
             raise PeftcoreError(
-                f"{method} places adapters at experts of '{path}.{name}', and none at expert {lacking}. All have "
-                "one, or none"
+                f"{method} places adapters at experts of '{path}.{name}', but none at expert {missing_expert}. Place "
+                "one at each expert, or at none"
             )
-        changes[name] = EachExpert([own[i].adapter for i in range(layout.count)], layout.transposed, own[0].link)
+        changes[name] = EachExpert(
+            [by_expert[i].adapter for i in range(layout.count)], layout.transposed, by_expert[0].link
+        )
     return WeightChanges(changes)
 
 
-def _refuse_unfit(method: str, path: str, each: OfExpert) -> None:
+def _refuse_unfit(method: str, path: str, attachment: OfExpert) -> None:
     """Raise a PeftcoreError if the adapter reads the call, mixes the rows of a call, or combines others."""
-    if arguments_read([each.adapter]) is not None:
+    if arguments_read([attachment.adapter]) is not None:
         reason = "reads the call of the model"
-    elif any(part.whole_batch for part in each.adapter.modules() if isinstance(part, Adapter)):
+    elif any(part.whole_batch for part in attachment.adapter.modules() if isinstance(part, Adapter)):
         reason = "mixes the rows of a call"
-    elif each.branches:
+    elif attachment.branches:
         reason = "combines others"
     else:
         return
@@ -108,11 +116,11 @@ class Attachment:
 
     Args:
         path: path of the module.
-        adapter: the adapter that is attached, which may consist of several.
-        placements: what the method placed.
+        adapter: the adapter; it may join several.
+        placements: the placements of the method that it carries out.
         link: how the adapter takes part in calls, and how it is merged.
         branches: names of other adapters of the module that it combines.
-        parts: the adapters that it consists of.
+        parts: the adapters that it joins.
     """
 
     path: str
@@ -125,17 +133,19 @@ class Attachment:
 
 @dataclass
 class AdapterAttachments:
-    """What the placements of a method attach to `model`. Each `Placement.attach` adds to it, as the contract says.
+    """Adapters and trained parameters of a method on `model`: the `Attachments` of the contract.
+
+    Each `Placement.attach` adds to it.
 
     Args:
         model: the model, which is not changed.
-        architecture: facts about it.
+        architecture: facts about the model.
         method: the method.
-        config: its config, with every choice explicit.
+        config: config of the method, with every choice explicit.
         attached: the adapters, one for each module.
         trained: names of trained parameters of the base.
-        apart: those trained separately from the parameters they are tied to.
-        names_modules: the config names modules, rather than all of a kind.
+        apart: names of those that are trained separately from the parameters they are tied to.
+        names_modules: the config names modules, rather than selecting all of a kind.
     """
 
     model: nn.Module
@@ -172,41 +182,41 @@ class AdapterAttachments:
         self.trained = tuple(dict.fromkeys([*self.trained, *names]))
 
     def prompt(self, placement: Placement, shape: tuple[int, int] | None) -> None:
-        found = checked_shape(self.model, self.architecture, placement, ("tokens", "hidden"), shape)
-        for path, adapter in place_soft_prompt(self.model, self.architecture, placement.adapter, *found):
+        known_shape = checked_shape(self.model, self.architecture, placement, ("tokens", "hidden"), shape)
+        for path, adapter in place_soft_prompt(self.model, self.architecture, placement.adapter, *known_shape):
             self.wrap(placement, path, adapter)
 
     def prefix(self, placement: Placement) -> None:
-        found = checked_shape(self.model, self.architecture, placement, _PREFIX)
-        for path, adapter in place_prefix(self.model, self.architecture, placement.adapter, found):
+        prefix_shape = checked_shape(self.model, self.architecture, placement, _PREFIX)
+        for path, adapter in place_prefix(self.model, self.architecture, placement.adapter, prefix_shape):
             self.wrap(placement, path, adapter)
 
     def join(self) -> None:
-        """Make one adapter of those for several parameters or experts of a module, once all are declared."""
+        """Join the adapters of several parameters or experts of a module into one; call it after all `attach`."""
         for path, experts in self._experts.items():
-            whole: nn.Module = each_expert(self.model, self.method.name, path, [each for each, _ in experts])
+            joint: nn.Module = each_expert(self.model, self.method.name, path, [of_expert for of_expert, _ in experts])
             placements = tuple(placement for _, placement in experts)
-            parts = tuple(each.adapter for each, _ in experts)
-            self.attached.append(Attachment(path, whole, placements, ExpertLink, parts=parts))
+            parts = tuple(of_expert.adapter for of_expert, _ in experts)
+            self.attached.append(Attachment(path, joint, placements, ExpertLink, parts=parts))
         for path, changes in self._changes.items():
-            whole = _joined(self.model, self.method.name, path, [(name, adapter) for name, adapter, _ in changes])
+            joint = _joined(self.model, self.method.name, path, [(name, adapter) for name, adapter, _ in changes])
             placements = tuple(placement for *_, placement in changes)
             parts = tuple(adapter for _, adapter, _ in changes)
-            self.attached.append(Attachment(path, whole, placements, WeightLink, parts=parts))
+            self.attached.append(Attachment(path, joint, placements, WeightLink, parts=parts))
 
     @property
     def placements(self) -> dict[str, tuple[Placement, ...]]:
-        """What the method placed, by the path of the module that carries it."""
-        return {each.path: each.placements for each in self.attached}
+        """Placements of the method, by the path of the module that carries them."""
+        return {attachment.path: attachment.placements for attachment in self.attached}
 
     @property
     def paths(self) -> list[str]:
         """Paths of the modules to which adapters are attached."""
-        return [each.path for each in self.attached]
+        return [attachment.path for attachment in self.attached]
 
 
 def _joined(model: nn.Module, method: str, path: str, changes: Sequence[tuple[str, nn.Module]]) -> WeightChanges:
-    """Return one adapter for all parameters, (name, adapter), of the module at `path` that a method changes.
+    """Join adapters of parameters, (name, adapter), into one adapter of the module at `path`.
 
     Raises:
         PeftcoreError: the module or parameter does not exist, no format reads it, or two adapters are on one parameter.
@@ -216,17 +226,17 @@ def _joined(model: nn.Module, method: str, path: str, changes: Sequence[tuple[st
         raise PeftcoreError(f"{method} places an adapter at '{path}', which is not a module{nearest(path, modules)}")
     parameters = dict(base_parameters(modules[path]))
     for name, _ in changes:
-        parameter, inside = parameters.get(name), name.rpartition(".")[0]
+        parameter, submodule_path = parameters.get(name), name.rpartition(".")[0]
         if parameter is None:
             raise PeftcoreError(
                 f"{method} changes the parameter '{name}' of '{path}', which has none of this name"
                 f"{nearest(name, parameters)}"
             )
-        is_read = not inside and quantized_format(modules[path], name) is not None
+        is_read = not submodule_path and quantized_format(modules[path], name) is not None
         if not is_read and not (parameter.is_floating_point() or parameter.is_complex()):
             raise PeftcoreError(
-                f"{method} changes the parameter '{name}' of '{path}', which is stored as {parameter.dtype}: "
-                "no weight format can decode. Leave that module dense, or exclude it"
+                f"{method} changes the parameter '{name}' of '{path}', which is stored as {parameter.dtype}, and no "
+                "weight format can decode it. Leave that module dense, or exclude it"
             )
     names = [name for name, _ in changes]
     if len(set(names)) < len(names):

@@ -1,4 +1,4 @@
-"""`load_state_dict` of a model with adapters takes a checkpoint of its base."""
+"""Checkpoints of the base, loaded by `load_state_dict` into a model with adapters."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from peftcore.model.base_modules import CHILD
 
 
 def accept_base_checkpoints(model: nn.Module) -> RemovableHandle:
-    """Let `model.load_state_dict(base_state_dict)` leave the adapters as they are, strictly loaded or not."""
+    """Make `model.load_state_dict` accept a state dict of the base, also with `strict`; adapters stay as they are."""
     return model.register_load_state_dict_pre_hook(_add_adapters)
 
 
 def _add_adapters(model: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     """Add the adapters' present values to a checkpoint that has none.
 
-    PyTorch still reports them as missing where the base's own weights are replaced: by merged or trained ones, which
-    the checkpoint would overwrite.
+    Nothing is added while merged or trained weights are in the place of the base's, since the checkpoint would
+    overwrite them: PyTorch then reports the adapters' keys as missing.
     """
     state = state_of(model)
     if state is None or state.merged is not None or any(entry.trained for entry in state.applied.values()):
         return
     if any(_is_of_adapter(key) for key in state_dict):
         return
-    own = model.state_dict(prefix=prefix, keep_vars=True)
-    state_dict.update((key, value) for key, value in own.items() if _is_of_adapter(key))
+    present_values = model.state_dict(prefix=prefix, keep_vars=True)
+    state_dict.update((key, value) for key, value in present_values.items() if _is_of_adapter(key))
 
 
 def _is_of_adapter(key: str) -> bool:

@@ -1,4 +1,4 @@
-"""Detection of adapters that would get no gradient, or a wrong one, because of how the frozen model computes."""
+"""Checks for adapters that would get no gradient, or a wrong one, because of how the frozen model computes."""
 
 from __future__ import annotations
 
@@ -19,99 +19,100 @@ def refuse_without_gradient(model: nn.Module, attachments: AdapterAttachments, t
     """Raise a PeftcoreError if adapters would get no gradient, or a wrong one.
 
     Args:
-        trains: whether the adapters are to be trained; if not, a gradient that is cut off is only a warning.
+        trains: whether the adapters are to be trained; if not, a blocked gradient only causes a warning.
 
     Raises:
-        PeftcoreError: adapters would be inside a `torch.autograd.Function` whose input requires no gradient, or the
-            product with a weight that another library has wrapped or packed passes none to its input, or the model
-            runs an adapted module under `torch.no_grad`.
+        PeftcoreError: adapters would be inside a `torch.autograd.Function` whose input requires no gradient; the
+            product with a weight that another library has wrapped or packed passes no gradient to its input; or the
+            model runs an adapted module under `torch.no_grad`.
     """
     if trains:
         _refuse_no_grad(model, attachments)
     _refuse_in_function(model, attachments)
     _keep_gradients_of_bitsandbytes(model)
-    cut = _cut_off(model)
-    if cut is not None:
-        path, kind = cut
-        what = (
-            f"the product with '{path}' ({kind}) gives its input no gradient or a wrong one, so adapters before it "
+    blocked = _blocking_product(model)
+    if blocked is not None:
+        path, kind = blocked
+        problem = (
+            f"the product with '{path}' ({kind}) gives its input no gradient, or a wrong one, so adapters before it "
             "learn nothing, or only from a part of their effect"
         )
         if trains:
             raise PeftcoreError(
-                f"{what}. Before apply, call peftcore.quantize(model), which keeps its bits"
+                f"{problem}. Before apply, call peftcore.quantize(model), which keeps its bits"
                 if is_bitsandbytes(model.get_submodule(path.removesuffix(".weight")))
-                else f"{what}. Quantize the weights without the inputs, or use 4 bits of peftcore: peftcore.quantize"
+                else f"{problem}. Quantize the weights without the inputs, or use 4 bits of peftcore: peftcore.quantize"
             )
-        warn(f"{what}: it can be used but not trained")
+        warn(f"{problem}: it can be used but not trained")
 
 
 def _refuse_no_grad(model: nn.Module, attachments: AdapterAttachments) -> None:
     """Refuse adapters at modules that the model runs under `torch.no_grad` (indexers of DeepSeek's sparse attention).
 
-    Of base parameters there is a warning, since methods choose them by their kind, such as all biases.
+    For base parameters there is only a warning, since methods choose them by kind, such as all biases.
     """
     idle = without_gradients(model)
-    why = f"{type(model).__name__} runs it under torch.no_grad, so it gets no gradient"
+    reason = f"{type(model).__name__} runs it under torch.no_grad, so it gets no gradient"
     for path in attachments.paths:
         if path in idle:
             raise PeftcoreError(
-                f"{attachments.method.name} cannot train at '{path}': {why}. Leave it out, or exclude it: "
+                f"{attachments.method.name} cannot train at '{path}': {reason}. Leave it out, or exclude it: "
                 f"exclude_modules=['{path.rpartition('.')[2]}']"
             )
-    lost = [name for name in attachments.trained if name.rpartition(".")[0] in idle]
-    if lost:
-        more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
-        warn(f"{attachments.method.name} does not train '{lost[0]}'{more}: {why}")
+    untrainable = [name for name in attachments.trained if name.rpartition(".")[0] in idle]
+    if untrainable:
+        others = f" and {len(untrainable) - 1} more" if len(untrainable) > 1 else ""
+        warn(f"{attachments.method.name} does not train '{untrainable[0]}'{others}: {reason}")
 
 
 def _refuse_in_function(model: nn.Module, attachments: AdapterAttachments) -> None:
-    """Refuse layers in a `torch.autograd.Function` (Reformer's), which learn only if its input requires gradients."""
-    inside = observe(model).in_function
-    if not inside or getattr(model, "_require_grads_hooks", None):
+    """Refuse layers inside a `torch.autograd.Function` (Reformer's), unless its input requires gradients."""
+    function_paths = observe(model).in_function
+    if not function_paths or getattr(model, "_require_grads_hooks", None):
         return
     paths = [*attachments.paths, *(name.rpartition(".")[0] for name in attachments.trained)]
-    lost = next((path for path in paths if path in inside), None)
-    if lost is None:
+    blocked_path = next((path for path in paths if path in function_paths), None)
+    if blocked_path is None:
         return
-    what = f"{type(model).__name__} runs '{lost}' inside a torch.autograd.Function, so what is trained there gets no "
+    place = f"{type(model).__name__} runs '{blocked_path}' inside a torch.autograd.Function"
     if hasattr(model, "enable_input_require_grads"):
         raise PeftcoreError(
-            f"{what}gradient unless an input requires one. Before apply, call model.enable_input_require_grads()"
+            f"{place}, so what is trained there gets no gradient unless an input requires one. Before apply, call "
+            "model.enable_input_require_grads()"
         )
-    warn(f"{what}gradient unless the inputs have requires_grad=True")
+    warn(f"{place}, so what is trained there gets no gradient unless the inputs have requires_grad=True")
 
 
 def _keep_gradients_of_bitsandbytes(model: nn.Module) -> None:
     """Keep bitsandbytes' 4-bit layers on the CPU from packing their weight for a kernel without a derivative.
 
-    Since 0.49 they do so in their first call in eval mode on a CPU with AVX512-BF16, and use that kernel in training
-    from then on: adapters before them would learn from a part of the gradient.
+    bitsandbytes 0.49 and later packs it in the first call in eval mode on a CPU with AVX512-BF16, and then uses that
+    kernel in training too: adapters before the layer would learn from a part of the gradient.
     """
     for _, module in base_modules(model):
         if module.__dict__.get("support_avx512bf16_for_cpu") and is_bitsandbytes(module):
             cast(Any, module).support_avx512bf16_for_cpu = False
 
 
-def _cut_off(model: nn.Module) -> tuple[str, str] | None:
-    """Return (path, class of the weight or layer) of a product that passes no right gradient; one of each kind is run.
+def _blocking_product(model: nn.Module) -> tuple[str, str] | None:
+    """Return (path, class of the weight or layer) of a product that passes no gradient or a wrong one, or None.
 
-    Run are linear layers whose weight another library has wrapped, packed or scaled, or keeps in its own way.
+    One layer of each kind is run: linear layers whose weight another library has wrapped, packed or scaled.
     """
-    seen = set()
+    checked_kinds: set[tuple[type, type, bool]] = set()
     for path, module in base_modules(model):
         product = _foreign_product(path, module)
         if product is None:
             continue
         kind = original_class(module), type(module._parameters.get("weight")), is_bitsandbytes(module)
-        if kind not in seen and not _lets_through(model, module):
+        if kind not in checked_kinds and not _passes_gradient(model, module):
             return product
-        seen.add(kind)
+        checked_kinds.add(kind)
     return None
 
 
 def _foreign_product(path: str, module: nn.Module) -> tuple[str, str] | None:
-    """Return (path, class) of a linear layer, or its weight, that another library computes with; None for others."""
+    """Return (path, class) of a linear layer, or of its weight, that another library multiplies; else None."""
     weight: Any = module._parameters.get("weight")
     is_plain = weight is None or (type(weight) is nn.Parameter and weight.itemsize > 1)
     if is_plain and (isinstance(module, nn.Linear) or not hasattr(module, "in_features")):
@@ -126,12 +127,13 @@ def _foreign_product(path: str, module: nn.Module) -> tuple[str, str] | None:
 
 
 def _is_packed(weight: Any) -> bool:
-    """Return whether bitsandbytes has packed a weight for its CPU kernel; a shard or a dense weight has no state."""
+    """Return whether bitsandbytes has packed a weight for its CPU kernel."""
+    # A shard and a dense weight have no `quant_state`.
     return bool(getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False))
 
 
-def _lets_through(model: nn.Module, module: nn.Module) -> bool:
-    """Return whether the gradient of a layer's input agrees with what moving the input changes."""
+def _passes_gradient(model: nn.Module, module: nn.Module) -> bool:
+    """Return whether the gradient of a layer's input agrees with finite differences."""
     forward, weight = partial(original_forward(module), module), module._parameters.get("weight")
     dtype = torch.float32 if weight is None else weight.dtype
     if not dtype.is_floating_point or dtype.itemsize == 1:
@@ -155,6 +157,6 @@ def _lets_through(model: nn.Module, module: nn.Module) -> bool:
         except (RuntimeError, NotImplementedError):  # not a function of x, or without a derivative
             return False
     with torch.no_grad():
-        changes = (forward(x + step).flatten(1).float() - y) @ weights
+        observed = (forward(x + step).flatten(1).float() - y) @ weights
         expected = (gradient.float() * step.float()).sum(1)
-    return bool(changes.norm() == 0) or bool(torch.cosine_similarity(changes, expected, dim=0) > 0.7)
+    return bool(observed.norm() == 0) or bool(torch.cosine_similarity(observed, expected, dim=0) > 0.7)

@@ -36,14 +36,14 @@ def config(method: str, /, **fields: Any) -> Any:
         PeftcoreError: a field does not exist, is missing, or has a wrong value.
     """
     config_class = registry.method(method).config_class
-    known = [field.name for field in dataclasses.fields(config_class)]
+    field_names = [field.name for field in dataclasses.fields(config_class)]
     for name, value in fields.items():
-        if name not in known:
+        if name not in field_names:
             reason = _habit(name, value) or why_unknown(registry.method(method), name, value)
-            hint = "" if reason else nearest_field(name, known)
+            hint = "" if reason else nearest_field(name, field_names)
             raise PeftcoreError(
                 f"{config_class.__name__} has no field '{name}'{hint or reason}{'' if hint.endswith('?') else '.'} "
-                f"Its fields: {', '.join(known)}"
+                f"Its fields: {', '.join(field_names)}"
             )
     check_types(config_class, fields)
     try:
@@ -53,7 +53,7 @@ def config(method: str, /, **fields: Any) -> Any:
 
 
 def _habit(name: str, value: object) -> str:
-    """Return a hint at what an argument of PEFT that is no field of a config is here, or an empty string."""
+    """Return a hint for an argument of PEFT that is not a config field here, or an empty string."""
     if name == "adapter_name":
         return f". The name of the adapter is the argument adapter={value!r} of apply and load"
     if name in COMMON:
@@ -81,20 +81,21 @@ def config_of_peft(model: nn.Module, config: Any) -> tuple[Method, Any]:
     where = f"peft.{type(config).__name__}"
     peft_type = _plain(getattr(config, "peft_type", None))
     if isinstance(peft_type, str) and not of_peft_type(peft_type):
-        method_of_fields(where, {"peft_type": peft_type})  # raises the proper error before PEFT fills in fields
-    config = _completed(where, model, config)
+        # PEFT would fail when it fills in fields, so the proper error is raised first.
+        method_of_fields(where, {"peft_type": peft_type})
+    config = _with_peft_defaults(where, model, config)
     fields = {name: _plain(value) for name, value in config.to_dict().items()}
     for name, value in vars(config).items():  # fields that PEFT does not write to files, if they are set
         if name not in fields and value is not None and not _is_as_made(config, name, value):
             fields[name] = _plain(value)
     if not isinstance(fields.get("peft_type"), str):
-        raise PeftcoreError(f"{where} names no peft_type: give the config of a method")
+        raise PeftcoreError(f"{where} has no peft_type. Pass the config of a method")
     method = method_of_fields(where, fields, choose="peftcore.apply(model, 'NAME', FIELD=...)")
     return method, _as_fresh(where, method, config_of_fields(where, method, fields, PeftcoreError))
 
 
-def _completed(where: str, model: nn.Module, config: Any) -> Any:
-    """Return a copy in which PEFT has filled in fields from its tables of models."""
+def _with_peft_defaults(where: str, model: nn.Module, config: Any) -> Any:
+    """Return a copy with the fields that PEFT fills in from its tables of models."""
     config = copy.deepcopy(config)
     if getattr(config, "modules_to_save", None):
         heads = detect(model).task_heads if _plain(config.task_type) in _WITH_HEADS else ()
@@ -107,9 +108,9 @@ def _completed(where: str, model: nn.Module, config: Any) -> Any:
 
 
 def _fill_in_targets(where: str, model: nn.Module, config: Any) -> None:
-    """Set fields of module names that are None to PEFT's defaults for the type of model.
+    """Replace None in fields of module names by PEFT's defaults for the type of model.
 
-    PEFT has a table for each `peft_type` and field. Without one, the method has a default of its own for None.
+    PEFT has a table for each `peft_type` and field. If it has none, the method's own default for None applies.
     """
     tables = vars(importlib.import_module("peft.utils.constants"))
     peft_type = _plain(config.peft_type).replace("_", "")
@@ -145,14 +146,16 @@ def _name_experts(where: str, model: nn.Module, config: Any) -> None:
 
 
 def _refuse_experts(where: str, model: nn.Module, config: Any) -> None:
-    """Refuse an entry that PEFT ignores because it matches no module, and that would select experts here."""
-    named = getattr(config, "target_modules", None)
-    if not named or isinstance(named, str) or hasattr(config, "target_parameters"):
+    """Refuse an entry that PEFT ignores, because it matches no module, but that would select experts here."""
+    entries = getattr(config, "target_modules", None)
+    if not entries or isinstance(entries, str) or hasattr(config, "target_parameters"):
         return
     modules = dict(base_modules(model))
-    layouts = ((path, layout) for path, module in modules.items() if (layout := experts_layout(module)) is not None)
-    weights = [f".{path}.{name}" for path, layout in layouts for name in layout.names]
-    for entry in named:
+    weights: list[str] = []
+    for path, module in modules.items():
+        layout = experts_layout(module)
+        weights += [] if layout is None else [f".{path}.{name}" for name in layout.names]
+    for entry in entries:
         means_module = any(f".{path}".endswith(f".{entry}") for path in modules)
         if not means_module and any(weight.endswith(f".{entry}") for weight in weights):
             raise PeftcoreError(
@@ -163,22 +166,22 @@ def _refuse_experts(where: str, model: nn.Module, config: Any) -> None:
 
 
 def ends_within_a_name(model: nn.Module, modules_to_save: Iterable[str]) -> list[str]:
-    """Return what PEFT matches by any suffix, and peftcore does not: for PEFT `norm` matches `input_layernorm`, too."""
-    named = tuple(modules_to_save)
-    whole = tuple(f".{name}" for name in named)
-    return [path for path, _ in base_modules(model) if path.endswith(named) and not f".{path}".endswith(whole)]
+    """Return paths that only PEFT matches, by a suffix within a name: its `norm` also matches `input_layernorm`."""
+    names = tuple(modules_to_save)
+    whole_names = tuple(f".{name}" for name in names)
+    return [path for path, _ in base_modules(model) if path.endswith(names) and not f".{path}".endswith(whole_names)]
 
 
 def _plain(value: Any) -> Any:
-    """Return the value as JSON represents it."""
+    """Return a value in types of JSON."""
     if isinstance(value, Enum):
         return value.value
     if isinstance(value, (set, frozenset)):
         return sorted(map(_plain, value))
     if isinstance(value, (list, tuple)):
-        return [_plain(each) for each in value]
+        return [_plain(item) for item in value]
     if isinstance(value, Mapping):
-        return {_plain(name): _plain(each) for name, each in value.items()}
+        return {_plain(name): _plain(item) for name, item in value.items()}
     return value
 
 
@@ -196,7 +199,7 @@ def _is_as_made(config: Any, name: str, value: Any) -> bool:
 
 
 def _as_fresh(where: str, method: Method, config: Any) -> Any:
-    """Return the config with the defaults of fields that are not saved, which reading a file sets otherwise."""
+    """Return the config with the defaults of fields that are not saved; reading a file sets other values."""
     on_disk = method.state.write_fields(dataclasses.asdict(config))
     for field in dataclasses.fields(config):
         if field.name in on_disk or field.default is dataclasses.MISSING:

@@ -1,4 +1,4 @@
-"""Optimizer of the step whose `after_step` runs, for methods that reset its state, such as one that restarts."""
+"""The optimizer that has just stepped, for methods whose `after_step` resets its state."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _OPTIMIZER: ContextVar[tuple[Optimizer | None, ...]] = ContextVar("peftcore_opti
 
 
 def unwrapped(optimizer: Any) -> Optimizer | None:
-    """Return the PyTorch optimizer in `optimizer`, which accelerate may have wrapped, or None for None.
+    """Return the PyTorch optimizer that accelerate may have wrapped; None for None.
 
     Raises:
         PeftcoreError: it is not an optimizer.
@@ -61,18 +61,19 @@ def current_optimizer() -> Optimizer:
 def reset_optimizer_state(parameters: Iterable[nn.Parameter], *, keep: float = 0.0) -> None:
     """Reset the state of `parameters` in the optimizer that has just stepped; for a method's `after_step`.
 
-    The next step treats them as in its first: moments are zero, and the count of steps begins again. Learning rates,
-    groups and the state of other parameters stay.
+    The optimizer's next step treats them as its first: moments are zero, and steps are counted from the start. Learning
+    rates, groups and the state of other parameters stay.
 
     Args:
         parameters: parameters that the optimizer trains.
-        keep: share of the moments to keep, and the count of steps. An element keeps its moments if each is among this
-            share of largest magnitudes; else all become zero, since a first moment over a second one of zero would be
-            a huge step. 1 changes nothing, and raises the errors that a smaller share would.
+        keep: share of the moments to keep, in [0, 1]; if it is above 0, the count of steps also stays. An element keeps
+            its moments if each of them is among this share of largest magnitudes. Otherwise all its moments become
+            zero: a first moment over a second moment of zero would be a huge step. 1 changes nothing, but raises the
+            same errors.
 
     Raises:
         PeftcoreError: as for `current_optimizer`; or the optimizer does not have these parameters, cannot make
-            state again, or has state that cannot be kept in part.
+            state again, or has state of which no part can be kept.
     """
     optimizer = current_optimizer()
     kind = type(optimizer).__name__
@@ -81,15 +82,15 @@ def reset_optimizer_state(parameters: Iterable[nn.Parameter], *, keep: float = 0
             f"{kind} cannot reset the state of single parameters: it does not make their state at a step. Use AdamW "
             "or another optimizer that does"
         )
-    chosen = list(parameters)
-    there = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    missing = sum(id(parameter) not in there for parameter in chosen)
+    to_reset = list(parameters)
+    optimized = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    missing = sum(id(parameter) not in optimized for parameter in to_reset)
     if missing:
         raise PeftcoreError(
-            f"{kind} does not have {missing} of the {len(chosen)} parameters whose state is to be reset. Pass the "
+            f"{kind} does not have {missing} of the {len(to_reset)} parameters whose state is to be reset. Pass the "
             "optimizer that trains them; one that keeps copies of parameters, such as DeepSpeed's, cannot be used"
         )
-    for parameter in chosen:
+    for parameter in to_reset:
         if keep:
             _keep_largest(optimizer, parameter, keep)
         else:
@@ -111,8 +112,10 @@ def _keep_largest(optimizer: Optimizer, parameter: nn.Parameter, keep: float) ->
                 f"parameter of shape {list(parameter.shape)}, and no part of it can be kept. Reset all of the state, "
                 "or use AdamW, in 32 bits or of peftcore.optim"
             )
-    whole = {name: sharded.whole(value) for name, value in moments.items() if value.dim()} if keep < 1 else {}
-    if whole:
-        kept = largest(list(whole.values()), keep)
-        for name, value in whole.items():
-            sharded.fill(moments[name], value * kept)
+    if keep >= 1:
+        return
+    full_moments = {name: sharded.whole(value) for name, value in moments.items() if value.dim()}
+    if full_moments:
+        mask = largest(list(full_moments.values()), keep)
+        for name, value in full_moments.items():
+            sharded.fill(moments[name], value * mask)

@@ -1,9 +1,10 @@
-"""Adapters at linear layers that return something else than x Wᵀ + b: products in groups, choices of a router.
+"""Adapters on linear layers with a custom forward, whose output is not `[..., out]`: grouped layers, routers.
 
     y = forward(x; adapter.merged(W, b))
 
-Most adapters add to the layer's output as if it were `[..., out]`. At such a layer, its own forward runs on the weight
-into which the adapter would be merged, if that computes the same in training, too. Otherwise `apply` refuses the layer.
+Most adapters add to an output `[..., out]`. At a layer with another output, the layer's own forward runs instead on the
+weight into which the adapter would be merged, if that computes the same in training as well. Otherwise `apply` refuses
+the layer.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from peftcore.engine.adaptation.chain import OwnForward
@@ -40,47 +42,49 @@ class MergedLink(Link):
         return self.on_weights({})(*args, **kwargs)
 
     def on_weights(self, changes: Mapping[str, Change]) -> Any:
-        """Return the module's own forward with the merged weight, which `changes` of an adapter outside change."""
+        """Return the module's own forward on the merged weight, to which an outer adapter's `changes` are applied."""
         weight, bias = self.weight_and_bias()
-        own = self._base
-        while not isinstance(own, OwnForward):
-            own = own.inside if own.adapter is not None else own.own
-        merged: dict[str, Change] = {"weight": lambda _: weight}
+        forward = self._base
+        while not isinstance(forward, OwnForward):
+            forward = forward.inside if forward.adapter is not None else forward.own
+        merged_changes: dict[str, Change] = {"weight": lambda _: weight}
         if bias is not None:
-            merged["bias"] = lambda _: bias
-        return own.on_weights(changes).on_weights(merged)  # the last one is the first to be applied
+            merged_changes["bias"] = lambda _: bias
+        # The changes that are given last are applied first.
+        return forward.on_weights(changes).on_weights(merged_changes)
 
 
-def fitted(model: nn.Module, method: str, attached: Sequence[Attachment]) -> list[Attachment]:
-    """Return what is attached, by a `MergedLink` where an adapter does not fit the output of a linear layer.
+def adapt_custom_linear(model: nn.Module, method: str, attachments: Sequence[Attachment]) -> list[Attachment]:
+    """Return the attachments, with a `MergedLink` where an adapter does not fit the output of a linear layer.
 
     Raises:
         PeftcoreError: an adapter cannot run at such a layer.
     """
-    found = list(attached)
-    for i, each in enumerate(found):
-        module: Any = submodule(model, each.path)
+    replaced = list(attachments)
+    for i, attachment in enumerate(replaced):
+        module: Any = submodule(model, attachment.path)
         if not isinstance(module, nn.Linear) or type(module).forward is nn.Linear.forward:
             continue
-        if (each.link is not Link and not each.link.follows) or each.branches:
+        if (attachment.link is not Link and not attachment.link.follows) or attachment.branches:
             continue
-        output = _odd_output(module)
-        if output is None or (each.link is Link and _leaves_output(module, each.adapter)):
+        output = _custom_output(module)
+        if output is None or (attachment.link is Link and _leaves_output(module, attachment.adapter)):
             continue
-        follows = each.link.follows
-        why = _refused_by(each.adapter, output) if follows else _unlike_merged(module, each.adapter)
-        if why is not None:
+        follows = attachment.link.follows
+        reason = _why_not_after(attachment.adapter, output) if follows else _why_not_merged(module, attachment.adapter)
+        if reason is not None:
+            path, kind = attachment.path, original_class(module).__name__
             raise PeftcoreError(
-                f"{method} cannot adapt '{each.path}': a {original_class(module).__name__} is a linear layer that does "
-                f"not return [..., {module.out_features}], and the adapter {why}. Exclude it: exclude_modules="
-                f"['{each.path}'], or leave it out of target_modules"
+                f"{method} cannot adapt '{path}': a {kind} is a linear layer that does not return "
+                f"[..., {module.out_features}], and the adapter {reason}. Exclude it: exclude_modules=['{path}'], or "
+                "leave it out of target_modules"
             )
         if not follows:
-            found[i] = dataclasses.replace(each, link=MergedLink)
-    return found
+            replaced[i] = dataclasses.replace(attachment, link=MergedLink)
+    return replaced
 
 
-def _odd_output(module: nn.Linear) -> Any:
+def _custom_output(module: nn.Linear) -> Any:
     """Return an output of a layer that does not return `[..., out]`; None if it does, or if it runs on no input."""
     weight, forward = module.weight, original_forward(module)
     if forward is nn.Linear.forward or not weight.is_floating_point() or weight.itemsize < 2:
@@ -88,44 +92,44 @@ def _odd_output(module: nn.Linear) -> Any:
     plain: nn.Module = object.__new__(original_class(module))
     plain.__dict__.update(module.__dict__, training=False)
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        for rows in _rows(module.out_features):
+        for leading_sizes in _leading_sizes(module.out_features):
             try:
-                y = forward(plain, weight.new_ones(*rows, module.in_features))
+                y = forward(plain, weight.new_ones(*leading_sizes, module.in_features))
             except Exception:  # it takes inputs of another shape
                 continue
-            return None if isinstance(y, Tensor) and y.shape == (*rows, module.out_features) else y
+            return None if isinstance(y, Tensor) and y.shape == (*leading_sizes, module.out_features) else y
     return None
 
 
-def _rows(out_features: int) -> Iterator[tuple[int, ...]]:
-    """Yield leading sizes of inputs: rows, and then each number of groups that the outputs may have."""
+def _leading_sizes(out_features: int) -> Iterator[tuple[int, ...]]:
+    """Yield leading sizes of inputs to try: rows, and then each number of groups that the outputs may have."""
     yield (2,)
     yield from ((1, groups) for groups in range(1, _MOST_GROUPS + 1) if out_features % groups == 0)
 
 
 def _leaves_output(module: nn.Linear, adapter: nn.Module) -> bool:
-    """Return whether an adapter returns what the layer returns, as changes of the weight or of the input do."""
+    """Return whether an adapter returns the layer's output unchanged, as changes of the weight or the input do."""
     output = object()
     try:
-        return _called(module, adapter, lambda _: output) is output
+        return _try_adapter(module, adapter, lambda _: output) is output
     except Exception:  # it computes with the output
         return False
 
 
-def _refused_by(adapter: nn.Module, output: Any) -> str | None:
+def _why_not_after(adapter: nn.Module, output: Any) -> str | None:
     """Return why an adapter cannot follow a layer with this output, or None."""
     shape = getattr(first_of(output), "shape", None)
     if shape is None:
         return "changes outputs that are tensors"
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            found = adapter(torch.zeros(shape, device=_device(adapter))).shape
+            new_shape = adapter(torch.zeros(shape, device=_device(adapter))).shape
     except Exception as error:
         return f"does not run on its output {list(shape)} ({error})"
-    return None if found == shape else f"makes {list(found)} of its output {list(shape)}"
+    return None if new_shape == shape else f"makes {list(new_shape)} of its output {list(shape)}"
 
 
-def _unlike_merged(module: nn.Linear, adapter: nn.Module) -> str | None:
+def _why_not_merged(module: nn.Linear, adapter: nn.Module) -> str | None:
     """Return why the module's own forward on the merged weight would compute something else, or None."""
     if not implements(adapter, Adapter.merged):
         return "changes outputs, not the weight"
@@ -134,27 +138,28 @@ def _unlike_merged(module: nn.Linear, adapter: nn.Module) -> str | None:
     shape, device = (module.out_features, module.in_features), _device(adapter)
     try:
         with torch.no_grad():
-            given: Any = module.bias  # None where there is none, whatever the type says
-            given = None if given is None else torch.zeros(shape[0], device=device)
-            _, bias = adapter.merged(torch.zeros(shape, device=device), given)
+            zero_bias: Any = module.bias  # None where there is none, whatever the type says
+            zero_bias = None if zero_bias is None else torch.zeros(shape[0], device=device)
+            _, bias = adapter.merged(torch.zeros(shape, device=device), zero_bias)
     except PeftcoreError as error:
         return f"does not only change the weight ({error})"
-    if bias is not None and given is None:
+    if bias is not None and zero_bias is None:
         return "adds a bias, which the layer does not have"
     try:
-        with _Draws() as draws:
-            _called(module, adapter, lambda x: x.new_zeros(*x.shape[:-1], shape[0]))
+        with _RandomOperators() as operators:
+            _try_adapter(module, adapter, lambda x: x.new_zeros(*x.shape[:-1], shape[0]))
     except Exception as error:
         return f"does not run on inputs of shape [2, {shape[1]}] ({error})"
-    return "draws random numbers in training (dropout, noise), which a weight cannot" if draws.found else None
+    return "draws random numbers in training (dropout, noise), which a weight cannot" if operators.ran else None
 
 
-def _called(module: nn.Linear, adapter: nn.Module, forward: Callable[[Tensor], Any]) -> Any:
-    """Return the output of an adapter around a layer of these sizes whose forward is `forward`."""
+def _try_adapter(module: nn.Linear, adapter: nn.Module, forward: Callable[[Tensor], object]) -> object:
+    """Call an adapter around a copy of `module` with another forward, and return the adapter's output."""
     device = _device(adapter)
     layer: Any = object.__new__(original_class(module))
     layer.__dict__.update(module.__dict__, _parameters=dict(module._parameters))
-    for name, parameter in module._parameters.items():  # the adapter may be on another device, such as meta
+    # The adapter may be on another device than the layer, such as meta.
+    for name, parameter in module._parameters.items():
         layer._parameters[name] = None if parameter is None else torch.ones(parameter.shape, device=device)
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         x = torch.ones(2, module.in_features, device=device)
@@ -167,7 +172,7 @@ def _device(adapter: nn.Module) -> torch.device | None:
 
 
 class _StandIn(OwnForward):
-    """Base of an adapter that is tried: calls a function, also with changed weights."""
+    """`Base` of an adapter that is tried: calls a function, also with changed weights."""
 
     __slots__ = ()
 
@@ -181,13 +186,15 @@ class _StandIn(OwnForward):
         return None
 
 
-class _Draws(TorchDispatchMode):
-    """Watch for operators that draw random numbers."""
+class _RandomOperators(TorchDispatchMode):
+    """Detect operators that draw random numbers."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.found = False
+        self.ran = False
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.found |= torch.Tag.nondeterministic_seeded in func.tags
+    def __torch_dispatch__(
+        self, func: OpOverload, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        self.ran |= torch.Tag.nondeterministic_seeded in func.tags
         return func(*args, **(kwargs or {}))

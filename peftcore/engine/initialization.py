@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftcore.engine.method_placements import recorded, with_memory
+from peftcore.engine.method_placements import recorded_as, with_memory
 from peftcore.engine.model_parallel import undivided
 from peftcore.engine.state import adapter_modules, adapter_parameters, applied, require_state
 from peftcore.engine.trained_parameters import moving_buffers, unmoved_buffers
@@ -24,18 +24,21 @@ Initialize = Callable[[nn.Module, AdapterModules, Any, Iterable[Any] | None], An
 
 
 def initializer(method: Method, config: Any) -> tuple[Initialize | None, Any]:
-    """Return (`initialize`, config) of `method` or of the one that it is recorded as; None if nothing is to be done."""
+    """Return (`initialize`, config) of `method`, or of the method that it is recorded as.
+
+    `initialize` is None if it would do nothing.
+    """
     if method.initialize is None:
-        method, config = recorded(method, config)
+        method, config = recorded_as(method, config)
     is_needed = method.initialize is not None and method.initializes(config)
     return method.initialize if is_needed else None, config
 
 
 def takes_batches(method: str, fields: dict[str, Any]) -> bool:
     """Return whether `method` with these fields has an `initialize`, which may use data."""
-    chosen = registry.method(method)
+    installed = registry.method(method)
     try:
-        return initializer(chosen, chosen.config_class(**fields))[0] is not None
+        return initializer(installed, installed.config_class(**fields))[0] is not None
     except TypeError:  # an unknown field, which `apply` reports
         return False
 
@@ -43,13 +46,13 @@ def takes_batches(method: str, fields: dict[str, Any]) -> bool:
 def initialize_adapter(
     model: nn.Module, adapter: str, initialize: Initialize, method: str, config: Any, batches: Iterable[Any] | None
 ) -> None:
-    """Initialise the inactive `adapter`, and check that nothing else of the model changes.
+    """Initialise the inactive `adapter`, and check that nothing else in the model changes.
 
     Raises:
         PluginError: `initialize` changed the base.
         PeftcoreError: the values are not finite.
     """
-    before = _base(model)
+    tensors_before = _base(model)
     try:
         with (
             in_evaluation_mode(model, [adapter, *require_state(model).active]),
@@ -59,16 +62,16 @@ def initialize_adapter(
             undivided(model),
         ):
             with registry.naming(method, "initialize"):
-                new = initialize(model, method_modules(model, adapter), config, batches)
-            if new is not None:
-                applied(model, adapter).config = new
+                new_config = initialize(model, method_modules(model, adapter), config, batches)
+            if new_config is not None:
+                applied(model, adapter).config = new_config
     finally:
         sharded.reshard(model)
-        changed = next((name for name, facts in _base(model).items() if before.get(name) != facts), None)
-        if changed is not None:
+        changed_name = next((name for name, facts in _base(model).items() if tensors_before.get(name) != facts), None)
+        if changed_name is not None:
             raise PluginError(
-                f"{method} has changed '{changed}' of the base while initialising its adapter. It may change only the "
-                "adapter. Load the base again, and report this to the plugin's author"
+                f"{method} has changed '{changed_name}' of the base while initialising its adapter. It may change only "
+                "the adapter. Load the base again, and report this to the plugin's author"
             )
     tensors: dict[str, Tensor] = dict(adapter_parameters(model, adapter))
     for path, module in adapter_modules(model, adapter):
@@ -85,8 +88,8 @@ def initialize_adapter(
 def in_evaluation_mode(model: nn.Module, adapters: Iterable[str]) -> Iterator[None]:
     """Put the base and `adapters` into evaluation mode inside the block.
 
-    Afterwards their mode, their gradients, moving buffers, the problem type in the model's config and PyTorch's random
-    state are as before.
+    The block's end restores their mode, their gradients, moving buffers, the problem type in the model's config, and
+    PyTorch's random state.
     """
     modules = [module for _, module in base_modules(model)]
     for name in adapters:
@@ -136,26 +139,26 @@ def _without_gradients(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
 
 @contextmanager
 def _same_problem_types(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Restore the problem type in configs: classifiers of transformers set it in the first call with labels."""
+    """Restore the problem type in configs, which transformers' classifiers set in the first call with labels."""
     configs: list[Any] = [vars(module).get("config") for module in modules]
-    before = [(config, config.problem_type) for config in configs if hasattr(config, "problem_type")]
+    problem_types = [(config, config.problem_type) for config in configs if hasattr(config, "problem_type")]
     try:
         yield
     finally:
-        for config, problem_type in before:
+        for config, problem_type in problem_types:
             if config.problem_type != problem_type:
                 config.problem_type = problem_type
 
 
 def _base(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """Return {name: (identity, version)} of the base's tensors, without buffers that training moves."""
+    """Return {name: (id, version)} of the base's tensors, except for buffers that training moves."""
     moving = {id(buffer) for _, buffer in moving_buffers(model)}
-    found: dict[str, tuple[int, int]] = {}
+    versions: dict[str, tuple[int, int]] = {}
     for path, module in base_modules(model):
-        kept = {n: b for n, b in module._buffers.items() if n not in module._non_persistent_buffers_set}
-        tensors: dict[str, Tensor | None] = {**module._parameters, **kept}
+        buffers = {n: b for n, b in module._buffers.items() if n not in module._non_persistent_buffers_set}
+        tensors: dict[str, Tensor | None] = {**module._parameters, **buffers}
         for name, tensor in tensors.items():
             if tensor is not None and id(tensor) not in moving and not sharded.is_shard(tensor):
                 version = 0 if tensor.is_inference() else tensor._version
-                found[f"{path}.{name}" if path else name] = id(tensor), version
-    return found
+                versions[f"{path}.{name}" if path else name] = id(tensor), version
+    return versions

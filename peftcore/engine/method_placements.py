@@ -1,4 +1,4 @@
-"""Placements of a method on a model, checked, with every choice of the config explicit."""
+"""The placements of a method on a model: resolve its config, call `place`, and check the result."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import nn
 
 from peftcore.engine.attachments import AdapterAttachments
 from peftcore.engine.configs import config as named_config, config_of_peft, is_of_peft
-from peftcore.engine.custom_linear import fitted
+from peftcore.engine.custom_linear import adapt_custom_linear
 from peftcore.engine.preflight import check_base, check_placements
 from peftcore.engine.trained_parameters import tied_to
 from peftcore.errors import PeftcoreError, PluginError, warn
@@ -31,45 +31,54 @@ from peftcore.plugin.validation import check_types
 def placements_for(
     model: nn.Module, method: str | Any, fields: dict[str, Any], building: AbstractContextManager[Any] | None = None
 ) -> AdapterAttachments:
-    """Return what a method attaches to `model`, checked; the model is not changed.
+    """Return the attachments of a method on `model`, checked; the model is not changed.
 
     Args:
         model: the model.
         method: name of a method, or a config.
-        fields: fields of the config, for a name.
+        fields: fields of the config, if `method` is a name.
         building: context in which the adapters are built, such as `torch.device("meta")`.
+
+    Raises:
+        PluginError: the method is not installed or broken.
+        PeftcoreError: the config is wrong, or the adapters cannot be attached to this model.
     """
     check_base(model)
     with assumed_unchanged(model):
-        chosen, config = _method_and_config(model, method, fields)
+        resolved_method, config = _method_and_config(model, method, fields)
         config = _own_copy(config)
-        bypassed(model)  # runs the one forward pass and reads the code that `place` and the checks ask about
-        attachments = _attachments(model, chosen, config, building or nullcontext())
+        bypassed(model)  # observes the one forward pass, whose result `place` and the checks read
+        attachments = _attachments(model, resolved_method, config, building or nullcontext())
         check_placements(model, attachments)
-        attachments.attached = fitted(model, chosen.name, attachments.attached)
+        attachments.attached = adapt_custom_linear(model, resolved_method.name, attachments.attached)
         return attachments
 
 
 def _attachments(
-    model: nn.Module, chosen: Method, config: Any, building: AbstractContextManager[Any]
+    model: nn.Module, method: Method, config: Any, building: AbstractContextManager[Any]
 ) -> AdapterAttachments:
     architecture = detect(model)
     names_modules = getattr(config, "target_modules", None) not in ("all", ALL_LINEAR)
-    config, saved, apart = _saved_modules(model, config, architecture)
+    config, saved_names, apart = _saved_modules(model, config, architecture)
     if hasattr(config, "resolved"):
-        with registry.naming(chosen.name, "resolved"):
+        with registry.naming(method.name, "resolved"):
             config = config.resolved(model, architecture)
-    attachments = AdapterAttachments(model, architecture, chosen, config, apart=apart, names_modules=names_modules)
+    attachments = AdapterAttachments(model, architecture, method, config, apart=apart, names_modules=names_modules)
     with building:
-        for placement in _placements_of(chosen, model, config, architecture):
+        for placement in _placements_of(method, model, config, architecture):
             placement.attach(attachments)
         attachments.join()
-    attachments.train(saved)
+    attachments.train(saved_names)
     return attachments
 
 
 def _placements_of(method: Method, model: nn.Module, config: Any, architecture: Architecture) -> Sequence[Placement]:
-    """Call `place`; if a module is missing in a model of experts, say how a method reads the layer of one expert."""
+    """Return the placements that the method's `place` returns.
+
+    Raises:
+        PluginError: `place` fails, or returns something else. If it misses a module in a model with experts, the
+            message says how a method reads the layer of one expert.
+    """
     try:
         with registry.naming(method.name, "place"):
             placements = list(method.place(model, config, architecture))
@@ -88,52 +97,53 @@ def _placements_of(method: Method, model: nn.Module, config: Any, architecture: 
                 f"found {placement!r:.100}"
             )
         if placement.has_adapter and not isinstance(placement.adapter, nn.Module):
-            found = type(placement.adapter).__name__
+            adapter_type = type(placement.adapter).__name__
             raise PluginError(
-                f"{method.name}: the adapter of {type(placement).__name__} must be an nn.Module, found {found}"
+                f"{method.name}: the adapter of {type(placement).__name__} must be an nn.Module, found {adapter_type}"
             )
     return placements
 
 
-def reached_by(placements: Mapping[str, Sequence[Placement]]) -> list[str]:
-    """Return the paths of modules and full names of parameters whose adapters have parameters."""
-    reached: list[str] = []
+def adapted_paths(placements: Mapping[str, Sequence[Placement]]) -> list[str]:
+    """Return the paths of modules, and full names of parameters, whose adapters have parameters."""
+    paths: list[str] = []
     for path, placed in placements.items():
         for placement in placed:
             if next(placement.adapter.parameters(), None) is not None:
-                reached.append(placement.reached(path))
-    return reached
+                paths.append(placement.reached(path))
+    return paths
 
 
-def covered(model: nn.Module, attachments: AdapterAttachments) -> Coverage:
-    """Return what share of the weight in layers has an adapter or a trained parameter."""
-    reached = reached_by(attachments.placements)
-    reached += dict.fromkeys(f"{name.rpartition('.')[0]}." for name in attachments.trained)
-    lacking = "not selected" if attachments.attached else "without a trained parameter"
-    return coverage(model, attachments.architecture, reached, lacking=lacking)
+def coverage_of(model: nn.Module, attachments: AdapterAttachments) -> Coverage:
+    """Return the share of the weight in layers that has an adapter or a trained parameter."""
+    paths = adapted_paths(attachments.placements)
+    paths += dict.fromkeys(f"{name.rpartition('.')[0]}." for name in attachments.trained)
+    reason = "not selected" if attachments.attached else "without a trained parameter"
+    return coverage(model, attachments.architecture, paths, lacking=reason)
 
 
 def warn_of_little(model: nn.Module, attachments: AdapterAttachments) -> None:
-    """Warn if a selection of everything leaves out most of the weight, or experts that the config does not exclude."""
+    """Warn if a config that selects everything misses most of the weight, or experts that it does not exclude."""
     if attachments.names_modules:
         return
-    coverage_found, reached = covered(model, attachments), set(reached_by(attachments.placements))
-    trained = {name.rpartition(".")[0] for name in attachments.trained}  # a bias counts, as in `covered`
+    share_text, adapted = coverage_of(model, attachments), set(adapted_paths(attachments.placements))
+    # A trained bias counts, as in `coverage_of`.
+    trained_paths = {name.rpartition(".")[0] for name in attachments.trained}
     lacks_experts = False
     for path, names in expert_weights(model).items():
-        if path not in trained:
-            lacks_experts |= any(f"{path}.{name}" not in reached for name in names)
+        if path not in trained_paths:
+            lacks_experts |= any(f"{path}.{name}" not in adapted for name in names)
     excludes = any(getattr(attachments.config, field, None) for field in ("exclude_modules", "layers_to_transform"))
-    if coverage_found.share < LITTLE or (lacks_experts and not excludes):
+    if share_text.share < LITTLE or (lacks_experts and not excludes):
         hint = ". Methods that know linear layers adapt experts one by one where they are named: target_modules=[..., "
-        more = f"{hint}'experts']" if lacks_experts else ""
-        warn(f"{attachments.method.name} on {type(model).__name__} {coverage_found}{more}")
+        advice = f"{hint}'experts']" if lacks_experts else ""
+        warn(f"{attachments.method.name} on {type(model).__name__} {share_text}{advice}")
 
 
 def with_memory(model: nn.Module) -> AbstractContextManager[Any]:
     """Return a context in which adapters are allocated, even if the caller is under `torch.device("meta")`.
 
-    Adapters of a model that is on the meta device itself are made there, and no random numbers are drawn.
+    Adapters of a model that is itself on the meta device are made there, and no random numbers are drawn.
     """
     if next(model.parameters(), torch.empty(0, device="cpu")).is_meta and all(p.is_meta for p in model.parameters()):
         return torch.device("meta")
@@ -143,36 +153,36 @@ def with_memory(model: nn.Module) -> AbstractContextManager[Any]:
 def _saved_modules(
     model: nn.Module, config: Any, architecture: Architecture
 ) -> tuple[Any, Sequence[str], tuple[str, ...]]:
-    """Return (config with `modules_to_save` made explicit, its parameters, those trained separately).
+    """Return (config with explicit `modules_to_save`, their parameters, those of them that are trained separately).
 
     A module that is tied to one of them (the head to the embedding) is trained with it, as one parameter, unless the
     config has `ensure_weight_tying=False`.
     """
-    saved = getattr(config, "modules_to_save", ())
-    if saved is None and architecture.task_heads:
-        saved = list(architecture.task_heads)
-    names = trained_modules(model, saved or ()).names
+    module_names = getattr(config, "modules_to_save", ())
+    if module_names is None and architecture.task_heads:
+        module_names = list(architecture.task_heads)
+    names = trained_modules(model, module_names or ()).names
     tied = tied_to(model, names)
     together = getattr(config, "ensure_weight_tying", True)
     if tied and together:
         modules = dict.fromkeys(name.rpartition(".")[0] for name in tied)
-        saved = [*saved, *(path for path in modules if not model.get_submodule(path)._modules)]
+        module_names = [*module_names, *(path for path in modules if not model.get_submodule(path)._modules)]
         refuse_targeted(getattr(config, "target_modules", None), modules, f"tied to {names[0]!r}")
-        names = trained_modules(model, saved).names
-    if saved != getattr(config, "modules_to_save", ()):
-        config = dataclasses.replace(config, modules_to_save=saved)
+        names = trained_modules(model, module_names).names
+    if module_names != getattr(config, "modules_to_save", ()):
+        config = dataclasses.replace(config, modules_to_save=module_names)
     return config, names, () if together else tuple(names)
 
 
 def device_and_dtype(module: nn.Module, dtype: torch.dtype | None) -> tuple[torch.device | None, torch.dtype]:
-    """Return the device and dtype of an adapter of `module`, by the rule of `apply`."""
-    device, own = None, torch.float32
+    """Return the device and dtype of an adapter of `module`; `dtype` is the argument of `apply`."""
+    device, parameter_dtype = None, torch.float32
     for _, parameter in base_parameters(module):
         device = device or parameter.device
         if parameter.is_floating_point():
-            own = parameter.dtype
+            parameter_dtype = parameter.dtype
             break
-    return device, dtype or (own if own.itemsize >= 4 else torch.float32)
+    return device, dtype or (parameter_dtype if parameter_dtype.itemsize >= 4 else torch.float32)
 
 
 def _method_and_config(model: nn.Module, method: str | Any, fields: dict[str, Any]) -> tuple[Method, Any]:
@@ -185,22 +195,22 @@ def _method_and_config(model: nn.Module, method: str | Any, fields: dict[str, An
         )
     if is_of_peft(method):
         return config_of_peft(model, method)
-    chosen = registry.method_of_config(method)
+    resolved_method = registry.method_of_config(method)
     check_types(method)
-    return chosen, method
+    return resolved_method, method
 
 
 def _own_copy(config: Any) -> Any:
-    """Return a copy that later changes of the user's config, or of a list in it, do not reach."""
-    own = copy.copy(config)
+    """Copy a config with its lists, so that the user's later changes do not affect the adapter."""
+    copied = copy.copy(config)
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if isinstance(value, (list, dict, set)):
-            object.__setattr__(own, field.name, copy.deepcopy(value))  # also of a frozen dataclass
-    return own
+            object.__setattr__(copied, field.name, copy.deepcopy(value))  # the dataclass may be frozen
+    return copied
 
 
-def recorded(method: Method, config: Any) -> tuple[Method, Any]:
+def recorded_as(method: Method, config: Any) -> tuple[Method, Any]:
     """Return the method that an adapter of `method` with this config is recorded as, and its config."""
     if method.recorded_as is None:
         return method, config

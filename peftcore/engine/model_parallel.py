@@ -1,8 +1,8 @@
-"""Adapters of models under tensor or pipeline parallelism: which are refused, and what the others need."""
+"""Models whose layers or experts a parallel plan of transformers or PyTorch divides over the ranks."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from types import MethodType
 from typing import Any
@@ -24,7 +24,7 @@ def is_divided(model: nn.Module) -> bool:
 
 
 def follows_plan(model: nn.Module) -> bool:
-    """Return whether a parallel plan alone divides `model`, and every adapted module as adapters can follow it."""
+    """Return whether only a parallel plan divides `model`, and adapters can follow it at every adapted module."""
     if not is_divided(model) or any(fsdp for fsdp, _ in sharded.modules_with_fsdp(model)):
         return False
     return all(
@@ -35,43 +35,43 @@ def follows_plan(model: nn.Module) -> bool:
 
 
 def divide_experts(model: nn.Module, attachments: AdapterAttachments) -> None:
-    """Leave each rank its experts' factors of adapters on experts that the ranks share out."""
-    for each in attachments.attached:
-        if each.link is WeightLink:
-            divide_factors(model.get_submodule(each.path), WeightLink.changes_of(each.adapter))
+    """Shard adapters of experts as expert parallelism shards the experts: each rank keeps its experts' factors."""
+    for attachment in attachments.attached:
+        if attachment.link is WeightLink:
+            divide_factors(model.get_submodule(attachment.path), WeightLink.changes_of(attachment.adapter))
 
 
 @contextmanager
 def undivided(model: nn.Module) -> Iterator[None]:
-    """Run every layer whole on every rank inside the block, whatever a parallel plan says, as it reads whole weights.
+    """Make every rank compute full layers inside the block, without the parallel plan.
 
-    To be used inside `sharded.gathered_when_read`.
+    Call it inside `sharded.gathered_when_read`, which makes the layers read full weights.
     """
-    planned = []
+    plan_forwards: list[tuple[nn.Module, str, Callable[..., Any]]] = []
     for _, module in base_modules(model):
         if plan_of(module) is not None:
             slot = OWN_FORWARD if OWN_FORWARD in module.__dict__ else "forward"
-            planned.append((module, slot, module.__dict__[slot]))
+            plan_forwards.append((module, slot, module.__dict__[slot]))
 
-    def exchange(module: nn.Module, slot: str, forward: Any) -> None:
+    def exchange(module: nn.Module, slot: str, forward: Callable[..., Any]) -> None:
         module.__dict__[slot] = forward
         if is_adapted(module):
             rebuild(module)
 
-    for module, slot, _ in planned:
+    for module, slot, _ in plan_forwards:
         cls = original_class(module)
         exchange(module, slot, MethodType(getattr(cls, "whole_forward", cls.forward), module))
-    hooked = [module for _, module in base_modules(model) if mesh_of_hooks(module) is not None]
-    adapted = [module for module in hooked if is_adapted(module)]
+    with_hooks = [module for _, module in base_modules(model) if mesh_of_hooks(module) is not None]
+    adapted_modules = [module for module in with_hooks if is_adapted(module)]
     try:
         with ExitStack() as stack:
-            for module in hooked:
+            for module in with_hooks:
                 stack.enter_context(without_hooks(module))
-            for module in adapted:
+            for module in adapted_modules:
                 rebuild(module)
             yield
     finally:
-        for module in adapted:
+        for module in adapted_modules:
             rebuild(module)
-        for module, slot, forward in planned:
+        for module, slot, forward in plan_forwards:
             exchange(module, slot, forward)

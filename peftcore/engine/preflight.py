@@ -1,9 +1,9 @@
-"""Every refusal of `apply`, `load` and `plan`, before anything changes.
+"""Checks of `apply`, `load` and `plan` before anything changes: every refusal is here.
 
     check_request       the arguments, and the adapters that the model has already
     check_base          the model, before `place` of the method, which reads it
-    check_placements    what the method has placed
-    check_new_adapter   what else is needed to apply it under a name, and to train it
+    check_placements    the adapters and trained parameters that the method has placed
+    check_new_adapter   the adapter's name and branches, gradients, sharded layers
 
 They run in this order. `plan` changes nothing, so it needs only the two in the middle.
 """
@@ -12,7 +12,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Any
+from itertools import chain
+from typing import NoReturn, cast
 
 import torch
 from torch import Tensor, nn
@@ -49,7 +50,7 @@ CHANGE = "apply another adapter"  # as messages name it
 
 
 def check_request(model: nn.Module, adapter: str, dtype: torch.dtype | None, *, activates: bool) -> None:
-    """Raise a PeftcoreError if no adapter of this name can be applied to `model` now, whatever its method."""
+    """Raise a PeftcoreError if an adapter of this name cannot be applied to `model` now, whatever its method."""
     state = state_of(model) or State()
     check_name(adapter)
     refuse_taken_name(state, adapter)
@@ -99,14 +100,14 @@ def check_new_adapter(
     refuse_sharded_parameters(model, attachments.trained)
 
 
-def check_name(adapter: Any) -> None:
+def check_name(adapter: object) -> None:
     """Raise a PeftcoreError unless `adapter` can be the name of an adapter, a part of keys and paths."""
     if not isinstance(adapter, str) or not adapter:
         raise PeftcoreError(f"an adapter's name is a non-empty string, found {adapter!r}")
-    for wrong in "./\\\0":
-        if wrong in adapter:
+    for character in "./\\\0":
+        if character in adapter:
             raise PeftcoreError(
-                f"the adapter name {adapter!r} contains {wrong!r}, which paths and keys use. Choose another"
+                f"the adapter name {adapter!r} contains {character!r}, which paths and keys use. Choose another"
             )
     try:
         adapter.encode()
@@ -127,7 +128,7 @@ def refuse_taken_name(state: State, adapter: str) -> None:
         )
 
 
-def check_dtype(dtype: Any) -> None:
+def check_dtype(dtype: object) -> None:
     """Raise a PeftcoreError unless `dtype` is None or a floating-point dtype of 16 bits or more."""
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1):
         raise PeftcoreError(
@@ -168,7 +169,7 @@ def refuse_adapters_of_others(model: nn.Module) -> None:
     """Raise a PeftcoreError if the model, a part or an ancestor of it has adapters of another library or model."""
     state = state_of(model)
     modules = base_modules(model)
-    is_of_peft: Callable[[Any], bool] = _is_of_peft  # to mypy a class is not hashable
+    is_of_peft: Callable[[type], bool] = _is_of_peft  # to mypy a class is not hashable
     for path, module in modules:
         if is_of_peft(type(module)):
             raise PeftcoreError(
@@ -185,14 +186,14 @@ def refuse_adapters_of_others(model: nn.Module) -> None:
 
 
 def refuse_offloaded(model: nn.Module) -> None:
-    """Refuse weights that accelerate offloads between calls: adapters would be on the meta device, without values."""
+    """Raise a PeftcoreError if accelerate offloads weights between calls: adapters would be on the meta device."""
     for path, module in base_modules(model):
         if "_hf_hook" not in module.__dict__:
             continue
         if any(parameter is not None and parameter.is_meta for parameter in module._parameters.values()):
             raise PeftcoreError(
-                f"accelerate has offloaded {path or 'the model itself'!r}, whose weights are here only while it is "
-                "called. Apply or load adapters first, and offload the model with them afterwards"
+                f"accelerate has offloaded {path or 'the model itself'!r}, whose weights are in memory only while it "
+                "is called. Apply or load adapters first, and offload the model with them afterwards"
             )
 
 
@@ -218,24 +219,24 @@ _BASE = (
 
 
 def refuse_unregistered_class(model: nn.Module, attachments: AdapterAttachments) -> None:
-    """Raise a PluginError if an adapter has members of `Adapter` that are not called, since it is not one.
+    """Raise a PluginError if an adapter has members of `Adapter` but is none, so that they would not be called.
 
-    Or if it has registered a module or tensor of the base.
+    Also if an adapter has registered a module or tensor of the base.
     """
     method = attachments.method.name
-    placements = [placement for each in attachments.attached for placement in each.placements]
-    for kind, is_placed in _classes_apart(model, method, placements).items():
-        unseen = unseen_member(kind, inside=not is_placed)
-        if unseen is not None:
+    placements = list(chain.from_iterable(attachment.placements for attachment in attachments.attached))
+    for kind, is_placed in _adapter_classes(model, method, placements).items():
+        member = unseen_member(kind, inside=not is_placed)
+        if member is not None:
             raise PluginError(
-                f"{method} places a {kind.__name__} that has `{unseen}` and does not derive from "
+                f"{method} places a {kind.__name__} that has `{member}` and does not derive from "
                 "peftcore.plugin.Adapter, without which it is not called. Write: class "
                 f"{kind.__name__}(Adapter)"
             )
 
 
 def _identities(model: nn.Module) -> tuple[set[int], set[int], set[int]]:
-    """Return (ids of the base's modules, ids of its tensors, where the memory of the plain ones begins)."""
+    """Return (ids of the base's modules, ids of its tensors, addresses of the plain ones)."""
     modules: set[int] = set()
     tensors: set[int] = set()
     addresses: set[int] = set()
@@ -249,29 +250,29 @@ def _identities(model: nn.Module) -> tuple[set[int], set[int], set[int]]:
     return modules, tensors, addresses
 
 
-def _classes_apart(model: nn.Module, method: str, placements: Sequence[Placement]) -> dict[type[nn.Module], bool]:
-    """Return {class of a module of the adapters: whether one with it is placed itself, not only inside another}.
+def _adapter_classes(model: nn.Module, method: str, placements: Sequence[Placement]) -> dict[type[nn.Module], bool]:
+    """Return {class of a module in the adapters: whether a module of this class is placed itself}.
 
     Raises:
         PluginError: an adapter has registered a module or tensor of the base.
     """
     modules, tensors, addresses = _identities(model)
-    seen: set[int] = set()
+    visited: set[int] = set()
     classes: dict[type[nn.Module], bool] = {}
     for placement in placements:
-        ahead: list[Any] = [placement.adapter] if placement.has_adapter else []
-        while ahead:
-            part = ahead.pop()
-            if part is None or id(part) in seen:
+        stack: list[nn.Module | None] = [placement.adapter] if placement.has_adapter else []
+        while stack:
+            part = stack.pop()
+            if part is None or id(part) in visited:
                 continue
-            seen.add(id(part))
+            visited.add(id(part))
             classes[type(part)] = classes.get(type(part), False) or part is placement.adapter
             if id(part) in modules:
                 _refuse_registered(model, method, placement, part)
             for tensor in (*part._parameters.values(), *part._buffers.values()):
                 if tensor is not None and (id(tensor) in tensors or _address(tensor) in addresses):
                     _refuse_registered(model, method, placement, tensor)
-            ahead += part._modules.values()
+            stack += part._modules.values()
     return classes
 
 
@@ -279,42 +280,45 @@ _PLAIN = (nn.Parameter, Tensor)
 
 
 def _address(tensor: Tensor) -> int:
-    """Return where a plain tensor's memory begins, the same for a parameter made from another tensor."""
+    """Return the address of a plain tensor's memory, which a parameter made from the tensor shares; else 0."""
     return tensor.data_ptr() if type(tensor) in _PLAIN else 0
 
 
-def _refuse_registered(model: nn.Module, method: str, placement: Any, registered: Any) -> None:
+def _refuse_registered(model: nn.Module, method: str, placement: Placement, registered: nn.Module | Tensor) -> NoReturn:
     """Raise a PluginError that names the module or tensor of the base that an adapter has registered."""
 
     def name_in(root: nn.Module) -> str:
-        for name, each in (*root.named_modules(), *root.named_parameters(), *root.named_buffers()):
-            both_tensors = isinstance(each, Tensor) and isinstance(registered, Tensor)
-            if each is registered or (both_tensors and 0 != _address(each) == _address(registered)):
+        for name, candidate in (*root.named_modules(), *root.named_parameters(), *root.named_buffers()):
+            if candidate is registered:
+                return name
+            both_tensors = isinstance(candidate, Tensor) and isinstance(registered, Tensor)
+            if both_tensors and 0 != _address(cast(Tensor, candidate)) == _address(cast(Tensor, registered)):
                 return name
         return ""
 
-    of = name_in(model) or type(model).__name__
+    base_name = name_in(model) or type(model).__name__
     name = "" if registered is placement.adapter else name_in(placement.adapter)
-    at = "" if placement.key is None else f" at '{placement.key}'"
+    alias = f" as {name!r}" if name else ""
+    place = "" if placement.key is None else f" at '{placement.key}'"
     raise PluginError(
-        f"the adapter that {method} places{at} registers '{of}' of the base{f' as {name!r}' if name else ''}, which "
-        "would be trained and saved as the adapter's own. An adapter reads the layer in forward (base.module, "
-        "base.weight()), or registers a copy"
+        f"the adapter that {method} places{place} registers '{base_name}' of the base{alias}, which would be trained "
+        "and saved as the adapter's own. An adapter reads the layer in forward (base.module, base.weight()), or "
+        "registers a copy"
     )
 
 
 def refuse_unknown_paths(model: nn.Module, attachments: AdapterAttachments) -> None:
     """Raise a PeftcoreError if an adapter is placed at no module, or two are placed at one."""
     method, modules = attachments.method.name, dict(base_modules(model))
-    seen: set[str] = set()
+    paths: set[str] = set()
     for path in attachments.paths:
         if path not in modules:
             raise PeftcoreError(
                 f"{method} places an adapter at '{path}', which is not a module{nearest(path, modules)}"
             )
-        if path in seen:
+        if path in paths:
             raise PeftcoreError(f"{method} places two adapters at '{path}'; a module takes one adapter of each name")
-        seen.add(path)
+        paths.add(path)
 
 
 def refuse_uncalled(model: nn.Module, attachments: AdapterAttachments) -> None:
@@ -323,7 +327,7 @@ def refuse_uncalled(model: nn.Module, attachments: AdapterAttachments) -> None:
 
 
 def refuse_complex(model: nn.Module, attachments: AdapterAttachments) -> None:
-    """Raise a PeftcoreError if an adapter would be at a module with complex parameters, for which no method is made."""
+    """Raise a PeftcoreError if an adapter would be at a module with complex parameters, which no method supports."""
     for path in attachments.paths:
         for name, parameter in submodule(model, path)._parameters.items():
             if parameter is not None and parameter.is_complex():
@@ -334,20 +338,20 @@ def refuse_complex(model: nn.Module, attachments: AdapterAttachments) -> None:
 
 
 def refuse_more_arguments(model: nn.Module, attachments: AdapterAttachments) -> None:
-    """Raise a PeftcoreError if the model calls a linear layer with more than x, which adapters cannot pass on.
+    """Raise a PeftcoreError if the model calls a linear layer with more arguments than x: adapters do not pass them on.
 
-    Adapters that change the weight can, since the layer's own forward runs.
+    Adapters that change the weight are no problem: the layer's own forward runs.
     """
-    odd = set()
-    for each in attachments.attached:
-        module = submodule(model, each.path)
-        if isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward and each.link is Link:
-            odd.add(each.path)
-    for call in observe(model).calls if odd else ():
-        more = list(call.given)[1:]
-        if call.path in odd and more:
+    custom_paths = set()
+    for attachment in attachments.attached:
+        module = submodule(model, attachment.path)
+        if isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward and attachment.link is Link:
+            custom_paths.add(attachment.path)
+    for call in observe(model).calls if custom_paths else ():
+        arguments = list(call.given)[1:]
+        if call.path in custom_paths and arguments:
             raise PeftcoreError(
-                f"{attachments.method.name} cannot adapt '{call.path}': the model calls it with {', '.join(more)} "
+                f"{attachments.method.name} cannot adapt '{call.path}': the model calls it with {', '.join(arguments)} "
                 "besides its input. Leave it out of target_modules, or exclude it: "
                 f"exclude_modules=['{call.path}']"
             )
@@ -378,8 +382,8 @@ def refuse_untrainable(model: nn.Module, attachments: AdapterAttachments) -> Non
 def refuse_trained_twice(model: nn.Module, attachments: AdapterAttachments) -> None:
     """Raise a PeftcoreError if an active adapter trains a parameter that the new one would train."""
     state = state_of(model) or State()
-    new = Applied(attachments.method.name, None, trained=attachments.trained)  # it is active with the others
-    refuse_shared(State({**state.applied, "(new)": new}), (*state.active, "(new)"))
+    record = Applied(attachments.method.name, None, trained=attachments.trained)  # it is active with the others
+    refuse_shared(State({**state.applied, "(new)": record}), (*state.active, "(new)"))
 
 
 def refuse_shared(state: State, active: Sequence[str]) -> None:
@@ -387,11 +391,12 @@ def refuse_shared(state: State, active: Sequence[str]) -> None:
     owner: dict[str, str] = {}
     for name in active:
         for parameter in state.applied[name].trained:
-            other = owner.setdefault(parameter, name)
-            if other != name:
+            other_adapter = owner.setdefault(parameter, name)
+            if other_adapter != name:
                 raise PeftcoreError(
-                    f"'{parameter}' is trained by the active adapter '{other}' already, and two active adapters cannot "
-                    f"train the same parameter. Deactivate '{other}' first: peftcore.activate(model, [...])"
+                    f"'{parameter}' is trained by the active adapter '{other_adapter}' already, and two active "
+                    f"adapters cannot train the same parameter. Deactivate '{other_adapter}' first: "
+                    "peftcore.activate(model, [...])"
                 )
 
 
@@ -408,27 +413,27 @@ _PLACEMENTS = (
 
 
 def refuse_missing_branches(model: nn.Module, adapter: str, attachments: AdapterAttachments) -> None:
-    """Raise a PeftcoreError unless each branch of the new `adapter` is attached where it is to be combined."""
+    """Raise a PeftcoreError unless each branch of the new `adapter` is attached where the adapter combines it."""
     state = state_of(model) or State()
-    for each in attachments.attached:
-        for name in each.branches:
+    for attachment in attachments.attached:
+        for name in attachment.branches:
             if name == adapter:
                 raise PeftcoreError(f"'{adapter}' names itself among the adapters that it combines")
             if name not in state.applied:
-                there = f"applied: {', '.join(state.applied)}" if state.applied else "none is applied"
+                hint = f"applied: {', '.join(state.applied)}" if state.applied else "none is applied"
                 raise PeftcoreError(
-                    f"'{adapter}' combines '{name}', which is not applied ({there}). Apply or load it first: "
+                    f"'{adapter}' combines '{name}', which is not applied ({hint}). Apply or load it first: "
                     f"peftcore.load(model, folder, adapter='{name}')"
                 )
-            entry, own = state.applied[name], TrainedParameters.of(model, name)
-            why = f"combines others itself ({', '.join(entry.branches)})" if entry.branches else None
-            if entry.trained or (own is not None and own.has_moved(model)):
-                why = "trains parameters of the base, which cannot be a branch of a call"
-            if why:
-                raise PeftcoreError(f"'{adapter}' cannot combine '{name}' ({entry.method}): it {why}")
-            if name not in (adapters_of(model.get_submodule(each.path)) or ()):
+            entry, tensors = state.applied[name], TrainedParameters.of(model, name)
+            reason = f"combines others itself ({', '.join(entry.branches)})" if entry.branches else None
+            if entry.trained or (tensors is not None and tensors.has_moved(model)):
+                reason = "trains parameters of the base, which cannot be a branch of a call"
+            if reason:
+                raise PeftcoreError(f"'{adapter}' cannot combine '{name}' ({entry.method}): it {reason}")
+            if name not in (adapters_of(model.get_submodule(attachment.path)) or ()):
                 raise PeftcoreError(
-                    f"'{adapter}' combines '{name}' at '{each.path}', where '{name}' ({entry.method}) is not "
+                    f"'{adapter}' combines '{name}' at '{attachment.path}', where '{name}' ({entry.method}) is not "
                     f"attached. It is attached to {', '.join(map(repr, entry.paths[:3]))}"
                 )
 
@@ -467,7 +472,7 @@ def refuse_divided(model: nn.Module, attachments: AdapterAttachments) -> None:
 
 
 def _divided_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the base's parameters that tensor parallelism has divided over the ranks, by name."""
+    """Return the base's parameters that tensor parallelism has sharded, by name."""
     paths = {id(module): path for path, module in base_modules(model)}
     divided: dict[str, nn.Parameter] = {}
     for fsdp, module in sharded.modules_with_fsdp(model):
@@ -502,7 +507,7 @@ def _follows_division(module: nn.Module, attachment: Attachment, method: str) ->
 def _shared_out(
     module: nn.Module, attachment: Attachment, divided: dict[str, nn.Parameter], *, shards_tokens: bool
 ) -> str | None:
-    """Return what the ranks share out of a module, though its adapter needs the whole, as errors name it, or None."""
+    """Name, for an error, what is sharded of a module whose adapter needs all of it; None if nothing is."""
     path = attachment.path
     if has_plan(module):
         return f"the work of '{path}'"

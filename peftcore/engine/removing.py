@@ -1,6 +1,8 @@
-"""Removal of adapters."""
+"""`remove`: detach adapters, and restore the base after the last one."""
 
 from __future__ import annotations
+
+from itertools import chain
 
 from torch import nn
 
@@ -37,12 +39,12 @@ def remove(model: Model, adapter: str | None = None) -> Model:
     if adapter is not None:
         applied(model, adapter)
     refuse_merged(state, f"remove '{adapter}'" if adapter is not None else "remove adapters")
-    left: dict[str, str] = {}
-    # The last applied first: an adapter that combines others is removed before them.
+    remains: dict[str, str] = {}
+    # In reverse order: an adapter that combines others is removed before them.
     for name in reversed(list(state.applied)) if adapter is None else (adapter,):
-        left |= detach_adapter(model, name)
-    if left:
-        warn(f"remove left the following as it is: {as_text(left)}")
+        remains |= detach_adapter(model, name)
+    if remains:
+        warn(f"remove left the following as it is: {as_text(remains)}")
     return model
 
 
@@ -54,17 +56,18 @@ def detach_adapter(model: nn.Module, adapter: str) -> dict[str, str]:
     """
     state = require_state(model)
     refuse_needed(state, adapter)
-    left = dict(changes_of(model, state, adapter))
-    there = set(with_adapter(model, adapter, state.applied[adapter].paths))
-    if not all(adapted.is_outermost(module) for module in there if adapted.is_adapted(module)):
-        sharded.refuse_sharded(model, f"remove '{adapter}'")  # `fully_shard` has swapped a class once more
-    if left:
-        there.update(moved_with_adapter(model, adapter, state.lock))
+    remains = dict(changes_of(model, state, adapter))
+    modules = set(with_adapter(model, adapter, state.applied[adapter].paths))
+    if not all(adapted.is_outermost(module) for module in modules if adapted.is_adapted(module)):
+        # `fully_shard` has swapped the class once more, so the original one cannot be restored.
+        sharded.refuse_sharded(model, f"remove '{adapter}'")
+    if remains:
+        modules.update(moved_with_adapter(model, adapter, state.lock))
     if adapter in state.active:
         inactive = {adapter, *state.applied[adapter].branches}
         set_active(model, tuple(name for name in state.active if name not in inactive), state.samples)
     release_branches(state, adapter)
-    for module in there:
+    for module in modules:
         adapted.detach(module, adapter)
     fast_path.guard(model)
     TrainedParameters.detach(model, adapter)
@@ -77,12 +80,12 @@ def detach_adapter(model: nn.Module, adapter: str) -> dict[str, str]:
             del state.sites[path]
     del state.applied[adapter]
     update_call_context(state)
-    trained = dict.fromkeys(name for entry in state.applied.values() for name in entry.trained)
-    inside = set(enclosing_paths(model, state.sites, tuple(trained))) if state.applied else set()
+    trained = dict.fromkeys(chain.from_iterable(entry.trained for entry in state.applied.values()))
+    enclosing = set(enclosing_paths(model, state.sites, tuple(trained))) if state.applied else set()
     for path, module in base_modules(model):
-        if path in inside and module in there:
-            ancestors.enclose(module, state.lock)  # it has lost this adapter, and contains others
-    return left
+        if path in enclosing and module in modules:
+            ancestors.enclose(module, state.lock)  # it has lost its own adapter, but contains modules with others
+    return remains
 
 
 def _restore_base(model: nn.Module, state: State) -> None:

@@ -1,10 +1,11 @@
-"""Adapters of a model that several ranks hold: the same on all, and sharded block by block."""
+"""Adapters of a model that is replicated or sharded over ranks: the same on all ranks, and sharded block by block."""
 
 from __future__ import annotations
 
 import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from itertools import chain
 
 from torch import Tensor, nn
 
@@ -14,13 +15,14 @@ from peftcore.model.base_modules import base_modules, base_parameters
 from peftcore.plugin import ranks
 
 
-def give_adapters(model: nn.Module) -> None:
-    """Copy rank 0's adapters with their buffers to every rank, since they may be initialised randomly. Collective."""
+def broadcast_adapters(model: nn.Module) -> None:
+    """Copy rank 0's adapters and their buffers to every rank, since they may be initialised randomly. Collective."""
     state = state_of(model)
     tensors: list[Tensor] = []
     for name in state.applied if state is not None else ():
         tensors += [parameter for _, parameter in adapter_parameters(model, name)]
-        tensors += [buffer for _, adapter in adapter_modules(model, name) for buffer in adapter.buffers()]
+        for _, adapter in adapter_modules(model, name):
+            tensors += adapter.buffers()
     ranks.broadcast(tensors)
 
 
@@ -45,13 +47,13 @@ def blocks(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def between_blocks(model: nn.Module) -> set[nn.Parameter]:
-    """Parameters that several blocks share, as adapters in them may: they stay whole, as `fully_shard` needs it."""
-    found = Counter(parameter for block in blocks(model) for parameter in block.parameters())
-    return {parameter for parameter, count in found.items() if count > 1}
+    """Return the parameters that several blocks share, as adapters in them may. `fully_shard` must not shard them."""
+    counts = Counter(chain.from_iterable(block.parameters() for block in blocks(model)))
+    return {parameter for parameter, count in counts.items() if count > 1}
 
 
 def refuse_between_blocks(model: nn.Module) -> None:
-    """Raise a PeftcoreError where blocks share a trained parameter and each is to be sharded by itself."""
+    """Raise a PeftcoreError if blocks share a trained parameter, since each block would be sharded by itself."""
     shared = {parameter for parameter in between_blocks(model) if parameter.requires_grad}
     state = state_of(model)
     for adapter, entry in state.applied.items() if state is not None else ():
@@ -65,7 +67,7 @@ def refuse_between_blocks(model: nn.Module) -> None:
 
 
 def _digest(parameters: Iterable[tuple[str, Tensor]]) -> str:
-    """Return a digest of names, shapes and dtypes: `12 tensors of 3,456 values (1a2b3c4d)`."""
+    """Describe parameters by a hash of their names, shapes and dtypes: `12 tensors of 3,456 values (1a2b3c4d)`."""
     parameters = list(parameters)
     listing = "\n".join(f"{name} {list(p.shape)} {p.dtype}" for name, p in parameters)
     values = sum(p.numel() for _, p in parameters)

@@ -1,7 +1,7 @@
 """Refusal to resize a vocabulary while adapters are attached to its embedding or head.
 
-transformers puts a new head in place of the old one, and the adapter would drop out of `forward`; an adapter of an
-embedding has the old number of rows.
+transformers replaces the head by a new module, so `forward` would no longer call its adapter. An adapter of the
+embedding would have the old number of rows.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ def refuse_resize(model: nn.Module, modules: Iterable[nn.Module]) -> None:
 
     Args:
         model: the model, or the part of it that `modules` are in.
-        modules: those whose number of rows is about to change, and with them that of what is tied to them.
+        modules: modules whose number of rows is about to change; modules that are tied to them change as well.
     """
     state = state_of(model)
     if state is not None and state.merged is not None:
-        return  # the base's own weights are resized; `unmerge` says that they no longer fit
-    resized = set(modules)
-    weights = {id(weight) for module in resized for weight in [module._parameters.get("weight")] if weight is not None}
-    for path, module in base_modules(model) if resized else ():
-        if module not in resized and id(module._parameters.get("weight")) not in weights:
+        return  # the base's own weights are resized; `unmerge` reports that the originals no longer fit
+    resized_modules = set(modules)
+    weights = {module._parameters.get("weight") for module in resized_modules} - {None}
+    for path, module in base_modules(model) if resized_modules else ():
+        if module not in resized_modules and module._parameters.get("weight") not in weights:
             continue
         adapter = next(_adapters(model, module), None)
         if adapter is not None:
@@ -45,11 +45,10 @@ def refuse_resize(model: nn.Module, modules: Iterable[nn.Module]) -> None:
 
 def _adapters(model: nn.Module, module: nn.Module) -> Iterator[str]:
     """Yield the names of adapters that are attached to `module` or own parameters in it."""
-    attached = adapters_of(module)
-    yield from () if attached is None else attached._modules
-    for name, own in all_of(model):
-        slots = (slot for slots in own.slots.values() for slot in slots)
-        if any(module_at(model, slot.rpartition(".")[0]) is module for slot in slots):
+    module_adapters = adapters_of(module)
+    yield from () if module_adapters is None else module_adapters._modules
+    for name, tensors in all_of(model):
+        if any(module_at(model, path) is module for path in tensors.by_module()):
             yield name
 
 

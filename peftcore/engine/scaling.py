@@ -1,4 +1,4 @@
-"""Scaling of an adapter's change by a `multiplier`, which is kept in its modules and in its record."""
+"""`scale`: multiply an adapter's change by a factor, which its modules and its record keep as `multiplier`."""
 
 from __future__ import annotations
 
@@ -46,11 +46,12 @@ def set_multiplier(model: nn.Module, adapter: str, factor: float) -> None:
     entry = applied(model, adapter)
     if entry.multiplier == factor:
         return
-    placed = [module for _, placed in adapter_modules(model, adapter) for module in placed.modules()]
+    modules = adapter_modules(model, adapter)
     entry.multiplier = factor
-    for module in placed:
-        if isinstance(module, Adapter) and module.multiplier is not None:
-            module.multiplier = factor
+    for _, root in modules:
+        for module in root.modules():
+            if isinstance(module, Adapter) and module.multiplier is not None:
+                module.multiplier = factor
 
 
 def scaled_config(model: nn.Module, adapter: str) -> Any:
@@ -66,16 +67,16 @@ def _has_multiplier(adapter: nn.Module) -> bool:
 
 def _refuse_unscalable(model: nn.Module, adapter: str) -> None:
     entry = applied(model, adapter)
-    placed = dict(adapter_modules(model, adapter))
-    whole = next((path for path, module in placed.items() if not _has_multiplier(module)), None)
+    modules = dict(adapter_modules(model, adapter))
+    fixed_path = next((path for path, module in modules.items() if not _has_multiplier(module)), None)
     if entry.trained:
-        why = f"it trains '{entry.trained[0]}' of the base, which cannot be scaled"
-    elif whole is not None:
-        why = f"its effect at '{whole}' cannot be scaled" if whole else "its effect cannot be scaled"
+        reason = f"it trains '{entry.trained[0]}' of the base, which cannot be scaled"
+    elif fixed_path is not None:
+        reason = f"its effect at '{fixed_path}' cannot be scaled" if fixed_path else "its effect cannot be scaled"
     elif registry.method(entry.method).state.peft.scaled is None:
-        why = "its files cannot store a factor"
+        reason = "its files cannot store a factor"
     else:
         return
-    linear = all(neutral_of(module) is not None for module in placed.values())
-    other = f". peftcore.combine(model, ['{adapter}'], weights=[...], adapter=...) makes one with a share of its change"
-    raise PeftcoreError(f"'{adapter}' ({entry.method}) cannot be scaled: {why}{other if linear else ''}")
+    linear = all(neutral_of(module) is not None for module in modules.values())
+    hint = f". peftcore.combine(model, ['{adapter}'], weights=[...], adapter=...) makes one with a share of its change"
+    raise PeftcoreError(f"'{adapter}' ({entry.method}) cannot be scaled: {reason}{hint if linear else ''}")

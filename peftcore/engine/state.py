@@ -1,4 +1,4 @@
-"""Record of the adapters of a model, kept on the model itself, so that deep copies and pickles include it."""
+"""Record of a model's adapters. It is an attribute of the model, so that deep copies and pickles include it."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import chain
 from typing import Any, TypeVar, cast
 
 import torch
@@ -15,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from peftcore.engine.adaptation import adapted
 from peftcore.engine.adaptation.concurrency import ModelLock
-from peftcore.engine.changed_modules import Site, Snapshot, attached, changes, changes_of_trained
+from peftcore.engine.changed_modules import Site, Snapshot, find_changes, find_changes_of_trained, modules_with_adapter
 from peftcore.engine.trained_parameters import TrainedParameters
 from peftcore.errors import PeftcoreError, nearest
 from peftcore.model.base_modules import TRAINED
@@ -32,16 +33,16 @@ class Applied:
     """One adapter of a model: its method, its config with every choice explicit, and its placements.
 
     Args:
-        placements: what the method placed, by the path of the module that carries it. A prompt has several modules, and
-            several changes of parameters may be on one module.
+        placements: placements of the method, by the path of the module that carries them. A prompt has several modules,
+            and one module may carry several changes of parameters.
         trained: names of trained parameters of the base.
-        multiplier: the factor of its change, set by `peftcore.scale`.
-        reads: the arguments of calls that its modules read, or None.
+        multiplier: factor of its change, set by `peftcore.scale`.
+        reads: names of the call's arguments that its modules read, or None.
         whole_batch: whether one of its modules mixes the samples of a batch.
         frozen: whether `requires_grad` has been cleared on all its parameters.
-        froze: the branches that it froze, which become trainable again when it is removed.
-        missed_steps: optimizer steps without `after_step`; None if the method does not need it, it has been called, or
-            the warning has been given.
+        froze: branches that it froze, which become trainable again when it is removed.
+        missed_steps: number of optimizer steps without `after_step`. None if the method does not need it, if it has
+            been called, or after the warning.
     """
 
     method: str
@@ -64,25 +65,37 @@ class Applied:
     @cached_property
     def branches(self) -> tuple[str, ...]:
         """Names of the adapters that it combines."""
-        placed = (placement for each in self.placements.values() for placement in each)
-        return tuple(dict.fromkeys(name for placement in placed for name in placement.branches))
+        names: list[str] = []
+        for placement in chain.from_iterable(self.placements.values()):
+            names += placement.branches
+        return tuple(dict.fromkeys(names))
 
 
 @dataclass
 class Merged:
-    """State for `unmerge`: the adapters that were active, and the original tensors by name."""
+    """State for `unmerge`.
+
+    Attributes:
+        active: the adapters that were active.
+        aside: the original tensors, by name.
+        tied: the model config's tie_word_embeddings, if merging untied them.
+        lost: fraction of the change that quantizing again lost, by path of the layer.
+        written: (shape, dtype) of the merged tensors, by name.
+        unpacked: formats of quantized weights that dense ones replace.
+        stopped: progress of a merge that cannot be undone and was interrupted, such as `3 of 12`.
+    """
 
     active: tuple[str, ...]
     aside: dict[str, Tensor] = field(default_factory=dict)
-    tied: bool | None = None  # the model config's tie_word_embeddings, if merging untied them
-    lost: dict[str, float] = field(default_factory=dict)  # by path, for quantized weights
-    written: dict[str, tuple[torch.Size, torch.dtype]] = field(default_factory=dict)  # the merged tensors
-    unpacked: tuple[WeightFormat, ...] = ()  # formats of quantized weights that dense ones replace
-    stopped: str = ""  # where a merge that cannot be undone was interrupted
+    tied: bool | None = None
+    lost: dict[str, float] = field(default_factory=dict)
+    written: dict[str, tuple[torch.Size, torch.dtype]] = field(default_factory=dict)
+    unpacked: tuple[WeightFormat, ...] = ()
+    stopped: str = ""
 
     @property
-    def why(self) -> str:
-        """Why other functions refuse the model, and what to do."""
+    def reason(self) -> str:
+        """Reason why other functions refuse the model, and what to do."""
         if not self.stopped:
             return "adapters are merged into the base. First peftcore.unmerge(model)"
         return (
@@ -95,7 +108,7 @@ class Merged:
 class State:
     """Adapters of a model, the active ones in the order of their chain, and the original state of the base.
 
-    `sites` exists so that a change of one adapter need not visit the modules of all others.
+    Thanks to `sites`, a change of one adapter does not visit the modules of all others.
     """
 
     applied: dict[str, Applied] = field(default_factory=dict)
@@ -108,7 +121,7 @@ class State:
     own_parameters: list[tuple[str, str]] = field(default_factory=list)  # (path, adapter) of `OwnParameters`
     watching: RemovableHandle | None = None  # of the hook of `watch_batches`
     loading: RemovableHandle | None = None  # of the hook of `base_checkpoints`
-    snapshot: Snapshot | None = None  # snapshot of `sites` when they were last unchanged
+    snapshot: Snapshot | None = None  # of `sites`, taken when they were last unchanged
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "snapshot": None}  # a copy has other modules
@@ -131,7 +144,7 @@ def require_state(model: nn.Module) -> State:
         for attribute in ("_orig_mod", "module"):  # torch.compile; DistributedDataParallel and others
             inner = getattr(model, attribute, None)
             if isinstance(inner, nn.Module) and state_of(inner) is not None:
-                raise PeftcoreError(f"the adapters are applied to the model inside: give model.{attribute}")
+                raise PeftcoreError(f"the adapters are applied to the model inside. Pass model.{attribute}")
         raise PeftcoreError("no adapter is applied to this model. Try: peftcore.apply(model, 'METHOD')")
     return state
 
@@ -146,9 +159,9 @@ def applied(model: nn.Module, adapter: str) -> Applied:
     if not isinstance(adapter, str):
         raise PeftcoreError(f"an adapter's name is a string, found {adapter!r}")
     if adapter not in state.applied:
-        there = ", ".join(state.applied)
-        near = nearest(adapter, list(state.applied))
-        raise PeftcoreError(f"no adapter '{adapter}' is applied (applied: {there}){near}")
+        names = ", ".join(state.applied)
+        hint = nearest(adapter, list(state.applied))
+        raise PeftcoreError(f"no adapter '{adapter}' is applied (applied: {names}){hint}")
     return state.applied[adapter]
 
 
@@ -164,8 +177,10 @@ def adapter_modules(model: nn.Module, adapter: str) -> list[tuple[str, nn.Module
 def placements(model: nn.Module, adapter: str) -> list[Placement]:
     """Return each placement of `adapter` that is still attached, once, in the order of placing."""
     entry = applied(model, adapter)
-    found = (each for path, _ in adapter_modules(model, adapter) for each in entry.placements[path])
-    return list({id(placement): placement for placement in found}.values())
+    by_id: dict[int, Placement] = {}
+    for path, _ in adapter_modules(model, adapter):
+        by_id.update((id(placement), placement) for placement in entry.placements[path])
+    return list(by_id.values())
 
 
 def adapter_parameters(model: nn.Module, adapter: str) -> Iterator[tuple[str, nn.Parameter]]:
@@ -173,31 +188,30 @@ def adapter_parameters(model: nn.Module, adapter: str) -> Iterator[tuple[str, nn
     for path, module in adapter_modules(model, adapter):
         for name, parameter in module.named_parameters():
             yield (f"{path}.{name}" if path else name), parameter
-    own = TrainedParameters.of(model, adapter)
-    if own is not None:
-        yield from own.values(model)
+    tensors = TrainedParameters.of(model, adapter)
+    if tensors is not None:
+        yield from tensors.values(model)
 
 
-def changed(model: nn.Module) -> dict[str, str]:
+def changed_paths(model: nn.Module) -> dict[str, str]:
     """Return {path: how it changed} of modules with adapters that changed after `apply`."""
     state = state_of(model)
     if state is None:
         return {}
-    return {path: change for name in state.applied for path, change in changes_of(model, state, name)}
+    return dict(chain.from_iterable(changes_of(model, state, name) for name in state.applied))
 
 
 def refuse_changed(model: nn.Module) -> None:
     """Raise a PeftcoreError if modules with adapters were replaced, resized or parametrized since `apply`."""
     state = require_state(model)
-    if unchanged(model, state) is not None:
+    if current_snapshot(model, state) is not None:
         return
-    anything = next(changes(model, state.sites.items(), state.lock, shapes=state.merged is None), None)
+    first_change = next(find_changes(model, state.sites.items(), state.lock, shapes=state.merged is None), None)
     for name in state.applied:
-        modules = (
-            dict(changes_of_trained(model, name, state.lock))
-            if anything is None
-            else dict(changes_of(model, state, name))
-        )
+        if first_change is None:
+            modules = dict(find_changes_of_trained(model, name, state.lock))
+        else:
+            modules = dict(changes_of(model, state, name))
         if modules:
             raise PeftcoreError(
                 f"the model was changed after the adapter '{name}' was applied: {as_text(modules)}. "
@@ -206,20 +220,20 @@ def refuse_changed(model: nn.Module) -> None:
             )
 
 
-def unchanged(model: nn.Module, state: State) -> Snapshot | None:
-    """Return the snapshot of the modules with adapters; None if one changed or an adapter owns base parameters."""
+def current_snapshot(model: nn.Module, state: State) -> Snapshot | None:
+    """Return the snapshot of the modules with adapters; None if one has changed or an adapter owns base parameters."""
     if state.snapshot is None or not state.snapshot.matches(state.sites):
         state.snapshot = None
         if TRAINED not in model._modules and state.merged is None:
-            state.snapshot = Snapshot.of(model, state.sites, state.lock)
+            state.snapshot = Snapshot.take(model, state.sites, state.lock)
     return state.snapshot
 
 
 def changes_of(model: nn.Module, state: State, adapter: str) -> Iterator[tuple[str, str]]:
     """Yield (path, how it changed) of the modules of `adapter` that changed."""
     sites = ((path, state.sites[path]) for path in state.applied[adapter].paths)
-    yield from changes(model, sites, state.lock, adapter=adapter, shapes=state.merged is None)
-    yield from changes_of_trained(model, adapter, state.lock)
+    yield from find_changes(model, sites, state.lock, adapter=adapter, shapes=state.merged is None)
+    yield from find_changes_of_trained(model, adapter, state.lock)
 
 
 def modules_with(model: nn.Module, state: State, adapter: str) -> list[tuple[str, nn.Module]]:
@@ -227,71 +241,71 @@ def modules_with(model: nn.Module, state: State, adapter: str) -> list[tuple[str
     if state.snapshot is not None and state.snapshot.matches(state.sites):
         modules = state.snapshot.modules
         return [(path, modules[path]) for path in state.applied[adapter].paths]
-    return attached(model, adapter, state.applied[adapter].paths, state.lock)
+    return modules_with_adapter(model, adapter, state.applied[adapter].paths, state.lock)
 
 
-def as_text(changes: dict[str, str], most: int = 3) -> str:
-    """Return the first `most` changes as text."""
-    parts = [f"'{path}' {what}" for path, what in list(changes.items())[:most]]
-    return "; ".join(parts) + (f"; and {len(changes) - most} more" if len(changes) > most else "")
+def as_text(changes: dict[str, str], limit: int = 3) -> str:
+    """Return the first `limit` changes as text."""
+    parts = [f"'{path}' {change}" for path, change in list(changes.items())[:limit]]
+    return "; ".join(parts) + (f"; and {len(changes) - limit} more" if len(changes) > limit else "")
 
 
-def refuse_merged(state: State, what: str) -> None:
-    """Raise a PeftcoreError if adapters are merged; `what` names what is refused, such as `save`."""
+def refuse_merged(state: State, action: str) -> None:
+    """Raise a PeftcoreError if adapters are merged; `action`: what is refused, such as `save`."""
     if state.merged is not None:
-        raise PeftcoreError(f"cannot {what}: {state.merged.why}")
+        raise PeftcoreError(f"cannot {action}: {state.merged.reason}")
 
 
-def refuse_per_sample(state: State, what: str) -> None:
-    """Raise a PeftcoreError if each sample of a batch has an adapter of its own."""
+def refuse_per_sample(state: State, action: str) -> None:
+    """Raise a PeftcoreError if each sample of a batch has its own adapter; `action`: what is refused."""
     if state.samples is not None:
         raise PeftcoreError(
-            f"cannot {what} while each sample has its own adapter. First call peftcore.activate(model, [...])"
+            f"cannot {action} while each sample has its own adapter. First call peftcore.activate(model, [...])"
         )
 
 
-def check_model(model: Any) -> None:
+def check_model(model: object) -> None:
     """Raise a PeftcoreError unless `model` is a module."""
     if not isinstance(model, nn.Module):
         raise PeftcoreError(f"the model must be a torch.nn.Module, found {model!r:.200}")
 
 
 @contextmanager
-def exclusively(model: nn.Module, what: str, *, base: bool = False) -> Iterator[None]:
+def exclusively(model: nn.Module, action: str, *, base: bool = False) -> Iterator[None]:
     """Change `model` inside the block, while no other thread calls or changes it.
 
     A model without adapters tracks no calls: apply before you start threads.
 
     Args:
-        what: what the block does, for messages, such as `merge`.
-        base: the base changes, too, so the block waits for open `disabled` blocks of other threads.
+        action: what the block does, for messages, such as `merge`.
+        base: the base changes as well, so the block waits for open `disabled` blocks of other threads.
     """
     check_model(model)
     state = state_of(model)
     if state is None:
         yield
         return
-    with state.lock.changing(what, base=base):
+    with state.lock.changing(action, base=base):
         yield
 
 
-def exclusive(what: str, *, base: bool = False) -> Callable[[Function], Function]:
+def exclusive(action: str, *, base: bool = False) -> Callable[[Function], Function]:
     """Decorate a function of a model, its first argument, to run inside `exclusively`."""
 
     def decorate(function: Function) -> Function:
         @functools.wraps(function)
-        def decorated(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            with exclusively(model, what, base=base):
+        def run_exclusively(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            with exclusively(model, action, base=base):
                 return function(model, *args, **kwargs)
 
-        return cast(Function, decorated)
+        return cast(Function, run_exclusively)
 
     return decorate
 
 
 @dataclass(frozen=True)
 class OtherAdapter:
-    """An adapter that is on a model already, with one of its modules for each adapted module.
+    """An adapter of a model, with its modules by the path of the adapted module.
 
     Args:
         name: name of the adapter.

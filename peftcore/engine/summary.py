@@ -12,9 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from peftcore.engine.adaptation.fused_forward import fused_modules, is_without_logits
-from peftcore.engine.method_placements import covered, device_and_dtype, placements_for, reached_by
+from peftcore.engine.method_placements import adapted_paths, coverage_of, device_and_dtype, placements_for
 from peftcore.engine.preflight import check_dtype
-from peftcore.engine.state import Applied, State, adapter_modules, adapter_parameters, changed, check_model, state_of
+from peftcore.engine.state import (
+    Applied,
+    State,
+    adapter_modules,
+    adapter_parameters,
+    changed_paths,
+    check_model,
+    state_of,
+)
 from peftcore.engine.trained_parameters import TrainedParameters
 from peftcore.model.base_modules import base_modules, base_parameters, original_class, original_forward, walked_once
 from peftcore.model.experts import why_not_fused
@@ -31,12 +39,13 @@ class Mixture:
     """The experts of a model, whose weights are parameters `[experts, out, in]`.
 
     Args:
-        modules: the number of modules of experts.
-        count: experts in each module; the maximum if they differ.
-        per_token: experts that a token passes through.
-        weights, packed, adapted, idle: weights of all experts, in 4 bits, with an adapter, and unused for a token.
+        modules: number of modules of experts.
+        count: number of experts in each module; the largest if they differ.
+        per_token: number of experts that a token passes through.
+        weights: number of weights of all experts.
+        packed, adapted, idle: how many of them are in 4 bits, have an adapter, and are not used for a token.
         unfused: why experts with an adapter or in 4 bits run on dense copies of their weights, if some do.
-        one_by_one: whether some experts have their own adapters, and so run one after the other.
+        one_by_one: whether some experts have their own adapters, so that experts run one after the other.
     """
 
     modules: int
@@ -49,17 +58,17 @@ class Mixture:
     unfused: str | None = None
     one_by_one: bool = False
 
-    def described(self, base_parameters: int) -> str:
-        """Return a line about the experts of a base with this many parameters."""
-        way = ""
+    def describe(self, base_parameters: int) -> str:
+        """Describe the experts in a line; `base_parameters`: number of parameters of the base."""
+        execution = ""
         if self.packed or self.adapted:
-            way = "; one expert after the other" if self.one_by_one else "; fused"
-            way = f"; on dense copies of all, without dropout: {self.unfused}" if self.unfused else way
+            execution = "; one expert after the other" if self.one_by_one else "; fused"
+            execution = f"; on dense copies of all, without dropout: {self.unfused}" if self.unfused else execution
         return (
             f"experts: {self.modules} modules of {self.count}, {percent(self.weights, base_parameters)} of the "
             f"parameters; {percent(self.adapted, self.weights)} with an adapter, "
             f"{percent(self.packed, self.weights)} in 4 bits; a token meets {self.per_token} of {self.count}, "
-            f"{base_parameters - self.idle:,} parameters in all{way}"
+            f"{base_parameters - self.idle:,} parameters in all{execution}"
         )
 
 
@@ -70,7 +79,7 @@ def mixture_of(
 
     Args:
         reached: paths of modules and full names of parameters that have adapters.
-        copied: names of parameters whose change is not a low-rank product.
+        copied: full names of parameters whose change is not a low-rank product.
         one_by_one: whether some experts have their own adapters.
     """
     names_by_path = expert_weights(model)
@@ -78,7 +87,7 @@ def mixture_of(
         return None
     modules, targets = dict(base_modules(model)), set(reached)
     counts: list[int] = []
-    used: list[int] = []
+    counts_per_token: list[int] = []
     weights = packed = adapted = idle = 0
     reasons: list[str] = []
     for path, names in names_by_path.items():
@@ -87,10 +96,11 @@ def mixture_of(
             shape = shape_of(module, name)
             size, per_token = math.prod(shape), min(experts_per_token(module, model), shape[0])
             counts.append(shape[0])
-            used.append(per_token)
+            counts_per_token.append(per_token)
             weights += size
             idle += size // shape[0] * (shape[0] - per_token)
-            is_packed, is_adapted = name in bits_of(module), not targets.isdisjoint((path, f"{path}.{name}"))
+            is_packed = name in bits_of(module)
+            is_adapted = not targets.isdisjoint((path, f"{path}.{name}"))
             packed += size if is_packed else 0
             adapted += size if is_adapted else 0
             reason = why_not_fused(module, original_forward(module)) if is_packed or is_adapted else None
@@ -101,7 +111,7 @@ def mixture_of(
     return Mixture(
         modules=len(names_by_path),
         count=max(counts),
-        per_token=max(used),
+        per_token=max(counts_per_token),
         weights=weights,
         packed=packed,
         adapted=adapted,
@@ -113,25 +123,25 @@ def mixture_of(
 
 def bits_of(module: nn.Module) -> dict[str, tuple[int, int]]:
     """Return {name: (weights, bytes with scales)} of the module's own parameters that are in 4 bits."""
-    found: dict[str, tuple[int, int]] = {}
+    sizes_by_name: dict[str, tuple[int, int]] = {}
     for name, packing in getattr(module, "packings", {}).items():  # `quantization.parameters.PackedParameters`
         parameter = module._parameters[name]
         if parameter is not None and not parameter.is_floating_point():
             buffers = (module._buffers[buffer] for buffer in packing.buffers)
             buffer_bytes = sum(buffer.nbytes for buffer in buffers if buffer is not None)
-            found[name] = math.prod(packing.shape), parameter.nbytes + buffer_bytes
-    return found
+            sizes_by_name[name] = math.prod(packing.shape), parameter.nbytes + buffer_bytes
+    return sizes_by_name
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What `apply` would place.
+    """The placements that `apply` would make, and their size.
 
     Args:
         rows: (path or parameter name, kind, parameters, bytes) of every placement; shared parameters count once.
-        matches: how many modules each resolved pattern of `target_modules` matches.
-        coverage: the share of the weight in layers that is reached, and what is left out.
-        buffers, buffer_bytes: untrained numbers in the adapters.
+        matches: number of modules that each resolved pattern of `target_modules` matches.
+        coverage: share of the weight in layers that has an adapter, and the layers without one.
+        buffers, buffer_bytes: number of untrained values in the adapters, and their size.
         experts: facts about the model's experts, if it has any.
     """
 
@@ -161,7 +171,7 @@ class Plan:
             f"({share(self.trainable_parameters, self.base_parameters)}), {megabytes(self.trainable_bytes)}"
             + in_buffers(self.buffers, self.buffer_bytes),
             str(self.coverage),
-            *described(self),
+            *expert_lines(self),
         ]
         lines += [f"  {pattern}: {count} modules" for pattern, count in self.matches.items()]
         return "\n".join(lines)
@@ -191,16 +201,16 @@ class AdapterSummary:
 
 @dataclass(frozen=True)
 class Summary:
-    """Adapters of a model, and what is trainable.
+    """Adapters of a model, and the number of trainable parameters.
 
     Args:
-        trainable_parameters: how many an optimizer would change now.
-        base_bytes: size of the base, with the scales of 4-bit weights.
+        trainable_parameters: number of parameters with `requires_grad`.
+        base_bytes: size of the base in bytes, with the scales of 4-bit weights.
         changed: by path, modules with adapters that were replaced, resized or parametrized since `apply`.
         experts: facts about the model's experts, if it has any.
-        packed_parameters, packed_bytes: parameters of the base in 4 bits, and their size with scales.
+        packed_parameters, packed_bytes: number of parameters of the base in 4 bits, and their size with scales.
         without_logits: whether the loss is computed without logits in training (`loss_without_logits`).
-        fused: how many modules of each kind are computed by one operator (`fuse`).
+        fused: number of modules of each kind that one operator computes (`fuse`).
     """
 
     adapters: tuple[AdapterSummary, ...]
@@ -220,7 +230,7 @@ class Summary:
             f"base: {self.base_parameters:,} parameters, {megabytes(self.base_bytes)}"
             + (" (adapters merged into it)" if self.merged else ""),
             f"trainable: {self.trainable_parameters:,} ({share(self.trainable_parameters, self.base_parameters)})",
-            *described(self),
+            *expert_lines(self),
         ]
         if self.packed_parameters:
             bits = 8 * self.packed_bytes / self.packed_parameters
@@ -242,59 +252,67 @@ class Summary:
 
 
 def plan(model: nn.Module, method: str | Any, /, *, dtype: torch.dtype | None = None, **fields: Any) -> Plan:
-    """Return what `apply` with the same arguments would place, and its size.
+    """Return the placements that `apply` would make with these arguments, and their size.
 
     The model is not changed. The adapters are made on the meta device, so nothing is allocated.
     """
     check_dtype(dtype)
     with torch.device("meta"):
-        placed = placements_for(model, method, fields)
+        attachments = placements_for(model, method, fields)
     parameters = dict(base_parameters(model))
     rows, buffers, buffer_bytes = [], 0, 0
-    seen: set[Tensor] = set()  # adapters may share tensors
-    for each in placed.attached:
-        _, kept = device_and_dtype(model.get_submodule(each.path), dtype)
-        own = [p for p in each.adapter.parameters() if p not in seen]
-        others = [b for b in each.adapter.buffers() if b not in seen]
-        seen.update(own, others)
-        count = sum(p.numel() for p in own)
-        kind = " and ".join(dict.fromkeys(type(part).__name__ for part in each.parts or [each.adapter]))
-        rows.append((each.path, kind, count, count * kept.itemsize))
-        buffers += sum(b.numel() for b in others)
-        buffer_bytes += sum(b.numel() * (kept if b.is_floating_point() else b.dtype).itemsize for b in others)
-    rows += [(name, "trained parameter", parameters[name].numel(), parameters[name].nbytes) for name in placed.trained]
-    target_modules = getattr(placed.config, "target_modules", None)
+    counted_tensors: set[Tensor] = set()  # adapters may share tensors
+    for attachment in attachments.attached:
+        _, adapter_dtype = device_and_dtype(model.get_submodule(attachment.path), dtype)
+        new_parameters = [p for p in attachment.adapter.parameters() if p not in counted_tensors]
+        new_buffers = [b for b in attachment.adapter.buffers() if b not in counted_tensors]
+        counted_tensors.update(new_parameters, new_buffers)
+        count = sum(p.numel() for p in new_parameters)
+        kind = " and ".join(dict.fromkeys(type(part).__name__ for part in attachment.parts or [attachment.adapter]))
+        rows.append((attachment.path, kind, count, count * adapter_dtype.itemsize))
+        buffers += sum(b.numel() for b in new_buffers)
+        for buffer in new_buffers:
+            buffer_dtype = adapter_dtype if buffer.is_floating_point() else buffer.dtype
+            buffer_bytes += buffer.numel() * buffer_dtype.itemsize
+    for name in attachments.trained:
+        rows.append((name, "trained parameter", parameters[name].numel(), parameters[name].nbytes))
+    target_modules = getattr(attachments.config, "target_modules", None)
     return Plan(
-        method=placed.method.name,
-        config=placed.config,
+        method=attachments.method.name,
+        config=attachments.config,
         rows=tuple(rows),
         matches=match_counts(model, target_modules) if target_modules else {},
         base_parameters=sum(count for _, count in _base_of(model).values()),
-        coverage=covered(model, placed),
+        coverage=coverage_of(model, attachments),
         buffers=buffers,
         buffer_bytes=buffer_bytes,
         experts=mixture_of(
             model,
-            [*reached_by(placed.placements), *placed.trained],
-            set(_copied_by(placed.placements)),
-            _one_by_one(placed.placements),
+            [*adapted_paths(attachments.placements), *attachments.trained],
+            set(_copied_by(attachments.placements)),
+            _one_by_one(attachments.placements),
         ),
     )
 
 
 def _copied_by(placements: Mapping[str, Sequence[Placement]]) -> list[str]:
     """Return the full names of parameters whose change is not a low-rank product, so adapters copy them."""
-    copied = (each.copied_weight(path) for path, placed in placements.items() for each in placed)
-    return [name for name in copied if name is not None]
+    names: list[str] = []
+    for path, placements_at in placements.items():
+        weights = (placement.copied_weight(path) for placement in placements_at)
+        names += [weight for weight in weights if weight is not None]
+    return names
 
 
 def _one_by_one(placements: Mapping[str, Sequence[Placement]]) -> bool:
     """Return whether some of the placements are at single experts."""
-    return any([each.is_of_expert(path) for path, placed in placements.items() for each in placed])
+    return any(
+        any(placement.is_of_expert(path) for placement in placements_at) for path, placements_at in placements.items()
+    )
 
 
 def summary(model: nn.Module) -> Summary:
-    """Return the adapters of `model`, what is trainable, and the sizes. Works on any model."""
+    """Return the adapters of `model`, the number of trainable parameters, and sizes. Works on any model."""
     check_model(model)
     with walked_once(model):
         return _summary(model)
@@ -305,12 +323,13 @@ def _summary(model: nn.Module) -> Summary:
     base = _base_of(model)
     packed = _packed_sizes(model)
     packed_bytes = sum(size for _, size in packed)
-    codes = sum((weights + 1) // 2 for weights, _ in packed)  # of which `base` counts the bytes already
+    # `base` counts the bytes of 4-bit codes already, two weights in a byte.
+    codes = sum((weights + 1) // 2 for weights, _ in packed)
     adapters, reached, copied, one_by_one = [], set[str](), set[str](), False
     for name, entry in state.applied.items():
         adapters.append(_adapter_summary(model, name, entry, active=name in state.active))
         _put_base_back(base, model, name)
-        reached.update(entry.trained, reached_by(entry.placements))
+        reached.update(entry.trained, adapted_paths(entry.placements))
         copied.update(_copied_by(entry.placements))
         one_by_one |= _one_by_one(entry.placements)
     return Summary(
@@ -319,7 +338,7 @@ def _summary(model: nn.Module) -> Summary:
         base_bytes=sum(_count(p) * p.itemsize for p, _ in base.values()) + packed_bytes - codes,
         trainable_parameters=sum(_count(p) for p in model.parameters() if p.requires_grad),
         merged=state.merged is not None,
-        changed=changed(model),
+        changed=changed_paths(model),
         experts=mixture_of(model, reached, copied, one_by_one),
         packed_parameters=sum(weights for weights, _ in packed),
         packed_bytes=packed_bytes,
@@ -355,17 +374,17 @@ def _adapter_summary(model: nn.Module, name: str, entry: Applied, *, active: boo
 
 
 def _put_base_back(base: dict[int, tuple[nn.Parameter, int]], model: nn.Module, adapter: str) -> None:
-    """Put the original parameters into `base` in place of those of an adapter that are in the model now."""
-    own = TrainedParameters.of(model, adapter)
-    for _, value, original in own.in_model(model) if own is not None else ():
+    """Replace an adapter's own parameters that are in the model now by the base's original ones, in `base`."""
+    tensors = TrainedParameters.of(model, adapter)
+    for _, value, original in tensors.in_model(model) if tensors is not None else ():
         if isinstance(original, nn.Parameter):
             base.pop(id(value), None)
             base[id(original)] = original, _count(original)
 
 
-def described(found: Plan | Summary) -> list[str]:
+def expert_lines(summary: Plan | Summary) -> list[str]:
     """Return the line about experts, if there are any."""
-    return [] if found.experts is None else [found.experts.described(found.base_parameters)]
+    return [] if summary.experts is None else [summary.experts.describe(summary.base_parameters)]
 
 
 def in_buffers(count: int, size: int) -> str:
@@ -374,13 +393,13 @@ def in_buffers(count: int, size: int) -> str:
 
 
 def counted(kinds: dict[str, int]) -> str:
-    """Format how many there are of each kind."""
+    """Return text such as `2 x RMSNorm, 1 x gated MLP`."""
     return ", ".join(f"{count} x {kind}" for kind, count in kinds.items())
 
 
-def share(part: int, whole: int) -> str:
-    """Return a percentage such as `1.23 %`."""
-    return f"{100 * part / whole:.2f} %" if whole else "-"
+def share(part: int, total: int) -> str:
+    """Return a percentage such as `1.23 %`, or `-` of nothing."""
+    return f"{100 * part / total:.2f} %" if total else "-"
 
 
 def megabytes(count: float) -> str:
@@ -389,7 +408,7 @@ def megabytes(count: float) -> str:
 
 
 def _base_of(model: nn.Module) -> dict[int, tuple[nn.Parameter, int]]:
-    """Return {identity: (parameter of the base, how many weights it represents)}."""
+    """Return {id: (parameter of the base, number of weights that it represents)}."""
     return {
         id(parameter): (parameter, math.prod(shape_of(module, name)))
         for _, module in base_modules(model)
@@ -399,5 +418,5 @@ def _base_of(model: nn.Module) -> dict[int, tuple[nn.Parameter, int]]:
 
 
 def _count(tensor: Tensor) -> int:
-    """Return how many values the whole tensor has, also where it is sharded."""
+    """Return the number of values of the full tensor, also if it is sharded."""
     return sharded.shape_of(tensor).numel()

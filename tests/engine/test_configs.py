@@ -181,7 +181,7 @@ def with_code() -> Any:
         (peft.LoraConfig(target_modules=["k_porj"]), "'k_porj' matches no module"),
         (peft.LoraConfig(r=0.5), "peft.LoraConfig is not a valid config of 'lora': r must be"),
         (peft.OSFConfig(), "no installed method reads peft_type 'OSF'"),
-        (peft.PeftConfig(), "peft.PeftConfig names no peft_type"),
+        (peft.PeftConfig(), "peft.PeftConfig has no peft_type"),
     ],
 )  # fmt: skip
 def test_what_a_file_may_not_say_it_may_not_say(config: Any, message: str) -> None:

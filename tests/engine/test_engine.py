@@ -382,9 +382,9 @@ def test_none_among_the_names_asks_for_per_sample(names) -> None:
 
 def test_a_wrapper_is_refused_with_the_model_inside() -> None:
     model = peftcore.apply(tiny.llama(), "around")
-    with pytest.raises(peftcore.PeftcoreError, match=r"the model inside: give model\._orig_mod"):
+    with pytest.raises(peftcore.PeftcoreError, match=r"the model inside. Pass model\._orig_mod"):
         peftcore.activate(torch.compile(model, backend="eager"), "default")
-    with pytest.raises(peftcore.PeftcoreError, match=r"the model inside: give model\.module"):
+    with pytest.raises(peftcore.PeftcoreError, match=r"the model inside. Pass model\.module"):
         peftcore.save(nn.DataParallel(model), "nowhere")
 
 

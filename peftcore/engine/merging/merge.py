@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from peftcore import engine
 from peftcore.engine.adaptation import adapted
 from peftcore.engine.adaptation.adapted import changes_at, is_adapted
-from peftcore.engine.changed_modules import facts, module_at
+from peftcore.engine.changed_modules import module_at, parameter_shapes
 from peftcore.engine.merging.merged_layers import MergedLayer, measured_error, merged_layers, refuse_unmergeable
 from peftcore.engine.preflight import check_dtype
 from peftcore.engine.state import Merged
@@ -172,7 +172,7 @@ def _remove_merged(
     """Remove the merged adapters and what only quantized weights needed."""
     engine.set_active(model, (), base_exchanged=True)
     for path, site in state.sites.items():  # a weight that was packed has a different shape now
-        site.facts = facts(model.get_submodule(path))
+        site.shapes = parameter_shapes(model.get_submodule(path))
     for name in active:
         engine.remove(model, name)
     for path, was in unpacked.items():
@@ -237,7 +237,7 @@ def unmerge(model: Model) -> Model:
         )
     merged = state.merged
     if merged.stopped:
-        raise PeftcoreError(f"cannot unmerge: {merged.why}")
+        raise PeftcoreError(f"cannot unmerge: {merged.reason}")
     there = {name: get(model, name) for name in merged.written}  # may have been moved or cast since
     for name, (shape, _) in merged.written.items():
         found = there[name]

@@ -44,7 +44,7 @@ from transformers.trainer import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from peftcore import engine
-from peftcore.engine.replicas import check_ranks, give_adapters, refuse_between_blocks
+from peftcore.engine.replicas import broadcast_adapters, check_ranks, refuse_between_blocks
 from peftcore.engine.training_hooks import NOTHING_TRAINS
 from peftcore.errors import CheckpointError, PeftcoreError, warn
 from peftcore.files import model_card
@@ -116,7 +116,7 @@ class AdapterTrainer(_Base):
             check_ranks(model)  # DDP's own message does not name the adapter
             if self.is_fsdp_enabled and ranks.count() > 1:  # DDP sets them itself
                 refuse_between_blocks(model)
-                give_adapters(model)
+                broadcast_adapters(model)
         add_extra_loss(self, model)
         return super()._prepare_for_training(*args, **kwargs)
 

@@ -187,7 +187,7 @@ class Gain(nn.Module):
     ("left_out", "read", "message"),
     [
         (None, lambda model, path: model.get_submodule(path), "has no attribute .0.* with peftcore.plugin.layer_at"),
-        ("2.down_proj", targets.layer_at, r"at experts of '.*experts.down_proj', and none at expert 2. All have one"),
+        ("2.down_proj", targets.layer_at, r"at experts of '.*experts.down_proj', but none at expert 2. Place one"),
         (None, lambda model, path: model.heads, "has no attribute 'heads'"),
         ("twice", targets.layer_at, r"gain places two adapters at '.*experts.0.gate_up_proj'; a module takes one"),
     ],
