@@ -61,6 +61,7 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "an adapter for each sample": ("lora", {"per_sample": 2}),
     "two batches": (None, {"gradient_accumulation": 2}),
     "in 4 bits": ("lora", {"quantize": "nf4"}),
+    "in 4 bits, with checkpointing": ("dora", {"quantize": "nf4", "gradient_checkpointing": True}),
     "in 16 bits": ("lora", {"dtype": torch.bfloat16}),
     "long": ("lora", {"length": 400, "batch_size": 1}),
     "fused": ("lora", {"fused": True}),

@@ -14,6 +14,7 @@ from peftcore.testing import COMPILE, IDENTITY, MERGE
 from peftcore.testing.suite import APPLIES, Report, Result
 
 BASE = "base untouched by training"
+CHECKPOINTING = "gradient checkpointing"
 FILES = "save and load are bit exact"
 FORMATS = "a file of a dense base on a quantized one (NF4), and the reverse"
 LEFT_OUT = "no layer is left out without a warning"
@@ -175,6 +176,11 @@ def test_a_method_without_fault_passes() -> None:
     reasons = {result.name: result.reason for result in report.results if result.reason}
     assert reasons == {SHARED: "its adapters share no tensor"}
     assert all(result.reason is None for result in check(method_of(SharesAModule), SHARED).results)
+
+
+def test_gradients_of_large_logits_with_checkpointing() -> None:
+    """Those of T5 differ by 1e-4 of their maximum in float32."""
+    check(method_of(Gain), CHECKPOINTING, families=["T5"])
 
 
 def test_a_base_that_does_not_compile_is_no_fault_of_the_method() -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from support import quantized, tiny
 from torch.utils.data import Dataset
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer, TrainerCallback, TrainingArguments
@@ -52,6 +53,13 @@ def trainer(
 
 def values(model: torch.nn.Module) -> list[torch.Tensor]:
     return [parameter.detach().clone() for parameter in model.parameters() if parameter.requires_grad]
+
+
+def test_trainers_of_older_releases_are_refused(toys: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transformers, "__version__", "5.19.0")
+    trainer(tiny.llama(), tmp_path)
+    with pytest.raises(peftcore.PeftcoreError, match=r"Trainer of transformers 5\.19\.0 .* needs transformers 5\.20 or"):
+        trainer(peftcore.apply(tiny.llama(), "around"), tmp_path)
 
 
 def test_resume_is_exact_with_several_adapters(toys: None, tmp_path: Path) -> None:

@@ -27,10 +27,13 @@ def result_of(output: Path) -> dict[str, Any]:
 
 
 @pytest.fixture
-def writer(run: Run, llama: Path, reviews: Path, tmp_path: Path) -> Path:
+def writer(run: Run, llama: Path, reviews: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder of a finished language-model run."""
-    output = tmp_path / "writer"
-    run("train", "-m", llama, "-d", reviews, "-o", output, "--eval-data", reviews, *METHOD, *STEPS, "--epochs", 9)
+    output = tmp_path / "private=1" / "writer"
+    data = ("-d", reviews, "--eval-data", reviews)
+    arguments = ("train", "-m", llama, *data, f"--output={output}", *METHOD, *STEPS, "--epochs", 9)
+    monkeypatch.setattr("sys.argv", ["peftcore", *map(str, arguments)])
+    run(*arguments)
     return output
 
 
@@ -123,7 +126,8 @@ def test_the_model_card_says_what_was_trained(writer: Path) -> None:
     section = card.partition("## Training\n")[2]
     loss = result_of(writer)["after"]["loss"]
     assert "| task | causal-lm |" in section and "| steps | 6 |" in section and f", {loss:.4f} after |" in section
-    assert "```sh\npeftcore" in section and str(writer.parent) not in card
+    assert "```sh\npeftcore train" in section and "--output=writer" in section
+    assert "private" not in card and str(writer.parents[1]) not in card
 
 
 def test_checkpoints_hold_the_adapter_only(writer: Path) -> None:
@@ -139,7 +143,8 @@ def test_checkpoints_hold_the_adapter_only(writer: Path) -> None:
 def test_classifier_end_to_end(run: Run, bert: Path, labelled: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
     arguments = ("--batch-size", 4, "--lr", "0.01", "--steps", 40, "--save-every", 40, *METHOD)
-    run("train", "-m", bert, "-d", labelled, "--eval-data", labelled, "-o", output, *arguments)
+    shown = run("train", "-m", bert, "-d", labelled, "--eval-data", labelled, "-o", output, *arguments).output
+    assert "labels: up (8), down (8). 50.0% of the examples have the most frequent one" in shown
     found = result_of(output)
     assert found["after"]["accuracy"] == 1.0 and found["before"]["accuracy"] < 1.0
     assert json.loads((output / "adapter" / "peftcore_task.json").read_text())["labels"] == ["down", "up"]
