@@ -1,4 +1,4 @@
-"""Sizes, shares and counts as the commands print them."""
+"""Format sizes, shares and counts for output."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ PACKAGES = {
 def run(words: list[str] | None = None) -> None:
     """Run the command that `words` (by default those of the process) name."""
     warnings.showwarning = show_warning
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of kernels when it is imported
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # hides its warning about kernels on import
     words = sys.argv[1:] if words is None else words
     try:
         app = build(words)
@@ -49,7 +49,7 @@ def run(words: list[str] | None = None) -> None:
 
 
 def show_warning(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:
-    """Print a warning, unless it says what a library will change: that is for its callers (TRL's, at each step)."""
+    """Print a warning. FutureWarnings are left out: they are for the callers of a library, such as TRL at each step."""
     if not issubclass(category, FutureWarning):
         warn(str(message))
 
@@ -61,23 +61,25 @@ def build(words: list[str]) -> typer.Typer:
         PluginError: the command is in a package that is not installed, or two commands have the same name.
     """
     app = typer.Typer(
-        help="Parameter-efficient fine-tuning: an adapter from a model and a file of examples.",
+        help="Parameter-efficient fine-tuning: train an adapter for a model on a file of examples.",
         epilog=_epilog(["peftcore methods", "peftcore train --help"]),
         no_args_is_help=True,
         pretty_exceptions_show_locals=False,
     )
     app.callback()(_options)
-    typed = next((word for word in words if not word.startswith("-")), None)
-    commands = known_commands(typed)
-    if typed in PACKAGES and typed not in commands:
-        package = PACKAGES[typed]
-        broken = next((each for each in peftcore.plugins() if each.distribution == package and each.error), None)
+    command_name = next((word for word in words if not word.startswith("-")), None)
+    commands = known_commands(command_name)
+    if command_name in PACKAGES and command_name not in commands:
+        package = PACKAGES[command_name]
+        broken = next(
+            (plugin for plugin in peftcore.plugins() if plugin.distribution == package and plugin.error), None
+        )
         if broken is not None:
             raise PluginError(
-                f"'peftcore {typed}' cannot run: {package} {broken.version} is not usable: {broken.error}"
+                f"'peftcore {command_name}' cannot run: {package} {broken.version} is not usable: {broken.error}"
             )
         raise PluginError(
-            f"'peftcore {typed}' is in a package that is not installed. Run in a copy of peftcore's repository: "
+            f"'peftcore {command_name}' is in a package that is not installed. Run in a copy of peftcore's repository: "
             f"pip install ./plugins/{package}"
         )
     for command in commands.values():
@@ -91,12 +93,12 @@ def build(words: list[str]) -> typer.Typer:
 
 
 def _unwrapped(text: str) -> str:
-    """Return a docstring with each paragraph in one line; typer would keep the lines' ends."""
+    """Return a docstring with each paragraph on one line, because typer keeps line breaks."""
     return "\n\n".join(" ".join(paragraph.split()) for paragraph in text.split("\n\n"))
 
 
 def _with_clear_errors(command: Callable[..., object]) -> Callable[..., None]:
-    """Return `command` as typer reads it; errors that a user can act on end it with their message alone."""
+    """Return `command` as typer reads it; a PeftcoreError ends it with the message alone, without a traceback."""
     command = signatures.expand(command)
 
     @functools.wraps(command)
@@ -116,10 +118,10 @@ def _with_clear_errors(command: Callable[..., object]) -> Callable[..., None]:
         except PeftcoreError as error:
             fail(str(error))
         except OSError as error:
-            refused = arguments.refusal(error)
-            if refused is None:
+            message = arguments.refusal(error)
+            if message is None:
                 raise
-            fail(refused)
+            fail(message)
         except BaseException as error:
             if type(error).__name__ != "PanicException":  # of a library in Rust: no Exception
                 raise
@@ -129,23 +131,23 @@ def _with_clear_errors(command: Callable[..., object]) -> Callable[..., None]:
 
 
 def _epilog(examples: Sequence[str]) -> str:
-    """Examples as typer prints them: paragraphs, without markup."""
+    """Return the examples as typer prints them: one paragraph each, with markup escaped."""
     return "\n\n".join(["Examples:", *(escape(example) for example in examples)])
 
 
-def _show_versions(wanted: bool) -> None:
-    if wanted:
+def _show_versions(is_requested: bool) -> None:
+    if is_requested:
         from peftcore_cli.versions import versions
 
-        for name, found in versions():
-            console.say(f"{name} {found}")
+        for name, version in versions():
+            console.say(f"{name} {version}")
         raise typer.Exit
 
 
 def _options(
     version: Annotated[
         bool,
-        typer.Option("--version", is_eager=True, callback=_show_versions, help="Show versions, and the SIMD level."),
+        typer.Option("--version", is_eager=True, callback=_show_versions, help="Show versions and the SIMD level."),
     ] = False,
 ) -> None:
     pass

@@ -1,4 +1,4 @@
-"""Checks of options shared by all commands, and messages for errors of the operating system."""
+"""Checks on the options of every command, and messages for errors of the operating system."""
 
 from __future__ import annotations
 
@@ -11,42 +11,44 @@ from typing import Any
 
 from peftcore.errors import PeftcoreError
 
-_LARGEST = 1 << 62  # whole numbers are counts of steps and tokens, which are added up
+_LARGEST = 1 << 62  # integers are counts of steps and tokens; their sums must fit into 64 bits
 _SEEDS = 1 << 32
 _WITHOUT_A_FILE = (errno.ENOSPC, errno.EDQUOT)
 
 
 def check(options: Mapping[str, Any]) -> None:
-    """Raise a PeftcoreError for a value of an option that no command can use.
+    """Raise a PeftcoreError for a value that no command can use.
 
-    These are numbers that are not finite or too large, seeds outside of 32 bits, and text that cannot name a file.
+    That is a number that is not finite or too large, a seed outside 32 bits, or text that cannot be a file name.
     """
     for name, value in options.items():
         option = f"--{name.replace('_', '-')}"
-        for each in value if isinstance(value, (list, tuple)) else [value]:
-            if isinstance(each, float) and not math.isfinite(each):
-                raise PeftcoreError(f"{option} must be a finite number, found {each}")
-            if isinstance(each, int) and not -_LARGEST < each < _LARGEST:
+        for item in value if isinstance(value, (list, tuple)) else [value]:
+            if isinstance(item, float) and not math.isfinite(item):
+                raise PeftcoreError(f"{option} must be a finite number, found {item}")
+            if isinstance(item, int) and not -_LARGEST < item < _LARGEST:
                 raise PeftcoreError(
-                    f"{option} must be below {_LARGEST:.2g}, found a number of {each.bit_length()} bits"
+                    f"{option} must be below {_LARGEST:.2g}, found a number of {item.bit_length()} bits"
                 )
-            if isinstance(each, (str, Path)):
-                _check_text(option, str(each))
+            if isinstance(item, (str, Path)):
+                _check_text(option, str(item))
         if name == "seed" and isinstance(value, int) and not 0 <= value < _SEEDS:
             raise PeftcoreError(f"--seed must be in 0 to {_SEEDS - 1}, found {value}")
 
 
 def _check_text(option: str, text: str) -> None:
     if "\0" in text:
-        raise PeftcoreError(f"{option} contains a NUL character, which no name of a file and no text may")
+        raise PeftcoreError(f"{option} contains a NUL character. Remove it")
     try:
         os.fsencode(text)
     except UnicodeEncodeError:
-        raise PeftcoreError(f"{option} contains half a surrogate pair, which is not text: {text[:80]!a}") from None
+        raise PeftcoreError(
+            f"{option} contains half a surrogate pair, which is not valid text: {text[:80]!a}"
+        ) from None
 
 
 def refusal(error: OSError) -> str | None:
-    """Return a message for an error of the operating system about a file; None for other errors."""
+    """Return a message for an OSError about a file, or None for any other OSError."""
     if error.errno == errno.EPIPE or (error.filename is None and error.errno not in _WITHOUT_A_FILE):
         return None
     if error.filename is None:

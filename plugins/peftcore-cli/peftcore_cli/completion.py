@@ -9,7 +9,7 @@ from pathlib import Path
 from peftcore.plugin import method_names
 
 _DEPTH = 3  # depth of folders searched
-_MOST = 2000  # number of folders searched at most, so that Tab answers at once
+_MAX_FOLDERS = 2000  # searched at most, so that completion is instant
 
 
 def methods(incomplete: str) -> list[str]:
@@ -22,34 +22,34 @@ def adapters(incomplete: str) -> list[str]:
     name, equals, path = incomplete.rpartition("=")
     folder, _, _ = path.rpartition("/")
     start = Path(folder or ("/" if path.startswith("/") else "."))
-    found = (_as_typed(each, path) for each in _folders_of_adapters(start.expanduser()))
-    return [f"{name}{equals}{each}" for each in sorted(found) if each.startswith(path)]
+    candidates = (_as_typed(folder_text, path) for folder_text in _folders_of_adapters(start.expanduser()))
+    return [f"{name}{equals}{folder_text}" for folder_text in sorted(candidates) if folder_text.startswith(path)]
 
 
 def _folders_of_adapters(start: Path) -> Iterator[Path]:
-    """Yield folders of adapters in `start`; for a run, the run's folder, in which every command finds the adapter."""
-    level, seen = [start], 0
+    """Yield folders of adapters below `start`; of a run, the run's folder, because every command accepts it."""
+    level, visited = [start], 0
     for _ in range(_DEPTH):
-        below: list[Path] = []
+        next_level: list[Path] = []
         for folder in level:
             try:
                 with os.scandir(folder) as entries:
-                    names = sorted(each.name for each in entries if not each.name.startswith(".") and each.is_dir())
+                    names = sorted(entry.name for entry in entries if not entry.name.startswith(".") and entry.is_dir())
             except OSError:  # another user's, or deleted
                 continue
-            for inside in (folder / name for name in names):
-                seen += 1
-                if seen > _MOST:
+            for child in (folder / name for name in names):
+                visited += 1
+                if visited > _MAX_FOLDERS:
                     return
-                if (inside / "adapter_config.json").exists() or (inside / "adapter" / "adapter_config.json").exists():
-                    yield inside
+                if (child / "adapter_config.json").exists() or (child / "adapter" / "adapter_config.json").exists():
+                    yield child
                 else:
-                    below.append(inside)
-        level = below
+                    next_level.append(child)
+        level = next_level
 
 
 def _as_typed(folder: Path, path: str) -> str:
-    """Return the folder as the shell has to write it: with `~` for home and `./` if they were typed."""
+    """Return the folder with the prefix that the user typed, `~/` or `./`, which the shell compares."""
     text = str(folder)
     if path.startswith("~/"):
         text = text.replace(str(Path.home()), "~", 1)

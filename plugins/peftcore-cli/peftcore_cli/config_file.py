@@ -1,4 +1,4 @@
-"""`--config run.toml`: options of a command from a file, and the file that a run writes to be repeated.
+"""`--config run.toml`: read the options of a command from a file, and write such a file for each run.
 
 Keys are option names, `batch_size` or `batch-size`; the table `[set]` has fields of the method's config. The command
 line takes precedence over the file, for `[set]` field by field.
@@ -27,9 +27,9 @@ RUN_FILE = "run.json"
 _FIELDS = "peftcore_cli.fields"  # key in the context: the file's `[set]`
 _RESUMED = "peftcore_cli.resumed"  # key in the context: values of --output and --resume
 _NOT_IN_FILES = {"config", "help"}
-# If the command line gives the first option, the file's second, which would override it, is ignored.
-_OVERRULED = {"epochs": "steps", "holdout": "eval_data"}
-_Given = TypeVar("_Given", bound=Any)  # a dataclass
+# If the command line sets the first option, the second option of the file is ignored, because it would take precedence.
+_OVERRIDES = {"epochs": "steps", "holdout": "eval_data"}
+_Options = TypeVar("_Options", bound=Any)  # a dataclass
 
 
 def use(context: typer.Context, _param: typer.CallbackParam, file: Path | None) -> Path | None:
@@ -48,7 +48,7 @@ def use(context: typer.Context, _param: typer.CallbackParam, file: Path | None) 
             raise typer.BadParameter(f"{file}: there is no option '{name}'{nearest(key, options)}")
         option = options[key]
         if key == "set" and isinstance(value, dict):
-            context.meta[_FIELDS] = {field: text_of(given) for field, given in value.items()}
+            context.meta[_FIELDS] = {field: text_of(field_value) for field, field_value in value.items()}
         else:
             defaults[str(option.name)] = _default(f"{file}: '{name}'", context, option, value)
     context.default_map = defaults
@@ -56,59 +56,62 @@ def use(context: typer.Context, _param: typer.CallbackParam, file: Path | None) 
 
 
 def use_of_run(context: typer.Context, param: typer.CallbackParam, value: Any) -> Any:
-    """Use the options of the run in `--output` as defaults if `--resume` continues it (callback of both options).
+    """Use the options of the run in `--output` as defaults with `--resume` (callback of both options).
 
-    A file of `--config` comes first. An empty folder is a run that has not begun, for jobs that are started again.
+    A file passed as `--config` takes precedence. An empty folder counts as a run that has not begun, so that a job can
+    always be submitted with `--resume`.
 
     Raises:
         typer.BadParameter: there is no run in the folder, or its `run.toml` cannot be used.
     """
     if context.resilient_parsing:
         return value
-    known = context.meta.setdefault(_RESUMED, {})
-    known[param.name] = value
-    if not known.get("resume") or known.get("output") is None:
+    resume_values = context.meta.setdefault(_RESUMED, {})
+    resume_values[param.name] = value
+    if not resume_values.get("resume") or resume_values.get("output") is None:
         return value
-    output = Path(known["output"])
-    known.clear()  # `use` processes --output again, as it does every option of the file
+    output = Path(resume_values["output"])
+    resume_values.clear()  # `use` processes --output again, as it does every option of the file
     if (output / RUN_FILE).exists():
         if (output / NAME).exists() and not context.default_map:
             use(context, param, output / NAME)
     elif not (output.is_dir() and not any(output.iterdir())):
-        siblings = [each.parent.name for each in output.absolute().parent.glob(f"*/{RUN_FILE}")]
-        what = f"has no {RUN_FILE}" if output.exists() else "does not exist"
+        siblings = [run_file.parent.name for run_file in output.absolute().parent.glob(f"*/{RUN_FILE}")]
+        problem = f"has no {RUN_FILE}" if output.exists() else "does not exist"
         raise typer.BadParameter(
-            f"there is no run to resume: '{output}' {what}{nearest(output.name, siblings)}. Correct --output, or leave "
-            "out --resume. A job that is started again with the same command makes an empty folder first: mkdir -p "
+            f"there is no run to resume: '{output}' {problem}{nearest(output.name, siblings)}. Correct --output, or "
+            "leave out --resume. If a job may be restarted with the same command, create the folder first: mkdir -p "
             f"{shlex.quote(str(output))}"
         )
     return value
 
 
 def fields(context: typer.Context, settings: list[str] | None) -> list[str]:
-    """Return the fields of `--set`, NAME=VALUE, including the file's that the command line does not give."""
+    """Return the NAME=VALUE settings of `--set`, with those of the file that the command line does not set."""
     settings = settings or []
-    said = {setting.partition("=")[0].strip() for setting in settings}
+    names_on_command_line = {setting.partition("=")[0].strip() for setting in settings}
     from_file: dict[str, str] = context.meta.get(_FIELDS, {})
-    return [*settings, *(f"{name}={value}" for name, value in from_file.items() if name not in said)]
+    return [*settings, *(f"{name}={value}" for name, value in from_file.items() if name not in names_on_command_line)]
 
 
-def in_force(context: typer.Context, given: _Given) -> _Given:
-    """Return `given` without options of the file that the command line overrides through another option."""
+def in_force(context: typer.Context, options: _Options) -> _Options:
+    """Return `options` without those of the file that the command line overrides through another option."""
 
     def source(name: str) -> str:
         return getattr(context.get_parameter_source(name), "name", "")
 
-    overruled = [
-        name for by, name in _OVERRULED.items() if source(by) == "COMMANDLINE" and source(name) == "DEFAULT_MAP"
+    overridden = [
+        name
+        for overriding, name in _OVERRIDES.items()
+        if source(overriding) == "COMMANDLINE" and source(name) == "DEFAULT_MAP"
     ]
-    return dataclasses.replace(given, **dict.fromkeys(overruled)) if overruled else given
+    return dataclasses.replace(options, **dict.fromkeys(overridden)) if overridden else options
 
 
 def text(options: Mapping[str, Any]) -> str:
-    """Return options as a file for `--config`, without those that are None. `set` becomes a table."""
-    shown = {name: value for name, value in options.items() if value is not None and name != "set"}
-    lines = [f"{name} = {_toml(value)}" for name, value in shown.items()]
+    """Format options as TOML for `--config`, leaving out those that are None. `set` becomes a table."""
+    scalars = {name: value for name, value in options.items() if value is not None and name != "set"}
+    lines = [f"{name} = {_toml(value)}" for name, value in scalars.items()]
     if options.get("set"):
         lines += ["", "[set]", *(f"{_toml_key(name)} = {_toml(value)}" for name, value in options["set"].items())]
     return "\n".join(lines) + "\n"
@@ -117,11 +120,11 @@ def text(options: Mapping[str, Any]) -> str:
 def write(file: Path, options: Mapping[str, Any]) -> None:
     """Write options as a file for `--config`."""
     try:
-        written = text(options).encode()
+        content = text(options).encode()
     except UnicodeEncodeError as error:  # a path that is not UTF-8, which TOML cannot represent
         warn(f"'{file}' is not written: {error.object[error.start : error.end]!r} is not UTF-8")
         return
-    file.write_bytes(written)
+    file.write_bytes(content)
 
 
 def _read(file: Path) -> dict[str, Any]:
@@ -147,25 +150,25 @@ def _key(option: Any) -> str:
     return max(option.opts, key=len).lstrip("-").replace("-", "_")
 
 
-def _default(what: str, context: typer.Context, option: Any, value: Any) -> Any:
-    """Convert a value of the file to the option's type, through text, so that 8.5 is not a whole number."""
+def _default(where: str, context: typer.Context, option: Any, value: Any) -> Any:
+    """Convert a value of the file to the option's type through text, so that 8.5 is refused as an integer."""
     scalar: tuple[type, ...] = (bool,) if option.is_flag else (str, int, float)
     values = value if option.multiple and isinstance(value, list) else [value]
-    for each in values:
-        if not isinstance(each, scalar) or isinstance(each, bool) != option.is_flag:
+    for item in values:
+        if not isinstance(item, scalar) or isinstance(item, bool) != option.is_flag:
             takes = "true or false" if option.is_flag else "text or a number"
-            raise typer.BadParameter(f"{what} takes {takes}, found {each!r}")
-    values = [each if option.is_flag else text_of(each) for each in values]
+            raise typer.BadParameter(f"{where} takes {takes}, found {item!r}")
+    values = [item if option.is_flag else text_of(item) for item in values]
     default = values if option.multiple else values[0]
     try:
         option.process_value(context, default)
     except Exception as error:  # click's exception; typer may bundle its own copy
-        raise typer.BadParameter(f"{what}: {getattr(error, 'message', error)}") from error
+        raise typer.BadParameter(f"{where}: {getattr(error, 'message', error)}") from error
     return default
 
 
 def _toml(value: Any) -> str:
-    """Format a value as TOML; None, which TOML does not have, as for --set."""
+    """Format a value as TOML. TOML has no null, so None becomes "none", as in --set."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, float):
@@ -173,7 +176,7 @@ def _toml(value: Any) -> str:
     if isinstance(value, int):
         return str(value)
     if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{_toml_key(key)} = {_toml(each)}" for key, each in value.items()) + "}"
+        return "{" + ", ".join(f"{_toml_key(key)} = {_toml(item)}" for key, item in value.items()) + "}"
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join(map(_toml, value)) + "]"
     return _quoted("none" if value is None else str(value))
@@ -185,4 +188,4 @@ def _toml_key(key: Any) -> str:
 
 def _quoted(text: str) -> str:
     escaped = text.replace("\\", "\\\\").replace('"', '\\"')
-    return '"' + re.sub(r"[\x00-\x1f\x7f]", lambda found: f"\\u{ord(found[0]):04x}", escaped) + '"'
+    return '"' + re.sub(r"[\x00-\x1f\x7f]", lambda match: f"\\u{ord(match[0]):04x}", escaped) + '"'

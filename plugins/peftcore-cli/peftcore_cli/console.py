@@ -24,8 +24,8 @@ from rich.text import Text
 
 from peftcore.errors import PeftcoreError
 
-# What a terminal obeys instead of showing it, what changes the direction of text, and bytes that are not UTF-8 in names
-# of files. Tabs and line ends stay.
+# Control characters, characters that change the direction of text, and surrogates, which stand for bytes of file names
+# that are not UTF-8. Tabs and line breaks stay.
 _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
@@ -34,11 +34,11 @@ def printable(text: str) -> str:
 
     Names and texts from a file may contain sequences that move the cursor, rename the window or hide what was printed.
     """
-    return _CONTROLS.sub(lambda found: ascii(found[0])[1:-1], text)
+    return _CONTROLS.sub(lambda match: ascii(match[0])[1:-1], text)
 
 
 class Console(RichConsole):
-    """A console that escapes control characters in everything it prints; the colours are its own."""
+    """Console that escapes control characters in everything it prints, except for its own colours."""
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
         """Yield the segments of what is printed."""
@@ -56,22 +56,22 @@ class LogFormatter(logging.Formatter):
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
 
-NO_METHOD = "no method is installed. Methods are separate packages, such as those in the source folder plugins/"
+NO_METHOD = "no method is installed. Methods are separate packages; install one from plugins/ of the repository"
 
-ERROR_OF_FIRST = 10.0  # seconds in which rank 0 prints an error that all ranks have
+RANK_0_TIMEOUT = 10.0  # seconds to wait for rank 0 to print an error
 
-_speaker = ""  # name of this process in errors, if there are several
+_prefix = ""  # of errors, to name this process if there are several
 
 
 def silence(name: str) -> None:
     """Print only errors from now on, prefixed with this name."""
-    global _speaker
-    out.quiet, _speaker = True, f"{name}: "
+    global _prefix
+    out.quiet, _prefix = True, f"{name}: "
 
 
-def number(count: int, what: str) -> str:
+def number(count: int, noun: str) -> str:
     """Return `count` with a noun, such as "1 row" and "2 rows"."""
-    return f"{count:,} {what}{'' if count == 1 else 's'}"
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 def _plain(message: str, style: str | None = None) -> Text:
@@ -85,7 +85,7 @@ def say(message: str, style: str | None = None) -> None:
 
 
 def print_answer(text: str, end: str = "\n") -> None:
-    """Print what a model wrote: to a terminal escaped, to a file or a pipe as it is."""
+    """Print a model's answer, escaped on a terminal and unchanged to a file or pipe."""
     if out.is_terminal:
         out.print(_plain(text), end=end, soft_wrap=True)
     else:
@@ -94,15 +94,15 @@ def print_answer(text: str, end: str = "\n") -> None:
 
 
 def print_json(document: object) -> None:
-    """Print a document of `--json` to standard output. Numbers that are not finite, which JSON has not, become null."""
+    """Print the document of `--json` to standard output. JSON has no NaN or infinity: they become null."""
     sys.stdout.write(json.dumps(_finite(document), indent=2, allow_nan=False, default=str) + "\n")
 
 
 def _finite(value: object) -> object:
     if isinstance(value, dict):
-        return {name: _finite(each) for name, each in value.items()}
+        return {name: _finite(item) for name, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(each) for each in value]
+        return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -113,38 +113,39 @@ def warn(message: str) -> None:
 
 
 def note(message: str) -> None:
-    """Print a remark to standard error, so that standard output has answers only."""
+    """Print a remark to standard error, to keep it out of the output."""
     if not out.quiet:
         err.print(_plain(message, "dim"), soft_wrap=True)
 
 
 def leave_to_first_rank() -> None:
-    """Before an error is printed: on other ranks of torchrun than 0, wait until torchrun ends them for rank 0's error.
+    """Wait before printing an error on any torchrun rank but 0, so that an error on all ranks is printed once.
 
-    An error of all ranks is so printed once. The function returns on rank 0, and where rank 0 has not failed meanwhile.
+    torchrun ends the other ranks when rank 0 fails. The function returns at once on rank 0, and on another rank if rank
+    0 does not fail meanwhile.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("RANK", "0") != "0":
         with suppress(ValueError):  # outside the main thread
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        time.sleep(ERROR_OF_FIRST)
+        time.sleep(RANK_0_TIMEOUT)
 
 
 def fail(message: str) -> NoReturn:
-    """Print an error to standard error, of several ranks' errors one, and end the command with status 1."""
+    """Print an error to standard error, once for all ranks, and end the command with status 1."""
     leave_to_first_rank()
-    err.print(_plain(f"{_speaker}error: {message}", "bold red"), soft_wrap=True)
+    err.print(_plain(f"{_prefix}error: {message}", "bold red"), soft_wrap=True)
     raise typer.Exit(1)
 
 
 def command(*, resume: bool = False) -> str:
-    """Return the current command line; with `resume`, as one that resumes."""
+    """Return the current command line, with `--resume` if `resume` is set."""
     arguments = sys.argv[1:]
     if resume:
-        arguments = [*(each for each in arguments if each not in ("--resume", "--overwrite")), "--resume"]
-    several = os.environ.get("WORLD_SIZE", "1")
+        arguments = [*(argument for argument in arguments if argument not in ("--resume", "--overwrite")), "--resume"]
+    world_size = os.environ.get("WORLD_SIZE", "1")
     program = ["peftcore"]
-    if several != "1":
-        program = ["torchrun", "--nproc-per-node", several, "-m", "peftcore_cli"]
+    if world_size != "1":
+        program = ["torchrun", "--nproc-per-node", world_size, "-m", "peftcore_cli"]
     return shlex.join([*program, *arguments])
 
 

@@ -1,8 +1,8 @@
-"""`--set NAME=VALUE`: fields of a method's config from text, by the types of its dataclass.
+"""`--set NAME=VALUE`: parse fields of a method's config, guided by the types of its dataclass.
 
-`none`, `true`/`false` and numbers are converted if the type allows them; sequences are separated by commas
-(`q_proj,v_proj`), mappings are `name:value` pairs; both may be JSON. If a field takes text or a sequence, text with
-special characters of a regular expression stays text, and a single bare name is a sequence of one.
+`none`, `true`, `false` and numbers are converted if the type allows them. Sequences are separated by commas
+(`q_proj,v_proj`) and mappings are `name:value` pairs; both may also be JSON. If a field takes text or a sequence, text
+with special characters of a regular expression stays text, and a bare name becomes a sequence of one.
 """
 
 from __future__ import annotations
@@ -22,61 +22,61 @@ _WORDS = {"none": None, "null": None, "true": True, "false": False}
 
 
 def parse(config_class: type, settings: list[str], option: str = "--set") -> dict[str, Any]:
-    """Return the fields that `settings` (`NAME=VALUE` each) set on `config_class`; errors name the `option`.
+    """Parse `NAME=VALUE` settings into fields of `config_class`; errors name the `option`.
 
     Raises:
         PeftcoreError: a setting has no `=`, names no field, is given twice, or has the wrong type.
     """
     hints = typing.get_type_hints(config_class)
-    known = [field.name for field in dataclasses.fields(config_class) if field.init]
+    field_names = [field.name for field in dataclasses.fields(config_class) if field.init]
     values: dict[str, Any] = {}
     for setting in settings:
         name, equals, text = setting.partition("=")
         name = name.strip()
         if not equals:
             raise PeftcoreError(f"{option} {setting}: expected NAME=VALUE")
-        if name not in known:
+        if name not in field_names:
             raise PeftcoreError(
-                f"{option} {setting}: {config_class.__name__} has no field '{name}'{nearest_field(name, known)}. "
-                f"Its fields: {', '.join(known)}"
+                f"{option} {setting}: {config_class.__name__} has no field '{name}'{nearest_field(name, field_names)}. "
+                f"Its fields: {', '.join(field_names)}"
             )
         if name in values:
             raise PeftcoreError(f"{option} {setting}: '{name}' is given twice")
         try:
             values[name] = convert(text.strip(), hints[name])
         except (ValueError, RecursionError):
-            said = f"{option} {setting}: '{name}' takes {describe(hints[name])}, found '{text}'"
-            raise PeftcoreError(said if len(said) < 1_000 else f"{said[:500]}...") from None
+            message = f"{option} {setting}: '{name}' takes {describe(hints[name])}, found '{text}'"
+            raise PeftcoreError(message if len(message) < 1_000 else f"{message[:500]}...") from None
     return values
 
 
 def convert(text: str, hint: Any) -> Any:
-    """Return `text` as a value of the type `hint`: the first of its readings that fits.
+    """Convert `text` to the type `hint`: the most specific interpretation that fits.
 
     Raises:
-        ValueError: no reading fits.
+        ValueError: no interpretation fits.
     """
-    for value in _readings(text, hint):
+    for value in _interpretations(text, hint):
         if fits(value, hint):
             return value
     raise ValueError(text)
 
 
 def text_of(value: Any) -> str:
-    """Return a value as text that `convert` turns back into the value."""
+    """Format a value as text that `convert` turns back into the value."""
     if value is None or isinstance(value, bool):
         return str(value).lower()
     return value if isinstance(value, str) else json.dumps(value, default=str)
 
 
 def describe(hint: Any) -> str:
-    """Return the type `hint` in words, and how its lists and tables are written."""
+    """Describe the type `hint` in words, with the notation of lists and tables."""
     words = in_words(hint)
-    hints = [how for what, how in (("a list", "a,b"), ("a table", "name:value,...")) if what in words]
+    hints = [notation for kind, notation in (("a list", "a,b"), ("a table", "name:value,...")) if kind in words]
     return f"{words} (written {' or '.join(hints)})" if hints else words
 
 
-def _readings(text: str, hint: Any) -> Iterator[Any]:
+def _interpretations(text: str, hint: Any) -> Iterator[Any]:
     """Yield the possible values of `text`, the most specific first."""
     yield from _scalars(text)
     if hint is Any:
@@ -108,7 +108,7 @@ def _scalar(text: str) -> Any:
 
 
 def _looks_like_names(text: str) -> bool:
-    """Return whether text is a list of names rather than text, for fields that take both."""
+    """Return whether `text` is a list of names, for fields that take text or a list."""
     if re.search(r"[\\()\[\]{}*+?|^$]", text):
         return False
     return "," in text or re.fullmatch(r"[A-Za-z_][\w.]*", text) is not None

@@ -1,7 +1,7 @@
 """Groups of options in the help of commands with many.
 
-`--help` shows the options without a group, which people use first, and `--help-all` all of them. The group of an option
-is its `rich_help_panel`. A command with few options shows them in one list.
+`--help` shows the options without a group, which are the most used; `--help-all` shows all of them. The group of an
+option is its `rich_help_panel`. A command with few options shows them in one list.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ OUTPUT = "Output"
 
 _ORDER = (None, DATA, MODEL, TASK, TRAINING, EVALUATION, MEMORY, OUTPUT)
 _ALL = "--help-all"
-_FEW = 12  # options that are read at a glance
+_FEW = 12  # options that fit into one list
 
 
 class GroupedCommand(TyperCommand):
@@ -30,15 +30,15 @@ class GroupedCommand(TyperCommand):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._grouped: list[Any] = [param for param in self.params if getattr(param, "rich_help_panel", None)]
+        self._grouped_options: list[Any] = [param for param in self.params if getattr(param, "rich_help_panel", None)]
         self._shows_all = False
         if len(self.params) > _FEW:
             self.params.sort(key=lambda param: _ORDER.index(getattr(param, "rich_help_panel", None)))
             self.context_settings = {**self.context_settings, "help_option_names": ["--help", _ALL]}
             return
-        for option in self._grouped:
+        for option in self._grouped_options:
             option.rich_help_panel = None
-        self._grouped = []
+        self._grouped_options = []
 
     def get_help_option_names(self, ctx: Any) -> list[str]:
         return sorted(super().get_help_option_names(ctx))  # click has them in a set
@@ -48,12 +48,12 @@ class GroupedCommand(TyperCommand):
         return super().parse_args(ctx, args)
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
-        if self._shows_all or not self._grouped:
+        if self._shows_all or not self._grouped_options:
             super().format_help(ctx, formatter)
             return
-        for option in self._grouped:  # hidden while the help is printed: the shell completes them
+        for option in self._grouped_options:  # hidden while the help is printed: the shell completes them
             option.hidden = True
         super().format_help(ctx, formatter)
-        for option in self._grouped:
+        for option in self._grouped_options:
             option.hidden = False
-        console.say(f" {len(self._grouped)} more options: peftcore {ctx.info_name} {_ALL}\n")
+        console.say(f" {len(self._grouped_options)} more options: peftcore {ctx.info_name} {_ALL}\n")

@@ -18,30 +18,39 @@ FULL = "full"  # in place of a method: full fine-tuning, as the reference of a c
 
 
 def in_run(folder: Path | None) -> Path | None:
-    """Return the adapter's folder, which may be named by the run that made it."""
+    """Return the adapter's folder; `folder` may be the run that made it."""
     from peftcore_cli.bases.adapter_folders import adapter_folder
 
     return None if folder is None else adapter_folder(folder)
 
 
 def adapter_argument(help: str) -> Any:
-    """Return the argument ADAPTER, the folder of one adapter or run."""
+    """Return the declaration of the argument ADAPTER: the folder of an adapter or a run."""
     return typer.Argument(metavar="ADAPTER", callback=in_run, autocompletion=completion.adapters, help=help)
 
 
 Model = Annotated[str, typer.Option("--model", "-m", help="Base model: hub id, folder, or .gguf file.")]
 MaybeModel = Annotated[
     str | None,
-    typer.Option("--model", "-m", help="Base model: hub id, folder, or .gguf file; with --adapter only if it moved."),
+    typer.Option(
+        "--model",
+        "-m",
+        help="Base model: hub id, folder, or .gguf file. With --adapter, needed only if the base has moved.",
+    ),
 ]
 BaseModel = Annotated[
     str | None,
-    typer.Option("--model", "-m", help="Base model; default: the one that the adapter names."),
+    typer.Option("--model", "-m", help="Base model; default: the one that the adapter was trained on."),
 ]
 Adapter = Annotated[
-    Path, adapter_argument("Folder of an adapter or a run: peftcore's, PEFT's or of a library that a plugin reads.")
+    Path,
+    adapter_argument(
+        "Folder of an adapter or a run, in the format of peftcore, PEFT, or a library that a plugin supports."
+    ),
 ]
-MaybeAdapter = Annotated[Path | None, adapter_argument("Folder of an adapter or a run; without it, the base is used.")]
+MaybeAdapter = Annotated[
+    Path | None, adapter_argument("Folder of an adapter or a run; leave it out to use the base alone.")
+]
 Continued = Annotated[
     Path | None,
     typer.Option(
@@ -50,7 +59,7 @@ Continued = Annotated[
         callback=in_run,
         autocompletion=completion.adapters,
         rich_help_panel=option_groups.MODEL,
-        help="Folder of an adapter or a run to go on training, as a new run.",
+        help="Folder of an adapter or a run to continue training from, as a new run.",
     ),
 ]
 Data = Annotated[
@@ -59,7 +68,7 @@ Data = Annotated[
         "--data",
         "-d",
         help="Examples: a .jsonl, .json, .csv, .tsv or .parquet file, a folder of them, or a dataset's hub id "
-        "(ORG/NAME@SPLIT). Repeatable; in training, FILE:2 counts twice.",
+        "(ORG/NAME@SPLIT). Repeatable; in training, FILE:2 gives a file twice the weight.",
     ),
 ]
 Config = Annotated[
@@ -68,7 +77,7 @@ Config = Annotated[
         is_eager=True,
         callback=config_file.use,
         rich_help_panel=option_groups.OUTPUT,
-        help="TOML file of options, such as RUN/run.toml; options of the command line take precedence.",
+        help="TOML file of options, such as RUN/run.toml; the command line takes precedence.",
     ),
 ]
 Columns = Annotated[
@@ -76,14 +85,14 @@ Columns = Annotated[
     typer.Option(
         metavar="FIELD=COLUMN",
         rich_help_panel=option_groups.DATA,
-        help="Columns with other names, such as prompt=question,completion=answer.",
+        help="Map fields to columns, such as prompt=question,completion=answer.",
     ),
 ]
 ChatTemplate = Annotated[
     str | None,
     typer.Option(
         rich_help_panel=option_groups.DATA,
-        help="Template that turns messages into text: chatml, or a file; default: the tokenizer's.",
+        help="Chat template: chatml or a file; default: the tokenizer's.",
     ),
 ]
 MethodName = Annotated[
@@ -91,7 +100,7 @@ MethodName = Annotated[
     typer.Option(
         "--method",
         autocompletion=completion.methods,
-        help="Fine-tuning method, one that `peftcore methods` lists; optional if only one is installed.",
+        help="Fine-tuning method (`peftcore methods` lists them); optional if only one is installed.",
     ),
 ]
 Fields = Annotated[
@@ -102,28 +111,28 @@ Dtype = Annotated[
     str,
     typer.Option(
         rich_help_panel=option_groups.MEMORY,
-        help="Dtype of the base: fp32, bf16, or auto (bf16 on a GPU that has it; on a CPU the checkpoint's, or fp32 if "
-        "bf16 is slow there).",
+        help="Dtype of the base: fp32, bf16, or auto (bf16 on GPUs that support it; on CPUs the checkpoint's dtype, or "
+        "fp32 where bf16 is slow).",
     ),
 ]
 WrittenDtype = Annotated[
     str,
     typer.Option(
         rich_help_panel=option_groups.MEMORY,
-        help="Dtype of the base: fp32, bf16, or auto (bf16 on a GPU that has it, else fp32).",
+        help="Dtype of the base: fp32, bf16, or auto (bf16 on GPUs that support it, otherwise fp32).",
     ),
 ]
 Parallel = Annotated[
     str | None,
     typer.Option(
         rich_help_panel=option_groups.MEMORY,
-        help="How torchrun's processes share the base: ddp (each has a copy) or fsdp2 (shards).",
+        help="Data parallelism under torchrun: ddp (replicate the base) or fsdp2 (shard it).",
     ),
 ]
 Ranks = Annotated[
     int,
     typer.Option(
-        min=1, metavar="N", rich_help_panel=option_groups.MEMORY, help="Number of processes; sizes are those of one."
+        min=1, metavar="N", rich_help_panel=option_groups.MEMORY, help="Number of processes; figures are per process."
     ),
 ]
 TensorParallel = Annotated[
@@ -133,14 +142,14 @@ TensorParallel = Annotated[
         min=1,
         metavar="N",
         rich_help_panel=option_groups.MEMORY,
-        help="Number of processes that share each layer (tensor parallelism).",
+        help="Tensor-parallel size: the number of processes that share each layer.",
     ),
 ]
 Quantize = Annotated[
     str | None,
     typer.Option(
         "--quantize",
-        help="4-bit format of the base, such as nf4, or none for dense; default: as in training.",
+        help="4-bit format of the base, such as nf4, or none for a dense base; default: as in training.",
     ),
 ]
 TrustRemoteCode = Annotated[
@@ -148,8 +157,8 @@ TrustRemoteCode = Annotated[
     typer.Option(
         "--trust-remote-code",
         rich_help_panel=option_groups.MODEL,
-        help="Run the Python code in the model's repository, for models that are not in transformers. The code can do "
-        "all that you can do: read it first.",
+        help="Run the Python code in the model's repository, for models that are not in transformers. It runs with "
+        "your permissions: read it first.",
     ),
 ]
 Device = Annotated[str, typer.Option(rich_help_panel=option_groups.MEMORY, help="Device: cpu, cuda, cuda:1, or auto.")]
@@ -167,7 +176,7 @@ Labels = Annotated[
     typer.Option(
         metavar="A,B,...",
         rich_help_panel=option_groups.TASK,
-        help="Labels of a classifier that PEFT trained, in the order of its outputs.",
+        help="Labels of a classifier trained with PEFT, in the order of its outputs.",
     ),
 ]
 PlannedLabels = Annotated[
@@ -179,7 +188,7 @@ PlannedData = Annotated[
     typer.Option(
         "--data",
         "-d",
-        help="Examples, from which the task, images, audio and numbers of texts are read. Repeatable.",
+        help="Examples, to find the task, the sizes of images and audio, and the number of texts. Repeatable.",
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
@@ -195,7 +204,7 @@ def names_of(labels: str | None) -> tuple[str, ...]:
 
 
 def planned_task(task: str | None, data: Sequence[str] | None, labels: str | None) -> tuple[str, tuple[str, ...]]:
-    """Return the task and the labels of a run that is planned, perhaps before there are examples.
+    """Return the task and the labels of a planned run, for which there may be no examples yet.
 
     Raises:
         PeftcoreError: the task is not known, or a file of examples is wrong.
@@ -211,41 +220,41 @@ def planned_task(task: str | None, data: Sequence[str] | None, labels: str | Non
 def resolve_method(
     name: str | None, settings: list[str] | None, *, before: Mapping[str, Any] | None = None
 ) -> tuple[str, dict[str, Any]]:
-    """Return the method's name and the fields that `--set` gives to it, with those of an adapter, `before`.
+    """Return the method's name and its fields: those of `--set`, and those of an adapter that training continues.
 
     Raises:
-        PeftcoreError: the method is not installed, is not named although several are, or a field is wrong.
+        PeftcoreError: the method is not installed, several are installed and none is named, or a field is wrong.
     """
     import peftcore
     from peftcore_cli.fields import parse
 
     if name is None:
-        installed = peftcore.methods()
-        if len(installed) != 1:
-            names = ", ".join(installed) or "none; see peftcore plugins"
-            raise PluginError(f"no method is given. Pass --method NAME (installed: {names})")
-        name = next(iter(installed))
+        installed_methods = peftcore.methods()
+        if len(installed_methods) != 1:
+            names = ", ".join(installed_methods) or "none; see peftcore plugins"
+            raise PluginError(f"no method was given. Pass --method NAME (installed: {names})")
+        name = next(iter(installed_methods))
     method = peftcore.method(name)
-    found = parse(method.config_class, settings or [])
-    if found and not before:  # the files of an adapter are checked when they are read
+    set_fields = parse(method.config_class, settings or [])
+    if set_fields and not before:  # the files of an adapter are checked when they are read
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # `apply` raises them
-            peftcore.config(method.name, **found)
-    return method.name, {**(before or {}), **found}
+            peftcore.config(method.name, **set_fields)
+    return method.name, {**(before or {}), **set_fields}
 
 
 def absolute_data(paths: Sequence[str]) -> str | list[str]:
-    """Return the paths of `--data` as absolute ones with their weights: one as text, several as a list."""
-    found = []
+    """Make the paths of `--data` absolute and keep their weights; return one as a string, several as a list."""
+    absolute_paths = []
     for text in paths:
         path = mixture.parsed(text).path
-        found.append(absolute(path) + text[len(path) :])
-    return found[0] if len(found) == 1 else found
+        absolute_paths.append(absolute(path) + text[len(path) :])
+    return absolute_paths[0] if len(absolute_paths) == 1 else absolute_paths
 
 
 def absolute(path: str) -> str:
-    """Return a path as an absolute one; anything else (a hub id, `chatml`) unchanged."""
+    """Make an existing path absolute; return anything else (a hub id, `chatml`) unchanged."""
     if "{" in path:  # the text of a template
         return path
-    where = Path(os.path.expanduser(path))
-    return str(where.resolve()) if os.path.exists(where) else path
+    expanded = Path(os.path.expanduser(path))
+    return str(expanded.resolve()) if os.path.exists(expanded) else path

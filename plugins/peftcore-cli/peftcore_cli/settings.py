@@ -43,14 +43,14 @@ class RunOptions:
     eval_data: Annotated[
         str | None,
         typer.Option(
-            rich_help_panel=option_groups.DATA, help="Held-out examples to evaluate on, written as for --data."
+            rich_help_panel=option_groups.DATA, help="Held-out examples to evaluate on, in the formats of --data."
         ),
     ] = None
     holdout: Annotated[
         float,
         typer.Option(
             rich_help_panel=option_groups.DATA,
-            help="Without --eval-data: share of the examples to hold out, or from 1 up their number.",
+            help="Fraction of the examples to hold out, or their number if 1 or more, without --eval-data.",
         ),
     ] = 0.1
     epochs: Annotated[float, typer.Option(help="Passes over the examples.")] = 3.0
@@ -63,7 +63,7 @@ class RunOptions:
             help="Number of optimizer steps, instead of --epochs.",
         ),
     ] = None
-    batch_size: Annotated[int, typer.Option(min=1, metavar="N", help="Examples per batch, in each process.")] = 8
+    batch_size: Annotated[int, typer.Option(min=1, metavar="N", help="Examples per batch and process.")] = 8
     grad_accum: Annotated[
         int,
         typer.Option(min=1, metavar="N", rich_help_panel=option_groups.TRAINING, help="Batches per optimizer step."),
@@ -73,7 +73,7 @@ class RunOptions:
         str,
         typer.Option(
             rich_help_panel=option_groups.TRAINING,
-            help="Learning-rate schedule of transformers: linear, cosine, constant, ...",
+            help="Learning-rate schedule from transformers: linear, cosine, constant, ...",
         ),
     ] = "linear"
     warmup: Annotated[
@@ -82,7 +82,7 @@ class RunOptions:
             min=0,
             metavar="X",
             rich_help_panel=option_groups.TRAINING,
-            help="Warmup: share of the steps, or from 1 up their number.",
+            help="Warmup steps, as a fraction of all steps, or a number of steps if 1 or more.",
         ),
     ] = 0.03
     weight_decay: Annotated[
@@ -95,7 +95,7 @@ class RunOptions:
             min=0,
             metavar="X",
             rich_help_panel=option_groups.TRAINING,
-            help="Norm that gradients are clipped to; 0: no clipping.",
+            help="Maximum gradient norm for clipping; 0 disables clipping.",
         ),
     ] = 1.0
     max_length: Annotated[int, typer.Option(min=2, metavar="N", help="Maximum number of tokens per example.")] = 512
@@ -104,7 +104,7 @@ class RunOptions:
         typer.Option(
             "--streaming",
             rich_help_panel=option_groups.DATA,
-            help="Read examples from their .jsonl files as they are needed, for data larger than memory.",
+            help="Read examples from .jsonl files during training, for data larger than memory.",
         ),
     ] = False
     pack: Annotated[
@@ -119,20 +119,20 @@ class RunOptions:
         float | None,
         typer.Option(
             rich_help_panel=option_groups.TASK,
-            help="Strength of the penalty for leaving the reference: DPO and KTO (default: 0.1), GRPO "
-            "(default: 0); weight of the odds ratio in ORPO (default: 0.1).",
+            help="Strength of the KL penalty in DPO and KTO (default: 0.1) and in GRPO (default: 0); weight of "
+            "the odds-ratio loss in ORPO (default: 0.1).",
         ),
     ] = None
     desirable_weight: Annotated[
         float,
         typer.Option(
-            min=0, metavar="X", rich_help_panel=option_groups.TASK, help="Weight of good answers in KTO's loss."
+            min=0, metavar="X", rich_help_panel=option_groups.TASK, help="Weight of desirable answers in KTO's loss."
         ),
     ] = 1.0
     undesirable_weight: Annotated[
         float,
         typer.Option(
-            min=0, metavar="X", rich_help_panel=option_groups.TASK, help="Weight of bad answers in KTO's loss."
+            min=0, metavar="X", rich_help_panel=option_groups.TASK, help="Weight of undesirable answers in KTO's loss."
         ),
     ] = 1.0
     language: Annotated[
@@ -154,13 +154,18 @@ class RunOptions:
         typer.Option(
             metavar="FILE.py:FUNCTION",
             rich_help_panel=option_groups.TASK,
-            help="Function that scores answers (grpo). It is called as by TRL, with prompts, "
-            "completions and the other columns by name, and returns a list of numbers.",
+            help="Function that scores answers (grpo). Like TRL's reward functions, it takes prompts, completions "
+            "and the other columns as keyword arguments, and returns a list of numbers.",
         ),
     ] = None
     generations: Annotated[
         int,
-        typer.Option(min=2, metavar="N", rich_help_panel=option_groups.TASK, help="Answers sampled per prompt (grpo)."),
+        typer.Option(
+            min=2,
+            metavar="N",
+            rich_help_panel=option_groups.TASK,
+            help="Number of answers to sample per prompt (grpo).",
+        ),
     ] = 8
     temperature: Annotated[
         float, typer.Option(rich_help_panel=option_groups.TASK, help="Sampling temperature (grpo).")
@@ -169,15 +174,15 @@ class RunOptions:
         str | None,
         typer.Option(
             rich_help_panel=option_groups.TASK,
-            help="Model to distil from (causal-lm): hub id or folder. Its next-token probabilities are "
-            "learned in addition to the examples.",
+            help="Teacher model to distil from (causal-lm): hub id or folder. Training also matches its next-token "
+            "probabilities.",
         ),
     ] = None
     teacher_weight: Annotated[
         float,
         typer.Option(
             rich_help_panel=option_groups.TASK,
-            help="Weight of the teacher in the loss, from 0 to 1; the examples have the rest.",
+            help="Weight of the distillation loss, from 0 to 1; the loss on the examples has the rest.",
         ),
     ] = 0.5
     labels: options.Labels = None
@@ -192,8 +197,7 @@ class RunOptions:
         str,
         typer.Option(
             rich_help_panel=option_groups.MEMORY,
-            help="Dtype of the computation: auto (the base's), fp32, or bf16 or fp16 over a base in "
-            "fp32 (mixed precision).",
+            help="Compute dtype: auto (the base's), fp32, or bf16 or fp16 for mixed precision over an fp32 base.",
         ),
     ] = "auto"
     device: options.Device = "auto"
@@ -201,7 +205,7 @@ class RunOptions:
         int,
         typer.Option(
             rich_help_panel=option_groups.TRAINING,
-            help="Seed of the held-out split, the adapter's initialisation, the order of examples and dropout.",
+            help="Random seed of the held-out split, the adapter's initialisation, shuffling and dropout.",
         ),
     ] = 0
     parallel: options.Parallel = None
@@ -217,8 +221,8 @@ class RunOptions:
         str,
         typer.Option(
             rich_help_panel=option_groups.MEMORY,
-            help="Compute the loss without materializing logits (causal-lm): auto (if a few rows give "
-            "the same loss), on, or off.",
+            help="Compute the loss without materializing logits (causal-lm): auto (on if a "
+            "test on a few rows gives the same loss), on, or off.",
         ),
     ] = "auto"
     fuse: Annotated[
@@ -232,22 +236,22 @@ class RunOptions:
         str,
         typer.Option(
             rich_help_panel=option_groups.MEMORY,
-            help="What backward recomputes of fused norms and activations: auto (their outputs: less "
-            "memory, the same gradients) or none.",
+            help="What to recompute in backward: auto (the outputs of fused norms and activations, for less memory "
+            "and the same gradients) or none.",
         ),
     ] = "auto"
     optim: Annotated[
         str,
         typer.Option(
             rich_help_panel=option_groups.TRAINING,
-            help="Optimizer: one of transformers', or peftcore's paged_adamw_8bit and paged_adamw_32bit.",
+            help="Optimizer: a name from transformers, or peftcore's paged_adamw_8bit or paged_adamw_32bit.",
         ),
     ] = "adamw_torch"
     optim_args: Annotated[
         str | None,
         typer.Option(
             rich_help_panel=option_groups.TRAINING,
-            help="Arguments of the optimizer, such as betas=(0.9,0.95) or budget=256MB.",
+            help="Optimizer arguments, such as betas=(0.9,0.95) or budget=256MB.",
         ),
     ] = None
     eval_every: Annotated[
@@ -285,7 +289,7 @@ class RunOptions:
         typer.Option(
             rich_help_panel=option_groups.EVALUATION,
             help="Held-out metric that decides which evaluation is best: loss (default), accuracy, "
-            "exact_match, rouge_l, ..., or FILE.py:FUNCTION, called with the answers and the wanted texts.",
+            "exact_match, rouge_l, ..., or FILE.py:FUNCTION, called with the answers and the expected texts.",
         ),
     ] = None
     eval_answers: Annotated[
@@ -295,7 +299,7 @@ class RunOptions:
             metavar="N",
             rich_help_panel=option_groups.EVALUATION,
             help="Number of held-out prompts to answer in each evaluation, for exact match and "
-            "ROUGE-L; default: 100 if --metric is one of answers, else none.",
+            "ROUGE-L; default: 100 if --metric needs answers, otherwise none.",
         ),
     ] = None
     answer_tokens: Annotated[
@@ -304,7 +308,7 @@ class RunOptions:
             min=1,
             metavar="N",
             rich_help_panel=option_groups.EVALUATION,
-            help="Maximum number of tokens of such an answer, and of those of grpo.",
+            help="Maximum number of tokens to generate for an evaluation answer or a GRPO sample.",
         ),
     ] = 64
     patience: Annotated[
@@ -313,7 +317,7 @@ class RunOptions:
             min=1,
             metavar="N",
             rich_help_panel=option_groups.EVALUATION,
-            help="Number of evaluations without improvement after which training stops; implies --load-best.",
+            help="Stop after this many evaluations without improvement; implies --load-best.",
         ),
     ] = None
 
@@ -323,7 +327,7 @@ SWITCH = ("auto", "on", "off")
 
 @dataclass(frozen=True, kw_only=True)
 class Display:
-    """Options of a run that change what it shows, and not what it learns."""
+    """Options that change what a run shows but not what it learns."""
 
     sample: Annotated[
         str | None,
@@ -337,7 +341,7 @@ class Display:
             min=1,
             metavar="N",
             rich_help_panel=option_groups.EVALUATION,
-            help="Maximum number of tokens of the answer to --sample.",
+            help="Maximum number of tokens to generate for --sample.",
         ),
     ] = 48
     report_to: Annotated[
@@ -351,13 +355,13 @@ class Display:
 
 @dataclass(frozen=True)
 class Settings(RunOptions):
-    """Everything that determines a run: its options, with defaults resolved.
+    """Everything that determines a run: its options with all defaults resolved.
 
     `data`: a path or a dataset's id, or several, whose examples are read together.
-    `fields`: of the method's config.
-    `adapter`: folder of the adapter that the run continues; `labels` are its classifier's.
-    `validation`: share of the training examples that is kept from training, to choose among runs.
-    `other_data`: texts of another domain, whose loss before and after shows what is forgotten.
+    `fields`: fields of the method's config.
+    `adapter`: folder of the adapter that training continues from; `labels` are the labels of its classifier.
+    `validation`: fraction of the training examples that is set aside to choose among runs.
+    `other_data`: texts from another domain; their loss before and after training measures forgetting.
     """
 
     model: str
@@ -373,7 +377,7 @@ class Settings(RunOptions):
 
     @classmethod
     def of(cls, given: RunOptions, **resolved: Any) -> Settings:
-        """Return the settings of a run: the options `given`, overridden and completed by `resolved`."""
+        """Return the settings of a run: the user's options, overridden and completed by `resolved`."""
         values = {**vars(given), **resolved}
         if values["lr"] is None:  # nothing is trained
             del values["lr"]
@@ -393,7 +397,7 @@ class Settings(RunOptions):
         return cls(**values)
 
     def __post_init__(self) -> None:
-        """Raise a PeftcoreError unless all numbers are finite, and the rate and the number of epochs positive."""
+        """Raise a PeftcoreError unless all numbers are finite and the learning rate and number of epochs positive."""
         for name, value in vars(self).items():
             if isinstance(value, float) and not math.isfinite(value):
                 raise PeftcoreError(f"{name} must be a finite number, found {value}")
@@ -412,15 +416,15 @@ class Settings(RunOptions):
         return json.loads(json.dumps(asdict(self)))
 
     def rows(self) -> list[tuple[str, str]]:
-        """Return (name, value) of what was chosen, and in a last row all options that are at their defaults."""
-        first = ("model", "data", "other_data", "task", "method", "adapter")
-        chosen: dict[str, Any] = {name: getattr(self, name) for name in first}
+        """Return (name, value) of options that differ from their defaults; the last row lists those that do not."""
+        leading = ("model", "data", "other_data", "task", "method", "adapter")
+        chosen: dict[str, Any] = {name: getattr(self, name) for name in leading}
         chosen |= {f"set {name}": value for name, value in self.fields.items()}
         defaults: dict[str, Any] = {}
-        for each in fields(self):
-            if each.name not in (*first, "fields"):
-                value = getattr(self, each.name)
-                (defaults if value == each.default and each.name != "lr" else chosen)[each.name] = value
+        for option in fields(self):
+            if option.name not in (*leading, "fields"):
+                value = getattr(self, option.name)
+                (defaults if value == option.default and option.name != "lr" else chosen)[option.name] = value
         rows = [(name, _shown(value)) for name, value in chosen.items() if value is not None]
         unchanged = (f"{name} {_shown(value)}" for name, value in defaults.items() if value is not None)
         return [*rows, ("defaults", ", ".join(unchanged))]
@@ -435,8 +439,8 @@ def _shown(value: Any) -> str:
 def for_these_ranks(output: Path, settings: Settings) -> Settings:
     """Return settings that resume the run in `output` on another number of ranks.
 
-    `grad_accum` becomes what keeps the batches of an optimizer step: the sampler draws batches of `batch_size` in an
-    order that does not depend on the ranks, so each step then takes the examples that it would have taken.
+    `grad_accum` is changed so that the number of batches per optimizer step stays the same. The sampler draws batches
+    of `batch_size` in an order that does not depend on the number of ranks, so every step takes the same examples.
 
     Raises:
         PeftcoreError: the ranks cannot share the batches of a step equally.
@@ -444,22 +448,22 @@ def for_these_ranks(output: Path, settings: Settings) -> Settings:
     run_file = output / RUN_FILE
     if not run_file.exists():
         return settings
-    before = _read(run_file)
-    ranks, accumulated, batches = before.get("ranks", 1), before.get("grad_accum", 1), _batches_per_step(before)
+    saved = _read(run_file)
+    ranks, grad_accum, batches = saved.get("ranks", 1), saved.get("grad_accum", 1), _batches_per_step(saved)
     from peftcore_cli.tasks import registered
 
     if ranks != settings.ranks and registered.find(settings.task).fixed_ranks:
         raise PeftcoreError(
-            f"the run in '{output}' samples answers on {ranks} ranks, and each has random numbers of its own, found "
-            f"{settings.ranks} ranks. Resume on {ranks}, or start again: --overwrite"
+            f"the run in '{output}' samples answers on {ranks} ranks, each with its own random numbers, and cannot be "
+            f"resumed on {settings.ranks}. Resume on {ranks} ranks, or start again: --overwrite"
         )
-    if ranks == settings.ranks or settings.grad_accum != accumulated:
+    if ranks == settings.ranks or settings.grad_accum != grad_accum:
         return settings
     if batches % settings.ranks:
         fitting = ", ".join(str(n) for n in range(1, batches + 1) if batches % n == 0)
         raise PeftcoreError(
             f"the run in '{output}' takes {batches} batches per optimizer step (ranks={ranks}, grad_accum="
-            f"{accumulated}), and {settings.ranks} ranks cannot share them equally. Resume on a number of ranks that "
+            f"{grad_accum}), and {settings.ranks} ranks cannot share them equally. Resume on a number of ranks that "
             f"divides them: {fitting}; or start again: --overwrite"
         )
     return replace(settings, grad_accum=batches // settings.ranks)
@@ -471,15 +475,15 @@ def _batches_per_step(settings: Mapping[str, Any]) -> int:
 
 def _read(run_file: Path) -> dict[str, Any]:
     try:
-        found: dict[str, Any] = json.loads(run_file.read_text(encoding="utf-8"))
+        settings: dict[str, Any] = json.loads(run_file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise PeftcoreError(f"'{run_file}' cannot be read: {error}. Start again: --overwrite") from error
-    return found
+    return settings
 
 
 @contextlib.contextmanager
 def only_process(output: Path) -> Iterator[None]:
-    """Create the folder, and keep other processes from training or comparing in it within the block.
+    """Create the folder and lock it inside the block, so that no other process trains or compares in it.
 
     Raises:
         PeftcoreError: another process trains or compares in it.
@@ -490,20 +494,20 @@ def only_process(output: Path) -> Iterator[None]:
             yield
     except Timeout:
         raise PeftcoreError(
-            f"another process is at work in '{output}'. Wait until it ends, or pass another folder: --output FOLDER"
+            f"another process is writing to '{output}'. Wait until it ends, or pass another folder: --output FOLDER"
         ) from None
 
 
 def check_folder(output: Path, *, overwrite: bool) -> None:
-    """Raise a PeftcoreError unless a run may begin in this folder: it is empty, or a run that is overwritten."""
+    """Raise a PeftcoreError unless a run may begin in this folder: it is empty, or its run is to be overwritten."""
     if output.exists() and not output.is_dir():
         raise PeftcoreError(f"'{output}' is a file. Pass a folder: --output FOLDER")
-    # Settings alone belong to a run that failed before it made anything.
-    begun = {RUN_FILE, config_file.NAME, LOCK}
-    if not output.is_dir() or all(path.name in begun for path in output.iterdir()):
+    # A folder with nothing but settings is left by a run that failed before it wrote anything.
+    files_of_new_run = {RUN_FILE, config_file.NAME, LOCK}
+    if not output.is_dir() or all(path.name in files_of_new_run for path in output.iterdir()):
         return
     if not (output / RUN_FILE).exists():
-        raise PeftcoreError(f"'{output}' already contains something else. Pass another folder")
+        raise PeftcoreError(f"'{output}' contains files that are not a run's. Pass another folder")
     if not overwrite:
         raise PeftcoreError(
             f"'{output}' already contains a run. Use --resume to continue it, or --overwrite to start again"
@@ -518,16 +522,16 @@ def prepare_folder(output: Path, settings: Settings, *, resume: bool, overwrite:
     """
     run_file = output / RUN_FILE
     if resume and run_file.exists():
-        before, now = _read(run_file), settings.to_json()
-        since = {each.name: each.default for each in fields(settings) if each.default is not MISSING}
-        before = {**since, "fuse": "off", **before}  # a run from before an option existed had its default
-        if _batches_per_step(before) == _batches_per_step(now):
-            now |= {name: before[name] for name in _OF_RANKS}
-        for name in sorted(before.keys() | now.keys(), key=lambda name: (name != "adapter", name)):
-            if before.get(name) != now.get(name):
+        saved, current = _read(run_file), settings.to_json()
+        defaults = {option.name: option.default for option in fields(settings) if option.default is not MISSING}
+        saved = {**defaults, "fuse": "off", **saved}  # a run from before an option existed had its default
+        if _batches_per_step(saved) == _batches_per_step(current):
+            current |= {name: saved[name] for name in _OF_RANKS}
+        for name in sorted(saved.keys() | current.keys(), key=lambda name: (name != "adapter", name)):
+            if saved.get(name) != current.get(name):
                 raise PeftcoreError(
-                    f"the run in '{output}' had {name}={before.get(name)!r}, now it is {now.get(name)!r}. "
-                    "To continue exactly, resume with the same settings; to start again: --overwrite"
+                    f"the run in '{output}' had {name}={saved.get(name)!r}, now it is {current.get(name)!r}. "
+                    "Resume with the same settings, or start again: --overwrite"
                     f"{_NOT_THE_SAME if name == 'adapter' else ''}"
                 )
         return
@@ -540,7 +544,7 @@ def prepare_folder(output: Path, settings: Settings, *, resume: bool, overwrite:
 
 def write_options(output: Path, settings: Settings, display: Display) -> None:
     """Write `run.toml`."""
-    shown = ("model", "data", "task", "method", "adapter", *(each.name for each in fields(RunOptions)))
-    chosen = {name: getattr(settings, name) for name in shown}
-    more = {"set": settings.fields, "output": str(output.resolve()), **vars(display)}
-    config_file.write(output / config_file.NAME, {**chosen, **more})
+    names = ("model", "data", "task", "method", "adapter", *(each.name for each in fields(RunOptions)))
+    values = {name: getattr(settings, name) for name in names}
+    further = {"set": settings.fields, "output": str(output.resolve()), **vars(display)}
+    config_file.write(output / config_file.NAME, {**values, **further})

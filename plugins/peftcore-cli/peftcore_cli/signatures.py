@@ -1,4 +1,4 @@
-"""Options of a command from the fields of a dataclass, so that each option is defined once.
+"""Turn the fields of a dataclass into options of a command, so that each option is defined once.
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
@@ -22,7 +22,7 @@ from typing_extensions import get_type_hints
 
 @dataclass(frozen=True)
 class _Group:
-    """A parameter whose type is a dataclass, and the fields that the command line gives."""
+    """A parameter whose type is a dataclass, and the names of the fields that become options."""
 
     kind: type
     names: Sequence[str]
@@ -40,7 +40,7 @@ class _Group:
 
 
 def expand(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Return `command` as typer reads it: a parameter that is a dataclass becomes one parameter for each field."""
+    """Return `command` with each dataclass parameter replaced by one parameter per field, as typer needs it."""
     hints = get_type_hints(command, include_extras=True)
     groups: dict[str, _Group] = {}
     parameters: list[inspect.Parameter] = []
@@ -55,10 +55,10 @@ def expand(command: Callable[..., Any]) -> Callable[..., Any]:
         return command
 
     @functools.wraps(command)
-    def expanded(**given: Any) -> Any:
+    def expanded(**values: Any) -> Any:
         for name, group in groups.items():
-            given[name] = group.kind(**{field: given.pop(field) for field in group.names})
-        return command(**given)
+            values[name] = group.kind(**{field: values.pop(field) for field in group.names})
+        return command(**values)
 
     expanded.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     expanded.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
@@ -69,5 +69,5 @@ def _group(hint: Any) -> _Group | None:
     kind, *metadata = (hint.__origin__, *hint.__metadata__) if hasattr(hint, "__metadata__") else (hint,)
     if not (isinstance(kind, type) and is_dataclass(kind)):
         return None
-    names = next((each for each in metadata if isinstance(each, tuple)), None)
+    names = next((item for item in metadata if isinstance(item, tuple)), None)
     return _Group(kind, names or tuple(field.name for field in fields(kind)))

@@ -1,4 +1,4 @@
-"""When the command began, and what its time is spent on: imported before everything that takes seconds to import."""
+"""Timing of a command. This module is imported first, so that slow imports are counted."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ STARTED = time.perf_counter()
 
 
 class Clock:
-    """Seconds that the parts of a run take, by name."""
+    """Time spent in the parts of a run, in seconds by name."""
 
     def __init__(self) -> None:
         self.parts: dict[str, float] = {}
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """Add the seconds of the block to a part."""
+        """Add the time of the block to a part."""
         began = time.perf_counter()
         try:
             yield
         finally:
             self.parts[name] = self.parts.get(name, 0.0) + time.perf_counter() - began
 
-    def rest(self) -> float:
-        """Return the seconds since the command began that are in no part."""
+    def other(self) -> float:
+        """Return the seconds since the command began that belong to no part."""
         return max(0.0, time.perf_counter() - STARTED - sum(self.parts.values()))
 
     def all(self) -> dict[str, float]:
-        """Return the parts so far, with the rest as `other`; their sum is the time since the command began."""
-        return {**self.parts, "other": self.rest()}
+        """Return the parts so far and the remaining time as `other`, which add up to the time since the start."""
+        return {**self.parts, "other": self.other()}

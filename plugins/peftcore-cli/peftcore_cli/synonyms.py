@@ -1,4 +1,4 @@
-"""Suggestions for options that other programs name differently."""
+"""Suggestions for options by their names in other programs."""
 
 from __future__ import annotations
 
@@ -53,16 +53,16 @@ OPTIONS = {
 
 
 def of_option(name: str, options: Iterable[str]) -> str | None:
-    """Return the option of a command that another program calls `name`, both with dashes; None if there is none."""
-    plain = name.lstrip("-").replace("_", "-")
-    found = OPTIONS.get(plain)
-    if found is None and plain.partition("-")[0] in completion.methods(""):  # a field with the method's name in front
-        found = "set"
-    return f"--{found}" if found is not None and f"--{found}" in options else None
+    """Return the option that another program calls `name`, or None; both names have leading dashes."""
+    bare_name = name.lstrip("-").replace("_", "-")
+    our_name = OPTIONS.get(bare_name)
+    if our_name is None and bare_name.partition("-")[0] in completion.methods(""):  # such as lora-r
+        our_name = "set"
+    return f"--{our_name}" if our_name is not None and f"--{our_name}" in options else None
 
 
 class SuggestingCommand(GroupedCommand):
-    """Command whose error about an unknown option names the option that is meant, and is printed by one rank."""
+    """Command that suggests an option in place of an unknown one, and prints the error on one rank."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         try:
@@ -70,14 +70,14 @@ class SuggestingCommand(GroupedCommand):
         except Exception as error:  # click's exception; typer may bundle its own copy
             name = getattr(error, "option_name", None)
             if type(error).__name__ == "NoSuchOption" and isinstance(name, str):
-                meant = of_option(name, [option for each in self.params for option in each.opts])
-                if name in ("--adapter", "-a") and any(each.name in ("adapter", "adapters") for each in self.params):
+                suggestion = of_option(name, [option for param in self.params for option in param.opts])
+                if name in ("--adapter", "-a") and any(param.name in ("adapter", "adapters") for param in self.params):
                     example = f"peftcore {ctx.info_name} ADAPTER"  # `train` alone has the option
                     error.message = f"No such option: {name}. The adapter is an argument: {example}"  # type: ignore[attr-defined]
                     error.possibilities = None  # type: ignore[attr-defined]
-                elif meant is not None:
-                    known = f"{meant} NAME=VALUE" if meant == "--set" else meant
-                    error.message = f"No such option: {name}. Did you mean {known}?"  # type: ignore[attr-defined]
+                elif suggestion is not None:
+                    usage = f"{suggestion} NAME=VALUE" if suggestion == "--set" else suggestion
+                    error.message = f"No such option: {name}. Did you mean {usage}?"  # type: ignore[attr-defined]
                     error.possibilities = None  # type: ignore[attr-defined]
             if hasattr(error, "format_message"):  # not `--help`
                 if isinstance(getattr(error, "message", None), str):  # may quote a file of `--config`

@@ -54,5 +54,5 @@ def _processor() -> str:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         lines = []
-    named = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
-    return named or platform.processor() or platform.machine()
+    model_name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    return model_name or platform.processor() or platform.machine()

@@ -99,7 +99,7 @@ def test_doctor_says_what_is_missing_and_what_it_costs(run: Run, monkeypatch: py
     monkeypatch.setitem(sys.modules, "gguf", None)
     output = run("doctor").output
     assert "missing: no C++ compiler" in output and "costs: operators are slow" in output
-    assert "'gguf' is missing; it is needed for .gguf files as base models. Install it: pip install gguf" in output
+    assert "'gguf' is missing; it is required for .gguf files as base models. Install it: pip install gguf" in output
     assert "pip install --no-build-isolation" in output
 
 

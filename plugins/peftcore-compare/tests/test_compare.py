@@ -44,7 +44,7 @@ def test_one_process_compares_in_a_folder(run: Run, bert: Path, labelled: Path, 
     result.write_text("{}")
     arguments = ("compare", "-m", bert, "-d", labelled, "-o", tmp_path, "--method", "lora", "--no-full", option)
     with only_process(tmp_path):  # a lock of another open file, as another process has it
-        assert f"another process is at work in '{tmp_path}'" in run(*arguments, code=1).output
+        assert f"another process is writing to '{tmp_path}'" in run(*arguments, code=1).output
     assert result.read_text() == "{}"
 
 

@@ -1,4 +1,4 @@
-"""`peftcore doctor`: what this installation has, what it lacks, what that costs, and how to install it."""
+"""`peftcore doctor`: check the installation, and print what is missing and how to install it."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from peftcore_cli.console import NO_METHOD, out, say, table, warn
 
 EXAMPLES = ("peftcore doctor",)
 
-# What each optional library is for, and its extra.
+# Optional libraries, and what needs them.
 LIBRARIES = {
-    "transformers": "train, eval, generate, merge, plan",
+    "transformers": "train, eval, generate, merge and plan",
     "accelerate": "train",
-    "matplotlib": "the loss curve of train's report",
+    "matplotlib": "the loss curve in train's report",
     "psutil": "the memory figures of train",
     "gguf": ".gguf files as base models",
 }
 
 
 def doctor(as_json: options.Json = False) -> object:
-    """Check the installation. Nothing is changed."""
+    """Check the installation; nothing is changed."""
     import torch
 
     from peftcore.ops.build_info import build_info
@@ -37,8 +37,8 @@ def doctor(as_json: options.Json = False) -> object:
         ("CUDA", cuda),
         ("threads", torch.get_num_threads()),
         (
-            "products in bf16",
-            "by instructions of the processor" if _has_bf16() else "without instructions: --dtype auto uses fp32",
+            "bf16 instructions",
+            "yes" if _has_bf16() else "no: --dtype auto uses fp32",
         ),
         ("extension", "works" if build.available else f"missing: {build.missing_because}"),
     ]
@@ -55,7 +55,7 @@ def doctor(as_json: options.Json = False) -> object:
             ),
             ("  caches", ", ".join(f"{size >> 10:,} KiB" for size in build.caches)),
         ]
-    missing: list[str] = []
+    problems: list[str] = []
     libraries: dict[str, str | None] = {}
     for name, used_for in LIBRARIES.items():
         try:
@@ -65,12 +65,12 @@ def doctor(as_json: options.Json = False) -> object:
         except Exception as error:  # a library that fails to import counts as missing, whatever it raises
             libraries[name] = None
             rows.append((name, f"missing: {error}"))
-            missing.append(f"'{name}' is missing; it is needed for {used_for}. Install it: pip install {name}")
-    methods = _methods(missing)
+            problems.append(f"'{name}' is missing; it is required for {used_for}. Install it: pip install {name}")
+    methods = _methods(problems)
     rows += [("experts", _experts(build.available, build.cpu_level)), ("methods", ", ".join(methods) or "none")]
-    missing += [f"costs: {cost}" for cost in build.costs]
+    problems += [f"costs: {cost}" for cost in build.costs]
     if not build.available:
-        missing.append(
+        problems.append(
             "to build the extension: install a C++20 compiler and ninja, then from a source checkout "
             "pip install --no-build-isolation -e ."
         )
@@ -87,19 +87,19 @@ def doctor(as_json: options.Json = False) -> object:
             "extension": {**asdict(build), "out_of_reach": build.out_of_reach},
             "libraries": libraries,
             "methods": methods,
-            "missing": missing,
+            "missing": problems,
         }
     table(rows)
     out.print()
-    for line in missing:
+    for line in problems:
         warn(line)
-    if not missing:
+    if not problems:
         say("nothing is missing", "green")
     return None
 
 
 def _has_bf16() -> bool:
-    """Return whether this processor has instructions for bf16, which `--dtype auto` asks."""
+    """Return whether this processor has bf16 instructions, by the rule of `--dtype auto`."""
     from peftcore_cli.bases import device_choice
 
     return device_choice.without_instructions("bf16") is None
@@ -110,18 +110,16 @@ def _experts(has_kernels: bool, level: str | None) -> str:
     try:
         importlib.import_module("transformers.integrations.moe").ALL_EXPERTS_FUNCTIONS  # noqa: B018
     except Exception:
-        return "no interface to experts (needs transformers 5). Each model runs its own forward on changed weights"
-    return (
-        f"fused, {level} kernels" if has_kernels else "fused, but without the extension one expert at a time in PyTorch"
-    )
+        return "not fused (transformers 5 is needed). Each model runs its own forward on adapted weights"
+    return f"fused, {level} kernels" if has_kernels else "one at a time in PyTorch, because the extension is missing"
 
 
-def _methods(missing: list[str]) -> list[str]:
-    """Return the names of the installed methods; add what is wrong with plugins to `missing`."""
+def _methods(problems: list[str]) -> list[str]:
+    """Return the names of the installed methods; add the errors of broken plugins to `problems`."""
     import peftcore
 
-    found = peftcore.plugins()
-    missing += [f"plugin '{p.name}' ({p.distribution}) is broken: {p.error}" for p in found if p.error]
-    if not any(p.methods for p in found):
-        missing.append(NO_METHOD)
-    return [name for plugin in found for name in plugin.methods]
+    installed = peftcore.plugins()
+    problems += [f"plugin '{p.name}' ({p.distribution}) is broken: {p.error}" for p in installed if p.error]
+    if not any(p.methods for p in installed):
+        problems.append(NO_METHOD)
+    return [name for plugin in installed for name in plugin.methods]

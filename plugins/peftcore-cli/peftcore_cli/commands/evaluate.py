@@ -1,4 +1,4 @@
-"""`peftcore eval`: metrics of a base and its adapter on a file of examples."""
+"""`peftcore eval`: evaluate a base model and its adapter on a file of examples."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ def evaluate(
     device: options.Device = "auto",
     as_json: options.Json = False,
 ) -> object:
-    """Measure a base and its adapter on a file of examples.
+    """Evaluate a base model with and without its adapter on a file of examples.
 
-    A classifier's base has a randomly initialised head, the one that training started with if the adapter records it,
-    so its figures show chance level.
+    For a classifier, the base has a randomly initialised head, so its figures show chance level. It is the head that
+    training started with if the adapter records the seed.
     """
     from peftcore_cli.bases import adapter_folders, base_and_adapter
     from peftcore_cli.data import row_reading
@@ -45,27 +45,27 @@ def evaluate(
     from peftcore_cli.tasks import conversations, generations, metrics, positions, registered
     from peftcore_cli.training import measuring
 
-    weighted = next((each for each in row_reading.sources(data) if each.weight != 1), None)
-    if weighted is not None:
-        raise PeftcoreError(
-            f"eval measures every example once, found the weight {weighted.weight:g} of --data {weighted.path}. "
-            "Leave out the weight"
-        )
+    for source in row_reading.sources(data):
+        if source.weight != 1:
+            raise PeftcoreError(
+                f"eval measures every example once, found the weight {source.weight:g} for --data {source.path}. "
+                "Leave out the weight"
+            )
     about = adapter_folders.adapter_task(adapter, labels)
     about = replace(about, max_length=max_length or about.max_length)
     task = registered.find(about.task)
     rows = row_reading.read_rows(data, task.name, parsed_columns(columns))
-    task.answered(given.metric, given.eval_answers)  # which may be none
+    task.answered(given.metric, given.eval_answers)  # raises for a task without answers
     is_of_answers = generations.is_own(given.metric) or (given.metric in generations.FIGURES and task.writes)
     if given.metric is not None and not is_of_answers:
         raise PeftcoreError(
-            f"eval shows every metric of {task.name}; --metric adds one of answers ({', '.join(generations.FIGURES)}, "
-            f"FILE.py:FUNCTION), found '{given.metric}'. Leave it out"
+            f"eval shows every metric of {task.name}; --metric only adds metrics of answers "
+            f"({', '.join(generations.FIGURES)}, FILE.py:FUNCTION), found '{given.metric}'. Leave it out"
         )
     if ("reward" in task.options) != (given.reward is not None):
         raise PeftcoreError(
-            f"--reward FILE.py:FUNCTION is what eval needs for {registered.with_option('reward')}, and only for it, "
-            f"found {task.name}"
+            f"eval needs --reward FILE.py:FUNCTION for {registered.with_option('reward')}, and for no other task "
+            f"(the task is {task.name})"
         )
     base = adapter_folders.base_of(adapter, model)
     processor = task.load_processor(base, adapter)
@@ -73,32 +73,33 @@ def evaluate(
     about = task.prepared(processor, about, base)
     examples = task.encode(rows, processor, about.max_length, about.labels).examples
     task.check_examples(examples, "evaluated")
-    how = measuring.evaluation_of(given, processor, about, rows, batch_size=batch_size)
+    evaluation = measuring.evaluation_of(given, processor, about, rows, batch_size=batch_size)
     if about.seed is not None:
         from transformers import set_seed
 
         set_seed(about.seed % (1 << 32))  # initialises the head as in training
-    loaded = base_and_adapter.load_base(base, about, adapter, quantize=quantize, dtype=dtype, device=device)
+    loaded_model = base_and_adapter.load_base(base, about, adapter, quantize=quantize, dtype=dtype, device=device)
     if task.has_positions:
-        positions.check(loaded, max(task.lengths(examples)))
-    if base_and_adapter.fit_vocabulary(loaded, adapter):
+        positions.check(loaded_model, max(task.lengths(examples)))
+    if base_and_adapter.fit_vocabulary(loaded_model, adapter):
         warn(base_and_adapter.NEW_ROWS)
-    before = task.measure(loaded, examples, how)
-    base_and_adapter.load_adapter(loaded, adapter)
-    after = task.measure(loaded, examples, how)
+    base_metrics = task.measure(loaded_model, examples, evaluation)
+    base_and_adapter.load_adapter(loaded_model, adapter)
+    adapter_metrics = task.measure(loaded_model, examples, evaluation)
     if as_json:
         return {
             "task": task.name,
             "examples": len(rows),
-            "base": before.as_dict(),
-            "adapter": after.as_dict(),
-            "baseline": after.baseline and {"name": after.baseline[0], "value": after.baseline[1]},
+            "base": base_metrics.as_dict(),
+            "adapter": adapter_metrics.as_dict(),
+            "baseline": adapter_metrics.baseline
+            and {"name": adapter_metrics.baseline[0], "value": adapter_metrics.baseline[1]},
             "labels": list(about.labels),
-            "confusion": after.confusion,
+            "confusion": adapter_metrics.confusion,
         }
-    table(metrics.rows(before, after), (number(len(rows), "example"), "base", "with the adapter"))
-    if after.confusion is not None:
+    table(metrics.rows(base_metrics, adapter_metrics), (number(len(rows), "example"), "base", "with the adapter"))
+    if adapter_metrics.confusion is not None:
         out.print()
-        cells = metrics.confusion_rows(after.confusion, about.labels)
-        table(cells[1:], cells[0], title="with the adapter: labels (down), answers (across)")
+        cells = metrics.confusion_rows(adapter_metrics.confusion, about.labels)
+        table(cells[1:], cells[0], title="with the adapter: true labels (down), predicted labels (across)")
     return None

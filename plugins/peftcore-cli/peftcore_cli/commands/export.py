@@ -1,4 +1,4 @@
-"""`peftcore export`: write a model or an adapter for another program, in a format of the core or of a plugin."""
+"""`peftcore export`: write a model or an adapter in the format of another program."""
 
 from __future__ import annotations
 
@@ -30,31 +30,32 @@ EXAMPLES = (
 
 
 def export(
-    format: Annotated[str | None, typer.Option(help="Format to write; without it, the formats are listed.")] = None,
+    format: Annotated[str | None, typer.Option(help="Format to write; leave it out to list the formats.")] = None,
     adapter: options.MaybeAdapter = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="New folder; by default next to the adapter.")
+        Path | None, typer.Option("--output", "-o", help="New folder; default: one next to the adapter.")
     ] = None,
     model: options.BaseModel = None,
     trust_remote_code: options.TrustRemoteCode = False,  # the application reads it
     settings: Annotated[
-        list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="An option of the format. Repeatable.")
+        list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Option of the format. Repeatable.")
     ] = None,
     only: Annotated[
-        str | None, typer.Option(help="Part to write if the format has both: adapter, or model (merged).")
+        str | None, typer.Option(help="Part to write, if the format supports both: adapter, or model (merged).")
     ] = None,
     convert: Annotated[
         int | None,
-        typer.Option(metavar="RANK", help="Rank of a low-rank approximation to write in place of the adapter."),
+        typer.Option(metavar="RANK", help="Write a low-rank approximation of the adapter, of this rank."),
     ] = None,
-    untie: Annotated[bool, typer.Option("--untie", help="Give an adapted tied embedding its own weight.")] = False,
+    untie: Annotated[bool, typer.Option("--untie", help="Untie an adapted embedding from the output head.")] = False,
     quantize: options.Quantize = None,
     dtype: options.WrittenDtype = "auto",
     device: options.Device = "auto",
 ) -> None:
-    """Write files for another program, or explain why that program would compute something else.
+    """Export an adapter or a merged model for another program.
 
-    A format may have adapters, models or both. Models are merged first; without an adapter the base itself is written.
+    A format holds adapters, models or both. If the other program would compute something else, the error explains why.
+    Without an adapter, the base itself is exported.
     """
     from peftcore import exporting
     from peftcore_cli.bases import adapter_folders, base_and_adapter, base_files, base_quantization, models
@@ -63,26 +64,26 @@ def export(
         _list_formats()
         return
     exporter = exporting.find(format)
-    given = _options(exporter, settings)
+    format_options = _options(exporter, settings)
     _refuse_part(exporter, only, adapter, model, convert)
-    folder = _new(output or _default_folder(adapter, str(model), format))
+    folder = _check_new(output or _default_folder(adapter, str(model), format))
     task = adapter_folders.adapter_task(adapter) if adapter else adapter_folders.AdapterTask("causal-lm", 512)
     base = base_files.resolve(adapter_folders.base_of(adapter, model) if adapter else str(model))
     base_as = base_quantization.of_adapter(quantize, adapter, task)
-    loaded = models.load_model(base, task.task, dtype=dtype, device=device, labels=task.labels, quantize=base_as)
+    loaded_model = models.load_model(base, task.task, dtype=dtype, device=device, labels=task.labels, quantize=base_as)
     name: str | None = None
     if adapter is not None:
-        base_and_adapter.load_adapter(loaded, adapter)
-        name = _converted(loaded, convert)
-    work = _Work(exporter, given, folder, loaded, base)
-    exporter.check(loaded)
+        base_and_adapter.load_adapter(loaded_model, adapter)
+        name = _adapter_to_write(loaded_model, convert)
+    work = _Work(exporter, format_options, folder, loaded_model, base)
+    exporter.check(loaded_model)
     with complete_or_removed(folder, work.paths):
         if name is not None and "adapter" in exporter.parts and only != "model":
             work.write_adapter(name, required=only == "adapter" or "model" not in exporter.parts)
         if "model" in exporter.parts and only != "adapter":
             if name is not None and not exporter.with_adapters:
-                base_and_adapter.merge_adapter(loaded, untie=untie, quantize=base_as, dtype=dtype, device=device)
-            _add_tokenizer(exporter, given, base, adapter, task)
+                base_and_adapter.merge_adapter(loaded_model, untie=untie, quantize=base_as, dtype=dtype, device=device)
+            _add_tokenizer(exporter, format_options, base, adapter, task)
             work.write_model()
     for line in work.report:
         say(line)
@@ -90,7 +91,7 @@ def export(
 
 @dataclass
 class _Work:
-    """Files of one export, and the report that is printed once all of them are written."""
+    """The files of one export, and the report that is printed when all are written."""
 
     exporter: Exporter
     options: dict[str, Any]
@@ -98,10 +99,10 @@ class _Work:
     model: PreTrainedModel
     base: str
     report: list[str] = field(default_factory=list)
-    paths: list[Path] = field(default_factory=list)  # also of files that could not be written
+    paths: list[Path] = field(default_factory=list)  # of all files, also of those that could not be written
 
     def write_adapter(self, adapter: str, required: bool) -> None:
-        """Write the adapter; if that is impossible and not required, warn."""
+        """Write the adapter. If the format cannot represent it, warn, or raise if the adapter is required."""
         import peftcore
 
         path = self.folder / self.exporter.adapter_file
@@ -111,7 +112,7 @@ class _Work:
         except PeftcoreError as error:
             if required or isinstance(error, PluginError):
                 raise
-            hint = ". --convert RANK makes it one that can be written" if "convert" in str(error) else ""
+            hint = ". --convert RANK writes an approximation" if "convert" in str(error) else ""
             warn(f"{error}. {path.name} was not written{hint}")
             return
         self._add(path, "adapter")
@@ -140,15 +141,15 @@ def _list_formats() -> None:
     from peftcore import exporting
 
     def options(exporter: Exporter) -> str:
-        fields = (each for each in dataclasses.fields(exporter.options) if each.name not in _FROM_THE_RUN)
-        return ", ".join(f"{each.name}={each.default}" for each in fields)
+        fields = (option for option in dataclasses.fields(exporter.options) if option.name not in _FROM_THE_RUN)
+        return ", ".join(f"{option.name}={option.default}" for option in fields)
 
     exporters = exporting.formats().values()
-    rows = ((each.name, each.programs, " and ".join(each.parts), options(each)) for each in exporters)
+    rows = ((one.name, one.programs, " and ".join(one.parts), options(one)) for one in exporters)
     table(rows, ("format", "for", "writes", "options (--set)"))
 
 
-_FROM_THE_RUN = ("tokenizer", "chat_template")  # options that the command line knows from the run
+_FROM_THE_RUN = ("tokenizer", "chat_template")  # options that are taken from the run
 
 
 def _options(exporter: Exporter, settings: list[str] | None) -> dict[str, Any]:
@@ -158,54 +159,58 @@ def _options(exporter: Exporter, settings: list[str] | None) -> dict[str, Any]:
 
 
 def _add_tokenizer(
-    exporter: Exporter, given: dict[str, Any], base: str, adapter: Path | None, task: AdapterTask
+    exporter: Exporter, format_options: dict[str, Any], base: str, adapter: Path | None, task: AdapterTask
 ) -> None:
-    """Add the tokenizer and chat template of the run, unless they were given, if the format has these options."""
-    known = {each.name for each in dataclasses.fields(exporter.options)} & {*_FROM_THE_RUN}
-    if known - given.keys():
+    """Fill in the run's tokenizer and chat template for formats that have these options, unless the user set them."""
+    run_options = {option.name for option in dataclasses.fields(exporter.options)} & {*_FROM_THE_RUN}
+    if run_options - format_options.keys():
         for name, value in zip(_FROM_THE_RUN, _tokenizer(base, adapter, task), strict=True):
-            if name in known:
-                given.setdefault(name, value)
+            if name in run_options:
+                format_options.setdefault(name, value)
 
 
 def _refuse_part(
-    exporter: Exporter, only: str | None, adapter: Path | None, model: str | None, convert: int | None
+    exporter: Exporter, part: str | None, adapter: Path | None, model: str | None, convert: int | None
 ) -> None:
-    """Raise a PeftcoreError if the format does not have the part to write, or the adapter to write is missing."""
+    """Raise a PeftcoreError if the format cannot hold the part to write, or an adapter is needed and missing."""
     from peftcore import exporting
 
-    if only is not None and only not in exporter.parts:
+    if part is not None and part not in exporter.parts:
         raise PeftcoreError(
-            f"--only must be {' or '.join(exporter.parts)} for the format '{exporter.name}', found '{only}'"
+            f"--only must be {' or '.join(exporter.parts)} for the format '{exporter.name}', found '{part}'"
         )
-    if adapter is not None or (model and "model" in exporter.parts and only != "adapter" and convert is None):
+    if adapter is not None or (model and "model" in exporter.parts and part != "adapter" and convert is None):
         return
-    of_models = [name for name, each in exporting.formats().items() if "model" in each.parts]
+    model_formats = [name for name, other in exporting.formats().items() if "model" in other.parts]
     raise PeftcoreError(
-        f"no adapter is given. Pass its folder; a model alone (--model) can be exported to {' and '.join(of_models)}"
+        f"no adapter was given. Pass its folder, or export a model alone (--model) to {' or '.join(model_formats)}"
     )
 
 
 def _tokenizer(base: str, adapter: Path | None, task: AdapterTask) -> tuple[Any, str | None]:
-    """Return the tokenizer and a chat template that replaces its own; training may save both with the adapter."""
+    """Return the tokenizer and a chat template that overrides its own. Training may save both with the adapter."""
     from peftcore_cli.bases import adapter_folders, models
     from peftcore_cli.tasks import registered
 
     tokenizer = registered.find(task.task).load_processor(base, adapter)
-    saved = adapter is not None and adapter_folders.has_tokenizer(adapter)
-    if not base.endswith(".gguf") or (saved and tokenizer.get_vocab() != models.load_tokenizer(base).get_vocab()):
-        return tokenizer, task.chat_template
-    return base, task.chat_template or (tokenizer.chat_template if saved else None)
+    has_tokenizer = adapter is not None and adapter_folders.has_tokenizer(adapter)
+    chat_template = task.chat_template
+    if not base.endswith(".gguf"):
+        return tokenizer, chat_template
+    if has_tokenizer and tokenizer.get_vocab() != models.load_tokenizer(base).get_vocab():
+        return tokenizer, chat_template
+    # The exporter copies the tokenizer from the .gguf file, whose template may differ from the adapter's.
+    return base, chat_template or (tokenizer.chat_template if has_tokenizer else None)
 
 
 def _default_folder(adapter: Path | None, model: str, format: str) -> Path:
-    """Return `run/gguf` for the adapter of a run, otherwise a folder next to what is exported."""
+    """Return `run/gguf` for the adapter of a run, otherwise a folder next to the exported one."""
     if adapter is None:
         return Path(f"{Path(model).name.removesuffix('.gguf')}-{format}")
     return adapter.with_name(format) if adapter.name == "adapter" else adapter.with_name(f"{adapter.name}-{format}")
 
 
-def _new(folder: Path) -> Path:
+def _check_new(folder: Path) -> Path:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise PeftcoreError(f"'{folder}' exists already. Pass a new folder: --output FOLDER")
     return folder
@@ -213,37 +218,37 @@ def _new(folder: Path) -> Path:
 
 @contextmanager
 def complete_or_removed(folder: Path, paths: list[Path]) -> Iterator[None]:
-    """Remove what the block wrote to `folder`, which was new or empty, if an error ends it, and nothing else.
+    """If an error ends the block, remove what it wrote to `folder`, which was new or empty, and nothing else.
 
     Args:
         folder: the folder.
-        paths: the files and folders that the block has begun to write. Names that continue theirs with a dot are of
-            files that go with them.
+        paths: files and folders that the block has begun to write. Files whose names continue with a dot belong to
+            them.
     """
-    new = [each for each in (folder, *folder.parents) if not each.exists()]
+    created = [parent for parent in (folder, *folder.parents) if not parent.exists()]
     try:
         yield
     except BaseException:
-        for each in list(folder.iterdir()) if folder.is_dir() else ():
-            if any(f"{each.name}.".startswith(f"{path.name}.") for path in paths):
-                shutil.rmtree(each) if each.is_dir() and not each.is_symlink() else each.unlink()
-        for each in new:
-            with suppress(OSError):  # it was not made, or another process wrote to it
-                each.rmdir()
+        for entry in list(folder.iterdir()) if folder.is_dir() else ():
+            if any(f"{entry.name}.".startswith(f"{path.name}.") for path in paths):
+                shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+        for parent in created:
+            with suppress(OSError):  # it does not exist, or another process wrote to it
+                parent.rmdir()
         raise
 
 
-def _converted(model: PreTrainedModel, rank: int | None) -> str:
-    """Return the name of the adapter to write: the model's adapter, or a low-rank approximation of it."""
+def _adapter_to_write(model: PreTrainedModel, rank: int | None) -> str:
+    """Return the name of the adapter to write, after making a low-rank approximation if `rank` is given."""
     import peftcore
 
-    names = [each.name for each in peftcore.summary(model).adapters]
+    names = [adapter.name for adapter in peftcore.summary(model).adapters]
     if len(names) != 1:
         raise PeftcoreError(f"the folder contains the adapters {', '.join(names)}. Pass the folder of one of them")
     (name,) = names
     if rank is None:
         return name
-    method = next(key for key, each in peftcore.methods().items() if each.low_rank is not None)
-    kept = peftcore.convert(model, name, method=method, r=rank, adapter="converted")
-    say(f"rank {rank} keeps at least {min(kept.values()):.1%} of the adapter's change in every layer")
+    method = next(key for key, candidate in peftcore.methods().items() if candidate.low_rank is not None)
+    kept_norm = peftcore.convert(model, name, method=method, r=rank, adapter="converted")
+    say(f"rank {rank} keeps at least {min(kept_norm.values()):.1%} of the adapter's change in every layer")
     return "converted"

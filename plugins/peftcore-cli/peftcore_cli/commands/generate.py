@@ -1,4 +1,4 @@
-"""`peftcore generate`: answer a prompt with a model and an adapter; classifiers answer with a label."""
+"""`peftcore generate`: answer one prompt with a model and an adapter; a classifier answers with a label."""
 
 from __future__ import annotations
 
@@ -14,28 +14,30 @@ EXAMPLES = ('peftcore generate run -p "Is it good?" --compare',)
 
 
 def generate(
-    prompt: Annotated[str, typer.Option("--prompt", "-p", help="Prompt to answer.")],
-    pair: Annotated[str | None, typer.Option(help="Second text, for a classifier of pairs.")] = None,
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="Text of the prompt.")],
+    pair: Annotated[str | None, typer.Option(help="Second text, for a classifier trained on pairs.")] = None,
     adapter: options.MaybeAdapter = None,
     model: options.BaseModel = None,
     trust_remote_code: options.TrustRemoteCode = False,  # the application reads it
     chat: Annotated[
         bool | None,
-        typer.Option(help="Use the chat template; default: as in training, or if the tokenizer has one."),
+        typer.Option(help="Format the prompt with the chat template; default: as in training."),
     ] = None,
     chat_template: options.ChatTemplate = None,
-    compare: Annotated[bool, typer.Option("--compare", help="Also show the base's answer.")] = False,
-    max_new_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Maximum number of tokens to write.")] = 64,
+    compare: Annotated[bool, typer.Option("--compare", help="Also show the answer of the base model.")] = False,
+    max_new_tokens: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Maximum number of tokens in the answer.")
+    ] = 64,
     temperature: Annotated[
         float, typer.Option(min=0, metavar="X", help="Sampling temperature; 0: greedy decoding.")
     ] = 0.0,
-    seed: Annotated[int, typer.Option(help="Seed of sampling, for a temperature above 0.")] = 0,
+    seed: Annotated[int, typer.Option(help="Random seed for a temperature above 0.")] = 0,
     labels: options.Labels = None,
     quantize: options.Quantize = None,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
 ) -> None:
-    """Answer a prompt with an adapter, and with --compare also with its base."""
+    """Answer a prompt with an adapter, and with --compare also without it."""
     import peftcore
     from peftcore_cli.bases import adapter_folders, base_and_adapter, base_files, models
     from peftcore_cli.tasks import conversations, registered
@@ -47,35 +49,35 @@ def generate(
     if adapter is None and (compare or labels is not None):
         raise PeftcoreError(f"{'--compare' if compare else '--labels'} needs an adapter. Pass one, or leave it out")
     if adapter is None:
-        task, base = adapter_folders.AdapterTask(registered.without_a_name(), 512), base_files.resolve(str(model))
+        about, base = adapter_folders.AdapterTask(registered.without_a_name(), 512), base_files.resolve(str(model))
     else:
-        task, base = adapter_folders.adapter_task(adapter, labels), adapter_folders.base_of(adapter, model)
-    found = registered.find(task.task)
-    if not found.generates:
-        adapter_folders.refuse_without_prompts(str(adapter), task.task)
-    if pair is not None and not found.takes_pairs:
-        raise PeftcoreError(f"--pair is the second text for a classifier, found task {task.task}. Leave it out")
-    loaded = base_and_adapter.load_base(base, task, adapter, quantize=quantize, dtype=dtype, device=device)
-    peftcore.fuse(loaded)
+        about, base = adapter_folders.adapter_task(adapter, labels), adapter_folders.base_of(adapter, model)
+    task = registered.find(about.task)
+    if not task.generates:
+        adapter_folders.refuse_without_prompts(str(adapter), about.task)
+    if pair is not None and not task.takes_pairs:
+        raise PeftcoreError(f"--pair only works with a classifier (the task is {about.task}). Leave it out")
+    loaded_model = base_and_adapter.load_base(base, about, adapter, quantize=quantize, dtype=dtype, device=device)
+    peftcore.fuse(loaded_model)
     tokenizer = models.load_tokenizer(base, adapter)
 
-    conversations.set_template(tokenizer, chat_template, task.chat_template)
+    conversations.set_template(tokenizer, chat_template, about.chat_template)
     if chat is None:
-        chat = conversations.has_template(tokenizer) if task.chat is None else task.chat
-        chat = chat and found.no_chat is None
+        chat = conversations.has_template(tokenizer) if about.chat is None else about.chat
+        chat = chat and task.no_chat is None
 
-    def written() -> str:
+    def answer() -> str:
         sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
-        return found.answer(loaded, tokenizer, prompt, task, chat=bool(chat), pair=pair, **sampling)
+        return task.answer(loaded_model, tokenizer, prompt, about, chat=bool(chat), pair=pair, **sampling)
 
     if adapter is None:
-        print_answer(written())
+        print_answer(answer())
         return
     if compare:
-        if base_and_adapter.fit_vocabulary(loaded, adapter):
+        if base_and_adapter.fit_vocabulary(loaded_model, adapter):
             warn(base_and_adapter.NEW_ROWS)
         say("base:", "bold")
-        print_answer(written().strip() + "\n")
+        print_answer(answer().strip() + "\n")
         say("with the adapter:", "bold")
-    base_and_adapter.load_adapter(loaded, adapter)
-    print_answer(written().strip() if compare else written())
+    base_and_adapter.load_adapter(loaded_model, adapter)
+    print_answer(answer().strip() if compare else answer())

@@ -1,4 +1,4 @@
-"""`peftcore info`: the contents of an adapter folder, ours, PEFT's or another library's; the base is not needed."""
+"""`peftcore info`: describe an adapter folder in any supported format; the base is not needed."""
 
 from __future__ import annotations
 
@@ -25,48 +25,48 @@ def info(
     from peftcore_cli.bases.adapter_folders import refuse_other_folders
 
     refuse_other_folders(adapter)
-    found = peftcore.inspect(adapter)
+    adapter_info = peftcore.inspect(adapter)
     if as_json:
-        return _document(found)
-    rows = found.rows()
-    after = next((index + 1 for index, (label, _) in enumerate(rows) if label == "base"), len(rows))
-    table([*rows[:after], *_base_in_training(adapter), *rows[after:]])
+        return _document(adapter_info)
+    rows = adapter_info.rows()
+    labels = [label for label, _ in rows]
+    after_base = labels.index("base") + 1 if "base" in labels else len(rows)
+    table([*rows[:after_base], *_base_in_training(adapter), *rows[after_base:]])
     return None
 
 
-def _document(found: AdapterInfo) -> dict[str, object]:
+def _document(adapter_info: AdapterInfo) -> dict[str, object]:
     from peftcore_cli.bases.adapter_folders import TASK_FILE, adapter_task
 
-    problem, trained_for = found.problem, None
-    if (found.path / TASK_FILE).is_file():
+    problem, trained_for = adapter_info.problem, None
+    if (adapter_info.path / TASK_FILE).is_file():
         try:
-            trained_for = asdict(adapter_task(found.path))
+            trained_for = asdict(adapter_task(adapter_info.path))
         except PeftcoreError as error:
             problem = problem or error
-    tensors = {
-        part: {name: {"shape": list(tensor.shape), "dtype": str(tensor.dtype)} for name, tensor in held.items()}
-        for part, held in found.parts.items()
-    }
+    parts: dict[str, dict[str, object]] = {}
+    for part, tensors in adapter_info.parts.items():
+        parts[part] = {name: {"shape": list(t.shape), "dtype": str(t.dtype)} for name, t in tensors.items()}
     return {
-        "path": str(found.path),
-        "format": found.format,
-        "peft_type": found.peft_type,
-        "method": found.method,
+        "path": str(adapter_info.path),
+        "format": adapter_info.format,
+        "peft_type": adapter_info.peft_type,
+        "method": adapter_info.method,
         "problem": None if problem is None else str(problem),
-        "base": found.base,
-        "base_is_checked": found.base_is_checked,
-        "task_type": found.task_type,
-        "fields": found.fields,
-        "writer": found.writer,
-        "parameters": found.parameters,
-        "bytes": found.bytes,
-        "parts": tensors,
+        "base": adapter_info.base,
+        "base_is_checked": adapter_info.base_is_checked,
+        "task_type": adapter_info.task_type,
+        "fields": adapter_info.fields,
+        "writer": adapter_info.writer,
+        "parameters": adapter_info.parameters,
+        "bytes": adapter_info.bytes,
+        "parts": parts,
         "trained_for": trained_for,
     }
 
 
 def _base_in_training(folder: Path) -> list[tuple[str, str]]:
-    """Return a row that says how the base was quantized in training, if the folder has a record of that."""
+    """Return a row with the quantization of the base in training, if the folder records it."""
     from peftcore_cli.bases.adapter_folders import TASK_FILE, adapter_task
 
     if not (folder / TASK_FILE).is_file():
@@ -74,5 +74,5 @@ def _base_in_training(folder: Path) -> list[tuple[str, str]]:
     try:
         record = adapter_task(folder).quantized
     except PeftcoreError as error:
-        return [(f"{TASK_FILE} is wrong", str(error))]
+        return [(f"{TASK_FILE} is invalid", str(error))]
     return [] if record is None else [("base in training", f"quantized as {record}")]

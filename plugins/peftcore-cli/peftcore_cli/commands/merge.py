@@ -21,17 +21,17 @@ def merge(
     model: options.BaseModel = None,
     trust_remote_code: options.TrustRemoteCode = False,  # the application reads it
     labels: options.Labels = None,
-    shard_size: Annotated[str, typer.Option(help="Maximum size of a file of weights, such as 5GB.")] = "5GB",
-    untie: Annotated[bool, typer.Option("--untie", help="Give an adapted tied embedding its own weight.")] = False,
+    shard_size: Annotated[str, typer.Option(help="Maximum size of each weight file, such as 5GB.")] = "5GB",
+    untie: Annotated[bool, typer.Option("--untie", help="Untie an adapted embedding from the output head.")] = False,
     quantize: options.Quantize = None,
     dtype: options.WrittenDtype = "auto",
     device: options.Device = "auto",
 ) -> None:
-    """Write the merged model and its tokenizer: a folder that transformers loads without peftcore.
+    """Merge an adapter into its base and write a folder that transformers loads without peftcore.
 
-    If a tokenizer is saved with the adapter, it is used.
+    A tokenizer that was saved with the adapter is written instead of the base's.
 
-    With --quantize the adapter is merged into the dequantized values of the 4-bit weights.
+    With --quantize, the adapter is merged into the dequantized 4-bit weights.
     """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise PeftcoreError(f"'{output}' exists already. Pass a new folder: --output FOLDER")
@@ -44,16 +44,20 @@ def merge(
     tokenizer = registered.find(task.task).load_processor(base, adapter)
     conversations.set_template(tokenizer, None, task.chat_template)
     base_as = base_quantization.of_adapter(quantize, adapter, task)
-    loaded = models.load_model(base, task.task, dtype=dtype, device=device, labels=task.labels, quantize=base_as)
-    base_and_adapter.load_adapter(loaded, adapter)
-    base_and_adapter.merge_adapter(loaded, untie=untie, quantize=base_as, dtype=dtype, device=device)
-    if adapter_folders.has_tokenizer(adapter) and loaded.can_generate():  # its answers may end with another token
-        loaded.generation_config.eos_token_id = text_generation.ends(loaded, conversations.tokenizer_of(tokenizer))
+    loaded_model = models.load_model(base, task.task, dtype=dtype, device=device, labels=task.labels, quantize=base_as)
+    base_and_adapter.load_adapter(loaded_model, adapter)
+    base_and_adapter.merge_adapter(loaded_model, untie=untie, quantize=base_as, dtype=dtype, device=device)
+    if (
+        adapter_folders.has_tokenizer(adapter) and loaded_model.can_generate()
+    ):  # its answers may end with a token of its own
+        loaded_model.generation_config.eos_token_id = text_generation.ends(
+            loaded_model, conversations.tokenizer_of(tokenizer)
+        )
     try:
-        loaded.save_pretrained(output, max_shard_size=shard_size)
+        loaded_model.save_pretrained(output, max_shard_size=shard_size)
         tokenizer.save_pretrained(output)
-        registered.find(task.task).write_merged(output, loaded, task, base)
+        registered.find(task.task).write_merged(output, loaded_model, task, base)
     except OSError as error:
         raise PeftcoreError(f"the merged model could not be saved to '{output}': {error.strerror or error}") from error
     size = sum(file.stat().st_size for file in output.iterdir())
-    say(f"{output} ({size / 1e6:.1f} MB): {type(loaded).__name__} with the adapter merged in")
+    say(f"{output} ({size / 1e6:.1f} MB): {type(loaded_model).__name__} with the adapter merged in")

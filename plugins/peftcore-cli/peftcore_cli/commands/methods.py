@@ -1,4 +1,4 @@
-"""`peftcore methods`: the installed methods, which of them work on a model, and the fields of a method's config."""
+"""`peftcore methods`: list the installed methods, try them on a model, or show the config of one."""
 
 from __future__ import annotations
 
@@ -24,19 +24,21 @@ EXAMPLES = (
 
 def methods(
     name: Annotated[
-        str | None, typer.Argument(help="Method whose fields to show.", autocompletion=completion.methods)
+        str | None, typer.Argument(help="Show the config fields of this method.", autocompletion=completion.methods)
     ] = None,
     for_: Annotated[
         str | None,
         typer.Option(
-            "--for", metavar="MODEL", help="Model to try every method on, showing what each trains or why it cannot."
+            "--for",
+            metavar="MODEL",
+            help="Try every method on this model, and show what it would train or why it cannot.",
         ),
     ] = None,
     task: options.Task = None,
     trust_remote_code: options.TrustRemoteCode = False,  # the application reads it
     as_json: options.Json = False,
 ) -> object:
-    """List the installed methods, those that work on a model, or the fields of one for --set."""
+    """List the installed methods, try them on a model, or show the fields that --set takes for one."""
     import peftcore
 
     if name is not None and for_ is not None:
@@ -47,20 +49,20 @@ def methods(
             return document
         _show_config(document)
         return None
-    found = peftcore.methods()
-    if for_ is not None and found:
-        tried = list(_tried(for_, task, list(found)))
+    installed = peftcore.methods()
+    if for_ is not None and installed:
+        rows = list(_try_methods(for_, task, list(installed)))
         if as_json:
-            return {"model": for_, "methods": tried}
-        _show_tried(tried)
+            return {"model": for_, "methods": rows}
+        _show_plans(rows)
         return None
-    listed = [{"name": name, "description": _first_line(method)} for name, method in found.items()]
+    descriptions = [{"name": name, "description": _first_line(method)} for name, method in installed.items()]
     if as_json:
-        return {"methods": listed}
-    if not found:
+        return {"methods": descriptions}
+    if not installed:
         say(NO_METHOD)
         return None
-    table(((each["name"], each["description"]) for each in listed), ("method", ""))
+    table(((row["name"], row["description"]) for row in descriptions), ("method", ""))
     return None
 
 
@@ -91,40 +93,40 @@ def _show_config(document: dict[str, Any]) -> None:
         say(document["documentation"])
 
 
-def _tried(folder: str, task: str | None, names: list[str]) -> Iterator[dict[str, Any]]:
-    """Yield what each method with its defaults would train, or the error."""
+def _try_methods(folder: str, task: str | None, names: list[str]) -> Iterator[dict[str, Any]]:
+    """Yield what each method would train with its defaults, or the error."""
     import peftcore
     from peftcore_cli.bases import base_files, models
     from peftcore_cli.tasks import registered
 
     base = models.empty_model(base_files.resolve(folder), task or registered.without_a_name())
     for name in names:
-        planned, error = None, None
-        with warnings.catch_warnings(record=True) as warned:
+        plan, error = None, None
+        with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             try:
-                planned = peftcore.plan(base, name)
+                plan = peftcore.plan(base, name)
             except peftcore.PeftcoreError as refused:
                 error = str(refused)
         yield {
             "name": name,
-            "trainable_parameters": None if planned is None else planned.trainable_parameters,
-            "trainable_bytes": None if planned is None else planned.trainable_bytes,
-            "warnings": [str(each.message) for each in warned] if error is None else [],
+            "trainable_parameters": None if plan is None else plan.trainable_parameters,
+            "trainable_bytes": None if plan is None else plan.trainable_bytes,
+            "warnings": [str(warning.message) for warning in caught] if error is None else [],
             "error": error,
         }
 
 
-def _show_tried(tried: list[dict[str, Any]]) -> None:
+def _show_plans(plans: list[dict[str, Any]]) -> None:
     from peftcore_cli.amounts import megabytes
 
     rows: list[tuple[str, str, str, str]] = []
-    for each in tried:
-        if each["error"] is not None:
-            rows.append((each["name"], "-", "-", each["error"]))
+    for plan in plans:
+        if plan["error"] is not None:
+            rows.append((plan["name"], "-", "-", plan["error"]))
             continue
-        size = megabytes(each["trainable_bytes"])
-        rows.append((each["name"], f"{each['trainable_parameters']:,}", size, "; ".join(each["warnings"])))
+        size = megabytes(plan["trainable_bytes"])
+        rows.append((plan["name"], f"{plan['trainable_parameters']:,}", size, "; ".join(plan["warnings"])))
     table(rows, ("method", "trains", "size", ""))
 
 

@@ -1,4 +1,4 @@
-"""`peftcore new-plugin`: write the package of a new method, which installs, passes its test, and trains.
+"""`peftcore new-plugin`: write the package of a new method, complete with a passing test.
 
 The files are templates of the standard library in `plugin_template/`.
 """
@@ -34,11 +34,11 @@ class Kind(str, Enum):
     train = "train"
 
 
-# Checks of the conformance suite, and families, that a method with this placement cannot pass, with the reason.
+# Checks and model families of the conformance suite that a method with this placement cannot pass, and the reason.
 _NO_MERGE = {"merge equals forward, unmerge is bit exact": "it does not change a weight"}
 _PROMPT = {
     **_NO_MERGE,
-    "identity at the start": "the vectors act from the start",
+    "identity at the start": "the vectors have an effect from the start",
     "ViT": "images have no tokens before which vectors could stand",
 }
 _NOT_APPLICABLE = {Kind.after: _NO_MERGE, Kind.soft_prompt: _PROMPT, Kind.prefix: _PROMPT}

@@ -1,4 +1,4 @@
-"""`peftcore plan`: what a method would place on a model, and its memory, without loading weights."""
+"""`peftcore plan`: show what a method would train and how much memory a step takes, without loading weights."""
 
 from __future__ import annotations
 
@@ -47,31 +47,37 @@ def plan(
     device: Annotated[
         str, typer.Option(help="Device: cpu (this machine), or a GPU: t4, rtx4090, a100, h100, ...")
     ] = "cpu",
-    full: Annotated[bool, typer.Option("--full", help="List every placement.")] = False,
+    full: Annotated[bool, typer.Option("--full", help="Also list every placement.")] = False,
     as_json: options.Json = False,
 ) -> object:
-    """Show what would be trained, and what a training step would need, before training."""
+    """Show what would be trained and how much memory a training step would take, without training."""
     import peftcore
     from peftcore.estimating import NotFollowed
     from peftcore_cli.amounts import megabytes
     from peftcore_cli.bases import base_files, models
-    from peftcore_cli.training import forecast, training_run  # noqa: F401  # the memory of what `train` imports counts
+    from peftcore_cli.training import forecast, training_run  # noqa: F401  # counts the memory of the modules that `train` imports
 
     task, names = options.planned_task(task, data, labels)
-    how = forecast.how(task, given.precision, given.parallel, ranks, tp_size)
-    name, chosen = options.resolve_method(method, fields)
+    step_fields = forecast.how(task, given.precision, given.parallel, ranks, tp_size)
+    name, method_fields = options.resolve_method(method, fields)
     base = models.empty_model(base_files.resolve(model), task, names)
-    planned = peftcore.plan(base, name, **chosen)
+    method_plan = peftcore.plan(base, name, **method_fields)
     if not as_json:
-        say(str(planned))
+        say(str(method_plan))
     settings = Settings.of(
-        given, model=base_files.resolve(model), data=data or "", task=task, method=name, fields=chosen, device=device
+        given,
+        model=base_files.resolve(model),
+        data=data or "",
+        task=task,
+        method=name,
+        fields=method_fields,
+        device=device,
     )
-    why, found = forecast.unknown(task), None
+    reason, estimate = forecast.unknown(task), None
     try:
-        if why is not None:
-            raise NotFollowed(why)
-        found = peftcore.estimate(
+        if reason is not None:
+            raise NotFollowed(reason)
+        estimate = peftcore.estimate(
             base,
             name,
             step=peftcore.Step(
@@ -83,49 +89,50 @@ def plan(
                 without_logits=forecast.is_without_logits(settings),
                 fused=forecast.is_fused(settings),
                 recompute=given.recompute,
-                **{**how, **forecast.of_data(settings)},
+                **{**step_fields, **forecast.of_data(settings)},
             ),
             dtype=forecast.dtype_of_base(settings, names),
             device=device,
-            **chosen,
+            **method_fields,
         )
     except NotFollowed as error:
-        why = str(error)
+        reason = str(error)
     if as_json:
-        memory = {"memory": found and _memory(found), "memory_unknown": None if found else why}
-        return {"model": model, "task": task, **_placements(planned), **memory}
-    say(f"\nthe memory of a step is not predicted: {why}" if found is None else f"\n{found}")
+        memory = {"memory": estimate and _memory(estimate), "memory_unknown": None if estimate else reason}
+        return {"model": model, "task": task, **_placements(method_plan), **memory}
+    say(f"\nthe memory of a step is not predicted: {reason}" if estimate is None else f"\n{estimate}")
     if full:
         table(
-            ((path, kind, f"{count:,}", megabytes(size)) for path, kind, count, size in planned.rows),
+            ((path, kind, f"{count:,}", megabytes(size)) for path, kind, count, size in method_plan.rows),
             ("where", "what", "parameters", "size"),
         )
     return None
 
 
-def _placements(planned: Plan) -> dict[str, object]:
+def _placements(method_plan: Plan) -> dict[str, object]:
     return {
-        "method": planned.method,
-        "config": dataclasses.asdict(planned.config),
-        "base_parameters": planned.base_parameters,
-        "trainable_parameters": planned.trainable_parameters,
-        "trainable_bytes": planned.trainable_bytes,
-        "target_modules": planned.matches,
+        "method": method_plan.method,
+        "config": dataclasses.asdict(method_plan.config),
+        "base_parameters": method_plan.base_parameters,
+        "trainable_parameters": method_plan.trainable_parameters,
+        "trainable_bytes": method_plan.trainable_bytes,
+        "target_modules": method_plan.matches,
         "placements": [
-            {"path": path, "kind": kind, "parameters": count, "bytes": size} for path, kind, count, size in planned.rows
+            {"path": path, "kind": kind, "parameters": count, "bytes": size}
+            for path, kind, count, size in method_plan.rows
         ],
     }
 
 
-def _memory(found: Estimate) -> dict[str, object]:
-    """Return the sizes of a step in bytes: of the process on this machine, or of the card's allocator."""
-    on_card = found.device is not None and found.device.is_card
+def _memory(estimate: Estimate) -> dict[str, object]:
+    """Return the memory of a step in bytes: of the process on this machine, or of the GPU's allocator."""
+    on_card = estimate.device is not None and estimate.device.is_card
     return {
-        "device": found.device and found.device.name,
-        "device_memory": found.device and found.device.memory,
-        "fits": found.fits,
-        "tensors": found.peak,
-        "parts": {str(purpose).replace(" ", "_"): size for purpose, size in found.parts.items()},
-        "process": None if on_card else found.process._asdict(),
-        "card": found.reserved if on_card else None,
+        "device": estimate.device and estimate.device.name,
+        "device_memory": estimate.device and estimate.device.memory,
+        "fits": estimate.fits,
+        "tensors": estimate.peak,
+        "parts": {str(purpose).replace(" ", "_"): size for purpose, size in estimate.parts.items()},
+        "process": None if on_card else estimate.process._asdict(),
+        "card": estimate.reserved if on_card else None,
     }

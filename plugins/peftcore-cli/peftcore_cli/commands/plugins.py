@@ -1,4 +1,4 @@
-"""`peftcore plugins`: installed plugins, what they provide, and errors of broken ones."""
+"""`peftcore plugins`: list the installed plugins, their hooks, and the errors of broken ones."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ EXAMPLES = ("peftcore plugins",)
 
 
 def plugins(as_json: options.Json = False) -> object:
-    """List the installed plugins; broken ones with the reason."""
+    """List the installed plugins, and why any of them is broken."""
     import peftcore
 
-    listed = peftcore.plugins()
+    installed = peftcore.plugins()
     if as_json:
-        return {"plugins": [asdict(plugin) for plugin in listed]}
-    if not listed:
+        return {"plugins": [asdict(plugin) for plugin in installed]}
+    if not installed:
         say(NO_METHOD)
         return None
     table(
         (
             (p.name, p.distribution, p.version, ", ".join(p.hooks) or "-", f"broken: {p.error}" if p.error else "works")
-            for p in listed
+            for p in installed
         ),
         ("plugin", "distribution", "version", "hooks", "state"),
     )

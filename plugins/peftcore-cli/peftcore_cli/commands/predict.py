@@ -1,4 +1,4 @@
-"""`peftcore predict`: the answers of a classifier on new examples, as JSON lines."""
+"""`peftcore predict`: run an adapter on new examples and write the answers as JSON lines."""
 
 from __future__ import annotations
 
@@ -24,11 +24,12 @@ def predict(
     data: Annotated[
         list[str],
         typer.Option(
-            "--data", "-d", help="Examples without labels: a file, a folder of files, an image, a folder of images."
+            "--data", "-d", help="Unlabelled examples: a file, a folder of files, an image, or a folder of images."
         ),
     ],
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="A new .jsonl file for the answers; default: print them.")
+        Path | None,
+        typer.Option("--output", "-o", help="New .jsonl file to write the answers to; default: print them."),
     ] = None,
     model: options.BaseModel = None,
     trust_remote_code: options.TrustRemoteCode = False,  # the application reads it
@@ -43,37 +44,37 @@ def predict(
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
 ) -> None:
-    """Answer new examples with a classifier, a tagger, an image model, a model of conversations with images or pairs.
+    """Run an adapter on new examples: classification, tagging, images, image or audio chats, embeddings or speech.
 
-    A model of pairs writes the vector of each text, of length 1; one of speech the transcript of each recording. The
-    answers are a JSON object per example, in order.
+    The output has one JSON object per example, in order. A model of pairs writes the unit-length embedding of each
+    text, a speech model the transcript of each recording.
 
-    Labels in the data are not read. To measure the adapter on examples with labels, use peftcore eval.
+    Labels in the data are ignored. To measure the adapter on labelled examples, use peftcore eval.
     """
     from peftcore_cli.bases import adapter_folders, base_and_adapter
     from peftcore_cli.data.data_files import parsed_columns
     from peftcore_cli.tasks import conversations, registered
 
-    task = adapter_folders.adapter_task(adapter, labels)
-    task = replace(task, max_length=max_length or task.max_length)
-    found = registered.find(task.task)
-    if not found.predicts:
+    about = adapter_folders.adapter_task(adapter, labels)
+    about = replace(about, max_length=max_length or about.max_length)
+    task = registered.find(about.task)
+    if not task.predicts:
         raise PeftcoreError(
-            f"predict is for classifiers, image-text, audio-text, pairs and asr, found an adapter for {task.task}. Use "
-            f"peftcore {'generate --prompt TEXT' if found.generates else 'eval'}"
+            f"predict does not support {about.task}, which the adapter in '{adapter}' was trained for. Use peftcore "
+            f"{'generate --prompt TEXT' if task.generates else 'eval'}"
         )
     if output is not None and output.exists():
         raise PeftcoreError(f"'{output}' exists already. Pass a new file: --output FILE")
     base = adapter_folders.base_of(adapter, model)
 
-    rows = found.read_questions(data, parsed_columns(columns), task)
-    processor = found.load_processor(base, adapter)
-    task = found.prepared(processor, task, base)
-    conversations.set_template(processor, chat_template, task.chat_template)
-    loaded = base_and_adapter.load_base(base, task, adapter, quantize=quantize, dtype=dtype, device=device)
-    base_and_adapter.load_adapter(loaded, adapter)
-    answers = found.predict(loaded, rows, processor, task, answer_tokens=answer_tokens)
-    lines = [json.dumps(each, ensure_ascii=False) for each in answers]
+    rows = task.read_questions(data, parsed_columns(columns), about)
+    processor = task.load_processor(base, adapter)
+    about = task.prepared(processor, about, base)
+    conversations.set_template(processor, chat_template, about.chat_template)
+    loaded_model = base_and_adapter.load_base(base, about, adapter, quantize=quantize, dtype=dtype, device=device)
+    base_and_adapter.load_adapter(loaded_model, adapter)
+    answers = task.predict(loaded_model, rows, processor, about, answer_tokens=answer_tokens)
+    lines = [json.dumps(answer, ensure_ascii=False) for answer in answers]
     if output is None:
         for line in lines:
             print_answer(line)

@@ -12,7 +12,7 @@ from peftcore_cli import completion, options
 from peftcore_cli.console import require, say
 
 EXAMPLES = ("peftcore push run ORG/NAME", "peftcore push run ORG/NAME --update --message 'Two more epochs'")
-# Of a checkpoint: what only further training on this machine needs, and pickles, which nobody should load.
+# Pickles, which nobody should load, and files of a checkpoint that only resuming on this machine needs.
 NOT_UPLOADED = ["*.bin", "*.pt", "*.pth", "*.pkl", "*.tmp", "checkpoint-*", "runs/*", "complete.json"]
 NOT_UPLOADED += ["trainer_state.json", "reference.safetensors"]
 _LOG_IN = "Log in with `hf auth login`, or set HF_TOKEN to a token that may write"
@@ -27,15 +27,13 @@ def push(
     ],
     repository: Annotated[str, typer.Argument(metavar="ORG/NAME", help="Name of the repository on the hub.")],
     *,
-    public: Annotated[
-        bool, typer.Option("--public", help="Let everybody see the new repository; by default it is private.")
-    ] = False,
-    update: Annotated[bool, typer.Option("--update", help="Upload to a repository that exists.")] = False,
-    message: Annotated[str, typer.Option(help="Message of the commit.")] = "Upload of an adapter with peftcore",
+    public: Annotated[bool, typer.Option("--public", help="Make the new repository public; default: private.")] = False,
+    update: Annotated[bool, typer.Option("--update", help="Upload to an existing repository.")] = False,
+    message: Annotated[str, typer.Option(help="Commit message.")] = "Upload of an adapter with peftcore",
 ) -> None:
     """Upload an adapter with its model card and tokenizer to Hugging Face's hub.
 
-    A new repository is private. Checkpoints' optimizer states and pickles are not uploaded.
+    A new repository is private. Optimizer states and pickles are not uploaded.
     """
     import peftcore
 
@@ -46,25 +44,25 @@ def push(
     from huggingface_hub import HfApi
 
     api = HfApi()
-    _called(lambda: api.whoami(), repository)
+    _call_hub(lambda: api.whoami(), repository)
     if update:
-        if not _called(lambda: api.repo_exists(repository), repository):
+        if not _call_hub(lambda: api.repo_exists(repository), repository):
             raise PeftcoreError(f"repository '{repository}' was not found on the hub. Leave --update out to create it")
     else:
-        _called(lambda: api.create_repo(repository, private=not public, exist_ok=False), repository)
-    done: Any = _called(
+        _call_hub(lambda: api.create_repo(repository, private=not public, exist_ok=False), repository)
+    commit: Any = _call_hub(
         lambda: api.upload_folder(
             repo_id=repository, folder_path=adapter, commit_message=message, ignore_patterns=NOT_UPLOADED
         ),
         repository,
         "" if update else f" The repository '{repository}' was created and is empty: continue with --update",
     )
-    say(f"{getattr(done, 'repo_url', None) or repository}{'' if public or update else ' (private)'}")
+    say(f"{getattr(commit, 'repo_url', None) or repository}{'' if public or update else ' (private)'}")
     say(f"load it: peftcore.load(model, '{repository}')")
 
 
-def _called(call: Any, repository: str, then: str = "") -> Any:
-    """Return what a call of the hub's client returns; raise its errors as PeftcoreErrors that say what to do."""
+def _call_hub(call: Any, repository: str, next_step: str = "") -> Any:
+    """Call the hub's client, and turn its errors into PeftcoreErrors that tell the user what to do."""
     from huggingface_hub import errors
 
     try:
@@ -75,15 +73,15 @@ def _called(call: Any, repository: str, then: str = "") -> Any:
         raise PeftcoreError(f"'{repository}' is not a name on the hub: {error}. Pass ORG/NAME") from error
     except errors.HfHubHTTPError as error:
         status = getattr(error.response, "status_code", None)
-        what = {
+        problem = {
             401: f"the hub does not accept the token. {_LOG_IN}",
             403: f"the token may not write there. {_LOG_IN}, or choose another ORG",
             409: "the repository exists already. Choose another name, or pass --update to upload to it",
         }.get(status or 0, f"the hub answered {status}: {' '.join(str(error).split())[:400]}. Try again later")
-        raise PeftcoreError(f"'{repository}' was not uploaded: {what}.{then}") from error
+        raise PeftcoreError(f"'{repository}' was not uploaded: {problem}.{next_step}") from error
     except Exception as error:
-        why = " ".join(str(error).split())[:400]
+        reason = " ".join(str(error).split())[:400]
         raise PeftcoreError(
-            f"'{repository}' was not uploaded: the hub was not reached ({type(error).__name__}: {why}). Check the "
-            f"network, HF_ENDPOINT and HF_HUB_OFFLINE.{then}"
+            f"'{repository}' was not uploaded: the hub was not reached ({type(error).__name__}: {reason}). Check the "
+            f"network, HF_ENDPOINT and HF_HUB_OFFLINE.{next_step}"
         ) from error

@@ -1,4 +1,4 @@
-"""`peftcore suggest`: ways of training that fit into a memory budget; no weights are loaded."""
+"""`peftcore suggest`: find settings that fit into a memory budget, without loading weights."""
 
 from __future__ import annotations
 
@@ -25,7 +25,9 @@ def suggest(
     model: options.Model,
     memory: Annotated[
         str | None,
-        typer.Option(help="Memory budget, such as 24GB; default: the device's, or what is free on this machine."),
+        typer.Option(
+            help="Memory budget, such as 24GB; default: the memory of the device, or what is free on this machine."
+        ),
     ] = None,
     device: Annotated[
         str, typer.Option(help="Device: cpu (this machine), or a GPU: t4, rtx4090, a100, h100, ...")
@@ -48,29 +50,29 @@ def suggest(
     ranks: options.Ranks = 1,
     as_json: options.Json = False,
 ) -> object:
-    """Suggest ways to train a model within a memory budget, and print the commands for them.
+    """Suggest settings that train a model within a memory budget, and print their commands.
 
-    Each way is a training step that was simulated without memory.
+    Each suggestion is checked by simulating a training step, which allocates no memory.
     """
     import peftcore
     from peftcore_cli.bases import base_files, models
-    from peftcore_cli.training import forecast, training_run  # noqa: F401  # the memory of what `train` imports counts
+    from peftcore_cli.training import forecast, training_run  # noqa: F401  # counts the memory of the modules that `train` imports
 
-    asked = task
+    given_task = task
     task, names = options.planned_task(task, data, labels)
     methods = method or [options.resolve_method(None, None)[0]]
     base = base_files.resolve(model)
     settings = Settings.of(given, model=base, data=data or "", task=task, method="", device=device)
-    why = forecast.unknown(task)
-    if why is not None:
-        raise PeftcoreError(f"suggest needs the memory of a step: {why}. Train with a small --batch-size")
+    reason = forecast.unknown(task)
+    if reason is not None:
+        raise PeftcoreError(f"suggest cannot estimate the memory of a step: {reason}. Train with a small --batch-size")
     config = models.load_config(base, task, names)
     if models.has_code(config, task):
         raise PeftcoreError(
-            f"suggest knows models of transformers, found '{model}' with code of its own. See what one method takes "
-            "with peftcore plan --trust-remote-code"
+            f"suggest only supports models of transformers, and '{model}' has its own code. Estimate one method with "
+            "peftcore plan --trust-remote-code"
         )
-    found = peftcore.suggest(
+    suggestion = peftcore.suggest(
         config,
         methods,
         memory=memory,
@@ -83,23 +85,29 @@ def suggest(
         recompute=given.recompute,
         **{**forecast.how(task, given.precision, given.parallel, ranks), **forecast.of_data(settings)},
     )
-    more = ["--max-length", str(given.max_length)]
-    as_what = "bf16" if device != "cpu" and given.dtype == given.precision == "auto" else given.dtype
-    shown = {"task": asked, "dtype": as_what, "precision": given.precision, "parallel": given.parallel}
-    shown |= {"without-logits": given.without_logits, "fuse": given.fuse, "recompute": given.recompute}
-    for name, value in shown.items():
+    train_options = ["--max-length", str(given.max_length)]
+    train_dtype = "bf16" if device != "cpu" and given.dtype == given.precision == "auto" else given.dtype
+    values = {"task": given_task, "dtype": train_dtype, "precision": given.precision, "parallel": given.parallel}
+    values |= {"without-logits": given.without_logits, "fuse": given.fuse, "recompute": given.recompute}
+    for name, value in values.items():
         if value not in (None, "auto"):
-            more += [f"--{name}", value]
+            train_options += [f"--{name}", value]
     files = " -d ".join(map(shlex.quote, data or ())) or "DATA"
     start = "peftcore" if given.parallel is None else f"torchrun --nproc-per-node {ranks} -m peftcore_cli"
     commands = [
-        f"{start} train -m {shlex.quote(model)} -d {files} -o RUN {shlex.join([*way.options(), *more])}"
-        for way in found.ways
+        f"{start} train -m {shlex.quote(model)} -d {files} -o RUN {shlex.join([*way.options(), *train_options])}"
+        for way in suggestion.ways
     ]
     if as_json:
-        ways = [{**_way(way), "command": command} for way, command in zip(found.ways, commands, strict=True)]
-        return {"model": model, "task": task, "device": found.device.name, "memory": found.memory, "ways": ways}
-    say(str(found))
+        ways = [{**_way(way), "command": command} for way, command in zip(suggestion.ways, commands, strict=True)]
+        return {
+            "model": model,
+            "task": task,
+            "device": suggestion.device.name,
+            "memory": suggestion.memory,
+            "ways": ways,
+        }
+    say(str(suggestion))
     say("\nto train in the first of these ways:", "bold")
     say(f"  {commands[0]}")
     return None

@@ -1,4 +1,4 @@
-"""`peftcore train`: train an adapter from a model and a file of examples."""
+"""`peftcore train`: train an adapter for a model on a file of examples."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def train(
             "-o",
             is_eager=True,
             callback=config_file.use_of_run,
-            help="Folder for the run and its adapter.",
+            help="Folder to write the run and its adapter to.",
         ),
     ],
     *,
@@ -71,7 +71,7 @@ def train(
             is_eager=True,
             callback=config_file.use_of_run,
             rich_help_panel=option_groups.OUTPUT,
-            help="Continue the run in --output from its latest complete checkpoint, with its options as defaults.",
+            help="Resume the run in --output from its latest complete checkpoint, with the run's options as defaults.",
         ),
     ] = False,
     overwrite: Annotated[
@@ -85,7 +85,7 @@ def train(
         typer.Option(
             "--fit",
             rich_help_panel=option_groups.MEMORY,
-            help="Choose batch size, gradient checkpointing and optimizer to fit into free memory.",
+            help="Choose batch size, gradient checkpointing and optimizer so that training fits into free memory.",
         ),
     ] = False,
     force: Annotated[
@@ -93,23 +93,25 @@ def train(
         typer.Option(
             "--force",
             rich_help_panel=option_groups.MEMORY,
-            help="Train even if the predicted memory is not available.",
+            help="Train even if the run is predicted not to fit into free memory.",
         ),
     ] = False,
     display: Display,
 ) -> None:
     """Fine-tune a model on a file of examples.
 
-    The columns of the examples give the task: {"messages": [...]} trains a chat model, {"prompt": ..., "completion":
-    ...} or {"text": ...} a language model, {"text": ..., "label": ...} a classifier, {"prompt": ..., "chosen": ...,
-    "rejected": ...} preferences. docs/command-line.md lists all rows, also those with images and audio.
+    The columns of the examples determine the task: {"messages": [...]} trains a chat model, {"prompt": ...,
+    "completion": ...} or {"text": ...} a language model, {"text": ..., "label": ...} a classifier, and {"prompt": ...,
+    "chosen": ..., "rejected": ...} preferences. docs/command-line.md lists all formats, also those with images and
+    audio.
 
-    With --adapter, training continues from an existing adapter with its base and method. Results are compared with the
-    adapter as it was, which is also the reference of preferences.
+    With --adapter, training continues from an existing adapter, on its base and with its method. The adapter before
+    training is the baseline of the results, and the reference model for preferences.
     """
     from peftcore_cli.training import forecast, torchrun, trainer_arguments
 
-    given, clock = config_file.in_force(context, given), Clock()
+    clock = Clock()
+    given = config_file.in_force(context, given)
     start = _start(given, adapter, output, model=model, method=method)
     rows = _read(given, data, task if start is None else start.task_of(task), clock)
     if start is not None:
@@ -117,10 +119,12 @@ def train(
         given = start.completed(given)
     given = _checked(given, display, rows, continues=start is not None, clock=clock)
     torchrun.join(given.parallel, given.device)
-    named, own = (method, None) if start is None else (start.method, start.fields)
-    name, chosen = options.resolve_method(named, config_file.fields(context, fields), before=own)
+    given_method, adapter_fields = (method, None) if start is None else (start.method, start.fields)
+    name, method_fields = options.resolve_method(
+        given_method, config_file.fields(context, fields), before=adapter_fields
+    )
     _check_quantize(given, start, name)
-    settings = _settings(given, start, model=model, rows=rows, method=name, fields=chosen)
+    settings = _settings(given, start, model=model, rows=rows, method=name, fields=method_fields)
     if fit:
         settings = forecast.fitted(settings, rows.read)
     if resume:
@@ -133,19 +137,19 @@ def train(
 def _start(
     given: RunOptions, adapter: Path | None, output: Path, *, model: str | None, method: str | None
 ) -> Start | None:
-    """Return the adapter that the run starts from, or None for a new one."""
+    """Return the adapter to continue from, or None to train a new one."""
     from peftcore_cli.training import warm_start
 
     if adapter is not None:
         return warm_start.start_of(adapter, output, model=model, method=method, labels=given.labels)
     if model is None:
         raise PeftcoreError(
-            "nothing to train. Pass a model (--model MODEL), or an adapter to start from (--adapter FOLDER)"
+            "nothing to train. Pass a model (--model MODEL), or an adapter to continue from (--adapter FOLDER)"
         )
     if given.labels is not None:
         raise PeftcoreError(
-            "--labels names the outputs of an existing adapter (--adapter); a new one takes them from the examples. "
-            "Leave it out"
+            "--labels names the outputs of an existing adapter (--adapter); a new adapter takes its labels from the "
+            "examples. Leave it out"
         )
     return None
 
@@ -157,9 +161,9 @@ class _Rows:
     Attributes:
         paths: values of --data.
         task: name of the task.
-        read: the examples, none with --streaming.
-        held_out: those of --eval-data, or None to hold some out.
-        lines: with --streaming, the lines of the files.
+        read: the examples; empty with --streaming.
+        held_out: the examples of --eval-data, or None to split them off.
+        lines: the lines of the files, with --streaming.
     """
 
     paths: list[str]
@@ -170,7 +174,7 @@ class _Rows:
 
 
 def _read(given: RunOptions, data: list[str], task: str | None, clock: Clock) -> _Rows:
-    """Read the examples, which shows wrong lines before anything is loaded."""
+    """Read the examples, so that invalid lines are reported before a model is loaded."""
     from peftcore_cli.data import row_reading
     from peftcore_cli.data.data_files import parsed_columns
 
@@ -186,7 +190,7 @@ def _read(given: RunOptions, data: list[str], task: str | None, clock: Clock) ->
 
 
 def _checked(given: RunOptions, display: Display, rows: _Rows, *, continues: bool, clock: Clock) -> RunOptions:
-    """Return the options with the teacher's path, after they are checked and the lines of --streaming are found.
+    """Check the options, resolve the teacher's path, and index the lines of --streaming.
 
     Raises:
         PeftcoreError: an option contradicts another or the task, or a library is not installed.
@@ -219,7 +223,7 @@ def _checked(given: RunOptions, display: Display, rows: _Rows, *, continues: boo
 
 
 def _check_quantize(given: RunOptions, start: Start | None, method: str) -> None:
-    """Raise a PeftcoreError if --quantize contradicts the adapter to start from, or the method."""
+    """Raise a PeftcoreError if --quantize contradicts the adapter to continue from, or the method."""
     import peftcore
     from peftcore.quantization import find_type
     from peftcore_cli.bases import base_quantization
@@ -232,8 +236,8 @@ def _check_quantize(given: RunOptions, start: Start | None, method: str) -> None
     find_type(given.quantize)
     if peftcore.method(method).prepare is not None:
         raise PeftcoreError(
-            f"--method {method} prepares the base itself, found --quantize {given.quantize}. Leave it out, or pass "
-            "another method"
+            f"--method {method} prepares the base itself, so it cannot be combined with --quantize {given.quantize}. "
+            "Leave it out, or pass another method"
         )
 
 
@@ -261,12 +265,12 @@ def _settings(
 
 
 def _resumed(settings: Settings, output: Path) -> Settings:
-    """Return the settings of a run that is resumed, perhaps on another number of ranks."""
+    """Return the settings of a resumed run, adjusted if the number of ranks has changed."""
     from peftcore.plugin import ranks
 
-    found = list[Settings]()
-    ranks.once(lambda: found.append(for_these_ranks(output, settings)), together=True)
-    (resumed,) = ranks.of_first(found)
+    adjusted = list[Settings]()
+    ranks.once(lambda: adjusted.append(for_these_ranks(output, settings)), together=True)
+    (resumed,) = ranks.of_first(adjusted)
     if resumed.grad_accum != settings.grad_accum:
         say(f"resuming with ranks={resumed.ranks}: --grad-accum {resumed.grad_accum} keeps the examples per step")
     return resumed
@@ -283,19 +287,19 @@ def _run(
     overwrite: bool,
     force: bool,
 ) -> None:
-    """Train in the run's folder, which no other process may use meanwhile, and show the result."""
+    """Lock the run's folder, train in it, and show the result."""
     from peftcore.plugin import ranks
     from peftcore.training import latest_checkpoint
     from peftcore_cli.training import run_result, torchrun, training_data, training_run
 
     def prepare() -> None:
         if not (resume and (output / RUN_FILE).exists()):
-            check_folder(output, overwrite=overwrite)  # before a lock is written into a folder of something else
-        held.enter_context(only_process(output))
+            check_folder(output, overwrite=overwrite)  # before a lock file is written into a folder that is not a run
+        locks.enter_context(only_process(output))
         prepare_folder(output, settings, resume=resume, overwrite=overwrite)
         write_options(output, settings, display)
 
-    with contextlib.ExitStack() as held:
+    with contextlib.ExitStack() as locks:
         ranks.once(prepare, together=True)
         examples = training_data.split(settings, rows.read if rows.lines is None else rows.lines, rows.held_out)
         try:
@@ -305,8 +309,8 @@ def _run(
         except run_result.Stopped as stopped:
             if ranks.rank() == 0:
                 newest = latest_checkpoint(output / "checkpoints")
-                where = "no checkpoint was written" if newest is None else f"the newest checkpoint is {newest}"
-                say(f"{stopped}; {where}. To continue:\n  {command(resume=True)}", "bold")
+                checkpoint = "no checkpoint was written" if newest is None else f"the newest checkpoint is {newest}"
+                say(f"{stopped}; {checkpoint}. To continue:\n  {command(resume=True)}", "bold")
             torchrun.leave()
             raise typer.Exit(130) from None
         if ranks.rank() == 0:
@@ -314,21 +318,21 @@ def _run(
 
 
 def _show(settings: Settings, result: Result, output: Path, prompt: str | None) -> None:
-    """Print the result with the answers to `prompt`, and write `report.html` and `result.json`."""
+    """Print the result, with answers to `prompt`, and write `report.html` and `result.json`."""
     from peftcore_cli import versions
     from peftcore_cli.tasks import metrics
     from peftcore_cli.training import memory_picture, training_data, training_report
 
-    said = result.predicted
+    prediction = result.predicted
     facts = _facts(result)
     uses = _commands(settings, result)
     confusion: list[tuple[str, Any]] = []
     if result.after.confusion is not None:
         cells = metrics.confusion_rows(result.after.confusion, result.labels)
-        confusion = [("Answers (across) for each label (down), after training", cells)]
+        confusion = [("Predicted label (across) by true label (down), after training", cells)]
     (output / "result.json").write_text(json.dumps(result.to_json(), indent=2) + "\n", encoding="utf-8")
     rows = metrics.rows(result.before, result.after)
-    sets = [each.cells() for each in result.data_sets]
+    sets = [data_set.cells() for data_set in result.data_sets]
     training_report.write(
         output / "report.html",
         title=f"{settings.method} on {'/'.join(Path(settings.model).parts[-2:])}",
@@ -345,7 +349,7 @@ def _show(settings: Settings, result: Result, output: Path, prompt: str | None) 
             ("Made with", [*versions.versions(), *versions.machine(), ("command", command())]),
         ],
         commands=uses,
-        memory=None if said is None else lambda width: memory_picture.picture(said, result.trace, width),
+        memory=None if prediction is None else lambda width: memory_picture.picture(prediction, result.trace, width),
     )
     if settings.method != options.FULL:
         _add_to_card(settings, result, rows)
@@ -365,11 +369,11 @@ def _show(settings: Settings, result: Result, output: Path, prompt: str | None) 
 
 
 def _add_to_card(settings: Settings, result: Result, rows: list[tuple[str, str, str]]) -> None:
-    """Add data, figures and the command to the adapter's model card, with the names of files but not their folders."""
+    """Add the data, metrics and command to the adapter's model card, with file names but without their folders."""
     from peftcore.files import add_to_card, code_span
 
     files = [settings.data] if isinstance(settings.data, str) else settings.data
-    said = [
+    details = [
         ("task", settings.task),
         ("data", ", ".join(code_span(Path(file).name) for file in files)),
         ("examples", f"{result.train_rows:,} for training, {result.eval_rows:,} held out"),
@@ -377,13 +381,13 @@ def _add_to_card(settings: Settings, result: Result, rows: list[tuple[str, str, 
         *((f"held-out {name}", f"{before} before, {after} after") for name, before, after in rows),
     ]
     try:
-        add_to_card(result.adapter, "Training", said, shlex.join(map(_without_folders, shlex.split(command()))))
-    except CheckpointError as error:  # the adapter and the report are written
+        add_to_card(result.adapter, "Training", details, shlex.join(map(_without_folders, shlex.split(command()))))
+    except CheckpointError as error:  # the adapter and the report have been written
         say(str(error))
 
 
 def _without_folders(word: str) -> str:
-    """Return a word of the command line with the name of a file or folder in place of its path."""
+    """Replace a path in a word of the command line by the name of its file or folder."""
     starts = [0, *(match.end() for match in re.finditer("=", word))]  # a path may contain `=` as well
     for start in starts:
         path = word[start:]
@@ -413,7 +417,7 @@ def _facts(result: Result) -> list[tuple[str, str]]:
 
 
 def _time(spent: dict[str, float]) -> str:
-    """Return the seconds of a run and of its parts, the longest first: `53 s: 20 s imports, 6 s training, ...`."""
+    """Format the duration of a run and of its parts, longest first: `53 s: 20 s imports, 6 s training, ...`."""
     parts = sorted(spent.items(), key=lambda part: -part[1])
     shown = ", ".join(f"{seconds:.0f} s {part}" for part, seconds in parts if seconds >= 0.5)
     return f"{sum(spent.values()):.0f} s: {shown}" if shown else f"{sum(spent.values()):.0f} s"
@@ -434,7 +438,9 @@ def _commands(settings: Settings, result: Result) -> list[str]:
     from peftcore_cli.tasks import registered
 
     task = registered.find(settings.task)
-    files = [settings.eval_data] if settings.eval_data else [each.path for each in row_reading.sources(settings.data)]
+    files = (
+        [settings.eval_data] if settings.eval_data else [source.path for source in row_reading.sources(settings.data)]
+    )
     evaluation = " --data ".join(map(shlex.quote, files))
     if settings.columns:
         evaluation += f" --columns {shlex.quote(settings.columns)}"

@@ -114,7 +114,7 @@ class _Run:
         self, settings: Settings, output: Path, rows: training_data.Rows, clock: Clock, display: Display
     ) -> None:
         self.began, self.clock = time.perf_counter(), clock
-        clock.parts["imports"] = clock.rest()
+        clock.parts["imports"] = clock.other()
         self.settings, self.output, self.rows, self.display = settings, output, rows, display
         self.task, self.adapter = registered.find(settings.task), output / "adapter"
         self.samples: list[tuple[str, str]] = []

@@ -128,7 +128,10 @@ def test_any_method_on_a_base_in_4_bits(run: Run, llama: Path, reviews: Path, tm
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--method", "qlora", "--quantize", "nf4"), "--method qlora prepares the base itself, found --quantize nf4"),
+        (
+            ("--method", "qlora", "--quantize", "nf4"),
+            "--method qlora prepares the base itself, so it cannot be combined with --quantize nf4",
+        ),
         (("--method", "lora", "--quantize", "nf3"), "quant_type='nf3' is not known. Choose one of: nf4, fp4"),
         (("--method", "lora", "--quantize", "nf4", "--fit"), "--fit chooses for a dense base"),
     ],

@@ -123,7 +123,7 @@ def test_two_processes_cannot_train_in_one_folder(run: Run, llama: Path, reviews
     adapter = (output / "adapter" / "adapter_model.safetensors").read_bytes()
     with settings.only_process(output):  # a lock of another open file, as another process has it
         for option in ("--overwrite", "--resume"):
-            assert f"another process is at work in '{output}'" in run(*arguments, option, code=1).output
+            assert f"another process is writing to '{output}'" in run(*arguments, option, code=1).output
     assert (output / "adapter" / "adapter_model.safetensors").read_bytes() == adapter
     run(*arguments, "--overwrite")
 
@@ -133,4 +133,4 @@ def test_a_folder_that_is_no_run_is_left_alone(run: Run, llama: Path, reviews: P
     other.mkdir()
     (other / "precious").write_text("here")
     error = run(*train_arguments(llama, reviews, other), "--overwrite", code=1).output
-    assert "already contains something else" in error and [file.name for file in other.iterdir()] == ["precious"]
+    assert "contains files that are not a run's" in error and [file.name for file in other.iterdir()] == ["precious"]

@@ -150,7 +150,7 @@ def test_classifier_end_to_end(run: Run, bert: Path, labelled: Path, tmp_path: P
     assert json.loads((output / "adapter" / "peftcore_task.json").read_text())["labels"] == ["down", "up"]
     assert found["baseline"] == ["most frequent label", 0.5] and found["confusion"] == [[8, 0], [0, 8]]
     report = (output / "report.html").read_text()
-    assert all(shown in report for shown in ("accuracy", "macro F1", "most frequent label", "Answers (across)"))
+    assert all(shown in report for shown in ("accuracy", "macro F1", "most frequent label", "Predicted label (across)"))
     for word, label in (("good", "up"), ("bad", "down")):
         answer = run("generate", output / "adapter", "-p", f"the story is {word}").output
         assert answer.startswith(label)

@@ -109,4 +109,4 @@ def test_a_classifier_of_pairs(run: Run, bert: Path, tmp_path: Path) -> None:
     assert f"{found['after']['loss']:.4f}" in run("eval", output, "-d", path).output
     assert run("generate", output, "-p", "good", "--pair", "good").output.startswith(("same", "other"))
     error = run("generate", "-m", bert, "-p", "good", "--pair", "good", code=1).output
-    assert "--pair is the second text for a classifier, found task causal-lm" in error
+    assert "--pair only works with a classifier (the task is causal-lm)" in error

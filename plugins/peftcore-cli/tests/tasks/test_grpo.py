@@ -129,5 +129,5 @@ def test_end_to_end(run: Run, llama: Path, judges: Path, tmp_path: Path) -> None
     found = json.loads((output / "result.json").read_text())
     assert found["after"]["reward"] > found["before"]["reward"] + 0.3
     assert f"{found['after']['reward']:.4f}" in run("eval", output, "-d", path, *reward).output
-    assert "is what eval needs for grpo" in run("eval", output, "-d", path, code=1).output
+    assert "eval needs --reward FILE.py:FUNCTION for grpo" in run("eval", output, "-d", path, code=1).output
     assert "good" in run("generate", output, "-p", "the film is", "--max-new-tokens", 4).output

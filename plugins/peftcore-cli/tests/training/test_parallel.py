@@ -174,10 +174,10 @@ def test_an_error_of_one_rank_is_printed_by_it(
     """Rank 0 is given time to fail first: torchrun ends the other ranks then."""
     slept: list[float] = []
     monkeypatch.setattr(time, "sleep", slept.append)
-    monkeypatch.setattr(console, "_speaker", "rank 1: ")
+    monkeypatch.setattr(console, "_prefix", "rank 1: ")
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     handler = signal.getsignal(signal.SIGTERM)
-    for rank, waits in (("0", []), ("1", [console.ERROR_OF_FIRST])):
+    for rank, waits in (("0", []), ("1", [console.RANK_0_TIMEOUT])):
         monkeypatch.setenv("RANK", rank)
         try:
             with pytest.raises(typer.Exit):
