@@ -1,10 +1,10 @@
-"""DEFT (Kumar et al. 2025, arXiv 2509.22793): y = (W - Q pᵀ W + s · Q R) x + b, a subspace replaced.
+"""DEFT (Kumar et al. 2025, arXiv 2509.22793): y = (W - Q pᵀ W + s · Q R) x + b replaces a subspace of W's outputs.
 
     W x ---+------------------(-)---(+)--- + b --- y
            '--- pᵀ ---- Q -----'     |            P [out, r], R [r, in], trained
      x --------- R ---- s · Q -------'            "relu": Q = P, p = relu(P);  "qr": Q = p, orthogonal, with P's span
 
-At the start s · R = pᵀ W, so the removed part is added back; with `para` there is no R.
+At the start s · R = pᵀ W, which adds the removed part back. With `para` there is no R.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ class DeftConfig(targets.LayersConfig):
     """Config with the field names of Hugging Face PEFT's `DeftConfig`; the other fields are LoRA's.
 
     Args:
-        r: dimension of the subspace, at most a layer's outputs.
+        r: dimension of the subspace, at most the number of a layer's outputs.
         alpha: s = alpha / r; None: s = 1.
-        para: leave out R.
+        para: only remove the subspace, without R.
         deft_dropout: dropout probability of the inputs of R.
         init_weights: False: R is normal, with standard deviation 0.02 · init_scale.
     """
@@ -63,7 +63,7 @@ class DeftConfig(targets.LayersConfig):
 
 
 class Deft(Adapter):
-    """Adapter of a linear layer, P and R; x `[..., in]` -> y `[..., out]`."""
+    """Trained P and R of a linear layer; x `[..., in]` -> y `[..., out]`."""
 
     def __init__(self, config: DeftConfig, width: int, out_width: int) -> None:
         super().__init__()
@@ -71,8 +71,8 @@ class Deft(Adapter):
         self.orthogonal, self.scale = config.decomposition_method == "qr", config.alpha / r if config.alpha else 1.0
         self.dropout = nn.Dropout(config.deft_dropout)
         self.deft_P = nn.Parameter(0.02 * torch.randn(out_width, r))
-        drawn = 0.02 * config.init_scale * torch.randn(r, width)
-        self.deft_R = None if config.para else nn.Parameter(drawn)
+        initial_r = 0.02 * config.init_scale * torch.randn(r, width)
+        self.deft_R = None if config.para else nn.Parameter(initial_r)
 
     def forward(self, base: Base, x: Tensor) -> Tensor:
         y, bias = base(x), base.weight_and_bias()[1]
@@ -106,7 +106,7 @@ def place(model: nn.Module, config: DeftConfig, architecture: Architecture) -> l
 
 
 def initialize(model: nn.Module, adapters: Mapping[str, Any], config: DeftConfig, batches: Any) -> None:
-    """Set R so that it adds back the removed part; the training batches are not used."""
+    """Set R to add the removed part back; the training batches are not used."""
     for path, adapter in adapters.items():
         weight = inside_at(model, path).weight().float()
         adapter.deft_R.copy_(adapter.directions()[1].float().T @ weight / adapter.scale)
@@ -115,5 +115,5 @@ def initialize(model: nn.Module, adapters: Mapping[str, Any], config: DeftConfig
 @hookimpl
 def peftcore_methods() -> list[Method]:
     rules = StateRules(peft_type="DEFT")
-    needed = lambda config: config.init_weights and not config.para  # noqa: E731
-    return [Method("deft", DeftConfig, place, rules, initialize, initializes=needed, learning_rate=1e-3)]
+    initializes = lambda config: config.init_weights and not config.para  # noqa: E731
+    return [Method("deft", DeftConfig, place, rules, initialize, initializes=initializes, learning_rate=1e-3)]

@@ -1,9 +1,9 @@
-"""DeLoRA (Bini et al. 2025, arXiv 2503.18225, eq. 6): direction and strength of a low-rank update.
+"""DeLoRA (Bini et al. 2025, arXiv 2503.18225, eq. 6): separate the direction and the strength of a low-rank update.
 
     W + λ / r · Σᵢ bᵢ aᵢᵀ / (‖bᵢ‖ ‖aᵢ‖) · diag(n)          n [in]: norms of W's columns at the start
 
-Each of the r products has norm 1, so λ bounds the change of the weight for any step size. Trained: A [r, in],
-B [out, r], zero at the start, and λ. It is computed like LoRA, with the factors in A; n is saved in the file.
+Each of the r products has norm 1, so λ bounds the change of the weight, whatever the learning rate. A [r, in],
+B [out, r], zero at the start, and λ are trained; n is saved with them. The forward pass is that of LoRA, with scaled A.
 """
 
 from __future__ import annotations
@@ -37,7 +37,9 @@ class DeloraConfig(targets.LayersConfig):
     """Config with the field names of Hugging Face PEFT's `DeloraConfig`; the other fields select layers.
 
     Args:
-        r: rank. delora_lambda: λ at the start. rank_pattern, lambda_pattern: values for single layers, by name.
+        r: rank.
+        delora_lambda: λ at the start.
+        rank_pattern, lambda_pattern: values for single layers, by name.
         module_dropout: dropout probability of the inputs of A.
         bias: biases to train as well: "none", "all", or "delora_only" (of adapted modules).
         init_weights: False: B is random too; the adapter then changes the model from the start.
@@ -64,10 +66,10 @@ class Delora(LowRankLinear):
     def __init__(self, config: DeloraConfig, path: str, width: int, out_width: int) -> None:
         super().__init__(dropout=config.module_dropout)
         r = targets.pattern_value(config.rank_pattern, path, config.r)
-        bound = float(targets.pattern_value(config.lambda_pattern, path, config.delora_lambda))
+        strength = float(targets.pattern_value(config.lambda_pattern, path, config.delora_lambda))
         self.delora_A = nn.Parameter(nn.init.kaiming_uniform_(torch.empty(r, width), a=math.sqrt(5)))
         self.delora_B = nn.Parameter(torch.zeros(out_width, r))
-        self.delora_lambda = nn.Parameter(torch.full((1,), bound))
+        self.delora_lambda = nn.Parameter(torch.full((1,), strength))
         self.register_buffer("delora_w_norm", torch.ones(width))
         if not config.init_weights:
             nn.init.kaiming_uniform_(self.delora_B, a=math.sqrt(5))
@@ -81,8 +83,8 @@ class Delora(LowRankLinear):
 
 def place(model: nn.Module, config: DeloraConfig, architecture: Architecture) -> list[Placement]:
     layers = {path: targets.sizes(module) for path, module in config.selected(model, architecture).items()}
-    placed: list[Placement] = [Around(path, Delora(config, path, *sizes)) for path, sizes in layers.items()]
-    return placed + targets.trained_biases(model, config.bias, layers)
+    placements: list[Placement] = [Around(path, Delora(config, path, *sizes)) for path, sizes in layers.items()]
+    return placements + targets.trained_biases(model, config.bias, layers)
 
 
 def initialize(model: nn.Module, adapters: Any, config: DeloraConfig, batches: Any) -> None:

@@ -1,4 +1,4 @@
-"""GLoRA (Chavan et al. 2023, arXiv 2306.07967, section 3.2): weight and bias, scaled and shifted.
+"""GLoRA (Chavan et al. 2023, arXiv 2306.07967, section 3.2): scale and shift weight and bias.
 
     y = (W + W ⊙ A + B) x + b + b ⊙ D + E + W C         ⊙ elementwise
 
@@ -6,7 +6,7 @@
     C    [in]          lora: Xd Xu               vector: one number per input                           none
     D, E [out]                                   vector: one number per output         constant: one    none
 
-Trained: the X. All five are zero at the start. C, D and E change the bias, so a layer without a bias lacks them.
+The X are trained. All five parts are zero at the start. C, D and E change the bias, so only layers with one have them.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ class GloraConfig(targets.LayersConfig):
 
     Args:
         r: rank of the parts with form "lora".
-        config_A_B, config_C, config_D_E: the form of A and B, of C, and of D and E.
+        config_A_B, config_C, config_D_E: form of A and B, of C, and of D and E.
         bias: biases to train as well: "none", "all", or "glora_only" (of adapted modules).
-        init_weights: False: a random start.
+        init_weights: False: random parts; the adapter then changes the model from the start.
     """
 
     not_in_peft: ClassVar[frozenset[str]] = frozenset(
@@ -70,11 +70,11 @@ class GloraConfig(targets.LayersConfig):
 
 
 class Path(nn.Module):
-    """One of the five parts, `Xd` and `Xu`, or `X`: a value that broadcasts to `shape`, [rows, columns] or [rows]."""
+    """One of the parts A to E, as `Xd` and `Xu` or `X`. It broadcasts to `shape`, [rows, columns] or [rows]."""
 
     def __init__(self, form: str, shape: tuple[int, ...], config: GloraConfig) -> None:
         super().__init__()
-        self.form, start = form, config.init_weights
+        self.form, identity_init = form, config.init_weights
         if form == "lora":
             self.Xd = nn.Parameter(torch.zeros(shape[0], config.r))
             self.Xu = nn.Parameter(torch.empty(config.r, shape[1]))
@@ -83,11 +83,12 @@ class Path(nn.Module):
             self.X = nn.Parameter(torch.zeros(shape[0], *[1] * (len(shape) - 1)))
         elif form == "constant":
             self.X = nn.Parameter(torch.zeros(1))
-        if not start and form == "constant":
+        if not identity_init and form == "constant":
             nn.init.normal_(self.X, std=0.02)
-        elif not start and form != "none":  # uniform, with a bound from the number of columns
-            drawn = self.Xd if form == "lora" else self.X
-            nn.init.kaiming_uniform_(drawn if drawn.dim() > 1 else drawn[None], a=math.sqrt(5))
+        elif not identity_init and form != "none":
+            # kaiming_uniform_ takes its bound from the number of columns, so a vector counts as one row.
+            parameter = self.Xd if form == "lora" else self.X
+            nn.init.kaiming_uniform_(parameter if parameter.dim() > 1 else parameter[None], a=math.sqrt(5))
 
     def forward(self) -> Any:
         if self.form == "lora":
@@ -113,7 +114,7 @@ class Glora(Adapter):
 
     def changes(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Return the changes of weight and bias, fp32."""
-        # PyTorch multiplies 16 by 32 bits in fp32; a copy of W in fp32 would be kept for the backward pass.
+        # PyTorch multiplies 16 by 32 bits in fp32. An fp32 copy of W would be saved for the backward pass.
         change = weight * self.glora_A() + self.glora_B()
         if bias is None:
             return change, None
@@ -134,25 +135,30 @@ class Glora(Adapter):
 
     @override
     def neutral(self) -> dict[str, Tensor]:
-        paths: dict[str, Any] = dict(self.named_children())
-        return {f"{name}.{own}": t for name, path in paths.items() for own, t in path.neutral().items()}
+        values: dict[str, Tensor] = {}
+        for part, path in self.named_children():
+            assert isinstance(path, Path)
+            values.update({f"{part}.{name}": tensor for name, tensor in path.neutral().items()})
+        return values
 
 
 def place(model: nn.Module, config: GloraConfig, architecture: Architecture) -> list[Placement]:
     layers = config.selected(model, architecture)
-    placed: list[Placement] = []
+    placements: list[Placement] = []
     for path, layer in layers.items():
         has_bias = getattr(layer, "bias", None) is not None
         trains = config.config_A_B != "none" or has_bias
         validation.require(
-            trains, f"'{path}' has no bias, and config_A_B is 'none': nothing would be trained. Leave it out"
+            trains,
+            f"'{path}' has no bias, and config_A_B is 'none': nothing would be trained. "
+            f"Leave it out: exclude_modules=['{path}']",
         )
-        placed.append(Around(path, Glora(config, *targets.sizes(layer), has_bias)))
-    return placed + targets.trained_biases(model, config.bias, layers)
+        placements.append(Around(path, Glora(config, *targets.sizes(layer), has_bias)))
+    return placements + targets.trained_biases(model, config.bias, layers)
 
 
 def read(model: nn.Module | None, tensors: dict[str, Tensor], fields: dict[str, Any]) -> tuple[Tensors, Fields]:
-    """Leave out the zeros that PEFT writes for each part that is "none"."""
+    """Drop the zeros that PEFT writes for parts of form "none"."""
     return {name: t for name, t in tensors.items() if not name.endswith(".zeros") or t.any()}, fields
 
 

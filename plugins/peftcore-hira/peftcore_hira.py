@@ -1,10 +1,10 @@
-"""HiRA (Huang et al. 2025, ICLR, "Hadamard high-rank adaptation"): y = (W + W ⊙ B A) x + b, ⊙ elementwise.
+"""HiRA (Huang et al. 2025, ICLR, "Hadamard high-rank adaptation"): y = (W + W ⊙ B A) x + b, with ⊙ elementwise.
 
-x ---+--- W ----------(+)--- + b --- y        A [r, in], B [out, r]: trained; B zero at the start
-     '--- W ⊙ B A ---- '                      the change's rank goes up to r · rank(W)
+x ---+--- W ----------(+)--- + b --- y        A [r, in] and B [out, r] are trained; B is zero at the start
+     '--- W ⊙ B A ---- '                      the change can have rank r · rank(W)
 
-For a convolution A has its kernel, [r, in, k], and B mixes the r channels. For an embedding A is [r, tokens], and A is
-zero at the start instead of B.
+For a convolution with kernel k, A is [r, in, k] and B mixes the r channels. For an embedding A is [r, tokens] and zero
+at the start, instead of B.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ class HiraConfig(targets.LayersConfig):
 
     Args:
         hira_dropout: dropout probability of the inputs of W ⊙ B A, except for embeddings.
-        init_weights: True: A is drawn as in LoRA; "gaussian": with standard deviation 1 / r (linear layers). False:
-            A and B are random.
-        rank_pattern: ranks of single layers, by suffix of their path or regular expression.
+        init_weights: True: A is drawn as in LoRA. "gaussian": in linear layers, A has standard deviation 1 / r.
+            False: A and B are random.
+        rank_pattern: ranks of single layers, by suffix of their path or by regular expression.
     """
 
     r: int = 32
@@ -81,13 +81,13 @@ class Hira(Adapter):
 
     def forward(self, base: Base, x: Tensor) -> Tensor:
         weight, bias = base.linear_operands(x) or (None, None)
-        drops = self.training and self.dropout.p > 0
-        if isinstance(weight, Tensor) and weight.dtype == torch.float32 and not drops:
+        has_dropout = self.training and self.dropout.p > 0
+        if isinstance(weight, Tensor) and weight.dtype == torch.float32 and not has_dropout:
             return F.linear(x, self.merged(weight, bias)[0], bias)
         return base(x) + F.linear(self.dropout(x), self.change(base.weight()).to(x.dtype))
 
     def product(self) -> Tensor:
-        """Return B A in the layout of the weight, fp32."""
+        """Return B A in the shape of the weight, fp32."""
         return self.hira_B.float() @ self.hira_A.float()
 
     def change(self, weight: Tensor) -> Tensor:
@@ -103,12 +103,12 @@ class Hira(Adapter):
 
 
 class HiraConv(Hira):
-    """A `[r, in, k]` and B `[out, r, 1]` of a convolution, with k and 1 repeated for each of its dimensions."""
+    """A `[r, in, k]` and B `[out, r, 1]` of a convolution; in 2-D `[r, in, k, k]` and `[out, r, 1, 1]`."""
 
     def __init__(self, config: HiraConfig, r: int, layer: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> None:
         super().__init__(config, r, *targets.sizes(layer))
         self.hira_A = nn.Parameter(torch.randn(r, *layer.weight.shape[1:]))
-        self.hira_B = nn.Parameter(self.hira_B.detach().view(-1, r, *[1 for _ in layer.kernel_size]))
+        self.hira_B = nn.Parameter(self.hira_B.detach().view(-1, r, *[1] * len(layer.kernel_size)))
         if config.init_weights:
             nn.init.kaiming_uniform_(self.hira_A, a=math.sqrt(5))
 
@@ -131,11 +131,11 @@ class HiraEmbedding(Adapter):
         self.hira_embedding_B = nn.Parameter(torch.randn(width, r))
 
     def forward(self, base: Base, tokens: Tensor) -> Tensor:
-        if tokens.is_floating_point():  # mixtures of entries, as in Ovis
-            mixed: Tensor = base.on_weights({"weight": lambda weight: self.merged(weight, None)[0]})(tokens)
-            return mixed
+        if tokens.is_floating_point():  # weights of a mixture of rows, as in Ovis
+            output: Tensor = base.on_weights({"weight": lambda weight: self.merged(weight, None)[0]})(tokens)
+            return output
         y = base(tokens)
-        product = F.linear(F.embedding(tokens, self.hira_embedding_A.T), self.hira_embedding_B)  # rows of these tokens
+        product = F.linear(F.embedding(tokens, self.hira_embedding_A.T), self.hira_embedding_B)  # B A at these tokens
         return (y + y * product).to(y.dtype)
 
     @override
@@ -149,10 +149,10 @@ class HiraEmbedding(Adapter):
 
 def place(model: nn.Module, config: HiraConfig, architecture: Architecture) -> list[Placement]:
     layers = config.selected(model, architecture)
-    return [Around(path, of_layer(config, path, module)) for path, module in layers.items()]
+    return [Around(path, adapter_for(config, path, module)) for path, module in layers.items()]
 
 
-def of_layer(config: HiraConfig, path: str, module: nn.Module) -> nn.Module:
+def adapter_for(config: HiraConfig, path: str, module: nn.Module) -> nn.Module:
     r = targets.pattern_value(config.rank_pattern, path, config.r)
     if isinstance(module, nn.Embedding):
         return HiraEmbedding(config, r, module)
@@ -161,11 +161,11 @@ def of_layer(config: HiraConfig, path: str, module: nn.Module) -> nn.Module:
     return Hira(config, r, *targets.sizes(module))
 
 
-def refused(model: nn.Module, tensors: Mapping[str, Tensor], fields: Mapping[str, Any]) -> str | None:
-    """Return why a file of PEFT 0.21 cannot be read: it has a rank_pattern, and rank r at every layer."""
+def refusal(model: nn.Module, tensors: Mapping[str, Tensor], fields: Mapping[str, Any]) -> str | None:
+    """Return why a file cannot be loaded: PEFT 0.21 writes rank_pattern, but gives every layer rank r."""
     names = (".hira_A", ".hira_embedding_A")
-    r, found = fields.get("r", 32), {len(tensor) for name, tensor in tensors.items() if name.endswith(names)}
-    if found != {r} or set((fields.get("rank_pattern") or {}).values()) <= {r}:
+    r, ranks = fields.get("r", 32), {len(tensor) for name, tensor in tensors.items() if name.endswith(names)}
+    if ranks != {r} or set((fields.get("rank_pattern") or {}).values()) <= {r}:
         return None
     return f"its rank_pattern does not fit its tensors, whose ranks are {r}. Remove it from adapter_config.json"
 
@@ -176,5 +176,5 @@ def write(model: nn.Module | None, tensors: dict[str, Tensor], fields: dict[str,
 
 @hookimpl
 def peftcore_methods() -> list[Method]:
-    rules = StateRules(peft_type="HIRA", write=write, peft=PeftRules(refused=refused))
+    rules = StateRules(peft_type="HIRA", write=write, peft=PeftRules(refused=refusal))
     return [Method("hira", HiraConfig, place, rules, learning_rate=1e-2)]

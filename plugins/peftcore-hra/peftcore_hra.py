@@ -1,10 +1,10 @@
-"""HRA (Yuan et al. 2024, arXiv 2405.17484): y = W (R x) + bias, with R = H1 H2 ... Hr a product of reflections.
+"""HRA (Yuan et al. 2024, arXiv 2405.17484): y = W (R x) + bias, where R = H1 H2 ... Hr is a product of reflections.
 
-    Hᵢ = 1 - 2 uᵢ uᵢᵀ / uᵢᵀ uᵢ                  together, with the unit vectors uᵢ as columns of U [in, r]:
+    Hᵢ = 1 - 2 uᵢ uᵢᵀ / uᵢᵀ uᵢ                  all at once, with the unit vectors uᵢ as columns of U [in, r]:
     R = 1 - U T Uᵀ                            T⁻¹ = 1/2 + the strict upper triangle of UᵀU (compact WY form)
 
-W stays unchanged, and x is multiplied by two narrow matrices. Trained: U; at the start neighbours are equal in pairs
-and cancel out. With `apply_GS` the reflections are made orthogonal (Gram-Schmidt), R = 1 - 2 Q Qᵀ with Q a basis.
+x is multiplied by two narrow matrices before W. U is trained. At the start its columns are equal in pairs, whose
+reflections cancel out. With `apply_GS`, Gram-Schmidt makes the reflections orthogonal: R = 1 - 2 Q Qᵀ with a basis Q.
 For a convolution W is the matrix [out, in · k], with k numbers in a kernel.
 """
 
@@ -42,9 +42,10 @@ class HRAConfig(targets.LayersConfig):
     """Config with the field names of Hugging Face PEFT's `HRAConfig`; the other fields select layers.
 
     Args:
-        r: number of reflections. An odd number has no pairs, so the start changes the model.
-        apply_GS: make the reflections orthogonal. Their product is then never 1, so the start changes the model: here
-            by random reflections, in PEFT by the remainder of equal vectors.
+        r: number of reflections. With an odd number they do not cancel out, and the adapter changes the model from the
+            start.
+        apply_GS: make the reflections orthogonal. Their product is then never 1, so the adapter changes the model from
+            the start: here by random reflections, in PEFT by the rounding errors of equal vectors.
         bias: biases to train as well: "none", "all", or "hra_only" (of adapted modules).
         init_weights: False: all reflections are random.
     """
@@ -70,9 +71,9 @@ class HRA(Adapter):
     def __init__(self, config: HRAConfig, width: int) -> None:
         super().__init__()
         self.orthogonal = config.apply_GS
-        paired = config.init_weights and config.r % 2 == 0 and not config.apply_GS
-        u = nn.init.kaiming_uniform_(torch.empty(width, config.r // 2 if paired else config.r), a=math.sqrt(5))
-        self.hra_u = nn.Parameter(u.repeat_interleave(2, dim=1) if paired else u)
+        in_pairs = config.init_weights and config.r % 2 == 0 and not config.apply_GS
+        u = nn.init.kaiming_uniform_(torch.empty(width, config.r // 2 if in_pairs else config.r), a=math.sqrt(5))
+        self.hra_u = nn.Parameter(u.repeat_interleave(2, dim=1) if in_pairs else u)
 
     def pair(self) -> tuple[Tensor, Tensor]:
         """Return U and U T, fp32 `[in, r]` each, for R = 1 - U T Uᵀ."""
@@ -85,7 +86,7 @@ class HRA(Adapter):
         return u, torch.linalg.solve_triangular(inverse, u, upper=True, left=False)
 
     def forward(self, base: Base, x: Tensor) -> Any:
-        u, ut = (each.to(x.dtype) for each in self.pair())
+        u, ut = (factor.to(x.dtype) for factor in self.pair())
         return base(x - F.linear(x @ u, ut))
 
     @override
@@ -110,14 +111,19 @@ def place(model: nn.Module, config: HRAConfig, architecture: Architecture) -> li
     layers = config.selected(model, architecture)
     widths = {path: targets.sizes(module)[0] for path, module in layers.items()}
     if config.r > min(widths.values()):
+        # Only an orthogonal basis is limited to as many vectors as there are inputs.
         path = min(widths, key=lambda path: widths[path])
-        validation.require(not config.apply_GS, f"r={config.r} is above the {widths[path]} inputs of '{path}'")
+        validation.require(
+            not config.apply_GS,
+            f"r={config.r} is above the {widths[path]} inputs of '{path}', so apply_GS=True has no orthogonal basis. "
+            "Choose a smaller r",
+        )
     if config.init_weights and (config.r % 2 or config.apply_GS):
-        why = "apply_GS=True" if config.apply_GS else f"r={config.r} is odd"
-        warn(f"{why}: reflections do not cancel out at the start, so it changes the model")
-    kinds = {path: HRAConv if isinstance(module, nn.Conv2d) else HRA for path, module in layers.items()}
-    placed: list[Placement] = [Around(path, kinds[path](config, width)) for path, width in widths.items()]
-    return placed + targets.trained_biases(model, config.bias, layers)
+        reason = "apply_GS=True" if config.apply_GS else f"r={config.r} is odd"
+        warn(f"{reason}: reflections do not cancel out at the start, so the adapter already changes the model")
+    classes = {path: HRAConv if isinstance(module, nn.Conv2d) else HRA for path, module in layers.items()}
+    placements: list[Placement] = [Around(path, classes[path](config, width)) for path, width in widths.items()]
+    return placements + targets.trained_biases(model, config.bias, layers)
 
 
 @hookimpl

@@ -1,4 +1,4 @@
-"""(IA)³ (Liu et al. 2022, arXiv 2205.05638): y = l ⊙ (W x + b), and in a feed-forward's last layer y = W (l ⊙ x) + b.
+"""(IA)³ (Liu et al. 2022, arXiv 2205.05638): y = l ⊙ (W x + b), or in a feed-forward's last layer y = W (l ⊙ x) + b.
 
             y [out]                              y [out]
           ( ⊙ )--- l [out]                 .-----+-----.
@@ -7,7 +7,7 @@
       '-----+-----'                            ( ⊙ )--- l [in]
           x [in]                               x [in]     (feedforward_modules)
 
-Trained: one factor per output (or input) of a layer, 1 at the start. It merges by scaling rows (or columns) of W.
+One factor per output (or input) of a layer is trained and starts at 1. Merging scales the rows (or columns) of W.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ class IA3Config:
 
     Args:
         target_modules, exclude_modules: see `peftcore.model.targets.select`. The paper scales keys, values and the
-            inner activations: `["k_proj", "v_proj", "down_proj"]` of a Llama.
-        feedforward_modules: suffixes, or a regular expression for whole paths, of selected layers whose input is
-            scaled. None: the last layers of feed-forward blocks, where they are known.
+            inner activations: for Llama `["k_proj", "v_proj", "down_proj"]`.
+        feedforward_modules: selected layers whose input is scaled, by suffixes or a regular expression for whole
+            paths. None: the last layers of feed-forward blocks, where they are known.
         modules_to_save: modules to train in full as well. None: a classifier's head.
-        init_ia3_weights: factors are 1; False: random, so the adapter changes the model from the start.
-        fan_in_fan_out: written for PEFT, which needs True for GPT-2; peftcore reads the layout from the layer.
+        init_ia3_weights: False: random factors; the adapter then changes the model from the start.
+        fan_in_fan_out: only written, for PEFT, which needs True for GPT-2; peftcore reads the layout from the layer.
     """
 
     target_modules: str | Sequence[str] = targets.ALL_LINEAR
@@ -63,33 +63,42 @@ class IA3Config:
         validation.check_types(self)
 
     def resolved(self, model: nn.Module, architecture: Architecture) -> IA3Config:
-        """Return the config with the choices that depend on the model made explicit."""
-        chosen = selected(model, self, architecture)
-        config = replace(self, fan_in_fan_out=any(map(targets.is_conv1d, chosen.values())))
+        """Return the config with the modules named, where they depend on the model."""
+        layers = selected(model, self, architecture)
+        config = replace(self, fan_in_fan_out=any(map(targets.is_conv1d, layers.values())))
         if self.feedforward_modules is not None and self.target_modules != targets.ALL_LINEAR:
             return config
-        back = [path for path, module in chosen.items() if leads_back(model, path, module, architecture)]
-        if self.feedforward_modules is not None:
-            back = [path for path in chosen if scales_input(self, targets.weight_named(model, path))]
-        parts = [[path for path in chosen if path not in back], back]
-        others, last = (targets.minimal_suffixes(model, part) if part else [] for part in parts)
-        given = self.target_modules
-        named = given if isinstance(given, str) and given != targets.ALL_LINEAR else [*others, *last]
-        # PEFT needs feedforward_modules among target_modules
-        return replace(config, target_modules=named, feedforward_modules=last)
+        if self.feedforward_modules is None:
+            input_scaled = [
+                path for path, module in layers.items() if is_down_projection(model, path, module, architecture)
+            ]
+        else:
+            input_scaled = [path for path in layers if scales_input(self, targets.weight_named(model, path))]
+        output_scaled = [path for path in layers if path not in input_scaled]
+        input_suffixes = targets.minimal_suffixes(model, input_scaled) if input_scaled else []
+        output_suffixes = targets.minimal_suffixes(model, output_scaled) if output_scaled else []
+        target_modules = self.target_modules
+        if target_modules == targets.ALL_LINEAR or not isinstance(target_modules, str):
+            # PEFT requires that target_modules contains feedforward_modules.
+            target_modules = [*output_suffixes, *input_suffixes]
+        return replace(config, target_modules=target_modules, feedforward_modules=input_suffixes)
 
 
 class IA3(Adapter):
-    """Factors `ia3_l`: `[out, 1]`, or `[1, in]` for the input; `[1, channels, 1, ..]` for a convolution."""
+    """Factors `ia3_l`: `[out, 1]` for outputs, `[1, in]` for inputs, `[1, channels, 1, ..]` for a convolution."""
 
-    def __init__(self, shape: Sequence[int], scales_input: bool, start: bool) -> None:
+    def __init__(self, shape: Sequence[int], scales_input: bool, identity_init: bool) -> None:
         super().__init__()
-        self.ia3_l = nn.Parameter(torch.ones(*shape) if start else torch.randn(*shape))
+        self.ia3_l = nn.Parameter(torch.ones(*shape) if identity_init else torch.randn(*shape))
         self.scales_input = scales_input
 
     def forward(self, base: Base, x: Tensor) -> Tensor:
-        factor, behind = self.ia3_l.flatten(), max(0, self.ia3_l.dim() - 2)
-        return base(ops.scaled(x, factor, behind)) if self.scales_input else ops.scaled(base(x), factor, behind)
+        factor, trailing_dims = self.ia3_l.flatten(), max(0, self.ia3_l.dim() - 2)
+        return (
+            base(ops.scaled(x, factor, trailing_dims))
+            if self.scales_input
+            else ops.scaled(base(x), factor, trailing_dims)
+        )
 
     @override
     def on_parts(self, base: Callable[[Tensor], Tensor], division: Division, x: Tensor) -> Tensor:
@@ -107,12 +116,14 @@ class IA3(Adapter):
         factor = self.ia3_l.float().flatten()
         if not self.scales_input:
             return weight * factor.view(-1, *(1 for _ in weight.shape[1:])), None if bias is None else bias * factor
-        groups = factor.view(-1, weight.shape[1]).repeat_interleave(weight.shape[0] * weight.shape[1] // len(factor), 0)
-        return weight * groups.view(*weight.shape[:2], *(1 for _ in weight.shape[2:])), bias
+        # A grouped convolution's weight is [out, in / groups, ...]: each output has the factors of its group's inputs.
+        outputs_per_group = weight.shape[0] * weight.shape[1] // len(factor)
+        factors = factor.view(-1, weight.shape[1]).repeat_interleave(outputs_per_group, 0)
+        return weight * factors.view(*weight.shape[:2], *(1 for _ in weight.shape[2:])), bias
 
 
 def selected(model: nn.Module, config: IA3Config, architecture: Architecture) -> dict[str, nn.Module]:
-    """Return the layers that the config selects, by path, among the supported ones."""
+    """Return the selected layers by path: linear layers, and 2-D and 3-D convolutions."""
     fields = {name: getattr(config, name) for name in ("target_modules", "exclude_modules", "modules_to_save")}
     kinds = (nn.Conv2d, nn.Conv3d)
     supported = lambda module: targets.is_linear(module) or isinstance(module, kinds)  # noqa: E731
@@ -121,19 +132,20 @@ def selected(model: nn.Module, config: IA3Config, architecture: Architecture) ->
 
 def scales_input(config: IA3Config, path: str) -> bool:
     """Return whether the layer at `path` is one of `feedforward_modules`."""
-    named = config.feedforward_modules or []
-    if isinstance(named, str):
-        return targets.compiled(named, "feedforward_modules")(path)
-    return path.endswith(tuple(named))
+    patterns = config.feedforward_modules or []
+    if isinstance(patterns, str):
+        return targets.compiled(patterns, "feedforward_modules")(path)
+    return path.endswith(tuple(patterns))
 
 
-def leads_back(model: nn.Module, path: str, module: nn.Module, architecture: Architecture) -> bool:
+def is_down_projection(model: nn.Module, path: str, module: nn.Module, architecture: Architecture) -> bool:
     """Return whether a linear layer maps a feed-forward's inner size to the hidden size."""
-    if targets.weight_named(model, path) != path:
-        return path.endswith(".down_proj")  # of an expert
+    if targets.weight_named(model, path) != path:  # a weight of experts
+        return path.endswith(".down_proj")
+    parent = path.rpartition(".")[0]
     for sublayer in architecture.sublayers:
-        inner = [other for other in sublayer.inner if other.rpartition(".")[0] == path.rpartition(".")[0]]
-        is_last = path == sublayer.output or path.startswith(f"{sublayer.output}.") or bool(inner)
+        has_inner_sibling = any(inner.rpartition(".")[0] == parent for inner in sublayer.inner)
+        is_last = path == sublayer.output or path.startswith(f"{sublayer.output}.") or has_inner_sibling
         if sublayer.kind == "feed_forward" and is_last and path not in sublayer.inner and targets.is_linear(module):
             return targets.sizes(module)[1] == sublayer.width
     return False
@@ -143,13 +155,13 @@ def place(model: nn.Module, config: IA3Config, architecture: Architecture) -> li
     placements: list[Placement] = []
     for path, module in selected(model, config, architecture).items():
         layer: Any = module
-        of_input = scales_input(config, targets.weight_named(model, path))
+        on_input = scales_input(config, targets.weight_named(model, path))
         if targets.is_linear(module):
             width, out_width = targets.sizes(module)
-            shape = [1, width] if of_input else [out_width, 1]
+            shape = [1, width] if on_input else [out_width, 1]
         else:
-            shape = [1, layer.in_channels if of_input else layer.out_channels, *(1 for _ in layer.kernel_size)]
-        placements.append(Around(path, IA3(shape, of_input, config.init_ia3_weights)))
+            shape = [1, layer.in_channels if on_input else layer.out_channels, *(1 for _ in layer.kernel_size)]
+        placements.append(Around(path, IA3(shape, on_input, config.init_ia3_weights)))
     return placements
 
 

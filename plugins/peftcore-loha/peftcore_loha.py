@@ -1,13 +1,13 @@
 """LoHa (Hyeon-Woo et al. 2021, FedPara, arXiv 2108.06098, prop. 1): W + scale · (B1 A1) ⊙ (B2 A2), scale = alpha / r.
 
-    B1 [out, r]  A1 [r, in]      the elementwise product of two low-rank matrices, of rank r² at most: it is
-    B2 [out, r]  A2 [r, in]      B A with B [out, r²], of products of columns, and A [r², in], of products of rows
+    B1 [out, r]  A1 [r, in]      The elementwise product has a rank of at most r². It equals B A, where B [out, r²] has
+    B2 [out, r]  A2 [r, in]      the products of columns of B1 and B2, and A [r², in] those of rows of A1 and A2.
 
-It is computed like LoRA of rank r² where r² is small, and otherwise as a full matrix. Trained: all four; A2 is zero at
-the start. Fields and files are PEFT's, which follow LyCORIS.
+It is computed like a LoRA of rank r² where r² is small, and as a full matrix otherwise. All four factors are trained;
+A2 is zero at the start. Fields and files are PEFT's, which follow LyCORIS.
 
 For a convolution the matrix is [out, in · k], with k numbers in a kernel. With `use_effective_conv2d` (prop. 3) each of
-the two products is B (T A): T [r, r, k] mixes the r rows of A [r, in], at each position of the kernel.
+the two products is B (T A), where T [r, r, k] mixes the r rows of A [r, in] for each position of the kernel.
 """
 
 from __future__ import annotations
@@ -43,11 +43,12 @@ class LoHaConfig(targets.LayersConfig):
     """Config with the field names of Hugging Face PEFT's `LoHaConfig`; the other fields select layers.
 
     Args:
-        r, alpha: rank of each product; the scale is alpha / r. rank_pattern, alpha_pattern: values for single layers.
+        r, alpha: rank of each product; the scale is alpha / r.
+        rank_pattern, alpha_pattern: values for single layers, by name.
         rank_dropout: dropout probability of the update's outputs.
         module_dropout: probability of dropping a layer's whole update in training.
         use_effective_conv2d: use T in convolutions with a kernel larger than 1.
-        init_weights: False: A2 is random, too.
+        init_weights: False: random A2; the adapter then changes the model from the start.
     """
 
     not_in_peft = frozenset({"fan_in_fan_out"})
@@ -73,15 +74,13 @@ class LoHaConfig(targets.LayersConfig):
 class LoHa(LowRankLinear):
     """`hada_w1_a` `[out, r]`, `hada_w1_b` `[r, in]` and the second pair of a linear layer."""
 
-    per_sample = staticmethod(Adapter.per_sample)  # dropout applies to the whole call
+    per_sample = staticmethod(Adapter.per_sample)  # one dropout mask serves all samples of a call
 
     def __init__(self, config: LoHaConfig, path: str, width: int, out_width: int) -> None:
         r = targets.pattern_value(config.rank_pattern, path, config.r)
         super().__init__(targets.pattern_value(config.alpha_pattern, path, config.alpha) / r)
-        self.drops, self.is_low_rank = (
-            (config.rank_dropout, config.module_dropout),
-            r * r * (width + out_width) < width * out_width,
-        )
+        self.dropouts = config.rank_dropout, config.module_dropout
+        self.is_low_rank = r * r * (width + out_width) < width * out_width
         self.hada_w1_a, self.hada_w1_b = uniform(out_width, r), uniform(r, width)
         self.hada_w2_a, self.hada_w2_b = uniform(out_width, r), uniform(r, width)
         if config.init_weights:
@@ -100,14 +99,14 @@ class LoHa(LowRankLinear):
         return self.scale * (b1.float() @ a1.float()) * (b2.float() @ a2.float())
 
     def forward(self, base: Base, x: Tensor) -> Tensor:
-        if self.is_low_rank and not (self.training and any(self.drops)):
+        if self.is_low_rank and not (self.training and any(self.dropouts)):
             return super().forward(base, x)
         update = F.linear(x, self.delta().to(x.dtype))
-        return base(x) + (kept(update, *self.drops) if self.training else update)
+        return base(x) + (dropout(update, *self.dropouts) if self.training else update)
 
 
 class LoHaConv(LoHa):
-    """LoHa of a convolution, whose weight is seen as a matrix `[out, in / groups · k]`."""
+    """LoHa of a convolution, with its weight as a matrix `[out, in / groups · k]`."""
 
     def __init__(self, config: LoHaConfig, path: str, layer: nn.Conv1d | nn.Conv2d) -> None:
         super().__init__(config, path, *targets.sizes(layer))
@@ -118,7 +117,7 @@ class LoHaConv(LoHa):
 
     def forward(self, base: Base, x: Tensor) -> Tensor:
         update = base.module._conv_forward(x, self.delta().to(x.dtype), None)
-        return base(x) + (kept(update, *self.drops, axes=len(self.shape) - 2) if self.training else update)
+        return base(x) + (dropout(update, *self.dropouts, axes=len(self.shape) - 2) if self.training else update)
 
 
 class LoHaTucker(LoHaConv):
@@ -133,12 +132,12 @@ class LoHaTucker(LoHaConv):
             nn.init.zeros_(self.hada_w2_b)
 
     def products(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        a1, a2 = mixed(self.hada_t1, self.hada_w1_b), mixed(self.hada_t2, self.hada_w2_b)
+        a1, a2 = mix_rows(self.hada_t1, self.hada_w1_b), mix_rows(self.hada_t2, self.hada_w2_b)
         return (self.hada_w1_a.T, a1), (self.hada_w2_a.T, a2)
 
 
 def has_core(layer: nn.Module, use_effective_conv2d: bool) -> bool:
-    """Return whether the change of a convolution has a T."""
+    """Return whether a convolution's update has a core T: its kernel is larger than 1, and the config asks for T."""
     return use_effective_conv2d and any(k > 1 for k in cast(Any, layer).kernel_size)
 
 
@@ -147,36 +146,40 @@ def core(r: int, layer: nn.Conv1d | nn.Conv2d) -> nn.Parameter:
     return uniform(r, r, *layer.kernel_size, *([1] if isinstance(layer, nn.Conv1d) else []))
 
 
-def mixed(core: Tensor, rows: Tensor) -> Tensor:
+def mix_rows(core: Tensor, rows: Tensor) -> Tensor:
     """Return T A, `[r, in · k]`."""
     return torch.einsum("ijkl,jn->inkl", core, rows).flatten(1)
 
 
 def uniform(*shape: int) -> nn.Parameter:
-    """Return a new factor, filled as in PEFT: `kaiming_uniform_` with a = √5."""
+    """Return a new factor, initialised as in PEFT: `kaiming_uniform_` with a = √5."""
     return nn.Parameter(nn.init.kaiming_uniform_(torch.empty(shape), a=math.sqrt(5)))
 
 
-def kept(update: Tensor, rank_dropout: float, module_dropout: float, rescaled: bool = True, *, axes: int = 0) -> Tensor:
-    """Return an update after dropout in training: of outputs, rescaled, and of the whole update.
+def dropout(
+    update: Tensor, rank_dropout: float, module_dropout: float, rescale: bool = True, *, axes: int = 0
+) -> Tensor:
+    """Drop outputs of an update, and sometimes all of it, as in training.
 
     Args:
         update: `[..., out]`, followed by `axes` more dimensions.
+        rank_dropout: probability of dropping an output.
+        module_dropout: probability of dropping the whole update.
+        rescale: scale the remaining outputs up, so that their expected sum is unchanged.
     """
     if rank_dropout:
         mask = (torch.rand(update.shape[-1 - axes], device=update.device) > rank_dropout).to(update.dtype)
-        mask = mask / mask.mean().clamp(min=1 / len(mask)) if rescaled else mask
+        mask = mask / mask.mean().clamp(min=1 / len(mask)) if rescale else mask
         update = update * mask.view(-1, *[1] * axes)
     return update * (torch.rand((), device=update.device) > module_dropout) if module_dropout else update
 
 
 def place(model: nn.Module, config: LoHaConfig, architecture: Architecture) -> list[Placement]:
-    return [
-        Around(path, of_layer(config, path, module)) for path, module in config.selected(model, architecture).items()
-    ]
+    layers = config.selected(model, architecture)
+    return [Around(path, adapter_for(config, path, module)) for path, module in layers.items()]
 
 
-def of_layer(config: LoHaConfig, path: str, module: nn.Module) -> LoHa:
+def adapter_for(config: LoHaConfig, path: str, module: nn.Module) -> LoHa:
     if not isinstance(module, nn.Conv1d | nn.Conv2d):
         return LoHa(config, path, *targets.sizes(module))
     return (LoHaTucker if has_core(module, config.use_effective_conv2d) else LoHaConv)(config, path, module)

@@ -4,10 +4,11 @@
     W1 [l, m], W2 [k, n]             (W1 ⊗ W2) x = W1 X W2ᵀ, without a matrix [out, in]
 
 m and l are the largest divisors up to the square root, or `decompose_factor`. W2 is a product of rank r where that is
-smaller, and W1 too with `decompose_both`. Trained: all factors; W1, or its first factor, is zero at the start.
+smaller than a full matrix; with `decompose_both` so is W1. All factors are trained. W1, or its first factor, is zero at
+the start.
 
-For a convolution W2 is [k, n, kernel]; its product of rank r is a matrix [k, n · kernel], or B (T A) as in LoHa with
-`use_effective_conv2d`.
+For a convolution W2 is [k, n, kernel]. As a product of rank r it is a matrix [k, n · kernel], or with
+`use_effective_conv2d` B (T A) as in LoHa.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from peftcore_loha import has_core, kept, mixed, uniform
+from peftcore_loha import dropout, has_core, mix_rows, uniform
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -45,11 +46,13 @@ class LoKrConfig(targets.LayersConfig):
     """Config with the field names of Hugging Face PEFT's `LoKrConfig`; the other fields select layers.
 
     Args:
-        r, alpha: rank of factors that are products; the scale is always alpha / r. rank_pattern, alpha_pattern: values
-            for single layers, by name.
-        rank_dropout: dropout probability of the update's outputs. rank_dropout_scale: rescale the remaining outputs.
-            module_dropout: probability of dropping a layer's whole update in training.
-        decompose_both: W1 is a product, too. decompose_factor: the first divisor. -1: the largest up to the root.
+        r, alpha: rank of W1 and W2 where they are products; the scale is always alpha / r.
+        rank_pattern, alpha_pattern: values for single layers, by name.
+        rank_dropout: dropout probability of the update's outputs.
+        rank_dropout_scale: rescale the remaining outputs.
+        module_dropout: probability of dropping a layer's whole update in training.
+        decompose_both: make W1 a product as well.
+        decompose_factor: size of W1. -1: the largest divisor up to the square root.
         use_effective_conv2d: use T in convolutions with a kernel larger than 1.
         init_weights: "lycoris": W2, or its second factor, is zero instead of W1. False: all factors are random.
     """
@@ -73,7 +76,7 @@ class LoKrConfig(targets.LayersConfig):
         validation.positive_whole(r=self.r, **self.rank_pattern)
         validation.probability(rank_dropout=self.rank_dropout, module_dropout=self.module_dropout)
         factor = self.decompose_factor
-        validation.require(factor == -1 or factor > 0, f"decompose_factor must be -1 or above 0, found {factor}")
+        validation.require(factor == -1 or factor > 0, f"decompose_factor must be -1 or positive, found {factor}")
 
     def misfit(self, path: str, module: nn.Module) -> str | None:
         return targets.odd_convolution(path, module)
@@ -83,49 +86,56 @@ class LoKr(Adapter):
     """`lokr_w1` `[l, m]` and `lokr_w2` `[k, n]`, or as products `lokr_w1_a` `[l, r]`, `lokr_w1_b` `[r, m]`, ..."""
 
     def __init__(
-        self, config: LoKrConfig, path: str, width: int, out_width: int, kernel: Sequence[int] = (), cored: bool = False
+        self, config: LoKrConfig, path: str, width: int, out_width: int, kernel: Sequence[int] = (), core: bool = False
     ) -> None:
         super().__init__()
         r = targets.pattern_value(config.rank_pattern, path, config.r)
         self.scale = targets.pattern_value(config.alpha_pattern, path, config.alpha) / r
-        self.drops = config.rank_dropout, config.module_dropout, config.rank_dropout_scale
-        (m, n), (o, k) = divided(width, config.decompose_factor), divided(out_width, config.decompose_factor)
-        whole = not config.decompose_both or 2 * r >= max(o, m)
+        self.dropouts = config.rank_dropout, config.module_dropout, config.rank_dropout_scale
+        m, n = split_size(width, config.decompose_factor)
+        o, k = split_size(out_width, config.decompose_factor)
+        full_w1 = not config.decompose_both or 2 * r >= max(o, m)
         shapes: dict[str, tuple[int, ...]] = (
-            {"lokr_w1": (o, m)} if whole else {"lokr_w1_a": (o, r), "lokr_w1_b": (r, m)}
+            {"lokr_w1": (o, m)} if full_w1 else {"lokr_w1_a": (o, r), "lokr_w1_b": (r, m)}
         )
         if 2 * r >= max(k, n):
             shapes |= {"lokr_w2": (k, n, *kernel)}
-        elif cored:
+        elif core:
             shapes |= {"lokr_t2": (r, r, *kernel, 1)[:4], "lokr_w2_a": (r, k), "lokr_w2_b": (r, n)}
         else:
             shapes |= {"lokr_w2_a": (k, r), "lokr_w2_b": (r, n * math.prod(kernel))}
         for name, shape in shapes.items():
             self.register_parameter(name, uniform(*shape))
         if config.init_weights:
-            own = dict(self.named_parameters())
-            zero = ("lokr_w2", "lokr_w2_b") if config.init_weights == "lycoris" else ("lokr_w1", "lokr_w1_a")
-            nn.init.zeros_(own[zero[0]] if zero[0] in own else own[zero[1]])
+            factors = dict(self.named_parameters())
+            full, factor = ("lokr_w2", "lokr_w2_b") if config.init_weights == "lycoris" else ("lokr_w1", "lokr_w1_a")
+            nn.init.zeros_(factors[full] if full in factors else factors[factor])
 
-    def parts(self, name: str) -> list[Tensor]:
-        """Return the matrices whose product is W1 or W2."""
-        return [getattr(self, each) for each in (name, f"{name}_a", f"{name}_b") if hasattr(self, each)]
+    def factors(self, name: str) -> list[Tensor]:
+        """Return W1 or W2, or the two matrices whose product it is."""
+        return [
+            getattr(self, parameter_name)
+            for parameter_name in (name, f"{name}_a", f"{name}_b")
+            if hasattr(self, parameter_name)
+        ]
 
     def forward(self, base: Base, x: Tensor) -> Tensor:
-        first, second = ([part.to(x.dtype) for part in self.parts(name)] for name in ("lokr_w1", "lokr_w2"))
-        u = x.unflatten(-1, (first[-1].shape[1], second[-1].shape[1]))  # [..., m, n]
-        for part in reversed(second):
-            u = F.linear(u, part)  # [..., m, k]
-        for part in reversed(first):
-            # [..., l, k]; PyTorch computes `part @ u` in another order where `part` needs gradients
-            u = F.linear(u.mT.contiguous(), part).mT
+        w1_factors, w2_factors = (
+            [factor.to(x.dtype) for factor in self.factors(name)] for name in ("lokr_w1", "lokr_w2")
+        )
+        u = x.unflatten(-1, (w1_factors[-1].shape[1], w2_factors[-1].shape[1]))  # [..., m, n]
+        for factor in reversed(w2_factors):
+            u = F.linear(u, factor)  # [..., m, k]
+        for factor in reversed(w1_factors):
+            # Not `factor @ u`, which PyTorch computes in a different order if the factor needs gradients.
+            u = F.linear(u.mT.contiguous(), factor).mT  # [..., l, k]
         update = self.scale * u.flatten(-2)
-        return base(x) + (kept(update, *self.drops) if self.training else update)
+        return base(x) + (dropout(update, *self.dropouts) if self.training else update)
 
     def delta(self) -> Tensor:
         """Return scale · W1 ⊗ W2, fp32 `[out, in]`."""
-        first, second = ([part.float() for part in self.parts(name)] for name in ("lokr_w1", "lokr_w2"))
-        w1, w2 = (parts[0] @ parts[1] if len(parts) == 2 else parts[0] for parts in (first, second))
+        w1_factors, w2_factors = ([factor.float() for factor in self.factors(name)] for name in ("lokr_w1", "lokr_w2"))
+        w1, w2 = (factors[0] @ factors[1] if len(factors) == 2 else factors[0] for factors in (w1_factors, w2_factors))
         if w2.dim() == 4:
             w1 = w1[:, :, None, None]
         return self.scale * torch.kron(w1.contiguous(), w2.contiguous())
@@ -138,28 +148,27 @@ class LoKr(Adapter):
 class LoKrConv(LoKr):
     """`lokr_w2` `[k, n, kernel]`, or `[k, r]` and `[r, n · kernel]`, or with `lokr_t2` `[r, k]` and `[r, n]`.
 
-    A full `lokr_w2` of an nn.Conv1d is paired with W1 from the right, [1, l, m] ⊗ [k, n, kernel], and the numbers are
-    then read as a weight, as in PEFT and its files.
+    For a full `lokr_w2` of an nn.Conv1d, the product is [1, l, m] ⊗ [k, n, kernel], reshaped to the weight, as in PEFT.
     """
 
     def __init__(self, config: LoKrConfig, path: str, layer: nn.Conv1d | nn.Conv2d) -> None:
-        cored = has_core(layer, config.use_effective_conv2d)
-        super().__init__(config, path, layer.weight.shape[1], layer.out_channels, layer.kernel_size, cored)
+        core = has_core(layer, config.use_effective_conv2d)
+        super().__init__(config, path, layer.weight.shape[1], layer.out_channels, layer.kernel_size, core)
         self.shape = layer.weight.shape
 
-    def parts(self, name: str) -> list[Tensor]:
-        found = super().parts(name)
+    def factors(self, name: str) -> list[Tensor]:
+        factors = super().factors(name)
         if name == "lokr_w2" and hasattr(self, "lokr_t2"):
             core: Any = self.lokr_t2
-            return [found[0].T, mixed(core, found[1])]
-        return found
+            return [factors[0].T, mix_rows(core, factors[1])]
+        return factors
 
     def forward(self, base: Base, x: Tensor) -> Tensor:
         update = base.module._conv_forward(x, self.delta().view(self.shape).to(x.dtype), None)
-        return base(x) + (kept(update, *self.drops, axes=len(self.shape) - 2) if self.training else update)
+        return base(x) + (dropout(update, *self.dropouts, axes=len(self.shape) - 2) if self.training else update)
 
 
-def divided(size: int, factor: int) -> tuple[int, int]:
+def split_size(size: int, factor: int) -> tuple[int, int]:
     """Return (p, q) with p · q = size, where p is `factor` if it divides size.
 
     Otherwise p is the largest divisor that exceeds neither `factor` (unless it is -1) nor the square root of size.
@@ -172,12 +181,11 @@ def divided(size: int, factor: int) -> tuple[int, int]:
 
 
 def place(model: nn.Module, config: LoKrConfig, architecture: Architecture) -> list[Placement]:
-    return [
-        Around(path, of_layer(config, path, module)) for path, module in config.selected(model, architecture).items()
-    ]
+    layers = config.selected(model, architecture)
+    return [Around(path, adapter_for(config, path, module)) for path, module in layers.items()]
 
 
-def of_layer(config: LoKrConfig, path: str, module: nn.Module) -> LoKr:
+def adapter_for(config: LoKrConfig, path: str, module: nn.Module) -> LoKr:
     if isinstance(module, nn.Conv1d | nn.Conv2d):
         return LoKrConv(config, path, module)
     return LoKr(config, path, *targets.sizes(module))

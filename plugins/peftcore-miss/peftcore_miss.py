@@ -1,13 +1,13 @@
-"""MiSS (Kang and Yin 2024, arXiv 2409.15371; first called Bone): shards of a weight share a matrix D [r, out].
+"""MiSS (Kang and Yin 2024, arXiv 2409.15371; formerly Bone): all shards of a weight share one matrix D [r, out].
 
     x [in] in shards of r, the last zero-padded:  s = x[0:r] + x[r:2r] + ...      y = W x + bias + Dᵀ s
 
-The change of W is Dᵀ, repeated along the inputs. Two variants, chosen by `init_weights`:
+The change of W is Dᵀ, repeated along the inputs. D is trained and starts at zero. `init_weights` selects two variants:
 
-    "mini"   D [r, mini_r] is repeated along the outputs, too
-    "bat"    D [out / r, r, r]: W' = W + W[o, i] D[o] + D[o] for each block [r, r], so W' is computed in each call
+    "mini"   D [r, mini_r] is repeated along the outputs as well
+    "bat"    D [out / r, r, r]: W' = W + W[o, i] D[o] + D[o] for each block [r, r]; each call computes W'
 
-Trained: D, zero at the start. Files of Bone (PEFT before 0.18) are files of this method with other names.
+Bone's files (PEFT before 0.18) only differ in their names.
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ class MissConfig(targets.LayersConfig):
     """Config with the field names of Hugging Face PEFT's `MissConfig`; the other fields select layers.
 
     Args:
-        r: size of a shard, and rank of the update; at most a layer's inputs.
-        miss_dropout: dropout probability of the inputs of the sums; not with "bat".
-        mini_r: for "mini": number of outputs after which D repeats, a divisor of a layer's outputs.
+        r: size of a shard and rank of the update; at most the number of a layer's inputs.
+        miss_dropout: dropout probability of the inputs; not with "bat".
+        mini_r: for "mini", the number of outputs after which D repeats; it must divide a layer's outputs.
         bias: biases to train as well: "none", "all", or "MiSS_only" (of adapted modules; "bone_only" in Bone).
-        init_weights: the variant, "mini" or "bat", or True. False: D is random.
+        init_weights: True, or the variant "mini" or "bat". False: D is random.
     """
 
     not_in_peft = frozenset({"fan_in_fan_out"})
@@ -63,14 +63,15 @@ class MissConfig(targets.LayersConfig):
         super().__post_init__()
         validation.positive_whole(r=self.r, mini_r=self.mini_r)
         validation.probability(miss_dropout=self.miss_dropout)
-        drops = not self.miss_dropout or self.init_weights != "bat"
+        dropout_fits = not self.miss_dropout or self.init_weights != "bat"
         validation.require(
-            drops, "miss_dropout has no effect with init_weights='bat', which changes the weight itself. Leave it out"
+            dropout_fits,
+            "miss_dropout has no effect with init_weights='bat', which changes the weight itself. Leave it out",
         )
 
 
 class Miss(Adapter):
-    """D of a linear layer, `miss_block`: `[r, out]`, "mini" `[r, mini_r]`, "bat" `[out / r, r, r]`."""
+    """D of a linear layer, `miss_block`: `[r, out]`; for "mini" `[r, mini_r]`, for "bat" `[out / r, r, r]`."""
 
     def __init__(self, config: MissConfig, out_width: int) -> None:
         super().__init__()
@@ -85,8 +86,8 @@ class Miss(Adapter):
             weight, bias = base.weight_and_bias()
             weight, bias = self.merged(weight.float(), bias)
             return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
-        y, x, missing = base(x), self.dropout(x), -x.shape[-1] % self.r
-        shards = (F.pad(x, (0, missing)) if missing else x).unflatten(-1, (-1, self.r))
+        y, x, padding = base(x), self.dropout(x), -x.shape[-1] % self.r
+        shards = (F.pad(x, (0, padding)) if padding else x).unflatten(-1, (-1, self.r))
         update = shards.sum(-2) @ self.miss_block.to(x.dtype)
         repeats = y.shape[-1] // update.shape[-1]
         return y + (update if repeats == 1 else update.repeat(*(1 for _ in y.shape[1:]), repeats))
@@ -106,13 +107,13 @@ def place(model: nn.Module, config: MissConfig, architecture: Architecture) -> l
     layers = {path: targets.sizes(module) for path, module in config.selected(model, architecture).items()}
     for path, (width, out_width) in layers.items():
         sizes, r = f"'{path}' has {width} inputs and {out_width} outputs", config.r
-        validation.require(r <= width, f"r={r} is above the inputs: {sizes}")
-        whole = config.init_weights != "bat" or width % r == out_width % r == 0
-        validation.require(whole, f"init_weights='bat' needs sizes that r={r} divides: {sizes}")
-        repeats = config.init_weights != "mini" or out_width % config.mini_r == 0
-        validation.require(repeats, f"mini_r={config.mini_r} does not divide the outputs: {sizes}")
-    placed: list[Placement] = [Around(path, Miss(config, out_width)) for path, (_, out_width) in layers.items()]
-    return placed + targets.trained_biases(model, config.bias, layers)
+        validation.require(r <= width, f"r={r} is above the inputs: {sizes}. Choose a smaller r")
+        divides = config.init_weights != "bat" or width % r == out_width % r == 0
+        validation.require(divides, f"init_weights='bat' needs sizes that r={r} divides: {sizes}. Choose another r")
+        mini_fits = config.init_weights != "mini" or out_width % config.mini_r == 0
+        validation.require(mini_fits, f"mini_r={config.mini_r} does not divide the outputs: {sizes}. Choose a divisor")
+    placements: list[Placement] = [Around(path, Miss(config, out_width)) for path, (_, out_width) in layers.items()]
+    return placements + targets.trained_biases(model, config.bias, layers)
 
 
 def read(model: nn.Module | None, tensors: dict[str, Tensor], fields: dict[str, Any]) -> tuple[Tensors, Fields]:

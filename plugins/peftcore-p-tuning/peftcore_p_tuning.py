@@ -1,9 +1,9 @@
-"""P-tuning (Liu et al. 2021, arXiv 2103.10385): a prompt computed by a small network from n trained vectors.
+"""P-tuning (Liu et al. 2021, arXiv 2103.10385): a small network computes the prompt from n trained vectors.
 
     E [n, hidden]  ->  MLP, or LSTM and MLP  ->  P [n, hidden]  ->  before the embedded input, as in prompt tuning
 
-Trained: E and the network. The network is a reparameterisation for training: a file for use contains only P, and a
-file to continue training also contains E and the network.
+E and the network are trained. Only training needs the network: files for inference contain just P, and files to
+continue training also contain E and the network.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ class PTuningConfig:
 
     Args:
         num_virtual_tokens: n.
-        encoder_reparameterization_type: "MLP" (three layers), "LSTM" (both directions, and two layers), or "NONE": P
-            itself, as in a file without the network.
+        encoder_reparameterization_type: "MLP" (three layers), "LSTM" (bidirectional, followed by two layers), or
+            "NONE": train P itself, as a file without the network requires.
         encoder_hidden_size: hidden size of the network. None: token_dim.
         encoder_num_layers, encoder_dropout: layers and dropout of the LSTM.
         modules_to_save: modules to train in full as well. None: a classifier's head.
-        token_dim, num_layers, num_attention_heads, num_transformer_submodules: written for PEFT; read from the model.
-            PEFT keeps n rows for each submodule, two in an encoder-decoder, and uses the first n, in the encoder.
+        token_dim, num_layers, num_attention_heads, num_transformer_submodules: taken from the model, and written for
+            PEFT. In an encoder-decoder PEFT stores n rows each for encoder and decoder, but uses only the encoder's.
     """
 
     num_virtual_tokens: int = 20
@@ -67,13 +67,13 @@ class PTuningConfig:
         validation.probability(encoder_dropout=self.encoder_dropout)
 
     def resolved(self, model: nn.Module, architecture: Architecture) -> PTuningConfig:
-        """Return the config with the choices that depend on the model made explicit."""
+        """Return the config with sizes filled in from the model."""
         embedding: Any = None if architecture.embedding is None else model.get_submodule(architecture.embedding)
         width = self.token_dim or getattr(embedding, "embedding_dim", None)
-        found: dict[str, Any] = {"token_dim": width, "encoder_hidden_size": width}
-        found |= {"num_layers": architecture.num_layers, "num_attention_heads": architecture.num_heads}
-        found |= {"num_transformer_submodules": 1 + architecture.is_encoder_decoder}
-        return replace(self, **{name: getattr(self, name) or value for name, value in found.items()})
+        defaults: dict[str, Any] = {"token_dim": width, "encoder_hidden_size": width}
+        defaults |= {"num_layers": architecture.num_layers, "num_attention_heads": architecture.num_heads}
+        defaults |= {"num_transformer_submodules": 1 + architecture.is_encoder_decoder}
+        return replace(self, **{name: getattr(self, name) or value for name, value in defaults.items()})
 
 
 class PromptEncoder(Adapter):
@@ -81,7 +81,7 @@ class PromptEncoder(Adapter):
 
     def __init__(self, config: PTuningConfig) -> None:
         super().__init__()
-        width, hidden = config.token_dim or 0, config.encoder_hidden_size or 0
+        width, hidden_size = config.token_dim or 0, config.encoder_hidden_size or 0
         rows = config.num_virtual_tokens * (config.num_transformer_submodules or 1)
         self.tokens, kind = config.num_virtual_tokens, config.encoder_reparameterization_type
         if kind == "NONE":
@@ -89,11 +89,15 @@ class PromptEncoder(Adapter):
             return
         self.embedding = nn.Parameter(torch.empty(rows, width).normal_())
         if kind == "LSTM":
-            layers, dropout = config.encoder_num_layers, config.encoder_dropout
-            self.lstm_head = nn.LSTM(width, hidden, layers, dropout=dropout, bidirectional=True, batch_first=True)
-        sizes = [2 * hidden, 2 * hidden, width] if kind == "LSTM" else [width, hidden, hidden, width]
-        parts = [part for a, b in pairwise(sizes) for part in (nn.Linear(a, b), nn.ReLU())]
-        self.mlp_head = nn.Sequential(*parts[:-1])
+            depth, dropout = config.encoder_num_layers, config.encoder_dropout
+            self.lstm_head = nn.LSTM(width, hidden_size, depth, dropout=dropout, bidirectional=True, batch_first=True)
+        sizes = (
+            [2 * hidden_size, 2 * hidden_size, width] if kind == "LSTM" else [width, hidden_size, hidden_size, width]
+        )
+        layers: list[nn.Module] = []
+        for in_size, out_size in pairwise(sizes):
+            layers += [nn.Linear(in_size, out_size), nn.ReLU()]
+        self.mlp_head = nn.Sequential(*layers[:-1])
 
     def rows(self) -> Tensor:
         """Return P `[n · submodules, hidden]`."""
@@ -111,7 +115,7 @@ def place(model: nn.Module, config: PTuningConfig, architecture: Architecture) -
 
 
 def export(placement: SoftPrompt) -> dict[str, Tensor]:
-    """Return P without dropout, for libraries that do not know the network."""
+    """Return P, computed without dropout, for libraries that do not know the network."""
     encoder: Any = placement.adapter
     training = encoder.training
     rows = encoder.eval().rows()
@@ -120,14 +124,14 @@ def export(placement: SoftPrompt) -> dict[str, Tensor]:
 
 
 def read(model: nn.Module | None, tensors: dict[str, Tensor], fields: dict[str, Any]) -> tuple[Tensors, Fields]:
-    """Read P itself from a file without the network."""
+    """Select "NONE" for a file that contains P without the network."""
     if tensors and "embedding" not in tensors:
         fields = {**fields, "encoder_reparameterization_type": "NONE"}
     return tensors, fields
 
 
 def write(model: nn.Module | None, tensors: dict[str, Tensor], fields: dict[str, Any]) -> tuple[Tensors, Fields]:
-    """Write "MLP" for "NONE", which PEFT does not have; PEFT uses the field only in training."""
+    """Write "MLP" for "NONE", which PEFT does not have. PEFT only uses the field in training."""
     kind = fields["encoder_reparameterization_type"]
     return tensors, {**fields, "encoder_reparameterization_type": "MLP" if kind == "NONE" else kind}
 

@@ -1,8 +1,8 @@
 """PEANUT (Zhong et al. 2024, arXiv 2410.01870): y = (W + s · D) x + b, where a small network computes D from W.
 
-    Wᵀ [in, out] --- A --- f ---.---.---.--- B --- Dᵀ [in, out]       A [r, out], B [out, r], zero at the start
-                                |   |   |                             f, then `depth` times f(E_i h), then as often
-                                encoders, decoders [r, r]             f(D_i h) + the input of E at that depth
+    Wᵀ [in, out] --- A --- f ---.---.---.--- B --- Dᵀ [in, out]       A [r, out]; B [out, r], zero at the start
+                                |   |   |                             after f, `depth` encoders f(E_i h), then `depth`
+                                encoders, decoders [r, r]             decoders f(D_i h) + the matching encoder's input
 
 D = B Hᵀ with H [in, r], so D itself is never built: y = base(x) + s · B (Hᵀ x).
 """
@@ -37,7 +37,7 @@ class PeanutConfig(targets.LayersConfig):
     """Config with the field names of Hugging Face PEFT's `PeanutConfig`; the other fields are LoRA's.
 
     Args:
-        depth: number of encoders, and of decoders, between A and B.
+        depth: number of encoders and number of decoders between A and B.
         act_fn: f, by its name in transformers, such as "relu", "gelu" or "silu".
         init_weights: False: B is random too; the adapter then changes the model from the start.
     """
@@ -51,7 +51,7 @@ class PeanutConfig(targets.LayersConfig):
     not_in_peft = frozenset({"fan_in_fan_out"})
 
     def __post_init__(self) -> None:
-        from transformers.activations import ACT2FN  # imported late: it takes half a second
+        from transformers.activations import ACT2FN  # not at module level, since it takes half a second
 
         super().__post_init__()
         validation.positive_whole(r=self.r)
@@ -60,7 +60,7 @@ class PeanutConfig(targets.LayersConfig):
 
 
 class Peanut(Adapter):
-    """The network of a linear layer; x `[..., in]` -> y `[..., out]`."""
+    """Network that computes a linear layer's update; x `[..., in]` -> y `[..., out]`."""
 
     def __init__(self, config: PeanutConfig, out_width: int) -> None:
         from transformers.activations import ACT2FN
@@ -75,22 +75,22 @@ class Peanut(Adapter):
             nn.init.zeros_(self.peanut_B.weight)
 
     def forward(self, base: Base, x: Tensor) -> Tensor:
-        h = self.inner(base.weight()).to(x.dtype)
+        h = self.hidden(base.weight()).to(x.dtype)
         return base(x) + self.scale * F.linear(x @ h, self.peanut_B.weight.to(x.dtype))
 
-    def inner(self, weight: Tensor) -> Tensor:
+    def hidden(self, weight: Tensor) -> Tensor:
         """Return H `[in, r]` for W `[out, in]`."""
-        h, before = self.act(self.peanut_A(weight.T.to(self.peanut_A.weight))), []
+        h, skips = self.act(self.peanut_A(weight.T.to(self.peanut_A.weight))), []
         for encoder in self.peanut_encoders:
-            before.append(h)
+            skips.append(h)
             h = self.act(encoder(h))
         for decoder in self.peanut_decoders:
-            h = self.act(decoder(h)) + before.pop()
+            h = self.act(decoder(h)) + skips.pop()
         return h
 
     @override
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        return weight + self.scale * (self.peanut_B.weight.float() @ self.inner(weight).float().T), bias
+        return weight + self.scale * (self.peanut_B.weight.float() @ self.hidden(weight).float().T), bias
 
 
 def place(model: nn.Module, config: PeanutConfig, architecture: Architecture) -> list[Placement]:

@@ -1,14 +1,14 @@
-"""Poly (arXiv 2202.13914) and its splits, MHR: LoRAs that tasks share as skills, mixed for each task by a router.
+"""Poly (arXiv 2202.13914) and multi-head routing (MHR): a router mixes LoRAs that all tasks share.
 
-Poly: Ponti et al. 2023, EACL, section 2. MHR, multi-head routing: Caccia et al. 2023, arXiv 2211.03831.
+Poly: Ponti et al. 2023, EACL, section 2. MHR: Caccia et al. 2023, arXiv 2211.03831.
 
-    y = W x + b + B_t A_t x / r       for task t, and for each of the s splits of x and y:
-    A_t = Σ_k w_tk A_k,  B_t = Σ_k w_tk B_k         A_k [in / s, r] and B_k [r, out / s]: skills that the tasks share
+    y = W x + b + B_t A_t x / r       for task t, separately for each of the s splits of x and y:
+    A_t = Σ_k w_tk A_k,  B_t = Σ_k w_tk B_k         A_k [in / s, r] and B_k [r, out / s]: skill k, shared by all tasks
     w_t = z_t / Σ_k z_tk,  z_t = sigmoid(Z_t)       Z [tasks, s · skills]: the router, one per layer
 
-Training draws z: sigmoid(Z_t + log u - log(1 - u)), u uniform (a relaxed Bernoulli). The call names each row's task:
-`model(..., task_ids=t)`, `model.generate(..., task_ids=t)`, or `with peftcore.call_arguments(model, task_ids=t)`; t
-int64 [batch], or one number.
+In training z is drawn: sigmoid(Z_t + log u - log(1 - u)) with uniform u (a relaxed Bernoulli variable). The call names
+each row's task: `model(..., task_ids=t)`, `model.generate(..., task_ids=t)`, or
+`with peftcore.call_arguments(model, task_ids=t)`; t int64 [batch], or one number.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class PolyConfig(targets.LayersConfig):
     Args:
         r: rank of a skill.
         n_tasks, n_skills: number of tasks, and of skills that they share.
-        n_splits: number of splits of inputs and outputs, each with its own weights (MHR); 1: Poly.
+        n_splits: number of splits of inputs and outputs, each with its own router weights (MHR). 1: Poly.
         poly_type: "poly", the only type.
         init_weights: False: B is random too; the adapter then changes the model from the start.
     """
@@ -74,7 +74,7 @@ class Router(nn.Module):
         nn.init.uniform_(self.module_logits, -1e-3, 1e-3)
 
     def forward(self, tasks: Tensor, draws: bool) -> Tensor:
-        """Return w `[rows, splits, skills]` for the rows' tasks."""
+        """Return w `[rows, splits, skills]` for the rows' tasks `[rows]`; `draws`: sample z as in training."""
         z = self.module_logits.float().index_select(0, tasks).unflatten(1, (-1, self.skills))
         if draws:
             u = torch.rand_like(z).clamp(torch.finfo(z.dtype).tiny, 1 - torch.finfo(z.dtype).eps)
@@ -98,7 +98,7 @@ class Poly(Adapter):
         if not config.init_weights:
             nn.init.uniform_(self.poly_lora_B, -(r**-0.5), r**-0.5)
 
-    def factors_of(self, tasks: Tensor, draws: bool) -> tuple[Tensor, Tensor]:
+    def task_factors(self, tasks: Tensor, draws: bool) -> tuple[Tensor, Tensor]:
         """Return A `[rows, in, r]` and B `[rows, r, out]`, with the splits concatenated."""
         w = self.poly_router(tasks, draws)
         a = torch.einsum("bqs,qsdr->bqdr", w, self.poly_lora_A.float()).flatten(1, 2)
@@ -109,17 +109,17 @@ class Poly(Adapter):
         call, count = current_call(), len(self.poly_router.module_logits)
         tasks = call.get("task_ids")
         if tasks is None:
-            why = f"the adapter has {count} tasks, and the call names none: use model(..., task_ids=t)"
-            hint = "transformers' Trainer drops that column unless remove_unused_columns=False"
-            validation.require(count == 1, f"{why}. {hint}")
+            validation.require(
+                count == 1,
+                f"the adapter has {count} tasks, but the call names none. Use model(..., task_ids=t); transformers' "
+                "Trainer drops that column unless remove_unused_columns=False",
+            )
             tasks = 0
-        index = validation.task_ids(tasks, count, x.device, on_card=False)  # checked at every layer
-        a, b = self.factors_of(index, self.training)
+        index = validation.task_ids(tasks, count, x.device, on_card=False)
+        a, b = self.task_factors(index, self.training)
         rows = math.prod(x.shape[:-1])
         fits = len(a) == 1 or (x.shape[0] == len(a) if x.dim() > 2 else rows % len(a) == 0)
-        message = (
-            f"the call names {len(a)} tasks, one for each row of the batch, and this layer's input is {list(x.shape)}"
-        )
+        message = f"the call names {len(a)} tasks, one for each row, but this layer's input is {list(x.shape)}"
         validation.require(fits, f"{message}. Leave such a layer out: exclude_modules=[...]")
         inputs = x.reshape(len(a), -1, x.shape[-1])
         change = inputs @ a.to(x.dtype) @ b.to(x.dtype)
@@ -130,8 +130,8 @@ class Poly(Adapter):
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         count = len(self.poly_router.module_logits)
         message = f"Poly changes the weights differently for each of {count} tasks, so it cannot be merged"
-        validation.require(count == 1, message)
-        a, b = self.factors_of(torch.zeros(1, dtype=torch.long, device=weight.device), draws=False)
+        validation.require(count == 1, f"{message}. Keep the adapter unmerged")
+        a, b = self.task_factors(torch.zeros(1, dtype=torch.long, device=weight.device), draws=False)
         return weight + (a[0] @ b[0]).T, bias
 
     @override
@@ -141,10 +141,14 @@ class Poly(Adapter):
 
 def place(model: nn.Module, config: PolyConfig, architecture: Architecture) -> list[Placement]:
     sizes = {path: targets.sizes(module) for path, module in config.selected(model, architecture).items()}
-    for path, both in sizes.items():
-        fits = all(size % config.n_splits == 0 for size in both)
-        validation.require(fits, f"n_splits={config.n_splits} does not divide inputs and outputs of '{path}', {both}")
-    return [Around(path, Poly(config, *both)) for path, both in sizes.items()]
+    for path, widths in sizes.items():
+        fits = all(size % config.n_splits == 0 for size in widths)
+        validation.require(
+            fits,
+            f"n_splits={config.n_splits} does not divide inputs and outputs of '{path}', {widths}. Choose another "
+            f"n_splits, or exclude_modules=['{path}']",
+        )
+    return [Around(path, Poly(config, *widths)) for path, widths in sizes.items()]
 
 
 @hookimpl

@@ -1,12 +1,12 @@
 """Prefix tuning (Li and Liang 2021, arXiv 2101.00190): n trained keys and values in every layer.
 
-    layer l:   softmax( q · [K_l ; k(x)]ᵀ / √d ) · [V_l ; v(x)]        K_l, V_l [kv_heads, n, head_dim] are trained
+    layer l:   softmax( q · [K_l ; k(x)]ᵀ / √d ) · [V_l ; v(x)]        K_l, V_l [kv_heads, n, head_dim], trained
 
     stored as  P [n, 2 · layers · kv_heads · head_dim], where the columns of layer l are K_l, then V_l
-    projected  P = W_2 tanh(W_1 E + b_1) + b_2,  E [n, token_dim], W_1 [hidden, token_dim]: more stable training
+    projected  P = W_2 tanh(W_1 E + b_1) + b_2,  E [n, token_dim], W_1 [hidden, token_dim], which trains more stably
 
-Trained: 2 · n · layers · kv_heads · head_dim numbers. The projection is a reparameterisation for training: a
-file for use contains only P, and a file to continue training also contains E and W.
+Without the projection 2 · n · layers · kv_heads · head_dim numbers are trained. Only training needs the projection:
+files for inference contain just P, and files to continue training also contain E and the W.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ class PrefixTuningConfig:
         encoder_hidden_size: hidden size of the network. None: token_dim.
         init_weights: None (random) or "zero": keys and values start at zero.
         modules_to_save: modules to train in full as well. None: a classifier's head.
-        token_dim, num_attention_heads, num_layers: kv_heads · head_dim, kv_heads, layers; read from the model.
+        token_dim, num_attention_heads, num_layers: kv_heads · head_dim, kv_heads and layers, taken from the model.
         num_transformer_submodules: for encoder-decoders. 2 (None) is PEFT's layout, where decoder layer l uses the
-            part of layer 2l mod layers; with 1 each layer has its own part, which PEFT cannot read.
+            prefix of layer 2l mod layers. With 1 each layer has its own prefix, which PEFT cannot load.
     """
 
     num_virtual_tokens: int = 20
@@ -69,7 +69,7 @@ class PrefixTuningConfig:
         validation.one_of((None, 1, 2), num_transformer_submodules=self.num_transformer_submodules)
 
     def resolved(self, model: nn.Module, architecture: Architecture) -> PrefixTuningConfig:
-        """Return the config with the sizes of the model's attention made explicit."""
+        """Return the config with the sizes of the model's attention filled in."""
         heads, head_dim = architecture.num_kv_heads, architecture.head_dim
         layers = architecture.num_layers
         if architecture.is_encoder_decoder:
@@ -77,11 +77,11 @@ class PrefixTuningConfig:
             layers = getattr(config, "decoder_layers", None) or getattr(config, "num_hidden_layers", None)
         if not (heads and head_dim and layers):
             raise PeftcoreError(
-                f"the number of layers and heads of {type(model).__name__} is unknown. A plugin's "
-                "peftcore_architecture hook can give it"
+                f"the number of layers and heads of {type(model).__name__} is unknown. Provide them by a plugin's "
+                "peftcore_architecture hook"
             )
-        found = {"token_dim": heads * head_dim, "num_attention_heads": heads, "num_layers": layers}
-        for name, value in found.items():
+        sizes = {"token_dim": heads * head_dim, "num_attention_heads": heads, "num_layers": layers}
+        for name, value in sizes.items():
             if getattr(self, name) not in (None, value):
                 raise PeftcoreError(
                     f"{name}={getattr(self, name)} does not fit {type(model).__name__}, which has {value} "
@@ -104,19 +104,21 @@ class Prefix(Adapter):
         super().__init__()
         n, heads = config.num_virtual_tokens, config.num_attention_heads
         layers, width = config.num_layers, config.token_dim
-        assert layers is not None and heads is not None and width is not None  # `resolved` has read them from the model
+        assert layers is not None and heads is not None and width is not None  # `resolved` fills them in
         self.shape = (n, layers, 2, heads, -1)
         self.layers = [2 * i % layers for i in range(layers)] if config.num_transformer_submodules == 2 else None
         if config.prefix_projection:
             self.embedding = nn.Parameter(torch.empty(n, width).normal_())
-            hidden = config.encoder_hidden_size or width
-            self.projection = nn.Sequential(nn.Linear(width, hidden), nn.Tanh(), nn.Linear(hidden, layers * 2 * width))
-            start: Iterable[nn.Parameter] = self.projection[-1].parameters()
+            hidden_size = config.encoder_hidden_size or width
+            self.projection = nn.Sequential(
+                nn.Linear(width, hidden_size), nn.Tanh(), nn.Linear(hidden_size, layers * 2 * width)
+            )
+            output_parameters: Iterable[nn.Parameter] = self.projection[-1].parameters()
         else:
             self.prompt_embeddings = nn.Parameter(torch.empty(n, layers * 2 * width).normal_())
-            start = [self.prompt_embeddings]
+            output_parameters = [self.prompt_embeddings]
         if config.init_weights == "zero":
-            for parameter in start:
+            for parameter in output_parameters:
                 nn.init.zeros_(parameter)
 
     def rows(self) -> Tensor:
@@ -139,7 +141,7 @@ def export(placement: PrefixKV) -> dict[str, Tensor]:
 
 
 def read(model: nn.Module | None, tensors: dict[str, Tensor], fields: dict[str, Any]) -> tuple[Tensors, Fields]:
-    """Read P itself from a file without the projection."""
+    """Turn the projection off for a file that contains P without it."""
     if tensors and "embedding" not in tensors:
         fields = {**fields, "prefix_projection": False}
     return tensors, fields

@@ -6,9 +6,9 @@
       |   frozen model     |
       '---+------------+---'
      |    |            |
-    P [n, hidden]   E(x_1) … E(x_m)     P is trained, E is the token embedding (frozen)
+    P [n, hidden]   E(x_1) … E(x_m)     P is trained; E is the frozen token embedding
 
-Trained: n · hidden numbers. The model itself does not change, so there is nothing to merge.
+n · hidden numbers are trained. The model itself does not change, so there is nothing to merge.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ class PromptTuningConfig:
     """Config with the field names of Hugging Face PEFT's `PromptTuningConfig`.
 
     Args:
-        num_virtual_tokens: n. Lester et al. find little gain beyond 20.
+        num_virtual_tokens: n. Lester et al. found little gain above 20.
         prompt_tuning_init: initial values: "RANDOM" (normal, std 1), "SAMPLE_VOCAB" (embeddings of random tokens) or
             "TEXT" (embeddings of a text, repeated or truncated to n tokens).
         prompt_tuning_init_text, tokenizer_name_or_path, tokenizer_kwargs: the text and its tokenizer, for "TEXT".
         modules_to_save: modules to train in full as well. None: a classifier's head.
-        token_dim, num_layers, num_attention_heads, num_transformer_submodules: written for PEFT; read from the model.
-            PEFT keeps n rows for each submodule, two in an encoder-decoder, and uses the first n, in the encoder.
-        initialize: False if the values come from a file; not saved.
+        token_dim, num_layers, num_attention_heads, num_transformer_submodules: taken from the model, and written for
+            PEFT. In an encoder-decoder PEFT stores n rows each for encoder and decoder, but uses only the encoder's.
+        initialize: False while loading, since the values come from the file; not saved.
     """
 
     num_virtual_tokens: int = 20
@@ -73,7 +73,7 @@ class PromptTuningConfig:
         )
 
     def resolved(self, model: nn.Module, architecture: Architecture) -> PromptTuningConfig:
-        """Return the config with the choices that depend on the model made explicit."""
+        """Return the config with sizes filled in from the model."""
         embedding = token_embedding(model, architecture)
         return replace(
             self,
@@ -85,7 +85,7 @@ class PromptTuningConfig:
 
 
 class Prompt(Adapter):
-    """Prompt `prompt_embeddings` `[n · submodules, hidden]`, of which the first n rows are used."""
+    """Prompt `prompt_embeddings` `[n · submodules, hidden]`. Only the first n rows are used."""
 
     def __init__(self, rows: Tensor, tokens: int) -> None:
         super().__init__()
@@ -97,12 +97,12 @@ class Prompt(Adapter):
 
 
 def token_embedding(model: nn.Module, architecture: Architecture) -> Any:
-    """Return the token embedding; None if unknown, which the core refuses."""
+    """Return the token embedding, or None if it is unknown, which `apply` refuses later."""
     return None if architecture.embedding is None else model.get_submodule(architecture.embedding)
 
 
-def first_values(config: PromptTuningConfig, embedding: Any) -> Tensor:
-    """Return initial values `[n · submodules, hidden]`, fp32, as `prompt_tuning_init` asks."""
+def initial_values(config: PromptTuningConfig, embedding: Any) -> Tensor:
+    """Return initial values `[n · submodules, hidden]`, fp32, according to `prompt_tuning_init`."""
     count = config.num_virtual_tokens * (config.num_transformer_submodules or 1)
     rows = torch.empty(count, config.token_dim or 0)
     if rows.is_meta or not config.initialize or embedding is None:
@@ -133,12 +133,14 @@ def text_tokens(config: PromptTuningConfig) -> list[int]:
         ) from error
     tokens = tokenizer(config.prompt_tuning_init_text)["input_ids"]
     if not tokens:
-        raise PeftcoreError(f"prompt_tuning_init_text={config.prompt_tuning_init_text!r} has no tokens")
+        raise PeftcoreError(
+            f"prompt_tuning_init_text={config.prompt_tuning_init_text!r} has no tokens. Choose another text"
+        )
     return tokens
 
 
 def place(model: nn.Module, config: PromptTuningConfig, architecture: Architecture) -> list[Placement]:
-    rows = first_values(config, token_embedding(model, architecture))
+    rows = initial_values(config, token_embedding(model, architecture))
     return [SoftPrompt(Prompt(rows, config.num_virtual_tokens))]
 
 

@@ -1,10 +1,11 @@
-"""PVeRA (arXiv 2512.07703): y = W x + b ⊙ B z, z drawn around d ⊙ A x, with A and B random, frozen and shared.
+"""PVeRA (arXiv 2512.07703): y = W x + b ⊙ B z, with z drawn around d ⊙ A x, and random A and B shared by all layers.
 
-    (m, v) = d ⊙ A x          A [2 r, widest in], d [2 r] trained
-    z = m + e · exp(v / 2)    e normal, in training; otherwise z = m, or as in training with sample_at_inference
-    y = W x + b ⊙ B z         B [widest out, r], b [out] trained, zero at the start
+    (m, v) = d ⊙ A x          A [2 r, widest in], frozen; d [2 r], trained
+    z = m + e · exp(v / 2)    e: normal noise in training, or always with sample_at_inference; otherwise 0
+    y = W x + b ⊙ B z         B [widest out, r], frozen; b [out], trained, zero at the start
 
-VeRA (`peftcore-vera`) with noisy inner activations in training. With z = m it is a change of the weight, and merges.
+This is VeRA (`peftcore-vera`) with noise on the inner activations in training. Without noise it is a change of the
+weight and can be merged.
 """
 
 from __future__ import annotations
@@ -44,9 +45,12 @@ class PveraConfig(targets.LayersConfig):
     """Config with the field names of Hugging Face PEFT's `PveraConfig`; the other fields are LoRA's.
 
     Args:
-        r: rank of B. projection_prng_key: seed of A and B. save_projection: save them; otherwise they are drawn again
-            on load. d_initial: value of d at the start. init_weights: False: b is one and d random.
-        sample_at_inference: draw z at every call. Such an adapter does not merge.
+        r: rank of B.
+        projection_prng_key: seed of A and B.
+        save_projection: save A and B; otherwise loading draws them again.
+        d_initial: initial value of d.
+        init_weights: False: b is one and d random; the adapter then changes the model from the start.
+        sample_at_inference: also draw z outside of training. Such an adapter cannot be merged.
     """
 
     r: int = 256
@@ -77,14 +81,15 @@ class Projections(nn.Module):
         generator = torch.Generator("cpu").manual_seed(config.projection_prng_key)
         for name, shape in (("pvera_A", (2 * config.r, width)), ("pvera_B", (out_width, config.r))):
             values = torch.empty(shape)
-            if not values.is_meta:  # as PEFT draws them: Kaiming uniform, on the CPU
+            # Drawn as in PEFT: Kaiming uniform, on the CPU.
+            if not values.is_meta:
                 bound = math.sqrt(6 / shape[1])
                 values.copy_(torch.empty(shape, device="cpu").uniform_(-bound, bound, generator=generator))
             self.register_buffer(name, values, persistent=config.save_projection)
 
 
 class Pvera(Adapter):
-    """Adapter of a linear layer, b and d; x `[..., in]` -> y `[..., out]`."""
+    """Trained b and d of a linear layer; x `[..., in]` -> y `[..., out]`."""
 
     def __init__(self, config: PveraConfig, projections: Projections, width: int, out_width: int) -> None:
         super().__init__()
@@ -95,46 +100,49 @@ class Pvera(Adapter):
         self.pvera_lambda_d = nn.Parameter(d)
 
     def forward(self, base: Base, x: Tensor) -> Tensor:
-        y, (a, b) = base(x), self.shared(x.device, x.dtype)
+        y, (a, b) = base(x), self.sliced_projections(x.device, x.dtype)
         d, scale = self.pvera_lambda_d.to(x.dtype), self.pvera_lambda_b.to(x.dtype)
         if self.training or self.always_draws:
-            mean, logarithm = (d * F.linear(self.dropout(x), a)).chunk(2, dim=-1)
-            z = mean + torch.randn_like(mean) * torch.exp(logarithm / 2)
+            mean, log_variance = (d * F.linear(self.dropout(x), a)).chunk(2, dim=-1)
+            z = mean + torch.randn_like(mean) * torch.exp(log_variance / 2)
         else:
             r = b.shape[1]
             z = d[:r] * F.linear(x, a[:r])
         return y + scale * F.linear(z, b)
 
-    def shared(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def sliced_projections(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Return the slices of A and B that this layer uses."""
         a, b = self.projections.pvera_A[:, : self.width], self.projections.pvera_B[: self.out_width]
         return a.to(device, dtype), b.to(device, dtype)
 
     @override
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        drawn = "sample_at_inference draws at every call, so it cannot be merged. Load it with False to merge the mean"
-        validation.require(not self.always_draws, drawn)
-        a, b = self.shared(weight.device, weight.dtype)
+        message = (
+            "an adapter with sample_at_inference=True draws at every call, so it cannot be merged. "
+            "Load it with sample_at_inference=False to merge the mean"
+        )
+        validation.require(not self.always_draws, message)
+        a, b = self.sliced_projections(weight.device, weight.dtype)
         d = self.pvera_lambda_d.float()[: b.shape[1], None]
         return weight + (self.pvera_lambda_b.float()[:, None] * b) @ (d * a[: b.shape[1]]), bias
 
 
 def place(model: nn.Module, config: PveraConfig, architecture: Architecture) -> list[Placement]:
     layers = {path: targets.sizes(module) for path, module in config.selected(model, architecture).items()}
-    shared = Projections(config, *(max(sizes) for sizes in zip(*layers.values(), strict=True)))
-    placements: list[Any] = [Around(path, Pvera(config, shared, *sizes)) for path, sizes in layers.items()]
+    projections = Projections(config, *(max(sizes) for sizes in zip(*layers.values(), strict=True)))
+    placements: list[Any] = [Around(path, Pvera(config, projections, *sizes)) for path, sizes in layers.items()]
     return placements + targets.trained_biases(model, config.bias, layers)
 
 
 def tensor_name(placement: Any, name: str) -> str:
-    """Name A and B without a layer, since a file holds them once."""
+    """Name A and B without a layer, since the file contains them once."""
     if name.startswith("projections."):
         return f"base_model.{name.removeprefix('projections.')}"
     return plugin.tensor_name(placement, name)
 
 
 def read(model: nn.Module | None, tensors: dict[str, Tensor], fields: dict[str, Any]) -> tuple[Tensors, Fields]:
-    """Drop PEFT's own generator, which would draw other noise where checkpointing recomputes a part."""
+    """Drop the seed of PEFT's own generator, whose noise changes when gradient checkpointing recomputes a layer."""
     if fields.get("generator_seed") is not None:
         warn("generator_seed is not used: the noise follows torch.manual_seed(...)")
     return tensors, {name: value for name, value in fields.items() if name != "generator_seed"}

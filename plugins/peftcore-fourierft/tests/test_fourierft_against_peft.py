@@ -9,7 +9,7 @@ import peft
 import pytest
 import torch
 from hypothesis import given, strategies as st
-from peftcore_fourierft import FourierFT, FourierFTConfig, Places
+from peftcore_fourierft import FourierFT, FourierFTConfig, Positions
 from support import tiny
 from support.against_peft import both_ways, quiet, same_start
 
@@ -37,7 +37,7 @@ def test_files(kind: str, options: dict[str, Any], tmp_path: Path) -> None:
 @given(st.integers(1, 9), st.integers(1, 9), st.data())
 def test_the_transforms_are_the_change_of_the_weight(width: int, out_width: int, data: st.DataObject) -> None:
     n = data.draw(st.integers(1, width * out_width))
-    at = Places(n, width, out_width, seed=777)
+    at = Positions(n, width, out_width, seed=777)
     adapter, x = FourierFT(FourierFTConfig(scaling=3.0), at, out_width), torch.randn(2, width, requires_grad=True)
     actual = adapter(lambda x: x.new_zeros(2, out_width), x)
     expected = x @ adapter.merged(torch.zeros(out_width, width), None)[0].T
@@ -50,7 +50,7 @@ def test_the_transforms_are_the_change_of_the_weight(width: int, out_width: int,
 
 
 def test_more_frequencies_than_there_are_is_refused() -> None:
-    with pytest.raises(peftcore.PeftcoreError, match=r"n_frequency=1000 is more than there are: .* has 512"):
+    with pytest.raises(peftcore.PeftcoreError, match=r"n_frequency=1000 is too large: .* has 512"):
         peftcore.apply(tiny.llama(), "fourierft")
 
 

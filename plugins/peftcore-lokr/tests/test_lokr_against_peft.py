@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, strategies as st
 from peft.tuners.lokr.layer import factorization
-from peftcore_lokr import divided
+from peftcore_lokr import split_size
 from support import tiny
 from support.against_peft import both_ways, same_start
 
@@ -36,7 +36,7 @@ def test_files(kind: str, options: dict[str, Any], tmp_path: Path) -> None:
 
 @given(st.integers(1, 5000), st.one_of(st.just(-1), st.integers(1, 100)))
 def test_sizes_are_divided_as_peft_does(size: int, factor: int) -> None:
-    assert divided(size, factor) == factorization(size, factor)
+    assert split_size(size, factor) == factorization(size, factor)
 
 
 @pytest.mark.parametrize("rescaled", [True, False])
@@ -54,5 +54,5 @@ def test_outputs_are_dropped_in_training(rescaled: bool) -> None:
 
 
 def test_what_has_no_meaning_is_refused() -> None:
-    with pytest.raises(peftcore.PeftcoreError, match="decompose_factor must be -1 or above 0, found 0"):
+    with pytest.raises(peftcore.PeftcoreError, match="decompose_factor must be -1 or positive, found 0"):
         peftcore.apply(tiny.llama(), "lokr", decompose_factor=0)

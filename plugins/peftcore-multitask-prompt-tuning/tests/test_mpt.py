@@ -84,7 +84,7 @@ def test_starts_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     with pytest.raises(peftcore.PeftcoreError, match="num_tasks must be 1, found 2"):
         peftcore.apply(tiny.llama(), NAME, num_tasks=2, **exact)
     with pytest.raises(
-        peftcore.PeftcoreError, match=r"'prompt_embeddings' of .* has shape \[4, 32\], and the prompt \[5, 32\]"
+        peftcore.PeftcoreError, match=r"'prompt_embeddings' of .* has shape \[4, 32\], but the prompt needs \[5, 32\]"
     ):
         peftcore.apply(tiny.llama(), NAME, num_virtual_tokens=5, **exact)
     with pytest.raises(peftcore.PeftcoreError, match=r"'prefix_task_cols' of .* has shape \[0, 4, 2\]"):
@@ -100,7 +100,7 @@ def test_rows_of_a_decoder_are_refused() -> None:
 
 def test_tasks_come_from_the_call() -> None:
     model = peftcore_model()
-    with pytest.raises(peftcore.PeftcoreError, match="the prompt has 3 tasks, and the call names none"):
+    with pytest.raises(peftcore.PeftcoreError, match="the prompt has 3 tasks, but the call names none"):
         logits(model)
     with pytest.raises(peftcore.PeftcoreError, match=r"in a batch of 2"):
         logits(model, task_ids=torch.arange(3))

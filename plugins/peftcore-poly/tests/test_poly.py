@@ -97,7 +97,7 @@ def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(peftcore.PeftcoreError, match="n_splits=5 does not divide inputs and outputs of 'model"):
         peftcore.apply(tiny.llama(), "poly", n_splits=5)
     model = peftcore.apply(tiny.llama(), "poly", **FIELDS)
-    with pytest.raises(peftcore.PeftcoreError, match="has 3 tasks, and the call names none"):
+    with pytest.raises(peftcore.PeftcoreError, match="has 3 tasks, but the call names none"):
         tiny.logits(model)
     with pytest.raises(peftcore.PeftcoreError, match=r"task_ids are whole numbers from 0 to 2, found \[0, 3\]"):
         logits(model, torch.tensor([0, 3]))

@@ -59,7 +59,7 @@ def test_what_has_no_meaning_is_refused() -> None:
         ({"r": 17}, "r=17 is above a size of 'model"),
         ({"cayley_neumann_eps": 1.0}, "cayley_neumann_eps must be between 0 and 1, found 1.0"),
         ({"num_cayley_neumann_terms": 1}, "rotates nothing. Use 2 or more"),
-        ({"psoft_alpha": 0}, "psoft_alpha must be above 0, found 0"),
+        ({"psoft_alpha": 0}, "psoft_alpha must be positive, found 0"),
     ):
         with pytest.raises(peftcore.PeftcoreError, match=message):
             peftcore.apply(tiny.llama(), "psoft", **fields)
