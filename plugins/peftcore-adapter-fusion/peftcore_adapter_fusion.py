@@ -1,12 +1,12 @@
-"""AdapterFusion (Pfeiffer et al. 2021, arXiv 2005.00247): several bottlenecks of a sublayer, combined into one change.
+"""AdapterFusion (Pfeiffer et al. 2021, arXiv 2005.00247): combine several bottlenecks of a sublayer into one change.
 
     attention     p = softmax over i of (Q x + q) · (K f_i(x) + k)       x: input of the bottlenecks, per token
-                  x -> + V (sum over i of p_i f_i(x))
-    average       x -> + (sum over i of w_i f_i(x))                      w given, sum 1
-    split         x -> + f_i(x)                                          i given by the token's position
+                  x + V Σ_i p_i f_i(x)
+    average       x + Σ_i w_i f_i(x)                                     given weights w, with sum 1
+    split         x + f_i(x)                                             i depends on the token's position
 
-The f_i are existing adapters of the model (method `adapter`), attached to the same modules, and are frozen. V starts as
-the identity, Q and K at random. Trained: 3 d² + 2 d numbers per module (attention).
+The f_i are adapters that the model already has (method `adapter`), on the same modules, and frozen. V starts near the
+identity, Q and K at random. With attention, 3 d² + 2 d numbers per module are trained.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import torch
-from peftcore_adapter import BehindNorm, Bottleneck, Series, behind_norm
+from peftcore_adapter import AfterNorm, Bottleneck, Series, after_norm
 from peftcore_adapter.hub import sublayer_at
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -45,16 +45,16 @@ peftcore_api = ">=3.0,<4"
 
 @dataclass(frozen=True)
 class AdapterFusionConfig:
-    """Config of a fusion; fields that AdapterHub's `DynamicAdapterFusionConfig` has, too, have the same name.
+    """Config of a fusion. Fields that AdapterHub's `DynamicAdapterFusionConfig` also has have the same names.
 
     Args:
-        adapters: names of bottleneck adapters of the model.
+        adapters: names of bottleneck adapters that the model has.
         how: "attention", "average" or "split".
-        query, key, value: whether there is a Q, a K and a V. Without one, vectors are used unchanged.
+        query, key, value: use Q, K and V. Without one, vectors are used unchanged.
         regularization: add 0.01 · |V - 1|² to the loss, as AdapterHub's library does.
         dropout_prob: dropout probability of the scores.
-        weights: for "average", a weight per adapter. None: equal weights.
-        splits: for "split", the number of tokens for each adapter, in order; their sum is the text's length.
+        weights: for "average", a weight for each adapter. None: equal weights.
+        splits: for "split", the number of tokens for each adapter, in order; their sum must be the text's length.
         modules_to_save: modules to train in full as well. None: a classifier's head.
     """
 
@@ -75,26 +75,34 @@ class AdapterFusionConfig:
         count, require = len(self.adapters), validation.require
         require(count > 0, "adapters is empty. Apply or load the adapters to fuse, then name them: adapters=[...]")
         for name, values, how in (("weights", self.weights, "average"), ("splits", self.splits, "split")):
-            require(values is None or self.how == how, f"{name} goes with how={how!r}, found how={self.how!r}")
-            require(values is None or len(values) == count, f"{name} has one entry for each of {count} adapters")
+            require(values is None or self.how == how, f"{name} only works with how={how!r}, found how={self.how!r}")
+            require(
+                values is None or len(values) == count,
+                f"{name} needs one entry for each of {count} adapters, found {list(values or ())}",
+            )
         require(
-            self.weights is None or sum(self.weights) != 0, f"weights add up to 0, found {list(self.weights or ())}"
+            self.weights is None or sum(self.weights) != 0,
+            f"weights must not add up to 0, found {list(self.weights or ())}",
         )
         require(
-            self.how != "split" or self.splits is not None, "how='split' needs splits=[...], tokens for each adapter"
+            self.how != "split" or self.splits is not None,
+            "how='split' needs splits=[...], the number of tokens for each adapter",
         )
-        require(all(number > 0 for number in self.splits or ()), "splits are positive numbers of tokens")
+        require(
+            all(number > 0 for number in self.splits or ()),
+            f"splits must be positive numbers of tokens, found {list(self.splits or ())}",
+        )
 
 
 class Projection(nn.Linear):
-    """Linear layer in the dtype of its input. It is called as a module, so DeepSpeed's ZeRO-3 gathers its weight."""
+    """Linear layer in the dtype of its input. A module, since DeepSpeed's ZeRO-3 gathers weights of called modules."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
 
 class Fusion(Adapter):
-    """Fusion of the adapters of one module: x `[..., width]` -> the change `[..., width]` that replaces theirs."""
+    """Fuses the adapters of one module: maps x `[..., width]` to one change `[..., width]` that replaces theirs."""
 
     def __init__(self, config: AdapterFusionConfig, width: int) -> None:
         super().__init__()
@@ -115,23 +123,23 @@ class Fusion(Adapter):
                     self.value.weight.fill_diagonal_(1.0)
 
     def change(self, x: Tensor, base: BranchedBase) -> Tensor:
-        """Return the change for the input x; `base` is the link that has the branches."""
+        """Return the change to add for input x; `base` is the link of the chain that has the branches."""
         adapters: list[Bottleneck] = [cast(Bottleneck, base.branch(name).adapter) for name in self.names]
         if self.config.how == "average":
             return torch.stack([w * f.change(x) for w, f in zip(self.weights, adapters, strict=True)]).sum(0)
         if self.config.how == "split":
             splits = list(self.config.splits or ())
-            found = f"splits={splits} add up to {sum(splits)} tokens, and the text has {x.shape[1]}"
-            validation.require(x.dim() == 3 and sum(splits) == x.shape[1], found)
+            message = f"splits={splits} add up to {sum(splits)} tokens, but the text has {x.shape[1]}"
+            validation.require(x.dim() == 3 and sum(splits) == x.shape[1], message)
             parts = zip(adapters, x.split(splits, dim=1), strict=True)
             return torch.cat([f.change(part) for f, part in parts], 1)
         ups = torch.stack([f.up(x) for f in adapters], -2)  # [..., adapters, width]
-        query, keys = self._of("query", x), self._of("key", ups)
+        query, keys = self._project("query", x), self._project("key", ups)
         scores = F.dropout((keys @ query[..., None]).squeeze(-1), self.config.dropout_prob, self.training)
-        mixed = (scores.softmax(-1)[..., None, :] @ ups).squeeze(-2)
-        return self._of("value", mixed)
+        fused = (scores.softmax(-1)[..., None, :] @ ups).squeeze(-2)
+        return self._project("value", fused)
 
-    def _of(self, name: str, x: Tensor) -> Tensor:
+    def _project(self, name: str, x: Tensor) -> Tensor:
         layer = self._modules.get(name)
         return x if layer is None else cast(Tensor, layer(x))
 
@@ -145,89 +153,92 @@ class FusedSeries(Fusion):
         return with_first(output, x + self.change(x, base))
 
 
-class FusedBehindNorm(Fusion):
-    """Fusion around a norm, for adapters of type `BehindNorm`."""
+class FusedAfterNorm(Fusion):
+    """Fusion around a norm, for adapters of type `AfterNorm`."""
 
-    is_behind_norm = True
+    is_after_norm = True
 
     def forward(self, base: BranchedBase, z: Tensor) -> Any:
-        return behind_norm(self, base, z)
+        return after_norm(self, base, z)
 
 
 def bottlenecks(model: nn.Module, name: str) -> dict[str, Bottleneck]:
-    """Return the bottlenecks of an adapter by the path of their module.
+    """Return an adapter's bottlenecks by the path of their module.
 
     Raises:
-        PeftcoreError: there is no such adapter, or it has other modules than bottlenecks after sublayers.
+        PeftcoreError: the model has no such adapter, or it has modules other than bottlenecks after sublayers.
     """
-    other = other_adapter(model, name)
-    found: dict[str, Bottleneck] = {}
-    for path, adapter in other.modules.items():
-        if not isinstance(adapter, (Series, BehindNorm)):
+    adapter_record = other_adapter(model, name)
+    by_path: dict[str, Bottleneck] = {}
+    for path, adapter in adapter_record.modules.items():
+        if not isinstance(adapter, (Series, AfterNorm)):
             raise PeftcoreError(
-                f"'{name}' ({other.method}) has a {type(adapter).__name__} at '{path}', which cannot be fused. Fuse "
-                "bottlenecks behind sublayers (is_parallel=False, inv_adapter=None)"
+                f"'{name}' ({adapter_record.method}) has a {type(adapter).__name__} at '{path}', which cannot be "
+                "fused. Fuse bottlenecks after sublayers (is_parallel=False, inv_adapter=None)"
             )
-        found[path] = adapter
-    return found
+        by_path[path] = adapter
+    return by_path
 
 
 def place(model: nn.Module, config: AdapterFusionConfig, architecture: Architecture) -> list[Placement]:
-    each = {name: bottlenecks(model, name) for name in config.adapters}
-    first = each[config.adapters[0]]
-    for name, found in each.items():
-        apart = sorted(
-            path for path in found.keys() | first.keys() if type(found.get(path)) is not type(first.get(path))
-        )
+    by_name = {name: bottlenecks(model, name) for name in config.adapters}
+    first = by_name[config.adapters[0]]
+    for name, modules in by_name.items():
+        paths = sorted(modules.keys() | first.keys())
+        differing = [path for path in paths if type(modules.get(path)) is not type(first.get(path))]
         validation.require(
-            not apart,
+            not differing,
             f"fused adapters must have the same bottlenecks at the same modules: '{config.adapters[0]}' and '{name}' "
-            f"differ at {apart[:3]}",
+            f"differ at {differing[:3]}",
         )
 
     def fusion(adapter: Bottleneck) -> Fusion:
-        kind = FusedBehindNorm if isinstance(adapter, BehindNorm) else FusedSeries
-        return kind(config, adapter.width)
+        fusion_class = FusedAfterNorm if isinstance(adapter, AfterNorm) else FusedSeries
+        return fusion_class(config, adapter.width)
 
     return [Around(path, fusion(f), branches=tuple(config.adapters)) for path, f in first.items()]
 
 
 def loss(adapters: Mapping[str, Any], config: AdapterFusionConfig) -> Tensor | None:
     values = [f.value.weight for f in adapters.values() if "value" in f._modules and config.regularization]
-    apart = [(value - torch.eye(len(value), device=value.device, dtype=value.dtype)).square().sum() for value in values]
-    return 0.01 * torch.stack([term.to(apart[0].device) for term in apart]).sum() if apart else None
+    distances = [
+        (value - torch.eye(len(value), device=value.device, dtype=value.dtype)).square().sum() for value in values
+    ]
+    return 0.01 * torch.stack([term.to(distances[0].device) for term in distances]).sum() if distances else None
 
 
 KEY = re.compile(r"(?P<place>.+)\.adapter_fusion_layer\.(?P<names>[^.]+)\.(?P<tensor>(?:query|key|value)\.\w+)")
 
 
 def read(model: nn.Module, fields: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[Any, dict[str, Tensor]]:
-    """Return the config and tensors of a fusion saved by AdapterHub's `adapters`."""
-    theirs, names = fields["config"], [str(name) for name in fields.get("adapter_names") or fields["name"].split(",")]
+    """Return the config and tensors of a fusion that AdapterHub's `adapters` saved."""
+    settings, names = fields["config"], [str(name) for name in fields.get("adapter_names") or fields["name"].split(",")]
     for name in ("query_before_ln", "residual_before", "temperature"):
         validation.require(
-            not theirs.get(name), f"it uses {name}={theirs.get(name)!r}, which peftcore's fusion does not have"
+            not settings.get(name), f"it uses {name}={settings.get(name)!r}, which peftcore's fusion does not have"
         )
-    drop = theirs.get("dropout_prob") or getattr(getattr(model, "config", None), "attention_probs_dropout_prob", 0.0)
-    kept = {name: theirs[name] for name in ("query", "key", "value", "regularization") if name in theirs}
-    config = AdapterFusionConfig(names, dropout_prob=drop, modules_to_save=(), **kept)
-    known, found = detect(model).sublayers, {}
-    existing = bottlenecks(model, names[0])
+    dropout_prob = settings.get("dropout_prob") or getattr(
+        getattr(model, "config", None), "attention_probs_dropout_prob", 0.0
+    )
+    options = {name: settings[name] for name in ("query", "key", "value", "regularization") if name in settings}
+    config = AdapterFusionConfig(names, dropout_prob=dropout_prob, modules_to_save=(), **options)
+    sublayers, renamed = detect(model).sublayers, {}
+    modules = bottlenecks(model, names[0])
     for key, tensor in tensors.items():
         match = KEY.fullmatch(key)
         if match is None:
             raise PeftcoreError(f"its tensor '{key}' does not belong to a fusion")
-        sublayer = sublayer_at(match["place"], known)
-        path = next((p for p in (sublayer.norm, sublayer.stream, sublayer.output) if p in existing), None)
+        sublayer = sublayer_at(match["place"], sublayers)
+        path = next((p for p in (sublayer.norm, sublayer.stream, sublayer.output) if p in modules), None)
         validation.require(
             path is not None, f"'{names[0]}' has no bottleneck at '{match['place']}', where the file has a fusion"
         )
-        found[f"base_model.model.{path}.{match['tensor']}"] = tensor
-    return config, found
+        renamed[f"base_model.model.{path}.{match['tensor']}"] = tensor
+    return config, renamed
 
 
 def matches(fields: dict[str, Any]) -> bool:
-    """Return whether the fields are those of an adapter_fusion_config.json."""
+    """Return whether the fields come from an adapter_fusion_config.json."""
     return isinstance(fields.get("config"), dict) and isinstance(fields.get("name"), str)
 
 

@@ -1,13 +1,13 @@
-"""RandLoRA (Albert et al. 2025, arXiv 2502.00987): y = W x + b + s · sum over n of B_n L_n A G_n x, of full rank.
+"""RandLoRA (Albert et al. 2025, arXiv 2502.00987): a full-rank update y = W x + b + s · Σ_n B_n L_n A G_n x.
 
-    A [r, small]      random, frozen, one pair for all layers, which use as much of it as they need; `small` and
-    B_n [large, r]    `large` are the smaller and the larger of a layer's sizes, and n goes up to small / r
-    L_n, G_n          diagonals `[r]` and `[small]`, trained: lambda, zero at the start, and gamma
+    A [r, small]      random and frozen, shared by all layers, which take slices of them; `small` and `large`
+    B_n [large, r]    are the smaller and the larger size of a layer, and n runs to small / r
+    L_n, G_n          trained diagonals lambda `[r]`, zero at the start, and gamma `[small]`
     s                 randlora_alpha / r
 
-Where a layer's output is smaller than its input, the product is transposed. PEFT numbers the pairs (n, i), i of the r
-rows, as i · n_max + n in A and as n · r + i in B, so row i of A L_n G_n is paired with another column of B than in the
-formula. This is the same here, for compatible files; the columns are random either way.
+If a layer has fewer outputs than inputs, the product is transposed. PEFT numbers the pairs (n, i), with i of the r
+rows, as i · n_max + n in A but as n · r + i in B, so that row i of A L_n G_n meets a different column of B than in the
+formula. peftcore does the same, for compatible files; the columns are random either way.
 """
 
 from __future__ import annotations
@@ -46,10 +46,12 @@ class RandLoraConfig(targets.LayersConfig):
     """Config with the field names of Hugging Face PEFT's `RandLoraConfig`; the other fields are LoRA's.
 
     Args:
-        r: rank of a product. A smaller r means more products and more trained parameters.
-        projection_prng_key: seed of A and B. save_projection: save them; otherwise they are drawn again on load.
-        sparse, very_sparse: A and B of -1, 0 and 1 (then scaled), with a third, or 1 / sqrt(small), of them non-zero.
-        init_weights: False: lambda is random, so the adapter changes the model from the start.
+        r: rank of each product. A smaller r means more products and more trained parameters.
+        projection_prng_key: seed of A and B.
+        save_projection: save A and B; otherwise loading draws them again.
+        sparse, very_sparse: draw A and B from -1, 0 and 1, then scale them; a third of the entries is nonzero, or the
+            share 1 / sqrt(small).
+        init_weights: False: random lambda; the adapter then changes the model from the start.
     """
 
     r: int = 32
@@ -83,12 +85,12 @@ class Bases(nn.Module):
         for name, shape in zip(("randlora_A", "randlora_B"), shapes, strict=True):
             values = torch.empty(shape)
             if not values.is_meta:
-                values = drawn(config, shape, math.sqrt(small) if config.very_sparse else 3.0, generator)
+                values = draw(config, shape, math.sqrt(small) if config.very_sparse else 3.0, generator)
             self.register_buffer(name, values, persistent=config.save_projection)
 
 
-def drawn(config: RandLoraConfig, shape: tuple[int, int, int], sparsity: float, generator: torch.Generator) -> Tensor:
-    """Return matrices drawn as in PEFT, on the CPU: dense ones in bfloat16, one product after the other."""
+def draw(config: RandLoraConfig, shape: tuple[int, int, int], sparsity: float, generator: torch.Generator) -> Tensor:
+    """Draw matrices as PEFT does, on the CPU; dense ones in bfloat16, one product after the other."""
     if config.sparse or config.very_sparse:
         uniform, share = torch.rand(shape, generator=generator, device="cpu"), 1 / (2 * sparsity)
         values = (uniform > 1 - share).float() - (uniform < share).float()
@@ -100,18 +102,18 @@ def drawn(config: RandLoraConfig, shape: tuple[int, int, int], sparsity: float, 
 
 
 class Scaled(torch.autograd.Function):
-    """lambda `[r, n]`, A `[r, small]`, gamma `[n, small]` -> lambda · A · gamma, `[r, n, small]`; saves its inputs."""
+    """Computes lambda `[r, n]` · A `[r, small]` · gamma `[n, small]`, as `[r, n, small]`; saves only its inputs."""
 
     @staticmethod
-    def forward(ctx: Any, by: Tensor, a: Tensor, gamma: Tensor) -> Tensor:
-        ctx.save_for_backward(by, a, gamma)
-        return (by[:, :, None] * a[:, None]).mul_(gamma)
+    def forward(ctx: Any, diagonal: Tensor, a: Tensor, gamma: Tensor) -> Tensor:
+        ctx.save_for_backward(diagonal, a, gamma)
+        return (diagonal[:, :, None] * a[:, None]).mul_(gamma)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, Tensor]:
-        by, a, gamma = ctx.saved_tensors
-        of_a = grad * a[:, None]
-        return torch.einsum("rns,ns->rn", of_a, gamma), None, torch.einsum("rns,rn->ns", of_a, by)
+        diagonal, a, gamma = ctx.saved_tensors
+        grad_a = grad * a[:, None]
+        return torch.einsum("rns,ns->rn", grad_a, gamma), None, torch.einsum("rns,rn->ns", grad_a, diagonal)
 
 
 class RandLora(Adapter):
@@ -119,29 +121,30 @@ class RandLora(Adapter):
 
     def __init__(self, config: RandLoraConfig, bases: Bases, width: int, out_width: int) -> None:
         super().__init__()
-        self.of_input, self.small, self.large = width <= out_width, min(width, out_width), max(width, out_width)
+        self.small, self.large = min(width, out_width), max(width, out_width)
+        self.is_transposed = out_width < width
         self.bases, self.scale = bases, config.randlora_alpha / config.r
         self.dropout, count = nn.Dropout(config.randlora_dropout), math.ceil(self.small / config.r)
-        start = config.init_weights
-        self.randlora_lambda = nn.Parameter((torch.zeros if start else torch.randn)(config.r, count))
-        size = max(count, self.small) if start else self.large
+        identity_init = config.init_weights
+        self.randlora_lambda = nn.Parameter((torch.zeros if identity_init else torch.randn)(config.r, count))
+        size = max(count, self.small) if identity_init else self.large
         self.randlora_gamma = nn.Parameter(torch.full((count, self.small), 1 / size))
 
     def forward(self, base: Base, x: Tensor) -> Tensor:
-        first, second = (t.to(x.dtype) for t in self.pair(x.device))
-        return base(x) + self.scale * F.linear(F.linear(self.dropout(x), first), second)
+        a, b = (t.to(x.dtype) for t in self.pair(x.device))
+        return base(x) + self.scale * F.linear(F.linear(self.dropout(x), a), b)
 
     def pair(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Return the factors, `[r · n, in]` and `[out, r · n]`."""
         a = self.bases.randlora_A[:, 0, : self.small].to(device)
         b = self.bases.randlora_B[: self.large, : len(self.randlora_gamma)].to(device).flatten(1)
         a = Scaled.apply(self.randlora_lambda, a, self.randlora_gamma).flatten(0, 1)  # type: ignore[no-untyped-call]
-        return (a, b) if self.of_input else (b.T, a.T)
+        return (b.T, a.T) if self.is_transposed else (a, b)
 
     @override
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        first, second = self.pair(weight.device)
-        return weight + self.scale * (second.float() @ first.float()), bias
+        a, b = self.pair(weight.device)
+        return weight + self.scale * (b.float() @ a.float()), bias
 
 
 def place(model: nn.Module, config: RandLoraConfig, architecture: Architecture) -> list[Placement]:
@@ -152,20 +155,24 @@ def place(model: nn.Module, config: RandLoraConfig, architecture: Architecture) 
 
 
 def tensor_name(placement: Any, name: str) -> str:
-    """Name A and B without a layer, since a file holds them once."""
+    """Name A and B without a layer, since the file contains them once."""
     return f"base_model.{name.removeprefix('bases.')}" if "bases." in name else plugin.tensor_name(placement, name)
 
 
 def read(model: nn.Module | None, tensors: dict[str, Tensor], fields: dict[str, Any]) -> tuple[Tensors, Fields]:
-    """Leave out A and B of single layers, which PEFT also writes."""
-    found = {n: t for n, t in tensors.items() if not n.endswith((".randlora_A", ".randlora_B")) or n.count(".") == 1}
-    for name in tensors.keys() - found.keys():
+    """Drop the copies of A and B that PEFT writes for each layer."""
+
+    def is_copy(name: str) -> bool:
+        return name.endswith((".randlora_A", ".randlora_B")) and name.count(".") > 1
+
+    kept_tensors = {name: tensor for name, tensor in tensors.items() if not is_copy(name)}
+    for name in tensors.keys() - kept_tensors.keys():
         shared = tensors.get(f"base_model.{name.rpartition('.')[2]}")
-        one = shared is not None and torch.equal(shared, tensors[name])
+        is_equal = shared is not None and torch.equal(shared, tensors[name])
         validation.require(
-            one, f"'{name}' differs from the matrix that all layers share. Save the file again with PEFT"
+            is_equal, f"'{name}' differs from the matrix that all layers share. Save the file again with PEFT"
         )
-    return found, fields
+    return kept_tensors, fields
 
 
 @hookimpl

@@ -1,4 +1,4 @@
-"""RoAd (Liao and Monz 2024, arXiv 2409.00119, eq. 4): pairs of a layer's outputs are rotated and scaled.
+"""RoAd (Liao and Monz 2024, arXiv 2409.00119, eq. 4): rotate and scale pairs of a layer's outputs.
 
     y = W x + bias        z₀ = g cos t · y₀ - g sin t · y₁         in a group of n outputs, y₀ is in the first half
     (y₀, y₁): a pair      z₁ = g sin t · y₀ + g cos t · y₁         and y₁ is n / 2 positions after it
@@ -6,8 +6,8 @@
     road_1   one t and g per pair               road_4   one t and g for each of the four factors of a pair
     road_2   one t and g per z
 
-Trained: t, zero at the start, and g, one. (R - 1) y is added to y, so that small rotations are not rounded away in 16
-bits. It merges: the rows of W are rotated, and the bias with them.
+t, initially zero, and g, initially one, are trained. (R - 1) y is added to y, so that small rotations are not rounded
+away in 16 bits. Merging rotates the rows of W and the bias.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class RoadConfig(targets.LayersConfig):
 
     Args:
         variant: "road_1", "road_2" or "road_4".
-        group_size: outputs per group, an even divisor of each layer's outputs.
+        group_size: outputs per group; even, and it must divide each layer's outputs.
         init_weights: False: random rotations; the adapter then changes the model from the start.
     """
 
@@ -58,12 +58,13 @@ class RoadConfig(targets.LayersConfig):
 
     def misfit(self, path: str, module: nn.Module) -> str | None:
         width = targets.sizes(module)[1]
-        unlike = f"group_size={self.group_size} does not divide the {width} outputs of '{path}'"
-        return unlike if width % self.group_size else None
+        if width % self.group_size == 0:
+            return None
+        return f"group_size={self.group_size} does not divide the {width} outputs of '{path}'. Choose a divisor"
 
 
 class Road(Adapter):
-    """`road_theta` and `road_alpha` of a linear layer: half as many as outputs, as many, or twice as many."""
+    """`road_theta` and `road_alpha` of a linear layer, `[out / 2]`, `[out]` or `[2 · out]` by variant."""
 
     def __init__(self, config: RoadConfig, out_width: int) -> None:
         super().__init__()
@@ -74,26 +75,26 @@ class Road(Adapter):
             nn.init.normal_(self.road_theta, std=0.5)
             nn.init.normal_(self.road_alpha, mean=1.0, std=0.5)
 
-    def factors_of(self) -> tuple[Tensor, Tensor]:
-        """Return the factor of each output, less 1, and of its partner, fp32 `[out]`."""
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """Return for each output its own factor minus 1 and the factor of its partner, fp32 `[out]`."""
         theta, alpha = (p.float().view(-1, self.sets, self.span) for p in (self.road_theta, self.road_alpha))
-        last = slice(2, None) if self.sets == 4 else slice(None)
-        own, other = (alpha * theta.cos())[:, : min(self.sets, 2)], (alpha * theta.sin())[:, last]
-        signs = torch.tensor([[-1.0], [1.0]], device=other.device)
-        return (own - 1).expand(-1, 2, -1).flatten(), (other * signs).flatten()
+        sine_sets = slice(2, None) if self.sets == 4 else slice(None)
+        diagonal, off_diagonal = (alpha * theta.cos())[:, : min(self.sets, 2)], (alpha * theta.sin())[:, sine_sets]
+        signs = torch.tensor([[-1.0], [1.0]], device=off_diagonal.device)
+        return (diagonal - 1).expand(-1, 2, -1).flatten(), (off_diagonal * signs).flatten()
 
-    def turned(self, y: Tensor) -> Tensor:
+    def rotated(self, y: Tensor) -> Tensor:
         """Return y `[..., out]` with its pairs rotated."""
-        own, other = (factor.to(y.dtype) for factor in self.factors_of())
+        diagonal, off_diagonal = (factor.to(y.dtype) for factor in self.factors())
         partners = y.unflatten(-1, (-1, 2, self.span)).flip(-2).flatten(-3)
-        return torch.addcmul(torch.addcmul(y, y, own), partners, other)
+        return torch.addcmul(torch.addcmul(y, y, diagonal), partners, off_diagonal)
 
     def forward(self, base: Base, x: Tensor) -> Tensor:
-        return self.turned(base(x))
+        return self.rotated(base(x))
 
     @override
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        return self.turned(weight.T).T, None if bias is None else self.turned(bias)
+        return self.rotated(weight.T).T, None if bias is None else self.rotated(bias)
 
 
 def place(model: nn.Module, config: RoadConfig, architecture: Architecture) -> list[Placement]:

@@ -1,12 +1,12 @@
-"""Super-tuning (arXiv 2607.09287): y = (W + S) x + b, S sparse, non-zero where W is largest.
+"""Super-tuning (arXiv 2607.09287): y = (W + S) x + b, where S is sparse and nonzero where W is largest.
 
-    W [out, in]      1 . 9 . .       + S      . . 3 . .       the share 1 - sparsity of positions with the largest |W|,
-                     . . . 8 .                . . . 1 .       or the smallest (select_top=False)
+    W [out, in]      1 . 9 . .       + S      . . 3 . .       the share 1 - sparsity of the entries, where |W| is
+                     . . . 8 .                . . . 1 .       largest, or smallest with select_top=False
                      7 . . . .                2 . . . .
 
-Trained: the numbers, zero at the start. With r ("Supra") a LoRA is added: + lora_alpha / r · B A dropout(x). The
-positions are always saved, since they differ in a W of another dtype. Files that Hugging Face PEFT wrote with
-save_precomputed_indices=False lack them; they are then computed from W, as in PEFT.
+The entries of S are trained and start at zero. With r ("Supra") a LoRA is added: + lora_alpha / r · B A dropout(x).
+Positions are always saved, since a W of another dtype would give others. Hugging Face PEFT's files with
+save_precomputed_indices=False lack them, and they are computed from W, as in PEFT.
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ class SupertuningConfig(targets.LayersConfig):
     """Config with the field names of Hugging Face PEFT's `SupertuningConfig`; the other fields select layers.
 
     Args:
-        sparsity: share of a weight's numbers that are not trained.
-        select_top: train the largest numbers; False: the smallest.
+        sparsity: share of a weight's entries that are not trained.
+        select_top: train the largest entries; False: the smallest.
         r: rank of the additional LoRA. None: no LoRA.
         lora_alpha, lora_dropout: alpha (None: 2 r) and dropout of the LoRA.
-        init_weights: False: numbers and B are random, so the adapter changes the model from the start.
+        init_weights: False: random entries and B; the adapter then changes the model from the start.
     """
 
     not_in_peft: ClassVar[frozenset[str]] = frozenset(
@@ -68,17 +68,17 @@ class SupertuningConfig(targets.LayersConfig):
         validation.probability(lora_dropout=self.lora_dropout)
         if self.r is not None:
             validation.positive_whole(r=self.r)
-        alone = self.lora_alpha is not None and self.r is None
-        validation.require(not alone, "lora_alpha needs a LoRA. Give its rank r, too")
+        lacks_rank = self.lora_alpha is not None and self.r is None
+        validation.require(not lacks_rank, "lora_alpha needs a LoRA. Set its rank r as well")
 
     def resolved(self, model: nn.Module, architecture: Architecture) -> Any:
-        """Return the config with the LoRA's scale made explicit."""
-        found = super().resolved(model, architecture)
-        return replace(found, lora_alpha=2.0 * self.r) if self.r and self.lora_alpha is None else found
+        """Return the config with lora_alpha filled in."""
+        config = super().resolved(model, architecture)
+        return replace(config, lora_alpha=2.0 * self.r) if self.r and self.lora_alpha is None else config
 
 
 class Supertuning(Adapter):
-    """Numbers `supertuning_values` `[n]`, their positions in the flat W `[out · in]`, and A, B of the LoRA."""
+    """Entries `supertuning_values` `[n]`, their positions in the flat W `[out · in]`, and A, B of the LoRA."""
 
     supertuning_indices: Tensor
 
@@ -105,7 +105,8 @@ class Supertuning(Adapter):
         autocast = torch.is_autocast_enabled("cpu" if x.is_meta else x.device.type)
         if isinstance(weight, Tensor) and weight.dtype == torch.float32 and not autocast:
             y = F.linear(x, self.with_sparse(weight), bias)
-        else:  # in 16 bits W + S would round small numbers away
+        else:
+            # In 16 bits W + S would round small entries away.
             y = base(x) + F.linear(x, self.with_sparse(x.new_zeros(self.sizes)))
         if self.scale:
             low = self.supertuning_lora_A(self.dropout(x).to(self.supertuning_values.dtype))
@@ -114,51 +115,51 @@ class Supertuning(Adapter):
 
     @override
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        changed = self.with_sparse(weight)
+        adapted_weight = self.with_sparse(weight)
         if self.scale:
             product = self.supertuning_lora_B.weight.float() @ self.supertuning_lora_A.weight.float()
-            changed = changed + self.scale * product
-        return changed, bias
+            adapted_weight = adapted_weight + self.scale * product
+        return adapted_weight, bias
 
 
-def places_of(module: nn.Module, config: SupertuningConfig, path: str) -> Tensor:
-    """Return positions, int32 `[n]`, where the layer's weight `[out, in]` is largest, or smallest."""
+def layer_positions(module: nn.Module, config: SupertuningConfig, path: str) -> Tensor:
+    """Return the positions to train in a layer's weight, int32 `[n]`."""
     width, out_width = targets.sizes(module)
     count = int(width * out_width * (1 - config.sparsity))
-    whole = f"sparsity={config.sparsity} leaves none of the {width * out_width} numbers of '{path}' to train"
-    validation.require(count > 0, f"{whole}. Lower it, or exclude the layer")
-    stored: Any = getattr(module, "base_layer", module)
-    if stored.weight.is_meta or torch.empty(0).is_meta:
+    message = f"sparsity={config.sparsity} leaves none of the {width * out_width} numbers of '{path}' to train"
+    validation.require(count > 0, f"{message}. Lower it, or leave the layer out: exclude_modules=['{path}']")
+    layer: Any = getattr(module, "base_layer", module)
+    if layer.weight.is_meta or torch.empty(0).is_meta:
         return torch.empty(count, dtype=torch.int32)
-    return chosen(weight_format(module).read(module), count, config.select_top)
+    return extreme_positions(weight_format(module).read(module), count, config.select_top)
 
 
-def chosen(weight: Tensor, count: int, largest: bool) -> Tensor:
-    """Return the positions, int32 `[count]`, of the largest or smallest numbers of a weight."""
+def extreme_positions(weight: Tensor, count: int, largest: bool) -> Tensor:
+    """Return the positions, int32 `[count]`, of a weight's largest or smallest magnitudes."""
     return weight.detach().abs().flatten().topk(count, largest=largest)[1].int()
 
 
 def place(model: nn.Module, config: SupertuningConfig, architecture: Architecture) -> list[Placement]:
     layers = config.selected(model, architecture)
     return [
-        Around(path, Supertuning(config, places_of(module, config, path), *targets.sizes(module)))
+        Around(path, Supertuning(config, layer_positions(module, config, path), *targets.sizes(module)))
         for path, module in layers.items()
     ]
 
 
 def read(model: nn.Module | None, tensors: dict[str, Tensor], fields: dict[str, Any]) -> tuple[Tensors, Fields]:
-    """Add indices that a file of PEFT lacks, from the model's weights."""
+    """Compute the positions from the model's weights if a file of PEFT lacks them."""
     fields = {name: value for name, value in fields.items() if name != "save_precomputed_indices"}
     if model is None:
         return tensors, fields
-    found = dict(tensors)
+    completed = dict(tensors)
     for name in tensors:
-        prefix, _, last = name.rpartition(".")
-        if last == "supertuning_values" and f"{prefix}.supertuning_indices" not in tensors:
+        prefix, _, parameter = name.rpartition(".")
+        if parameter == "supertuning_values" and f"{prefix}.supertuning_indices" not in tensors:
             weight = targets.dense_weight(model, prefix.removeprefix("base_model.model."))
-            indices = chosen(weight, len(tensors[name]), fields.get("select_top", True))
-            found[f"{prefix}.supertuning_indices"] = indices
-    return found, fields
+            indices = extreme_positions(weight, len(tensors[name]), fields.get("select_top", True))
+            completed[f"{prefix}.supertuning_indices"] = indices
+    return completed, fields
 
 
 @hookimpl

@@ -1,11 +1,10 @@
-"""TinyLoRA (Morris et al. 2026, arXiv 2602.04118): y = W x + B R A x + b, with R = sum of v_i P_i.
+"""TinyLoRA (Morris et al. 2026, arXiv 2602.04118): y = W x + B R A x + b, with R = Σ_i v_i P_i.
 
-    W ~ B A             the r largest singular vectors, B = U sqrt(S) and A = sqrt(S) V, frozen
+    W ≈ B A             from the r largest singular values: B = U sqrt(S) and A = sqrt(S) V, frozen
     P_i [r, r]          u random matrices of a layer, frozen
     v [u]               trained, zero at the start; one per layer, or per group of layers (weight_tying)
 
-With weight_tying=1 and u=13 a whole model has thirteen trained numbers. For an embedding W is the weight
-[tokens, width].
+With weight_tying=1 and u=13 a whole model has thirteen trained numbers. For an embedding W is [tokens, width].
 """
 
 from __future__ import annotations
@@ -44,10 +43,13 @@ class TinyLoraConfig(targets.LayersConfig):
     """Config with the field names of Hugging Face PEFT's `TinyLoraConfig`; the other fields are LoRA's.
 
     Args:
-        r: number of singular vectors, at most as many as a weight has. u: numbers in v.
-        weight_tying: 0: each layer has a v; 1: all layers share one; between: groups of neighbours share one.
-        projection_seed: seed of P. save_projection: save P; otherwise it is drawn again on load.
-        init_weights: True: v is zero. "uniform", or False (not initialised in PEFT): v is within init_v_bound of zero.
+        r: number of singular vectors; a smaller weight uses all it has.
+        u: length of v.
+        weight_tying: 0: each layer has its own v. 1: all layers share one. Between: groups of consecutive layers share
+            one.
+        projection_seed: seed of P.
+        save_projection: save P; otherwise loading draws it again.
+        init_weights: True: v is zero. "uniform", or False (uninitialised in PEFT): v is within init_v_bound of zero.
     """
 
     r: int = 2
@@ -80,12 +82,12 @@ class Group(nn.Module):
     def __init__(self, config: TinyLoraConfig, number: int) -> None:
         super().__init__()
         self.number, bound = number, config.init_v_bound
-        start = torch.zeros(config.u)
-        self.v = nn.Parameter(start if config.init_weights is True else start.uniform_(-bound, bound))
+        values = torch.zeros(config.u)
+        self.v = nn.Parameter(values if config.init_weights is True else values.uniform_(-bound, bound))
 
 
 class TinyLora(LowRankLinear):
-    """A `[r, in]`, B `[out, r]` and P `[u, r, r]` of layer `index`, frozen."""
+    """Frozen A `[r, in]`, B `[out, r]` and P `[u, r, r]` of a layer, whose `index` is added to P's seed."""
 
     tinylora_A: Tensor
     tinylora_B: Tensor
@@ -96,7 +98,7 @@ class TinyLora(LowRankLinear):
         self.group = group
         r = min(config.r, width, out_width)
         p = torch.empty(config.u, r, r)
-        if not p.is_meta:  # drawn on the CPU as in PEFT
+        if not p.is_meta:  # drawn on the CPU, as in PEFT
             generator = torch.Generator("cpu").manual_seed(config.projection_seed + index)
             p = torch.normal(0.0, r**-0.5, p.shape, generator=generator, device="cpu")
         self.register_buffer("tinylora_A", torch.zeros(r, width))
@@ -112,14 +114,14 @@ class TinyLora(LowRankLinear):
 
 
 class TinyLoraEmbedding(TinyLora):
-    """A `[r, width]`, B `[tokens, r]` of an embedding; rows of B are looked up."""
+    """A `[r, width]` and B `[tokens, r]` of an embedding, which looks up rows of B."""
 
-    per_sample = staticmethod(Adapter.per_sample)  # LoRA's is for linear layers only
+    per_sample = staticmethod(Adapter.per_sample)  # LoRA's version only handles linear layers
 
     def forward(self, base: Base, tokens: Tensor) -> Tensor:
-        if tokens.is_floating_point():  # mixtures of entries, as in Ovis
-            mixed: Tensor = base.on_weights({"weight": lambda weight: self.merged(weight, None)[0]})(tokens)
-            return mixed
+        if tokens.is_floating_point():  # weights of a mixture of rows, as in Ovis
+            output: Tensor = base.on_weights({"weight": lambda weight: self.merged(weight, None)[0]})(tokens)
+            return output
         y, (a, b) = base(tokens), self.pair()
         s = F.dropout(F.embedding(tokens, b), self.dropout.p, self.training)
         return y + (s @ a).to(y.dtype)
@@ -132,15 +134,17 @@ def place(model: nn.Module, config: TinyLoraConfig, architecture: Architecture) 
     groups = [Group(config, number) for number in range(count)]
     placements: list[Placement] = []
     for index, (path, module) in enumerate(layers.items()):
-        group, sizes = groups[min(index // size, count - 1)], targets.sizes(module)
-        embeds = isinstance(module, nn.Embedding)
-        adapter = (TinyLoraEmbedding if embeds else TinyLora)(config, group, index, *(sizes[::-1] if embeds else sizes))
-        placements.append(Around(path, adapter))
+        group = groups[min(index // size, count - 1)]
+        width, out_width = targets.sizes(module)
+        if isinstance(module, nn.Embedding):  # its weight is [tokens, width], a linear layer's [out, in]
+            placements.append(Around(path, TinyLoraEmbedding(config, group, index, out_width, width)))
+        else:
+            placements.append(Around(path, TinyLora(config, group, index, width, out_width)))
     return [*placements, *targets.trained_biases(model, config.bias, layers)]
 
 
 def initialize(model: nn.Module, adapters: Mapping[str, Any], config: TinyLoraConfig, batches: Any) -> None:
-    """Set A and B to singular vectors of the wrapped weight; the training batches are not used."""
+    """Set A and B from the singular value decomposition of the wrapped weight; the training batches are not used."""
     for path, adapter in adapters.items():
         r = len(adapter.tinylora_A)
         u, s, v = torch.linalg.svd(inside_at(model, path).weight().float(), full_matrices=False)
@@ -149,7 +153,7 @@ def initialize(model: nn.Module, adapters: Mapping[str, Any], config: TinyLoraCo
 
 
 def tensor_name(placement: Any, name: str) -> str:
-    """Name v by its group, since a file holds it once per group."""
+    """Name v by its group, since the file contains it once per group."""
     if name == "group.v":
         return f"base_model.tinylora_v.{placement.adapter.group.number}"
     return plugin.tensor_name(placement, name)

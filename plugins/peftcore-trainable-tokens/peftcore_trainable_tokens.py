@@ -1,4 +1,4 @@
-"""Trainable tokens: rows of an embedding, and of a head tied to it, are trained.
+"""Trainable tokens: train rows of an embedding, and of a head tied to it.
 
       y [.., dim]                        logits [.., vocabulary]
           |                                      |
@@ -7,7 +7,7 @@
      '----+----'                            '----+----'    y  = W'[token],   logits = W' x
         token                                  x [.., dim]
 
-T starts as these rows. W' is never built. The method is Hugging Face PEFT's, which names no paper.
+T is initialised with these rows. W' is never built. The method comes from Hugging Face PEFT; there is no paper.
 """
 
 from __future__ import annotations
@@ -49,9 +49,9 @@ class TrainableTokensConfig:
     """Config with the fields and defaults of Hugging Face PEFT's `TrainableTokensConfig`.
 
     Args:
-        token_indices: ids of the tokens, each once.
-        target_modules: embeddings, or linear heads; None: the token embedding, and modules tied to it.
-        init_weights: T starts as the rows of W; False: T is normal.
+        token_indices: token ids, without repetition.
+        target_modules: embeddings or linear heads. None: the token embedding and modules tied to it.
+        init_weights: True: T starts as the rows of W. False: T is normal.
     """
 
     token_indices: Sequence[int] = ()
@@ -62,126 +62,138 @@ class TrainableTokensConfig:
         validation.check_types(self)
 
     def resolved(self, model: nn.Module, architecture: Architecture) -> TrainableTokensConfig:
-        named = self.target_modules or ([architecture.embedding] if architecture.embedding else None)
-        validation.require(named is not None, "the model's token embedding is unknown. Name it: target_modules=[...]")
-        return replace(self, target_modules=by_embedding(model, architecture, named))
+        target_modules = self.target_modules or ([architecture.embedding] if architecture.embedding else None)
+        validation.require(
+            target_modules is not None, "the model's token embedding is unknown. Name it: target_modules=[...]"
+        )
+        return replace(self, target_modules=by_embedding(model, architecture, target_modules))
 
 
 class TokenRows(Adapter):
-    """Rows T `[n, dim]` of the module at `path`; `ids` is sorted, and `places` has their positions in T."""
+    """Rows T `[n, dim]` of the module at `path`. `ids` is sorted; `positions` has each id's row in T."""
 
     ids: Tensor
-    places: Tensor
+    positions: Tensor
 
     def __init__(self, path: str, module: Any, ids: Sequence[int], copy: bool = True) -> None:
         super().__init__()
         weight: Tensor = module.weight
-        wrong = next((i for i in ids if not 0 <= i < len(weight)), None)
-        validation.require(wrong is None, f"'{path}' has {len(weight)} rows, so no row for token {wrong}")
-        once = 0 < len(set(ids)) == len(ids)
+        missing_id = next((i for i in ids if not 0 <= i < len(weight)), None)
         validation.require(
-            once, f"token ids for '{path}' must be distinct, and at least one, found {validation.shown(ids)}"
+            missing_id is None,
+            f"'{path}' has {len(weight)} rows, so no row for token {missing_id}. Choose other ids, or call "
+            "resize_token_embeddings first",
+        )
+        are_distinct = 0 < len(set(ids)) == len(ids)
+        validation.require(
+            are_distinct, f"token ids for '{path}' must be distinct, and at least one, found {validation.shown(ids)}"
         )
         rows = torch.randn(len(ids), weight.shape[1])
         if copy and not weight.is_meta and not rows.is_meta:
             rows.copy_(ranks.whole(weight)[list(ids)])
         self.trainable_tokens_delta, self.path = nn.Parameter(rows), path
         self.is_table = isinstance(module, nn.Embedding) and looks_up(module)
-        padding: Any = getattr(module, "padding_idx", None)  # gets no gradient, as in `nn.Embedding`
+        # As in `nn.Embedding`, the padding token gets no gradient.
+        padding: Any = getattr(module, "padding_idx", None)
         self.padding = list(ids).index(padding) if padding in ids else None
         self.register_buffer("ids", torch.tensor(sorted(ids)), persistent=False)
-        self.register_buffer("places", torch.tensor(ids).argsort(), persistent=False)
+        self.register_buffer("positions", torch.tensor(ids).argsort(), persistent=False)
 
     def forward(self, base: Base, x: Tensor) -> Tensor:
         module = base.module
         if isinstance(module, nn.Embedding) and self.is_table and not x.is_floating_point():
-            y, at = base(x), torch.searchsorted(self.ids, x.contiguous()).clamp(max=len(self.ids) - 1)
-            rows = F.embedding(self.places[at], self.trainable_tokens_delta, self.padding).to(y.dtype)
-            return torch.where((self.ids[at] == x)[..., None], rows * embed_scale(module), y)
+            y, index = base(x), torch.searchsorted(self.ids, x.contiguous()).clamp(max=len(self.ids) - 1)
+            rows = F.embedding(self.positions[index], self.trainable_tokens_delta, self.padding).to(y.dtype)
+            return torch.where((self.ids[index] == x)[..., None], rows * embed_scale(module), y)
         if original_class(module).forward is not nn.Linear.forward:
-            return base.on_weights({"weight": self.replaced})(x)
+            return base.on_weights({"weight": self.with_rows})(x)
         y, bias = base(x), None if module.bias is None else module.bias[self.ids]
         rows = self.trainable_tokens_delta[self.places].to(x.dtype)
         return y.index_copy(-1, self.ids, F.linear(x, rows, bias).to(y.dtype))
 
-    def replaced(self, weight: Tensor) -> Tensor:
+    def with_rows(self, weight: Tensor) -> Tensor:
+        """Return the weight with the rows of `ids` replaced by T."""
         return weight.index_copy(0, self.ids, self.trainable_tokens_delta[self.places].to(weight.dtype))
 
     @override
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        return self.replaced(weight), bias
+        return self.with_rows(weight), bias
 
 
 def token_rows(model: nn.Module, path: str, ids: Sequence[int], copy: bool = True, together: bool = True) -> list[Any]:
-    """Return rows `ids` for the module at `path`, and, if `together`, the same parameters for modules tied to it."""
+    """Place rows `ids` on the module at `path` and, if `together`, the same parameter on modules tied to it."""
     module = model.get_submodule(path)
-    weight, kind = module._parameters.get("weight"), original_class(module).__name__
+    weight, class_name = module._parameters.get("weight"), original_class(module).__name__
     validation.require(
         weight is not None and weight.is_floating_point() and weight.itemsize > 1,
-        f"'{path}' ({kind}) is quantized, so its rows cannot be trained. Leave it out of quantization (skip=...)",
+        f"'{path}' ({class_name}) is quantized, so its rows cannot be trained. Leave it out of quantization (skip=...)",
     )
-    others = modules_tied_to(model, path) if together else []
+    tied = modules_tied_to(model, path) if together else []
     rows = TokenRows(path, module, ids, copy)
-    return [Around(each, rows) for each in (path, *others)]
+    return [Around(adapted_path, rows) for adapted_path in (path, *tied)]
 
 
 def export(placement: Around) -> dict[str, Tensor]:
-    """Return T for a tied module, since PEFT writes it for each."""
+    """Return T under the name of a tied module, since PEFT writes it for each."""
     rows: Any = placement.adapter
     name = tensor_name(placement, "trainable_tokens_delta")
     return {} if placement.path == rows.path else {name: rows.trainable_tokens_delta}
 
 
 def biased_heads(model: nn.Module, paths: Iterable[str]) -> list[str]:
-    """Return the linear layers among the modules `paths` that have a bias, which PEFT leaves out of their outputs."""
+    """Return the linear layers among `paths` that have a bias, which PEFT's forward ignores."""
     modules = {path: model.get_submodule(path) for path in paths}
-    return [path for path, each in modules.items() if isinstance(each, nn.Linear) and each.bias is not None]
+    return [path for path, module in modules.items() if isinstance(module, nn.Linear) and module.bias is not None]
 
 
 def refused(model: nn.Module, tensors: Mapping[str, Tensor], _fields: Mapping[str, Any]) -> str | None:
-    """Return why a file cannot be read: PEFT trained rows of a linear layer without its bias, and merges with it."""
+    """Return why a file cannot be loaded: PEFT ignored a linear layer's bias in training, but not in merging."""
     names = {name.removesuffix(".trainable_tokens_delta").removesuffix(".token_adapter") for name in tensors}
-    named = [path for path, _ in targets.base_modules(model) if f"base_model.model.{path}" in names]
-    heads = biased_heads(model, [each for path in named for each in (path, *modules_tied_to(model, path))])
+    paths = [path for path, _ in targets.base_modules(model) if f"base_model.model.{path}" in names]
+    tied = [tied_path for path in paths for tied_path in modules_tied_to(model, path)]
+    heads = biased_heads(model, [*paths, *tied])
     if not heads:
         return None
     return (
-        f"PEFT computes '{heads[0]}' without its bias if rows of it are trained, so the adapter was trained on "
+        f"PEFT computes '{heads[0]}' without its bias while its rows are trained, so the adapter was trained on "
         "outputs that differ from this model's. To load it, remove the bias: "
         f"model.get_submodule('{heads[0]}').bias = None"
     )
 
 
-def selected(model: nn.Module, architecture: Architecture, named: Any) -> list[str]:
-    """Return the paths of the embeddings and linear layers that `named` selects."""
+def selected(model: nn.Module, architecture: Architecture, target_modules: Any) -> list[str]:
+    """Return the paths of the selected embeddings and linear layers."""
     kinds = (nn.Embedding, nn.Linear)
-    return list(targets.select(model, architecture, target_modules=named, supported=lambda m: isinstance(m, kinds)))
+    return list(
+        targets.select(model, architecture, target_modules=target_modules, supported=lambda m: isinstance(m, kinds))
+    )
 
 
-def by_embedding(model: nn.Module, architecture: Architecture, named: Any) -> Any:
-    """Return `named` with the token embedding instead of modules tied to it.
+def by_embedding(model: nn.Module, architecture: Architecture, target_modules: Any) -> Any:
+    """Return target_modules with the token embedding instead of modules tied to it.
 
-    The rows are one parameter either way. PEFT adapts the head together with a named embedding, but not the embedding
-    together with a named head, so a file that names the head would be a different model in PEFT.
+    The rows are one parameter either way. PEFT adapts a tied head together with a named embedding, but no tied
+    embedding together with a named head, so a file that names the head would be a different model in PEFT.
     """
     embedding = architecture.embedding
     tied = modules_tied_to(model, embedding) if embedding else []
-    chosen = selected(model, architecture, named) if tied else []
-    if not set(chosen) & set(tied):
-        return named
-    return [embedding, *(path for path in chosen if path != embedding and path not in tied)]
+    paths = selected(model, architecture, target_modules) if tied else []
+    if not set(paths) & set(tied):
+        return target_modules
+    return [embedding, *(path for path in paths if path != embedding and path not in tied)]
 
 
 def place(model: nn.Module, config: TrainableTokensConfig, architecture: Architecture) -> list[Placement]:
-    chosen = selected(model, architecture, config.target_modules or [])
-    there = dict(model.named_modules())
-    placed: dict[str, Any] = {}  # tied modules are placed together
-    for path in chosen:
-        no_rows = f"'{path}' is a layer of one expert, and its rows are not tokens. Leave it out of target_modules"
-        validation.require(path in there, no_rows)
-        if path not in placed:
-            placed |= {each.path: each for each in token_rows(model, path, config.token_indices, config.init_weights)}
-    return list(placed.values())
+    paths = selected(model, architecture, config.target_modules or [])
+    modules = dict(model.named_modules())
+    placements: dict[str, Any] = {}  # tied modules are placed together
+    for path in paths:
+        no_rows = f"'{path}' is a layer of one expert, whose rows are not tokens. Leave it out of target_modules"
+        validation.require(path in modules, no_rows)
+        if path not in placements:
+            rows = token_rows(model, path, config.token_indices, config.init_weights)
+            placements |= {placement.path: placement for placement in rows}
+    return list(placements.values())
 
 
 @hookimpl

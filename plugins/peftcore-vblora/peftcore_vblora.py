@@ -1,12 +1,12 @@
-"""VB-LoRA (Li et al. 2024, arXiv 2405.15179): y = W x + B A x, with A and B composed from one bank of vectors.
+"""VB-LoRA (Li et al. 2024, arXiv 2405.15179): y = W x + B A x, where A and B are composed from one bank of vectors.
 
-    bank [h, b]      each piece of b numbers of a row of A, or of a column of B, has h logits; the piece is the sum
-      |  top k       of the vectors with the k largest logits, weighted by their softmax
+    bank [h, b]      Each piece of b numbers in a row of A, or a column of B, has h logits. The piece is the sum of
+      |  top k       the vectors with the k largest logits, weighted by their softmax.
       v
     A [r, in]  B [out, r]
 
-Trained: the bank, one for all layers, and the logits. The start changes the model slightly, as in the paper: no factor
-is zero. With `save_only_topk_weights` a file has k weights and indices per piece instead of the logits.
+The bank, shared by all layers, and the logits are trained. As in the paper no factor is zero, so the start changes the
+model slightly. With `save_only_topk_weights` a file has k weights and indices per piece instead of the logits.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ from peftcore.plugin import (
 
 peftcore_api = ">=3.0,<4"
 
-# shortest vectors that `all-linear` chooses: with shorter ones there are far more logits than LoRA has parameters
+# Shortest vectors that `all-linear` chooses. With shorter ones there are far more logits than LoRA has parameters.
 SHORTEST = 32
-MISSING = -1e4  # logit of a vector that a file with save_only_topk_weights leaves out
+MISSING = -1e4  # logit of vectors that are not in a file with save_only_topk_weights
 
 
 @dataclass(frozen=True)
@@ -48,11 +48,11 @@ class VBLoRAConfig(targets.LayersConfig):
     """Config with the field names of Hugging Face PEFT's `VBLoRAConfig`; the other fields are LoRA's.
 
     Args:
-        num_vectors, vector_length: size of the bank. The length must divide inputs and outputs of all layers.
-            Otherwise `all-linear` uses the largest common divisor, at least 32, and warns.
+        num_vectors, vector_length: size of the bank. The length must divide inputs and outputs of all layers. Where
+            it does not, `all-linear` uses the greatest common divisor if that is at least 32, and warns.
         topk: number of vectors in a piece's sum.
         save_only_topk_weights: save small files that cannot be trained further.
-        init_vector_bank_bound, init_logits_std: bound of the uniform bank, and deviation of the normal logits.
+        init_vector_bank_bound, init_logits_std: bound of the uniform bank, and standard deviation of the logits.
     """
 
     r: int = 4
@@ -70,25 +70,32 @@ class VBLoRAConfig(targets.LayersConfig):
         sizes = {name: getattr(self, name) for name in ("r", "num_vectors", "vector_length", "topk")}
         validation.positive_whole(**sizes)
         validation.probability(vblora_dropout=self.vblora_dropout)
-        found = f"topk={self.topk} is above num_vectors={self.num_vectors}"
-        validation.require(self.topk <= self.num_vectors, found)
+        message = f"topk={self.topk} is above num_vectors={self.num_vectors}. Choose a smaller topk"
+        validation.require(self.topk <= self.num_vectors, message)
 
     def misfit(self, path: str, module: nn.Module) -> str | None:
         sizes = targets.sizes(module)
         common = math.gcd(self.vector_length, *sizes)
-        divides = f"vector_length={self.vector_length} must divide inputs and outputs of '{path}': {sizes}"
-        ways = f"Choose {common}, or leave it out" if common >= SHORTEST else "Choose another length, or leave it out"
-        return None if common == self.vector_length else f"{divides}. {ways}: exclude_modules=[...]"
+        if common == self.vector_length:
+            return None
+        reason = f"vector_length={self.vector_length} must divide inputs and outputs of '{path}': {sizes}"
+        choice = str(common) if common >= SHORTEST else "another length"
+        return f"{reason}. Choose {choice}, or leave it out: exclude_modules=[...]"
 
     def resolved(self, model: nn.Module, architecture: Architecture) -> VBLoRAConfig:
         """Return the config with a length that divides the sizes of the layers of `all-linear`."""
         config = self
         if self.target_modules == "all-linear":
-            sizes = [targets.sizes(layer) for layer in targets.select_by(self, model, architecture).values()]
-            length = math.gcd(self.vector_length, *(n for pair in sizes if min(pair) >= SHORTEST for n in pair))
+            length = self.vector_length
+            for layer in targets.select_by(self, model, architecture).values():
+                sizes = targets.sizes(layer)
+                if min(sizes) >= SHORTEST:  # smaller layers fit no length, and are refused
+                    length = math.gcd(length, *sizes)
             if SHORTEST <= length < self.vector_length:
-                message = f"vector_length={self.vector_length} does not divide the sizes of all layers"
-                warn(f"{message}: vector_length={length} is used")
+                warn(
+                    f"vector_length={self.vector_length} does not divide the sizes of all layers; "
+                    f"vector_length={length} is used instead"
+                )
                 config = replace(self, vector_length=length)
         return targets.LayersConfig.resolved(config, model, architecture)
 
@@ -126,8 +133,8 @@ class VBLoRA(LowRankLinear):
 
     def pieces(self, logits: Tensor, bank: Tensor) -> Tensor:
         """Return pieces `[.., b]` for logits `[.., h]`."""
-        largest, which = logits.topk(self.topk, dim=-1)
-        return (largest.softmax(-1)[..., None] * bank[which]).sum(-2)
+        largest, index = logits.topk(self.topk, dim=-1)
+        return (largest.softmax(-1)[..., None] * bank[index]).sum(-2)
 
 
 def place(model: nn.Module, config: VBLoRAConfig, architecture: Architecture) -> list[Placement]:
@@ -138,44 +145,52 @@ def place(model: nn.Module, config: VBLoRAConfig, architecture: Architecture) ->
 
 
 def parameter_groups(adapters: Mapping[str, Any], config: Any, lr: float, weight_decay: float) -> list[dict[str, Any]]:
-    """Return a group in which the bank's learning rate is a tenth of the logits', as its authors train."""
+    """Return a parameter group for the bank with a tenth of the logits' learning rate, as in the authors' training."""
     bank = next(iter(adapters.values())).bank.vblora_vector_bank
     return [{"params": [bank], "lr": lr / 10, "weight_decay": weight_decay}]
 
 
 def tensor_name(placement: Any, name: str) -> str:
-    """Name the bank without a layer, since a file holds it once."""
-    return (
-        f"base_model.{name.removeprefix('bank.')}" if name.startswith("bank.") else plugin.tensor_name(placement, name)
-    )
+    """Name the bank without a layer, since the file contains it once."""
+    if name.startswith("bank."):
+        return f"base_model.{name.removeprefix('bank.')}"
+    return plugin.tensor_name(placement, name)
+
+
+def index_dtype(num_vectors: int) -> torch.dtype:
+    """Return PEFT's dtype for indices into a bank: the smallest that is large enough."""
+    if num_vectors < 1 << 8:
+        return torch.uint8
+    if num_vectors < 1 << 15:
+        return torch.int16
+    return torch.int32 if num_vectors < 1 << 31 else torch.int64
 
 
 def write(model: nn.Module | None, tensors: dict[str, Tensor], fields: dict[str, Any]) -> tuple[Tensors, Fields]:
-    """Write the indices of each piece's k largest logits, and their weights except the last (1 - the others)."""
+    """Write the indices of each piece's k largest logits, and their weights but the last, which is 1 - their sum."""
     if not fields["save_only_topk_weights"]:
         return tensors, fields
-    found, h = {}, fields["num_vectors"]
-    kind = torch.uint8 if h < 1 << 8 else torch.int16 if h < 1 << 15 else torch.int32 if h < 1 << 31 else torch.int64
+    written, dtype = {}, index_dtype(fields["num_vectors"])
     for name, tensor in tensors.items():
         if ".vblora_logits_" in name:
-            largest, which = tensor.topk(fields["topk"], dim=-1)
-            found[f"{name}_topk_indices"] = which.to(kind)
-            found[f"{name}_topk_weights"] = largest.softmax(-1)[..., :-1].contiguous()
+            largest, index = tensor.topk(fields["topk"], dim=-1)
+            written[f"{name}_topk_indices"] = index.to(dtype)
+            written[f"{name}_topk_weights"] = largest.softmax(-1)[..., :-1].contiguous()
         else:
-            found[name] = tensor
-    return found, fields
+            written[name] = tensor
+    return written, fields
 
 
 def read(model: nn.Module | None, tensors: dict[str, Tensor], fields: dict[str, Any]) -> tuple[Tensors, Fields]:
-    """Compute logits that have the weights of the file."""
-    found = {name: t for name, t in tensors.items() if not name.endswith(("_topk_indices", "_topk_weights"))}
-    for name, first in tensors.items():
+    """Compute logits whose softmax gives the file's weights."""
+    completed = {name: t for name, t in tensors.items() if not name.endswith(("_topk_indices", "_topk_weights"))}
+    for name, stored_weights in tensors.items():
         if name.endswith("_topk_weights"):
             name = name.removesuffix("_topk_weights")
-            weights = torch.cat([first, 1 - first.sum(-1, keepdim=True)], dim=-1).clamp(min=1e-30)
+            weights = torch.cat([stored_weights, 1 - stored_weights.sum(-1, keepdim=True)], dim=-1).clamp(min=1e-30)
             logits = weights.new_full((*weights.shape[:-1], fields["num_vectors"]), MISSING)
-            found[name] = logits.scatter(-1, tensors[f"{name}_topk_indices"].long(), weights.log())
-    return found, fields
+            completed[name] = logits.scatter(-1, tensors[f"{name}_topk_indices"].long(), weights.log())
+    return completed, fields
 
 
 @hookimpl

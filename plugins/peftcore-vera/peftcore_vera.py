@@ -1,7 +1,7 @@
-"""VeRA (Kopiczko et al. 2023, arXiv 2310.11454): y = W x + b ⊙ B (d ⊙ A x), with A and B random, frozen and shared.
+"""VeRA (Kopiczko et al. 2023, arXiv 2310.11454): y = W x + b ⊙ B (d ⊙ A x), with random, frozen A and B.
 
-Trained: b [out], zero at the start, and d [r] of each layer. A [r, widest in] and B [widest out, r] are one pair for
-all layers; each takes the first columns of A and the first rows of B that it needs.
+Each layer trains b [out], zero at the start, and d [r]. All layers share A [r, widest in] and B [widest out, r]; each
+uses as many columns of A and rows of B as it needs.
 """
 
 from __future__ import annotations
@@ -38,15 +38,16 @@ class VeraConfig:
     """Config with the field names of Hugging Face PEFT's `VeraConfig`.
 
     Args:
-        r: rank of A and B. It costs r numbers a layer, so it is larger than LoRA's.
+        r: rank of A and B. It costs only r parameters per layer, so it is larger than LoRA's.
         target_modules, layers_to_transform, layers_pattern: see `peftcore.model.targets.select`.
-        projection_prng_key: seed of A and B. save_projection: save them; otherwise they are drawn again on load.
+        projection_prng_key: seed of A and B.
+        save_projection: save A and B; otherwise loading draws them again.
         vera_dropout: dropout probability of the inputs of A.
-        d_initial: value of d at the start (table 6c of the paper).
+        d_initial: initial value of d (table 6c of the paper).
         bias: biases to train as well: "none", "all", or "vera_only" (of adapted modules).
         modules_to_save: modules to train in full as well. None: a classifier's head.
-        init_weights: False: b is one and d random.
-        fan_in_fan_out: written for PEFT; peftcore reads the layout from the layer.
+        init_weights: False: b is one and d random; the adapter then changes the model from the start.
+        fan_in_fan_out: only written, for PEFT; peftcore reads the layout from the layer.
     """
 
     r: int = 256
@@ -68,11 +69,11 @@ class VeraConfig:
         validation.probability(vera_dropout=self.vera_dropout)
 
     def resolved(self, model: nn.Module, architecture: Architecture) -> VeraConfig:
-        """Return the config with the choices that depend on the model made explicit."""
-        chosen, config = selected(model, self, architecture), self
+        """Return the config with the module names and the weights' layout filled in from the model."""
+        layers, config = selected(model, self, architecture), self
         if self.target_modules == targets.ALL_LINEAR:
-            config = replace(config, target_modules=targets.minimal_suffixes(model, chosen))
-        return replace(config, fan_in_fan_out=any(map(targets.is_conv1d, chosen.values())))
+            config = replace(config, target_modules=targets.minimal_suffixes(model, layers))
+        return replace(config, fan_in_fan_out=any(map(targets.is_conv1d, layers.values())))
 
 
 class Projections(nn.Module):
@@ -86,14 +87,15 @@ class Projections(nn.Module):
         generator = torch.Generator("cpu").manual_seed(config.projection_prng_key)
         for name, shape in (("vera_A", (config.r, width)), ("vera_B", (out_width, config.r))):
             values = torch.empty(shape)
-            if not values.is_meta:  # as PEFT draws them: Kaiming uniform, on the CPU
+            # Drawn as in PEFT: Kaiming uniform, on the CPU.
+            if not values.is_meta:
                 bound = math.sqrt(6 / shape[1])
                 values.copy_(torch.empty(shape, device="cpu").uniform_(-bound, bound, generator=generator))
             self.register_buffer(name, values, persistent=config.save_projection)
 
 
 class Vera(Adapter):
-    """Adapter of a linear layer, b and d; x `[..., in]` -> y `[..., out]`."""
+    """Trained b and d of a linear layer; x `[..., in]` -> y `[..., out]`."""
 
     def __init__(self, config: VeraConfig, projections: Projections, width: int, out_width: int) -> None:
         super().__init__()
@@ -104,36 +106,36 @@ class Vera(Adapter):
         self.vera_lambda_d = nn.Parameter(d)
 
     def forward(self, base: Base, x: Tensor) -> Tensor:
-        y, (a, b) = base(x), self.shared(x.device, x.dtype)
+        y, (a, b) = base(x), self.sliced_projections(x.device, x.dtype)
         d, scale = self.vera_lambda_d.to(x.dtype), self.vera_lambda_b.to(x.dtype)
         return y + scale * F.linear(d * F.linear(self.dropout(x), a), b)
 
-    def shared(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def sliced_projections(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Return the slices of A and B that this layer uses."""
         a, b = self.projections.vera_A[:, : self.width], self.projections.vera_B[: self.out_width]
         return a.to(device, dtype), b.to(device, dtype)
 
     @override
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        a, b = self.shared(weight.device, weight.dtype)
+        a, b = self.sliced_projections(weight.device, weight.dtype)
         return weight + (self.vera_lambda_b.float()[:, None] * b) @ (self.vera_lambda_d.float()[:, None] * a), bias
 
 
 def selected(model: nn.Module, config: VeraConfig, architecture: Architecture) -> dict[str, nn.Module]:
-    """Return the linear layers that the config selects, by path."""
+    """Return the selected linear layers by path."""
     fields = ("target_modules", "layers_to_transform", "layers_pattern", "modules_to_save")
     return targets.select(model, architecture, **{name: getattr(config, name) for name in fields})
 
 
 def place(model: nn.Module, config: VeraConfig, architecture: Architecture) -> list[Placement]:
     layers = {path: targets.sizes(module) for path, module in selected(model, config, architecture).items()}
-    shared = Projections(config, *(max(sizes) for sizes in zip(*layers.values(), strict=True)))
-    placements: list[Any] = [Around(path, Vera(config, shared, *sizes)) for path, sizes in layers.items()]
+    projections = Projections(config, *(max(sizes) for sizes in zip(*layers.values(), strict=True)))
+    placements: list[Any] = [Around(path, Vera(config, projections, *sizes)) for path, sizes in layers.items()]
     return placements + targets.trained_biases(model, config.bias, layers)
 
 
 def tensor_name(placement: Any, name: str) -> str:
-    """Name A and B without a layer, since a file holds them once."""
+    """Name A and B without a layer, since the file contains them once."""
     if name.startswith("projections."):
         return f"base_model.{name.removeprefix('projections.')}"
     return plugin.tensor_name(placement, name)

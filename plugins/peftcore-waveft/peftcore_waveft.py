@@ -1,11 +1,11 @@
-"""WaveFT (Bilican et al. 2025, arXiv 2505.12532): W + scaling · IDWT2(S), with S zero except n entries.
+"""WaveFT (Bilican et al. 2025, arXiv 2505.12532): W + scaling · IDWT2(S), where S has n nonzero entries.
 
-    S = [ LL  HL ]     entry c at (i, j) adds c · f_i ⊗ g_j to the change of W: f and g are the wavelet's low- or
-        [ LH  HH ]     high-pass filter of length L, starting at row 2 i - L + 2 and column 2 j - L + 2
+    S = [ LL  HL ]     entry c at (i, j) adds c · f_i ⊗ g_j to the change of W, where f and g are the wavelet's low- or
+        [ LH  HH ]     high-pass filter of length L, from row 2 i - L + 2 and column 2 j - L + 2 on
 
-The transform has one level. S is larger than W by L - 2 in both directions, and even; entries are in its middle, and
-parts of a wavelet outside W are dropped. Trained: the n entries, at positions drawn from a seed, equal for layers of
-one size. The change of W is a sum of n small patches, so no transform is run.
+The transform has one level. S exceeds W by L - 2 in both directions, rounded up to even. Entries are in its middle, and
+what falls outside W is cropped. The n entries are trained. Their positions are drawn from a seed and equal for layers
+of the same size. The change of W is computed as a sum of n small patches, without a transform.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from peftcore.plugin import (
     Base,
     Fields,
     Method,
+    PeftcoreError,
     Placement,
     StateRules,
     Tensors,
@@ -109,8 +110,8 @@ _COIFLETS = {
         -1.123948088282e-06,
     ),
 }
-# For each pair of roots z, 1 / z of a symlet, by the angle of z: whether the outer root is used. See Daubechies 1992,
-# section 8.1.1.
+# For each pair of roots z, 1 / z of a symlet, ordered by the angle of z, "1" uses the root outside the unit circle
+# (Daubechies 1992, section 8.1.1).
 _OUTER = {2: "0", 3: "0", 4: "01", 5: "10", 6: "101", 7: "100", 8: "0101", 9: "0110", 10: "10101"}
 FAMILIES = [f"db{n}" for n in range(1, 11)] + [f"sym{n}" for n in range(2, 11)] + list(_COIFLETS)
 
@@ -120,12 +121,13 @@ class WaveFTConfig(targets.LayersConfig):
     """Config with the field names of Hugging Face PEFT's `WaveFTConfig`; the other fields select layers.
 
     Args:
-        n_frequency: entries of S per layer. n_frequency_pattern: values for single layers, by name.
+        n_frequency: number of entries of S per layer.
+        n_frequency_pattern: numbers for single layers, by name.
         proportional_parameters: distribute entries in proportion to the layers' sizes; n_frequency is then the mean.
         scaling: factor of the update.
-        wavelet_family: "db1" (Haar) to "db10", "sym2" to "sym10", "coif1" to "coif4". Other names fail in PEFT, too.
+        wavelet_family: "db1" (Haar) to "db10", "sym2" to "sym10", "coif1" to "coif4". Others also fail in PEFT.
         use_idwt: False: S itself is the change of W.
-        random_loc_seed: seed of the positions.
+        random_loc_seed: seed of the entries' positions.
         bias: biases to train as well: "none", "all", or "waveft_only" (of adapted modules).
         init_weights: True: entries are zero at the start. False: normal, with standard deviation 0.01.
     """
@@ -143,52 +145,59 @@ class WaveFTConfig(targets.LayersConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         validation.positive_whole(n_frequency=self.n_frequency, **(self.n_frequency_pattern or {}))
-        known = f"wavelet_family must be one of {', '.join(FAMILIES)}, found {self.wavelet_family!r}"
-        validation.require(self.wavelet_family in FAMILIES, known)
+        message = f"wavelet_family must be one of {', '.join(FAMILIES)}, found {self.wavelet_family!r}"
+        validation.require(self.wavelet_family in FAMILIES, message)
 
     def misfit(self, path: str, module: nn.Module) -> str | None:
-        if self.proportional_parameters:  # its number of entries depends on the other layers
-            return None
+        if self.proportional_parameters:
+            return None  # `place` checks, since the number of entries depends on the other layers
         n = targets.pattern_value(self.n_frequency_pattern, path, self.n_frequency)
-        count = math.prod(targets.sizes(module))
-        there = f"n_frequency={n} is more than there are: the weight of '{path}' has {count} entries"
-        return there if n > count else None
+        return too_many_entries(n, path, *targets.sizes(module))
+
+
+def too_many_entries(n: int, path: str, width: int, out_width: int) -> str | None:
+    """Return an error message if a layer's weight has less than n entries, or None."""
+    if n <= width * out_width:
+        return None
+    return f"n_frequency={n} is too large: the weight of '{path}' has {width * out_width} entries. Choose less"
 
 
 @lru_cache
 def filters(family: str) -> Tensor:
     """Return the low-pass and the high-pass filter of the inverse transform, fp64 `[2, L]`.
 
-    Daubechies' and symlets are the factor (1 + z)^n Π (z - root) with sum sqrt(2), with the n - 1 roots of one of each
-    pair z, 1 / z for which Σ_k C(n - 1 + k, k) y^k = 0, y = (2 - z - 1 / z) / 4 (Daubechies 1992, chapter 6).
+    Those of Daubechies wavelets and symlets are (1 + z)^n Π (z - root), scaled to the sum sqrt(2). The n - 1 roots are
+    one of each pair z, 1 / z that solves Σ_k C(n - 1 + k, k) y^k = 0 with y = (2 - z - 1 / z) / 4 (Daubechies 1992,
+    chapter 6).
     """
     if family in _COIFLETS:
-        low = math.sqrt(2) * np.array(_COIFLETS[family])
+        low_pass = math.sqrt(2) * np.array(_COIFLETS[family])
     else:
         n, roots = int(family.lstrip("dbsym")), []
-        ys = np.roots([math.comb(n - 1 + k, k) for k in reversed(range(n))])
-        pairs = [sorted(np.roots([1, 4 * y - 2, 1]), key=abs) for y in ys]
+        solutions = np.roots([math.comb(n - 1 + k, k) for k in reversed(range(n))])
+        pairs = [sorted(np.roots([1, 4 * y - 2, 1]), key=abs) for y in solutions]
         pairs.sort(key=lambda pair: round(abs(np.angle(pair[0])), 6))
-        upper = [pair for pair in pairs if abs(pair[0].imag) < 1e-6 or pair[0].imag > 0]
-        for pair, outer in zip(upper, _OUTER[n] if family.startswith("sym") else "0" * len(upper), strict=True):
-            root = pair[int(outer)]
+        upper_pairs = [pair for pair in pairs if abs(pair[0].imag) < 1e-6 or pair[0].imag > 0]
+        choices = _OUTER[n] if family.startswith("sym") else "0" * len(upper_pairs)
+        for pair, use_outer in zip(upper_pairs, choices, strict=True):
+            root = pair[int(use_outer)]
             roots += [root.real] if abs(root.imag) < 1e-6 else [root, root.conjugate()]
-        low = np.poly([-1.0] * n + roots).real
-        low *= math.sqrt(2) / low.sum()
-    high = low[::-1] * (-1.0) ** np.arange(len(low))
-    return torch.tensor(np.stack([low, high]), device="cpu")
+        low_pass = np.poly([-1.0] * n + roots).real
+        low_pass *= math.sqrt(2) / low_pass.sum()
+    high_pass = low_pass[::-1] * (-1.0) ** np.arange(len(low_pass))
+    return torch.tensor(np.stack([low_pass, high_pass]), device="cpu")
 
 
 @lru_cache(maxsize=32)
-def places(size: int, count: int, seed: int) -> Tensor:
-    """Return positions, int64 `[count]`, drawn without repetition from `size` as in PEFT."""
+def draw_positions(size: int, count: int, seed: int) -> Tensor:
+    """Draw `count` of `size` positions without replacement, as PEFT does; int64 `[count]`."""
     return torch.randperm(size, generator=torch.Generator("cpu").manual_seed(seed), device="cpu")[:count].clone()
 
 
 class Patches(nn.Module):
-    """Starts of the patches, `rows` and `columns` `[n]`, and their filters, `high` `[2, n]`.
+    """First `rows` and `columns` `[n]` of the patches, and `high` `[2, n]`: whether a filter is the high-pass one.
 
-    Layers of one size share them.
+    Layers of the same size share them.
     """
 
     rows: Tensor
@@ -198,23 +207,24 @@ class Patches(nn.Module):
     def __init__(self, config: WaveFTConfig, n: int, width: int, out_width: int) -> None:
         super().__init__()
         self.filters = filters(config.wavelet_family).float() if config.use_idwt else torch.ones(2, 1, device="cpu")
-        self.margin = max(self.filters.shape[1] - 2, 0)  # how far a patch may reach beyond W
-        begin, high = torch.empty(2, n, dtype=torch.int64), torch.empty(2, n, dtype=torch.bool)
-        if not begin.is_meta:
-            at = places(width * out_width, n, config.random_loc_seed).to(begin.device)
-            begin, high = torch.stack([at // width, at % width]), high.fill_(False)
+        self.margin = max(self.filters.shape[1] - 2, 0)  # how far a patch may extend beyond W
+        starts, high = torch.empty(2, n, dtype=torch.int64), torch.empty(2, n, dtype=torch.bool)
+        if not starts.is_meta:
+            positions = draw_positions(width * out_width, n, config.random_loc_seed).to(starts.device)
+            starts, high = torch.stack([positions // width, positions % width]), high.fill_(False)
             if config.use_idwt:
                 for axis, size in enumerate((out_width, width)):
+                    # Positions count from W's corner; S begins earlier, and its second half is high-pass.
                     half = (size + self.margin + 1) // 2
-                    at = begin[axis] + (2 * half - size) // 2
-                    high[1 - axis], begin[axis] = at >= half, 2 * (at % half)
-        self.register_buffer("rows", begin[0], persistent=False)
-        self.register_buffer("columns", begin[1], persistent=False)
+                    index = starts[axis] + (2 * half - size) // 2
+                    high[1 - axis], starts[axis] = index >= half, 2 * (index % half)
+        self.register_buffer("rows", starts[0], persistent=False)
+        self.register_buffer("columns", starts[1], persistent=False)
         self.register_buffer("high", high, persistent=False)
 
 
 class WaveFT(Adapter):
-    """Entries `waveft_spectrum` `[n]` of a linear layer, the factors of its patches."""
+    """Entries `waveft_spectrum` `[n]` of a linear layer, one per patch."""
 
     def __init__(self, config: WaveFTConfig, patches: Patches, width: int, out_width: int) -> None:
         super().__init__()
@@ -228,13 +238,19 @@ class WaveFT(Adapter):
         taps, rows, columns, high = (
             t.to(device) for t in (self.patches.filters, self.patches.rows, self.patches.columns, self.patches.high)
         )
-        down, across = taps[high.long()]  # [n, L]
-        patches = (self.scaling * self.waveft_spectrum.float())[:, None, None] * down[:, :, None] * across[:, None, :]
-        reach = torch.arange(taps.shape[1], device=device)
+        row_filters, column_filters = taps[high.long()]  # [n, L]
+        patches = (
+            (self.scaling * self.waveft_spectrum.float())[:, None, None]
+            * row_filters[:, :, None]
+            * column_filters[:, None, :]
+        )
+        offsets = torch.arange(taps.shape[1], device=device)
         height, width = self.out_width + 2 * margin + 1, self.width + 2 * margin + 1
-        at = (rows[:, None] + reach)[:, :, None] * width + (columns[:, None] + reach)[:, None, :]
-        dense = patches.new_zeros(height * width).index_add(0, at.flatten(), patches.flatten()).view(height, width)
-        return dense[margin : margin + self.out_width, margin : margin + self.width]
+        indices = (rows[:, None] + offsets)[:, :, None] * width + (columns[:, None] + offsets)[:, None, :]
+        padded = (
+            patches.new_zeros(height * width).index_add(0, indices.flatten(), patches.flatten()).view(height, width)
+        )
+        return padded[margin : margin + self.out_width, margin : margin + self.width]
 
     def forward(self, base: Base, x: Tensor) -> Tensor:
         weight, bias = base.linear_operands(x) or (None, None)
@@ -254,18 +270,18 @@ class WaveFT(Adapter):
 def place(model: nn.Module, config: WaveFTConfig, architecture: Architecture) -> list[Placement]:
     layers = {path: targets.sizes(module) for path, module in config.selected(model, architecture).items()}
     total = sum(width * out_width for width, out_width in layers.values())
-    placed: list[Placement] = []
+    placements: list[Placement] = []
     patches: dict[Any, Patches] = {}
     for path, (width, out_width) in layers.items():
         n = targets.pattern_value(config.n_frequency_pattern, path, config.n_frequency)
         if config.proportional_parameters:
             n = max(1, round(width * out_width / total * (config.n_frequency * len(layers))))
-        there = f"the weight of '{path}' has {width * out_width}"
-        validation.require(n <= width * out_width, f"n_frequency={n} is more than there are: {there} entries")
+        if message := too_many_entries(n, path, width, out_width):
+            raise PeftcoreError(message)
         size = (n, width, out_width)
         patches[size] = patches.get(size) or Patches(config, *size)
-        placed.append(Around(path, WaveFT(config, patches[size], width, out_width)))
-    return placed + targets.trained_biases(model, config.bias, layers)
+        placements.append(Around(path, WaveFT(config, patches[size], width, out_width)))
+    return placements + targets.trained_biases(model, config.bias, layers)
 
 
 def write(model: nn.Module | None, tensors: dict[str, Tensor], fields: dict[str, Any]) -> tuple[Tensors, Fields]:

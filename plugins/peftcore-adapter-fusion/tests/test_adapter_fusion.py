@@ -92,10 +92,10 @@ def test_mam_is_that_of_adapters() -> None:
 
 
 @pytest.mark.parametrize("how", ["attention", "average", "split"])
-@pytest.mark.parametrize("behind_norm", [True, False])
-def test_behind_another_adapter_it_reads_what_that_one_gives(how: str, behind_norm: bool) -> None:
+@pytest.mark.parametrize("after_norm", [True, False])
+def test_behind_another_adapter_it_reads_what_that_one_gives(how: str, after_norm: bool) -> None:
     """Stack(lang, Fuse(a, a)): of one adapter alone, whose share is then 1."""
-    fields: dict[str, Any] = {"placement": "pfeiffer", "original_ln_before": behind_norm, "modules_to_save": []}
+    fields: dict[str, Any] = {"placement": "pfeiffer", "original_ln_before": after_norm, "modules_to_save": []}
     model: Any = tiny.MODELS["bert"]()
     for seed, name in enumerate(("lang", "a")):
         peftcore.apply(model, "adapter", adapter=name, bottleneck_size=4, **fields)
@@ -182,7 +182,7 @@ def test_what_cannot_be_fused() -> None:
         with pytest.raises(peftcore.PeftcoreError, match=message):
             peftcore.apply(model, "adapter-fusion", adapters=names, adapter="fused")
     peftcore.apply(model, "adapter-fusion", adapters=["a"], how="split", splits=[3], adapter="fused")
-    with pytest.raises(peftcore.PeftcoreError, match=r"splits=\[3\] add up to 3 tokens, and the text has 7"):
+    with pytest.raises(peftcore.PeftcoreError, match=r"splits=\[3\] add up to 3 tokens, but the text has 7"):
         tiny.logits(model)
 
 
@@ -190,8 +190,11 @@ def test_what_cannot_be_fused() -> None:
     ("fields", "message"),
     [
         ({}, "adapters is empty"),
-        ({"adapters": ["a"], "weights": [1.0]}, "weights goes with how='average'"),
-        ({"adapters": ["a", "b"], "how": "average", "weights": [1.0]}, "weights has one entry for each of 2 adapters"),
+        ({"adapters": ["a"], "weights": [1.0]}, "weights only works with how='average'"),
+        (
+            {"adapters": ["a", "b"], "how": "average", "weights": [1.0]},
+            "weights needs one entry for each of 2 adapters",
+        ),
         (
             {"adapters": ["a", "b"], "how": "average", "weights": [1.0, -1.0]},
             r"weights add up to 0, found \[1.0, -1.0\]",

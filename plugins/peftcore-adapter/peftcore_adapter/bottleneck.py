@@ -15,19 +15,19 @@ from peftcore_adapter.phm import PHMLinear, Shared
 
 
 def linear(layer: nn.Module, x: Tensor) -> Tensor:
-    """Return `layer(x)`, with its weights, often fp32, rounded to the dtype of x."""
+    """Return `layer(x)`, with the weights of an `nn.Linear`, often fp32, cast to the dtype of x."""
     if not isinstance(layer, nn.Linear):
         return cast(Tensor, layer(x))
     return F.linear(x, layer.weight.to(x.dtype), layer.bias.to(x.dtype))
 
 
-def normed(norm: nn.LayerNorm, x: Tensor) -> Tensor:
-    """Return `norm(x)`, with its weights rounded to the dtype of x."""
+def layer_norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
+    """Return `norm(x)`, with its weights cast to the dtype of x."""
     return F.layer_norm(x, norm.normalized_shape, norm.weight.to(x.dtype), norm.bias.to(x.dtype), norm.eps)
 
 
 class Bottleneck(Adapter):
-    """Network f, for x `[..., width]`. Subclasses define its input and where its output is added."""
+    """Network f for x `[..., width]`. Subclasses define what it reads and where its output is added."""
 
     def __init__(
         self, config: AdapterConfig, path: str, width: int, out_width: int | None = None, shared: Shared | None = None
@@ -37,7 +37,7 @@ class Bottleneck(Adapter):
         size = config.bottleneck_size or max(1, int(width // config.reduction_factor))
         validation.require(
             size <= width,
-            f"bottleneck_size={size} is wider than '{path}' ({width}). Choose at most {width}, usually an 8th of it",
+            f"bottleneck_size={size} is wider than '{path}' ({width}). Choose at most {width}; an eighth is common",
         )
         self.config, self.width = config, width
         if config.ln_before:
@@ -50,8 +50,8 @@ class Bottleneck(Adapter):
         else:
             self.adapter_down = down = nn.Linear(width, size)  # Kaiming uniform, as in He et al.
             self.adapter_up = up = nn.Linear(size, out_width)
-            for zero in (down.bias, up.weight, up.bias):
-                nn.init.zeros_(zero)
+            for parameter in (down.bias, up.weight, up.bias):
+                nn.init.zeros_(parameter)
         if isinstance(config.scaling, str):
             self.scaling = nn.Parameter(torch.ones(out_width if config.scaling == "channel" else 1))
         if config.use_gating:
@@ -60,33 +60,34 @@ class Bottleneck(Adapter):
             nn.init.zeros_(self.gate.bias)
         if config.ln_after:
             self.adapter_norm_after = nn.LayerNorm(out_width)
-        # a module, since trainers look for modules when they turn dropout off
+        # A module, since trainers look for modules to turn dropout off.
         self.dropout = nn.Dropout(config.dropout)
 
     def extra_repr(self) -> str:
         return f"non_linearity={self.config.non_linearity}, scaling={self.config.scaling}"
 
     def up(self, x: Tensor) -> Tensor:
-        """Return scaling · U act(D x), before dropout, gate and norm, as AdapterFusion weighs it."""
+        """Return scaling · U act(D x), before dropout, gate and norm; AdapterFusion mixes these."""
         config = self.config
-        z = normed(self.adapter_norm_before, x) if config.ln_before else x
+        z = layer_norm(self.adapter_norm_before, x) if config.ln_before else x
         z = ACTIVATIONS[config.non_linearity](linear(self.adapter_down, z))  # [..., bottleneck]
         z = linear(self.adapter_up, z)  # [..., out_width]
         if self.training and config.stochastic_depth:
-            kept = torch.full((len(z), *[1] * (z.dim() - 1)), 1 - config.stochastic_depth, device=z.device)
-            z = z * (torch.bernoulli(kept) / kept).to(z.dtype)
+            keep_probability = torch.full((len(z), *[1] * (z.dim() - 1)), 1 - config.stochastic_depth, device=z.device)
+            z = z * (torch.bernoulli(keep_probability) / keep_probability).to(z.dtype)
         return z * (self.scaling.to(z.dtype) if isinstance(config.scaling, str) else config.scaling)
 
     def change(self, x: Tensor, base: Base | None = None) -> Tensor:
-        """Return what is added for input x. `base` is the next link of the chain, for other kinds of adapters."""
+        """Return the change to add for input x. `base`, the next link of the chain, is for adapters that need it."""
         z = self.dropout(self.up(x))
         if self.config.use_gating:
             validation.require(
                 x.dim() == 3,
-                f"use_gating takes a mean over the tokens of each row: [rows, tokens, width], found {list(x.shape)}",
+                f"use_gating takes a mean over the tokens of each row, so it needs [rows, tokens, width], found "
+                f"{list(x.shape)}. Leave use_gating out",
             )
             z = z * torch.sigmoid(linear(self.gate, x)).mean(1, keepdim=True)
-        return normed(self.adapter_norm_after, z) if self.config.ln_after else z
+        return layer_norm(self.adapter_norm_after, z) if self.config.ln_after else z
 
 
 class Series(Bottleneck):
@@ -96,11 +97,11 @@ class Series(Bottleneck):
         return y + self.change(y)
 
 
-class BehindNorm(Bottleneck):
+class AfterNorm(Bottleneck):
     """Bottleneck around the norm of z = h + x: norm(z + f(norm(z)))."""
 
     def forward(self, base: Base, z: Tensor) -> Any:
-        return behind_norm(self, base, z)
+        return after_norm(self, base, z)
 
 
 class Parallel(Bottleneck):
@@ -123,16 +124,17 @@ class ParallelToResidual(Bottleneck):
         return base(h, x + self.change(x))
 
 
-def behind_norm(adapter: Any, base: Base, z: Tensor) -> Any:
-    """Return norm(z + f(norm(z))), after the changes of other adapters around the same norm, first named first.
+def after_norm(adapter: Any, base: Base, z: Tensor) -> Any:
+    """Return norm(z + f(norm(z))), after adding the changes of other adapters on the same norm, in their order.
 
     Args:
-        adapter: an adapter with `change`, and with `is_behind_norm` if it is not a `BehindNorm`.
+        adapter: an adapter with `change`, and with `is_after_norm` if it is not a `AfterNorm`.
     """
     stack = [(adapter, base)]
-    while isinstance(base.adapter, BehindNorm) or hasattr(base.adapter, "is_behind_norm"):
+    while isinstance(base.adapter, AfterNorm) or hasattr(base.adapter, "is_after_norm"):
         stack.append((base.adapter, base.inside))
         base = base.inside
-    for each, inside in reversed(stack):
-        z = z + each.change(base(z), inside)
+    # Each adapter reads the norm of z with the changes of the adapters before it.
+    for stacked, inner_base in reversed(stack):
+        z = z + stacked.change(base(z), inner_base)
     return base(z)

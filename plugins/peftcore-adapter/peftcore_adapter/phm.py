@@ -4,7 +4,7 @@
     W_i = L_i R_i                         with factorized_phm_W, L_i [in / n, rank], R_i [rank, out / n]
     A_i = s_i t_i                         with factorized_phm_rule, s_i [n, 1], t_i [1, n]
 
-With shared_phm_rule all layers share the A_i; with shared_W_phm all D share their W_i, and all U theirs.
+With shared_phm_rule all layers share the A_i. With shared_W_phm all D share one set of W_i, and all U another.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from peftcore_adapter.config import AdapterConfig
 
 
 class Factors(nn.Module):
-    """Set of n matrices `[n, rows, columns]`, full or as low-rank products."""
+    """n matrices `[n, rows, columns]`, stored in full or as low-rank products."""
 
     def __init__(self, shape: tuple[int, int, int], rank: int | None) -> None:
         super().__init__()
@@ -30,38 +30,38 @@ class Factors(nn.Module):
             self.right = nn.Parameter(torch.empty(n, rank, columns))
 
     def matrices(self, like: Tensor) -> Tensor:
-        """Return the matrices on the device and in the dtype of `like`."""
-        own = [self.whole] if hasattr(self, "whole") else [self.left, self.right]
-        parts = [part.to(like.device, like.dtype) for part in own]
-        return parts[0] if len(parts) == 1 else torch.bmm(*parts)
+        """Return the matrices `[n, rows, columns]` on the device and in the dtype of `like`."""
+        parameters = [self.whole] if hasattr(self, "whole") else [self.left, self.right]
+        factors = [part.to(like.device, like.dtype) for part in parameters]
+        return factors[0] if len(factors) == 1 else torch.bmm(*factors)
 
 
 def rule(config: AdapterConfig) -> Factors:
-    """Return new A_i; buffers, if they are not trained."""
+    """Return new A_i; they are buffers if learn_phm is False."""
     n = config.phm_dim
-    made = Factors((n, n, n), 1 if config.factorized_phm_rule else None)
-    for name, parameter in list(made.named_parameters()):
+    factors = Factors((n, n, n), 1 if config.factorized_phm_rule else None)
+    for name, parameter in list(factors.named_parameters()):
         nn.init.normal_(parameter, std=config.phm_init_range)
         if not config.learn_phm:
-            delattr(made, name)
-            made.register_buffer(name, parameter.detach())
-    return made
+            delattr(factors, name)
+            factors.register_buffer(name, parameter.detach())
+    return factors
 
 
 def weights(config: AdapterConfig, width: int, out_width: int, zero: bool) -> Factors:
-    """Return new W_i: zero at the start (of a product, its last factor), or Glorot uniform."""
+    """Return new W_i, Glorot uniform, or zero at the start; of a product only the last factor is zero."""
     n = config.phm_dim
-    for what, size in (("the width", width), ("the width", out_width)):
+    for size in (width, out_width):
         validation.require(
             size % n == 0,
-            f"phm_dim={n} does not divide {what} {size} of a projection {width} -> {out_width}. Choose a phm_dim that "
-            "divides both, or a bottleneck_size that it divides",
+            f"phm_dim={n} does not divide the width {size} of a projection {width} -> {out_width}. Choose a phm_dim "
+            "that divides both, or a bottleneck_size that it divides",
         )
-    made = Factors((n, width // n, out_width // n), config.phm_rank if config.factorized_phm_W else None)
-    for name, parameter in made.named_parameters():
+    factors = Factors((n, width // n, out_width // n), config.phm_rank if config.factorized_phm_W else None)
+    for name, parameter in factors.named_parameters():
         for matrix in parameter:
             nn.init.zeros_(matrix) if zero and name != "left" else nn.init.xavier_uniform_(matrix)
-    return made
+    return factors
 
 
 class Shared:
@@ -69,31 +69,31 @@ class Shared:
 
     def __init__(self, config: AdapterConfig) -> None:
         self.config = config
-        self.made: dict[str, Factors] = {}
+        self.factors: dict[str, Factors] = {}
 
     def rule(self) -> Factors:
         """Return the A_i for a layer."""
         if not self.config.shared_phm_rule:
             return rule(self.config)
-        if "rule" not in self.made:
-            self.made["rule"] = rule(self.config)
-        return self.made["rule"]
+        if "rule" not in self.factors:
+            self.factors["rule"] = rule(self.config)
+        return self.factors["rule"]
 
     def weights(self, width: int, out_width: int, up: bool) -> Factors:
         """Return the W_i for a layer's U or D."""
-        made = weights(self.config, width, out_width, zero=up)
+        factors = weights(self.config, width, out_width, zero=up)
         if not self.config.shared_W_phm:
-            return made
-        first = self.made.setdefault("up" if up else "down", made)
+            return factors
+        shared_factors = self.factors.setdefault("up" if up else "down", factors)
         validation.require(
-            [p.shape for p in first.parameters()] == [p.shape for p in made.parameters()],
-            "shared_W_phm needs layers of one width, and these have several. Leave it out, or name target_modules",
+            [p.shape for p in shared_factors.parameters()] == [p.shape for p in factors.parameters()],
+            "shared_W_phm needs layers of the same width, but these differ. Leave it out, or name target_modules",
         )
-        return first
+        return shared_factors
 
 
 class PHMLinear(nn.Module):
-    """Linear layer x `[..., in]` -> x H + b `[..., out]`."""
+    """Linear layer from x `[..., in]` to x H + b `[..., out]`."""
 
     def __init__(self, config: AdapterConfig, sizes: tuple[int, int], shared: Shared, up: bool) -> None:
         super().__init__()

@@ -53,7 +53,7 @@ def changed(folder: Path, **settings: Any) -> Path:
     ("settings", "message"),
     [
         ({"phm_layer": True}, "its layers share parameters that are not in the file"),
-        ({"inv_adapter": "nice"}, "it uses inv_adapter='nice', and the file lacks"),
+        ({"inv_adapter": "nice"}, "it uses inv_adapter='nice', and the file lacks its tensors"),
         ({"inv_adapter": "glow"}, "it uses inv_adapter='glow', which peftcore's bottlenecks do not have"),
         ({"adapter_residual_before_ln": True}, "it uses adapter_residual_before_ln=True"),
         (
