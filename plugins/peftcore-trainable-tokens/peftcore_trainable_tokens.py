@@ -108,12 +108,12 @@ class TokenRows(Adapter):
         if original_class(module).forward is not nn.Linear.forward:
             return base.on_weights({"weight": self.with_rows})(x)
         y, bias = base(x), None if module.bias is None else module.bias[self.ids]
-        rows = self.trainable_tokens_delta[self.places].to(x.dtype)
+        rows = self.trainable_tokens_delta[self.positions].to(x.dtype)
         return y.index_copy(-1, self.ids, F.linear(x, rows, bias).to(y.dtype))
 
     def with_rows(self, weight: Tensor) -> Tensor:
         """Return the weight with the rows of `ids` replaced by T."""
-        return weight.index_copy(0, self.ids, self.trainable_tokens_delta[self.places].to(weight.dtype))
+        return weight.index_copy(0, self.ids, self.trainable_tokens_delta[self.positions].to(weight.dtype))
 
     @override
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -176,7 +176,7 @@ def test_what_cannot_be_fused() -> None:
     peftcore.apply(model, "lora", adapter="low-rank", r=2)
     for names, message in (
         (["a", "fewer"], r"'a' and 'fewer' differ at \['model.layers.0.self_attn', 'model.layers.1.self_attn'\]"),
-        (["beside"], "has a Parallel at .*, which cannot be fused. Fuse bottlenecks behind sublayers"),
+        (["beside"], "has a Parallel at .*, which cannot be fused. Fuse bottlenecks after sublayers"),
         (["low-rank"], r"'low-rank' \(lora\) has a LoraLinear at"),
     ):
         with pytest.raises(peftcore.PeftcoreError, match=message):
@@ -197,7 +197,7 @@ def test_what_cannot_be_fused() -> None:
         ),
         (
             {"adapters": ["a", "b"], "how": "average", "weights": [1.0, -1.0]},
-            r"weights add up to 0, found \[1.0, -1.0\]",
+            r"weights must not add up to 0, found \[1.0, -1.0\]",
         ),
         ({"adapters": ["a"], "how": "split"}, r"needs splits=\[...\]"),
         ({"adapters": ["a"], "how": "split", "splits": [0]}, "positive numbers of tokens"),

@@ -242,7 +242,7 @@ def test_an_invertible_adapter_and_its_inverse() -> None:
     x = torch.randn(2, 5, 32)
     assert (nice(x) - x).abs().max() > 0.1
     torch.testing.assert_close(nice.inverse(nice(x)), x, rtol=1e-4, atol=1e-4)
-    assert modules["lm_head"].of is nice
+    assert modules["lm_head"].network is nice
     assert "bert.embeddings" in paths("bert", inv_adapter="nice")
     assert "lm_head" not in paths("llama", inv_adapter="nice", inv_adapter_output=False)
 
