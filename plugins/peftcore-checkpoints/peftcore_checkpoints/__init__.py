@@ -1,6 +1,7 @@
-"""Checkpoints of GPTQ, AutoAWQ, compressed-tensors (W4A16, NVFP4) and ModelOpt (NVFP4), read without these libraries.
+"""Readers of 4-bit checkpoints: GPTQ, AutoAWQ, compressed-tensors (W4A16, NVFP4) and ModelOpt (NVFP4).
 
-`peftcore.quantization.load` and the command line read them. Their layers have the core's types `affine4` and `nvfp4`.
+`peftcore.quantization.load` and the command line use them, without the tools' libraries. Layers become peftcore's types
+`affine4` and `nvfp4`.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ from peftcore_checkpoints import int4, nvfp4
 peftcore_api = ">=3.8,<4"
 
 
-def _compressed_tensors(config: Mapping[str, Any], where: str) -> CheckpointLayout:
-    tool = nvfp4 if nvfp4.is_nvfp4(config, where) else int4
-    return tool.compressed_tensors_layout(config, where)
+def _compressed_tensors(config: Mapping[str, Any], checkpoint: str) -> CheckpointLayout:
+    reader = nvfp4 if nvfp4.is_nvfp4(config, checkpoint) else int4
+    return reader.compressed_tensors_layout(config, checkpoint)
 
 
 @hookimpl

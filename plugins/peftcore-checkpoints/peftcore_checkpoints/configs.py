@@ -1,4 +1,4 @@
-"""What the readers share: parts of a `quantization_config`, and errors."""
+"""Parsing of a `quantization_config`, and the errors that all readers raise."""
 
 from __future__ import annotations
 
@@ -8,51 +8,53 @@ from typing import Any
 from peftcore.plugin import CheckpointError, PeftcoreError, validation
 
 
-def refused(where: str, found: str, needed: str, what_to_do: str) -> PeftcoreError:
-    """Return the error for a checkpoint of a tool in a layout that is not read."""
-    return PeftcoreError(f"'{where}' is quantized with {found}, but only {needed} can be read. {what_to_do}")
+def unsupported_error(checkpoint: str, problem: str, supported: str, advice: str) -> PeftcoreError:
+    """Build the error for a layout that is not supported, such as `problem="GPTQ in 3 bits", supported="4 bits"`."""
+    return PeftcoreError(f"'{checkpoint}' is quantized with {problem}, but only {supported} can be read. {advice}")
 
 
-def object_in(config: Mapping[str, Any], key: str, where: str) -> Mapping[str, Any]:
-    """Return the JSON object `key` of a `quantization_config`, empty if it is missing.
-
-    Raises:
-        PeftcoreError: it is another value.
-    """
-    found = config.get(key) or {}
-    if not isinstance(found, Mapping):
-        raise PeftcoreError(f"'{where}' has {key}={validation.shown(found)} in its config, expected an object")
-    return found
-
-
-def groups_of(config: Mapping[str, Any], where: str) -> dict[str, tuple[Mapping[str, Any], Mapping[str, Any]]]:
-    """Return (group, its `weights`) of the `config_groups` of a `quantization_config`, by name.
+def read_object(config: Mapping[str, Any], key: str, checkpoint: str) -> Mapping[str, Any]:
+    """Return the JSON object `key` of a `quantization_config`; {} if it is missing.
 
     Raises:
-        PeftcoreError: a group is not an object, such as the name of a preset without its settings.
+        PeftcoreError: the value is not an object.
     """
-    groups = object_in(config, "config_groups", where)
-    made = {name: object_in(groups, name, where) for name in groups}
-    return {name: (group, object_in(group, "weights", where)) for name, group in made.items()}
+    value = config.get(key) or {}
+    if not isinstance(value, Mapping):
+        raise PeftcoreError(f"'{checkpoint}' has {key}={validation.shown(value)} in its config, expected an object")
+    return value
 
 
-def refuse_transforms(config: Mapping[str, Any], where: str, what_to_do: str) -> None:
-    """Raise a PeftcoreError if compressed-tensors stored transforms of the activations, or sparse weights."""
+def config_groups(config: Mapping[str, Any], checkpoint: str) -> dict[str, tuple[Mapping[str, Any], Mapping[str, Any]]]:
+    """Return {name: (group, its `weights`)} of the `config_groups` in a `quantization_config`.
+
+    Raises:
+        PeftcoreError: a group is not an object, such as only the name of a preset.
+    """
+    groups = read_object(config, "config_groups", checkpoint)
+    group_objects = {name: read_object(groups, name, checkpoint) for name in groups}
+    return {name: (group, read_object(group, "weights", checkpoint)) for name, group in group_objects.items()}
+
+
+def refuse_transforms(config: Mapping[str, Any], checkpoint: str, advice: str) -> None:
+    """Raise a PeftcoreError if a checkpoint of compressed-tensors transforms activations or has sparse weights."""
     if config.get("transform_config"):
-        found = "compressed-tensors with transforms of the activations"
-        raise refused(where, found, "a model without them", what_to_do)
-    sparse = object_in(config, "sparsity_config", where).get("format", "dense")
+        problem = "compressed-tensors with transforms of the activations"
+        raise unsupported_error(checkpoint, problem, "a model without them", advice)
+    sparse = read_object(config, "sparsity_config", checkpoint).get("format", "dense")
     if sparse != "dense":
-        found = f"compressed-tensors with sparse weights ({validation.shown(sparse)})"
-        raise refused(where, found, "a dense layout", what_to_do)
+        problem = f"compressed-tensors with sparse weights ({validation.shown(sparse)})"
+        raise unsupported_error(checkpoint, problem, "a dense layout", advice)
 
 
 def dense_layers(config: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return the names of layers that stay dense."""
-    lists = [config.get(name) or () for name in ("ignore", "modules_to_not_convert", "exclude_modules")]
-    return tuple(pattern for patterns in lists for pattern in patterns)
+    """Return the patterns of layers that stay dense; each tool has its own name for the field."""
+    patterns: list[str] = []
+    for name in ("ignore", "modules_to_not_convert", "exclude_modules"):
+        patterns += config.get(name) or ()
+    return tuple(patterns)
 
 
-def damaged(name: str, what: str, kind: str = "int4") -> CheckpointError:
-    """Return the error for a weight of a layer that is not as its layout says."""
-    return CheckpointError(f"the {kind} weight '{name}' {what}. The checkpoint is damaged or has another format")
+def damaged_error(name: str, problem: str, kind: str = "int4") -> CheckpointError:
+    """Build the error for a weight whose tensors do not fit the layout."""
+    return CheckpointError(f"the {kind} weight '{name}' {problem}. The checkpoint is damaged or has another format")

@@ -97,7 +97,7 @@ def test_a_model_is_saved_with_its_bits(tool: str, tmp_path: Path) -> None:
 def test_modelopts_file_next_to_the_config_is_enough(tmp_path: Path) -> None:
     """Older versions of ModelOpt do not change config.json. Inputs in 4 bits are reported."""
     dense = write_folder(llama(num_hidden_layers=1), tmp_path, "modelopt", None)
-    with pytest.warns(UserWarning, match="rounds the inputs of layers to 4 bits, which is not done here"):
+    with pytest.warns(UserWarning, match="rounds the inputs of layers to 4 bits, which peftcore does not"):
         model = peftcore.quantization.load(tmp_path)
     for path, layer in quantized_layers(model):
         assert torch.equal(layer.dequantized(torch.float32), dense[f"{path}.weight"])
@@ -145,7 +145,7 @@ def test_experts_stored_one_by_one_become_one_parameter(
 UP = "model.layers.0.mlp.up_proj."
 CHANGES: list[tuple[str, Callable[[dict[str, Tensor]], Any], str]] = [
     ("modelopt", lambda s: s.pop(f"{UP}weight_scale"), f"lacks '{UP}weight_scale'"),
-    ("modelopt", lambda s: s.pop(f"{UP}weight"), "a tensor of ModelOpt that is not read"),
+    ("modelopt", lambda s: s.pop(f"{UP}weight"), "a tensor of ModelOpt that cannot be read"),
     (
         "modelopt",
         lambda s: s.update({f"{UP}pre_quant_scale": torch.ones(64)}),
@@ -154,7 +154,7 @@ CHANGES: list[tuple[str, Callable[[dict[str, Tensor]], Any], str]] = [
     (
         "modelopt",
         lambda s: s.update({"model.layers.0.mlp.experts.up_proj_weight_scale_2": torch.ones(4)}),
-        "up_proj_weight_scale_2', a tensor of ModelOpt that is not read",
+        "up_proj_weight_scale_2', a tensor of ModelOpt that cannot be read",
     ),
     ("modelopt", lambda s: s[f"{UP}weight_scale_2"].zero_(), "'weight_scale_2' .* = 0.0, expected a number"),
     ("modelopt", lambda s: s.update({f"{UP}weight_scale_2": torch.ones(2)}), r"'weight_scale_2' torch.float32 \[2\]"),
@@ -166,7 +166,7 @@ CHANGES: list[tuple[str, Callable[[dict[str, Tensor]], Any], str]] = [
     (
         "modelopt",
         lambda s: [s.pop(k) for k in [*s] if k.endswith("_scale_2")],
-        "down_proj.weight', a tensor of ModelOpt that is not read",
+        "down_proj.weight', a tensor of ModelOpt that cannot be read",
     ),
     ("compressed-tensors", lambda s: s.pop(f"{UP}weight_packed"), f"lacks '{UP}weight_packed'"),
     ("compressed-tensors", lambda s: s.pop(f"{UP}weight_global_scale"), f"lacks '{UP}weight_global_scale'"),
