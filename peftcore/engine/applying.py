@@ -22,7 +22,7 @@ from peftcore.engine.removing import detach_adapter
 from peftcore.engine.state import STATE, Applied, State, exclusive, state_of
 from peftcore.engine.trained_parameters import TrainedParameters, enclosing_paths
 from peftcore.engine.training_hooks import method_modules
-from peftcore.model import assumed_unchanged
+from peftcore.model import assuming_unchanged
 from peftcore.model.base_modules import base_parameters
 from peftcore.plugin import ranks, sharded
 from peftcore.plugin.adapter import Adapter
@@ -93,7 +93,7 @@ def add_adapter(
         trainable: whether the adapter trains, as in `set_trainable`.
     """
     check_request(model, adapter, dtype, activates=active)
-    with assumed_unchanged(model), with_memory(model), sharded.gathered_when_read(model):
+    with assuming_unchanged(model), with_memory(model), sharded.gathered_when_read(model):
         attachments = method if isinstance(method, AdapterAttachments) else placements_for(model, method, fields)
         initialize, config_of_initialize = None, None
         if fill is None:

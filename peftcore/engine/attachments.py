@@ -16,7 +16,7 @@ from peftcore.engine.prompts.prefix import place_prefix
 from peftcore.engine.prompts.soft_prompt import place_soft_prompt
 from peftcore.errors import PeftcoreError, nearest
 from peftcore.model.base_modules import base_modules, base_parameters
-from peftcore.model.experts import EachExpert, experts_layout, split_expert_path
+from peftcore.model.experts import ExpertAdapters, experts_layout, split_expert_path
 from peftcore.model.weight_formats import quantized_format
 from peftcore.plugin.adapter import Adapter
 from peftcore.plugin.architecture import Architecture
@@ -85,7 +85,7 @@ def each_expert(model: nn.Module, method: str, path: str, adapters: Sequence[OfE
                 f"{method} places adapters at experts of '{path}.{name}', but none at expert {missing_expert}. Place "
                 "one at each expert, or at none"
             )
-        changes[name] = EachExpert(
+        changes[name] = ExpertAdapters(
             [by_expert[i].adapter for i in range(layout.count)], layout.transposed, by_expert[0].link
         )
     return WeightChanges(changes)

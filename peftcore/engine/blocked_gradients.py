@@ -10,7 +10,7 @@ from torch import nn
 
 from peftcore.engine.attachments import AdapterAttachments
 from peftcore.errors import PeftcoreError, warn
-from peftcore.model import observe, without_gradients
+from peftcore.model import modules_without_gradients, observe
 from peftcore.model.base_modules import base_modules, base_parameters, original_class, original_forward
 from peftcore.plugin.layers import has_scaled_float8, is_bitsandbytes, is_linear, is_unknown_linear, is_wrapped, sizes
 
@@ -51,7 +51,7 @@ def _refuse_no_grad(model: nn.Module, attachments: AdapterAttachments) -> None:
 
     For base parameters there is only a warning, since methods choose them by kind, such as all biases.
     """
-    idle = without_gradients(model)
+    idle = modules_without_gradients(model)
     reason = f"{type(model).__name__} runs it under torch.no_grad, so it gets no gradient"
     for path in attachments.paths:
         if path in idle:

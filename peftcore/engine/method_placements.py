@@ -17,10 +17,10 @@ from peftcore.engine.custom_linear import adapt_custom_linear
 from peftcore.engine.preflight import check_base, check_placements
 from peftcore.engine.trained_parameters import tied_to
 from peftcore.errors import PeftcoreError, PluginError, warn
-from peftcore.model import assumed_unchanged, bypassed, detect
+from peftcore.model import assuming_unchanged, bypassed_layers, detect
 from peftcore.model.base_modules import base_parameters
 from peftcore.model.targets import ALL_LINEAR, expert_weights, refuse_targeted, trained_modules
-from peftcore.model.targets.coverage import LITTLE, Coverage, coverage
+from peftcore.model.targets.coverage import Coverage, coverage
 from peftcore.plugin.architecture import Architecture
 from peftcore.plugin.method import Method
 from peftcore.plugin.placements.placement import Placement
@@ -44,10 +44,10 @@ def placements_for(
         PeftcoreError: the config is wrong, or the adapters cannot be attached to this model.
     """
     check_base(model)
-    with assumed_unchanged(model):
+    with assuming_unchanged(model):
         resolved_method, config = _method_and_config(model, method, fields)
         config = _own_copy(config)
-        bypassed(model)  # observes the one forward pass, whose result `place` and the checks read
+        bypassed_layers(model)  # observes the one forward pass, whose result `place` and the checks read
         attachments = _attachments(model, resolved_method, config, building or nullcontext())
         check_placements(model, attachments)
         attachments.attached = adapt_custom_linear(model, resolved_method.name, attachments.attached)

@@ -24,7 +24,13 @@ from peftcore.engine.state import (
     state_of,
 )
 from peftcore.engine.trained_parameters import TrainedParameters
-from peftcore.model.base_modules import base_modules, base_parameters, original_class, original_forward, walked_once
+from peftcore.model.base_modules import (
+    base_modules,
+    base_parameters,
+    caching_base_modules,
+    original_class,
+    original_forward,
+)
 from peftcore.model.experts import why_not_fused
 from peftcore.model.experts.in_model import expert_weights, experts_per_token
 from peftcore.model.targets import match_counts
@@ -314,7 +320,7 @@ def _one_by_one(placements: Mapping[str, Sequence[Placement]]) -> bool:
 def summary(model: nn.Module) -> Summary:
     """Return the adapters of `model`, the number of trainable parameters, and sizes. Works on any model."""
     check_model(model)
-    with walked_once(model):
+    with caching_base_modules(model):
         return _summary(model)
 
 

@@ -21,15 +21,15 @@ from peftcore.files.hub import folder_of
 from peftcore.files.multiplier import multiplier_in
 from peftcore.files.reading import Stored, adapter_folder, read_adapter, read_saved
 from peftcore.files.tensors import grown_buffers
-from peftcore.model import assumed_unchanged
-from peftcore.model.targets.patterns import limited
+from peftcore.model import assuming_unchanged
+from peftcore.model.targets.patterns import limit_matching_time
 from peftcore.plugin import sharded
 
 Models = TypeVar("Models", bound="nn.Module | Mapping[str, Any]")
 
 
 @with_argument_hints
-@limited()
+@limit_matching_time()
 def load(
     model: Models,
     path: str | os.PathLike[str],
@@ -101,7 +101,7 @@ def _load_all(model: nn.Module, folder: Path, options: _Options, model_name: str
         folder, lambda opened: read_saved(opened, model, options.adapter, options.method, model_name)
     )
     is_together = saved_active is not None
-    with assumed_unchanged(model):
+    with assuming_unchanged(model):
         loaded: list[str] = []
         try:
             for name, content in contents.items():
@@ -120,7 +120,7 @@ def _load_all(model: nn.Module, folder: Path, options: _Options, model_name: str
             raise
 
 
-@limited()
+@limit_matching_time()
 def restore(model: nn.Module, path: str | os.PathLike[str], *, adapter: str = "default") -> None:
     """Set the values of the applied `adapter` to those in the folder `path`, which must be of the same method."""
     folder = Path(path)

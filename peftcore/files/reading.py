@@ -15,7 +15,7 @@ from peftcore.files import single_file
 from peftcore.files.folder import SAVE, Folder, TwoSavesError, read_folder
 from peftcore.files.metadata import METHOD, PLUGIN, TIED, TOGETHER, VERSION, own_fields
 from peftcore.files.resized_vocabulary import embedding_parameters
-from peftcore.model.targets.patterns import limited
+from peftcore.model.targets.patterns import limit_matching_time
 from peftcore.plugin import sharded
 from peftcore.plugin.discovery import Plugin
 from peftcore.plugin.method import ForeignFormat, Method
@@ -52,7 +52,7 @@ def name_inside(adapter: str) -> str:
     return "" if adapter == "default" else adapter
 
 
-@limited()
+@limit_matching_time()
 def read_adapter(folder: Path, model: nn.Module, method: str | None = None, applied: str | None = None) -> Stored:
     """Return the adapter in a folder.
 

@@ -27,7 +27,7 @@ from peftcore.files.multiplier import in_metadata
 from peftcore.files.reading import name_inside
 from peftcore.files.tensors import for_training, kept_on_disk, names_of_base, own_slots, tensors_on_disk
 from peftcore.model import detect, targets
-from peftcore.model.base_modules import base_parameters, original_forward, walked_once
+from peftcore.model.base_modules import base_parameters, caching_base_modules, original_forward
 from peftcore.plugin import ranks, sharded
 from peftcore.plugin.architecture import Architecture
 from peftcore.plugin.method import Method
@@ -181,7 +181,7 @@ def _save(
         if is_sharded:
             for name in inside.values():
                 _refuse_drifted(model, name)
-        with walked_once(model):
+        with caching_base_modules(model):
             contents: dict[str, Content] = {}
             for place, name in inside.items():
                 content = _content(model, name, dtype, resumable, metadata)

@@ -1,22 +1,19 @@
-"""Facts about a model, read from it or observed in a forward pass with small example inputs.
-
-It imports `plugin` and `ops`.
-"""
+"""Facts about a model, read from it or observed in a forward pass with small example inputs."""
 
 from peftcore.model.batches import gradients_of as gradients_of, inputs_of as inputs_of, run as run
 from peftcore.model.bypass import (
-    asked_for_dtype as asked_for_dtype,
-    bypassed as bypassed,
-    read_by_others as read_by_others,
-    reader_named as reader_named,
-    rewritten as rewritten,
-    without_gradients as without_gradients,
+    bypassed_layers as bypassed_layers,
+    describe_reader as describe_reader,
+    external_reads as external_reads,
+    layers_read_for_dtype as layers_read_for_dtype,
+    modules_without_gradients as modules_without_gradients,
+    rewritten_layers as rewritten_layers,
 )
 from peftcore.model.detecting import detect as detect
 from peftcore.model.inputs import example_inputs as example_inputs
 from peftcore.model.tracing import (
-    assumed_unchanged as assumed_unchanged,
+    assuming_unchanged as assuming_unchanged,
     cached_by_model as cached_by_model,
     observe as observe,
-    share_facts as share_facts,
+    share_cache as share_cache,
 )

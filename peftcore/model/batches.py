@@ -19,10 +19,13 @@ from peftcore.plugin import sharded
 
 
 def run(model: nn.Module, batch: Any) -> Any:
-    """Return the output of `model` for `batch`, whose tensors, also in lists, are moved to the model's device.
+    """Run `model` on `batch`, whose tensors, also nested ones, are moved to the model's device.
+
+    Returns:
+        The model's output.
 
     Raises:
-        PeftcoreError: `batch` is not a batch.
+        PeftcoreError: `batch` is not a mapping, tuple, list or tensor.
     """
     device = next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
 
@@ -36,7 +39,7 @@ def run(model: nn.Module, batch: Any) -> Any:
     if isinstance(batch, Tensor):
         return model(moved(batch))
     raise PeftcoreError(
-        f"a batch is a mapping of keyword arguments for the model, a tuple or a tensor, found {batch!r:.200}"
+        f"a batch must be a mapping of keyword arguments for the model, a tuple or a tensor, found {batch!r:.200}"
     )
 
 
@@ -47,37 +50,37 @@ def inputs_of(
     """Run `model` on `batches`, and pass the inputs of the modules at `paths` to `visit`.
 
     Args:
-        visit: (path, first tensor argument, batch) -> True if the module needs no more inputs. Once all modules are
-            done, the remaining batches are skipped.
+        visit: (path, first tensor argument, batch) -> True if the module needs no more inputs. Once it has returned
+            True for all modules, the remaining batches are skipped.
 
     Raises:
-        PeftcoreError: a path is not a module, there is no batch, or a module was not called with a tensor.
+        PeftcoreError: a path is not a module, `batches` is empty, or a module was not called with a tensor.
     """
-    now: list[Any] = []
-    seen: set[str] = set()
+    current_batch: list[Any] = []
+    called_paths: set[str] = set()
     hooks: dict[str, Any] = {}
 
     def look(path: str, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
         if x is None or path not in hooks:
             return
-        seen.add(path)
-        if visit(path, x, now[0]):
+        called_paths.add(path)
+        if visit(path, x, current_batch[0]):
             hooks.pop(path).remove()
 
     try:
         for path in dict.fromkeys(paths):
             hooks[path] = _submodule(model, path).register_forward_pre_hook(partial(look, path), with_kwargs=True)
-        wanted = set(hooks)
-        for batch in _some(batches):
-            now[:] = [batch]
+        expected_paths = set(hooks)
+        for batch in _require_any(batches):
+            current_batch[:] = [batch]
             run(model, batch)
             if not hooks:
                 break
     finally:
         for hook in hooks.values():
             hook.remove()
-    _refuse_unseen(sorted(wanted - seen), "was not called with a tensor, so it has no inputs to see")
+    _refuse_missing(sorted(expected_paths - called_paths), "was not called with a tensor, so it has no inputs to see")
 
 
 def gradients_of(
@@ -89,36 +92,36 @@ def gradients_of(
     loss: Callable[[Any, Any], Tensor] | None = None,
     at_once: int = 16,
 ) -> None:
-    """Pass the mean gradient of the loss over `batches` with respect to base weights, in float32, to `visit`.
+    """Compute the mean gradient of the loss over `batches` for base weights, in float32, and pass it to `visit`.
 
-    With one batch, each gradient is passed on as soon as the backward pass has it. With more, `at_once` gradients are
-    summed at a time, and the batches run again for the next ones.
+    With one batch, each gradient is passed on as soon as the backward pass has computed it. With more, `at_once`
+    gradients are summed at a time, and the batches run again for the next ones.
 
     Args:
         names: names of parameters.
         visit: (name, gradient), in any order.
         loss: (output, batch) -> a scalar; by default the output's `loss`, for batches with labels.
-        at_once: how many gradients are in memory at a time.
+        at_once: number of gradients in memory at a time.
 
     Raises:
-        PeftcoreError: a name is not a parameter with a gradient, there is no batch or no loss, or the loss does not
-            depend on a parameter.
+        PeftcoreError: a name is not a parameter that can have a gradient, `batches` is empty, there is no loss, or the
+            loss does not depend on a parameter.
     """
-    held = [dict(batch) if isinstance(batch, Mapping) else batch for batch in _some(batches)]
-    names_of: dict[nn.Parameter, list[str]] = {}  # several of a shared parameter
+    saved_batches = [dict(batch) if isinstance(batch, Mapping) else batch for batch in _require_any(batches)]
+    names_of: dict[nn.Parameter, list[str]] = {}  # a shared parameter has several names
     for name in dict.fromkeys(names):
         names_of.setdefault(_parameter(model, name), []).append(name)
-    chosen = list(names_of)
-    at_once = len(chosen) if len(held) == 1 else max(1, at_once)
-    unseen: list[str] = []
+    parameters = list(names_of)
+    at_once = len(parameters) if len(saved_batches) == 1 else max(1, at_once)
+    missing_names: list[str] = []
 
     def pass_on(parameter: nn.Parameter, gradient: Tensor) -> None:
         with torch.no_grad():
             for name in names_of[parameter]:
                 visit(name, gradient)
 
-    for start in range(0, len(chosen), at_once or 1):
-        part = chosen[start : start + at_once]
+    for start in range(0, len(parameters), at_once or 1):
+        group = parameters[start : start + at_once]
         seen: set[nn.Parameter] = set()
         sums: dict[nn.Parameter, Tensor] = {}
 
@@ -126,40 +129,42 @@ def gradients_of(
             assert parameter.grad is not None
             gradient, parameter.grad = parameter.grad.float(), None
             seen.add(parameter)
-            if len(held) == 1:
+            if len(saved_batches) == 1:
                 pass_on(parameter, gradient)
             else:
                 sums[parameter] = sums[parameter].add_(gradient) if parameter in sums else gradient
 
-        with _training_alone(model, part, take):
-            for batch in held:
-                answer = run(model, batch)
-                value = loss(answer, batch) if loss is not None else getattr(answer, "loss", None)
+        with _training_only(model, group, take):
+            for batch in saved_batches:
+                output = run(model, batch)
+                value = loss(output, batch) if loss is not None else getattr(output, "loss", None)
                 if not isinstance(value, Tensor):
                     raise PeftcoreError(
-                        "the model returned no loss: add labels to the batches, or pass loss=(output, batch) -> ..."
+                        "the model returned no loss. Add labels to the batches, or pass loss=(output, batch) -> ..."
                     )
                 if value.requires_grad:
                     value.backward()
-        unseen += [name for parameter in part if parameter not in seen for name in names_of[parameter]]
+        missing_names += [name for parameter in group if parameter not in seen for name in names_of[parameter]]
         for parameter in list(sums):
-            pass_on(parameter, sums.pop(parameter) / len(held))
-    _refuse_unseen(unseen, "has no gradient: the loss does not depend on it. Leave it out, such as by exclude_modules")
+            pass_on(parameter, sums.pop(parameter) / len(saved_batches))
+    _refuse_missing(
+        missing_names, "has no gradient: the loss does not depend on it. Leave it out, such as by exclude_modules"
+    )
 
 
 @contextmanager
-def _training_alone(
-    model: nn.Module, chosen: Sequence[nn.Parameter], take: Callable[[nn.Parameter], None]
+def _training_only(
+    model: nn.Module, parameters: Sequence[nn.Parameter], take: Callable[[nn.Parameter], None]
 ) -> Iterator[None]:
-    """Compute gradients of the parameters `chosen` alone within the block, and call `take` with each that has one."""
+    """Require gradients of these parameters only, and call `take` with each parameter once it has its gradient."""
     required = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    gradients = {parameter: parameter.grad for parameter in chosen}
+    gradients = {parameter: parameter.grad for parameter in parameters}
     with ExitStack() as stack:
         stack.enter_context(torch.enable_grad())
         try:
             for parameter in required:
                 parameter.requires_grad_(False)
-            for parameter in chosen:
+            for parameter in parameters:
                 parameter.requires_grad_(True).grad = None
                 stack.callback(parameter.register_post_accumulate_grad_hook(take).remove)
             yield
@@ -170,7 +175,7 @@ def _training_alone(
                 parameter.grad = gradient
 
 
-def _some(batches: Iterable[Any]) -> Iterator[Any]:
+def _require_any(batches: Iterable[Any]) -> Iterator[Any]:
     empty = True
     for batch in batches:
         empty = False
@@ -198,7 +203,7 @@ def _parameter(model: nn.Module, name: str) -> nn.Parameter:
     return parameter
 
 
-def _refuse_unseen(names: Sequence[str], what: str) -> None:
+def _refuse_missing(names: Sequence[str], problem: str) -> None:
     if names:
-        more = f", and {len(names) - 1} more" if len(names) > 1 else ""
-        raise PeftcoreError(f"'{names[0]}'{more} {what}")
+        suffix = f", and {len(names) - 1} more" if len(names) > 1 else ""
+        raise PeftcoreError(f"'{names[0]}'{suffix} {problem}")

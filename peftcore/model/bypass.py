@@ -1,9 +1,9 @@
-"""Layers whose weight is read without calling them, so that an adapter would never run, and layers that change.
+"""Layers that an adapter cannot reach: the model reads their weight instead of calling them, or changes the weight.
 
     fused(x, self.out_proj.weight)        instead of        self.out_proj(x)
 
-One forward on meta tensors shows such reads (see `tracing`). What runs only on a card or in another mode is in a table.
-A model whose forward fails with example inputs shows the reads up to there; nothing is known of the rest.
+A forward pass on meta tensors finds such reads (see `tracing`). Reads that only happen on a GPU, with a cache or in
+training are listed in tables. If the forward fails with example inputs, reads after the failure are not found.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from torch import nn
 from peftcore.model.base_modules import base_modules, original_class
 from peftcore.model.tracing import observe
 
-_ON_CARDS = "the kernels for CUDA read its weight and do not call it"
-_WITH_CACHE = "decoding with a cache reads its weight and does not call it"
+_ON_CARDS = "the CUDA kernels read its weight without calling it"
+_WITH_CACHE = "decoding with a cache reads its weight without calling it"
 
-# {class of transformers: (its layers that a forward on the CPU in evaluation calls and another one reads, when)}
-_READ_ELSEWHERE = {
+# {class of transformers: (layers that a forward on the CPU in evaluation mode calls, but another forward reads; when)}
+_READ_IN_OTHER_MODES = {
     "MambaMixer": (("x_proj", "out_proj"), _ON_CARDS),
     "FalconMambaMixer": (("x_proj", "out_proj"), _ON_CARDS),
     "BambaMixer": (("norm", "out_proj"), _ON_CARDS),
@@ -30,13 +30,13 @@ _READ_ELSEWHERE = {
     "Zamba2MambaMixer": (("norm", "out_proj"), _ON_CARDS),
     "RecurrentGemmaRecurrentBlock": (("conv_1d",), _WITH_CACHE),
     "LSHSelfAttention": (("query_key", "value"), _WITH_CACHE),
-    "Gemma3nTextAltUp": (("correction_coefs",), "training clamps its weight and does not call it"),
+    "Gemma3nTextAltUp": (("correction_coefs",), "training clamps its weight without calling it"),
 }
-# {class of transformers: its layers whose weight it changes in place in training}
+# {class of transformers: layers whose weight it changes in place in training}
 _REWRITTEN_IN_TRAINING = {"Gemma3nTextAltUp": ("prediction_coefs",)}
 
-# {class of transformers that casts its input to the dtype of a layer: the layer}, where a forward on text, or one
-# that takes other experts, does not reach the class.
+# {class of transformers: layer to whose dtype it casts its input}. The traced forward may not reach these classes,
+# because it runs on text, or its router chooses other experts.
 _CASTS_INPUT = {
     "Cosmos3EdgeVisionEmbeddings": "patch_embedding",
     "Ernie4_5_VLMoePatchEmbed": "proj",
@@ -55,8 +55,8 @@ _CASTS_INPUT = {
     "UdopDenseActDense": "wo",
 }
 
-# {fused projection: its parts} of diffusers' attentions with `fused_projections=True`.
-_FUSED = {
+# {fused projection: the projections that it replaces} in diffusers' attentions with `fused_projections=True`.
+_FUSED_PROJECTIONS = {
     "to_qkv": ("to_q", "to_k", "to_v"),
     "to_kv": ("to_k", "to_v"),
     "to_added_qkv": ("add_q_proj", "add_k_proj", "add_v_proj"),
@@ -64,48 +64,53 @@ _FUSED = {
 }
 
 
-def bypassed(model: nn.Module) -> dict[str, str]:
-    """Return {path: why} of bypassed layers; layers that the forward pass did not reach are left out.
+def bypassed_layers(model: nn.Module) -> dict[str, str]:
+    """Return {path: reason} of the layers whose weight is read without calling them.
 
-    Layers of `nn.MultiheadAttention` are not included, since it is adapted as a whole.
+    Layers that the forward pass did not reach are omitted, as are those of `nn.MultiheadAttention`, which is adapted as
+    a whole.
     """
-    modules, seen = dict(base_modules(model)), observe(model)
+    modules, observation = dict(base_modules(model)), observe(model)
     layers: dict[str, str] = {}
-    for name, readers in seen.other_reads.items():
+    for name, readers in observation.other_reads.items():
         path = name.rpartition(".")[0]
         parent = path.rpartition(".")[0]
-        if path in seen.called or parent in seen.failed or isinstance(modules.get(parent), nn.MultiheadAttention):
+        if (
+            path in observation.called
+            or parent in observation.failed
+            or isinstance(modules.get(parent), nn.MultiheadAttention)
+        ):
             continue
-        if modules[path]._modules:  # only its parts are called (JetMoE's experts)
+        if modules[path]._modules:  # the model calls its children instead (JetMoE's experts)
             continue
-        layers[path] = f"{reader_named(readers)} reads its weight and does not call it"
+        layers[path] = f"{describe_reader(readers)} reads its weight without calling it"
     for path, module in modules.items():
-        names, why = _READ_ELSEWHERE.get(original_class(module).__name__, ((), ""))
-        layers.update((_join(path, name), why) for name in names if _join(path, name) in modules)
-    return layers | dict(_fused(modules))
+        layer_names, reason = _READ_IN_OTHER_MODES.get(original_class(module).__name__, ((), ""))
+        layers.update((_join(path, name), reason) for name in layer_names if _join(path, name) in modules)
+    return layers | dict(_fused_projections(modules))
 
 
-def without_gradients(model: nn.Module) -> set[str]:
-    """Return the paths of modules that the model calls under `torch.no_grad` alone (sparse attention's indexers)."""
-    seen = observe(model)
-    paths: set[str] = seen.called - seen.with_gradients - seen.in_function
+def modules_without_gradients(model: nn.Module) -> set[str]:
+    """Return the paths of modules that only run under `torch.no_grad` (sparse attention's indexers)."""
+    observation = observe(model)
+    paths: set[str] = observation.called - observation.with_gradients - observation.in_function
     return paths
 
 
-def read_by_others(model: nn.Module) -> dict[str, set[str]]:
-    """Return {full name of a parameter: paths of the modules whose code reads it outside of its own module}."""
+def external_reads(model: nn.Module) -> dict[str, set[str]]:
+    """Return {full name of a parameter: paths of other modules that read it while its own module does not run}."""
     reads: dict[str, set[str]] = observe(model).other_reads
     return reads
 
 
-def reader_named(readers: set[str]) -> str:
-    """Return one of the modules that read a parameter, as messages name it."""
+def describe_reader(readers: set[str]) -> str:
+    """Return a description for messages of the first module that reads a parameter."""
     reader = min(readers)
     return f"'{reader}'" if reader else "the model's own forward"
 
 
-def rewritten(model: nn.Module) -> dict[str, str]:
-    """Return {path: why} of layers whose weight the model changes in place, as RWKV does for evaluation."""
+def rewritten_layers(model: nn.Module) -> dict[str, str]:
+    """Return {path: reason} of layers whose weight the model changes in place, as RWKV does in evaluation mode."""
     modules, layers = dict(base_modules(model)), dict[str, str]()
     for name, reader in observe(model).rewritten.items():
         kind = original_class(modules[reader]).__name__
@@ -118,8 +123,8 @@ def rewritten(model: nn.Module) -> dict[str, str]:
     return layers
 
 
-def asked_for_dtype(model: nn.Module) -> list[str]:
-    """Return the layers whose weight dtype is read by other code of the model to cast an input (ColPali)."""
+def layers_read_for_dtype(model: nn.Module) -> list[str]:
+    """Return the layers whose weight dtype other modules read, to cast an input (ColPali)."""
     paths = [name.removesuffix(".weight") for name in sorted(observe(model).dtype_reads) if name.endswith(".weight")]
     for path, module in base_modules(model):
         layer = _CASTS_INPUT.get(original_class(module).__name__)
@@ -128,21 +133,21 @@ def asked_for_dtype(model: nn.Module) -> list[str]:
     return list(dict.fromkeys(paths))
 
 
-def _fused(modules: dict[str, nn.Module]) -> Iterator[tuple[str, str]]:
-    """Yield (path, why) of projections replaced by a fused one, or of a fused one that was split again."""
+def _fused_projections(modules: dict[str, nn.Module]) -> Iterator[tuple[str, str]]:
+    """Yield (path, reason) of projections that a fused one replaces, and of fused ones that are not in use any more."""
     for path, module in modules.items():
         if "fused_projections" not in module.__dict__ and not hasattr(type(module), "fused_projections"):
-            continue  # a failing attribute lookup is slow
+            continue  # `getattr` below is slow for a module without the attribute
         if getattr(module, "fused_projections", False) is not True:
             continue
-        # A class without `unfuse_projections` only gets another processor, and keeps the fused projection.
+        # Unfusing a class without `unfuse_projections` changes the processor, but leaves the fused projection in place.
         processor = type(getattr(module, "processor", None)).__name__
         is_used = hasattr(module, "unfuse_projections") or processor.startswith("Fused")
-        for whole, parts in _FUSED.items():
-            if _join(path, whole) in modules and is_used:
-                yield from ((_join(path, part), f"'{whole}' has its weight, and is called") for part in parts)
-            elif _join(path, whole) in modules:
-                yield _join(path, whole), f"{', '.join(parts)} are called in its place"
+        for fused_name, parts in _FUSED_PROJECTIONS.items():
+            if _join(path, fused_name) in modules and is_used:
+                yield from ((_join(path, part), f"'{fused_name}' has its weight, and is called") for part in parts)
+            elif _join(path, fused_name) in modules:
+                yield _join(path, fused_name), f"{', '.join(parts)} are called in its place"
 
 
 def _join(path: str, name: str) -> str:

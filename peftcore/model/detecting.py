@@ -1,15 +1,15 @@
-"""Detection of a model's architecture: its task, and where its backbone, embedding and heads are.
+"""Detection of a model's architecture: its task, and the paths of its backbone, embedding and heads.
 
-It is read from the model itself, as transformers' models provide it, unless a plugin's `peftcore_architecture` hook
-describes the model.
+A plugin's `peftcore_architecture` hook may describe a model. Otherwise the architecture is read from the methods and
+the config that transformers' models have.
 
-Heads for a task, which pre-training did not train, are
+Task heads are the modules that pre-training did not train:
 
-    loaded by from_pretrained   parameters that the checkpoint did not have, which transformers marks
-    class for a task            and everything outside the backbone, whether the checkpoint has it or not
+    models loaded by from_pretrained   modules whose parameters the checkpoint lacked, as transformers records it
+    classes for a task                 in addition, everything outside the backbone
 
-A class for a task is one that transformers lists for classification, detection, segmentation and similar tasks, with
-the user's labels or vocabulary. Heads of language models do not count, nor does what is tied to the embedding.
+Classes for a task are those that transformers lists for classification, detection, segmentation and similar tasks with
+the user's labels or vocabulary. Language-model heads and modules tied to the embedding are not task heads.
 """
 
 from __future__ import annotations
@@ -32,18 +32,17 @@ from peftcore.model.base_modules import (
     original_class,
     original_forward,
 )
-from peftcore.model.sublayers import Observed
+from peftcore.model.sublayers import ObservedSublayers
 from peftcore.plugin import sharded
 from peftcore.plugin.architecture import Architecture, text_config
 from peftcore.plugin.discovery import Plugin
 from peftcore.plugin.hooks import hookimpl
 from peftcore.plugin.registry import builtin, registry
 
-# Names of the argument for the attention cache, which differ between releases of transformers.
-_CACHE_ARGUMENTS = ("cache", "past_key_values", "cache_params")  # in releases of transformers
+_CACHE_ARGUMENTS = ("cache", "past_key_values", "cache_params")  # differs between releases and classes of transformers
 
-# PEFT's task types, by the ending of a class's name.
-_TASKS = {
+# PEFT's task types, by the suffix of a class's name.
+_TASK_TYPES = {
     "ForSequenceClassification": "SEQ_CLS",
     "ForTokenClassification": "TOKEN_CLS",
     "ForQuestionAnswering": "QUESTION_ANS",
@@ -54,38 +53,38 @@ def detect(model: nn.Module) -> Architecture:
     """Return the architecture of `model`, from a plugin's hook or from the model itself.
 
     Raises:
-        PluginError: two plugins describe the model differently, or a hook returns something else.
+        PluginError: two plugins describe the model differently, or a hook does not return an Architecture.
     """
-    found: tuple[Plugin, Architecture] | None = None
+    description: tuple[Plugin, Architecture] | None = None
     for plugin, answer in registry.answers("peftcore_architecture", contain=True, first=True, model=model):
         if not isinstance(answer, Architecture):
             raise PluginError(
                 f"peftcore_architecture of {plugin} must return a peftcore.plugin.Architecture or None, found "
                 f"{type(answer).__name__}"
             )
-        if found is None:
-            found = plugin, answer
-        elif answer != found[1]:
+        if description is None:
+            description = plugin, answer
+        elif answer != description[1]:
             raise PluginError(
-                f"peftcore_architecture: {found[0]} and {plugin} describe {type(model).__name__} differently. List the "
-                f"plugins to use without one of them: PEFTCORE_PLUGINS=NAME,NAME"
+                f"peftcore_architecture: {description[0]} and {plugin} describe {type(model).__name__} differently. "
+                "Disable one of them by listing the plugins to use: PEFTCORE_PLUGINS=NAME,NAME"
             )
-    assert found is not None  # the core describes every model
-    return found[1]
+    assert description is not None  # the core describes every model
+    return description[1]
 
 
 @hookimpl
 def peftcore_architecture(model: nn.Module) -> Architecture:
-    return _read(model)
+    return _read_architecture(model)
 
 
 builtin(sys.modules[__name__])
 
 
-def _read(model: nn.Module) -> Architecture:
+def _read_architecture(model: nn.Module) -> Architecture:
     config = getattr(model, "config", None)
     if config is None or not hasattr(model, "get_input_embeddings"):
-        return Architecture(sublayers=Observed(model))
+        return Architecture(sublayers=ObservedSublayers(model))
     is_encoder_decoder = bool(getattr(config, "is_encoder_decoder", False))
     config = text_config(config)
     is_encoder_decoder |= bool(getattr(config, "is_encoder_decoder", False))
@@ -113,29 +112,29 @@ def _read(model: nn.Module) -> Architecture:
         num_heads=heads,
         num_kv_heads=_size(config, "num_key_value_heads") or _falcon_heads(config) or heads,
         head_dim=_size(config, "head_dim") or (hidden_size // heads if hidden_size and heads else None),
-        sublayers=Observed(model),
+        sublayers=ObservedSublayers(model),
     )
 
 
 def _size(config: Any, name: str) -> int | None:
-    """Return a size of the whole model; None if the config has none, or one for each layer or stage."""
+    """Return a size from the config; None if it is missing, or differs between layers or stages."""
     try:
         value = getattr(config, name, None)
-    except RuntimeError:  # transformers refuses to give one value for layers that differ
+    except RuntimeError:  # transformers raises it for sizes that differ between layers
         return None
     return value if isinstance(value, int) else None
 
 
 def _token_embedding(model: nn.Module) -> nn.Module | None:
-    """Return the result of `get_input_embeddings`, unless it embeds patches or waves."""
+    """Return the result of `get_input_embeddings` if it embeds tokens, rather than patches or waveforms."""
     module = _call(model, "get_input_embeddings")
     return module if isinstance(getattr(module, "embedding_dim", None), int) else None
 
 
 def _falcon_heads(config: Any) -> int | None:
-    """Return the number of heads that Falcon caches: one if all queries share it, else one for each query."""
-    one = getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", True)
-    return 1 if one else None
+    """Return Falcon's number of key-value heads: 1 with multi-query attention, else None."""
+    shares_heads = getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", True)
+    return 1 if shares_heads else None
 
 
 def _call(model: nn.Module, name: str) -> nn.Module | None:
@@ -147,7 +146,7 @@ def _call(model: nn.Module, name: str) -> nn.Module | None:
 
 def _task_type(model: nn.Module, is_encoder_decoder: bool, output_head: str | None) -> str | None:
     name = type(model).__name__
-    by_name = next((task_type for ending, task_type in _TASKS.items() if name.endswith(ending)), None)
+    by_name = next((task_type for ending, task_type in _TASK_TYPES.items() if name.endswith(ending)), None)
     if by_name is not None or output_head is None:
         return by_name
     if is_encoder_decoder:
@@ -162,91 +161,95 @@ _TASK = re.compile(
 
 _TASK_NAME = re.compile("For.*(Classification|Detection|Segmentation|QuestionAnswering|MultipleChoice|CTC|Regression)")
 
-_OURS = (CHILD, TRAINED)
+_PEFTCORE_CHILDREN = (CHILD, TRAINED)
 
-_LOADED = "_is_hf_initialized"  # transformers' mark of a parameter that a checkpoint gave
+_LOADED_MARK = "_is_hf_initialized"  # attribute that transformers sets on parameters read from a checkpoint
 
 
 def task_heads(model: nn.Module, backbone: str, output_head: str | None) -> tuple[str, ...]:
-    """Return the paths of the modules of a transformers model that pre-training did not train.
+    """Return the paths of a transformers model's modules that pre-training did not train.
 
     Args:
         model: the model.
         backbone: path of the module that runs the layers; "" if the class does not name one.
-        output_head: path of the head that gives token logits.
+        output_head: path of the language-model head.
     """
-    kinds = _kinds().get(original_class(model).__name__, set())
-    outside = _outside_backbone(model, backbone)
-    loaded = any([getattr(parameter, _LOADED, False) for _, parameter in base_parameters(model)])
-    of_task = any(map(_TASK.search, kinds)) if kinds else bool(_TASK_NAME.search(original_class(model).__name__))
-    if of_task or not (kinds or loaded):
-        inner = None if of_task else output_head
-        heads = [path for path in outside if inner is None or not f"{inner}.".startswith(f"{path}.")]
+    tasks = _tasks_by_class().get(original_class(model).__name__, set())
+    outside_backbone = _outside_backbone(model, backbone)
+    has_loaded = any([getattr(parameter, _LOADED_MARK, False) for _, parameter in base_parameters(model)])
+    is_task_class = any(map(_TASK.search, tasks)) if tasks else bool(_TASK_NAME.search(original_class(model).__name__))
+    if is_task_class or not (tasks or has_loaded):
+        inner_path = None if is_task_class else output_head
+        heads = [path for path in outside_backbone if inner_path is None or not f"{inner_path}.".startswith(f"{path}.")]
     else:
         heads = []
-    if loaded:
-        for path in _missing(model, outside, output_head):
+    if has_loaded:
+        for path in _modules_not_loaded(model, outside_backbone, output_head):
             heads += [path] if not _is_inside(path, heads) else []
     return tuple(heads)
 
 
 def mark_as_loaded(parameter: Tensor, like: Tensor | None) -> None:
-    """Mark `parameter`, a copy of `like`, as loaded from a checkpoint if `like` was."""
-    if getattr(like, _LOADED, False):
-        setattr(parameter, _LOADED, True)
+    """Mark `parameter` as loaded from a checkpoint if `like`, which it replaces, was."""
+    if getattr(like, _LOADED_MARK, False):
+        setattr(parameter, _LOADED_MARK, True)
 
 
 def _outside_backbone(model: nn.Module, backbone: str) -> list[str]:
-    """Return the children of the model that have parameters and neither are nor contain the backbone."""
+    """Return the paths of the model's children that have parameters and do not contain the backbone."""
     paths = {id(module): path for path, module in base_modules(model)}
-    children = [(name, child) for name, child in model.named_children() if id(child) in paths and name not in _OURS]
+    children = [
+        (name, child) for name, child in model.named_children() if id(child) in paths and name not in _PEFTCORE_CHILDREN
+    ]
     if backbone:
         backbones = {backbone.split(".")[0]}
-    else:  # the class has a prefix without such a child, like CLIP's classifier with its own vision model
+    else:  # the child has another name than the class's prefix, as in CLIP's classifier
         backbones = {name for name, child in children if hasattr(child, "base_model_prefix")}
     if not backbones:
         return []
-    return [  # a module that is also in the backbone has its name there
+    return [  # `paths` has the first name of each module, so one that is also in the backbone is not a head
         paths[id(child)]
         for name, child in children
         if name not in backbones and any(True for _ in base_parameters(child))
     ]
 
 
-def _missing(model: nn.Module, outside: list[str], output_head: str | None) -> Iterator[str]:
-    """Yield the paths of modules none of whose parameters the checkpoint had.
+def _modules_not_loaded(model: nn.Module, outside_backbone: list[str], output_head: str | None) -> Iterator[str]:
+    """Yield the paths of modules of which the checkpoint had no parameter.
 
-    The output head is left out, since one that was made longer has no mark. So are modules of the backbone if most of
-    its parameters have none: layers that were replaced after loading have no mark either.
+    Resizing or replacing a layer after loading removes the mark. Therefore the output head is never included, and
+    modules of the backbone only if most of its parameters have the mark.
     """
-    loaded: dict[str, bool] = {}  # True for parameters of which the mark says nothing
-    for name, found in base_parameters(model):
-        parameter = sharded.original(found)
+    is_loaded_by_name: dict[str, bool] = {}  # True also for parameters that cannot have the mark
+    for name, base_parameter in base_parameters(model):
+        parameter = sharded.original(base_parameter)
         can_be_marked = type(parameter) is nn.Parameter and parameter.is_floating_point() and not parameter.is_meta
-        loaded[name] = not can_be_marked or getattr(parameter, _LOADED, False)
-    backbone = [is_loaded for name, is_loaded in loaded.items() if not _is_inside(name, outside)]
+        is_loaded_by_name[name] = not can_be_marked or getattr(parameter, _LOADED_MARK, False)
+    backbone = [is_loaded for name, is_loaded in is_loaded_by_name.items() if not _is_inside(name, outside_backbone)]
     few_missing = 2 * sum(backbone) > len(backbone)
-    for path in dict.fromkeys(name.rpartition(".")[0] for name, is_loaded in loaded.items() if not is_loaded):
-        whole = not any(is_loaded for name, is_loaded in loaded.items() if name.startswith(f"{path}."))
-        if path and path != output_head and whole and (few_missing or _is_inside(path, outside)):
+    for path in dict.fromkeys(
+        name.rpartition(".")[0] for name, is_loaded in is_loaded_by_name.items() if not is_loaded
+    ):
+        is_new = not any(is_loaded for name, is_loaded in is_loaded_by_name.items() if name.startswith(f"{path}."))
+        if path and path != output_head and is_new and (few_missing or _is_inside(path, outside_backbone)):
             yield path
 
 
-def _is_inside(path: str, others: list[str]) -> bool:
-    return any(path == other or path.startswith(f"{other}.") for other in others)
+def _is_inside(path: str, parents: list[str]) -> bool:
+    return any(path == parent or path.startswith(f"{parent}.") for parent in parents)
 
 
 @cache
-def _kinds() -> dict[str, set[str]]:
-    """Return {class: tasks of transformers' auto classes}, such as `IMAGE_CLASSIFICATION`."""
+def _tasks_by_class() -> dict[str, set[str]]:
+    """Return {class name: tasks by transformers' auto classes, such as `IMAGE_CLASSIFICATION`}."""
     from transformers.models.auto import modeling_auto
 
-    found: dict[str, set[str]] = {}
+    tasks_by_class: dict[str, set[str]] = {}
     for mapping in dir(modeling_auto):
-        kind = re.fullmatch("MODEL_(?:FOR_)?(.*?)_?MAPPING_NAMES", mapping)
-        if kind is None:
+        task = re.fullmatch("MODEL_(?:FOR_)?(.*?)_?MAPPING_NAMES", mapping)
+        if task is None:
             continue
         for names in getattr(modeling_auto, mapping).values():
             for name in (names,) if isinstance(names, str) else names:
-                found.setdefault(name, set()).add(kind[1])
-    return found
+                tasks_by_class.setdefault(name, set()).add(task[1])
+    return tasks_by_class

@@ -1,7 +1,7 @@
-"""A small valid input for any model, from its forward's signature and the sizes in its config.
+"""Small valid inputs for any model, from the signature of its forward and the sizes in its config.
 
-One builder makes the values of one argument. It is found by the argument's name, and reads sizes off the config, never
-the class's name. To serve one more argument, add a function with `@argument("its_name")`.
+A builder makes the value of one argument. Builders are looked up by the argument's name and read sizes from the config;
+none depends on a class's name. To support another argument, add a function with `@argument("its_name")`.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from peftcore.model.base_modules import original_forward
 from peftcore.plugin.architecture import config_fields, text_config
 
 BATCH, LENGTH = 2, 7
-_SIDE = 32  # of images of models that name no size
+_SIDE = 32  # height and width of images for models without a config
 
 BUILDERS: dict[str, Callable[[Facts], Any]] = {}  # by the name of the argument
-# Arguments that bring other ones along: one modality's input in pieces.
-_TOGETHER = {
+# Arguments that a model needs together with the key.
+_COMPANIONS = {
     "pixel_values_videos": ("video_grid_thw",),
     "past_values": ("past_time_features", "past_observed_mask", "future_time_features", "future_values"),
     "states": ("actions", "rewards", "returns_to_go", "timesteps"),
@@ -46,8 +46,8 @@ def example_inputs(
 ) -> dict[str, Any]:
     """Return keyword arguments for a small forward pass of `model`.
 
-    A model that takes text as well as images or sound gets only text if its config has a placeholder token for the
-    others (`image_token_id`), since it then runs without them; otherwise it gets everything (CLIP).
+    A multimodal model whose config has a placeholder token (`image_token_id`) gets only text, because it can run
+    without the other inputs. Other multimodal models get all inputs (CLIP).
 
     Args:
         device: device of the tensors; by default the model's.
@@ -56,21 +56,21 @@ def example_inputs(
         decoder_length: number of tokens of each sample for the decoder of an encoder-decoder; by default `length`.
 
     Returns:
-        Integers drawn from the vocabulary, without special tokens where the config names them; floats of the
-        model's dtype. Each call returns equal values. Arguments that no builder knows are left out, but the first
-        one goes to the model's first layer.
+        Token ids without the special tokens that the config names, and floats in the model's dtype. Each call returns
+        equal values. Arguments without a builder are omitted, except the first one, which gets an input for the
+        model's first layer.
     """
     device = torch.device(device) if device is not None else _device(model)
     facts = Facts(model, device, batch, length, length if decoder_length is None else decoder_length)
-    names, first = _arguments_to_fill(facts), next(iter(facts.parameters), None)
+    names, first_argument = _arguments_to_fill(facts), next(iter(facts.parameters), None)
     built = {name: BUILDERS[name](facts) for name in names if name in BUILDERS}
-    if first in names and first not in BUILDERS:  # `idx` of a model outside of transformers
-        built[first] = _input(facts)
+    if first_argument in names and first_argument not in BUILDERS:  # such as nanoGPT's `idx`
+        built[first_argument] = _input(facts)
     return {name: value for name, value in built.items() if value is not None}
 
 
 def argument(*names: str) -> Callable[[Callable[[Facts], Any]], Callable[[Facts], Any]]:
-    """Register a builder of the arguments `names`; it returns None if it does not know a value."""
+    """Register a builder for the arguments `names`. It returns None if it cannot build a value."""
 
     def register(build: Callable[[Facts], Any]) -> Callable[[Facts], Any]:
         BUILDERS.update(dict.fromkeys(names, build))
@@ -81,7 +81,7 @@ def argument(*names: str) -> Callable[[Callable[[Facts], Any]], Callable[[Facts]
 
 @dataclass
 class Facts:
-    """A model, as builders ask it."""
+    """What builders know about a model: the arguments of its forward, the fields of its configs, and sizes."""
 
     model: nn.Module
     device: torch.device
@@ -96,21 +96,26 @@ class Facts:
 
     @property
     def configs(self) -> Iterator[Any]:
-        """Yield the model's config, that of its text part, then all nested ones."""
+        """Yield the model's config, its text config, then all nested ones."""
         config = getattr(self.model, "config", None)
         if config is None:
             return
-        seen: list[Any] = []
+        visited: list[Any] = []
         queue = [config, text_config(config)]
         while queue:
             config = queue.pop(0)
-            if not any(config is other for other in seen):
-                seen.append(config)
+            if not any(config is visited_config for visited_config in visited):
+                visited.append(config)
                 yield config
                 queue += [value for value in config_fields(config).values() if hasattr(value, "to_dict")]
 
     def find(self, *names: str, default: Any = None, inside: str | None = None) -> Any:
-        """Return the first of the fields `names` that a config has, first in the sub-config `inside`."""
+        """Return the first of the fields `names` that a config has.
+
+        Args:
+            default: value if no config has one of the fields.
+            inside: look first in sub-configs with this word in their class's name.
+        """
         configs = list(self.configs)
         if inside is not None:
             configs.sort(key=lambda config: inside not in type(config).__name__.lower())
@@ -126,20 +131,22 @@ class Facts:
         return name in self.parameters
 
     def tokens(self, *shape: int, vocabulary: int | None = None) -> Tensor:
-        """Ids from 0 to `vocabulary`, no special ones."""
+        """Return int64 token ids below `vocabulary`, without special tokens."""
         size = vocabulary or self.find("vocab_size", "src_vocab_size", "text_vocab_size", default=32)
         size = min(size) if isinstance(size, (list, tuple)) else size
         special: set[int] = set()
         for config in self.configs:
             for name, value in config_fields(config).items():
                 if name.endswith(("token_id", "token_index", "token_ids", "tok_index")):
-                    special.update(v for v in (value if isinstance(value, (list, tuple)) else [value]) if _whole(v))
-        allowed = [i for i in range(min(size, 256)) if i not in special] or [0]
-        ids = [allowed[(3 + 5 * i) % len(allowed)] for i in range(prod(shape))]
+                    special.update(
+                        v for v in (value if isinstance(value, (list, tuple)) else [value]) if _is_integer(v)
+                    )
+        ids_allowed = [i for i in range(min(size, 256)) if i not in special] or [0]
+        ids = [ids_allowed[(3 + 5 * i) % len(ids_allowed)] for i in range(prod(shape))]
         return torch.tensor(ids, dtype=torch.long, device=self.device).view(shape)
 
     def floats(self, *shape: int) -> Tensor:
-        """Values between -1 and 1."""
+        """Return values between -1 and 1, in the model's dtype."""
         dtype = next((p.dtype for p in self.model.parameters() if p.is_floating_point()), torch.float32)
         dtype = dtype if dtype.itemsize >= 2 else torch.float32
         if self.device.type == "meta":
@@ -148,8 +155,8 @@ class Facts:
         values = torch.sin(torch.arange(count, dtype=torch.float32, device=self.device) * 1.7)
         return values.view(shape).to(dtype)
 
-    def whole(self, value: int, *shape: int) -> Tensor:
-        """Return a tensor filled with an integer."""
+    def integers(self, value: int, *shape: int) -> Tensor:
+        """Return an int64 tensor filled with `value`."""
         return torch.full(shape, value, dtype=torch.long, device=self.device)
 
 
@@ -157,13 +164,13 @@ def _device(model: nn.Module) -> torch.device:
     return next((p.device for p in model.parameters()), torch.device("cpu"))
 
 
-def _whole(value: Any) -> bool:
+def _is_integer(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _arguments_to_fill(facts: Facts) -> list[str]:
-    """Return the arguments to fill: those without a default, the main one, and further ones that these need."""
-    required = _required(facts)
+    """Return the arguments to fill: those without a default, the main ones, and others that these need."""
+    required = _required_arguments(facts)
     names = required + _main_arguments(facts)
     if not any(facts.has(name) for name in names):
         names += list(facts.parameters)[:1]
@@ -174,11 +181,11 @@ def _arguments_to_fill(facts: Facts) -> list[str]:
     if facts.find("add_cross_attention"):
         names.append("encoder_hidden_states")
     for name in list(names):
-        names += _TOGETHER.get(name, ())
+        names += _COMPANIONS.get(name, ())
     return [name for name in dict.fromkeys(names) if facts.has(name)]
 
 
-def _required(facts: Facts) -> list[str]:
+def _required_arguments(facts: Facts) -> list[str]:
     variadic = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
     return [
         name
@@ -188,13 +195,13 @@ def _required(facts: Facts) -> list[str]:
 
 
 def _main_arguments(facts: Facts) -> list[str]:
-    """Return the model's `main_input_name`, which may be several, or else its first argument."""
+    """Return the model's `main_input_name` (one or several names), or else its first argument."""
     main = getattr(facts.model, "main_input_name", None) or list(facts.parameters)[:1]
     return [main] if isinstance(main, str) else list(main)
 
 
 def _modality_arguments(facts: Facts) -> list[str]:
-    """Return an argument for each of the model's modalities, such as `pixel_values` of a model that sees images."""
+    """Return one argument for each of the model's modalities, such as `pixel_values` for images."""
     modalities: str | Sequence[str] = getattr(facts.model, "input_modalities", None) or ()
     names: list[str] = []
     for modality in [modalities] if isinstance(modalities, str) else modalities:
@@ -205,7 +212,7 @@ def _modality_arguments(facts: Facts) -> list[str]:
 
 
 def _has_placeholders(facts: Facts) -> bool:
-    """Return whether the model's text has placeholder tokens for images or sound."""
+    """Return whether the vocabulary has placeholder tokens for images, audio or video."""
     return facts.has("input_ids") and any(
         facts.find(*(f"{kind}_token{end}" for end in ("_id", "_index"))) is not None
         for kind in ("image", "audio", "video")
@@ -227,12 +234,12 @@ def _decoder_input_ids(facts: Facts) -> Tensor:
 
 @argument("attention_mask", "classes_attention_mask", "tasks_attention_mask")
 def _attention_mask(facts: Facts) -> Tensor:
-    return facts.whole(1, facts.batch, facts.length)
+    return facts.integers(1, facts.batch, facts.length)
 
 
 @argument("decoder_attention_mask")
 def _decoder_attention_mask(facts: Facts) -> Tensor:
-    return facts.whole(1, facts.batch, facts.decoder_length)
+    return facts.integers(1, facts.batch, facts.decoder_length)
 
 
 @argument(
@@ -304,7 +311,7 @@ def _pixel_values_videos(facts: Facts) -> Tensor:
 @argument("input_values", "audio_values")
 def _input_values(facts: Facts) -> Tensor:
     kernels, strides = facts.find("conv_kernel"), facts.find("conv_stride")
-    if kernels and strides:  # a feature encoder on the wave: 16 frames out
+    if kernels and strides:  # convolutions over the waveform: as many samples as give 16 frames
         length = 16
         for kernel, stride in zip(reversed(kernels), reversed(strides), strict=False):
             length = (length - 1) * stride + kernel
@@ -328,7 +335,7 @@ def _input_features(facts: Facts) -> Tensor:
 
 @argument("input_features_mask", "audio_mel_mask")
 def _features_mask(facts: Facts) -> Tensor:
-    return facts.whole(1, facts.batch, 64).bool()
+    return facts.integers(1, facts.batch, 64).bool()
 
 
 # Series
@@ -379,7 +386,7 @@ def _grid(facts: Facts) -> Tensor:
 
 
 def _patches(facts: Facts) -> Tensor:
-    """Flat patches of the images of `_grid`, `[patches, channels · frames · height · width]`."""
+    """Return flattened patches of the images of `_grid`, `[patches, channels · frames · height · width]`."""
     height, width = _pair(facts.find("patch_size", inside="vision", default=16))
     frames = facts.find("temporal_patch_size", inside="vision", default=1)
     return facts.floats(int(_grid(facts).prod(-1).sum()), _channels(facts) * frames * height * width)

@@ -1,11 +1,10 @@
-"""Place of the samples of a batch in the tensors of a module's arguments and output.
+"""Placement of the samples of a batch in the tensors of a module's arguments and output.
 
-A model is called with samples in dimension 0 of its inputs. Inside it they may be elsewhere: as `[tokens, samples,
-width]`, as `[samples · tokens, width]`, or nowhere, as in a bias that depends only on positions. Sizes do not show it
-(there may be as many tokens as samples), so `rows_of` runs the model with two batch sizes: a dimension whose size grows
-with the batch, and with nothing else, contains the samples. If samples and tokens share a dimension, `[samples ·
-tokens, width]`, the operators before it must keep the order of rows: an expert of a mixture, for example, receives a
-selection of them.
+The inputs of a model have the samples in dimension 0. Inside the model they may be elsewhere: `[tokens, samples,
+width]`, `[samples · tokens, width]`, or nowhere, as in a bias that depends only on positions. Sizes alone do not tell,
+because there may be as many tokens as samples. So `rows_of` runs the model with two batch sizes: the dimension that
+grows with the batch contains the samples. If samples and tokens share a dimension, `[samples · tokens, width]`, the
+operators before it must also keep the order of rows; an expert of a mixture, for example, receives a selection of them.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from peftcore.model.inputs import example_inputs
 from peftcore.model.tracing import Call as TracedCall, Inputs, Trace, Value, cached_by_model, trace
 from peftcore.plugin.call import Call
 
-# Instead of `Samples`: all samples share the tensor; they share it, with a dimension 0 of size 1; unknown.
+# Placements other than `Samples`: all samples share the tensor; they share it, and its dimension 0 has size 1; unknown.
 SHARED, BROADCAST, UNKNOWN = "shared", "broadcast", "unknown"
 
 
@@ -35,30 +34,32 @@ class Samples:
 
     Args:
         dim: the dimension.
-        each: number of entries of each sample, or, with `tokens`, of each of its tokens.
-        tokens: names of arguments of the model, `[samples, tokens, ...]`; the first one of a call has as many tokens.
+        per_sample: number of entries per sample, or, if `tokens` is given, per token of a sample.
+        tokens: names of model arguments `[samples, tokens, ...]`; the first that a call has gives the number of tokens.
     """
 
     dim: int = 0
-    each: int = 1
+    per_sample: int = 1
     tokens: tuple[str, ...] = ()
 
     def entries(self, call: Call | None) -> int | None:
-        """Return the number of entries of each sample in this call of the model, or None if it is not known."""
+        """Return the number of entries per sample in this call of the model; None if it is unknown."""
         if not self.tokens:
-            return self.each
-        given = (call.get(name) for name in (*self.tokens, *call)) if call is not None else ()
-        return next((self.each * t.shape[1] for t in given if isinstance(t, Tensor) and t.dim() > 1), None)
+            return self.per_sample
+        arguments = (call.get(name) for name in (*self.tokens, *call)) if call is not None else ()
+        return next((self.per_sample * t.shape[1] for t in arguments if isinstance(t, Tensor) and t.dim() > 1), None)
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Place of the samples in the tensors of a module's arguments and output.
+    """Placement of the samples in the tensors of a module's arguments and output.
+
+    A placement is `Samples` or one of the constants above. Nested containers have the placements of their tensors.
 
     Args:
-        first: in the first tensor argument.
-        arguments: by name of the argument, `Samples` or one of the constants above for each tensor, in its containers.
-        output: likewise for the output.
+        first: placement in the first tensor argument.
+        arguments: placements in the arguments, by name.
+        output: placement in the output.
     """
 
     first: Samples
@@ -66,123 +67,139 @@ class Rows:
     output: Any
 
 
-def entries_of(samples: Tensor, each: int) -> Tensor:
-    """Return the numbers of the entries of these samples, `each` consecutive ones per sample."""
-    if each == 1:
+def entries_of(samples: Tensor, entries: int) -> Tensor:
+    """Return the indices of these samples' entries, where each sample has `entries` consecutive ones."""
+    if entries == 1:
         return samples
-    return (samples[:, None] * each + torch.arange(each, device=samples.device)).flatten()
+    return (samples[:, None] * entries + torch.arange(entries, device=samples.device)).flatten()
 
 
-def taken(value: Any, where: Any, samples: Tensor, count: int) -> Any:
-    """Return the part of an argument that belongs to some samples of a batch; what all samples share stays whole.
+def slice_samples(value: Any, placement: Any, samples: Tensor, count: int) -> Any:
+    """Slice a batched argument to some samples; values that all samples share are returned unchanged.
 
     Args:
         value: a tensor, a plain value, or containers of them.
-        where: place of the samples in it, as in `Rows.arguments`.
-        samples: int64, the numbers of the samples.
+        placement: placement of the samples in the value, as in `Rows.arguments`.
+        samples: int64, the indices of the samples.
         count: number of samples in the batch.
 
     Raises:
-        PeftcoreError: the place of the samples in a part of it is not known.
+        PeftcoreError: the placement of the samples in a tensor is unknown.
     """
     if isinstance(value, Tensor):
-        return _taken_rows(value, where, samples, count)
+        return _slice_tensor(value, placement, samples, count)
     if type(value) in (tuple, list):
-        return type(value)(taken(item, _inside(where, value, i), samples, count) for i, item in enumerate(value))
+        return type(value)(
+            slice_samples(item, _placement_of_item(placement, value, i), samples, count) for i, item in enumerate(value)
+        )
     if type(value) is dict:
-        return {key: taken(item, _inside(where, value, key), samples, count) for key, item in value.items()}
+        return {
+            key: slice_samples(item, _placement_of_item(placement, value, key), samples, count)
+            for key, item in value.items()
+        }
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     raise PeftcoreError(
-        f"an adapter for each of {count} samples: an argument of type {type(value).__name__} cannot be split. "
-        "Only adapters of layers such as linear ones can be mixed in a batch"
+        f"cannot mix adapters in a batch of {count} samples: an argument of type {type(value).__name__} cannot be "
+        "sliced. Only adapters on layers such as linear ones can be mixed in a batch"
     )
 
 
-def _taken_rows(tensor: Tensor, where: Any, samples: Tensor, count: int) -> Tensor:
-    if where == SHARED:
+def _slice_tensor(tensor: Tensor, placement: Any, samples: Tensor, count: int) -> Tensor:
+    if placement == SHARED:
         return tensor
-    # One row for a batch of several samples is broadcast to them.
-    in_rows = isinstance(where, Samples) and where.dim == 0
-    may_be_broadcast = where in (BROADCAST, UNKNOWN) or (count > 1 and in_rows)
+    # If a batch of several samples has one row, the row is broadcast to them.
+    in_rows = isinstance(placement, Samples) and placement.dim == 0
+    may_be_broadcast = placement in (BROADCAST, UNKNOWN) or (count > 1 and in_rows)
     if may_be_broadcast and (tensor.dim() == 0 or tensor.shape[0] == 1):
         return tensor
-    where = Samples() if where == BROADCAST else where
-    if isinstance(where, Samples) and where.dim < tensor.dim() and tensor.shape[where.dim] % count == 0:
-        return tensor.index_select(where.dim, entries_of(samples, tensor.shape[where.dim] // count))
+    placement = Samples() if placement == BROADCAST else placement
+    if isinstance(placement, Samples) and placement.dim < tensor.dim() and tensor.shape[placement.dim] % count == 0:
+        return tensor.index_select(placement.dim, entries_of(samples, tensor.shape[placement.dim] // count))
     raise PeftcoreError(
-        f"an adapter for each of {count} samples: it is not known which part of an argument of shape "
-        f"{list(tensor.shape)} belongs to which sample. Run the samples of each adapter in a batch of their own"
+        f"cannot mix adapters in a batch of {count} samples: it is unknown which rows of an argument of shape "
+        f"{list(tensor.shape)} belong to which sample. Run the samples of each adapter in a separate batch"
     )
 
 
-def joined(parts: list[Any], where: Any, counts: list[int], order: Tensor) -> Any:
-    """Join the outputs of groups of samples into one output for the whole batch.
+def join_samples(parts: list[Any], placement: Any, counts: list[int], order: Tensor) -> Any:
+    """Join the outputs of groups of samples into the output of the whole batch.
 
-    A tensor that all samples of a group share, such as T5's position bias, is repeated for each of them.
+    A tensor that all samples of a group share, such as T5's position bias, is repeated for each sample.
 
     Args:
         parts: the output of each group.
-        where: place of the samples in it, as in `Rows.output`.
-        counts: number of samples of each group.
-        order: int64, for each sample of the batch its place among the samples of all groups.
+        placement: placement of the samples in the output, as in `Rows.output`.
+        counts: number of samples in each group.
+        order: int64, for each sample of the batch its index in the concatenated groups.
 
     Raises:
-        PeftcoreError: the place of the samples in a part of it is not known.
+        PeftcoreError: the placement of the samples in a tensor is unknown.
     """
     if isinstance(parts[0], Tensor):
-        if isinstance(where, Samples) and _divide(parts, where.dim, counts):
-            each = parts[0].shape[where.dim] // counts[0]
-            return torch.cat(parts, where.dim).index_select(where.dim, entries_of(order, each))
+        if isinstance(placement, Samples) and _divides_evenly(parts, placement.dim, counts):
+            entries = parts[0].shape[placement.dim] // counts[0]
+            return torch.cat(parts, placement.dim).index_select(placement.dim, entries_of(order, entries))
         sizes = [part.shape[0] if part.dim() else 0 for part in parts]
-        may_be = counts if where == BROADCAST else [1] * len(counts)  # may have been repeated for each sample already
-        if all(size in (1, n) for size, n in zip(sizes, may_be, strict=True)):
-            return torch.cat([part.expand(n, *part.shape[1:]) for part, n in zip(parts, counts, strict=True)])[order]
+        # A broadcast tensor may have been repeated for each sample already.
+        allowed_counts = counts if placement == BROADCAST else [1] * len(counts)
+        if all(size in (1, n) for size, n in zip(sizes, allowed_counts, strict=True)):
+            expanded = [part.expand(n, *part.shape[1:]) for part, n in zip(parts, counts, strict=True)]
+            return torch.cat(expanded)[order]
         raise PeftcoreError(
-            f"an adapter for each sample: an output of shape {list(parts[0].shape)} for {counts[0]} samples cannot be "
-            "joined. Only adapters of layers such as linear ones can be mixed in a batch"
+            f"cannot mix adapters in a batch: outputs of shape {list(parts[0].shape)} for {counts[0]} samples cannot "
+            "be joined. Only adapters on layers such as linear ones can be mixed in a batch"
         )
     if type(parts[0]) in (tuple, list):
-        own = zip(*parts, strict=True)
-        return type(parts[0])(joined(list(p), _inside(where, parts[0], i), counts, order) for i, p in enumerate(own))
-    if isinstance(parts[0], dict):  # the outputs of transformers' models, too
-        items = {key: joined([p[key] for p in parts], _inside(where, parts[0], key), counts, order) for key in parts[0]}
+        items_by_group = zip(*parts, strict=True)
+        return type(parts[0])(
+            join_samples(list(p), _placement_of_item(placement, parts[0], i), counts, order)
+            for i, p in enumerate(items_by_group)
+        )
+    if isinstance(parts[0], dict):  # includes the output classes of transformers
+        items = {}
+        for key in parts[0]:
+            values = [part[key] for part in parts]
+            items[key] = join_samples(values, _placement_of_item(placement, parts[0], key), counts, order)
         return type(parts[0])(**items)
     if parts[0] is None:
         return None
-    raise PeftcoreError(f"an adapter for each sample: an output of type {type(parts[0]).__name__} cannot be joined")
+    raise PeftcoreError(
+        f"cannot mix adapters in a batch: outputs of type {type(parts[0]).__name__} cannot be joined. Run the samples "
+        "of each adapter in a separate batch"
+    )
 
 
-def first_in(where: Any) -> Any:
-    """Return the place of the samples in the first tensor of an output."""
-    if isinstance(where, (tuple, list, dict)):
-        return first_in(next(iter(where.values() if isinstance(where, dict) else where), UNKNOWN))
-    return where
+def first_placement(placement: Any) -> Any:
+    """Return the placement of the samples in the first tensor of an output."""
+    if isinstance(placement, (tuple, list, dict)):
+        return first_placement(next(iter(placement.values() if isinstance(placement, dict) else placement), UNKNOWN))
+    return placement
 
 
-def _divide(parts: list[Tensor], dim: int, counts: list[int]) -> bool:
-    """Return whether each part has the same number of entries for each of its samples."""
+def _divides_evenly(parts: list[Tensor], dim: int, counts: list[int]) -> bool:
+    """Return whether all parts have the same number of entries per sample."""
     sizes = [part.shape[dim] if dim < part.dim() else 0 for part in parts]
     return all(size and size * counts[0] == sizes[0] * count for size, count in zip(sizes, counts, strict=True)) and (
         sizes[0] % counts[0] == 0
     )
 
 
-def _inside(where: Any, container: Any, key: Any) -> Any:
-    """Return the entry of `where` for one item of a container, which may have other items than the observed one."""
+def _placement_of_item(placement: Any, container: Any, key: Any) -> Any:
+    """Return the placement in one item of a container; UNKNOWN if the observed container had other items."""
     if isinstance(container, dict):
-        return where.get(key, UNKNOWN) if isinstance(where, dict) else UNKNOWN
-    return where[key] if type(where) is type(container) and len(where) == len(container) else UNKNOWN
+        return placement.get(key, UNKNOWN) if isinstance(placement, dict) else UNKNOWN
+    return placement[key] if type(placement) is type(container) and len(placement) == len(container) else UNKNOWN
 
 
 # --- observation of the rows -----------------------------------------------------------------------------------------
 
-_FEW, _MORE = 2, 3  # samples
-_SHORT, _LONG = (7, 5), (11, 13)  # tokens of each sample, of the encoder (or only stack) and of the decoder
+_FEW, _MORE = 2, 3  # numbers of samples
+_SHORT, _LONG = (7, 5), (11, 13)  # numbers of tokens per sample: (encoder or only stack, decoder)
 _TOKENS = ("input_ids", "inputs_embeds", "hidden_states")
 _DECODER_TOKENS = ("decoder_input_ids", "decoder_inputs_embeds", "labels", *_TOKENS)
 
-# Operators that keep the order along dimension 0 if its size stays the same.
+# Operators that keep the order along dimension 0 if its size does not change.
 _BY_ROW = {
     "_softmax", "_to_copy", "add", "addmm", "alias", "baddbmm", "bmm", "cat", "clamp", "clone", "convolution", "detach",
     "div", "exp", "expand", "gelu", "lift_fresh", "linear", "masked_fill", "mean", "mm", "mul", "native_dropout",
@@ -190,185 +207,208 @@ _BY_ROW = {
     "rsub", "sigmoid", "silu", "slice", "softplus", "split", "split_with_sizes", "sub", "sum", "t", "tanh", "transpose",
     "where",
 }  # fmt: skip
-_ALONG_ONE = {"slice", "split", "split_with_sizes", "sum", "mean", "cat", "expand"}  # which may be dimension 0
+_ALONG_ONE = {"slice", "split", "split_with_sizes", "sum", "mean", "cat", "expand"}  # act on one dimension, perhaps 0
 _RESHAPING = {"view", "_unsafe_view", "_reshape_alias", "unsqueeze", "squeeze"}
 
 
 @cached_by_model
 def rows_of(model: nn.Module) -> dict[str, Rows | str]:
-    """Return {path: where samples are in the module's tensors, or why that is not known}.
+    """Return {path: placement of the samples in the module's tensors, or the reason why it is unknown}.
 
-    It takes two forward passes on a meta copy, and a third if samples and tokens share a dimension.
+    This takes two forward passes on a meta copy, and a third if samples and tokens share a dimension.
     """
-    few, more = trace(model, inputs=_inputs(_FEW, *_SHORT)), trace(model, inputs=_inputs(_MORE, *_SHORT))
-    calls, others = _by_path(few), _by_path(more)
-    shares = any(
-        isinstance(where := _grown(few_first, more_first), Samples) and where.each > 1
-        for path in calls
-        for few_first, more_first in zip(_firsts(few, calls[path]), _firsts(more, others.get(path, [])), strict=False)
-    )
-    longer = _by_path(trace(model, inputs=_inputs(_FEW, *_LONG))) if shares else calls
-    found: dict[str, Rows | str] = {}
-    for path, own in calls.items():
-        triples = list(zip(own, others.get(path, []), longer.get(path, []), strict=False))
-        if len(triples) < len(own) or len(own) < len(others[path]):
-            found[path] = "how often it is called depends on the number of samples or tokens"
+    trace_few = trace(model, inputs=_inputs(_FEW, *_SHORT))
+    trace_more = trace(model, inputs=_inputs(_MORE, *_SHORT))
+    calls, calls_more = _by_path(trace_few), _by_path(trace_more)
+    shares_dimension = False
+    for path in calls:
+        shapes_few = _first_shapes(trace_few, calls[path])
+        shapes_more = _first_shapes(trace_more, calls_more.get(path, []))
+        for shape_few, shape_more in zip(shapes_few, shapes_more, strict=False):
+            placement = _growing_dimension(shape_few, shape_more)
+            shares_dimension |= isinstance(placement, Samples) and placement.per_sample > 1
+    calls_longer = _by_path(trace(model, inputs=_inputs(_FEW, *_LONG))) if shares_dimension else calls
+    rows: dict[str, Rows | str] = {}
+    for path, path_calls in calls.items():
+        triples = list(zip(path_calls, calls_more.get(path, []), calls_longer.get(path, []), strict=False))
+        if len(triples) < len(path_calls) or len(path_calls) < len(calls_more[path]):
+            rows[path] = "the number of its calls depends on the number of samples or tokens"
         else:
-            found[path] = _agreed([_rows(few, more, *triple) for triple in triples])
-    for path, like in few.alike:
-        for name in [name for name in found if name == like or name.startswith(f"{like}.")]:
-            found[path + name[len(like) :]] = found[name]
-    error = few.error or more.error
-    never = (
+            rows[path] = _merge_calls([_rows(trace_few, trace_more, *triple) for triple in triples])
+    for path, traced_path in trace_few.alike:
+        for name in [name for name in rows if name == traced_path or name.startswith(f"{traced_path}.")]:
+            rows[path + name[len(traced_path) :]] = rows[name]
+    error = trace_few.error or trace_more.error
+    reason = (
         "a forward with example inputs does not call it"
         if error is None
         else f"a forward with example inputs fails before it is called ({type(error).__name__}: {error})"
     )
-    return {**{path: never for path, _ in base_modules(model)}, **found}
+    return {**{path: reason for path, _ in base_modules(model)}, **rows}
 
 
 def _inputs(batch: int, length: int, decoder_length: int) -> Inputs:
-    """Return a builder of example inputs of this size, padded, so that the model makes masks for padding."""
+    """Return a builder of example inputs of this size. They have padding, so that the model makes a padding mask."""
 
     def make(model: nn.Module) -> dict[str, Any]:
-        made = example_inputs(model, device="cpu", batch=batch, length=length, decoder_length=decoder_length)
-        if "input_ids" in made and "attention_mask" in inspect.signature(original_forward(model)).parameters:
-            made["attention_mask"] = torch.ones(batch, length, dtype=torch.long)
-            made["attention_mask"][0, 0] = 0
-        return made
+        inputs = example_inputs(model, device="cpu", batch=batch, length=length, decoder_length=decoder_length)
+        if "input_ids" in inputs and "attention_mask" in inspect.signature(original_forward(model)).parameters:
+            inputs["attention_mask"] = torch.ones(batch, length, dtype=torch.long)
+            inputs["attention_mask"][0, 0] = 0
+        return inputs
 
     return make
 
 
-def _by_path(seen: Trace) -> dict[str, list[TracedCall]]:
+def _by_path(forward_trace: Trace) -> dict[str, list[TracedCall]]:
     calls: dict[str, list[TracedCall]] = defaultdict(list)
-    for call in seen.calls:
+    for call in forward_trace.calls:
         calls[call.path].append(call)
     return calls
 
 
-def _firsts(seen: Trace, calls: list[TracedCall]) -> list[tuple[int, ...]]:
+def _first_shapes(forward_trace: Trace, calls: list[TracedCall]) -> list[tuple[int, ...]]:
     """Return the shape of the first tensor of each call."""
-    return [() if call.first is None else seen.values[call.first].shape for call in calls]
+    return [() if call.first is None else forward_trace.values[call.first].shape for call in calls]
 
 
-def _rows(seen: Trace, seen_more: Trace, few: TracedCall, more: TracedCall, longer: TracedCall) -> Rows | str:
-    """Return where samples are in one call of a module, from three forward passes.
+def _rows(trace_few: Trace, trace_more: Trace, few: TracedCall, more: TracedCall, longer: TracedCall) -> Rows | str:
+    """Return the placement of the samples in one call of a module, from three forward passes.
 
     Args:
-        seen, seen_more: the forwards of `few` and `more`.
+        trace_few, trace_more: traces that contain `few` and `more`.
+        few, more, longer: the call with few samples, with more samples, and with longer samples.
     """
-    others = (more.given, longer.given)
-    arguments = {name: _compared(given, *(other.get(name) for other in others)) for name, given in few.given.items()}
+    other_arguments = (more.argument_shapes, longer.argument_shapes)
+    arguments = {
+        name: _compare_shapes(shapes, *(shapes_by_name.get(name) for shapes_by_name in other_arguments))
+        for name, shapes in few.argument_shapes.items()
+    }
     first = next(iter(few.arguments), None)
     if first is None:
         return "it is called without a tensor"
-    where = arguments[first]
-    if where in (SHARED, BROADCAST):
+    placement = arguments[first]
+    if placement in (SHARED, BROADCAST):
         return "its inputs are the same for all samples"
-    if not isinstance(where, Samples):
-        return "its input grows with the number of samples in another way than by a dimension"
-    if (where.each > 1 or where.tokens) and not (where.dim == 0 and _in_order(seen, seen_more, few.arguments[first])):
-        return "its input has rows of all samples, whose order is not known"
-    return Rows(where, arguments, _compared(few.gave, more.gave, longer.gave))
+    if not isinstance(placement, Samples):
+        return "no single dimension of its input grows with the number of samples"
+    has_several_entries = placement.per_sample > 1 or bool(placement.tokens)
+    if has_several_entries:
+        is_ordered = placement.dim == 0 and _is_in_sample_order(trace_few, trace_more, few.arguments[first])
+        if not is_ordered:
+            return "its input has rows of all samples in an unknown order"
+    return Rows(placement, arguments, _compare_shapes(few.output_shapes, more.output_shapes, longer.output_shapes))
 
 
-def _compared(few: Any, more: Any, longer: Any) -> Any:
-    """Return where samples are in tensors of these shapes, in the same containers."""
-    if isinstance(few, torch.Size):
-        return _samples_in(few, more, longer)
-    if isinstance(few, dict):
-        more, longer = (other if isinstance(other, dict) else {} for other in (more, longer))
-        return {key: _compared(value, more.get(key), longer.get(key)) for key, value in few.items()}
-    if isinstance(few, (tuple, list)):
-        more, longer = (other if _is_sequence_like(few, other) else [None] * len(few) for other in (more, longer))
-        places = [_compared(*items) for items in zip(few, more, longer, strict=True)]
-        return tuple(places) if isinstance(few, tuple) else places
+def _compare_shapes(shapes_few: Any, shapes_more: Any, shapes_longer: Any) -> Any:
+    """Return the placement of the samples in tensors of these shapes, in the same containers."""
+    if isinstance(shapes_few, torch.Size):
+        return _samples_in(shapes_few, shapes_more, shapes_longer)
+    if isinstance(shapes_few, dict):
+        shapes_more, shapes_longer = (
+            other if isinstance(other, dict) else {} for other in (shapes_more, shapes_longer)
+        )
+        return {
+            key: _compare_shapes(value, shapes_more.get(key), shapes_longer.get(key))
+            for key, value in shapes_few.items()
+        }
+    if isinstance(shapes_few, (tuple, list)):
+        shapes_more, shapes_longer = (
+            other if _is_sequence_like(shapes_few, other) else [None] * len(shapes_few)
+            for other in (shapes_more, shapes_longer)
+        )
+        places = [_compare_shapes(*items) for items in zip(shapes_few, shapes_more, shapes_longer, strict=True)]
+        return tuple(places) if isinstance(shapes_few, tuple) else places
     return UNKNOWN
 
 
-def _is_sequence_like(few: Sequence[Any], other: Any) -> bool:
-    return isinstance(other, (tuple, list)) and len(other) == len(few)
+def _is_sequence_like(shapes: Sequence[Any], other: Any) -> bool:
+    return isinstance(other, (tuple, list)) and len(other) == len(shapes)
 
 
-def _samples_in(few: torch.Size, more: Any, longer: Any) -> Samples | str:
-    """Return where samples are in a tensor of these shapes: with few samples, with more, and with longer ones."""
-    if not isinstance(more, torch.Size) or not isinstance(longer, torch.Size):
+def _samples_in(shape_few: torch.Size, shape_more: Any, shape_longer: Any) -> Samples | str:
+    """Return the placement in a tensor from its shapes with few samples, with more samples, and with longer samples."""
+    if not isinstance(shape_more, torch.Size) or not isinstance(shape_longer, torch.Size):
         return UNKNOWN
-    where = _grown(few, more)
-    if not isinstance(where, Samples) or where.each == 1:
-        return where
-    if len(longer) != len(few) or longer[where.dim] % _FEW:
+    placement = _growing_dimension(shape_few, shape_more)
+    if not isinstance(placement, Samples) or placement.per_sample == 1:
+        return placement
+    if len(shape_longer) != len(shape_few) or shape_longer[placement.dim] % _FEW:
         return UNKNOWN
-    each = longer[where.dim] // _FEW
-    if each == where.each:
-        return where
+    entries = shape_longer[placement.dim] // _FEW
+    if entries == placement.per_sample:
+        return placement
     for short, long, names in zip(_SHORT, _LONG, (_TOKENS, _DECODER_TOKENS), strict=True):
-        if where.each % short == 0 and where.each // short * long == each:
-            return Samples(where.dim, where.each // short, names)
+        if placement.per_sample % short == 0 and placement.per_sample // short * long == entries:
+            return Samples(placement.dim, placement.per_sample // short, names)
     return UNKNOWN
 
 
-def _grown(few: tuple[int, ...], more: tuple[int, ...]) -> Samples | str:
-    """Return the dimension that grows with the samples, and its number of entries per sample."""
-    if len(few) != len(more):
+def _growing_dimension(shape_few: tuple[int, ...], shape_more: tuple[int, ...]) -> Samples | str:
+    """Return the placement in the dimension that grows with the number of samples."""
+    if len(shape_few) != len(shape_more):
         return UNKNOWN
-    grown = [dim for dim in range(len(few)) if few[dim] != more[dim]]
-    if not grown:
-        return BROADCAST if few[:1] == (1,) else SHARED
-    dim = grown[0]
-    if len(grown) > 1 or few[dim] % _FEW or few[dim] // _FEW * _MORE != more[dim]:
+    growing = [dim for dim in range(len(shape_few)) if shape_few[dim] != shape_more[dim]]
+    if not growing:
+        return BROADCAST if shape_few[:1] == (1,) else SHARED
+    dim = growing[0]
+    if len(growing) > 1 or shape_few[dim] % _FEW or shape_few[dim] // _FEW * _MORE != shape_more[dim]:
         return UNKNOWN
-    return Samples(dim, few[dim] // _FEW)
+    return Samples(dim, shape_few[dim] // _FEW)
 
 
-def _in_order(few: Trace, more: Trace, number: int) -> bool:
-    """Return whether dimension 0 of a value holds all entries of the first sample, then those of the second.
+def _is_in_sample_order(trace_few: Trace, trace_more: Trace, number: int) -> bool:
+    """Return whether dimension 0 of a value has all entries of the first sample, then those of the second, and so on.
 
     Args:
-        few, more: forwards of the same operators, with so many samples.
-        number: of the value.
+        trace_few, trace_more: traces of the same operators with few and with more samples.
+        number: number of the value.
     """
-    if len(few.values) != len(more.values):
+    if len(trace_few.values) != len(trace_more.values):
         return False
-    ahead, known = [number], {number}
-    while ahead:
-        number = ahead.pop()
-        value = few.values[number]
-        if value.shape[:1] == (_FEW,) and more.values[number].shape[:1] == (_MORE,):
-            continue  # one entry per sample: the model decides its order
-        if value.operator in _RESHAPING:  # the order of all elements stays
+    stack, visited = [number], {number}
+    while stack:
+        number = stack.pop()
+        value = trace_few.values[number]
+        if value.shape[:1] == (_FEW,) and trace_more.values[number].shape[:1] == (_MORE,):
+            continue  # one entry per sample
+        if value.operator in _RESHAPING:  # keeps the order of all elements
             inputs = value.inputs[:1]
         elif value.operator in _BY_ROW or value.operator.startswith("_scaled_dot_product"):
-            inputs = tuple(i for i in value.inputs if _keeps_rows(few.values[i], value) and not few.values[i].is_weight)
+            inputs = tuple(
+                i for i in value.inputs if _keeps_rows(trace_few.values[i], value) and not trace_few.values[i].is_weight
+            )
         else:
             inputs = ()
         if not inputs or value.moves_first or value.shape[0] % _FEW:
             return False
-        ahead += [i for i in inputs if i not in known]
-        known.update(inputs)
+        stack += [i for i in inputs if i not in visited]
+        visited.update(inputs)
     return True
 
 
-def _keeps_rows(before: Value, value: Value) -> bool:
-    return before.shape[:1] == value.shape[:1] and (
-        value.operator not in _ALONG_ONE or len(before.shape) == len(value.shape)
+def _keeps_rows(source: Value, value: Value) -> bool:
+    return source.shape[:1] == value.shape[:1] and (
+        value.operator not in _ALONG_ONE or len(source.shape) == len(value.shape)
     )
 
 
-def _agreed(calls: list[Rows | str]) -> Rows | str:
-    """Return what holds for all calls of a module."""
-    first = calls[0]
-    for other in calls[1:]:
-        if isinstance(first, str) or isinstance(other, str) or other.first != first.first:
-            if first == other:
+def _merge_calls(calls: list[Rows | str]) -> Rows | str:
+    """Return the placement that all calls of a module have in common, or the reason why there is none."""
+    common = calls[0]
+    for rows in calls[1:]:
+        if isinstance(common, str) or isinstance(rows, str) or rows.first != common.first:
+            if common == rows:
                 continue
-            return "its calls differ: samples are in different places, or missing from some"
-        if other != first:
-            merged = {name: _same(where, other.arguments.get(name)) for name, where in first.arguments.items()}
-            first = Rows(first.first, merged, _same(first.output, other.output))
-    return first
+            return "samples are in different places in its calls, or missing in some of them"
+        if rows != common:
+            arguments = {
+                name: _same_placement(placement, rows.arguments.get(name))
+                for name, placement in common.arguments.items()
+            }
+            common = Rows(common.first, arguments, _same_placement(common.output, rows.output))
+    return common
 
 
-def _same(one: Any, other: Any) -> Any:
-    return one if one == other else UNKNOWN
+def _same_placement(placement: Any, other_placement: Any) -> Any:
+    return placement if placement == other_placement else UNKNOWN

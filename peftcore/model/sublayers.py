@@ -1,7 +1,7 @@
 """Detection of attention, cross-attention and feed-forward sublayers in one forward pass.
 
-A sublayer is a branch F of the residual stream, the additions s + h where h was made from s. It is found by what is
-added to what, never by the name of a class.
+A sublayer is a branch F of the residual stream: an addition s + h where h was computed from s. Sublayers are found from
+these additions alone, never by the name of a class.
 
 s ──┬── norm ── x ── F ── h ── (+) ── out
     └──────────────────────────┘
@@ -18,7 +18,7 @@ from typing import Any
 from torch import nn
 
 from peftcore.model.base_modules import base_modules
-from peftcore.model.bypass import bypassed, rewritten
+from peftcore.model.bypass import bypassed_layers, rewritten_layers
 from peftcore.model.tracing import SKIPPED, Call, Trace, cached_by_model, observe, trace
 from peftcore.plugin.architecture import ATTENTION, CROSS_ATTENTION, FEED_FORWARD, Kind, Sublayer
 
@@ -30,61 +30,63 @@ _FUSED_ATTENTION = {
     )
 }  # fmt: skip
 _MATRIX = {"mm", "addmm", "_grouped_mm", "bmm", "baddbmm", "convolution", *_FUSED_ATTENTION}
-# Operators by which one token sees others, where no product of activations does it.
+# Operators that mix tokens without a product of activations.
 _MIXING = {"convolution", "_fft_r2c", "_fft_c2c", "cumsum", "stack", "avg_pool2d", "roll"}
 _NORMS = {"native_layer_norm", "_fused_rms_norm", "rsqrt", "native_batch_norm", "native_group_norm", "var_mean", "std"}
 _VIEWS = {"view", "_unsafe_view"}
 _SCALES = {"mul", "div", "_to_copy", "clone", "view"}
 
 
-class Observed(Sequence[Sublayer]):
-    """The sublayers of a model, found on first use."""
+class ObservedSublayers(Sequence[Sublayer]):
+    """The sublayers of a model, detected on first access."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
 
     @cached_property
-    def _found(self) -> tuple[Sublayer, ...]:
+    def _sublayers(self) -> tuple[Sublayer, ...]:
         return find(self._model)
 
     def __getitem__(self, index: Any) -> Any:
-        return self._found[index]
+        return self._sublayers[index]
 
     def __len__(self) -> int:
-        return len(self._found)
+        return len(self._sublayers)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Sequence) and self._found == tuple(other)
+        return isinstance(other, Sequence) and self._sublayers == tuple(other)
 
     def __repr__(self) -> str:
-        return repr(self._found)
+        return repr(self._sublayers)
 
 
 @cached_by_model
 def find(model: nn.Module) -> tuple[Sublayer, ...]:
     """Return the sublayers of all numbered layers of `model`, in the order of its forward.
 
-    The result is empty if the forward fails with example inputs, or if the model scales the residual stream.
+    The result is empty if the forward fails with example inputs inside a layer, or if the model rescales the residual
+    stream.
     """
-    reader = _Reader(model, observe(model))
+    reader = _SublayerReader(model, observe(model))
     if reader.looks_into_skipped_layers():
-        reader = _Reader(model, trace(model, every_layer=True))
-    if reader.trace.error is not None and not _whole_stacks(model, reader.trace):
+        reader = _SublayerReader(model, trace(model, every_layer=True))
+    if reader.trace.error is not None and not _ran_whole_stacks(model, reader.trace):
         return ()
-    found = reader.sublayers()
-    if any(sublayer.output in bypassed(model) for sublayer in found):  # it may be called in evaluation only
+    sublayers = reader.sublayers()
+    # A module may be called in evaluation mode, but bypassed in training.
+    if any(sublayer.output in bypassed_layers(model) for sublayer in sublayers):
         training = trace(model, training=True)
-        read = {name.rpartition(".")[0] for name in training.other_reads}
-        not_called = read - training.called
-        found = tuple(sublayer for sublayer in found if sublayer.output not in not_called)
-    if any(f"{path}.".startswith(f"{sublayer.output}.") for path in rewritten(model) for sublayer in found):
-        return ()  # the stream is scaled differently in evaluation and training (RWKV)
-    return found
+        read_paths = {name.rpartition(".")[0] for name in training.other_reads}
+        not_called = read_paths - training.called
+        sublayers = tuple(sublayer for sublayer in sublayers if sublayer.output not in not_called)
+    if any(f"{path}.".startswith(f"{sublayer.output}.") for path in rewritten_layers(model) for sublayer in sublayers):
+        return ()  # evaluation and training scale the stream differently (RWKV)
+    return sublayers
 
 
-def _whole_stacks(model: nn.Module, trace: Trace) -> bool:
-    """Return whether a failed forward ran every list of layers completely or not at all."""
-    if any(_numbers(path) for path in trace.failed):
+def _ran_whole_stacks(model: nn.Module, trace: Trace) -> bool:
+    """Return whether a failed forward ran each list of layers completely or not at all."""
+    if any(_numbered_prefixes(path) for path in trace.failed):
         return False
     lists = [(path, module) for path, module in base_modules(model) if isinstance(module, nn.ModuleList)]
     return all(len({f"{path}.{i}" in trace.called for i in range(len(module))}) <= 1 for path, module in lists)
@@ -92,7 +94,7 @@ def _whole_stacks(model: nn.Module, trace: Trace) -> bool:
 
 @dataclass(frozen=True)
 class Branch:
-    """A residual branch: `call` computes h from `stream`, and `adder` adds h to it, or to a multiple, giving `out`."""
+    """A residual branch: `call` computes h from `stream`, and `adder` adds h to the stream or to a multiple of it."""
 
     call: Call
     h: int
@@ -102,11 +104,11 @@ class Branch:
 
 
 class Residuals:
-    """Residual `branches` found in a trace, and `streams`, the values to which something was added."""
+    """Residual `branches` of a trace, and `streams`: the values to which a branch is added."""
 
     def __init__(self, trace: Trace) -> None:
         self.trace, self.values = trace, trace.values
-        self.returned: dict[int, list[Call]] = defaultdict(list)  # {value: calls that returned it, innermost first}
+        self.returned: dict[int, list[Call]] = defaultdict(list)  # {value: calls that returned it, outermost last}
         for call in trace.calls:
             if call.output is not None and call.output not in call.arguments.values():
                 self.returned[call.output].insert(0, call)
@@ -122,26 +124,26 @@ class Residuals:
         found = [
             Branch(call=call, h=call.output, stream=root, out=out, adder=self.values[out].call)
             for out, (_, h, root) in self._additions.items()
-            for call in dict.fromkeys(self._givers(h, root, set(self._around(self.values[out].call))))
+            for call in dict.fromkeys(self._producers(h, root, set(self._with_enclosing(self.values[out].call))))
             if call.output is not None
         ]
-        adders = {around for branch in found for around in self._around(branch.adder)}
-        # Without blocks that contain branches.
+        adders = {around for branch in found for around in self._with_enclosing(branch.adder)}
+        # Leave out blocks that contain branches.
         self.branches = [branch for branch in found if branch.call not in adders]
 
     def views(self, value: int) -> list[int]:
-        """Return `value` and its views with other leading dimensions, such as OPT's rows back in batches."""
-        return [value, *(view for each in self._views.get(value, ()) for view in self.views(each))]
+        """Return `value` and its views with other leading dimensions; OPT reshapes between rows and batches."""
+        return [value, *(view for child in self._views.get(value, ()) for view in self.views(child))]
 
     def region(self, value: int, since: int) -> set[int]:
-        """Return the values from which `value` was computed, none older than `since`."""
-        seen, queue = {value}, [value]
+        """Return the values from which `value` was computed, back to `since`."""
+        visited, queue = {value}, [value]
         while queue:
             for number in self.values[queue.pop()].inputs:
-                if number >= since and number not in seen:
-                    seen.add(number)
+                if number >= since and number not in visited:
+                    visited.add(number)
                     queue.append(number)
-        return seen
+        return visited
 
     def comes_from(self, value: int, root: int) -> bool:
         """Return whether `value` was computed from `root`."""
@@ -151,20 +153,22 @@ class Residuals:
         return call in self._norms and self.is_plain(call)
 
     def is_plain(self, call: Call) -> bool:
-        """Return whether the call mixes neither tokens nor features (norm, dropout, scale, activation)."""
+        """Return whether the call mixes neither tokens nor features, as norms, dropout, scales and activations do."""
         return call not in self._mixing and not any(p.dim() > 1 for p in call.module.parameters())
 
     def _calls_with(self, operators: set[str]) -> set[Call]:
-        return {call for value in self.values if value.operator in operators for call in self._around(value.call)}
+        return {
+            call for value in self.values if value.operator in operators for call in self._with_enclosing(value.call)
+        }
 
-    def _around(self, call: Call | None) -> Iterator[Call]:
+    def _with_enclosing(self, call: Call | None) -> Iterator[Call]:
         if call is not None:
             yield call
-            yield from call.around()
+            yield from call.enclosing()
 
     def _find_additions(self) -> dict[int, tuple[int, int, int]]:
-        """Return {out: (s, h, the value of s from which h was computed)}."""
-        found: dict[int, tuple[int, int, int]] = {}
+        """Return the additions out = s + h as {out: (s, h, the earlier value of s from which h was computed)}."""
+        additions: dict[int, tuple[int, int, int]] = {}
 
         for out, value in enumerate(self.values):
             if value.operator not in ("add", "add_") or len(value.inputs) < 2 or len(value.shape) < 2:
@@ -173,25 +177,25 @@ class Residuals:
             if self.values[a].shape != self.values[b].shape:
                 continue
             for s, h in ((a, b), (b, a)):
-                root = next((root for root in self._before(s, found) if self.comes_from(h, root)), None)
+                root = next((root for root in self._earlier_streams(s, additions) if self.comes_from(h, root)), None)
                 if root is not None and not self.values[h].is_weight:
-                    found[out] = s, h, root
+                    additions[out] = s, h, root
                     break
-        return found
+        return additions
 
-    def _givers(self, value: int, oldest: int, around: set[Call]) -> Iterator[Call]:
+    def _producers(self, value: int, oldest: int, around: set[Call]) -> Iterator[Call]:
         """Yield the outermost calls that returned `value`, ignoring norms, dropout, scales, views and sums."""
-        seen: set[int] = set()
+        visited: set[int] = set()
 
         def back(value: int) -> Iterator[Call]:
-            if value <= oldest or value in seen:
+            if value <= oldest or value in visited:
                 return
-            seen.add(value)
+            visited.add(value)
             calls = [call for call in self.returned[value] if call not in around]
             if found := [call for call in calls if not self.is_plain(call)]:
                 yield found[-1]
                 return
-            if calls:  # of a norm, dropout or scale: what it was called with
+            if calls:  # continue with the input of a norm, dropout or scale
                 yield from back(next((v for v in calls[-1].arguments.values() if not self.values[v].is_weight), -1))
                 return
             operator = self.values[value].operator
@@ -200,35 +204,34 @@ class Residuals:
             inputs = [v for v in self.values[value].inputs if not self.values[v].is_weight]
             if value in self._additions:
                 inputs = [self._additions[value][1]]
-            if operator.startswith("add"):  # each term may come from a module of its own
+            if operator.startswith("add"):  # each term may come from another module
                 for term in inputs:
                     yield from back(term)
                 return
-            for factor in self._by_depth(
-                inputs, oldest
-            ):  # a gate is not followed if the gated value comes from a module
-                given = list(back(factor))
-                yield from given
-                if given:
+            # Follow a gate only if the gated value does not come from a module.
+            for factor in self._by_depth(inputs, oldest):
+                calls = list(back(factor))
+                yield from calls
+                if calls:
                     return
 
         return back(value)
 
-    def _before(self, value: int, additions: dict[int, tuple[int, int, int]]) -> Iterator[int]:
-        """Yield a stream's value and its earlier ones: x + attn(x) + mlp(x) has two additions, a · x a scale."""
+    def _earlier_streams(self, value: int, additions: dict[int, tuple[int, int, int]]) -> Iterator[int]:
+        """Yield a stream's value and its earlier values, before additions (x + attn(x) + mlp(x)) and scales (a · x)."""
         while True:
             yield value
-            made = self.values[value]
-            inputs = [v for v in made.inputs if not self.values[v].is_weight]
+            producer = self.values[value]
+            inputs = [v for v in producer.inputs if not self.values[v].is_weight]
             if value in additions:
                 value = additions[value][0]
-            elif made.operator in _SCALES and len(inputs) == 1:
+            elif producer.operator in _SCALES and len(inputs) == 1:
                 value = inputs[0]
             else:
                 return
 
     def _by_depth(self, values: list[int], oldest: int) -> list[int]:
-        """Sort values by the number of products that led to them, most first: a gated value before its gate."""
+        """Sort values by the number of matrix products behind them, most first, so a gated value precedes its gate."""
         if len(values) < 2:
             return values
 
@@ -238,8 +241,8 @@ class Residuals:
         return sorted(values, key=depth, reverse=True)
 
 
-class _Reader:
-    """Converter of the branches of a trace into sublayers."""
+class _SublayerReader:
+    """Converts the residual branches of a trace into sublayers."""
 
     def __init__(self, model: nn.Module, trace: Trace) -> None:
         self.trace, self.values = trace, trace.values
@@ -248,7 +251,7 @@ class _Reader:
         self.called = trace.called
 
     def looks_into_skipped_layers(self) -> bool:
-        """Return whether a branch has values from inside a layer whose forward the trace skipped."""
+        """Return whether a branch leads through a layer that the trace skipped."""
         return any(
             self.values[v].operator == SKIPPED for branch in self.residuals.branches for v in self._region(branch)
         )
@@ -257,62 +260,62 @@ class _Reader:
         """Return the sublayers of all numbered layers, in the order of the forward."""
         branches = self._branches_of_layers()
         twins = self._twins(branches)
-        layers = _layers([path for paths in twins.values() for path in paths])
-        by_layer: dict[str, list[Branch]] = defaultdict(list)  # of the layers that were traced
+        layers = _layer_by_path([path for paths in twins.values() for path in paths])
+        by_layer: dict[str, list[Branch]] = defaultdict(list)  # traced layers only
         for path, branch in branches.items():
             by_layer[layers[path]].append(branch)
         found: dict[str, list[Sublayer]] = defaultdict(list)
-        for layer, inside in by_layer.items():
-            for branch, kind in zip(inside, self._kinds(inside), strict=True):
+        for layer, layer_branches in by_layer.items():
+            for branch, kind in zip(layer_branches, self._kinds(layer_branches), strict=True):
                 if kind is None:
                     continue
                 sublayer = self._sublayer(branch, kind, layer)
                 for path in dict.fromkeys(twins[branch.call.path]):
-                    found[layers[path]].append(_moved(sublayer, layer, layers[path]))
+                    found[layers[path]].append(_for_other_layer(sublayer, layer, layers[path]))
         order = [call.path for call in self.trace.calls]
-        indices = _indices(sorted(found, key=order.index))
+        indices = _layer_indices(sorted(found, key=order.index))
         return tuple(replace(sublayer, layer=indices[layer]) for layer in indices for sublayer in found[layer])
 
     def _branches_of_layers(self) -> dict[str, Branch]:
-        """Return the branches inside numbered modules by path; a layer that is called several times counts once."""
+        """Return the branches inside numbered modules by path; a layer called several times has its first branches."""
         branches: dict[str, Branch] = {}
         for branch in self.residuals.branches:
-            if _numbers(branch.call.path) and self._has_features_last(branch.call):
+            if _numbered_prefixes(branch.call.path) and self._has_features_last(branch.call):
                 branches.setdefault(branch.call.path, branch)
         return branches
 
     def _twins(self, paths: Iterable[str]) -> dict[str, list[str]]:
-        """Return each path with the same one in all layers that are like the traced one."""
+        """Return {path in a traced layer: the corresponding paths in all layers that equal it}."""
         twins = {path: [path] for path in paths}
-        for path, traced in self.trace.alike:
-            for known in [known for known in twins if known.startswith(f"{traced}.")]:
-                twins[known].append(path + known[len(traced) :])
+        for path, traced_layer in self.trace.alike:
+            for twin in [twin for twin in twins if twin.startswith(f"{traced_layer}.")]:
+                twins[twin].append(path + twin[len(traced_layer) :])
         return twins
 
     def _kinds(self, branches: list[Branch]) -> list[Kind | None]:
-        """Return the kind of each branch of one layer; None for another kind of sublayer."""
+        """Return the kind of each branch of one layer; None for any other sublayer."""
         products = [self._product(branch) for branch in branches]
         attends = [product is not None for product in products]
         mixes = [any(self.values[v].operator in _MIXING for v in self._region(branch)) for branch in branches]
         kinds: list[Kind | None] = []
         for branch, product, mixing in zip(branches, products, mixes, strict=True):
             if product is not None:
-                kinds.append(ATTENTION if self._looks_at_itself(branch, product) else CROSS_ATTENTION)
+                kinds.append(ATTENTION if self._is_self_attention(branch, product) else CROSS_ATTENTION)
             elif not mixing:
                 kinds.append(FEED_FORWARD)
             elif not any(attends):
                 kinds.append(ATTENTION)
-            else:  # a convolution inside the feed-forward, or in a module next to the feed-forward (Conformer)
+            else:  # a convolution, either inside the feed-forward or next to it (Conformer)
                 has_feed_forward = any(not a and not m for a, m in zip(attends, mixes, strict=True))
                 kinds.append(None if has_feed_forward else FEED_FORWARD)
         return kinds
 
     def _region(self, branch: Branch) -> list[int]:
-        """Return the values between the stream and h, in order, made inside the call that returned h or before it."""
+        """Return the values between the stream and h, in the order of execution."""
         return sorted(self.residuals.region(branch.h, branch.stream) - {branch.stream})
 
     def _product(self, branch: Branch) -> tuple[int, int] | None:
-        """Return the factors of the first product of two activations: queries and keys."""
+        """Return the factors (queries, keys) of the first product of two activations; None if there is none."""
         for number in self._region(branch):
             value = self.values[number]
             if value.operator in _FUSED_ATTENTION:
@@ -321,20 +324,20 @@ class _Reader:
                 return value.inputs[-2], value.inputs[-1]
         return None
 
-    def _looks_at_itself(self, branch: Branch, product: tuple[int, int]) -> bool:
+    def _is_self_attention(self, branch: Branch, product: tuple[int, int]) -> bool:
         return self.residuals.comes_from(product[1], branch.stream)
 
     def _sublayer(self, branch: Branch, kind: Kind, layer: str) -> Sublayer:
         norm = self._norm_behind(branch, layer)
-        whole, adds = self._whole(branch)
-        given = [call for out in self.residuals.views(branch.out) for call in self.residuals.returned[out]]
-        streams = [call for call in given if not self.residuals.is_plain(call)]
+        module_path, adds = self._find_module(branch)
+        calls = [call for out in self.residuals.views(branch.out) for call in self.residuals.returned[out]]
+        streams = [call for call in calls if not self.residuals.is_plain(call)]
         return Sublayer(
             kind,
-            0,  # until all layers are known
+            0,  # `sublayers` sets the layer's index once all layers are known
             output=branch.call.path,
             width=self.values[branch.h].shape[-1],
-            whole=whole,
+            whole=module_path,
             adds_residual=adds,
             norm=norm,
             stream=streams[0].path if streams and norm is None else None,
@@ -344,7 +347,7 @@ class _Reader:
         )
 
     def _norm_behind(self, branch: Branch, layer: str) -> str | None:
-        """Return the path of a norm of the sum within the layer, if the sum itself is not a stream (post-norm)."""
+        """Return the path of the layer's norm after the addition (post-norm); None if the sum itself is the stream."""
         outs = self.residuals.views(branch.out)
         if not self.residuals.streams.isdisjoint(outs):
             return None
@@ -353,12 +356,12 @@ class _Reader:
                 return call.path
         return None
 
-    def _whole(self, branch: Branch) -> tuple[str | None, bool]:
-        """Return the path of the innermost call from the sublayer's input to h, and whether it adds the stream itself.
+    def _find_module(self, branch: Branch) -> tuple[str | None, bool]:
+        """Return the path of the innermost call from the sublayer's input to h, and whether it adds the stream.
 
-        A call that adds takes h, or what h is made from, and the stream as its first two arguments.
+        The first two arguments of a call that adds are h, or a value that h is computed from, and the stream.
         """
-        for call in (branch.call, *branch.call.around()):
+        for call in (branch.call, *branch.call.enclosing()):
             arguments = list(call.arguments.values())
             if arguments and self._is_input(arguments[0], branch) and call.output in (branch.h, branch.out):
                 return call.path, False
@@ -367,12 +370,12 @@ class _Reader:
         return None, False
 
     def _is_input(self, value: int, branch: Branch) -> bool:
-        """Return whether it is the sublayer's input: the stream, or the normed stream."""
+        """Return whether `value` is the sublayer's input: the stream, or the normed stream."""
         region = self.residuals.region(value, branch.stream)
         return branch.stream in region and not any(self.values[v].operator in _MATRIX for v in region - {branch.stream})
 
     def _has_features_last(self, call: Call) -> bool:
-        """Return whether the output has features in its last dimension, unlike that of a convolution."""
+        """Return whether the output's last dimension is the features, which is not so after a convolution."""
         value = call.output
         while value is not None:
             operator = self.values[value].operator
@@ -389,23 +392,23 @@ class _Reader:
         return leaf and weight is not None and weight.dim() == 2 and call in self.residuals.multiplies
 
     def _linear_before(self, value: int, since: int) -> list[Call]:
-        """Return the calls of the nearest linear layers that `value` was computed by, none older than value `since`."""
-        found: dict[str, Call] = {}
-        seen, queue = {value}, [value]
+        """Return the calls of the nearest linear layers from which `value` was computed, back to value `since`."""
+        calls_by_path: dict[str, Call] = {}
+        visited, queue = {value}, [value]
         while queue:
             number = queue.pop()
             calls = [c for c in self.residuals.returned[number] if self._is_linear(c)]
             if calls:
-                found.setdefault(calls[0].path, calls[0])
+                calls_by_path.setdefault(calls[0].path, calls[0])
                 continue
             for source in self.values[number].inputs:
-                if source > since and source not in seen:
-                    seen.add(source)
+                if source > since and source not in visited:
+                    visited.add(source)
                     queue.append(source)
-        return [found[path] for path in sorted(found)]
+        return [calls_by_path[path] for path in sorted(calls_by_path)]
 
     def _query(self, branch: Branch) -> str | None:
-        """Return the path of the linear layer that makes the queries; None if it makes the keys, too."""
+        """Return the path of the linear layer that computes the queries; None if it also computes the keys."""
         product = self._product(branch)
         if product is None:
             return None
@@ -417,18 +420,18 @@ class _Reader:
         product = self._product(branch)
         if product is None:
             return None
-        last = self._linear_before(branch.h, branch.stream)
-        # Without an output projection, the nearest layers are those of queries, keys and values.
-        before = [call for value in product for call in self._linear_before(value, branch.stream)]
-        return last[0].path if len(last) == 1 and last[0] not in before else None
+        projections = self._linear_before(branch.h, branch.stream)
+        # Without an output projection, the nearest layers compute the queries, keys and values.
+        input_projections = [call for value in product for call in self._linear_before(value, branch.stream)]
+        return projections[0].path if len(projections) == 1 and projections[0] not in input_projections else None
 
     def _inner(self, branch: Branch) -> tuple[str, ...]:
         """Return the paths of the linear layers whose outputs the last layers of a feed-forward read."""
-        last = self._linear_before(branch.h, branch.stream)
-        read = [call.first for call in last if call.first is not None]
-        inner = {call.path for value in read for call in self._linear_before(value, branch.stream)}
+        last_layers = self._linear_before(branch.h, branch.stream)
+        read_values = [call.first for call in last_layers if call.first is not None]
+        inner = {call.path for value in read_values for call in self._linear_before(value, branch.stream)}
         if any(not self._all_called(path) for path in inner):
-            return ()  # experts, of which this forward used only some
+            return ()  # experts, of which the traced forward used only some
         return tuple(path for path in self.modules if path in inner)
 
     def _all_called(self, path: str) -> bool:
@@ -436,18 +439,18 @@ class _Reader:
         parts = path.split(".")
         for i, part in enumerate(parts):
             if part.isdigit():
-                above = ".".join(parts[:i])
-                siblings = self.modules[above].named_children() if above in self.modules else ()
-                if not all(f"{above}.{name}" in self.called for name, _ in siblings):
+                list_path = ".".join(parts[:i])
+                siblings = self.modules[list_path].named_children() if list_path in self.modules else ()
+                if not all(f"{list_path}.{name}" in self.called for name, _ in siblings):
                     return False
         return True
 
 
-def _moved(sublayer: Sublayer, layer: str, to: str) -> Sublayer:
+def _for_other_layer(sublayer: Sublayer, layer: str, other_layer: str) -> Sublayer:
     """Return the corresponding sublayer of another layer."""
 
     def moved(path: str) -> str:
-        return to + path[len(layer) :] if path == layer or path.startswith(f"{layer}.") else path
+        return other_layer + path[len(layer) :] if path == layer or path.startswith(f"{layer}.") else path
 
     names = ("output", "whole", "norm", "stream", "query", "output_projection")
     paths: dict[str, Any] = {name: getattr(sublayer, name) for name in names}
@@ -455,31 +458,35 @@ def _moved(sublayer: Sublayer, layer: str, to: str) -> Sublayer:
     return replace(sublayer, inner=tuple(map(moved, sublayer.inner)), **paths)
 
 
-def _numbers(path: str) -> list[str]:
-    """Return the prefixes of `path` that end in a number: `layers.3` and `layers.3.mlps.0` of `layers.3.mlps.0.up`."""
+def _numbered_prefixes(path: str) -> list[str]:
+    """Return the prefixes of `path` that end in a number; `layers.3.mlps.0.up` has `layers.3` and `layers.3.mlps.0`."""
     parts = path.split(".")
     return [".".join(parts[: i + 1]) for i, part in enumerate(parts) if part.isdigit()]
 
 
-def _layers(paths: list[str]) -> dict[str, str]:
-    """Return the layer of each sublayer: the outermost numbered module without several numbered ones inside."""
-    inside: dict[str, set[str]] = defaultdict(set)
+def _layer_by_path(paths: list[str]) -> dict[str, str]:
+    """Return the layer of each sublayer: the innermost numbered module that contains more than one sublayer."""
+    paths_inside: dict[str, set[str]] = defaultdict(set)
     for path in paths:
-        for number in _numbers(path):
-            inside[number].add(path)
+        for number in _numbered_prefixes(path):
+            paths_inside[number].add(path)
     return {
-        path: max((n for n in _numbers(path) if len(inside[n]) > 1), key=len, default=_numbers(path)[0])
+        path: max(
+            (n for n in _numbered_prefixes(path) if len(paths_inside[n]) > 1),
+            key=len,
+            default=_numbered_prefixes(path)[0],
+        )
         for path in paths
     }
 
 
-def _indices(layers: list[str]) -> dict[str, int]:
-    """Return the index of each layer in its stack: its number, or its position if lists are nested (stages)."""
+def _layer_indices(layers: list[str]) -> dict[str, int]:
+    """Return the index of each layer in its stack: its number, or its position if stages contain lists of layers."""
     counts: Counter[str] = Counter()
     indices = {}
     for layer in layers:
-        stack = _numbers(layer)[0].rpartition(".")[0]
-        nested = len(_numbers(layer)) > 1
-        indices[layer] = counts[stack] if nested else int(layer.rpartition(".")[2])
+        stack = _numbered_prefixes(layer)[0].rpartition(".")[0]
+        is_nested = len(_numbered_prefixes(layer)) > 1
+        indices[layer] = counts[stack] if is_nested else int(layer.rpartition(".")[2])
         counts[stack] += 1
     return indices

@@ -1,6 +1,6 @@
-"""Trace of one forward pass: which modules were called with what, and where each value came from.
+"""Tracing of one forward pass: the calls of modules with their arguments, and the operators between values.
 
-Values are numbered in the order of creation; an in-place operator makes a new value of the same tensor.
+Values are numbered in the order of creation. An in-place operator creates a new value of the same tensor.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_map_only
 
-from peftcore.model.base_modules import base_modules, original_class, walked_once
+from peftcore.model.base_modules import base_modules, caching_base_modules, original_class
 from peftcore.model.inputs import example_inputs
 from peftcore.model.meta import MetaFloats, meta_copy
 from peftcore.plugin.outputs import first_of
 
 Inputs = Callable[[nn.Module], dict[str, Any]]
 
-SKIPPED = "layer"  # the operator of the output of a layer that was not traced
-# Operators whose output is not a weight in another form any more.
+SKIPPED = "layer"  # the "operator" that computes the output of a layer that was not traced
+# Operators after which a weight is not just a weight in another form any more.
 _PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "convolution", "embedding", "native_layer_norm", "_grouped_mm"}
 
 
@@ -40,10 +40,13 @@ class Call:
     """One call of a module.
 
     Args:
-        arguments: value of each argument that is a tensor, by name.
-        output: value of the output, a tensor or a tuple's first.
-        given: shapes of all tensors in the arguments, by name, in the same containers; None for non-tensors.
-        gave: shapes of all tensors in the output.
+        path: path of the module.
+        module: the module.
+        parent: the call inside which this one ran; None for the model's.
+        arguments: number of the value of each tensor argument, by name.
+        output: number of the output's value, or of its first tensor.
+        argument_shapes: shapes of all tensors in the arguments, by name, in the same containers; None for non-tensors.
+        output_shapes: shapes of all tensors in the output.
     """
 
     path: str
@@ -51,11 +54,11 @@ class Call:
     parent: Call | None
     arguments: dict[str, int] = field(default_factory=dict)
     output: int | None = None
-    given: dict[str, Any] = field(default_factory=dict)
-    gave: Any = None
+    argument_shapes: dict[str, Any] = field(default_factory=dict)
+    output_shapes: Any = None
 
-    def around(self) -> Iterator[Call]:
-        """Yield the calls inside which this one ran, innermost first."""
+    def enclosing(self) -> Iterator[Call]:
+        """Yield the calls that were running when this one began, innermost first."""
         call = self.parent
         while call is not None:
             yield call
@@ -63,21 +66,21 @@ class Call:
 
     @property
     def first(self) -> int | None:
-        """Return the value of the first argument."""
+        """Return the number of the first tensor argument's value."""
         return next(iter(self.arguments.values()), None)
 
 
 @dataclass(frozen=True)
 class Value:
-    """A tensor at one time: the operator that made it, from which values, inside which call."""
+    """A tensor at one point in the forward: the operator that computed it, its input values, and the call it ran in."""
 
     operator: str
     inputs: tuple[int, ...]
     call: Call | None
     shape: tuple[int, ...]
-    is_weight: bool  # a parameter, buffer or constant, also transposed, cast or sliced
-    moves_last: bool = False  # the operator moved its input's last dimension (transpose, permute)
-    moves_first: bool = False  # the operator moved its input's first dimension
+    is_weight: bool  # a parameter, buffer or constant, perhaps transposed, cast or sliced
+    moves_last: bool = False  # the operator moves its input's last dimension (transpose, permute)
+    moves_first: bool = False  # the operator moves its input's first dimension
 
 
 @dataclass
@@ -85,17 +88,18 @@ class Trace:
     """Record of one forward pass.
 
     Args:
-        values, calls: in their order.
+        values, calls: in the order of execution.
         called: paths of the modules whose forward was called.
         with_gradients: paths of the modules whose forward was called with gradients enabled.
-        in_function: paths of the modules that the forward of a `torch.autograd.Function` called (RevNet's layers).
-        own_reads: full names of the parameters that an operator took while the forward of their module ran.
+        in_function: paths of the modules called inside the forward of a `torch.autograd.Function` (RevNet's layers).
+        own_reads: full names of the parameters that an operator read while the forward of their module ran.
         other_reads: {full name of a parameter: paths of the modules that read it while its own module did not run}.
-        rewritten: {full name of a parameter that the forward changes in place: path of the module that does}.
+        rewritten: {full name of a parameter that the forward changes in place: path of the module that does so}.
         dtype_reads: full names of the parameters whose dtype other modules read.
-        alike: (path, path of the traced layer) of layers that do the same; all of the above include their modules.
-        error: the exception that ended the forward early, or None.
-        failed: paths of the modules in which it was raised.
+        alike: (path, path of the traced layer) of each layer that equals a traced one. The sets above include its
+            modules.
+        error: the exception that ended the forward, or None.
+        failed: paths of the modules in which the exception was raised.
     """
 
     values: list[Value] = field(default_factory=list)
@@ -112,55 +116,55 @@ class Trace:
     failed: set[str] = field(default_factory=set)
 
 
-_REMEMBERED: WeakKeyDictionary[nn.Module, tuple[Any, dict[str, Any]]] = WeakKeyDictionary()
+_CACHE: WeakKeyDictionary[nn.Module, tuple[Any, dict[str, Any]]] = WeakKeyDictionary()
 
 
-_HELD = threading.local()  # .model: (the model that this thread leaves as it is, its structure)
+_UNCHANGED = threading.local()  # .model: (model inside `assuming_unchanged` in this thread, its structure)
 
 
 @contextmanager
-def assumed_unchanged(model: nn.Module) -> Iterator[None]:
-    """Promise that `model` does not change inside the block, so that caches are validated only once."""
-    before = getattr(_HELD, "model", None)
-    if before is None or before[0] is not model:
-        _HELD.model = model, structure_of(model)
+def assuming_unchanged(model: nn.Module) -> Iterator[None]:
+    """Validate the caches of `model` only once for the block, inside which it must not change."""
+    previous = getattr(_UNCHANGED, "model", None)
+    if previous is None or previous[0] is not model:
+        _UNCHANGED.model = model, structure_of(model)
     try:
-        with walked_once(model):
+        with caching_base_modules(model):
             yield
     finally:
-        _HELD.model = before
+        _UNCHANGED.model = previous
 
 
 def cached_by_model(find: Callable[[nn.Module], Any]) -> Callable[[nn.Module], Any]:
-    """Cache the result of a function of a model while its modules stay the same."""
+    """Cache a function of a model until its modules change."""
 
     @functools.wraps(find)
     def remembered(model: nn.Module) -> Any:
-        held = getattr(_HELD, "model", None)
-        like = held[1] if held is not None and held[0] is model else structure_of(model)
-        known = _REMEMBERED.get(model)
-        if known is None or known[0] is not like:
-            known = _REMEMBERED[model] = like, known[1] if known is not None and known[0] == like else {}
-        found = known[1]
-        if find.__qualname__ not in found:
-            found[find.__qualname__] = find(model)
-        return found[find.__qualname__]
+        unchanged = getattr(_UNCHANGED, "model", None)
+        structure = unchanged[1] if unchanged is not None and unchanged[0] is model else structure_of(model)
+        entry = _CACHE.get(model)
+        if entry is None or entry[0] is not structure:
+            entry = _CACHE[model] = structure, entry[1] if entry is not None and entry[0] == structure else {}
+        results = entry[1]
+        if find.__qualname__ not in results:
+            results[find.__qualname__] = find(model)
+        return results[find.__qualname__]
 
     return remembered
 
 
-def share_facts(model: nn.Module, other: nn.Module, *, shared: bool = True) -> None:
+def share_cache(model: nn.Module, source: nn.Module, *, shared: bool = True) -> None:
     """Give `model` the cached facts of `other`, which has the same weights and parts.
 
     Args:
-        model: model whose facts are replaced.
-        other: model whose facts are known.
-        shared: whether facts found later of one of the two are known of the other.
+        model: model whose cache is replaced.
+        source: model whose cache is used.
+        shared: share one cache from now on, instead of copying it.
     """
-    if other not in _REMEMBERED:
-        _REMEMBERED[other] = structure_of(other), {}
-    structure, facts = _REMEMBERED[other]
-    _REMEMBERED[model] = structure, facts if shared else dict(facts)
+    if source not in _CACHE:
+        _CACHE[source] = structure_of(source), {}
+    structure, facts = _CACHE[source]
+    _CACHE[model] = structure, facts if shared else dict(facts)
 
 
 def trace(
@@ -168,37 +172,38 @@ def trace(
 ) -> Trace:
     """Trace a forward pass of `model` with example inputs on a meta copy; the model is not changed.
 
-    A forward that fails, for example because of a missing input, is traced up to there.
+    If the forward fails, for example because an input is missing, the trace ends there.
 
     Args:
-        training: whether the copy is in training mode.
-        every_layer: also trace layers that are like a traced one.
+        model: the model.
+        training: put the copy into training mode.
+        every_layer: also trace layers that equal a traced one.
         inputs: (model) -> keyword arguments on the CPU; by default `example_inputs`.
     """
     try:
-        copied = meta_copy(model).train(training)
-    except Exception as error:  # something in it cannot be copied: a process group, an open file
+        meta_model = meta_copy(model).train(training)
+    except Exception as error:  # something in the model cannot be copied, such as a process group or an open file
         return Trace(error=error)
-    found = _Watch(copied, skips=not every_layer).run(inputs or partial(example_inputs, device="cpu"))
-    return trace(model, training=training, every_layer=True, inputs=inputs) if found.error and found.alike else found
+    result = _Tracer(meta_model, skips=not every_layer).run(inputs or partial(example_inputs, device="cpu"))
+    return trace(model, training=training, every_layer=True, inputs=inputs) if result.error and result.alike else result
 
 
 observe: Callable[[nn.Module], Trace] = cached_by_model(trace)  # of a forward in evaluation mode, cached
 
 
-class _Watch:
+class _Tracer:
     def __init__(self, model: nn.Module, skips: bool) -> None:
         self.trace = Trace()
         self._skips = skips
         self._model = model
-        self._numbers: dict[int, int] = {}  # of tensors, by their id
-        self._tensors: list[Tensor] = []  # by number; alive, so that no id comes again
-        # (id of a module, full name) of each module that has a parameter, by the parameter's id
+        self._numbers: dict[int, int] = {}  # numbers of values by the tensor's id
+        self._tensors: list[Tensor] = []  # by number; they stay alive, so that ids are not reused
+        # (id of the module, full name) of each parameter's owners, by the parameter's id
         self._owners: dict[int, list[tuple[int, str]]] = defaultdict(list)
         self._paths = {id(module): path for path, module in base_modules(model)}
         self._call: Call | None = None
-        self._seen: dict[Any, tuple[str, Any, Any]] = {}  # layers that were watched
-        self._running: dict[int, int] = defaultdict(int)  # calls of a module that have begun, by its id
+        self._seen: dict[Any, tuple[str, Any, Any]] = {}  # (path, inputs, output) of traced layers
+        self._running: dict[int, int] = defaultdict(int)  # number of running calls by the module's id
         for path, module in base_modules(model):
             for name, parameter in module._parameters.items():
                 if parameter is not None:
@@ -214,10 +219,11 @@ class _Watch:
         for module in self._model.modules():
             self._wrap(module)
         try:
-            # No parameter of the copy requires a gradient: this shows which modules the model itself runs without.
+            # Enable gradients, so that modules which the model itself runs under no_grad are recognized. No memory is
+            # used, because no parameter of the copy requires a gradient.
             with torch.enable_grad(), _DtypeReads(self._record_dtype), MetaFloats(self._record):
                 self._model(**inputs)
-        except Exception as error:  # anything may go wrong in a forward
+        except Exception as error:  # the forward of a user's model may raise anything
             self.trace.error = error
         return self.trace
 
@@ -228,28 +234,29 @@ class _Watch:
         path, names = self._paths.get(id(module), ""), _names(forward)
         numbers = list(map(str.isdigit, path.split(".")))
         is_layer = self._skips and numbers[-1] and sum(numbers) == 1 and any(True for _ in module.children())
-        structure = structure_of(module) if is_layer else None  # here, since it reads the dtypes of parameters
+        # Compute the structure before the forward, because it reads dtypes of parameters, which `_DtypeReads` records.
+        structure = structure_of(module) if is_layer else None
 
         @functools.wraps(forward)
         def watched(*args: Any, **kwargs: Any) -> Any:
             call = Call(path, module, self._call)
             for name, value in [*zip(names, args, strict=False), *kwargs.items()]:
                 if isinstance(value, Tensor):
-                    call.given[name] = value.shape
+                    call.argument_shapes[name] = value.shape
                     call.arguments[name] = self._number(value)
                 else:
-                    call.given[name] = shapes_of(value)
+                    call.argument_shapes[name] = shapes_of(value)
             self.trace.calls.append(call)
             key = (path.rpartition(".")[0], structure, _kind(args, kwargs)) if is_layer else None
             if key in self._seen:
-                output = self._again(call, *self._seen[key], args, kwargs)
+                output = self._replay(call, *self._seen[key], args, kwargs)
             else:
                 self._call = call
                 self._running[id(module)] += 1
                 self.trace.called.add(path)
                 if torch.is_grad_enabled():
                     self.trace.with_gradients.add(path)
-                # The forward of an autograd.Function runs with forward-mode derivatives off; no_grad leaves them on.
+                # autograd.Function.forward disables forward-mode AD, which no_grad does not.
                 if not torch._C._is_fwd_grad_enabled():
                     self.trace.in_function.add(path)
                 try:
@@ -262,17 +269,17 @@ class _Watch:
                     self._running[id(module)] -= 1
                 if key is not None:
                     self._seen[key] = path, (args, kwargs), output
-            call.gave = shapes_of(output)
-            first = first_of(output)  # what an `After` gets
+            call.output_shapes = shapes_of(output)
+            first = first_of(output)  # the tensor that `After` placements change
             if isinstance(first, Tensor):
                 call.output = self._number(first)
             return output
 
         module.__dict__["forward"] = watched
 
-    def _again(self, call: Call, path: str, before: Any, output: Any, args: Any, kwargs: Any) -> Any:
-        """Return the output of the layer at `call`, which is like the traced one at `path`."""
-        seen = self.trace
+    def _replay(self, call: Call, path: str, traced_inputs: Any, output: Any, args: Any, kwargs: Any) -> Any:
+        """Record the call of a layer that equals the traced one at `path`, without running it; return its output."""
+        result = self.trace
 
         def renamed(name: str) -> str:
             return call.path + name[len(path) :] if is_inside(name) else name
@@ -280,22 +287,24 @@ class _Watch:
         def is_inside(name: str) -> bool:
             return name == path or name.startswith(f"{path}.")
 
-        for names in (seen.called, seen.with_gradients, seen.in_function, seen.own_reads, seen.dtype_reads):
+        for names in (result.called, result.with_gradients, result.in_function, result.own_reads, result.dtype_reads):
             names.update([renamed(name) for name in names if is_inside(name)])
-        for name in filter(is_inside, list(seen.other_reads)):
-            seen.other_reads.setdefault(renamed(name), set()).update(map(renamed, seen.other_reads[name]))
-        for name in filter(is_inside, list(seen.rewritten)):
-            seen.rewritten[renamed(name)] = renamed(seen.rewritten[name])
-        seen.alike.append((call.path, path))
-        given = {id(old): new for old, new in zip(tree_leaves(before), tree_leaves((args, kwargs)), strict=True)}
+        for name in filter(is_inside, list(result.other_reads)):
+            result.other_reads.setdefault(renamed(name), set()).update(map(renamed, result.other_reads[name]))
+        for name in filter(is_inside, list(result.rewritten)):
+            result.rewritten[renamed(name)] = renamed(result.rewritten[name])
+        result.alike.append((call.path, path))
+        replacements = {
+            id(old): new for old, new in zip(tree_leaves(traced_inputs), tree_leaves((args, kwargs)), strict=True)
+        }
         inputs = tuple(call.arguments.values())
 
         def like(tensor: Tensor) -> Tensor:
-            if id(tensor) in given:
-                return given[id(tensor)]
-            made = torch.zeros_like(tensor)
-            self._new(made, SKIPPED, inputs, False)
-            return made
+            if id(tensor) in replacements:
+                return replacements[id(tensor)]
+            output_tensor = torch.zeros_like(tensor)
+            self._new(output_tensor, SKIPPED, inputs, False)
+            return output_tensor
 
         return tree_map_only(Tensor, like, output)
 
@@ -333,22 +342,22 @@ class _Watch:
         inputs: tuple[int, ...] = ()
         is_weight = name not in _PRODUCTS
         for tensor in tensors:
-            known = self._numbers.get(id(tensor))
-            inputs += (self._new(tensor, "leaf", (), True) if known is None else known,)
+            input_number = self._numbers.get(id(tensor))
+            inputs += (self._new(tensor, "leaf", (), True) if input_number is None else input_number,)
             is_weight = is_weight and values[inputs[-1]].is_weight
             self._record_read(tensor)
-        moves_last = name in _TURNS and _TURNS[name](-1, *args)
-        moves_first = name in _TURNS and _TURNS[name](0, *args)
+        moves_last = name in _MOVES_DIMENSION and _MOVES_DIMENSION[name](-1, *args)
+        moves_first = name in _MOVES_DIMENSION and _MOVES_DIMENSION[name](0, *args)
         for tensor in tree_leaves(output):
             if isinstance(tensor, Tensor):
                 number = self._new(tensor, name, inputs, is_weight, moves_last, moves_first)
-        if operator._schema.is_mutable and tensors and inputs:  # the tensor that it is a view of has changed, too
-            of = inputs[0]
-            while values[of].operator in _VIEWS:
-                of = values[of].inputs[0]
-                self._new(self._tensors[of], name, (of, number), is_weight)
-            for _, changed in self._owners.get(id(self._tensors[of]), ()):
-                self.trace.rewritten[changed] = self._reader
+        if operator._schema.is_mutable and tensors and inputs:  # the base tensor of a view has changed as well
+            root = inputs[0]
+            while values[root].operator in _VIEWS:
+                root = values[root].inputs[0]
+                self._new(self._tensors[root], name, (root, number), is_weight)
+            for _, parameter_name in self._owners.get(id(self._tensors[root]), ()):
+                self.trace.rewritten[parameter_name] = self._reader
 
     @property
     def _reader(self) -> str:
@@ -373,7 +382,7 @@ class _Watch:
 
 
 class _DtypeReads(TorchFunctionMode):
-    """Call `record` with each tensor whose dtype is read, which no operator shows."""
+    """Call `record` with each tensor whose `dtype` is read, since no operator runs then."""
 
     def __init__(self, record: Callable[[Any], None]) -> None:
         super().__init__()
@@ -392,8 +401,8 @@ _VIEWS = {
     "squeeze", "t", "transpose", "unbind", "unfold", "unsqueeze", "view", "_unsafe_view",
 }  # fmt: skip
 
-# Whether an operator moves the first (0) or the last (-1) dimension.
-_TURNS: dict[str, Callable[..., bool]] = {
+# {operator: (0 or -1, arguments) -> whether it moves the first or the last dimension}
+_MOVES_DIMENSION: dict[str, Callable[..., bool]] = {
     "t": lambda which, x: x.dim() > 1,
     "transpose": lambda which, x, a, b: a % x.dim() != b % x.dim() and which % x.dim() in (a % x.dim(), b % x.dim()),
     "permute": lambda which, x, dims: dims[which] % x.dim() != which % x.dim(),
@@ -401,19 +410,19 @@ _TURNS: dict[str, Callable[..., bool]] = {
 
 
 def structure_of(module: nn.Module) -> Any:
-    """Return a value that is equal for modules with the same parts, sizes and settings, whatever their index is."""
+    """Return a value that is equal for modules with the same submodules, sizes and settings, except their index."""
     is_setting: Callable[[Any], bool] = _is_setting  # to mypy a class is not hashable
 
-    found: list[Any] = []
+    structure: list[Any] = []
     for path, part in base_modules(module):
-        found += path, original_class(part)
+        structure += path, original_class(part)
         for name, tensor in (*part._parameters.items(), *part._buffers.items()):
             if tensor is not None:
-                found.append((name, None if is_lazy(tensor) else tensor.shape, tensor.dtype))
+                structure.append((name, None if is_lazy(tensor) else tensor.shape, tensor.dtype))
         for name, value in part.__dict__.items():
             if is_setting(type(value)) and not _is_index(name):
-                found.append((name, value))
-    return tuple(found)
+                structure.append((name, value))
+    return tuple(structure)
 
 
 _SETTINGS = (bool, int, float, str, type(None))
@@ -424,7 +433,8 @@ def _is_setting(cls: type) -> bool:
     return issubclass(cls, _SETTINGS)
 
 
-_INDEX = re.compile(r"(^|_)(idx|index|id|number)$|^training$|^_peftcore_")  # or what a change of adapters changes
+# Attributes that differ between equal layers, or change with the mode or the adapters.
+_INDEX = re.compile(r"(^|_)(idx|index|id|number)$|^training$|^_peftcore_")
 
 
 @functools.lru_cache(4096)
@@ -440,11 +450,18 @@ def shapes_of(value: Any) -> Any:
 def _kind(args: Any, kwargs: Any) -> Any:
     """Return a value that is equal for calls that differ only in the values of tensors."""
     leaves, structure = tree_flatten((args, kwargs))
-    return str(structure), tuple(
-        (leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else leaf if isinstance(leaf, _SETTINGS) else type(leaf)
-        for leaf in leaves
-    )
+    kinds: list[Any] = []
+    for leaf in leaves:
+        if isinstance(leaf, Tensor):
+            kinds.append((leaf.shape, leaf.dtype))
+        else:
+            kinds.append(leaf if isinstance(leaf, _SETTINGS) else type(leaf))
+    return str(structure), tuple(kinds)
 
 
 def _names(forward: Any) -> list[str]:
-    return [name for name, each in inspect.signature(forward).parameters.items() if each.kind is not each.VAR_KEYWORD]
+    return [
+        name
+        for name, parameter in inspect.signature(forward).parameters.items()
+        if parameter.kind is not parameter.VAR_KEYWORD
+    ]

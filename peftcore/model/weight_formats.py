@@ -41,7 +41,7 @@ TRANSPOSED = WeightFormat(
     write=lambda module, weight: {"weight": weight.T.to(module.weight.dtype).contiguous()},
 )
 ATTENTION = WeightFormat(
-    name="attention",  # the projections of queries, keys, values and of the output, one below the other: [4 E, E]
+    name="attention",  # projections of queries, keys, values and output, stacked: [4 E, E]
     matches=lambda module: isinstance(module, nn.MultiheadAttention) and module.in_proj_weight is not None,
     read=lambda module: torch.cat([module.in_proj_weight, module.out_proj.weight]),
     write=lambda module, weight: {
@@ -77,20 +77,20 @@ def find_weight_format(module: nn.Module) -> WeightFormat | None:
     """Return the format that reads the weight of `module`, or None; plugins' formats come first.
 
     Raises:
-        PluginError: a plugin's hook fails; otherwise weights in its format would be mistaken for plain ones.
+        PluginError: a plugin's hook fails. Skipping it would treat weights in its format as dense ones.
     """
-    return _first_that_matches(module, registry.offered("peftcore_weight_formats", WeightFormat).values())
+    return _first_match(module, registry.offered("peftcore_weight_formats", WeightFormat).values())
 
 
-def _first_that_matches(module: nn.Module, formats: Iterable[tuple[Plugin, WeightFormat]]) -> WeightFormat | None:
-    for plugin, each in formats:
+def _first_match(module: nn.Module, formats: Iterable[tuple[Plugin, WeightFormat]]) -> WeightFormat | None:
+    for plugin, weight_format in formats:
         try:
-            if each.matches(module):
-                return each
+            if weight_format.matches(module):
+                return weight_format
         except Exception as error:
             if plugin is CORE or is_passed_on(error):
                 raise
-            raise failed_at(module, "matches", each.name, plugin, error) from error
+            raise failed_at(module, "matches", weight_format.name, plugin, error) from error
     return None
 
 
@@ -98,19 +98,20 @@ def weight_format(module: nn.Module) -> WeightFormat:
     """Return the format that reads the weight of `module`.
 
     Raises:
-        PeftcoreError: none does.
+        PeftcoreError: no format reads it.
     """
-    found = find_weight_format(module)
-    if found is None:
+    matching_format = find_weight_format(module)
+    if matching_format is None:
         if is_bitsandbytes(module):
             raise PeftcoreError(
-                "no weight format reads Linear4bit of bitsandbytes. Call peftcore.quantize(model) before apply: the "
+                "no weight format reads bitsandbytes' Linear4bit. Call peftcore.quantize(model) before apply: the "
                 "layers keep their bits"
             )
         if has_scaled_float8(module):
             raise PeftcoreError(
-                f"no weight format reads {type(module).__name__}: scales multiply its 8-bit floats. Load the model "
-                "with dense weights: from_pretrained(..., quantization_config=FineGrainedFP8Config(dequantize=True))"
+                f"{type(module).__name__} stores FP8 weights with scales, which no installed weight format can read. "
+                "Load the model with dense weights: from_pretrained(..., "
+                "quantization_config=FineGrainedFP8Config(dequantize=True))"
             )
         weight = module._parameters.get("weight")
         if weight is not None and not weight.is_floating_point():
@@ -120,20 +121,22 @@ def weight_format(module: nn.Module) -> WeightFormat:
             )
         raise PeftcoreError(
             f"no weight format reads {type(module).__name__}: it has no floating-point parameter 'weight'. "
-            "If a norm computes it (parametrize, weight_norm), remove the norm before apply; otherwise a plugin can "
-            "provide a format"
+            "If the weight is computed (parametrize, weight_norm), remove the parametrization before apply; otherwise "
+            "a plugin can provide a format"
         )
-    return found
+    return matching_format
 
 
 def quantized_format(module: nn.Module, name: str) -> WeightFormat | None:
     """Return the format of the module's own quantized parameter `name`; None if it is dense."""
     if name == "weight":
-        found = find_weight_format(module)
-        return found if found is not None and found.decode is not None else None
+        matching_format = find_weight_format(module)
+        return matching_format if matching_format is not None and matching_format.decode is not None else None
     parameter = module._parameters.get(name)
     if parameter is None or parameter.is_floating_point():
         return None
-    offered = registry.offered("peftcore_weight_formats", WeightFormat).values()
-    named = ((plugin, each.for_parameter(name)) for plugin, each in offered if each.for_parameter is not None)
-    return _first_that_matches(module, ((plugin, each) for plugin, each in named if each.decode is not None))
+    formats = registry.offered("peftcore_weight_formats", WeightFormat).values()
+    formats_of_parameter = (
+        (plugin, each.for_parameter(name)) for plugin, each in formats if each.for_parameter is not None
+    )
+    return _first_match(module, ((plugin, each) for plugin, each in formats_of_parameter if each.decode is not None))

@@ -14,7 +14,7 @@ from torch import nn
 
 from peftcore.errors import PeftcoreError
 from peftcore.model.targets import matches, sizes
-from peftcore.model.targets.patterns import compiled, limited
+from peftcore.model.targets.patterns import compile_pattern, limit_matching_time
 from peftcore.ops.weight import MIN_BLOCKSIZE
 from peftcore.plugin.checkpoints import CheckpointFormat, CheckpointLayout
 from peftcore.plugin.registry import registry
@@ -115,7 +115,7 @@ def without_quantization(config: PretrainedConfig) -> PretrainedConfig:
     return config
 
 
-@limited()
+@limit_matching_time()
 def pack_empty(model: nn.Module, layout: CheckpointLayout) -> None:
     """Replace layers and experts of a dense model on the meta device by 4-bit ones, in place."""
     stay_dense = [_path_matcher(pattern) for pattern in layout.dense]
@@ -146,7 +146,7 @@ def _path_matcher(pattern: str) -> Callable[[str], bool]:
     """
     if "*" in pattern and not pattern.startswith("re:"):
         anything = re.escape(pattern).replace(r"\*", ".*")
-        return compiled(rf"{anything}(?:\..*)?", "ignore")
+        return compile_pattern(rf"{anything}(?:\..*)?", "ignore")
     if pattern.startswith("re:"):
-        return compiled(f"(?:{pattern[3:]}).*", "ignore")
+        return compile_pattern(f"(?:{pattern[3:]}).*", "ignore")
     return lambda path: matches(pattern, path) or pattern in path

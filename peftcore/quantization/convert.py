@@ -17,11 +17,11 @@ from peftcore.engine.adaptation.ancestors import lock_of
 from peftcore.engine.adaptation.frozen_linear import fold_frozen
 from peftcore.engine.preflight import refuse_scripted
 from peftcore.errors import PeftcoreError, warn
-from peftcore.model import assumed_unchanged, detect
-from peftcore.model.base_modules import base_modules, restored_after_error, walked_once
+from peftcore.model import assuming_unchanged, detect
+from peftcore.model.base_modules import base_modules, caching_base_modules, restoring_on_error
 from peftcore.model.detecting import mark_as_loaded
 from peftcore.model.targets import is_conv1d
-from peftcore.model.targets.coverage import LITTLE, coverage
+from peftcore.model.targets.coverage import LOW_COVERAGE, coverage
 from peftcore.model.weight_formats import find_weight_format
 from peftcore.ops import PackedWeight
 from peftcore.ops.huge_pages import collapse, move_to_huge_pages
@@ -77,9 +77,9 @@ def quantize(
     Layers become `QuantizedLinear`, a subclass of `nn.Linear`, in place; modules with experts as parameters
     `[experts, .., ..]` get a subclass with `PackedParameters`. Embeddings, weights shared with them (a tied output
     head) and experts' biases stay dense. Subclasses of `nn.Linear` that compute something else,
-    `nn.MultiheadAttention`, and layers whose weight or dtype other code reads or changes (`peftcore.model.bypassed`,
-    `rewritten`) also stay dense, with a warning. Layers that are already quantized, also by bitsandbytes, keep their
-    bits.
+    `nn.MultiheadAttention`, and layers whose weight or dtype other code reads or changes
+    (`peftcore.model.bypassed_layers`, `rewritten_layers`) also stay dense, with a warning. Layers that are already
+    quantized, also by bitsandbytes, keep their bits.
 
     Args:
         model: the model.
@@ -172,7 +172,7 @@ def _select(
     Raises:
         PeftcoreError: there is nothing to quantize, or a weight cannot be quantized.
     """
-    with assumed_unchanged(model):
+    with assuming_unchanged(model):
         layers, experts = select_layers(model, skip), select_experts(model, skip, settings.blocksize)
     bitsandbytes = {
         path: _read_bitsandbytes_weight(module, path) for path, module in base_modules(model) if is_bitsandbytes(module)
@@ -204,7 +204,7 @@ def _check_blocks(
 
 
 def _warn_of_dense_weights(model: nn.Module, selection: _Selection, skip: Sequence[str] | None) -> None:
-    with assumed_unchanged(model):
+    with assuming_unchanged(model):
         if skip is None:
             packed = [_full_name(path, name) for path, _, name in packed_names(model)]
             _warn_if_little(model, [*selection.layers, *selection.expert_names, *packed, *selection.bitsandbytes])
@@ -240,7 +240,7 @@ def _refuse_compiled_or_adapted(model: nn.Module) -> None:
 
 def speed_up_decoding(model: nn.Module) -> None:
     """Speed up products of few rows: move weights to huge pages, and give the dense output head its own kernel."""
-    with walked_once(model):
+    with caching_base_modules(model):
         head = detect(model).output_head
     fold_frozen(model, head)
     weight = None if head is None else model.get_submodule(head)._parameters.get("weight")
@@ -278,7 +278,7 @@ def release_free_memory() -> None:
 
 def _warn_if_little(model: nn.Module, quantized: Sequence[str]) -> None:
     result = coverage(model, detect(model), quantized, lacking="that share their weight or are kept dense")
-    if result.share < LITTLE:
+    if result.share < LOW_COVERAGE:
         warn(f"quantize on {type(model).__name__} {result}")
 
 
@@ -329,7 +329,7 @@ def convert_dense(module: Any, settings: FourBitSettings) -> QuantizedLinear:
 
 def convert(module: Any, weight: PackedWeight, compute_dtype: torch.dtype | None) -> QuantizedLinear:
     """Turn a linear layer or Conv1D into a `QuantizedLinear` with this weight, in place."""
-    with restored_after_error(module):
+    with restoring_on_error(module):
         for attribute in ("nf", "nx"):  # Conv1D's
             module.__dict__.pop(attribute, None)
         module.out_features, module.in_features = weight.shape
@@ -346,7 +346,7 @@ def convert(module: Any, weight: PackedWeight, compute_dtype: torch.dtype | None
 
 def make_plain(module: Any, weight: nn.Parameter) -> None:
     """Turn a quantized layer into an `nn.Linear` with this weight, in place."""
-    with restored_after_error(module):
+    with restoring_on_error(module):
         mark_as_loaded(weight, module.weight)
         module.weight = weight
         for name in list(module._buffers):
@@ -436,7 +436,7 @@ def _read_bitsandbytes_weight(module: nn.Module, path: str) -> PackedWeight:
 def _convert_bitsandbytes_layer(module: Any, packed: PackedWeight) -> None:
     """Turn a bitsandbytes layer into a `QuantizedLinear` with the same bits."""
     compute_dtype = module.compute_dtype
-    with restored_after_error(module):
+    with restoring_on_error(module):
         for attribute in ("quant_state", "quant_storage", "compute_type_is_set", "support_avx512bf16_for_cpu"):
             module.__dict__.pop(attribute, None)
         del module._parameters["weight"]

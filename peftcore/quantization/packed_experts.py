@@ -16,7 +16,7 @@ from torch.compiler import is_dynamo_compiling
 
 from peftcore.engine.adaptation.chain import keep_attributes
 from peftcore.engine.adaptation.class_swap import one_for_each_class, restore_class, subclass
-from peftcore.model.base_modules import restored_after_error
+from peftcore.model.base_modules import restoring_on_error
 from peftcore.model.detecting import mark_as_loaded
 from peftcore.model.experts import experts_forward, experts_layout, has_interface_forward
 from peftcore.ops import PackedWeight
@@ -28,7 +28,7 @@ _ORIGINAL_CLASS = "_peftcore_unpacked"
 
 def pack_parameter(module: Any, name: str, weight: PackedWeight, compute_dtype: torch.dtype | None) -> None:
     """Set the parameter `name` of a module of experts to a packed weight, in place."""
-    with restored_after_error(module):
+    with restoring_on_error(module):
         if not isinstance(module, PackedParameters):
             module.__class__ = packed_class(type(module))
             module.compute_dtype = compute_dtype

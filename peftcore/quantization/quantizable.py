@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from peftcore.errors import PeftcoreError, nearest, warn
-from peftcore.model import asked_for_dtype, bypassed, detect, observe, rewritten
+from peftcore.model import bypassed_layers, detect, layers_read_for_dtype, observe, rewritten_layers
 from peftcore.model.base_modules import base_modules, base_parameters, original_class
 from peftcore.model.experts import experts_layout, stacked_weights
 from peftcore.model.experts.in_model import routers
@@ -80,8 +80,8 @@ def warn_of_dense(model: nn.Module, skip: Sequence[str] | None) -> None:
     The warning omits layers that share their weight with one that stays dense, such as a tied head.
     """
     skipped_paths, modules = _skipped_paths(model, skip), dict(base_modules(model))
-    reason_by_path = dict.fromkeys(asked_for_dtype(model), "other code reads the dtype of the weight")
-    reason_by_path |= {**rewritten(model), **bypassed(model)}
+    reason_by_path = dict.fromkeys(layers_read_for_dtype(model), "other code reads the dtype of the weight")
+    reason_by_path |= {**rewritten_layers(model), **bypassed_layers(model)}
     dense: dict[str, list[str]] = {}
     for path, module in modules.items():
         if _is_within(path, skipped_paths) or _is_in_attention(modules, path):
@@ -246,7 +246,12 @@ def _is_within(path: str, paths: Sequence[str]) -> bool:
 
 
 def _paths_left_dense(model: nn.Module, skip: Sequence[str] | None) -> list[str]:
-    return [*_skipped_paths(model, skip), *bypassed(model), *rewritten(model), *asked_for_dtype(model)]
+    return [
+        *_skipped_paths(model, skip),
+        *bypassed_layers(model),
+        *rewritten_layers(model),
+        *layers_read_for_dtype(model),
+    ]
 
 
 def _skipped_paths(model: nn.Module, skip: Sequence[str] | None) -> list[str]:

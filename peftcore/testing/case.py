@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import peftcore
 from peftcore.engine import adapter_parameters
 from peftcore.engine.initialization import initializer
-from peftcore.model import detect, observe, share_facts
+from peftcore.model import detect, observe, share_cache
 from peftcore.plugin import sharded
 from peftcore.plugin.method import Method
 from peftcore.plugin.registry import registry
@@ -50,7 +50,7 @@ class Case:
         else:
             shared = self._prepared(dtype, quant_type)
             model = copy.deepcopy(shared)
-        share_facts(model, shared)  # observing each model again would take most of the suite's time
+        share_cache(model, shared)  # observing each model again would take most of the suite's time
         if self.family.before is not None:
             self.family.before(model)
         return model
@@ -59,7 +59,7 @@ class Case:
         """Return the family's model as the method prepares it; it is made once, and copied."""
         if (dtype, quant_type) not in self._made_before:
             model = _model_of(self.family, dtype, quant_type)
-            share_facts(model, _made(self.family, dtype, quant_type))
+            share_cache(model, _made(self.family, dtype, quant_type))
             peftcore.remove(self.add(model, None, "default"))
             observe(model)
             self._made_before[dtype, quant_type] = model
@@ -81,7 +81,7 @@ class Case:
     def unprepared(self) -> nn.Module:
         """Return the family's model before the method prepares it."""
         model = self.family.make()
-        share_facts(model, self._made)
+        share_cache(model, self._made)
         if self.family.before is not None:
             self.family.before(model)
         return model
@@ -183,7 +183,7 @@ def _made(family: Family, dtype: torch.dtype = torch.float32, quant_type: str | 
 def _model_of(family: Family, dtype: torch.dtype, quant_type: str | None) -> nn.Module:
     model = family.make().to(dtype)
     if quant_type is not None:
-        share_facts(model, _made(family, dtype))
+        share_cache(model, _made(family, dtype))
         if quant_type == "affine4":
             peftcore.quantize(model, quant_type, blocksize=32)  # the models' rows are multiples of it
         else:

@@ -66,7 +66,7 @@ class LNTuningConfig:
 def matcher(patterns: str | Sequence[str]) -> Callable[[str], bool]:
     """Return a function that tells whether a path matches a regular expression, or one of a list of suffixes."""
     if isinstance(patterns, str):
-        return targets.compiled(patterns, "target_modules")
+        return targets.compile_pattern(patterns, "target_modules")
     return lambda path: any(targets.matches(pattern, path) for pattern in patterns)
 
 

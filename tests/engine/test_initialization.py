@@ -148,7 +148,7 @@ def greedy(model: nn.Module, adapters: Any, config: Any, batches: Any) -> None:
     [
         (from_data, None, "needs batches"),
         (from_data, [], "`batches` is empty"),
-        (from_data, ["text"], "a batch is a mapping .* found 'text'"),
+        (from_data, ["text"], "a batch must be a mapping .* found 'text'"),
         (broken, None, r"it initialises 'model.layers.0.self_attn.q_proj.gain' with values that are not finite"),
         (greedy, None, "it has changed 'model.norm.weight' of the base"),
         (greedy, BATCHES, "it has changed 'model.norm.weight' of the base"),

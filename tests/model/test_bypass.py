@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 import peftcore
 from peftcore.engine import applied
-from peftcore.model import asked_for_dtype, bypassed, rewritten
+from peftcore.model import bypassed_layers, layers_read_for_dtype, rewritten_layers
 from peftcore.quantization import quantized_layers
 
 
@@ -31,8 +31,8 @@ class Mixed(nn.Module):
 
 def test_what_is_bypassed() -> None:
     model = Mixed()
-    assert bypassed(model) == {"read": "the model's own forward reads its weight and does not call it"}
-    assert asked_for_dtype(model) == ["asked"]
+    assert bypassed_layers(model) == {"read": "the model's own forward reads its weight without calling it"}
+    assert layers_read_for_dtype(model) == ["asked"]
     peftcore.apply(model, "lora", target_modules="all-linear")
     assert applied(model, "default").paths == ("called", "asked", "idle")  # not reached is not known, and no reason
     with pytest.raises(peftcore.PeftcoreError, match=r"at 'read' would do nothing, .*reads its weight.*\['read'\]"):
@@ -71,7 +71,7 @@ def test_convolutions_and_embeddings_that_are_read_are_refused(read: str) -> Non
 def test_adapters_and_quantized_layers_keep_out(name: str, dead: set[str]) -> None:
     model = instances.build(name)
     linear = {path for path, m in model.named_modules() if isinstance(m, nn.Linear)}
-    assert {path.rpartition(".")[2] for path in bypassed(model) if path in linear} == dead
+    assert {path.rpartition(".")[2] for path in bypassed_layers(model) if path in linear} == dead
     call: dict[str, Any] = peftcore.model.example_inputs(model)
     for part in sorted(dead):
         with pytest.raises(peftcore.PeftcoreError, match=f"{part}' would do nothing"):
@@ -93,7 +93,7 @@ def test_bloom_is_adapted_as_its_config_computes() -> None:
     tokens = torch.arange(8)[None]
     settings = {"vocab_size": 64, "hidden_size": 16, "n_layer": 1, "n_head": 2}
     model = transformers.BloomForCausalLM(transformers.BloomConfig(**settings)).eval()
-    assert bypassed(model) == {}
+    assert bypassed_layers(model) == {}
     peftcore.apply(model, "lora", target_modules="all-linear", r=2)
     assert applied(model, "default").paths == tuple(
         f"transformer.h.0.{name}"
@@ -109,9 +109,9 @@ def test_bloom_is_adapted_as_its_config_computes() -> None:
 
 def test_it_is_observed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny.llama()
-    bypassed(model)
+    bypassed_layers(model)
     monkeypatch.setattr("peftcore.model.tracing.meta_copy", None)
-    assert bypassed(model) == {}
+    assert bypassed_layers(model) == {}
     model.model.layers[0].mlp.up_proj = nn.Linear(32, 48)  # another model now: the copy is wanted again, and fails
     assert isinstance(peftcore.model.observe(model).error, TypeError)
 
@@ -119,9 +119,11 @@ def test_it_is_observed_once(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_weights_that_the_model_changes_in_place_are_left_alone() -> None:
     model = instances.build("RwkvModel")
     parts = {f"blocks.{i}.{name}" for i in range(2) for name in ("attention.output", "feed_forward.value")}
-    assert set(rewritten(model)) == parts and not bypassed(model)
-    assert {path.rpartition(".")[2] for path in rewritten(instances.build("Gemma3nTextModel"))} == {"prediction_coefs"}
-    with pytest.raises(peftcore.PeftcoreError, match="would not be changed with the layer: code of RwkvModel"):
+    assert set(rewritten_layers(model)) == parts and not bypassed_layers(model)
+    assert {path.rpartition(".")[2] for path in rewritten_layers(instances.build("Gemma3nTextModel"))} == {
+        "prediction_coefs"
+    }
+    with pytest.raises(peftcore.PeftcoreError, match="would not follow changes of the layer: code of RwkvModel"):
         peftcore.apply(model, "lora", target_modules=["attention.output"])
     with pytest.warns(
         UserWarning, match="'blocks.0.attention.output' and 3 more, because code of RwkvModel changes its"
@@ -139,7 +141,7 @@ def test_deberta_takes_the_default_of_peft() -> None:
         relative_attention=True, pos_att_type=["c2p", "p2c"],
     )  # fmt: skip
     model = transformers.DebertaForSequenceClassification(config).eval()
-    assert bypassed(model).keys() == {"deberta.encoder.rel_embeddings"}
+    assert bypassed_layers(model).keys() == {"deberta.encoder.rel_embeddings"}
     peftcore.apply(model, "lora", target_modules=["in_proj"], r=2)
     assert applied(model, "default").paths == ("deberta.encoder.layer.0.attention.self.in_proj",)
     model(input_ids=torch.arange(6)[None], labels=torch.tensor([1])).loss.backward()

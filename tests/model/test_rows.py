@@ -121,7 +121,7 @@ def test_an_expert_gets_a_choice_of_tokens() -> None:
     model = hf.SwitchTransformersForConditionalGeneration(config)
     inputs = {"input_ids": tokens(), "decoder_input_ids": tokens(3, 4)}
     experts = [rows for path, rows in rows_of(model).items() if "experts.expert_" in path and path.endswith(".wi")]
-    assert "its input has rows of all samples, whose order is not known" in experts
+    assert "its input has rows of all samples in an unknown order" in experts
     assert all(isinstance(rows, str) for rows in experts)
     check_rows(with_two(model, target_modules=["q", "v"]), inputs)
 

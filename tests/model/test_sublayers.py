@@ -138,7 +138,7 @@ def test_a_forward_that_fails_half_way_gives_none() -> None:
     model = tiny.llama()
     model.model.layers[1].mlp.__class__ = type("Failing", (nn.Module,), {"forward": lambda self, x: x.no_such_thing})
     assert find(model) == ()
-    with pytest.raises(peftcore.PeftcoreError, match="where LlamaForCausalLM has its attention"):
+    with pytest.raises(peftcore.PeftcoreError, match="attention and feed-forward modules of LlamaForCausalLM"):
         peftcore.apply(model, "adapter")
 
 
@@ -217,7 +217,7 @@ def test_a_model_that_scales_its_stream_for_evaluation_has_none_to_adapt() -> No
 
     model = RwkvModel(RwkvConfig(vocab_size=96, hidden_size=32, num_hidden_layers=2, attention_hidden_size=32))
     assert find(model) == ()
-    with pytest.raises(peftcore.PeftcoreError, match="where RwkvModel has its attention and feed-forward is not known"):
+    with pytest.raises(peftcore.PeftcoreError, match="attention and feed-forward modules of RwkvModel"):
         peftcore.apply(model, "adapter")
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import peftcore
-from peftcore.model import observe, share_facts
+from peftcore.model import observe, share_cache
 from peftcore.plugin import (
     Adapter,
     After,
@@ -63,7 +63,7 @@ def observed(make: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
     def made(*args: Any, **kwargs: Any) -> nn.Module:
         other = first(*args, **kwargs)
         model = make(*args, **kwargs)  # sets the seed again
-        share_facts(model, other, shared=False)
+        share_cache(model, other, shared=False)
         return model
 
     return made

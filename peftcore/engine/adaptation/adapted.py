@@ -36,7 +36,7 @@ from peftcore.model.base_modules import (
     ROWS,
     has_own_forward,
     original_forward,
-    restored_after_error,
+    restoring_on_error,
 )
 from peftcore.model.experts import split_expert_path
 from peftcore.model.weight_formats import find_weight_format
@@ -89,7 +89,7 @@ def attach(
         lock: lock of the model; None if the module is a model itself.
     """
     if not is_adapted(module):
-        with restored_after_error(module):
+        with restoring_on_error(module):
             if "forward" in module.__dict__:  # a forward of this instance, as accelerate's hooks set it
                 module.__dict__[OWN_FORWARD] = module.__dict__.pop("forward")
             module.__class__ = _adapted_class(type(module))

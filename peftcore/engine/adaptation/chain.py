@@ -14,7 +14,7 @@ from peftcore.engine.adaptation.class_swap import BUILT
 from peftcore.errors import PeftcoreError
 from peftcore.model.base_modules import OWN_FORWARD, original_class, original_forward
 from peftcore.model.experts import (
-    EachExpert,
+    ExpertAdapters,
     PackedExpert,
     adapter_of_expert,
     expert_changes,
@@ -85,7 +85,7 @@ class OwnForward(ChainLink):
 
     def _expert_changes(
         self, forward: Any, arguments: Mapping[str, Any]
-    ) -> dict[str, list[LowRank | EachExpert]] | None:
+    ) -> dict[str, list[LowRank | ExpertAdapters]] | None:
         """Return the changes of experts' weights, or None if the forward must read changed copies of all weights."""
         if not has_interface_forward(self.module, forward) or not arguments.keys() <= EXPERTS_ARGUMENTS:
             return None
@@ -176,7 +176,7 @@ def with_changes(layer: nn.Linear, changes: Sequence[Any], expert: int) -> Any:
     link: Any = OwnForward(layer, type(layer).forward, ONE_EXPERT if isinstance(layer, PackedExpert) else DENSE)
     for change in changes:
         adapter = adapter_of_expert(change, expert)
-        kind = change.link if isinstance(change, EachExpert) else Link
+        kind = change.link if isinstance(change, ExpertAdapters) else Link
         link = kind(type(adapter).__name__, adapter, link)
     return link
 

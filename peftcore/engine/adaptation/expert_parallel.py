@@ -20,7 +20,13 @@ from torch import Tensor, nn
 from peftcore.engine.adaptation.chain import OwnForward, with_changes
 from peftcore.errors import PeftcoreError
 from peftcore.model.base_modules import OWN_FORWARD, original_forward
-from peftcore.model.experts import EachExpert, expert_changes, experts_forward, experts_layout, has_interface_forward
+from peftcore.model.experts import (
+    ExpertAdapters,
+    expert_changes,
+    experts_forward,
+    experts_layout,
+    has_interface_forward,
+)
 from peftcore.plugin import ranks, sharded
 from peftcore.plugin.adapter import Adapter, Change, LowRank, implements
 
@@ -116,7 +122,7 @@ class ExpertsForward(OwnForward):
         return ExpertsForward(self, self._plan, (changes, *self._changes))
 
 
-def _local(change: LowRank | EachExpert, batches: int) -> LowRank:
+def _local(change: LowRank | ExpertAdapters, batches: int) -> LowRank:
     """Return this rank's part of a change.
 
     The gradients of experts are sums over all batches on which the ranks train: they are divided by the number of

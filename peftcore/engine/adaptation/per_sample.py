@@ -24,7 +24,7 @@ from torch.compiler import is_dynamo_compiling
 from peftcore.engine.adaptation.concurrency import ModelLock
 from peftcore.errors import PeftcoreError
 from peftcore.model.base_modules import ROWS
-from peftcore.model.rows import UNKNOWN, Rows, Samples, first_in, joined, taken
+from peftcore.model.rows import UNKNOWN, Rows, Samples, first_placement, join_samples, slice_samples
 from peftcore.plugin.adapter import Adapter
 from peftcore.plugin.call import Call, CallState, Frame, as_if_called, current_frame
 from peftcore.plugin.link import Link
@@ -126,7 +126,7 @@ class PerSample:
             with as_if_called(frame, _narrowed(frame, own, count)):
                 parts.append(run(*own_args, **own_kwargs))
         order = torch.cat([own.index for _, own in groups]).argsort()
-        return joined(parts, rows.output, [len(own) for _, own in groups], order)
+        return join_samples(parts, rows.output, [len(own) for _, own in groups], order)
 
     def _chosen(self, call: Call | None) -> Chosen:
         """Return the adapters that the current activation gives to samples here."""
@@ -174,7 +174,7 @@ class PerSample:
 
         def part(name: str, value: Any) -> Any:
             where = rows.first if value is first else rows.arguments.get(name, UNKNOWN)
-            return taken(value, where, samples.index, count)
+            return slice_samples(value, where, samples.index, count)
 
         named = [part(names[i] if i < len(names) else "", value) for i, value in enumerate(args)]
         return named, {name: part(name, value) for name, value in kwargs.items()}
@@ -194,14 +194,14 @@ class PerSample:
     def _after(self, chosen: Chosen, rows: Rows, frame: Frame | None, *args: Any, **kwargs: Any) -> Any:
         """Run adapters that are all after the module, which runs once, on the whole batch."""
         output = self._base(*args, **kwargs)
-        first, where, count = first_of(output), first_in(rows.output), len(chosen.samples)
+        first, where, count = first_of(output), first_placement(rows.output), len(chosen.samples)
         parts, groups = [], chosen.groups(first.device)
         for which, own in groups:
-            y = taken(first, where, own.index, count)
+            y = slice_samples(first, where, own.index, count)
             with as_if_called(frame, _narrowed(frame, own, count)):
                 parts.append(y if which < 0 else chosen.adapters[which](y))
         order = torch.cat([own.index for _, own in groups]).argsort()
-        return with_first(output, joined(parts, where, [len(own) for _, own in groups], order))
+        return with_first(output, join_samples(parts, where, [len(own) for _, own in groups], order))
 
 
 class _CallOfSamples(Call):
@@ -222,7 +222,7 @@ class _CallOfSamples(Call):
         self.state = call.states.setdefault(samples.numbers, CallState())
 
     def __getitem__(self, name: str) -> Any:
-        return taken(self._call[name], self._where.get(name, UNKNOWN), self._index, self._count)
+        return slice_samples(self._call[name], self._where.get(name, UNKNOWN), self._index, self._count)
 
     def get(self, name: str, default: Any = None) -> Any:
         return self[name] if name in self._values else default

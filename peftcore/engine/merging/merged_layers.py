@@ -22,7 +22,7 @@ from peftcore.engine.adaptation.adapted import adapters_at
 from peftcore.engine.merging.merge_check import evaluated, put, refuse_inexact
 from peftcore.engine.trained_parameters import TrainedParameters
 from peftcore.errors import PeftcoreError
-from peftcore.model import read_by_others, reader_named
+from peftcore.model import describe_reader, external_reads
 from peftcore.model.experts import experts_layout
 from peftcore.model.weight_formats import DENSE, find_weight_format, quantized_format, weight_format
 from peftcore.plugin.link import Link
@@ -155,13 +155,13 @@ def _refuse_read_elsewhere(model: nn.Module, path: str, changed: Iterable[str]) 
 
     The adapters act on calls of the module alone; merged, they would act on that code as well (a tied autoencoder).
     """
-    reads = read_by_others(model)
+    reads = external_reads(model)
     for name in changed:
         full = f"{path}.{name}" if path else name
         readers = {reader for reader in reads.get(full, ()) if not f"{reader}.".startswith(f"{path}.")}
         if path and readers:
             raise PeftcoreError(
-                f"cannot merge into '{full}': {reader_named(readers)} reads it without calling '{path}', so merging "
+                f"cannot merge into '{full}': {describe_reader(readers)} reads it without calling '{path}', so merging "
                 "would change more than the adapters do. Nothing was changed. Keep the adapters unmerged, or leave "
                 "this module out (exclude_modules)"
             )

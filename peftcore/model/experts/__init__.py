@@ -1,6 +1,6 @@
 """Mixtures of experts whose weights are parameters `[experts, out, in]`: their layout and their forward."""
 
-from peftcore.model.experts.each import EachExpert as EachExpert
+from peftcore.model.experts.expert_adapters import ExpertAdapters as ExpertAdapters
 from peftcore.model.experts.forward import (
     adapter_of_expert as adapter_of_expert,
     expert_changes as expert_changes,

@@ -1,6 +1,7 @@
-"""Experts stored one by one in files, and transformers' conversions to one parameter `[experts, .., ..]`.
+"""transformers' conversions from experts stored one by one in files to one parameter `[experts, .., ..]`.
 
-The conversions stack all experts and join gate and up projections. Here they are applied to one expert at a time.
+transformers stacks all experts and concatenates gate and up projections. Here the conversions run for one expert at a
+time.
 """
 
 from __future__ import annotations
@@ -11,30 +12,33 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.core_model_loading import Concatenate, Interleave, MergeModulelist, Transpose
 
-_APART = {1, 2, -1, -2}  # dimensions of one expert
+_DIMS_OF_EXPERT = {1, 2, -1, -2}  # all dimensions of the parameter but the first, which is the experts
 
 
 def is_by_expert(converter: Any) -> bool:
     """Return whether the conversion treats each expert separately."""
     merges = [operation for operation in converter.operations if isinstance(operation, MergeModulelist)]
-    others = [operation for operation in converter.operations if not isinstance(operation, MergeModulelist)]
+    other_operations = [operation for operation in converter.operations if not isinstance(operation, MergeModulelist)]
 
     def is_apart(operation: Any) -> bool:
         if isinstance(operation, (Concatenate, Interleave)):
-            return operation.dim in _APART
-        return isinstance(operation, Transpose) and {operation.dim0, operation.dim1} <= _APART
+            return operation.dim in _DIMS_OF_EXPERT
+        return isinstance(operation, Transpose) and {operation.dim0, operation.dim1} <= _DIMS_OF_EXPERT
 
     return (
-        len(merges) == 1 and merges[0].dim == 0 and len(converter.target_patterns) == 1 and all(map(is_apart, others))
+        len(merges) == 1
+        and merges[0].dim == 0
+        and len(converter.target_patterns) == 1
+        and all(map(is_apart, other_operations))
     )
 
 
 def expert_of(converter: Any, tensors: Mapping[str, Tensor], name: str, model: nn.Module) -> Tensor:
     """Return one expert of a parameter, converted from its tensors by source pattern (see `is_by_expert`)."""
-    found: dict[str, Any] = {pattern: [tensor] for pattern, tensor in tensors.items()}
+    converted: dict[str, Any] = {pattern: [tensor] for pattern, tensor in tensors.items()}
     for operation in converter.operations:
-        found = operation.convert(
-            found,
+        converted = operation.convert(
+            converted,
             source_patterns=converter.source_patterns,
             target_patterns=converter.target_patterns,
             full_layer_name=name,
@@ -42,5 +46,5 @@ def expert_of(converter: Any, tensors: Mapping[str, Tensor], name: str, model: n
             config=model.config,
             missing_keys=None,
         )
-    (value,) = found.values()
+    (value,) = converted.values()
     return value[0]

@@ -1,39 +1,41 @@
-"""The forward of a module of experts, for every model of transformers' experts interface.
+"""Forward of a module of experts, for every model that uses transformers' experts interface.
 
-    rows sorted by expert -> x W_upᵀ -> gate -> · W_downᵀ -> times the router's weights -> added up, row by row
+    rows sorted by expert -> x W_upᵀ -> gate -> · W_downᵀ -> times the router's weights -> summed per token
 
-Each of the two products is one operator over all experts (`ops.grouped_linear`): dense or in 4 bits, with low-rank
-changes. If an adapter changes experts one by one, the products run one expert after the other.
+Each of the two products is one operator over all experts (`ops.grouped_linear`), dense or 4-bit, with low-rank changes.
+If an adapter changes experts one by one, the products run one expert after the other.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from peftcore import ops
-from peftcore.model.experts.each import EachExpert, WithChanges, product_by_expert
-from peftcore.model.experts.layout import experts_layout, is_turned, operand
+from peftcore.model.experts.expert_adapters import ExpertAdapters, WithChanges, product_by_expert
+from peftcore.model.experts.layout import experts_layout, is_operand_transposed, operand
 from peftcore.ops.calling import autocast_device
 from peftcore.ops.routing import combined, gathered, routed
 from peftcore.ops.swiglu import swiglu
 from peftcore.plugin.adapter import Adapter, Base, LowRank, implements
 
-_PLAIN_GATE = "transformers.integrations.moe", "_default_apply_gate"  # act(gate) * up, the gate's columns first
+# Module and name of the function that computes act(gate) * up, with the gate's columns first.
+_PLAIN_GATE = "transformers.integrations.moe", "_default_apply_gate"
 
 
-def adapter_of_expert(change: LowRank | EachExpert, expert: int) -> Any:
-    """Return the adapter of one expert's layer that makes the part of `change` for this expert."""
-    if isinstance(change, EachExpert):
+def adapter_of_expert(change: LowRank | ExpertAdapters, expert: int) -> Any:
+    """Return the adapter of one expert's linear layer that is equivalent to `change` for this expert."""
+    if isinstance(change, ExpertAdapters):
         return change.of_expert(expert)
-    return _OneExpert(change.a[expert], change.b[expert], change.scale, change.dropout_p)
+    return _LowRankExpert(change.a[expert], change.b[expert], change.scale, change.dropout_p)
 
 
-class _OneExpert(Adapter):
-    """scale · B A next to a linear layer."""
+class _LowRankExpert(Adapter):
+    """Low-rank adapter scale · B A of one expert's linear layer."""
 
     def __init__(self, a: Tensor, b: Tensor, scale: float, dropout_p: float) -> None:
         super().__init__()
@@ -41,9 +43,9 @@ class _OneExpert(Adapter):
 
     def forward(self, base: Base, x: Tensor) -> Tensor:
         a, b = (t.to(x.dtype) for t in (self.a, self.b))
-        dropped = nn.functional.dropout(x, self.dropout_p) if self.dropout_p else x
+        x_dropped = nn.functional.dropout(x, self.dropout_p) if self.dropout_p else x
         y: Tensor = base(x)
-        return y + self.scale * (dropped @ a.mT) @ b.mT
+        return y + self.scale * (x_dropped @ a.mT) @ b.mT
 
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return weight + self.scale * self.b.float() @ self.a.float(), bias
@@ -55,17 +57,18 @@ def experts_forward(
     top_k_index: Tensor,
     top_k_weights: Tensor,
     *,
-    changes: Mapping[str, Sequence[LowRank | EachExpert]] | None = None,
+    changes: Mapping[str, Sequence[LowRank | ExpertAdapters]] | None = None,
     around: WithChanges = lambda layer, _changes, _expert: layer,
 ) -> Tensor:
     """Compute the forward of `module`, which has an `experts_layout`.
 
     Args:
+        module: module of experts.
         hidden_states: `[tokens, hidden]`.
-        top_k_index, top_k_weights: `[tokens, k]`, each token's experts and their shares.
-            An index not below the number of experts belongs to another process (transformers' expert parallelism).
-        changes: low-rank changes of the parameters, by name.
-        around: wraps the layer of one expert in its changes, if some are not low-rank products.
+        top_k_index, top_k_weights: `[tokens, k]`, each token's experts and their weights. An index of at least the
+            number of experts belongs to another process (transformers' expert parallelism).
+        changes: changes of the parameters, by name.
+        around: wraps the layer of one expert in its changes, if some are not low-rank.
 
     Returns:
         `[tokens, hidden]` in the dtype of `hidden_states`.
@@ -73,7 +76,8 @@ def experts_forward(
     layout = experts_layout(module)
     assert layout is not None
     changes = changes or {}
-    given, dtype = hidden_states.dtype, getattr(module, "compute_dtype", None)  # of a module with weights in 4 bits
+    input_dtype = hidden_states.dtype
+    dtype = getattr(module, "compute_dtype", None)  # set on modules with 4-bit weights
     if dtype is not None:
         hidden_states = hidden_states.to(dtype)
     routing = routed(top_k_index, layout.count)
@@ -83,20 +87,20 @@ def experts_forward(
         weight, bias = operand(module, name), getattr(module, f"{name}_bias") if layout.has_bias else None
         if isinstance(weight, Tensor) and not torch.is_autocast_enabled(autocast_device(x)):
             x = x.to(weight.dtype)  # as transformers' grouped_mm does
-        own = changes.get(name, ())
-        low_rank = [each for each in own if isinstance(each, LowRank)]
+        changes_of_weight = changes.get(name, ())
+        low_rank = [change for change in changes_of_weight if isinstance(change, LowRank)]
         trains = isinstance(weight, Tensor) and weight.requires_grad and torch.is_grad_enabled()
-        if len(low_rank) < len(own) or trains:
-            return product_by_expert(module, x, routing.offsets, name, own, around)
-        is_transposed = layout.transposed != is_turned(weight)
+        if len(low_rank) < len(changes_of_weight) or trains:
+            return product_by_expert(module, x, routing.offsets, name, changes_of_weight, around)
+        is_transposed = layout.transposed != is_operand_transposed(weight)
         if not low_rank:
             return ops.grouped_linear(x, routing.offsets, weight, bias, is_transposed)
-        first, *others = _together(low_rank)
+        fused, *remaining = _merge_low_rank(low_rank)
         y = ops.grouped_lora_linear(
-            x, routing.offsets, weight, bias, first.a, first.b, is_transposed, first.scale, first.dropout_p
+            x, routing.offsets, weight, bias, fused.a, fused.b, is_transposed, fused.scale, fused.dropout_p
         )
-        for other in others:
-            y = y + _low_rank_product(x, routing.offsets, other).to(y.dtype)
+        for change in remaining:
+            y = y + _low_rank_product(x, routing.offsets, change).to(y.dtype)
         return y
 
     y = product(x, layout.up)
@@ -104,11 +108,11 @@ def experts_forward(
     y = product(y, layout.down)
     if module.has_post_expert_norm:
         y = module.post_expert_norm(y)
-    return combined(y, top_k_weights, routing).to(given)
+    return combined(y, top_k_weights, routing).to(input_dtype)
 
 
 def _gated(module: Any, y: Tensor) -> Tensor:
-    """Compute the gate between the two products."""
+    """Apply the activation, or the activation and the gate, between the two products."""
     if not module.has_gate:
         return module.act_fn(y)
     gate = getattr(module._apply_gate, "__func__", None)
@@ -117,77 +121,85 @@ def _gated(module: Any, y: Tensor) -> Tensor:
 
 
 def _is_silu(act: Any) -> bool:
-    """Return whether a call computes silu only: no hooks and no forward on the instance."""
+    """Return whether calling `act` computes silu and nothing else: it has no hooks and no forward on the instance."""
     kind = type(act)
     if kind is not nn.SiLU and (kind.__module__, kind.__name__) != ("transformers.activations", "SiLUActivation"):
         return False
-    of_all = (
+    global_hooks = (
         "_global_forward_hooks",
         "_global_forward_pre_hooks",
         "_global_backward_hooks",
         "_global_backward_pre_hooks",
     )
-    own = ("forward", "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    hooks = [hook for name in of_all for hook in vars(nn.modules.module)[name].values()]
-    # Hooks by which `estimate` follows a step change nothing, and are marked.
-    return not any(vars(act).get(name) for name in own) and all(getattr(hook, "only_looks", False) for hook in hooks)
+    instance_attributes = ("forward", "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    hooks = [hook for name in global_hooks for hook in vars(nn.modules.module)[name].values()]
+    if any(vars(act).get(name) for name in instance_attributes):
+        return False
+    # The hooks with which `estimate` simulates a step only observe, and are marked as such.
+    return all(getattr(hook, "only_looks", False) for hook in hooks)
 
 
 def expert_changes(
     module: nn.Module, changes: Sequence[Mapping[str, Any]]
-) -> dict[str, list[LowRank | EachExpert]] | None:
-    """Return low-rank changes of the weights, or changes of each expert, by name; None if a change is neither.
+) -> dict[str, list[LowRank | ExpertAdapters]] | None:
+    """Return the changes of the weights by name, if all of them are low-rank or made of expert adapters, else None.
 
-    Also None without an `experts_layout`, or if the weights require gradients and all changes are low-rank.
+    The result is also None without an `experts_layout`, or if the weights require gradients and all changes are
+    low-rank.
     """
     layout = experts_layout(module)
     if layout is None:
         return None
-    found: dict[str, list[LowRank | EachExpert]] = {}
+    changes_by_name: dict[str, list[LowRank | ExpertAdapters]] = {}
     trains = False
-    for each in changes:
-        for name, change in each.items():
+    for changes_by_parameter in changes:
+        for name, change in changes_by_parameter.items():
             if name not in layout.names:
                 return None
-            if isinstance(change, EachExpert):
-                one: LowRank | EachExpert | None = change
+            if isinstance(change, ExpertAdapters):
+                expert_change: LowRank | ExpertAdapters | None = change
             else:
-                one = change.expert_low_rank() if implements(change, Adapter.expert_low_rank) else None
+                expert_change = change.expert_low_rank() if implements(change, Adapter.expert_low_rank) else None
             weight = module._parameters[name]
-            if one is None:
+            if expert_change is None:
                 return None
             trains |= weight is not None and weight.requires_grad and torch.is_grad_enabled()
-            found.setdefault(name, []).append(one)
-    alone = any(isinstance(change, EachExpert) for own in found.values() for change in own)
-    return None if trains and not alone else found
+            changes_by_name.setdefault(name, []).append(expert_change)
+    all_changes = chain.from_iterable(changes_by_name.values())
+    has_expert_adapters = any(isinstance(change, ExpertAdapters) for change in all_changes)
+    return None if trains and not has_expert_adapters else changes_by_name
 
 
-def _together(changes: Sequence[LowRank]) -> list[LowRank]:
-    """Join low-rank products with the same dropout into one of the summed rank."""
+def _merge_low_rank(changes: Sequence[LowRank]) -> list[LowRank]:
+    """Concatenate low-rank changes with the same dropout into one whose rank is their sum."""
     by_dropout: dict[float, list[LowRank]] = {}
-    for each in changes:
-        by_dropout.setdefault(each.dropout_p, []).append(each)
-    return [
-        same[0]
-        if len(same) == 1
-        else LowRank(torch.cat([t.a for t in same], 1), torch.cat([t.scale * t.b for t in same], 2), dropout_p=p)
-        for p, same in by_dropout.items()
-    ]
+    for change in changes:
+        by_dropout.setdefault(change.dropout_p, []).append(change)
+    merged: list[LowRank] = []
+    for dropout_p, group in by_dropout.items():
+        if len(group) == 1:
+            merged += group
+            continue
+        a = torch.cat([change.a for change in group], 1)
+        b = torch.cat([change.scale * change.b for change in group], 2)
+        merged.append(LowRank(a, b, dropout_p=dropout_p))
+    return merged
 
 
 def _low_rank_product(x: Tensor, offsets: Tensor, change: LowRank) -> Tensor:
-    """Return scale · (dropout(x_i) A_eᵀ) B_eᵀ in fp32, for an adapter whose dropout differs from that of the first.
+    """Return scale · (dropout(x_i) A_eᵀ) B_eᵀ in fp32, for a change whose dropout differs from the first one's.
 
-    The operator adds a low-rank product to that of a base: here two narrow bases of zeros, with A and then B as one
-    factor and the identity as the other. A loop over experts takes four to six times as long.
+    The operator only computes a low-rank product together with a base's. So it is called twice with a base of zeros:
+    with A and then with B as one factor, and the identity as the other. A loop over experts takes four to six times as
+    long.
     """
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     experts, r = change.a.shape[:2]
-    same = torch.eye(r, dtype=x.dtype, device=x.device).expand(experts, r, r)
+    identity = torch.eye(r, dtype=x.dtype, device=x.device).expand(experts, r, r)
 
-    def alone(x: Tensor, out: int, a: Tensor, b: Tensor, scale: float, dropout_p: float) -> Tensor:
+    def product(x: Tensor, out: int, a: Tensor, b: Tensor, scale: float, dropout_p: float) -> Tensor:
         zeros = x.new_zeros(1, out, x.shape[1]).expand(experts, -1, -1)
         return ops.grouped_lora_linear(x, offsets, zeros, None, a, b, False, scale, dropout_p)
 
-    s = alone(x, r, change.a, same, change.scale, change.dropout_p)
-    return alone(s, change.b.shape[1], same, change.b, 1.0, 0.0)
+    s = product(x, r, change.a, identity, change.scale, change.dropout_p)
+    return product(s, change.b.shape[1], identity, change.b, 1.0, 0.0)

@@ -1,9 +1,9 @@
 """Layout of a module of experts, from transformers' experts interface (`use_experts_implementation`).
 
-The decorator records the layout of the weights on every instance and lets `config._experts_implementation` choose a
-forward, so one forward serves every model that uses it (transformers 5, integrations/moe.py).
+The decorator records the layout of the weights on every instance, and `config._experts_implementation` selects the
+forward. So one forward works for every model that uses the interface (transformers 5, integrations/moe.py).
 
-`expert_linear` makes one expert a linear layer whose weight is a view of the stacked one, dense or in 4 bits.
+`expert_linear` makes a linear layer of one expert, whose weight is a view of the stacked weight, dense or 4-bit.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from peftcore import ops
 from peftcore.plugin.layers import shape_of
 
-IMPLEMENTATIONS = {None, "eager", "grouped_mm", "batched_mm", "deepgemm", "sonicmoe"}  # which compute the same
+# transformers' implementations, which all compute the same.
+IMPLEMENTATIONS = {None, "eager", "grouped_mm", "batched_mm", "deepgemm", "sonicmoe"}
 FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "has_post_expert_norm")
 
 
@@ -30,9 +31,9 @@ class ExpertsLayout:
         count: number of experts.
         up: name of the parameter of the first product: `gate_up_proj`, or `up_proj` without a gate.
         down: name of the parameter of the second product.
-        transposed: the parameters are `[experts, in, out]`, and not `[experts, out, in]`.
-        interleaved: outputs of gate and up alternate; otherwise all of gate's come first.
-        has_bias: `<name>_bias` `[experts, out]` is added.
+        transposed: the parameters are `[experts, in, out]` instead of `[experts, out, in]`.
+        interleaved: gate and up outputs alternate; otherwise all gate outputs come first.
+        has_bias: the module has biases `<name>_bias` `[experts, out]`.
     """
 
     count: int
@@ -63,7 +64,7 @@ def experts_layout(module: nn.Module) -> ExpertsLayout | None:
     if weight is None or module._parameters.get("down_proj") is None:
         return None
     return ExpertsLayout(
-        count=shape_of(module, up)[0],  # under expert parallelism, `num_experts` is this rank's alone
+        count=shape_of(module, up)[0],  # `num_experts` counts this rank's experts only, under expert parallelism
         up=up,
         down="down_proj",
         transposed=flags["is_transposed"],
@@ -73,17 +74,16 @@ def experts_layout(module: nn.Module) -> ExpertsLayout | None:
 
 
 def has_interface_forward(module: Any, forward: Any) -> bool:
-    """Return whether `forward` of the module's class is that of the interface. See `why_not_fused`."""
+    """Return whether `forward` of the module's class is the interface's. See `why_not_fused`."""
     return why_not_fused(module, forward) is None
 
 
 def why_not_fused(module: Any, forward: Any) -> str | None:
     """Return why `experts_forward` cannot replace `forward` of the module's class; None if it can.
 
-    A subclass may have one that computes something else, and what the interface looks up by the config may be one that
-    a user has registered.
+    A subclass may override the forward, and `config._experts_implementation` may name a user's own implementation.
     """
-    forward = getattr(forward, "over_dense", forward)  # of weights in 4 bits (`quantization.packed_experts`)
+    forward = getattr(forward, "over_dense", forward)  # set for 4-bit weights (`quantization.packed_experts`)
     # transformers' decorator, `use_experts_implementation`, defines the forward in this module.
     if getattr(forward, "__globals__", {}).get("__name__") != "transformers.integrations.moe":
         return "its forward is written by hand, not one of transformers' experts interface"
@@ -92,10 +92,10 @@ def why_not_fused(module: Any, forward: Any) -> str | None:
 
 
 def stacked_weights(module: nn.Module) -> tuple[str, ...]:
-    """Return the names of a module's parameters that are weights of all its experts, dense or packed.
+    """Return the names of a module's parameters that stack the weights of its experts, dense or packed.
 
-    These are those of transformers' interface, and three-dimensional parameters whose first dimension is the module's
-    number of experts (Llama 4's `num_experts`).
+    They are the parameters of transformers' interface, or else three-dimensional parameters whose first dimension
+    equals an attribute for the number of experts (Llama 4's `num_experts`).
     """
     layout = experts_layout(module)
     if layout is not None:
@@ -117,7 +117,7 @@ def stacked_weights(module: nn.Module) -> tuple[str, ...]:
 
 
 def expert_biases(module: nn.Module) -> tuple[str, ...]:
-    """Return the names of a module's parameters that are biases of all its experts, `[experts, out]`."""
+    """Return the names of a module's parameters that stack the biases of its experts, `[experts, out]`."""
     layout = experts_layout(module)
     return () if layout is None or not layout.has_bias else tuple(f"{name}_bias" for name in layout.names)
 
@@ -126,24 +126,24 @@ _PATH = re.compile(r"(.+)\.(\d+)\.(\w+)")
 
 
 def operand(module: nn.Module, name: str) -> Tensor | ops.PackedWeight:
-    """Return a weight as operators take it: the parameter, or the packed weight of a quantized module."""
-    packed = getattr(module, "packed_parameter", None)
-    found = packed(name) if packed is not None else None
-    return getattr(module, name) if found is None else found
+    """Return a weight as an operand of `ops`: the parameter, or a quantized module's packed weight."""
+    packed_parameter = getattr(module, "packed_parameter", None)
+    packed_weight = packed_parameter(name) if packed_parameter is not None else None
+    return getattr(module, name) if packed_weight is None else packed_weight
 
 
-def is_turned(weight: Tensor | ops.PackedWeight) -> bool:
-    """Return whether the operand is the transpose of the parameter, of each expert."""
+def is_operand_transposed(weight: Tensor | ops.PackedWeight) -> bool:
+    """Return whether the operand has the transpose of each expert of the parameter."""
     return isinstance(weight, ops.PackedWeight) and weight.turned
 
 
 def expert_path(path: str, name: str, expert: int) -> str:
-    """Return the path of an expert's layer, as in a list of experts: `experts.3.down_proj` of `experts`."""
+    """Return the path of a single expert as in a list of experts: `experts.3.down_proj`."""
     return f"{path}.{expert}.{name}"
 
 
 def split_expert_path(model: nn.Module, path: str) -> tuple[str, str, int] | None:
-    """Return (path of the module of experts, name of the weight, expert) of an `expert_path`; None for other paths."""
+    """Split an `expert_path` into (path of the module, name of the weight, expert index); None for other paths."""
     match = _PATH.fullmatch(path)
     if match is None:
         return None
@@ -152,15 +152,17 @@ def split_expert_path(model: nn.Module, path: str) -> tuple[str, str, int] | Non
     except AttributeError:
         return None
     layout = experts_layout(module)
-    known = layout is not None and match[3] in layout.names and int(match[2]) < layout.count
-    return (match[1], match[3], int(match[2])) if known else None
+    is_expert = layout is not None and match[3] in layout.names and int(match[2]) < layout.count
+    return (match[1], match[3], int(match[2])) if is_expert else None
 
 
 def expert_linear(module: nn.Module, name: str, expert: int) -> nn.Linear:
-    """Return the layer of one expert of a module that has an `experts_layout`; each call makes a new one.
+    """Return a new linear layer for one expert of a module that has an `experts_layout`.
 
     Args:
-        name: of the weight, one of the layout's `names`.
+        module: module of experts.
+        name: name of the weight, one of the layout's `names`.
+        expert: index of the expert.
     """
     layout = experts_layout(module)
     assert layout is not None
@@ -169,8 +171,8 @@ def expert_linear(module: nn.Module, name: str, expert: int) -> nn.Linear:
         bias = getattr(module, f"{name}_bias")[expert]
     if not isinstance(weight, Tensor):
         return PackedExpert(weight.expert(expert), bias, layout.transposed != weight.turned)
-    own = weight[expert]
-    return _linear(own.mT if layout.transposed else own, bias)
+    expert_weight = weight[expert]
+    return _linear(expert_weight.mT if layout.transposed else expert_weight, bias)
 
 
 def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
@@ -184,11 +186,12 @@ def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
 
 
 class PackedExpert(nn.Linear):
-    """An expert in 4 bits. `weight` is dense and computed on each access; products use the packed weight.
+    """A 4-bit expert. `weight` is dequantized on each access; products use the packed weight.
 
     Args:
-        packed: `[1, out, in]`; `transposed`: `[1, in, out]`.
+        packed: `[1, out, in]`, or `[1, in, out]` if `transposed`.
         bias: `[out]`.
+        transposed: see `packed`.
     """
 
     def __init__(self, packed: ops.PackedWeight, bias: Tensor | None, transposed: bool) -> None:
@@ -200,10 +203,10 @@ class PackedExpert(nn.Linear):
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]  # of nn.Linear an attribute
-        """Dense weight `[out, in]` in fp32, or the value that was assigned."""
-        given = self._parameters.get("weight")
-        if given is not None:
-            return given
+        """Dense weight `[out, in]` in fp32, or the value that has been assigned to it."""
+        assigned = self._parameters.get("weight")
+        if assigned is not None:
+            return assigned
         dense = ops.dequantize_4bit(self.packed, torch.float32)[0]
         return dense.mT if self.transposed else dense
 

@@ -1,13 +1,13 @@
-"""Selection of the modules that a config names, pattern matching, and coverage of the weight."""
+"""Selection of the modules that a config names, pattern matching, and coverage of a model's weights."""
 
 from peftcore.model.base_modules import base_modules as base_modules, base_parameters as base_parameters
 from peftcore.model.experts.in_model import (
     dense_weight as dense_weight,
     expert_weights as expert_weights,
     experts_per_token as experts_per_token,
+    is_read_elsewhere as is_read_elsewhere,
     layer_at as layer_at,
-    read_elsewhere as read_elsewhere,
-    weight_named as weight_named,
+    stacked_weight_name as stacked_weight_name,
 )
 from peftcore.model.targets.convolutions import odd_convolution as odd_convolution
 from peftcore.model.targets.expert_selection import (
@@ -18,7 +18,7 @@ from peftcore.model.targets.expert_selection import (
 )
 from peftcore.model.targets.layers_config import LayersConfig as LayersConfig
 from peftcore.model.targets.patterns import (
-    compiled as compiled,
+    compile_pattern as compile_pattern,
     is_inside as is_inside,
     matched_keys as matched_keys,
     matches as matches,

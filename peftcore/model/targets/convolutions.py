@@ -1,4 +1,4 @@
-"""Detection of convolutions that PEFT adapts differently from a change of the weight."""
+"""Detection of convolutions on which PEFT's adapters differ from a change of the weight."""
 
 from __future__ import annotations
 
@@ -11,15 +11,17 @@ _PLAIN = {nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward}
 
 
 def odd_convolution(path: str, module: nn.Module, *, alike: bool = False, grouped: bool = True) -> str | None:
-    """Return the error for a convolution that a method cannot adapt as PEFT does, or None, also for other layers.
+    """Return the error for a convolution that a method cannot adapt as PEFT does; None for any other module.
 
     Args:
-        alike: PEFT takes kernel, stride and padding to be the same in all directions, and dilation to be 1.
-        grouped: the method adapts convolutions in groups.
+        path: path of the module, for the message.
+        module: the module.
+        alike: PEFT assumes the same kernel size, stride and padding in all directions, and a dilation of 1.
+        grouped: the method supports grouped convolutions.
     """
-    why = _oddity(module, alike, grouped) if isinstance(module, Convolution) else None
-    return why and (
-        f"'{path}' is a convolution {why}, where PEFT computes something else, or nothing, from the same adapter. "
+    reason = _oddity(module, alike, grouped) if isinstance(module, Convolution) else None
+    return reason and (
+        f"'{path}' is a convolution {reason}, where PEFT computes something else, or fails, with the same adapter. "
         f"Exclude it: exclude_modules=['{path}']"
     )
 
@@ -34,10 +36,10 @@ def _oddity(module: Convolution, alike: bool, grouped: bool) -> str | None:
         return f"in {module.groups} groups"
     if alike and any(d > 1 and k > 1 for d, k in zip(module.dilation, module.kernel_size, strict=True)):
         return f"with dilation={module.dilation}"
-    if alike and (isinstance(module.padding, str) or any(map(_differ, (module.stride, module.padding)))):
+    if alike and (isinstance(module.padding, str) or any(map(_are_different, (module.stride, module.padding)))):
         return f"with stride={module.stride} and padding={module.padding!r}"
-    return f"with kernel_size={module.kernel_size}" if alike and _differ(module.kernel_size) else None
+    return f"with kernel_size={module.kernel_size}" if alike and _are_different(module.kernel_size) else None
 
 
-def _differ(sizes: tuple[int, ...]) -> bool:
+def _are_different(sizes: tuple[int, ...]) -> bool:
     return len(set(sizes)) > 1

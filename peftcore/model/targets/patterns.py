@@ -1,12 +1,14 @@
 """Matching of module and parameter names by suffixes, by regular expressions and by the keys of `rank_pattern`.
 
-Regular expressions are matched in bounded time: a pattern may come from an untrusted file.
+Regular expressions are matched in bounded time, since a pattern may come from an untrusted file.
 
-`re` cannot be interrupted, and `(a|ab?)*X` makes it try 2ⁿ ways on a path of n characters. The `regex` package, which
-transformers requires, has a timeout. It matches patterns with repeats, branches or groups; `re` matches the rest, which
-it can follow in one way only. `re` also compiles each pattern first, so syntax that only `regex` knows is refused.
+`re` cannot be interrupted, and `(a|ab?)*X` makes it try 2ⁿ alternatives on a path of n characters. The `regex` package,
+which transformers requires, has a timeout, so it matches patterns with repeats, branches or groups. `re` matches all
+other patterns, which need no backtracking. `re` also compiles every pattern first, to refuse syntax that only `regex`
+has.
 
-A config may have thousands of patterns for a model of thousands of modules. `limited` bounds their total time.
+A config may have thousands of patterns for a model of thousands of modules. `limit_matching_time` bounds their total
+time.
 """
 
 from __future__ import annotations
@@ -23,19 +25,23 @@ from typing import Any
 
 from peftcore.errors import PeftcoreError, nearest
 
-_LENGTH = 100_000  # characters of a pattern: the names of all modules of a large model, one after the other
-_COPIES = 100_000  # of a part of the pattern, that counted repeats such as {100} make of it when it is compiled
-_SECONDS = 10.0  # of processor time for the patterns of one load; usual patterns of a large model take 0.3
-_PATTERNS = 2_000  # different patterns of one load
-_CHARACTERS = 500_000  # of all patterns of one load; compiling them takes 3 s
+# Limits for one pattern: its characters (enough for the names of all modules of a large model), and the copies that
+# counted repeats such as {100} make of a part when it is compiled.
+_LENGTH = 100_000
+_COPIES = 100_000
+# Limits for all patterns of one load: processor time (the patterns of a large model take 0.3 s), number of different
+# patterns, and characters (compiling as many takes 3 s).
+_SECONDS = 10.0
+_PATTERNS = 2_000
+_CHARACTERS = 500_000
 
-_BEFORE, _BEHIND = r"(?:.*\.)?(?:", ")"  # around the pattern of a path's end
+_BEFORE, _BEHIND = r"(?:.*\.)?(?:", ")"  # make a pattern match at the end of a path
 
 FullMatch = Callable[[str], bool]
 
 
 class _Budget:
-    """Limits for all patterns of one load: processor time, number and length."""
+    """What the patterns of one load have used of the limits."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
@@ -43,7 +49,7 @@ class _Budget:
         self.patterns = set[str]()
 
     def take(self, pattern: str) -> None:
-        """Count a pattern. Raise a PeftcoreError if there are too many."""
+        """Count a pattern, and raise a PeftcoreError if there are too many."""
         if pattern in self.patterns:
             return
         self.patterns.add(pattern)
@@ -55,16 +61,16 @@ class _Budget:
             )
 
     def left(self) -> float:
-        """Return the seconds that are left."""
+        """Return the remaining seconds, at least 0.001."""
         return max(_SECONDS - self.seconds, 1e-3)
 
     def spend(self, pattern: str, seconds: float) -> None:
-        """Count the time that a pattern took. Raise a PeftcoreError if all patterns together took too long."""
+        """Count the time that a pattern took, and raise a PeftcoreError if all patterns together took too long."""
         self.seconds += seconds
         if self.seconds > _SECONDS:
             raise PeftcoreError(
-                f"the patterns of the config take more than {_SECONDS:g} s to match, the last of them "
-                f"{_short(pattern)}. Write them more simply"
+                f"matching the config's patterns takes more than {_SECONDS:g} s; the last one was {_short(pattern)}. "
+                "Simplify them"
             )
 
 
@@ -72,11 +78,11 @@ _BUDGET: ContextVar[_Budget | None] = ContextVar("peftcore_patterns", default=No
 
 
 @contextlib.contextmanager
-def limited() -> Iterator[None]:
+def limit_matching_time() -> Iterator[None]:
     """Bound the total time of all patterns that are compiled inside the block; nested blocks share its limits.
 
     Raises:
-        PeftcoreError: inside the block, if patterns take too long or are too many.
+        PeftcoreError: patterns inside the block take too long, or are too many.
     """
     if _BUDGET.get() is not None:
         yield
@@ -88,15 +94,15 @@ def limited() -> Iterator[None]:
         _BUDGET.reset(token)
 
 
-def compiled_end(pattern: str, field: str) -> FullMatch:
-    """Like `compiled`, for a pattern of the whole path or of its end after a dot."""
-    return compiled(f"{_BEFORE}{pattern}{_BEHIND}", field)
+def compile_suffix_pattern(pattern: str, field: str) -> FullMatch:
+    """Like `compile_pattern`, for a pattern that matches a whole path, or its end after a dot."""
+    return compile_pattern(f"{_BEFORE}{pattern}{_BEHIND}", field)
 
 
-def compiled(pattern: str, field: str) -> FullMatch:
+def compile_pattern(pattern: str, field: str) -> FullMatch:
     """Return a function that tests `re.compile(pattern).fullmatch` in bounded time.
 
-    A pattern of the user's own call, outside of `limited`, is matched by `re` where `regex` is not installed.
+    Outside of `limit_matching_time`, where patterns are the user's own, `re` matches them if `regex` is not installed.
 
     Args:
         pattern: a regular expression, which may come from an untrusted file.
@@ -111,13 +117,13 @@ def compiled(pattern: str, field: str) -> FullMatch:
     try:
         matches, takes_timeout = _full_match(pattern)
     except (re.error, RecursionError, OverflowError, ValueError) as error:
-        what = "nested too deeply" if isinstance(error, RecursionError) else str(error)
-        raise PeftcoreError(f"{field}={_short(pattern)} cannot be used as a regular expression: {what}") from None
+        problem = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise PeftcoreError(f"{field}={_short(pattern)} cannot be used as a regular expression: {problem}") from None
     except ImportError:
         if _BUDGET.get() is not None:
             raise PeftcoreError(
-                f"{field}={_short(pattern)} of a file is matched by the 'regex' package, which has a time limit and "
-                "is not installed: pip install regex"
+                f"{field}={_short(pattern)} comes from a file, so matching it needs the 'regex' package, which has a "
+                "time limit. Install it: pip install regex"
             ) from None
         matches, takes_timeout = re.compile(pattern).fullmatch, False
 
@@ -142,18 +148,18 @@ def _full_match(pattern: str) -> tuple[Callable[..., Any], bool]:
 
     Raises:
         re.error: `pattern` is not a regular expression.
-        ValueError: it takes too much to compile, or `re` and `regex` read it differently.
+        ValueError: it is too large to compile, or `re` and `regex` interpret it differently.
         ImportError: it needs `regex`, which is not installed.
     """
     if len(pattern) > _LENGTH:
-        raise ValueError(f"it has {len(pattern):,} characters, at most {_LENGTH:,} are read")
+        raise ValueError(f"it has {len(pattern):,} characters, but at most {_LENGTH:,} are supported")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of syntax that may change its meaning one day
+        warnings.simplefilter("ignore")  # FutureWarning about syntax that may change its meaning
         plain = re.compile(pattern)
     is_end = pattern.startswith(_BEFORE) and pattern.endswith(_BEHIND)
     if not set(pattern[len(_BEFORE) : -len(_BEHIND)] if is_end else pattern) & set("*+?{|("):
         return plain.fullmatch, False
-    # What `regex` reads in another way: approximate matches, POSIX classes, and \B in a text without characters.
+    # `regex` interprets these differently: approximate matches, POSIX classes, and \B in an empty text.
     differing = re.search(r"\{(?!\d+\}|\d*,\d*\})|\[:|\\B", pattern)
     if differing:
         raise ValueError(
@@ -175,7 +181,7 @@ def _short(pattern: str) -> str:
 
 _PLAIN = re.compile(r"[\w.]+", re.ASCII)
 
-_EXPRESSIONS = 1_000  # among the keys of a pattern; others are plain names
+_EXPRESSIONS = 1_000  # maximum number of regular expressions among the keys; the others are plain names
 
 
 def pattern_value(patterns: dict[str, Any] | None, path: str, default: Any) -> Any:
@@ -191,7 +197,7 @@ def pattern_value(patterns: dict[str, Any] | None, path: str, default: Any) -> A
 
 
 def matched_keys(patterns: Iterable[str], paths: Iterable[str]) -> set[str]:
-    """Return the keys of a `rank_pattern` or `alpha_pattern` that match one of `paths`, whichever comes first.
+    """Return all keys of a `rank_pattern` or `alpha_pattern` that match one of `paths`.
 
     Raises:
         PeftcoreError: too many keys are regular expressions, or one cannot be matched.
@@ -201,10 +207,10 @@ def matched_keys(patterns: Iterable[str], paths: Iterable[str]) -> set[str]:
 
 
 class _Keys:
-    """The keys of a pattern, with a lookup whose time depends on their kinds rather than their number.
+    """Keys of a `rank_pattern`, with a lookup whose time does not grow with the number of plain keys.
 
-    A plain key of names and dots matches the end of a path, with a dot matching any character. Keys whose names have
-    the same lengths are in one table.
+    A plain key of names and dots matches the end of a path, where a dot matches any character. Keys whose names have
+    the same lengths share a table.
     """
 
     def __init__(self, keys: tuple[str, ...]) -> None:
@@ -219,25 +225,25 @@ class _Keys:
                 self.expressions.append(position)
         if len(self.expressions) > _EXPRESSIONS:
             raise PeftcoreError(
-                f"rank_pattern or alpha_pattern has {len(self.expressions):,} regular expressions, at most "
-                f"{_EXPRESSIONS:,} are read. Name modules by their paths"
+                f"rank_pattern or alpha_pattern has {len(self.expressions):,} regular expressions, but at most "
+                f"{_EXPRESSIONS:,} are supported. Name modules by their paths"
             )
 
     def first(self, path: str) -> str | None:
         """Return the first key that matches `path`, or None."""
-        found = min(self._plain(path), default=len(self.keys))
+        position_of_plain = min(self._plain(path), default=len(self.keys))
         for position in self.expressions:
-            if position > found:
+            if position > position_of_plain:
                 break
             if self._expression(position)(path):
                 return self.keys[position]
-        return self.keys[found] if found < len(self.keys) else None
+        return self.keys[position_of_plain] if position_of_plain < len(self.keys) else None
 
     def matched(self, paths: Sequence[str]) -> set[str]:
         """Return all keys that match one of `paths`."""
-        found = {position for path in paths for position in self._plain(path)}
-        found |= {position for position in self.expressions if any(map(self._expression(position), paths))}
-        return {self.keys[position] for position in found}
+        positions = {position for path in paths for position in self._plain(path)}
+        positions |= {position for position in self.expressions if any(map(self._expression(position), paths))}
+        return {self.keys[position] for position in positions}
 
     def _plain(self, path: str) -> Iterator[int]:
         """Yield the positions of the plain keys that match `path`."""
@@ -254,7 +260,7 @@ class _Keys:
                 yield position
 
     def _expression(self, position: int) -> Callable[[str], bool]:
-        return compiled_end(self.keys[position], "rank_pattern or alpha_pattern")
+        return compile_suffix_pattern(self.keys[position], "rank_pattern or alpha_pattern")
 
 
 @lru_cache(maxsize=64)
@@ -263,26 +269,26 @@ def _keys(keys: tuple[str, ...]) -> _Keys:
 
 
 def matches(pattern: str, path: str) -> bool:
-    """Return whether a list entry matches `path`: the path itself, or its end after a dot."""
+    """Return whether `pattern`, an entry of a list, equals `path` or its end after a dot."""
     return path == pattern or path.endswith(f".{pattern}")
 
 
-def ends(path: str) -> list[str]:
-    """Return the list entries that mean `path`, as `matches` has it: the path, and what follows each of its dots."""
-    found = [path]
+def path_suffixes(path: str) -> list[str]:
+    """Return the list entries that match `path` (see `matches`): the path, and what follows each of its dots."""
+    suffixes = [path]
     while "." in path:
         path = path.partition(".")[2]
-        found.append(path)
-    return found
+        suffixes.append(path)
+    return suffixes
 
 
-def is_inside(saved: str, path: str) -> bool:
-    """Return whether `path` is, or is inside, a module that the entry `saved` of `modules_to_save` matches."""
-    return f".{saved}." in f".{path}."
+def is_inside(entry: str, path: str) -> bool:
+    """Return whether `path` is, or is inside, a module that an entry of `modules_to_save` matches."""
+    return f".{entry}." in f".{path}."
 
 
 def excluded(names: Collection[str], patterns: str | Sequence[str] | None) -> set[str]:
-    """Return those of `names`, of modules or parameters, that `exclude_modules` matches.
+    """Return the names of modules and parameters that `exclude_modules` matches.
 
     Raises:
         PeftcoreError: a pattern matches nothing.
@@ -290,20 +296,20 @@ def excluded(names: Collection[str], patterns: str | Sequence[str] | None) -> se
     if not patterns:
         return set()
     if isinstance(patterns, str):
-        found = set(filter(compiled(patterns, "exclude_modules"), names))
-        if not found:
+        matched = set(filter(compile_pattern(patterns, "exclude_modules"), names))
+        if not matched:
             raise PeftcoreError(f"exclude_modules={patterns!r} matches no module")
-        return found
+        return matched
     for pattern in patterns:
         if not any(matches(pattern, path) for path in names):
-            raise PeftcoreError(f"exclude_modules: '{pattern}' matches no module{nearest_path(pattern, names)}")
+            raise PeftcoreError(f"exclude_modules: '{pattern}' matches no module{suggest_paths(pattern, names)}")
     return {path for path in names if any(matches(pattern, path) for pattern in patterns)}
 
 
 def layer_indices(paths: Iterable[str], pattern: str | Sequence[str] | None) -> dict[str, int | None]:
-    """Return the layer index of each path by `layers_pattern`: the first number after a list of layers."""
+    """Return the layer index of each path: the first number after a list of layers that `layers_pattern` names."""
     names = [pattern] if isinstance(pattern, str) else list(pattern or ())
-    lists: list[FullMatch] = [compiled_end(name, "layers_pattern") for name in names] or [lambda _: True]
+    lists: list[FullMatch] = [compile_suffix_pattern(name, "layers_pattern") for name in names] or [lambda _: True]
 
     def index(path: str) -> int | None:
         parts = path.split(".")
@@ -313,8 +319,8 @@ def layer_indices(paths: Iterable[str], pattern: str | Sequence[str] | None) -> 
     return {path: index(path) for path in paths}
 
 
-def nearest_path(pattern: str, paths: Iterable[str]) -> str:
-    """Return the nearest names, or those that exist, for messages."""
+def suggest_paths(pattern: str, paths: Iterable[str]) -> str:
+    """Return a hint for messages: the nearest names, or else some that exist."""
     names = {part for path in paths for part in (path, path.rpartition(".")[2]) if part and not part.isdigit()}
     return (
         nearest(pattern, sorted(names))
@@ -323,16 +329,18 @@ def nearest_path(pattern: str, paths: Iterable[str]) -> str:
 
 
 def shortest_suffixes(chosen: Collection[str], others: Collection[str], parts: int = 1) -> list[str]:
-    """Return the shortest list of suffixes, each of at least `parts` parts, that matches `chosen` and not `others`."""
-    of_others: set[str] = set()
+    """Return the shortest list of suffixes, each of at least `parts` parts, that matches `chosen` but not `others`."""
+    suffixes_of_others: set[str] = set()
     for path in others:
-        of_others.update(ends(path))
+        suffixes_of_others.update(path_suffixes(path))
     suffixes: set[str] = set()
     for path in sorted(chosen):
-        for suffix in ends(path)[::-1][max(0, min(parts, path.count(".") + 1) - 1) :]:  # the shortest first
-            if suffix not in of_others:
+        for suffix in path_suffixes(path)[::-1][max(0, min(parts, path.count(".") + 1) - 1) :]:  # the shortest first
+            if suffix not in suffixes_of_others:
                 suffixes.add(suffix)
                 break
         else:
-            raise PeftcoreError(f"no suffix selects '{path}' alone. Give target_modules as a regular expression")
-    return sorted([suffix for suffix in suffixes if suffixes.isdisjoint(ends(suffix)[1:])])
+            raise PeftcoreError(
+                f"no suffix matches '{path}' without matching others. Write target_modules as a regular expression"
+            )
+    return sorted([suffix for suffix in suffixes if suffixes.isdisjoint(path_suffixes(suffix)[1:])])

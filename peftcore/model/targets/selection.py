@@ -1,9 +1,9 @@
-"""Selection of modules by suffix lists, regular expressions, `all-linear`, exclusions and layer choices.
+"""Selection of modules by suffix lists, regular expressions, `all-linear`, exclusions and layer indices.
 
-Also of what a config trains besides its adapters: `modules_to_save` and biases.
+Also selects what a config trains besides its adapters: `modules_to_save` and biases.
 
-Matching is Hugging Face PEFT's, so that one config selects the same modules there and here, but a
-pattern that matches nothing is an error.
+Matching is the same as in PEFT, so that a config selects the same modules in both, but a pattern that matches nothing
+is an error.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ from typing import Any
 from torch import Tensor, nn
 
 from peftcore.errors import PeftcoreError, nearest
-from peftcore.model import bypassed, rewritten, without_gradients
+from peftcore.model import bypassed_layers, modules_without_gradients, rewritten_layers
 from peftcore.model.base_modules import base_modules, base_parameters, original_class
 from peftcore.model.experts import expert_biases
-from peftcore.model.experts.in_model import expert_layers, routers, weight_named
+from peftcore.model.experts.in_model import expert_layers, routers, stacked_weight_name
 from peftcore.model.targets.expert_selection import ALL_LINEAR, name_experts, parameter_suffixes, weight_owners
 from peftcore.model.targets.patterns import (
-    compiled,
-    ends,
+    compile_pattern,
     excluded,
     is_inside,
     layer_indices,
     matches,
-    nearest_path,
+    path_suffixes,
     shortest_suffixes,
+    suggest_paths,
 )
 from peftcore.plugin.architecture import Architecture, Sublayer
 from peftcore.plugin.layers import is_conv1d, is_linear, sizes, unknown_layers
@@ -38,18 +38,18 @@ Supported = Callable[[nn.Module], bool]  # whether the method can adapt a module
 
 
 def widths(model: nn.Module, path: str, architecture: Architecture) -> tuple[int, int]:
-    """Return (input, output) sizes of a module: its own if it is linear, else the model's hidden size twice.
+    """Return the (input, output) sizes of a linear layer; for other modules, the model's hidden size twice.
 
     Raises:
-        PeftcoreError: the model names no hidden size.
+        PeftcoreError: the model's config has no hidden size.
     """
     module, width = model.get_submodule(path), architecture.hidden_size
     if is_linear(module):
         return sizes(module)
     if width is None:
         raise PeftcoreError(
-            f"the width of '{path}' ({type(module).__name__}) is not known, since {type(model).__name__} names no "
-            "hidden_size. Name linear layers in target_modules"
+            f"the width of '{path}' ({type(module).__name__}) is unknown, because the config of "
+            f"{type(model).__name__} has no hidden_size. Name linear layers in target_modules"
         )
     return width, width
 
@@ -137,61 +137,66 @@ def _all_linear(
     """Return the linear layers that `all-linear` selects, before exclusions.
 
     Raises:
-        PeftcoreError: there is none.
+        PeftcoreError: the model has no such layer.
     """
     heads = [f"{head}." for head in (architecture.output_head, *architecture.task_heads) if head is not None]
-    chosen = [path for path, module in modules.items() if is_linear(module) and not f"{path}.".startswith(tuple(heads))]
+    paths = [path for path, module in modules.items() if is_linear(module) and not f"{path}.".startswith(tuple(heads))]
     if not own_parameters:
-        unreached = {*bypassed(model), *rewritten(model), *routers(model), *without_gradients(model)}
-        chosen = [path for path in chosen if path not in unreached]
-    if not chosen:
+        unreachable = {
+            *bypassed_layers(model),
+            *rewritten_layers(model),
+            *routers(model),
+            *modules_without_gradients(model),
+        }
+        paths = [path for path in paths if path not in unreachable]
+    if not paths:
         raise PeftcoreError(
             f"target_modules='{ALL_LINEAR}' found no linear layer in {type(model).__name__}. "
             f"Name the modules: {_examples(modules, supported)}{unknown_layers(modules.values())}"
         )
-    return chosen
+    return paths
 
 
 def _in_layers(
-    chosen: list[str], layers_to_transform: int | Sequence[int], layers_pattern: str | Sequence[str] | None
+    paths: list[str], layers_to_transform: int | Sequence[int], layers_pattern: str | Sequence[str] | None
 ) -> list[str]:
-    """Return the modules that are in the layers with these indices.
+    """Return the modules in the layers with these indices.
 
     Raises:
-        PeftcoreError: there are no indices, or none of the modules is in one of the layers.
+        PeftcoreError: there are no indices, or a layer has none of the modules.
     """
     layers = {layers_to_transform} if isinstance(layers_to_transform, int) else set(layers_to_transform)
     if not layers:
         raise PeftcoreError("layers_to_transform=[] names no layer. Name some, or leave it out for all layers")
-    indices = layer_indices(chosen, layers_pattern)
-    missing = layers - set(indices.values())
-    if missing:
-        present = sorted({index for index in indices.values() if index is not None})
+    indices = layer_indices(paths, layers_pattern)
+    missing_layers = layers - set(indices.values())
+    if missing_layers:
+        layers_present = sorted({index for index in indices.values() if index is not None})
         raise PeftcoreError(
-            f"layers_to_transform: no targeted module is in layer {sorted(missing)} "
-            f"(layers found: {present or f'none by layers_pattern={layers_pattern!r}'})"
+            f"layers_to_transform: no targeted module is in layer {sorted(missing_layers)} "
+            f"(layers found: {layers_present or f'none by layers_pattern={layers_pattern!r}'})"
         )
-    return [path for path in chosen if indices[path] in layers]
+    return [path for path in paths if indices[path] in layers]
 
 
 def _in_order(
     model: nn.Module, modules: Mapping[str, nn.Module], chosen: Collection[str], weights: Collection[str]
 ) -> dict[str, nn.Module]:
-    """Return the modules `chosen`, and the layers of experts whose weights are named, in the model's order."""
+    """Return the modules `chosen` and the single experts of the stacked `weights`, in the model's order."""
     if not weights:
         return {path: modules[path] for path in chosen}
-    found: dict[str, nn.Module] = {}
+    layers: dict[str, nn.Module] = {}
     for path, module in modules.items():
         if path in chosen:
-            found[path] = module
-        own = [name for name in module._parameters if f"{path}.{name}" in weights]
-        if own:
-            found |= expert_layers(model, path, own)
-    return found
+            layers[path] = module
+        names = [name for name in module._parameters if f"{path}.{name}" in weights]
+        if names:
+            layers |= expert_layers(model, path, names)
+    return layers
 
 
 def select_by(config: Any, model: nn.Module, architecture: Architecture, **others: Any) -> dict[str, nn.Module]:
-    """Call `select` with the fields of a config that have the names of its arguments; `others` take precedence."""
+    """Call `select` with the config's fields of the same names; `others` take precedence."""
     fields = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")
     return select(model, architecture, **{**{name: getattr(config, name) for name in fields}, **others})
 
@@ -199,33 +204,33 @@ def select_by(config: Any, model: nn.Module, architecture: Architecture, **other
 def sublayers(
     model: nn.Module, architecture: Architecture, kinds: Collection[str], layers: int | Sequence[int] | None = None
 ) -> list[Sublayer]:
-    """Return the known sublayers of these kinds, in all layers or those with the indices `layers`.
+    """Return the detected sublayers of these kinds, in all layers or in those with the indices `layers`.
 
     Raises:
-        PeftcoreError: the kind of layer is not known, or an index is none.
+        PeftcoreError: no such sublayer was detected, or an index does not exist.
     """
-    known = [sublayer for sublayer in architecture.sublayers if sublayer.kind in kinds]
-    if not known:
+    candidates = [sublayer for sublayer in architecture.sublayers if sublayer.kind in kinds]
+    if not candidates:
         linear = [path for path, module in base_modules(model) if is_linear(module)][:3]
         raise PeftcoreError(
-            f"where {type(model).__name__} has its attention and feed-forward is not known. Name modules: "
-            f"target_modules=[...]; linear layers here: {', '.join(linear) or 'none'}"
+            f"cannot detect the attention and feed-forward modules of {type(model).__name__}. Name modules: "
+            f"target_modules=[...]; its linear layers are: {', '.join(linear) or 'none'}"
         )
     if layers is None:
-        return known
-    wanted = {layers} if isinstance(layers, int) else set(layers)
-    present = {sublayer.layer for sublayer in known}
-    if not wanted or wanted - present:
-        wrong = f"there is no layer {sorted(wanted - present)}" if wanted else "it names no layer"
-        raise PeftcoreError(f"layers_to_transform: {wrong} (layers: {sorted(present)})")
-    return [sublayer for sublayer in known if sublayer.layer in wanted]
+        return candidates
+    layers_wanted = {layers} if isinstance(layers, int) else set(layers)
+    present = {sublayer.layer for sublayer in candidates}
+    if not layers_wanted or layers_wanted - present:
+        problem = f"there is no layer {sorted(layers_wanted - present)}" if layers_wanted else "it names no layer"
+        raise PeftcoreError(f"layers_to_transform: {problem} (layers: {sorted(present)})")
+    return [sublayer for sublayer in candidates if sublayer.layer in layers_wanted]
 
 
 def match_counts(model: nn.Module, target_modules: str | Iterable[str]) -> dict[str, int]:
-    """Return how many modules each pattern of `target_modules` matches."""
+    """Return the number of modules that each pattern of `target_modules` matches."""
     paths = [path for path, _ in base_modules(model)]
     if isinstance(target_modules, str):
-        return {target_modules: sum(map(compiled(target_modules, "target_modules"), paths))}
+        return {target_modules: sum(map(compile_pattern(target_modules, "target_modules"), paths))}
     weights = list(weight_owners(model))
     counts: dict[str, int] = {}
     for pattern in target_modules:
@@ -234,101 +239,108 @@ def match_counts(model: nn.Module, target_modules: str | Iterable[str]) -> dict[
     return counts
 
 
-def minimal_suffixes(model: nn.Module, chosen: Iterable[str]) -> list[str]:
-    """Return the shortest list of suffixes that selects exactly the modules `chosen`, for a saved config."""
-    paths, named = [path for path, _ in base_modules(model)], {weight_named(model, path) for path in chosen}
-    layers = named.intersection(paths)
+def minimal_suffixes(model: nn.Module, paths_of_modules: Iterable[str]) -> list[str]:
+    """Return the shortest list of suffixes that selects exactly these modules, for a saved config."""
+    paths, names = (
+        [path for path, _ in base_modules(model)],
+        {stacked_weight_name(model, path) for path in paths_of_modules},
+    )
+    layers = names.intersection(paths)
     suffixes = shortest_suffixes(layers, [path for path in paths if path not in layers])
-    return suffixes + (parameter_suffixes(model, named - layers) if named - layers else [])
+    return suffixes + (parameter_suffixes(model, names - layers) if names - layers else [])
 
 
 def conv1d_paths(model: nn.Module, paths: Iterable[str]) -> list[str]:
-    """Return those of `paths` that are transformers' Conv1D, which PEFT refuses for many methods."""
+    """Return the paths of transformers' Conv1D layers, which PEFT refuses for many methods."""
     return [path for path in paths if is_conv1d(model.get_submodule(path))]
 
 
 def drop_unmatched(model: nn.Module, entries: Sequence[str], experts: bool = False) -> list[str]:
-    """Return the entries that match a module of `model`, or a weight of `experts`.
+    """Return the entries that match a module of `model`, or with `experts` also one of the experts' weights.
 
-    Files of PEFT name modules that a model may lack (`classifier` and `score` for every classifier).
-    Reading one, the tensors decide what must be there; the list need not.
+    PEFT's files may name modules that the model lacks (`classifier` and `score` for every classifier). Which modules
+    must exist is decided by the file's tensors instead.
     """
-    known: set[str] = set()
+    known_suffixes: set[str] = set()
     weights = weight_owners(model) if experts else {}
     for path in [*dict(base_modules(model)), *weights]:
-        known.update(ends(path))
-    return [entry for entry in dict.fromkeys(entries) if entry in known]
+        known_suffixes.update(path_suffixes(path))
+    return [entry for entry in dict.fromkeys(entries) if entry in known_suffixes]
 
 
-def refuse_bypassed(model: nn.Module, chosen: Iterable[str]) -> None:
-    """Raise a PeftcoreError if a module of `chosen` is read and not called: an adapter there would do nothing.
+def refuse_bypassed(model: nn.Module, paths: Iterable[str]) -> None:
+    """Raise a PeftcoreError if the model reads the weight of a module without calling it, or changes the weight.
 
-    And if the model itself changes its weight, which would leave the adapter as it is.
+    An adapter of the first would do nothing, and the second would change under its adapter.
     """
-    modules, past, changed = dict(base_modules(model)), bypassed(model), rewritten(model)
-    for path in chosen:
+    modules, bypass_reasons, rewrite_reasons = (
+        dict(base_modules(model)),
+        bypassed_layers(model),
+        rewritten_layers(model),
+    )
+    for path in paths:
         attention, name = _attention_over(modules, path), path.rpartition(".")[2]
         if attention is not None:
             raise PeftcoreError(
-                f"'{path}' belongs to nn.MultiheadAttention, which reads its weight and never calls it: an adapter "
-                f"there would do nothing. Where the method adapts the attention as a whole, name that: "
+                f"an adapter at '{path}' would do nothing, because nn.MultiheadAttention reads its weight without "
+                "calling it. If the method can adapt the attention as a whole, name that: "
                 f"target_modules=['{attention.rpartition('.')[2]}']; else exclude it: exclude_modules=['{name}']"
             )
-        if path in past:
+        if path in bypass_reasons:
             raise PeftcoreError(
-                f"an adapter at '{path}' would do nothing, always or in some modes and on some devices: {past[path]}. "
-                f"Leave it out, or exclude it: exclude_modules=['{name}']"
+                f"an adapter at '{path}' would do nothing, at least in some modes or on some devices: "
+                f"{bypass_reasons[path]}. Leave it out, or exclude it: exclude_modules=['{name}']"
             )
-        if path in changed:
+        if path in rewrite_reasons:
             raise PeftcoreError(
-                f"an adapter at '{path}' would not be changed with the layer: {changed[path]}. "
+                f"an adapter at '{path}' would not follow changes of the layer: {rewrite_reasons[path]}. "
                 f"Leave it out, or exclude it: exclude_modules=['{name}']"
             )
 
 
 def _attention_over(modules: Mapping[str, nn.Module], path: str) -> str | None:
-    """Return the path of the `nn.MultiheadAttention` that the projection `path` belongs to."""
+    """Return the path of the `nn.MultiheadAttention` that contains the projection `path`, or None."""
     parent = path.rpartition(".")[0]
     is_attention = path and parent in modules and issubclass(original_class(modules[parent]), nn.MultiheadAttention)
     return parent if is_attention else None
 
 
 def _with_attention(
-    modules: Mapping[str, nn.Module], chosen: list[str], excluded: Collection[str], supported: Supported
+    modules: Mapping[str, nn.Module], selected: list[str], excluded_paths: Collection[str], supported: Supported
 ) -> list[str]:
-    """Return `chosen` with attentions as a whole in place of their projections; what is not `supported` is left out."""
+    """Replace projections by the `nn.MultiheadAttention` that contains them, or drop them if it is not `supported`."""
     paths: list[str] = []
-    for path in chosen:
+    for path in selected:
         attention = _attention_over(modules, path)
         if attention is None:
             paths.append(path)
-        elif attention not in excluded and supported(modules[attention]):
+        elif attention not in excluded_paths and supported(modules[attention]):
             paths.append(attention)
-    # If the model has only projections of attentions, they stay, for the error that names them.
-    return paths if paths or excluded else chosen
+    # If nothing else is selected, keep the projections, so that an error names them.
+    return paths if paths or excluded_paths else selected
 
 
 def _by_regex(modules: dict[str, nn.Module], pattern: str, supported: Supported) -> list[str]:
-    matched = list(filter(compiled(pattern, "target_modules"), modules))
-    chosen = [path for path in matched if supported(modules[path])]
-    if not chosen:
+    matched = list(filter(compile_pattern(pattern, "target_modules"), modules))
+    selected = [path for path in matched if supported(modules[path])]
+    if not selected:
         kinds = f"matches only {_kinds(modules, matched)}, which this method cannot adapt"
-        what = kinds if matched else "matches no module"
+        problem = kinds if matched else "matches no module"
         raise PeftcoreError(
-            f"target_modules={pattern!r}, a regular expression for whole paths, {what}. "
-            f"Paths here look like: {_examples(modules, supported)}"
+            f"target_modules={pattern!r}, a regular expression for whole paths, {problem}. "
+            f"Examples of paths: {_examples(modules, supported)}"
         )
-    return chosen
+    return selected
 
 
 def _refuse_other_layers(modules: dict[str, nn.Module], pattern: str, supported: Supported) -> None:
     """Raise a PeftcoreError if a regular expression also matches layers that the method cannot adapt."""
-    matched = filter(compiled(pattern, "target_modules"), modules)
-    other = [path for path in matched if not supported(modules[path]) and _is_layer(modules[path])]
-    if other:
+    matched = filter(compile_pattern(pattern, "target_modules"), modules)
+    unsupported = [path for path in matched if not supported(modules[path]) and _is_layer(modules[path])]
+    if unsupported:
         raise PeftcoreError(
-            f"target_modules={pattern!r} also matches {_kinds(modules, other)} (such as '{other[0]}'), which this "
-            "method cannot adapt. Name it in exclude_modules, or write an expression that leaves it out"
+            f"target_modules={pattern!r} also matches {_kinds(modules, unsupported)} (such as '{unsupported[0]}'), "
+            "which this method cannot adapt. Name it in exclude_modules, or write an expression that leaves it out"
         )
 
 
@@ -343,23 +355,23 @@ def _by_suffix(
 ) -> list[str]:
     if not patterns:
         raise PeftcoreError("target_modules is an empty list. Name modules, or use 'all-linear'")
-    meant: dict[str, list[str]] = defaultdict(list)
+    paths_by_suffix: dict[str, list[str]] = defaultdict(list)
     for path in modules:
-        for end in ends(path):
-            meant[end].append(path)
-    chosen: set[str] = set()
+        for end in path_suffixes(path):
+            paths_by_suffix[end].append(path)
+    selected: set[str] = set()
     for pattern in patterns:
-        matched = meant.get(pattern, [])
-        chosen.update(matched)
+        matched = paths_by_suffix.get(pattern, [])
+        selected.update(matched)
         if not matched:
-            raise PeftcoreError(f"target_modules: '{pattern}' matches no module{nearest_path(pattern, names)}")
-        wrong = [path for path in matched if not supported(modules[path])]
-        if wrong:
+            raise PeftcoreError(f"target_modules: '{pattern}' matches no module{suggest_paths(pattern, names)}")
+        unsupported = [path for path in matched if not supported(modules[path])]
+        if unsupported:
             raise PeftcoreError(
-                f"target_modules: '{pattern}' matches {_kinds(modules, wrong)} (such as '{wrong[0]}'), which this "
-                f"method cannot adapt. Modules it can: {_examples(modules, supported)}"
+                f"target_modules: '{pattern}' matches {_kinds(modules, unsupported)} (such as '{unsupported[0]}'), "
+                f"which this method cannot adapt. It can adapt: {_examples(modules, supported)}"
             )
-    return [path for path in modules if path in chosen]
+    return [path for path in modules if path in selected]
 
 
 def _kinds(modules: dict[str, nn.Module], paths: Iterable[str]) -> str:
@@ -371,43 +383,44 @@ def _examples(modules: dict[str, nn.Module], supported: Supported) -> str:
 
 
 def trained_modules(model: nn.Module, modules_to_save: Sequence[str]) -> Train:
-    """Return the parameters of the modules that `modules_to_save` selects, to be trained themselves.
+    """Return the placement that trains the parameters of the modules in `modules_to_save`.
 
     Raises:
         PeftcoreError: an entry matches no module with parameters.
     """
     names = [name for name, _ in base_parameters(model)]
-    trained: list[str] = []
+    parameters: list[str] = []
     for pattern in modules_to_save:
         paths = [path for path, _ in base_modules(model) if path and matches(pattern, path)]
-        inside = [name for name in names if any(name.startswith(f"{path}.") for path in paths)]
-        if not inside:
-            known = {part for path, _ in base_modules(model) for part in (path, path.rpartition(".")[2])}
+        matching = [name for name in names if any(name.startswith(f"{path}.") for path in paths)]
+        if not matching:
+            candidates = {part for path, _ in base_modules(model) for part in (path, path.rpartition(".")[2])}
             raise PeftcoreError(
-                f"modules_to_save: '{pattern}' matches no module with parameters{nearest(pattern, known)}"
+                f"modules_to_save: '{pattern}' matches no module with parameters{nearest(pattern, candidates)}"
             )
-        trained += inside
-    return Train(tuple(dict.fromkeys(trained)))
+        parameters += matching
+    return Train(tuple(dict.fromkeys(parameters)))
 
 
-def refuse_targeted(target_modules: str | Sequence[str] | None, paths: Iterable[str], why: str) -> None:
-    """Raise a PeftcoreError if `target_modules` selects one of the modules `paths`, which are trained as a whole."""
+def refuse_targeted(target_modules: str | Sequence[str] | None, paths: Iterable[str], relation: str) -> None:
+    """Raise a PeftcoreError if `target_modules` selects one of the modules `paths`, which are fully trained."""
     if not target_modules or target_modules == ALL_LINEAR:
         return
     for path in paths:
         if isinstance(target_modules, str):
-            named = compiled(target_modules, "target_modules")(path)
+            is_targeted = compile_pattern(target_modules, "target_modules")(path)
         else:
-            named = any(matches(pattern, path) for pattern in target_modules)
-        if named:
+            is_targeted = any(matches(pattern, path) for pattern in target_modules)
+        if is_targeted:
             raise PeftcoreError(
-                f"target_modules={target_modules!r} selects '{path}', whose weight is {why}, which modules_to_save "
-                "trains as a whole. Remove it from target_modules, or untie the two: ensure_weight_tying=False"
+                f"target_modules={target_modules!r} selects '{path}', whose weight is {relation}, which "
+                "modules_to_save trains as a whole. Remove it from target_modules, or untie the weights: "
+                "ensure_weight_tying=False"
             )
 
 
 def biases(model: nn.Module, paths: Iterable[str] | None = None) -> Train:
-    """Return the parameters named `bias` of the whole model or of the modules `paths`."""
+    """Return the placement that trains the parameters named `bias`, of the whole model or of the modules `paths`."""
     names = [name for name, _ in base_parameters(model) if name.rpartition(".")[2] == "bias"]
     if paths is not None:
         paths = set(paths)
@@ -416,13 +429,13 @@ def biases(model: nn.Module, paths: Iterable[str] | None = None) -> Train:
 
 
 def trained_biases(model: nn.Module, bias: str, paths: Iterable[str]) -> list[Train]:
-    """Return what PEFT's field `bias` trains: "none", "all" biases of the model, or otherwise those of `paths`."""
+    """Return the placements for PEFT's field `bias`: "none", "all" biases of the model, or those of `paths`."""
     if bias == "none":
         return []
-    of_experts = next((path for path in paths if weight_named(model, path) != path), None)
+    of_experts = next((path for path in paths if stacked_weight_name(model, path) != path), None)
     if of_experts is not None and any(expert_biases(module) for _, module in base_modules(model)):
         raise PeftcoreError(
-            f"bias={bias!r} is not supported for the expert '{of_experts}', whose biases have other names. "
+            f"bias={bias!r} is not supported for experts ('{of_experts}'), whose biases have other names. "
             "Choose bias='none'"
         )
     return [biases(model, None if bias == "all" else paths)]

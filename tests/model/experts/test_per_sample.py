@@ -95,5 +95,5 @@ def test_experts_that_get_all_tokens_several_times_are_refused():
     """Llama 4 repeats the tokens for each expert before it calls them."""
     model = with_two("llama4_text", target_modules=["experts"])
     peftcore.activate(model, NAMES, per_sample=True)
-    with pytest.raises(peftcore.PeftcoreError, match="its input has rows of all samples, whose order is not known"):
+    with pytest.raises(peftcore.PeftcoreError, match="its input has rows of all samples in an unknown order"):
         model(input_ids=tokens())

@@ -9,7 +9,7 @@ from support.mixtures import mixture
 from torch import nn
 
 import peftcore
-from peftcore.model import bypassed
+from peftcore.model import bypassed_layers
 
 
 def share(model: object, method: str, **fields: object) -> float:
@@ -37,7 +37,7 @@ def test_a_weight_that_layers_share_counts_once() -> None:
 
 def test_experts_that_other_modules_read_are_reported() -> None:
     dbrx = instances.build("DbrxForCausalLM")
-    with pytest.warns(UserWarning, match="left out: parameters that other modules read past their own"):
+    with pytest.warns(UserWarning, match="left out: parameters that only other modules read"):
         peftcore.apply(dbrx, "lora")
     with pytest.raises(peftcore.PeftcoreError, match="is read by other modules, not by its own module's forward"):
         peftcore.plan(dbrx, "lora", target_modules=[], target_parameters=["mlp.w1"])
@@ -80,6 +80,6 @@ def test_biases_that_a_model_lacks_are_reported() -> None:
 def test_what_is_bypassed_is_reported() -> None:
     model = instances.build("MambaForCausalLM")
     left = peftcore.plan(model, "lora", target_modules="all-linear").coverage.left_out
-    linear = [path for path in bypassed(model) if path.endswith("_proj")]
+    linear = [path for path in bypassed_layers(model) if path.endswith("_proj")]
     weights = sum(model.get_submodule(path).weight.numel() for path in linear)
-    assert left["linear layers that are read and not called"] == weights
+    assert left["linear layers that are read without being called"] == weights

@@ -138,7 +138,9 @@ def test_a_file_needs_regex_and_the_users_own_call_does_not(monkeypatch: pytest.
     assert [patterns.compiled(pattern, "target_modules")(path) for path in PATHS[1:4]] == [False, True, False]
     with patterns.limited():
         assert patterns.compiled(r"lm.head", "target_modules")("lm_head"), "there is one way to match"
-        ends = patterns.compiled_end(r"^model\.layers\.0\.self_attn\.q_proj$", "rank_pattern")  # as `combine` writes it
+        ends = patterns.compile_suffix_pattern(
+            r"^model\.layers\.0\.self_attn\.q_proj$", "rank_pattern"
+        )  # as `combine` writes it
         assert [path for path in PATHS if ends(path)] == [PATHS[2]] and not ends(f"a.{PATHS[2]}")
         model = tiny.llama()
         chosen = targets.select(model, detect(model), target_modules=["q_proj"], layers_to_transform=[1])
@@ -158,7 +160,7 @@ def test_the_patterns_of_one_load_are_counted(many: list[str], monkeypatch: pyte
 
 def test_a_pattern_with_thousands_of_expressions_is_refused() -> None:
     traps = {f"([a-z_.0-9]+)+X{i}": 4 for i in range(3000)}
-    with pytest.raises(peftcore.PeftcoreError, match=r"3,000 regular expressions, at most 1,000 are read"):
+    with pytest.raises(peftcore.PeftcoreError, match=r"3,000 regular expressions, but at most 1,000 are supported"):
         targets.pattern_value(traps, PATHS[2], 8)
 
 

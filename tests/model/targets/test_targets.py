@@ -69,7 +69,7 @@ def test_exclusions_and_layers() -> None:
         ),
         (
             {"target_modules": "q_proj"},
-            r"a regular expression for whole paths, matches no module.*Paths here look like",
+            r"a regular expression for whole paths, matches no module.*Examples of paths",
         ),
         ({"target_modules": ".*mlp"}, r"matches only LlamaMLP, which this method cannot adapt"),
         (

@@ -148,7 +148,7 @@ def refused_and_counted() -> tuple[dict[str, str], tuple[int, ...], tuple[int, .
     return told, counts[0], counts[1]
 
 
-def without_gradients() -> str:
+def modules_without_gradients() -> str:
     begin()
     found = work.adapted("adalora")
     engine = engine_of(found, torch.optim.SGD, 0.1)

@@ -1,8 +1,8 @@
-"""Adapters of linear layers at experts, one each: the rows of an expert pass through its layer with its adapters.
+"""Adapters for single experts: each expert is treated as a linear layer with its own adapters.
 
     y_i = adapter_e(base_e, x_i)        base_e: x W_eᵀ + b_e, for the rows i of expert e
 
-So a method that knows linear layers knows experts, in a list of which it would compute the same.
+So every method for linear layers also works for stacked experts, and computes the same as for a list of experts.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from peftcore.model.experts.layout import expert_linear, experts_layout, operand
 from peftcore.ops.calling import autocast_device
 from peftcore.plugin.adapter import Adapter, implements, neutral_of_joined
 
-# (an expert's layer, its changes, number of the expert) -> the layer with the changes
+# (an expert's layer, its changes, index of the expert) -> the layer with the changes
 WithChanges = Callable[[nn.Linear, Sequence[Any], int], Callable[[Tensor], Tensor]]
 
 
-class EachExpert(Adapter):
+class ExpertAdapters(Adapter):
     """Adapter of one stacked weight, with an adapter for each expert.
 
     Args:
-        adapters: adapters of linear layers, `adapter(base, x)`.
-        link: class of the adapters' links, which says how they take part in calls of the layers.
+        adapters: adapters for linear layers, `adapter(base, x)`, one per expert.
         transposed: the weight is `[experts, in, out]`.
+        link: class of the adapters' links, which run them in calls of the layers.
     """
 
     def __init__(self, adapters: Sequence[nn.Module], transposed: bool, link: Callable[..., Any]) -> None:
@@ -40,7 +40,7 @@ class EachExpert(Adapter):
 
     @property
     def multiplier(self) -> float | None:
-        """The factor of all adapters inside, each of which is set separately; None if they have none."""
+        """The multiplier of the adapters, which is set on each of them; None if they have none."""
         first = self.of_expert(0)
         return first.multiplier if isinstance(first, Adapter) else None
 
@@ -62,36 +62,44 @@ class EachExpert(Adapter):
         """Return the merged (weight, bias) of all experts in fp32; bias is `[experts, out]` or None."""
         weights, biases = [], []
         for expert in range(len(weight)):
-            own = weight[expert].float()
-            given = None if bias is None else bias[expert].float().clone()
-            changed, its_bias = self.of_expert(expert).merged((own.mT if self.transposed else own).clone(), given)
-            if bias is None and its_bias is not None:
+            expert_weight = weight[expert].float()
+            expert_bias = None if bias is None else bias[expert].float().clone()
+            if self.transposed:
+                expert_weight = expert_weight.mT
+            merged_weight, merged_bias = self.of_expert(expert).merged(expert_weight.clone(), expert_bias)
+            if bias is None and merged_bias is not None:
                 raise PeftcoreError(
-                    f"'merged' of {type(self.of_expert(expert)).__name__} gives experts a bias, but the module has no "
-                    "biases. Nothing was changed. Keep the adapter unmerged, or do not adapt the experts"
+                    f"'merged' of {type(self.of_expert(expert)).__name__} returns a bias for an expert, but the module "
+                    "has no biases. Nothing was changed. Keep the adapter unmerged, or do not adapt the experts"
                 )
-            weights.append(changed.mT if self.transposed else changed)
-            biases.append(its_bias)
+            weights.append(merged_weight.mT if self.transposed else merged_weight)
+            biases.append(merged_bias)
         return torch.stack(weights), None if bias is None else torch.stack(biases)
 
     def forward(self, weight: Tensor) -> Tensor:
-        """Raise a PeftcoreError: a forward that reads all changed weights at once is not supported."""
+        """Raise a PeftcoreError, because these adapters cannot change all weights at once."""
         raise PeftcoreError(
             f"{type(self.of_expert(0)).__name__} acts on experts one by one, which needs transformers' experts "
-            "interface. Here another forward runs them, or another adapter changes the weights as a whole. Restore "
-            "_experts_implementation, or leave that adapter out"
+            "interface. Another forward runs these experts, or another adapter changes their weights as a whole. "
+            "Restore _experts_implementation, or leave that adapter out"
         )
 
 
 def product_by_expert(
     module: nn.Module, x: Tensor, offsets: Tensor, name: str, changes: Sequence[Any], around: WithChanges
 ) -> Tensor:
-    """Return the product of a module's weight `name` for rows sorted by expert, with the changes of each expert.
+    """Multiply rows sorted by expert with a module's weight, one expert after the other, with each expert's changes.
 
     Args:
-        offsets: int32 `[experts]`, where the rows of each end. On the meta device all rows are the first one's.
-        changes: `LowRank`s and `EachExpert`s, the first innermost.
-        around: puts these around the layer of one expert.
+        module: module of experts.
+        x: `[rows, in]`.
+        offsets: int32 `[experts]`, the end of each expert's rows. On the meta device, expert 0 gets all rows.
+        name: name of the weight.
+        changes: `LowRank` and `ExpertAdapters` changes, innermost first.
+        around: wraps the layer of one expert in its changes.
+
+    Returns:
+        `[rows, out]`.
     """
     layout: Any = experts_layout(module)
     weight = operand(module, name)
@@ -99,28 +107,28 @@ def product_by_expert(
         x = x.to(weight.dtype)
     if is_dynamo_compiling():
         torch._dynamo.graph_break(
-            msg="an adapter acts on experts one by one, and how many rows each has is data. Compile without "
-            "fullgraph=True, or leave experts out of target_modules"
+            msg="an adapter acts on experts one by one, and the number of rows per expert depends on data. Compile "
+            "without fullgraph=True, or leave experts out of target_modules"
         )
     ends = [len(x)] * layout.count if offsets.is_meta else offsets.tolist()
     parts: list[Tensor] = []
     idle: list[Tensor] = []
-    for expert, (begin, end) in enumerate(zip([0, *ends], ends, strict=False)):
-        if begin < end:
-            parts.append(around(expert_linear(module, name, expert), changes, expert)(x[begin:end]))
+    for expert, (start, end) in enumerate(zip([0, *ends], ends, strict=False)):
+        if start < end:
+            parts.append(around(expert_linear(module, name, expert), changes, expert)(x[start:end]))
         else:
-            each = (change.of_expert(expert) for change in changes if isinstance(change, EachExpert))
-            idle += [p for adapter in each for p in adapter.parameters() if p.requires_grad]
-    begin = ends[-1] if ends else 0
-    if begin < len(x) or not parts:  # rows of another process's experts
+            adapters = (change.of_expert(expert) for change in changes if isinstance(change, ExpertAdapters))
+            idle += [p for adapter in adapters for p in adapter.parameters() if p.requires_grad]
+    start = ends[-1] if ends else 0
+    if start < len(x) or not parts:  # rows of another process's experts
         width = expert_linear(module, name, 0).out_features
-        parts.append(x.new_zeros(len(x) - begin, width, dtype=parts[0].dtype if parts else x.dtype))
+        parts.append(x.new_zeros(len(x) - start, width, dtype=parts[0].dtype if parts else x.dtype))
     y = torch.cat(parts)
-    return _Idle.apply(y, *idle) if idle and torch.is_grad_enabled() else y  # type: ignore[no-untyped-call]
+    return _ZeroGradients.apply(y, *idle) if idle and torch.is_grad_enabled() else y  # type: ignore[no-untyped-call]
 
 
-class _Idle(torch.autograd.Function):
-    """y, with zero gradients for experts that had no rows, since every rank needs gradients for all that trains."""
+class _ZeroGradients(torch.autograd.Function):
+    """Identity that gives experts without rows zero gradients, since every rank needs gradients of the same params."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, *idle: Tensor) -> Tensor:
