@@ -13,7 +13,7 @@ from support import tiny
 from torch import Tensor, nn
 
 import peftcore
-from peftcore.model.rows import UNKNOWN, rows_of, taken
+from peftcore.model.rows import UNKNOWN, rows_of, slice_samples
 from peftcore.testing import disturb
 
 NAMES = ["a", None, "b"]
@@ -139,7 +139,7 @@ def test_one_projection_of_tokens_and_of_distances() -> None:
         peftcore.remove(model, name)
     with_two(model, target_modules=["query_proj"])
     peftcore.activate(model, NAMES, per_sample=True)
-    with pytest.raises(peftcore.PeftcoreError, match="its calls differ"):
+    with pytest.raises(peftcore.PeftcoreError, match="samples are in different places in its calls"):
         model(input_ids=tokens())
 
 
@@ -242,9 +242,9 @@ def test_what_cannot_be_observed_is_refused() -> None:
 
 def test_samples_of_an_argument_that_was_not_observed() -> None:
     shared, numbers = torch.randn(1, 2), torch.tensor([0, 2])
-    assert taken(shared, UNKNOWN, numbers, 3) is shared
-    with pytest.raises(peftcore.PeftcoreError, match=r"not known which part of an argument of shape \[3, 2\]"):
-        taken(torch.randn(3, 2), UNKNOWN, numbers, 3)
+    assert slice_samples(shared, UNKNOWN, numbers, 3) is shared
+    with pytest.raises(peftcore.PeftcoreError, match=r"unknown which rows of an argument of shape \[3, 2\]"):
+        slice_samples(torch.randn(3, 2), UNKNOWN, numbers, 3)
 
 
 @pytest.mark.parametrize("options", [{"num_beams": 3}, {"num_return_sequences": 2, "num_beams": 2}, {}])

@@ -147,7 +147,7 @@ def test_biases_of_other_names() -> None:
     model(x).square().mean().backward()
     assert all(p.grad is not None for _, p in adapter_parameters(model, "default"))
     bare = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, bias=False)
-    with pytest.raises(peftcore.PeftcoreError, match=r"never calls it"):
+    with pytest.raises(peftcore.PeftcoreError, match=r"without calling it"):
         peftcore.apply(bare, "bitfit", add_missing=True)
     assert peftcore.engine.state_of(bare) is None
 

@@ -204,7 +204,7 @@ def test_a_compiled_encoder() -> None:
     ("model", "fields", "message"),
     [
         (lambda: nn.MultiheadAttention(16, 4, kdim=8), {}, r"keys or values have another width \(kdim, vdim\)"),
-        (Attend, {"target_modules": ["out_proj"]}, r"never calls it.*target_modules=\['self_attn'\]"),
+        (Attend, {"target_modules": ["out_proj"]}, r"without calling it.*target_modules=\['self_attn'\]"),
         (Attend, {"bias": "lora_only"}, r"bias='lora_only' is not supported with 'self_attn'"),
     ],
 )
