@@ -121,7 +121,7 @@ def place_parameters(model: nn.Module, config: LoraConfig) -> Iterator[OnWeight]
             parameter: Any = module._parameters[name]
             shape, full_name = shape_of(module, name), f"{path}.{name}"
             validation.require(
-                not targets.read_elsewhere(model, path, [name]),
+                not targets.is_read_elsewhere(model, path, [name]),
                 f"'{full_name}' is read by other modules, not by its own module's forward, so LoRA would have no "
                 "effect. Leave it out of target_parameters",
             )
