@@ -46,7 +46,7 @@ class OfExpert:
 
 
 class ExpertLink(WeightLink):
-    """Link of `WeightChanges` that have one `EachExpert` for each weight."""
+    """Link of `WeightChanges` that have one `ExpertAdapters` for each weight."""
 
     __slots__ = ()
     merges_by = "merged"

@@ -134,7 +134,7 @@ def warn_of_little(model: nn.Module, attachments: AdapterAttachments) -> None:
         if path not in trained_paths:
             lacks_experts |= any(f"{path}.{name}" not in adapted for name in names)
     excludes = any(getattr(attachments.config, field, None) for field in ("exclude_modules", "layers_to_transform"))
-    if share_text.share < LITTLE or (lacks_experts and not excludes):
+    if share_text.share < LOW_COVERAGE or (lacks_experts and not excludes):
         hint = ". Methods that know linear layers adapt experts one by one where they are named: target_modules=[..., "
         advice = f"{hint}'experts']" if lacks_experts else ""
         warn(f"{attachments.method.name} on {type(model).__name__} {share_text}{advice}")
