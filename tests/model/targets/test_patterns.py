@@ -145,9 +145,7 @@ def test_a_file_needs_regex_and_the_users_own_call_does_not(monkeypatch: pytest.
         model = tiny.llama()
         chosen = targets.select(model, detect(model), target_modules=["q_proj"], layers_to_transform=[1])
         assert [*chosen] == ["model.layers.1.self_attn.q_proj"]
-        with pytest.raises(
-            peftcore.PeftcoreError, match=r"q_proj\|x_proj.* needs the 'regex' package.*pip install regex"
-        ):
+        with pytest.raises(peftcore.PeftcoreError, match=r"x_proj.* needs the 'regex' package.*pip install regex"):
             patterns.compile_pattern(pattern, "target_modules")
 
 
