@@ -20,7 +20,7 @@ from peftcore.errors import PeftcoreError, PluginError, warn
 from peftcore.model import assuming_unchanged, bypassed_layers, detect
 from peftcore.model.base_modules import base_parameters
 from peftcore.model.targets import ALL_LINEAR, expert_weights, refuse_targeted, trained_modules
-from peftcore.model.targets.coverage import Coverage, coverage
+from peftcore.model.targets.coverage import LOW_COVERAGE, Coverage, coverage
 from peftcore.plugin.architecture import Architecture
 from peftcore.plugin.method import Method
 from peftcore.plugin.placements.placement import Placement
