@@ -1,13 +1,12 @@
 """Adapter-owned copies of base parameters and buffers.
 
-A slot of the model holds the adapter's tensor while the adapter is active and the base's tensor otherwise; the other
-one is stored here. Keys of the base stay the same, several adapters may own one parameter in turn, and removing an
-adapter restores the original tensor objects.
+A slot of the model holds the adapter's tensor while the adapter is active, and the base's tensor otherwise; the other
+one is stored here. Keys of the base stay the same, several adapters may own one parameter, and removing an adapter
+restores the original tensor objects.
 
     trained   parameters of `Train` placements. Two active adapters cannot train the same parameter.
-    kept      tensors that change without being trained: buffers that training moves, such as the statistics of a
-              BatchNorm, which a frozen model in training mode moves, too. The buffers of the last active adapter are in
-              the model.
+    kept      tensors that change without being trained: buffers such as the statistics of a BatchNorm, which a frozen
+              model in training mode also updates. The buffers of the last active adapter are in the model.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ class TrainedParameters(nn.Module):
         self.slots = slots
         self.kept = kept
         self.active = False
-        self.held: set[str] = set()  # which of the kept tensors are in the model
+        self.held: set[str] = set()  # names of the kept tensors that are in the model
 
     @staticmethod
     def attach(model: nn.Module, adapter: str, names: Iterable[str], apart: Collection[str] = ()) -> None:
@@ -52,26 +51,27 @@ class TrainedParameters(nn.Module):
         names = list(names)
         base = base_tensors(model) if names else {}
         slots: dict[str, list[str]] = {}
-        taken: set[int] = set()
+        owned_ids: set[int] = set()
         for name in names:
             parameter = base[name]
             if name in apart:
                 slots[name] = [name]
-            elif id(parameter) not in taken:  # tied parameters count once
-                taken.add(id(parameter))
-                slots[name] = [name, *(other for other, p in base.items() if p is parameter and other != name)]
+            elif id(parameter) not in owned_ids:  # tied parameters count once
+                owned_ids.add(id(parameter))
+                tied = [other_name for other_name, tensor in base.items() if tensor is parameter]
+                slots[name] = list(dict.fromkeys([name, *tied]))
         kept = _shared(moving_buffers(model))
         if not slots and not kept:
             return
-        trained = TrainedParameters(slots, kept)
+        tensors = TrainedParameters(slots, kept)
         for name in slots:
             copy = nn.Parameter(sharded.whole(base[name]).clone())
             mark_as_loaded(copy, base[name])
-            trained._parameters[_key(name)] = copy
+            tensors._parameters[_key(name)] = copy
         for name in kept:
-            trained._buffers[_key(name)] = _slot(model, name).detach().clone()
-        _add(model, adapter, trained)
-        follow_trained(trained.owners(model))
+            tensors._buffers[_key(name)] = _slot(model, name).detach().clone()
+        _add(model, adapter, tensors)
+        follow_trained(tensors.owners(model))
 
     @staticmethod
     def keep(model: nn.Module, adapter: str, values: dict[str, Tensor]) -> None:
@@ -80,17 +80,18 @@ class TrainedParameters(nn.Module):
         Args:
             values: by name in the base; one name for tied parameters.
         """
-        base, owned = base_tensors(model), TrainedParameters.of(model, adapter)
-        if owned is None:
-            owned = _add(model, adapter, TrainedParameters({}, {}))
+        base, tensors = base_tensors(model), TrainedParameters.of(model, adapter)
+        if tensors is None:
+            tensors = _add(model, adapter, TrainedParameters({}, {}))
         for name, value in values.items():
-            like = base[name]
-            if sharded.is_shard(like):
+            base_tensor = base[name]
+            if sharded.is_shard(base_tensor):
                 raise PeftcoreError(
-                    f"the adapter has its own '{name}', but that of the base is sharded. Load before sharding"
+                    f"the adapter has its own '{name}', but the base's is sharded. Load the adapter before sharding"
                 )
-            owned.kept[name] = [name, *tied_to(model, [name])]
-            owned._parameters[_key(name)] = nn.Parameter(value.to(like.device, like.dtype).clone(), requires_grad=False)
+            tensors.kept[name] = [name, *tied_to(model, [name])]
+            copy = value.to(base_tensor.device, base_tensor.dtype).clone()
+            tensors._parameters[_key(name)] = nn.Parameter(copy, requires_grad=False)
 
     @staticmethod
     def detach(model: nn.Module, adapter: str) -> None:
@@ -98,12 +99,12 @@ class TrainedParameters(nn.Module):
         adapters = cast("Adapters | None", model._modules.get(TRAINED))
         if adapters is None:
             return
-        own = TrainedParameters.of(model, adapter)
-        if own is not None:
-            unfollow_trained(own.owners(model))
-            for name, other in all_of(model):
+        tensors = TrainedParameters.of(model, adapter)
+        if tensors is not None:
+            unfollow_trained(tensors.owners(model))
+            for name, other_tensors in all_of(model):
                 if name != adapter:
-                    follow_trained(other.owners(model))
+                    follow_trained(other_tensors.owners(model))
             del adapters._modules[adapter]
         if not len(adapters):
             del model._modules[TRAINED]
@@ -115,34 +116,35 @@ class TrainedParameters(nn.Module):
         return None if adapters is None else cast("TrainedParameters | None", adapters._modules.get(adapter))
 
     def activate(self, model: nn.Module, active: bool) -> None:
-        """Put the adapter's trained parameters into the model, or those of the base back."""
+        """Put the adapter's trained parameters into the model, or the base's parameters back."""
         if active == self.active:
             return
-        if any(sharded.is_dtensor(each) and not _in_parts(model, name) for name, each in self.originals(model)):
-            sharded.refuse_sharded(model, "exchange trained parameters for those of the base")
+        for name, parameter in self.originals(model):
+            if sharded.is_dtensor(parameter) and not _in_parts(model, name):
+                sharded.refuse_sharded(model, "exchange trained parameters for those of the base")
         self._exchange_all(model, self.slots, "active", active)
 
     def hold(self, model: nn.Module, names: Collection[str]) -> None:
-        """Put the kept tensors `names` into the model, and those of the base back for the others."""
+        """Put the kept tensors `names` into the model, and the base's tensors back for the others."""
         changing = {name: slots for name, slots in self.kept.items() if (name in names) != (name in self.held)}
         self._exchange_all(model, changing, "held", set(names))
 
     def owners(self, model: nn.Module) -> list[nn.Module]:
-        """Return the modules of which parameters are trained, without those that have been removed since."""
+        """Return the modules whose parameters are trained, except for modules that have been removed."""
         modules = dict(base_modules(model))
         return [modules[path] for path in self.by_module() if path in modules]
 
     def by_module(self) -> dict[str, dict[str, str]]:
         """Return {path of a module: {name of a trained parameter there: its name here}}."""
-        found: dict[str, dict[str, str]] = {}
+        names_by_path: dict[str, dict[str, str]] = {}
         for name, slots in self.slots.items():
             for slot in slots:
                 path, _, attribute = slot.rpartition(".")
-                found.setdefault(path, {})[attribute] = name
-        return found
+                names_by_path.setdefault(path, {})[attribute] = name
+        return names_by_path
 
     def aside(self, name: str) -> Tensor:
-        """Return the tensor `name` that is not in the model: the adapter's own while it is inactive."""
+        """Return the tensor `name` that is not in the model: the adapter's while it is inactive, else the base's."""
         return self._aside(_key(name))
 
     def values(self, model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -161,35 +163,35 @@ class TrainedParameters(nn.Module):
             yield name, _slot(model, name) if name in self.held else self._aside(_key(name))
 
     def has_moved(self, model: nn.Module) -> bool:
-        """Return whether a kept tensor differs from that of the base."""
+        """Return whether a kept tensor differs from the base's."""
         base = base_tensors(model)
         return any(not torch.equal(tensor, base[name]) for name, tensor in self.kept_values(model))
 
     def in_model(self, model: nn.Module) -> Iterator[tuple[list[str], Tensor, Tensor]]:
         """Yield (slots, the adapter's tensor, the base's tensor) of adapter-owned tensors that are in the model now."""
-        here = {**(self.slots if self.active else {}), **{name: self.kept[name] for name in self.held}}
-        for name, slots in here.items():
+        slots_by_name = {**(self.slots if self.active else {}), **{name: self.kept[name] for name in self.held}}
+        for name, slots in slots_by_name.items():
             yield slots, _slot(model, name), self._aside(_key(name))
 
     def changes(self, model: nn.Module) -> Iterator[tuple[str, str]]:
         """Yield (slot, how it changed) where the tensor is missing or has another shape."""
         for name, slots in {**self.slots, **self.kept}.items():
-            was = list(sharded.shape_of(self._aside(_key(name))))
+            expected_shape = list(sharded.shape_of(self._aside(_key(name))))
             for slot in slots:
-                now = _shape(model, slot)
-                if now != was:
-                    yield slot, "is gone" if now is None else f"has shape {now}, which was {was}"
+                shape = _shape(model, slot)
+                if shape != expected_shape:
+                    yield slot, "is gone" if shape is None else f"has shape {shape}, which was {expected_shape}"
 
     def _aside(self, key: str) -> Tensor:
         return self._tensors_aside(key)[key]
 
     def _tensors_aside(self, key: str) -> dict[str, Any]:
-        """Return the table that holds `key`: a plain tensor may take the place of a parameter."""
+        """Return the table that contains `key`: a plain tensor may take the place of a parameter."""
         return self._parameters if key in self._parameters else self._buffers
 
     def _exchange_all(self, model: nn.Module, tensors: dict[str, list[str]], attribute: str, value: Any) -> None:
-        """Exchange `tensors` and set the attribute that says so, or after an error neither."""
-        aside, was = {name: self.aside(name) for name in tensors}, getattr(self, attribute)
+        """Exchange `tensors` and set the attribute that records it; after an error do neither."""
+        aside, old_value = {name: self.aside(name) for name in tensors}, getattr(self, attribute)
         try:
             for name, slots in tensors.items():
                 self._exchange(model, name, slots)
@@ -198,34 +200,37 @@ class TrainedParameters(nn.Module):
             for name, slots in tensors.items():
                 if self.aside(name) is not aside[name]:
                     self._exchange(model, name, slots)
-            setattr(self, attribute, was)
+            setattr(self, attribute, old_value)
             raise
 
     def _exchange(self, model: nn.Module, name: str, slots: Sequence[str]) -> None:
         key = _key(name)
-        here = self._tensors_aside(key)
-        aside = here[key]
+        table = self._tensors_aside(key)
+        aside = table[key]
         slots = [slot for slot in slots if _shape(model, slot) == list(sharded.shape_of(aside))]  # resized ones stay
         if not slots:
             return
-        here[key] = _slot(model, slots[0])
+        table[key] = _slot(model, slots[0])
         for slot in slots:
             tensors, attribute = _tensors(model, slot)
             tensors[attribute] = aside
 
 
 def place_kept_tensors(model: nn.Module, active: Sequence[str]) -> None:
-    """Put the kept tensors of the last of the `active` adapters into the model, or those of the base."""
+    """Put the kept tensors of the last of the `active` adapters into the model, or the base's tensors."""
     owner: dict[str, str] = {}
     for name in active:
-        owned = TrainedParameters.of(model, name)
-        owner.update(dict.fromkeys(owned.kept if owned is not None else (), name))
-    everyone = all_of(model)
-    wanted = {name: {kept for kept in own.kept if owner.get(kept) == name} for name, own in everyone}
-    for name, own in everyone:  # first back to the base: two adapters may exchange one slot
-        own.hold(model, own.held & wanted[name])
-    for name, own in everyone:
-        own.hold(model, wanted[name])
+        tensors = TrainedParameters.of(model, name)
+        owner.update(dict.fromkeys(tensors.kept if tensors is not None else (), name))
+    adapters = all_of(model)
+    names_to_hold: dict[str, set[str]] = {}
+    for name, adapter_tensors in adapters:
+        names_to_hold[name] = {tensor_name for tensor_name in adapter_tensors.kept if owner.get(tensor_name) == name}
+    # First back to the base's tensors, since two adapters may exchange one slot.
+    for name, adapter_tensors in adapters:
+        adapter_tensors.hold(model, adapter_tensors.held & names_to_hold[name])
+    for name, adapter_tensors in adapters:
+        adapter_tensors.hold(model, names_to_hold[name])
 
 
 def refuse_sharded_parameters(model: nn.Module, names: Iterable[str]) -> None:
@@ -247,16 +252,18 @@ def refuse_sharded_parameters(model: nn.Module, names: Iterable[str]) -> None:
 def all_of(model: nn.Module) -> list[tuple[str, TrainedParameters]]:
     """Return (adapter, its owned copies) of all adapters that have some."""
     adapters = model._modules.get(TRAINED)
-    return [] if adapters is None else [(name, cast(TrainedParameters, own)) for name, own in adapters._modules.items()]
+    if adapters is None:
+        return []
+    return [(name, cast(TrainedParameters, tensors)) for name, tensors in adapters._modules.items()]
 
 
 def moving_buffers(model: nn.Module) -> list[tuple[str, Tensor]]:
-    """Return (name, buffer) of the base's buffers that training may move; a shared one under each of its names.
+    """Return (name, buffer) of the base's buffers that training may update; a shared one under each of its names.
 
-    These are the persistent floating-point ones and counters. Layers that keep packed weights and scales in buffers are
+    These are persistent floating-point buffers and counters. Layers that keep packed weights and scales in buffers are
     skipped.
     """
-    moving = []
+    moving: list[tuple[str, Tensor]] = []
     for path, module in base_modules(model):
         if not module._buffers:
             continue
@@ -274,27 +281,30 @@ def moving_buffers(model: nn.Module) -> list[tuple[str, Tensor]]:
 @contextmanager
 def unmoved_buffers(model: nn.Module) -> Iterator[None]:
     """Restore the base's moving buffers after the block."""
-    before = [(buffer, buffer.clone()) for _, buffer in moving_buffers(model)]
+    values = [(buffer, buffer.clone()) for _, buffer in moving_buffers(model)]
     try:
         yield
     finally:
         with torch.no_grad():
-            for buffer, value in before:
+            for buffer, value in values:
                 if not torch.equal(buffer, value):
                     buffer.copy_(value)
 
 
 def base_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Return the parameters and moving buffers of the base by name, also where an adapter's own are in their place."""
+    """Return the base's own parameters and moving buffers by name, also if an adapter's are in their place."""
     tensors = dict([*base_parameters(model), *moving_buffers(model)])
-    for _, own in all_of(model):
-        for slots, _, original in own.in_model(model):
+    for _, adapter_tensors in all_of(model):
+        for slots, _, original in adapter_tensors.in_model(model):
             tensors.update(dict.fromkeys(slots, original))
     return tensors
 
 
 def tied_to(model: nn.Module, names: Iterable[str]) -> list[str]:
-    """Return the names of base parameters that are tied to those of `names` that exist, without `names`."""
+    """Return the names of base parameters that are tied to the parameters `names`, without `names`.
+
+    Names of parameters that do not exist are ignored.
+    """
     names = set(names)
     base = base_tensors(model) if names else {}
     tensors = {id(base[name]) for name in names if name in base}
@@ -304,44 +314,44 @@ def tied_to(model: nn.Module, names: Iterable[str]) -> list[str]:
 def enclosing_paths(model: nn.Module, paths: Iterable[str], trained: Sequence[str]) -> list[str]:
     """Return the paths of the modules whose calls take the model's lock.
 
-    They are the model, every ancestor of the modules `paths`, and the modules that own the parameters `trained`, with
-    their ancestors.
+    They are the model, every ancestor of the modules `paths`, the modules that own the parameters `trained`, and the
+    ancestors of those.
     """
-    found = {"", *(name.rpartition(".")[0] for name in (*trained, *tied_to(model, trained)))}
-    for path in [*paths, *found]:
+    enclosing = {"", *(name.rpartition(".")[0] for name in (*trained, *tied_to(model, trained)))}
+    for path in [*paths, *enclosing]:
         while path:
             path = path.rpartition(".")[0]
-            found.add(path)
-    return sorted(found)
+            enclosing.add(path)
+    return sorted(enclosing)
 
 
 def modules_tied_to(model: nn.Module, path: str) -> list[str]:
     """Return the modules that share the weight of the module at `path`, unless the model's config unties them."""
-    untied = getattr(getattr(model, "config", None), "tie_word_embeddings", True) is False
-    names = [] if untied else tied_to(model, [f"{path}.weight"])
+    is_untied = getattr(getattr(model, "config", None), "tie_word_embeddings", True) is False
+    names = [] if is_untied else tied_to(model, [f"{path}.weight"])
     return [name.rpartition(".")[0] for name in names if name.endswith(".weight")]
 
 
 def _in_parts(model: nn.Module, name: str) -> bool:
-    """Return whether every slot of the parameter `name` is in a layer whose plan an adapter can follow."""
+    """Return whether every slot of the parameter `name` is in a layer whose tensor parallelism adapters can follow."""
     slots = [slot.rpartition(".") for slot in (name, *tied_to(model, [name]))]
     return all(trains_in_parts(model.get_submodule(path), attribute) for path, _, attribute in slots)
 
 
-def _add(model: nn.Module, adapter: str, own: TrainedParameters) -> TrainedParameters:
+def _add(model: nn.Module, adapter: str, tensors: TrainedParameters) -> TrainedParameters:
     if TRAINED not in model._modules:
         model.add_module(TRAINED, Adapters().train(model.training))
-    cast(Adapters, model._modules[TRAINED])._modules[adapter] = own.train(model.training)
-    return own
+    cast(Adapters, model._modules[TRAINED])._modules[adapter] = tensors.train(model.training)
+    return tensors
 
 
 def _shared(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, list[str]]:
     """Return {first name: all names} of each tensor."""
-    first: dict[int, str] = {}
-    found: dict[str, list[str]] = {}
+    first_names: dict[int, str] = {}
+    all_names: dict[str, list[str]] = {}
     for name, tensor in tensors:
-        found.setdefault(first.setdefault(id(tensor), name), []).append(name)
-    return found
+        all_names.setdefault(first_names.setdefault(id(tensor), name), []).append(name)
+    return all_names
 
 
 def _key(name: str) -> str:

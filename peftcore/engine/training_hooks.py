@@ -1,22 +1,24 @@
 """Parts of training that methods contribute: loss terms, parameter groups, and `after_step`.
 
-PyTorch calls a hook after each step of any optimizer. It is registered while an adapter waits for its first
-`after_step`; at the second optimizer step without one, a warning says so once.
+PyTorch can call a hook after each step of any optimizer. This module registers one while an adapter waits for its first
+`after_step`, and warns once, at the second optimizer step without it.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
+from itertools import chain
 from typing import Any, cast
 from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import Variable
+from torch.autograd.graph import Node
 from torch.compiler import is_dynamo_compiling
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -38,22 +40,22 @@ def method_modules(model: nn.Module, adapter: str) -> AdapterModules:
     Raises:
         PeftcoreError: no such adapter is applied, or its method placed two at one path.
     """
-    found: dict[str, nn.Module] = {}
-    others: list[nn.Module] = []
+    modules: dict[str, nn.Module] = {}
+    unplaced: list[nn.Module] = []
     for placement in placements(model, adapter):
         key = placement.key
         if key is None:
-            others.append(placement.adapter)
+            unplaced.append(placement.adapter)
             continue
-        if key in found:
+        if key in modules:
             raise PeftcoreError(
                 f"{applied(model, adapter).method} has two adapters at '{key}'; combine them into one module"
             )
-        found[key] = placement.adapter
-    free = (key for key in ("", *(f"#{number}" for number in range(1, len(others) + 1))) if key not in found)
-    found.update(zip(free, others, strict=False))
-    owned = TrainedParameters.of(model, adapter)
-    return AdapterModules(found, {} if owned is None else dict(owned.values(model)))
+        modules[key] = placement.adapter
+    free_keys = (key for key in ("", *(f"#{number}" for number in range(1, len(unplaced) + 1))) if key not in modules)
+    modules.update(zip(free_keys, unplaced, strict=False))
+    trained_parameters = TrainedParameters.of(model, adapter)
+    return AdapterModules(modules, {} if trained_parameters is None else dict(trained_parameters.values(model)))
 
 
 def after_step(model: nn.Module, step: int, total_steps: int, *, optimizer: Any = None) -> None:
@@ -81,27 +83,31 @@ def after_step(model: nn.Module, step: int, total_steps: int, *, optimizer: Any 
         if method.after_step is not None:
             modules = method_modules(model, name)
             parameters = [parameter for _, parameter in adapter_parameters(model, name)]
-            before = _base_versions(model, entry, parameters)
+            versions_before = _base_versions(model, entry, parameters)
             with (
                 registry.naming(method.name, "after_step"),
                 sharded.gathered(parameters, write=True),
                 stepping(optimizer),
             ):
                 config = method.after_step(modules, entry.config, step, total_steps)
-            after = _base_versions(model, entry, parameters)
-            changed = next((each for each in after if before.get(each, after[each]) != after[each]), None)
-            if changed is not None:
-                raise PluginError(
-                    f"{method.name} has changed '{changed}' of the base in after_step, and a file of the adapter would "
-                    "not hold the change. Load the base again, and report this to the plugin's author: the method can "
-                    "add to a buffer of the adapter instead"
-                )
+            _refuse_changed_base(method, versions_before, _base_versions(model, entry, parameters))
             if config is not None:
                 set_trained_fields(entry, method, config)
 
 
+def _refuse_changed_base(method: Method, before: Mapping[str, int], after: Mapping[str, int]) -> None:
+    """Raise a PluginError if versions of the base's parameters have changed in a method's `after_step`."""
+    for name, version in after.items():
+        if before.get(name, version) != version:
+            raise PluginError(
+                f"{method.name} has changed '{name}' of the base in after_step, and a file of the adapter would not "
+                "contain the change. Load the base again, and report this to the plugin's author: the method can add "
+                "to a buffer of the adapter instead"
+            )
+
+
 def set_trained_fields(entry: Applied, method: Method, config: Any) -> None:
-    """Take over `Method.trained_fields` of `config`, which is as it is after training.
+    """Copy `Method.trained_fields` of `config`, which has their values after training, to the adapter's config.
 
     Raises:
         PluginError: `config` is not a config of the method.
@@ -114,7 +120,7 @@ def set_trained_fields(entry: Applied, method: Method, config: Any) -> None:
 
 
 def scheduled(model: nn.Module, step: int, total_steps: int) -> float:
-    """Return the factor of the learning rate at a step, counted from 1, by the schedules of the adapters that train."""
+    """Return the factor of the learning rate at a step, counted from 1: the product of the methods' schedules."""
     factor = 1.0
     for _, entry, method in _training(model):
         if method.schedule is not None:
@@ -131,12 +137,12 @@ def has_schedule(model: nn.Module) -> bool:
 def extra_loss(model: nn.Module) -> Tensor:
     """Return the sum of the loss terms of the adapters that train: a scalar, 0 if there are none.
 
-    In your own loop, add it once per optimizer step, or 1/n of it to the loss of each of n batches:
+    In your own loop, add it once per optimizer step; with gradient accumulation, add 1/n of it for each of n batches:
 
         (model(**batch).loss + peftcore.extra_loss(model)).backward()
 
-    It is computed from the current adapters, so call it again each time, after the forward. `Trainer`, its subclasses
-    and the command line add it themselves. Collective if adapters are sharded.
+    It is computed from the current values of the adapters, so call it after each forward pass. `Trainer`, its
+    subclasses and the command line add it themselves. Collective if adapters are sharded.
 
     Raises:
         PeftcoreError: no adapter is applied, or a method's term is not a scalar or has no gradient.
@@ -144,10 +150,10 @@ def extra_loss(model: nn.Module) -> Tensor:
     terms = loss_terms(model)
     if not terms:
         return torch.zeros((), device=next((p.device for p in model.parameters() if p.requires_grad), "cpu"))
-    first, *others = terms.values()
-    for term in others:
-        first = first + term.to(first.device)
-    return first
+    total, *other_terms = terms.values()
+    for term in other_terms:
+        total = total + term.to(total.device)
+    return total
 
 
 def loss_terms(model: nn.Module) -> dict[str, Tensor]:
@@ -156,25 +162,26 @@ def loss_terms(model: nn.Module) -> dict[str, Tensor]:
     for name, entry, method in _training(model):
         if method.loss is None:
             continue
-        sharded.reshard(model)  # or whole parameters may be in the slots, whose gradients would be lost
+        # A forward may have left full parameters in the slots, whose gradients would be lost.
+        sharded.reshard(model)
         modules = method_modules(model, name)
-        of_parts = any(sharded.is_shard(parameter) for _, parameter in adapter_parameters(model, name))
+        is_sharded = any(sharded.is_shard(parameter) for _, parameter in adapter_parameters(model, name))
         compute = partial(method.loss, modules, entry.config)
-        if of_parts:
-            trained = nn.Module()
-            # The same dictionary, so that the method finds the full tensors in `modules.trained`.
-            trained._parameters = cast("dict[str, nn.Parameter | None]", modules.trained)
-            compute = partial(_term_of_whole, [*modules.values(), trained], compute, method.name)
+        if is_sharded:
+            trained_module = nn.Module()
+            # The same dictionary, so that the method reads the full tensors from `modules.trained`.
+            trained_module._parameters = cast("dict[str, nn.Parameter | None]", modules.trained)
+            compute = partial(_term_of_full, [*modules.values(), trained_module], compute, method.name)
         with registry.naming(method.name, "loss"):
-            found = compute()
-        term = _term(found, method.name)
+            result = compute()
+        term = _term(result, method.name)
         if term is not None:
             terms[name] = term
     return terms
 
 
 def _term(term: Any, method: str) -> Tensor | None:
-    """Return what a method's loss has returned, in float32 at least.
+    """Check the result of a method's loss, and return it in float32 or wider.
 
     Raises:
         PeftcoreError: it is not a scalar, or has no gradient.
@@ -182,8 +189,8 @@ def _term(term: Any, method: str) -> Tensor | None:
     if term is None:
         return None
     if not isinstance(term, Tensor) or term.dim() or not term.is_floating_point():
-        found = f"a tensor {list(term.shape)} of {term.dtype}" if isinstance(term, Tensor) else repr(term)
-        raise PeftcoreError(f"the loss of {method} must be a scalar or None, found {found:.200}")
+        description = f"a tensor {list(term.shape)} of {term.dtype}" if isinstance(term, Tensor) else repr(term)
+        raise PeftcoreError(f"the loss of {method} must be a scalar or None, found {description:.200}")
     if torch.is_grad_enabled() and not term.requires_grad:
         raise PeftcoreError(
             f"the term that {method} adds to the loss has no gradient, so it would have no effect. Compute it from "
@@ -211,10 +218,10 @@ NOTHING_TRAINS = (
 
 
 def parameter_groups(model: nn.Module, lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
-    """Return everything that trains as groups: `AdamW(peftcore.parameter_groups(model, lr=2e-4, weight_decay=0.01))`.
+    """Return all trainable parameters in groups: `AdamW(peftcore.parameter_groups(model, lr=2e-4, weight_decay=0.01))`.
 
-    The groups of methods come first. All other parameters have `lr`; matrices also have `weight_decay`, and vectors,
-    such as biases, norms and scales, do not.
+    The groups of methods come first. All other parameters have `lr`. Matrices also have `weight_decay`; vectors, such
+    as biases, norms and scales, have none.
 
     Raises:
         PeftcoreError: the model has no adapter, or nothing trains; two groups contain the same parameter, or one
@@ -222,9 +229,9 @@ def parameter_groups(model: nn.Module, lr: float, weight_decay: float = 0.0) -> 
     """
     require_state(model)
     groups = method_groups(model, lr, weight_decay)
-    rest = not_in(groups, model.named_parameters())
-    vectors = [p for p in rest.values() if _dimensions(p) < 2]
-    matrices = [p for p in rest.values() if _dimensions(p) >= 2]
+    ungrouped = not_in(groups, model.named_parameters())
+    vectors = [p for p in ungrouped.values() if _dimensions(p) < 2]
+    matrices = [p for p in ungrouped.values() if _dimensions(p) >= 2]
     groups += [{"params": matrices, "lr": lr, "weight_decay": weight_decay}] if matrices else []
     groups += [{"params": vectors, "lr": lr, "weight_decay": 0.0}] if vectors else []
     if not groups:
@@ -237,7 +244,7 @@ def method_groups(model: nn.Module, lr: float, weight_decay: float) -> list[dict
     if state_of(model) is None:
         return []
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    owners: dict[int, str] = {}  # by parameter: the groups that contain it, for messages
+    owners: dict[int, str] = {}  # {id of a parameter: the groups that contain it, for messages}
     groups: list[dict[str, Any]] = []
     for adapter, entry, method in _training(model):
         if method.parameter_groups is None:
@@ -245,13 +252,13 @@ def method_groups(model: nn.Module, lr: float, weight_decay: float) -> list[dict
         owner = f"the parameter groups of {method.name} ('{adapter}')"
         modules = method_modules(model, adapter)
         with registry.naming(method.name, "parameter_groups"):
-            made = method.parameter_groups(modules, entry.config, lr, weight_decay)
-        for group in made if isinstance(made, (list, tuple)) else [made]:
+            result = method.parameter_groups(modules, entry.config, lr, weight_decay)
+        for group in result if isinstance(result, (list, tuple)) else [result]:
             parameters = _parameters_of_group(group, owner)
-            _claim(parameters, owner, names, owners)
-            trained = [p for p in parameters if p.requires_grad]
-            if trained:
-                groups.append({"lr": lr, "weight_decay": weight_decay, **group, "params": trained})
+            _record_owner(parameters, owner, names, owners)
+            trainable = [p for p in parameters if p.requires_grad]
+            if trainable:
+                groups.append({"lr": lr, "weight_decay": weight_decay, **group, "params": trainable})
     return groups
 
 
@@ -262,14 +269,19 @@ def _parameters_of_group(group: Any, owner: str) -> list[nn.Parameter]:
         params = [params]
     if not isinstance(params, Iterable):
         raise PeftcoreError(f"{owner} must be dicts with 'params', found {group!r:.200}")
-    return [each[1] if isinstance(each, tuple) else each for each in params]
+    return [entry[1] if isinstance(entry, tuple) else entry for entry in params]
 
 
-def _claim(parameters: Iterable[nn.Parameter], owner: str, names: dict[int, str], owners: dict[int, str]) -> None:
+def _record_owner(
+    parameters: Iterable[nn.Parameter], owner: str, names: dict[int, str], owners: dict[int, str]
+) -> None:
     """Record in `owners` that the groups `owner` contain `parameters`.
 
+    Args:
+        names: {id of a parameter of the model: its name}.
+
     Raises:
-        PeftcoreError: one is not a parameter of the model, whose `names` are given, or is in a group already.
+        PeftcoreError: one is not a parameter of the model, or is in a group already.
     """
     for parameter in parameters:
         name = names.get(id(parameter))
@@ -281,9 +293,9 @@ def _claim(parameters: Iterable[nn.Parameter], owner: str, names: dict[int, str]
 
 
 def not_in(groups: Iterable[dict[str, Any]], parameters: Iterable[tuple[str, nn.Parameter]]) -> dict[str, nn.Parameter]:
-    """Return the trained ones of `parameters` that are in no group, by name."""
-    named = {id(p) for group in groups for p in group["params"]}
-    return {name: p for name, p in parameters if p.requires_grad and id(p) not in named}
+    """Return the trainable ones of `parameters` that are in no group, by name."""
+    grouped = set(map(id, chain.from_iterable(group["params"] for group in groups)))
+    return {name: p for name, p in parameters if p.requires_grad and id(p) not in grouped}
 
 
 def _training(model: nn.Module) -> Iterator[tuple[str, Applied, Method]]:
@@ -299,22 +311,22 @@ def _base_versions(model: nn.Module, entry: Applied, trained: Iterable[nn.Parame
     """Return {name: version} of the frozen base parameters of the modules that an adapter is attached to.
 
     Args:
-        trained: the adapter's parameters, which are left out; a method may have frozen some for the next steps.
+        trained: the adapter's parameters, which are left out: a method may have frozen some for the next steps.
     """
-    found = {}
-    own = {id(parameter) for parameter in trained}
+    versions: dict[str, int] = {}
+    adapter_ids = {id(parameter) for parameter in trained}
     for path in entry.paths:
         try:
             module = model.get_submodule(path)
         except AttributeError:  # it has been deleted
             continue
         for name, parameter in module._parameters.items():
-            if parameter is None or id(parameter) in own:
+            if parameter is None or id(parameter) in adapter_ids:
                 continue
             if parameter.requires_grad or parameter.is_inference() or sharded.is_shard(parameter):
                 continue
-            found[f"{path}.{name}" if path else name] = parameter._version
-    return found
+            versions[f"{path}.{name}" if path else name] = parameter._version
+    return versions
 
 
 def _dimensions(parameter: nn.Parameter) -> int:
@@ -337,30 +349,30 @@ def watch(model: nn.Module) -> None:
         entry.missed_steps = 0
         _waiting.add(model)
     if _waiting and not _handles:
-        _handles.append(register_optimizer_step_post_hook(_stepped))
+        _handles.append(register_optimizer_step_post_hook(_after_optimizer_step))
 
 
-def _stepped(optimizer: Optimizer, _args: tuple[Any, ...], _kwargs: dict[str, Any]) -> None:
+def _after_optimizer_step(optimizer: Optimizer, _args: tuple[Any, ...], _kwargs: dict[str, Any]) -> None:
     if is_dynamo_compiling():
         return
-    stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    stepped_ids = set(map(id, chain.from_iterable(group["params"] for group in optimizer.param_groups)))
     for model in list(_waiting):
         state = state_of(model)
         if state is None or all(entry.missed_steps is None for entry in state.applied.values()):
             _waiting.discard(model)
             continue
         for name, entry, _ in _training(model):
-            if entry.missed_steps is not None and _has_stepped(model, name, stepped):
+            if entry.missed_steps is not None and _has_stepped(model, name, stepped_ids):
                 _count_missed_step(name, entry)
     if not _waiting:
         while _handles:
             _handles.pop().remove()
 
 
-def _has_stepped(model: nn.Module, adapter: str, stepped: set[int]) -> bool:
-    """Return whether a parameter of the adapter is among those stepped; on the meta device it is only an estimate."""
+def _has_stepped(model: nn.Module, adapter: str, stepped_ids: set[int]) -> bool:
+    """Return whether the optimizer has stepped a parameter of the adapter that is not on the meta device."""
     parameters = (parameter for _, parameter in adapter_parameters(model, adapter))
-    return any(id(parameter) in stepped and not parameter.is_meta for parameter in parameters)
+    return any(id(parameter) in stepped_ids and not parameter.is_meta for parameter in parameters)
 
 
 def _count_missed_step(name: str, entry: Applied) -> None:
@@ -381,53 +393,63 @@ def _count_missed_step(name: str, entry: Applied) -> None:
 adapter_applied.subscribe(watch)
 
 
-# --- loss terms of sharded parameters, computed on whole ones; each shard gets its part of the gradient ---------------
+# --- loss terms of sharded parameters, computed on full ones; each shard gets its part of the gradient ----------------
 
 
-def _term_of_whole(modules: Sequence[nn.Module], compute: Callable[[], Tensor | None], what: str) -> Tensor | None:
-    """Return `compute()`, run while the sharded parameters of `modules` are whole. Collective.
+def _term_of_full(modules: Sequence[nn.Module], compute: Callable[[], Tensor | None], method: str) -> Tensor | None:
+    """Return `compute()`, run while the sharded parameters of `modules` are gathered. Collective.
 
-    The gradient is equal on every rank. At its end, after `fully_shard`'s work, the backward pass adds each shard's
-    part; parameters partitioned by ZeRO-3 get the gradient like any other.
+    The gradient is equal on every rank. At its end, after the work of `fully_shard`, the backward pass adds each
+    shard's part. Parameters partitioned by ZeRO-3 get the gradient like any other.
 
     Args:
-        what: whose term it is, for messages.
+        method: name of the method, for messages.
 
     Raises:
         PeftcoreError: the result depends on tensors with gradients other than parameters of these modules.
     """
-    parameters = [p for module in modules for _, p in module.named_parameters(remove_duplicate=False)]
+    parameters = _all_parameters(modules)
     with ExitStack() as stack:
         for module in modules:
             stack.enter_context(sharded.gathered_parameters(module))
-        leaves = [p for module in modules for _, p in module.named_parameters(remove_duplicate=False)]
+        leaves = _all_parameters(modules)  # the full ones, in the same order
         value = compute()
     if value is None or not value.requires_grad:
         return value
     parameter_of = {id(leaf): parameter for leaf, parameter in zip(leaves, parameters, strict=True)}
     if any(id(leaf) not in parameter_of for leaf in _leaves(value)):
         raise PeftcoreError(
-            f"the loss of {what} depends on a forward, not on its parameters alone, and they are sharded. Keep them "
-            "whole: peftcore.shard(model, adapter_placement='replicate')"
+            f"the loss of {method} depends on a forward pass, not on its parameters alone, and they are sharded. Keep "
+            "them whole: peftcore.shard(model, adapter_placement='replicate')"
         )
-    # A parameter that modules share is one leaf.
-    trained = list({id(leaf): leaf for leaf in leaves if leaf.requires_grad}.values())
-    gradients = torch.autograd.grad(value, trained, allow_unused=True)
-    used = [(parameter_of[id(leaf)], g) for leaf, g in zip(trained, gradients, strict=True) if g is not None]
-    return _with_gradients(value.detach(), used)
+    # By id, since a parameter that modules share is one leaf.
+    trainable_leaves = list({id(leaf): leaf for leaf in leaves if leaf.requires_grad}.values())
+    gradients = torch.autograd.grad(value, trainable_leaves, allow_unused=True)
+    gradients_by_parameter = [
+        (parameter_of[id(leaf)], g) for leaf, g in zip(trainable_leaves, gradients, strict=True) if g is not None
+    ]
+    return _with_gradients(value.detach(), gradients_by_parameter)
+
+
+def _all_parameters(modules: Iterable[nn.Module]) -> list[nn.Parameter]:
+    """Return the parameters of `modules`, shared ones repeatedly."""
+    parameters: list[nn.Parameter] = []
+    for module in modules:
+        parameters += [parameter for _, parameter in module.named_parameters(remove_duplicate=False)]
+    return parameters
 
 
 def _with_gradients(value: Tensor, gradients: list[tuple[nn.Parameter, Tensor]]) -> Tensor:
-    """Return `value` with these gradients of whole parameters, which its backward pass gives to the shards."""
+    """Return `value` with these gradients of full parameters; its backward pass adds them to the shards' gradients."""
     parameters = [parameter for parameter, _ in gradients]
     if any(map(sharded.is_zero3, parameters)):
-        with sharded.gathered(parameters):  # autograd notes the shapes of inputs
-            return cast(Tensor, _Known.apply(value, [g for _, g in gradients], *parameters))  # type: ignore[no-untyped-call]
+        with sharded.gathered(parameters):  # autograd records the shapes of inputs
+            return cast(Tensor, _KnownGradients.apply(value, [g for _, g in gradients], *parameters))  # type: ignore[no-untyped-call]
     anchor = torch.zeros((), device=value.device, requires_grad=True)
-    return cast(Tensor, _Shares.apply(anchor, value, gradients))  # type: ignore[no-untyped-call]
+    return cast(Tensor, _ShardGradients.apply(anchor, value, gradients))  # type: ignore[no-untyped-call]
 
 
-class _Shares(torch.autograd.Function):
+class _ShardGradients(torch.autograd.Function):
     """A value with known gradients, which `backward` adds to the parameters' gradients at the very end."""
 
     @staticmethod
@@ -438,7 +460,9 @@ class _Shares(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         queue = Variable._execution_engine.queue_callback
-        queue(lambda: queue(lambda: _Shares.add(ctx.shares, gradients[0])))  # after the callback of `fully_shard`
+        queue(
+            lambda: queue(lambda: _ShardGradients.add(ctx.shares, gradients[0]))
+        )  # after the callback of `fully_shard`
         return None, None, None
 
     @staticmethod
@@ -450,7 +474,7 @@ class _Shares(torch.autograd.Function):
             parameter.grad = share if parameter.grad is None else parameter.grad.add_(share)
 
 
-class _Known(torch.autograd.Function):
+class _KnownGradients(torch.autograd.Function):
     """A value with known gradients, for ZeRO-3, which takes a parameter's gradient once autograd has summed it."""
 
     @staticmethod
@@ -460,17 +484,18 @@ class _Known(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        return None, None, *(each * gradients[0] for each in ctx.gradients)
+        return None, None, *(gradient * gradients[0] for gradient in ctx.gradients)
 
 
 def _leaves(value: Tensor) -> Iterator[Tensor]:
     """Yield the tensors with gradients that `value` was computed from."""
-    nodes, seen = [value.grad_fn], set()
+    nodes = [value.grad_fn]
+    visited: set[Node] = set()
     while nodes:
         node = nodes.pop()
-        if node is None or node in seen:
+        if node is None or node in visited:
             continue
-        seen.add(node)
+        visited.add(node)
         if hasattr(node, "variable"):
             yield node.variable
         nodes += [next_node for next_node, _ in node.next_functions]

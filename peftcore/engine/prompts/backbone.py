@@ -1,6 +1,6 @@
-"""Base of soft prompts and prefixes: where the backbone is, how it is called, and how mask and positions grow.
+"""The backbone of a model for soft prompts and prefixes: where it is, how it is called, how mask and positions grow.
 
-Rows into which several texts are packed have positions that start again at each text, as transformers separates them.
+In a row into which several texts are packed, positions start again at each text, as transformers expects them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from peftcore.plugin.adapter import Adapter, Base
 from peftcore.plugin.architecture import Architecture, text_config
 from peftcore.plugin.placements.placement import Placement
 
-# argument names of attention modules for the cache
+# Names of attention modules' argument for the cache.
 _CACHE_ARGUMENTS = ("cache", "past_key_values", "layer_past", "cache_params")
 IN_CACHE = "_peftcore_prefix"  # attribute of a cache: how many of its tokens are prefixes
 IN_MASK = "_peftcore_masked"  # attribute of a cache: how many columns of this call's mask belong to prefixes
@@ -31,7 +31,7 @@ class Backbone(Adapter):
     """Adapter around a backbone that reads the call by the backbone's argument names.
 
     Args:
-        tokens: how many tokens the adapter puts before the input.
+        tokens: number of tokens that the adapter puts before the input.
         cache_argument: name of the backbone's argument for the attention cache.
         causal: compute positions for padded batches, as `generate` does; an encoder counts from its start.
     """
@@ -64,32 +64,32 @@ class Backbone(Adapter):
         ranks.refuse_context_parallel("a prompt or prefix")
         call = arguments_by_name(self._names, args, kwargs)
         old = [name for name in _CACHE_ARGUMENTS if name in call and name not in self._names]
-        # Older names that the module still takes.
+        # The module still takes the cache under an older name.
         if old and self._cache_argument and call.get(self._cache_argument) is None:
             call[self._cache_argument] = call.pop(old[0])
         return call
 
     def _cached(self, call: dict[str, Any]) -> tuple[Any, int]:
-        """Return (cache or None, number of tokens it holds without prefixes)."""
+        """Return (cache or None, number of tokens in it without prefixes)."""
         cache = call.get(self._cache_argument) if self._cache_argument else None
-        length = 0 if cache is None else seen(cache)
+        length = 0 if cache is None else tokens_in(cache)
         return cache, length - getattr(cache, IN_CACHE, 0) if length else 0
 
     def _make_room(self, call: dict[str, Any], past: int) -> int:
-        """Extend the mask by the adapter's tokens and shift positions after them; return the number of given tokens."""
+        """Extend the mask by the adapter's tokens and shift the positions after them; return the number of inputs."""
         length = self._input_length(call, past)
         mask, positions = call.get("attention_mask"), call.get("position_ids")
         if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
-            found = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+            shape = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
             raise PeftcoreError(
-                f"a prompt needs a 2-d attention mask [batch, tokens] to extend, found {found} (static caches use "
+                f"a prompt needs a 2-d attention mask [batch, tokens] to extend, found {shape} (static caches use "
                 "another; generate with the dynamic one)"
             )
         if self._causal:
             refuse_packed(call, "a prompt would precede only the first of them")
         if positions is None and mask is not None and self.counts:
-            counted = (mask.long().cumsum(-1) - 1).clamp(min=0)  # positions count tokens, not padding
-            positions = counted[:, -length:] + self._first
+            token_positions = (mask.long().cumsum(-1) - 1).clamp(min=0)  # positions count tokens, not padding
+            positions = token_positions[:, -length:] + self._first
         if positions is not None:
             call["position_ids"] = positions + self.tokens
         if mask is not None:
@@ -97,18 +97,20 @@ class Backbone(Adapter):
         return length
 
     def _input_length(self, call: dict[str, Any], past: int) -> int:
-        """Return the number of tokens of a call, to which the adapter's are to be added.
+        """Return the number of tokens of a call, before the adapter adds its own.
 
         Raises:
             PeftcoreError: the call has no tokens, or more than the model has positions for.
         """
-        ids, embedded = call.get("input_ids"), call.get("inputs_embeds")
-        given = ids if embedded is None else embedded
-        if given is None:
+        ids, embeddings = call.get("input_ids"), call.get("inputs_embeds")
+        tokens_or_embeddings = ids if embeddings is None else embeddings
+        if tokens_or_embeddings is None:
             raise PeftcoreError("a prompt needs input tokens, and the model was called without input_ids")
-        if given.dim() != (2 if given is ids else 3):
-            raise PeftcoreError(f"a prompt needs tokens [batch, length], found a tensor of shape {list(given.shape)}")
-        length: int = given.shape[1]
+        if tokens_or_embeddings.dim() != (2 if tokens_or_embeddings is ids else 3):
+            raise PeftcoreError(
+                f"a prompt needs tokens [batch, length], found a tensor of shape {list(tokens_or_embeddings.shape)}"
+            )
+        length: int = tokens_or_embeddings.shape[1]
         if self._context and past + self.tokens + length > self._context:
             raise PeftcoreError(
                 f"{past + length} input tokens and a prompt of {self.tokens} exceed the {self._context} "
@@ -120,19 +122,19 @@ class Backbone(Adapter):
 class Positions(Backbone):
     """Adapter around a backbone that computes the decoder's positions from the input and the length of the cache.
 
-    It counts tokens, neither padding nor prefixes: the adapter around the decoder adds its own.
+    It counts neither padding nor prefixes: the adapter around the decoder adds its own tokens.
     """
 
     def forward(self, base: Base, *args: Any, **kwargs: Any) -> Any:
         call = self._call(args, kwargs)
         _, past = self._cached(call)
-        mask, given = call.get("attention_mask"), call.get("inputs_embeds")
-        given = call.get("input_ids") if given is None else given
+        mask, inputs = call.get("attention_mask"), call.get("inputs_embeds")
+        inputs = call.get("input_ids") if inputs is None else inputs
         if isinstance(mask, Tensor) and mask.dim() == 2:
             self._make_room(call, past=0)
-        elif mask is None and given is not None and past > 0 and call.get("position_ids") is None:
-            places = torch.arange(past, past + given.shape[1], device=given.device)
-            call["position_ids"] = self._first + places.expand(len(given), -1)
+        elif mask is None and inputs is not None and past > 0 and call.get("position_ids") is None:
+            places = torch.arange(past, past + inputs.shape[1], device=inputs.device)
+            call["position_ids"] = self._first + places.expand(len(inputs), -1)
         return base(**call)
 
 
@@ -141,13 +143,13 @@ def checked_shape(
     architecture: Architecture,
     placement: Placement,
     dimensions: Sequence[str],
-    known: tuple[int, ...] | None = None,
+    known_shape: tuple[int, ...] | None = None,
 ) -> tuple[int, ...]:
     """Return the shape of the result of a placement's adapter, which has these dimensions.
 
     Args:
-        dimensions: their names, of which one is "tokens".
-        known: the shape, if the adapter cannot be called to find out.
+        dimensions: their names, one of which is "tokens".
+        known_shape: the shape, if the adapter cannot be called now to find out.
 
     Raises:
         PeftcoreError: the model has no token embedding, the dimensions differ, or no position is left for input.
@@ -159,7 +161,7 @@ def checked_shape(
             "peftcore_architecture hook can name it"
         )
     with torch.no_grad():
-        shape = tuple(placement.adapter().shape) if known is None else known
+        shape = tuple(placement.adapter().shape) if known_shape is None else known_shape
     if len(shape) != len(dimensions):
         raise PeftcoreError(
             f"the adapter of a {kind} must return [{', '.join(dimensions)}], found a tensor of shape {list(shape)}"
@@ -183,14 +185,16 @@ def decoder_path(model: nn.Module, architecture: Architecture) -> str:
     if architecture.is_encoder_decoder:
         return stacks(model, architecture)[1]
     decoder = getattr(model, "get_decoder", lambda: None)()
-    inside = dict(base_modules(model.get_submodule(architecture.backbone), architecture.backbone))
+    inner_modules = dict(base_modules(model.get_submodule(architecture.backbone), architecture.backbone))
     path = architecture.backbone
     if decoder is not None and "inputs_embeds" in forward_arguments(decoder):
-        path = next((path for path, module in inside.items() if module is decoder), path)
+        path = next((path for path, module in inner_modules.items() if module is decoder), path)
     if path == "" and architecture.output_head is not None and architecture.embedding is not None:
         parts = architecture.embedding.split(".")
-        above = (".".join(parts[:i]) for i in range(1, len(parts)))
-        path = next((at for at in above if "inputs_embeds" in forward_arguments(model.get_submodule(at))), path)
+        ancestors = (".".join(parts[:i]) for i in range(1, len(parts)))
+        for ancestor in ancestors:
+            if "inputs_embeds" in forward_arguments(model.get_submodule(ancestor)):
+                return ancestor
     return path
 
 
@@ -224,15 +228,15 @@ def cache_argument(module: nn.Module) -> str | None:
 
 
 def is_causal(backbone: nn.Module, architecture: Architecture) -> bool:
-    """Return whether the backbone is causal, by its attention, its config, or because it takes a cache."""
+    """Return whether the backbone is causal: by its attention modules, its config, or because it takes a cache."""
     config = language_config(backbone)
-    said = [getattr(module, "is_causal", None) for module in backbone.modules()] + [getattr(config, "causal", None)]
+    declared = [getattr(module, "is_causal", None) for module in backbone.modules()] + [getattr(config, "causal", None)]
     if hasattr(config, "add_cross_attention"):  # encoder families that can be decoders
-        said.append(getattr(config, "is_decoder", None))
-    said = [each for each in said if isinstance(each, bool)]
+        declared.append(getattr(config, "is_decoder", None))
+    declared = [value for value in declared if isinstance(value, bool)]
     if getattr(config, "is_decoder", None) is True:
         return True
-    return any(said) if said else architecture.cache_argument is not None
+    return any(declared) if declared else architecture.cache_argument is not None
 
 
 def language_config(model: nn.Module) -> Any:
@@ -241,7 +245,7 @@ def language_config(model: nn.Module) -> Any:
 
 
 def input_embedding(module: Any) -> Any:
-    """Return the embedding that `module` declares, an `nn.Embedding` or a replacement; None if it declares none."""
+    """Return the token embedding that `module` declares, of any class; None if it declares none."""
     try:
         return module.get_input_embeddings()
     except (AttributeError, NotImplementedError):
@@ -264,14 +268,14 @@ def learned_context(backbone: nn.Module) -> int | None:
 
 
 def first_position(backbone: nn.Module) -> int:
-    """Return the position of the first token: the one after padding's in families derived from RoBERTa."""
-    counting = (m for m in backbone.modules() if hasattr(m, "create_position_ids_from_input_ids"))
-    padding = next((getattr(module, "padding_idx", None) for module in counting), None)
+    """Return the position of the first token; in families derived from RoBERTa it follows padding's position."""
+    roberta_embeddings = (m for m in backbone.modules() if hasattr(m, "create_position_ids_from_input_ids"))
+    padding = next((getattr(module, "padding_idx", None) for module in roberta_embeddings), None)
     return 0 if padding is None else padding + 1
 
 
-def seen(cache: Any) -> int:
-    """Return the number of tokens in a cache; for one with recurrent states only, whether it holds any."""
+def tokens_in(cache: Any) -> int:
+    """Return the number of tokens in a cache; for a cache of recurrent states only, 1 or 0: whether it has any."""
     if not hasattr(cache, "get_seq_length"):
         count = getattr(cache, "seqlen_offset", None)  # xLSTM's
         if count is None:
@@ -287,16 +291,16 @@ def seen(cache: Any) -> int:
 
 
 def prepend(tensor: Tensor, fill: Any, tokens: int) -> Tensor:
-    """Return `tensor [batch, n]` with `tokens` columns made by `fill` (torch.ones, torch.zeros) before it."""
+    """Return `tensor [batch, n]` after `tokens` columns made by `fill` (torch.ones, torch.zeros)."""
     head = fill(tensor.shape[0], tokens, dtype=tensor.dtype, device=tensor.device)
     return torch.cat([head, tensor], dim=-1)
 
 
 def text_starts(call: Mapping[str, Any]) -> Tensor | None:
-    """Return the tokens at which texts begin, bool `[batch or 1, tokens]`; None if each row is one text.
+    """Return at which tokens texts begin, bool `[batch or 1, tokens]`; None if each row is one text.
 
-    In a call with a mask `[batch, tokens]`, rows are not packed. Without one, a text begins where `position_ids` do not
-    count on, or, if these are missing, where `cu_seq_lens_q` says.
+    In a call with a mask `[batch, tokens]`, rows are not packed. Without a mask, a text begins where `position_ids` do
+    not increase by one, or, if these are missing, at the offsets in `cu_seq_lens_q`.
 
     Args:
         call: arguments of the model or its backbone by name.
@@ -305,21 +309,21 @@ def text_starts(call: Mapping[str, Any]) -> Tensor | None:
     if isinstance(mask, Tensor) and mask.dim() == 2:
         return None
     if isinstance(positions, Tensor) and positions.dim() in (2, 3):
-        # Of positions with an axis per coordinate, the first is constant within an image.
+        # Positions with an axis per coordinate: the first axis is constant within an image.
         begins = positions.diff(dim=-1) != 1 if positions.dim() == 2 else positions[0].diff(dim=-1) < 0
         return F.pad(begins, (1, 0), value=True)
-    given = call.get("inputs_embeds") if call.get("input_ids") is None else call.get("input_ids")
-    if not isinstance(ends, Tensor) or not isinstance(given, Tensor):
+    inputs = call.get("inputs_embeds") if call.get("input_ids") is None else call.get("input_ids")
+    if not isinstance(ends, Tensor) or not isinstance(inputs, Tensor):
         return None
-    return torch.isin(torch.arange(given.shape[1], device=ends.device), ends)[None]
+    return torch.isin(torch.arange(inputs.shape[1], device=ends.device), ends)[None]
 
 
 def refuse_packed(call: Mapping[str, Any], why: str) -> None:
-    """Raise an error if rows of this call have several texts; in a compiled graph, an assertion raises it.
+    """Raise an error if rows of this call have several texts; a compiled graph contains an assertion instead.
 
     Args:
         call: arguments of the model or its backbone by name.
-        why: what a packed row would do, a clause.
+        why: the consequence of a packed row, as a clause.
 
     Raises:
         PeftcoreError: a row has several texts.
@@ -330,12 +334,12 @@ def refuse_packed(call: Mapping[str, Any], why: str) -> None:
     )
     starts, mask = text_starts(call), call.get("attention_mask")
     ends = [value for name, value in call.items() if value is not None and name.startswith("cu_seq")]
-    if mask is None and any(isinstance(each, Tensor) and len(each) > 2 for each in ends):
+    if mask is None and any(isinstance(offsets, Tensor) and len(offsets) > 2 for offsets in ends):
         raise PeftcoreError(message)
     if starts is None or torch.compiler.is_exporting():
         return
     several = starts[:, 1:].any()
     if torch.compiler.is_compiling():
         torch._assert_async(~several, message)
-    elif type(several) is Tensor and not several.is_meta and several:  # others have no values
+    elif type(several) is Tensor and not several.is_meta and several:  # other tensors have no values
         raise PeftcoreError(message)

@@ -23,7 +23,7 @@ from peftcore.engine.prompts.backbone import (
     input_embedding,
     is_causal,
     language_config,
-    seen,
+    tokens_in,
 )
 from peftcore.errors import PeftcoreError
 from peftcore.model.base_modules import base_modules, base_parameters
@@ -31,11 +31,11 @@ from peftcore.plugin import sharded
 from peftcore.plugin.adapter import Adapter, Base
 from peftcore.plugin.architecture import Architecture
 
-# arguments that only cross-attention gets
+# Arguments that only cross-attention gets.
 _CROSS_ARGUMENTS = ("key_value_states", "encoder_hidden_states")
 _FAILED = "_peftcore_failed"  # attribute of a cache: the call that put a prefix into it has raised an error
 _TOKEN_BY_TOKEN = ("prophetnet",)  # families that read one token at a time if the cache is not empty
-# Families whose attention computes distances from places, including padding.
+# Families whose attention computes distances between columns, including padding.
 _COUNTS_PADDING = ("mpt", "cpmant", "roformer")
 
 
@@ -50,7 +50,7 @@ def place_prefix(
     path = decoder_path(model, architecture)
     attentions = _attentions(model.get_submodule(path), path)
     outer = model.get_submodule(architecture.backbone)
-    # A backbone around the decoder that takes token types makes the masks of images from them.
+    # A backbone around the decoder that takes token types computes the masks of images from them.
     blocks = path != architecture.backbone and "token_type_ids" in forward_arguments(outer)
     if blocks:
         path = architecture.backbone
@@ -86,15 +86,15 @@ def place_prefix(
         blocks=blocks,
         crosses=architecture.is_encoder_decoder,
     )
-    placed: list[tuple[str, nn.Module]] = [(path, around)]
+    placements: list[tuple[str, nn.Module]] = [(path, around)]
     for attention_path, module in attentions.items():
-        placed.append((attention_path, PrefixLayer(adapter, module, windows.get(_layer(module)), division)))
+        placements.append((attention_path, PrefixLayer(adapter, module, windows.get(_layer(module)), division)))
     is_inside = path != architecture.backbone and not architecture.is_encoder_decoder
     if is_inside and around.counts and not hasattr(outer, "get_rope_index"):
-        outer_argument = cache_argument(outer) or argument  # some pass it on among others
+        outer_argument = cache_argument(outer) or argument  # some backbones pass it on in **kwargs
         positions = Positions(None, outer, cache_argument=outer_argument, causal=True)
-        placed.append((architecture.backbone, positions))
-    return placed
+        placements.append((architecture.backbone, positions))
+    return placements
 
 
 def _refuse_reading(model: nn.Module, path: str) -> None:
@@ -127,10 +127,10 @@ def _refuse_cache(model: nn.Module, cache_layers: Sequence[Any], *, count: int) 
     from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
     plain = (DynamicLayer, DynamicSlidingWindowLayer)
-    other = [i for i, layer in enumerate(cache_layers) if type(layer) not in plain and not _is_shared(layer)]
-    if other:
+    other_layers = [i for i, layer in enumerate(cache_layers) if type(layer) not in plain and not _is_shared(layer)]
+    if other_layers:
         raise PeftcoreError(
-            f"layers {other} of {type(model).__name__} keep a recurrent or compressed state, which has no keys "
+            f"layers {other_layers} of {type(model).__name__} keep a recurrent or compressed state, which has no keys "
             "and values for PrefixKV. Use a soft prompt"
         )
     if cache_layers and len(cache_layers) != count:
@@ -154,11 +154,11 @@ def _refuse_widths(model: nn.Module, attentions: dict[str, Any], *, heads: int, 
     numbers = heads * width
     for path, module in attentions.items():
         outputs = {name: getattr(child, "out_features", numbers) for name, child in module.named_children()}
-        odd = {name: outputs[name] for name in ("k_proj", "v_proj") if outputs.get(name, numbers) != numbers}
-        if odd:
+        differing = {name: outputs[name] for name in ("k_proj", "v_proj") if outputs.get(name, numbers) != numbers}
+        if differing:
             raise PeftcoreError(
                 f"PrefixKV gives each layer {heads} heads of width {width}, {numbers} numbers in all, but "
-                f"'{path}' of {type(model).__name__} produces {odd}. Use a soft prompt"
+                f"'{path}' of {type(model).__name__} produces {differing}. Use a soft prompt"
             )
 
 
@@ -166,10 +166,10 @@ class PrefixAround(Backbone):
     """Adapter `adapter() -> [layers, 2, kv_heads, tokens, head_dim]` whose result fills the empty cache at prefill.
 
     Args:
-        window: how many tokens back the layer with the smallest window looks; None for all.
+        window: number of tokens that the layer with the smallest window attends to; None for all.
         blocks: images attend in both directions if the cache is empty.
         crosses: the backbone is the decoder of an encoder-decoder, whatever its config says.
-        division: how tensor parallelism divides the layers that make keys and values, by whole heads; None: it does
+        division: how tensor parallelism divides the projections of keys and values, by whole heads; None if it does
             not.
     """
 
@@ -194,7 +194,7 @@ class PrefixAround(Backbone):
     def forward(self, base: Base, *args: Any, **kwargs: Any) -> Any:
         call: dict[Any, Any] = self._call(args, kwargs)
         if self._cache_argument and not self._causal:
-            call[self._cache_argument] = None  # bidirectional backbones keep nothing for later calls
+            call[self._cache_argument] = None  # bidirectional backbones cache nothing for later calls
         cache, past = self._cached(call)
         self._refuse_failed(cache)
         self._refuse_padding(base.module, call.get("attention_mask"))
@@ -223,7 +223,7 @@ class PrefixAround(Backbone):
         """Raise a PeftcoreError if an earlier call put the prefix into this cache and then raised an error."""
         if not getattr(cache, _FAILED, False):
             return
-        if seen(cache):
+        if tokens_in(cache):
             raise PeftcoreError(
                 "the first call with this cache raised an error after the prefix had been put into it, and this "
                 "call would put it there again. Pass a new cache"
@@ -246,23 +246,23 @@ class PrefixAround(Backbone):
             )
 
     def _fill(self, cache: Any, module: nn.Module, call: dict[str, Any]) -> None:
-        given = call.get("inputs_embeds")
-        given = given if given is not None else call["input_ids"]
+        inputs = call.get("inputs_embeds")
+        inputs = inputs if inputs is not None else call["input_ids"]
         dtype = next(p.dtype for _, p in base_parameters(module) if p.is_floating_point())
         if (embedding := input_embedding(module)) is not None:
             dtype = embedding.weight.dtype
         layers = getattr(cache, "self_attention_cache", cache)
-        before = getattr(cache, IN_CACHE, 0) if seen(cache) else 0  # of another prefix
+        earlier_prefix = getattr(cache, IN_CACHE, 0) if tokens_in(cache) else 0  # of another prefix
         for layer, (key, value) in enumerate(_of_rank(self.adapter, self._division).to(dtype).unbind(0)):
             if layer < len(layers.layers) and _is_shared(layers.layers[layer]):
                 continue
             if layer >= len(layers.layers) and getattr(layers, "layer_class_to_replicate", None) is None:
                 break  # the cache of a call that ends at an earlier layer (assistant_early_exit)
-            shape = (given.shape[0], *key.shape)  # [batch, kv_heads, tokens, head_dim]
+            shape = (inputs.shape[0], *key.shape)  # [batch, kv_heads, tokens, head_dim]
             layers.update(key.expand(shape), value.expand(shape), layer)
             if key.requires_grad:  # tensors inside a graph cannot be deep-copied
                 layers.layers[layer].__deepcopy__ = _DeepCopy(layers.layers[layer])
-        setattr(cache, IN_CACHE, before + self.tokens)
+        setattr(cache, IN_CACHE, earlier_prefix + self.tokens)
 
     def _refuse_padding(self, module: nn.Module, mask: Any) -> None:
         """Raise a PeftcoreError if padding between prefix and input would change distances."""
@@ -270,28 +270,28 @@ class PrefixAround(Backbone):
             return
         narrow = self._window is not None and mask.shape[1] + self.tokens > self._window
         if (self._counts_padding or narrow) and not mask[:, 0].all():
-            why = "counts padding in its distances" if self._counts_padding else f"looks {self._window} tokens back"
+            reason = "counts padding in its distances" if self._counts_padding else f"looks {self._window} tokens back"
             raise PeftcoreError(
-                f"{type(module).__name__} {why}, so padding would separate the prefix from the input. Pad on the "
+                f"{type(module).__name__} {reason}, so padding would separate the prefix from the input. Pad on the "
                 "right, or use rows of one length. A soft prompt supports padding on either side"
             )
 
     def _wants_cache(self, module: nn.Module, call: dict[str, Any]) -> bool:
         if not self._causal:
             return False
-        asked = call.get("use_cache")
-        asked = getattr(language_config(module), "use_cache", False) if asked is None else asked
-        return bool(asked) and not (module.training and getattr(module, "gradient_checkpointing", False))
+        use_cache = call.get("use_cache")
+        use_cache = getattr(language_config(module), "use_cache", False) if use_cache is None else use_cache
+        return bool(use_cache) and not (module.training and getattr(module, "gradient_checkpointing", False))
 
 
 class PrefixLayer(Adapter):
-    """Adapter around one attention module, for activation checkpointing, which takes the cache away from its layer.
+    """Adapter around one attention module, for activation checkpointing, which calls its layer without the cache.
 
-    The layer runs again in the backward pass, so it must not write into a cache. Here it gets one that stores nothing
-    and holds this layer's part of the prefix, recomputed so that every run has its own graph.
+    The layer runs again in the backward pass, so it must not write into a cache. This adapter passes it a cache that
+    stores nothing and contains this layer's part of the prefix, computed again so that every run has its own graph.
 
     Args:
-        window: how many tokens the layer sees, including its own; None for all.
+        window: number of tokens that the layer attends to, including the token itself; None for all.
     """
 
     whole_batch = True
@@ -300,7 +300,7 @@ class PrefixLayer(Adapter):
         super().__init__()
         self._window = window
         self._division = division
-        self._adapter = (adapter,)  # owned by the adapter around the backbone, so no parameters here
+        self._adapter = (adapter,)  # a child of the adapter around the backbone, not of this one
         self._layer = _layer(module)
         self._names = forward_arguments(module)
         self._cache_argument = cache_argument(module)
@@ -318,7 +318,7 @@ class PrefixLayer(Adapter):
 
 
 class _Stateless:
-    """Cache of one layer that stores nothing: it returns keys and values with the prefix before them.
+    """Cache of one layer that stores nothing: it returns keys and values after the prefix.
 
     Args:
         window: window of the layer. As in transformers' cache and mask, no token sees more than the last `window - 1`
@@ -327,9 +327,9 @@ class _Stateless:
 
     is_compileable = False
 
-    def __init__(self, key: Tensor, value: Tensor, window: int | None, before: _Stateless | None) -> None:
-        self._key: Tensor = key if before is None else torch.cat([before._key, key], dim=1)
-        self._value: Tensor = value if before is None else torch.cat([before._value, value], dim=1)
+    def __init__(self, key: Tensor, value: Tensor, window: int | None, outer: _Stateless | None) -> None:
+        self._key: Tensor = key if outer is None else torch.cat([outer._key, key], dim=1)
+        self._value: Tensor = value if outer is None else torch.cat([outer._value, value], dim=1)
         self._start = 0 if window is None else max(0, self._key.shape[1] - window + 1)
 
     def update(self, key: Tensor, value: Tensor, *_args: Any, **_kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -345,48 +345,53 @@ class _Stateless:
 
 
 def _of_rank(adapter: nn.Module, division: Division | None) -> Tensor:
-    """Return `adapter()`, `[layers, 2, kv_heads, tokens, head_dim]`, with the heads that this rank computes."""
-    found: Tensor = adapter()
-    return found if division is None else division.part(found, 2)
+    """Return `adapter()`, `[layers, 2, kv_heads, tokens, head_dim]`, with only the heads that this rank computes."""
+    key_values: Tensor = adapter()
+    return key_values if division is None else division.part(key_values, 2)
 
 
 def _heads_division(attentions: dict[str, Any], heads: int) -> Division | None:
-    """Return how tensor parallelism divides the projections of keys and values in all layers, or None if it does not.
+    """Return how tensor parallelism divides the projections of keys and values in all layers; None if it does not.
 
     Raises:
         PeftcoreError: layers are divided in different ways, or other parts of attention are, or not by whole heads.
     """
     if not any(sharded.has_divided(module) for module in attentions.values()):
         return None
-    divisions = {
-        division_of(child) if isinstance(child := getattr(module, name, None), nn.Module) else None
-        for module in attentions.values()
-        for name in ("k_proj", "v_proj")
-    }
-    found = divisions.pop()
-    if divisions or found is None or not found.output_in_parts or heads % found.mesh.size():
+    divisions: set[Division | None] = set()
+    for module in attentions.values():
+        for name in ("k_proj", "v_proj"):
+            projection = getattr(module, name, None)
+            divisions.add(division_of(projection) if isinstance(projection, nn.Module) else None)
+    division = divisions.pop()
+    if divisions or division is None or not division.output_in_parts or heads % division.mesh.size():
         raise PeftcoreError(
             f"tensor parallelism (tp_plan, tp_size) divides attention ('{next(iter(attentions))}'), and its "
-            f"{heads} heads of keys and values are not divided equally by k_proj and v_proj, as a prefix needs it. "
+            f"{heads} heads of keys and values are not divided equally by k_proj and v_proj, which a prefix needs. "
             "Load the model without tp_plan, apply, and call peftcore.shard(model)"
         )
-    return found
+    return division
 
 
 def _attentions(backbone: nn.Module, prefix: str) -> dict[str, Any]:
     """Return the innermost modules that take a cache and know their layer, by path: the attention modules."""
-    found = {
+    modules = {
         path: module
         for path, module in base_modules(backbone, prefix)
         if _layer(module) is not None and cache_argument(module) is not None
     }
-    return {path: module for path, module in found.items() if not any(o.startswith(f"{path}.") for o in found)}
+    innermost: dict[str, nn.Module] = {}
+    for path, module in modules.items():
+        if not any(other_path.startswith(f"{path}.") for other_path in modules):
+            innermost[path] = module
+    return innermost
 
 
 def _layer(module: nn.Module) -> int | None:
-    """Return which layer's part of the cache an attention module uses; GPT-Neo has another name for it."""
-    its_own = getattr(getattr(module, "config", None), "model_type", None) == "gpt_neo"  # Flaubert's is not an index
-    index = getattr(module, "layer_idx", getattr(module, "layer_id", None) if its_own else None)
+    """Return the index of the layer whose part of the cache an attention module uses, or None."""
+    # GPT-Neo calls it `layer_id`, which is something else in Flaubert.
+    is_gpt_neo = getattr(getattr(module, "config", None), "model_type", None) == "gpt_neo"
+    index = getattr(module, "layer_idx", getattr(module, "layer_id", None) if is_gpt_neo else None)
     return index if isinstance(index, int) else None
 
 
@@ -400,9 +405,9 @@ def _new_cache(backbone: Any, crosses: bool) -> Any:
 
 
 def _is_shared(layer: Any) -> bool:
-    """Return whether a layer of the model uses the keys and values, and so the prefix, of an earlier one (Gemma 3n).
+    """Return whether a layer of the model shares the keys and values of an earlier one (Gemma 3n).
 
-    Its own part of the prefix then has no effect.
+    It then also shares its prefix, and its own part of the prefix has no effect.
     """
     return type(layer).__name__ == "DummyLayer"
 
@@ -410,7 +415,7 @@ def _is_shared(layer: Any) -> bool:
 class _DeepCopy:
     """Deep copy of a cache's layer that keeps the prefix's graph, for models that run layers again on a copy.
 
-    It is the layer's `__deepcopy__` and must not hold the layer, or its keys would outlive a step.
+    It is the layer's `__deepcopy__`, and refers to the layer weakly, or its keys would outlive a step.
     """
 
     def __init__(self, layer: Any) -> None:
@@ -423,12 +428,12 @@ class _DeepCopy:
                 "a shallow copy of a cache's layer cannot be deep-copied after the original is gone. Deep-copy the "
                 "original"
             )
-        new = copy.copy(layer)
+        copied = copy.copy(layer)
         for name, value in vars(layer).items():
             if isinstance(value, Tensor):
-                setattr(new, name, value.clone())
-        new.__deepcopy__ = _DeepCopy(new)
-        return new
+                setattr(copied, name, value.clone())
+        copied.__deepcopy__ = _DeepCopy(copied)
+        return copied
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _DeepCopy, (self._layer(),)

@@ -5,7 +5,7 @@ Stand-in tokens precede the input, and the token embedding replaces them by the 
     input_ids   s …  s   x_1 …        s is an ordinary token
     embedded    p_1 … p_n  E(x_1) …
 
-So everything else a model computes from its tokens fits the prompt: masks and positions of images, tables for each
+So everything else that a model computes from its tokens fits the prompt: masks and positions of images, tables for each
 layer, routing, the place of padding. A compiled graph, which cannot express this, puts the prompt before the embedded
 input if that is equivalent.
 """
@@ -52,40 +52,40 @@ def place_soft_prompt(
     width = getattr(embedding, "embedding_dim", hidden)
     if hidden != width:
         raise PeftcoreError(f"the prompt's vectors have width {hidden}, but the token embedding has width {width}")
-    after: list[tuple[str, nn.Module]] = []
+    decoder_adapters: list[tuple[str, nn.Module]] = []
     keeps = causal = senses = False
     if architecture.is_encoder_decoder:
         path, decoder = stacks(model, architecture)
         keeps = True
-        after = [(decoder, CrossMask(model.get_submodule(decoder)))]
+        decoder_adapters = [(decoder, CrossMask(model.get_submodule(decoder)))]
     else:
         path, senses = _entry(model, architecture)
         causal = is_causal(model.get_submodule(path), architecture)
         if architecture.task_type == "SEQ_CLS" and not causal:
-            # The head pools a bidirectional encoder's output, at position 0 or by the mask, so it must see all of it.
+            # The head pools a bidirectional encoder's output at position 0 or by the mask, so it needs the prompt's.
             path, keeps = "", True
     backbone = model.get_submodule(path)
     names = forward_arguments(backbone)
     _refuse_unreadable(model, path, names)
-    # The decoder's name for the cache: some backbones pass it on among other arguments.
-    cached = None if keeps else cache_argument(model.get_submodule(decoder_path(model, architecture)))
-    own = input_embedding(backbone) or embedding
-    needs_tokens = senses or "inputs_embeds" not in names or _reads_tokens(backbone, own)
+    # The decoder's name for the cache: some backbones pass it on in **kwargs.
+    cache_name = None if keeps else cache_argument(model.get_submodule(decoder_path(model, architecture)))
+    input_table = input_embedding(backbone) or embedding
+    needs_tokens = senses or "inputs_embeds" not in names or _reads_tokens(backbone, input_table)
     around = SoftPromptAround(
         adapter,
         backbone,
         tokens,
         hidden=hidden,
-        cache_argument=None if keeps else cached or cache_argument(backbone),
+        cache_argument=None if keeps else cache_name or cache_argument(backbone),
         causal=causal and not keeps,
         keeps=keeps,
         stand_in=ordinary_token(model.config),
         needs_tokens=needs_tokens,
-        embedding=own,
+        embedding=input_table,
         counts=not senses,  # the model computes positions of images itself
     )
-    at = next(name for name, module in base_modules(model) if module is own)
-    return [(path, around), *after, (at, StandIns(backbone))]
+    embedding_path = next(name for name, module in base_modules(model) if module is input_table)
+    return [(path, around), *decoder_adapters, (embedding_path, StandIns(backbone))]
 
 
 def _refuse_unreadable(model: nn.Module, path: str, names: Sequence[str]) -> None:
@@ -107,8 +107,8 @@ def _entry(model: nn.Module, architecture: Architecture) -> tuple[str, bool]:
     """Return the path of the module that is called with tokens, and whether it also gets images or sound."""
     path = decoder_path(model, architecture)
     backbone = model.get_submodule(architecture.backbone)
-    others = set(forward_arguments(backbone)) - set(forward_arguments(model.get_submodule(path)))
-    senses = any(part in name for name in others for part in ("pixel", "image", "video", "audio", "feature"))
+    other_arguments = set(forward_arguments(backbone)) - set(forward_arguments(model.get_submodule(path)))
+    senses = any(part in name for name in other_arguments for part in ("pixel", "image", "video", "audio", "feature"))
     has_head = architecture.backbone == "" and architecture.output_head is not None
     if senses and "input_ids" in forward_arguments(backbone) and not has_head:
         return architecture.backbone, True
@@ -134,9 +134,9 @@ class SoftPromptAround(Backbone):
     Args:
         hidden: width of the vectors.
         keeps: leave the vectors in the output, for an encoder.
-        stand_in: token that stands in for them until the embedding, if the call has tokens.
+        stand_in: token that stands in for the vectors until the embedding, if the call has tokens.
         embedding: the token embedding.
-        needs_tokens: use stand-ins also in a graph, where vectors are otherwise put before the embedded input.
+        needs_tokens: use stand-ins also in a compiled graph, which otherwise puts vectors before the embedded input.
         counts: compute positions for padded batches, if causal.
     """
 
@@ -203,7 +203,7 @@ class SoftPromptAround(Backbone):
         positions = call.get("position_ids")
         length = super()._make_room(call, past)
         if self._has_coordinates and isinstance(positions, Tensor) and positions.dim() == 3:
-            # Of an image's positions only the first axis grows with the text.
+            # Only the first axis of an image's positions grows with the text.
             coordinates = (positions != positions[:1]).any(0)
             call["position_ids"][1:] = torch.where(coordinates, positions[1:], call["position_ids"][1:])
         return length
@@ -218,16 +218,18 @@ class SoftPromptAround(Backbone):
             prefixes: how many of its first columns belong to prefixes.
         """
         order, back = orders(mask[:, prefixes:], self.tokens)
-        grown = call["attention_mask"]
-        call["attention_mask"] = torch.cat([grown[:, :prefixes], grown[:, prefixes:].gather(-1, order)], dim=-1)
+        extended_mask = call["attention_mask"]
+        call["attention_mask"] = torch.cat(
+            [extended_mask[:, :prefixes], extended_mask[:, prefixes:].gather(-1, order)], dim=-1
+        )
         return order, back
 
     def _embedded(self, call: dict[str, Any], order: Tensor | None) -> dict[str, Any]:
-        embedded = call.get("inputs_embeds")
-        if embedded is None:
-            embedded = self._embedding[0](call["input_ids"])  # [batch, length, hidden]
-        prompt = self._vectors(embedded.shape[0]).to(embedded.dtype).expand(embedded.shape[0], -1, -1)
-        rows = torch.cat([prompt, embedded], dim=1)  # [batch, tokens + length, hidden]
+        embeddings = call.get("inputs_embeds")
+        if embeddings is None:
+            embeddings = self._embedding[0](call["input_ids"])  # [batch, length, hidden]
+        prompt = self._vectors(embeddings.shape[0]).to(embeddings.dtype).expand(embeddings.shape[0], -1, -1)
+        rows = torch.cat([prompt, embeddings], dim=1)  # [batch, tokens + length, hidden]
         return {**call, "input_ids": None, "inputs_embeds": rows if order is None else _taken(rows, order)}
 
     def _vectors(self, batch: int) -> Tensor:
@@ -244,33 +246,36 @@ class SoftPromptAround(Backbone):
 
     def _by_tokens(self, base: Base, call: dict[str, Any], order: Tensor | None) -> Any:
         tokens = call["input_ids"]
-        own = prepend(tokens, torch.ones, self.tokens)
-        own[:, : self.tokens] = self._stand_in
-        call["input_ids"] = _reordered(own, order)
+        extended_tokens = prepend(tokens, torch.ones, self.tokens)
+        extended_tokens[:, : self.tokens] = self._stand_in
+        call["input_ids"] = _reordered(extended_tokens, order)
         with entering(base.module) as waiting:
-            # vectors of an outer prompt precede this one's
-            moved = places(order, own.shape[1], len(own), own.device)[:, self.tokens :]
-            waiting.prompts[:] = [(moved.gather(1, at), vectors) for at, vectors in waiting.prompts]
-            waiting.prompts.append((places(order, self.tokens, len(own), own.device), self._vectors(len(own))))
-            waiting.columns = own.shape[1]
+            # The vectors of an outer prompt move: this prompt's stand-ins precede them.
+            batch, columns = extended_tokens.shape
+            token_places = places(order, columns, batch, extended_tokens.device)
+            moved_prompts: list[tuple[Tensor, Tensor]] = []
+            for prompt_places, vectors in waiting.prompts:
+                moved_prompts.append((token_places[:, self.tokens :].gather(1, prompt_places), vectors))
+            waiting.prompts[:] = [*moved_prompts, (token_places[:, : self.tokens], self._vectors(batch))]
+            waiting.columns = columns
             return base(**call)
 
     def _grow(self, call: dict[str, Any], order: Tensor | None) -> None:
-        """Extend positions and all other arguments with an entry for each token by entries for the prompt."""
+        """Extend positions, and all other arguments that have an entry per token, by entries for the prompt."""
         positions = call.get("position_ids")
         if positions is not None:
-            own = torch.arange(-self.tokens, 0, device=positions.device, dtype=positions.dtype)
-            counted = positions[:1] if self._has_coordinates and positions.dim() == 3 else positions
-            own = counted.amin(-1, keepdim=True) + own  # the positions just before the first token
-            own = own.expand(*positions.shape[:-1], -1)
-            call["position_ids"] = _reordered(torch.cat([own, positions], dim=-1), order)
-        given = call.get("inputs_embeds")
-        shape = (call["input_ids"] if given is None else given).shape[:2]
+            prompt_entries = torch.arange(-self.tokens, 0, device=positions.device, dtype=positions.dtype)
+            text_positions = positions[:1] if self._has_coordinates and positions.dim() == 3 else positions
+            prompt_entries = text_positions.amin(-1, keepdim=True) + prompt_entries  # just before the first token
+            prompt_entries = prompt_entries.expand(*positions.shape[:-1], -1)
+            call["position_ids"] = _reordered(torch.cat([prompt_entries, positions], dim=-1), order)
+        inputs = call.get("inputs_embeds")
+        shape = (call["input_ids"] if inputs is None else inputs).shape[:2]
         for name, value in call.items():
             if isinstance(value, Tensor) and value.shape[:2] == shape and _is_per_token(name, value):
-                own = value.new_zeros(len(value), self.tokens, *value.shape[2:])
-                grown = torch.cat([own, value], dim=1)
-                call[name] = grown if order is None else _taken(grown, order)
+                prompt_entries = value.new_zeros(len(value), self.tokens, *value.shape[2:])
+                extended = torch.cat([prompt_entries, value], dim=1)
+                call[name] = extended if order is None else _taken(extended, order)
 
 
 class CrossMask(Backbone):
@@ -290,19 +295,19 @@ class CrossMask(Backbone):
 
 
 _NOT_GROWN = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "labels")
-# if it happens to have as many as there are tokens
+# Arguments of images, video and sound, which may happen to have as many entries as there are tokens.
 _OF_IMAGES = re.compile("pixel|image_(sizes|attention)|grid|aspect_ratio|shapes|video|audio|feature")
 
 
 def _is_per_token(name: str, value: Tensor) -> bool:
-    """Return whether an argument of the tokens' size has an entry for each token: a type, a box, or a mask."""
+    """Return whether an argument of the tokens' size really has an entry per token: a type, a box, or a mask."""
     if value.dim() > 2:
         return name.endswith(("bbox", "attention_mask", "token_type_ids"))
     return re.sub("^(en|de)coder_", "", name) not in _NOT_GROWN and not _OF_IMAGES.search(name)
 
 
 def orders(mask: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
-    """Return indices that move a prompt behind each row's left padding, and the input's places in the result."""
+    """Return indices that move a prompt behind each row's left padding, and the input tokens' places after it."""
     padding = (mask.cumsum(-1) == 0).sum(-1, keepdim=True)  # [batch, 1]
     place = torch.arange(tokens + mask.shape[-1], device=mask.device)
     order = torch.where(place < padding, place + tokens, torch.where(place < padding + tokens, place - padding, place))
@@ -325,7 +330,12 @@ def _taken(states: Tensor, order: Tensor) -> Tensor:
 
 
 def _without_prompt(output: Any, tokens: int, columns: int, back: Tensor | None = None) -> Any:
-    """Return the output at the input's tokens: after the prompt, or at the places `back`, of `columns` in all."""
+    """Return the output at the input's tokens: after the prompt, or at the places `back`.
+
+    Args:
+        tokens: number of the prompt's vectors.
+        columns: number of all tokens.
+    """
 
     def cut(states: Tensor) -> Tensor:
         if states.shape[1] != columns:
@@ -370,15 +380,15 @@ def entering(backbone: nn.Module) -> Iterator[Waiting]:
     Raises:
         PeftcoreError: the token embedding was not called with the expected columns.
     """
-    entered: dict[Any, Waiting] = _ENTERED.__dict__
-    if id(backbone) in entered:
-        yield entered[id(backbone)]
+    waiting_prompts: dict[Any, Waiting] = _ENTERED.__dict__
+    if id(backbone) in waiting_prompts:
+        yield waiting_prompts[id(backbone)]
         return
-    waiting = entered[id(backbone)] = Waiting([])
+    waiting = waiting_prompts[id(backbone)] = Waiting([])
     try:
         yield waiting
     finally:
-        del entered[id(backbone)]
+        del waiting_prompts[id(backbone)]
     if waiting.prompts:
         raise PeftcoreError(
             f"{type(backbone).__name__} did not call its token embedding with its tokens, so a soft prompt had "
@@ -396,16 +406,16 @@ class StandIns(Adapter):
         self._backbone = (backbone,)  # not a child of this module
 
     def forward(self, base: Base, tokens: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        embedded = base(tokens, *args, **kwargs)
-        entered: dict[Any, Waiting] = _ENTERED.__dict__
-        waiting = entered.get(id(self._backbone[0]))
-        if waiting is None or not waiting.prompts or embedded.shape[1:2] != (waiting.columns,):
-            return embedded
+        embeddings = base(tokens, *args, **kwargs)
+        waiting_prompts: dict[Any, Waiting] = _ENTERED.__dict__
+        waiting = waiting_prompts.get(id(self._backbone[0]))
+        if waiting is None or not waiting.prompts or embeddings.shape[1:2] != (waiting.columns,):
+            return embeddings
         for places, vectors in waiting.prompts:
-            rows = vectors.to(embedded.dtype).expand(embedded.shape[0], -1, -1)
-            embedded = embedded.scatter(1, places[..., None].expand(rows.shape), rows)
+            rows = vectors.to(embeddings.dtype).expand(embeddings.shape[0], -1, -1)
+            embeddings = embeddings.scatter(1, places[..., None].expand(rows.shape), rows)
         waiting.prompts.clear()
-        return embedded
+        return embeddings
 
 
 def ordinary_token(config: Any) -> int:
@@ -423,5 +433,5 @@ def ordinary_token(config: Any) -> int:
 
 def places(order: Tensor | None, tokens: int, batch: int, device: torch.device) -> Tensor:
     """Return `[batch, tokens]`: where the first `tokens` columns are in rows of the order `order`."""
-    first = torch.arange(tokens, device=device).expand(batch, -1)
-    return first if order is None else order.argsort(-1)[:, :tokens]
+    columns = torch.arange(tokens, device=device).expand(batch, -1)
+    return columns if order is None else order.argsort(-1)[:, :tokens]

@@ -1,10 +1,10 @@
-"""Count which token of its text each token of a call is, without padding and prefixes, but with cached tokens.
+"""Positions of a call's tokens in their texts: padding and prefixes do not count, cached tokens do.
 
     Around(path, TokenCounter(...))      around the model, or a stack of an encoder-decoder: sees a call before any
                                          layer adds to its cache
     counter.places(y)                    for an adapter behind a layer, y [batch, tokens, width]
 
-The cache of a recurrence holds no tokens, so the count is stored on the cache. If a call has neither a mask nor a
+A recurrent cache contains no tokens, so the counter stores the count on the cache. If a call has neither a mask nor a
 cache, its positions show where texts begin.
 """
 
@@ -31,9 +31,9 @@ from peftcore.plugin import ranks
 from peftcore.plugin.adapter import Adapter, Base
 from peftcore.plugin.call import current_call
 
-# State of earlier calls that is not a transformers `Cache`: how many tokens it has read is not known.
+# Arguments with state of earlier calls that is not a transformers `Cache`: its number of tokens is unknown.
 OTHER_CACHES = ("past_key_values", "cache_params", "state", "mems", "past_buckets_states")
-_COUNTED = "_peftcore_counted"  # attribute of a cache: `_Counted`
+_COUNTS = "_peftcore_counted"  # attribute of a cache: `_TokenCounts`
 
 
 class Places(NamedTuple):
@@ -42,8 +42,8 @@ class Places(NamedTuple):
     Args:
         place: position of each token in its text, from 1.
         is_text: False for padding.
-        length: tokens of the text, as far as this call has them; 0 for a text that began in an earlier call.
-        begins: tokens, except the first, at which another text begins; None if each row is one text.
+        length: number of the text's tokens in this call; 0 for a text that began in an earlier call.
+        begins: whether another text begins at a token; without the first column. None if each row is one text.
     """
 
     place: Tensor
@@ -56,21 +56,27 @@ class Places(NamedTuple):
         return self.begins is not None and bool(self.begins.any())
 
 
-class _Counted(NamedTuple):
-    """Tokens of each row that a cache has read: with padding, and without `[batch]`."""
+class _TokenCounts(NamedTuple):
+    """Number of tokens that a cache has read: of a row with padding, and of each text without padding, `[batch]`."""
 
     tokens: int
     text: Tensor
 
 
-class _Given(NamedTuple):
-    """What a call says of its tokens. past: how many its cache has read, None if unknown; starts: of packed texts."""
+class _InputFacts(NamedTuple):
+    """Arguments of a call that describe its tokens.
+
+    Args:
+        starts: where packed texts begin, as `text_starts` returns it.
+        past: number of tokens that the cache has read; None if unknown.
+        counts: counts that an earlier call stored on the cache.
+    """
 
     mask: Any
     positions: Any
     starts: Tensor | None
     past: int | None
-    noted: _Counted | None
+    counts: _TokenCounts | None
 
 
 class TokenCounter(Adapter):
@@ -78,8 +84,8 @@ class TokenCounter(Adapter):
 
     Args:
         module: the module it is around.
-        stack: "encoder" or "decoder", whose own arguments are read; "" for those of the whole call.
-        subject: whose adapters ask, for errors.
+        stack: "encoder" or "decoder", to read that stack's arguments; "" to read those of the whole call.
+        subject: the method that asks, for errors.
     """
 
     needs_call = True
@@ -93,16 +99,21 @@ class TokenCounter(Adapter):
 
     def forward(self, base: Base, *args: Any, **kwargs: Any) -> Any:
         ranks.refuse_context_parallel(self.subject)
-        call, own = current_call(), arguments_by_name(self._names, args, kwargs)
-        known: dict[Any, Places] = {}
-        vars(call).setdefault("counted", {})[self.stack] = self._given(own if self.stack else call), known
+        call, own_arguments = current_call(), arguments_by_name(self._names, args, kwargs)
+        places_by_size: dict[Any, Places] = {}
+        vars(call).setdefault("counted", {})[self.stack] = (
+            self._facts_of(own_arguments if self.stack else call),
+            places_by_size,
+        )
         output = base(*args, **kwargs)
-        made = output.values() if isinstance(output, Mapping) else output if isinstance(output, tuple) else ()
-        cache = _cache(own.values()) or _cache(call.values()) or _cache(made)
-        if known and cache is not None and self.stack != "encoder":
-            places = next(iter(known.values()))
-            given = vars(call)["counted"][self.stack][0]
-            setattr(cache, _COUNTED, _Counted((given.past or 0) + places.place.shape[1], places.place[:, -1]))
+        returned: Iterable[Any] = output if isinstance(output, tuple) else ()
+        if isinstance(output, Mapping):
+            returned = output.values()
+        cache = _cache(own_arguments.values()) or _cache(call.values()) or _cache(returned)
+        if places_by_size and cache is not None and self.stack != "encoder":
+            places = next(iter(places_by_size.values()))
+            input_facts = vars(call)["counted"][self.stack][0]
+            setattr(cache, _COUNTS, _TokenCounts((input_facts.past or 0) + places.place.shape[1], places.place[:, -1]))
         return output
 
     def places(self, y: Tensor) -> Places:
@@ -115,65 +126,68 @@ class TokenCounter(Adapter):
         self._require(
             not vars(call).get(SOFT), "a soft prompt is before the input. Activate only one of the two adapters"
         )
-        counted: dict[str, tuple[_Given, dict[Any, Places]]] = vars(call).get("counted", {})
-        if self.stack in counted:
-            given, known = counted[self.stack]
+        counts_by_stack: dict[str, tuple[_InputFacts, dict[Any, Places]]] = vars(call).get("counted", {})
+        if self.stack in counts_by_stack:
+            input_facts, places_by_size = counts_by_stack[self.stack]
         else:
-            given, known = self._given(call), {}
-            if given.past != 0:  # a part was called directly, and its layers may have added this call's tokens
-                given = given._replace(past=None, noted=None)
+            input_facts, places_by_size = self._facts_of(call), {}
+            # A part was called directly: its layers may have added this call's tokens to the cache already.
+            if input_facts.past != 0:
+                input_facts = input_facts._replace(past=None, counts=None)
         key = y.shape[1], y.device
-        if key not in known:
-            known[key] = self._counted(y, given)
-        return known[key]
+        if key not in places_by_size:
+            places_by_size[key] = self._count(y, input_facts)
+        return places_by_size[key]
 
-    def _given(self, call: Mapping[str, Any]) -> _Given:
-        """Return what the arguments of a call of the model, or of a stack, say."""
+    def _facts_of(self, call: Mapping[str, Any]) -> _InputFacts:
+        """Return the arguments of a call of the model, or of a stack, that describe its tokens."""
         cache = None if self.stack == "encoder" else _cache(call.values())
-        past, noted = (0, None) if cache is None else (cached_tokens(cache), getattr(cache, _COUNTED, None))
+        past, counts = (0, None) if cache is None else (cached_tokens(cache), getattr(cache, _COUNTS, None))
         if any(call.get(name) is not None and call[name] is not cache for name in OTHER_CACHES):
             past = None
         mask = call.get("attention_mask")
         if isinstance(mask, Tensor) and mask.dim() == 2 and self.stack == "decoder":
             mask = mask[:, getattr(cache, IN_MASK, 0) :]
-        return _Given(mask, call.get("position_ids"), text_starts(call), past, noted)
+        return _InputFacts(mask, call.get("position_ids"), text_starts(call), past, counts)
 
-    def _counted(self, y: Tensor, given: _Given) -> Places:
-        wanted = f"[batch, tokens, width] is needed, found {list(y.shape)}"
-        self._require(y.dim() == 3, wanted)
+    def _count(self, y: Tensor, input_facts: _InputFacts) -> Places:
+        expected = f"[batch, tokens, width] is needed, found {list(y.shape)}"
+        self._require(y.dim() == 3, expected)
         rows, tokens = y.shape[:2]
-        mask, past, noted = given.mask, given.past, given.noted
-        if noted is not None and noted.tokens != past:  # the cache was cropped
-            noted = None
+        mask, past, counts = input_facts.mask, input_facts.past, input_facts.counts
+        if counts is not None and counts.tokens != past:  # the cache was cropped
+            counts = None
         if mask is None:
             unknown = "the cache does not say how many tokens it has read. Pass the whole attention_mask"
-            self._require(past is not None and (noted is None or len(noted.text) == rows), unknown)
-            return self._without_mask(y, given._replace(noted=noted), cast(int, past))
+            self._require(past is not None and (counts is None or len(counts.text) == rows), unknown)
+            return self._without_mask(y, input_facts._replace(counts=counts), cast(int, past))
         shape = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
         fits = isinstance(mask, Tensor) and mask.dim() == 2 and len(mask) in (1, rows) and mask.shape[1] >= tokens
-        self._require(fits, f"{wanted}, and a mask [batch, all tokens], found {shape}. Generate with the dynamic cache")
+        self._require(
+            fits, f"{expected}, and a mask [batch, all tokens], found {shape}. Generate with the dynamic cache"
+        )
         width = mask.shape[1]
         is_text = mask.to(y.device) != 0
         place = is_text.long().cumsum(1)[:, -tokens:]
         is_text = is_text[:, -tokens:]
         if width == tokens and past != 0:  # for this call only
-            found = f"the mask covers only these {width} tokens. Pass one that also covers those before them"
-            self._require(noted is not None and len(noted.text) == rows, found)
-            place = place + cast(_Counted, noted).text[:, None].to(y.device)
+            problem = f"the mask covers only these {width} tokens. Pass one that also covers those before them"
+            self._require(counts is not None and len(counts.text) == rows, problem)
+            place = place + cast(_TokenCounts, counts).text[:, None].to(y.device)
         else:
-            found = f"{past} tokens are in the cache, {tokens} are new, and the mask has {width}"
-            self._require(past is None or width == past + tokens, found)
+            problem = f"{past} tokens are in the cache, {tokens} are new, and the mask has {width}"
+            self._require(past is None or width == past + tokens, problem)
         length = torch.zeros_like(place) if past != 0 or width > tokens else place[:, -1:].expand_as(place)
         return Places(place, is_text, length, None)
 
-    def _without_mask(self, y: Tensor, given: _Given, past: int) -> Places:
+    def _without_mask(self, y: Tensor, input_facts: _InputFacts, past: int) -> Places:
         rows, tokens = y.shape[:2]
-        positions, starts, noted = given.positions, given.starts, given.noted
+        positions, starts, counts = input_facts.positions, input_facts.starts, input_facts.counts
         is_text = torch.ones(rows, tokens, dtype=torch.bool, device=y.device)
         place = torch.arange(1, tokens + 1, device=y.device).expand(rows, -1)
         if past:
-            before = past if noted is None else noted.text[:, None].to(y.device)
-            return Places(place + before, is_text, torch.zeros_like(place), None)
+            earlier_tokens = past if counts is None else counts.text[:, None].to(y.device)
+            return Places(place + earlier_tokens, is_text, torch.zeros_like(place), None)
         if starts is None or starts.shape[1] != tokens:
             return Places(place, is_text, place[:, -1:].expand_as(place), None)
         begins = starts.to(y.device).expand(rows, -1)
@@ -188,9 +202,9 @@ class TokenCounter(Adapter):
         length = torch.where(place.gather(1, start) > 1, 0, place.gather(1, end))
         return Places(place, is_text, length, begins[:, 1:])
 
-    def _require(self, condition: bool, found: str) -> None:
+    def _require(self, condition: bool, problem: str) -> None:
         if not condition:
-            raise PeftcoreError(f"{self.subject} counts the tokens of each text and cannot count these: {found}")
+            raise PeftcoreError(f"{self.subject} counts the tokens of each text and cannot count these: {problem}")
 
 
 def cached_tokens(cache: Any) -> int | None:
@@ -200,8 +214,8 @@ def cached_tokens(cache: Any) -> int | None:
     except (ValueError, AttributeError):  # only recurrent layers
         if hasattr(cache, "has_previous_state") and not cache.has_previous_state():
             return 0
-        noted = getattr(cache, _COUNTED, None)
-        return None if noted is None else noted.tokens
+        counts = getattr(cache, _COUNTS, None)
+        return None if counts is None else counts.tokens
     return length - getattr(cache, IN_CACHE, 0) if length else 0
 
 
