@@ -73,7 +73,7 @@ class IA3Config:
                 path for path, module in layers.items() if is_down_projection(model, path, module, architecture)
             ]
         else:
-            input_scaled = [path for path in layers if scales_input(self, targets.weight_named(model, path))]
+            input_scaled = [path for path in layers if scales_input(self, targets.stacked_weight_name(model, path))]
         output_scaled = [path for path in layers if path not in input_scaled]
         input_suffixes = targets.minimal_suffixes(model, input_scaled) if input_scaled else []
         output_suffixes = targets.minimal_suffixes(model, output_scaled) if output_scaled else []
@@ -134,13 +134,13 @@ def scales_input(config: IA3Config, path: str) -> bool:
     """Return whether the layer at `path` is one of `feedforward_modules`."""
     patterns = config.feedforward_modules or []
     if isinstance(patterns, str):
-        return targets.compiled(patterns, "feedforward_modules")(path)
+        return targets.compile_pattern(patterns, "feedforward_modules")(path)
     return path.endswith(tuple(patterns))
 
 
 def is_down_projection(model: nn.Module, path: str, module: nn.Module, architecture: Architecture) -> bool:
     """Return whether a linear layer maps a feed-forward's inner size to the hidden size."""
-    if targets.weight_named(model, path) != path:  # a weight of experts
+    if targets.stacked_weight_name(model, path) != path:  # a weight of experts
         return path.endswith(".down_proj")
     parent = path.rpartition(".")[0]
     for sublayer in architecture.sublayers:
@@ -155,7 +155,7 @@ def place(model: nn.Module, config: IA3Config, architecture: Architecture) -> li
     placements: list[Placement] = []
     for path, module in selected(model, config, architecture).items():
         layer: Any = module
-        on_input = scales_input(config, targets.weight_named(model, path))
+        on_input = scales_input(config, targets.stacked_weight_name(model, path))
         if targets.is_linear(module):
             width, out_width = targets.sizes(module)
             shape = [1, width] if on_input else [out_width, 1]
