@@ -1,4 +1,4 @@
-"""The command `peftcore compare`: several methods on one model and one set of examples."""
+"""The command `peftcore compare`, which trains several methods on the same model and examples."""
 
 from __future__ import annotations
 

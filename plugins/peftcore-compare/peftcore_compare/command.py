@@ -1,7 +1,7 @@
-"""`peftcore compare`: several methods on one model and one set of examples.
+"""`peftcore compare`: train several methods on the same model and examples.
 
-OUTPUT/report.json, table.md, compare.png    the results, the first two rewritten after every run
-OUTPUT/compare.toml                          the options: `peftcore compare --config` repeats the comparison
+OUTPUT/report.json, table.md, compare.png    the results; the first two are rewritten after every run
+OUTPUT/compare.toml                          the options, for `peftcore compare --config` to repeat the comparison
 OUTPUT/runs/METHOD/seed-N/                   one run, in its own process
 OUTPUT/runs/METHOD/lr-RATE/seed-N/           one run with --search
 """
@@ -61,14 +61,14 @@ class ComparedOptions(RunOptions):
 
     other_data: Annotated[
         str | None,
-        typer.Option(help="Texts of another domain, whose rise in loss shows what a method forgets (causal-lm)."),
+        typer.Option(help="Texts of another domain; the rise of their loss measures forgetting (causal-lm)."),
     ] = None
     dtype: options.WrittenDtype = "auto"
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A method with its settings. `label` is the user's text, without lr unless rows differ in lr only."""
+    """A method with its settings. `label` is the user's text; it includes lr only where labels would be equal."""
 
     label: str
     method: str
@@ -94,21 +94,21 @@ def compare(
         typer.Option(
             metavar="'NAME FIELD=VALUE ...'",
             autocompletion=completion.methods,
-            help="A method with fields of its config and lr=RATE. Repeatable; default: every installed method.",
+            help="A method, fields of its config, and lr=RATE. Repeatable; default: every installed method.",
         ),
     ] = None,
-    full: Annotated[bool, typer.Option(help="Also train the whole model, if it fits.")] = True,
+    full: Annotated[bool, typer.Option(help="Also train the full model if it fits in memory.")] = True,
     seeds: Annotated[int, typer.Option(min=1, help="Number of runs of each method, with seeds 0, 1, ...")] = 3,
     search: Annotated[
         str | None,
         typer.Option(
             metavar="lr=RATE,RATE,...",
-            help="Learning rates to try for each method with the first seed; the lowest loss on a part of the "
-            "training examples kept from training (--holdout of them) decides.",
+            help="Learning rates to try for each method with the first seed. The rate with the lowest loss on a "
+            "validation part of the training examples (--holdout) is chosen.",
         ),
     ] = None,
     task: options.Task = None,
-    given: Annotated[ComparedOptions, _OPTIONS],
+    run_options: Annotated[ComparedOptions, _OPTIONS],
     resume: Annotated[bool, typer.Option("--resume", help="Continue the comparison, keeping finished runs.")] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Start again, replacing the comparison in --output.")
@@ -116,62 +116,62 @@ def compare(
 ) -> None:
     """Compare methods: held-out accuracy or loss, parameters, size on disk, peak memory and time per step.
 
-    Each run is one of `peftcore train` with the learning rate of its method, unless lr=RATE gives another, or --search
-    finds one among rates that are the same for all.
-    A run that fails is shown with its reason. `--method full` is full fine-tuning.
+    Each run is one of `peftcore train`. Its learning rate is the method's default, lr=RATE, or the best of --search,
+    which tries the same rates for all methods. A run that fails is listed with its reason. `--method full` is full
+    fine-tuning.
     """
     from peftcore_cli import base_files, data_files, registered, row_reading
 
-    given = config_file.in_force(context, given)
-    names = data_files.parsed_columns(given.columns)
-    task, _ = row_reading.read(data, task, names)  # shows wrong lines before anything is loaded
-    if given.eval_data is not None:
-        row_reading.read_rows(given.eval_data, task, names)
-    if given.epochs <= 0:
-        raise PeftcoreError(f"--epochs must be above 0, found {given.epochs:g}")
-    if given.other_data is not None and not registered.find(task).learns_texts:
-        others = registered.named_by("learns_texts")
-        raise PeftcoreError(f"--other-data is for {others}, found task {task}. Leave it out")
-    if given.other_data is not None:
-        row_reading.read_rows(given.other_data, task)
+    run_options = config_file.in_force(context, run_options)
+    names = data_files.parsed_columns(run_options.columns)
+    task, _ = row_reading.read(data, task, names)  # reports wrong lines before anything is loaded
+    if run_options.eval_data is not None:
+        row_reading.read_rows(run_options.eval_data, task, names)
+    if run_options.epochs <= 0:
+        raise PeftcoreError(f"--epochs must be above 0, found {run_options.epochs:g}")
+    if run_options.other_data is not None and not registered.find(task).learns_texts:
+        tasks = registered.named_by("learns_texts")
+        raise PeftcoreError(f"--other-data is for {tasks}, found task {task}. Leave it out")
+    if run_options.other_data is not None:
+        row_reading.read_rows(run_options.other_data, task)
     rates = parse_search(search, method)
     candidates = parse_candidates(method, full)
     require("transformers", "accelerate", "matplotlib", "psutil")
     base_files.quiet_transformers()
 
     common = Settings.of(
-        given,
+        run_options,
         model=base_files.resolve(model),
         data=options.absolute_data(data),
         task=task,
         method="",
-        validation=given.holdout if rates else None,
+        validation=run_options.holdout if rates else None,
         eval_every=sys.maxsize,  # once, at the end
     )
-    _check_folder(output, resume, overwrite)  # before a lock is written into a folder of something else
-    chosen = {name: getattr(common, name) for name in ("model", "data", "task", *_OPTIONS)}
-    more = {"method": method, "full": full, "seeds": seeds, "search": search, "output": str(output.resolve())}
-    dtype = _one_dtype(given.dtype, given.device)
+    _check_folder(output, resume, overwrite)  # before a lock is written into an unrelated folder
+    run_settings = {name: getattr(common, name) for name in ("model", "data", "task", *_OPTIONS)}
+    own_settings = {"method": method, "full": full, "seeds": seeds, "search": search, "output": str(output.resolve())}
+    dtype = _common_dtype(run_options.dtype, run_options.device)
     with only_process(output):
         if not resume:
             shutil.rmtree(output / "runs", ignore_errors=True)
         (output / "runs").mkdir(exist_ok=True)
-        config_file.write(output / "compare.toml", {**chosen, **more})
+        config_file.write(output / "compare.toml", {**run_settings, **own_settings})
         _run_all(replace(common, dtype=dtype), candidates, seeds, rates, output)
 
 
-def _one_dtype(dtype: str, device: str) -> str:
-    """Return the dtype of all runs: auto is bf16 on CUDA, else fp32, whatever each method would choose."""
+def _common_dtype(dtype: str, device: str) -> str:
+    """Return one dtype for all runs, whatever each method would choose: for auto, bf16 on CUDA and else fp32."""
     from peftcore_cli import dtype_choice
 
     return dtype_choice.choose(dtype, device, None).dtype
 
 
 def parse_search(text: str | None, methods: list[str] | None) -> list[float]:
-    """Return the sorted rates of `--search lr=RATE,RATE,...`; empty without it.
+    """Return the sorted rates of `--search lr=RATE,RATE,...`, or none without it.
 
     Raises:
-        PeftcoreError: the text has another form, a rate is wrong or repeated, or a method has its own rate.
+        PeftcoreError: the text does not have this form, a rate is wrong or repeated, or a method has its own rate.
     """
     if text is None:
         return []
@@ -184,29 +184,33 @@ def parse_search(text: str | None, methods: list[str] | None) -> list[float]:
         rates = []
     if not rates or not all(0 < rate < float("inf") for rate in rates) or len(set(rates)) < len(rates):
         raise PeftcoreError(f"--search lr=RATE,RATE,... must be different numbers above 0, found '{values}'")
-    own = next((each for each in methods or () if re.search(r"(^|\s)lr=", each)), None)
-    if own is not None:
-        raise PeftcoreError(f"--search tries the same rates for every method. Leave out the rate of --method '{own}'")
+    with_rate = next((method for method in methods or () if re.search(r"(^|\s)lr=", method)), None)
+    if with_rate is not None:
+        raise PeftcoreError(
+            f"--search tries the same rates for every method. Leave out the rate of --method '{with_rate}'"
+        )
     return rates
 
 
 def parse_candidates(texts: list[str] | None, full: bool) -> list[Candidate]:
-    """Return the candidates of `--method`, each `NAME FIELD=VALUE ...`, by default every installed method; `full` last.
+    """Return the candidates of `--method`, each `NAME FIELD=VALUE ...`; by default every installed method.
+
+    With `full`, full fine-tuning comes last.
 
     Raises:
-        PeftcoreError: a method is not installed, a field or rate is wrong, or two rows are the same.
+        PeftcoreError: a method is not installed, a field or rate is wrong, or two candidates are equal.
     """
     candidates = [_candidate(text) for text in (texts or peftcore.methods())]
     if full and not any(candidate.method == options.FULL for candidate in candidates):
         candidates.append(_candidate(options.FULL))
     labels = Counter(candidate.label for candidate in candidates)
-    candidates = [
-        replace(candidate, label=f"{candidate.label} lr={candidate.lr:g}") if labels[candidate.label] > 1 else candidate
-        for candidate in candidates
-    ]
+    for i, candidate in enumerate(candidates):
+        if labels[candidate.label] > 1:
+            candidates[i] = replace(candidate, label=f"{candidate.label} lr={candidate.lr:g}")
+    folders = Counter(candidate.folder for candidate in candidates)
     for candidate in candidates:
-        if sum(other.folder == candidate.folder for other in candidates) > 1:
-            raise PeftcoreError(f"--method '{candidate.label}' is given twice")
+        if folders[candidate.folder] > 1:
+            raise PeftcoreError(f"--method '{candidate.label}' is given twice. Leave one out")
     return candidates
 
 
@@ -228,14 +232,14 @@ def _candidate(text: str) -> Candidate:
     label = " ".join([name, *settings])
     if name == options.FULL:
         if settings:
-            raise PeftcoreError(f"--method '{text}': full fine-tuning has no field but lr, found '{settings[0]}'")
+            raise PeftcoreError(f"--method '{text}': full fine-tuning only takes lr, found '{settings[0]}'")
         return Candidate(label, name, lr or FULL_LEARNING_RATE)
     name, fields = options.resolve_method(name, settings)
     return Candidate(label, name, lr or peftcore.methods()[name].learning_rate, fields)
 
 
 def _check_folder(output: Path, resume: bool, overwrite: bool) -> None:
-    """Raise a PeftcoreError unless a comparison may begin in this folder, or continue in it."""
+    """Raise a PeftcoreError unless a comparison may begin or continue in this folder."""
     if output.exists() and not output.is_dir():
         raise PeftcoreError(f"'{output}' is a file. Pass a folder: --output FOLDER")
     if (output / "runs").is_dir():
@@ -245,11 +249,11 @@ def _check_folder(output: Path, resume: bool, overwrite: bool) -> None:
                 "start again"
             )
     elif output.is_dir() and any(path.name != LOCK for path in output.iterdir()):
-        raise PeftcoreError(f"'{output}' already contains something else. Give another")
+        raise PeftcoreError(f"'{output}' already contains something else. Pass another folder: --output FOLDER")
 
 
 def _run_all(common: Settings, candidates: list[Candidate], seeds: int, rates: Sequence[float], output: Path) -> None:
-    """Run everything, and write the report after each run."""
+    """Run all candidates with all seeds, and write the report after each run."""
     from peftcore_compare import training_process
     from peftcore_compare.report import ComparisonReport
 
@@ -279,7 +283,7 @@ def _run_all(common: Settings, candidates: list[Candidate], seeds: int, rates: S
             report.add(candidate.label, seed, result, lr)
             report.write(output)
             say(f"{name}: {report.sentence(result)}")
-    report.write_picture(output)  # takes a second, which is long compared with short runs
+    report.write_picture(output)  # only now, since it takes a second
     out.print()
     report.show()
     for label, reason in report.failures():
@@ -290,9 +294,9 @@ def _run_all(common: Settings, candidates: list[Candidate], seeds: int, rates: S
 def _runs(
     report: ComparisonReport, candidates: Sequence[Candidate], seeds: int, rates: Sequence[float]
 ) -> Iterator[tuple[Candidate, int, float]]:
-    """Yield (method, seed, rate) of each run: every method with the first seed, then with the next.
+    """Yield (candidate, seed, rate) of each run: all candidates with the first seed, then with the next, and so on.
 
-    So early results compare all methods. Later seeds use the rate found with the first.
+    The first results thus already compare all methods. Later seeds use the rate that the first found.
     """
     for seed in range(seeds):
         for candidate in candidates:
@@ -300,21 +304,21 @@ def _runs(
                 yield from ((candidate, seed, rate) for rate in rates)
             elif not rates:
                 yield candidate, seed, candidate.lr
-            elif (found := report.row(candidate.label)).finished:
-                yield candidate, seed, found.lr
+            elif (method_runs := report.row(candidate.label)).finished:
+                yield candidate, seed, method_runs.lr
 
 
 def _does_not_fit(common: Settings) -> str | None:
-    """Return why the whole model cannot be trained (weights, gradients and AdamW's moments do not fit), or None."""
+    """Return why the full model cannot be trained (weights, gradients and AdamW's moments do not fit), or None."""
     import psutil
     import torch
     from peftcore_cli import device_choice, models
 
     device = device_choice.torch_device(common.device)
     size = device_choice.torch_dtype(common.dtype, common.device).itemsize
-    needed = 4 * size * sum(p.numel() for p in models.empty_model(common.model, common.task).parameters())
+    parameters = sum(p.numel() for p in models.empty_model(common.model, common.task).parameters())
+    required = 4 * size * parameters  # weight, gradient and two moments
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-    if needed <= free:
+    if required <= free:
         return None
-    what = "weights, gradients and AdamW's moments"
-    return f"{what} need {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free"
+    return f"weights, gradients and AdamW's moments need {required / 1e9:.1f} GB, but {free / 1e9:.1f} GB are free"

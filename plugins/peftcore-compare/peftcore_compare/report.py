@@ -1,7 +1,8 @@
-"""Results of a comparison as a table, Markdown, JSON, and a chart."""
+"""Results of a comparison as a table, Markdown, JSON and a chart."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import statistics
@@ -26,11 +27,13 @@ _COSTS = ("trained", "size", "peak memory", "step")
 
 @dataclass
 class MethodRuns:
-    """Runs of one method, with results by seed as in `run_result.Result.to_json`, or {"error": reason}.
+    """Runs of one method. A result is as in `run_result.Result.to_json`, or {"error": reason}.
 
     Args:
-        lr: learning rate of these runs.
-        tried: results of the first seed by learning rate, if rates were searched; `lr` has the lowest validation loss.
+        label: the method with its settings.
+        lr: learning rate of these runs; in a search, the one with the lowest validation loss.
+        runs: results by seed.
+        tried: results of the first seed by learning rate, in a search.
     """
 
     label: str
@@ -39,13 +42,13 @@ class MethodRuns:
     tried: dict[float, dict[str, Any]] = field(default_factory=dict)
 
     def add_tried(self, lr: float, seed: int, result: dict[str, Any]) -> None:
-        """Add a run of the search and choose the best rate again."""
+        """Add a run of the search, and choose the best rate so far."""
         self.tried[lr] = result
         self.lr = min(self.tried, key=self.validation_loss)
         self.runs[seed] = self.tried[self.lr]
 
     def validation_loss(self, lr: float) -> float:
-        """Return the validation loss at a learning rate that was tried; infinite if the run failed."""
+        """Return the validation loss at a learning rate of the search; infinite if the run failed."""
         if "error" in self.tried[lr]:
             return math.inf
         loss = self.tried[lr]["validation"]["loss"]
@@ -57,21 +60,21 @@ class MethodRuns:
 
     @property
     def error(self) -> str | None:
-        """Reason of the first failed run, or None."""
+        """Why the first failed run failed, or None."""
         return next((run["error"] for run in self.runs.values() if "error" in run), None)
 
-    def values(self, metric: str, when: str = "after") -> list[float]:
+    def values(self, metric: str, stage: str = "after") -> list[float]:
         """Return a held-out metric, one value per seed."""
-        return [run[when][metric] for run in self.finished]
+        return [run[stage][metric] for run in self.finished]
 
     def median(self, name: str) -> float:
-        """Return the median of another figure over the seeds; "peak" is the peak memory of the device."""
+        """Return the median of a figure over the seeds; "peak" is the device's peak memory."""
         values = [run[name] if name != "peak" else list(run["peak"].values())[-1] for run in self.finished]
         return statistics.median(values)
 
 
 class ComparisonReport:
-    """Results by method, in the order of the command; missing runs are left out."""
+    """Results of all runs so far, by method in the order of the command."""
 
     files = ("report.json", "table.md", "compare.png")
 
@@ -85,7 +88,7 @@ class ComparisonReport:
         return next(method for method in self.methods if method.label == label)
 
     def add(self, label: str, seed: int, result: dict[str, Any], lr: float | None = None) -> None:
-        """Add the result of a run; `lr` is its learning rate if rates are searched."""
+        """Add the result of a run; `lr` is its learning rate in a search."""
         row = self.row(label)
         if self.rates and lr is not None and seed == 0:
             row.add_tried(lr, seed, result)
@@ -93,7 +96,7 @@ class ComparisonReport:
             row.runs[seed] = result
 
     def sentence(self, result: dict[str, Any]) -> str:
-        """Describe one run in a few words."""
+        """Summarize one run in a few words."""
         if "error" in result:
             return f"failed: {result['error']}"
         value = self.format_metric([result["after"][self.metric]])
@@ -101,42 +104,49 @@ class ComparisonReport:
 
     def format_metric(self, values: Sequence[float], name: str | None = None) -> str:
         """Return the mean ± standard deviation of a figure over seeds; by default the task's main figure."""
-        scale, digits, unit = (100, 1, " %") if (name or self.metric) in metrics.SHARES else (1, 3, "")
+        is_share = (name or self.metric) in metrics.SHARES
+        scale, digits, unit = (100, 1, " %") if is_share else (1, 3, "")
         mean = f"{scale * statistics.mean(values):.{digits}f}"
         deviation = f" ± {scale * statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
         return mean + deviation + unit
 
     def failures(self) -> list[tuple[str, str]]:
-        """Return (label, reason) of methods with a failed run."""
+        """Return (label, reason) for each method with a failed run."""
         return [(method.label, method.error) for method in self.methods if method.error]
 
     def figures(self) -> list[str]:
-        """Return the names of the figures: the task's main one first."""
-        measured: dict[str, float] = next((run["after"] for method in self.methods for run in method.finished), {})
+        """Return the names of the figures, with the task's main one first."""
+        measured = self.finished_runs()[0]["after"] if self.finished_runs() else {}
         return [self.metric, *(name for name in measured if name not in (self.metric, "loss", "perplexity"))]
 
-    def more(self) -> list[str]:
-        """Return the names of figures that only some comparisons have."""
-        finished = [run for method in self.methods for run in method.finished]
-        forgets = [_FORGETTING] if any(run.get("other") for run in finished) else []
-        merges = [_MERGES] if any(run.get("merges") is not None for run in finished) else []
-        return forgets + merges
+    def finished_runs(self) -> list[dict[str, Any]]:
+        """Return the results of all methods' finished runs."""
+        return list(itertools.chain.from_iterable(method.finished for method in self.methods))
+
+    def optional_columns(self) -> list[str]:
+        """Return the columns that only some comparisons have."""
+        forgetting = [_FORGETTING] if any(run.get("other") for run in self.finished_runs()) else []
+        merges = [_MERGES] if any(run.get("merges") is not None for run in self.finished_runs()) else []
+        return forgetting + merges
 
     def columns(self) -> tuple[str, ...]:
-        return ("method", "learning rate", *map(metrics.title, self.figures()), *_COSTS, *self.more())
+        return ("method", "learning rate", *map(metrics.title, self.figures()), *_COSTS, *self.optional_columns())
 
-    def _more_cells(self, method: MethodRuns) -> Iterator[str]:
-        for name in self.more():
+    def _optional_cells(self, method: MethodRuns) -> Iterator[str]:
+        for name in self.optional_columns():
             if name == _MERGES:
                 yield {True: "yes", False: "no", None: ""}[method.finished[0]["merges"]]
-            else:
-                rises = [after["loss"] - before["loss"] for before, after in (run["other"] for run in method.finished)]
-                yield ("+" if statistics.mean(rises) >= 0 else "") + self.format_metric(rises, "loss")
+                continue
+            rises = []
+            for run in method.finished:
+                before, after = run["other"]
+                rises.append(after["loss"] - before["loss"])
+            yield ("+" if statistics.mean(rises) >= 0 else "") + self.format_metric(rises, "loss")
 
     def cells(self) -> list[tuple[str, ...]]:
-        """Return the rows of the table: the untrained model, the baseline, and the methods."""
+        """Return the rows of the table: the untrained model, the baseline and the methods."""
         names = self.figures()
-        costs = ("",) * (len(_COSTS) + len(self.more()))
+        costs = ("",) * (len(_COSTS) + len(self.optional_columns()))
         rows: list[tuple[str, ...]] = []
         if self.before():
             values = (self.format_metric(self.before(name), name) for name in names)
@@ -145,8 +155,8 @@ class ComparisonReport:
             rows.append((baseline[0], "", self.format_metric([baseline[1]]), *("" for _ in names[1:]), *costs))
         for method in self.methods:
             if not method.finished:
-                failed = (method.label, f"{method.lr:g}", "failed", *("" for _ in names[1:]), *costs)
-                rows += [failed] if method.error else []
+                failed_row = (method.label, f"{method.lr:g}", "failed", *("" for _ in names[1:]), *costs)
+                rows += [failed_row] if method.error else []
                 continue
             rows.append(
                 (
@@ -157,21 +167,23 @@ class ComparisonReport:
                     megabytes(method.median("adapter_bytes")),
                     gigabytes(method.median("peak")),
                     f"{1e3 * method.median('step_seconds'):,.0f} ms",
-                    *self._more_cells(method),
+                    *self._optional_cells(method),
                 )
             )
         return rows
 
     def baseline(self) -> tuple[str, float] | None:
-        """Return (name, value) of the baseline's main figure, averaged over seeds; None if there is no baseline.
+        """Return (name, value) of the baseline's main figure, or None if there is no baseline.
 
-        Seeds may have different held-out examples.
+        The value is a mean over seeds, which may have different held-out examples.
         """
-        found = [run["baseline"] for method in self.methods for run in method.finished if run.get("baseline")]
-        return (found[0][0], statistics.mean(value for _, value in found)) if found else None
+        baselines = [run["baseline"] for run in self.finished_runs() if run.get("baseline")]
+        if not baselines:
+            return None
+        return baselines[0][0], statistics.mean(value for _, value in baselines)
 
     def before(self, name: str | None = None) -> list[float]:
-        """Return a figure of the untrained model, one value per seed; by default the main figure."""
+        """Return a figure of the untrained model, one value per seed. By default it is the main figure."""
         return max((method.values(name or self.metric, "before") for method in self.methods), key=len, default=[])
 
     def show(self) -> None:
@@ -179,41 +191,46 @@ class ComparisonReport:
         table(self.cells(), self.columns())
 
     def markdown(self) -> str:
-        """Return the table as Markdown, with reasons of failures and each classifier's confusion matrix."""
+        """Return the table as Markdown, with the reasons of failures and each classifier's confusion matrix."""
         parts = [_markdown([self.columns(), *self.cells()])]
         if self.rates:
             parts += ["Validation loss at each learning rate, first seed:", _markdown(self.search_cells())]
         parts += [f"{label} failed: {reason}" for label, reason in self.failures()]
         for method in self.methods:
-            counted = [run for run in method.finished if run.get("confusion")]
-            if counted:
-                summed = torch.tensor([run["confusion"] for run in counted]).sum(0).tolist()
+            classified = [run for run in method.finished if run.get("confusion")]
+            if classified:
+                confusion = torch.tensor([run["confusion"] for run in classified]).sum(0).tolist()
                 title = f"Answers of {method.label} (across) for each label (down), all seeds together:"
-                parts.append(f"{title}\n\n{_markdown(metrics.confusion_rows(summed, counted[0]['labels']))}")
+                parts.append(f"{title}\n\n{_markdown(metrics.confusion_rows(confusion, classified[0]['labels']))}")
         return "\n\n".join(parts) + "\n"
 
     def search_cells(self) -> list[tuple[str, ...]]:
         """Return the rows of the learning rate search; the lowest loss is bold."""
+
+        def cell(method: MethodRuns, rate: float) -> str:
+            if rate not in method.tried:
+                return ""
+            loss = method.validation_loss(rate)
+            if not math.isfinite(loss):
+                return "failed"
+            return f"**{loss:.3f}**" if rate == method.lr else f"{loss:.3f}"
+
         rows: list[tuple[str, ...]] = [("method", *(f"{rate:g}" for rate in self.rates))]
-        for method in self.methods:
-            losses = [method.validation_loss(rate) if rate in method.tried else None for rate in self.rates]
-            shown = ["" if loss is None else f"{loss:.3f}" if math.isfinite(loss) else "failed" for loss in losses]
-            best = [rate == method.lr and "failed" not in text for rate, text in zip(self.rates, shown, strict=True)]
-            rows.append((method.label, *(f"**{t}**" if b and t else t for t, b in zip(shown, best, strict=True))))
+        rows += [(method.label, *(cell(method, rate) for rate in self.rates)) for method in self.methods]
         return rows
 
     def write(self, folder: Path) -> None:
         """Write the tables."""
-        report = {
-            "settings": {
-                k: v for k, v in self.settings.to_json().items() if k not in ("method", "fields", "lr", "seed")
-            },
-            "rows": [
-                {"method": method.label, "lr": method.lr, "runs": method.runs}
-                | ({"tried": {f"{rate:g}": found for rate, found in method.tried.items()}} if self.rates else {})
-                for method in self.methods
-            ],
-        }
+        settings = self.settings.to_json()
+        for name in ("method", "fields", "lr", "seed"):  # they differ between runs
+            settings.pop(name, None)
+        rows = []
+        for method in self.methods:
+            row: dict[str, Any] = {"method": method.label, "lr": method.lr, "runs": method.runs}
+            if self.rates:
+                row["tried"] = {f"{rate:g}": result for rate, result in method.tried.items()}
+            rows.append(row)
+        report = {"settings": settings, "rows": rows}
         (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
         (folder / "table.md").write_text(self.markdown(), encoding="utf-8")
 
@@ -228,24 +245,27 @@ class ComparisonReport:
         scale = 100 if self.metric in metrics.SHARES else 1
         values = [[scale * value for value in method.values(self.metric)] for method in methods]
         seeds = max(map(len, values))
-        before = scale * statistics.mean(self.before())
-        lines = [(before, "before training")]
+        untrained = scale * statistics.mean(self.before())
+        lines = [(untrained, "before training")]
         if (baseline := self.baseline()) is not None:
             lines.append((scale * baseline[1], baseline[0]))
-        trained = [method.finished[0]["trainable_parameters"] for method in methods]
+        parameter_counts = [method.finished[0]["trainable_parameters"] for method in methods]
         peak = [method.median("peak") / 1e6 for method in methods]
         step = [1e3 * method.median("step_seconds") for method in methods]
+        heading = f"held-out {metrics.title(self.metric)}"
+        heading += " (%)" if scale == 100 else ""
+        heading += f", {seeds} seeds" if seeds > 1 else ""
         panels = [
             chart.Panel(
-                f"held-out {metrics.title(self.metric)}"
-                + (" (%)" if scale == 100 else "")
-                + (f", {seeds} seeds" if seeds > 1 else ""),
-                [statistics.mean(each) for each in values],
+                heading,
+                [statistics.mean(seed_values) for seed_values in values],
                 [self.format_metric(method.values(self.metric)).removesuffix(" %") for method in methods],
-                spreads=[statistics.stdev(each) if len(each) > 1 else 0.0 for each in values],
+                spreads=[statistics.stdev(seed_values) if len(seed_values) > 1 else 0.0 for seed_values in values],
                 lines=lines,
             ),
-            chart.Panel("trained parameters", trained, [_short(count) for count in trained], log=True),
+            chart.Panel(
+                "trained parameters", parameter_counts, [_short(count) for count in parameter_counts], log=True
+            ),
             chart.Panel("peak memory (MB)", peak, [f"{value:,.0f}" for value in peak]),
             chart.Panel("step (ms)", step, [f"{value:,.0f}" for value in step]),
         ]
@@ -256,7 +276,7 @@ class ComparisonReport:
 
 
 def _markdown(rows: Sequence[Sequence[str]]) -> str:
-    """Return a Markdown table; the first row is its heading."""
+    """Return a Markdown table, with the first row as its header."""
     rows = [rows[0], ("---",) * len(rows[0]), *rows[1:]]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)
 

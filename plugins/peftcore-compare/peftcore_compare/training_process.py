@@ -1,9 +1,9 @@
-"""One training run in its own process, so that peak memory and failures are separate.
+"""One training run in its own process, to measure its peak memory and to survive its failure.
 
-FOLDER/run.json       the settings; run.toml as options
+FOLDER/run.json       the settings; run.toml has them as options
 FOLDER/log.txt        its output
 FOLDER/result.json    its results, or
-FOLDER/error.txt      why there are none
+FOLDER/error.txt      why it failed
 """
 
 from __future__ import annotations
@@ -26,20 +26,21 @@ from peftcore_cli.settings import RUN_FILE, Display, Settings, prepare_folder, w
 from peftcore import PeftcoreError
 
 _RESULT, _ERROR = "result.json", "error.txt"
-STOPPED = 130
+STOPPED = 130  # exit status of a run that Ctrl-C has stopped
 
 
 def run(folder: Path, settings: Settings, show: Callable[[str], None]) -> dict[str, Any]:
     """Return the result of a run as in `run_result.Result.to_json`, or {"error": reason}.
 
-    A finished run is kept, an interrupted one continues from its checkpoint. `show` gets each line of its output.
+    A finished run is not repeated, and an interrupted one continues from its checkpoint. `show` gets each line of its
+    output.
 
     Raises:
         PeftcoreError: the folder contains a run with different settings.
-        KeyboardInterrupt: Ctrl-C; the run has stopped, with a checkpoint.
+        KeyboardInterrupt: Ctrl-C. The run has stopped and saved a checkpoint.
     """
     prepare_folder(folder, settings, resume=True, overwrite=False)
-    if settings.method != FULL:  # `train` does not have it
+    if settings.method != FULL:  # `peftcore train` has no full fine-tuning
         write_options(folder, settings, Display())
     if not (folder / _RESULT).exists():
         status = run_child(folder, show)
@@ -56,9 +57,9 @@ def run_child(folder: Path, show: Callable[[str], None]) -> int:
 
 
 def in_process(work: Callable[[Path], int], folder: Path, show: Callable[[str], None]) -> int:
-    """Run `work(folder)`, a function of a module, in its own process. Return its status, or minus the signal.
+    """Run `work(folder)`, a module-level function, in its own process; return its exit status, or minus a signal.
 
-    Its output is appended to FOLDER/log.txt; `show` gets each line.
+    Its output is appended to FOLDER/log.txt, and `show` gets each line.
     """
     child: Any = _context().Process(target=_work, args=(work, folder))
     with open(folder / "log.txt", "a+", encoding="utf-8", errors="replace") as log:
@@ -68,10 +69,10 @@ def in_process(work: Callable[[Path], int], folder: Path, show: Callable[[str], 
         while True:
             try:
                 child.join(0.2)
-                ended = child.exitcode is not None
+                has_ended = child.exitcode is not None  # read before the log, so that no line is lost
                 for line in log.readlines():
                     show(line.strip())
-                if ended:
+                if has_ended:
                     return STOPPED if stopping else child.exitcode
             except KeyboardInterrupt:
                 if stopping:
@@ -82,8 +83,8 @@ def in_process(work: Callable[[Path], int], folder: Path, show: Callable[[str], 
 
 
 def _context() -> Any:
-    """Return how processes start: forked, if safe, from one with the libraries imported, which saves seconds."""
-    if sys.platform != "linux" or torch.cuda.is_available():
+    """Return the multiprocessing context: a fork server with the libraries imported, which saves seconds, or spawn."""
+    if sys.platform != "linux" or torch.cuda.is_available():  # CUDA does not work in forked processes
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["peftcore_cli.training.training_run"])
@@ -92,7 +93,7 @@ def _context() -> Any:
 
 def _work(work: Callable[[Path], int], folder: Path) -> None:
     if hasattr(os, "setsid"):
-        os.setsid()  # Ctrl-C is for the parent process, which requests an orderly stop
+        os.setsid()  # Ctrl-C only reaches the parent process, which then asks this one to stop
     with open(folder / "log.txt", "a", encoding="utf-8") as log:
         for stream in (sys.stdout, sys.stderr):
             os.dup2(log.fileno(), stream.fileno())
@@ -106,12 +107,12 @@ def _failure(folder: Path, status: int) -> str:
         return (folder / _ERROR).read_text(encoding="utf-8").strip()
     if status == -signal.SIGKILL:
         return "it was killed, probably because memory ran out"
-    last = (folder / "log.txt").read_text(encoding="utf-8").strip().rpartition("\n")[2]
-    return f"it ended with status {status}: {last}"
+    last_line = (folder / "log.txt").read_text(encoding="utf-8").strip().rpartition("\n")[2]
+    return f"it ended with status {status}: {last_line}"
 
 
 def main(folder: Path) -> int:
-    """Train as `folder` says; the exit status."""
+    """Train with the settings in `folder`, and return the exit status."""
     from peftcore_cli import run_result, training_data, training_run
 
     settings = Settings(**json.loads((folder / RUN_FILE).read_text(encoding="utf-8")))

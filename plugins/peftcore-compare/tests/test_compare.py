@@ -84,10 +84,10 @@ def test_rows_failures_and_what_is_kept(
     assert [path.name for path in (output / "runs").iterdir()] == ["lora r=2"]
 
     in_this_process.clear()
-    again = tmp_path / "again"
-    run("compare", "--config", output / "compare.toml", "-o", again)
+    repeated = tmp_path / "again"
+    run("compare", "--config", output / "compare.toml", "-o", repeated)
     assert in_this_process == ["lora r=2/seed-0"], "one seed, and not the whole model"
-    first, second = (json.loads((each / "report.json").read_text())["rows"][0] for each in (output, again))
+    first, second = (json.loads((each / "report.json").read_text())["rows"][0] for each in (output, repeated))
     assert first["runs"]["0"]["after"] == second["runs"]["0"]["after"] and second["lr"] == 0.02
 
 
@@ -97,8 +97,8 @@ def test_a_language_model_is_compared_by_its_loss(
     output = tmp_path / "out"
     run("compare", "-m", llama, "-d", reviews, "-o", output, *SIZE, "--method", "lora r=2", "--seeds", 1)
     table = (output / "table.md").read_text()
-    found = json.loads((output / "report.json").read_text())["rows"][0]["runs"]["0"]
-    assert f"| lora r=2 | 0.001 | {found['after']['loss']:.3f} |" in table and "| loss |" in table
+    actual = json.loads((output / "report.json").read_text())["rows"][0]["runs"]["0"]
+    assert f"| lora r=2 | 0.001 | {actual['after']['loss']:.3f} |" in table and "| loss |" in table
 
 
 def test_a_search_tries_the_same_rates_for_all_and_chooses_by_examples_that_none_trains_on(
@@ -110,26 +110,26 @@ def test_a_search_tries_the_same_rates_for_all_and_chooses_by_examples_that_none
     shown = run(*arguments, *methods, "--search", "lr=1e-2,1e-4", "--holdout", 0.25).output
     assert "1/6  lora r=2, lr 0.0001, seed 0: accuracy" in shown and "5/6  lora r=2, lr " in shown
     rows = {each["method"]: each for each in json.loads((output / "report.json").read_text())["rows"]}
-    found = rows["lora r=2"]
-    losses = {float(lr): each["validation"]["loss"] for lr, each in found["tried"].items()}
-    assert set(losses) == {1e-4, 1e-2} and found["lr"] == min(losses, key=lambda lr: losses[lr])
-    assert found["runs"]["0"] == found["tried"][f"{found['lr']:g}"] and "after" in found["runs"]["1"]
+    row = rows["lora r=2"]
+    losses = {float(lr): each["validation"]["loss"] for lr, each in row["tried"].items()}
+    assert set(losses) == {1e-4, 1e-2} and row["lr"] == min(losses, key=lambda lr: losses[lr])
+    assert row["runs"]["0"] == row["tried"][f"{row['lr']:g}"] and "after" in row["runs"]["1"]
     every = len(labelled.read_text().splitlines())
-    assert found["runs"]["0"]["train_rows"] == every - round(0.25 * every) and found["runs"]["0"]["eval_rows"] == every
+    assert row["runs"]["0"]["train_rows"] == every - round(0.25 * every) and row["runs"]["0"]["eval_rows"] == every
     failed = rows["adapter bottleneck_size=64"]
     assert set(failed["runs"]) == {"0"} and "is wider than" in failed["runs"]["0"]["error"]
     table = (output / "table.md").read_text()
     low, high = (f"{loss:.3f}" for loss in (losses[1e-4], losses[1e-2]))
-    cells = (f"**{low}**", high) if found["lr"] == 1e-4 else (low, f"**{high}**")
+    cells = (f"**{low}**", high) if row["lr"] == 1e-4 else (low, f"**{high}**")
     assert f"| lora r=2 | {cells[0]} | {cells[1]} |" in table and "| failed | failed |" in table
     assert "| merges |" in table and " | yes |" in table
 
     in_this_process.clear()
     run(*arguments, *methods[:2], "--no-full", "--search", "lr=1e-4,1e-3,1e-2", "--holdout", 0.25, "--resume")
     assert in_this_process[0] == "lr-0.001/seed-0", "the others are kept"
-    again = tmp_path / "again"
-    run("compare", "--config", output / "compare.toml", "-o", again, "--seeds", 1)
-    assert len(json.loads((again / "report.json").read_text())["rows"][0]["tried"]) == 3
+    repeated = tmp_path / "again"
+    run("compare", "--config", output / "compare.toml", "-o", repeated, "--seeds", 1)
+    assert len(json.loads((repeated / "report.json").read_text())["rows"][0]["tried"]) == 3
 
 
 @pytest.mark.parametrize(
@@ -150,18 +150,18 @@ def test_wrong_searches(search: str, methods: list[str] | None, message: str) ->
 
 def test_a_rate_whose_loss_is_no_number_is_not_chosen() -> None:
     settings = Settings("m", "d.jsonl", "classification", "")
-    found = ComparisonReport(settings, [("a", 1e-3), ("b", 1e-3)], [1e-3, 1e-2, 1e-1])
+    report = ComparisonReport(settings, [("a", 1e-3), ("b", 1e-3)], [1e-3, 1e-2, 1e-1])
     for lr, loss in ((1e-3, 0.7), (1e-2, float("nan")), (1e-1, 0.6)):
-        found.add("a", 0, fake(0.8, validation={"loss": loss}), lr)
-        found.add("b", 0, {"error": "the loss is nan"}, lr)
-    found.add("a", 1, fake(0.9), 1e-1)
-    assert found.row("a").lr == 1e-1 and found.row("a").runs[0] == found.row("a").tried[1e-1]
-    assert found.search_cells() == [
+        report.add("a", 0, fake(0.8, validation={"loss": loss}), lr)
+        report.add("b", 0, {"error": "the loss is nan"}, lr)
+    report.add("a", 1, fake(0.9), 1e-1)
+    assert report.row("a").lr == 1e-1 and report.row("a").runs[0] == report.row("a").tried[1e-1]
+    assert report.search_cells() == [
         ("method", "0.001", "0.01", "0.1"),
         ("a", "0.700", "failed", "**0.600**"),
         ("b", "failed", "failed", "failed"),
     ]
-    assert found.failures() == [("b", "the loss is nan")]
+    assert report.failures() == [("b", "the loss is nan")]
 
 
 def test_what_a_language_model_forgets(
@@ -185,17 +185,17 @@ def test_what_a_language_model_forgets(
 def test_a_cut_off_comparison_goes_on(
     run: Run, in_this_process: list[str], bert: Path, labelled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = training_process.run_child
+    run_child = training_process.run_child
     arguments = ("compare", "-m", bert, "-d", labelled, "-o", tmp_path / "out", *SIZE, "--seeds", 1, "--no-full")
     methods = ("--method", "lora r=2", "--method", "bitfit")
 
     def stopped(folder: Path, show: Any) -> int:
-        return whole(folder, show) if "lora" in str(folder) else training_process.STOPPED
+        return run_child(folder, show) if "lora" in str(folder) else training_process.STOPPED
 
     monkeypatch.setattr(training_process, "run_child", stopped)
     shown = run(*arguments, *methods, code=130).output
     assert "finished runs are in" in shown and "--resume" in shown
-    monkeypatch.setattr(training_process, "run_child", whole)
+    monkeypatch.setattr(training_process, "run_child", run_child)
     in_this_process.clear()
     run(*arguments, *methods, "--resume")
     assert in_this_process == ["bitfit/seed-0"]
@@ -237,19 +237,19 @@ def fake(accuracy: float, before: float = 0.5, **changes: Any) -> dict[str, Any]
 
 @pytest.mark.pictures
 def test_mean_and_spread() -> None:
-    found = ComparisonReport(Settings("m", "d.jsonl", "classification", ""), [("a", 1e-3), ("b", 0.3), ("late", 1.0)])
+    report = ComparisonReport(Settings("m", "d.jsonl", "classification", ""), [("a", 1e-3), ("b", 0.3), ("late", 1.0)])
     values = (0.8, 0.9, 0.85)
     for seed, value in enumerate(values):
-        found.add("a", seed, fake(value, before=0.4 + seed / 10, step_seconds=0.1 * (seed + 1)))
-    found.add("b", 0, {"error": "it broke"})
+        report.add("a", seed, fake(value, before=0.4 + seed / 10, step_seconds=0.1 * (seed + 1)))
+    report.add("b", 0, {"error": "it broke"})
     assert statistics.stdev(values) == pytest.approx(0.05)
-    assert found.cells() == [
+    assert report.cells() == [
         ("before training", "", "50.0 ± 10.0 %", "", "", "", ""),
         ("a", "0.001", "85.0 ± 5.0 %", "1,234", "5.0 kB", "1.00 GB", "200 ms"),
         ("b", "0.3", "failed", "", "", "", ""),
     ]
-    assert found.markdown().endswith("\n\nb failed: it broke\n")
-    assert found.picture().startswith(b"\x89PNG")
+    assert report.markdown().endswith("\n\nb failed: it broke\n")
+    assert report.picture().startswith(b"\x89PNG")
 
 
 def test_every_installed_method_and_the_whole_model_by_default() -> None:
@@ -273,7 +273,7 @@ def test_every_installed_method_and_the_whole_model_by_default() -> None:
         (["lora lr=-1"], "lr must be a number above 0, found '-1'"),
         (["lora lr=inf"], "lr must be a number above 0, found 'inf'"),
         (["lora r=4", "lora r=4"], "'lora r=4 lr=0.001' is given twice"),
-        (["full r=4"], "full fine-tuning has no field but lr, found 'r=4'"),
+        (["full r=4"], "full fine-tuning only takes lr, found 'r=4'"),
         (["lora 'r=4"], "expected 'NAME FIELD=VALUE ...' .No closing quotation"),
         ([""], "expected 'NAME FIELD=VALUE ...'"),
     ],

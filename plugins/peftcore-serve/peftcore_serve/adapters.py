@@ -1,4 +1,4 @@
-"""The adapters in memory: loaded when a request names them; the least recently used leave when there are too many."""
+"""The adapters in memory: requests load them, and the least recently used are removed at the limit."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from peftcore_serve.folders import Folder, Stamp
 
 
 @dataclass
-class Loaded:
+class LoadedAdapter:
     """An adapter in memory.
 
     Args:
         key: its name on the model.
-        stamp: its files when they were read.
-        by_sample: whether it can be given to single samples of a batch.
+        stamp: state of its files when they were read.
+        by_sample: whether single samples of a batch can use it.
     """
 
     key: str
@@ -32,36 +32,36 @@ class Loaded:
 
 
 class Adapters:
-    """Adapters of a model, of which at most `limit` are in memory. For one thread.
+    """Adapters of a model, at most `limit` of them in memory. Not thread-safe.
 
     Args:
         model: the model, without adapters.
-        limit: number of adapters.
+        limit: maximum number of adapters in memory.
     """
 
     def __init__(self, model: nn.Module, limit: int) -> None:
         self.model, self.limit = model, limit
-        self.loaded: dict[str, Loaded] = {}  # the last one is the most recently used
+        self.loaded: dict[str, LoadedAdapter] = {}  # the last one is the most recently used
         self._count = 0
         self._active: object = None
-        self._tried: dict[bytes, bool] = {}  # {adapter_config.json: whether such adapters can be in a batch}
+        self._can_batch: dict[bytes, bool] = {}  # {adapter_config.json: whether such adapters can be in a batch}
         self.batches = can_batch(model, self.activate, self.activate_alone, None)
 
-    def have(self, folder: Folder, used: Collection[str]) -> Loaded | None:
-        """Return the adapter in `folder`, loading it if necessary; None if first an adapter in use has to end.
+    def ensure_loaded(self, folder: Folder, used: Collection[str]) -> LoadedAdapter | None:
+        """Return the adapter in `folder`, loading it if necessary; None while adapters in use leave no room for it.
 
         Args:
             folder: the adapter on disk.
             used: names of the adapters that running sequences use.
 
         Raises:
-            PeftcoreError: the adapter cannot be loaded. The others are as they were.
+            PeftcoreError: the adapter cannot be loaded. The others are unchanged.
         """
-        there = self.loaded.get(folder.name)
-        if there is not None and there.stamp == folder.stamp:
+        loaded = self.loaded.get(folder.name)
+        if loaded is not None and loaded.stamp == folder.stamp:
             self.loaded[folder.name] = self.loaded.pop(folder.name)
-            return there
-        if there is not None:  # its files have changed
+            return loaded
+        if loaded is not None:  # its files have changed since
             if folder.name in used:
                 return None
             self._remove(folder.name)
@@ -73,42 +73,43 @@ class Adapters:
         return self._load(folder)
 
     def activate(self, keys: Sequence[str | None]) -> None:
-        """Give the samples of a batch their adapters; None is the base alone."""
+        """Activate an adapter for each sample of a batch; None is the base model alone."""
         self._activate(("samples", *keys))
 
     def activate_alone(self, key: str | None) -> None:
-        """Activate an adapter for whole batches; None is the base alone."""
+        """Activate an adapter for whole batches; None is the base model alone."""
         self._activate(("alone", key))
 
-    def _activate(self, wanted: tuple[str | None, ...]) -> None:
-        if self._active == wanted or not self.loaded:
+    def _activate(self, requested: tuple[str | None, ...]) -> None:
+        if self._active == requested or not self.loaded:
             return
         self._active = None
-        kind, *keys = wanted
+        kind, *keys = requested
         if kind == "alone" or not any(keys):
             peftcore.activate(self.model, [key for key in keys if key is not None])
         else:
             peftcore.activate(self.model, keys, per_sample=True)
-        self._active = wanted
+        self._active = requested
 
-    def _load(self, folder: Folder) -> Loaded:
-        there, rows = base_and_adapter.vocabulary(self.model), vocabulary_rows(self.model, folder.path)
-        if rows is not None and rows != there:
+    def _load(self, folder: Folder) -> LoadedAdapter:
+        base_rows, rows = base_and_adapter.vocabulary(self.model), vocabulary_rows(self.model, folder.path)
+        if rows is not None and rows != base_rows:
             raise PeftcoreError(
-                f"the adapter '{folder.name}' has a vocabulary of {rows:,} tokens, but the base has {there:,}. Merge "
-                "it (peftcore merge) and serve the merged model"
+                f"the adapter '{folder.name}' has a vocabulary of {rows:,} tokens, but the base has {base_rows:,}. "
+                "Merge it (peftcore merge) and serve the merged model"
             )
         self._count += 1
         key = f"{folder.name.replace('.', '_')} {self._count}"
-        self.activate_alone(None)  # adapters are not applied while each sample has its own
+        # peftcore.load refuses while each sample has an adapter of its own.
+        self.activate_alone(None)
         self._active = None
         peftcore.load(self.model, folder.path, adapter=key, trainable=False)
-        found = self.loaded[folder.name] = Loaded(key, folder.stamp, False)
+        adapter = self.loaded[folder.name] = LoadedAdapter(key, folder.stamp, False)
         config = bytes(safe_reading.read_bytes(folder.path / safe_reading.CONFIG, safe_reading.JSON_BYTES))
-        if self.batches and config not in self._tried:
-            self._tried[config] = can_batch(self.model, self.activate, self.activate_alone, key)
-        found.by_sample = self.batches and self._tried[config]
-        return found
+        if self.batches and config not in self._can_batch:
+            self._can_batch[config] = can_batch(self.model, self.activate, self.activate_alone, key)
+        adapter.by_sample = self.batches and self._can_batch[config]
+        return adapter
 
     def _remove(self, name: str) -> None:
         self._active = None

@@ -1,4 +1,4 @@
-"""The Starlette application: routes, and events of sequences as answers."""
+"""The Starlette application: its routes, and answers made from the events of sequences."""
 
 from __future__ import annotations
 
@@ -31,25 +31,25 @@ from peftcore_serve.scheduler import ENDING, Busy, Scheduler
 from peftcore_serve.sequence import Event, Failed, Finished, Piece, Sampling, Sequence
 
 _BODY_BYTES = 16 << 20
-_SHOWN = 20  # names in an error
+_LISTED = 20  # maximum number of names in an error
 _PORT = re.compile(r":\d*$")
 
 
 class Server:
-    """A base and a folder of adapters that answer requests.
+    """Answers requests with a base model and a folder of adapters.
 
     Args:
-        model: the loaded base.
+        model: the loaded base model.
         base: its folder or hub id.
         name: its name for clients.
         root: the folder of adapters.
-        limit: number of adapters in memory.
-        batch_size: number of sequences that are decoded together.
-        max_new_tokens: tokens of a chat's answer if the request does not say how many.
+        limit: maximum number of adapters in memory.
+        batch_size: maximum number of sequences decoded together.
+        max_new_tokens: tokens of a chat's answer if the request sets no limit.
         chat_template: the template of all conversations, as `--chat-template` takes it.
-        trust_templates: whether chat templates that came with adapters are rendered.
-        hosts: host names that requests may be sent to, without ports; None for any.
-        refuse: called with the name and the task of each adapter, to raise an error if it does not fit the base.
+        trust_templates: render chat templates that came with adapters.
+        hosts: host names that requests may be sent to, without ports. None: any.
+        refuse: called with the name and the task of each adapter; raises an error if it does not fit the base model.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class Server:
         self.texts = Texts(model, base, chat_template, trust_templates, refuse)
         self._vocabulary = model.get_input_embeddings().weight.shape[0]
         self._context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        # Penalties and filters of the base's config would act on answers of `generate` only.
+        # The base model's penalties and filters would only affect sequences that run alone, by `generate`.
         model.generation_config = GenerationConfig(
             eos_token_id=getattr(model.generation_config, "eos_token_id", None),
             pad_token_id=self.texts.of_base.tokenizer.pad_token_id,
@@ -88,7 +88,7 @@ class Server:
                 Route("/v1/completions", self._completions, methods=["POST"]),
                 Route("/v1/chat/completions", self._chat, methods=["POST"]),
             ],
-            exception_handlers={ProtocolError: _refused, HTTPException: _no_route, Exception: _crashed},
+            exception_handlers={ProtocolError: _on_refusal, HTTPException: _on_no_route, Exception: _on_crash},
             lifespan=self._lifespan,
             middleware=[] if hosts is None else [Middleware(_KnownHosts, hosts=frozenset(hosts))],
         )
@@ -105,19 +105,19 @@ class Server:
 
     async def _models(self, _request: HttpRequest) -> Response:
         try:
-            there = await run_in_threadpool(self.adapters)
+            adapters = await run_in_threadpool(self.adapters)
         except PeftcoreError as error:
             raise ProtocolError(str(error), 500) from error
-        return JSONResponse({"object": "list", "data": [self._described(name) for name in (self.name, *there)]})
+        return JSONResponse({"object": "list", "data": [self._describe(name) for name in (self.name, *adapters)]})
 
     async def _model(self, request: HttpRequest) -> Response:
         name = request.path_params["model"]
         await run_in_threadpool(self._folder, name)
-        return JSONResponse(self._described(name))
+        return JSONResponse(self._describe(name))
 
-    def _described(self, name: str) -> dict[str, Any]:
-        described = {"id": name, "object": "model", "created": self._created, "owned_by": "peftcore"}
-        return described if name == self.name else {**described, "parent": self.name}
+    def _describe(self, name: str) -> dict[str, Any]:
+        body = {"id": name, "object": "model", "created": self._created, "owned_by": "peftcore"}
+        return body if name == self.name else {**body, "parent": self.name}
 
     async def _completions(self, request: HttpRequest) -> Response:
         return await self._answer(request, protocol.completion)
@@ -131,11 +131,11 @@ class Server:
         loop = asyncio.get_running_loop()
 
         def put(index: int, event: Event) -> None:
-            with suppress(RuntimeError):  # the loop is closed, and nobody waits
+            with suppress(RuntimeError):  # the loop is closed, so nobody waits for the event
                 loop.call_soon_threadsafe(events.put_nowait, (index, event))
 
         text, sequences = await run_in_threadpool(self._sequences, request, put)
-        prompt_tokens = sum(len(each.prompt) for each in sequences[:: request.n])
+        prompt_tokens = sum(len(sequence.prompt) for sequence in sequences[:: request.n])
         answer = Answer(request, text.decode_one, prompt_tokens, text.special)
         try:
             self.scheduler.submit(sequences)
@@ -143,33 +143,36 @@ class Server:
             raise ProtocolError(str(error), 503 if str(error) == ENDING else 429) from None
         running = _Running(sequences, events, http)
         try:
-            first = await running.next()
+            first_event = await running.next()
         except BaseException:
             running.end()
             raise
-        if first is None:
-            return Response(status_code=499)  # the client has gone; nobody reads this
-        if isinstance(first[1], Failed):
+        if first_event is None:
+            return Response(status_code=499)  # the client has disconnected, so nobody reads this
+        if isinstance(first_event[1], Failed):
             running.end()
-            raise _failed(first[1])
+            raise _failure(first_event[1])
         if request.stream:
-            return StreamingResponse(_streamed(running, first, answer), media_type="text/event-stream")
-        return await _whole(running, first, answer)
+            return StreamingResponse(_stream(running, first_event, answer), media_type="text/event-stream")
+        return await _collect(running, first_event, answer)
 
     def _sequences(self, request: Request, put: Callable[[int, Event], None]) -> tuple[Text, list[Sequence]]:
-        """Return the tokenizer of the request's model, and a sequence for each answer."""
+        """Return the tokenizer of the request's model and a sequence for each answer."""
         folder = self._folder(request.model)
         try:
-            text = self.texts.of_base if folder is None else self.texts.of(folder)
-            prompts = [list(each) if _is_tokens(each) else text.tokens(each) for each in request.prompts]
+            text = self.texts.of_base if folder is None else self.texts.for_adapter(folder)
+            prompts = [
+                list(prompt_input) if _is_tokens(prompt_input) else text.tokens(prompt_input)
+                for prompt_input in request.prompts
+            ]
         except TooLong as error:
             raise _too_long(request, str(error)) from error
         except (PeftcoreError, OSError) as error:
             raise ProtocolError(str(error)) from error
         adapter = None if folder is None else folder.name
         sequences: list[Sequence] = []
-        for given, prompt in zip(request.prompts, prompts, strict=True):
-            sampling = self._bounded(request, prompt)
+        for prompt_text, prompt in zip(request.prompts, prompts, strict=True):
+            sampling = self._limit_tokens(request, prompt)
             for _ in range(request.n):
                 index = len(sequences)
                 seed = None if sampling.seed is None else (sampling.seed + index) % (1 << 63)
@@ -177,60 +180,64 @@ class Server:
                 def notify(event: Event, index: int = index) -> None:
                     put(index, event)
 
-                one = Sequence(prompt, adapter, replace(sampling, seed=seed), text.ends, text.decode, notify)
-                one.stop, one.streams = request.stop, request.stream
+                sequence = Sequence(prompt, adapter, replace(sampling, seed=seed), text.ends, text.decode, notify)
+                sequence.stop, sequence.streams = request.stop, request.stream
                 if request.echo:
-                    one.echo = given if isinstance(given, str) else text.decode(prompt)
-                sequences.append(one)
+                    sequence.echo = prompt_text if isinstance(prompt_text, str) else text.decode(prompt)
+                sequences.append(sequence)
         return text, sequences
 
-    def _bounded(self, request: Request, prompt: list[int]) -> Sampling:
-        """Return the sampling of a prompt's answers, with a number of tokens that fits the model."""
-        wrong = next((token for token in prompt if not 0 <= token < self._vocabulary), None)
-        if wrong is not None:
+    def _limit_tokens(self, request: Request, prompt: list[int]) -> Sampling:
+        """Return the sampling for a prompt, with a number of tokens that fits the model's context."""
+        unknown_token = next((token for token in prompt if not 0 <= token < self._vocabulary), None)
+        if unknown_token is not None:
             raise ProtocolError(
-                f"'prompt' has the token {wrong}, but the model has tokens 0 to {self._vocabulary - 1}", param="prompt"
+                f"'prompt' has the token {unknown_token}, but the model has tokens 0 to {self._vocabulary - 1}",
+                param="prompt",
             )
-        asked = request.sampling.max_tokens
-        if asked == 0 and request.is_chat:
-            asked = self._max_new_tokens
+        max_tokens = request.sampling.max_tokens
+        if max_tokens == 0 and request.is_chat:
+            max_tokens = self._max_new_tokens
             if self._context is not None:
-                asked = min(asked, max(1, self._context - len(prompt)))
-        if self._context is not None and len(prompt) + asked > self._context:
+                max_tokens = min(max_tokens, max(1, self._context - len(prompt)))
+        if self._context is not None and len(prompt) + max_tokens > self._context:
             raise _too_long(
                 request,
-                f"the prompt has {len(prompt):,} tokens and the answer may have {asked:,}, but the model's context has "
-                f"{self._context:,}. Shorten the prompt, or lower max_tokens",
+                f"the prompt has {len(prompt):,} tokens and the answer may have {max_tokens:,}, but the model's "
+                f"context has {self._context:,}. Shorten the prompt, or lower max_tokens",
             )
-        return replace(request.sampling, max_tokens=asked)
+        return replace(request.sampling, max_tokens=max_tokens)
 
     def adapters(self) -> dict[str, Folder]:
         """Return the adapters in the folder."""
         return folders.find(self.root)
 
     def _folder(self, name: str) -> Folder | None:
-        """Return the adapter of this name; None for the base."""
+        """Return the adapter of this name; None for the base model."""
         try:
-            found = folders.find_one(self.root, name)
-            names = [self.name] if found is not None or name == self.name else [self.name, *self.adapters()]
+            folder = folders.find_one(self.root, name)
+            names = [self.name] if folder is not None or name == self.name else [self.name, *self.adapters()]
         except PeftcoreError as error:
             raise ProtocolError(str(error), 500) from error
-        if name == self.name and found is not None:
+        if name == self.name and folder is not None:
             raise ProtocolError(f"'{name}' is the name of the base and of an adapter. Rename the adapter's folder")
-        if found is None and name != self.name:
-            more = f" and {len(names) - _SHOWN} more (GET /v1/models)" if len(names) > _SHOWN else ""
-            shown = f"{', '.join(names[:_SHOWN])}{more}"
+        if folder is None and name != self.name:
+            remainder = f" and {len(names) - _LISTED} more (GET /v1/models)" if len(names) > _LISTED else ""
+            listed = f"{', '.join(names[:_LISTED])}{remainder}"
             raise ProtocolError(
-                f"there is no model '{name}'{nearest(name, names)}. There are: {shown}", 404, "model", "model_not_found"
+                f"there is no model '{name}'{nearest(name, names)}. There are: {listed}",
+                404,
+                "model",
+                "model_not_found",
             )
-        return found
+        return folder
 
 
 class _KnownHosts:
-    """Middleware that refuses requests to other host names.
+    """Middleware that refuses requests to other host names, against DNS rebinding.
 
-    A page in a browser can name a host of its own that resolves to this machine's loopback address, and would then be
-    allowed to read the answers.
+    A web page can use a host name of its own that resolves to this machine's loopback address. The browser would then
+    let the page read the answers.
     """
 
     def __init__(self, app: ASGIApp, hosts: frozenset[str]) -> None:
@@ -238,8 +245,8 @@ class _KnownHosts:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
-            given = HttpRequest(scope).headers.get("host", "")
-            host = given.rpartition(":")[0] if _PORT.search(given) else given
+            header = HttpRequest(scope).headers.get("host", "")
+            host = header.rpartition(":")[0] if _PORT.search(header) else header
             if host.lower() not in self._hosts:
                 error = ProtocolError(
                     f"the request is for the host '{host}', which this server does not answer for. Start it with "
@@ -252,28 +259,28 @@ class _KnownHosts:
 
 
 class _Running:
-    """The sequences of a request while they run; they are cancelled when the client disconnects."""
+    """The running sequences of a request, which are cancelled when the client disconnects."""
 
     def __init__(self, sequences: list[Sequence], events: asyncio.Queue[tuple[int, Event]], http: HttpRequest) -> None:
         self.sequences, self._events, self._open = sequences, events, len(sequences)
-        self._gone = asyncio.ensure_future(_disconnected(http))
-        self._gone.add_done_callback(lambda _: self._cancel())
+        self._disconnect = asyncio.ensure_future(_wait_for_disconnect(http))
+        self._disconnect.add_done_callback(lambda _: self._cancel())
 
     async def next(self) -> tuple[int, Event] | None:
-        """Return the next event; None when all sequences have ended, or the client has gone."""
+        """Return the next event, or None when all sequences have ended or the client has disconnected."""
         if self._open == 0:
             return None
         waiting = asyncio.ensure_future(self._events.get())
         try:
-            await asyncio.wait((waiting, self._gone), return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait((waiting, self._disconnect), return_when=asyncio.FIRST_COMPLETED)
             if not waiting.done():
                 self.end()
                 return None
-            found = waiting.result()
+            event = waiting.result()
         finally:
             waiting.cancel()
-        self._open -= not isinstance(found[1], Piece)
-        return found
+        self._open -= not isinstance(event[1], Piece)
+        return event
 
     @property
     def is_over(self) -> bool:
@@ -281,72 +288,74 @@ class _Running:
 
     def end(self) -> None:
         self._cancel()
-        self._gone.cancel()
+        self._disconnect.cancel()
 
     def _cancel(self) -> None:
         for sequence in self.sequences:
             sequence.cancel()
 
 
-async def _disconnected(http: HttpRequest) -> None:
+async def _wait_for_disconnect(http: HttpRequest) -> None:
     while (await http.receive())["type"] != "http.disconnect":
         pass
 
 
-async def _whole(running: _Running, first: tuple[int, Event], answer: Answer) -> Response:
+async def _collect(running: _Running, first_event: tuple[int, Event], answer: Answer) -> Response:
     """Return the answer when all sequences have ended."""
     texts: list[list[Piece]] = [[] for _ in running.sequences]
-    reasons, written = [""] * len(texts), 0
-    found: tuple[int, Event] | None = first
+    reasons, token_count = [""] * len(texts), 0
+    item: tuple[int, Event] | None = first_event
     try:
-        while found is not None:
-            index, event = found
+        while item is not None:
+            index, event = item
             if isinstance(event, Failed):
-                raise _failed(event)
+                raise _failure(event)
             if isinstance(event, Finished):
-                reasons[index], written = event.reason, written + event.tokens
+                reasons[index], token_count = event.reason, token_count + event.tokens
             texts[index].append(event.last if isinstance(event, Finished) else event)
-            found = await running.next()
+            item = await running.next()
         if not running.is_over:
             return Response(status_code=499)
-        return JSONResponse(answer.whole(texts, reasons, written))
+        return JSONResponse(answer.full(texts, reasons, token_count))
     finally:
         running.end()
 
 
-async def _streamed(running: _Running, first: tuple[int, Event], answer: Answer) -> AsyncIterator[bytes]:
+async def _stream(running: _Running, first_event: tuple[int, Event], answer: Answer) -> AsyncIterator[bytes]:
     """Yield server-sent events."""
-    written, found, began = 0, first, set[int]()
+    token_count, item, begun = 0, first_event, set[int]()
     try:
-        while found is not None:
-            index, event = found
+        while item is not None:
+            index, event = item
             if isinstance(event, Failed):
-                yield _sent(_failed(event).body)
+                yield _server_sent_event(_failure(event).body)
                 return
-            if index not in began and (chunk := answer.first(index)) is not None:
-                yield _sent(chunk)
-            began.add(index)
+            if index not in begun and (chunk := answer.first(index)) is not None:
+                yield _server_sent_event(chunk)
+            begun.add(index)
             piece = event.last if isinstance(event, Finished) else event
             if piece.text or piece.logprobs:
-                yield _sent(answer.piece(index, piece))
+                yield _server_sent_event(answer.piece(index, piece))
             if isinstance(event, Finished):
-                written += event.tokens
-                yield _sent(answer.end(index, event.reason))
-            found = await running.next()  # type: ignore[assignment]
+                token_count += event.tokens
+                yield _server_sent_event(answer.end(index, event.reason))
+            item = await running.next()  # type: ignore[assignment]
         if running.is_over:
             if answer.request.include_usage:
-                yield _sent(answer.usage(written))
+                yield _server_sent_event(answer.usage(token_count))
             yield b"data: [DONE]\n\n"
     finally:
         running.end()
 
 
-def _sent(body: dict[str, Any]) -> bytes:
+def _server_sent_event(body: dict[str, Any]) -> bytes:
     return b"data: " + json.dumps(body, ensure_ascii=False).encode() + b"\n\n"
 
 
-def _failed(event: Failed) -> ProtocolError:
-    return ProtocolError(event.message, 400 if event.is_users else 503 if event.message == ENDING else 500)
+def _failure(event: Failed) -> ProtocolError:
+    if event.is_users:
+        return ProtocolError(event.message, 400)
+    return ProtocolError(event.message, 503 if event.message == ENDING else 500)
 
 
 def _too_long(request: Request, message: str) -> ProtocolError:
@@ -360,7 +369,7 @@ def _is_tokens(prompt: Any) -> bool:
 async def _json(http: HttpRequest) -> Any:
     kind = http.headers.get("content-type", "")
     if kind.partition(";")[0].strip().lower() != "application/json":
-        # A page in a browser may send anything else without asking this server first.
+        # Browsers send other types across origins without a preflight request.
         raise ProtocolError(f"the body must be sent as content-type application/json, found '{kind}'", 415)
     body = b""
     async for part in http.stream():
@@ -368,25 +377,25 @@ async def _json(http: HttpRequest) -> Any:
         if len(body) > _BODY_BYTES:
             raise ProtocolError(f"the body has more than {_BODY_BYTES >> 20} MiB", 413)
     try:
-        found = json.loads(body)
-        json.dumps(found, ensure_ascii=False).encode()
+        content = json.loads(body)
+        json.dumps(content, ensure_ascii=False).encode()
     except UnicodeEncodeError:
-        raise ProtocolError("the body contains half a surrogate pair, which is not text") from None
+        raise ProtocolError("the body contains half a surrogate pair, which is not valid text") from None
     except (ValueError, RecursionError) as error:
         raise ProtocolError(f"the body is not JSON: {error}") from None
-    return found
+    return content
 
 
-async def _refused(_request: HttpRequest, error: Exception) -> Response:
+async def _on_refusal(_request: HttpRequest, error: Exception) -> Response:
     assert isinstance(error, ProtocolError)
     return JSONResponse(error.body, error.status)
 
 
-async def _no_route(request: HttpRequest, error: Exception) -> Response:
+async def _on_no_route(request: HttpRequest, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     message = f"{request.method} {request.url.path}: {error.detail}. See GET /v1/models"
     return JSONResponse(ProtocolError(message, error.status_code).body, error.status_code, headers=error.headers)
 
 
-async def _crashed(_request: HttpRequest, error: Exception) -> Response:
+async def _on_crash(_request: HttpRequest, error: Exception) -> Response:
     return JSONResponse(ProtocolError(f"{type(error).__name__}: {error}", 500).body, 500)

@@ -1,4 +1,4 @@
-"""`peftcore serve`: a base and a folder of adapters behind OpenAI's HTTP protocol."""
+"""`peftcore serve`: serve a base model and a folder of adapters by OpenAI's HTTP protocol."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ EXAMPLES = (
     "peftcore serve -m MODEL --adapters runs --port 8080 --limit 64 --batch-size 32",
 )
 
-_BACKLOG = 2048  # connections that wait to be accepted
-_CLOSING = 5  # seconds for answers under way
-# Fields of a generation config that this server leaves to the request, or does not have, and their neutral values.
+_BACKLOG = 2048  # connections that may wait to be accepted
+_SHUTDOWN_SECONDS = 5  # for answers under way
+# Fields of a generation config that the server ignores, and the values at which they have no effect.
 _IGNORED = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "min_new_tokens": None, "min_length": 0}
 
 
@@ -40,32 +40,35 @@ def serve(
     trust_remote_code: options.TrustRemoteCode = False,  # the application reads it
     adapters: Annotated[
         Path | None,
-        typer.Option(help="Folder of folders of adapters or runs, each a model of its name; read at every request."),
+        typer.Option(help="Folder of adapters or runs. Each is a model named like its folder. Read at every request."),
     ] = None,
-    host: Annotated[str, typer.Option(help="Address to listen at. There is no authentication.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, metavar="N", help="Port; 0: a free one.")] = 8000,
+    host: Annotated[str, typer.Option(help="Address to listen on. There is no authentication.")] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, metavar="N", help="Port to listen on; 0: any free port.")
+    ] = 8000,
     limit: Annotated[
         int,
-        typer.Option(min=1, metavar="N", help="Maximum number of adapters in memory; the least recently used leave."),
+        typer.Option(
+            min=1, metavar="N", help="Maximum number of adapters in memory; the least recently used is removed."
+        ),
     ] = 16,
     batch_size: Annotated[
         int, typer.Option(min=1, metavar="N", help="Maximum number of answers decoded together.")
     ] = 16,
     max_new_tokens: Annotated[
-        int, typer.Option(min=1, metavar="N", help="Maximum number of tokens of an answer if the request has none.")
+        int, typer.Option(min=1, metavar="N", help="Maximum length of an answer in tokens if the request sets none.")
     ] = 512,
     chat_template: options.ChatTemplate = None,
     trust_adapter_templates: Annotated[
         bool,
         typer.Option(
             "--trust-adapter-templates",
-            help="Render chat templates that came with adapters. A template may loop "
-            "for ever, and keep the server busy.",
+            help="Render chat templates that came with adapters. A template can loop forever and block the server.",
         ),
     ] = False,
     allowed_host: Annotated[
         list[str] | None,
-        typer.Option(help="Host name under which clients reach this server, besides its address. Repeatable."),
+        typer.Option(help="Host name that clients may use for this server, besides its address. Repeatable."),
     ] = None,
     quantize: options.Quantize = None,
     dtype: options.Dtype = "auto",
@@ -73,7 +76,8 @@ def serve(
 ) -> None:
     """Answer OpenAI's chat and completion requests with a model and the adapters in a folder.
 
-    Requests for different adapters are decoded in one batch. For local use and evaluation: there is no authentication.
+    Requests for different adapters are decoded in one batch. The server is for local use and evaluation: there is no
+    authentication.
     """
     listening = listen(host, port)
     with listening:
@@ -91,12 +95,13 @@ def serve(
             dtype=dtype,
             device=device,
         )
-        listening.listen(_BACKLOG)  # a client may connect as soon as it reads the address
-        where, number = listening.getsockname()[:2]
+        # Listen before the address is printed, since a client may connect as soon as it reads it.
+        listening.listen(_BACKLOG)
+        address, port_number = listening.getsockname()[:2]
         count = len(server.adapters())
-        shown = f"[{where}]" if ":" in where else where
-        say(f"{server.name} and {count} adapter{'' if count == 1 else 's'} at http://{shown}:{number}/v1")
-        say("Ctrl-C ends", "dim")
+        shown_address = f"[{address}]" if ":" in address else address
+        say(f"{server.name} and {count} adapter{'' if count == 1 else 's'} at http://{shown_address}:{port_number}/v1")
+        say("Ctrl-C stops the server", "dim")
         run(server, listening)
 
 
@@ -114,10 +119,10 @@ def make(
     dtype: str = "auto",
     device: str = "auto",
 ) -> Server:
-    """Load the base and return the server; the arguments are the command's options, and those of `Server`.
+    """Load the base model and return the server. The arguments are the command's options or those of `Server`.
 
     Raises:
-        PeftcoreError: the base cannot be loaded, or the folder of adapters cannot be read or is itself an adapter.
+        PeftcoreError: the base model cannot be loaded, or the folder of adapters cannot be read or is an adapter.
     """
     from peftcore_cli import base_files, base_quantization, dtype_choice, models, registered
 
@@ -125,29 +130,29 @@ def make(
     from peftcore_serve import folders
     from peftcore_serve.app import Server
 
-    there = folders.find(adapters)
+    folders_by_name = folders.find(adapters)
     if adapters is not None and os.path.exists(adapters / "adapter_config.json"):
         raise PeftcoreError(
-            f"'{adapters}' is an adapter, not a folder of adapters. Pass the folder in which it is: --adapters "
+            f"'{adapters}' is an adapter, not a folder of adapters. Pass the folder that contains it: --adapters "
             f"{adapters.resolve().parent}"
         )
     base = base_files.resolve(model)
     name = Path(model).name if model.startswith((".", "/", "~")) or model.endswith(".gguf") else model
     name = name or Path(base).name  # of "."
-    tasks = _tasks(there)
-    wide = any(each.dtype == "fp32" for each in tasks.values())
+    tasks = _tasks(folders_by_name)
+    any_fp32 = any(adapter_task.dtype == "fp32" for adapter_task in tasks.values())
     task = registered.without_a_name()
-    dtype = dtype_choice.of_base(base, task, dtype, device, (), "fp32" if wide else None).say()
+    dtype = dtype_choice.of_base(base, task, dtype, device, (), "fp32" if any_fp32 else None).say()
     base_as = base_quantization.of_adapters(quantize, tasks)
-    loaded = models.load_model(base, task, dtype=dtype, device=device, quantize=base_as)
-    peftcore.fuse(loaded)
-    own: Any = loaded.generation_config
-    found = {field: getattr(own, field, None) for field in _IGNORED}
-    ignored = [f"{field}={value}" for field, value in found.items() if value not in (None, _IGNORED[field])]
+    base_model = models.load_model(base, task, dtype=dtype, device=device, quantize=base_as)
+    peftcore.fuse(base_model)
+    generation_config: Any = base_model.generation_config
+    values = {field: getattr(generation_config, field, None) for field in _IGNORED}
+    ignored = [f"{field}={value}" for field, value in values.items() if value not in (None, _IGNORED[field])]
     if ignored:
-        note(f"the base's generation config has {', '.join(ignored)}, which answers here are made without")
+        note(f"{', '.join(ignored)} in the base model's generation config is ignored")
     server = Server(
-        loaded,
+        base_model,
         base,
         name,
         adapters,
@@ -161,25 +166,25 @@ def make(
     )
     if not server.scheduler.adapters.batches:
         note(
-            f"answers are written one after the other: {type(loaded).__name__} does not decode prompts of different "
-            "lengths in one batch as it decodes each by itself"
+            f"answers are generated one after the other, since {type(base_model).__name__} gives different results "
+            "for prompts of different lengths in one batch"
         )
     return server
 
 
 def _tasks(found: Mapping[str, Folder]) -> dict[str, AdapterTask]:
-    """Return what each adapter that can be read was trained for."""
+    """Return the task of each adapter that can be read."""
     from peftcore_cli import adapter_folders
 
     tasks = {}
     for name, folder in found.items():
-        with contextlib.suppress(PeftcoreError, OSError):  # its requests get the error
+        with contextlib.suppress(PeftcoreError, OSError):  # requests for this adapter get the error
             tasks[name] = adapter_folders.adapter_task(folder.path)
     return tasks
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Return a socket that is bound, before the model is loaded."""
+    """Return a bound socket. Binding before the model is loaded reports a used port at once."""
     try:
         family, kind, number, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listening = socket.socket(family, kind, number)
@@ -191,18 +196,18 @@ def listen(host: str, port: int) -> socket.socket:
     except OSError as error:
         listening.close()
         raise PeftcoreError(
-            f"the server cannot listen at {host}:{port}: {error.strerror}. Pass another --port, or 0 for a free one"
+            f"the server cannot listen on {host}:{port}: {error.strerror}. Pass another --port, or 0 for any free port"
         ) from error
     return listening
 
 
 def known_hosts(host: str, address: str, allowed: Sequence[str]) -> set[str] | None:
-    """Return the host names that requests may be sent to, as the Host header has them; None for any.
+    """Return the host names that requests may be sent to, in the form of the Host header; None for any.
 
     Args:
         host: the option `--host`.
-        address: what the server is bound to.
-        allowed: names of `--allowed-host`. Without them, a server that others than this machine reach takes any name.
+        address: the address that the server is bound to.
+        allowed: names of `--allowed-host`. Without them, a server that other machines can reach accepts any name.
     """
     is_loopback = ipaddress.ip_address(address.partition("%")[0]).is_loopback
     if not is_loopback and not allowed:
@@ -220,10 +225,10 @@ def run(server: Server, listening: socket.socket) -> None:
             server.scheduler.close(wait=False)
             super().handle_exit(sig, frame)
 
-    Uvicorn(configured(server)).run(sockets=[listening])
+    Uvicorn(uvicorn_config(server)).run(sockets=[listening])
 
 
-def configured(server: Server) -> uvicorn.Config:
+def uvicorn_config(server: Server) -> uvicorn.Config:
     """Return uvicorn's configuration."""
     import uvicorn
 
@@ -235,5 +240,5 @@ def configured(server: Server) -> uvicorn.Config:
         "loggers": {"uvicorn": {"handlers": ["stderr"], "propagate": False}},
     }
     return uvicorn.Config(
-        server.app, log_config=log, log_level="warning", access_log=False, timeout_graceful_shutdown=_CLOSING
+        server.app, log_config=log, log_level="warning", access_log=False, timeout_graceful_shutdown=_SHUTDOWN_SECONDS
     )

@@ -1,8 +1,8 @@
-"""Decoding of many sequences in one batch, which sequences join and leave between two steps.
+"""Continuous batching: sequences join and leave the batch between two steps.
 
-A sequence's prompt runs by itself, without padding. Its keys and values then join those of the batch, which are aligned
-at the end: shorter ones are padded at their beginning, where the attention mask is 0. Each step runs one token of every
-sequence. So the arithmetic of a sequence is that of `generate` on a batch with left padding.
+A sequence's prompt runs by itself, without padding. Its keys and values then join those of the batch, padded on the
+left, where the attention mask is 0. Each step runs one token of every sequence, with the same arithmetic as `generate`
+on a left-padded batch.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from torch.nn.functional import pad
 
 from peftcore_serve.sequence import Sequence
 
-_PROBED = ((5, 1, 3), (2, 6, 4, 1, 3, 5, 2))  # tokens of two prompts of different lengths
-_NEXT = 4  # the token that follows both
+_PROBE_PROMPTS = ((5, 1, 3), (2, 6, 4, 1, 3, 5, 2))  # token ids of two prompts of different lengths
+_PROBE_TOKEN = 4  # follows both
 
 
 class Batch:
@@ -32,36 +32,37 @@ class Batch:
         self.model: Any = model
         self.sequences: list[Sequence] = []
         self._cache: Any = None
-        self._lengths: list[int] = []  # tokens of each sequence in the cache
+        self._lengths: list[int] = []  # number of cached tokens of each sequence
         self._arguments = inspect.signature(type(model).forward).parameters
 
     def prefill(self, prompt: list[int], *, whole: bool = False) -> tuple[Tensor, Any]:
-        """Run a prompt; return the logits `[V]` of the next token, and the prompt's cache.
+        """Run a prompt, and return the logits `[V]` of the next token and the prompt's cache.
 
-        With `whole` the logits are `[tokens, V]`, those of the next token last.
+        With `whole` the logits are `[tokens, V]`; the last row is that of the next token.
         """
         from transformers import DynamicCache
 
-        cache = DynamicCache()  # not of the config: layers with a window keep everything, and their mask has the window
+        # Without the config, layers with a sliding window cache all tokens, and only their mask has the window.
+        cache = DynamicCache()
         ids = torch.tensor([prompt], device=self.model.device)
         logits = self._run(ids, cache, keep=None if whole else 1)[0]
         return logits if whole else logits[-1], cache
 
     def join(self, sequence: Sequence, cache: Any) -> None:
         """Add a sequence, with its cache from `prefill`."""
-        self._cache = cache if self._cache is None else _joined([self._cache, cache])
+        self._cache = cache if self._cache is None else _join([self._cache, cache])
         self.sequences.append(sequence)
         self._lengths.append(len(sequence.prompt) + len(sequence.tokens) - 1)
 
     def drop_done(self) -> bool:
         """Remove sequences that have ended. Return whether there were any."""
-        kept = [i for i, sequence in enumerate(self.sequences) if not sequence.is_done]
-        if len(kept) == len(self.sequences):
+        running = [i for i, sequence in enumerate(self.sequences) if not sequence.is_done]
+        if len(running) == len(self.sequences):
             return False
         longest = max(self._lengths)
-        self.sequences = [self.sequences[i] for i in kept]
-        self._lengths = [self._lengths[i] for i in kept]
-        self._cache = _selected(self._cache, kept, longest - max(self._lengths)) if kept else None
+        self.sequences = [self.sequences[i] for i in running]
+        self._lengths = [self._lengths[i] for i in running]
+        self._cache = _select(self._cache, running, longest - max(self._lengths)) if running else None
         return True
 
     def step(self) -> Tensor:
@@ -70,8 +71,8 @@ class Batch:
         longest = max(self._lengths)
         mask = positions = None
         if min(self._lengths) < longest:
-            padded = torch.tensor([longest - length for length in self._lengths], device=ids.device)
-            mask = (torch.arange(longest + 1, device=ids.device) >= padded[:, None]).long()
+            padding = torch.tensor([longest - length for length in self._lengths], device=ids.device)
+            mask = (torch.arange(longest + 1, device=ids.device) >= padding[:, None]).long()
             positions = torch.tensor(self._lengths, device=ids.device)[:, None]
         logits = self._run(ids, self._cache, mask, positions)[:, -1]
         self._lengths = [length + 1 for length in self._lengths]
@@ -86,46 +87,48 @@ class Batch:
         positions: Tensor | None = None,
         keep: int | None = 1,
     ) -> Tensor:
-        given = {"attention_mask": mask, "position_ids": positions, "logits_to_keep": keep}
-        more = {name: value for name, value in given.items() if value is not None and name in self._arguments}
-        where = "cache" if "cache" in self._arguments else "past_key_values"  # depends on transformers' release
-        output = self.model(input_ids=ids, use_cache=True, **{where: cache}, **more)
+        options = {"attention_mask": mask, "position_ids": positions, "logits_to_keep": keep}
+        supported = {name: value for name, value in options.items() if value is not None and name in self._arguments}
+        # The argument's name depends on transformers' version.
+        cache_argument = "cache" if "cache" in self._arguments else "past_key_values"
+        output = self.model(input_ids=ids, use_cache=True, **{cache_argument: cache}, **supported)
         logits: Tensor = output.logits
         return logits
 
 
-def _joined(caches: Several[Any]) -> Any:
-    """Return one cache of the rows of all, aligned at the end."""
+def _join(caches: Several[Any]) -> Any:
+    """Return one cache with the rows of all, padded on the left."""
 
-    def together(parts: Several[Tensor | None]) -> Tensor | None:
-        there = [part for part in parts if part is not None]
-        if not there:  # a layer that uses another layer's keys and values
+    def concatenate(parts: Several[Tensor | None]) -> Tensor | None:
+        tensors = [part for part in parts if part is not None]
+        if not tensors:  # a layer that uses another layer's keys and values
             return None
-        longest = max(part.shape[-2] for part in there)
-        return torch.cat([pad(part, (0, 0, longest - part.shape[-2], 0)) for part in there])
+        longest = max(part.shape[-2] for part in tensors)
+        return torch.cat([pad(part, (0, 0, longest - part.shape[-2], 0)) for part in tensors])
 
-    return _rebuilt(zip(*(cache.layers for cache in caches), strict=True), together)
+    return _rebuild(zip(*(cache.layers for cache in caches), strict=True), concatenate)
 
 
-def _selected(cache: Any, rows: list[int], padding: int) -> Any:
-    """Return a cache of some rows, without `padding` tokens at the beginning."""
+def _select(cache: Any, rows: list[int], padding: int) -> Any:
+    """Return a cache of some rows, with `padding` tokens fewer on the left."""
 
-    def part(parts: Several[Tensor | None]) -> Tensor | None:
+    def select(parts: Several[Tensor | None]) -> Tensor | None:
         (tensor,) = parts
         return None if tensor is None else tensor[rows, ..., padding:, :]
 
-    return _rebuilt(((layer,) for layer in cache.layers), part)
+    return _rebuild(((layer,) for layer in cache.layers), select)
 
 
-def _rebuilt(layers: Any, change: Callable[[Several[Tensor | None]], Tensor | None]) -> Any:
+def _rebuild(layers: Any, change: Callable[[Several[Tensor | None]], Tensor | None]) -> Any:
+    """Return a cache whose layers are the changed keys and values of `layers`, tuples of one layer of each cache."""
     from transformers import DynamicCache
 
-    return DynamicCache(
-        [
-            (change([layer.keys for layer in parts]), change([layer.values for layer in parts]))
-            for parts in (list(each) for each in layers)
-        ]
-    )
+    pairs = []
+    for parts in map(list, layers):
+        keys = change([layer.keys for layer in parts])
+        values = change([layer.values for layer in parts])
+        pairs.append((keys, values))
+    return DynamicCache(pairs)
 
 
 @torch.no_grad()
@@ -135,62 +138,62 @@ def can_batch(
     alone: Callable[[str | None], None],
     key: str | None,
 ) -> bool:
-    """Return whether decoding a sequence in a batch gives the logits of the full sequence by itself.
+    """Return whether decoding a sequence in a batch gives the same logits as a forward of the sequence by itself.
 
-    Models with other state than keys and values (Mamba) or without support for padding do not; adapters that act on a
-    whole batch, or on a module whose arguments cannot be divided into samples, cannot be in one.
+    It does not for models with state other than keys and values (Mamba) or without support for padding, and for
+    adapters that act on a whole batch or on a module whose arguments cannot be split into samples.
 
     Args:
         model: the model.
-        by_sample: give the samples of a batch their adapters.
-        alone: activate an adapter for whole batches.
-        key: name of the adapter on the model, which is tried next to the base; None for the base.
+        by_sample: activates an adapter for each sample of a batch.
+        alone: activates an adapter for whole batches.
+        key: name on the model of the adapter to try in a batch with the base model. None: only the base model.
     """
     batch, keys = Batch(model), [key, None]
     try:
         caches = []
-        for prompt, one in zip(_PROBED, keys, strict=True):
-            by_sample([one])
+        for prompt, sample_key in zip(_PROBE_PROMPTS, keys, strict=True):
+            by_sample([sample_key])
             caches.append(batch.prefill(list(prompt))[1])
-        batch._cache, batch._lengths = _joined(caches), [len(prompt) for prompt in _PROBED]
-        batch.sequences = [_Probe([_NEXT]) for _ in keys]  # type: ignore[misc]
+        batch._cache, batch._lengths = _join(caches), [len(prompt) for prompt in _PROBE_PROMPTS]
+        batch.sequences = [_Probe([_PROBE_TOKEN]) for _ in keys]  # type: ignore[misc]
         by_sample(keys)
-        found = batch.step().float()
-        for row, prompt, one in zip(found, _PROBED, keys, strict=True):
-            alone(one)
-            whole = batch.model(input_ids=torch.tensor([[*prompt, _NEXT]], device=row.device), use_cache=False)
+        rows = batch.step().float()
+        for row, prompt, sample_key in zip(rows, _PROBE_PROMPTS, keys, strict=True):
+            alone(sample_key)
+            whole = batch.model(input_ids=torch.tensor([[*prompt, _PROBE_TOKEN]], device=row.device), use_cache=False)
             if not _near(row, whole.logits[0, -1].float()):
                 return False
-    except Exception:  # a model's own code, called in a way for which it may not be made
+    except Exception:  # remote code of a model may not support being called like this
         return False
     return True
 
 
 class _Probe:
-    """Stand-in for a sequence whose tokens are given."""
+    """A sequence with fixed tokens, for `can_batch`."""
 
     def __init__(self, tokens: list[int]) -> None:
         self.tokens = tokens
 
 
-def _near(row: Tensor, whole: Tensor) -> bool:
-    """Return whether two rows of logits agree but for rounding; a wrong mask or position moves them by their spread."""
-    return bool((row - whole).abs().max() <= 0.1 * whole.std())
+def _near(row: Tensor, expected: Tensor) -> bool:
+    """Return whether two rows of logits agree up to rounding; a wrong mask or position changes them by their spread."""
+    return bool((row - expected).abs().max() <= 0.1 * expected.std())
 
 
 @torch.no_grad()
 def prompt_logits(model: nn.Module, prompt: list[int]) -> Tensor:
-    """Return the logits `[tokens, V]` of a prompt, for models and adapters that cannot be in a batch with others."""
+    """Return the logits `[tokens, V]` of a prompt, for models and adapters that cannot be batched."""
     loaded: Any = model
     output = loaded(input_ids=torch.tensor([prompt], device=loaded.device), use_cache=False)
-    logits: Tensor = output.logits[0, -len(prompt) :]  # a soft prompt's come first
+    logits: Tensor = output.logits[0, -len(prompt) :]  # those of a soft prompt come first
     return logits
 
 
 def generate_alone(model: nn.Module, sequence: Sequence, is_closed: Callable[[], bool]) -> None:
-    """Continue a sequence, which may have begun, by the model's `generate`, to its end, or until `is_closed()`.
+    """Generate the rest of a sequence by the model's `generate`, unless `is_closed()` becomes true before.
 
-    For models and adapters that cannot be in a batch with others, such as prefixes.
+    This is for models and adapters that cannot be batched, such as prefixes.
     """
     from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
@@ -215,5 +218,5 @@ def generate_alone(model: nn.Module, sequence: Sequence, is_closed: Callable[[],
         logits_processor=LogitsProcessorList([Chooser()]),
         stopping_criteria=StoppingCriteriaList([Done()]),
     )
-    if not sequence.is_done and not is_closed():  # an end of the model's own that the request does not have
+    if not sequence.is_done and not is_closed():  # `generate` stopped by a criterion of the model's own
         sequence.fail("generation ended without a reason")

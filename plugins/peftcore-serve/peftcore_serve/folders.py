@@ -1,4 +1,4 @@
-"""The folder of adapters: which adapters it has now, and the tokenizer of each."""
+"""The folder of adapters: the adapters in it now, and their tokenizers."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ from peftcore_cli.console import warn
 
 from peftcore import PeftcoreError
 
-_TOKENIZERS = 32  # different ones in memory
-# Characters per token of the context that are tokenized. Text has 3 to 5; the longest tokens of a vocabulary are runs
-# of 128 spaces or dashes, by which a context of 128k tokens would take 16 MB and minutes.
+_TOKENIZERS = 32  # maximum number in memory
+# Maximum number of characters per token of the context. Text has 3 to 5. The longest tokens of a vocabulary are runs of
+# 128 spaces or dashes; with that limit, a context of 128k tokens would accept 16 MB, which take minutes to tokenize.
 _CHARACTERS = 16
 Stamp = tuple[tuple[str, int, int], ...]  # (name, time of the last change, bytes) of each file
 
 
 @dataclass(frozen=True)
 class Folder:
-    """An adapter as it is on disk now."""
+    """An adapter on disk."""
 
     name: str
     path: Path
@@ -41,7 +41,7 @@ class Folder:
 
 
 def find(root: Path | None) -> dict[str, Folder]:
-    """Return the adapters in the folder `root`, also those in folders of runs, by name and sorted by it."""
+    """Return the adapters in the folder `root`, also in folders of runs, by name and sorted."""
     folders = (_folder(root / name) for name in _names(root)) if root is not None else ()
     return {folder.name: folder for folder in folders if folder is not None}
 
@@ -68,7 +68,7 @@ def _names(root: Path | None) -> list[str]:
     return sorted(name for name in names if _is_utf8(name))
 
 
-@functools.lru_cache(maxsize=1024)  # so that a name is warned of once
+@functools.lru_cache(maxsize=1024)  # to warn about each name once
 def _is_utf8(name: str) -> bool:
     try:
         name.encode()
@@ -88,72 +88,72 @@ def _stamp(path: Path) -> Stamp:
 
 
 class TooLong(PeftcoreError):
-    """A text with more characters than are tokenized for the model's context."""
+    """A text has more characters than the model's context can need."""
 
 
 class Text:
     """A tokenizer with its chat template; threads may share it.
 
     Args:
-        tokenizer: of the base or of an adapter.
+        tokenizer: tokenizer of the base model or of an adapter.
         ends: tokens that end an answer.
-        context: tokens that the model has positions for; None for no limit.
-        refused: why conversations are refused; empty if they are not.
+        context: number of positions of the model. None: no limit.
+        refusal: why conversations are refused; empty if they are not.
     """
 
-    def __init__(self, tokenizer: Any, ends: frozenset[int], context: int | None = None, refused: str = "") -> None:
-        self.tokenizer, self.ends, self._context, self._refused = tokenizer, ends, context, refused
-        self.special = frozenset(tokenizer.all_special_ids)  # left out by `decode`
+    def __init__(self, tokenizer: Any, ends: frozenset[int], context: int | None = None, refusal: str = "") -> None:
+        self.tokenizer, self.ends, self._context, self._refusal = tokenizer, ends, context, refusal
+        self.special = frozenset(tokenizer.all_special_ids)  # `decode` leaves them out
         longest = max(map(len, tokenizer.get_vocab()), default=1)
-        self._most = None if context is None else context * min(longest, _CHARACTERS)  # characters
-        # The first call ends a truncation or padding that the file asks for. Later calls change nothing in the
-        # tokenizer, so threads call it at the same time: a long text keeps nobody waiting.
+        self._max_characters = None if context is None else context * min(longest, _CHARACTERS)
+        # The first call turns off truncation and padding that the file may ask for. Later calls change nothing in the
+        # tokenizer, so threads can call it at the same time, and a long text keeps nobody waiting.
         tokenizer("")
 
     def tokens(self, prompt: str | Messages) -> list[int]:
         """Return the tokens of a text, or of a conversation up to the beginning of the answer.
 
         Raises:
-            TooLong: the text has more characters than are read for the context.
-            PeftcoreError: there is no chat template, it rejects the conversation or may not be rendered, or the text is
-                empty and the tokenizer has no token to begin with.
+            TooLong: the text has more characters than the context can need.
+            PeftcoreError: there is no chat template, or it rejects the conversation or may not be rendered; or the text
+                is empty and the tokenizer has no token to begin with.
         """
         if isinstance(prompt, str):
             self._refuse_long(prompt)
             tokens = self.tokenizer(prompt)["input_ids"]
         else:
-            if self._refused:
-                raise PeftcoreError(self._refused)
+            if self._refusal:
+                raise PeftcoreError(self._refusal)
             text = conversations.rendered(self.tokenizer, prompt, begins_answer=True)
             self._refuse_long(text)
             tokens = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return list(tokens) or [text_generation.first_token(self.tokenizer)]
 
     def _refuse_long(self, text: str) -> None:
-        if self._most is not None and len(text) > self._most:
+        if self._max_characters is not None and len(text) > self._max_characters:
             raise TooLong(
-                f"the prompt has {len(text):,} characters, but at most {self._most:,} are read for the model's context "
-                f"of {self._context:,} tokens. Shorten the prompt"
+                f"the prompt has {len(text):,} characters, but at most {self._max_characters:,} are read for the "
+                f"model's context of {self._context:,} tokens. Shorten the prompt"
             )
 
     def decode(self, tokens: list[int]) -> str:
-        """Return the text of tokens, without special ones."""
+        """Return the text of tokens, without special tokens."""
         return str(self.tokenizer.decode(tokens, skip_special_tokens=True))
 
     def decode_one(self, token: int) -> str:
-        """Return the text of one token, also of a special one."""
+        """Return the text of one token, which may be a special token."""
         return str(self.tokenizer.decode([token]))
 
 
 class Texts:
-    """Tokenizers of the base and of adapters. Adapters without a tokenizer share one.
+    """Tokenizers of the base model and of adapters. Adapters without a tokenizer share the base model's.
 
     Args:
-        model: the loaded base.
+        model: the loaded base model.
         base: its folder or hub id.
-        chat_template: the user's template for all, as `--chat-template` takes it.
-        trust_templates: whether chat templates that came with adapters are rendered. They may never end.
-        refuse: called with the name and the task of each adapter, to raise an error if it does not fit the base.
+        chat_template: the user's template for all conversations, as `--chat-template` takes it.
+        trust_templates: render chat templates that came with adapters. They may loop forever.
+        refuse: called with the name and the task of each adapter; raises an error if it does not fit the base model.
     """
 
     def __init__(
@@ -168,30 +168,30 @@ class Texts:
         self._trust_templates = trust_templates
         self._rows = base_and_adapter.vocabulary(model)
         self._context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        self._known: OrderedDict[tuple[Stamp, str], Text] = OrderedDict()
+        self._texts: OrderedDict[tuple[Stamp, str], Text] = OrderedDict()  # the last one is the most recently used
         self._lock = threading.Lock()
         tokenizer = models.load_tokenizer(base)
         conversations.set_template(tokenizer, chat_template)
         self._base_template = tokenizer.chat_template
         self.of_base = self._text(tokenizer)
 
-    def of(self, folder: Folder) -> Text:
+    def for_adapter(self, folder: Folder) -> Text:
         """Return the tokenizer of an adapter.
 
         Raises:
-            PeftcoreError: the adapter is a classifier's, its tokenizer has tokens that the base's does not have, or its
+            PeftcoreError: the adapter is a classifier's, its tokenizer has more tokens than the base model, or its
                 files are broken.
         """
         key = folder.stamp, folder.name
         with self._lock:
-            if key in self._known:
-                self._known.move_to_end(key)
-                return self._known[key]
-        text = self._load(folder)  # without the lock: a large file keeps nobody waiting
+            if key in self._texts:
+                self._texts.move_to_end(key)
+                return self._texts[key]
+        text = self._load(folder)  # without the lock, so that a large file keeps nobody waiting
         with self._lock:
-            self._known[key] = text
-            if len(self._known) > _TOKENIZERS:
-                self._known.popitem(last=False)
+            self._texts[key] = text
+            if len(self._texts) > _TOKENIZERS:
+                self._texts.popitem(last=False)
         return text
 
     def _load(self, folder: Folder) -> Text:
@@ -212,16 +212,16 @@ class Texts:
         conversations.set_template(tokenizer, self._template, task.chat_template)
         if tokenizer.chat_template is None:
             tokenizer.chat_template = self._base_template
-        known = (self._base_template, *conversations.BUILT_IN.values())
-        if self._trust_templates or tokenizer.chat_template in known:
+        trusted_templates = (self._base_template, *conversations.BUILT_IN.values())
+        if self._trust_templates or tokenizer.chat_template in trusted_templates:
             return self._text(tokenizer)
         return self._text(
             tokenizer,
             f"the adapter '{folder.name}' came with a chat template of its own, which this server does not render. "
-            "Start it with --chat-template, for one template for all, or with --trust-adapter-templates if you know "
-            "where the adapters are from; or write the prompt as text: /v1/completions",
+            "Start it with --chat-template to use one template for all, or with --trust-adapter-templates if you trust "
+            "the adapters; or write the prompt as text: /v1/completions",
         )
 
-    def _text(self, tokenizer: Any, refused: str = "") -> Text:
+    def _text(self, tokenizer: Any, refusal: str = "") -> Text:
         ends = frozenset(text_generation.ends(self._model, tokenizer) or ())
-        return Text(tokenizer, ends, self._context, refused)
+        return Text(tokenizer, ends, self._context, refusal)

@@ -1,7 +1,8 @@
-"""OpenAI's protocol: requests as they are read and checked, errors, and the bodies of answers."""
+"""OpenAI's protocol: checked requests, errors, and the bodies of answers."""
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 import uuid
@@ -12,13 +13,13 @@ from typing import Any
 from peftcore.plugin import nearest
 from peftcore_serve.sequence import Piece, Sampling, TokenLogprob
 
-SEQUENCES = 256  # of one request: prompts times n
+SEQUENCES = 256  # maximum of one request: prompts times n
 COMPLETION_TOKENS = 16  # the protocol's default
 _SEEDS = 1 << 63
-_TOKENS = (1 << 31) - 1  # of an answer, and of a vocabulary
-_COLDEST = 1e-5  # temperature above 0 at which tokens are sampled
+_TOKENS = (1 << 31) - 1  # maximum of an answer
+_MIN_TEMPERATURE = 1e-5  # lowest temperature above 0
 _WITHOUT_EFFECT = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key")
-# Fields that nothing here computes, and the values at which they ask for nothing.
+# Unsupported fields, and the values at which they have no effect.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "frequency_penalty": (0,),
     "presence_penalty": (0,),
@@ -46,13 +47,13 @@ _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant"
 
 
 class ProtocolError(Exception):
-    """An error with the protocol's body.
+    """An error in the protocol's form.
 
     Args:
-        message: what is wrong, and what to do.
+        message: what is wrong and what to do.
         status: HTTP status.
-        param: the field that is wrong.
-        code: the protocol's code.
+        param: name of the wrong field.
+        code: the protocol's error code.
     """
 
     def __init__(self, message: str, status: int = 400, param: str | None = None, code: str | None = None) -> None:
@@ -67,15 +68,15 @@ class Request:
     """A checked request.
 
     Args:
-        model: name of the base or of an adapter.
-        prompts: texts, tokens, or conversations. Each gets `n` answers.
-        n: answers to each prompt.
-        sampling: how tokens are chosen, as the request says; `max_tokens` 0 if it does not.
+        model: name of the base model or of an adapter.
+        prompts: texts, lists of tokens, or conversations. Each gets `n` answers.
+        n: number of answers to each prompt.
+        sampling: how to choose tokens; `max_tokens` is 0 if the request sets no limit.
         stop: texts that end an answer.
         stream: send answers while they grow.
-        include_usage: end the stream with the counts of tokens.
+        include_usage: end the stream with the token counts.
         is_chat: the prompt is a conversation.
-        echo: begin each answer with its prompt, and with the prompt's log probabilities if there are any.
+        echo: begin each answer with its prompt, and with the prompt's log probabilities if they are requested.
     """
 
     model: str
@@ -93,7 +94,7 @@ def completion(body: Any) -> Request:
     """Read the body of `/v1/completions`.
 
     Raises:
-        ProtocolError: a field is missing, unknown, wrong, or asks for something that this server does not do.
+        ProtocolError: a field is missing, unknown, wrong or not supported.
     """
     fields = _fields(body, _COMPLETION)
     prompt = fields.get("prompt")
@@ -101,18 +102,18 @@ def completion(body: Any) -> Request:
         raise ProtocolError("'prompt' is missing. Pass a text, or a list of texts", param="prompt")
     if not (isinstance(prompt, str) or (isinstance(prompt, list) and prompt)):
         raise _wrong("prompt", "a text, a list of texts, or lists of tokens", prompt)
-    several = isinstance(prompt, list) and not _is_token(prompt[0])
-    prompts: list[Any] = prompt if several else [prompt]  # type: ignore[assignment]
-    for each in prompts:
-        is_tokens = isinstance(each, list) and each and all(_is_token(token) for token in each)
-        if not (isinstance(each, str) or is_tokens):
-            raise _wrong("prompt", "a text, a list of texts, or lists of tokens", each)
-    logprobs, echo = _whole(fields, "logprobs", 0, _COMPLETION_TOP), _flag(fields, "echo")
-    max_tokens = _whole(fields, "max_tokens", 0 if echo else 1, _TOKENS)
+    is_list = isinstance(prompt, list) and not _is_token(prompt[0])
+    prompts: list[Any] = prompt if is_list else [prompt]  # type: ignore[assignment]
+    for item in prompts:
+        is_tokens = isinstance(item, list) and item and all(_is_token(token) for token in item)
+        if not (isinstance(item, str) or is_tokens):
+            raise _wrong("prompt", "a text, a list of texts, or lists of tokens", item)
+    logprobs, echo = _integer(fields, "logprobs", 0, _COMPLETION_TOP), _flag(fields, "echo")
+    max_tokens = _integer(fields, "max_tokens", 0 if echo else 1, _TOKENS)
     max_tokens = COMPLETION_TOKENS if max_tokens is None else max_tokens
     request = replace(_request(fields, prompts, max_tokens, logprobs, is_chat=False), echo=echo)
     if fields.get("best_of") not in (None, request.n):
-        raise ProtocolError("best_of is not supported. Leave it out, or give n answers: n", param="best_of")
+        raise ProtocolError("best_of is not supported. Leave it out, or set n", param="best_of")
     return request
 
 
@@ -123,11 +124,13 @@ def chat(body: Any) -> Request:
     if not isinstance(messages, list) or not messages:
         raise _wrong("messages", "a list of at least one message", messages)
     conversation = [_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
-    wants, top = _flag(fields, "logprobs"), _whole(fields, "top_logprobs", 0, _CHAT_TOP)
-    if top is not None and not wants:
+    wants_logprobs, top = _flag(fields, "logprobs"), _integer(fields, "top_logprobs", 0, _CHAT_TOP)
+    if top is not None and not wants_logprobs:
         raise ProtocolError("top_logprobs needs logprobs: true", param="top_logprobs")
-    most = [_whole(fields, name, 1, _TOKENS) for name in ("max_completion_tokens", "max_tokens")]
-    return _request(fields, [conversation], most[0] or most[1] or 0, (top or 0) if wants else None, is_chat=True)
+    limits = [_integer(fields, name, 1, _TOKENS) for name in ("max_completion_tokens", "max_tokens")]
+    return _request(
+        fields, [conversation], limits[0] or limits[1] or 0, (top or 0) if wants_logprobs else None, is_chat=True
+    )
 
 
 def _request(
@@ -136,23 +139,32 @@ def _request(
     model, stop = fields.get("model"), fields.get("stop")
     if not isinstance(model, str):
         raise _wrong("model", "the name of a model; GET /v1/models lists them", model)
-    stop = [] if stop is None else [stop] if isinstance(stop, str) else stop
-    if not isinstance(stop, list) or len(stop) > 4 or not all(isinstance(each, str) and each for each in stop):
+    if stop is None:
+        stop = []
+    elif isinstance(stop, str):
+        stop = [stop]
+    if not isinstance(stop, list) or len(stop) > 4 or not all(isinstance(text, str) and text for text in stop):
         raise _wrong("stop", "a text that is not empty, or a list of at most 4", stop)
-    n, stream = _whole(fields, "n", 1, SEQUENCES) or 1, _flag(fields, "stream")
+    n, stream = _integer(fields, "n", 1, SEQUENCES) or 1, _flag(fields, "stream")
     if n * len(prompts) > SEQUENCES:
-        raise ProtocolError(f"{n * len(prompts):,} answers are asked for; at most {SEQUENCES} may be", param="n")
+        raise ProtocolError(
+            f"the request asks for {n * len(prompts):,} answers, but at most {SEQUENCES} are allowed. Lower n, or send "
+            "several requests",
+            param="n",
+        )
     options = fields.get("stream_options")
     if options is not None and not (isinstance(options, dict) and options.keys() <= {"include_usage"} and stream):
         raise _wrong("stream_options", 'such as {"include_usage": true}, with stream: true', options)
     temperature = _number(fields, "temperature", 0, 2)
-    if 0 < temperature < _COLDEST:
-        raise _wrong("temperature", f"0, for the most likely tokens, or a number from {_COLDEST:g} to 2", temperature)
+    if 0 < temperature < _MIN_TEMPERATURE:
+        raise _wrong(
+            "temperature", f"0, for the most likely tokens, or a number from {_MIN_TEMPERATURE:g} to 2", temperature
+        )
     sampling = Sampling(
         max_tokens,
         temperature,
         _number(fields, "top_p", 0, 1),
-        _whole(fields, "seed", -_SEEDS, _SEEDS - 1),
+        _integer(fields, "seed", -_SEEDS, _SEEDS - 1),
         logprobs,
     )
     usage = _flag(options or {}, "include_usage")
@@ -160,7 +172,7 @@ def _request(
 
 
 def _fields(body: Any, known: Several[str]) -> dict[str, Any]:
-    """Return the fields that have a value; refuse unknown ones and what is not supported."""
+    """Return the fields that have a value; refuse unknown and unsupported ones."""
     if not isinstance(body, dict):
         raise ProtocolError(f"the body must be a JSON object, found {type(body).__name__}")
     for name, value in body.items():
@@ -173,21 +185,21 @@ def _fields(body: Any, known: Several[str]) -> dict[str, Any]:
     return {name: value for name, value in body.items() if value is not None}
 
 
-def _message(message: Any, where: str) -> dict[str, str]:
+def _message(message: Any, path: str) -> dict[str, str]:
     if not isinstance(message, dict):
-        raise _wrong(where, "an object with role and content", message)
+        raise _wrong(path, "an object with role and content", message)
     unknown = next((name for name in message if name not in ("role", "content", "name", "refusal")), None)
     if unknown is not None and message[unknown]:
-        raise ProtocolError(f"{where}.{unknown} is not supported by this server. Leave it out", param=where)
+        raise ProtocolError(f"{path}.{unknown} is not supported by this server. Leave it out", param=path)
     role, content = message.get("role"), message.get("content")
     if role not in _ROLES:
-        raise _wrong(f"{where}.role", f"one of {', '.join(_ROLES)}", role)
+        raise _wrong(f"{path}.role", f"one of {', '.join(_ROLES)}", role)
     if isinstance(content, list):
         texts = [part.get("text") for part in content if isinstance(part, dict) and part.get("type") == "text"]
         parts = [text for text in texts if isinstance(text, str)]
         content = "".join(parts) if len(parts) == len(content) else content
     if not isinstance(content, str):
-        raise _wrong(f"{where}.content", "a text, or a list of parts of type text", content)
+        raise _wrong(f"{path}.content", "a text, or a list of parts of type text", content)
     return {"role": _ROLES[role], "content": content}
 
 
@@ -195,19 +207,19 @@ def _is_token(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and abs(value) <= _SEEDS
 
 
-def _whole(fields: Mapping[str, Any], name: str, least: int, most: int) -> int | None:
+def _integer(fields: Mapping[str, Any], name: str, minimum: int, maximum: int) -> int | None:
     value = fields.get(name)
     if value is None:
         return None
-    if not _is_token(value) or not least <= value <= most:
-        raise _wrong(name, f"a whole number from {least} to {most}", value)
+    if not _is_token(value) or not minimum <= value <= maximum:
+        raise _wrong(name, f"a whole number from {minimum} to {maximum}", value)
     return int(value)
 
 
-def _number(fields: Mapping[str, Any], name: str, least: float, most: float) -> float:
+def _number(fields: Mapping[str, Any], name: str, minimum: float, maximum: float) -> float:
     value = fields.get(name, 1)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value <= most:
-        raise _wrong(name, f"a number from {least:g} to {most:g}", value)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not minimum <= value <= maximum:
+        raise _wrong(name, f"a number from {minimum:g} to {maximum:g}", value)
     return float(value)
 
 
@@ -224,13 +236,13 @@ def _wrong(name: str, expected: str, found: Any) -> ProtocolError:
 
 
 class Answer:
-    """Bodies of the answer to one request.
+    """Builds the bodies of the answer to one request.
 
     Args:
         request: the request.
         name: (token) -> its text.
-        prompt_tokens: tokens of all prompts.
-        special: tokens that are not part of a text, such as its begin.
+        prompt_tokens: number of tokens of all prompts.
+        special: tokens that are not part of the text, such as the begin token.
     """
 
     def __init__(
@@ -244,16 +256,17 @@ class Answer:
             "id": f"{prefix}-{uuid.uuid4().hex}", "object": kind, "created": int(time.time()), "model": request.model,
         }  # fmt: skip
 
-    def whole(self, texts: Several[Several[Piece]], reasons: Several[str], written: int) -> dict[str, Any]:
+    def full(self, texts: Several[Several[Piece]], reasons: Several[str], token_count: int) -> dict[str, Any]:
         """Return the body of an answer that is not streamed, from all pieces of each sequence."""
         choices = []
         for i, (pieces, reason) in enumerate(zip(texts, reasons, strict=True)):
-            piece = Piece("".join(each.text for each in pieces), tuple(one for each in pieces for one in each.logprobs))
-            said: dict[str, Any] = {"text": piece.text}
+            logprobs = itertools.chain.from_iterable(part.logprobs for part in pieces)
+            piece = Piece("".join(part.text for part in pieces), tuple(logprobs))
+            content: dict[str, Any] = {"text": piece.text}
             if self.request.is_chat:
-                said = {"message": {"role": "assistant", "content": piece.text, "refusal": None}}
-            choices.append({"index": i, **said, "logprobs": self._logprobs(i, piece), "finish_reason": reason})
-        return {**self._head, "choices": choices, "usage": self._usage(written)}
+                content = {"message": {"role": "assistant", "content": piece.text, "refusal": None}}
+            choices.append({"index": i, **content, "logprobs": self._logprobs(i, piece), "finish_reason": reason})
+        return {**self._head, "choices": choices, "usage": self._usage(token_count)}
 
     def first(self, index: int) -> dict[str, Any] | None:
         """Return the chunk that begins a sequence's stream, or None."""
@@ -267,53 +280,54 @@ class Answer:
         """Return the chunk that ends a sequence's stream."""
         return self._chunk(index, {}, None, reason)
 
-    def usage(self, written: int) -> dict[str, Any]:
-        """Return the chunk with the counts of tokens."""
-        return {**self._head, "choices": [], "usage": self._usage(written)}
+    def usage(self, token_count: int) -> dict[str, Any]:
+        """Return the chunk with the token counts."""
+        return {**self._head, "choices": [], "usage": self._usage(token_count)}
 
     def _chunk(
         self, index: int, delta: dict[str, Any], piece: Piece | None, reason: str | None = None
     ) -> dict[str, Any]:
-        said = {"delta": delta} if self.request.is_chat else {"text": "" if piece is None else piece.text}
+        content = {"delta": delta} if self.request.is_chat else {"text": "" if piece is None else piece.text}
         logprobs = None if piece is None else self._logprobs(index, piece)
-        chunk = {**self._head, "choices": [{"index": index, **said, "logprobs": logprobs, "finish_reason": reason}]}
+        chunk = {**self._head, "choices": [{"index": index, **content, "logprobs": logprobs, "finish_reason": reason}]}
         return {**chunk, "usage": None} if self.request.include_usage else chunk
 
-    def _usage(self, written: int) -> dict[str, int]:
-        asked = self._prompt_tokens
-        return {"prompt_tokens": asked, "completion_tokens": written, "total_tokens": asked + written}
+    def _usage(self, token_count: int) -> dict[str, int]:
+        total = self._prompt_tokens + token_count
+        return {"prompt_tokens": self._prompt_tokens, "completion_tokens": token_count, "total_tokens": total}
 
     def _logprobs(self, index: int, piece: Piece) -> dict[str, Any] | None:
         if self.request.sampling.logprobs is None:
             return None
         if self.request.is_chat:
-            content = [
-                {**self._named(one.token, one.logprob), "top_logprobs": [self._named(*each) for each in one.top]}
-                for one in piece.logprobs
-            ]
+            content = []
+            for token_logprob in piece.logprobs:
+                top = [self._chat_logprob(token, logprob) for token, logprob in token_logprob.top]
+                chosen = self._chat_logprob(token_logprob.token, token_logprob.logprob)
+                content.append({**chosen, "top_logprobs": top})
             return {"content": content, "refusal": None}
-        offsets, at = [], self._offsets.get(index, 0)
-        for one in piece.logprobs:
-            offsets.append(at)
-            at += 0 if one.token in self._special else len(self._name(one.token))
-        self._offsets[index] = at
+        offsets, offset = [], self._offsets.get(index, 0)
+        for token_logprob in piece.logprobs:
+            offsets.append(offset)
+            offset += 0 if token_logprob.token in self._special else len(self._name(token_logprob.token))
+        self._offsets[index] = offset
         return {
-            "tokens": [self._name(one.token) for one in piece.logprobs],
-            "token_logprobs": [_finite(one.logprob) for one in piece.logprobs],
-            "top_logprobs": [self._top(one) for one in piece.logprobs],
+            "tokens": [self._name(token_logprob.token) for token_logprob in piece.logprobs],
+            "token_logprobs": [_finite(token_logprob.logprob) for token_logprob in piece.logprobs],
+            "top_logprobs": [self._top(token_logprob) for token_logprob in piece.logprobs],
             "text_offset": offsets,
         }
 
-    def _top(self, one: TokenLogprob) -> dict[str, float | None] | None:
-        if one.logprob is None:
+    def _top(self, token_logprob: TokenLogprob) -> dict[str, float | None] | None:
+        if token_logprob.logprob is None:
             return None
-        return {self._name(token): _finite(value) for token, value in one.top}
+        return {self._name(token): _finite(value) for token, value in token_logprob.top}
 
-    def _named(self, token: int, logprob: float | None) -> dict[str, Any]:
+    def _chat_logprob(self, token: int, logprob: float | None) -> dict[str, Any]:
         name = self._name(token)
         return {"token": name, "logprob": _finite(logprob), "bytes": list(name.encode())}
 
 
 def _finite(value: float | None) -> float | None:
-    """Return a number that JSON has: the protocol's -9999 for a token that is impossible."""
+    """Return a number that JSON can represent: -9999 for an impossible token, as the protocol has it."""
     return value if value is None or math.isfinite(value) else -9999.0

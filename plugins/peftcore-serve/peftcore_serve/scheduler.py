@@ -10,10 +10,10 @@ from typing import Any
 from torch import nn
 
 from peftcore import PeftcoreError
-from peftcore_serve.adapters import Adapters, Loaded
+from peftcore_serve.adapters import Adapters, LoadedAdapter
 from peftcore_serve.decoding import Batch, generate_alone, prompt_logits
 from peftcore_serve.folders import Folder
-from peftcore_serve.sequence import Sequence, reason_of
+from peftcore_serve.sequence import Sequence, error_message
 
 ENDING = "the server is shutting down"
 _WAITING = 4096
@@ -45,23 +45,23 @@ class Scheduler:
         self._thread.start()
 
     def submit(self, sequences: Iterable[Sequence]) -> None:
-        """Put sequences in line.
+        """Queue sequences.
 
         Raises:
-            Busy: too many wait.
+            Busy: too many sequences are waiting.
         """
-        new = list(sequences)
+        submitted = list(sequences)
         with self._changed:
             if self._is_closed:
                 raise Busy(ENDING)
-            if len(self._waiting) + len(new) > _WAITING:
-                raise Busy(f"{len(self._waiting):,} sequences wait already, and at most {_WAITING:,} may. Try later")
-            self._waiting.extend(new)
+            if len(self._waiting) + len(submitted) > _WAITING:
+                raise Busy(f"{len(self._waiting):,} sequences are waiting, and at most {_WAITING:,} may. Try later")
+            self._waiting.extend(submitted)
             self._changed.notify_all()
 
     @property
     def is_busy(self) -> bool:
-        """Whether sequences run or wait."""
+        """Whether sequences are running or waiting."""
         with self._changed:
             return bool(self._waiting or self._batch.sequences)
 
@@ -85,13 +85,13 @@ class Scheduler:
             try:
                 self._admit()
                 self._step()
-            except Exception as error:  # the thread goes on with other requests
+            except Exception as error:  # the thread must survive for other requests
                 for sequence in self._batch.sequences:
-                    sequence.fail(reason_of(error))
+                    sequence.fail(error_message(error))
                 self._batch = Batch(self.adapters.model)
 
     def _admit(self) -> None:
-        """Start the sequences at the head of the line for which there is room."""
+        """Start waiting sequences in order while there is room."""
         while len(self._batch.sequences) < self.batch_size and not self._is_closed:
             with self._changed:
                 if not self._waiting:
@@ -99,9 +99,9 @@ class Scheduler:
                 sequence = self._waiting[0]
             try:
                 if not sequence.is_done and not self._start(sequence):
-                    return  # first an adapter in use has to end; the order of the line is kept
-            except Exception as error:  # of this sequence alone
-                sequence.fail(reason_of(error), is_users=isinstance(error, PeftcoreError))
+                    return  # wait until an adapter in use is free; later sequences do not overtake
+            except Exception as error:  # concerns only this sequence
+                sequence.fail(error_message(error), is_users=isinstance(error, PeftcoreError))
             if self._is_closed:
                 return
             with self._changed:
@@ -109,12 +109,13 @@ class Scheduler:
 
     def _start(self, sequence: Sequence) -> bool:
         """Run the prompt of a sequence; return False if its adapter cannot be loaded yet."""
-        loaded: Loaded | None = None
+        loaded: LoadedAdapter | None = None
         if sequence.adapter is not None:
             folder = self._find(sequence.adapter)
             if folder is None:
-                raise PeftcoreError(f"the folder of the adapter '{sequence.adapter}' is gone")
-            loaded = self.adapters.have(folder, {other.adapter for other in self._batch.sequences if other.adapter})
+                raise PeftcoreError(f"the folder of the adapter '{sequence.adapter}' no longer exists")
+            used = {running.adapter for running in self._batch.sequences if running.adapter}
+            loaded = self.adapters.ensure_loaded(folder, used)
             if loaded is None:
                 return False
         key = None if loaded is None else loaded.key
@@ -122,10 +123,10 @@ class Scheduler:
             self._run_alone(sequence, key)
             return True
         self.adapters.activate([key])
-        whole = sequence.scores_prompt
-        logits, cache = self._batch.prefill(sequence.prompt, whole=whole)
-        sequence.begin(logits if whole else None)
-        sequence.extend(logits[-1] if whole else logits)
+        scores_prompt = sequence.scores_prompt
+        logits, cache = self._batch.prefill(sequence.prompt, whole=scores_prompt)
+        sequence.begin(logits if scores_prompt else None)
+        sequence.extend(logits[-1] if scores_prompt else logits)
         if not sequence.is_done:
             self._batch.join(sequence, cache)
         return True
@@ -148,23 +149,23 @@ class Scheduler:
             self.adapters.activate([self._key(sequence) for sequence in batch.sequences])
             logits: Any = batch.step()
         except Exception:
-            self._separate()
+            self._run_separately()
         else:
             self.steps += 1
             for sequence, row in zip(batch.sequences, logits, strict=True):
                 try:
                     sequence.extend(row)
                 except Exception as error:  # such as a tokenizer that cannot decode a token
-                    sequence.fail(reason_of(error))
+                    sequence.fail(error_message(error))
         batch.drop_done()
 
-    def _separate(self) -> None:
-        """Run the sequences of a batch that failed one after the other, to their ends: the cause fails by itself."""
+    def _run_separately(self) -> None:
+        """Run the sequences of a failed batch to their ends one after the other, so that only the cause fails."""
         for sequence in self._batch.sequences:
             try:
                 self._run_alone(sequence, self._key(sequence))
             except Exception as error:
-                sequence.fail(reason_of(error))
+                sequence.fail(error_message(error))
 
     def _key(self, sequence: Sequence) -> str | None:
         return None if sequence.adapter is None else self.adapters.loaded[sequence.adapter].key

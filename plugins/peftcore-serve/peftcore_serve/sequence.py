@@ -1,4 +1,4 @@
-"""A sequence that the model continues: how its tokens are chosen, when it ends, and its text as it grows."""
+"""A sequence that the model continues: sampling, stopping, and the growing text."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ _NAN = "the model's logits contain NaN. Check the adapter, or serve the base in 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen.
+    """How to choose tokens.
 
     Args:
-        max_tokens: at most; 0 only for a sequence that echoes its prompt.
-        temperature: 0 for greedy decoding.
+        max_tokens: maximum number of tokens; 0 only for a sequence that echoes its prompt.
+        temperature: 0: greedy decoding.
         top_p: sample from the most likely tokens that together have this probability.
-        seed: seed of this sequence; None for a random one.
-        logprobs: number of most likely tokens to report for each token; None for no log probabilities.
+        seed: seed of this sequence. None: a random one.
+        logprobs: number of most likely tokens to report for each token. None: no log probabilities.
     """
 
     max_tokens: int
@@ -35,7 +35,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """Log probability of a token, and the most likely tokens in its place with theirs.
+    """Log probability of a token, and the most likely tokens at its position with theirs.
 
     The first token of a prompt has no log probability.
     """
@@ -47,7 +47,7 @@ class TokenLogprob:
 
 @dataclass(frozen=True)
 class Piece:
-    """The next part of a sequence's text, with the log probabilities of its tokens, if asked for."""
+    """The next part of a sequence's text, with the log probabilities of its tokens if requested."""
 
     text: str
     logprobs: tuple[TokenLogprob, ...] = ()
@@ -55,7 +55,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Finished:
-    """The end of a sequence: its last piece, the reason, and the number of tokens that the model has written."""
+    """The end of a sequence: its last piece, the reason, and the number of generated tokens."""
 
     last: Piece
     reason: str
@@ -64,7 +64,7 @@ class Finished:
 
 @dataclass(frozen=True)
 class Failed:
-    """The error that ended a sequence. `is_users`: the request cannot be answered, whoever tries."""
+    """The error that ended a sequence. `is_users`: the request is at fault, not the server."""
 
     message: str
     is_users: bool
@@ -79,14 +79,14 @@ class Sequence:
 
     Args:
         prompt: tokens, at least one.
-        adapter: name of the adapter in the folder of adapters; None for the base.
-        sampling: how tokens are chosen.
+        adapter: name of the adapter in the folder of adapters. None: the base model.
+        sampling: how to choose tokens.
         ends: tokens that end the sequence.
-        decode: tokens -> text.
+        decode: (tokens) -> text.
         notify: receives the events, in the scheduler's thread.
-        stop: texts that end the sequence, and are not part of it.
+        stop: texts that end the sequence and are not part of it.
         streams: send pieces while the sequence grows.
-        echo: the prompt's text, which is the first piece; None to leave it out.
+        echo: the prompt's text, to send as the first piece. None: do not send it.
     """
 
     prompt: list[int]
@@ -126,27 +126,27 @@ class Sequence:
         return self.echo is not None and self.sampling.logprobs is not None
 
     def begin(self, logits: Tensor | None) -> None:
-        """Send the prompt if it is to be echoed; `logits` `[tokens, V]` of the prompt if `scores_prompt`."""
+        """Send the prompt if `echo` is set; `logits` `[tokens, V]` are the prompt's if `scores_prompt`."""
         if self.is_done or self.echo is None:
             return
-        found: list[TokenLogprob] = []
+        logprobs: list[TokenLogprob] = []
         if logits is not None and self.sampling.logprobs is not None:
             if bool(logits.isnan().any()):
                 self.fail(_NAN)
                 return
-            found.append(TokenLogprob(self.prompt[0], None))
-            found += [
+            logprobs.append(TokenLogprob(self.prompt[0], None))
+            logprobs += [
                 _logprob(row.float(), token, self.sampling.logprobs)
                 for row, token in zip(logits[:-1], self.prompt[1:], strict=True)
             ]
-        self.notify(Piece(self.echo, tuple(found)))
+        self.notify(Piece(self.echo, tuple(logprobs)))
         self.echo = None
         if self.sampling.max_tokens == 0:
             self.is_done = True
             self.notify(Finished(Piece(""), LENGTH, 0))
 
     def extend(self, logits: Tensor) -> None:
-        """Choose the next token by `logits` `[V]`, and report what it adds."""
+        """Choose the next token from `logits` `[V]`, and send an event for what it adds."""
         if self.is_done:
             return
         logits = logits.float()
@@ -158,10 +158,10 @@ class Sequence:
             self._logprobs.append(_logprob(logits, token, self.sampling.logprobs))
         self.tokens.append(token)
         at_end, is_full = token in self.ends, len(self.tokens) >= self.sampling.max_tokens
-        text, stopped = self._text(at_end or is_full)
-        if at_end or stopped or is_full:
+        text, at_stop = self._text(at_end or is_full)
+        if at_end or at_stop or is_full:
             self.is_done = True
-            self.notify(Finished(self._piece(text), STOP if at_end or stopped else LENGTH, len(self.tokens)))
+            self.notify(Finished(self._piece(text), STOP if at_end or at_stop else LENGTH, len(self.tokens)))
         elif self.streams and len(text) > self._sent:
             self.notify(self._piece(text))
 
@@ -170,24 +170,24 @@ class Sequence:
             return int(logits.argmax())
         probabilities = (logits.cpu().double() / self.sampling.temperature).softmax(-1)
         if self.sampling.top_p < 1:
-            ordered, order = probabilities.sort(descending=True)
-            before = ordered.cumsum(-1) - ordered
-            probabilities[order[1:][before[1:] >= self.sampling.top_p]] = 0
+            sorted_probabilities, order = probabilities.sort(descending=True)
+            preceding = sorted_probabilities.cumsum(-1) - sorted_probabilities
+            probabilities[order[1:][preceding[1:] >= self.sampling.top_p]] = 0
         return int(torch.multinomial(probabilities, 1, generator=self._generator))
 
     def _text(self, ends: bool) -> tuple[str, bool]:
-        """Return the text that is certain, and whether it ended before a stop text."""
+        """Return the text that later tokens cannot change, and whether a stop text ended it."""
         if not (ends or self.stop or self.streams):
             return "", False
         text = self.decode(self.tokens)
-        found = [at for at in (text.find(stop) for stop in self.stop) if at >= 0]
-        if found:
-            return text[: min(found)], True
+        positions = [text.find(stop) for stop in self.stop if stop in text]
+        if positions:
+            return text[: min(positions)], True
         if ends:
             return text, False
-        text = text.rstrip("\ufffd")  # the first bytes of a character
-        held = max((_overlap(text, stop) for stop in self.stop), default=0)
-        return text[: len(text) - held], False
+        text = text.rstrip("\ufffd")  # an incomplete character at the end
+        overlap = max((_overlap(text, stop) for stop in self.stop), default=0)
+        return text[: len(text) - overlap], False
 
     def _piece(self, text: str) -> Piece:
         piece = Piece(text[self._sent :], tuple(self._logprobs))
@@ -196,7 +196,7 @@ class Sequence:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Return the length of the longest end of `text` with which `stop` begins."""
+    """Return the length of the longest suffix of `text` that is a proper prefix of `stop`."""
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
 
 
@@ -207,7 +207,7 @@ def _logprob(logits: Tensor, token: int, count: int) -> TokenLogprob:
     return TokenLogprob(token, float(values[token]), top)
 
 
-def reason_of(error: Exception) -> str:
+def error_message(error: Exception) -> str:
     """Return an error's message in one line."""
-    known = isinstance(error, PeftcoreError)
-    return str(error) if known else f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
+    is_ours = isinstance(error, PeftcoreError)
+    return str(error) if is_ours else f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"

@@ -51,22 +51,22 @@ def test_a_family(family: str, tmp_path: Path) -> None:
     save_adapter(tmp_path / "base", tmp_path / "adapters" / "one", "lora", 1, r=4)
     server = command.make(str(tmp_path / "base"), tmp_path / "adapters")
     assert server.scheduler.adapters.batches == batches
-    found: dict[int, Event] = {}
-    text, asked, sequences = server.texts.of_base, [(name, p) for p in PROMPTS for name in (None, "one")], []
-    for number, (name, prompt) in enumerate(asked):
-        events = lambda event, number=number: found.update({number: event})  # noqa: E731
+    events_by_number: dict[int, Event] = {}
+    text, requested, sequences = server.texts.of_base, [(name, p) for p in PROMPTS for name in (None, "one")], []
+    for number, (name, prompt) in enumerate(requested):
+        events = lambda event, number=number: events_by_number.update({number: event})  # noqa: E731
         sampling = Sampling(4 + number)  # they leave the batch one after the other
         sequences.append(Sequence(text.tokens(prompt), name, sampling, text.ends, text.decode, events))
     server.scheduler.submit(sequences[:3])
-    while not server.scheduler.steps and batches and len(found) < 3:
+    while not server.scheduler.steps and batches and len(events_by_number) < 3:
         time.sleep(0.005)
     server.scheduler.submit(sequences[3:])
-    while len(found) < len(asked):
+    while len(events_by_number) < len(requested):
         time.sleep(0.005)
     server.scheduler.close()
-    failed = [event for event in found.values() if isinstance(event, Failed)]
+    failed = [event for event in events_by_number.values() if isinstance(event, Failed)]
     assert failed == []
-    for number, (name, prompt) in enumerate(asked):
-        event, folder = found[number], tmp_path / "adapters" / name if name else None
+    for number, (name, prompt) in enumerate(requested):
+        event, folder = events_by_number[number], tmp_path / "adapters" / name if name else None
         assert isinstance(event, Finished)
         assert event.last.text == written(tmp_path / "base", folder, prompt, 4 + number), (name, prompt)

@@ -37,7 +37,7 @@ def test_the_guide(
     (code,) = (code for language, code in blocks if language == "python")
 
     def serve_the_code(server: Server, listening: socket.socket) -> None:
-        runs = uvicorn.Server(command.configured(server))
+        runs = uvicorn.Server(command.uvicorn_config(server))
         thread = threading.Thread(target=runs.run, args=([listening],))
         thread.start()
         names: dict[str, Any] = {}

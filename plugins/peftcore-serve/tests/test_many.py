@@ -54,28 +54,28 @@ def test_a_hundred_adapters_behind_one_port(llama: Path, tmp_path: Path) -> None
         save_adapter(llama, tmp_path / f"user{number}", "lora", number, **fields)
     listening = command.listen("127.0.0.1", 0)
     server = command.make(str(llama), tmp_path, limit=40, batch_size=16)
-    runs = uvicorn.Server(command.configured(server))
+    runs = uvicorn.Server(command.uvicorn_config(server))
     thread = threading.Thread(target=runs.run, args=([listening],))
     thread.start()
     client = openai.OpenAI(base_url=f"http://127.0.0.1:{listening.getsockname()[1]}/v1", api_key="none", timeout=120)
 
     def ask(number: int) -> str:
         prompt = PROMPTS[number % len(PROMPTS)]
-        found = client.completions.create(model=f"user{number}", prompt=prompt, max_tokens=6, temperature=0)
-        return found.choices[0].text
+        actual = client.completions.create(model=f"user{number}", prompt=prompt, max_tokens=6, temperature=0)
+        return actual.choices[0].text
 
     try:
         assert len(list(client.models.list())) == COUNT + 1
         with ThreadPoolExecutor(COUNT) as pool:
-            found = list(pool.map(ask, range(COUNT)))
+            actual = list(pool.map(ask, range(COUNT)))
     finally:
         client.close()
         runs.should_exit = True
         thread.join()
     assert len(server.scheduler.adapters.loaded) <= 40
     assert server.scheduler.steps < COUNT * 6 / 3
-    wanted = [written(llama, tmp_path / f"user{n}", PROMPTS[n % len(PROMPTS)], 6) for n in range(COUNT)]
-    assert found == wanted and len(set(wanted)) > 30
+    expected = [written(llama, tmp_path / f"user{n}", PROMPTS[n % len(PROMPTS)], 6) for n in range(COUNT)]
+    assert actual == expected and len(set(expected)) > 30
 
 
 @pytest.mark.nightly
@@ -85,17 +85,17 @@ def test_adapters_of_every_method_in_one_batch(llama: Path, tmp_path: Path) -> N
     for seed, name in enumerate(names):
         save_adapter(llama, tmp_path / name, name, seed, **FIELDS.get(name, {}))
     server = command.make(str(llama), tmp_path, limit=len(names), batch_size=len(names))
-    asked = [(name, PROMPTS[number % len(PROMPTS)]) for number, name in enumerate(names)]
+    requested = [(name, PROMPTS[number % len(PROMPTS)]) for number, name in enumerate(names)]
     with TestClient(server.app) as client, ThreadPoolExecutor(len(names)) as pool:
 
         def ask(each: tuple[str, str]) -> Any:
             body = {"model": each[0], "prompt": each[1], "max_tokens": 8, "temperature": 0}
             return client.post("/v1/completions", json=body).json()
 
-        found = dict(zip(names, pool.map(ask, asked), strict=True))
-    assert {name: answer["error"] for name, answer in found.items() if "error" in answer} == {}
-    wanted = {name: written(llama, tmp_path / name, prompt) for name, prompt in asked}
-    assert {name: answer["choices"][0]["text"] for name, answer in found.items()} == wanted
+        actual = dict(zip(names, pool.map(ask, requested), strict=True))
+    assert {name: answer["error"] for name, answer in actual.items() if "error" in answer} == {}
+    expected = {name: written(llama, tmp_path / name, prompt) for name, prompt in requested}
+    assert {name: answer["choices"][0]["text"] for name, answer in actual.items()} == expected
     assert {name for name, loaded in server.scheduler.adapters.loaded.items() if not loaded.by_sample} == ALONE
 
 
@@ -137,7 +137,9 @@ def test_the_command_ends_cleanly(process: subprocess.Popen[str], busy: bool) ->
 
 
 def test_options_that_do_not_fit(llama: Path, saved: Path, tmp_path: Path) -> None:
-    with pytest.raises(PeftcoreError, match=r"is an adapter, not a folder of adapters. Pass the folder in which it is"):
+    with pytest.raises(
+        PeftcoreError, match=r"is an adapter, not a folder of adapters. Pass the folder that contains it"
+    ):
         command.make(str(llama), saved / "one")
     with pytest.raises(PeftcoreError, match=r"the folder of adapters '.*/none' cannot be read: No such file"):
         command.make(str(llama), tmp_path / "none")
@@ -157,9 +159,7 @@ def test_fields_of_the_generation_config_that_are_not_applied(
     (base / "generation_config.json").write_text('{"eos_token_id": 2, "repetition_penalty": 1.3}')
     server = command.make(str(base))
     server.scheduler.close()
-    assert (
-        "generation config has repetition_penalty=1.3, which answers here are made without" in capsys.readouterr().err
-    )
+    assert "repetition_penalty=1.3 in the base model's generation config is ignored" in capsys.readouterr().err
 
 
 def test_the_base_is_quantized_as_the_adapters_record(llama: Path, tmp_path: Path) -> None:
@@ -171,10 +171,10 @@ def test_the_base_is_quantized_as_the_adapters_record(llama: Path, tmp_path: Pat
     server.scheduler.close()
     layers: Any = server.scheduler.adapters.model.get_submodule("model.layers.0.mlp")
     assert layers.up_proj.quant_type == "nf4" and layers.down_proj.weight.is_floating_point()
-    server.texts.of(folders.find_one(tmp_path, "two"))
+    server.texts.for_adapter(folders.find_one(tmp_path, "two"))
     AdapterTask("causal-lm", 64).write(tmp_path / "two")
     late = r"'two' was trained on a base without a record .* in memory is quantized as nf4.*--quantize none"
     with pytest.raises(PeftcoreError, match=late):  # changed while the server runs
-        server.texts.of(folders.find_one(tmp_path, "two"))
+        server.texts.for_adapter(folders.find_one(tmp_path, "two"))
     with pytest.raises(PeftcoreError, match=r"'one' was trained on a base quantized as nf4 .* 'two' on one without"):
         command.make(str(llama), tmp_path)

@@ -23,7 +23,7 @@ def running(llama: Path, saved: Path) -> Iterator[tuple[Server, openai.OpenAI]]:
     """A server, in a thread, and a client."""
     listening = command.listen("127.0.0.1", 0)
     server = command.make(str(llama), saved, chat_template=TEMPLATE)
-    runs = uvicorn.Server(command.configured(server))
+    runs = uvicorn.Server(command.uvicorn_config(server))
     thread = threading.Thread(target=runs.run, args=([listening],))
     thread.start()
     with openai.OpenAI(base_url=f"http://127.0.0.1:{listening.getsockname()[1]}/v1", api_key="none") as client:

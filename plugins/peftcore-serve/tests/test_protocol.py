@@ -18,8 +18,8 @@ def test_fields_have_the_defaults_of_the_protocol() -> None:
     assert protocol.completion({"model": "m", "prompt": "a", "user": "x", "seed": None, "n": 1}) == Request(
         "m", ["a"], 1, Sampling(16, 1.0, 1.0, None, None), (), False, False, False
     )
-    found = protocol.chat({"model": "m", "messages": HELLO, "max_tokens": 3, "stop": "x", "frequency_penalty": 0})
-    assert found == Request("m", [HELLO], 1, Sampling(3, 1.0, 1.0, None, None), ("x",), False, False, True)
+    actual = protocol.chat({"model": "m", "messages": HELLO, "max_tokens": 3, "stop": "x", "frequency_penalty": 0})
+    assert actual == Request("m", [HELLO], 1, Sampling(3, 1.0, 1.0, None, None), ("x",), False, False, True)
 
 
 def test_prompts_are_texts_or_tokens() -> None:
@@ -30,8 +30,8 @@ def test_prompts_are_texts_or_tokens() -> None:
 def test_roles_and_parts_of_messages() -> None:
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     messages = [{"role": "developer", "content": "be kind"}, {"role": "user", "content": parts, "name": "ann"}]
-    wanted = [{"role": "system", "content": "be kind"}, {"role": "user", "content": "ab"}]
-    assert protocol.chat({"model": "m", "messages": messages}).prompts == [wanted]
+    expected = [{"role": "system", "content": "be kind"}, {"role": "user", "content": "ab"}]
+    assert protocol.chat({"model": "m", "messages": messages}).prompts == [expected]
 
 
 @pytest.mark.parametrize(
@@ -63,7 +63,7 @@ def test_roles_and_parts_of_messages() -> None:
             "'stream_options' must be such as {\"include_usage\": true}, with stream: true, found {}",
         ),
         ("logprobs", 6, "'logprobs' must be a whole number from 0 to 5, found 6"),
-        ("best_of", 2, "best_of is not supported. Leave it out, or give n answers: n"),
+        ("best_of", 2, "best_of is not supported. Leave it out, or set n"),
         ("echo", 1, "'echo' must be true or false, found 1"),
         ("logit_bias", {"1": 2}, "logit_bias is not supported by this server. Leave it out"),
         ("temprature", 1, "unknown field 'temprature' (nearest: 'temperature'). Leave it out"),
@@ -72,9 +72,9 @@ def test_roles_and_parts_of_messages() -> None:
 def test_wrong_fields_of_completions(field: str, value: Any, message: str) -> None:
     with pytest.raises(ProtocolError) as error:
         protocol.completion({"model": "m", "prompt": "a", field: value})
-    found = error.value.body["error"]
-    assert str(found["message"]).startswith(message)
-    assert (error.value.status, found["type"], found["param"]) == (400, "invalid_request_error", field)
+    actual = error.value.body["error"]
+    assert str(actual["message"]).startswith(message)
+    assert (error.value.status, actual["type"], actual["param"]) == (400, "invalid_request_error", field)
 
 
 @pytest.mark.parametrize(
@@ -113,7 +113,7 @@ def test_a_body_is_an_object() -> None:
 def test_an_impossible_token_has_a_log_probability_that_json_has() -> None:
     request = protocol.completion({"model": "m", "prompt": "a", "logprobs": 1})
     piece = Piece("ab", (TokenLogprob(1, -0.5), TokenLogprob(2, -math.inf, ((3, -math.inf),))))
-    body = Answer(request, "<{}>".format, 4).whole([[piece]], ["stop"], 2)
+    body = Answer(request, "<{}>".format, 4).full([[piece]], ["stop"], 2)
     assert body["choices"][0]["logprobs"] == {
         "tokens": ["<1>", "<2>"],
         "token_logprobs": [-0.5, -9999.0],

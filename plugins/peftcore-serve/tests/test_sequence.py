@@ -71,7 +71,7 @@ def test_nan_is_an_error() -> None:
 
 def test_samples_follow_temperature_and_top_p() -> None:
     probabilities = torch.tensor([0.5, 0.3, 0.15, 0.05])
-    for options, wanted in (
+    for options, expected in (
         ({"temperature": 1.0}, [0.5, 0.3, 0.15, 0.05]),
         ({"temperature": 0.5}, (probabilities**2 / (probabilities**2).sum()).tolist()),
         ({"temperature": 1.0, "top_p": 0.6}, [0.625, 0.375, 0, 0]),
@@ -82,4 +82,4 @@ def test_samples_follow_temperature_and_top_p() -> None:
         for _ in range(1000):
             one.extend(probabilities.log())
         counts = Counter(one.tokens)
-        assert [counts[token] / 1000 for token in range(4)] == pytest.approx(wanted, abs=0.05)  # three deviations
+        assert [counts[token] / 1000 for token in range(4)] == pytest.approx(expected, abs=0.05)  # three deviations

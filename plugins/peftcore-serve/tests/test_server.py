@@ -32,8 +32,8 @@ def ask(client: TestClient, model: str, prompt: Any, **fields: Any) -> dict[str,
     body = {"model": model, "prompt": prompt, "max_tokens": 8, "temperature": 0, **fields}
     response = client.post("/v1/completions", json=body)
     assert response.status_code == 200, response.text
-    found: dict[str, Any] = response.json()
-    return found
+    actual: dict[str, Any] = response.json()
+    return actual
 
 
 def test_the_base_is_fused(shared: tuple[Server, TestClient]) -> None:
@@ -66,27 +66,27 @@ def test_every_answer_of_a_batch_is_that_of_generate(
     shared: tuple[Server, TestClient], llama: Path, saved: Path
 ) -> None:
     server, client = shared
-    asked = [
+    requested = [
         (name, prompt) for prompt in PROMPTS[:3] for name in ("one", "two", "wide", "scaled", "prefix", server.name)
     ]
-    with ThreadPoolExecutor(len(asked)) as pool:
+    with ThreadPoolExecutor(len(requested)) as pool:
         before = server.scheduler.steps
-        found = list(pool.map(lambda each: ask(client, *each)["choices"][0]["text"], asked))
+        actual = list(pool.map(lambda each: ask(client, *each)["choices"][0]["text"], requested))
     together = server.scheduler.steps - before
     folders = {name: saved / name / ("adapter" if name == "two" else "") for name in METHODS}
-    wanted = [written(llama, folders.get(name), prompt) for name, prompt in asked]
-    assert found == wanted
-    assert len(set(wanted)) > len(asked) // 2
-    assert together < 8 * len(asked) / 2  # several were decoded in each step
-    assert found[:6] == [ask(client, *each)["choices"][0]["text"] for each in asked[:6]]
+    expected = [written(llama, folders.get(name), prompt) for name, prompt in requested]
+    assert actual == expected
+    assert len(set(expected)) > len(requested) // 2
+    assert together < 8 * len(requested) / 2  # several were decoded in each step
+    assert actual[:6] == [ask(client, *each)["choices"][0]["text"] for each in requested[:6]]
 
 
 def test_usage_counts_and_ends(client: TestClient) -> None:
-    found = ask(client, "one", ["the film is", "a"], max_tokens=2, n=2)
-    assert [each["index"] for each in found["choices"]] == [0, 1, 2, 3]
-    assert found["choices"][0]["text"] == found["choices"][1]["text"] != found["choices"][2]["text"]
-    assert found["usage"] == {"prompt_tokens": 4, "completion_tokens": 8, "total_tokens": 12}
-    assert found["choices"][0]["finish_reason"] == "length"
+    actual = ask(client, "one", ["the film is", "a"], max_tokens=2, n=2)
+    assert [each["index"] for each in actual["choices"]] == [0, 1, 2, 3]
+    assert actual["choices"][0]["text"] == actual["choices"][1]["text"] != actual["choices"][2]["text"]
+    assert actual["usage"] == {"prompt_tokens": 4, "completion_tokens": 8, "total_tokens": 12}
+    assert actual["choices"][0]["finish_reason"] == "length"
     words = ask(client, "one", "the film is")["choices"][0]["text"].split()
     assert len(set(words)) > 2
     stop = next(word for i, word in enumerate(words) if i > 1 and word not in " ".join(words[:i]))
@@ -109,9 +109,9 @@ def test_a_seed_repeats_a_sample(client: TestClient) -> None:
 
 def test_a_conversation_is_rendered_by_the_chat_template(client: TestClient) -> None:
     body = {"model": "two", "messages": [{"role": "user", "content": [{"type": "text", "text": "the film"}]}]}
-    found = client.post("/v1/chat/completions", json={**body, "temperature": 0, "max_completion_tokens": 5}).json()
-    message = found["choices"][0]["message"]
-    assert message["role"] == "assistant" and found["object"] == "chat.completion"
+    actual = client.post("/v1/chat/completions", json={**body, "temperature": 0, "max_completion_tokens": 5}).json()
+    message = actual["choices"][0]["message"]
+    assert message["role"] == "assistant" and actual["object"] == "chat.completion"
     assert message["content"] == ask(client, "two", "the film is", max_tokens=5)["choices"][0]["text"]
 
 
@@ -120,36 +120,36 @@ def test_a_stream_has_the_text_of_the_whole_answer(client: TestClient, model: st
     body = {"model": model, "temperature": 0, "stream": True, "stream_options": {"include_usage": True}}
     text = client.post("/v1/completions", json={**body, "prompt": "the film", "max_tokens": 8}).text
     *parts, usage = chunks(text)
-    whole = ask(client, model, "the film")
-    assert "".join(part["choices"][0]["text"] for part in parts) == whole["choices"][0]["text"]
-    assert len(parts) > 2 and parts[-1]["choices"][0]["finish_reason"] == whole["choices"][0]["finish_reason"]
-    assert usage["usage"] == whole["usage"] and usage["choices"] == []
+    full = ask(client, model, "the film")
+    assert "".join(part["choices"][0]["text"] for part in parts) == full["choices"][0]["text"]
+    assert len(parts) > 2 and parts[-1]["choices"][0]["finish_reason"] == full["choices"][0]["finish_reason"]
+    assert usage["usage"] == full["usage"] and usage["choices"] == []
     messages = [{"role": "user", "content": "the film"}]
     text = client.post("/v1/chat/completions", json={**body, "messages": messages, "max_tokens": 4, "n": 2}).text
     *parts, _ = chunks(text)
     for index in (0, 1):
         deltas = [p["choices"][0]["delta"] for p in parts if p["choices"][0]["index"] == index]
         assert deltas[0] == {"role": "assistant", "content": ""} and deltas[-1] == {}
-        said = "".join(delta.get("content", "") for delta in deltas)
-        assert said == ask(client, model, "the film is", max_tokens=4)["choices"][0]["text"]
+        message = "".join(delta.get("content", "") for delta in deltas)
+        assert message == ask(client, model, "the film is", max_tokens=4)["choices"][0]["text"]
 
 
 def test_log_probabilities_are_the_model_s(client: TestClient, llama: Path) -> None:
     name = client.get("/v1/models").json()["data"][0]["id"]
-    found = ask(client, name, "the film is", max_tokens=2, logprobs=2)["choices"][0]["logprobs"]
+    actual = ask(client, name, "the film is", max_tokens=2, logprobs=2)["choices"][0]["logprobs"]
     model, tokenizer = models.load_model(str(llama), "causal-lm"), models.load_tokenizer(str(llama))
     with torch.no_grad():
         values = model(tokenizer("the film is", return_tensors="pt")["input_ids"]).logits[0, -1].log_softmax(-1)
     best = values.topk(2)
-    assert found["tokens"][0] == tokenizer.decode([best.indices[0]])
-    assert found["token_logprobs"][0] == pytest.approx(best.values[0].item(), abs=1e-5)  # sums in another order
-    assert found["top_logprobs"][0][tokenizer.decode([best.indices[1]])] == pytest.approx(
+    assert actual["tokens"][0] == tokenizer.decode([best.indices[0]])
+    assert actual["token_logprobs"][0] == pytest.approx(best.values[0].item(), abs=1e-5)  # sums in another order
+    assert actual["top_logprobs"][0][tokenizer.decode([best.indices[1]])] == pytest.approx(
         best.values[1].item(), abs=1e-5
     )
     messages = [{"role": "user", "content": "the film"}]
     body = {"model": name, "messages": messages, "max_tokens": 2, "logprobs": True, "temperature": 0}
     chat = client.post("/v1/chat/completions", json={**body, "top_logprobs": 2}).json()["choices"][0]["logprobs"]
-    assert [each["token"] for each in chat["content"]] == found["tokens"]
+    assert [each["token"] for each in chat["content"]] == actual["tokens"]
     assert len(chat["content"][0]["top_logprobs"]) == 2
 
 
@@ -160,20 +160,20 @@ def test_a_prompt_that_is_echoed_has_its_log_probabilities(
     server, client = shared
     tokenizer = models.load_tokenizer(str(llama))
     prompts, model = ["the film is good", "a"], with_adapter(llama, adapter and saved / adapter)
-    found = ask(client, adapter or server.name, prompts, max_tokens=1, logprobs=2, echo=True, n=2)
+    actual = ask(client, adapter or server.name, prompts, max_tokens=1, logprobs=2, echo=True, n=2)
     plain = ask(client, adapter or server.name, prompts, max_tokens=1, logprobs=2, n=2)
-    assert found["usage"] == plain["usage"]
-    for i, (choice, without) in enumerate(zip(found["choices"], plain["choices"], strict=True)):
+    assert actual["usage"] == plain["usage"]
+    for i, (choice, without) in enumerate(zip(actual["choices"], plain["choices"], strict=True)):
         prompt = prompts[i // 2]
         ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
         with torch.no_grad():
             values = model(input_ids=ids).logits[0, -ids.shape[1] :].log_softmax(-1)
-        wanted = [float(values[j, token]) for j, token in enumerate(ids[0, 1:])]
+        expected = [float(values[j, token]) for j, token in enumerate(ids[0, 1:])]
         scored = choice["logprobs"]
         assert choice["text"] == prompt + without["text"]
         assert scored["tokens"] == [tokenizer.decode([token]) for token in ids[0]] + without["logprobs"]["tokens"]
         assert scored["token_logprobs"][0] is scored["top_logprobs"][0] is None
-        assert scored["token_logprobs"][1:-1] == pytest.approx(wanted, abs=1e-5)  # sums in another order
+        assert scored["token_logprobs"][1:-1] == pytest.approx(expected, abs=1e-5)  # sums in another order
         for top, row in zip(scored["top_logprobs"][1:-1], values[:-1], strict=True):
             assert list(top.values()) == pytest.approx(row.topk(2).values.tolist(), abs=1e-5)
         assert scored["token_logprobs"][-1] == pytest.approx(without["logprobs"]["token_logprobs"][0], abs=1e-5)
@@ -181,14 +181,14 @@ def test_a_prompt_that_is_echoed_has_its_log_probabilities(
 
 def test_a_prompt_can_be_scored_without_an_answer(shared: tuple[Server, TestClient]) -> None:
     server, client = shared
-    whole = ask(client, server.name, "the film is", max_tokens=0, logprobs=1, echo=True)
-    assert whole["choices"][0]["finish_reason"] == "length" and whole["usage"]["completion_tokens"] == 0
+    full = ask(client, server.name, "the film is", max_tokens=0, logprobs=1, echo=True)
+    assert full["choices"][0]["finish_reason"] == "length" and full["usage"]["completion_tokens"] == 0
     tokens = server.texts.of_base.tokens("the film is")
     body = {"model": server.name, "prompt": tokens, "max_tokens": 2, "temperature": 0, "logprobs": 1, "echo": True}
     *parts, _ = chunks(client.post("/v1/completions", json={**body, "stream": True}).text)
     first = parts[0]["choices"][0]
-    assert first["text"] == whole["choices"][0]["text"] == "the film is"
-    assert first["logprobs"] == whole["choices"][0]["logprobs"]
+    assert first["text"] == full["choices"][0]["text"] == "the film is"
+    assert first["logprobs"] == full["choices"][0]["logprobs"]
     written = ask(client, server.name, "the film is", max_tokens=2)["choices"][0]["text"]
     assert "".join(part["choices"][0]["text"] for part in parts) == f"the film is{written}"
     status, error = refused(client, "/v1/completions", model=server.name, prompt="a", max_tokens=0)
@@ -262,10 +262,10 @@ def test_folders_that_change_while_the_server_runs(llama: Path, saved: Path, tmp
 
 def test_a_sequence_waits_until_an_adapter_can_leave(llama: Path, saved: Path) -> None:
     server = make(str(llama), saved, limit=1, batch_size=4)
-    asked = [(name, prompt) for prompt in PROMPTS[:2] for name in ("one", "wide", "scaled")]
-    with TestClient(server.app) as client, ThreadPoolExecutor(len(asked)) as pool:
-        found = list(pool.map(lambda each: ask(client, *each)["choices"][0]["text"], asked))
-        assert found == [ask(client, *each)["choices"][0]["text"] for each in asked]
+    requested = [(name, prompt) for prompt in PROMPTS[:2] for name in ("one", "wide", "scaled")]
+    with TestClient(server.app) as client, ThreadPoolExecutor(len(requested)) as pool:
+        actual = list(pool.map(lambda each: ask(client, *each)["choices"][0]["text"], requested))
+        assert actual == [ask(client, *each)["choices"][0]["text"] for each in requested]
 
 
 def test_closing_ends_answers_with_an_error(llama: Path, saved: Path) -> None:
@@ -288,7 +288,7 @@ def test_an_error_while_tokens_are_decoded_is_of_its_request_alone(
     shared: tuple[Server, TestClient], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server, client = shared
-    wanted = ask(client, "one", "the film")["choices"][0]["text"]
+    expected = ask(client, "one", "the film")["choices"][0]["text"]
 
     decode = server.texts.of_base.decode
 
@@ -304,7 +304,7 @@ def test_an_error_while_tokens_are_decoded_is_of_its_request_alone(
         response = client.post("/v1/completions", json=body)
     assert response.status_code == 500
     assert response.json()["error"]["message"] == "OverflowError: out of range"
-    assert answer.result()["choices"][0]["text"] == wanted
+    assert answer.result()["choices"][0]["text"] == expected
 
 
 def test_a_batch_that_fails_is_continued_one_by_one(llama: Path, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -318,8 +318,8 @@ def test_a_batch_that_fails_is_continued_one_by_one(llama: Path, saved: Path, mo
 
     monkeypatch.setattr(Batch, "step", fails)
     with TestClient(server.app) as client:
-        found = [each["text"] for each in ask(client, "one", ["the film", "a"])["choices"]]
-        assert found == [ask(client, "one", prompt)["choices"][0]["text"] for prompt in ("the film", "a")]
+        actual = [each["text"] for each in ask(client, "one", ["the film", "a"])["choices"]]
+        assert actual == [ask(client, "one", prompt)["choices"][0]["text"] for prompt in ("the film", "a")]
 
 
 def test_adapters_with_a_tokenizer_or_a_vocabulary_of_their_own(llama: Path, saved: Path, tmp_path: Path) -> None:
@@ -337,11 +337,13 @@ def test_adapters_with_a_tokenizer_or_a_vocabulary_of_their_own(llama: Path, sav
     server = make(str(llama), tmp_path, trust_templates=True)
     with TestClient(server.app) as client:
         body = {"messages": [{"role": "user", "content": "the film"}], "temperature": 0, "max_tokens": 5}
-        found = client.post("/v1/chat/completions", json={**body, "model": "ann"}).json()
-        assert found["choices"][0]["message"]["content"] == written(llama, saved / "one", "the film was", 5)
+        actual = client.post("/v1/chat/completions", json={**body, "model": "ann"}).json()
+        assert actual["choices"][0]["message"]["content"] == written(llama, saved / "one", "the film was", 5)
         there = folders.find(tmp_path)
-        assert server.texts.of(there["ann"]) is server.texts.of(there["ann"]) is not server.texts.of_base
-        assert server.texts.of(there["plain"]) is server.texts.of_base
+        assert (
+            server.texts.for_adapter(there["ann"]) is server.texts.for_adapter(there["ann"]) is not server.texts.of_base
+        )
+        assert server.texts.for_adapter(there["plain"]) is server.texts.of_base
         status, error = refused(client, "/v1/chat/completions", **body, model="plain")
         assert status == 400 and "has no chat template" in error["message"]
         status, error = refused(client, "/v1/completions", model="larger", prompt="a")

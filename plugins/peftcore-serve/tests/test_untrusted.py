@@ -43,7 +43,7 @@ def test_a_chat_template_that_came_with_an_adapter_is_not_rendered(llama: Path, 
     (base / "chat_template.jinja").write_text(TEMPLATE)
     with TestClient(make(str(base), tmp_path).app) as client:
         answers = {name: client.post("/v1/chat/completions", json={**HELLO, "model": name}) for name in templates}
-        wanted = written(llama, saved / "one", "the film is", 5)
+        expected = written(llama, saved / "one", "the film is", 5)
         assert answers["endless"].status_code == 400
         assert (
             answers["endless"]
@@ -53,10 +53,10 @@ def test_a_chat_template_that_came_with_an_adapter_is_not_rendered(llama: Path, 
             )
         )
         for name in ("same", "none"):
-            assert answers[name].json()["choices"][0]["message"]["content"] == wanted
+            assert answers[name].json()["choices"][0]["message"]["content"] == expected
         assert answers["chatml"].status_code == 200
         body = {"model": "endless", "prompt": "the film is", "temperature": 0, "max_tokens": 5}
-        assert client.post("/v1/completions", json=body).json()["choices"][0]["text"] == wanted
+        assert client.post("/v1/completions", json=body).json()["choices"][0]["text"] == expected
 
 
 def test_a_long_text_is_refused_before_it_is_tokenized(
@@ -128,8 +128,8 @@ def test_a_folder_whose_name_is_not_utf_8_is_left_out(
     with TestClient(make(str(llama), tmp_path).app) as client:
         assert [model["id"] for model in client.get("/v1/models").json()["data"]][1:] == ["one"]
         assert client.get("/v1/models").status_code == 200
-    said = capsys.readouterr().err
-    assert said.count("the adapter in 't\\udce9o' is not served: the name of its folder is not UTF-8") == 1
+    message = capsys.readouterr().err
+    assert message.count("the adapter in 't\\udce9o' is not served: the name of its folder is not UTF-8") == 1
 
 
 def test_other_hosts_are_refused(llama: Path) -> None:
@@ -152,6 +152,6 @@ def test_the_hosts_of_an_address() -> None:
 
 
 def test_the_log_is_escaped(shared: tuple[Server, TestClient], capsys: pytest.CaptureFixture[str]) -> None:
-    command.configured(shared[0])
+    command.uvicorn_config(shared[0])
     logging.getLogger("uvicorn.error").error("no folder \x1b[2J")
     assert capsys.readouterr().err == "ERROR: no folder \\x1b[2J\n"
