@@ -146,7 +146,7 @@ def test_options_that_do_not_fit(llama: Path, saved: Path, tmp_path: Path) -> No
     taken = command.listen("127.0.0.1", 0)
     taken.listen()
     port = taken.getsockname()[1]
-    with taken, pytest.raises(PeftcoreError, match=rf"cannot listen at 127.0.0.1:{port}: .* Pass another --port"):
+    with taken, pytest.raises(PeftcoreError, match=rf"cannot listen on 127.0.0.1:{port}: .* Pass another --port"):
         command.listen("127.0.0.1", port)
     with pytest.raises(PeftcoreError, match=r"--host 'no.such.host.invalid' is not an address of this machine"):
         command.listen("no.such.host.invalid", 0)
