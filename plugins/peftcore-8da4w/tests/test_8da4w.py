@@ -20,21 +20,21 @@ def layer(inputs: int = 64, bias: bool = True) -> nn.Sequential:
 
 def test_weights_are_multiples_of_a_scale_from_minus_8_to_7() -> None:
     weight = torch.tensor([[-1.5, 1.5, 0.3, 0.09, *[0.0] * 28], [*[0.2] * 16, *[-0.1] * 16]])
-    stored = peftcore_8da4w.round_weight(weight, 32)
-    assert torch.allclose(stored["scales"], torch.tensor([[0.2], [0.2 / 7.5]]))
+    rounded = peftcore_8da4w.round_weight(weight, 32)
+    assert torch.allclose(rounded["scales"], torch.tensor([[0.2], [0.2 / 7.5]]))
     model = nn.Sequential(nn.Linear(32, 2, bias=False))
     model[0].weight.data.copy_(weight)
     peftcore.quantize(model, "8da4w")
-    found = peftcore_8da4w.read(model[0])  # 7.5 and -7.5 round to 8, which is cut to 7, and to -8
-    assert torch.allclose(found[0, :5], torch.tensor([-1.6, 1.4, 0.4, 0.0, 0.0]))
-    assert torch.allclose(found[1], torch.tensor([*[7 * 0.2 / 7.5] * 16, *[-4 * 0.2 / 7.5] * 16]))
+    dense = peftcore_8da4w.read(model[0])  # 7.5 and -7.5 round to 8, which is cut to 7, and to -8
+    assert torch.allclose(dense[0, :5], torch.tensor([-1.6, 1.4, 0.4, 0.0, 0.0]))
+    assert torch.allclose(dense[1], torch.tensor([*[7 * 0.2 / 7.5] * 16, *[-4 * 0.2 / 7.5] * 16]))
 
 
 def test_inputs_are_rounded_by_token_between_their_bounds_and_zero() -> None:
     x = torch.tensor([[0.0, 1.0, 2.55, 0.014], [-1.0, -2.55, -0.004, -0.006], [0.0, 0.0, 0.0, 0.0]])
-    found = peftcore_8da4w.round_inputs(x)
-    wanted = [[0.0, 1.0, 2.55, 0.01], [-1.0, -2.55, 0.0, -0.01], [0.0, 0.0, 0.0, 0.0]]
-    assert torch.allclose(found, torch.tensor(wanted), atol=1e-6)
+    rounded = peftcore_8da4w.round_inputs(x)
+    expected = [[0.0, 1.0, 2.55, 0.01], [-1.0, -2.55, 0.0, -0.01], [0.0, 0.0, 0.0, 0.0]]
+    assert torch.allclose(rounded, torch.tensor(expected), atol=1e-6)
     assert peftcore_8da4w.round_inputs(x.bfloat16()).dtype is torch.bfloat16
 
 
@@ -44,17 +44,17 @@ def test_the_values_and_gradients_are_those_of_torchao(group: int, name: str) ->
     inputs = qat.IntxFakeQuantizeConfig(torch.int8, "per_token", is_symmetric=False)
     weights = qat.IntxFakeQuantizeConfig(torch.int4, group_size=group, is_symmetric=True)
     model = layer(512)
-    theirs = qat.FakeQuantizedLinear.from_linear(layer(512)[0], inputs, weights)
+    torchao_layer = qat.FakeQuantizedLinear.from_linear(layer(512)[0], inputs, weights)
     peftcore.quantize(model, name)
     x = torch.randn(3, 512, requires_grad=True)
-    same = x.detach().clone().requires_grad_()
-    assert torch.equal(peftcore_8da4w.read(model[0]), theirs.weight_fake_quantizer(theirs.weight))
-    assert torch.equal(peftcore_8da4w.round_inputs(x), theirs.activation_fake_quantizer(same))
-    ours, wanted = model(x), theirs(same)
-    assert torch.allclose(ours, wanted, atol=1e-5)
-    ours.square().sum().backward()
-    wanted.square().sum().backward()
-    assert x.grad is not None and same.grad is not None and torch.allclose(x.grad, same.grad, atol=1e-4)
+    x_copy = x.detach().clone().requires_grad_()
+    assert torch.equal(peftcore_8da4w.read(model[0]), torchao_layer.weight_fake_quantizer(torchao_layer.weight))
+    assert torch.equal(peftcore_8da4w.round_inputs(x), torchao_layer.activation_fake_quantizer(x_copy))
+    output, expected = model(x), torchao_layer(x_copy)
+    assert torch.allclose(output, expected, atol=1e-5)
+    output.square().sum().backward()
+    expected.square().sum().backward()
+    assert x.grad is not None and x_copy.grad is not None and torch.allclose(x.grad, x_copy.grad, atol=1e-4)
 
 
 @pytest.mark.parametrize("method", ["lora", "dora", "ia3"])

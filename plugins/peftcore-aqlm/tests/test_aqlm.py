@@ -59,8 +59,8 @@ def test_the_values_are_those_of_the_aqlm_package(layout: str) -> None:
     torch.manual_seed(0)
     parts = stored(8, 16, layout)
     codes = utils.unpack_int_data(parts["codes"], LAYOUTS[layout][1])
-    wanted = utils._dequantize_weight(codes, parts["codebooks"], parts["scales"])
-    assert torch.equal(peftcore_aqlm.dequantize(**parts), wanted)
+    expected = utils._dequantize_weight(codes, parts["codebooks"], parts["scales"])
+    assert torch.equal(peftcore_aqlm.dequantize(**parts), expected)
 
 
 def test_a_weight_is_dequantized_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,10 +80,10 @@ def test_a_folder_is_read_with_its_codes_as_they_are(tmp_path: Path, layout: str
     assert (
         torch.equal(layer.weight, on_disk[f"{LAYER}.codes"]) and layer.weight.dtype is on_disk[f"{LAYER}.codes"].dtype
     )
-    wanted = LlamaForCausalLM(model.config)
-    wanted.load_state_dict(dense)
+    expected = LlamaForCausalLM(model.config)
+    expected.load_state_dict(dense)
     ids = torch.arange(6)[None]
-    assert torch.allclose(model(ids).logits, wanted(ids).logits, atol=1e-5)
+    assert torch.allclose(model(ids).logits, expected(ids).logits, atol=1e-5)
 
 
 def test_the_gradient_of_x_is_that_of_the_dense_weight(tmp_path: Path) -> None:
@@ -98,10 +98,10 @@ def test_the_gradient_of_x_is_that_of_the_dense_weight(tmp_path: Path) -> None:
 
 def test_no_dense_weight_is_kept_for_backward(tmp_path: Path) -> None:
     write_folder(tmp_path)
-    layer, kept = load(tmp_path).get_submodule(LAYER), []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+    layer, saved_tensors = load(tmp_path).get_submodule(LAYER), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved_tensors.append(t) or t, lambda t: t):
         layer(torch.randn(2, 32, requires_grad=True))
-    assert kept and not any(t.shape == (32, 32) for t in kept)
+    assert saved_tensors and not any(t.shape == (32, 32) for t in saved_tensors)
 
 
 @pytest.mark.parametrize("name", ["AutoModel", "AutoModelForSequenceClassification"])
@@ -111,10 +111,10 @@ def test_other_heads_read_the_codes(tmp_path: Path, name: str) -> None:
     dense = write_folder(tmp_path)
     model = getattr(transformers, name).from_pretrained(tmp_path)
     path = LAYER if hasattr(model, "score") else LAYER.removeprefix("model.")
-    found = peftcore_aqlm.dequantize(
+    actual = peftcore_aqlm.dequantize(
         *(getattr(model.get_submodule(path), n) for n in ("weight", "codebooks", "scales"))
     )
-    assert torch.equal(found, dense[f"{LAYER}.weight"])
+    assert torch.equal(actual, dense[f"{LAYER}.weight"])
     model.save_pretrained(tmp_path / "again")
     assert path + ".codes" in load_file(tmp_path / "again" / "model.safetensors")
 
@@ -129,9 +129,9 @@ def test_biases_are_added_and_can_train() -> None:
     layer(x).sum().backward()
     assert torch.equal(layer.bias.grad, torch.ones(8))
     with torch.autocast("cpu", torch.bfloat16):
-        found = layer(x[None])
-    wanted = F.linear(x[None].bfloat16(), by_loop(**parts).bfloat16(), layer.bias.bfloat16())
-    assert found.dtype is torch.bfloat16 and torch.equal(found, wanted)
+        actual = layer(x[None])
+    expected = F.linear(x[None].bfloat16(), by_loop(**parts).bfloat16(), layer.bias.bfloat16())
+    assert actual.dtype is torch.bfloat16 and torch.equal(actual, expected)
 
 
 @pytest.mark.parametrize("method", ["lora", "dora", "ia3", "oft", "vera"])
@@ -152,9 +152,9 @@ def test_adapters_learn_over_the_codes(tmp_path: Path, method: str) -> None:
     assert losses[2] < losses[0]
     assert "weight" not in {n for n, p in model.get_submodule(LAYER).named_parameters(recurse=False) if p.requires_grad}
     peftcore.save(model, tmp_path / "adapter")
-    other = load(tmp_path)
-    peftcore.load(other, tmp_path / "adapter")
-    assert torch.equal(other(ids).logits, model(ids).logits)
+    other_model = load(tmp_path)
+    peftcore.load(other_model, tmp_path / "adapter")
+    assert torch.equal(other_model(ids).logits, model(ids).logits)
 
 
 def test_saving_writes_the_folder_that_was_read(tmp_path: Path) -> None:
@@ -171,18 +171,18 @@ def test_merging_is_into_dense_weights_only(tmp_path: Path) -> None:
     write_folder(tmp_path / "base")
     model, ids = load(tmp_path / "base"), torch.arange(6)[None]
     peftcore.apply(model, "lora", target_modules=["q_proj"], init_lora_weights=False)
-    wanted = model(ids).logits
+    expected = model(ids).logits
     with pytest.raises(peftcore.PeftcoreError, match=r"cannot merge into AQLM codes.*dtype=torch.bfloat16"):
         peftcore.merge(model, undo=True)
     peftcore.merge(model, dtype=torch.float32, undo=True)
-    assert torch.allclose(model(ids).logits, wanted, atol=1e-4)
+    assert torch.allclose(model(ids).logits, expected, atol=1e-4)
     peftcore.unmerge(model)
-    assert torch.equal(model(ids).logits, wanted)
+    assert torch.equal(model(ids).logits, expected)
     peftcore.merge(model, dtype=torch.float32)
     model.save_pretrained(tmp_path / "merged")
-    again = load(tmp_path / "merged")  # one layer dense, the others in codes
-    assert type(again.get_submodule(LAYER)) is nn.Linear
-    assert torch.allclose(again(ids).logits, wanted, atol=1e-4)
+    reloaded = load(tmp_path / "merged")  # one layer dense, the others in codes
+    assert type(reloaded.get_submodule(LAYER)) is nn.Linear
+    assert torch.allclose(reloaded(ids).logits, expected, atol=1e-4)
 
 
 def test_dequantizing_gives_a_plain_model(tmp_path: Path) -> None:
@@ -296,8 +296,8 @@ def test_an_adapter_trains_resumes_and_merges_on_the_command_line(tmp_path: Path
         shutil.rmtree(folder)
     status, output = printed(*train, "-o", parted, "--resume")
     assert status == 0 and "checkpoint-2" in output, output
-    found, wanted = (load_file(each / "adapter" / FILE) for each in (parted, tmp_path / "run"))
-    assert all(torch.equal(found[key], wanted[key]) for key in wanted)
+    actual, expected = (load_file(each / "adapter" / FILE) for each in (parted, tmp_path / "run"))
+    assert all(torch.equal(actual[key], expected[key]) for key in expected)
 
     asked = ("-d", data, "--dtype", "fp32")
     status, output = printed("eval", tmp_path / "run", *asked)

@@ -59,39 +59,39 @@ def words(codes: Array, order: tuple[int, ...] = tuple(range(8))) -> Array:
     return sum(eights[..., value] << 4 * place for place, value in enumerate(order))  # type: ignore[return-value]
 
 
-def int32(found: Array) -> Tensor:
-    return torch.from_numpy((found % (1 << 32)).astype(np.uint32).view(np.int32).copy())
+def int32(weight_values: Array) -> Tensor:
+    return torch.from_numpy((weight_values % (1 << 32)).astype(np.uint32).view(np.int32).copy())
 
 
-def gptq(found: Values, *, version: int = 1, act_order: bool = False) -> dict[str, Tensor]:
-    zeros = words(found.zeros.T)
+def gptq(weight_values: Values, *, version: int = 1, act_order: bool = False) -> dict[str, Tensor]:
+    zeros = words(weight_values.zeros.T)
     tensors = {
-        "qweight": int32(words(found.codes).T),
+        "qweight": int32(words(weight_values.codes).T),
         "qzeros": int32(zeros - 0x11111111 if version == 1 else zeros),
-        "scales": found.scales.T.contiguous(),
+        "scales": weight_values.scales.T.contiguous(),
     }
-    return tensors | ({"g_idx": torch.from_numpy(found.group_of).int()} if act_order or version == 2 else {})
+    return tensors | ({"g_idx": torch.from_numpy(weight_values.group_of).int()} if act_order or version == 2 else {})
 
 
-def awq(found: Values) -> dict[str, Tensor]:
+def awq(weight_values: Values) -> dict[str, Tensor]:
     return {
-        "qweight": int32(words(found.codes.T, AWQ_ORDER)),
-        "qzeros": int32(words(found.zeros.T, AWQ_ORDER)),
-        "scales": found.scales.T.contiguous(),
+        "qweight": int32(words(weight_values.codes.T, AWQ_ORDER)),
+        "qzeros": int32(words(weight_values.zeros.T, AWQ_ORDER)),
+        "scales": weight_values.scales.T.contiguous(),
     }
 
 
-def compressed(found: Values, *, symmetric: bool = False, act_order: bool = False) -> dict[str, Tensor]:
-    rows, columns = found.codes.shape
-    padded = np.pad(found.codes, ((0, 0), (0, -columns % 8)), constant_values=0)
+def compressed(weight_values: Values, *, symmetric: bool = False, act_order: bool = False) -> dict[str, Tensor]:
+    rows, columns = weight_values.codes.shape
+    padded = np.pad(weight_values.codes, ((0, 0), (0, -columns % 8)), constant_values=0)
     tensors = {
         "weight_packed": int32(words(padded)),
-        "weight_scale": found.scales,
+        "weight_scale": weight_values.scales,
         "weight_shape": torch.tensor([rows, columns]),
     }
     if not symmetric:
-        tensors["weight_zero_point"] = int32(words(np.pad(found.zeros.T, ((0, 0), (0, -rows % 8)))).T)
-    return tensors | ({"weight_g_idx": torch.from_numpy(found.group_of).int()} if act_order else {})
+        tensors["weight_zero_point"] = int32(words(np.pad(weight_values.zeros.T, ((0, 0), (0, -rows % 8)))).T)
+    return tensors | ({"weight_g_idx": torch.from_numpy(weight_values.group_of).int()} if act_order else {})
 
 
 def config(kind: str, group: int, **changes: Any) -> dict[str, Any]:
@@ -132,10 +132,10 @@ def write_folder(
     state = load_file(folder / "model.safetensors")
     dense = {}
     for seed, name in enumerate([name for name in state if name.endswith(LINEAR)]):
-        found = values(*state.pop(name).shape, group, seed=seed, **options)
-        dense[name] = found.dense()
-        state |= {f"{name.removesuffix('weight')}{part}": t for part, t in write(found).items()}
+        weight_values = values(*state.pop(name).shape, group, seed=seed, **options)
+        dense[name] = weight_values.dense()
+        state |= {f"{name.removesuffix('weight')}{part}": t for part, t in write(weight_values).items()}
     save_file(state, folder / "model.safetensors", {"format": "pt"})
-    own = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**own, "quantization_config": settings}))
+    config_fields = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config_fields, "quantization_config": settings}))
     return dense

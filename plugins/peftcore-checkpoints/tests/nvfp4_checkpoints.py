@@ -36,14 +36,18 @@ def values(rows: int, columns: int, tool: str, seed: int = 0) -> Values:
     return Values(codes, scales, whole if tool == "modelopt" else 1 / whole)
 
 
-def tensors(found: Values, tool: str, has_inputs: bool = True) -> dict[str, Tensor]:
-    packed = found.codes[:, ::2] | found.codes[:, 1::2] << 4
+def tensors(weight_values: Values, tool: str, has_inputs: bool = True) -> dict[str, Tensor]:
+    packed = weight_values.codes[:, ::2] | weight_values.codes[:, 1::2] << 4
     inputs = torch.tensor(0.01)
     if tool == "modelopt":
-        made = {"weight": packed, "weight_scale": found.scales, "weight_scale_2": found.whole}
-        return made | ({"input_scale": inputs} if has_inputs else {})
-    made = {"weight_packed": packed, "weight_scale": found.scales, "weight_global_scale": found.whole.reshape(1)}
-    return made | ({"input_global_scale": 1 / inputs.reshape(1)} if has_inputs else {})
+        result = {"weight": packed, "weight_scale": weight_values.scales, "weight_scale_2": weight_values.whole}
+        return result | ({"input_scale": inputs} if has_inputs else {})
+    result = {
+        "weight_packed": packed,
+        "weight_scale": weight_values.scales,
+        "weight_global_scale": weight_values.whole.reshape(1),
+    }
+    return result | ({"input_global_scale": 1 / inputs.reshape(1)} if has_inputs else {})
 
 
 def config(tool: str, **changes: Any) -> dict[str, Any]:

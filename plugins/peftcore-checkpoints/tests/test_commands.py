@@ -33,9 +33,9 @@ def test_train_eval_and_merge(run: Run, llama: Path, reviews: Path, tmp_path: Pa
     shutil.copytree(llama, base)  # for the tokenizer
     dense = write_folder(quantized.llama(num_hidden_layers=1), base, config("gptq", 32), gptq, 32, smallest=1)
     steps = ("--batch-size", 4, "--lr", "0.02", "--steps", 3)
-    told = run("train", "-m", base, "-d", reviews, "-o", output, "--eval-data", reviews, "--method", "lora", *steps)
-    found = json.loads((output / "result.json").read_text())
-    assert found["after"]["loss"] < found["before"]["loss"] and "memory is not predicted" not in told.output
+    outcome = run("train", "-m", base, "-d", reviews, "-o", output, "--eval-data", reviews, "--method", "lora", *steps)
+    result = json.loads((output / "result.json").read_text())
+    assert result["after"]["loss"] < result["before"]["loss"] and "memory is not predicted" not in outcome.output
     run("merge", output / "adapter", "--output", tmp_path / "merged")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     adapted = peftcore.load(peftcore.quantization.load(base, dtype=torch.float32), output / "adapter").eval()

@@ -39,7 +39,7 @@ def daily(*cases: str) -> list[Any]:
     return [each if each in cases else pytest.param(each, marks=pytest.mark.nightly) for each in KINDS]
 
 
-def written(folder: Path, case: str = "gptq", group: int = 32, **sizes: Any) -> tuple[dict[str, Tensor], nn.Module]:
+def write_case(folder: Path, case: str = "gptq", group: int = 32, **sizes: Any) -> tuple[dict[str, Tensor], nn.Module]:
     """A folder, the dense weights of its int4 layers in float64, and the dense model with them."""
     write, changes, options = KINDS[case]
     model = llama(num_hidden_layers=1, **sizes)
@@ -51,7 +51,7 @@ def written(folder: Path, case: str = "gptq", group: int = 32, **sizes: Any) -> 
 
 @pytest.mark.parametrize("case", KINDS)
 def test_values_and_results_are_those_of_the_dense_weights(case: str, tmp_path: Path) -> None:
-    dense, reference = written(tmp_path, case)
+    dense, reference = write_case(tmp_path, case)
     model = peftcore.quantization.load(tmp_path)
     layers = dict(quantized_layers(model))
     assert len(layers) == len(dense) == 7
@@ -65,42 +65,45 @@ def test_values_and_results_are_those_of_the_dense_weights(case: str, tmp_path: 
 
 @pytest.mark.parametrize("case", daily("gptq, act-order"))
 def test_lora_trains_saves_and_merges(case: str, tmp_path: Path) -> None:
-    _, reference = written(tmp_path / "base", case)
+    _, reference = write_case(tmp_path / "base", case)
     model = peftcore.quantization.load(tmp_path / "base")
     for each in (model, reference):
         torch.manual_seed(0)
         peftcore.apply(each, "lora", r=4, init_lora_weights=False)
     for each in (model, reference):
         each(**INPUTS, labels=INPUTS["input_ids"]).loss.backward()
-    found, wanted = ([p.grad for p in each.parameters() if p.requires_grad] for each in (model, reference))
-    for ours, theirs in zip(found, wanted, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
+    actual, expected = ([p.grad for p in each.parameters() if p.requires_grad] for each in (model, reference))
+    for grad, expected_grad in zip(actual, expected, strict=True):
+        torch.testing.assert_close(grad, expected_grad, rtol=1e-3, atol=1e-5)
     adapted = logits(model)
     torch.testing.assert_close(adapted, logits(reference), rtol=1e-4, atol=1e-4)
     peftcore.save(model, tmp_path / "adapter")
-    again = peftcore.load(peftcore.quantization.load(tmp_path / "base"), tmp_path / "adapter")
-    assert torch.equal(logits(again.eval()), adapted)
-    peftcore.merge(again, dtype=torch.float32)
-    torch.testing.assert_close(logits(again), adapted, rtol=1e-4, atol=1e-4)
-    assert not list(quantized_layers(again))
+    reloaded = peftcore.load(peftcore.quantization.load(tmp_path / "base"), tmp_path / "adapter")
+    assert torch.equal(logits(reloaded.eval()), adapted)
+    peftcore.merge(reloaded, dtype=torch.float32)
+    torch.testing.assert_close(logits(reloaded), adapted, rtol=1e-4, atol=1e-4)
+    assert not list(quantized_layers(reloaded))
 
 
 @pytest.mark.parametrize("case", daily("gptq, act-order"))
 def test_a_model_is_saved_with_its_bits(case: str, tmp_path: Path) -> None:
-    written(tmp_path / "theirs", case)
+    write_case(tmp_path / "theirs", case)
     model = peftcore.quantization.load(tmp_path / "theirs")
     model.save_pretrained(tmp_path / "ours")
-    saved = json.loads((tmp_path / "ours/config.json").read_text())["quantization_config"]
-    assert (saved["quant_method"], saved["quant_type"]) == ("peftcore_4bit", "affine4") and "stored" not in saved
-    again = peftcore.quantization.load(tmp_path / "ours")
-    found, wanted = again.state_dict(), model.state_dict()
-    assert found.keys() == wanted.keys() and all(torch.equal(found[name], t) for name, t in wanted.items())
-    assert torch.equal(logits(again), logits(model))
+    quantization_config = json.loads((tmp_path / "ours/config.json").read_text())["quantization_config"]
+    assert (quantization_config["quant_method"], quantization_config["quant_type"]) == (
+        "peftcore_4bit",
+        "affine4",
+    ) and "stored" not in quantization_config
+    reloaded = peftcore.quantization.load(tmp_path / "ours")
+    actual, expected = reloaded.state_dict(), model.state_dict()
+    assert actual.keys() == expected.keys() and all(torch.equal(actual[name], t) for name, t in expected.items())
+    assert torch.equal(logits(reloaded), logits(model))
 
 
 def test_weights_are_read_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Threads that read ahead would make the peak twice the file."""
-    written(tmp_path)
+    write_case(tmp_path)
     monkeypatch.setattr("transformers.core_model_loading.ThreadPoolExecutor", None)
     monkeypatch.setenv("HF_DEACTIVATE_ASYNC_LOAD", "0")
     assert len(list(quantized_layers(peftcore.quantization.load(tmp_path)))) == 7
@@ -108,7 +111,7 @@ def test_weights_are_read_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_scales_keep_their_dtype_whatever_the_models(tmp_path: Path) -> None:
-    dense, _ = written(tmp_path)
+    dense, _ = write_case(tmp_path)
     model = peftcore.quantization.load(tmp_path, dtype=torch.bfloat16)
     for path, layer in quantized_layers(model):
         assert layer.absmax.dtype is torch.float16
@@ -118,11 +121,11 @@ def test_scales_keep_their_dtype_whatever_the_models(tmp_path: Path) -> None:
 
 def test_one_scale_for_each_row(tmp_path: Path) -> None:
     """A row of 96 inputs is three blocks of 32 with one scale."""
-    layer, found = nn.Linear(96, 40), values(40, 96, 96)
+    layer, weight_values = nn.Linear(96, 40), values(40, 96, 96)
     weight = find_layout(config("compressed-tensors", -1, weights={"strategy": "channel"}), "folder")
     assert weight is not None
-    convert(layer, to_affine4(weight.read(compressed(found), "layer"), torch.float32, "layer"), None)
-    assert layer.blocksize == 32 and torch.equal(layer.dequantized(torch.float32), found.dense().float())
+    convert(layer, to_affine4(weight.read(compressed(weight_values), "layer"), torch.float32, "layer"), None)
+    assert layer.blocksize == 32 and torch.equal(layer.dequantized(torch.float32), weight_values.dense().float())
     small = find_layout(config("gptq", 16), "folder").read(gptq(values(40, 96, 16, smallest=1)), "layer")
     with pytest.raises(
         peftcore.PeftcoreError, match="'layer' has a scale for each 16 inputs, but only multiples of 32"
@@ -146,7 +149,7 @@ def test_one_scale_for_each_row(tmp_path: Path) -> None:
     ],
 )
 def test_folders_that_are_refused(change: Any, message: str, tmp_path: Path) -> None:
-    written(tmp_path)
+    write_case(tmp_path)
     state = load_file(tmp_path / "model.safetensors")
     change(state)
     save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
@@ -156,13 +159,13 @@ def test_folders_that_are_refused(change: Any, message: str, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("case", daily("gptq, act-order"))
 def test_the_estimate_knows_the_checkpoint(case: str, tmp_path: Path) -> None:
-    written(tmp_path, case)
+    write_case(tmp_path, case)
     model = peftcore.quantization.load(tmp_path)
-    found = [
+    estimates = [
         peftcore.estimate(each, "lora", r=2, batch_size=2, length=8, dtype=torch.float32) for each in (tmp_path, model)
     ]
     packed = [layer for _, layer in quantized_layers(model)]
-    for each in found:
+    for each in estimates:
         assert each.summary.packed_parameters == sum(layer.in_features * layer.out_features for layer in packed)
         assert each.summary.packed_bytes == sum(t.nbytes for one in packed for t in (one.weight, *one.buffers()))
 
@@ -191,10 +194,10 @@ def test_experts_stored_one_by_one_become_one_parameter(family: str, case: str, 
     torch.testing.assert_close(logits(model), logits(reference), rtol=1e-4, atol=1e-4)
     model.save_pretrained(tmp_path / "ours")
     assert torch.equal(logits(peftcore.quantization.load(tmp_path / "ours")), logits(model))
-    stored = sum(t.nbytes for _, layer in quantized_layers(model) for t in (layer.weight, *layer.buffers()))
-    stored += sum(experts.get_parameter(name).nbytes for name in experts.packings)
-    stored += sum(t.nbytes for t in experts.buffers())
-    assert peftcore.estimate(tmp_path, "lora", r=2, length=8, dtype=torch.float32).summary.packed_bytes == stored
+    byte_count = sum(t.nbytes for _, layer in quantized_layers(model) for t in (layer.weight, *layer.buffers()))
+    byte_count += sum(experts.get_parameter(name).nbytes for name in experts.packings)
+    byte_count += sum(t.nbytes for t in experts.buffers())
+    assert peftcore.estimate(tmp_path, "lora", r=2, length=8, dtype=torch.float32).summary.packed_bytes == byte_count
 
 
 @pytest.mark.parametrize(
@@ -223,7 +226,7 @@ def test_experts_that_are_refused(change: Any, message: str, tmp_path: Path) -> 
 
 
 def test_without_the_package_an_error_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    written(tmp_path)
+    write_case(tmp_path)
     plugins = [each for each in registry.plugins() if each.distribution != "peftcore-checkpoints"]
     monkeypatch.setattr(registry, "plugins", lambda: plugins)
     message = r"quantized with 'gptq', which needs the package .* Run in .* pip install ./plugins/peftcore-checkpoints"

@@ -52,35 +52,38 @@ CASES: dict[str, tuple[Callable[[Values], dict[str, Tensor]], dict[str, Any], di
 @pytest.mark.parametrize("case", CASES)
 def test_values_are_those_of_the_layout(case: str, group: int) -> None:
     write, changes, options = CASES[case]
-    found = values(40, 96, group, **options)
+    weight_values = values(40, 96, group, **options)
     kind = case.partition(",")[0].removesuffix("_v2")
-    weight = read(write(found), config(kind, group if group < 96 else -1, **changes))
-    assert torch.equal(weight.values(torch.float64), found.dense())
-    assert (weight.shape, weight.group, weight.scales.dtype) == ((40, 96), group, found.scales.dtype)
-    assert torch.equal(weight.scales, found.scales)
+    weight = read(write(weight_values), config(kind, group if group < 96 else -1, **changes))
+    assert torch.equal(weight.values(torch.float64), weight_values.dense())
+    assert (weight.shape, weight.group, weight.scales.dtype) == ((40, 96), group, weight_values.scales.dtype)
+    assert torch.equal(weight.scales, weight_values.scales)
     assert (weight.zeros is None) == ("symmetric" in case)
     assert (weight.order is not None) == ("act-order" in case and group < 96)
 
 
 def test_widths_that_are_no_whole_words() -> None:
-    found = values(36, 36, 36)
-    weight = read(compressed(found), config("compressed-tensors", -1, weights={"strategy": "channel"}))
-    assert torch.equal(weight.values(torch.float64), found.dense())
+    weight_values = values(36, 36, 36)
+    weight = read(compressed(weight_values), config("compressed-tensors", -1, weights={"strategy": "channel"}))
+    assert torch.equal(weight.values(torch.float64), weight_values.dense())
 
 
 def test_zero_points_in_bytes() -> None:
     """As compressed-tensors before 0.9 stores them."""
-    found = values(40, 96, 32)
-    tensors = {**compressed(found), "weight_zero_point": torch.from_numpy(found.zeros - 8).to(torch.int8)}
-    assert torch.equal(read(tensors, config("compressed-tensors", 32)).values(torch.float64), found.dense())
+    weight_values = values(40, 96, 32)
+    tensors = {
+        **compressed(weight_values),
+        "weight_zero_point": torch.from_numpy(weight_values.zeros - 8).to(torch.int8),
+    }
+    assert torch.equal(read(tensors, config("compressed-tensors", 32)).values(torch.float64), weight_values.dense())
 
 
 def test_an_order_that_is_none() -> None:
-    found = values(40, 96, 32, smallest=1)
-    assert read(gptq(found, act_order=True), config("gptq", 32)).order is None
-    tensors = {**compressed(found), "weight_g_idx": torch.full((96,), -1, dtype=torch.int32)}
+    weight_values = values(40, 96, 32, smallest=1)
+    assert read(gptq(weight_values, act_order=True), config("gptq", 32)).order is None
+    tensors = {**compressed(weight_values), "weight_g_idx": torch.full((96,), -1, dtype=torch.int32)}
     weight = read(tensors, config("compressed-tensors", 32))
-    assert weight.order is None and torch.equal(weight.values(torch.float64), found.dense())
+    assert weight.order is None and torch.equal(weight.values(torch.float64), weight_values.dense())
 
 
 def test_the_tensors_of_a_checkpoint_are_not_changed() -> None:

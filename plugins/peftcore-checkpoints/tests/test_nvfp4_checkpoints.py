@@ -25,7 +25,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 TOOLS = pytest.mark.parametrize("tool", ["modelopt", "compressed-tensors"])
 
 
-def written(folder: Path, tool: str, **options: Any) -> tuple[dict[str, Tensor], nn.Module]:
+def write_case(folder: Path, tool: str, **options: Any) -> tuple[dict[str, Tensor], nn.Module]:
     """A folder, the dense weights of its layers in NVFP4, and the dense model with them."""
     model = llama(num_hidden_layers=1)
     dense = write_folder(model, folder, tool, config(tool), **options)
@@ -36,7 +36,7 @@ def written(folder: Path, tool: str, **options: Any) -> tuple[dict[str, Tensor],
 
 @TOOLS
 def test_values_are_the_tools_bit_for_bit(tool: str, tmp_path: Path) -> None:
-    dense, reference = written(tmp_path, tool)
+    dense, reference = write_case(tmp_path, tool)
     for dtype in (torch.float32, torch.bfloat16):
         model = peftcore.quantization.load(tmp_path, dtype=dtype)
         layers = dict(quantized_layers(model))
@@ -52,19 +52,19 @@ def test_values_are_the_tools_bit_for_bit(tool: str, tmp_path: Path) -> None:
 
 @TOOLS
 def test_lora_trains_saves_and_merges(tool: str, tmp_path: Path) -> None:
-    _, reference = written(tmp_path / "base", tool)
+    _, reference = write_case(tmp_path / "base", tool)
     model = peftcore.quantization.load(tmp_path / "base")
     for each in (model, reference):
         torch.manual_seed(0)
         peftcore.apply(each, "lora", r=4, init_lora_weights=False)
         each(**INPUTS, labels=INPUTS["input_ids"]).loss.backward()
-    found, wanted = ([p.grad for p in each.parameters() if p.requires_grad] for each in (model, reference))
-    for ours, theirs in zip(found, wanted, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
+    actual, expected = ([p.grad for p in each.parameters() if p.requires_grad] for each in (model, reference))
+    for grad, expected_grad in zip(actual, expected, strict=True):
+        torch.testing.assert_close(grad, expected_grad, rtol=1e-3, atol=1e-5)
     adapted, before = logits(model), {name: t.clone() for name, t in model.state_dict().items()}
     peftcore.save(model, tmp_path / "adapter")
-    again = peftcore.load(peftcore.quantization.load(tmp_path / "base"), tmp_path / "adapter")
-    assert torch.equal(logits(again.eval()), adapted)
+    reloaded = peftcore.load(peftcore.quantization.load(tmp_path / "base"), tmp_path / "adapter")
+    assert torch.equal(logits(reloaded.eval()), adapted)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         peftcore.merge(model, max_error=None, undo=True)  # into NVFP4, whose scales multiply whatever the file's did
@@ -73,13 +73,13 @@ def test_lora_trains_saves_and_merges(tool: str, tmp_path: Path) -> None:
     assert 0 < change < 0.5
     peftcore.unmerge(model)
     assert all(torch.equal(model.state_dict()[name], t) for name, t in before.items())
-    peftcore.merge(again, dtype=torch.float32)
-    torch.testing.assert_close(logits(again), adapted, rtol=1e-4, atol=1e-4)
+    peftcore.merge(reloaded, dtype=torch.float32)
+    torch.testing.assert_close(logits(reloaded), adapted, rtol=1e-4, atol=1e-4)
 
 
 @TOOLS
 def test_a_model_is_saved_with_its_bits(tool: str, tmp_path: Path) -> None:
-    dense, _ = written(tmp_path / "theirs", tool, keep="k_proj")
+    dense, _ = write_case(tmp_path / "theirs", tool, keep="k_proj")
     assert len(dense) == 6
     model = peftcore.quantization.load(tmp_path / "theirs")
     assert isinstance(model.model.layers[0].self_attn.k_proj, nn.Linear)
@@ -87,11 +87,11 @@ def test_a_model_is_saved_with_its_bits(tool: str, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "ours")
     saved = json.loads((tmp_path / "ours/config.json").read_text())["quantization_config"]
     assert (saved["quant_method"], saved["quant_type"]) == ("peftcore_4bit", "nvfp4") and "stored" not in saved
-    again = peftcore.quantization.load(tmp_path / "ours")
-    found, wanted = again.state_dict(), model.state_dict()
-    assert found.keys() == wanted.keys() and all(torch.equal(found[name], t) for name, t in wanted.items())
-    assert ("model.layers.0.mlp.up_proj.weight.nested_quant_map" in found) == (tool == "compressed-tensors")
-    assert torch.equal(logits(again), logits(model))
+    reloaded = peftcore.quantization.load(tmp_path / "ours")
+    actual, expected = reloaded.state_dict(), model.state_dict()
+    assert actual.keys() == expected.keys() and all(torch.equal(actual[name], t) for name, t in expected.items())
+    assert ("model.layers.0.mlp.up_proj.weight.nested_quant_map" in actual) == (tool == "compressed-tensors")
+    assert torch.equal(logits(reloaded), logits(model))
 
 
 def test_modelopts_file_next_to_the_config_is_enough(tmp_path: Path) -> None:
@@ -101,17 +101,17 @@ def test_modelopts_file_next_to_the_config_is_enough(tmp_path: Path) -> None:
         model = peftcore.quantization.load(tmp_path)
     for path, layer in quantized_layers(model):
         assert torch.equal(layer.dequantized(torch.float32), dense[f"{path}.weight"])
-    found = peftcore.estimate(tmp_path, "lora", r=2, batch_size=2, length=8, dtype=torch.float32)
-    assert found.summary.packed_parameters == sum(weight.numel() for weight in dense.values())
+    estimate = peftcore.estimate(tmp_path, "lora", r=2, batch_size=2, length=8, dtype=torch.float32)
+    assert estimate.summary.packed_parameters == sum(weight.numel() for weight in dense.values())
 
 
 @TOOLS
 def test_the_estimate_knows_the_checkpoint(tool: str, tmp_path: Path) -> None:
-    written(tmp_path, tool)
+    write_case(tmp_path, tool)
     packed = [layer for _, layer in quantized_layers(peftcore.quantization.load(tmp_path))]
-    found = peftcore.estimate(tmp_path, "lora", r=2, batch_size=2, length=8, dtype=torch.float32).summary
-    assert found.packed_parameters == sum(layer.in_features * layer.out_features for layer in packed)
-    assert found.packed_bytes == sum(t.nbytes for one in packed for t in (one.weight, *one.buffers()))
+    summary = peftcore.estimate(tmp_path, "lora", r=2, batch_size=2, length=8, dtype=torch.float32).summary
+    assert summary.packed_parameters == sum(layer.in_features * layer.out_features for layer in packed)
+    assert summary.packed_bytes == sum(t.nbytes for one in packed for t in (one.weight, *one.buffers()))
 
 
 @pytest.mark.parametrize("one_scale", [True, False])
@@ -127,19 +127,19 @@ def test_experts_stored_one_by_one_become_one_parameter(
     prefix = path.replace("mlp", "block_sparse_moe") if family == "mixtral" else path
     gate, up, down = (torch.stack([dense[f"{prefix}.{i}.{name}.weight"] for i in range(4)]) for name in names)
     is_exact = tool == "modelopt" or one_scale  # else quotients by different scales are products with reciprocals
-    for name, wanted in (("gate_up_proj", torch.cat((gate, up), 1)), ("down_proj", down)):
-        found = experts.dequantized_parameter(name, torch.float32)
+    for name, expected in (("gate_up_proj", torch.cat((gate, up), 1)), ("down_proj", down)):
+        actual = experts.dequantized_parameter(name, torch.float32)
         assert experts.packings[name].quant_type == "nvfp4"
-        torch.testing.assert_close(found, wanted, rtol=0 if is_exact else 2.0**-22, atol=0)
+        torch.testing.assert_close(actual, expected, rtol=0 if is_exact else 2.0**-22, atol=0)
     reference = peftcore.dequantize(peftcore.quantization.load(tmp_path))
     torch.testing.assert_close(logits(model), logits(reference), rtol=1e-4, atol=1e-4)
     model.save_pretrained(tmp_path / "ours")
-    again = peftcore.quantization.load(tmp_path / "ours")
-    assert torch.equal(logits(again), logits(model))
-    stored = sum(t.nbytes for _, layer in quantized_layers(model) for t in (layer.weight, *layer.buffers()))
-    stored += sum(experts.get_parameter(name).nbytes for name in experts.packings)
-    stored += sum(t.nbytes for t in experts.buffers())
-    assert peftcore.estimate(tmp_path, "lora", r=2, length=8, dtype=torch.float32).summary.packed_bytes == stored
+    reloaded = peftcore.quantization.load(tmp_path / "ours")
+    assert torch.equal(logits(reloaded), logits(model))
+    byte_count = sum(t.nbytes for _, layer in quantized_layers(model) for t in (layer.weight, *layer.buffers()))
+    byte_count += sum(experts.get_parameter(name).nbytes for name in experts.packings)
+    byte_count += sum(t.nbytes for t in experts.buffers())
+    assert peftcore.estimate(tmp_path, "lora", r=2, length=8, dtype=torch.float32).summary.packed_bytes == byte_count
 
 
 UP = "model.layers.0.mlp.up_proj."
@@ -190,7 +190,7 @@ CHANGES: list[tuple[str, Callable[[dict[str, Tensor]], Any], str]] = [
 
 @pytest.mark.parametrize(("tool", "change", "message"), CHANGES)
 def test_folders_that_are_refused(tool: str, change: Any, message: str, tmp_path: Path) -> None:
-    written(tmp_path, tool)
+    write_case(tmp_path, tool)
     state = load_file(tmp_path / "model.safetensors")
     change(state)
     save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
@@ -227,8 +227,8 @@ def test_inputs_in_four_bits_are_reported() -> None:
 
 @TOOLS
 def test_a_weight_is_read(tool: str) -> None:
-    layout, found = find_layout(config(tool), "folder"), values(24, 48, tool)
+    layout, weight_values = find_layout(config(tool), "folder"), values(24, 48, tool)
     assert layout is not None
-    parts = {"weight_packed" if part == "weight" else part: t for part, t in tensors(found, tool).items()}
+    parts = {"weight_packed" if part == "weight" else part: t for part, t in tensors(weight_values, tool).items()}
     weight = layout.pack(layout.read(parts, "layer"), torch.bfloat16, "layer")
-    assert weight.dtype is torch.bfloat16 and torch.equal(weight.values(torch.float32), found.dense(tool))
+    assert weight.dtype is torch.bfloat16 and torch.equal(weight.values(torch.float32), weight_values.dense(tool))

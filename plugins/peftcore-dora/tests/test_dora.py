@@ -44,9 +44,9 @@ def test_the_formula(dtype: torch.dtype, bias: bool) -> None:
     tolerance = {torch.bfloat16: 2e-2, torch.float16: 3e-3, torch.float32: 1e-5, torch.float64: 1e-12}[dtype]
     torch.testing.assert_close(model(X.to(dtype)), base(X.to(dtype)), rtol=tolerance, atol=tolerance)
     ((_, dora),) = moved(model)
-    wanted = X.to(dtype).double() @ product(base[0].weight, dora).T
-    wanted = wanted if base[0].bias is None else wanted + base[0].bias.double()
-    torch.testing.assert_close(model(X.to(dtype)).double(), wanted, rtol=tolerance, atol=tolerance)
+    expected = X.to(dtype).double() @ product(base[0].weight, dora).T
+    expected = expected if base[0].bias is None else expected + base[0].bias.double()
+    torch.testing.assert_close(model(X.to(dtype)).double(), expected, rtol=tolerance, atol=tolerance)
 
 
 def test_gradients_take_the_norms_for_constants() -> None:
@@ -54,13 +54,13 @@ def test_gradients_take_the_norms_for_constants() -> None:
     ((_, dora),) = moved(model)
     x = X.double().requires_grad_()
     model(x).square().sum().backward()
-    own = x, dora.lora.lora_A, dora.lora.lora_B, dora.lora_magnitude_vector
-    inputs, a, b, m = (t.detach().clone().requires_grad_() for t in own)
+    arguments = x, dora.lora.lora_A, dora.lora.lora_B, dora.lora_magnitude_vector
+    inputs, a, b, m = (t.detach().clone().requires_grad_() for t in arguments)
     change = model[0].weight.detach() + dora.lora.scale * b @ a
     y = inputs @ (change * (m / change.detach().norm(dim=1))[:, None]).T + model[0].bias.detach()
     y.square().sum().backward()
-    for found, wanted in zip(own, (inputs, a, b, m), strict=True):
-        torch.testing.assert_close(found.grad, wanted.grad, rtol=1e-9, atol=1e-9)
+    for actual, expected in zip(arguments, (inputs, a, b, m), strict=True):
+        torch.testing.assert_close(actual.grad, expected.grad, rtol=1e-9, atol=1e-9)
 
 
 def test_dropout_is_of_what_a_reads() -> None:
@@ -68,14 +68,14 @@ def test_dropout_is_of_what_a_reads() -> None:
     model = peftcore.apply(layer(), "dora", target_modules=["0"], r=4, lora_dropout=0.5)
     ((_, dora),) = moved(model.train())
     torch.manual_seed(3)
-    found = model(X)
+    actual = model(X)
     torch.manual_seed(3)
     seed = torch.randint(2**63 - 1, ())
     x = X * ops.keep_mask(5, 16, 0.5, seed) * 2
     weight, bias = model[0].weight, model[0].bias
     u = X @ weight.T + dora.lora.scale * x @ dora.lora.lora_A.T @ dora.lora.lora_B.T
     n = (weight + dora.lora.delta()).norm(dim=1)
-    torch.testing.assert_close(found, u * (dora.lora_magnitude_vector / n) + bias)
+    torch.testing.assert_close(actual, u * (dora.lora_magnitude_vector / n) + bias)
 
 
 @pytest.mark.parametrize("order", [["other", "dora"], ["dora", "other"]])
@@ -143,9 +143,9 @@ def test_files_name_their_method(tmp_path: Path) -> None:
         model = peftcore.apply(tiny.llama(), method, r=2)
         disturb(model, "default", 1)
         peftcore.save(model, tmp_path / method)
-        again = peftcore.load(tiny.llama(), tmp_path / method)
-        assert peftcore.engine.applied(again, "default").method == method
-        assert torch.equal(tiny.logits(again), tiny.logits(model))
+        reloaded = peftcore.load(tiny.llama(), tmp_path / method)
+        assert peftcore.engine.applied(reloaded, "default").method == method
+        assert torch.equal(tiny.logits(reloaded), tiny.logits(model))
     fields = json.loads((tmp_path / "dora/adapter_config.json").read_text())
     assert fields["peft_type"] == "LORA" and fields["use_dora"] is True
 

@@ -87,59 +87,59 @@ def of_peft(model: nn.Module, fields: dict[str, Any], seed: int = 2) -> nn.Modul
 
 def test_peft_reads_ours(case: Any, tmp_path: Path) -> None:
     make, fields = case
-    ours, base = make(), outputs(make())
-    peftcore.apply(ours, "dora", **fields)
+    model, base = make(), outputs(make())
+    peftcore.apply(model, "dora", **fields)
     if fields.get("init_lora_weights", True):
-        torch.testing.assert_close(outputs(ours), base, rtol=0, atol=1e-6)
-    disturb(ours, "default", seed=1)
-    assert (outputs(ours) - base).abs().max() > 1e-3
-    peftcore.save(ours, tmp_path)
+        torch.testing.assert_close(outputs(model), base, rtol=0, atol=1e-6)
+    disturb(model, "default", seed=1)
+    assert (outputs(model) - base).abs().max() > 1e-3
+    peftcore.save(model, tmp_path)
     assert json.loads((tmp_path / "adapter_config.json").read_text())["use_dora"] is True
-    theirs = quiet(peft.PeftModel.from_pretrained, make(), tmp_path).eval()
-    torch.testing.assert_close(outputs(theirs), outputs(ours), rtol=0, atol=1e-5)
+    peft_model = quiet(peft.PeftModel.from_pretrained, make(), tmp_path).eval()
+    torch.testing.assert_close(outputs(peft_model), outputs(model), rtol=0, atol=1e-5)
 
 
 def test_ours_reads_peft(case: Any, tmp_path: Path) -> None:
     make, fields = case
-    theirs = of_peft(make(), fields)
-    quiet(theirs.save_pretrained, tmp_path / "theirs")
-    ours = peftcore.load(make(), tmp_path / "theirs")
-    assert peftcore.engine.applied(ours, "default").method == "dora"
-    wanted = outputs(theirs)
-    torch.testing.assert_close(outputs(ours), wanted, rtol=0, atol=1e-5)
-    peftcore.save(ours, tmp_path / "ours")
+    peft_model = of_peft(make(), fields)
+    quiet(peft_model.save_pretrained, tmp_path / "theirs")
+    model = peftcore.load(make(), tmp_path / "theirs")
+    assert peftcore.engine.applied(model, "default").method == "dora"
+    expected = outputs(peft_model)
+    torch.testing.assert_close(outputs(model), expected, rtol=0, atol=1e-5)
+    peftcore.save(model, tmp_path / "ours")
     files = [safetensors.torch.load_file(tmp_path / who / "adapter_model.safetensors") for who in ("theirs", "ours")]
     assert {n: t.shape for n, t in files[0].items() if "base_layer.weight" not in n} == {
         n: t.shape for n, t in files[1].items()
     }
-    peftcore.merge(ours, untie=True, undo=True)
-    torch.testing.assert_close(outputs(ours), wanted, rtol=0, atol=1e-5)
+    peftcore.merge(model, untie=True, undo=True)
+    torch.testing.assert_close(outputs(model), expected, rtol=0, atol=1e-5)
 
 
 def losses(model: nn.Module, steps: int = 8) -> Tensor:
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    found = []
+    actual = []
     for step in range(steps):
         tokens = torch.randint(3, 90, (2, 12), generator=torch.Generator().manual_seed(step % 2))
         loss = model(input_ids=tokens, labels=tokens).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        found.append(loss.item())
-    return torch.tensor(found)
+        actual.append(loss.item())
+    return torch.tensor(actual)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "embedding"])
 def test_training_goes_the_way_of_peft(kind: str, tmp_path: Path) -> None:
     make, fields = CASES["Conv1D" if kind == "gpt2" else kind]
     fields = {"r": 4, "lora_alpha": 12, **fields}
-    theirs = of_peft(make(), fields)
-    quiet(theirs.save_pretrained, tmp_path)
-    ours = peftcore.load(make(), tmp_path, trainable=True)
-    wanted, found = losses(theirs), losses(ours)
-    assert wanted[-1] < wanted[0]
-    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=0)
-    moved = dict(adapter_parameters(ours, "default"))
+    peft_model = of_peft(make(), fields)
+    quiet(peft_model.save_pretrained, tmp_path)
+    model = peftcore.load(make(), tmp_path, trainable=True)
+    expected, actual = losses(peft_model), losses(model)
+    assert expected[-1] < expected[0]
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=0)
+    moved = dict(adapter_parameters(model, "default"))
     start = dict(adapter_parameters(peftcore.load(make(), tmp_path, trainable=True), "default"))
     assert all((moved[name] - start[name]).abs().max() > 1e-3 for name in start)
 
@@ -153,6 +153,6 @@ def test_an_embedding_with_a_scale(tmp_path: Path) -> None:
         heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": 1}
         return Gemma2ForCausalLM(Gemma2Config(**sizes, **heads)).eval()
 
-    theirs = of_peft(gemma(), {"r": 4, "target_modules": ["embed_tokens"]})
-    quiet(theirs.save_pretrained, tmp_path)
-    torch.testing.assert_close(outputs(peftcore.load(gemma(), tmp_path)), outputs(theirs), rtol=0, atol=1e-5)
+    peft_model = of_peft(gemma(), {"r": 4, "target_modules": ["embed_tokens"]})
+    quiet(peft_model.save_pretrained, tmp_path)
+    torch.testing.assert_close(outputs(peftcore.load(gemma(), tmp_path)), outputs(peft_model), rtol=0, atol=1e-5)

@@ -59,62 +59,62 @@ def quiet(call, *args: Any, **kwargs: Any) -> Any:
 
 
 def test_peft_reads_ours(case, tmp_path: Path) -> None:
-    ours, theirs, fields = case
-    peftcore.apply(ours, "lora", **fields)
-    disturb(ours, "default", seed=1)
-    assert (logits(ours) - logits(theirs)).abs().max() > 1e-3
-    peftcore.save(ours, tmp_path)
-    theirs = quiet(peft.PeftModel.from_pretrained, theirs, tmp_path).eval()
-    torch.testing.assert_close(logits(theirs), logits(ours), rtol=0, atol=1e-5)
+    peftcore_model, peft_model, fields = case
+    peftcore.apply(peftcore_model, "lora", **fields)
+    disturb(peftcore_model, "default", seed=1)
+    assert (logits(peftcore_model) - logits(peft_model)).abs().max() > 1e-3
+    peftcore.save(peftcore_model, tmp_path)
+    peft_model = quiet(peft.PeftModel.from_pretrained, peft_model, tmp_path).eval()
+    torch.testing.assert_close(logits(peft_model), logits(peftcore_model), rtol=0, atol=1e-5)
 
 
 def test_ours_reads_peft(case, tmp_path: Path) -> None:
-    ours, theirs, fields = case
-    task = peftcore.model.detect(ours).task_type
+    peftcore_model, peft_model, fields = case
+    task = peftcore.model.detect(peftcore_model).task_type
     fields = {"target_modules": "all-linear", **fields}
-    theirs = quiet(peft.get_peft_model, theirs, peft.LoraConfig(task_type=task, **fields)).eval()
+    peft_model = quiet(peft.get_peft_model, peft_model, peft.LoraConfig(task_type=task, **fields)).eval()
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
-        for parameter in theirs.parameters():
+        for parameter in peft_model.parameters():
             if parameter.requires_grad:
                 parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
-    base = logits(ours)
-    quiet(theirs.save_pretrained, tmp_path)
-    peftcore.load(ours, tmp_path)
-    assert (logits(ours) - base).abs().max() > 1e-3
-    torch.testing.assert_close(logits(ours), logits(theirs), rtol=0, atol=1e-5)
+    base = logits(peftcore_model)
+    quiet(peft_model.save_pretrained, tmp_path)
+    peftcore.load(peftcore_model, tmp_path)
+    assert (logits(peftcore_model) - base).abs().max() > 1e-3
+    torch.testing.assert_close(logits(peftcore_model), logits(peft_model), rtol=0, atol=1e-5)
 
 
 def test_the_same_start_trains_to_the_same_place(tmp_path: Path) -> None:
     """From one file, three AdamW steps here and in PEFT end at the same factors."""
     peftcore.save(peftcore.apply(tiny.llama(), "lora", r=4, lora_alpha=16), tmp_path)
-    ours = peftcore.load(tiny.llama(), tmp_path, trainable=True)
-    theirs = quiet(peft.PeftModel.from_pretrained, tiny.llama(), tmp_path, is_trainable=True)
-    for model in (ours, theirs):
+    peftcore_model = peftcore.load(tiny.llama(), tmp_path, trainable=True)
+    peft_model = quiet(peft.PeftModel.from_pretrained, tiny.llama(), tmp_path, is_trainable=True)
+    for model in (peftcore_model, peft_model):
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
         for _ in range(3):
             optimizer.zero_grad()
             model(input_ids=tiny.TOKENS, labels=tiny.TOKENS).loss.backward()
             optimizer.step()
-    wanted = {
+    expected = {
         name.removeprefix("base_model.model.").replace(".default.weight", ""): p
-        for name, p in theirs.named_parameters()
+        for name, p in peft_model.named_parameters()
         if p.requires_grad
     }
-    found = {name: p for name, p in adapter_parameters(ours, "default")}
-    assert found.keys() == wanted.keys()
-    for name, parameter in found.items():
-        torch.testing.assert_close(parameter, wanted[name], rtol=1e-4, atol=1e-6)
+    actual = {name: p for name, p in adapter_parameters(peftcore_model, "default")}
+    assert actual.keys() == expected.keys()
+    for name, parameter in actual.items():
+        torch.testing.assert_close(parameter, expected[name], rtol=1e-4, atol=1e-6)
 
 
 def test_bf16_base_is_as_close_to_fp32_as_peft_is(tmp_path: Path) -> None:
     reference = peftcore.apply(tiny.llama().double(), "lora", r=4, lora_alpha=16)
     disturb(reference, "default", seed=1)
     peftcore.save(reference, tmp_path, dtype=torch.float32)
-    ours = peftcore.load(tiny.llama().bfloat16(), tmp_path)
-    theirs = quiet(peft.PeftModel.from_pretrained, tiny.llama().bfloat16(), tmp_path)
-    wanted = logits(reference)
-    errors = [(logits(model).double() - wanted).square().mean().sqrt() for model in (ours, theirs)]
+    peftcore_model = peftcore.load(tiny.llama().bfloat16(), tmp_path)
+    peft_model = quiet(peft.PeftModel.from_pretrained, tiny.llama().bfloat16(), tmp_path)
+    expected = logits(reference)
+    errors = [(logits(model).double() - expected).square().mean().sqrt() for model in (peftcore_model, peft_model)]
     assert errors[0] <= 1.25 * errors[1]
 
 
@@ -142,43 +142,45 @@ def tied_llama() -> nn.Module:
 TIED = {"llama": (tied_llama, "embed_tokens", ["q_proj"]), "gpt2": (tiny.gpt2, "wte", ["c_attn"])}
 
 
-@pytest.fixture(params=[(kind, saved) for kind in TIED for saved in ("embedding", "head", "both")], ids=str)
+@pytest.fixture(
+    params=[(kind, modules_to_save) for kind in TIED for modules_to_save in ("embedding", "head", "both")], ids=str
+)
 def tied(request) -> tuple[Any, dict[str, Any]]:
     """(makes a model with tied embeddings, fields of the config)."""
-    kind, saved = request.param
+    kind, modules_to_save = request.param
     make, embedding, targets = TIED[kind]
-    saved = {"embedding": [embedding], "head": ["lm_head"], "both": [embedding, "lm_head"]}[saved]
-    return make, {"r": 4, "target_modules": targets, "modules_to_save": saved}
+    modules_to_save = {"embedding": [embedding], "head": ["lm_head"], "both": [embedding, "lm_head"]}[modules_to_save]
+    return make, {"r": 4, "target_modules": targets, "modules_to_save": modules_to_save}
 
 
 @pytest.mark.parametrize("together", [True, False], ids=["together", "apart"])
 def test_tied_embeddings_of_ours(tied, together: bool, tmp_path: Path) -> None:
     make, fields = tied
-    ours = peftcore.apply(make(), "lora", ensure_weight_tying=together, **fields)
-    disturb(ours, "default", seed=1)
-    is_tied = ours.lm_head.weight is ours.get_input_embeddings().weight
+    peftcore_model = peftcore.apply(make(), "lora", ensure_weight_tying=together, **fields)
+    disturb(peftcore_model, "default", seed=1)
+    is_tied = peftcore_model.lm_head.weight is peftcore_model.get_input_embeddings().weight
     assert is_tied == together
-    peftcore.save(ours, tmp_path)
-    again = peftcore.load(make(), tmp_path)
-    assert (again.lm_head.weight is again.get_input_embeddings().weight) == together
-    assert torch.equal(logits(again), logits(ours))
-    theirs = quiet(peft.PeftModel.from_pretrained, make(), tmp_path).eval()
-    torch.testing.assert_close(logits(theirs), logits(ours), rtol=0, atol=1e-5)
+    peftcore.save(peftcore_model, tmp_path)
+    reloaded = peftcore.load(make(), tmp_path)
+    assert (reloaded.lm_head.weight is reloaded.get_input_embeddings().weight) == together
+    assert torch.equal(logits(reloaded), logits(peftcore_model))
+    peft_model = quiet(peft.PeftModel.from_pretrained, make(), tmp_path).eval()
+    torch.testing.assert_close(logits(peft_model), logits(peftcore_model), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("together", [True, False], ids=["together", "apart"])
 def test_tied_embeddings_of_peft(tied, together: bool, tmp_path: Path) -> None:
     make, fields = tied
     config = peft.LoraConfig(task_type="CAUSAL_LM", ensure_weight_tying=together, **fields)
-    theirs = quiet(peft.get_peft_model, make(), config).eval()
+    peft_model = quiet(peft.get_peft_model, make(), config).eval()
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
-        for parameter in theirs.parameters():
+        for parameter in peft_model.parameters():
             if parameter.requires_grad:
                 parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
-    quiet(theirs.save_pretrained, tmp_path)
-    ours = peftcore.load(make(), tmp_path)
-    torch.testing.assert_close(logits(ours), logits(theirs), rtol=0, atol=1e-5)
+    quiet(peft_model.save_pretrained, tmp_path)
+    peftcore_model = peftcore.load(make(), tmp_path)
+    torch.testing.assert_close(logits(peftcore_model), logits(peft_model), rtol=0, atol=1e-5)
 
 
 def test_tied_weights_that_differ_are_refused(tmp_path: Path) -> None:
@@ -205,13 +207,13 @@ def test_merging_what_was_trained_apart_unties() -> None:
     fields = {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"], "ensure_weight_tying": False}
     model = peftcore.apply(tied_llama(), "lora", **fields)
     disturb(model, "default", seed=1)
-    wanted = logits(model)
+    expected = logits(model)
     with pytest.raises(peftcore.PeftcoreError, match=r"'model.embed_tokens' is tied to 'lm_head.weight'.*untie=True"):
         peftcore.merge(model, undo=True)
     with pytest.warns(UserWarning, match="merge untied 'model.embed_tokens'"):
         peftcore.merge(model, untie=True, undo=True)
     assert model.config.tie_word_embeddings is False
-    torch.testing.assert_close(logits(model), wanted, rtol=0, atol=1e-5)
+    torch.testing.assert_close(logits(model), expected, rtol=0, atol=1e-5)
 
 
 def resnet() -> nn.Module:
@@ -231,19 +233,19 @@ def scores(model: nn.Module) -> Tensor:
 def test_statistics_of_batchnorms(saved: list[str], tmp_path: Path) -> None:
     """They move in training. Ours are in the file for both; PEFT's, where modules_to_save names the layers."""
     fields = {"r": 2, "target_modules": ["convolution"], "modules_to_save": saved}
-    ours = peftcore.apply(resnet(), "lora", **fields)
+    peftcore_model = peftcore.apply(resnet(), "lora", **fields)
     with torch.no_grad():
-        scores(ours.train())
-        peftcore.save(ours.eval(), tmp_path / "ours")
-        theirs = quiet(peft.PeftModel.from_pretrained, resnet(), tmp_path / "ours").eval()
-        assert torch.equal(scores(theirs), scores(ours))
-        assert (scores(ours) - scores(resnet())).abs().max() > 1e-3
-        theirs = quiet(peft.get_peft_model, resnet(), peft.LoraConfig(**fields, init_lora_weights=False))
-        scores(theirs.train())
-        quiet(theirs.save_pretrained, tmp_path / "theirs")
-        again = quiet(peft.PeftModel.from_pretrained, resnet(), tmp_path / "theirs").eval()
-        wanted, found = scores(again), scores(peftcore.load(resnet(), tmp_path / "theirs"))
-        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-6)
+        scores(peftcore_model.train())
+        peftcore.save(peftcore_model.eval(), tmp_path / "ours")
+        peft_model = quiet(peft.PeftModel.from_pretrained, resnet(), tmp_path / "ours").eval()
+        assert torch.equal(scores(peft_model), scores(peftcore_model))
+        assert (scores(peftcore_model) - scores(resnet())).abs().max() > 1e-3
+        peft_model = quiet(peft.get_peft_model, resnet(), peft.LoraConfig(**fields, init_lora_weights=False))
+        scores(peft_model.train())
+        quiet(peft_model.save_pretrained, tmp_path / "theirs")
+        reloaded = quiet(peft.PeftModel.from_pretrained, resnet(), tmp_path / "theirs").eval()
+        expected, actual = scores(reloaded), scores(peftcore.load(resnet(), tmp_path / "theirs"))
+        torch.testing.assert_close(actual, expected, rtol=0, atol=1e-6)
 
 
 def deepseek() -> nn.Module:
@@ -272,5 +274,5 @@ def test_modules_that_peft_takes_for_experts_are_reported(tmp_path: Path) -> Non
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         peftcore.save(model, tmp_path / "others")
-    theirs = quiet(peft.PeftModel.from_pretrained, deepseek(), tmp_path / "others").eval()
-    torch.testing.assert_close(logits(theirs), logits(model), rtol=0, atol=1e-5)
+    peft_model = quiet(peft.PeftModel.from_pretrained, deepseek(), tmp_path / "others").eval()
+    torch.testing.assert_close(logits(peft_model), logits(model), rtol=0, atol=1e-5)

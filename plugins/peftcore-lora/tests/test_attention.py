@@ -66,7 +66,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-def made(kind: str) -> nn.Module:
+def make_encoder(kind: str) -> nn.Module:
     torch.manual_seed(0)
     model = MODELS[kind]().eval()
     with torch.no_grad():
@@ -77,8 +77,8 @@ def made(kind: str) -> nn.Module:
 
 def outputs(model: nn.Module, *args: Any, **kwargs: Any) -> list[Tensor]:
     """With gradients, since PEFT's adapters do not act on the fused path of an encoder."""
-    found = model(*args or (X,), **kwargs)
-    return [each.detach() for each in (found if isinstance(found, tuple) else (found,))]
+    result = model(*args or (X,), **kwargs)
+    return [tensor.detach() for tensor in (result if isinstance(result, tuple) else (result,))]
 
 
 def quiet(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -87,40 +87,42 @@ def quiet(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         return call(*args, **kwargs)
 
 
-def close(found: list[Tensor], wanted: list[Tensor]) -> None:
-    for one, other in zip(found, wanted, strict=True):
+def close(actual: list[Tensor], expected: list[Tensor]) -> None:
+    for one, other in zip(actual, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-5 * max(1.0, other.abs().max().item()))
 
 
 @pytest.mark.parametrize("kind", list(MODELS))
 def test_peft_reads_ours(kind: str, tmp_path: Path) -> None:
-    model = peftcore.apply(made(kind), "lora", r=4, lora_alpha=12, rank_pattern={"layers.1.self_attn": 2})
+    model = peftcore.apply(make_encoder(kind), "lora", r=4, lora_alpha=12, rank_pattern={"layers.1.self_attn": 2})
     base = outputs(model)
     disturb(model, "default", seed=1)
-    wanted = outputs(model.train())
-    assert all((one - other).abs().max() > 1e-3 for one, other in zip(wanted, base, strict=True))
+    expected = outputs(model.train())
+    assert all((one - other).abs().max() > 1e-3 for one, other in zip(expected, base, strict=True))
     peftcore.save(model, tmp_path)
     written = json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"]
     assert "out_proj" not in written and {"self_attn", "linear1"} & set(written)
-    close(outputs(quiet(peft.PeftModel.from_pretrained, made(kind), tmp_path).train()), wanted)
+    close(outputs(quiet(peft.PeftModel.from_pretrained, make_encoder(kind), tmp_path).train()), expected)
 
 
 @pytest.mark.parametrize("kind", list(MODELS))
 def test_ours_reads_peft(kind: str, tmp_path: Path) -> None:
-    targets = [name for name, _ in made(kind).named_modules() if name.endswith(("attn", "cross", "linear2", "head"))]
+    targets = [
+        name for name, _ in make_encoder(kind).named_modules() if name.endswith(("attn", "cross", "linear2", "head"))
+    ]
     config = peft.LoraConfig(r=4, lora_alpha=12, lora_dropout=0.0, target_modules=targets)
-    theirs = quiet(peft.get_peft_model, made(kind), config)
+    peft_model = quiet(peft.get_peft_model, make_encoder(kind), config)
     with torch.no_grad():
-        for name, parameter in theirs.named_parameters():
+        for name, parameter in peft_model.named_parameters():
             if "lora_" in name:
                 parameter.add_(0.2 * torch.randn(parameter.shape))
-    quiet(theirs.save_pretrained, tmp_path)
-    close(outputs(peftcore.load(made(kind), tmp_path).train()), outputs(theirs.train()))
+    quiet(peft_model.save_pretrained, tmp_path)
+    close(outputs(peftcore.load(make_encoder(kind), tmp_path).train()), outputs(peft_model.train()))
 
 
 @pytest.mark.parametrize("kind", list(MODELS))
 def test_merged_unmerged_removed(kind: str) -> None:
-    model, base = made(kind), made(kind)
+    model, base = make_encoder(kind), make_encoder(kind)
     peftcore.apply(model, "lora", r=4)
     disturb(model, "default", seed=1)
     peftcore.apply(model, "lora", r=2, adapter="second", target_modules=["self_attn"])
@@ -140,9 +142,9 @@ def test_merged_unmerged_removed(kind: str) -> None:
 
 
 def test_gradients_are_those_of_a_changed_weight() -> None:
-    model = peftcore.apply(made("batch first"), "lora", r=4, target_modules=["self_attn"])
+    model = peftcore.apply(make_encoder("batch first"), "lora", r=4, target_modules=["self_attn"])
     disturb(model, "default", seed=1)
-    adapter, attention = model.self_attn.peftcore["default"], made("batch first")
+    adapter, attention = model.self_attn.peftcore["default"], make_encoder("batch first")
     model.train()(X)[0].square().sum().backward()
     whole = nn.Parameter(torch.cat([attention.self_attn.in_proj_weight, attention.self_attn.out_proj.weight]).detach())
     with torch.no_grad():
@@ -168,22 +170,22 @@ FUSED = {
 def test_evaluation_computes_what_was_trained(targets: Any, norm_first: bool) -> None:
     """PyTorch's fused paths would read the weights and pass by the adapters."""
     kind = "encoder, norm first" if norm_first else "encoder"
-    base, model = made(kind), peftcore.apply(made(kind), "lora", target_modules=targets)
+    base, model = make_encoder(kind), peftcore.apply(make_encoder(kind), "lora", target_modules=targets)
     disturb(model, "default", seed=1)
     for masked in ({}, {"src_key_padding_mask": PADDING}):
         kept = ~PADDING if masked else torch.ones_like(PADDING)
-        wanted = model.train()(X, **masked)[kept].detach()
+        expected = model.train()(X, **masked)[kept].detach()
         model.eval()
-        assert (base(X, **masked)[kept] - wanted).abs().max() > 1e-3
+        assert (base(X, **masked)[kept] - expected).abs().max() > 1e-3
         for twin in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
             for context in (torch.no_grad, torch.inference_mode):
                 with context():
-                    torch.testing.assert_close(twin(X, **masked)[kept], wanted, rtol=0, atol=1e-5)
+                    torch.testing.assert_close(twin(X, **masked)[kept], expected, rtol=0, atol=1e-5)
         with torch.no_grad(), peftcore.disabled(model):
             torch.testing.assert_close(model(X, **masked)[kept], base(X, **masked)[kept], rtol=0, atol=1e-5)
     nested = torch.nested.nested_tensor([X[0, :3], X[1], X[2, :4]])
     with torch.no_grad():
-        torch.testing.assert_close(model(nested).to_padded_tensor(0.0)[~PADDING], wanted, rtol=0, atol=1e-5)
+        torch.testing.assert_close(model(nested).to_padded_tensor(0.0)[~PADDING], expected, rtol=0, atol=1e-5)
     peftcore.remove(model)
     assert [vars(layer).get("activation_relu_or_gelu") for layer in model.layers] == [1, 1]
     assert type(model.layers[0].activation_relu_or_gelu) is int and type(model.use_nested_tensor) is bool
@@ -192,7 +194,7 @@ def test_evaluation_computes_what_was_trained(targets: Any, norm_first: bool) ->
 
 
 def test_a_compiled_encoder() -> None:
-    model = peftcore.apply(made("encoder"), "lora")
+    model = peftcore.apply(make_encoder("encoder"), "lora")
     disturb(model, "default", seed=1)
     with torch.no_grad():
         compiled = torch.compile(model, backend="aot_eager")
@@ -216,13 +218,13 @@ def test_what_is_refused(model: Callable[[], nn.Module], fields: dict[str, Any],
 def test_an_excluded_projection_excludes_the_attention() -> None:
     for excluded in (["out_proj"], ["self_attn", "cross"]):
         with pytest.warns(UserWarning, match=r"reaches 5.19 % of the weight in layers"):
-            model = peftcore.apply(made("batch first"), "lora", exclude_modules=excluded)
+            model = peftcore.apply(make_encoder("batch first"), "lora", exclude_modules=excluded)
         assert [path for path, _ in peftcore.engine.adapter_modules(model, "default")] == ["head"]
 
 
 @pytest.mark.parametrize("kind", ["batch first", "sequence first", "encoder"])
 def test_each_sample_its_own(kind: str) -> None:
-    model, x = made(kind), torch.randn(3, 3, 16)  # as many tokens as samples
+    model, x = make_encoder(kind), torch.randn(3, 3, 16)  # as many tokens as samples
     samples = 1 if kind == "sequence first" else 0
     peftcore.apply(model, "lora", r=2, target_modules=["self_attn"])
     disturb(model, "default", seed=0)
@@ -230,10 +232,10 @@ def test_each_sample_its_own(kind: str) -> None:
     with peftcore.disabled(model):
         base = first(model(x))
     peftcore.activate(model, names, per_sample=True)
-    found = first(model(x))
+    actual = first(model(x))
     for sample, name in enumerate(names):
-        wanted = adapted if name else base
-        torch.testing.assert_close(found.select(samples, sample), wanted.select(samples, sample))
+        expected = adapted if name else base
+        torch.testing.assert_close(actual.select(samples, sample), expected.select(samples, sample))
 
 
 def first(output: Any) -> Tensor:
@@ -242,7 +244,7 @@ def first(output: Any) -> Tensor:
 
 def test_files_of_a_later_peft_are_refused(tmp_path: Path) -> None:
     """Up to 0.21.2 it adds the change of `out_proj` twice. What comes then is not known."""
-    model = peftcore.apply(made("batch first"), "lora", r=2)
+    model = peftcore.apply(make_encoder("batch first"), "lora", r=2)
     peftcore.save(model, tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     tiny.without_hash(tmp_path)
@@ -252,6 +254,6 @@ def test_files_of_a_later_peft_are_refused(tmp_path: Path) -> None:
         (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "peft_version": version}))
         if refused:
             with pytest.raises(peftcore.CheckpointError, match=r"written by PEFT 0\.22\.0\.dev0.*drop peft_version"):
-                peftcore.load(made("batch first"), tmp_path)
+                peftcore.load(make_encoder("batch first"), tmp_path)
         else:
-            peftcore.load(made("batch first"), tmp_path)
+            peftcore.load(make_encoder("batch first"), tmp_path)

@@ -30,8 +30,10 @@ def numbers(model: nn.Module) -> int:
 
 
 def test_the_blocks_alone_are_trained() -> None:
-    theirs = quiet(peft.get_peft_model, tiny.llama(), peft.LoraConfig(**FIELDS, use_bdlora=peft.BdLoraConfig(**BLOCKS)))
-    assert numbers(adapted()) == numbers(theirs) == 2 * (2 * (4 * 16 + 4 * 32))
+    peft_model = quiet(
+        peft.get_peft_model, tiny.llama(), peft.LoraConfig(**FIELDS, use_bdlora=peft.BdLoraConfig(**BLOCKS))
+    )
+    assert numbers(adapted()) == numbers(peft_model) == 2 * (2 * (4 * 16 + 4 * 32))
 
 
 @pytest.mark.parametrize("start", [True, False, "gaussian"])
@@ -49,17 +51,17 @@ def test_files(more: dict[str, Any], start: Any, tmp_path: Path) -> None:
     if start is not False:  # B alone is then random, which one standard deviation does not tell
         same_start(tiny.llama, tmp_path, adapted(**more), config)
     both_ways(tiny.llama, tmp_path, adapted(**more), config)
-    ours = json.loads((tmp_path / "ours" / "adapter_config.json").read_text())["use_bdlora"]
-    theirs = json.loads((tmp_path / "theirs" / "adapter_config.json").read_text())["use_bdlora"]
-    assert {**theirs, **ours} == theirs
+    peftcore_model = json.loads((tmp_path / "ours" / "adapter_config.json").read_text())["use_bdlora"]
+    peft_model = json.loads((tmp_path / "theirs" / "adapter_config.json").read_text())["use_bdlora"]
+    assert {**peft_model, **peftcore_model} == peft_model
 
 
 def test_peft_s_own_file_stays_in_blocks(tmp_path: Path) -> None:
     config = peft.LoraConfig(task_type="CAUSAL_LM", **FIELDS, use_bdlora=peft.BdLoraConfig(**BLOCKS))
     quiet(quiet(peft.get_peft_model, tiny.llama(), config).save_pretrained, tmp_path / "theirs")
-    ours = peftcore.load(tiny.llama(), tmp_path / "theirs", trainable=True)
-    assert numbers(ours) == numbers(adapted())
-    peftcore.save(ours, tmp_path / "ours")
+    peftcore_model = peftcore.load(tiny.llama(), tmp_path / "theirs", trainable=True)
+    assert numbers(peftcore_model) == numbers(adapted())
+    peftcore.save(peftcore_model, tmp_path / "ours")
     files = [load_file(tmp_path / who / "adapter_model.safetensors") for who in ("theirs", "ours")]
     assert files[0].keys() == files[1].keys() and all(torch.equal(files[1][n], t) for n, t in files[0].items())
 
@@ -78,12 +80,12 @@ def test_training_keeps_what_is_beside_the_blocks_at_zero_and_merges() -> None:
         optimizer.step()
     a, b = model.model.layers[0].self_attn.q_proj.peftcore["default"].pair()
     assert a.shape == (4, 32) and not b[:16, 2:].any() and not b[16:, :2].any() and b[:16, :2].all()
-    wanted = tiny.logits(model)
-    torch.testing.assert_close(tiny.logits(peftcore.merge(model, undo=True)), wanted, rtol=0, atol=1e-5)
+    expected = tiny.logits(model)
+    torch.testing.assert_close(tiny.logits(peftcore.merge(model, undo=True)), expected, rtol=0, atol=1e-5)
     peftcore.unmerge(model)
     peftcore.convert(model, "default", method="lora", r=4, adapter="whole")
     peftcore.activate(model, ["whole"])
-    torch.testing.assert_close(tiny.logits(model), wanted, rtol=0, atol=1e-4)
+    torch.testing.assert_close(tiny.logits(model), expected, rtol=0, atol=1e-4)
 
 
 def test_what_has_no_meaning_is_refused(tmp_path: Path) -> None:

@@ -53,33 +53,35 @@ def test_corda_is_peft_s(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     )
     base = tiny.llama()
     preprocess_corda(base, config, run_model=lambda: [base(**batch) for batch in batches()])
-    theirs = quiet(peft.get_peft_model, base, config)
-    found = products(model)
-    for path, wanted in products_of_peft(theirs, found).items():
-        size = wanted.abs().max().item()
-        torch.testing.assert_close(found[path], wanted, rtol=0, atol=(2e-2 if method == "kpm" else 1e-3) * size)
+    peft_model = quiet(peft.get_peft_model, base, config)
+    peftcore_products = products(model)
+    for path, expected in products_of_peft(peft_model, peftcore_products).items():
+        size = expected.abs().max().item()
+        torch.testing.assert_close(
+            peftcore_products[path], expected, rtol=0, atol=(2e-2 if method == "kpm" else 1e-3) * size
+        )
 
 
 @pytest.mark.parametrize("direction", ["ArB2r", "A2rBr", "ArBr"])
 @pytest.mark.parametrize("scale", ["stable", "weight_svd", "gd_scale", "unit"])
 def test_lora_ga_is_peft_s(direction: str, scale: str) -> None:
     fields: dict[str, Any] = {"r": 4, "lora_alpha": 6, "target_modules": TARGETS, "init_lora_weights": "lora_ga"}
-    own = {"direction": direction, "scale": scale}
+    options = {"direction": direction, "scale": scale}
     data = batches(rows=1, count=1)  # whose gradient has as many singular values as tokens
-    model = peftcore.apply(tiny.llama(), "lora", batches=data, lora_ga_config=own, **fields)
+    model = peftcore.apply(tiny.llama(), "lora", batches=data, lora_ga_config=options, **fields)
     torch.testing.assert_close(logits(model), logits(tiny.llama()), rtol=0, atol=1e-6)
-    config = peft.LoraConfig(task_type="CAUSAL_LM", lora_ga_config=peft.LoraGAConfig(**own), **fields)
+    config = peft.LoraConfig(task_type="CAUSAL_LM", lora_ga_config=peft.LoraGAConfig(**options), **fields)
     base = tiny.llama()
     quiet(preprocess_loraga, base, config, lambda: [base(**batch).loss.backward() for batch in data])
-    theirs = quiet(peft.get_peft_model, base, config)
+    peft_model = quiet(peft.get_peft_model, base, config)
     for path, adapter in adapter_modules(model, "default"):
-        layer = theirs.base_model.model.get_submodule(path)
-        for mine, wanted in (
+        layer = peft_model.base_model.model.get_submodule(path)
+        for actual, expected in (
             (adapter.lora_A, layer.lora_A.default.weight),
             (adapter.lora_B.T, layer.lora_B.default.weight.T),
         ):
-            torch.testing.assert_close(mine.norm(dim=1), wanted.norm(dim=1), rtol=0.1, atol=1e-4)
-            cosine = torch.nn.functional.cosine_similarity(mine[:2], wanted[:2]).abs()
+            torch.testing.assert_close(actual.norm(dim=1), expected.norm(dim=1), rtol=0.1, atol=1e-4)
+            cosine = torch.nn.functional.cosine_similarity(actual[:2], expected[:2]).abs()
             assert cosine.min() > 0.9, (path, cosine)
 
 
@@ -89,8 +91,8 @@ def test_others_read_it(start: str, tmp_path: Path) -> None:
     model = peftcore.apply(tiny.llama(), "lora", batches=batches(rows=2), **fields)
     disturb(model, "default", seed=1)
     peftcore.save(model, tmp_path)
-    theirs = quiet(peft.PeftModel.from_pretrained, tiny.llama(), tmp_path).eval()
-    torch.testing.assert_close(logits(theirs), logits(model), rtol=0, atol=1e-5)
+    peft_model = quiet(peft.PeftModel.from_pretrained, tiny.llama(), tmp_path).eval()
+    torch.testing.assert_close(logits(peft_model), logits(model), rtol=0, atol=1e-5)
     assert torch.equal(logits(peftcore.load(tiny.llama(), tmp_path)), logits(model))
     peftcore.remove(model)
     assert torch.equal(logits(model), logits(tiny.llama()))

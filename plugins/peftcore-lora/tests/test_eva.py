@@ -22,13 +22,13 @@ FIELDS: dict[str, Any] = {"r": 4, "init_lora_weights": "eva", "target_modules": 
 
 def batches(count: int = 6) -> list[dict[str, Tensor]]:
     generator = torch.Generator().manual_seed(0)
-    made = []
+    result = []
     for _ in range(count):
         tokens = torch.randint(3, 96, (4, 16), generator=generator)
         mask = torch.ones_like(tokens)
         mask[0, 12:] = 0
-        made.append({"input_ids": tokens, "attention_mask": mask, "labels": tokens.masked_fill(mask == 0, -100)})
-    return made
+        result.append({"input_ids": tokens, "attention_mask": mask, "labels": tokens.masked_fill(mask == 0, -100)})
+    return result
 
 
 def all_inputs(path: str) -> Tensor:
@@ -53,11 +53,11 @@ def overlap(a: Tensor, b: Tensor) -> float:
 def test_the_components_are_those_of_all_inputs() -> None:
     model = tiny.llama()
     path = "model.layers.1.mlp.down_proj"
-    wanted = torch.linalg.svd(all_inputs(path), full_matrices=False)[2][:4]
+    expected = torch.linalg.svd(all_inputs(path), full_matrices=False)[2][:4]
     peftcore.apply(model, "lora", batches=batches(), **{**FIELDS, "eva_config": {"rho": 1.0, "tau": 1.0}})
     torch.testing.assert_close(logits(model), logits(tiny.llama()), rtol=0, atol=0)
     adapter = model.get_submodule(path).peftcore["default"]
-    assert overlap(adapter.lora_A.detach(), wanted) > 0.98
+    assert overlap(adapter.lora_A.detach(), expected) > 0.98
     assert adapter.lora_B.abs().max() == 0 and adapter.lora_B.requires_grad
 
 
@@ -65,12 +65,12 @@ def test_the_directions_explain_as_much_as_peft_s() -> None:
     fields = {**FIELDS, "eva_config": {"rho": 1.0, "tau": 0.9}}
     model = peftcore.apply(tiny.llama(), "lora", batches=batches() * 3, **fields)
     config = peft.LoraConfig(task_type="CAUSAL_LM", **{**fields, "eva_config": peft.EvaConfig(rho=1.0, tau=0.9)})
-    theirs = quiet(peft.get_peft_model, tiny.llama(), config)
-    quiet(peft.initialize_lora_eva_weights, theirs, batches(), show_progress_bar=False)
-    found = dict(adapter_modules(model, "default"))
-    wanted = {name: p for name, p in theirs.named_parameters() if "lora_A" in name}
-    for path, adapter in found.items():
-        (tensor,) = (p for name, p in wanted.items() if path in name)
+    peft_model = quiet(peft.get_peft_model, tiny.llama(), config)
+    quiet(peft.initialize_lora_eva_weights, peft_model, batches(), show_progress_bar=False)
+    adapters = dict(adapter_modules(model, "default"))
+    peft_factors = {name: p for name, p in peft_model.named_parameters() if "lora_A" in name}
+    for path, adapter in adapters.items():
+        (tensor,) = (p for name, p in peft_factors.items() if path in name)
         assert variance(path, adapter.lora_A) >= variance(path, tensor) - 1e-6
 
 
@@ -84,8 +84,8 @@ def test_ranks_go_where_they_explain_most(tmp_path: Path) -> None:
     peftcore.testing.disturb(model, "default", 1)
     peftcore.save(model, tmp_path)
     assert torch.equal(logits(peftcore.load(tiny.llama(), tmp_path)), logits(model))
-    theirs = quiet(peft.PeftModel.from_pretrained, tiny.llama(), tmp_path).eval()
-    torch.testing.assert_close(logits(theirs), logits(model), rtol=0, atol=1e-5)
+    peft_model = quiet(peft.PeftModel.from_pretrained, tiny.llama(), tmp_path).eval()
+    torch.testing.assert_close(logits(peft_model), logits(model), rtol=0, atol=1e-5)
 
 
 def test_a_layer_of_rank_pattern_is_loaded_with_its_new_rank(tmp_path: Path) -> None:
@@ -100,33 +100,33 @@ def test_a_layer_of_rank_pattern_is_loaded_with_its_new_rank(tmp_path: Path) -> 
 
 
 def test_settled_components_need_no_more_batches() -> None:
-    seen: list[int] = []
+    numbers: list[int] = []
 
-    def counted() -> Any:
+    def count_batches() -> Any:
         for number, batch in enumerate(batches(3) * 50):
-            seen.append(number)
+            numbers.append(number)
             yield batch
 
-    peftcore.apply(tiny.llama(), "lora", batches=counted(), **{**FIELDS, "eva_config": {"tau": 0.9}})
-    assert 1 < len(seen) < 150
+    peftcore.apply(tiny.llama(), "lora", batches=count_batches(), **{**FIELDS, "eva_config": {"tau": 0.9}})
+    assert 1 < len(numbers) < 150
 
 
 @pytest.mark.parametrize("sizes", [[40], [20, 20], [8, 30, 9, 3]])
 def test_batches_of_any_size_give_one_result(sizes: list[int]) -> None:
     torch.manual_seed(0)
     x = (torch.randn(sum(sizes), 3) @ torch.randn(3, 12) + torch.randn(12)).float()  # of rank 3 around its mean
-    followed = Components(3, 1.0)
+    components = Components(3, 1.0)
     for part in x.split(sizes):
-        followed.add(part)
-    kept = x if sizes[-1] >= 3 else x[: -sizes[-1]]
-    _, values, vectors = torch.linalg.svd((kept - kept.mean(0)).double(), full_matrices=False)
-    torch.testing.assert_close(followed.values[:3], values[:3], rtol=1e-4, atol=1e-5)
-    assert overlap(followed.vectors[:3], vectors[:3]) > 0.9999
-    torch.testing.assert_close(followed.explained_variance().sum().item(), 1.0, rtol=1e-5, atol=1e-5)
+        components.add(part)
+    used_rows = x if sizes[-1] >= 3 else x[: -sizes[-1]]
+    _, values, vectors = torch.linalg.svd((used_rows - used_rows.mean(0)).double(), full_matrices=False)
+    torch.testing.assert_close(components.values[:3], values[:3], rtol=1e-4, atol=1e-5)
+    assert overlap(components.vectors[:3], vectors[:3]) > 0.9999
+    torch.testing.assert_close(components.explained_variance().sum().item(), 1.0, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
-    ("changes", "given", "message"),
+    ("changes", "batches_given", "message"),
     [
         ({}, None, r"init_lora_weights='eva' needs data. Pass .* peftcore.apply\(..., batches="),
         ({}, [], "`batches` is empty"),
@@ -135,10 +135,10 @@ def test_batches_of_any_size_give_one_result(sizes: list[int]) -> None:
         ({"r": 40}, batches(1), r"no batch had at least 32 tokens for 'model.layers.0.self_attn.q_proj'|at least"),
     ],
 )
-def test_what_cannot_be_is_refused(changes: dict[str, Any], given: Any, message: str) -> None:
+def test_what_cannot_be_is_refused(changes: dict[str, Any], batches_given: Any, message: str) -> None:
     model = tiny.llama()
     if "r" in changes:
-        given = [{name: value[:1] for name, value in batch.items()} for batch in given]
+        batches_given = [{name: value[:1] for name, value in batch.items()} for batch in batches_given]
     with pytest.raises(peftcore.PeftcoreError, match=message):
-        peftcore.apply(model, "lora", batches=given, **{**FIELDS, **changes})
+        peftcore.apply(model, "lora", batches=batches_given, **{**FIELDS, **changes})
     assert torch.equal(logits(model), logits(tiny.llama()))

@@ -58,8 +58,8 @@ def test_family(family: str, quantized: bool, tmp_path: Path) -> None:
     peftcore.apply(model, "lora", r=4)
     modules, per_token, share = MIXTURES[family]
     way = "on dense copies of all, without dropout: Llama4TextExperts" if family == "llama4_text" else "fused"
-    for found in (str(plan), str(peftcore.summary(model))):
-        sentence = next(line for line in found.splitlines() if line.startswith("experts: "))
+    for text in (str(plan), str(peftcore.summary(model))):
+        sentence = next(line for line in text.splitlines() if line.startswith("experts: "))
         assert sentence.startswith(
             f"experts: {modules} modules of 4, {share} % of the parameters; 100 % with an adapter, "
         )
@@ -107,29 +107,31 @@ OTHERS = {
 @pytest.mark.parametrize("family", nightly_but(FAMILIES, LAYOUTS))
 def test_against_peft(family: str, tmp_path: Path) -> None:
     out = [f"{block}.{name}" for block in OTHERS.get(family, ()) for name in ("gate_proj", "up_proj", "down_proj")]
-    ours = peftcore.apply(mixture(family), "lora", r=4, lora_dropout=0.1, exclude_modules=out or None)
-    disturb(ours, "default", seed=1)
-    peftcore.save(ours, tmp_path / "ours")
-    again = peftcore.load(mixture(family), tmp_path / "ours")
-    assert torch.equal(logits(again), logits(ours)) and config_of(again).lora_dropout == 0.1
-    theirs = quiet(peft.PeftModel.from_pretrained, mixture(family), tmp_path / "ours").eval()
-    torch.testing.assert_close(logits(theirs), logits(ours), rtol=0, atol=1e-5)
+    peftcore_model = peftcore.apply(mixture(family), "lora", r=4, lora_dropout=0.1, exclude_modules=out or None)
+    disturb(peftcore_model, "default", seed=1)
+    peftcore.save(peftcore_model, tmp_path / "ours")
+    reloaded = peftcore.load(mixture(family), tmp_path / "ours")
+    assert torch.equal(logits(reloaded), logits(peftcore_model)) and config_of(reloaded).lora_dropout == 0.1
+    peft_model = quiet(peft.PeftModel.from_pretrained, mixture(family), tmp_path / "ours").eval()
+    torch.testing.assert_close(logits(peft_model), logits(peftcore_model), rtol=0, atol=1e-5)
     names = ("r", "lora_alpha", "target_modules", "target_parameters", "rank_pattern", "alpha_pattern")
-    fields = {name: getattr(config_of(ours), name) for name in names}
-    theirs = moved(quiet(peft.get_peft_model, mixture(family), peft.LoraConfig(task_type="CAUSAL_LM", **fields)).eval())
-    quiet(theirs.save_pretrained, tmp_path / "theirs")
+    fields = {name: getattr(config_of(peftcore_model), name) for name in names}
+    peft_model = moved(
+        quiet(peft.get_peft_model, mixture(family), peft.LoraConfig(task_type="CAUSAL_LM", **fields)).eval()
+    )
+    quiet(peft_model.save_pretrained, tmp_path / "theirs")
     torch.testing.assert_close(
-        logits(peftcore.load(mixture(family), tmp_path / "theirs")), logits(theirs), rtol=0, atol=1e-5
+        logits(peftcore.load(mixture(family), tmp_path / "theirs")), logits(peft_model), rtol=0, atol=1e-5
     )
 
 
 def test_a_file_of_pefts_all_linear(tmp_path: Path) -> None:
     """PEFT adapts experts, too, with twice the rank at gate and up, and routers."""
     config = peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules="all-linear")
-    theirs = moved(quiet(peft.get_peft_model, mixture("qwen3_moe"), config).eval())
-    quiet(theirs.save_pretrained, tmp_path)
-    ours = peftcore.load(mixture("qwen3_moe"), tmp_path)
-    torch.testing.assert_close(logits(ours), logits(theirs), rtol=0, atol=1e-5)
+    peft_model = moved(quiet(peft.get_peft_model, mixture("qwen3_moe"), config).eval())
+    quiet(peft_model.save_pretrained, tmp_path)
+    peftcore_model = peftcore.load(mixture("qwen3_moe"), tmp_path)
+    torch.testing.assert_close(logits(peftcore_model), logits(peft_model), rtol=0, atol=1e-5)
 
 
 BOTH = ["experts.down_proj", "experts.gate_up_proj"]
@@ -164,9 +166,9 @@ def test_what_reaches_experts(
     peftcore.apply(model, "lora", **fields)
     config = config_of(model)
     assert (list(config.target_parameters), config.rank_pattern, config.expert_r) == (parameters, ranks, None)
-    found = [path for path in applied(model, "default").paths if not path.endswith("mlp.experts")]
-    assert len([path for path in found if not path.endswith("feed_forward.experts")]) == modules
-    for path in {*applied(model, "default").paths} - {*found}:  # the scale is that of the other layers
+    text = [path for path in applied(model, "default").paths if not path.endswith("mlp.experts")]
+    assert len([path for path in text if not path.endswith("feed_forward.experts")]) == modules
+    for path in {*applied(model, "default").paths} - {*text}:  # the scale is that of the other layers
         for adapter in adapters_at(model.get_submodule(path))["default"].changes.values():
             assert adapter.scale == config.lora_alpha / config.r or "rank_pattern" in fields or parameters == BOTH[:1]
 
@@ -203,10 +205,10 @@ def test_expert_parallelism_is_refused() -> None:
 
 def test_swapped() -> None:
     """Tensors by their names on disk, of experts whose in and out are equal, too (64 and 2 · 32)."""
-    model, other = (peftcore.apply(mixture("qwen3_moe"), "lora", r=4) for _ in range(2))
-    disturb(other, "default", seed=1)
-    peftcore.set_state_dict(model, "default", peftcore.state_dict(other, "default"))
-    assert torch.equal(logits(model), logits(other))
+    model, other_model = (peftcore.apply(mixture("qwen3_moe"), "lora", r=4) for _ in range(2))
+    disturb(other_model, "default", seed=1)
+    peftcore.set_state_dict(model, "default", peftcore.state_dict(other_model, "default"))
+    assert torch.equal(logits(model), logits(other_model))
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
@@ -217,19 +219,19 @@ def test_combined_and_scaled(family: str, tmp_path: Path) -> None:
         disturb(model, name, seed=seed)
     peftcore.scale(model, "a", 0.5)
     peftcore.activate(model, ["a", "b"])
-    wanted = logits(model)
+    expected = logits(model)
     peftcore.combine(model, ["a", "b"], adapter="sum", how="cat")
     peftcore.combine(model, ["a", "b"], adapter="nearest", how="svd", r=6)
     for name in ("sum", "nearest"):
         peftcore.activate(model, [name])
-        torch.testing.assert_close(logits(model), wanted, rtol=0, atol=5e-5)
+        torch.testing.assert_close(logits(model), expected, rtol=0, atol=5e-5)
     peftcore.save(model, tmp_path, adapter="sum")
     peftcore.scale(model, "a", 0.0)
     peftcore.activate(model, ["a"])
     torch.testing.assert_close(logits(model), logits(mixture(family)), rtol=0, atol=1e-6)
-    torch.testing.assert_close(logits(peftcore.load(mixture(family), tmp_path)), wanted, rtol=0, atol=5e-5)
+    torch.testing.assert_close(logits(peftcore.load(mixture(family), tmp_path)), expected, rtol=0, atol=5e-5)
     peftcore.activate(model, ["b"])
-    wanted = logits(model)
+    expected = logits(model)
     assert min(peftcore.convert(model, "b", method="lora", r=2).values()) > 0.9999  # as it is one of this rank
     peftcore.activate(model, ["b-lora"])
-    torch.testing.assert_close(logits(model), wanted, rtol=0, atol=5e-5)
+    torch.testing.assert_close(logits(model), expected, rtol=0, atol=5e-5)

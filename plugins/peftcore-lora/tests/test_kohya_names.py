@@ -29,8 +29,8 @@ def test_names_of_stable_diffusion(tmp_path: Path) -> None:
     torch.manual_seed(3)
     save_file(of_kohya(pipe.unet, known), tmp_path / FILE)
     pipe.load_lora_weights(tmp_path)
-    ours = peftcore.load(pipeline("sdxl").unet, tmp_path)
-    torch.testing.assert_close(output(ours), output(pipe.unet), rtol=1e-5, atol=1e-5)
+    reloaded_model = peftcore.load(pipeline("sdxl").unet, tmp_path)
+    torch.testing.assert_close(output(reloaded_model), output(pipe.unet), rtol=1e-5, atol=1e-5)
 
 
 def test_alphas_that_differ(tmp_path: Path) -> None:
@@ -38,17 +38,17 @@ def test_alphas_that_differ(tmp_path: Path) -> None:
     unet = pipeline("sd").unet
     paths = [path for path, _ in unet.named_modules() if path.endswith((".to_q", ".conv1"))]
     tensors = of_kohya(unet, {path.replace(".", "_"): path for path in paths})
-    wanted = {}
+    expected = {}
     for i, path in enumerate(paths):
         stem = f"lora_unet_{path.replace('.', '_')}"
         tensors[f"{stem}.alpha"] = torch.tensor(float(i + 1))
         product = tensors[f"{stem}.lora_up.weight"].flatten(1) @ tensors[f"{stem}.lora_down.weight"].flatten(1)
         weight = unet.get_submodule(path).weight
-        wanted[path] = weight + (i + 1) / 2 * product.view_as(weight)
+        expected[path] = weight + (i + 1) / 2 * product.view_as(weight)
     del tensors[f"lora_unet_{paths[1].replace('.', '_')}.alpha"]  # 2, as r is
     save_file(tensors, tmp_path / "last.safetensors")
     peftcore.merge(peftcore.load(unet, tmp_path / "last.safetensors"), undo=True)
-    for path, weight in wanted.items():
+    for path, weight in expected.items():
         torch.testing.assert_close(unet.get_submodule(path).weight, weight, rtol=1e-5, atol=1e-5)
 
 
@@ -73,8 +73,8 @@ def test_names_of_flux(blocks: bool, tmp_path: Path) -> None:
     assert len(tensors) == 3 * 10
     save_file(tensors, tmp_path / FILE)
     pipe.load_lora_weights(tmp_path)
-    ours = peftcore.load(pipeline("flux").transformer, tmp_path)
-    torch.testing.assert_close(output(ours), output(pipe.transformer), rtol=1e-5, atol=1e-5)
+    reloaded_model = peftcore.load(pipeline("flux").transformer, tmp_path)
+    torch.testing.assert_close(output(reloaded_model), output(pipe.transformer), rtol=1e-5, atol=1e-5)
     comfy = {
         name.replace("lora_unet_double_blocks_0_", "diffusion_model.double_blocks.0.")
         .replace("img_attn_", "img_attn.")
@@ -83,8 +83,8 @@ def test_names_of_flux(blocks: bool, tmp_path: Path) -> None:
         if "attn" in name
     }
     save_file(comfy, tmp_path / "comfy.safetensors")
-    again = peftcore.load(pipeline("flux").transformer, tmp_path / "comfy.safetensors")
-    assert (output(again) - output(pipeline("flux").transformer)).abs().max() > 1e-3
+    reloaded = peftcore.load(pipeline("flux").transformer, tmp_path / "comfy.safetensors")
+    assert (output(reloaded) - output(pipeline("flux").transformer)).abs().max() > 1e-3
 
 
 def test_single_blocks_of_flux_as_diffusers_takes_them_apart(tmp_path: Path) -> None:
@@ -95,21 +95,28 @@ def test_single_blocks_of_flux_as_diffusers_takes_them_apart(tmp_path: Path) -> 
         model = diffusers.FluxTransformer2DModel(num_layers=0, num_single_layers=1, guidance_embeds=True)
         peftcore.apply(model, "lora", r=2, lora_alpha=4, target_modules=r"single.*(to_q|to_v|proj_mlp|proj_out)")
     torch.manual_seed(0)
-    written = peftcore.state_dict(model, "default")
-    written = {name: torch.randn(tensor.shape) for name, tensor in written.items()}
+    written_tensors = peftcore.state_dict(model, "default")
+    written_tensors = {name: torch.randn(tensor.shape) for name, tensor in written_tensors.items()}
 
     fields = {"lora_alpha": 4, "alpha_pattern": {}}
-    tensors, _ = FORMAT.write({"unet": (model, dict(written), fields)})
-    found = diffusers.FluxPipeline.lora_state_dict({name: t.clone() for name, t in tensors.items()})
+    tensors, _ = FORMAT.write({"unet": (model, dict(written_tensors), fields)})
+    diffusers_tensors = diffusers.FluxPipeline.lora_state_dict({name: t.clone() for name, t in tensors.items()})
     for path in ("attn.to_q", "attn.to_v", "proj_mlp", "proj_out"):
-        a, b = (written[f"base_model.model.single_transformer_blocks.0.{path}.lora_{which}.weight"] for which in "AB")
-        theirs = [found[f"transformer.single_transformer_blocks.0.{path}.lora_{which}.weight"] for which in "AB"]
+        a, b = (
+            written_tensors[f"base_model.model.single_transformer_blocks.0.{path}.lora_{letter}.weight"]
+            for letter in "AB"
+        )
+        diffusers_factors = [
+            diffusers_tensors[f"transformer.single_transformer_blocks.0.{path}.lora_{letter}.weight"] for letter in "AB"
+        ]
         x = torch.randn(a.shape[1])
-        torch.testing.assert_close(theirs[1] @ (theirs[0] @ x), 2 * b @ (a @ x), rtol=1e-4, atol=1e-3)
-    assert not found["transformer.single_transformer_blocks.0.attn.to_k.lora_B.weight"].any()
+        torch.testing.assert_close(
+            diffusers_factors[1] @ (diffusers_factors[0] @ x), 2 * b @ (a @ x), rtol=1e-4, atol=1e-3
+        )
+    assert not diffusers_tensors["transformer.single_transformer_blocks.0.attn.to_k.lora_B.weight"].any()
     back, read = FORMAT.read(model, "unet", FORMAT.split(tensors)["unet"], {})
-    assert read["lora_alpha"] / read["r"] == 2 and back.keys() == written.keys()
-    for name, tensor in written.items():
+    assert read["lora_alpha"] / read["r"] == 2 and back.keys() == written_tensors.keys()
+    for name, tensor in written_tensors.items():
         assert torch.equal(back[name], tensor)
 
 
@@ -129,7 +136,7 @@ def test_dora_scale(axis: str, tmp_path: Path) -> None:
     unet = pipelines.unet()
     paths = [path for path, _ in unet.named_modules() if path.endswith((".to_q", ".conv1"))]
     tensors = of_kohya(unet, {path.replace(".", "_"): path for path in paths})
-    wanted = {}
+    expected = {}
     for path in paths:
         stem, weight = f"lora_unet_{path.replace('.', '_')}", unet.get_submodule(path).weight.detach()
         size = [weight.shape[0], 1] if axis == "out" else [1, weight.shape[1]]
@@ -138,12 +145,12 @@ def test_dora_scale(axis: str, tmp_path: Path) -> None:
         product = tensors[f"{stem}.lora_up.weight"].flatten(1) @ tensors[f"{stem}.lora_down.weight"].flatten(1)
         changed = weight + product.view_as(weight) / 2
         norm = changed.flatten(1).norm(dim=1).view(-1, *[1] * (weight.dim() - 1))
-        wanted[path] = scale * changed / norm
+        expected[path] = scale * changed / norm
     save_file(tensors, tmp_path / "a.safetensors")
     if axis == "in":
         with pytest.raises(peftcore.CheckpointError, match="Numbers per input"):
             peftcore.load(unet, tmp_path / "a.safetensors")
         return
     peftcore.merge(peftcore.load(unet, tmp_path / "a.safetensors"), undo=True)
-    for path, weight in wanted.items():
+    for path, weight in expected.items():
         torch.testing.assert_close(unet.get_submodule(path).weight, weight, rtol=1e-5, atol=1e-5)

@@ -72,9 +72,9 @@ def tensors(output: Any) -> list[Tensor]:
     return [part.detach() for part in parts if isinstance(part, Tensor) and part.is_floating_point()]
 
 
-def close(found: Any, wanted: Any) -> None:
-    for one, other in zip(tensors(found), tensors(wanted), strict=True):
-        torch.testing.assert_close(one, other, rtol=0, atol=2e-5)
+def close(actual: Any, expected: Any) -> None:
+    for a, b in zip(tensors(actual), tensors(expected), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=2e-5)
 
 
 def adapted(model: nn.Module, **fields: Any) -> nn.Module:
@@ -89,7 +89,7 @@ def test_merged_is_what_acts(case: tuple[Callable[[], nn.Module], Any]) -> None:
     base, model = make(), adapted(make())
     acting = model(inputs)
     changed = zip(tensors(acting), tensors(base(inputs)), strict=True)
-    assert max((one - other).abs().max() for one, other in changed) > 0.1
+    assert max((a - b).abs().max() for a, b in changed) > 0.1
     close(peftcore.merge(copy.deepcopy(model), undo=True)(inputs), acting)
     grown = base.layer.weight.detach() + model.layer.peftcore["default"].delta()
     close(torch.func.functional_call(base, {"layer.weight": grown}, (inputs,)), acting)
@@ -118,9 +118,9 @@ def test_peft_computes_the_same(case: tuple[Callable[[], nn.Module], Any], tmp_p
     peftcore.save(model, tmp_path / "ours")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        theirs = peft.PeftModel.from_pretrained(make(), tmp_path / "ours").eval()
-        close(theirs(inputs), model(inputs))
-        theirs.save_pretrained(tmp_path / "theirs")
+        peft_model = peft.PeftModel.from_pretrained(make(), tmp_path / "ours").eval()
+        close(peft_model(inputs), model(inputs))
+        peft_model.save_pretrained(tmp_path / "theirs")
     close(peftcore.load(make(), tmp_path / "theirs")(inputs), model(inputs))
 
 

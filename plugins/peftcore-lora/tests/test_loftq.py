@@ -20,15 +20,17 @@ def test_the_start_is_the_best_of_its_rank(quant_type: str) -> None:
     peftcore.quantize(model, quant_type, **({"blocksize": 32} if quant_type == "affine4" else {}))
     plain = logits(model)
     peftcore.apply(model, "lora", r=4, lora_alpha=12)
-    left = loftq_start(model, dense)
+    residuals = loftq_start(model, dense)
     for name in ("self_attn.k_proj", "mlp.up_proj", "mlp.down_proj"):
         path = f"model.layers.0.{name}"
         layer, adapter = model.get_submodule(path), other_adapter(model, "default").modules[path]
-        lost = dense.get_submodule(path).weight.detach() - layer.dequantized(torch.float32)
-        u, values, vh = torch.linalg.svd(lost)
+        error = dense.get_submodule(path).weight.detach() - layer.dequantized(torch.float32)
+        u, values, vh = torch.linalg.svd(error)
         change = 3 * adapter.lora_B @ adapter.lora_A  # lora_alpha / r
         torch.testing.assert_close(change, u[:, :4] * values[:4] @ vh[:4], rtol=1e-3, atol=1e-5)
-        assert left[path] == pytest.approx((values[4:].square().sum() / values.square().sum()).sqrt().item(), rel=1e-3)
+        assert residuals[path] == pytest.approx(
+            (values[4:].square().sum() / values.square().sum()).sqrt().item(), rel=1e-3
+        )
     target = logits(dense)
     assert (logits(model) - target).norm() < 0.9 * (plain - target).norm()
 
@@ -40,16 +42,16 @@ def test_it_is_saved_and_trains(tmp_path: Path) -> None:
     model(**INPUTS, labels=INPUTS["input_ids"]).loss.backward()
     assert all(p.grad is not None and p.grad.any() for p in model.parameters() if p.requires_grad)
     peftcore.save(model, tmp_path)
-    again = peftcore.load(peftcore.quantize(llama(num_hidden_layers=1), "mxfp4"), tmp_path)
-    assert torch.equal(logits(again), logits(model))
+    reloaded = peftcore.load(peftcore.quantize(llama(num_hidden_layers=1), "mxfp4"), tmp_path)
+    assert torch.equal(logits(reloaded), logits(model))
 
 
 def test_conv1d_from_a_state_dict() -> None:
     model = peftcore.quantize(gpt2(), "nf4")
     peftcore.apply(model, "lora", r=4, target_modules=["c_fc"])
-    found, other = loftq_start(model, gpt2().state_dict()), peftcore.quantize(gpt2(), "nf4")
-    peftcore.apply(other, "lora", r=4, target_modules=["c_fc"])
-    assert found == loftq_start(other, gpt2()) and all(0 < share < 1 for share in found.values())
+    residuals, other_model = loftq_start(model, gpt2().state_dict()), peftcore.quantize(gpt2(), "nf4")
+    peftcore.apply(other_model, "lora", r=4, target_modules=["c_fc"])
+    assert residuals == loftq_start(other_model, gpt2()) and all(0 < share < 1 for share in residuals.values())
 
 
 def test_what_is_refused() -> None:
@@ -67,7 +69,7 @@ def test_what_is_refused() -> None:
     loftq_start(model, dense)
     with pytest.raises(peftcore.PeftcoreError, match=r"'default' has been trained: B at '.*q_proj' is not zero"):
         loftq_start(model, dense)
-    other = llama(num_hidden_layers=1)
-    peftcore.apply(other, "lora", init_lora_weights="pissa", target_modules=["q_proj"])
+    pissa_model = llama(num_hidden_layers=1)
+    peftcore.apply(pissa_model, "lora", init_lora_weights="pissa", target_modules=["q_proj"])
     with pytest.raises(peftcore.PeftcoreError, match=r"needs LoRA on linear layers, and adapter 'default' .lora. has"):
-        loftq_start(other, dense)
+        loftq_start(pissa_model, dense)

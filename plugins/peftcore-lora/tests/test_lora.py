@@ -66,8 +66,8 @@ def test_linear_equals_the_formula_in_float64(out: int, inside: int, r: int, row
     disturb(model, "default", seed=1)
     a, b = (p for _, p in adapter_parameters(model, "default"))
     x = torch.randn(rows, inside, dtype=torch.float64)
-    wanted = x @ (model[0].weight + alpha / r * b @ a).T + model[0].bias
-    torch.testing.assert_close(model(x), wanted)
+    expected = x @ (model[0].weight + alpha / r * b @ a).T + model[0].bias
+    torch.testing.assert_close(model(x), expected)
 
 
 def test_parameters_and_scale() -> None:
@@ -100,9 +100,9 @@ def test_samples_pass_through_a_bias_and_dropout(fields: dict[str, Any]) -> None
     for seed, name in enumerate("ab"):
         peftcore.apply(model, "lora", adapter=name, r=2, target_modules=["0"], **fields)
         disturb(model, name, seed=seed, std=0.5)
-    wanted = torch.cat([peftcore.activate(model.eval(), name or [])(x[i : i + 1]) for i, name in enumerate(names)])
+    expected = torch.cat([peftcore.activate(model.eval(), name or [])(x[i : i + 1]) for i, name in enumerate(names)])
     peftcore.activate(model, names, per_sample=True)
-    torch.testing.assert_close(model(x), wanted)
+    torch.testing.assert_close(model(x), expected)
     model.train()
     differs = [not torch.equal(one, other) for one, other in zip(model(x), model(x), strict=True)]
     assert differs == [name is not None and "lora_dropout" in fields for name in names]
@@ -120,26 +120,26 @@ def test_autocast() -> None:
     model = tiny.llama()
     peftcore.apply(model, "lora", r=4)
     disturb(model, "default", seed=1)
-    wanted = tiny.logits(model)
+    expected = tiny.logits(model)
     with torch.autocast("cpu", torch.bfloat16):
-        found = model(**tiny.inputs(model)).logits
-        found.float().square().mean().backward()
-    assert found.dtype == torch.bfloat16
-    torch.testing.assert_close(found.float(), wanted, rtol=0, atol=0.05 * wanted.abs().max().item())
+        actual = model(**tiny.inputs(model)).logits
+        actual.float().square().mean().backward()
+    assert actual.dtype == torch.bfloat16
+    torch.testing.assert_close(actual.float(), expected, rtol=0, atol=0.05 * expected.abs().max().item())
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for _, p in adapter_parameters(model, "default"))
 
 
 def test_initial_values() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(400, 300))
-    found = {}
+    actual = {}
     for init in (True, "gaussian", False):
         peftcore.apply(model, "lora", r=8, init_lora_weights=init, target_modules=["0"])
-        found[init] = [p.detach() for _, p in adapter_parameters(model, "default")]
+        actual[init] = [p.detach() for _, p in adapter_parameters(model, "default")]
         peftcore.remove(model)
-    assert found[True][0].abs().max() <= 1 / math.sqrt(400) and not found[True][1].any()
-    assert found["gaussian"][0].std().item() == pytest.approx(1 / 8, rel=0.05) and not found["gaussian"][1].any()
-    assert found[False][1].any()
+    assert actual[True][0].abs().max() <= 1 / math.sqrt(400) and not actual[True][1].any()
+    assert actual["gaussian"][0].std().item() == pytest.approx(1 / 8, rel=0.05) and not actual["gaussian"][1].any()
+    assert actual[False][1].any()
 
 
 def test_a_classifier_head_is_trained_by_default() -> None:
@@ -217,13 +217,13 @@ def test_a_bias_of_b(kind: str, tmp_path: Path) -> None:
     disturb(model, "default", seed=1)
     acting = model(x)
     peftcore.save(model, tmp_path / "ours")
-    theirs = peft.PeftModel.from_pretrained(nn.Sequential(copy.deepcopy(layer)), tmp_path / "ours").eval()
-    torch.testing.assert_close(theirs(x), acting, rtol=0, atol=1e-5)
+    peft_model = peft.PeftModel.from_pretrained(nn.Sequential(copy.deepcopy(layer)), tmp_path / "ours").eval()
+    torch.testing.assert_close(peft_model(x), acting, rtol=0, atol=1e-5)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        theirs.save_pretrained(tmp_path / "theirs")
-    again = peftcore.load(nn.Sequential(copy.deepcopy(layer)), tmp_path / "theirs")
-    assert torch.equal(again(x), acting)
+        peft_model.save_pretrained(tmp_path / "theirs")
+    reloaded = peftcore.load(nn.Sequential(copy.deepcopy(layer)), tmp_path / "theirs")
+    assert torch.equal(reloaded(x), acting)
     if layer.bias is None or getattr(layer, "groups", 1) > 1:
         with pytest.raises(peftcore.PeftcoreError, match=r"cannot be merged|has no bias"):
             peftcore.merge(model, undo=True)
@@ -251,8 +251,8 @@ def test_convolutions_that_peft_computes_otherwise(layer: nn.Module, tmp_path: P
     model = peftcore.apply(nn.Sequential(copy.deepcopy(layer)), "lora", r=2, target_modules=["0"])
     with pytest.warns(UserWarning, match=r"PEFT cannot read this file.*exclude_modules=\['0'\]"):
         peftcore.save(model, tmp_path / "ours")
-    theirs = peft.get_peft_model(nn.Sequential(copy.deepcopy(layer)), peft.LoraConfig(target_modules=["0"], r=2))
-    theirs.save_pretrained(tmp_path / "theirs")
+    peft_model = peft.get_peft_model(nn.Sequential(copy.deepcopy(layer)), peft.LoraConfig(target_modules=["0"], r=2))
+    peft_model.save_pretrained(tmp_path / "theirs")
     with pytest.raises(peftcore.CheckpointError, match=r"dilated, or pads.*exclude_modules=\['0'\]"):
         peftcore.load(nn.Sequential(layer), tmp_path / "theirs")
 
@@ -314,14 +314,14 @@ def test_training_follows_the_composition_of_plain_operators(monkeypatch: pytest
         peftcore.apply(model, "lora", r=4, lora_alpha=8)
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
         tokens = torch.randint(0, 90, (4, 12), generator=torch.Generator().manual_seed(1))
-        found = []
+        actual = []
         for _ in range(12):
             loss = model(input_ids=tokens, labels=tokens).loss
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-            found.append(loss.item())
-        return found
+            actual.append(loss.item())
+        return actual
 
     fused = losses()
     monkeypatch.setattr(peftcore.engine.adaptation.adapted.OwnForward, "linear_operands", lambda self, x: None)

@@ -66,13 +66,13 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
 @pytest.mark.parametrize("case", list(CASES))
 def test_against_peft_and_merged(case: str, tmp_path: Path) -> None:
     make, fields = CASES[case]
-    ours = peftcore.apply(make(), "lora", r=2, **fields)
-    both_ways(make, tmp_path, ours, peft.LoraConfig(task_type="CAUSAL_LM", r=2, **fields))
-    acting = logits(ours)
-    peftcore.merge(ours, undo=True)
-    torch.testing.assert_close(logits(ours), acting, rtol=0, atol=1e-5)
-    peftcore.unmerge(ours)
-    assert torch.equal(logits(ours), acting)
+    model = peftcore.apply(make(), "lora", r=2, **fields)
+    both_ways(make, tmp_path, model, peft.LoraConfig(task_type="CAUSAL_LM", r=2, **fields))
+    acting = logits(model)
+    peftcore.merge(model, undo=True)
+    torch.testing.assert_close(logits(model), acting, rtol=0, atol=1e-5)
+    peftcore.unmerge(model)
+    assert torch.equal(logits(model), acting)
 
 
 @pytest.mark.parametrize("inner", [24, 16], ids=["by shapes", "by version"])

@@ -19,11 +19,11 @@ import peftcore
 pytestmark = [*pipelines.QUIET, pytest.mark.filterwarnings("ignore:.* reaches ")]
 
 
-def assert_same(pipe: Any, wanted: Mapping[str, Tensor], tolerance: float = 1e-5) -> None:
+def assert_same(pipe: Any, expected: Mapping[str, Tensor], tolerance: float = 1e-5) -> None:
     base = models(pipeline(KIND[type(pipe).__name__]))
     for name, model in models(pipe).items():
-        torch.testing.assert_close(output(model), wanted[name], rtol=tolerance, atol=tolerance)
-        assert (output(base[name]) - wanted[name]).abs().max() > 1e-3, name  # it does something
+        torch.testing.assert_close(output(model), expected[name], rtol=tolerance, atol=tolerance)
+        assert (output(base[name]) - expected[name]).abs().max() > 1e-3, name  # it does something
 
 
 KIND = {
@@ -61,14 +61,14 @@ BLOCKS = {"target_modules_bd_a": ["out"], "target_modules_bd_b": ["_q", "_k", "_
 )
 def test_what_is_written_is_read(kind: str, layout: str, method: str, fields: dict[str, Any], tmp_path: Path) -> None:
     pipe = pipeline(kind)
-    wanted = apply(pipe, method, **fields)
+    expected = apply(pipe, method, **fields)
     assert peftcore.save(pipe.components, tmp_path, format=layout) == tmp_path
     assert [file.name for file in tmp_path.iterdir()] == [FILE]
-    theirs, ours = pipeline(kind), pipeline(kind)
-    theirs.load_lora_weights(tmp_path)
-    assert_same(theirs, wanted)
-    peftcore.load(ours.components, tmp_path)
-    assert_same(ours, wanted)
+    diffusers_pipe, peftcore_pipe = pipeline(kind), pipeline(kind)
+    diffusers_pipe.load_lora_weights(tmp_path)
+    assert_same(diffusers_pipe, expected)
+    peftcore.load(peftcore_pipe.components, tmp_path)
+    assert_same(peftcore_pipe, expected)
 
 
 def test_names_in_the_file(tmp_path: Path) -> None:
@@ -111,7 +111,7 @@ def of_peft(kind: str, **fields: Any) -> tuple[Any, dict[str, Tensor]]:
     return pipe, {name: output(model) for name, model in models(pipe).items()}
 
 
-def saved(pipe: Any, folder: Path, convert: Any = None, metadata: bool = True) -> Path:
+def save_peft(pipe: Any, folder: Path, convert: Any = None, metadata: bool = True) -> Path:
     given: dict[str, Any] = {}
     for name, model in models(pipe).items():
         tensors = get_peft_model_state_dict(model)
@@ -124,34 +124,36 @@ def saved(pipe: Any, folder: Path, convert: Any = None, metadata: bool = True) -
 
 @pytest.mark.parametrize("kind", ["sd", "sdxl", "flux"])
 def test_what_diffusers_wrote(kind: str, tmp_path: Path) -> None:
-    theirs, wanted = of_peft(kind, lora_alpha=9, use_rslora=True, rank_pattern={"to_q": 3}, alpha_pattern={"to_q": 5})
-    ours = pipeline(kind)
-    peftcore.load(ours.components, saved(theirs, tmp_path))
-    assert_same(ours, wanted)
+    diffusers_pipe, expected = of_peft(
+        kind, lora_alpha=9, use_rslora=True, rank_pattern={"to_q": 3}, alpha_pattern={"to_q": 5}
+    )
+    peftcore_pipe = pipeline(kind)
+    peftcore.load(peftcore_pipe.components, save_peft(diffusers_pipe, tmp_path))
+    assert_same(peftcore_pipe, expected)
 
 
 @pytest.mark.parametrize("convert", [None, convert_state_dict_to_diffusers], ids=["peft", "diffusers"])
 def test_what_older_ones_wrote(convert: Any, tmp_path: Path) -> None:
-    theirs, wanted = of_peft("sd", lora_alpha=4)
-    ours = pipeline("sd")
-    peftcore.load(ours.components, saved(theirs, tmp_path, convert, metadata=False))
-    assert_same(ours, wanted)
+    diffusers_pipe, expected = of_peft("sd", lora_alpha=4)
+    peftcore_pipe = pipeline("sd")
+    peftcore.load(peftcore_pipe.components, save_peft(diffusers_pipe, tmp_path, convert, metadata=False))
+    assert_same(peftcore_pipe, expected)
 
 
 def test_dora_that_diffusers_wrote(tmp_path: Path) -> None:
     pipe = pipeline("sd")
     fields = {"target_modules": ["to_q", "conv1"], "init_lora_weights": False, "use_dora": True}
     pipe.unet.add_adapter(LoraConfig(r=4, lora_alpha=4, **fields))
-    wanted = output(pipe.unet)
+    expected = output(pipe.unet)
     pipe.save_lora_weights(tmp_path, unet_lora_layers=get_peft_model_state_dict(pipe.unet))
-    torch.testing.assert_close(output(peftcore.load(pipeline("sd").unet, tmp_path)), wanted, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(output(peftcore.load(pipeline("sd").unet, tmp_path)), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_a_file_of_one_model_names_no_part(tmp_path: Path) -> None:
-    theirs, wanted = of_peft("sd", lora_alpha=7)
-    theirs.unet.save_lora_adapter(tmp_path)
-    ours = peftcore.load(pipeline("sd").unet, tmp_path / FILE)
-    torch.testing.assert_close(output(ours), wanted["unet"], rtol=1e-5, atol=1e-5)
+    diffusers_pipe, expected = of_peft("sd", lora_alpha=7)
+    diffusers_pipe.unet.save_lora_adapter(tmp_path)
+    peftcore_pipe = peftcore.load(pipeline("sd").unet, tmp_path / FILE)
+    torch.testing.assert_close(output(peftcore_pipe), expected["unet"], rtol=1e-5, atol=1e-5)
     with pytest.raises(
         peftcore.CheckpointError, match=r"tensors are not for a layer of CLIPTextModel, or not LoRA: 'down_"
     ):
@@ -161,19 +163,19 @@ def test_a_file_of_one_model_names_no_part(tmp_path: Path) -> None:
 def test_old_spellings(tmp_path: Path) -> None:
     model = pipelines.unet()
     peftcore.apply(model, "lora", r=4, lora_alpha=4, target_modules=["to_q", "to_out.0"], init_lora_weights=False)
-    wanted = output(model)
+    expected = output(model)
     tensors = {}
     for name, tensor in peftcore.state_dict(model, "default").items():
         name = name.removeprefix("base_model.model.").replace(".to_out.0.", ".to_out.")
-        for ours, theirs in ((".lora_A", "_lora.down"), (".lora_B", "_lora.up")):
-            name = name.replace(ours, theirs)
+        for peftcore_pipe, diffusers_pipe in ((".lora_A", "_lora.down"), (".lora_B", "_lora.up")):
+            name = name.replace(peftcore_pipe, diffusers_pipe)
         tensors["unet." + name.replace("attn1.", "attn1.processor.").replace("attn2.", "attn2.processor.")] = tensor
     save_file(tensors, tmp_path / "old.safetensors")
     torch.manual_seed(0)
     fresh = pipeline("sd", 1).unet
     fresh.load_state_dict({n: t for n, t in model.state_dict().items() if "peftcore" not in n}, strict=False)
     peftcore.load(fresh, tmp_path / "old.safetensors")
-    torch.testing.assert_close(output(fresh), wanted, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(output(fresh), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("layout", ["diffusers", "kohya"])
@@ -181,34 +183,34 @@ def test_in_16_bits(layout: str, tmp_path: Path) -> None:
     unet = pipelines.unet().bfloat16()
     fields = {"lora_alpha": 5, "alpha_pattern": {"to_k": 7}, "init_lora_weights": False}
     peftcore.apply(unet, "lora", r=4, target_modules=["to_q", "to_k", "conv1"], **fields)
-    wanted = output(unet)
+    expected = output(unet)
     peftcore.save(unet, tmp_path, format=layout)
     other = pipelines.unet().bfloat16()
     other.load_state_dict({n: t for n, t in unet.state_dict().items() if "peftcore" not in n}, strict=False)
-    torch.testing.assert_close(output(peftcore.load(other, tmp_path)), wanted, rtol=0.02, atol=0.02)
+    torch.testing.assert_close(output(peftcore.load(other, tmp_path)), expected, rtol=0.02, atol=0.02)
 
 
 def test_swapped_in_place(tmp_path: Path) -> None:
     unet = peftcore.apply(pipeline("sd").unet, "lora", r=4, target_modules=["to_q"], init_lora_weights=False)
-    wanted = output(unet)
+    expected = output(unet)
     peftcore.save(unet, tmp_path, format="kohya")
     other = peftcore.apply(pipeline("sd").unet, "lora", r=4, target_modules=["to_q"])
     peftcore.set_state_dict(other, "default", tmp_path / FILE)
-    torch.testing.assert_close(output(other), wanted, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(output(other), expected, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["sd", "sdxl", "flux", "sd3"])
 def test_merge_and_remove_are_exact(kind: str) -> None:
     pipe = pipeline(kind)
     before = {name: output(model) for name, model in models(pipe).items()}
-    wanted = apply(pipe, targets=EVERY)
+    expected = apply(pipe, targets=EVERY)
     for name, model in models(pipe).items():
         weights = {n: t.clone() for n, t in model.state_dict().items()}
         peftcore.merge(model, undo=True)
-        torch.testing.assert_close(output(model), wanted[name], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(output(model), expected[name], rtol=1e-5, atol=1e-5)
         peftcore.unmerge(model)
         assert all(torch.equal(t, weights[n]) for n, t in model.state_dict().items())
-        assert torch.equal(output(model), wanted[name])
+        assert torch.equal(output(model), expected[name])
         peftcore.remove(model)
         assert torch.equal(output(model), before[name])
 

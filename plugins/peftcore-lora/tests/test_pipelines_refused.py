@@ -17,36 +17,38 @@ pytestmark = [*pipelines.QUIET, pytest.mark.filterwarnings("ignore:.* reaches ")
 
 def test_each_model_takes_its_part(tmp_path: Path) -> None:
     pipe = pipeline("sdxl")
-    wanted = apply(pipe)
+    expected = apply(pipe)
     peftcore.save(pipe.components, tmp_path, format="diffusers")
-    ours = pipeline("sdxl")
+    pipe_to_load = pipeline("sdxl")
     with pytest.warns(
         UserWarning, match=r"also contains text_encoder \(16 tensors\), text_encoder_2 \(16 tensors\), left for"
     ):
-        peftcore.load(ours.unet, tmp_path)
-    assert torch.equal(output(ours.unet), wanted["unet"])
+        peftcore.load(pipe_to_load.unet, tmp_path)
+    assert torch.equal(output(pipe_to_load.unet), expected["unet"])
     with pytest.raises(
         peftcore.CheckpointError, match=r"contains text_encoder and text_encoder_2, and a CLIPTextModelWithPro"
     ):
-        peftcore.load(ours.text_encoder_2, tmp_path)
+        peftcore.load(pipe_to_load.text_encoder_2, tmp_path)
     with pytest.raises(
         peftcore.CheckpointError, match=r"contains text_encoder_2 \(16 tensors\), for which no model is given"
     ):
-        peftcore.load({"unet": pipeline("sdxl").unet, "text_encoder": ours.text_encoder}, tmp_path)
+        peftcore.load({"unet": pipeline("sdxl").unet, "text_encoder": pipe_to_load.text_encoder}, tmp_path)
     with pytest.raises(peftcore.CheckpointError, match=r"nothing for a FluxTransformer2DModel \(transformer\)"):
         peftcore.load(pipeline("flux").transformer, tmp_path)
-    assert peftcore.state_dict(ours.unet, "default") and not has_adapters(ours.text_encoder)
+    assert peftcore.state_dict(pipe_to_load.unet, "default") and not has_adapters(pipe_to_load.text_encoder)
 
 
 def test_all_models_or_none(tmp_path: Path) -> None:
     pipe = pipeline("sd")
     apply(pipe)
     peftcore.save(pipe.components, tmp_path, format="diffusers")
-    ours = pipeline("sd")
-    ours.unet = pipelines.unet(cross_attention_dim=16)
+    pipe_to_load = pipeline("sd")
+    pipe_to_load.unet = pipelines.unet(cross_attention_dim=16)
     with pytest.raises(peftcore.CheckpointError, match="has shape"):
-        peftcore.load({"text_encoder": ours.text_encoder, "unet": ours.unet}, tmp_path, check_base=False)
-    assert not has_adapters(ours.text_encoder) and not has_adapters(ours.unet)
+        peftcore.load(
+            {"text_encoder": pipe_to_load.text_encoder, "unet": pipe_to_load.unet}, tmp_path, check_base=False
+        )
+    assert not has_adapters(pipe_to_load.text_encoder) and not has_adapters(pipe_to_load.unet)
 
 
 def test_no_part_is_lost(tmp_path: Path) -> None:

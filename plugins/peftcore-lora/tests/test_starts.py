@@ -36,19 +36,19 @@ def test_the_base_stays_and_others_read_it(start: str, rslora: bool, kind: str, 
     peftcore.apply(model, "lora", **fields_of(kind, start, rslora))
     torch.testing.assert_close(logits(model), logits(base), rtol=0, atol=1e-6)
     disturb(model, "default", seed=1)
-    wanted = logits(model)
-    assert (wanted - logits(base)).abs().max() > 1e-3
+    expected = logits(model)
+    assert (expected - logits(base)).abs().max() > 1e-3
     peftcore.save(model, tmp_path)
-    theirs = quiet(peft.PeftModel.from_pretrained, make(), tmp_path).eval()
-    torch.testing.assert_close(logits(theirs), wanted, rtol=0, atol=1e-5)
-    again = peftcore.load(make(), tmp_path, trainable=True)
-    assert torch.equal(logits(again), wanted)
-    pairs = zip(adapter_modules(again, "default"), adapter_modules(model, "default"), strict=True)
+    peft_model = quiet(peft.PeftModel.from_pretrained, make(), tmp_path).eval()
+    torch.testing.assert_close(logits(peft_model), expected, rtol=0, atol=1e-5)
+    reloaded = peftcore.load(make(), tmp_path, trainable=True)
+    assert torch.equal(logits(reloaded), expected)
+    pairs = zip(adapter_modules(reloaded, "default"), adapter_modules(model, "default"), strict=True)
     assert all(torch.equal(a.state_dict()[n], t) for (_, a), (_, b) in pairs for n, t in b.state_dict().items())
-    trains = {name.rpartition(".")[2] for name, p in again.named_parameters() if p.requires_grad}
+    trains = {name.rpartition(".")[2] for name, p in reloaded.named_parameters() if p.requires_grad}
     assert trains == ({"lora_A"} if start == "mica" else {"lora_A", "lora_B"})
     peftcore.merge(model, undo=True)
-    torch.testing.assert_close(logits(model), wanted, rtol=0, atol=1e-5)
+    torch.testing.assert_close(logits(model), expected, rtol=0, atol=1e-5)
     peftcore.unmerge(model)
     peftcore.remove(model)
     assert all(torch.equal(model.state_dict()[name], value) for name, value in base.state_dict().items())
@@ -66,9 +66,9 @@ def test_a_head_named_like_a_start_is_saved(start: bool | str, tmp_path: Path) -
     model = peftcore.apply(make(), "lora", **fields)
     disturb(model, "default", seed=1)
     peftcore.save(model, tmp_path)
-    again, x = peftcore.load(make(), tmp_path), torch.linspace(-1, 1, 16).view(2, 8)
+    reloaded, x = peftcore.load(make(), tmp_path), torch.linspace(-1, 1, 16).view(2, 8)
     assert not torch.equal(model(x), make()(x))
-    assert torch.equal(again(x), model(x))
+    assert torch.equal(reloaded(x), model(x))
 
 
 @pytest.mark.parametrize("start", ["pissa", "olora", "mica"])
@@ -76,20 +76,20 @@ def test_the_values_are_peft_s(start: str) -> None:
     """And so are the logits when both are moved alike; PEFT has changed its base."""
     fields = fields_of("llama", start, False)
     model = peftcore.apply(tiny.llama(), "lora", **fields)
-    theirs = quiet(peft.get_peft_model, tiny.llama(), peft.LoraConfig(task_type="CAUSAL_LM", **fields)).eval()
-    own = [adapter for _, adapter in adapter_modules(model, "default")]
+    peft_model = quiet(peft.get_peft_model, tiny.llama(), peft.LoraConfig(task_type="CAUSAL_LM", **fields)).eval()
+    adapters = [adapter for _, adapter in adapter_modules(model, "default")]
     factors = {
-        name: [p for n, p in theirs.named_parameters() if f"{name}.default" in n] for name in ("lora_A", "lora_B")
+        name: [p for n, p in peft_model.named_parameters() if f"{name}.default" in n] for name in ("lora_A", "lora_B")
     }
     for name, tensors in factors.items():
-        for adapter, wanted in zip(own, tensors, strict=True):
-            torch.testing.assert_close(getattr(adapter, name), wanted.detach(), rtol=0, atol=1e-6)
+        for adapter, expected in zip(adapters, tensors, strict=True):
+            torch.testing.assert_close(getattr(adapter, name), expected.detach(), rtol=0, atol=1e-6)
     disturb(model, "default", seed=1)
     with torch.no_grad():
         for name, tensors in factors.items():
-            for adapter, tensor in zip(own, tensors, strict=True):
+            for adapter, tensor in zip(adapters, tensors, strict=True):
                 tensor.copy_(getattr(adapter, name))
-    torch.testing.assert_close(logits(model), logits(theirs), rtol=0, atol=1e-5)
+    torch.testing.assert_close(logits(model), logits(peft_model), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("start", ["pissa", "olora", "mica", "orthogonal"])
@@ -98,13 +98,13 @@ def test_files_of_peft_are_read_on_the_base_itself(start: str, rslora: bool, tmp
     """Their start was subtracted from the base: it is found again, as PEFT does."""
     fields = {**fields_of("llama", start, rslora), "alpha_pattern": {"down_proj": 5}}
     config = quiet(peft.LoraConfig, task_type="CAUSAL_LM", **fields)
-    theirs = moved(quiet(peft.get_peft_model, tiny.llama(), config).eval())
-    quiet(theirs.save_pretrained, tmp_path / "theirs")
-    ours = peftcore.load(tiny.llama(), tmp_path / "theirs")
-    torch.testing.assert_close(logits(ours), logits(theirs), rtol=0, atol=1e-5)
-    peftcore.save(ours, tmp_path / "ours")
-    again = quiet(peft.PeftModel.from_pretrained, tiny.llama(), tmp_path / "ours").eval()
-    torch.testing.assert_close(logits(again), logits(theirs), rtol=0, atol=1e-5)
+    peft_model = moved(quiet(peft.get_peft_model, tiny.llama(), config).eval())
+    quiet(peft_model.save_pretrained, tmp_path / "theirs")
+    peftcore_model = peftcore.load(tiny.llama(), tmp_path / "theirs")
+    torch.testing.assert_close(logits(peftcore_model), logits(peft_model), rtol=0, atol=1e-5)
+    peftcore.save(peftcore_model, tmp_path / "ours")
+    reloaded = quiet(peft.PeftModel.from_pretrained, tiny.llama(), tmp_path / "ours").eval()
+    torch.testing.assert_close(logits(reloaded), logits(peft_model), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("start", ["pissa", "olora"])
@@ -126,10 +126,10 @@ def test_a_base_in_4_bits_is_read_dense() -> None:
     peftcore.apply(model, "lora", r=4, init_lora_weights="pissa")
     torch.testing.assert_close(logits(model), base, rtol=0, atol=1e-5)
     layer = model.model.layers[0].self_attn.q_proj
-    wanted = torch.linalg.svdvals(layer.dequantized(torch.float32))[:4]
+    expected = torch.linalg.svdvals(layer.dequantized(torch.float32))[:4]
     adapter = layer.peftcore["default"]
-    found = torch.linalg.svdvals(adapter.scale * adapter.lora_B @ adapter.lora_A)[:4]
-    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+    actual = torch.linalg.svdvals(adapter.scale * adapter.lora_B @ adapter.lora_A)[:4]
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -89,5 +89,5 @@ def test_what_is_refused(fields: dict[str, Any], message: str) -> None:
 def test_a_head_that_peft_ties_to_an_adapted_embedding(together: bool, tmp_path: Path) -> None:
     """With ensure_weight_tying its files forget the head in target_modules; its tensors are there."""
     fields: dict[str, Any] = {"target_modules": ["c_attn", "wte", "lm_head"], "ensure_weight_tying": together}
-    ours = peftcore.apply(tiny.gpt2(), "lora", r=2, **fields)
-    both_ways(tiny.gpt2, tmp_path, ours, peft.LoraConfig(task_type="CAUSAL_LM", r=2, **fields))
+    model = peftcore.apply(tiny.gpt2(), "lora", r=2, **fields)
+    both_ways(tiny.gpt2, tmp_path, model, peft.LoraConfig(task_type="CAUSAL_LM", r=2, **fields))

@@ -22,21 +22,21 @@ from peftcore.plugin import disturb
 FIELDS: dict[str, Any] = {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "v_proj"]}
 
 
-def trained(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 3) -> None:
+def train_steps(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 3) -> None:
     for _ in range(steps):
         optimizer.zero_grad()
         model(input_ids=tiny.TOKENS, labels=tiny.TOKENS).loss.backward()
         optimizer.step()
 
 
-def pair(tmp_path: Path, **own: Any) -> tuple[nn.Module, nn.Module]:
+def pair(tmp_path: Path, **fields: Any) -> tuple[nn.Module, nn.Module]:
     """Ours and PEFT's with the same values."""
-    ours = peftcore.apply(tiny.llama(), "lora", **FIELDS, **own)
-    peftcore.save(ours, tmp_path)
-    return ours, quiet(peft.PeftModel.from_pretrained, tiny.llama(), tmp_path, is_trainable=True)
+    peftcore_model = peftcore.apply(tiny.llama(), "lora", **FIELDS, **fields)
+    peftcore.save(peftcore_model, tmp_path)
+    return peftcore_model, quiet(peft.PeftModel.from_pretrained, tiny.llama(), tmp_path, is_trainable=True)
 
 
-def theirs_by_name(model: nn.Module) -> dict[str, Tensor]:
+def peft_factors(model: nn.Module) -> dict[str, Tensor]:
     return {
         name.removeprefix("base_model.model.").replace(".default.weight", ""): p.detach()
         for name, p in model.named_parameters()
@@ -45,53 +45,56 @@ def theirs_by_name(model: nn.Module) -> dict[str, Tensor]:
 
 
 def test_lora_plus(tmp_path: Path) -> None:
-    ours, theirs = pair(tmp_path, lora_plus_ratio=16.0)
-    groups = peftcore.parameter_groups(ours, lr=1e-3, weight_decay=0.01)
+    peftcore_model, peft_model = pair(tmp_path, lora_plus_ratio=16.0)
+    groups = peftcore.parameter_groups(peftcore_model, lr=1e-3, weight_decay=0.01)
     assert [(group["lr"], len(group["params"])) for group in groups] == [(16e-3, 4), (1e-3, 4)]
-    trained(ours, torch.optim.AdamW(groups))
+    train_steps(peftcore_model, torch.optim.AdamW(groups))
     kwargs = {"loraplus_lr_ratio": 16.0, "loraplus_weight_decay": 0.01}
-    trained(theirs, create_loraplus_optimizer(theirs, torch.optim.AdamW, lr=1e-3, **kwargs))
-    wanted = theirs_by_name(theirs)
-    for name, parameter in adapter_parameters(ours, "default"):
-        torch.testing.assert_close(parameter, wanted[name], rtol=1e-4, atol=1e-6)
-    peftcore.save(ours, tmp_path / "again")
-    again = peftcore.load(tiny.llama(), tmp_path / "again")
-    assert peftcore.engine.applied(again, "default").config.lora_plus_ratio == 16.0
+    train_steps(peft_model, create_loraplus_optimizer(peft_model, torch.optim.AdamW, lr=1e-3, **kwargs))
+    expected = peft_factors(peft_model)
+    for name, parameter in adapter_parameters(peftcore_model, "default"):
+        torch.testing.assert_close(parameter, expected[name], rtol=1e-4, atol=1e-6)
+    peftcore.save(peftcore_model, tmp_path / "again")
+    reloaded = peftcore.load(tiny.llama(), tmp_path / "again")
+    assert peftcore.engine.applied(reloaded, "default").config.lora_plus_ratio == 16.0
 
 
 def test_lora_fa(tmp_path: Path) -> None:
     """PEFT projects in bf16 where the machine has it, so that its steps are near, and its formula is the measure."""
-    ours, theirs = pair(tmp_path, lora_fa=True)
-    assert {name.rpartition(".")[2] for name, _ in adapter_parameters(ours, "default")} == {"lora_B"}
-    before = {name: tensor.clone() for name, tensor in theirs_by_name(theirs).items()}
+    peftcore_model, peft_model = pair(tmp_path, lora_fa=True)
+    assert {name.rpartition(".")[2] for name, _ in adapter_parameters(peftcore_model, "default")} == {"lora_B"}
+    before = {name: tensor.clone() for name, tensor in peft_factors(peft_model).items()}
     plain = peftcore.apply(tiny.llama(), "lora", **FIELDS)
     with torch.no_grad():
         for name, parameter in adapter_parameters(plain, "default"):
             parameter.copy_(before[name])
-    for model in (ours, plain):
+    for model in (peftcore_model, plain):
         model(input_ids=tiny.TOKENS, labels=tiny.TOKENS).loss.backward()
-    found = dict(adapter_parameters(ours, "default"))
-    for name, other in ours_of(plain).items():
+    parameters = dict(adapter_parameters(peftcore_model, "default"))
+    for name, other in peftcore_factors(plain).items():
         if name.endswith("lora_B"):
             a = before[name.replace("lora_B", "lora_A")]
-            wanted = other @ torch.linalg.inv(a @ a.T) / 1.5**2
-            torch.testing.assert_close(found[name].grad, wanted, rtol=1e-3, atol=1e-6)
-    optimizer = create_lorafa_optimizer(theirs, r=4, lora_alpha=6, lr=1e-2)
+            expected = other @ torch.linalg.inv(a @ a.T) / 1.5**2
+            torch.testing.assert_close(parameters[name].grad, expected, rtol=1e-3, atol=1e-6)
+    optimizer = create_lorafa_optimizer(peft_model, r=4, lora_alpha=6, lr=1e-2)
     for group in optimizer.param_groups:
         group["eps"] = 1e-20  # of theirs it is not corrected as PyTorch's is
-    trained(theirs, optimizer)
-    trained(ours, torch.optim.AdamW(peftcore.parameter_groups(ours, lr=1e-2), eps=1e-20, weight_decay=0.0))
-    wanted_b = theirs_by_name(theirs)
-    for name, parameter in found.items():
+    train_steps(peft_model, optimizer)
+    train_steps(
+        peftcore_model,
+        torch.optim.AdamW(peftcore.parameter_groups(peftcore_model, lr=1e-2), eps=1e-20, weight_decay=0.0),
+    )
+    wanted_b = peft_factors(peft_model)
+    for name, parameter in parameters.items():
         torch.testing.assert_close(parameter, wanted_b[name], rtol=0.05, atol=2e-3)
-    acting = logits(ours)
-    peftcore.save(ours, tmp_path / "again")
+    acting = logits(peftcore_model)
+    peftcore.save(peftcore_model, tmp_path / "again")
     assert torch.equal(logits(peftcore.load(tiny.llama(), tmp_path / "again")), acting)
-    peftcore.merge(ours, undo=True)
-    torch.testing.assert_close(logits(ours), acting, rtol=0, atol=1e-5)
+    peftcore.merge(peftcore_model, undo=True)
+    torch.testing.assert_close(logits(peftcore_model), acting, rtol=0, atol=1e-5)
 
 
-def ours_of(model: nn.Module) -> dict[str, Tensor]:
+def peftcore_factors(model: nn.Module) -> dict[str, Tensor]:
     return {name: p.grad for name, p in adapter_parameters(model, "default") if p.grad is not None}
 
 

@@ -105,11 +105,11 @@ def test_the_file_is_a_lora_adapter(tmp_path: Path) -> None:
     peftcore.save(model, tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert config["peft_type"] == "LORA" and "double_quant" not in config
-    wanted = logits(model)
+    expected = logits(model)
     for base in (peftcore.quantize(llama()), llama()):
         peftcore.load(base, tmp_path)
         assert applied(base, "default").method == "lora"
-        near = (logits(base) - wanted).norm() / wanted.norm()
+        near = (logits(base) - expected).norm() / expected.norm()
         assert near == 0 if kinds(base) else 0 < near < 0.3
     dense = peft.PeftModel.from_pretrained(llama(), tmp_path)
     with torch.no_grad():
@@ -133,34 +133,34 @@ def peft_on_bitsandbytes(**fields: Any) -> nn.Module:
 
 def losses(model: nn.Module, steps: int = 20) -> list[float]:
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    found = []
+    actual = []
     for step in range(steps):
         tokens = torch.randint(3, 90, (2, 12), generator=torch.Generator().manual_seed(step % 4))
         loss = model(input_ids=tokens, labels=tokens).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        found.append(loss.item())
-    return found
+        actual.append(loss.item())
+    return actual
 
 
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
 def test_the_losses_are_those_of_peft_on_bitsandbytes() -> None:
     fields = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "up_proj", "down_proj"]}
-    theirs = peft_on_bitsandbytes(**fields).train()
-    ours = peftcore.apply(llama(), "qlora", **fields).train()
-    start = {name.replace(".default.weight", ""): p for name, p in theirs.named_parameters() if "lora_" in name}
+    peft_model = peft_on_bitsandbytes(**fields).train()
+    model = peftcore.apply(llama(), "qlora", **fields).train()
+    start = {name.replace(".default.weight", ""): p for name, p in peft_model.named_parameters() if "lora_" in name}
     with torch.no_grad():
-        for name, parameter in adapter_parameters(ours, "default"):
+        for name, parameter in adapter_parameters(model, "default"):
             parameter.copy_(start[f"base_model.model.{name}"])
-    wanted, found = losses(theirs), losses(ours)
-    assert wanted[-1] < 0.95 * wanted[0]
-    torch.testing.assert_close(torch.tensor(found), torch.tensor(wanted), rtol=1e-2, atol=0)
+    expected, actual = losses(peft_model), losses(model)
+    assert expected[-1] < 0.95 * expected[0]
+    torch.testing.assert_close(torch.tensor(actual), torch.tensor(expected), rtol=1e-2, atol=0)
 
 
 def test_a_field_that_no_method_has_is_not_taken_for_one_of_lora() -> None:
-    with pytest.raises(peftcore.PeftcoreError) as found:
+    with pytest.raises(peftcore.PeftcoreError) as actual:
         peftcore.config("qlora", optim="paged_adamw_8bit")
-    assert "QLoraConfig has no field 'optim'. Its fields: " in str(found.value)
+    assert "QLoraConfig has no field 'optim'. Its fields: " in str(actual.value)
     with pytest.raises(peftcore.PeftcoreError, match=r"'use_dora'.*It belongs to the method 'dora'"):
         peftcore.config("qlora", use_dora=True)

@@ -27,7 +27,7 @@ spec.loader.exec_module(make)
 models = make.models
 
 
-def said(name: str, folder: Path, subtracts: bool) -> Path:
+def with_subtract_projection(name: str, folder: Path, subtracts: bool) -> Path:
     """A copy of a fixture whose config says what the library leaves out."""
     shutil.copytree(FOLDERS / name, folder)
     fields = json.loads((folder / "adapter_config.json").read_text())
@@ -38,8 +38,8 @@ def said(name: str, folder: Path, subtracts: bool) -> Path:
 
 @pytest.mark.parametrize("name", ["bert-loreft", "llama-loreft", "llama-loreft_tied", "llama-noreft", "bert-direft"])
 def test_files_of_adapters(name: str, tmp_path: Path) -> None:
-    wanted = load_file(FOLDERS / name / "output.safetensors")
-    folder = FOLDERS / name if "loreft" in name else said(name, tmp_path / "said", "noreft" in name)
+    expected = load_file(FOLDERS / name / "output.safetensors")
+    folder = FOLDERS / name if "loreft" in name else with_subtract_projection(name, tmp_path / "said", "noreft" in name)
     model = models.filled(getattr(models, name.split("-")[0])())
     inputs = models.inputs(model)
     with torch.no_grad():
@@ -47,9 +47,9 @@ def test_files_of_adapters(name: str, tmp_path: Path) -> None:
         peftcore.load(model, folder)
         plain, padded = model(**inputs)[0], model(**inputs, attention_mask=make.MASK)[0]
         assert (base - plain).abs().max() > 0.1
-        torch.testing.assert_close(plain, wanted["output"], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(plain, expected["output"], rtol=1e-4, atol=1e-5)
         rows = make.MASK.bool()
-        torch.testing.assert_close(padded[rows], wanted["padded"][rows], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(padded[rows], expected["padded"][rows], rtol=1e-4, atol=1e-5)
         peftcore.save(model, tmp_path / "ours")
         twin = peftcore.load(models.filled(getattr(models, name.split("-")[0])()), tmp_path / "ours")
         assert torch.equal(twin(**inputs)[0], plain)
@@ -75,8 +75,8 @@ def edit(unit: Unit, h: Tensor, subtracts: bool, orthogonal: bool) -> Tensor:
     if orthogonal:  # Gram and Schmidt
         rows: list[Tensor] = []
         for row in raw:
-            left = row - sum((row @ done) * done for done in rows)
-            rows.append(left / left.norm())
+            remainder = row - sum((row @ earlier_row) * earlier_row for earlier_row in rows)
+            rows.append(remainder / remainder.norm())
         r = torch.stack(rows)
     h = h.double()
     return h + (h @ w.T + b - (h @ r.T if subtracts else 0)) @ r
@@ -87,29 +87,29 @@ def test_equals_the_formula_at_the_chosen_tokens(orthogonal: bool, subtracts: bo
     """Two first tokens and one last, of rows with padding on the right and on the left, and of a short one."""
     model: Any = tiny.llama()
     fields = {"orthogonality": orthogonal, "subtract_projection": subtracts, "layers_to_transform": 0}
-    seen: dict[str, Tensor] = {}
+    outputs: dict[str, Tensor] = {}
     layer = model.model.layers[0]
     mask = torch.tensor([[1, 1, 1, 1, 1, 0, 0], [0, 0, 1, 1, 1, 1, 1], [0, 0, 0, 0, 0, 1, 1]])
     tokens = torch.cat([tiny.TOKENS, tiny.TOKENS[:1]])
-    handle = layer.register_forward_hook(lambda module, args, out: seen.update(out=out))
+    handle = layer.register_forward_hook(lambda module, args, out: outputs.update(out=out))
     with torch.no_grad():
         model(input_ids=tokens, attention_mask=mask)
-        plain = seen["out"]
+        plain = outputs["out"]
         handle.remove()
         peftcore.apply(model, "reft", r=3, prefix_positions=2, suffix_positions=1, dropout=0.0, **fields)
-        layer.register_forward_hook(lambda module, args, out: seen.update(out=out))
+        layer.register_forward_hook(lambda module, args, out: outputs.update(out=out))
         model(input_ids=tokens, attention_mask=mask)
-        assert torch.equal(seen["out"], plain)
+        assert torch.equal(outputs["out"], plain)
         disturb(model, "default", seed=1, std=0.3)
         model(input_ids=tokens, attention_mask=mask)
         first, last = dict(adapter_modules(model, "default"))["model.layers.0"].units.values()
-        wanted = plain.double()
+        expected = plain.double()
         for row, columns in ((0, (0, 1)), (1, (2, 3)), (2, (5,))):
             for column in columns:
-                wanted[row, column] = edit(first, plain[row, column], subtracts, orthogonal)
+                expected[row, column] = edit(first, plain[row, column], subtracts, orthogonal)
         for row, column in ((0, 4), (1, 6), (2, 6)):
-            wanted[row, column] = edit(last, plain[row, column], subtracts, orthogonal)
-        torch.testing.assert_close(seen["out"].double(), wanted, rtol=1e-4, atol=1e-5)
+            expected[row, column] = edit(last, plain[row, column], subtracts, orthogonal)
+        torch.testing.assert_close(outputs["out"].double(), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_the_last_tokens_of_a_prompt_stay_so_while_the_text_goes_on() -> None:
@@ -121,21 +121,21 @@ def test_the_last_tokens_of_a_prompt_stay_so_while_the_text_goes_on() -> None:
     whole_mask = torch.cat([mask, torch.ones(2, 3, dtype=mask.dtype)], 1)
     with torch.no_grad():
         whole = model(input_ids=tiny.TOKENS, attention_mask=whole_mask, prompt_lengths=lengths).logits
-        for given in ({"prompt_lengths": lengths}, {}):
-            begun = model(input_ids=prompt, attention_mask=mask, use_cache=True, **given)
+        for options in ({"prompt_lengths": lengths}, {}):
+            begun = model(input_ids=prompt, attention_mask=mask, use_cache=True, **options)
             positions = whole_mask.cumsum(1)[:, 4:] - 1
-            more = model(
+            continuation = model(
                 input_ids=tiny.TOKENS[:, 4:],
                 attention_mask=whole_mask,
                 position_ids=positions,
                 **{cache_argument(model): begun.past_key_values},
-                **given,
+                **options,
             ).logits
-            assert more.shape == (2, 3, 96)
-            if given:
-                kept = more
+            assert continuation.shape == (2, 3, 96)
+            if options:
+                previous = continuation
             else:
-                torch.testing.assert_close(more, kept)
+                torch.testing.assert_close(continuation, previous)
         steps = {}
         for cached in (True, False):
             steps[cached] = model.generate(
@@ -148,8 +148,8 @@ def test_the_last_tokens_of_a_prompt_stay_so_while_the_text_goes_on() -> None:
                 output_logits=True,
                 return_dict_in_generate=True,
             )
-        for one, other in zip(steps[True].logits, steps[False].logits, strict=True):
-            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+        for step, uncached_step in zip(steps[True].logits, steps[False].logits, strict=True):
+            torch.testing.assert_close(step, uncached_step, rtol=1e-4, atol=1e-4)
     assert whole.shape == (2, 7, 96)
 
 
@@ -210,8 +210,8 @@ def test_modules_by_name() -> None:
         plain = nn.functional.linear(x, model[0].weight, model[0].bias)
         unit = dict(adapter_modules(model, "default"))["0"].units["first"]
         plain[:, 0] = edit(unit, plain[:, 0], True, True).float()
-        wanted = nn.functional.linear(plain, model[1].weight, model[1].bias)
-        torch.testing.assert_close(model(x), wanted, rtol=1e-4, atol=1e-5)
+        expected = nn.functional.linear(plain, model[1].weight, model[1].bias)
+        torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -38,28 +38,28 @@ PADDED = torch.tensor([[1, 1, 1], [0, 1, 1]])
 
 
 @cache
-def made(name: str) -> Any:
+def tiny_model(name: str) -> Any:
     """A tiny model whose matrices are of the order of a trained one's."""
     config = getattr(transformers, f"{name}Config")(**SIZES, **FAMILIES[name])
     torch.manual_seed(0)
-    found = getattr(transformers, f"{name}ForCausalLM")(config).eval()
+    model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
     with torch.no_grad():
-        for parameter in found.parameters():
+        for parameter in model.parameters():
             if parameter.dim() == 2:
                 parameter.add_(torch.randn_like(parameter) * parameter.shape[1] ** -0.5)
-    return found
+    return model
 
 
-def edited(model: nn.Module, **fields: Any) -> nn.Module:
+def apply_reft(model: nn.Module, **fields: Any) -> nn.Module:
     """A method with edits in the first 5 tokens: some are in the prompt, some are generated."""
     peftcore.apply(model, "reft", r=2, dropout=0.0, **{"prefix_positions": 5, **fields})
     disturb(model, "default", seed=1, std=0.5)
     return model
 
 
-def generated(model: Any, mask: Tensor, **settings: Any) -> Tensor:
+def generate_logits(model: Any, mask: Tensor, **settings: Any) -> Tensor:
     """The logits of 5 steps, `[batch, 5, vocabulary]`."""
-    found = model.generate(
+    generation = model.generate(
         TOKENS,
         attention_mask=mask,
         max_new_tokens=5,
@@ -70,20 +70,22 @@ def generated(model: Any, mask: Tensor, **settings: Any) -> Tensor:
         return_dict_in_generate=True,
         **settings,
     )
-    return torch.stack(found.logits, 1)
+    return torch.stack(generation.logits, 1)
 
 
 @pytest.fixture
 def model(request: pytest.FixtureRequest) -> Any:
-    found = made(request.param)
-    yield edited(found)
-    peftcore.remove(found, "default")
+    actual = tiny_model(request.param)
+    yield apply_reft(actual)
+    peftcore.remove(actual, "default")
 
 
 @pytest.mark.parametrize("model", list(FAMILIES), indirect=True)
 @pytest.mark.parametrize("mask", [torch.ones_like(PADDED), PADDED], ids=["whole", "padded"])
 def test_generation_with_a_cache_and_without(model: Any, mask: Tensor) -> None:
-    torch.testing.assert_close(generated(model, mask), generated(model, mask, use_cache=False), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(
+        generate_logits(model, mask), generate_logits(model, mask, use_cache=False), rtol=1e-3, atol=1e-3
+    )
 
 
 @pytest.mark.parametrize("mask", [torch.ones_like(PADDED), PADDED], ids=["whole", "padded"])
@@ -92,26 +94,28 @@ def test_a_decoder_that_its_head_calls_past_the_backbone(mask: Tensor) -> None:
     sizes |= {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "max_position_embeddings": 64}
     torch.manual_seed(0)
     config = transformers.BartConfig(vocab_size=96, **sizes, init_std=0.3, is_decoder=True)
-    model = edited(transformers.BartForCausalLM(config).eval())
-    torch.testing.assert_close(generated(model, mask), generated(model, mask, use_cache=False), rtol=1e-3, atol=1e-3)
+    model = apply_reft(transformers.BartForCausalLM(config).eval())
+    torch.testing.assert_close(
+        generate_logits(model, mask), generate_logits(model, mask, use_cache=False), rtol=1e-3, atol=1e-3
+    )
 
 
-def in_parts(model: Any, parts: list[int], masks: str) -> Tensor:
+def logits_of_calls(model: Any, parts: list[int], masks: str) -> Tensor:
     """The logits of tiny.TOKENS, of which each call gets so many."""
     ends = torch.tensor(parts).cumsum(0).tolist()
     mask = torch.ones_like(tiny.TOKENS)
     mask[1, :2] = 0
-    given: dict[str, Any] = {}
-    found, name = [], cache_argument(model)
+    options: dict[str, Any] = {}
+    outputs, name = [], cache_argument(model)
     for start, end in zip([0, *ends], ends, strict=False):
         if masks == "whole":
-            given["attention_mask"] = mask[:, :end]
+            options["attention_mask"] = mask[:, :end]
         elif masks == "each":
-            given["attention_mask"] = mask[:, start:end]
-        out = model(input_ids=tiny.TOKENS[:, start:end], use_cache=True, **given)
-        given = {name: out[name]}
-        found.append(out.logits)
-    logits = torch.cat(found, 1)
+            options["attention_mask"] = mask[:, start:end]
+        out = model(input_ids=tiny.TOKENS[:, start:end], use_cache=True, **options)
+        options = {name: out[name]}
+        outputs.append(out.logits)
+    logits = torch.cat(outputs, 1)
     return logits if masks == "none" else logits[mask == 1]
 
 
@@ -120,15 +124,15 @@ def in_parts(model: Any, parts: list[int], masks: str) -> Tensor:
 def test_a_text_in_several_calls(model: Any, masks: str) -> None:
     with torch.no_grad():
         torch.testing.assert_close(
-            in_parts(model, [2, 1, 1, 1, 1, 1], masks), in_parts(model, [7], masks), rtol=1e-3, atol=1e-3
+            logits_of_calls(model, [2, 1, 1, 1, 1, 1], masks), logits_of_calls(model, [7], masks), rtol=1e-3, atol=1e-3
         )
 
 
 def test_masks_of_the_new_tokens_alone() -> None:
     """A recurrence needs no other; which tokens came before is noted on the cache, padding aside."""
-    model = edited(copy.deepcopy(made("Mamba2")))
+    model = apply_reft(copy.deepcopy(tiny_model("Mamba2")))
     with torch.no_grad():
-        each, whole = in_parts(model, [3, 4], "each"), in_parts(model, [7], "each")
+        each, whole = logits_of_calls(model, [3, 4], "each"), logits_of_calls(model, [7], "each")
     torch.testing.assert_close(each, whole, rtol=1e-3, atol=1e-3)
 
 
@@ -138,49 +142,51 @@ def test_next_to_a_prefix(make: Any, mask: Tensor) -> None:
     model = make()
     peftcore.apply(model, "prefix-tuning", adapter="prefix", num_virtual_tokens=3)
     disturb(model, "prefix", seed=2, std=0.3)
-    edited(model)
+    apply_reft(model)
     peftcore.activate(model, ["prefix", "default"])
-    torch.testing.assert_close(generated(model, mask), generated(model, mask, use_cache=False), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(
+        generate_logits(model, mask), generate_logits(model, mask, use_cache=False), rtol=1e-3, atol=1e-3
+    )
     if not model.config.is_encoder_decoder:
         with torch.no_grad():
             torch.testing.assert_close(
-                in_parts(model, [2, 1, 4], "none"), in_parts(model, [7], "none"), rtol=1e-3, atol=1e-3
+                logits_of_calls(model, [2, 1, 4], "none"), logits_of_calls(model, [7], "none"), rtol=1e-3, atol=1e-3
             )
 
 
 def test_a_recurrence_that_read_before_the_adapter_came() -> None:
-    model: Any = copy.deepcopy(made("Mamba2"))
+    model: Any = copy.deepcopy(tiny_model("Mamba2"))
     name = cache_argument(model)
     with torch.no_grad():
         before = model(input_ids=TOKENS, use_cache=True)[name]
-        edited(model)
+        apply_reft(model)
         with pytest.raises(peftcore.PeftcoreError, match=r"ReFT counts .* Pass the whole attention_mask"):
             model(input_ids=TOKENS, **{name: before})
 
 
 def test_texts_that_are_packed_into_one_row() -> None:
     """Positions begin anew where a text does: each has first tokens and last ones of its own."""
-    model: Any = edited(tiny.llama(), prefix_positions=2, suffix_positions=1)
+    model: Any = apply_reft(tiny.llama(), prefix_positions=2, suffix_positions=1)
     texts = [tiny.TOKENS[:1, :4], tiny.TOKENS[1:, :3], tiny.TOKENS[:1, 4:6]]
     positions = torch.cat([torch.arange(text.shape[1]) for text in texts])[None]
     with torch.no_grad():
-        wanted = torch.cat([model(input_ids=text).logits for text in texts], 1)
-        found = model(input_ids=torch.cat(texts, 1), position_ids=positions, use_cache=False).logits
-        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+        expected = torch.cat([model(input_ids=text).logits for text in texts], 1)
+        actual = model(input_ids=torch.cat(texts, 1), position_ids=positions, use_cache=False).logits
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
         with pytest.raises(peftcore.PeftcoreError, match="prompt_lengths has one length per row"):
             model(input_ids=torch.cat(texts, 1), position_ids=positions, use_cache=False, prompt_lengths=[2])
 
 
 def test_a_decoder_that_makes_its_tokens_of_labels() -> None:
     """The encoder's padding is not the decoder's."""
-    model: Any = edited(tiny.t5(), prefix_positions=2)
+    model: Any = apply_reft(tiny.t5(), prefix_positions=2)
     mask = torch.tensor([[1] * 7, [0, 0, 0, 1, 1, 1, 1]])
     labels = tiny.TOKENS[:, 2:6].contiguous()
     with torch.no_grad():
-        found = model(input_ids=tiny.TOKENS, attention_mask=mask, labels=labels).logits
+        actual = model(input_ids=tiny.TOKENS, attention_mask=mask, labels=labels).logits
         decoder = model.prepare_decoder_input_ids_from_labels(labels)
-        wanted = model(input_ids=tiny.TOKENS, attention_mask=mask, decoder_input_ids=decoder).logits
-    torch.testing.assert_close(found, wanted)
+        expected = model(input_ids=tiny.TOKENS, attention_mask=mask, decoder_input_ids=decoder).logits
+    torch.testing.assert_close(actual, expected)
 
 
 def test_a_soft_prompt_is_refused_with_a_mask_and_without() -> None:
@@ -193,15 +199,15 @@ def test_a_soft_prompt_is_refused_with_a_mask_and_without() -> None:
 
 
 def test_last_tokens_that_would_move_are_said() -> None:
-    model: Any = edited(tiny.llama(), suffix_positions=1)
+    model: Any = apply_reft(tiny.llama(), suffix_positions=1)
     with pytest.warns(UserWarning, match="Pass prompt_lengths"):
-        generated(model, PADDED, use_cache=False)
-    generated(model, PADDED, use_cache=False, prompt_lengths=torch.tensor([3, 2]))
-    generated(model, PADDED)
+        generate_logits(model, PADDED, use_cache=False)
+    generate_logits(model, PADDED, use_cache=False, prompt_lengths=torch.tensor([3, 2]))
+    generate_logits(model, PADDED)
 
 
 def test_a_mask_of_more_tokens_than_there_are() -> None:
     """Such as that of frames of sound, of which an encoder makes half as many."""
-    model: Any = edited(tiny.llama())
+    model: Any = apply_reft(tiny.llama())
     with pytest.raises(peftcore.PeftcoreError, match="0 tokens are in the cache, 7 are new, and the mask has 14"):
         model(input_ids=tiny.TOKENS, attention_mask=torch.ones(2, 14))

@@ -16,14 +16,14 @@ def test_conformance() -> None:
     matrix.conformance(ReloraConfig(r=2, restart_every=2, restart_warmup=1), compile_backend="eager")
 
 
-@pytest.mark.parametrize("how", ["shard", "replicate"])
-def test_restarts_on_ranks(how: str) -> None:
-    wanted = restarts.trained(None, torch.optim.AdamW)
-    assert sum(".past_" in name for name in wanted) == 28
-    for found in run(restarts.trained, how, torch.optim.AdamW):
-        assert found.keys() == wanted.keys()
-        for name, tensor in wanted.items():
-            torch.testing.assert_close(found[name], tensor, atol=2e-4, rtol=0)
+@pytest.mark.parametrize("adapter_placement", ["shard", "replicate"])
+def test_restarts_on_ranks(adapter_placement: str) -> None:
+    expected = restarts.trained(None, torch.optim.AdamW)
+    assert sum(".past_" in name for name in expected) == 28
+    for rank_tensors in run(restarts.trained, adapter_placement, torch.optim.AdamW):
+        assert rank_tensors.keys() == expected.keys()
+        for name, tensor in expected.items():
+            torch.testing.assert_close(rank_tensors[name], tensor, atol=2e-4, rtol=0)
 
 
 def test_a_checkpoint_of_torch_distributed_is_refused() -> None:
