@@ -348,7 +348,7 @@ def refuse_more_arguments(model: nn.Module, attachments: AdapterAttachments) -> 
         if isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward and attachment.link is Link:
             custom_paths.add(attachment.path)
     for call in observe(model).calls if custom_paths else ():
-        arguments = list(call.given)[1:]
+        arguments = list(call.argument_shapes)[1:]
         if call.path in custom_paths and arguments:
             raise PeftcoreError(
                 f"{attachments.method.name} cannot adapt '{call.path}': the model calls it with {', '.join(arguments)} "

@@ -94,22 +94,21 @@ def select(
         target_modules, named = name_experts(model, target_modules, supported)
         experts = {name: weights[name] for name in named}
 
-    if not target_modules and experts:
-        matched = []
-    elif target_modules == ALL_LINEAR:
+    selects_all, only_experts = target_modules == ALL_LINEAR, bool(experts) and not target_modules
+    matched: list[str] = []
+    if selects_all:
         matched = _all_linear(model, modules, architecture, supported, own_parameters)
-    elif isinstance(target_modules, str):
-        matched = _by_regex(modules, target_modules, supported)
-        # With layers_to_transform the expression may match modules that are in no layer.
-        if not own_parameters and layers_to_transform is None:
-            remaining = {path: module for path, module in modules.items() if path not in gone}
-            _refuse_other_layers(remaining, target_modules, supported)
-    else:
-        matched = _by_suffix(modules, target_modules, supported, names)
+    elif not only_experts:
+        matched = _by_pattern(modules, names, target_modules, supported)
+    is_regex = isinstance(target_modules, str) and not (selects_all or only_experts)
+    # With layers_to_transform the expression may match modules that are in no layer.
+    if is_regex and not own_parameters and layers_to_transform is None:
+        remaining = {path: module for path, module in modules.items() if path not in gone}
+        _refuse_other_layers(remaining, str(target_modules), supported)
 
     chosen = [path for path in matched if path not in gone]
     chosen += [name for name, path in experts.items() if gone.isdisjoint((name, path))]
-    if target_modules == ALL_LINEAR:
+    if selects_all:
         chosen = _with_attention(modules, chosen, without, supported)
     if layers_to_transform is not None:
         chosen = _in_layers(chosen, layers_to_transform, layers_pattern)
@@ -318,6 +317,15 @@ def _with_attention(
             paths.append(attention)
     # If nothing else is selected, keep the projections, so that an error names them.
     return paths if paths or excluded_paths else selected
+
+
+def _by_pattern(
+    modules: dict[str, nn.Module], names: Collection[str], patterns: str | Sequence[str], supported: Supported
+) -> list[str]:
+    """Return the paths that a regular expression, or a list of suffixes, selects."""
+    if isinstance(patterns, str):
+        return _by_regex(modules, patterns, supported)
+    return _by_suffix(modules, patterns, supported, names)
 
 
 def _by_regex(modules: dict[str, nn.Module], pattern: str, supported: Supported) -> list[str]:
