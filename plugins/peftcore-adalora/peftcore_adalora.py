@@ -10,6 +10,7 @@ For a convolution W is the matrix [out, in · k], with k numbers in a kernel.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -165,7 +166,8 @@ def after_step(adapters: Mapping[str, Any], config: AdaLoraConfig, step: int, to
     validation.require(
         schedule_end > config.tinit, f"AdaLoRA's schedule has no step ({schedule}). Set max_steps or total_step=..."
     )
-    has_gradients = any(p.grad is not None for layer in layers for p in layer.parameters())
+    parameters = itertools.chain.from_iterable(layer.parameters() for layer in layers)
+    has_gradients = any(parameter.grad is not None for parameter in parameters)
     validation.require(
         has_gradients or step >= schedule_end,
         "AdaLoRA reads gradients in after_step, but no parameter has one. Call after_step between optimizer.step() and "

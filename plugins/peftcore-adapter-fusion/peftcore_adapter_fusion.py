@@ -182,10 +182,10 @@ def bottlenecks(model: nn.Module, name: str) -> dict[str, Bottleneck]:
 
 def place(model: nn.Module, config: AdapterFusionConfig, architecture: Architecture) -> list[Placement]:
     by_name = {name: bottlenecks(model, name) for name in config.adapters}
-    first = by_name[config.adapters[0]]
+    reference = by_name[config.adapters[0]]
     for name, modules in by_name.items():
-        paths = sorted(modules.keys() | first.keys())
-        differing = [path for path in paths if type(modules.get(path)) is not type(first.get(path))]
+        paths = sorted(modules.keys() | reference.keys())
+        differing = [path for path in paths if type(modules.get(path)) is not type(reference.get(path))]
         validation.require(
             not differing,
             f"fused adapters must have the same bottlenecks at the same modules: '{config.adapters[0]}' and '{name}' "
@@ -196,7 +196,7 @@ def place(model: nn.Module, config: AdapterFusionConfig, architecture: Architect
         fusion_class = FusedAfterNorm if isinstance(adapter, AfterNorm) else FusedSeries
         return fusion_class(config, adapter.width)
 
-    return [Around(path, fusion(f), branches=tuple(config.adapters)) for path, f in first.items()]
+    return [Around(path, fusion(f), branches=tuple(config.adapters)) for path, f in reference.items()]
 
 
 def loss(adapters: Mapping[str, Any], config: AdapterFusionConfig) -> Tensor | None:

@@ -47,7 +47,7 @@ class AdaptionPromptConfig:
     """Config with the field names of Hugging Face PEFT's `AdaptionPromptConfig`, which has no defaults.
 
     Args:
-        target_modules: name of the attention modules. None: the name in the model's family.
+        target_modules: name of the attention modules. None: found in the model.
         adapter_len: n.
         adapter_layers: number of upper layers with prompts. None: all. The paper leaves out the lowest two.
         modules_to_save: modules to train in full as well. None: a classifier's head.

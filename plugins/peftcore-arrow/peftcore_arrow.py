@@ -77,7 +77,7 @@ class ArrowRouter(Adapter):
         self.experts, self.top_k, self.temperature = tuple(config.experts), config.top_k, config.router_temperature
         self.prototypes = nn.Parameter(torch.zeros(len(self.experts), width))
 
-    def shares(self, x: Tensor) -> Tensor:
+    def expert_weights(self, x: Tensor) -> Tensor:
         """Return the experts' weights w `[..., experts]` for tokens x `[..., in]`, in the dtype of the prototypes."""
         scores = F.linear(x.to(self.prototypes.dtype), self.prototypes).abs()
         top, index = scores.topk(self.top_k, dim=-1)
@@ -85,8 +85,10 @@ class ArrowRouter(Adapter):
         return (scores / self.temperature).softmax(-1)
 
     def forward(self, base: BranchedBase, x: Tensor) -> Tensor:
-        shares = self.shares(x).to(x.dtype).unbind(-1)  # they sum to 1, so W x is not subtracted from each branch
-        mixture: Any = sum(w[..., None] * base.branch(name)(x) for w, name in zip(shares, self.experts, strict=True))
+        weights = (
+            self.expert_weights(x).to(x.dtype).unbind(-1)
+        )  # they sum to 1, so W x is not subtracted from each branch
+        mixture: Any = sum(w[..., None] * base.branch(name)(x) for w, name in zip(weights, self.experts, strict=True))
         return mixture if base.is_own else base(x) + (mixture - base.own(x))
 
 
@@ -125,10 +127,10 @@ def place(model: nn.Module, config: ArrowConfig, architecture: Architecture) -> 
     experts = {name: factors_of(model, name) for name in config.experts}
     layers = experts[config.experts[0]]
     for name, factors_by_path in experts.items():
-        if unshared := sorted(factors_by_path.keys() ^ layers.keys()):
+        if differing := sorted(factors_by_path.keys() ^ layers.keys()):
             raise PeftcoreError(
                 "experts must be at the same modules: only one of "
-                f"'{config.experts[0]}' and '{name}' is at {unshared[:3]}"
+                f"'{config.experts[0]}' and '{name}' is at {differing[:3]}"
             )
     routers = {path: ArrowRouter(config, factors.a.shape[1]) for path, factors in layers.items()}
     return [Around(path, router, branches=tuple(config.experts)) for path, router in routers.items()]

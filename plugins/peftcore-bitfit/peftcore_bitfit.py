@@ -17,6 +17,7 @@ be merged; added ones cannot, since the base model has no parameter for them.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -132,7 +133,7 @@ def query_and_intermediate(model: nn.Module, architecture: Architecture) -> list
     """Return the paths of the query projections and of the first feed-forward layers."""
     attention = [sublayer for sublayer in architecture.sublayers if sublayer.kind == "attention"]
     queries = [sublayer.query for sublayer in attention if sublayer.query is not None]
-    inner = [path for sublayer in architecture.sublayers for path in sublayer.inner]
+    inner = list(itertools.chain.from_iterable(sublayer.inner for sublayer in architecture.sublayers))
     fused = len(queries) < len(attention)
     if not queries or not inner or fused:
         reason = "queries share a layer with keys and values" if fused else "its attention layers are not known"

@@ -66,9 +66,9 @@ class BOFTConfig(targets.LayersConfig):
         super().__post_init__()
         size, number = self.boft_block_size, self.boft_block_num
         exactly_one = min(size, number) == 0 < max(size, number)
-        found = f"found boft_block_size={size}, boft_block_num={number}"
+        values = f"found boft_block_size={size}, boft_block_num={number}"
         validation.require(
-            exactly_one, f"one of boft_block_size and boft_block_num must be 0 and the other positive, {found}"
+            exactly_one, f"one of boft_block_size and boft_block_num must be 0 and the other positive, {values}"
         )
         validation.positive_whole(boft_n_butterfly_factor=self.boft_n_butterfly_factor)
         validation.probability(boft_dropout=self.boft_dropout)
@@ -112,8 +112,8 @@ class BOFT(Adapter):
         if self.training and self.dropout:
             rotations, blocks = deltas.shape[:2]
             block_mask = torch.randperm(blocks, device=deltas.device) < int(self.dropout * blocks)
-            drawn = torch.randint(rotations, (), device=deltas.device)
-            rotation_mask = torch.arange(rotations, device=deltas.device) == drawn
+            rotation = torch.randint(rotations, (), device=deltas.device)
+            rotation_mask = torch.arange(rotations, device=deltas.device) == rotation
             deltas = deltas * ~(rotation_mask[:, None] & block_mask)[:, :, None, None]
         return deltas
 

@@ -56,8 +56,8 @@ class CartridgeConfig:
         validation.check_types(self)
         self.prefix()
         fits = 0 <= self.num_frozen_tokens < self.num_virtual_tokens
-        found = f"{self.num_frozen_tokens} of {self.num_virtual_tokens}"
-        validation.require(fits, f"num_frozen_tokens must leave a token to train, found {found}")
+        counts = f"{self.num_frozen_tokens} of {self.num_virtual_tokens}"
+        validation.require(fits, f"num_frozen_tokens must leave a token to train, found {counts}")
 
     def prefix(self) -> PrefixTuningConfig:
         """Return the equivalent config of prefix tuning."""

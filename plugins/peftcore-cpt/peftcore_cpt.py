@@ -12,6 +12,7 @@ type 0. Token types of the input continue from the prompt's: 4 everywhere, or th
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -211,7 +212,7 @@ def place(model: nn.Module, config: CptConfig, architecture: Architecture) -> li
 
 
 def prompts(adapters: Mapping[str, Any]) -> list[Any]:
-    modules = [module for adapter in adapters.values() for module in adapter.modules()]
+    modules = itertools.chain.from_iterable(adapter.modules() for adapter in adapters.values())
     return [module for module in modules if isinstance(module, ContextPrompt)]
 
 

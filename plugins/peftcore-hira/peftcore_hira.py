@@ -162,12 +162,12 @@ def adapter_for(config: HiraConfig, path: str, module: nn.Module) -> nn.Module:
 
 
 def refusal(model: nn.Module, tensors: Mapping[str, Tensor], fields: Mapping[str, Any]) -> str | None:
-    """Return why a file cannot be loaded: PEFT 0.21 writes rank_pattern, but gives every layer rank r."""
+    """Return why a file cannot be loaded, or None. PEFT 0.21 writes rank_pattern, but gives every layer rank r."""
     names = (".hira_A", ".hira_embedding_A")
     r, ranks = fields.get("r", 32), {len(tensor) for name, tensor in tensors.items() if name.endswith(names)}
     if ranks != {r} or set((fields.get("rank_pattern") or {}).values()) <= {r}:
         return None
-    return f"its rank_pattern does not fit its tensors, whose ranks are {r}. Remove it from adapter_config.json"
+    return f"its rank_pattern does not match its tensors, which all have rank {r}. Remove it from adapter_config.json"
 
 
 def write(model: nn.Module | None, tensors: dict[str, Tensor], fields: dict[str, Any]) -> tuple[Tensors, Fields]:

@@ -56,7 +56,7 @@ class LNTuningConfig:
     def resolved(self, model: nn.Module, architecture: Architecture) -> LNTuningConfig:
         """Return the config with module names. Of nested modules only the outermost is named, as PEFT requires."""
         modules = selected(model, self, architecture)
-        outermost = [path for path in modules if not any(outer in modules for outer in [*ancestors(path)][:-1])]
+        outermost = [path for path in modules if next(outer for outer in ancestors(path) if outer in modules) == path]
         if self.target_modules != ALL_NORMS and len(outermost) == len(modules):
             return self
         suffixes = targets.minimal_suffixes(model, outermost)

@@ -1,7 +1,7 @@
 """LoHa (Hyeon-Woo et al. 2021, FedPara, arXiv 2108.06098, prop. 1): W + scale · (B1 A1) ⊙ (B2 A2), scale = alpha / r.
 
-    B1 [out, r]  A1 [r, in]      The elementwise product has a rank of at most r². It equals B A, where B [out, r²] has
-    B2 [out, r]  A2 [r, in]      the products of columns of B1 and B2, and A [r², in] those of rows of A1 and A2.
+    B1 [out, r]  A1 [r, in]      The elementwise product equals B A of rank r²: columns of B [out, r²] are products of
+    B2 [out, r]  A2 [r, in]      columns of B1 and B2, and rows of A [r², in] are products of rows of A1 and A2.
 
 It is computed like a LoRA of rank r² where r² is small, and as a full matrix otherwise. All four factors are trained;
 A2 is zero at the start. Fields and files are PEFT's, which follow LyCORIS.

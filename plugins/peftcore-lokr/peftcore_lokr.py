@@ -120,9 +120,8 @@ class LoKr(Adapter):
         ]
 
     def forward(self, base: Base, x: Tensor) -> Tensor:
-        w1_factors, w2_factors = (
-            [factor.to(x.dtype) for factor in self.factors(name)] for name in ("lokr_w1", "lokr_w2")
-        )
+        w1_factors = [factor.to(x.dtype) for factor in self.factors("lokr_w1")]
+        w2_factors = [factor.to(x.dtype) for factor in self.factors("lokr_w2")]
         u = x.unflatten(-1, (w1_factors[-1].shape[1], w2_factors[-1].shape[1]))  # [..., m, n]
         for factor in reversed(w2_factors):
             u = F.linear(u, factor)  # [..., m, k]
@@ -134,8 +133,12 @@ class LoKr(Adapter):
 
     def delta(self) -> Tensor:
         """Return scale · W1 ⊗ W2, fp32 `[out, in]`."""
-        w1_factors, w2_factors = ([factor.float() for factor in self.factors(name)] for name in ("lokr_w1", "lokr_w2"))
-        w1, w2 = (factors[0] @ factors[1] if len(factors) == 2 else factors[0] for factors in (w1_factors, w2_factors))
+
+        def product(name: str) -> Tensor:
+            factors = [factor.float() for factor in self.factors(name)]
+            return factors[0] @ factors[1] if len(factors) == 2 else factors[0]
+
+        w1, w2 = product("lokr_w1"), product("lokr_w2")
         if w2.dim() == 4:
             w1 = w1[:, :, None, None]
         return self.scale * torch.kron(w1.contiguous(), w2.contiguous())

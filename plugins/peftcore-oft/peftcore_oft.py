@@ -73,9 +73,9 @@ class OFTConfig(targets.LayersConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        found = f"found r={self.r}, oft_block_size={self.oft_block_size}"
+        values = f"found r={self.r}, oft_block_size={self.oft_block_size}"
         exactly_one = min(self.r, self.oft_block_size) == 0 < max(self.r, self.oft_block_size)
-        validation.require(exactly_one, f"one of r and oft_block_size must be 0 and the other positive, {found}")
+        validation.require(exactly_one, f"one of r and oft_block_size must be 0 and the other positive, {values}")
         validation.probability(module_dropout=self.module_dropout)
         validation.require(self.eps > 0, f"eps must be positive, found {self.eps}")
         message = f"num_cayley_neumann_terms={self.num_cayley_neumann_terms} rotates nothing. Use 2 or more"

@@ -1,4 +1,4 @@
-"""Prefix tuning (Li and Liang 2021, arXiv 2101.00190): n trained keys and values in every layer.
+"""Prefix tuning (Li and Liang 2021, arXiv 2101.00190): train n keys and values in every layer.
 
     layer l:   softmax( q · [K_l ; k(x)]ᵀ / √d ) · [V_l ; v(x)]        K_l, V_l [kv_heads, n, head_dim], trained
 

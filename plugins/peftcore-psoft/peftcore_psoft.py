@@ -163,8 +163,8 @@ def place(model: nn.Module, config: PsoftConfig, architecture: Architecture) -> 
     placements: list[Placement] = []
     for path, module in config.selected(model, architecture).items():
         width, out_width = targets.sizes(module)
-        stored: Any = module
-        has_values = not (stored.weight.is_meta or torch.empty(0).is_meta)
+        layer: Any = module
+        has_values = not (layer.weight.is_meta or torch.empty(0).is_meta)
         weight = weight_format(module).read(module) if has_values else None
         placements.append(Around(path, Psoft(config, weight, width, out_width)))
     return placements

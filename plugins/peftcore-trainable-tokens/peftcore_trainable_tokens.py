@@ -147,10 +147,12 @@ def biased_heads(model: nn.Module, paths: Iterable[str]) -> list[str]:
 
 
 def refused(model: nn.Module, tensors: Mapping[str, Tensor], _fields: Mapping[str, Any]) -> str | None:
-    """Return why a file cannot be loaded: PEFT ignored a linear layer's bias in training, but not in merging."""
+    """Return why a file cannot be loaded, or None. PEFT ignores a head's bias in training, but not in merging."""
     names = {name.removesuffix(".trainable_tokens_delta").removesuffix(".token_adapter") for name in tensors}
     paths = [path for path, _ in targets.base_modules(model) if f"base_model.model.{path}" in names]
-    tied = [tied_path for path in paths for tied_path in modules_tied_to(model, path)]
+    tied: list[str] = []
+    for path in paths:
+        tied += modules_tied_to(model, path)
     heads = biased_heads(model, [*paths, *tied])
     if not heads:
         return None

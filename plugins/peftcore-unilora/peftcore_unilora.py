@@ -98,7 +98,7 @@ class UniLora(LowRankLinear):
 
 
 def draw_columns(config: UniLoraConfig, count: int) -> Tensor:
-    """Draw a column for each of `count` numbers, as PEFT does: each column equally often, up to the remainder."""
+    """Draw a column for each of `count` numbers, as in PEFT. All columns occur equally often, up to the remainder."""
     if torch.empty(0).is_meta:
         return torch.empty(count, dtype=torch.int64)
     d, generator = config.theta_d_length, np.random.default_rng(config.proj_seed)

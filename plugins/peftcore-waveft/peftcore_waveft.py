@@ -166,9 +166,9 @@ def too_many_entries(n: int, path: str, width: int, out_width: int) -> str | Non
 def filters(family: str) -> Tensor:
     """Return the low-pass and the high-pass filter of the inverse transform, fp64 `[2, L]`.
 
-    Those of Daubechies wavelets and symlets are (1 + z)^n Π (z - root), scaled to the sum sqrt(2). The n - 1 roots are
-    one of each pair z, 1 / z that solves Σ_k C(n - 1 + k, k) y^k = 0 with y = (2 - z - 1 / z) / 4 (Daubechies 1992,
-    chapter 6).
+    The low-pass filter of a Daubechies wavelet or symlet is (1 + z)^n Π (z - root), scaled to the sum sqrt(2). Its
+    n - 1 roots are one of each pair z, 1 / z that solves Σ_k C(n - 1 + k, k) y^k = 0 with y = (2 - z - 1 / z) / 4
+    (Daubechies 1992, chapter 6).
     """
     if family in _COIFLETS:
         low_pass = math.sqrt(2) * np.array(_COIFLETS[family])

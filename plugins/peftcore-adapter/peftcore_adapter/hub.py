@@ -250,8 +250,8 @@ def sublayer_at(place: str, sublayers: Iterable[Any]) -> Any:
     """Return the sublayer at a place such as `bert.encoder.layer.0.attention.output` or `model.layers.3.output`."""
     parts = _PLACE.fullmatch(place)
     if parts is not None:
-        rest = parts["rest"] or ""
-        kind = _KINDS.get(rest.rpartition(".")[2])
+        module_path = parts["rest"] or ""
+        kind = _KINDS.get(module_path.rpartition(".")[2])
         for sublayer in sublayers:
             own_parts = _PLACE.fullmatch(sublayer.output)
             if own_parts is None or sublayer.layer != int(parts["layer"]):
@@ -259,7 +259,7 @@ def sublayer_at(place: str, sublayers: Iterable[Any]) -> Any:
             if _in_decoder(parts["stack"]) != _in_decoder(own_parts["stack"]):
                 continue
             # Some models name the sublayer's kind in <place>, others the module that contains its output layer.
-            is_inside = (own_parts["rest"] or "").startswith(f"{rest}.")
+            is_inside = (own_parts["rest"] or "").startswith(f"{module_path}.")
             if (sublayer.kind == kind) if kind else is_inside:
                 return sublayer
     raise PeftcoreError(f"it has an adapter at '{place}', which is not a known sublayer of this model")

@@ -56,9 +56,9 @@ def test_directions_are_those_of_the_product(tmp_path: Path) -> None:
     for v, name in zip(layer["default"].prototypes, EXPERTS, strict=True):
         _, _, right = torch.linalg.svd(layer[name].delta())
         assert (v @ right[0]).abs() > 0.99
-    shares = layer["default"].shares(torch.randn(5, 48))
-    assert ((shares > 0).sum(-1) == 2).all()
-    torch.testing.assert_close(shares.sum(-1), torch.ones(5))
+    weights = layer["default"].expert_weights(torch.randn(5, 48))
+    assert ((weights > 0).sum(-1) == 2).all()
+    torch.testing.assert_close(weights.sum(-1), torch.ones(5))
 
 
 def test_with_an_adapter_inside_and_outside(tmp_path: Path) -> None:

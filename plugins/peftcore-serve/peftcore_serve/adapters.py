@@ -80,16 +80,16 @@ class Adapters:
         """Activate an adapter for whole batches; None is the base model alone."""
         self._activate(("alone", key))
 
-    def _activate(self, requested: tuple[str | None, ...]) -> None:
-        if self._active == requested or not self.loaded:
+    def _activate(self, selection: tuple[str | None, ...]) -> None:
+        if self._active == selection or not self.loaded:
             return
         self._active = None
-        kind, *keys = requested
+        kind, *keys = selection
         if kind == "alone" or not any(keys):
             peftcore.activate(self.model, [key for key in keys if key is not None])
         else:
             peftcore.activate(self.model, keys, per_sample=True)
-        self._active = requested
+        self._active = selection
 
     def _load(self, folder: Folder) -> LoadedAdapter:
         base_rows, rows = base_and_adapter.vocabulary(self.model), vocabulary_rows(self.model, folder.path)

@@ -172,12 +172,12 @@ def make(
     return server
 
 
-def _tasks(found: Mapping[str, Folder]) -> dict[str, AdapterTask]:
+def _tasks(folders: Mapping[str, Folder]) -> dict[str, AdapterTask]:
     """Return the task of each adapter that can be read."""
     from peftcore_cli import adapter_folders
 
     tasks = {}
-    for name, folder in found.items():
+    for name, folder in folders.items():
         with contextlib.suppress(PeftcoreError, OSError):  # requests for this adapter get the error
             tasks[name] = adapter_folders.adapter_task(folder.path)
     return tasks
@@ -189,7 +189,9 @@ def listen(host: str, port: int) -> socket.socket:
         family, kind, number, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listening = socket.socket(family, kind, number)
     except OSError as error:
-        raise PeftcoreError(f"--host '{host}' is not an address of this machine: {error.strerror}") from error
+        raise PeftcoreError(
+            f"--host '{host}' is not an address of this machine: {error.strerror}. Pass one, such as 127.0.0.1"
+        ) from error
     try:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind(address)
@@ -201,18 +203,18 @@ def listen(host: str, port: int) -> socket.socket:
     return listening
 
 
-def known_hosts(host: str, address: str, allowed: Sequence[str]) -> set[str] | None:
+def known_hosts(host: str, address: str, extra_names: Sequence[str]) -> set[str] | None:
     """Return the host names that requests may be sent to, in the form of the Host header; None for any.
 
     Args:
         host: the option `--host`.
         address: the address that the server is bound to.
-        allowed: names of `--allowed-host`. Without them, a server that other machines can reach accepts any name.
+        extra_names: names of `--allowed-host`. Without them, a server that other machines can reach accepts any name.
     """
     is_loopback = ipaddress.ip_address(address.partition("%")[0]).is_loopback
-    if not is_loopback and not allowed:
+    if not is_loopback and not extra_names:
         return None
-    names = {host, address, *allowed, *(("localhost", "127.0.0.1", "::1") if is_loopback else ())}
+    names = {host, address, *extra_names, *(("localhost", "127.0.0.1", "::1") if is_loopback else ())}
     return {(f"[{name}]" if ":" in name else name).lower() for name in names}
 
 

@@ -161,8 +161,8 @@ def can_batch(
         rows = batch.step().float()
         for row, prompt, sample_key in zip(rows, _PROBE_PROMPTS, keys, strict=True):
             alone(sample_key)
-            whole = batch.model(input_ids=torch.tensor([[*prompt, _PROBE_TOKEN]], device=row.device), use_cache=False)
-            if not _near(row, whole.logits[0, -1].float()):
+            output = batch.model(input_ids=torch.tensor([[*prompt, _PROBE_TOKEN]], device=row.device), use_cache=False)
+            if not _near(row, output.logits[0, -1].float()):
                 return False
     except Exception:  # remote code of a model may not support being called like this
         return False
@@ -184,8 +184,8 @@ def _near(row: Tensor, expected: Tensor) -> bool:
 @torch.no_grad()
 def prompt_logits(model: nn.Module, prompt: list[int]) -> Tensor:
     """Return the logits `[tokens, V]` of a prompt, for models and adapters that cannot be batched."""
-    loaded: Any = model
-    output = loaded(input_ids=torch.tensor([prompt], device=loaded.device), use_cache=False)
+    causal_model: Any = model
+    output = causal_model(input_ids=torch.tensor([prompt], device=causal_model.device), use_cache=False)
     logits: Tensor = output.logits[0, -len(prompt) :]  # those of a soft prompt come first
     return logits
 
@@ -208,9 +208,9 @@ def generate_alone(model: nn.Module, sequence: Sequence, is_closed: Callable[[],
         def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
             return torch.tensor([sequence.is_done or is_closed()], device=input_ids.device)
 
-    loaded: Any = model
-    ids = torch.tensor([[*sequence.prompt, *sequence.tokens]], device=loaded.device)
-    loaded.generate(
+    causal_model: Any = model
+    ids = torch.tensor([[*sequence.prompt, *sequence.tokens]], device=causal_model.device)
+    causal_model.generate(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
         do_sample=False,

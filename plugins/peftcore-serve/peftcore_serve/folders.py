@@ -51,9 +51,9 @@ def find_one(root: Path | None, name: str) -> Folder | None:
     return _folder(root / name) if root is not None and name in _names(root) else None
 
 
-def _folder(where: Path) -> Folder | None:
-    path = adapter_folders.adapter_folder(where)
-    return Folder(where.name, path, _stamp(path)) if os.path.exists(path / "adapter_config.json") else None
+def _folder(directory: Path) -> Folder | None:
+    path = adapter_folders.adapter_folder(directory)
+    return Folder(directory.name, path, _stamp(path)) if os.path.exists(path / "adapter_config.json") else None
 
 
 def _names(root: Path | None) -> list[str]:

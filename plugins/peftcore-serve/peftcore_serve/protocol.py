@@ -171,15 +171,15 @@ def _request(
     return Request(model, prompts, n, sampling, tuple(stop), stream, usage, is_chat)
 
 
-def _fields(body: Any, known: Several[str]) -> dict[str, Any]:
+def _fields(body: Any, names: Several[str]) -> dict[str, Any]:
     """Return the fields that have a value; refuse unknown and unsupported ones."""
     if not isinstance(body, dict):
         raise ProtocolError(f"the body must be a JSON object, found {type(body).__name__}")
     for name, value in body.items():
-        if value is None or name in known or name in _WITHOUT_EFFECT:
+        if value is None or name in names or name in _WITHOUT_EFFECT:
             continue
         if name not in _NEUTRAL:
-            raise ProtocolError(f"unknown field '{name}'{nearest(name, known)}. Leave it out", param=name)
+            raise ProtocolError(f"unknown field '{name}'{nearest(name, names)}. Leave it out", param=name)
         if value not in _NEUTRAL[name]:
             raise ProtocolError(f"{name} is not supported by this server. Leave it out", param=name)
     return {name: value for name, value in body.items() if value is not None}
@@ -230,8 +230,8 @@ def _flag(fields: Mapping[str, Any], name: str) -> bool:
     return value
 
 
-def _wrong(name: str, expected: str, found: Any) -> ProtocolError:
-    shown = f"{found!r:.100}" if found is not None else "nothing"
+def _wrong(name: str, expected: str, value: Any) -> ProtocolError:
+    shown = f"{value!r:.100}" if value is not None else "nothing"
     return ProtocolError(f"'{name}' must be {expected}, found {shown}", param=name.partition("[")[0])
 
 
@@ -329,5 +329,5 @@ class Answer:
 
 
 def _finite(value: float | None) -> float | None:
-    """Return a number that JSON can represent: -9999 for an impossible token, as the protocol has it."""
+    """Return a number that JSON can represent: the protocol's -9999 for an impossible token."""
     return value if value is None or math.isfinite(value) else -9999.0
