@@ -1,7 +1,7 @@
-"""A low-rank adapter as a GGUF file that llama.cpp (`--lora`) and Ollama (`ADAPTER`) load with a model.
+"""Writes a low-rank adapter as a GGUF file, for llama.cpp's `--lora` and Ollama's `ADAPTER`.
 
-W x + (alpha / r) B (A x), with one alpha for the file and r the rank of each pair (llama.cpp's src/llama-adapter.cpp),
-so a scale s is folded into B' = (s r / alpha) B. A of an embedding is transposed.
+llama.cpp computes W x + (alpha / r) B (A x), with one alpha per file and the rank r of each pair
+(src/llama-adapter.cpp). Other scales s are folded into B: B' = (s r / alpha) B. A of an embedding is transposed.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 from torch import nn
 
 from peftcore.plugin import PeftcoreError, adapter_products, modules_tied_to
-from peftcore_gguf.file import Entry, write_tensors, writing
+from peftcore_gguf.file import Entry, gguf_writer, write_tensors
 from peftcore_gguf.model import EMBEDDING, GgufOptions
 from peftcore_gguf.tensor_names import Names
 
@@ -24,36 +24,36 @@ def command(model: str | Path, adapter: Path | None = None) -> str:
 
 
 def write_adapter(model: nn.Module, path: Path, adapter: str, _options: GgufOptions) -> None:
-    """Write the file, in fp32, for a GGUF file of the base of any type.
+    """Write the adapter in fp32. It fits GGUF files of the base in any type.
 
     Raises:
         PeftcoreError: the adapter does more than add low-rank products to weights, or changes modules that llama.cpp
-            does not adapt.
+            cannot adapt.
     """
     names = Names(model)
-    found = adapter_products(model, adapter, "be written as an adapter of llama.cpp")
-    for place in found:
-        tied = modules_tied_to(model, place)
+    products = adapter_products(model, adapter, "be written as an adapter of llama.cpp")
+    for module_path in products:
+        tied = modules_tied_to(model, module_path)
         if tied:
             raise PeftcoreError(
-                f"'{adapter}' cannot be written as an adapter of llama.cpp: it changes '{place}', which shares "
-                f"its weight with '{tied[0]}', and llama.cpp has one tensor for both. Merge it (untie=True) and "
-                "export the model"
+                f"cannot write '{adapter}' as an adapter of llama.cpp: it changes '{module_path}', which shares its "
+                f"weight with '{tied[0]}', and llama.cpp has one tensor for both. Merge it (untie=True) and export the "
+                "model"
             )
-    first = next(iter(found.values()))
-    alpha = first.scale * len(first.a) or 1.0  # 0 would mean no scale
-    with writing(path, names.family.architecture) as writer:
+    any_product = next(iter(products.values()))
+    alpha = any_product.scale * len(any_product.a) or 1.0  # llama.cpp takes an alpha of 0 as a scale of 1
+    with gguf_writer(path, names.family.architecture) as writer:
         import gguf
 
         writer.add_type(gguf.GGUFType.ADAPTER)
         writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
         writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
         entries: list[Entry] = []
-        for place, product in found.items():
-            name, a = names.of(f"{place}.weight"), product.a
-            b = names.rows(place, product.b) * (product.scale * len(a) / alpha)
-            if name == EMBEDDING:  # rows are looked up: A'[token] for each token, then B'
+        for module_path, product in products.items():
+            name, a = names.disk_name(f"{module_path}.weight"), product.a
+            b = names.rows(module_path, product.b) * (product.scale * len(a) / alpha)
+            if name == EMBEDDING:  # llama.cpp looks up rows of the first factor, one per token
                 a, b = b, a.T
-            for end, tensor in (("lora_a", a), ("lora_b", b)):
-                entries.append(Entry(f"{name}.{end}", tensor, gguf.GGMLQuantizationType.F32))
+            for suffix, tensor in (("lora_a", a), ("lora_b", b)):
+                entries.append(Entry(f"{name}.{suffix}", tensor, gguf.GGMLQuantizationType.F32))
         write_tensors(writer, entries)

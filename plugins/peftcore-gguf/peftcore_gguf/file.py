@@ -1,4 +1,4 @@
-"""Write a GGUF file atomically, one tensor after the other."""
+"""Writes a GGUF file atomically, one tensor at a time."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ class Entry(NamedTuple):
     """A tensor to write.
 
     Args:
-        name: its name in the file. kind: its ggml type.
-        tensor: its values; or, on the meta device, the shape of its bytes.
-        blocks: returns its bytes, if they are not made from `tensor`.
+        name: name in the file.
+        tensor: the values; with `blocks`, a meta tensor with the shape of the encoded bytes.
+        kind: ggml type.
+        blocks: returns the encoded bytes of a 4-bit weight.
     """
 
     name: str
@@ -29,8 +30,8 @@ class Entry(NamedTuple):
 
 
 @contextmanager
-def writing(path: Path, architecture: str) -> Iterator[Any]:
-    """Yield a writer for `path`. The file appears when the block ends; after an error the old file is unchanged.
+def gguf_writer(path: Path, architecture: str) -> Iterator[Any]:
+    """Yield a writer for `path`. The file is replaced when the block ends; after an error the old file is unchanged.
 
     Raises:
         PeftcoreError: the package `gguf` is not installed, or the file cannot be written.
@@ -41,31 +42,34 @@ def writing(path: Path, architecture: str) -> Iterator[Any]:
         raise PeftcoreError(
             f"exporting to GGUF needs '{error.name}', which is not installed: pip install gguf"
         ) from error
-    part = path.with_name(f"{path.name}.part")
-    writer = gguf.GGUFWriter(part, architecture)
+    temporary = path.with_name(f"{path.name}.part")
+    writer = gguf.GGUFWriter(temporary, architecture)
     try:
         yield writer
         writer.close()
-        part.replace(path)
+        temporary.replace(path)
     except OSError as error:
-        why = error.strerror or f"a write stopped early ({error}), as on a full disk"  # NumPy gives no error number
-        raise PeftcoreError(f"'{path}' cannot be written: {why}. Choose another path, or free space") from error
+        # NumPy raises an OSError without an error number when the disk is full.
+        reason = error.strerror or f"a write stopped early ({error}), as on a full disk"
+        raise PeftcoreError(f"'{path}' cannot be written: {reason}. Choose another path, or free space") from error
     finally:
         writer.close()
-        part.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def write_tensors(writer: Any, entries: list[Entry]) -> None:
-    """Write the list of tensors and their values. All keys must have been added before."""
+    """Write the list of tensors, and then their values. All keys must have been added before."""
     import gguf
     import numpy as np
 
     for name, tensor, kind, blocks in entries:
         shape: tuple[int, ...] = tuple(tensor.shape)
         quantized = kind not in (gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.F16)
-        stored = gguf.quant_shape_to_byte_shape(shape, kind) if quantized and blocks is None else shape
-        number = np.dtype(np.uint8 if quantized else np.float16 if kind.name == "F16" else np.float32)
-        writer.add_tensor_info(name, stored, number, int(np.prod(stored)) * number.itemsize, raw_dtype=kind)
+        disk_shape = gguf.quant_shape_to_byte_shape(shape, kind) if quantized and blocks is None else shape
+        dtype: np.dtype[Any] = np.dtype(np.uint8)
+        if not quantized:
+            dtype = np.dtype(np.float16 if kind.name == "F16" else np.float32)
+        writer.add_tensor_info(name, disk_shape, dtype, int(np.prod(disk_shape)) * dtype.itemsize, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
@@ -78,7 +82,7 @@ def write_tensors(writer: Any, entries: list[Entry]) -> None:
             data = gguf.quantize(values, kind)
         if not np.isfinite(values).all() or (kind.name == "F16" and not np.isfinite(data).all()):
             raise PeftcoreError(
-                f"'{name}' contains {abs(values).max():.3g}, which {kind.name} cannot represent. Use a type with "
+                f"'{name}' contains {abs(values).max():.3g}, which {kind.name} cannot represent. Choose a type with "
                 "a larger range: bf16"
             )
         writer.write_tensor_data(data)

@@ -1,6 +1,6 @@
-"""A model's sizes and constants as GGUF keys. Models that llama.cpp would compute differently are refused.
+"""Writes a model's hyperparameters as GGUF keys, and refuses models that llama.cpp would compute differently.
 
-Facts from llama.cpp's conversion/base.py and src/models.
+Source: llama.cpp's conversion/base.py and src/models.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from peftcore.plugin import PeftcoreError
-from peftcore_gguf.tensor_names import WAY_ROUND, Family, family_of
+from peftcore_gguf.tensor_names import ALTERNATIVE, Family, family_of
 
 ROPE = {  # supported keys by type
     "default": {"rope_theta"},
@@ -26,7 +26,7 @@ LAYERS_OF_27B = {"gemma2": 46, "gemma3": 62}
 
 
 def write_hyperparameters(writer: Any, model: nn.Module, rows: int) -> dict[str, Tensor]:
-    """Add the keys, and return the additional tensors that llama.cpp needs.
+    """Add the keys to `writer`, and return the additional tensors that llama.cpp needs.
 
     Args:
         writer: the GGUF writer.
@@ -34,16 +34,17 @@ def write_hyperparameters(writer: Any, model: nn.Module, rows: int) -> dict[str,
         rows: size of the vocabulary.
 
     Raises:
-        PeftcoreError: llama.cpp would compute something else for this model.
+        PeftcoreError: llama.cpp would compute another output for this model.
     """
     config: Any = model.config
     family = family_of(model)
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    for what in [*_odd(config, family, head), *_odd_of_gemma(config, family, head)]:
-        raise PeftcoreError(f"{what}, which llama.cpp's '{family.architecture}' does not support. {WAY_ROUND}")
+    for problem in [*_unsupported_features(config, family, head), *_unsupported_in_gemma(config, family, head)]:
+        raise PeftcoreError(f"{problem}, which llama.cpp's '{family.architecture}' does not support. {ALTERNATIVE}")
     length, window = config.max_position_embeddings, getattr(config, "sliding_window", None)
-    cut = window and not family.all_seen_every  # within the window everything is attended to
-    writer.add_context_length(min(length, window) if cut else length)
+    # llama.cpp gives such a model full attention, which is the same only for texts that fit into the window.
+    is_limited = window and not family.full_attention_interval
+    writer.add_context_length(min(length, window) if is_limited else length)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_embedding_length(config.hidden_size)
     writer.add_feed_forward_length(config.intermediate_size)
@@ -58,7 +59,7 @@ def write_hyperparameters(writer: Any, model: nn.Module, rows: int) -> dict[str,
         writer.add_expert_count(config.num_experts)
         writer.add_expert_used_count(config.num_experts_per_tok)
         writer.add_expert_feed_forward_length(config.moe_intermediate_size)
-    if family.all_seen_every:
+    if family.full_attention_interval:
         writer.add_sliding_window(window)
         if config.attn_logit_softcapping is not None:
             writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
@@ -66,15 +67,15 @@ def write_hyperparameters(writer: Any, model: nn.Module, rows: int) -> dict[str,
             writer.add_final_logit_softcapping(config.final_logit_softcapping)
     rope = config.rope_parameters
     if "full_attention" in rope:
-        within, rope = rope["sliding_attention"], rope["full_attention"]
-        _refuse_rope(within, ("default",))
+        sliding_rope, rope = rope["sliding_attention"], rope["full_attention"]
+        _refuse_rope(sliding_rope, ("default",))
         _refuse_rope(rope, ("default", "linear"))
-        writer.add_rope_freq_base_swa(within["rope_theta"])
+        writer.add_rope_freq_base_swa(sliding_rope["rope_theta"])
     return _write_rope(writer, model, rope, config.max_position_embeddings, head)
 
 
-def _odd(config: Any, family: Family, head: int) -> Iterator[str]:
-    """Yield properties of the model that llama.cpp does not support."""
+def _unsupported_features(config: Any, family: Family, head: int) -> Iterator[str]:
+    """Yield the features of a model that llama.cpp does not support."""
     activation = getattr(config, "hidden_activation", None) or config.hidden_act
     types = getattr(config, "layer_types", None) or ()
     if activation != family.activation:
@@ -87,54 +88,54 @@ def _odd(config: Any, family: Family, head: int) -> Iterator[str]:
         yield "the weights of a token's experts do not sum to one (norm_topk_prob)"
 
 
-def _odd_of_gemma(config: Any, family: Family, head: int) -> Iterator[str]:
-    every = family.all_seen_every
-    if not every:
+def _unsupported_in_gemma(config: Any, family: Family, head: int) -> Iterator[str]:
+    interval = family.full_attention_interval
+    if not interval:
         return
-    types = [
-        "full_attention" if i % every == every - 1 else "sliding_attention" for i in range(len(config.layer_types))
-    ]
-    big = config.num_hidden_layers == LAYERS_OF_27B[family.architecture]
-    scale = config.hidden_size // config.num_attention_heads if big else head
-    capped = config.attn_logit_softcapping is not None
+    types = ["sliding_attention"] * len(config.layer_types)
+    for i in range(interval - 1, len(types), interval):
+        types[i] = "full_attention"
+    is_27b = config.num_hidden_layers == LAYERS_OF_27B[family.architecture]
+    scale = config.hidden_size // config.num_attention_heads if is_27b else head
+    has_softcapping = config.attn_logit_softcapping is not None
     if list(config.layer_types) != types:
-        yield f"the model's layers with full attention are not every {every}th"
+        yield f"the model's layers with full attention are not every {interval}th"
     if config.query_pre_attn_scalar != scale:
         yield f"the model has query_pre_attn_scalar={config.query_pre_attn_scalar}, not {scale}"
     if config.attention_bias or getattr(config, "use_bidirectional_attention", False):
         yield "the model has attention_bias or use_bidirectional_attention"
-    if capped != (family.architecture == "gemma2"):
+    if has_softcapping != (family.architecture == "gemma2"):
         yield f"the model has attn_logit_softcapping={config.attn_logit_softcapping}"
     if family.architecture == "gemma2" and config.final_logit_softcapping is None:
         yield "the model has no final_logit_softcapping"
 
 
-def _refuse_rope(given: dict[str, Any], kinds: tuple[str, ...]) -> None:
-    kind = given.get("rope_type", "default")
-    known = {"rope_type"} | ({"partial_rotary_factor"} if given.get("partial_rotary_factor") == 1.0 else set())
-    odd = {key for key, value in given.items() if value is not None} - known - ROPE.get(kind, set())
-    if odd or kind not in kinds:
-        raise PeftcoreError(f"the model's rotary embedding {given} is not supported. {WAY_ROUND}")
+def _refuse_rope(parameters: dict[str, Any], kinds: tuple[str, ...]) -> None:
+    kind = parameters.get("rope_type", "default")
+    ignored = {"rope_type"} | ({"partial_rotary_factor"} if parameters.get("partial_rotary_factor") == 1.0 else set())
+    unsupported = {key for key, value in parameters.items() if value is not None} - ignored - ROPE.get(kind, set())
+    if unsupported or kind not in kinds:
+        raise PeftcoreError(f"llama.cpp does not support the model's rotary embedding {parameters}. {ALTERNATIVE}")
 
 
-def _write_rope(writer: Any, model: nn.Module, given: dict[str, Any], length: int, head: int) -> dict[str, Tensor]:
+def _write_rope(writer: Any, model: nn.Module, parameters: dict[str, Any], length: int, head: int) -> dict[str, Tensor]:
     import gguf
 
-    _refuse_rope(given, tuple(ROPE))
-    kind, theta = given.get("rope_type", "default"), given["rope_theta"]
+    _refuse_rope(parameters, tuple(ROPE))
+    kind, theta = parameters.get("rope_type", "default"), parameters["rope_theta"]
     writer.add_rope_freq_base(theta)
     if kind in ("linear", "yarn"):
         writer.add_rope_scaling_type(gguf.RopeScalingType(kind))
-        writer.add_rope_scaling_factor(given["factor"])
+        writer.add_rope_scaling_factor(parameters["factor"])
     if kind == "yarn":
-        original, fast, slow = (
-            given.get(key) for key in ("original_max_position_embeddings", "beta_fast", "beta_slow")
-        )
+        # Keys may be present with None, which means transformers' default.
+        original = parameters.get("original_max_position_embeddings")
+        beta_fast, beta_slow = parameters.get("beta_fast"), parameters.get("beta_slow")
         writer.add_rope_scaling_orig_ctx_len(length if original is None else original)
-        writer.add_rope_scaling_yarn_beta_fast(32.0 if fast is None else fast)
-        writer.add_rope_scaling_yarn_beta_slow(1.0 if slow is None else slow)
+        writer.add_rope_scaling_yarn_beta_fast(32.0 if beta_fast is None else beta_fast)
+        writer.add_rope_scaling_yarn_beta_slow(1.0 if beta_slow is None else beta_slow)
     if kind != "llama3":
         return {}
     actual = next(buffer for name, buffer in model.named_buffers() if name.endswith("rotary_emb.inv_freq"))
-    plain = 1.0 / theta ** (torch.arange(0, head, 2, dtype=torch.float32) / head)
-    return {ROPE_FREQUENCIES: plain / actual.float().cpu()}
+    default_frequencies = 1.0 / theta ** (torch.arange(0, head, 2, dtype=torch.float32) / head)
+    return {ROPE_FREQUENCIES: default_frequencies / actual.float().cpu()}

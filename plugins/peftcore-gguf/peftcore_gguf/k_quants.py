@@ -1,4 +1,4 @@
-"""K-quants, made by llama.cpp's library (llama-cpp-python) from a file in 16 or 32 bits."""
+"""K-quants: llama.cpp's library (llama-cpp-python) quantizes a GGUF file in 16 or 32 bits."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ def library(gguf_type: str) -> Any:
 
 
 def quantize(source: Path, path: Path, gguf_type: str) -> None:
-    """Quantize the file at `source` into `path`; on error nothing is written.
+    """Quantize the file at `source` and write `path`; after an error the old file is unchanged.
 
     Raises:
         PeftcoreError: llama.cpp reported an error.
     """
     llama = library(gguf_type)
-    part = path.with_name(f"{path.name}.part")
+    temporary = path.with_name(f"{path.name}.part")
     parameters = llama.llama_model_quantize_default_params()
     parameters.ftype = FILE_TYPES[gguf_type]
     try:
-        if llama.llama_model_quantize(str(source).encode(), str(part).encode(), parameters) != 0:
+        if llama.llama_model_quantize(str(source).encode(), str(temporary).encode(), parameters) != 0:
             raise PeftcoreError(f"llama.cpp could not quantize the model to {gguf_type}. See its output above")
-        part.replace(path)
+        temporary.replace(path)
     finally:
-        part.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)

@@ -1,7 +1,7 @@
-"""A tokenizer as GGUF keys: byte-level BPE, SentencePiece BPE, or a copy from another GGUF file.
+"""Writes a tokenizer as GGUF keys: byte-level BPE, SentencePiece BPE, or a copy from another GGUF file.
 
-llama.cpp knows by name how a text is split before byte-level merges. The splits by these names are those of
-src/llama-vocab.cpp, and must match the tokenizer's own file exactly.
+A GGUF file only names the way in which llama.cpp splits texts before byte-level merges (src/llama-vocab.cpp). The
+tokenizer must split texts in exactly the same way, so its tokenizer.json is compared with the known ones.
 """
 
 from __future__ import annotations
@@ -12,19 +12,19 @@ from typing import Any
 
 from peftcore.plugin import PeftcoreError
 from peftcore_gguf import sentencepiece
-from peftcore_gguf.tensor_names import WAY_ROUND
+from peftcore_gguf.tensor_names import ALTERNATIVE
 
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
-_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_SYMBOLS = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _BYTES, _BYTES_AND_WORDS = {"type": "ByteLevel", "use_regex": False}, {"type": "ByteLevel", "use_regex": True}
 
 
 def _split(numbers: str) -> dict[str, Any]:
-    pattern = {"Regex": f"{_WORDS}|{numbers}{_REST}"}
+    pattern = {"Regex": f"{_WORDS}|{numbers}{_SYMBOLS}"}
     return {"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False}
 
 
-# llama.cpp's names of pre-tokenizers, with the steps of a tokenizer.json that split texts alike.
+# llama.cpp's names of pre-tokenizers, and the steps of a tokenizer.json that split texts in the same way.
 PRE_TOKENIZERS: dict[str, list[dict[str, Any]]] = {
     "gpt-2": [_BYTES_AND_WORDS],
     "smollm": [{"type": "Digits", "individual_digits": True}, _BYTES_AND_WORDS],
@@ -42,34 +42,34 @@ def write_tokenizer(writer: Any, tokenizer: Any, rows: int, template: str | None
         writer: the GGUF writer.
         tokenizer: a transformers tokenizer, or a path.
         rows: size of the model's vocabulary, which may be larger.
-        template: chat template in place of the tokenizer's.
+        template: chat template to write instead of the tokenizer's.
 
     Raises:
-        PeftcoreError: llama.cpp would tokenize differently.
+        PeftcoreError: llama.cpp would tokenize texts differently.
     """
     if isinstance(tokenizer, str | Path):
-        _copy(writer, Path(tokenizer), rows, template)
+        _copy_tokenizer(writer, Path(tokenizer), rows, template)
         return
     if getattr(tokenizer, "backend_tokenizer", None) is None:
-        raise _refused(f"{type(tokenizer).__name__} has no tokenizer.json")
+        raise _unsupported(f"{type(tokenizer).__name__} has no tokenizer.json")
     parts = json.loads(tokenizer.backend_tokenizer.to_str())
     _refuse_added(parts["added_tokens"])
     if sentencepiece.is_sentencepiece(parts):
         _write_sentencepiece(writer, parts, rows, tokenizer)
     else:
-        _write_bytes(writer, parts, rows)
+        _write_byte_level(writer, parts, rows)
     _write_special(writer, tokenizer)
-    template = template or _template(tokenizer)
+    template = template or _chat_template(tokenizer)
     if template:
         writer.add_chat_template(template)
 
 
-def _write_bytes(writer: Any, parts: dict[str, Any], rows: int) -> None:
+def _write_byte_level(writer: Any, parts: dict[str, Any], rows: int) -> None:
     """Write a byte-level BPE tokenizer."""
     pre_tokenizer = _pre_tokenizer(parts)
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in parts["model"]["merges"]]
     if not merges:
-        raise _refused("it has no merges")
+        raise _unsupported("it has no merges")
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(pre_tokenizer)
     _write_tokens(writer, parts, rows)
@@ -79,69 +79,82 @@ def _write_bytes(writer: Any, parts: dict[str, Any], rows: int) -> None:
 def _write_sentencepiece(writer: Any, parts: dict[str, Any], rows: int, tokenizer: Any) -> None:
     vocabulary = _vocabulary(parts)
     try:
-        space, scores = sentencepiece.space_before(parts), sentencepiece.scores(parts, vocabulary)
+        prepends_space, scores = sentencepiece.prepends_space(parts), sentencepiece.merge_scores(parts, vocabulary)
     except ValueError as odd:
-        raise _refused(str(odd)) from odd
+        raise _unsupported(str(odd)) from odd
     writer.add_tokenizer_model("llama")
     writer.add_tokenizer_pre("default")
     tokens = _write_tokens(writer, parts, rows, unknown=tokenizer.unk_token_id)
     writer.add_token_scores([scores.get(token, 0.0) for token in tokens])
-    writer.add_add_space_prefix(space)
+    writer.add_add_space_prefix(prepends_space)
 
 
 def _vocabulary(parts: dict[str, Any]) -> dict[str, int]:
-    return {**parts["model"]["vocab"], **{added["content"]: added["id"] for added in parts["added_tokens"]}}
+    return {
+        **parts["model"]["vocab"],
+        **{added_token["content"]: added_token["id"] for added_token in parts["added_tokens"]},
+    }
 
 
 def _pre_tokenizer(parts: dict[str, Any]) -> str:
     """Return llama.cpp's name of the tokenizer's pre-tokenizer.
 
     Raises:
-        PeftcoreError: llama.cpp has none that splits texts alike.
+        PeftcoreError: llama.cpp has none that splits texts in the same way.
     """
-    model, before = parts["model"], parts["pre_tokenizer"]
-    plain = {"dropout": None, "continuing_subword_prefix": None, "end_of_word_suffix": None}
-    odd = [key for key, value in plain.items() if (model.get(key) or value) != value]
-    if model["type"] != "BPE" or odd:
-        raise _refused(f"its model is {model['type']}{' with ' + ', '.join(odd) if odd else ''}")
+    model, pre_tokenizer = parts["model"], parts["pre_tokenizer"]
+    defaults = {"dropout": None, "continuing_subword_prefix": None, "end_of_word_suffix": None}
+    unsupported = [key for key, value in defaults.items() if (model.get(key) or value) != value]
+    if model["type"] != "BPE" or unsupported:
+        suffix = f" with {', '.join(unsupported)}" if unsupported else ""
+        raise _unsupported(f"its model is {model['type']}{suffix}")
     if parts["normalizer"] not in (None, {"type": "NFC"}):
-        raise _refused(f"it has a normalizer, {parts['normalizer']['type']}")
-    steps = before["pretokenizers"] if before and before["type"] == "Sequence" else [before or {"type": "none"}]
+        raise _unsupported(f"it has a normalizer, {parts['normalizer']['type']}")
+    steps = (
+        pre_tokenizer["pretokenizers"]
+        if pre_tokenizer and pre_tokenizer["type"] == "Sequence"
+        else [pre_tokenizer or {"type": "none"}]
+    )
     if any(step.get("add_prefix_space") for step in steps):
-        raise _refused("it prepends a space to texts")
+        raise _unsupported("it prepends a space to texts")
     splits = [{k: v for k, v in s.items() if k not in ("add_prefix_space", "trim_offsets")} for s in steps]
-    name = next((name for name, known in PRE_TOKENIZERS.items() if splits == known), None)
+    name = next((name for name, known_steps in PRE_TOKENIZERS.items() if splits == known_steps), None)
     if name is None:
-        raise _refused(f"it splits texts differently ({', '.join(step['type'] for step in steps)})")
+        raise _unsupported(f"it splits texts differently ({', '.join(step['type'] for step in steps)})")
     if bool(model.get("ignore_merges")) != (name in WHOLE_WORDS_FIRST):
-        raise _refused(f"it has ignore_merges={model.get('ignore_merges')}")
+        raise _unsupported(f"it has ignore_merges={model.get('ignore_merges')}")
     return name
 
 
 def _refuse_added(added: list[dict[str, Any]]) -> None:
-    """Raise a PeftcoreError if added tokens match differently.
+    """Raise a PeftcoreError if llama.cpp could find other added tokens in a text than transformers.
 
-    llama.cpp searches for the longest token first; transformers goes from left to right and takes the longest that
-    begins.
+    llama.cpp searches the text for the longest token first. transformers goes from left to right, and takes the longest
+    token at each position.
     """
-    odd = [each["content"] for each in added if each["lstrip"] or each["rstrip"] or each["single_word"]]
-    if odd:
-        raise _refused(f"its token {odd[0]!r} strips adjacent spaces")
+    stripping = [
+        added_token["content"]
+        for added_token in added
+        if added_token["lstrip"] or added_token["rstrip"] or added_token["single_word"]
+    ]
+    if stripping:
+        raise _unsupported(f"its token {stripping[0]!r} strips adjacent spaces")
     longest: dict[str, str] = {}
-    for token in sorted((each["content"] for each in added), key=len):
+    for token in sorted((added_token["content"] for added_token in added), key=len):
         longest.update((token[:i], token) for i in range(1, len(token)))
-    for token in (each["content"] for each in added):
+    for token in (added_token["content"] for added_token in added):
         for i in range(1, len(token)):
-            other = longest.get(token[i:], "")
-            if len(other) > len(token) and len(set(token + other)) > 1:  # runs of one character give the same result
-                raise _refused(f"its tokens {token!r} and {other!r} may overlap")
+            overlapping = longest.get(token[i:], "")
+            # With runs of one character both searches give the same result.
+            if len(overlapping) > len(token) and len(set(token + overlapping)) > 1:
+                raise _unsupported(f"its tokens {token!r} and {overlapping!r} may overlap")
 
 
 def _write_tokens(writer: Any, parts: dict[str, Any], rows: int, unknown: int | None = None) -> list[str]:
     import gguf
 
     vocabulary = _vocabulary(parts)
-    _refuse_longer(max(vocabulary.values()) + 1, rows)
+    _check_size(max(vocabulary.values()) + 1, rows)
     tokens = [f"[PAD{i}]" for i in range(rows)]
     kinds = [gguf.TokenType.UNUSED] * rows
     for token, i in vocabulary.items():
@@ -149,15 +162,16 @@ def _write_tokens(writer: Any, parts: dict[str, Any], rows: int, unknown: int | 
     if sentencepiece.is_sentencepiece(parts):
         for token in sentencepiece.BYTES:
             tokens[vocabulary[token]], kinds[vocabulary[token]] = token, gguf.TokenType.BYTE
-    for each in parts["added_tokens"]:
-        kinds[each["id"]] = gguf.TokenType.CONTROL if each["special"] else gguf.TokenType.USER_DEFINED
+    for added_token in parts["added_tokens"]:
+        kinds[added_token["id"]] = gguf.TokenType.CONTROL if added_token["special"] else gguf.TokenType.USER_DEFINED
     if unknown is not None:
         kinds[unknown] = gguf.TokenType.UNKNOWN
-    twice = {
-        token for token in vocabulary.keys() - set(tokens) if sentencepiece.byte_of(token) != tokens[vocabulary[token]]
-    }
-    if twice:
-        raise _refused(f"its tokens {min(twice)!r} and {tokens[vocabulary[min(twice)]]!r} have the same id")
+    missing = vocabulary.keys() - set(tokens)  # overwritten above by another token with the same id
+    duplicates = {token for token in missing if sentencepiece.byte_of(token) != tokens[vocabulary[token]]}
+    if duplicates:
+        raise _unsupported(
+            f"its tokens {min(duplicates)!r} and {tokens[vocabulary[min(duplicates)]]!r} have the same id"
+        )
     writer.add_token_list(tokens)
     writer.add_token_types(kinds)
     return tokens
@@ -166,28 +180,28 @@ def _write_tokens(writer: Any, parts: dict[str, Any], rows: int, unknown: int | 
 def _write_special(writer: Any, tokenizer: Any) -> None:
     ids = {name: getattr(tokenizer, f"{name}_token_id") for name in SPECIAL}
     if ids["eos"] is None:
-        raise _refused("it has no end-of-text token, and llama.cpp would choose one")
-    if ids["pad"] == ids["eos"]:  # set for padding batches
+        raise _unsupported("it has no end-of-text token, and llama.cpp would choose one")
+    if ids["pad"] == ids["eos"]:  # users set it so to pad batches; it is not a token of its own
         ids["pad"] = None
     for name, i in ids.items():
         if i is not None:
             getattr(writer, f"add_{name}_token_id")(i)
-    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
-    whole = tokenizer("a")["input_ids"]
-    first = whole[:1] == [ids["bos"]] and whole[:1] != bare[:1]
-    last = whole[-1:] == [ids["eos"]] and whole[-1:] != bare[-1:]
-    if whole != [ids["bos"]] * first + bare + [ids["eos"]] * last:
-        raise _refused(f"it returns {whole} for {bare}")
-    writer.add_add_bos_token(first)
-    writer.add_add_eos_token(last)
+    plain_ids = tokenizer("a", add_special_tokens=False)["input_ids"]
+    full_ids = tokenizer("a")["input_ids"]
+    adds_bos = full_ids[:1] == [ids["bos"]] and full_ids[:1] != plain_ids[:1]
+    adds_eos = full_ids[-1:] == [ids["eos"]] and full_ids[-1:] != plain_ids[-1:]
+    if full_ids != [ids["bos"]] * adds_bos + plain_ids + [ids["eos"]] * adds_eos:
+        raise _unsupported(f"with special tokens it returns {full_ids} for {plain_ids}")
+    writer.add_add_bos_token(adds_bos)
+    writer.add_add_eos_token(adds_eos)
 
 
-def _template(tokenizer: Any) -> str | None:
-    found = getattr(tokenizer, "chat_template", None)
-    return found.get("default") if isinstance(found, dict) else found
+def _chat_template(tokenizer: Any) -> str | None:
+    template = getattr(tokenizer, "chat_template", None)
+    return template.get("default") if isinstance(template, dict) else template
 
 
-def _copy(writer: Any, file: Path, rows: int, template: str | None) -> None:
+def _copy_tokenizer(writer: Any, file: Path, rows: int, template: str | None) -> None:
     import gguf
 
     try:
@@ -200,19 +214,19 @@ def _copy(writer: Any, file: Path, rows: int, template: str | None) -> None:
     tokens = fields.get(gguf.Keys.Tokenizer.LIST)
     if tokens is None:
         raise PeftcoreError(f"'{file}' has no tokenizer. Pass a transformers tokenizer")
-    _refuse_longer(len(tokens.data), rows)
+    _check_size(len(tokens.data), rows)
     if len(tokens.data) < rows:
         raise PeftcoreError(f"the vocabulary of '{file}' has {len(tokens.data)} tokens, but the model's has {rows}")
     for key, field in fields.items():
         if not key.startswith("tokenizer.") or (template and key == gguf.Keys.Tokenizer.CHAT_TEMPLATE):
             continue
-        of_items = field.types[-1] if field.types[0] is gguf.GGUFValueType.ARRAY else None
-        writer.add_key_value(key, field.contents(), field.types[0], sub_type=of_items)
+        item_type = field.types[-1] if field.types[0] is gguf.GGUFValueType.ARRAY else None
+        writer.add_key_value(key, field.contents(), field.types[0], sub_type=item_type)
     if template:
         writer.add_chat_template(template)
 
 
-def _refuse_longer(tokens: int, rows: int) -> None:
+def _check_size(tokens: int, rows: int) -> None:
     if tokens > rows:
         raise PeftcoreError(
             f"the tokenizer has {tokens} tokens, but the model's vocabulary has {rows} rows. "
@@ -220,8 +234,8 @@ def _refuse_longer(tokens: int, rows: int) -> None:
         )
 
 
-def _refused(why: str) -> PeftcoreError:
+def _unsupported(reason: str) -> PeftcoreError:
     return PeftcoreError(
-        f"the tokenizer cannot be written as GGUF: {why}. Supported are byte-level BPE that splits texts like "
-        f"{', '.join(PRE_TOKENIZERS)}, and SentencePiece BPE with byte fallback. {WAY_ROUND}"
+        f"cannot write the tokenizer as GGUF: {reason}. Supported are byte-level BPE that splits texts like "
+        f"{', '.join(PRE_TOKENIZERS)}, and SentencePiece BPE with byte fallback. {ALTERNATIVE}"
     )

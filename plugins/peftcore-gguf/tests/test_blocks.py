@@ -117,6 +117,6 @@ def test_what_no_type_of_gguf_has_is_refused(tmp_path: Path) -> None:
     convert(layer, affine4_weight(codes, scales, permutation=torch.randperm(64)), None)
     with pytest.raises(PeftcoreError, match=r"q_proj.weight' has groups of inputs .*act-order.*peftcore.dequantize"):
         write(model, file)
-    with pytest.raises(PeftcoreError, match=r"k_m' is made from dense weights, and '.*q_proj.weight' is in 4 bits"):
+    with pytest.raises(PeftcoreError, match=r"k_m' needs dense weights, but '.*q_proj.weight' is in 4 bits"):
         write(model, file, "q4_k_m")
     assert list(tmp_path.iterdir()) == []
