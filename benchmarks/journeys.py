@@ -86,7 +86,7 @@ def preferences(folder: Path, llama: str, steps: int) -> None:
     from peftcore_cli.tasks import conversations
 
     asked = [{"role": "user", "content": question}]
-    prompt = conversations.rendered(models.load_tokenizer(base), asked, begins_answer=True)
+    prompt = conversations.render(models.load_tokenizer(base), asked, begins_answer=True)
     theirs = clock.run(llama, "-c", LLAMA, "gguf/model-f16.gguf", prompt, str(TOKENS))
     clock.end()
     after = json.loads(Path("run/result.json").read_text())["after"]

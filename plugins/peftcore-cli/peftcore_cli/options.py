@@ -214,7 +214,7 @@ def planned_task(task: str | None, data: Sequence[str] | None, labels: str | Non
 
     if task is None and data:
         task = row_reading.guess_task(data)
-    return registered.find(task or registered.without_a_name(labels)).name, names_of(labels)
+    return registered.find(task or registered.default_name(labels)).name, names_of(labels)
 
 
 def resolve_method(

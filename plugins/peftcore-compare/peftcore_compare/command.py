@@ -130,7 +130,7 @@ def compare(
     if run_options.epochs <= 0:
         raise PeftcoreError(f"--epochs must be above 0, found {run_options.epochs:g}")
     if run_options.other_data is not None and not registered.find(task).learns_texts:
-        tasks = registered.named_by("learns_texts")
+        tasks = registered.names_with("learns_texts")
         raise PeftcoreError(f"--other-data is for {tasks}, found task {task}. Leave it out")
     if run_options.other_data is not None:
         row_reading.read_rows(run_options.other_data, task)

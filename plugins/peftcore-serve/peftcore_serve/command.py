@@ -141,7 +141,7 @@ def make(
     name = name or Path(base).name  # of "."
     tasks = _tasks(folders_by_name)
     any_fp32 = any(adapter_task.dtype == "fp32" for adapter_task in tasks.values())
-    task = registered.without_a_name()
+    task = registered.default_name()
     dtype = dtype_choice.of_base(base, task, dtype, device, (), "fp32" if any_fp32 else None).say()
     base_as = base_quantization.of_adapters(quantize, tasks)
     base_model = models.load_model(base, task, dtype=dtype, device=device, quantize=base_as)

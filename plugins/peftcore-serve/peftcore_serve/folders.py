@@ -124,7 +124,7 @@ class Text:
         else:
             if self._refusal:
                 raise PeftcoreError(self._refusal)
-            text = conversations.rendered(self.tokenizer, prompt, begins_answer=True)
+            text = conversations.render(self.tokenizer, prompt, begins_answer=True)
             self._refuse_long(text)
             tokens = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return list(tokens) or [text_generation.first_token(self.tokenizer)]
@@ -223,5 +223,5 @@ class Texts:
         )
 
     def _text(self, tokenizer: Any, refusal: str = "") -> Text:
-        ends = frozenset(text_generation.ends(self._model, tokenizer) or ())
+        ends = frozenset(text_generation.end_tokens(self._model, tokenizer) or ())
         return Text(tokenizer, ends, self._context, refusal)

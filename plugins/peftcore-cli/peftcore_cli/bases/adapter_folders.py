@@ -113,7 +113,7 @@ def adapter_task(folder: Path, labels: str | None = None) -> AdapterTask:
         _refuse_labels_without_outputs(info, task)
     except FileNotFoundError:
         if info.format != "peft":  # not stated; heads are elsewhere and belong to the base
-            return AdapterTask(registered.without_a_name(given), 512, given)
+            return AdapterTask(registered.default_name(given), 512, given)
         task = _task_of_peft(info)
     except KeyError as error:
         raise CheckpointError(f"'{folder / TASK_FILE}' cannot be read: it lacks {error}. It can be deleted") from error
@@ -199,7 +199,7 @@ def has_tokenizer(folder: Path) -> bool:
 
 
 def _task_of_peft(info: AdapterInfo) -> AdapterTask:
-    found = next(filter(None, (task.of_peft(info) for task in registered.tasks())), None)
+    found = next(filter(None, (task.from_peft(info) for task in registered.tasks())), None)
     if found is None:
         raise PeftcoreError(
             f"'{info.path}' is for the task {info.task_type}, which no command supports. Use the library"

@@ -68,7 +68,7 @@ def chat(
     about = _adapter_tasks(folders)
     base = base_files.resolve(_common_base(folders, model))
     any_fp32 = any(task.dtype == "fp32" for task in about.values())
-    task_name = registered.without_a_name()
+    task_name = registered.default_name()
     dtype = dtype_choice.of_base(base, task_name, dtype, device, (), "fp32" if any_fp32 else None).say()
     base_as = base_quantization.of_adapters(quantize, about)
     loaded_model = models.load_model(base, task_name, dtype=dtype, device=device, quantize=base_as)
@@ -84,7 +84,7 @@ def chat(
         templates = [task.chat_template for task in about.values() if task.chat_template]
         conversations.set_template(tokenizers[BASE], chat_template, templates[0] if templates else None)
     start = next(reversed(folders), BASE)
-    conversations.rendered(tokenizers[start], [{"role": "user", "content": "."}])  # raises without a template
+    conversations.render(tokenizers[start], [{"role": "user", "content": "."}])  # raises without a template
     session = ChatSession(loaded_model, tokenizers, system, max_new_tokens, temperature, seed)
     session.use(start)
     say("/help lists the commands; Ctrl-D ends", "dim")
@@ -148,7 +148,7 @@ class ChatSession:
     ) -> None:
         self.model, self.tokenizers, self.system = model, tokenizers, system
         self.tokenizer = next(iter(tokenizers.values()))
-        self.sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+        self.sampling: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
         self.reset()
 
     def reset(self) -> None:
@@ -206,7 +206,7 @@ class ChatSession:
         try:
             answer = text_generation.generate_text(
                 self.model, self.tokenizer, messages, streamer=streamer, **self.sampling
-            )  # type: ignore[arg-type]
+            )
         except KeyboardInterrupt:
             say("\n(stopped; the last message was dropped)", "dim")
             return

@@ -55,8 +55,8 @@ def evaluate(
     about = replace(about, max_length=max_length or about.max_length)
     task = registered.find(about.task)
     rows = row_reading.read_rows(data, task.name, parsed_columns(columns))
-    task.answered(given.metric, given.eval_answers)  # raises for a task without answers
-    is_of_answers = generations.is_own(given.metric) or (given.metric in generations.FIGURES and task.writes)
+    task.answer_count(given.metric, given.eval_answers)  # raises for a task without answers
+    is_of_answers = generations.is_user_function(given.metric) or (given.metric in generations.FIGURES and task.writes)
     if given.metric is not None and not is_of_answers:
         raise PeftcoreError(
             f"eval shows every metric of {task.name}; --metric only adds metrics of answers "
@@ -64,13 +64,13 @@ def evaluate(
         )
     if ("reward" in task.options) != (given.reward is not None):
         raise PeftcoreError(
-            f"eval needs --reward FILE.py:FUNCTION for {registered.with_option('reward')}, and for no other task "
+            f"eval needs --reward FILE.py:FUNCTION for {registered.names_with_option('reward')}, and for no other task "
             f"(the task is {task.name})"
         )
     base = adapter_folders.base_of(adapter, model)
     processor = task.load_processor(base, adapter)
     conversations.set_template(processor, chat_template, about.chat_template)
-    about = task.prepared(processor, about, base)
+    about = task.prepare(processor, about, base)
     examples = task.encode(rows, processor, about.max_length, about.labels).examples
     task.check_examples(examples, "evaluated")
     evaluation = measuring.evaluation_of(given, processor, about, rows, batch_size=batch_size)

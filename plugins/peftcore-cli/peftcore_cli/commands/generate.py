@@ -49,7 +49,7 @@ def generate(
     if adapter is None and (compare or labels is not None):
         raise PeftcoreError(f"{'--compare' if compare else '--labels'} needs an adapter. Pass one, or leave it out")
     if adapter is None:
-        about, base = adapter_folders.AdapterTask(registered.without_a_name(), 512), base_files.resolve(str(model))
+        about, base = adapter_folders.AdapterTask(registered.default_name(), 512), base_files.resolve(str(model))
     else:
         about, base = adapter_folders.adapter_task(adapter, labels), adapter_folders.base_of(adapter, model)
     task = registered.find(about.task)

@@ -50,7 +50,7 @@ def merge(
     if (
         adapter_folders.has_tokenizer(adapter) and loaded_model.can_generate()
     ):  # its answers may end with a token of its own
-        loaded_model.generation_config.eos_token_id = text_generation.ends(
+        loaded_model.generation_config.eos_token_id = text_generation.end_tokens(
             loaded_model, conversations.tokenizer_of(tokenizer)
         )
     try:

@@ -99,7 +99,7 @@ def _try_methods(folder: str, task: str | None, names: list[str]) -> Iterator[di
     from peftcore_cli.bases import base_files, models
     from peftcore_cli.tasks import registered
 
-    base = models.empty_model(base_files.resolve(folder), task or registered.without_a_name())
+    base = models.empty_model(base_files.resolve(folder), task or registered.default_name())
     for name in names:
         plan, error = None, None
         with warnings.catch_warnings(record=True) as caught:

@@ -69,7 +69,7 @@ def predict(
 
     rows = task.read_questions(data, parsed_columns(columns), about)
     processor = task.load_processor(base, adapter)
-    about = task.prepared(processor, about, base)
+    about = task.prepare(processor, about, base)
     conversations.set_template(processor, chat_template, about.chat_template)
     loaded_model = base_and_adapter.load_base(base, about, adapter, quantize=quantize, dtype=dtype, device=device)
     base_and_adapter.load_adapter(loaded_model, adapter)

@@ -1,9 +1,9 @@
-"""Recordings and their transcripts (`--task asr`), by models with Whisper's inputs.
+"""Speech recognition with models of Whisper's kind (`--task asr`).
 
 Recordings are read batch by batch, so that a data set need not fit into memory.
 
-The word error rate is the number of words to substitute, delete and insert, divided by the number of words of the right
-transcripts; case and punctuation are not compared.
+The word error rate is the number of substitutions, deletions and insertions of words, divided by the number of words in
+the reference transcripts; case and punctuation are ignored.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 
 class Transcripts(Task):
-    """A model that writes what is said in a recording."""
+    """A model that transcribes recordings."""
 
     name = "asr"
     keys = (("audio", "text"), ("audio", "sentence"), ("audio", "transcription"))
@@ -55,10 +55,10 @@ class Transcripts(Task):
         return not lines.are_labelled and lines.media is None and any(lines.have(*keys) for keys in self.keys)
 
     def read_row(self, where: str, fields: dict[str, Any], keys: tuple[str, ...]) -> Row:
-        said = text_of(where, keys[1], fields[keys[1]])
-        if not said.strip():
+        transcript = text_of(where, keys[1], fields[keys[1]])
+        if not transcript.strip():
             raise PeftcoreError(f"{where}: '{keys[1]}' is empty")
-        return Row(where, said, audio=audio_files.named(where, "audio", fields["audio"]))
+        return Row(where, transcript, audio=audio_files.named(where, "audio", fields["audio"]))
 
     def read_question(self, where: str, fields: dict[str, Any], about: AdapterTask) -> Row:
         if "audio" not in fields:
@@ -66,20 +66,20 @@ class Transcripts(Task):
         return Row(where, "", audio=audio_files.named(where, "audio", fields["audio"]))
 
     def load_processor(self, model: str, adapter: Path | None = None) -> Any:
-        """Return the processor, with the largest number of tokens of a transcript as `longest_text`."""
+        """Return the processor; its attribute `longest_text` is the maximum number of tokens of a transcript."""
         processor, config = models.speech_processor(model, self.name, adapter)
         processor.longest_text = int(config.max_target_positions)
         return processor
 
     def check_config(self, model: str, config: PretrainedConfig) -> None:
-        """Raise a PeftcoreError unless the model is of Whisper's kind."""
+        """Raise a PeftcoreError unless the model is a Whisper."""
         if config.model_type != "whisper":
             raise PeftcoreError(
-                f"--task asr needs a model of Whisper's kind with its feature extractor and tokenizer, found '{model}' "
-                f"({config.model_type}). Use one such as openai/whisper-small"
+                f"--task asr needs a Whisper model with its feature extractor and tokenizer, found '{model}' "
+                f"({config.model_type}). Use a model such as openai/whisper-small"
             )
 
-    def prepared(self, processor: Any, about: AdapterTask, base: str) -> AdapterTask:
+    def prepare(self, processor: Any, about: AdapterTask, base: str) -> AdapterTask:
         set_language(processor, about.language, models.load_generation_config(base))
         return about
 
@@ -92,10 +92,10 @@ class Transcripts(Task):
         *,
         may_be_empty: bool = False,
     ) -> Encoded:
-        """Return rows as `audio`, the path of a file, and `labels`, the tokens of the transcript.
+        """Encode rows as `audio`, the path of a file, and `labels`, the tokens of the transcript.
 
         Raises:
-            PeftcoreError: a recording cannot be read or is longer than the model reads, or a transcript is too long.
+            PeftcoreError: a recording cannot be read, or a recording or transcript is too long for the model.
         """
         examples, longest = [], min(max_length, processor.longest_text)
         for row in rows:
@@ -110,66 +110,81 @@ class Transcripts(Task):
         return Encoded(examples, 0)
 
     def collate(self, examples: Sequence[Example], processor: Any) -> dict[str, Any]:
-        """Return a batch: `input_features`, and `labels` [batch, length].
+        """Return a batch of `input_features` and `labels` [batch, length].
 
-        The model puts its start token before the labels, so labels that begin with it are given without it.
+        The model puts its start token before the labels, so a start token in the labels is removed.
         """
         start = getattr(processor.tokenizer, "prefix_tokens", [None])[0]
-        labels = [each["labels"][1:] if each["labels"][0] == start else each["labels"] for each in examples]
+        labels = [example["labels"][1:] if example["labels"][0] == start else example["labels"] for example in examples]
         length = max(map(len, labels))
-        padded = torch.tensor([[*each, *[IGNORED] * (length - len(each))] for each in labels])
-        return {"input_features": features([each["audio"] for each in examples], processor), "labels": padded}
+        labels_tensor = torch.tensor([[*example, *[IGNORED] * (length - len(example))] for example in labels])
+        return {
+            "input_features": features([example["audio"] for example in examples], processor),
+            "labels": labels_tensor,
+        }
 
-    def answered(self, metric: str | None, given: int | None) -> int:
-        if generations.is_own(metric):
-            return super().answered(metric, given)
-        return generations.COUNT if given is None else given
+    def answer_count(self, metric: str | None, requested: int | None) -> int:
+        if generations.is_user_function(metric):
+            return super().answer_count(metric, requested)
+        return generations.DEFAULT_COUNT if requested is None else requested
 
     def measure(
         self,
         model: nn.Module,
         examples: Sequence[Example],
-        how: Evaluation,
+        evaluation: Evaluation,
         *,
         answers: bool = True,
         reference: Any = None,
     ) -> Metrics:
-        """Return the loss over all tokens, and the word error rate of the first recordings."""
-        found = text_examples.measure(model, examples, self, replace(how, longest=None))
-        some = examples[: how.answered] if answers else ()
-        if not some:
-            return found
-        processor = how.processor
-        wanted = [processor.tokenizer.decode(each["labels"], skip_special_tokens=True) for each in some]
-        longest = max(len(each["labels"]) for each in some)
-        texts = transcribed(model, [each["audio"] for each in some], processor, 2 * longest + 16, how.batch_size)
-        return replace(found, figures={"wer": word_error_rate(texts, wanted), "perplexity": found.perplexity})
+        """Return the loss over all tokens, and the word error rate on the first examples."""
+        loss_metrics = text_examples.measure(model, examples, self, replace(evaluation, longest=None))
+        answered_examples = examples[: evaluation.answer_count] if answers else ()
+        if not answered_examples:
+            return loss_metrics
+        processor = evaluation.processor
+        references = [
+            processor.tokenizer.decode(example["labels"], skip_special_tokens=True) for example in answered_examples
+        ]
+        longest = max(len(example["labels"]) for example in answered_examples)
+        texts = transcribe(
+            model,
+            [example["audio"] for example in answered_examples],
+            processor,
+            2 * longest + 16,
+            evaluation.batch_size,
+        )
+        return replace(
+            loss_metrics, figures={"wer": word_error_rate(texts, references), "perplexity": loss_metrics.perplexity}
+        )
 
     def tokens_of_step(self, length: int, config: PretrainedConfig) -> int:
-        return min(length, int(config.max_target_positions))  # a transcript has no more than the model can write
+        return min(length, int(config.max_target_positions))  # the model writes no longer transcripts
 
     def predict(
         self, model: PreTrainedModel, rows: Sequence[Row], processor: Any, about: AdapterTask, *, answer_tokens: int
     ) -> list[dict[str, Any]]:
         """Return each recording with its transcript."""
         paths = [row.audio for row in rows]
-        found = transcribed(model, paths, processor, processor.longest_text)
-        return [{"audio": path, "text": text} for path, text in zip(paths, found, strict=True)]
+        transcripts = transcribe(model, paths, processor, processor.longest_text)
+        return [{"audio": path, "text": text} for path, text in zip(paths, transcripts, strict=True)]
 
 
 def set_language(processor: Any, language: str | None, generation: Any) -> None:
-    """Make the tokenizer begin transcripts as the model does in `language`.
+    """Make the tokenizer begin transcripts with the tokens of `language`.
 
     Raises:
-        PeftcoreError: the model needs a language and none is given, or does not know it.
+        PeftcoreError: a multilingual model has no language, or the model does not know it.
     """
-    several = getattr(generation, "is_multilingual", None) is True
+    is_multilingual = getattr(generation, "is_multilingual", None) is True
     if language is None:
-        if several:
-            raise PeftcoreError("this model knows many languages. Pass that of the recordings: --language english")
+        if is_multilingual:
+            raise PeftcoreError("this model is multilingual. Pass the language of the recordings: --language english")
         return
-    if not several or not hasattr(processor.tokenizer, "set_prefix_tokens"):
-        raise PeftcoreError(f"this model knows one language only, found --language {language}. Leave it out")
+    if not is_multilingual or not hasattr(processor.tokenizer, "set_prefix_tokens"):
+        raise PeftcoreError(
+            f"--language {language} only works with multilingual models, and this one is not. Leave it out"
+        )
     try:
         processor.tokenizer.set_prefix_tokens(language=language, task="transcribe")
     except ValueError as error:
@@ -183,51 +198,60 @@ def _read(processor: Any, path: Any, where: str | None = None) -> Any:
 
 
 def features(paths: Sequence[Any], processor: Any) -> Any:
-    """Return the inputs of the model for recordings."""
+    """Return the model's `input_features` for recordings."""
     extractor = processor.feature_extractor
     arrays = [_read(processor, path) for path in paths]
     return extractor(arrays, sampling_rate=extractor.sampling_rate, return_tensors="pt")["input_features"]
 
 
-def transcribed(
-    model: Any, paths: Sequence[Any], processor: Any, max_new_tokens: int, batch_size: int = 8
-) -> list[str]:
+def transcribe(model: Any, paths: Sequence[Any], processor: Any, max_new_tokens: int, batch_size: int = 8) -> list[str]:
     """Return the model's greedy transcripts."""
-    tokenizer, found = processor.tokenizer, list[str]()
+    tokenizer, transcripts = processor.tokenizer, list[str]()
     device = next(model.parameters()).device
     prefix = list(getattr(tokenizer, "prefix_tokens", ())) or [model.config.decoder_start_token_id]
-    most = min(max_new_tokens, processor.longest_text - len(prefix) - 1)
+    limit = min(max_new_tokens, processor.longest_text - len(prefix) - 1)
     language = getattr(tokenizer, "language", None)
-    several = getattr(model.generation_config, "is_multilingual", None) is True
-    how = {"language": language, "task": "transcribe"} if several and language else {}
+    is_multilingual = getattr(model.generation_config, "is_multilingual", None) is True
+    language_options = {"language": language, "task": "transcribe"} if is_multilingual and language else {}
     with evaluating(model):
-        for some in batched(paths, batch_size):
-            inputs = encoded_examples.in_dtype({"input_features": features(some, processor).to(device)}, model)
-            begin = torch.tensor([prefix] * len(some), device=device)
-            tokens = model.generate(**inputs, **how, decoder_input_ids=begin, do_sample=False, max_new_tokens=most)
-            found += [text.strip() for text in tokenizer.batch_decode(tokens, skip_special_tokens=True)]
-    return found
+        for batch in batched(paths, batch_size):
+            inputs = encoded_examples.in_dtype({"input_features": features(batch, processor).to(device)}, model)
+            begin = torch.tensor([prefix] * len(batch), device=device)
+            tokens = model.generate(
+                **inputs, **language_options, decoder_input_ids=begin, do_sample=False, max_new_tokens=limit
+            )
+            transcripts += [text.strip() for text in tokenizer.batch_decode(tokens, skip_special_tokens=True)]
+    return transcripts
 
 
-def word_error_rate(answers: Sequence[str], wanted: Sequence[str]) -> float:
-    """Return the word error rate of `answers`; the number of words in them if `wanted` has none."""
-    pairs = [(_words(one), _words(other)) for one, other in zip(answers, wanted, strict=True)]
-    return sum(_distance(one, other) for one, other in pairs) / max(1, sum(len(other) for _, other in pairs))
+def word_error_rate(answers: Sequence[str], references: Sequence[str]) -> float:
+    """Return the word error rate of `answers`; if the references have no words, the number of words in them."""
+    pairs = [
+        (_words(answer_words), _words(reference_words))
+        for answer_words, reference_words in zip(answers, references, strict=True)
+    ]
+    return sum(_distance(answer_words, reference_words) for answer_words, reference_words in pairs) / max(
+        1, sum(len(reference_words) for _, reference_words in pairs)
+    )
 
 
 def _words(text: str) -> list[str]:
-    """Return the words of a text: letters, marks, numbers, and apostrophes between them."""
-    plain = unicodedata.normalize("NFC", text).lower().replace("\u2019", "'")
-    kept = "".join(each if each == "'" or unicodedata.category(each)[0] in "LMN" else " " for each in plain)
-    return [word for word in (each.strip("'") for each in kept.split()) if word]
+    """Split a text into words of letters, marks, numbers and inner apostrophes."""
+    normalized = unicodedata.normalize("NFC", text).lower().replace("\u2019", "'")
+    letters = "".join(
+        character if character == "'" or unicodedata.category(character)[0] in "LMN" else " "
+        for character in normalized
+    )
+    words = [word.strip("'") for word in letters.split()]
+    return [word for word in words if word]
 
 
-def _distance(one: list[str], other: list[str]) -> int:
-    """Return the Levenshtein distance of two lists of words."""
-    before = list(range(len(other) + 1))
-    for i, word in enumerate(one, 1):
+def _distance(words: list[str], reference: list[str]) -> int:
+    """Return the Levenshtein distance between two lists of words."""
+    previous = list(range(len(reference) + 1))
+    for i, word in enumerate(words, 1):
         row = [i]
-        for j, each in enumerate(other, 1):
-            row.append(min(before[j] + 1, row[-1] + 1, before[j - 1] + (word != each)))
-        before = row
-    return before[-1]
+        for j, reference_word in enumerate(reference, 1):
+            row.append(min(previous[j] + 1, row[-1] + 1, previous[j - 1] + (word != reference_word)))
+        previous = row
+    return previous[-1]

@@ -8,14 +8,14 @@ from peftcore_cli.tasks.media_chats import MediaChats
 
 
 class AudioText(MediaChats):
-    """A model that hears and reads, and writes texts."""
+    """A model that takes audio and text, and writes text."""
 
     name = "audio-text"
     shown_keys = "messages with audio"
     model_class = "AutoModelForMultimodalLM"
     needed_model = (
         "a model that takes audio and texts, such as Qwen2-Audio or Gemma 3n, found {}. For transcripts use --task asr "
-        "with a Whisper"
+        "with a Whisper model"
     )
     hears = True
 

@@ -1,4 +1,4 @@
-"""Texts, prompts with completions and conversations, learned token by token (`--task causal-lm`)."""
+"""Next-token prediction on texts, prompts with completions and conversations (`--task causal-lm`)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class CausalLM(Task):
-    """A language model; also the task of rows that no other recognises."""
+    """A language model; the fallback for rows that no other task recognises."""
 
     name = "causal-lm"
     shown_keys = "text, prompt/completion, messages, conversations, instruction/output or input_ids"
@@ -29,8 +29,8 @@ class CausalLM(Task):
     def recognises(self, lines: FirstLines) -> bool:
         return True
 
-    def of_peft(self, info: AdapterInfo) -> AdapterTask | None:
-        return AdapterTask(self.name, 512) if info.task_type is None else super().of_peft(info)
+    def from_peft(self, info: AdapterInfo) -> AdapterTask | None:
+        return AdapterTask(self.name, 512) if info.task_type is None else super().from_peft(info)
 
     def trainer(
         self, arguments: dict[str, Any], settings: Settings, processor: Any, about: AdapterTask, teacher: Any = None

@@ -1,4 +1,4 @@
-"""Classes of texts (`--task classification`)."""
+"""Text classification (`--task classification`)."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Classification(Labelled):
     def head(self, labels: tuple[str, ...]) -> dict[str, Any]:
         return {"problem_type": "single_label_classification", **names_of(labels)}
 
-    def of_peft(self, info: AdapterInfo) -> AdapterTask | None:
+    def from_peft(self, info: AdapterInfo) -> AdapterTask | None:
         if self.peft_task_type is None or info.task_type != self.peft_task_type:
             return None
         outputs = outputs_of_peft(info)
@@ -52,17 +52,17 @@ class Classification(Labelled):
     def figures_of(self, answers: Tensor, labels: Tensor) -> Metrics:
         return metrics.of_classes(answers.argmax(-1), labels, answers.shape[1])
 
-    def answer_of(self, scores: Tensor, wanted: Tensor, row: Row, labels: Sequence[str]) -> dict[str, Any]:
+    def answer_of(self, scores: Tensor, targets: Tensor, row: Row, labels: Sequence[str]) -> dict[str, Any]:
         best = int(scores.argmax())
         return {"label": labels[best], "probability": round(float(scores.softmax(-1)[best]), 6)}
 
-    def said(self, logits: Tensor, labels: Sequence[str]) -> str:
+    def format_answer(self, logits: Tensor, labels: Sequence[str]) -> str:
         probabilities = logits.softmax(-1)
         best = int(probabilities.argmax())
         return f"{labels[best]} ({100 * probabilities[best]:.1f} %)"
 
 
 def names_of(labels: Sequence[str]) -> dict[str, Any]:
-    """Return the config fields that name the outputs of a head; none without labels."""
+    """Return the config fields that name the outputs of a head, or none if there are no labels."""
     names = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
     return names if labels else {}

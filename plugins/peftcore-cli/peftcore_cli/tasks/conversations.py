@@ -1,9 +1,9 @@
-"""Conversations as tokens, by the tokenizer's chat template; the assistant's turns are learned.
+"""Encoding of conversations with the tokenizer's chat template; the assistant's turns are learned.
 
-A turn is found by difference: what the conversation including the turn adds to the conversation before it, with the
-generation prompt that the template writes (`add_generation_prompt`). So what is learned is what the model has to write,
-including the mark that ends its turn. If a template changes earlier turns once later ones follow (Qwen3 removes their
-thinking), each turn becomes an example, as it is when the model answers.
+A turn is located by difference: it is what the conversation up to the turn adds to the conversation before it with the
+generation prompt (`add_generation_prompt`). So the learned tokens are those that the model has to write, including the
+end of its turn. If a template changes earlier turns once later ones follow (Qwen3 removes their thinking), each turn
+becomes an example of its own, with the text that the model would see when it answers.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ CHATML = (
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 BUILT_IN = {"chatml": CHATML}
-MISTRAL = "MistralCommonBackend"  # the class of tokenizers that have no chat template, mistral-common's
+MISTRAL = "MistralCommonBackend"  # class of mistral-common's tokenizers, which have no chat template
 IGNORED = -100  # label that the loss ignores
 
 
 def tokenizer_of(processor: Any) -> PreTrainedTokenizerBase:
-    """Return the tokenizer of a processor of texts with other inputs, or the tokenizer itself."""
-    found: PreTrainedTokenizerBase = processor.tokenizer if isinstance(processor, ProcessorMixin) else processor
-    return found
+    """Return the tokenizer of a multimodal processor, or the tokenizer itself."""
+    tokenizer: PreTrainedTokenizerBase = processor.tokenizer if isinstance(processor, ProcessorMixin) else processor
+    return tokenizer
 
 
 def set_template(processor: Any, template: str | None, of_adapter: str | None = None) -> None:
@@ -38,8 +38,8 @@ def set_template(processor: Any, template: str | None, of_adapter: str | None = 
 
     Args:
         processor: the tokenizer, or a processor with one.
-        template: the user's: `chatml`, a file with a template, or its text.
-        of_adapter: the adapter's, used if the user gives none: `chatml`, or text.
+        template: the user's template: `chatml`, a file, or text.
+        of_adapter: the adapter's template, used if the user passes none: `chatml` or text.
 
     Raises:
         PeftcoreError: the file does not exist, or the tokenizer has no templates.
@@ -47,8 +47,7 @@ def set_template(processor: Any, template: str | None, of_adapter: str | None = 
     tokenizer = tokenizer_of(processor)
     if template is not None and type(tokenizer).__name__ == MISTRAL:
         raise PeftcoreError(
-            "--chat-template needs a tokenizer with templates, and this model's is mistral-common's, which has none. "
-            "Remove the option"
+            "--chat-template does not work with the tokenizer of mistral-common, which has no templates. Leave it out"
         )
     if template is None or template == of_adapter:
         if of_adapter is not None:
@@ -70,21 +69,20 @@ def has_template(tokenizer: PreTrainedTokenizerBase) -> bool:
     return bool(getattr(tokenizer, "chat_template", None))
 
 
-def rendered(
+def render(
     tokenizer: PreTrainedTokenizerBase, messages: Messages, tools: Any = None, *, begins_answer: bool = False
 ) -> str:
-    """Return the text that the template makes of a conversation, with a generation prompt if `begins_answer`.
+    """Render a conversation with the chat template, with a generation prompt if `begins_answer`.
 
-    transformers renders it in Jinja's sandbox: it reads no file and reaches no Python code, but it may loop.
+    transformers renders it in Jinja's sandbox: a template can read no file and reach no Python code, but it may loop.
 
     Raises:
         PeftcoreError: there is no template, or it rejects the conversation.
     """
     if type(tokenizer).__name__ == MISTRAL:
         raise PeftcoreError(
-            "the tokenizer is mistral-common's, which has no chat template to turn messages into text. Add "
-            "tokenizer.json and tokenizer_config.json of transformers to the model's folder, or pass prompt and "
-            "completion"
+            "the tokenizer of mistral-common has no chat template to turn messages into text. Add tokenizer.json and "
+            "tokenizer_config.json in transformers' format to the model's folder, or pass prompt and completion"
         )
     if not has_template(tokenizer):
         name = os.path.basename(str(tokenizer.name_or_path))
@@ -111,7 +109,7 @@ def rendered(
 
 
 def encode(row: Row, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
-    """Return a conversation as `input_ids` and `labels`, in one example, or one for each turn.
+    """Encode a conversation as `input_ids` and `labels`, in one example or one per turn.
 
     Raises:
         PeftcoreError: the template rejects it, or turns cannot be separated from what came before.
@@ -120,35 +118,35 @@ def encode(row: Row, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]
 
 
 def texts_and_spans(row: Row, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, list[tuple[int, int]], int]]:
-    """Return (text, spans of characters that are learned, number of messages in the text) of each example.
+    """Return (text, learned spans of characters, number of messages in the text) for each example.
 
     Raises:
         PeftcoreError: the template rejects it, or turns cannot be separated from what came before.
     """
     messages = row.messages or []
-    turns = [i for i, m in enumerate(messages) if m["role"] == "assistant" and i >= row.learned_from]
+    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant" and i >= row.learned_from]
     turns = [i for i in turns if i not in row.not_learned]
     with naming(row.where):
-        whole = rendered(tokenizer, messages, row.tools)
-        _refuse_what_vanishes(tokenizer, row, whole)
+        full_text = render(tokenizer, messages, row.tools)
+        _refuse_what_vanishes(tokenizer, row, full_text)
         spans = [_span(tokenizer, row, turn) for turn in turns]
-    if all(whole.startswith(text) for text, _ in spans):
-        return [(whole, [(begin, len(text)) for text, begin in spans], len(messages))]
+    if all(full_text.startswith(text) for text, _ in spans):
+        return [(full_text, [(begin, len(text)) for text, begin in spans], len(messages))]
     return [(text, [(begin, len(text))], turn + 1) for turn, (text, begin) in zip(turns, spans, strict=True)]
 
 
-def _refuse_what_vanishes(tokenizer: PreTrainedTokenizerBase, row: Row, whole: str) -> None:
-    """Raise a PeftcoreError if `whole`, the template's text, lacks the tools or a tool call."""
+def _refuse_what_vanishes(tokenizer: PreTrainedTokenizerBase, row: Row, full_text: str) -> None:
+    """Raise a PeftcoreError if the template leaves the tools or a tool call out of `full_text`."""
     messages = row.messages or []
-    if row.tools and rendered(tokenizer, messages) == whole:
+    if row.tools and render(tokenizer, messages) == full_text:
         raise PeftcoreError(
             "the chat template does not write the tools. Pass one that does: --chat-template FILE; or remove 'tools'"
         )
     for index, message in enumerate(messages):
         if not message.get("tool_calls"):
             continue
-        without = {"content": "", **{name: value for name, value in message.items() if name != "tool_calls"}}
-        if rendered(tokenizer, [*messages[:index], without, *messages[index + 1 :]], row.tools) == whole:
+        stripped = {"content": "", **{name: value for name, value in message.items() if name != "tool_calls"}}
+        if render(tokenizer, [*messages[:index], stripped, *messages[index + 1 :]], row.tools) == full_text:
             raise PeftcoreError(
                 f"the chat template does not write the tool_calls of messages[{index}]. Pass one that does: "
                 "--chat-template FILE; or write the calls as content"
@@ -156,42 +154,44 @@ def _refuse_what_vanishes(tokenizer: PreTrainedTokenizerBase, row: Row, whole: s
 
 
 def _span(tokenizer: PreTrainedTokenizerBase, row: Row, turn: int) -> tuple[str, int]:
-    """Return (conversation up to and including `turn`, index in it where the turn begins)."""
+    """Return (text up to and including `turn`, index of the character where the turn begins)."""
     messages = row.messages or []
     if turn == 0:
-        raise PeftcoreError("the first turn is the assistant's. Start with a turn of the user or the system")
-    text = rendered(tokenizer, messages[: turn + 1], row.tools)
-    before = rendered(tokenizer, messages[:turn], row.tools, begins_answer=True)
-    begin = next((i for i, (one, other) in enumerate(zip(text, before, strict=False)) if one != other), len(before))
+        raise PeftcoreError("the first turn is the assistant's. Start with a user or system turn")
+    text = render(tokenizer, messages[: turn + 1], row.tools)
+    prefix = render(tokenizer, messages[:turn], row.tools, begins_answer=True)
+    begin = next(
+        (i for i, (written, expected) in enumerate(zip(text, prefix, strict=False)) if written != expected), len(prefix)
+    )
     begin = min(begin, len(text))
-    if begin < len(before) and begin < len(rendered(tokenizer, messages[:turn], row.tools)):
+    if begin < len(prefix) and begin < len(render(tokenizer, messages[:turn], row.tools)):
         raise PeftcoreError(
-            f"the chat template changes what came before messages[{turn}] when that turn follows, so the learned "
+            f"the chat template changes the text before messages[{turn}] when that turn follows, so the learned "
             "part cannot be determined. Pass another: --chat-template chatml, or a file"
         )
     return text, begin
 
 
 def example(tokenizer: PreTrainedTokenizerBase, text: str, spans: list[tuple[int, int]]) -> dict[str, Any]:
-    """Return tokens of `text`, of which those in the spans are learned, up to the mark that ends each turn."""
+    """Tokenize `text`; the tokens in the spans are learned, up to the end-of-turn token of each."""
     if tokenizer.is_fast:
         encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        ids, places = list(encoded["input_ids"]), [begin for begin, _ in encoded["offset_mapping"]]
-    else:  # in pieces, so that no token spans two
-        ids, places, edges = [], [], sorted({0, len(text), *(edge for span in spans for edge in span)})
+        ids, offsets = list(encoded["input_ids"]), [begin for begin, _ in encoded["offset_mapping"]]
+    else:  # tokenize piece by piece, so that no token crosses the edge of a span
+        ids, offsets, edges = [], [], sorted({0, len(text), *(edge for span in spans for edge in span)})
         for begin, end in itertools.pairwise(edges):
             piece = tokenizer(text[begin:end], add_special_tokens=False)["input_ids"]
-            ids, places = ids + list(piece), places + [begin] * len(piece)
+            ids, offsets = ids + list(piece), offsets + [begin] * len(piece)
     special = {id_ for id_, token in tokenizer.added_tokens_decoder.items() if token.special}
-    ends = {*tokenizer.all_special_ids, *special, tokenizer.eos_token_id}
+    end_tokens = {*tokenizer.all_special_ids, *special, tokenizer.eos_token_id}
     labels = [IGNORED] * len(ids)
     for begin, end in spans:
-        inside = [i for i, place in enumerate(places) if begin <= place < end]
-        marks = [i for i in inside if ids[i] in ends]
-        for i in inside:
+        indices = [i for i, offset in enumerate(offsets) if begin <= offset < end]
+        marks = [i for i in indices if ids[i] in end_tokens]
+        for i in indices:
             if not marks or i <= marks[-1]:
                 labels[i] = ids[i]
         if not marks and end == len(text) and tokenizer.eos_token_id is not None:
-            ids.append(tokenizer.eos_token_id)  # a template without an end mark: the model must learn to stop
+            ids.append(tokenizer.eos_token_id)  # the template writes no end of turn, but the model must learn to stop
             labels.append(tokenizer.eos_token_id)
     return {"input_ids": ids, "labels": labels}

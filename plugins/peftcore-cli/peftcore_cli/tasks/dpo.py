@@ -1,11 +1,11 @@
-"""Preference pairs (`--task dpo`).
+"""Direct preference optimization (`--task dpo`).
 
 Rafailov et al. 2023, arXiv 2305.18290:
 
     loss = -log sigmoid(m),   m = beta ((log p(chosen) - log q(chosen)) - (log p(rejected) - log q(rejected)))
 
-p is the model with its adapter; q is the frozen base, or the initial adapter if a run starts from one. The margin m is
-positive if the model prefers the chosen answer.
+p is the model with its adapter; q is the frozen base, or the initial adapter if training continues from one. The margin
+m is positive if the model prefers the chosen answer more than q does.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from peftcore_cli.tasks.preferences import Preferences
 
 
 class DPO(Preferences):
-    """Preferences by likelihoods, in comparison with a reference."""
+    """Preference pairs, compared by their likelihoods relative to a reference."""
 
     name = "dpo"
     has_reference = True
@@ -41,25 +41,28 @@ class DPO(Preferences):
     def likelihoods(
         self, model: nn.Module, examples: Sequence[Example], processor: Any, batch_size: int = 8
     ) -> Likelihoods:
-        """Return the log-likelihoods of the chosen, then of the rejected answers, per batch of similar lengths."""
-        ordered = sorted(examples, key=lambda each: sum(map(len, each.values())))  # little padding
-        found = []
+        """Return the log-likelihoods of the chosen and then the rejected answers, per batch of similar lengths."""
+        ordered = sorted(examples, key=lambda example: sum(map(len, example.values())))  # to reduce padding
+        batches = []
         with evaluating(model):
             for pairs in batched(ordered, batch_size):
-                answers = [preferences.joined(each, name) for name in ("chosen_ids", "rejected_ids") for each in pairs]
-                found.append(preferences.log_likelihoods(model, answers, processor))
-        return found
+                chosen = [preferences.join_answer(pair, "chosen_ids") for pair in pairs]
+                rejected = [preferences.join_answer(pair, "rejected_ids") for pair in pairs]
+                batches.append(preferences.log_likelihoods(model, chosen + rejected, processor))
+        return batches
 
-    def figures_of(self, after: Likelihoods, before: Likelihoods, examples: Sequence[Example], beta: float) -> Metrics:
-        return margins(after, before, len(examples), beta)
+    def figures_of(
+        self, policy: Likelihoods, reference: Likelihoods, examples: Sequence[Example], beta: float
+    ) -> Metrics:
+        return margins(policy, reference, len(examples), beta)
 
 
-def margins(after: Likelihoods, before: Likelihoods, count: int, beta: float) -> Metrics:
-    """Return the loss over all pairs, the accuracy, and the mean margin, from likelihoods of model and reference."""
-    found = []
-    for its, other in zip(after, before, strict=True):
-        chosen, rejected = (its - other).chunk(2)
-        found.append(beta * (chosen - rejected))
-    margin = torch.cat(found)
-    named = {"preference_accuracy": float((margin > 0).double().mean()), "margin": float(margin.mean())}
-    return Metrics(float(-F.logsigmoid(margin).mean()), count, named)
+def margins(policy: Likelihoods, reference: Likelihoods, count: int, beta: float) -> Metrics:
+    """Return the loss over all pairs, the accuracy and the mean margin, from the likelihoods of model and reference."""
+    batches = []
+    for policy_batch, reference_batch in zip(policy, reference, strict=True):
+        chosen, rejected = (policy_batch - reference_batch).chunk(2)
+        batches.append(beta * (chosen - rejected))
+    margin = torch.cat(batches)
+    figures = {"preference_accuracy": float((margin > 0).double().mean()), "margin": float(margin.mean())}
+    return Metrics(float(-F.logsigmoid(margin).mean()), count, figures)

@@ -1,4 +1,4 @@
-"""Examples as tensors need them: their lengths, batches of similar lengths, and inputs in the model's dtype."""
+"""Encoded examples: their lengths, batches of similar lengths, and casting to the model's dtype."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Example = dict[str, Any]
 
 @dataclass(frozen=True)
 class Encoded:
-    """Examples as token ids; how many rows were truncated, and how many were left with no token to train on."""
+    """Examples as token ids, with the number of truncated rows and of rows left without a token to learn."""
 
     examples: list[Example]
     truncated: int
@@ -22,7 +22,7 @@ class Encoded:
 
 
 def length(example: Example) -> int:
-    """Return the number of tokens of an example, its source or its target, or its longest text; 1 for an image."""
+    """Return the number of tokens of an example: of its longest text, or of its source or target; 1 for an image."""
     if "texts" in example:
         return max(map(len, example["texts"]))
     labels = example.get("labels")
@@ -35,15 +35,14 @@ def is_encoder_decoder(model: nn.Module) -> bool:
 
 
 def in_dtype(inputs: dict[str, Any], model: nn.Module) -> dict[str, Any]:
-    """Return the inputs with pixels and spectrograms in the dtype of the model's weights."""
+    """Cast pixels and spectrograms to the dtype of the model."""
     dtype = getattr(model, "dtype", torch.float32)
-    return {
-        name: value.to(dtype) if name in ("pixel_values", "input_features") else value for name, value in inputs.items()
-    }
+    floats = {name: value.to(dtype) for name, value in inputs.items() if name in ("pixel_values", "input_features")}
+    return {**inputs, **floats}
 
 
 def batches_of(examples: Sequence[Example], batch_size: int, tokens: int | None = None) -> Iterator[list[Example]]:
-    """Yield batches of similar lengths, with at most `tokens` padded tokens unless a single example has more."""
+    """Yield batches of similar lengths, with at most `tokens` tokens including padding, or a single longer example."""
     batch: list[Example] = []
     for example in sorted(examples, key=length):
         is_full = len(batch) == batch_size or (tokens is not None and (len(batch) + 1) * length(example) > tokens)

@@ -1,4 +1,4 @@
-"""Models in evaluation mode, and examples in batches: what every measurement on held-out examples shares."""
+"""Evaluation mode and batching, shared by all evaluations on held-out examples."""
 
 from __future__ import annotations
 

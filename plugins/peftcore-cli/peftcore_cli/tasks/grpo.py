@@ -1,8 +1,8 @@
-"""Answers that the model samples and a function of the user's judges (`--task grpo --reward FILE.py:FUNCTION`).
+"""Reinforcement learning from a reward function of the user (`--task grpo --reward FILE.py:FUNCTION`).
 
-Shao et al. 2024, arXiv 2402.03300, by TRL's GRPOTrainer, whose convention for functions is used: they are called with
-`prompts`, `completions`, `completion_ids` and each further column of the rows by name, and return a number for each
-answer. Held-out prompts are answered greedily; the loss that is reported is the negative mean reward.
+The model is trained with TRL's GRPOTrainer (Shao et al. 2024, arXiv 2402.03300). As in TRL, the function takes
+`prompts`, `completions`, `completion_ids` and the other columns as keyword arguments, and returns a number for each
+answer. Held-out prompts are answered greedily; the reported loss is the negative mean reward.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ if TYPE_CHECKING:
     from peftcore_cli.bases.adapter_folders import AdapterTask
     from peftcore_cli.training.trainers import Measuring
 
-_IDS = "prompt_ids"  # not a column that functions see
+_IDS = "prompt_ids"  # column that reward functions do not see
 
 
 class GRPO(Judged):
-    """Prompts that the model answers, and a function that judges the answers."""
+    """Prompts that the model answers, and a function that scores the answers."""
 
     name = "grpo"
     keys = (("prompt",),)
@@ -47,7 +47,7 @@ class GRPO(Judged):
     counts_tokens = False
     fixed_ranks = True
     figures = ("reward",)
-    unpredicted = "that of sampling answers is not known"
+    unpredicted = "the memory of sampling answers is not known"
 
     def read_row(self, where: str, fields: dict[str, Any], keys: tuple[str, ...]) -> Row:
         """Return a prompt to answer, with the other fields of its line."""
@@ -55,30 +55,28 @@ class GRPO(Judged):
         if columns.get("tools"):
             raise PeftcoreError(f"{where}: tools are not supported by --task grpo. Remove 'tools'")
         if isinstance(fields["prompt"], list):
-            asked = turns.without_marks(turns.messages_of(where, "prompt", fields["prompt"]))
-            if asked[-1]["role"] == "assistant":
-                raise PeftcoreError(f"{where}: 'prompt' must end with a turn to answer, found one of the assistant")
-            return Row(where, "", messages=asked, columns=columns)
+            messages = turns.without_marks(turns.messages_of(where, "prompt", fields["prompt"]))
+            if messages[-1]["role"] == "assistant":
+                raise PeftcoreError(f"{where}: 'prompt' must end with a turn to answer, found an assistant turn")
+            return Row(where, "", messages=messages, columns=columns)
         return Row(where, text_of(where, "prompt", fields["prompt"]), columns=columns)
 
     def check_options(self, given: RunOptions, data: Sequence[str], *, continues: bool) -> None:
         require("trl", extra="dpo")
         if given.reward is None:
-            raise PeftcoreError("--task grpo needs a function that judges answers. Pass --reward FILE.py:FUNCTION")
+            raise PeftcoreError("--task grpo needs a function that scores answers. Pass --reward FILE.py:FUNCTION")
         size = given.batch_size * given.grad_accum
         if size % given.generations:
             raise PeftcoreError(
-                f"--batch-size times --grad-accum counts answers and must be a multiple of --generations "
+                f"--batch-size times --grad-accum is a number of answers and must be a multiple of --generations "
                 f"{given.generations}, found {size}. Use --batch-size {given.generations}"
             )
         if given.temperature <= 0:
+            raise PeftcoreError(f"--temperature must be above 0 to sample answers, found {given.temperature:g}")
+        weighted_path = next((path for path in data if mixture.parsed(path).weight != 1), None)
+        if weighted_path is not None:
             raise PeftcoreError(
-                f"--temperature must be above 0, since answers are sampled, found {given.temperature:g}"
-            )
-        weighted = next((each for each in data if mixture.parsed(each).weight != 1), None)
-        if weighted is not None:
-            raise PeftcoreError(
-                f"--task grpo draws every prompt once per epoch, found --data {weighted}. Leave out the weight"
+                f"--task grpo draws every prompt once per epoch, found --data {weighted_path}. Leave out the weight"
             )
         generations.load_reward(given.reward)
 
@@ -91,7 +89,7 @@ class GRPO(Judged):
         *,
         may_be_empty: bool = False,
     ) -> Encoded:
-        """Return rows as `prompt`, `prompt_ids` and their other columns.
+        """Encode rows as `prompt`, `prompt_ids` and their other columns.
 
         Raises:
             PeftcoreError: a prompt is empty or longer than `max_length` tokens.
@@ -103,9 +101,9 @@ class GRPO(Judged):
                 ids = processor(prompt)["input_ids"]
             else:
                 prompt = row.messages
-                ids = processor(
-                    conversations.rendered(processor, prompt, begins_answer=True), add_special_tokens=False
-                )["input_ids"]
+                ids = processor(conversations.render(processor, prompt, begins_answer=True), add_special_tokens=False)[
+                    "input_ids"
+                ]
             if not 0 < len(ids) <= max_length:
                 raise PeftcoreError(
                     f"{row.where}: a prompt must have 1 to {max_length:,} tokens (--max-length), found {len(ids):,}"
@@ -115,24 +113,24 @@ class GRPO(Judged):
 
     def as_texts(self, examples: Sequence[Example]) -> list[Example]:
         """Return the prompts as examples of a language model, for methods that initialise from data."""
-        return [{"input_ids": each[_IDS], "labels": list(each[_IDS])} for each in examples]
+        return [{"input_ids": example[_IDS], "labels": list(example[_IDS])} for example in examples]
 
     def lengths(self, examples: Sequence[Example]) -> list[int]:
         """Return the number of tokens of each prompt."""
-        return [len(each[_IDS]) for each in examples]
+        return [len(example[_IDS]) for example in examples]
 
     def columns(self, examples: Sequence[Example]) -> list[Example]:
         """Return examples with the columns of TRL's GRPOTrainer."""
-        return [{name: value for name, value in each.items() if name != _IDS} for each in examples]
+        return [{name: value for name, value in example.items() if name != _IDS} for example in examples]
 
-    def drawn(self, examples: int, settings: Settings) -> int:
+    def examples_per_epoch(self, examples: int, settings: Settings) -> int:
         return examples * settings.generations
 
     def arguments(self, settings: Settings) -> tuple[Any, dict[str, Any]]:
-        kind, more = super().arguments(settings)
-        del more["max_length"]
+        kind, options = super().arguments(settings)
+        del options["max_length"]
         sampling = {"num_generations": settings.generations, "max_completion_length": settings.answer_tokens}
-        return kind, {**more, **sampling, "temperature": settings.temperature, "beta": settings.beta or 0.0}
+        return kind, {**options, **sampling, "temperature": settings.temperature, "beta": settings.beta or 0.0}
 
     def trainer_class(self) -> Any:
         from peftcore_cli.training.trainers import Measuring
@@ -142,7 +140,7 @@ class GRPO(Judged):
         class SamplingTrainer(base):
             def _get_train_sampler(self, train_dataset: Any = None) -> Any:
                 sampler = super(Measuring, self)._get_train_sampler(train_dataset)  # type: ignore[misc]  # TRL's, repeats prompts
-                # TRL's order depends on the epochs before; a resumed run has not drawn these.
+                # TRL's order depends on earlier epochs, which a resumed run has not sampled.
                 sampler.set_epoch = lambda epoch: sampler.generator.manual_seed(self.args.seed + epoch)
                 return sampler
 
@@ -155,7 +153,7 @@ class GRPO(Judged):
         args, model = arguments["args"], arguments["model"]
         if not has_adapters(model) or args.beta == 0:
             return super().trainer(arguments, settings, processor, about)
-        # GRPO's trainer takes no reference: with beta=0 it does not load the base a second time.
+        # GRPOTrainer takes no reference model, and loads the base a second time unless beta=0.
         beta, args.beta = args.beta, 0.0
         trainer: Any = super().trainer(arguments, settings, processor, about)
         trainer.beta = trainer.args.beta = beta
@@ -166,7 +164,7 @@ class GRPO(Judged):
         self,
         model: nn.Module,
         examples: Sequence[Example],
-        how: Evaluation,
+        evaluation: Evaluation,
         *,
         answers: bool = True,
         reference: Any = None,
@@ -176,19 +174,19 @@ class GRPO(Judged):
         Raises:
             PeftcoreError: no answer has a reward.
         """
-        cases = [generations.Case(each[_IDS], "") for each in examples]
-        texts = generations.answer(model, cases, how.processor, how.answer_tokens)
+        cases = [generations.Case(example[_IDS], "") for example in examples]
+        texts = generations.answer(model, cases, evaluation.processor, evaluation.answer_tokens)
         completions: list[Any] = [
-            text if isinstance(each["prompt"], str) else [{"role": "assistant", "content": text}]
-            for text, each in zip(texts, examples, strict=True)
+            text if isinstance(example["prompt"], str) else [{"role": "assistant", "content": text}]
+            for text, example in zip(texts, examples, strict=True)
         ]
         rows = self.columns(examples)
-        others = {name: [row.get(name) for row in rows] for name in rows[0] if name != "prompt"}
-        ids = [how.processor(text, add_special_tokens=False)["input_ids"] for text in texts]
-        found = how.reward(
-            prompts=[row["prompt"] for row in rows], completions=completions, completion_ids=ids, **others
+        columns = {name: [row.get(name) for row in rows] for name in rows[0] if name != "prompt"}
+        ids = [evaluation.processor(text, add_special_tokens=False)["input_ids"] for text in texts]
+        rewards = evaluation.reward(
+            prompts=[row["prompt"] for row in rows], completions=completions, completion_ids=ids, **columns
         )
-        values = [value for value in found if value is not None]
+        values = [value for value in rewards if value is not None]
         if not values:
             raise PeftcoreError("--reward returns None for every held-out answer. Return a number for some of them")
         mean = sum(values) / len(values)

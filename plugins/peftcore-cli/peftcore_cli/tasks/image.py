@@ -1,4 +1,4 @@
-"""Images and their labels (`--task image`): each image as the model's image processor prepares it.
+"""Image classification (`--task image`).
 
 Images are decoded batch by batch, so that a data set need not fit into memory.
 """
@@ -27,14 +27,14 @@ if TYPE_CHECKING:
 
 
 class Images(Classification):
-    """Classes of images, in a folder with one subfolder of images per label."""
+    """Image classification on a folder with one subfolder of images per label."""
 
     name = "image"
     shown_keys = None
     model_class = "AutoModelForImageClassification"
     needed_model = "a model that classifies images, such as a ViT, found {}. Pass another model"
     peft_task_type = None
-    replaces_head = True  # image models come with the head of another data set
+    replaces_head = True  # image models usually have the head of another data set
     reads_tokens = has_positions = generates = takes_pairs = counts_tokens = False
     no_chat = "classifies images. Use peftcore predict --data IMAGES"
 
@@ -51,8 +51,10 @@ class Images(Classification):
         records: Sequence[Sequence[Record]] | None = None,
     ) -> list[list[Row]]:
         if columns:
-            raise PeftcoreError("--columns names the fields of rows, and a folder of images has none. Leave it out")
-        images = [list(image_files.labelled(each)) for each in paths]
+            raise PeftcoreError(
+                "--columns maps the fields of rows, which a folder of images does not have. Leave it out"
+            )
+        images = [list(image_files.labelled(path)) for path in paths]
         return [[Row(file, "", label=label, image=file) for file, label in folder] for folder in images]
 
     def read_questions(self, paths: Sequence[str], columns: Mapping[str, str] | None, about: AdapterTask) -> list[Row]:
@@ -64,7 +66,7 @@ class Images(Classification):
 
     def check_options(self, given: RunOptions, data: Sequence[str], *, continues: bool) -> None:
         if given.chat_template is not None or given.columns is not None:
-            raise PeftcoreError("--chat-template and --columns are for texts, found --task image. Leave them out")
+            raise PeftcoreError("--chat-template and --columns do not work with --task image. Leave them out")
 
     def encode(
         self,
@@ -75,18 +77,20 @@ class Images(Classification):
         *,
         may_be_empty: bool = False,
     ) -> Encoded:
-        """Return rows as `image`, the path of a file, and `labels`, after decoding each image once.
+        """Encode rows as `image`, the path of a file, and `labels`, after decoding each image once to check it.
 
         Raises:
             PeftcoreError: an image cannot be read, or its label is unknown.
         """
-        wanted = targets(list(rows), list(labels))
+        label_indices = targets(list(rows), list(labels))
         for row in rows:
             image_files.opened(str(row.image))
-        return Encoded([{"image": row.image, "labels": label} for row, label in zip(rows, wanted, strict=True)], 0)
+        return Encoded(
+            [{"image": row.image, "labels": label} for row, label in zip(rows, label_indices, strict=True)], 0
+        )
 
     def collate(self, examples: Sequence[Example], processor: Any) -> dict[str, Any]:
-        """Return a batch: what the processor makes of the images, such as `pixel_values`, and `labels` [batch]."""
+        """Return a batch of the processor's tensors, such as `pixel_values`, and `labels` [batch]."""
         images = [image_files.opened(example["image"]) for example in examples]
         tensors = processor(images=images, return_tensors="pt")
         return {**tensors, "labels": torch.tensor([example["labels"] for example in examples])}

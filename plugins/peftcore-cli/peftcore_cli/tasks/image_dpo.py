@@ -1,7 +1,7 @@
-"""Preferences between two answers to a conversation with images (`--task image-dpo`).
+"""Direct preference optimization on conversations with images (`--task image-dpo`).
 
-The loss is that of `dpo`. Each answer is a conversation with images of its own (`media_chats`), so images are
-decoded batch by batch, and the tokens are the processor's.
+The loss is that of `dpo`. Each answer is encoded as a conversation with images of its own (`media_chats`): images are
+decoded batch by batch, and the processor makes the tokens.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ SIDES = ("chosen", "rejected")
 
 
 class ImageDPO(Judged, MediaChats):
-    """Preferences by likelihoods of conversations with images, in comparison with a reference."""
+    """Preference pairs with images, compared by their likelihoods relative to a reference."""
 
     name = "image-dpo"
     keys = dpo.DPO.keys
@@ -50,8 +50,8 @@ class ImageDPO(Judged, MediaChats):
     step_loss = "dpo"
 
     def recognises(self, lines: FirstLines) -> bool:
-        shown = lines.media
-        return shown is not None and not image_turns.has_audio(shown) and {*SIDES} <= shown.keys()
+        fields = lines.media
+        return fields is not None and not image_turns.has_audio(fields) and {*SIDES} <= fields.keys()
 
     def read_row(self, where: str, fields: dict[str, Any], keys: tuple[str, ...]) -> Row:
         return image_turns.preference(where, fields)
@@ -65,29 +65,29 @@ class ImageDPO(Judged, MediaChats):
         *,
         may_be_empty: bool = False,
     ) -> Encoded:
-        """Return rows as {"chosen": example, "rejected": example} of `media_chats`; long answers are cut at the end.
+        """Encode rows as {"chosen": example, "rejected": example}; long answers are truncated at the end.
 
         Raises:
-            PeftcoreError: an image cannot be read or is beyond `max_length` tokens, or both answers have the same
-                tokens; or in every row they begin to differ beyond `max_length`.
+            PeftcoreError: an image cannot be read or is beyond `max_length` tokens, both answers have the same tokens,
+                or in every row they first differ beyond `max_length`.
         """
         examples, truncated, left_out = [], 0, 0
         for row in rows:
             messages = row.messages or []
             pair, was_cut = [], 0
             for answer in (row.completion, row.rejected):
-                said = replace(row, messages=[*messages, *(answer or [])], learned_from=len(messages))
-                found, cut = media_chats.encoded(said, processor, max_length)
-                pair += found
-                was_cut += cut
-            chosen, rejected = pair  # one example for each, as one turn is learned
+                conversation = replace(row, messages=[*messages, *(answer or [])], learned_from=len(messages))
+                encoded, truncated_examples = media_chats.encode_row(conversation, processor, max_length)
+                pair += encoded
+                was_cut += truncated_examples
+            chosen, rejected = pair  # one example per answer, because one turn is learned
             if chosen["input_ids"] == rejected["input_ids"] and not was_cut:
                 raise PeftcoreError(
-                    f"{row.where}: 'chosen' and 'rejected' have the same tokens, so none can be preferred. Remove the "
-                    "row, or use a model whose tokenizer knows their words"
+                    f"{row.where}: 'chosen' and 'rejected' have the same tokens, so there is nothing to prefer. Remove "
+                    "the row, or use a model whose tokenizer knows their words"
                 )
             truncated += was_cut > 0
-            if chosen["input_ids"] == rejected["input_ids"] or not all(_learns(each) for each in pair):
+            if chosen["input_ids"] == rejected["input_ids"] or not all(_learns(example) for example in pair):
                 left_out += 1
             else:
                 examples.append(dict(zip(SIDES, pair, strict=True)))
@@ -97,33 +97,35 @@ class ImageDPO(Judged, MediaChats):
 
     def as_texts(self, examples: Sequence[Example]) -> list[Example]:
         """Return the chosen answers as conversations with images, for methods that initialise from data."""
-        return [each["chosen"] for each in examples]
+        return [example["chosen"] for example in examples]
 
     def lengths(self, examples: Sequence[Example]) -> list[int]:
         """Return the number of tokens of the longer conversation."""
-        return [max(len(each[side]["input_ids"]) for side in SIDES) for each in examples]
+        return [max(len(example[side]["input_ids"]) for side in SIDES) for example in examples]
 
     def likelihoods(
         self, model: nn.Module, examples: Sequence[Example], processor: Any, batch_size: int = 8
     ) -> Likelihoods:
-        """Return the log-likelihoods of the chosen, then of the rejected answers, per batch."""
+        """Return the log-likelihoods of the chosen and then the rejected answers, per batch."""
         device = next(model.parameters()).device
-        found = []
+        batches = []
         with evaluating(model):
             for pairs in batched(examples, batch_size):
-                batch = media_chats.collate([each[side] for side in SIDES for each in pairs], processor)
-                wanted = batch.pop("labels")[:, 1:].to(device)
+                batch = media_chats.collate([pair[side] for side in SIDES for pair in pairs], processor)
+                targets = batch.pop("labels")[:, 1:].to(device)
                 inputs = encoded_examples.in_dtype({name: value.to(device) for name, value in batch.items()}, model)
-                rows = zip(model(**inputs).logits[:, :-1], wanted, strict=True)
+                rows = zip(model(**inputs).logits[:, :-1], targets, strict=True)
                 losses = [F.cross_entropy(x.float(), y, ignore_index=IGNORED, reduction="sum") for x, y in rows]
-                found.append(-torch.stack(losses).cpu())
-        return found
+                batches.append(-torch.stack(losses).cpu())
+        return batches
 
-    def figures_of(self, after: Likelihoods, before: Likelihoods, examples: Sequence[Example], beta: float) -> Metrics:
-        return dpo.margins(after, before, len(examples), beta)
+    def figures_of(
+        self, policy: Likelihoods, reference: Likelihoods, examples: Sequence[Example], beta: float
+    ) -> Metrics:
+        return dpo.margins(policy, reference, len(examples), beta)
 
     def step_of(self, examples: Sequence[Example], processor: Any) -> dict[str, Any]:
-        return super().step_of([each[side] for each in examples for side in SIDES], processor)
+        return super().step_of([example[side] for example in examples for side in SIDES], processor)
 
     def inputs_of(self, batch: Any, model: nn.Module) -> Any:
         return encoded_examples.in_dtype(batch, model)
@@ -140,11 +142,11 @@ def _learns(example: Example) -> bool:
 
 
 def trl_collator(processor: Any) -> Callable[[list[Example]], dict[str, Any]]:
-    """Return a function that makes a batch of TRL's DPOTrainer: the chosen conversations, then the rejected ones."""
+    """Return the collator of TRL's DPOTrainer, with the chosen conversations first and then the rejected ones."""
 
     def batch(pairs: list[Example]) -> dict[str, Any]:
-        made = media_chats.collate([each[side] for side in SIDES for each in pairs], processor)
-        learned = made.pop("labels") != IGNORED
-        return {**made, "completion_mask": learned.long()}
+        tensors = media_chats.collate([pair[side] for side in SIDES for pair in pairs], processor)
+        mask = tensors.pop("labels") != IGNORED
+        return {**tensors, "completion_mask": mask.long()}
 
     return batch

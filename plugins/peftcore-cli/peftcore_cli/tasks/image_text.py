@@ -12,7 +12,7 @@ NEEDED = (
 
 
 class ImageText(MediaChats):
-    """A model that reads images and texts, and writes texts."""
+    """A model that takes images and text, and writes text."""
 
     name = "image-text"
     shown_keys = "messages with images"

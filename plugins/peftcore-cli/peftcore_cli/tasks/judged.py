@@ -1,4 +1,4 @@
-"""What tasks on judged answers have in common: TRL's trainers, some against a reference, the model as it was."""
+"""Base class of tasks that TRL trains on judged answers, some against a reference model."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class Judged(Task):
     """A task whose answers are judged, trained by TRL.
 
     Attributes:
-        trl_name: beginning of the names of TRL's trainer and config.
-        has_reference: whether the loss compares with the model as it was.
+        trl_name: prefix of the names of TRL's trainer and config.
+        has_reference: whether the loss compares with a reference, the model before training.
     """
 
     requires = (("trl", "dpo"),)
@@ -41,34 +41,40 @@ class Judged(Task):
     def likelihoods(
         self, model: nn.Module, examples: Sequence[Example], processor: Any, batch_size: int = 8
     ) -> Likelihoods:
-        """Return what the loss needs of the model: log-likelihoods of answers, in batches."""
+        """Return the log-likelihoods of answers that the loss needs, in batches."""
         raise NotImplementedError
 
-    def figures_of(self, after: Likelihoods, before: Likelihoods, examples: Sequence[Example], beta: float) -> Metrics:
-        """Return the loss over all examples and the task's figures, from `likelihoods` of model and reference."""
+    def figures_of(
+        self, policy: Likelihoods, reference: Likelihoods, examples: Sequence[Example], beta: float
+    ) -> Metrics:
+        """Return the loss over all examples and the metrics, from the `likelihoods` of model and reference."""
         raise NotImplementedError
 
     def columns(self, examples: Sequence[Example]) -> Sequence[Example]:
-        """Return examples with the columns of TRL's trainer."""
+        """Return the examples with the columns that TRL's trainer reads."""
         return examples
 
-    def reference(self, model: nn.Module, examples: Sequence[Example], how: Evaluation) -> Any:
-        return self.likelihoods(model, examples, how.processor, at_once(how)) if self.has_reference else None
+    def reference(self, model: nn.Module, examples: Sequence[Example], evaluation: Evaluation) -> Any:
+        return (
+            self.likelihoods(model, examples, evaluation.processor, measuring_batch_size(evaluation))
+            if self.has_reference
+            else None
+        )
 
     def measure(
         self,
         model: nn.Module,
         examples: Sequence[Example],
-        how: Evaluation,
+        evaluation: Evaluation,
         *,
         answers: bool = True,
         reference: Any = None,
     ) -> Metrics:
         if reference is None and self.has_reference:
             with peftcore.disabled(model) if has_adapters(model) else contextlib.nullcontext():
-                reference = self.reference(model, examples, how)
-        after = self.likelihoods(model, examples, how.processor, at_once(how))
-        return self.figures_of(after, reference, examples, how.about.beta or BETA)
+                reference = self.reference(model, examples, evaluation)
+        likelihoods = self.likelihoods(model, examples, evaluation.processor, measuring_batch_size(evaluation))
+        return self.figures_of(likelihoods, reference, examples, evaluation.about.beta or BETA)
 
     def trl_classes(self) -> tuple[Any, Any]:
         """Return (trainer, config) of TRL.
@@ -84,11 +90,15 @@ class Judged(Task):
     def arguments(self, settings: Settings) -> tuple[Any, dict[str, Any]]:
         from peftcore_cli.training.trainer_arguments import checkpointing_name
 
-        more = {checkpointing_name(): False, "max_length": None, "beta": settings.beta or BETA}  # TRL's default is True
-        return self.trl_classes()[1], more
+        options = {
+            checkpointing_name(): False,
+            "max_length": None,
+            "beta": settings.beta or BETA,
+        }  # TRL's default is True
+        return self.trl_classes()[1], options
 
     def trainer_class(self) -> Any:
-        """Return TRL's trainer for examples that are tokens already, with the end of the answer if it is learned."""
+        """Return TRL's trainer, changed to take examples that are already tokenized."""
         from peftcore_cli.training.trainers import Measuring
 
         task = self
@@ -107,7 +117,7 @@ class Judged(Task):
         return MeasuringComparison
 
     def inputs_of(self, batch: Any, model: nn.Module) -> Any:
-        """Return a batch as the model takes it."""
+        """Convert a batch to what the model takes."""
         return batch
 
     def trainer(
@@ -121,14 +131,20 @@ class Judged(Task):
         import datasets
 
         datasets.disable_progress_bars()
-        datasets.utils.logging.set_verbosity_error()  # it cannot hash methods, which matters to its cache only
+        datasets.utils.logging.set_verbosity_error()  # hides a warning about hashing, which only concerns its cache
         for name in ("train_dataset", "eval_dataset"):
             arguments[name] = datasets.Dataset.from_list(self.columns(arguments[name]))
-        if self.has_reference and has_adapters(arguments["model"]):  # otherwise all weights train
+        if self.has_reference and has_adapters(
+            arguments["model"]
+        ):  # without adapters all weights train, and TRL loads its own reference
             arguments["ref_model"] = peftcore.reference_model(arguments["model"])
         return self.trainer_class()(**arguments, processing_class=processor)
 
 
-def at_once(how: Evaluation) -> int:
-    """Return how many pairs to measure together; given a training batch, fewer: measuring needs whole logits."""
-    return how.batch_size if how.longest is None else max(1, min(8, how.batch_size, 512 // how.longest))
+def measuring_batch_size(evaluation: Evaluation) -> int:
+    """Return how many pairs to evaluate per batch: fewer than in training, because evaluation needs full logits."""
+    return (
+        evaluation.batch_size
+        if evaluation.longest is None
+        else max(1, min(8, evaluation.batch_size, 512 // evaluation.longest))
+    )

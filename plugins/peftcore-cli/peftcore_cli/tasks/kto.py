@@ -1,13 +1,13 @@
-"""Answers marked as good or bad for `--task kto`: no answer needs a counterpart.
+"""Kahneman-Tversky optimization on answers marked as good or bad, without pairs (`--task kto`).
 
 Ethayarajh et al. 2024, arXiv 2402.01306, where w is --desirable-weight or --undesirable-weight:
 
     loss = w (1 - sigmoid(r - k)) for a good answer, w (1 - sigmoid(k - r)) for a bad one
     r = beta (log p(answer) - log q(answer)),   k = beta max(0, mean of log p - log q over mismatched answers)
 
-p is the model with its adapter; q is the frozen base, or the initial adapter if a run starts from one. A mismatched
-answer is that of the example before, in training of the batch, in measuring of all examples. The example of a batch of
-one, such as the last of an epoch, has that of the example before it among all.
+p is the model with its adapter; q is the frozen base, or the initial adapter if training continues from one. The
+mismatched answer of an example is the answer of the previous example, in the batch during training, and among all
+examples during evaluation. In a batch of one, such as the last of an epoch, it is also taken from all examples.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ if TYPE_CHECKING:
 
 
 class KTO(Judged):
-    """Answers marked as good or bad, in comparison with a reference.
+    """Answers marked as good or bad, compared with a reference.
 
-    `likelihoods` are log p of the answers, and of the mismatched answers.
+    `likelihoods` are the log-likelihoods of the answers and of the mismatched answers.
     """
 
     name = "kto"
@@ -58,7 +58,7 @@ class KTO(Judged):
         return lines.media is None and lines.have("prompt", "completion", "label")
 
     def read_row(self, where: str, fields: dict[str, Any], keys: tuple[str, ...]) -> Row:
-        """Return an answer with the mark of whether it is good: true or false, also as text or 1 and 0."""
+        """Return an answer and whether it is good; the label is true or false, as a boolean, text, or 1 and 0."""
         marks = {"true": True, "1": True, "false": False, "0": False}
         is_good = marks.get(str(fields["label"]).strip().lower())
         if is_good is None:
@@ -68,28 +68,35 @@ class KTO(Judged):
             if not answer.strip():
                 raise PeftcoreError(f"{where}: 'completion' is empty")
             return Row(where, prompt, completion=answer, is_good=is_good)
-        asked, said = (turns.messages_of(where, key, fields[key]) for key in ("prompt", "completion"))
-        if [message["role"] for message in said] != ["assistant"]:
-            found = ", ".join(message["role"] for message in said)
-            raise PeftcoreError(f"{where}: 'completion' must be one assistant answer, found {found}")
-        whole = turns.conversation(where, [*asked, *said], len(asked), fields)
-        said = turns.without_marks(said)
-        return Row(where, "", said, messages=turns.without_marks(asked), tools=whole.tools, is_good=is_good)
+        prompt_turns, answer_turns = (turns.messages_of(where, key, fields[key]) for key in ("prompt", "completion"))
+        if [message["role"] for message in answer_turns] != ["assistant"]:
+            roles = ", ".join(message["role"] for message in answer_turns)
+            raise PeftcoreError(f"{where}: 'completion' must be one assistant answer, found {roles}")
+        conversation = turns.conversation(where, [*prompt_turns, *answer_turns], len(prompt_turns), fields)
+        answer_turns = turns.without_marks(answer_turns)
+        return Row(
+            where,
+            "",
+            answer_turns,
+            messages=turns.without_marks(prompt_turns),
+            tools=conversation.tools,
+            is_good=is_good,
+        )
 
     def check_options(self, given: RunOptions, data: Sequence[str], *, continues: bool) -> None:
         if given.batch_size < self.least_batch:
             raise PeftcoreError(
-                "--task kto compares the answers of a batch, found --batch-size 1. Use --batch-size 2 or more"
+                "--task kto compares the answers of a batch, so --batch-size 1 is too small. Use --batch-size 2 or more"
             )
 
     def check_rows(self, rows: Sequence[Row]) -> None:
-        """Raise a PeftcoreError unless there are good and bad answers: KTO learns from the difference."""
+        """Raise a PeftcoreError unless there are both good and bad answers, because KTO learns from the difference."""
         marks = {row.is_good for row in rows}
         if len(marks) < 2:
-            mark, other = ("true", "false") if True in marks else ("false", "true")
+            mark, missing = ("true", "false") if True in marks else ("false", "true")
             raise PeftcoreError(
                 f"{rows[0].where}: every answer has the label {mark}, and --task kto needs both. Add answers with "
-                f"{other}, or train on the good answers alone, as prompts and completions"
+                f"{missing}, or train on the good answers alone, as prompts and completions"
             )
 
     def encode(
@@ -101,16 +108,16 @@ class KTO(Judged):
         *,
         may_be_empty: bool = False,
     ) -> Encoded:
-        """Return rows as `prompt_ids`, `completion_ids` and `label`; long prompts are cut at the beginning.
+        """Encode rows as `prompt_ids`, `completion_ids` and `label`; long prompts are truncated at the beginning.
 
         Raises:
             PeftcoreError: a row has no tokens.
         """
         examples, truncated = [], 0
         for row in rows:
-            example = preferences.answered(row, row.completion, processor)
-            begin = preferences.first_learned(example)
-            answer = preferences.learned(example, begin)
+            example = preferences.with_answer(row, row.completion, processor)
+            begin = preferences.first_learned_index(example)
+            answer = preferences.learned_tokens(example, begin)
             truncated += begin + len(answer) > max_length
             answer = answer[: max_length - 1]
             prompt = example["input_ids"][max(0, begin + len(answer) - max_length) : begin]
@@ -121,20 +128,22 @@ class KTO(Judged):
 
     def as_texts(self, examples: Sequence[Example]) -> list[Example]:
         """Return the good answers as examples of a language model, for methods that initialise from data."""
-        good = [each for each in examples if each["label"]] or examples
-        return [preferences.joined(each, "completion_ids") for each in good]
+        good = [example for example in examples if example["label"]] or examples
+        return [preferences.join_answer(example, "completion_ids") for example in good]
 
     def lengths(self, examples: Sequence[Example]) -> list[int]:
         """Return the number of tokens of each prompt with its answer."""
-        return [len(each["prompt_ids"]) + len(each["completion_ids"]) for each in examples]
+        return [len(example["prompt_ids"]) + len(example["completion_ids"]) for example in examples]
 
     def likelihoods(
         self, model: nn.Module, examples: Sequence[Example], processor: Any, batch_size: int = 8
     ) -> Likelihoods:
         """Return the log-likelihoods of the answers and of the mismatched answers, each [examples]."""
-        pairs = mismatched(examples)
+        pairs = with_mismatched_answers(examples)
         return [
-            _log_likelihoods(model, [preferences.joined(each, name) for each in pairs], processor, batch_size)
+            _log_likelihoods(
+                model, [preferences.join_answer(example, name) for example in pairs], processor, batch_size
+            )
             for name in ("completion_ids", "KL_completion_ids")
         ]
 
@@ -142,68 +151,73 @@ class KTO(Judged):
         self,
         model: nn.Module,
         examples: Sequence[Example],
-        how: Evaluation,
+        evaluation: Evaluation,
         *,
         answers: bool = True,
         reference: Any = None,
     ) -> Metrics:
-        some = weighted(examples, how.about.weights)
-        return super().measure(model, some, how, answers=answers, reference=reference)
+        weighted_examples = with_weights(examples, evaluation.about.weights)
+        return super().measure(model, weighted_examples, evaluation, answers=answers, reference=reference)
 
-    def figures_of(self, after: Likelihoods, before: Likelihoods, examples: Sequence[Example], beta: float) -> Metrics:
-        """Return the loss, the share of answers on the right side of `k`, and `k`; of both marks the mean margin."""
-        rewards = beta * (after[0] - before[0])
-        divergence = beta * (after[1] - before[1]).mean().clamp(min=0)
-        good = torch.tensor([bool(each["label"]) for each in examples])
+    def figures_of(
+        self, policy: Likelihoods, reference: Likelihoods, examples: Sequence[Example], beta: float
+    ) -> Metrics:
+        """Return the loss, the fraction of answers on the right side of `k`, `k`, and the margin between the labels."""
+        rewards = beta * (policy[0] - reference[0])
+        divergence = beta * (policy[1] - reference[1]).mean().clamp(min=0)
+        good = torch.tensor([bool(example["label"]) for example in examples])
         distance = torch.where(good, rewards - divergence, divergence - rewards)
-        named = {"accuracy": float((distance > 0).double().mean())}
+        figures = {"accuracy": float((distance > 0).double().mean())}
         if good.any() and not good.all():
-            named["margin"] = float(rewards[good].mean() - rewards[~good].mean())
-        named["kl"] = float(divergence)
-        weights = torch.tensor([each.get("weight", 1.0) for each in examples])
-        return Metrics(float((weights * (1 - distance.sigmoid())).mean()), len(examples), named)
+            figures["margin"] = float(rewards[good].mean() - rewards[~good].mean())
+        figures["kl"] = float(divergence)
+        weights = torch.tensor([example.get("weight", 1.0) for example in examples])
+        return Metrics(float((weights * (1 - distance.sigmoid())).mean()), len(examples), figures)
 
     def arguments(self, settings: Settings) -> tuple[Any, dict[str, Any]]:
-        kind, more = super().arguments(settings)
-        return kind, {**more, **{name: getattr(settings, name) for name in self.options}}
+        kind, options = super().arguments(settings)
+        return kind, {**options, **{name: getattr(settings, name) for name in self.options}}
 
     def trainer(
         self, arguments: dict[str, Any], settings: Settings, processor: Any, about: AdapterTask, teacher: Any = None
     ) -> Measuring:
-        arguments |= {"data_collator": trl_collator(processor), "train_dataset": mismatched(arguments["train_dataset"])}
+        arguments |= {
+            "data_collator": trl_collator(processor),
+            "train_dataset": with_mismatched_answers(arguments["train_dataset"]),
+        }
         return super().trainer(arguments, settings, processor, about)
 
 
-def weighted(examples: Sequence[Example], weights: Sequence[float] | None) -> list[Example]:
-    """Return the examples with their weights, of which the first is that of good answers; None for 1."""
+def with_weights(examples: Sequence[Example], weights: Sequence[float] | None) -> list[Example]:
+    """Return the examples with weights, given (weight of good answers, weight of bad ones); None for 1."""
     good, bad = weights or (1.0, 1.0)
-    return [{**each, "weight": good if each["label"] else bad} for each in examples]
+    return [{**example, "weight": good if example["label"] else bad} for example in examples]
 
 
-def mismatched(examples: Sequence[Example]) -> list[Example]:
-    """Return the examples, each with the answer of the one before as `KL_completion_ids`."""
-    before = [examples[-1], *examples[:-1]]
-    pairs = zip(examples, before, strict=True)
-    return [{**each, "KL_completion_ids": other["completion_ids"]} for each, other in pairs]
+def with_mismatched_answers(examples: Sequence[Example]) -> list[Example]:
+    """Return the examples, each with the previous example's answer as `KL_completion_ids`."""
+    previous = [examples[-1], *examples[:-1]]
+    pairs = zip(examples, previous, strict=True)
+    return [{**example, "KL_completion_ids": previous_example["completion_ids"]} for example, previous_example in pairs]
 
 
 def _log_likelihoods(
     model: nn.Module, examples: list[Example], tokenizer: PreTrainedTokenizerBase, batch_size: int
 ) -> Tensor:
-    order = sorted(range(len(examples)), key=lambda i: len(examples[i]["input_ids"]))  # little padding
-    found = torch.zeros(len(examples))
+    order = sorted(range(len(examples)), key=lambda i: len(examples[i]["input_ids"]))  # to reduce padding
+    values = torch.zeros(len(examples))
     with evaluating(model):
-        for some in batched(order, batch_size):
-            found[some] = preferences.log_likelihoods(model, [examples[i] for i in some], tokenizer)
-    return found
+        for batch in batched(order, batch_size):
+            values[batch] = preferences.log_likelihoods(model, [examples[i] for i in batch], tokenizer)
+    return values
 
 
 def trl_collator(tokenizer: Any) -> Any:
-    """Return TRL's collator, after each example has the answer of the one before it in the batch.
+    """Return TRL's collator, which first takes mismatched answers from the batch.
 
-    The example of a batch of one keeps its own `KL_completion_ids`.
+    In a batch of one, the example keeps its `KL_completion_ids`.
     """
     from trl.trainer.kto_trainer import DataCollatorForUnpairedPreference
 
     collate = DataCollatorForUnpairedPreference(pad_token_id=tokenizer.pad_token_id or 0)
-    return lambda examples: collate(mismatched(examples) if len(examples) > 1 else examples)
+    return lambda examples: collate(with_mismatched_answers(examples) if len(examples) > 1 else examples)

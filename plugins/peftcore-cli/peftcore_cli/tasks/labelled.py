@@ -1,4 +1,4 @@
-"""What classification, regression and multi-label have in common: texts, or pairs of texts, with labels."""
+"""Base classes of classification, regression, multi-label and tags: texts or pairs of texts with labels."""
 
 from __future__ import annotations
 
@@ -28,31 +28,31 @@ PAIRS = (("text", "text_pair"), ("sentence1", "sentence2"), ("premise", "hypothe
 
 
 def keys_with(label: str) -> tuple[tuple[str, ...], ...]:
-    """Return the fields of a text or a pair with a label."""
+    """Return the sets of fields for a text or a pair of texts with a label."""
     return (*((*pair, label) for pair in PAIRS), ("text", label))
 
 
 class Headed(Task):
-    """A base with a new head, whose outputs are labels: one answer to each example."""
+    """A base with a new head, which answers each example with labels."""
 
     new_head = has_labels = predicts = True
     answers_texts = False
     no_chat = "is a classifier and cannot write text. Use peftcore generate"
 
     def figures_of(self, answers: Tensor, labels: Tensor) -> Metrics:
-        """Return the figures of logits by labels: classes [n], zeros and ones [n, outputs], or numbers [n]."""
+        """Return the metrics of logits, given labels: classes [n], zeros and ones [n, outputs], or numbers [n]."""
         raise NotImplementedError
 
     def fields_of(self, row: Row) -> dict[str, Any]:
-        """Return the fields of a row in the JSON of its answer."""
+        """Return the fields of a row to repeat in the JSON of its answer."""
         raise NotImplementedError
 
-    def answer_of(self, scores: Tensor, wanted: Tensor, row: Row, labels: Sequence[str]) -> dict[str, Any]:
-        """Return the fields of an answer.
+    def answer_of(self, scores: Tensor, targets: Tensor, row: Row, labels: Sequence[str]) -> dict[str, Any]:
+        """Return the answer as fields of JSON.
 
         Args:
             scores: logits of one example.
-            wanted: its labels in the batch, which mark the words of a tagger.
+            targets: its labels in the batch, which mark the words for a tagger.
             row: the example.
             labels: names of the outputs.
         """
@@ -62,17 +62,17 @@ class Headed(Task):
         self,
         model: nn.Module,
         examples: Sequence[Example],
-        how: Evaluation,
+        evaluation: Evaluation,
         *,
         answers: bool = True,
         reference: Any = None,
     ) -> Metrics:
-        loss, scores, wanted = 0.0, list[Tensor](), list[Tensor]()
-        for labels, output in text_examples.outputs(model, examples, self, how):
+        loss, scores, targets = 0.0, list[Tensor](), list[Tensor]()
+        for labels, output in text_examples.outputs(model, examples, self, evaluation):
             loss += float(output.loss) * len(labels)
             scores.append(output.logits.float().cpu())
-            wanted.append(labels.cpu())
-        return replace(self.figures_of(torch.cat(scores), torch.cat(wanted)), loss=loss / len(examples))
+            targets.append(labels.cpu())
+        return replace(self.figures_of(torch.cat(scores), torch.cat(targets)), loss=loss / len(examples))
 
     def predict(
         self, model: PreTrainedModel, rows: Sequence[Row], processor: Any, about: AdapterTask, *, answer_tokens: int
@@ -82,18 +82,18 @@ class Headed(Task):
             positions.check(model, max(map(encoded_examples.length, encoded)))
         examples = [{**example, "place": i} for i, example in enumerate(encoded)]
         device = next(model.parameters()).device
-        found: dict[int, dict[str, Any]] = {}
+        answers: dict[int, dict[str, Any]] = {}
         with evaluating(model):
-            for some in encoded_examples.batches_of(examples, 16, 1 << 14):
-                batch = {name: value.to(device) for name, value in self.collate(some, processor).items()}
+            for batch_examples in encoded_examples.batches_of(examples, 16, 1 << 14):
+                batch = {name: value.to(device) for name, value in self.collate(batch_examples, processor).items()}
                 inputs = encoded_examples.in_dtype(batch, model)
-                wanted = inputs.pop("labels").cpu()
+                targets = inputs.pop("labels").cpu()
                 logits = model(**inputs).logits.float().cpu()
-                for example, scores, labels in zip(some, logits, wanted, strict=True):
+                for example, scores, labels in zip(batch_examples, logits, targets, strict=True):
                     row = rows[example["place"]]
                     answer = self.answer_of(scores, labels, row, about.labels)
-                    found[example["place"]] = {**self.fields_of(row), **answer}
-        return [found[i] for i in range(len(rows))]
+                    answers[example["place"]] = {**self.fields_of(row), **answer}
+        return [answers[i] for i in range(len(rows))]
 
 
 class Labelled(Headed):
@@ -106,7 +106,7 @@ class Labelled(Headed):
     takes_pairs = True
 
     def label_of(self, where: str, key: str, value: Any) -> Label:
-        """Return the label as the file has it.
+        """Convert the value of a file to a label.
 
         Raises:
             PeftcoreError: it is not a label; the message begins with `where`.
@@ -114,11 +114,11 @@ class Labelled(Headed):
         raise NotImplementedError
 
     def any_label(self, labels: Sequence[str]) -> Label:
-        """Return a label of the model, in place of the one to be predicted."""
+        """Return any label of the model, as a placeholder for the one to predict."""
         raise NotImplementedError
 
-    def said(self, logits: Tensor, labels: Sequence[str]) -> str:
-        """Return the answer to one text as `peftcore generate` prints it."""
+    def format_answer(self, logits: Tensor, labels: Sequence[str]) -> str:
+        """Format the answer to one text for `peftcore generate`."""
         raise NotImplementedError
 
     def read_row(self, where: str, fields: dict[str, Any], keys: tuple[str, ...]) -> Row:
@@ -127,11 +127,11 @@ class Labelled(Headed):
         return Row(where, text, label=label, pair=pair[0] if pair else None)
 
     def read_question(self, where: str, fields: dict[str, Any], about: AdapterTask) -> Row:
-        given = given_fields(where, fields, ("text", *(key for pair in PAIRS for key in pair)), self)
-        keys = next((pair for pair in PAIRS if all(key in given for key in pair)), ("text",))
-        if keys[0] not in given:
+        values = given_fields(where, fields, ("text", *(key for pair in PAIRS for key in pair)), self)
+        keys = next((pair for pair in PAIRS if all(key in values for key in pair)), ("text",))
+        if keys[0] not in values:
             raise missing_key(where, fields, "text", self)
-        text, *pair = (text_of(where, key, given[key]) for key in keys)
+        text, *pair = (text_of(where, key, values[key]) for key in keys)
         return Row(where, text, label=self.any_label(about.labels), pair=pair[0] if pair else None)
 
     def encode(
@@ -143,21 +143,23 @@ class Labelled(Headed):
         *,
         may_be_empty: bool = False,
     ) -> Encoded:
-        """Return rows as `input_ids`, of pairs also `token_type_ids`, and `labels`; texts are cut at the end.
+        """Encode rows as `input_ids`, `labels` and, for pairs, `token_type_ids`; texts are truncated at the end.
 
         Raises:
             PeftcoreError: a row has no tokens, or its label is unknown.
         """
         targets = row_labels.targets(list(rows), list(labels))
         examples, truncated = [], 0
-        labelled = zip(rows, targets, strict=True)
-        for has_pair, group in itertools.groupby(labelled, key=lambda each: each[0].pair is not None):
+        rows_with_targets = zip(rows, targets, strict=True)
+        for has_pair, group in itertools.groupby(rows_with_targets, key=lambda pair: pair[0].pair is not None):
             some = list(group)
             texts = [[row.text for row, _ in some], *([[row.pair or "" for row, _ in some]] if has_pair else [])]
-            whole, cut = processor(*texts), processor(*texts, truncation=True, max_length=max_length)
-            truncated += sum(len(tokens) > max_length for tokens in whole["input_ids"])
-            names = [name for name in ("input_ids", *(["token_type_ids"] if has_pair else [])) if name in cut]
-            for (row, label), *values in zip(some, *(cut[name] for name in names), strict=True):
+            untruncated, tokens_of_field = processor(*texts), processor(*texts, truncation=True, max_length=max_length)
+            truncated += sum(len(tokens) > max_length for tokens in untruncated["input_ids"])
+            names = [
+                name for name in ("input_ids", *(["token_type_ids"] if has_pair else [])) if name in tokens_of_field
+            ]
+            for (row, label), *values in zip(some, *(tokens_of_field[name] for name in names), strict=True):
                 if not values[0]:
                     raise PeftcoreError(f"{row.where}: the text has no tokens")
                 examples.append({**dict(zip(names, values, strict=True)), "labels": label})
@@ -178,7 +180,7 @@ class Labelled(Headed):
         pair: str | None = None,
         **sampling: Any,
     ) -> str:
-        """Return the most likely label of a text (and `pair`) with its probability, all above one half, or a number.
+        """Return the answer to a text and its `pair`: the most likely label, all likely labels, or a number.
 
         Raises:
             PeftcoreError: the text has no tokens, or more than the model has positions for.
@@ -186,31 +188,31 @@ class Labelled(Headed):
         texts = (prompt,) if pair is None else (prompt, pair)
         inputs = processor(*texts, return_tensors="pt", truncation=True, max_length=about.max_length)
         if not inputs["input_ids"].shape[1]:
-            raise PeftcoreError("the text has no tokens. Pass another one")
+            raise PeftcoreError("the text has no tokens. Pass another text")
         positions.check(model, inputs["input_ids"].shape[1], "Pass a shorter text")
         names = ("input_ids", "attention_mask", *(["token_type_ids"] if pair is not None else []))
         inputs = {name: inputs[name].to(next(model.parameters()).device) for name in names if name in inputs}
-        return self.said(model(**inputs).logits[0].float(), about.labels)
+        return self.format_answer(model(**inputs).logits[0].float(), about.labels)
 
 
-def given_fields(where: str, fields: dict[str, Any], known: Sequence[str], task: Task) -> dict[str, Any]:
-    """Return the fields of a line to answer, of those that are known.
+def given_fields(where: str, fields: dict[str, Any], keys: Sequence[str], task: Task) -> dict[str, Any]:
+    """Return those of the known fields that a line to answer has.
 
     Raises:
-        PeftcoreError: it has none of them, or their value is null; the message begins with `where`.
+        PeftcoreError: it has none of them, or only with the value null; the message begins with `where`.
     """
-    given = {key: fields[key] for key in known if fields.get(key) is not None}
-    null = next((key for key in known if key in fields), None)
-    if not given and null is not None:
-        raise PeftcoreError(f"{where}: '{null}' is null, and predict needs a value. Fill it in, or remove the line")
-    if not given:
-        raise missing_key(where, fields, known[0], task)
-    return given
+    values = {key: fields[key] for key in keys if fields.get(key) is not None}
+    null_key = next((key for key in keys if key in fields), None)
+    if not values and null_key is not None:
+        raise PeftcoreError(f"{where}: '{null_key}' is null, and predict needs a value. Fill it in, or remove the line")
+    if not values:
+        raise missing_key(where, fields, keys[0], task)
+    return values
 
 
 def missing_key(where: str, fields: dict[str, Any], key: str, task: Task) -> PeftcoreError:
-    """Return the error of a line to answer without its field."""
+    """Return the error for a line to answer that lacks a field."""
     return PeftcoreError(
-        f"{where}: predict needs the key {key} for {task.name}, found {data_files.listed(fields) or 'none'}. If it has "
-        f"another name: --columns {key}=NAME"
+        f"{where}: predict needs the key {key} for {task.name}, found {data_files.listed(fields) or 'none'}. If the "
+        f"column has another name: --columns {key}=NAME"
     )

@@ -1,8 +1,8 @@
-"""What tasks on conversations with images or audio have in common; the assistant's turns are learned.
+"""Base class of tasks on conversations with images or audio; the assistant's turns are learned.
 
-The text is that of the chat template, as for conversations without images. The processor replaces each image in it by
-as many tokens as the model reads for it, or by one that a mask of cross-attention refers to (Llama 3.2); these are
-never learned. Images are decoded batch by batch, so that a data set need not fit into memory.
+The chat template writes the text, as for conversations without images. The processor replaces each image in it by the
+tokens that the model reads for it, or by one that a cross-attention mask refers to (Llama 3.2); these tokens are never
+learned. Images are decoded batch by batch, so that a data set need not fit into memory.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ from peftcore_cli.tasks.task import Keys, Task
 if TYPE_CHECKING:
     from peftcore_cli.bases.adapter_folders import AdapterTask
 
-NAMES = {"image": "images", "audio": "recordings"}  # parts of a turn
-_OF_MEDIA = ("pixel", "input_features", "feature_")  # tensors whose second dimension is not that of tokens
-_WINDOW = 30  # seconds that models read whose feature extractor does not say it
+NAMES = {"image": "images", "audio": "recordings"}  # by the type of a message's part
+_OF_MEDIA = ("pixel", "input_features", "feature_")  # tensors whose second dimension is not the length
+_WINDOW = 30  # seconds of audio that a model reads if its feature extractor names no limit
 
 
 class MediaChats(Task):
-    """A model of conversations whose turns have images or audio.
+    """Conversations whose turns have images or audio.
 
     Attributes:
-        hears: whether it takes audio.
+        hears: whether the model takes audio.
     """
 
     keys: ClassVar[Keys] = (("messages",), ("conversations",), ("prompt", "completion"))
@@ -55,11 +55,11 @@ class MediaChats(Task):
         return image_turns.asked_of(where, fields, self.name, hears=self.hears)
 
     def load_processor(self, model: str, adapter: Path | None = None) -> Any:
-        processor = checked(models.chat_processor(model, self.name, hears=self.hears), model, hears=self.hears)
+        processor = check_processor(models.chat_processor(model, self.name, hears=self.hears), model, hears=self.hears)
         if adapter is not None and has_tokenizer(adapter):
-            own = adapter_tokenizer.load(adapter)
-            own.chat_template = own.chat_template or processor.tokenizer.chat_template
-            processor.tokenizer = own
+            tokenizer = adapter_tokenizer.load(adapter)
+            tokenizer.chat_template = tokenizer.chat_template or processor.tokenizer.chat_template
+            processor.tokenizer = tokenizer
         return processor
 
     def encode(
@@ -71,7 +71,7 @@ class MediaChats(Task):
         *,
         may_be_empty: bool = False,
     ) -> Encoded:
-        """Return examples with `text`, `images` and `sounds` for the processor, and `input_ids` and `labels` of its.
+        """Encode rows as `text`, `images` and `sounds` for the processor, and its `input_ids` and `labels`.
 
         Raises:
             PeftcoreError: an image cannot be read, the template does not write it, or it is beyond `max_length` tokens.
@@ -79,9 +79,11 @@ class MediaChats(Task):
         examples: list[Example] = []
         truncated = left_out = 0
         for row in rows:
-            found, cut = encoded(row, processor, max_length)
-            learned = [example for example in found if any(label != IGNORED for label in example["labels"][1:])]
-            examples, truncated, left_out = examples + learned, truncated + cut, left_out + len(found) - len(learned)
+            encoded, truncated_examples = encode_row(row, processor, max_length)
+            learnable = [example for example in encoded if any(label != IGNORED for label in example["labels"][1:])]
+            examples += learnable
+            truncated += truncated_examples
+            left_out += len(encoded) - len(learnable)
         if not examples:
             raise PeftcoreError(
                 f"no answer begins within {max_length} tokens in any conversation. Increase --max-length"
@@ -92,7 +94,7 @@ class MediaChats(Task):
         return collate(examples, processor)
 
     def step_of(self, examples: Sequence[Example], processor: Any) -> dict[str, Any]:
-        """Return the longest example as a batch."""
+        """Return the longest example as a batch, which determines the memory of a step."""
         return {"example": collate([max(examples, key=encoded_examples.length)], processor)}
 
     @torch.no_grad()
@@ -100,7 +102,7 @@ class MediaChats(Task):
         self, model: PreTrainedModel, rows: Sequence[Row], processor: Any, about: AdapterTask, *, answer_tokens: int
     ) -> list[dict[str, Any]]:
         """Return the images and the last turn of each conversation with the model's greedy answer."""
-        tokenizer, found = processor.tokenizer, []
+        tokenizer, answers = processor.tokenizer, []
         device = next(model.parameters()).device
         generate: Any = model.generate
         for row in rows:
@@ -110,16 +112,16 @@ class MediaChats(Task):
                 do_sample=False,
                 max_new_tokens=answer_tokens,
                 pad_token_id=tokenizer.pad_token_id,
-                eos_token_id=text_generation.ends(model, tokenizer),
+                eos_token_id=text_generation.end_tokens(model, tokenizer),
             )
             answer = tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-            asked = "".join(part.get("text", "") for part in (row.messages or [])[-1]["content"])
-            found.append({"images": list(row.images), "prompt": asked, "answer": answer})
-        return found
+            prompt = "".join(part.get("text", "") for part in (row.messages or [])[-1]["content"])
+            answers.append({"images": list(row.images), "prompt": prompt, "answer": answer})
+        return answers
 
 
-def encoded(row: Row, processor: Any, max_length: int) -> tuple[list[Example], int]:
-    """Return a row's examples, also those that learn nothing within `max_length`, and how many of them were cut.
+def encode_row(row: Row, processor: Any, max_length: int) -> tuple[list[Example], int]:
+    """Return the examples of a row, also those without a token to learn, and how many of them were truncated.
 
     Raises:
         PeftcoreError: see `encode`.
@@ -128,14 +130,14 @@ def encoded(row: Row, processor: Any, max_length: int) -> tuple[list[Example], i
     for example in _examples(row, processor):
         ids, labels = example["input_ids"], example["labels"]
         if len(ids) > max_length:
-            places = _place_ids(processor)
-            if not places.isdisjoint(ids[max_length:]):
-                count = sum(id_ in places for id_ in ids)
+            media_ids = _media_token_ids(processor)
+            if not media_ids.isdisjoint(ids[max_length:]):
+                count = sum(id_ in media_ids for id_ in ids)
                 media = {"images": example["images"], "recordings": example["sounds"]}
-                shown = " and ".join(f"{len(some)} {name}" for name, some in media.items() if some)
+                shown = " and ".join(f"{len(paths)} {name}" for name, paths in media.items() if paths)
                 raise PeftcoreError(
                     f"{row.where}: the conversation has {len(ids):,} tokens, {count:,} of them for {shown}, which "
-                    f"cannot be cut; --max-length is {max_length:,}. Increase it"
+                    f"cannot be truncated to --max-length {max_length:,}. Increase --max-length"
                 )
             truncated += 1
             example |= {"input_ids": ids[:max_length], "labels": labels[:max_length]}
@@ -144,16 +146,16 @@ def encoded(row: Row, processor: Any, max_length: int) -> tuple[list[Example], i
 
 
 def _examples(row: Row, processor: Any) -> list[Example]:
-    """Return a row's examples, uncut."""
-    if mistral_chats.prepares(processor):
+    """Return the examples of a row before truncation."""
+    if mistral_chats.is_used_by(processor):
         return mistral_chats.examples(row, processor)
     sizes = _sizes(row, processor)
     return [_example(row, part, sizes, processor) for part in conversations.texts_and_spans(row, processor.tokenizer)]
 
 
 def _sizes(row: Row, processor: Any) -> dict[str, list[list[int]]]:
-    """Return the tokens that the processor puts in the place of each image and recording of a row, by kind."""
-    begin = processor.tokenizer.bos_token_id  # Llama 3.2's processor begins every text with it
+    """Return the tokens that the processor inserts for each image and recording of a row, by kind."""
+    begin = processor.tokenizer.bos_token_id  # the processor of Llama 3.2 begins every text with it
     sizes: dict[str, list[list[int]]] = {"image": [], "audio": []}
     for kind, paths in (("image", row.images), ("audio", row.sounds)):
         if not paths:
@@ -161,22 +163,22 @@ def _sizes(row: Row, processor: Any) -> dict[str, list[list[int]]]:
         token = getattr(processor, f"{kind}_token", None)
         if token is None:
             raise PeftcoreError(f"{row.where}: {type(processor).__name__} takes no {NAMES[kind]}. Use another model")
-        images = [[image] for image in _opened(paths, row.where)] if kind == "image" else [[] for _ in paths]
-        sounds = _heard(paths, processor, row.where) if kind == "audio" else []
-        found = _prepared(processor, [token] * len(paths), images, sounds, add_special_tokens=False)["input_ids"]
-        sizes[kind] = [[id_ for id_ in ids if id_ != begin] for ids in found]
+        images = [[image] for image in _open_images(paths, row.where)] if kind == "image" else [[] for _ in paths]
+        sounds = _read_recordings(paths, processor, row.where) if kind == "audio" else []
+        token_ids = _process(processor, [token] * len(paths), images, sounds, add_special_tokens=False)["input_ids"]
+        sizes[kind] = [[id_ for id_ in ids if id_ != begin] for ids in token_ids]
     return sizes
 
 
 def _example(
     row: Row, part: tuple[str, list[tuple[int, int]], int], sizes: dict[str, list[list[int]]], processor: Any
 ) -> dict[str, Any]:
-    """Return one example of `conversations.texts_and_spans`, with the tokens of its images and recordings."""
+    """Return the example of one result of `conversations.texts_and_spans`, with the tokens of its media."""
     text, spans, count = part
     tokenizer = processor.tokenizer
     ids, parts = list(tokenizer(text, add_special_tokens=False)["input_ids"]), _parts_of(row, count)
     expanded, shown = text, {}
-    inserted: dict[int, Iterator[list[int]]] = {}  # tokens by the token of the place
+    inserted: dict[int, Iterator[list[int]]] = {}  # tokens to insert, by the placeholder token
     for kind, name in NAMES.items():
         token, shown[kind] = getattr(processor, f"{kind}_token", None), parts.count({"type": kind})
         if token is None:
@@ -184,17 +186,17 @@ def _example(
         place = tokenizer.convert_tokens_to_ids(token)
         if ids.count(place) != shown[kind]:
             raise PeftcoreError(
-                f"{row.where}: the chat template writes {ids.count(place)} {name}, and the conversation has "
-                f"{shown[kind]}. Pass one that writes them: --chat-template FILE"
+                f"{row.where}: the chat template writes {ids.count(place)} {name}, but the conversation has "
+                f"{shown[kind]}. Pass a template that writes them: --chat-template FILE"
             )
         inserted[place] = iter(sizes[kind])
         whole = getattr(processor, f"full_{kind}_sequence", None)
-        if whole:  # Gemma's, with line ends that join others in a token
-            expanded, spans = _expanded(expanded, spans, token, whole)
+        if whole:  # Gemma's has line breaks that merge with neighbouring ones into a token
+            expanded, spans = _expand_marks(expanded, spans, token, whole)
             inserted[place] = itertools.repeat([place])
     plain = conversations.example(tokenizer, expanded, spans)
     bare = list(tokenizer(expanded, add_special_tokens=False)["input_ids"])
-    if len(plain["input_ids"]) > len(bare):  # a template without an end mark
+    if len(plain["input_ids"]) > len(bare):  # the template writes no end of turn
         text, expanded, bare = text + tokenizer.eos_token, expanded + tokenizer.eos_token, plain["input_ids"]
     whole = list(tokenizer(expanded, add_special_tokens=_adds_special(text, tokenizer))["input_ids"])
     front = next((i for i in range(len(whole) - len(bare) + 1) if whole[i : i + len(bare)] == bare), 0)
@@ -214,37 +216,41 @@ def _example(
 
 
 def _parts_of(row: Row, count: int) -> list[Any]:
-    """Return the parts of the first `count` messages of a row."""
+    """Return the parts of the first `count` messages of a row in order."""
     return [part for message in (row.messages or [])[:count] for part in message.get("content") or ()]
 
 
-def _expanded(text: str, spans: list[tuple[int, int]], mark: str, written: str) -> tuple[str, list[tuple[int, int]]]:
-    """Return the text with `written` in the place of each `mark`, and the spans in it."""
-    more = len(written) - len(mark)
-    moved = [(begin + more * text[:begin].count(mark), end + more * text[:end].count(mark)) for begin, end in spans]
-    return text.replace(mark, written), moved
+def _expand_marks(
+    text: str, spans: list[tuple[int, int]], mark: str, replacement: str
+) -> tuple[str, list[tuple[int, int]]]:
+    """Replace each `mark` in the text, and return the text with its moved spans."""
+    growth = len(replacement) - len(mark)
+    moved_spans = [
+        (begin + growth * text[:begin].count(mark), end + growth * text[:end].count(mark)) for begin, end in spans
+    ]
+    return text.replace(mark, replacement), moved_spans
 
 
 def collate(examples: Sequence[Example], processor: Any) -> dict[str, Any]:
-    """Return a batch as the processor makes it, such as `pixel_values`, with `labels` [batch, length].
+    """Return a batch of the processor's tensors, such as `pixel_values`, with `labels` [batch, length].
 
     Raises:
-        PeftcoreError: the processor's tokens depend on the batch.
+        PeftcoreError: the tokens of the processor depend on the batch.
     """
-    if mistral_chats.prepares(processor):
+    if mistral_chats.is_used_by(processor):
         return mistral_chats.collate(examples, processor)
     texts = [example["text"] for example in examples]
-    images = [_opened(example["images"]) for example in examples]
-    sounds = _heard([path for example in examples for path in example["sounds"]], processor)
+    images = [_open_images(example["images"]) for example in examples]
+    sounds = _read_recordings([path for example in examples for path in example["sounds"]], processor)
     special = _adds_special(texts[0], processor.tokenizer)
     options = {"add_special_tokens": special, "padding": True, "padding_side": "right", "return_tensors": "pt"}
-    batch = _prepared(processor, texts, images, sounds, **options)
+    batch = _process(processor, texts, images, sounds, **options)
     shape, length = batch["input_ids"].shape, max(len(example["labels"]) for example in examples)
     for row, example in zip(batch["input_ids"].tolist(), examples, strict=True):
         if row[: len(example["input_ids"])] != example["input_ids"]:
             raise PeftcoreError(
-                f"{type(processor).__name__} writes other tokens for a conversation in a batch than for it "
-                "alone, so the learned part cannot be determined. Use --batch-size 1"
+                f"{type(processor).__name__} writes other tokens for a conversation in a batch than for the "
+                "conversation alone, so the learned part cannot be determined. Use --batch-size 1"
             )
     tensors = {
         name: value[:, :length] if value.shape[:2] == shape and not name.startswith(_OF_MEDIA) else value
@@ -255,24 +261,24 @@ def collate(examples: Sequence[Example], processor: Any) -> dict[str, Any]:
 
 
 def question(row: Row, processor: Any) -> dict[str, Any]:
-    """Return a conversation as the inputs of a model that writes its next turn, [1, length].
+    """Return a conversation as model inputs to generate its next turn, [1, length].
 
     Raises:
         PeftcoreError: an image cannot be read, or the template rejects the conversation.
     """
-    if mistral_chats.prepares(processor):
+    if mistral_chats.is_used_by(processor):
         return mistral_chats.question(row, processor)
     with naming(row.where):
-        text = conversations.rendered(processor.tokenizer, row.messages or [], row.tools, begins_answer=True)
+        text = conversations.render(processor.tokenizer, row.messages or [], row.tools, begins_answer=True)
     special = _adds_special(text, processor.tokenizer)
-    images, sounds = [_opened(row.images, row.where)], _heard(row.sounds, processor, row.where)
-    return _prepared(processor, [text], images, sounds, add_special_tokens=special, return_tensors="pt")
+    images, sounds = [_open_images(row.images, row.where)], _read_recordings(row.sounds, processor, row.where)
+    return _process(processor, [text], images, sounds, add_special_tokens=special, return_tensors="pt")
 
 
-def _prepared(
+def _process(
     processor: Any, texts: list[str], images: list[list[Any]], sounds: list[Any], **options: Any
 ) -> dict[str, Any]:
-    """Return what the processor makes of texts with the images of each, and the recordings of all in order."""
+    """Run the processor on texts with their images, and with all recordings in order."""
     if any(images):
         options["images"] = images
     if sounds:
@@ -286,8 +292,8 @@ def _prepared(
         ) from error
 
 
-def _heard(paths: Sequence[str], processor: Any, where: str | None = None) -> list[Any]:
-    """Return the samples of recordings at the rate of the model, which reads a window and would drop what follows."""
+def _read_recordings(paths: Sequence[str], processor: Any, where: str | None = None) -> list[Any]:
+    """Return the samples of recordings at the model's rate; one that is longer than the model reads is refused."""
     if not paths:
         return []
     extractor = processor.feature_extractor
@@ -296,31 +302,31 @@ def _heard(paths: Sequence[str], processor: Any, where: str | None = None) -> li
         return [audio_files.samples(path, extractor.sampling_rate, longest) for path in paths]
 
 
-def _opened(paths: Sequence[str], where: str | None = None) -> list[Any]:
+def _open_images(paths: Sequence[str], where: str | None = None) -> list[Any]:
     with naming(where):
         return [image_files.opened(path) for path in paths]
 
 
 def _adds_special(text: str, tokenizer: Any) -> bool:
-    """Return whether the tokenizer adds its special tokens, as `ProcessorMixin.apply_chat_template` decides it."""
+    """Return whether the tokenizer adds special tokens, by the rule of `ProcessorMixin.apply_chat_template`."""
     return not (tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token))
 
 
-def _place_ids(processor: Any) -> set[int]:
-    """Return the tokens of images and audio, in a chat template's text and in a model's input."""
-    found = itertools.product((processor, processor.tokenizer), NAMES)
-    tokens = [getattr(each, f"{kind}_token", None) for each, kind in found]
+def _media_token_ids(processor: Any) -> set[int]:
+    """Return the ids of the tokens for images and audio, in templates and in model inputs."""
+    holders = itertools.product((processor, processor.tokenizer), NAMES)
+    tokens = [getattr(holder, f"{kind}_token", None) for holder, kind in holders]
     return {processor.tokenizer.convert_tokens_to_ids(token) for token in tokens if token is not None}
 
 
-def checked(processor: Any, model: str, *, hears: bool = False) -> Any:
-    """Return the processor of `model`, after its tokenizer has its chat template.
+def check_processor(processor: Any, model: str, *, hears: bool = False) -> Any:
+    """Return the processor of `model` after giving its chat template to its tokenizer.
 
     Raises:
-        PeftcoreError: it prepares no images, or, if it `hears`, no audio.
+        PeftcoreError: it does not support images, or, if it `hears`, audio.
     """
     if hears:
-        return _checked_to_hear(processor, model)
+        return _check_audio_processor(processor, model)
     if getattr(processor, "image_processor", None) is None or getattr(processor, "tokenizer", None) is None:
         name = os.path.basename(model)
         raise PeftcoreError(
@@ -335,14 +341,14 @@ def checked(processor: Any, model: str, *, hears: bool = False) -> Any:
     return _with_template(processor)
 
 
-def _checked_to_hear(processor: Any, model: str) -> Any:
-    if mistral_chats.prepares(processor):
-        return mistral_chats.checked(processor)
+def _check_audio_processor(processor: Any, model: str) -> Any:
+    if mistral_chats.is_used_by(processor):
+        return mistral_chats.check_processor(processor)
     kind = type(processor).__name__
     if getattr(processor, "feature_extractor", None) is None or getattr(processor, "tokenizer", None) is None:
         raise PeftcoreError(
             f"'{os.path.basename(model)}' has no processor for texts with audio, found {kind}. Use a model such as "
-            "Qwen2-Audio or Gemma 3n; transcripts of recordings are --task asr"
+            "Qwen2-Audio or Gemma 3n, or --task asr for transcripts"
         )
     writes = getattr(type(processor), "replace_audio_token", None)
     if getattr(processor, "audio_token", None) is None or writes in (None, ProcessorMixin.replace_audio_token):

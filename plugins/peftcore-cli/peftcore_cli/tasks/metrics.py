@@ -1,8 +1,8 @@
-"""Metrics on held-out examples: a mean loss, and the task's figures.
+"""Metrics on held-out examples: the mean loss and the task's figures.
 
-F1 of a label is 2 TP / (2 TP + FP + FN); macro F1 is its mean over the labels that occur or are predicted, micro F1 is
-that of all labels' counts together (van Rijsbergen 1979; Yang 1999). Correlations are Pearson's and Spearman's, which
-is Pearson's on ranks, where equal values share their mean rank.
+F1 of a label is 2 TP / (2 TP + FP + FN). Macro F1 is its mean over the labels that occur or are predicted; micro F1
+uses the counts of all labels together (van Rijsbergen 1979; Yang 1999). Spearman's correlation is Pearson's on ranks,
+where equal values share their mean rank.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ class Metrics:
     """Mean loss over `count` predictions (tokens or examples), and the task's other figures.
 
     Args:
-        figures: by name, such as `accuracy`; empty for a language model.
-        baseline: (name, accuracy or, for numbers, loss) of a constant answer.
-        confusion: [label][answer] -> number of examples, for classes.
+        figures: other metrics by name, such as `accuracy`; empty for a language model.
+        baseline: (name, accuracy) of a constant answer; for regression (name, loss).
+        confusion: confusion[label][answer] is a number of examples, for classification.
     """
 
     loss: float
@@ -55,84 +55,84 @@ class Metrics:
         return {"loss": self.loss, **(self.figures or {"perplexity": self.perplexity})}
 
     def __str__(self) -> str:
-        return ", ".join(f"{title(name)} {shown(name, value)}" for name, value in self.as_dict().items())
+        return ", ".join(f"{title(name)} {format_value(name, value)}" for name, value in self.as_dict().items())
 
 
 def title(name: str) -> str:
-    """Return a figure's printed name."""
+    """Return the name of a metric for output."""
     return TITLES.get(name, name)
 
 
-def shown(name: str, value: float) -> str:
-    """Return a figure's printed value."""
+def format_value(name: str, value: float) -> str:
+    """Format the value of a metric for output."""
     if name in SHARES:
         return f"{100 * value:.1f} %"
     return f"{value:.2f}" if name == "perplexity" else f"{value:.4f}"
 
 
 def rows(before: Metrics, after: Metrics) -> list[tuple[str, str, str]]:
-    """Return (name, before, after) of every figure, as tables show them; the baseline last."""
-    later = after.as_dict()
-    found = [(title(name), f"{value:.4f}", f"{later[name]:.4f}") for name, value in before.as_dict().items()]
+    """Return (name, before, after) of every metric for a table, with the baseline last."""
+    after_figures = after.as_dict()
+    cells = [(title(name), f"{value:.4f}", f"{after_figures[name]:.4f}") for name, value in before.as_dict().items()]
     if after.baseline is not None:
         name, value = after.baseline
-        found.append((name, f"{value:.4f}", f"{value:.4f}"))
-    return found
+        cells.append((name, f"{value:.4f}", f"{value:.4f}"))
+    return cells
 
 
 def confusion_rows(confusion: list[list[int]], names: Sequence[str]) -> list[tuple[str, ...]]:
-    """Return the matrix as a table: answers in the first row, labels in the first column."""
+    """Return the confusion matrix as a table, with answers in the first row and labels in the first column."""
     counts = [(name, *map(str, row)) for name, row in zip(names, confusion, strict=True)]
     return [("", *names), *counts]
 
 
-def of_classes(answers: Tensor, wanted: Tensor, classes: int) -> Metrics:
-    """Return figures of predicted classes `answers` [n] against `wanted` [n]; the loss is zero.
+def of_classes(answers: Tensor, labels: Tensor, classes: int) -> Metrics:
+    """Return the metrics of predicted classes `answers` [n] against `labels` [n]; the loss is zero.
 
-    The baseline always answers the most frequent class of these examples.
+    The baseline always answers the most frequent class.
     """
-    confusion = torch.bincount(wanted * classes + answers, minlength=classes * classes).view(classes, classes)
-    right, real, predicted = confusion.diagonal(), confusion.sum(1), confusion.sum(0)
-    figures = {"accuracy": float(right.sum() / len(wanted)), "macro_f1": _macro(right, real, predicted)}
-    most = ("most frequent label", float(real.max() / len(wanted)))
-    return Metrics(0.0, len(wanted), figures, most, confusion.tolist())
+    confusion = torch.bincount(labels * classes + answers, minlength=classes * classes).view(classes, classes)
+    correct, label_counts, answer_counts = confusion.diagonal(), confusion.sum(1), confusion.sum(0)
+    figures = {"accuracy": float(correct.sum() / len(labels)), "macro_f1": _macro(correct, label_counts, answer_counts)}
+    baseline = ("most frequent label", float(label_counts.max() / len(labels)))
+    return Metrics(0.0, len(labels), figures, baseline, confusion.tolist())
 
 
-def of_label_sets(answers: Tensor, wanted: Tensor) -> Metrics:
-    """Like `of_classes` for sets of labels, [n, labels] of zeros and ones: each label counts separately."""
-    answers, wanted = answers.bool(), wanted.bool()
-    right, real, predicted = (answers & wanted).sum(0), wanted.sum(0), answers.sum(0)
-    counted = int(real.sum() + predicted.sum())
+def of_label_sets(answers: Tensor, labels: Tensor) -> Metrics:
+    """Return the metrics of sets of labels, [n, labels] of zeros and ones; each label counts separately."""
+    answers, labels = answers.bool(), labels.bool()
+    correct, label_counts, answer_counts = (answers & labels).sum(0), labels.sum(0), answers.sum(0)
+    total = int(label_counts.sum() + answer_counts.sum())
     figures = {
-        "micro_f1": float(2 * right.sum() / counted) if counted else 0.0,
-        "macro_f1": _macro(right, real, predicted),
-        "exact_match": float((answers == wanted).all(1).double().mean()),
+        "micro_f1": float(2 * correct.sum() / total) if total else 0.0,
+        "macro_f1": _macro(correct, label_counts, answer_counts),
+        "exact_match": float((answers == labels).all(1).double().mean()),
     }
-    return Metrics(0.0, len(wanted), figures)
+    return Metrics(0.0, len(labels), figures)
 
 
-def of_numbers(answers: Tensor, wanted: Tensor) -> Metrics:
-    """Like `of_classes` for numbers [n]; the loss is the mean squared error, the baseline always answers the mean."""
-    answers, wanted = answers.double(), wanted.double()
-    error = float((answers - wanted).square().mean())
-    figures = {"pearson": pearson(answers, wanted), "spearman": pearson(ranks(answers), ranks(wanted))}
-    return Metrics(error, len(wanted), figures, ("loss of the mean", float(wanted.var(correction=0))))
+def of_numbers(answers: Tensor, labels: Tensor) -> Metrics:
+    """Return the metrics of numbers [n]; the loss is the mean squared error, the baseline always answers the mean."""
+    answers, labels = answers.double(), labels.double()
+    error = float((answers - labels).square().mean())
+    figures = {"pearson": pearson(answers, labels), "spearman": pearson(ranks(answers), ranks(labels))}
+    return Metrics(error, len(labels), figures, ("loss of the mean", float(labels.var(correction=0))))
 
 
 def pearson(a: Tensor, b: Tensor) -> float:
-    """Return the correlation of two vectors; 0 if one is constant."""
+    """Return Pearson's correlation of two vectors, or 0 if one is constant."""
     a, b = a - a.mean(), b - b.mean()
     norm = float(a.norm() * b.norm())
     return float(a @ b) / norm if norm > 0 else 0.0
 
 
 def ranks(values: Tensor) -> Tensor:
-    """Return ranks from 0; equal values share their mean."""
+    """Return 0-based ranks; equal values share their mean rank."""
     _, group, counts = values.unique(return_inverse=True, return_counts=True)
     return (counts.cumsum(0) - (counts + 1) / 2)[group].double()
 
 
-def _macro(right: Tensor, real: Tensor, predicted: Tensor) -> float:
-    counted = real + predicted
-    occur = counted > 0
-    return float((2 * right[occur] / counted[occur]).double().mean()) if bool(occur.any()) else 0.0
+def _macro(correct: Tensor, label_counts: Tensor, answer_counts: Tensor) -> float:
+    counts = label_counts + answer_counts
+    occurs = counts > 0
+    return float((2 * correct[occurs] / counts[occurs]).double().mean()) if bool(occurs.any()) else 0.0

@@ -1,7 +1,7 @@
-"""Conversations as the processors of Mistral's models with audio (Voxtral) prepare them, by mistral-common.
+"""Conversations for Mistral's audio models (Voxtral), whose processor uses mistral-common.
 
-Such a processor has no chat template: it makes tokens, and the audio that belongs to them, of a conversation. What an
-assistant's turn adds to the tokens before it is learned, with the token that ends the turn.
+Such a processor has no chat template: it turns a conversation into tokens and audio features. The tokens that an
+assistant's turn adds to those before it are learned, with the token that ends the turn.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ from peftcore_cli.tasks.encoded_examples import Example
 _PROCESSOR = "VoxtralProcessor"
 
 
-def prepares(processor: Any) -> bool:
-    """Return whether a processor makes tokens of conversations by mistral-common."""
+def is_used_by(processor: Any) -> bool:
+    """Return whether a processor tokenizes conversations with mistral-common."""
     return type(processor).__name__ == _PROCESSOR
 
 
-def checked(processor: Any) -> Any:
-    """Return the processor.
+def check_processor(processor: Any) -> Any:
+    """Return the processor after checking it.
 
     Raises:
-        PeftcoreError: mistral-common or soundfile is not installed, or the tokenizer is another.
+        PeftcoreError: mistral-common or soundfile is not installed, or the tokenizer is not mistral-common's.
     """
-    missing = [name for name in ("mistral_common", "soundfile") if importlib.util.find_spec(name) is None]
-    if missing:
+    missing_modules = [name for name in ("mistral_common", "soundfile") if importlib.util.find_spec(name) is None]
+    if missing_modules:
         raise PeftcoreError(
-            f"{_PROCESSOR} makes tokens of conversations by mistral-common, and '{missing[0]}' is not installed. "
+            f"{_PROCESSOR} tokenizes conversations with mistral-common, and '{missing_modules[0]}' is not installed. "
             "Install both: pip install 'mistral-common[audio]'"
         )
     if type(processor.tokenizer).__name__ != MISTRAL:
@@ -50,7 +50,7 @@ def checked(processor: Any) -> Any:
 
 
 def examples(row: Row, processor: Any) -> list[Example]:
-    """Return a conversation as an example, or one for each turn if later turns change the tokens of earlier ones.
+    """Encode a conversation as one example, or one per turn if later turns change the tokens of earlier ones.
 
     Raises:
         PeftcoreError: the processor rejects it, or turns cannot be separated from what came before.
@@ -60,102 +60,107 @@ def examples(row: Row, processor: Any) -> list[Example]:
         raise PeftcoreError(f"{row.where}: {_PROCESSOR} takes no images. Use another model")
     if row.tools:
         raise PeftcoreError(f"{row.where}: {_PROCESSOR} does not write the tools. Remove 'tools', or use another model")
-    turns = [i for i, each in enumerate(messages) if each["role"] == "assistant" and i >= row.learned_from]
+    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant" and i >= row.learned_from]
     turns = [i for i in turns if i not in row.not_learned]
-    found = [_turn(row, turn, processor) for turn in turns]
-    whole = found[-1]["input_ids"] if found else []
-    if any(each["input_ids"] != whole[: len(each["input_ids"])] for each in found):
-        return found
-    for each in found[:-1]:
-        learned = found[-1]["labels"]
-        learned[: len(each["labels"])] = [
-            new if old == IGNORED else old for old, new in zip(each["labels"], learned, strict=False)
-        ]
-    return found[-1:]
+    turn_examples = [_turn(row, turn, processor) for turn in turns]
+    last_ids = turn_examples[-1]["input_ids"] if turn_examples else []
+    if any(example["input_ids"] != last_ids[: len(example["input_ids"])] for example in turn_examples):
+        return turn_examples
+    # Every turn is a prefix of the last, which can therefore learn all of them.
+    for example in turn_examples[:-1]:
+        labels = turn_examples[-1]["labels"]
+        for i, label in enumerate(example["labels"]):
+            if label != IGNORED:
+                labels[i] = label
+    return turn_examples[-1:]
 
 
 def _turn(row: Row, turn: int, processor: Any) -> Example:
-    """Return the conversation up to an assistant's turn, which is learned."""
+    """Encode the conversation up to an assistant's turn, which is learned."""
     messages = row.messages or []
     if turn == 0:
+        raise PeftcoreError(f"{row.where}: the first turn is the assistant's. Start with a user or system turn")
+    prefix = _process(messages[:turn], row.sounds, processor, row.where)["input_ids"][0].tolist()
+    ids = _process(messages[: turn + 1], row.sounds, processor, row.where)["input_ids"][0].tolist()
+    ids.append(processor.tokenizer.eos_token_id)
+    if ids[: len(prefix)] != prefix:
         raise PeftcoreError(
-            f"{row.where}: the first turn is the assistant's. Start with a turn of the user or the system"
-        )
-    before = _prepared(messages[:turn], row.sounds, processor, row.where)["input_ids"][0].tolist()
-    after = _prepared(messages[: turn + 1], row.sounds, processor, row.where)["input_ids"][0].tolist()
-    after.append(processor.tokenizer.eos_token_id)
-    if after[: len(before)] != before:
-        raise PeftcoreError(
-            f"{row.where}: {_PROCESSOR} changes what came before messages[{turn}] when that turn follows, so the "
+            f"{row.where}: {_PROCESSOR} changes the tokens before messages[{turn}] when that turn follows, so the "
             "learned part cannot be determined. Remove the turn"
         )
-    shown = messages[: turn + 1]
+    conversation = messages[: turn + 1]
     return {
-        "messages": shown,
+        "messages": conversation,
         "images": [],
-        "sounds": list(row.sounds[: _count(shown)]),
-        "input_ids": after,
-        "labels": [IGNORED] * len(before) + after[len(before) :],
+        "sounds": list(row.sounds[: _count_recordings(conversation)]),
+        "input_ids": ids,
+        "labels": [IGNORED] * len(prefix) + ids[len(prefix) :],
     }
 
 
-def _count(messages: Messages) -> int:
+def _count_recordings(messages: Messages) -> int:
     """Return the number of recordings in a conversation."""
-    parts = [message.get("content") or () for message in messages]
-    return sum(part.get("type") == "audio" for each in parts if not isinstance(each, str) for part in each)
+    count = 0
+    for message in messages:
+        content = message.get("content") or ()
+        if not isinstance(content, str):
+            count += sum(part.get("type") == "audio" for part in content)
+    return count
 
 
-def _prepared(messages: Messages, sounds: Sequence[str], processor: Any, where: str | None = None) -> dict[str, Any]:
-    """Return the inputs of one conversation, [1, length] and [windows, bins, frames]; an answer at its end is open."""
-    paths, written = iter(sounds), []
+def _process(messages: Messages, sounds: Sequence[str], processor: Any, where: str | None = None) -> dict[str, Any]:
+    """Return the inputs of one conversation, [1, length] and [windows, bins, frames]; a final answer is left open."""
+    paths, prepared = iter(sounds), []
     for message in messages:
         content = message.get("content")
         if content and not isinstance(content, str):
-            parts = [_sound(next(paths), processor, where) if part["type"] == "audio" else part for part in content]
+            parts = [
+                _audio_part(next(paths), processor, where) if part["type"] == "audio" else part for part in content
+            ]
             is_text = all(part["type"] == "text" for part in parts)
             content = "".join(part["text"] for part in parts) if is_text else parts
-        written.append({**message, "content": content})
+        prepared.append({**message, "content": content})
     is_open = messages[-1]["role"] == "assistant"
     options = {"continue_final_message": is_open, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
     try:
-        return dict(processor.apply_chat_template(written, **options))
-    except Exception as error:  # mistral-common's errors are of many classes, pydantic's among them
+        return dict(processor.apply_chat_template(prepared, **options))
+    except Exception as error:  # mistral-common raises errors of many classes, also of pydantic
         begin = f"{where}: " if where else ""
         text = " ".join(str(error).split())[:400]
         raise PeftcoreError(f"{begin}mistral-common rejects the conversation: {text}. Change the row") from error
 
 
-def _sound(path: str, processor: Any, where: str | None) -> dict[str, Any]:
-    """Return a recording as a part of a message: a WAV file of the model's rate in base64."""
+def _audio_part(path: str, processor: Any, where: str | None) -> dict[str, Any]:
+    """Return a recording as part of a message: a base64 WAV file at the model's sampling rate."""
     rate = processor.feature_extractor.sampling_rate
     with naming(where):
-        found = audio_files.samples(path, rate)
+        samples = audio_files.samples(path, rate)
     soundfile: Any = importlib.import_module("soundfile")
     file = io.BytesIO()
-    soundfile.write(file, found, rate, format="WAV", subtype="FLOAT")
+    soundfile.write(file, samples, rate, format="WAV", subtype="FLOAT")
     data = base64.b64encode(file.getvalue()).decode()
     return {"type": "input_audio", "input_audio": {"data": data, "format": "wav"}}
 
 
 def collate(examples: Sequence[Example], processor: Any) -> dict[str, Any]:
-    """Return a batch, padded on the right: `input_features` [windows, bins, frames] of its recordings in order.
+    """Return a batch padded on the right, with the `input_features` [windows, bins, frames] of its recordings.
 
     Raises:
-        PeftcoreError: a recording cannot be read any more.
+        PeftcoreError: a recording can no longer be read.
     """
     length = max(len(example["input_ids"]) for example in examples)
     padding = processor.tokenizer.pad_token_id or 0
     ends = {"input_ids": padding, "labels": IGNORED, "attention_mask": 0}
     rows = [{**example, "attention_mask": [1] * len(example["input_ids"])} for example in examples]
     batch = {key: torch.tensor([e[key] + [end] * (length - len(e[key])) for e in rows]) for key, end in ends.items()}
-    heard = [_prepared(e["messages"], e["sounds"], processor)["input_features"] for e in examples if e["sounds"]]
-    return {**batch, "input_features": torch.cat(heard)} if heard else batch
+    features = [_process(e["messages"], e["sounds"], processor)["input_features"] for e in examples if e["sounds"]]
+    return {**batch, "input_features": torch.cat(features)} if features else batch
 
 
 def question(row: Row, processor: Any) -> dict[str, Any]:
-    """Return a conversation as the inputs of a model that writes its next turn, [1, length].
+    """Return a conversation as model inputs to generate its next turn, [1, length].
 
     Raises:
         PeftcoreError: a recording cannot be read, or mistral-common rejects the conversation.
     """
-    return _prepared(row.messages or [], row.sounds, processor, row.where)
+    return _process(row.messages or [], row.sounds, processor, row.where)

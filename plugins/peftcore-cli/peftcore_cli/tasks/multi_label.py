@@ -1,4 +1,4 @@
-"""Any number of labels for each text (`--task multi-label`)."""
+"""Multi-label classification: any number of labels per text (`--task multi-label`)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from peftcore_cli.tasks.task import Task
 
 
 class MultiLabel(Labelled):
-    """Outputs that are answered one by one, yes above one half."""
+    """One binary output per label; the label applies if its probability is above one half."""
 
     name = "multi-label"
     keys = (*keys_with("label"), *keys_with("labels"))
@@ -33,18 +33,18 @@ class MultiLabel(Labelled):
         return lines.are_labelled and lines.media is None and data_labels.names(lines.labels[0]) is not None
 
     def label_of(self, where: str, key: str, value: Any) -> Label:
-        listed = data_labels.names(value)
+        names = data_labels.names(value)
         short = data_labels.short(value)
-        if listed is None:
+        if names is None:
             raise PeftcoreError(f'{where}: \'{key}\' must be a list of names, such as ["a", "b"], found {short}')
-        several = tuple(data_labels.class_name(where, key, name) for name in listed)
-        twice = next((name for name in several if several.count(name) > 1), None)
-        if twice is not None:
+        labels = tuple(data_labels.class_name(where, key, name) for name in names)
+        duplicate = next((name for name in labels if labels.count(name) > 1), None)
+        if duplicate is not None:
             raise PeftcoreError(
-                f"{where}: '{key}' names {twice} twice: {short}. List the labels that apply, not zeros and ones for "
-                "all of them"
+                f"{where}: '{key}' names {duplicate} twice: {short}. List the labels that apply, not a zero or one for "
+                "every label"
             )
-        return several
+        return labels
 
     def any_label(self, labels: Sequence[str]) -> Label:
         return (labels[0],)
@@ -52,17 +52,17 @@ class MultiLabel(Labelled):
     def head(self, labels: tuple[str, ...]) -> dict[str, Any]:
         return {"problem_type": "multi_label_classification", **names_of(labels)}
 
-    def continues(self, other: Task, *, is_recorded: bool = True, labels: Sequence[str] = ()) -> bool:
-        could_be = not is_recorded and bool(labels)  # a classifier of PEFT's, which does not say how it is trained
-        return could_be or super().continues(other)
+    def continues(self, task: Task, *, is_recorded: bool = True, labels: Sequence[str] = ()) -> bool:
+        may_be_multi_label = not is_recorded and bool(labels)  # folders of PEFT do not record the loss of a classifier
+        return may_be_multi_label or super().continues(task)
 
     def figures_of(self, answers: Tensor, labels: Tensor) -> Metrics:
         return metrics.of_label_sets(answers > 0, labels)
 
-    def answer_of(self, scores: Tensor, wanted: Tensor, row: Row, labels: Sequence[str]) -> dict[str, Any]:
-        chances = dict(zip(labels, (round(each, 6) for each in scores.sigmoid().tolist()), strict=True))
+    def answer_of(self, scores: Tensor, targets: Tensor, row: Row, labels: Sequence[str]) -> dict[str, Any]:
+        chances = dict(zip(labels, (round(probability, 6) for probability in scores.sigmoid().tolist()), strict=True))
         return {"labels": [label for label, chance in chances.items() if chance > 0.5], "probabilities": chances}
 
-    def said(self, logits: Tensor, labels: Sequence[str]) -> str:
+    def format_answer(self, logits: Tensor, labels: Sequence[str]) -> str:
         chances = zip(labels, logits.sigmoid().tolist(), strict=True)
         return ", ".join(f"{label} ({100 * chance:.1f} %)" for label, chance in chances if chance > 0.5) or "none"

@@ -1,4 +1,4 @@
-"""Preference pairs learned without a reference (`--task orpo`).
+"""Odds-ratio preference optimization, without a reference model (`--task orpo`).
 
 Hong et al. 2024, arXiv 2403.07691:
 
@@ -30,60 +30,62 @@ from peftcore_cli.tasks.preferences import Preferences
 
 
 class ORPO(Preferences):
-    """Preferences by odds, next to the likelihood of the chosen answer.
+    """Preference pairs, compared by their odds, with the likelihood of the chosen answer.
 
-    `likelihoods` are [examples, 3] per batch: mean log p of both answers, and log p of prompt and chosen answer.
+    `likelihoods` are [examples, 3] per batch: the mean log p of both answers, and log p of prompt and chosen answer.
     """
 
     name = "orpo"
     family = "writers"
     figures = ("preference_accuracy", "log_odds")
-    step_loss = "dpo"  # its step has the pairs of DPO's, and not more
+    step_loss = "dpo"  # a step has the same pairs as one of DPO
 
     def likelihoods(
         self, model: nn.Module, examples: Sequence[Example], processor: Any, batch_size: int = 8
     ) -> Likelihoods:
-        """Return the mean log-likelihoods of both answers, and that of prompt and chosen answer."""
-        found = []
+        """Return the mean log-likelihoods of both answers, and the log-likelihood of prompt and chosen answer."""
+        batches = []
         with evaluating(model):
             for pairs in batched(examples, batch_size):
-                both = []
+                columns = []
                 for name in ("chosen_ids", "rejected_ids"):
                     answers = preferences.log_likelihoods(
-                        model, [preferences.joined(e, name) for e in pairs], processor
+                        model, [preferences.join_answer(pair, name) for pair in pairs], processor
                     )
-                    both.append(answers / torch.tensor([len(each[name]) for each in pairs]))
-                whole = [{**each, "labels": list(each["input_ids"])} for each in self.as_texts(pairs)]
-                found.append(torch.stack([*both, preferences.log_likelihoods(model, whole, processor)], 1))
-        return found
+                    columns.append(answers / torch.tensor([len(example[name]) for example in pairs]))
+                texts = [{**example, "labels": list(example["input_ids"])} for example in self.as_texts(pairs)]
+                batches.append(torch.stack([*columns, preferences.log_likelihoods(model, texts, processor)], 1))
+        return batches
 
-    def figures_of(self, after: Likelihoods, before: Likelihoods, examples: Sequence[Example], beta: float) -> Metrics:
-        """Return the loss over all pairs, the accuracy, and the mean log odds ratio; `before` is not used."""
-        chosen, rejected, whole = torch.cat(after).double().unbind(1)
+    def figures_of(
+        self, policy: Likelihoods, reference: Likelihoods, examples: Sequence[Example], beta: float
+    ) -> Metrics:
+        """Return the loss over all pairs, the accuracy and the mean log odds ratio; `reference` is not used."""
+        chosen, rejected, texts = torch.cat(policy).double().unbind(1)
         odds = (chosen - rejected) - (torch.log1p(-chosen.exp()) - torch.log1p(-rejected.exp()))
-        tokens = sum(len(each["prompt_ids"]) + len(each["chosen_ids"]) - 1 for each in examples)
-        loss = -float(whole.sum()) / tokens - beta * float(F.logsigmoid(odds).mean())
-        named = {"preference_accuracy": float((odds > 0).double().mean()), "log_odds": float(odds.mean())}
-        return Metrics(loss, len(examples), named)
+        tokens = sum(len(example["prompt_ids"]) + len(example["chosen_ids"]) - 1 for example in examples)
+        loss = -float(texts.sum()) / tokens - beta * float(F.logsigmoid(odds).mean())
+        figures = {"preference_accuracy": float((odds > 0).double().mean()), "log_odds": float(odds.mean())}
+        return Metrics(loss, len(examples), figures)
 
     def columns(self, examples: Sequence[Example]) -> list[Example]:
         """Return examples with the columns of TRL's ORPOTrainer."""
-        found = []
-        for each in examples:
+        rows = []
+        for example in examples:
             row: Example = {
-                "prompt_input_ids": each["prompt_ids"],
-                "prompt_attention_mask": [1] * len(each["prompt_ids"]),
+                "prompt_input_ids": example["prompt_ids"],
+                "prompt_attention_mask": [1] * len(example["prompt_ids"]),
             }
             for name in ("chosen", "rejected"):
-                joined = preferences.joined(each, f"{name}_ids")
+                joined = preferences.join_answer(example, f"{name}_ids")
                 row |= {f"{name}_{key}": value for key, value in joined.items()}
                 row[f"{name}_attention_mask"] = [1] * len(joined["input_ids"])
-            found.append(row)
-        return found
+            rows.append(row)
+        return rows
 
     def arguments(self, settings: Settings) -> tuple[Any, dict[str, Any]]:
-        kind, more = super().arguments(settings)
-        return kind, {**more, "max_length": settings.max_length}  # it reports a missing one
+        kind, options = super().arguments(settings)
+        return kind, {**options, "max_length": settings.max_length}  # TRL warns if it is missing
 
     def trl_classes(self) -> tuple[Any, Any]:
         require("trl", extra="dpo")

@@ -1,12 +1,12 @@
-"""Texts that belong together, as vectors (`--task pairs`): sentence pairs, triplets, and pairs with a score.
+"""Text embeddings, trained on pairs, triplets or pairs with a score (`--task pairs`).
 
-The vector of a text is pooled from the last hidden states and has length 1, so that a product is a cosine. For pairs
-and triplets (van den Oord et al. 2018, arXiv 1807.03748; sentence-transformers' MultipleNegativesRankingLoss):
+The embedding of a text is pooled from the last hidden states and normalised, so that dot products are cosines. For
+pairs and triplets (van den Oord et al. 2018, arXiv 1807.03748; sentence-transformers' MultipleNegativesRankingLoss):
 
     loss = mean over anchors of -log softmax(20 cos(anchor, candidate))[its own positive]
 
-where the candidates are the positives and negatives of the whole batch, except those with the text of the anchor's own
-positive. For scored pairs the loss is the mean of (cos(one, other) - score)^2 (its CosineSimilarityLoss).
+where the candidates are the positives and negatives of the whole batch, except those with the same text as the anchor's
+positive. For scored pairs the loss is the mean of (cos(a, b) - score)^2 (CosineSimilarityLoss there).
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ if TYPE_CHECKING:
 SCALE = 20.0
 POOLINGS = ("mean", "cls", "last")
 _FLAG = "pooling_mode_"
-_FILES = {"mean_tokens": "mean", "cls_token": "cls", "lasttoken": "last"}  # by their names in files
+_FILES = {"mean_tokens": "mean", "cls_token": "cls", "lasttoken": "last"}  # by names in sentence-transformers' files
 
 
 class Pairs(Task):
-    """A base whose token vectors become one vector of a text."""
+    """A base whose hidden states are pooled to one embedding per text."""
 
     name = "pairs"
     keys = (
@@ -67,7 +67,7 @@ class Pairs(Task):
     divides_batches = answers_texts = generates = False
     figures = ("recall_at_1", "mrr", "spearman", "pearson")
     step_loss = "pairs"
-    no_chat = "makes vectors of texts. Use peftcore predict --data TEXTS.jsonl"
+    no_chat = "computes text embeddings. Use peftcore predict --data TEXTS.jsonl"
 
     def recognises(self, lines: FirstLines) -> bool:
         return not lines.are_labelled and lines.media is None and any(lines.have(*keys) for keys in self.keys)
@@ -80,15 +80,15 @@ class Pairs(Task):
         """
         names = [key for key in keys if key != "score"]
         texts = [text_of(where, key, fields[key]) for key in names]
-        empty = next((key for key, text in zip(names, texts, strict=True) if not text.strip()), None)
-        if empty is not None:
-            raise PeftcoreError(f"{where}: '{empty}' is empty")
+        empty_key = next((key for key, text in zip(names, texts, strict=True) if not text.strip()), None)
+        if empty_key is not None:
+            raise PeftcoreError(f"{where}: '{empty_key}' is empty")
         score: float | None = None
         if "score" in keys:
             score = data_labels.number(fields["score"])
             if score is None or not -1 <= score <= 1:
                 raise PeftcoreError(
-                    f"{where}: 'score' must be a number from -1 to 1, as cosines are, found "
+                    f"{where}: 'score' must be a number from -1 to 1, like a cosine, found "
                     f"{data_labels.short(fields['score'])}. Divide scores by the largest, such as 5"
                 )
         return Row(where, texts[0], pair=texts[1], negative=texts[2] if len(texts) > 2 else None, label=score)
@@ -101,39 +101,41 @@ class Pairs(Task):
     def check_config(self, model: str, config: PretrainedConfig) -> None:
         if config.is_encoder_decoder:
             raise PeftcoreError(
-                f"--task pairs needs an encoder or a decoder, found '{model}' ({config.model_type}), which has both. "
+                f"--task pairs does not support encoder-decoder models such as '{model}' ({config.model_type}). "
                 "Use a model such as sentence-transformers/all-MiniLM-L6-v2"
             )
 
     def uses(self, weight: str) -> bool:
         return not weight.startswith("pooler.")
 
-    def prepared(self, processor: Any, about: AdapterTask, base: str) -> AdapterTask:
+    def prepare(self, processor: Any, about: AdapterTask, base: str) -> AdapterTask:
         return replace(about, pooling=pooling_of(base, about.pooling or "auto"))
 
     def check_options(self, given: RunOptions, data: Sequence[str], *, continues: bool) -> None:
         if given.pooling != "auto" and continues:
-            raise PeftcoreError(f"--pooling is the adapter's, found {given.pooling}. Leave it out")
+            raise PeftcoreError(
+                f"--pooling {given.pooling} cannot change the pooling of an existing adapter. Leave it out"
+            )
 
-    def check_examples(self, examples: Sequence[Example], what: str, batch_size: int | None = None) -> None:
-        """Raise a PeftcoreError if every positive would be the only candidate of its anchor.
+    def check_examples(self, examples: Sequence[Example], subset: str, batch_size: int | None = None) -> None:
+        """Raise a PeftcoreError if an anchor would have no candidate but its positive.
 
         Args:
             examples: pairs, triplets or scored pairs.
-            what: which they are, in the message.
-            batch_size: of training; None if all examples are candidates at once.
+            subset: how messages call them, such as "training".
+            batch_size: batch size of training; None for evaluation, where all examples are candidates.
         """
         if examples[0]["labels"] is not None:
             return
         if batch_size == 1 and len(examples[0]["texts"]) == 2:
             raise PeftcoreError(
-                "--task pairs learns from the other rows of a batch, found --batch-size 1 and rows without a negative. "
+                "--task pairs learns from the other rows of a batch, so --batch-size 1 needs rows with a negative. "
                 "Use --batch-size 2 or more, or add negatives"
             )
         if len({tuple(ids) for example in examples for ids in example["texts"][1:]}) < 2:
             raise PeftcoreError(
-                f"all {what} examples ({len(examples):,}) have one positive and no other text that could be the wrong "
-                "answer. Add rows, or hold out several: --holdout 2, or --eval-data FILE"
+                f"all {len(examples):,} {subset} examples have the same positive and no other text as a wrong answer. "
+                "Add rows, or hold out several: --holdout 2, or --eval-data FILE"
             )
 
     def encode(
@@ -145,9 +147,9 @@ class Pairs(Task):
         *,
         may_be_empty: bool = False,
     ) -> Encoded:
-        """Return examples of `texts`, the token ids of anchor, positive and (in triplets) negative, and `labels`.
+        """Encode rows as `texts`, the token ids of anchor, positive and (in triplets) negative, and `labels`.
 
-        These are the score or None. A text longer than `max_length` is cut at the end.
+        The label is the score or None. A text longer than `max_length` is truncated at the end.
 
         Raises:
             PeftcoreError: a text has no tokens.
@@ -155,29 +157,31 @@ class Pairs(Task):
         examples, truncated = [], 0
         for row in rows:
             texts = [row.text, str(row.pair), *([row.negative] if row.negative is not None else [])]
-            whole = processor(texts)["input_ids"]
-            cut = processor(texts, truncation=True, max_length=max_length)["input_ids"]
-            if not all(cut):
+            untruncated = processor(texts)["input_ids"]
+            tokens = processor(texts, truncation=True, max_length=max_length)["input_ids"]
+            if not all(tokens):
                 raise PeftcoreError(f"{row.where}: a text has no tokens")
-            truncated += any(len(ids) > max_length for ids in whole)
-            examples.append({"texts": [list(ids) for ids in cut], "labels": row.label})
+            truncated += any(len(ids) > max_length for ids in untruncated)
+            examples.append({"texts": [list(ids) for ids in tokens], "labels": row.label})
         return Encoded(examples, truncated)
 
     def collate(self, examples: Sequence[Example], processor: PreTrainedTokenizerBase) -> dict[str, Any]:
-        """Return a batch with all texts in one: first the anchors, then the positives, then the negatives.
+        """Return one batch of all texts: first the anchors, then the positives, then the negatives.
 
-        `labels` [examples] are scores; without scores they are the indices of the positives, and `same` [examples,
-        candidates] marks other candidates with the text of the positive.
+        `labels` [examples] are scores, or without scores the indices of the positives; `same` [examples, candidates]
+        marks other candidates with the same text as the positive.
         """
         columns = list(zip(*(example["texts"] for example in examples), strict=True))
         tensors = as_batch([ids for column in columns for ids in column], processor.pad_token_id or 0)
         if examples[0]["labels"] is not None:
             return {**tensors, "labels": torch.tensor([float(example["labels"]) for example in examples])}
         candidates = [tuple(ids) for column in columns[1:] for ids in column]
-        own = torch.arange(len(examples))
-        same = torch.tensor([[other == candidates[i] for other in candidates] for i in range(len(examples))])
-        same[own, own] = False
-        return {**tensors, "labels": own, "same": same}
+        indices = torch.arange(len(examples))
+        is_same_text = torch.tensor(
+            [[candidate == candidates[i] for candidate in candidates] for i in range(len(examples))]
+        )
+        is_same_text[indices, indices] = False
+        return {**tensors, "labels": indices, "same": is_same_text}
 
     def trainer(
         self, arguments: dict[str, Any], settings: Settings, processor: Any, about: AdapterTask, teacher: Any = None
@@ -186,32 +190,33 @@ class Pairs(Task):
 
         class EmbeddingTrainer(MeasuringTrainer):
             def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *_args: Any, **_kwargs: Any) -> Any:
-                return loss(vectors(model, inputs, str(about.pooling)), inputs["labels"], inputs.get("same"))
+                embeddings = compute_embeddings(model, inputs, str(about.pooling))
+                return loss(embeddings, inputs["labels"], inputs.get("same"))
 
         return EmbeddingTrainer(**arguments, data_collator=self.collator(processor))
 
     @contextlib.contextmanager
     def with_loss(self, model: nn.Module, about: AdapterTask) -> Iterator[None]:
-        """Make `model` take batches of `collate` inside the block, and return their loss with its output.
+        """Inside the block, make `model` take batches of `collate` and add the loss to its output.
 
-        Methods that initialise from batches call the model itself, which has no loss for vectors.
+        Methods that initialise from data call the model itself, which has no loss for embeddings.
         """
-        now: list[dict[str, Any]] = []
+        pending: list[dict[str, Any]] = []
 
-        def take(_module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-            now[:] = [kwargs]
+        def remove_labels(_module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+            pending[:] = [kwargs]
             return args, {name: value for name, value in kwargs.items() if name not in ("labels", "same")}
 
-        def give(_module: nn.Module, _args: Any, _kwargs: Any, output: Any) -> Any:
-            batch = now.pop()
+        def add_loss(_module: nn.Module, _args: Any, _kwargs: Any, output: Any) -> Any:
+            batch = pending.pop()
             if "labels" in batch:
-                found = pooled(output.last_hidden_state, batch["attention_mask"], str(about.pooling))
-                output.loss = loss(found, batch["labels"], batch.get("same"))
+                embeddings = pool(output.last_hidden_state, batch["attention_mask"], str(about.pooling))
+                output.loss = loss(embeddings, batch["labels"], batch.get("same"))
             return output
 
         hooks = [
-            model.register_forward_pre_hook(take, with_kwargs=True),
-            model.register_forward_hook(give, with_kwargs=True),
+            model.register_forward_pre_hook(remove_labels, with_kwargs=True),
+            model.register_forward_hook(add_loss, with_kwargs=True),
         ]
         try:
             yield
@@ -223,32 +228,34 @@ class Pairs(Task):
         self,
         model: nn.Module,
         examples: Sequence[Example],
-        how: Evaluation,
+        evaluation: Evaluation,
         *,
         answers: bool = True,
         reference: Any = None,
     ) -> Metrics:
-        """Return the loss over all examples at once, with recall@1 and the mean reciprocal rank, or correlations."""
+        """Return the loss over all examples at once, with recall@1 and mean reciprocal rank, or with correlations."""
         columns = list(zip(*(example["texts"] for example in examples), strict=True))
         texts = [ids for column in columns for ids in column]
-        found = embedded(model, texts, how.processor.pad_token_id or 0, str(how.about.pooling), how.batch_size)
-        batch = self.collate(examples, how.processor)
-        labels, same = batch["labels"], batch.get("same")
-        anchors, candidates = found[: len(labels)], found[len(labels) :]
-        value = float(loss(found, labels, same))
-        if same is None:
+        embeddings = embed(
+            model, texts, evaluation.processor.pad_token_id or 0, str(evaluation.about.pooling), evaluation.batch_size
+        )
+        batch = self.collate(examples, evaluation.processor)
+        labels, is_same_text = batch["labels"], batch.get("same")
+        anchors, candidates = embeddings[: len(labels)], embeddings[len(labels) :]
+        value = float(loss(embeddings, labels, is_same_text))
+        if is_same_text is None:
             cosines = (anchors * candidates).sum(-1).double()
             figures = {
                 "spearman": metrics.pearson(metrics.ranks(cosines), metrics.ranks(labels.double())),
                 "pearson": metrics.pearson(cosines, labels.double()),
             }
             return Metrics(value, len(examples), figures)
-        scores = (anchors @ candidates.T).masked_fill(same, float("-inf"))
-        # Candidates with an equal score count half: a constant model is at the middle rank.
-        own = scores[torch.arange(len(labels)), labels][:, None]
-        ranks = 1 + (scores > own).sum(1) + ((scores == own).sum(1) - 1) / 2
-        named = {"recall_at_1": float((ranks == 1).double().mean()), "mrr": float((1 / ranks).mean())}
-        return Metrics(value, len(examples), named)
+        scores = (anchors @ candidates.T).masked_fill(is_same_text, float("-inf"))
+        # Candidates with an equal score count half, so that a constant model has the middle rank.
+        own_scores = scores[torch.arange(len(labels)), labels][:, None]
+        ranks = 1 + (scores > own_scores).sum(1) + ((scores == own_scores).sum(1) - 1) / 2
+        figures = {"recall_at_1": float((ranks == 1).double().mean()), "mrr": float((1 / ranks).mean())}
+        return Metrics(value, len(examples), figures)
 
     def step_of(self, examples: Sequence[Example], processor: Any) -> dict[str, Any]:
         return {"loss": "triplets"} if len(examples[0]["texts"]) > 2 else {}
@@ -256,57 +263,59 @@ class Pairs(Task):
     def predict(
         self, model: PreTrainedModel, rows: Sequence[Row], processor: Any, about: AdapterTask, *, answer_tokens: int
     ) -> list[dict[str, Any]]:
-        """Return each text with its vector, of length 1."""
+        """Return each text with its embedding, of length 1."""
         ids = processor([row.text for row in rows], truncation=True, max_length=about.max_length)["input_ids"]
-        empty = next((row for row, tokens in zip(rows, ids, strict=True) if not tokens), None)
-        if empty is not None:
-            raise PeftcoreError(f"{empty.where}: the text has no tokens")
+        empty_row = next((row for row, tokens in zip(rows, ids, strict=True) if not tokens), None)
+        if empty_row is not None:
+            raise PeftcoreError(f"{empty_row.where}: the text has no tokens")
         positions.check(model, max(map(len, ids)))
-        found = embedded(model, ids, processor.pad_token_id or 0, str(about.pooling))
+        embeddings = embed(model, ids, processor.pad_token_id or 0, str(about.pooling))
         return [
-            {"text": row.text, "embedding": [round(each, 7) for each in vector.tolist()]}
-            for row, vector in zip(rows, found, strict=True)
+            {"text": row.text, "embedding": [round(number, 7) for number in vector.tolist()]}
+            for row, vector in zip(rows, embeddings, strict=True)
         ]
 
     def write_merged(self, folder: Path, model: PreTrainedModel, about: AdapterTask, base: str) -> None:
         write_pooling(folder, about.pooling or pooling_of(base), model.config.hidden_size)
 
 
-def pooling_of(model: str, given: str = "auto") -> str:
-    """Return how vectors are pooled: as given, otherwise as the base's sentence-transformers files say, else the mean.
+def pooling_of(model: str, pooling: str = "auto") -> str:
+    """Return the pooling: the one given, or that of the base's sentence-transformers files, or the mean.
 
     Raises:
         PeftcoreError: the pooling is unknown, or the base has layers after it.
     """
-    if given != "auto":
-        if given not in POOLINGS:
-            raise PeftcoreError(f"--pooling must be one of auto, {', '.join(POOLINGS)}, found '{given}'")
-        return given
-    modules = _stored(model, "modules.json") or []
-    kinds = [str(each.get("type", "")).rpartition(".")[2] for each in modules if isinstance(each, dict)]
-    other = next((kind for kind in kinds if kind not in ("Transformer", "Pooling", "Normalize")), None)
-    if other is not None:
+    if pooling != "auto":
+        if pooling not in POOLINGS:
+            raise PeftcoreError(f"--pooling must be one of auto, {', '.join(POOLINGS)}, found '{pooling}'")
+        return pooling
+    modules = _load_json(model, "modules.json") or []
+    kinds = [str(module.get("type", "")).rpartition(".")[2] for module in modules if isinstance(module, dict)]
+    unsupported = next((kind for kind in kinds if kind not in ("Transformer", "Pooling", "Normalize")), None)
+    if unsupported is not None:
         raise PeftcoreError(
-            f"the base '{model}' computes vectors by a module {other}, which --task pairs does not have. Pass another "
-            "base, or --pooling to leave the module out"
+            f"the base '{model}' computes embeddings with a module {unsupported}, which --task pairs does not support. "
+            "Pass another base, or --pooling to leave the module out"
         )
-    folder = next((each.get("path") for each in modules if str(each.get("type", "")).endswith("Pooling")), "1_Pooling")
-    stored = _stored(model, f"{folder}/config.json") or {}
-    mode = stored.get("pooling_mode")  # of newer files; older ones have a flag for each
-    flags = [name.removeprefix(_FLAG) for name, on in stored.items() if on is True and name.startswith(_FLAG)]
-    found = [_FILES.get(name, name) for name in ([mode] if isinstance(mode, str) else flags)]
-    if not found:
+    folder = next(
+        (module.get("path") for module in modules if str(module.get("type", "")).endswith("Pooling")), "1_Pooling"
+    )
+    config = _load_json(model, f"{folder}/config.json") or {}
+    mode = config.get("pooling_mode")  # in newer files; older ones have a flag for each pooling
+    flags = [name.removeprefix(_FLAG) for name, on in config.items() if on is True and name.startswith(_FLAG)]
+    poolings = [_FILES.get(name, name) for name in ([mode] if isinstance(mode, str) else flags)]
+    if not poolings:
         return "mean"
-    if len(found) > 1 or found[0] not in POOLINGS:
+    if len(poolings) > 1 or poolings[0] not in POOLINGS:
         raise PeftcoreError(
-            f"the base '{model}' pools by {' and '.join(found)}, and --task pairs by one of {', '.join(POOLINGS)}. "
-            "Pass one of these: --pooling mean"
+            f"the base '{model}' uses {' and '.join(poolings)} pooling, but --task pairs only supports "
+            f"{', '.join(POOLINGS)}. Choose one of these, such as --pooling mean"
         )
-    return found[0]
+    return poolings[0]
 
 
-def _stored(model: str, name: str) -> Any:
-    """Return a JSON file of a base, of a folder or the hub; None if it has none."""
+def _load_json(model: str, name: str) -> Any:
+    """Return a JSON file of a base in a folder or on the hub, or None if it has none."""
     from transformers.utils import cached_file
 
     try:
@@ -319,12 +328,12 @@ def _stored(model: str, name: str) -> Any:
 
 
 def write_pooling(folder: Path, pooling: str, width: int) -> None:
-    """Write the files by which sentence-transformers, and `pooling_of`, know how a model's vectors are pooled."""
+    """Write the files from which sentence-transformers and `pooling_of` read the pooling of a model."""
     modules = [
         {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
         for i, (path, kind) in enumerate((("", "Transformer"), ("1_Pooling", "Pooling")))
     ]
-    flags = {f"{_FLAG}{name}": how == pooling for name, how in _FILES.items()}
+    flags = {f"{_FLAG}{name}": value == pooling for name, value in _FILES.items()}
     (folder / "1_Pooling").mkdir()
     (folder / "modules.json").write_text(json.dumps(modules, indent=2) + "\n", encoding="utf-8")
     text = json.dumps({"word_embedding_dimension": width, **flags}, indent=2) + "\n"
@@ -332,7 +341,7 @@ def write_pooling(folder: Path, pooling: str, width: int) -> None:
 
 
 def as_batch(texts: Sequence[Sequence[int]], padding: int) -> dict[str, Tensor]:
-    """Return texts as `input_ids` and `attention_mask`, [texts, length]."""
+    """Return texts as padded `input_ids` and `attention_mask`, [texts, length]."""
     length = max(map(len, texts))
     return {
         "input_ids": torch.tensor([[*ids, *[padding] * (length - len(ids))] for ids in texts]),
@@ -340,44 +349,43 @@ def as_batch(texts: Sequence[Sequence[int]], padding: int) -> dict[str, Tensor]:
     }
 
 
-def pooled(states: Tensor, mask: Tensor, pooling: str) -> Tensor:
-    """Return vectors of length 1, [texts, width], in float32, from hidden states [texts, length, width]."""
+def pool(states: Tensor, mask: Tensor, pooling: str) -> Tensor:
+    """Pool hidden states [texts, length, width] to normalised embeddings [texts, width] in float32."""
     states = states.float()
     if pooling == "cls":
-        found = states[:, 0]
+        embeddings = states[:, 0]
     elif pooling == "last":
-        found = states[torch.arange(len(states), device=states.device), mask.sum(1) - 1]
+        embeddings = states[torch.arange(len(states), device=states.device), mask.sum(1) - 1]
     else:
         weights = mask[..., None].float()
-        found = (states * weights).sum(1) / weights.sum(1)
-    return F.normalize(found, dim=-1)
+        embeddings = (states * weights).sum(1) / weights.sum(1)
+    return F.normalize(embeddings, dim=-1)
 
 
-def vectors(model: nn.Module, inputs: dict[str, Any], pooling: str) -> Tensor:
-    """Return the vector of each text of a batch."""
+def compute_embeddings(model: nn.Module, inputs: dict[str, Any], pooling: str) -> Tensor:
+    """Return the embedding of each text of a batch, [texts, width]."""
     output = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
-    return pooled(output.last_hidden_state, inputs["attention_mask"], pooling)
+    return pool(output.last_hidden_state, inputs["attention_mask"], pooling)
 
 
-def loss(found: Tensor, labels: Tensor, same: Tensor | None) -> Tensor:
-    """Return the loss of a batch of `collate` from its vectors."""
-    anchors, candidates = found[: len(labels)], found[len(labels) :]
-    if same is None:
-        return F.mse_loss((anchors * candidates).sum(-1), labels.to(found))
+def loss(embeddings: Tensor, labels: Tensor, is_same_text: Tensor | None) -> Tensor:
+    """Return the loss of a batch of `collate` from its embeddings."""
+    anchors, candidates = embeddings[: len(labels)], embeddings[len(labels) :]
+    if is_same_text is None:
+        return F.mse_loss((anchors * candidates).sum(-1), labels.to(embeddings))
     scores = SCALE * anchors @ candidates.T
-    return F.cross_entropy(scores.masked_fill(same, float("-inf")), labels)
+    return F.cross_entropy(scores.masked_fill(is_same_text, float("-inf")), labels)
 
 
-def embedded(
-    model: nn.Module, texts: Sequence[Sequence[int]], padding: int, pooling: str, batch_size: int = 32
-) -> Tensor:
-    """Return the vectors of texts in their order, in batches of similar lengths, on the processor."""
+def embed(model: nn.Module, texts: Sequence[Sequence[int]], padding: int, pooling: str, batch_size: int = 32) -> Tensor:
+    """Return the embeddings of texts in order, on the CPU, computed in batches of similar lengths."""
     device = next(model.parameters()).device
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
     parts = []
     with evaluating(model):
-        for some in batched(order, batch_size):
-            batch = as_batch([texts[i] for i in some], padding)
-            parts.append(vectors(model, {name: value.to(device) for name, value in batch.items()}, pooling).cpu())
-    found = torch.cat(parts)
-    return found[torch.tensor(order).argsort()]
+        for batch_indices in batched(order, batch_size):
+            batch = as_batch([texts[i] for i in batch_indices], padding)
+            inputs = {name: value.to(device) for name, value in batch.items()}
+            parts.append(compute_embeddings(model, inputs, pooling).cpu())
+    embeddings = torch.cat(parts)
+    return embeddings[torch.tensor(order).argsort()]

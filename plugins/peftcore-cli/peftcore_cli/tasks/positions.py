@@ -1,4 +1,4 @@
-"""Positions of a model: some have a table of them, and a text with more tokens than the table has rows is an error."""
+"""Limits on the number of tokens, for models with a table of positions."""
 
 from __future__ import annotations
 
@@ -12,36 +12,36 @@ from peftcore.plugin import number_of_positions as number_of_positions
 
 
 def check(model: nn.Module, tokens: int, advice: str = "Pass --max-length {}") -> None:
-    """Raise a PeftcoreError if the model has no position for each of a text's tokens.
+    """Raise a PeftcoreError if a text has more tokens than the model has positions.
 
     Args:
         model: the model.
-        tokens: tokens of the longest text.
-        advice: what to do, with the number of positions in the place of `{}`.
+        tokens: number of tokens of the longest text.
+        advice: what to do; `{}` is replaced by the number of positions.
     """
-    known = number_of_positions(model)
-    if known is not None and tokens > known:
+    limit = number_of_positions(model)
+    if limit is not None and tokens > limit:
         raise PeftcoreError(
-            f"{type(model).__name__} has positions for {known:,} tokens, found texts of up to {tokens:,}. "
-            f"{advice.format(known)}"
+            f"{type(model).__name__} has positions for {limit:,} tokens, found a text with {tokens:,}. "
+            f"{advice.format(limit)}"
         )
 
 
 @contextlib.contextmanager
-def of_answers(model: nn.Module, option: str) -> Iterator[None]:
-    """Raise a PeftcoreError in place of the IndexError of an answer that goes past the model's last position.
+def generation_within(model: nn.Module, option: str) -> Iterator[None]:
+    """Turn the IndexError of an answer that exceeds the model's positions into a PeftcoreError.
 
     Args:
         model: the model.
-        option: option of the longest answer.
+        option: the option that limits answers, for the message.
     """
     try:
         yield
     except IndexError as error:
-        known = number_of_positions(model)
-        if known is None or "out of range" not in str(error):
+        limit = number_of_positions(model)
+        if limit is None or "out of range" not in str(error):
             raise
         raise PeftcoreError(
-            f"{type(model).__name__} has positions for {known:,} tokens, and a prompt with its answer has more. Reduce "
+            f"{type(model).__name__} has positions for {limit:,} tokens, which a prompt and its answer exceed. Reduce "
             f"{option}, or pass shorter prompts"
         ) from error

@@ -1,4 +1,4 @@
-"""What tasks on preference pairs have in common: which of two answers to a prompt is better."""
+"""Base class of tasks on preference pairs, which say which of two answers to a prompt is better."""
 
 from __future__ import annotations
 
@@ -52,43 +52,42 @@ class Preferences(Judged):
         *,
         may_be_empty: bool = False,
     ) -> Encoded:
-        """Return rows as `prompt_ids`, `chosen_ids` and `rejected_ids`; long prompts are cut at the beginning.
+        """Encode rows as `prompt_ids`, `chosen_ids` and `rejected_ids`; long prompts are truncated at the beginning.
 
         Raises:
-            PeftcoreError: a row has no tokens, or both answers have the same tokens; or in every row they begin to
-                differ beyond `max_length`, where they are cut.
+            PeftcoreError: a row has no tokens, both answers have the same tokens, or in every row they first differ
+                beyond `max_length`.
         """
         examples, truncated, left_out = [], 0, 0
         for row in rows:
-            chosen, rejected = (answered(row, answer, processor) for answer in (row.completion, row.rejected))
-            begin = min(first_learned(chosen), first_learned(rejected))
-            ids, others = chosen["input_ids"], rejected["input_ids"]
-            prompt = next(
-                (i for i in range(begin) if ids[i] != others[i]), begin
-            )  # tokens may merge across the boundary
-            pair = (learned(chosen, prompt), learned(rejected, prompt))
+            chosen, rejected = (with_answer(row, answer, processor) for answer in (row.completion, row.rejected))
+            begin = min(first_learned_index(chosen), first_learned_index(rejected))
+            ids, rejected_ids = chosen["input_ids"], rejected["input_ids"]
+            # Tokens may merge across the end of the prompt, so the answers can differ before they begin.
+            prompt = next((i for i in range(begin) if ids[i] != rejected_ids[i]), begin)
+            pair = (learned_tokens(chosen, prompt), learned_tokens(rejected, prompt))
             if pair[0] == pair[1]:
                 raise PeftcoreError(
-                    f"{row.where}: 'chosen' and 'rejected' have the same tokens, so none can be preferred. Remove the "
-                    "row, or use a model whose tokenizer knows their words"
+                    f"{row.where}: 'chosen' and 'rejected' have the same tokens, so there is nothing to prefer. Remove "
+                    "the row, or use a model whose tokenizer knows their words"
                 )
             truncated += prompt + max(map(len, pair)) > max_length
             pair = (pair[0][: max_length - 1], pair[1][: max_length - 1])
             if pair[0] == pair[1]:
                 left_out += 1
                 continue
-            kept = min(prompt, max_length - max(map(len, pair)))
-            before = ids[prompt - kept : prompt]
-            if not before:
+            room = min(prompt, max_length - max(map(len, pair)))
+            prompt_ids = ids[prompt - room : prompt]
+            if not prompt_ids:
                 raise PeftcoreError(f"{row.where}: the prompt has no tokens")
-            examples.append({"prompt_ids": before, "chosen_ids": pair[0], "rejected_ids": pair[1]})
+            examples.append({"prompt_ids": prompt_ids, "chosen_ids": pair[0], "rejected_ids": pair[1]})
         if not examples:
             raise PeftcoreError(f"no pair of answers differs within {max_length} tokens. Increase --max-length")
         return Encoded(examples, truncated, left_out)
 
     def as_texts(self, examples: Sequence[Example]) -> list[Example]:
         """Return the chosen answers as examples of a language model, for methods that initialise from data."""
-        return [joined(each, "chosen_ids") for each in examples]
+        return [join_answer(example, "chosen_ids") for example in examples]
 
     def lengths(self, examples: Sequence[Example]) -> list[int]:
         """Return the number of tokens of the prompt with the longer answer."""
@@ -106,57 +105,55 @@ def _compared_texts(where: str, fields: dict[str, Any]) -> Row:
 def _compared_turns(where: str, fields: dict[str, Any]) -> Row:
     answers = {key: turns.messages_of(where, key, fields[key]) for key in ("chosen", "rejected")}
     if fields.get("prompt") is not None:
-        asked = turns.messages_of(where, "prompt", fields["prompt"])
+        prompt = turns.messages_of(where, "prompt", fields["prompt"])
     else:  # both contain the whole conversation
         pairs = zip(answers["chosen"], answers["rejected"], strict=False)
-        asked = [one for one, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)]
-        answers = {key: messages[len(asked) :] for key, messages in answers.items()}
-        if not asked:
+        prompt = [turn for turn, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)]
+        answers = {key: messages[len(prompt) :] for key, messages in answers.items()}
+        if not prompt:
             raise PeftcoreError(f"{where}: 'chosen' and 'rejected' must begin with the same prompt")
     for key, answer in answers.items():
         if [message["role"] for message in answer] != ["assistant"]:
-            found = ", ".join(message["role"] for message in answer) or "nothing"
-            raise PeftcoreError(f"{where}: '{key}' must be one assistant answer to the same prompt, found {found}")
+            roles = ", ".join(message["role"] for message in answer) or "nothing"
+            raise PeftcoreError(f"{where}: '{key}' must be one assistant answer to the same prompt, found {roles}")
     answers = {key: turns.without_marks(answer) for key, answer in answers.items()}
-    whole = turns.conversation(where, [*asked, *answers["chosen"]], len(asked), fields)
-    return Row(
-        where, "", answers["chosen"], answers["rejected"], messages=turns.without_marks(asked), tools=whole.tools
-    )
+    row = turns.conversation(where, [*prompt, *answers["chosen"]], len(prompt), fields)
+    return Row(where, "", answers["chosen"], answers["rejected"], messages=turns.without_marks(prompt), tools=row.tools)
 
 
 def log_likelihoods(model: nn.Module, examples: list[Example], tokenizer: PreTrainedTokenizerBase) -> Tensor:
-    """Return log p of the learned tokens of each example, [examples], in float32."""
+    """Return the log-likelihood of the learned tokens of each example, [examples], in float32."""
     batch = text_examples.collate(examples, tokenizer.pad_token_id or 0)
     device = next(model.parameters()).device
     inputs = {name: batch[name].to(device) for name in ("input_ids", "attention_mask", "labels")}
     logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits[:, :-1]
-    wanted = inputs["labels"][:, 1:]
-    # Row by row: copies of all logits would need more memory than a training step, which has none.
-    rows = zip(logits, wanted, strict=True)
+    targets = inputs["labels"][:, 1:]
+    # Row by row, because a training step makes no copies of the logits, and evaluation must not need more memory.
+    rows = zip(logits, targets, strict=True)
     return -torch.stack([F.cross_entropy(x.float(), y, ignore_index=IGNORED, reduction="sum") for x, y in rows]).cpu()
 
 
-def answered(row: Row, answer: Any, tokenizer: PreTrainedTokenizerBase) -> Example:
-    """Return the prompt with one of its answers, as an example for language modelling."""
+def with_answer(row: Row, answer: Any, tokenizer: PreTrainedTokenizerBase) -> Example:
+    """Encode the prompt with one of its answers as an example of a language model."""
     if row.messages is not None:
         begins = len(row.messages)
-        asked = Row(row.where, "", messages=[*row.messages, *answer], learned_from=begins, tools=row.tools)
-        (example,) = conversations.encode(asked, tokenizer)
+        answered_row = Row(row.where, "", messages=[*row.messages, *answer], learned_from=begins, tools=row.tools)
+        (example,) = conversations.encode(answered_row, tokenizer)
         return example
-    asked = Row(row.where, row.text, completion=answer)
-    return text_examples.encode([asked], tokenizer, 1 << 30).examples[0]
+    answered_row = Row(row.where, row.text, completion=answer)
+    return text_examples.encode([answered_row], tokenizer, 1 << 30).examples[0]
 
 
-def first_learned(example: Example) -> int:
+def first_learned_index(example: Example) -> int:
     return next(i for i, label in enumerate(example["labels"]) if label != IGNORED)
 
 
-def learned(example: Example, begin: int) -> list[int]:
-    """Return the tokens from `begin` to the last learned one, without what a template writes after the answer."""
+def learned_tokens(example: Example, begin: int) -> list[int]:
+    """Return the tokens from `begin` to the last learned one, without what the template writes after the answer."""
     end = max(i for i, label in enumerate(example["labels"]) if label != IGNORED)
     return list(example["input_ids"][begin : end + 1])
 
 
-def joined(example: Example, answer: str) -> Example:
+def join_answer(example: Example, answer: str) -> Example:
     prompt, ids = example["prompt_ids"], example[answer]
     return {"input_ids": prompt + ids, "labels": [IGNORED] * len(prompt) + ids}

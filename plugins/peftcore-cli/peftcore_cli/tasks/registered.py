@@ -17,7 +17,7 @@ builtin(core_tasks)
 def tasks() -> list[Task]:
     """Return all tasks, peftcore's own first.
 
-    The first is that of rows which no other recognises.
+    The first is the fallback for rows that no other task recognises.
     """
     from peftcore_cli.tasks.task import Task
 
@@ -36,21 +36,21 @@ def find(name: str) -> Task:
     return known[name]
 
 
-def named_by(what: str) -> str:
-    """Return the names of the tasks for which the attribute `what` is true, for messages."""
-    return listed([task.name for task in tasks() if getattr(task, what)])
+def names_with(attribute: str) -> str:
+    """Return the names of the tasks for which an attribute is true, for messages."""
+    return join_names([task.name for task in tasks() if getattr(task, attribute)])
 
 
-def with_option(name: str) -> str:
-    """Return the names of the tasks that take an option of a run, for messages."""
-    return listed([task.name for task in tasks() if name in task.options])
+def names_with_option(name: str) -> str:
+    """Return the names of the tasks that take an option, for messages."""
+    return join_names([task.name for task in tasks() if name in task.options])
 
 
-def listed(names: list[str]) -> str:
-    """Return names as `a, b and c`."""
+def join_names(names: list[str]) -> str:
+    """Format names as `a, b and c`."""
     return " and ".join(filter(None, (", ".join(names[:-1]), *names[-1:])))
 
 
-def without_a_name(labels: object = ()) -> str:
-    """Return the name of the task where neither an option nor a file says it: of classes if there are labels."""
+def default_name(labels: object = ()) -> str:
+    """Return the default task: classification if there are labels, otherwise causal-lm."""
     return "classification" if labels else "causal-lm"

@@ -1,4 +1,4 @@
-"""A number for each text (`--task regression`)."""
+"""Regression: a number per text (`--task regression`)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class Regression(Labelled):
-    """One output, trained by the squared error."""
+    """One output, trained with the squared error."""
 
     name = "regression"
     figures = ("pearson", "spearman")
@@ -37,10 +37,10 @@ class Regression(Labelled):
         return not are_whole and all(number is not None for number in numbers)
 
     def label_of(self, where: str, key: str, value: Any) -> Label:
-        found = data_labels.number(value)
-        if found is None:
+        number = data_labels.number(value)
+        if number is None:
             raise PeftcoreError(f"{where}: '{key}' must be a number, found {data_labels.short(value)}")
-        return found
+        return number
 
     def any_label(self, labels: Sequence[str]) -> Label:
         return 0.0
@@ -48,15 +48,15 @@ class Regression(Labelled):
     def head(self, labels: tuple[str, ...]) -> dict[str, Any]:
         return {"num_labels": 1, "problem_type": "regression"}
 
-    def of_peft(self, info: AdapterInfo) -> AdapterTask | None:
+    def from_peft(self, info: AdapterInfo) -> AdapterTask | None:
         is_own = info.task_type == self.peft_task_type and outputs_of_peft(info) == 1
         return AdapterTask(self.name, 512) if is_own else None
 
     def figures_of(self, answers: Tensor, labels: Tensor) -> Metrics:
         return metrics.of_numbers(answers[:, 0], labels)
 
-    def answer_of(self, scores: Tensor, wanted: Tensor, row: Row, labels: Sequence[str]) -> dict[str, Any]:
+    def answer_of(self, scores: Tensor, targets: Tensor, row: Row, labels: Sequence[str]) -> dict[str, Any]:
         return {"label": round(float(scores[0]), 6)}
 
-    def said(self, logits: Tensor, labels: Sequence[str]) -> str:
+    def format_answer(self, logits: Tensor, labels: Sequence[str]) -> str:
         return f"{logits.item():.4g}"

@@ -1,4 +1,4 @@
-"""A number for each answer, learned from preference pairs (`--task reward`).
+"""Reward model, trained on preference pairs (`--task reward`).
 
 Bradley and Terry 1952, as in Ouyang et al. 2022, arXiv 2203.02155:
 
@@ -28,7 +28,7 @@ from peftcore_cli.tasks.preferences import Preferences
 class Reward(Preferences):
     """A base with one output, the reward of an answer.
 
-    `likelihoods` are the rewards [examples, 2] per batch, of chosen and rejected answers.
+    `likelihoods` are the rewards of chosen and rejected answers, [examples, 2] per batch.
     """
 
     name = "reward"
@@ -45,34 +45,39 @@ class Reward(Preferences):
         return {"num_labels": 1, "problem_type": "regression"}
 
     def as_texts(self, examples: Sequence[Example]) -> list[Example]:
-        """Return the chosen answers as examples with a number, for methods that initialise from data."""
-        return [{"input_ids": each["prompt_ids"] + each["chosen_ids"], "labels": 0.0} for each in examples]
+        """Return the chosen answers with a reward of 0, for methods that initialise from data."""
+        return [{"input_ids": example["prompt_ids"] + example["chosen_ids"], "labels": 0.0} for example in examples]
 
     def likelihoods(
         self, model: nn.Module, examples: Sequence[Example], processor: Any, batch_size: int = 8
     ) -> Likelihoods:
         """Return the rewards of both answers of every pair."""
         device = next(model.parameters()).device
-        found, padding = [], processor.pad_token_id or 0
+        batches, padding = [], processor.pad_token_id or 0
         with evaluating(model):
             for pairs in batched(examples, batch_size):
-                answers = [each["prompt_ids"] + each[name] for name in ("chosen_ids", "rejected_ids") for each in pairs]
+                answers = [pair["prompt_ids"] + pair[name] for name in ("chosen_ids", "rejected_ids") for pair in pairs]
                 batch = text_examples.collate([{"input_ids": ids, "labels": 0.0} for ids in answers], padding)
                 inputs = {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
-                found.append(model(**inputs).logits[:, 0].float().cpu().view(2, -1).T)
-        return found
+                batches.append(model(**inputs).logits[:, 0].float().cpu().view(2, -1).T)
+        return batches
 
-    def figures_of(self, after: Likelihoods, before: Likelihoods, examples: Sequence[Example], beta: float) -> Metrics:
-        """Return the loss over all pairs, the accuracy, and the mean margin; `before` and `beta` are not used."""
-        chosen, rejected = torch.cat(after).unbind(1)
+    def figures_of(
+        self, policy: Likelihoods, reference: Likelihoods, examples: Sequence[Example], beta: float
+    ) -> Metrics:
+        """Return the loss over all pairs, the accuracy and the mean margin; `reference` and `beta` are not used."""
+        chosen, rejected = torch.cat(policy).unbind(1)
         margin = chosen - rejected
-        named = {"preference_accuracy": float((margin > 0).double().mean()), "margin": float(margin.mean())}
-        return Metrics(float(-F.logsigmoid(margin).mean()), len(examples), named)
+        figures = {"preference_accuracy": float((margin > 0).double().mean()), "margin": float(margin.mean())}
+        return Metrics(float(-F.logsigmoid(margin).mean()), len(examples), figures)
 
     def columns(self, examples: Sequence[Example]) -> list[Example]:
-        """Return examples with the columns of TRL's RewardTrainer: whole texts."""
-        return [{name: each["prompt_ids"] + each[name] for name in ("chosen_ids", "rejected_ids")} for each in examples]
+        """Return the examples with the columns of TRL's RewardTrainer, prompts with answers."""
+        return [
+            {name: example["prompt_ids"] + example[name] for name in ("chosen_ids", "rejected_ids")}
+            for example in examples
+        ]
 
     def arguments(self, settings: Settings) -> tuple[Any, dict[str, Any]]:
-        kind, more = super().arguments(settings)
-        return kind, {name: value for name, value in more.items() if name != "beta"}
+        kind, options = super().arguments(settings)
+        return kind, {name: value for name, value in options.items() if name != "beta"}

@@ -1,4 +1,4 @@
-"""Labels of rows as targets of a classifier."""
+"""The labels of rows, and the targets that a classifier learns."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections import Counter
 from peftcore.errors import PeftcoreError, nearest
 from peftcore_cli.data.row import Row
 
-_SHOWN = 20  # labels that are listed by name
+_MAX_SHOWN = 20  # labels listed by name
 
 
 def labels_of(rows: list[Row]) -> list[str]:
-    """Return the distinct label names, numbers in numeric order, otherwise alphabetically; none for regression.
+    """Return the distinct labels, sorted as numbers if they are, otherwise alphabetically; none for regression.
 
     Raises:
         PeftcoreError: all examples have one label or number, or no row has any.
@@ -23,22 +23,26 @@ def labels_of(rows: list[Row]) -> list[str]:
                 "learn. Add examples with other numbers"
             )
         return []
-    found: set[str] = set()
+    names: set[str] = set()
     for row in rows:
-        found.update((row.label,) if isinstance(row.label, str) else row.label if isinstance(row.label, tuple) else ())
-    if len(found) < 2 and (isinstance(rows[0].label, str) or rows[0].words):
-        what = "word has the tag" if rows[0].words else "training example has the label"
+        if isinstance(row.label, str):
+            names.add(row.label)
+        elif isinstance(row.label, tuple):
+            names.update(row.label)
+    if len(names) < 2 and (isinstance(rows[0].label, str) or rows[0].words):
+        subject = "word has the tag" if rows[0].words else "training example has the label"
         raise PeftcoreError(
-            f"{rows[0].where}: every {what} '{', '.join(found)}', and a classifier needs at least two. Add examples of "
-            "another one, or, if these were held out, name the held-out ones: --eval-data FILE"
+            f"{rows[0].where}: every {subject} '{', '.join(names)}', and a classifier needs at least two. Add examples "
+            "with another, or, if all of them were held out, choose the held-out examples: --eval-data FILE"
         )
-    if not found:
+    if not names:
         raise PeftcoreError(f"{rows[0].where}: no example has a label")
-    return sorted(found, key=int) if all(each.removeprefix("-").isdecimal() for each in found) else sorted(found)
+    are_integers = all(name.removeprefix("-").isdecimal() for name in names)
+    return sorted(names, key=int) if are_integers else sorted(names)
 
 
 def counts_of(rows: list[Row]) -> str:
-    """Describe the labels or tags of rows by their counts, most frequent first; empty for regression."""
+    """Describe the counts of labels or tags, most frequent first; empty for regression."""
     counts: Counter[str] = Counter()
     for row in rows:
         if isinstance(row.label, str):
@@ -47,31 +51,31 @@ def counts_of(rows: list[Row]) -> str:
             counts.update(row.label)
     if not counts:
         return ""
-    shown = [f"{label} ({count:,})" for label, count in counts.most_common(_SHOWN)]
-    if len(counts) > _SHOWN:
-        shown.append(f"{len(counts) - _SHOWN:,} more")
+    shown = [f"{label} ({count:,})" for label, count in counts.most_common(_MAX_SHOWN)]
+    if len(counts) > _MAX_SHOWN:
+        shown.append(f"{len(counts) - _MAX_SHOWN:,} more")
     # Every word has one tag, but an example of several labels may have any number of them.
-    whole, unit = (counts.total(), "tags") if rows[0].words else (len(rows), "examples")
-    share = counts.most_common(1)[0][1] / whole
+    total, unit = (counts.total(), "tags") if rows[0].words else (len(rows), "examples")
+    share = counts.most_common(1)[0][1] / total
     return f"labels: {', '.join(shown)}. {share:.1%} of the {unit} have the most frequent one"
 
 
-def targets(rows: list[Row], known: list[str]) -> list[int] | list[float] | list[tuple[float, ...]]:
-    """Return each row's target: the index of its label in `known`, its number, or zeros and ones for all labels.
+def targets(rows: list[Row], labels: list[str]) -> list[int] | list[float] | list[tuple[float, ...]]:
+    """Return the target of each row: the index of its label, its number, or a zero or one for every label.
 
     Raises:
         PeftcoreError: a label is not known.
     """
-    index = {label: i for i, label in enumerate(known)}
+    index = {label: i for i, label in enumerate(labels)}
     for row in rows:
         for name in row.label if isinstance(row.label, tuple) else (row.label,):
             if isinstance(name, str) and name not in index:
                 raise PeftcoreError(
-                    f"{row.where}: label '{name}' is unknown{nearest(name, known)}. The model knows: "
-                    f"{', '.join(known)}. Correct the label, or train with examples of it"
+                    f"{row.where}: label '{name}' is unknown{nearest(name, labels)}. The model knows: "
+                    f"{', '.join(labels)}. Correct the label, or train with examples of it"
                 )
     if isinstance(rows[0].label, float):
         return [row.label for row in rows if isinstance(row.label, float)]
     if isinstance(rows[0].label, tuple):
-        return [tuple(float(label in row.label) for label in known) for row in rows if isinstance(row.label, tuple)]
+        return [tuple(float(label in row.label) for label in labels) for row in rows if isinstance(row.label, tuple)]
     return [index[row.label] for row in rows if isinstance(row.label, str)]

@@ -1,4 +1,4 @@
-"""Sources and targets for encoder-decoder models (`--task seq2seq`), such as T5 and BART."""
+"""Encoder-decoder models such as T5 and BART, trained on sources and targets (`--task seq2seq`)."""
 
 from __future__ import annotations
 
@@ -49,10 +49,10 @@ class Seq2Seq(Task):
         *,
         may_be_empty: bool = False,
     ) -> Encoded:
-        """Return rows as `input_ids` and `labels`; both are cut at the end.
+        """Encode rows as `input_ids` and `labels`, both truncated at the end.
 
-        The model makes the decoder's input of the labels. A target that is not truncated ends with the end-of-text
-        token.
+        The model derives the decoder's input from the labels. A target that is not truncated ends with the
+        end-of-text token.
 
         Raises:
             PeftcoreError: a source or a target has no tokens.

@@ -1,8 +1,9 @@
-"""A tag for each word (`--task tags`): named entities, parts of speech.
+"""Token classification: a tag per word, such as named entities or parts of speech (`--task tags`).
 
-A word's tag is learned, predicted and measured at its first token. If tags are `B-X` and `I-X`, also with `E-X` (the
-last word of an entity) and `S-X` (an entity of one word), entities are counted as by conlleval (Tjong Kim Sang and
-Buchholz 2000) and seqeval: one is right if its type, beginning and end are; `I-X` after another type or `O` begins one.
+The tag of a word is learned, predicted and measured at its first token. If tags are `B-X` and `I-X`, optionally with
+`E-X` (last word of an entity) and `S-X` (entity of one word), entities are counted as in conlleval (Tjong Kim Sang and
+Buchholz 2000) and seqeval: an entity is correct if its type, beginning and end are, and `I-X` after another type or `O`
+begins one.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ _MARKS = ("B-", "I-", "E-", "S-")
 
 
 class Tags(Headed):
-    """A base with an output of each token."""
+    """A base that classifies every token."""
 
     name = "tags"
     keys = (("tokens", "tags"), ("tokens", "ner_tags"), ("words", "tags"))
@@ -53,10 +54,10 @@ class Tags(Headed):
         return Row(where, " ".join(words), label=tags, words=words)
 
     def read_question(self, where: str, fields: dict[str, Any], about: AdapterTask) -> Row:
-        given = given_fields(where, fields, ("tokens", "words"), self)
-        words = data_labels.names(next(iter(given.values()))) or ()
-        row = row_of(where, {**given, "tags": ["O"] * len(words)}, self)
-        return replace(row, label=(about.labels[0],) * len(words))  # in place of those to be predicted
+        values = given_fields(where, fields, ("tokens", "words"), self)
+        words = data_labels.names(next(iter(values.values()))) or ()
+        row = row_of(where, {**values, "tags": ["O"] * len(words)}, self)
+        return replace(row, label=(about.labels[0],) * len(words))  # placeholders for the tags to predict
 
     def head(self, labels: tuple[str, ...]) -> dict[str, Any]:
         return names_of(labels)
@@ -70,10 +71,10 @@ class Tags(Headed):
         *,
         may_be_empty: bool = False,
     ) -> Encoded:
-        """Return rows as `input_ids` and `labels`; words beyond `max_length` tokens are cut off.
+        """Encode rows as `input_ids` and `labels`; words beyond `max_length` tokens are dropped.
 
         Raises:
-            PeftcoreError: a tag is unknown, or the tokenizer cannot say which word a token is of.
+            PeftcoreError: a tag is unknown, or the tokenizer cannot map tokens to words.
         """
         index = {label: i for i, label in enumerate(labels)}
         examples, truncated = [], 0
@@ -92,7 +93,7 @@ class Tags(Headed):
             for place, tag in zip(firsts, tags, strict=False):
                 targets[place] = index[tag]
             if not firsts:
-                raise PeftcoreError(f"{row.where}: no word has a token within --max-length {max_length}")
+                raise PeftcoreError(f"{row.where}: no word fits into --max-length {max_length}")
             examples.append({"input_ids": ids, "labels": targets})
         return Encoded(examples, truncated)
 
@@ -100,24 +101,27 @@ class Tags(Headed):
         self,
         model: nn.Module,
         examples: Sequence[Example],
-        how: Evaluation,
+        evaluation: Evaluation,
         *,
         answers: bool = True,
         reference: Any = None,
     ) -> Metrics:
-        loss, found, wanted = 0.0, list[Tensor](), list[Tensor]()
-        for labels, output in text_examples.outputs(model, examples, self, how):
+        loss, answers_by_sentence, tags_by_sentence = 0.0, list[Tensor](), list[Tensor]()
+        for labels, output in text_examples.outputs(model, examples, self, evaluation):
             loss += float(output.loss) * int((labels != IGNORED).sum())
-            for chosen, right in zip(output.logits.argmax(-1).cpu(), labels.cpu(), strict=True):
-                found.append(chosen[right != IGNORED])
-                wanted.append(right[right != IGNORED])
-        return replace(figures(found, wanted, how.about.labels), loss=loss / sum(map(len, wanted)))
+            for predicted, target in zip(output.logits.argmax(-1).cpu(), labels.cpu(), strict=True):
+                answers_by_sentence.append(predicted[target != IGNORED])
+                tags_by_sentence.append(target[target != IGNORED])
+        return replace(
+            figures(answers_by_sentence, tags_by_sentence, evaluation.about.labels),
+            loss=loss / sum(map(len, tags_by_sentence)),
+        )
 
     def fields_of(self, row: Row) -> dict[str, Any]:
         return {"tokens": list(row.words)}
 
-    def answer_of(self, scores: Tensor, wanted: Tensor, row: Row, labels: Sequence[str]) -> dict[str, Any]:
-        tags = [labels[i] for i in scores[wanted != IGNORED].argmax(-1).tolist()]
+    def answer_of(self, scores: Tensor, targets: Tensor, row: Row, labels: Sequence[str]) -> dict[str, Any]:
+        tags = [labels[i] for i in scores[targets != IGNORED].argmax(-1).tolist()]
         return {"tags": tags + [None] * (len(row.words) - len(tags))}  # words beyond the length have none
 
     @torch.no_grad()
@@ -140,96 +144,99 @@ class Tags(Headed):
         words = prompt.split()
         ids, firsts = tokens_of(words, processor, about.max_length)
         if not firsts:
-            raise PeftcoreError("the text has no words. Pass another one")
+            raise PeftcoreError("the text has no words. Pass another text")
         positions.check(model, len(ids), "Pass a shorter text")
         inputs = torch.tensor([ids], device=next(model.parameters()).device)
-        found = model(input_ids=inputs).logits[0].argmax(-1).tolist()
-        return " ".join(f"{word}/{about.labels[found[place]]}" for word, place in zip(words, firsts, strict=False))
+        tags = model(input_ids=inputs).logits[0].argmax(-1).tolist()
+        return " ".join(f"{word}/{about.labels[tags[place]]}" for word, place in zip(words, firsts, strict=False))
 
 
 def tagged_words(where: str, keys: tuple[str, str], words: Any, tags: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Return (words, tags) of a row.
 
     Raises:
-        PeftcoreError: they are not lists of one length, or a tag is NaN; the message begins with `where`.
+        PeftcoreError: they are not lists of the same length, or a tag is NaN; the message begins with `where`.
     """
-    found = [data_labels.names(each) for each in (words, tags)]
-    for key, value, each in zip(keys, (words, tags), found, strict=True):
-        if not each or any(len(name.split()) != 1 for name in each):
+    lists: list[tuple[str, ...]] = []
+    for key, value in zip(keys, (words, tags), strict=True):
+        names = data_labels.names(value)
+        if not names or any(len(name.split()) != 1 for name in names):
             raise PeftcoreError(
                 f"{where}: '{key}' must be a list of words without spaces, found {data_labels.short(value)}"
             )
-    if len(found[0] or ()) != len(found[1] or ()):
+        lists.append(tuple(names))
+    word_list, tag_list = lists
+    if len(word_list) != len(tag_list):
         raise PeftcoreError(
-            f"{where}: '{keys[0]}' has {len(found[0] or ())} words, but '{keys[1]}' has {len(found[1] or ())} tags"
+            f"{where}: '{keys[0]}' has {len(word_list)} words, but '{keys[1]}' has {len(tag_list)} tags"
         )
-    return found[0] or (), tuple(data_labels.class_name(where, keys[1], tag) for tag in found[1] or ())
+    return word_list, tuple(data_labels.class_name(where, keys[1], tag) for tag in tag_list)
 
 
 def tokens_of(words: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_length: int) -> tuple[list[int], list[int]]:
-    """Return (tokens, index of the first token of each word) of as many words as fit.
+    """Return (tokens, index of the first token of each word) for as many words as fit.
 
     Raises:
-        PeftcoreError: the tokenizer has no offsets, or has no token for a word.
+        PeftcoreError: the tokenizer has no offsets, or no token begins with a word.
     """
     if not tokenizer.is_fast:
         raise PeftcoreError(
-            f"--task tags needs a fast tokenizer, which knows where a token is in the text, found "
+            f"--task tags needs a fast tokenizer, which maps tokens to characters, found "
             f"{type(tokenizer).__name__}. Use a model with a tokenizer.json"
         )
     text = " ".join(words)
     encoded = tokenizer(text, truncation=True, max_length=max_length, return_offsets_mapping=True)
-    first: dict[int, int] = {}  # token of each beginning of a word
+    token_at: dict[int, int] = {}  # token by the character where it begins
     for i, (begin, end) in enumerate(encoded["offset_mapping"]):
         begin += len(text[begin:end]) - len(text[begin:end].lstrip())
         if begin < end:
-            first.setdefault(begin, i)
-    reach = max((end for _, end in encoded["offset_mapping"]), default=0)
+            token_at.setdefault(begin, i)
+    last_end = max((end for _, end in encoded["offset_mapping"]), default=0)
     firsts, begin = [], 0
     for word in words:
-        if begin >= reach:
+        if begin >= last_end:
             break
-        if begin not in first:
-            raise PeftcoreError(
-                f"the tokenizer has no token that begins with the word '{word}'. Join it to the one before"
-            )
-        firsts.append(first[begin])
+        if begin not in token_at:
+            raise PeftcoreError(f"no token begins where the word '{word}' begins. Join it to the word before")
+        firsts.append(token_at[begin])
         begin += len(word) + 1
     return list(encoded["input_ids"]), firsts
 
 
-def figures(answers: Sequence[Tensor], wanted: Sequence[Tensor], names: Sequence[str]) -> Metrics:
-    """Return accuracy and macro F1 of words, and F1 of entities if there are any; the loss is zero.
+def figures(answers: Sequence[Tensor], tags: Sequence[Tensor], names: Sequence[str]) -> Metrics:
+    """Return accuracy and macro F1 over words, and the F1 of entities if tags mark any; the loss is zero.
 
     Args:
-        answers: predicted tags of each sentence's words.
-        wanted: their tags.
+        answers: predicted tags, per sentence.
+        targets: true tags, per sentence.
         names: names of the tags.
     """
-    found = metrics.of_classes(torch.cat(list(answers)), torch.cat(list(wanted)), len(names))
+    word_metrics = metrics.of_classes(torch.cat(list(answers)), torch.cat(list(tags)), len(names))
     if not any(name.startswith(("B-", "I-")) for name in names):
-        return found
-    return replace(found, figures={**found.figures, "entity_f1": entity_f1(answers, wanted, names)})
+        return word_metrics
+    return replace(word_metrics, figures={**word_metrics.figures, "entity_f1": entity_f1(answers, tags, names)})
 
 
-def entity_f1(answers: Sequence[Tensor], wanted: Sequence[Tensor], names: Sequence[str]) -> float:
-    """Return the F1 of entities over all sentences, given the tags' indices in each."""
-    right = count = 0
-    for each, other in zip(answers, wanted, strict=True):
-        found, real = (set(entities([names[i] for i in tags.tolist()])) for tags in (each, other))
-        right, count = right + len(found & real), count + len(found) + len(real)
-    return 2 * right / count if count else 0.0
+def entity_f1(answers: Sequence[Tensor], targets: Sequence[Tensor], names: Sequence[str]) -> float:
+    """Return the F1 of entities over all sentences, given the indices of tags in each."""
+    correct = count = 0
+    for predicted_tags, true_tags in zip(answers, targets, strict=True):
+        predicted = set(entities([names[i] for i in predicted_tags.tolist()]))
+        true = set(entities([names[i] for i in true_tags.tolist()]))
+        correct += len(predicted & true)
+        count += len(predicted) + len(true)
+    return 2 * correct / count if count else 0.0
 
 
 def entities(tags: Sequence[str]) -> Iterator[tuple[str, int, int]]:
     """Yield (type, begin, end) of each entity."""
     kind: str | None = None
-    begin, before = 0, "O"
+    begin, previous_mark = 0, "O"
     for i, tag in enumerate([*tags, "O"]):
         mark, _, type_ = tag.partition("-") if tag[:2] in _MARKS else ("O", "", "")
-        if kind is not None and (mark in "BSO" or before in "ES" or type_ != kind):
+        if kind is not None and (mark in "BSO" or previous_mark in "ES" or type_ != kind):
             yield kind, begin, i
             kind = None
         if mark != "O" and kind is None:
             kind, begin = type_, i
-        before = mark
+        previous_mark = mark

@@ -1,7 +1,7 @@
-"""What a task is: how its rows are read, what they become, what is trained on them, measured and answered.
+"""The base class of tasks: reading rows, encoding, the trainer, evaluation and answers.
 
-A task is a subclass of `Task` in a module of its own, and is found by its name, see `registered`. The defaults are
-those of a causal language model; an attribute or a method is overridden where the task differs.
+Each task is a subclass of `Task` in its own module, and `registered` finds it by name. The defaults are those of a
+causal language model; a task overrides what differs.
 """
 
 from __future__ import annotations
@@ -38,72 +38,73 @@ Keys = tuple[tuple[str, ...], ...]
 
 @dataclass(frozen=True)
 class Evaluation:
-    """How examples are measured, in a run or by `peftcore eval`.
+    """How to evaluate examples, in a run or in `peftcore eval`.
 
     Attributes:
         processor: the tokenizer or processor.
-        about: what the adapter is trained for.
+        about: what the adapter was trained for.
         batch_size: examples per batch.
-        longest: tokens of the longest training example, so that measuring takes no more memory than training; None for
-            no limit.
-        answered: number of held-out examples that are answered.
-        answering: their prompts, for tasks whose answers are compared with what is wanted.
-        answer_tokens: tokens of an answer at most.
-        reward: function that judges answers, or None.
+        longest: tokens of the longest training example, so that evaluation takes no more memory than training; None
+            for no limit.
+        answer_count: number of held-out examples to answer.
+        answering: the prompts to answer, for tasks whose answers are compared with references.
+        answer_tokens: maximum number of tokens of an answer.
+        reward: function that scores answers, or None.
     """
 
     processor: Any
     about: AdapterTask
     batch_size: int
     longest: int | None = None
-    answered: int = 0
+    answer_count: int = 0
     answering: generations.Answering | None = None
     answer_tokens: int = 64
     reward: Any = None
 
 
 class Task:
-    """What is trained: a causal language model, unless a subclass says otherwise.
+    """A task; by default, training a causal language model.
 
     Attributes:
-        name: as `--task` takes it, and as run.json and peftcore_task.json store it.
-        keys: the names of a row's fields, several ways.
-        shown_keys: these in messages; None if rows are not lines of files.
-        columns_example: value of --columns in messages.
-        one_kind: whether all rows must have the same names.
-        streams: whether --streaming applies.
-        model_class: name of transformers' class of the base.
-        needed_model: which base it needs; `{}` is replaced by the one found. None if `check_config` says it.
+        name: value of `--task`, also stored in run.json and peftcore_task.json.
+        keys: the sets of fields that a row may have.
+        shown_keys: these sets as messages show them; None if rows are not lines of files.
+        columns_example: value of --columns for messages.
+        one_kind: whether all rows must have the same set of fields.
+        streams: whether the task supports --streaming.
+        model_class: name of the transformers class that loads the base.
+        needed_model: the base that the task needs, for messages; `{}` is replaced by the one found. None if
+            `check_config` raises the error.
         new_head: whether the base gets a new head, which is trained.
-        has_labels: whether the outputs of the head have names, those of the labels.
+        has_labels: whether the outputs of the head are named by labels.
         reads_tokens: whether the base has a tokenizer.
-        replaces_head: whether checkpoints come with the head of other labels, which is replaced.
-        has_positions: whether the tokens of an example take the base's positions.
-        peft_task_type: `task_type` of PEFT's adapters for it.
-        options: options of a run for this task and for others that name them, but for no other.
-        least_beta: the smallest --beta; None without this option.
+        replaces_head: whether checkpoints have a head for other labels, which is replaced.
+        has_positions: whether the number of tokens is limited by the base's positions.
+        peft_task_type: `task_type` of PEFT's adapters for the task.
+        options: options that only this task, and other tasks that list them, take.
+        least_beta: the smallest --beta; None if the task has no --beta.
         least_batch: the smallest --batch-size.
-        divides_batches: whether gradient accumulation leaves the loss as it is.
-        learns_texts: whether texts are learned by the next token: --pack, --teacher, --other-data and the loss without
-            logits apply.
-        divides_by_tokens: whether the model can divide its loss by the number of tokens of a whole step.
-        counts_tokens: whether the tokens of a step are known.
-        fixed_ranks: whether a run resumes on the same number of ranks only.
-        requires: (package, extra of peftcore) of what training imports.
-        family: tasks of one family continue the adapters of each other.
-        figures: names of what is measured, besides the loss.
-        main_figure: the figure that methods are compared by.
-        writes: whether answers are compared with what is wanted: --eval-answers.
-        step_loss: `loss` of `peftcore.Step`, by which a step's memory is estimated.
-        sequences: sequences of a step for each example.
-        examples_count: whether a step's memory depends on the examples.
-        needs_examples: whether it cannot be estimated without them.
+        divides_batches: whether a batch can be divided by gradient accumulation without a change of the loss.
+        learns_texts: whether the task is next-token prediction, with --pack, --teacher, --other-data and the loss
+            without logits.
+        divides_by_tokens: whether the loss of a step is averaged over its tokens, across accumulated batches.
+        counts_tokens: whether the number of tokens of a step is known.
+        fixed_ranks: whether a run can only be resumed on the same number of ranks.
+        requires: (package, extra of peftcore) of the libraries that training imports.
+        family: tasks of one family can continue each other's adapters.
+        figures: names of the metrics besides the loss.
+        main_figure: the metric by which methods are compared.
+        writes: whether answers are compared with references (--eval-answers).
+        step_loss: `loss` of `peftcore.Step`, to estimate the memory of a step.
+        sequences: number of sequences per example in a step.
+        examples_count: whether the memory of a step depends on the examples.
+        needs_examples: whether the memory of a step can only be estimated from examples.
         unpredicted: why the memory of a step cannot be estimated, or None.
-        answers_texts: whether the model answers a text: --sample.
-        generates: whether `peftcore generate` answers with it.
-        takes_pairs: whether a second text may be passed to it.
-        predicts: whether `peftcore predict` answers with it.
-        no_chat: why `peftcore chat` does not answer with it, and the command that does; None if it does.
+        answers_texts: whether the model answers a text (--sample).
+        generates: whether `peftcore generate` supports the task.
+        takes_pairs: whether the model takes a second text.
+        predicts: whether `peftcore predict` supports the task.
+        no_chat: why `peftcore chat` does not support the task, and the command to use; None if it does.
     """
 
     name: ClassVar[str]
@@ -159,11 +160,11 @@ class Task:
     # Rows
 
     def reads_files(self, paths: Sequence[str]) -> bool:
-        """Return whether these files are the task's because of their kind, whatever is in them."""
+        """Return whether these files belong to the task by their kind, whatever their content."""
         return False
 
     def recognises(self, lines: FirstLines) -> bool:
-        """Return whether files that begin with these lines are the task's, if no later task recognises them."""
+        """Return whether files that begin with these lines belong to the task; the last task that matches wins."""
         return False
 
     def read(
@@ -176,50 +177,50 @@ class Task:
 
         Args:
             paths: the data sets.
-            columns: {our field name: the files'}.
-            records: the lines of each, if they have been read already.
+            columns: {field: column of the files}.
+            records: the lines of each data set, if they have been read already.
 
         Raises:
-            PeftcoreError: a file is missing or of another kind, or a line is wrong.
+            PeftcoreError: a file is missing or of another kind, or a line is invalid.
         """
         data_sets = records or data_files.records_of_each(paths, columns)
         return [[row_of(where, fields, self) for where, fields in data_set] for data_set in data_sets]
 
     def read_row(self, where: str, fields: dict[str, Any], keys: tuple[str, ...]) -> Row:
-        """Return a line as a row.
+        """Return the row of a line.
 
         Args:
             where: file and line, for messages.
-            fields: of the line.
-            keys: the names in `keys` that the line has.
+            fields: fields of the line.
+            keys: the set of `keys` that the line matches.
 
         Raises:
-            PeftcoreError: a field is wrong; the message begins with `where`.
+            PeftcoreError: a field is invalid; the message begins with `where`.
         """
         return text_rows.row_of(where, fields, keys)
 
     def read_questions(self, paths: Sequence[str], columns: Mapping[str, str] | None, about: AdapterTask) -> list[Row]:
-        """Return examples to answer: labels and answers that are there are not read.
+        """Return examples to answer; their labels and answers are ignored.
 
         Raises:
-            PeftcoreError: a file is missing, empty or of another kind, or a line is wrong.
+            PeftcoreError: a file is missing, empty or of another kind, or a line is invalid.
         """
         rows = []
         for path, records in zip(paths, data_files.records_of_each(paths, columns), strict=True):
-            found = [self.read_question(where, fields, about) for where, fields in records]
-            if not found:
+            path_rows = [self.read_question(where, fields, about) for where, fields in records]
+            if not path_rows:
                 raise PeftcoreError(f"'{path}' has no examples")
-            rows += found
+            rows += path_rows
         return rows
 
     def read_question(self, where: str, fields: dict[str, Any], about: AdapterTask) -> Row:
-        """Return a line to answer as a row, for a task that `predicts`."""
+        """Return the row of a line to answer, for a task that `predicts`."""
         raise NotImplementedError
 
     # The base
 
     def load_processor(self, model: str, adapter: Path | None = None) -> Any:
-        """Return what prepares the base's inputs: the tokenizer, or a processor of images or audio.
+        """Load the tokenizer of the base, or its processor of images or audio.
 
         Raises:
             PeftcoreError: it cannot be loaded.
@@ -230,32 +231,32 @@ class Task:
         """Raise a PeftcoreError unless the base with this config can be trained for the task."""
 
     def head(self, labels: tuple[str, ...]) -> dict[str, Any]:
-        """Return the config fields of the head, for the model to have its outputs and its loss."""
+        """Return the config fields that give the head its outputs and its loss."""
         return {}
 
     def uses(self, weight: str) -> bool:
-        """Return whether a weight of the base, by its name, has an effect."""
+        """Return whether the weight of this name affects the output."""
         return True
 
-    def of_peft(self, info: AdapterInfo) -> AdapterTask | None:
+    def from_peft(self, info: AdapterInfo) -> AdapterTask | None:
         """Return the record of an adapter that PEFT wrote, if it is for this task."""
         from peftcore_cli.bases.adapter_folders import AdapterTask
 
-        is_own = self.peft_task_type is not None and info.task_type == self.peft_task_type
-        return AdapterTask(self.name, 512) if is_own else None
+        matches = self.peft_task_type is not None and info.task_type == self.peft_task_type
+        return AdapterTask(self.name, 512) if matches else None
 
     def continues(self, other: Task, *, is_recorded: bool = True, labels: Sequence[str] = ()) -> bool:
-        """Return whether the adapter of another task can be trained further for this one.
+        """Return whether an adapter of another task can be trained further for this one.
 
         Args:
             other: the adapter's task.
-            is_recorded: whether its folder says the task; PEFT's do not.
-            labels: the adapter's.
+            is_recorded: whether the folder records the task; folders of PEFT do not.
+            labels: labels of the adapter.
         """
         return other.name == self.name or (self.family is not None and self.family == other.family)
 
-    def prepared(self, processor: Any, about: AdapterTask, base: str) -> AdapterTask:
-        """Return the record completed by what the base says, after the processor is set up as the record says.
+    def prepare(self, processor: Any, about: AdapterTask, base: str) -> AdapterTask:
+        """Set up the processor as the record says, and return the record completed from the base.
 
         Raises:
             PeftcoreError: they contradict each other.
@@ -274,15 +275,15 @@ class Task:
         """
 
     def check_rows(self, rows: Sequence[Row]) -> None:
-        """Raise a PeftcoreError if nothing can be learned of these rows."""
+        """Raise a PeftcoreError if there is nothing to learn from these rows."""
 
-    def check_examples(self, examples: Sequence[Example], what: str, batch_size: int | None = None) -> None:
-        """Raise a PeftcoreError if nothing can be learned of these examples.
+    def check_examples(self, examples: Sequence[Example], subset: str, batch_size: int | None = None) -> None:
+        """Raise a PeftcoreError if there is nothing to learn from these examples.
 
         Args:
-            examples: encoded.
-            what: which they are, in the message.
-            batch_size: of training; None for examples that are measured.
+            examples: encoded examples.
+            subset: how messages call them, such as "training".
+            batch_size: batch size of training; None for evaluation.
         """
 
     def encode(
@@ -294,14 +295,14 @@ class Task:
         *,
         may_be_empty: bool = False,
     ) -> Encoded:
-        """Return rows as examples.
+        """Encode rows as examples.
 
         Args:
-            rows: as `read_row` returned them.
+            rows: rows from `read_row`.
             processor: the tokenizer or processor.
-            max_length: tokens of an example at most.
+            max_length: maximum number of tokens of an example.
             labels: names of the base's outputs.
-            may_be_empty: whether there may be no token to learn.
+            may_be_empty: whether the result may have no token to learn.
 
         Raises:
             PeftcoreError: a row has no tokens, or there is no token to learn.
@@ -309,9 +310,9 @@ class Task:
         return text_examples.encode(rows, processor, max_length, may_be_empty=may_be_empty)
 
     def collate(self, examples: Sequence[Example], processor: Any) -> dict[str, Any]:
-        """Return a padded batch: `input_ids`, `attention_mask` and `labels`, [batch, length] each.
+        """Return a padded batch of `input_ids`, `attention_mask` and `labels`, each [batch, length].
 
-        Packed rows have `position_ids` in place of the mask.
+        Packed rows have `position_ids` instead of the mask.
         """
         return text_examples.collate(examples, processor.pad_token_id or 0)
 
@@ -320,7 +321,7 @@ class Task:
         return [length(each) for each in examples]
 
     def as_texts(self, examples: Sequence[Example]) -> Sequence[Example]:
-        """Return examples that the base itself takes, for methods that initialise from data."""
+        """Return the examples as the base takes them, for methods that initialise from data."""
         return examples
 
     # Training
@@ -328,7 +329,7 @@ class Task:
     def trainer(
         self, arguments: dict[str, Any], settings: Settings, processor: Any, about: AdapterTask, teacher: Any = None
     ) -> Measuring:
-        """Return the trainer; `arguments` are those of all trainers."""
+        """Return the trainer; `arguments` are those that all trainers take."""
         from peftcore_cli.training.trainers import MeasuringTrainer
 
         collate = self.collator(processor)
@@ -339,39 +340,39 @@ class Task:
         return lambda examples: self.collate(examples, processor)
 
     def arguments(self, settings: Settings) -> tuple[type[TrainingArguments], dict[str, Any]]:
-        """Return the class of Trainer's arguments, and arguments that only the task has."""
+        """Return the class of the training arguments, and the arguments that only this task passes."""
         from transformers import TrainingArguments
 
         return TrainingArguments, {}
 
-    def drawn(self, examples: int, settings: Settings) -> int:
-        """Return how many examples an epoch has, of this many rows."""
+    def examples_per_epoch(self, examples: int, settings: Settings) -> int:
+        """Return the number of examples per epoch, given the number of encoded ones."""
         return examples
 
     @contextlib.contextmanager
     def with_loss(self, model: nn.Module, about: AdapterTask) -> Iterator[None]:
-        """Make `model` return the loss of batches inside the block, for methods that initialise from data."""
+        """Make `model` return a loss inside the block, for methods that initialise from data."""
         yield
 
     # Measuring
 
-    def answered(self, metric: str | None, given: int | None) -> int:
-        """Return how many held-out examples are answered in each evaluation, given --metric and --eval-answers.
+    def answer_count(self, metric: str | None, requested: int | None) -> int:
+        """Return how many held-out examples to answer in each evaluation, given --metric and --eval-answers.
 
         Raises:
-            PeftcoreError: the model of this task writes no answers.
+            PeftcoreError: models of this task write no answers.
         """
-        return generations.count(self, metric, given)
+        return generations.answer_count(self, metric, requested)
 
-    def reference(self, model: nn.Module, examples: Sequence[Example], how: Evaluation) -> Any:
-        """Return what the model before training says, if measuring compares with it; else None."""
+    def reference(self, model: nn.Module, examples: Sequence[Example], evaluation: Evaluation) -> Any:
+        """Return the outputs before training that `measure` compares with, or None."""
         return None
 
     def measure(
         self,
         model: nn.Module,
         examples: Sequence[Example],
-        how: Evaluation,
+        evaluation: Evaluation,
         *,
         answers: bool = True,
         reference: Any = None,
@@ -380,24 +381,24 @@ class Task:
 
         Args:
             model: the model.
-            examples: encoded.
-            how: how they are measured.
-            answers: whether they are the held-out examples, which are answered.
-            reference: of `reference`; None to compare with the base.
+            examples: encoded examples.
+            evaluation: how to evaluate them.
+            answers: whether to also answer them, as for the held-out examples.
+            reference: result of `reference`; None to compare with the base.
         """
-        found = text_examples.measure(model, examples, self, how)
-        if how.answering is None or not answers:
-            return found
-        return generations.with_answers(found, how.answering, model)
+        loss_metrics = text_examples.measure(model, examples, self, evaluation)
+        if evaluation.answering is None or not answers:
+            return loss_metrics
+        return generations.with_answers(loss_metrics, evaluation.answering, model)
 
     # Memory
 
     def tokens_of_step(self, length: int, config: PretrainedConfig) -> int:
-        """Return the tokens of a row whose longest has `length`."""
+        """Return the number of tokens of the longest example, given the maximum length."""
         return length
 
     def step_of(self, examples: Sequence[Example], processor: Any) -> dict[str, Any]:
-        """Return the arguments of `peftcore.Step` that encoded examples determine."""
+        """Return the arguments of `peftcore.Step` that depend on the examples."""
         return {}
 
     # Answers
@@ -419,19 +420,19 @@ class Task:
             model: the model.
             processor: the tokenizer.
             prompt: the text.
-            about: what the adapter is trained for.
-            chat: whether the prompt is a user's turn.
+            about: what the adapter was trained for.
+            chat: whether to format the prompt as a turn of the user.
             pair: second text, for a task that `takes_pairs`.
             sampling: arguments of `text_generation.generate_text`.
         """
-        given: Any = [{"role": "user", "content": prompt}] if chat else prompt
-        return text_generation.generate_text(model, processor, given, **sampling)
+        prompt_or_messages: Any = [{"role": "user", "content": prompt}] if chat else prompt
+        return text_generation.generate_text(model, processor, prompt_or_messages, **sampling)
 
     def predict(
         self, model: PreTrainedModel, rows: Sequence[Row], processor: Any, about: AdapterTask, *, answer_tokens: int
     ) -> list[dict[str, Any]]:
-        """Return the answer to each row of `read_questions`, as fields of JSON, for a task that `predicts`."""
+        """Return the answer to each row of `read_questions` as a JSON object, for a task that `predicts`."""
         raise NotImplementedError
 
     def write_merged(self, folder: Path, model: PreTrainedModel, about: AdapterTask, base: str) -> None:
-        """Write the files that a merged model of this task needs besides its own."""
+        """Write additional files that a merged model of this task needs."""

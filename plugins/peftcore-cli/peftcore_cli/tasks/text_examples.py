@@ -1,4 +1,4 @@
-"""Texts and conversations as token ids with labels, their batches, and the loss over them."""
+"""Encoding of texts and conversations as token ids with labels, batches of them, and their loss."""
 
 from __future__ import annotations
 
@@ -28,22 +28,23 @@ if TYPE_CHECKING:
 def encode(
     rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_length: int, *, may_be_empty: bool = False
 ) -> Encoded:
-    """Return rows as `input_ids` and `labels`.
+    """Encode rows as `input_ids` and `labels`.
 
-    A text longer than `max_length` tokens is split; a prompt with a completion loses the prompt's beginning;
-    conversations are cut at the end.
+    A text longer than `max_length` tokens is split, a prompt is truncated at its beginning, and a conversation at its
+    end.
 
     Raises:
-        PeftcoreError: a row has no tokens, or, unless it `may_be_empty`, there is no token to learn.
+        PeftcoreError: a row has no tokens, or no token is left to learn and not `may_be_empty`.
     """
     parts = []
-    for is_chat, some in itertools.groupby(rows, key=lambda row: row.messages is not None):
-        parts.append((_encode_conversations if is_chat else _encode_texts)(list(some), tokenizer, max_length))
+    for is_chat, group in itertools.groupby(rows, key=lambda row: row.messages is not None):
+        encode_group = _encode_conversations if is_chat else _encode_texts
+        parts.append(encode_group(list(group), tokenizer, max_length))
     examples = [example for part in parts for example in part.examples]
     if not examples and not may_be_empty:
-        what = "answer begins" if rows[0].messages is not None else "token to learn is"
-        where = "conversation" if rows[0].messages is not None else "row"
-        raise PeftcoreError(f"no {what} within {max_length} tokens in any {where}. Increase --max-length")
+        subject = "answer begins" if rows[0].messages is not None else "token to learn is"
+        unit = "conversation" if rows[0].messages is not None else "row"
+        raise PeftcoreError(f"no {subject} within {max_length} tokens in any {unit}. Increase --max-length")
     return Encoded(examples, sum(part.truncated for part in parts), sum(part.left_out for part in parts))
 
 
@@ -54,28 +55,30 @@ def _encode_texts(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_l
         if row.tokens is not None:
             check_vocabulary(row.where, row.tokens[0], len(tokenizer))
             truncated += len(row.tokens[0]) > max_length
-            cut = [list(part[:max_length]) for part in row.tokens]
-            left_out += all(label == IGNORED for label in cut[1][1:])
-            if any(label != IGNORED for label in cut[1][1:]):
-                examples.append(dict(zip(("input_ids", "labels"), cut, strict=True)))
+            columns = [list(part[:max_length]) for part in row.tokens]
+            left_out += all(label == IGNORED for label in columns[1][1:])
+            if any(label != IGNORED for label in columns[1][1:]):
+                examples.append(dict(zip(("input_ids", "labels"), columns, strict=True)))
             continue
         ids = tokenizer(row.text)["input_ids"]
-        end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+        end_token = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
         if row.completion is None:
-            ids = ids + end
+            ids = ids + end_token
             truncated += len(ids) > max_length
             pieces = [ids[i : i + max_length] for i in range(0, len(ids), max_length)]
             # A single token has nothing to predict.
             parts = [{"input_ids": piece, "labels": list(piece)} for piece in pieces if len(piece) > 1]
         else:
-            answer = tokenizer(row.completion, add_special_tokens=False)["input_ids"] + end
+            answer = tokenizer(row.completion, add_special_tokens=False)["input_ids"] + end_token
             truncated += len(ids) + len(answer) > max_length
             answer = answer[: max_length - 1]
             ids = ids[len(ids) - min(len(ids), max_length - len(answer)) :]
             ids = ids or (answer[:1] and [first_token(tokenizer)])
             parts = [{"input_ids": ids + answer, "labels": [IGNORED] * len(ids) + answer}] if answer else []
         if not parts:
-            raise PeftcoreError(f"{row.where}: no tokens to train on after tokenizing")
+            raise PeftcoreError(
+                f"{row.where}: tokenizing leaves no token to learn. Remove the row, or use another model"
+            )
         examples += parts
     return Encoded(examples, truncated, left_out)
 
@@ -85,19 +88,19 @@ def _encode_conversations(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBas
     for row in rows:
         for example in conversations.encode(row, tokenizer):
             truncated += len(example["input_ids"]) > max_length
-            cut = {name: values[:max_length] for name, values in example.items()}
-            if any(label != IGNORED for label in cut["labels"][1:]):
-                examples.append(cut)
+            shortened = {name: values[:max_length] for name, values in example.items()}
+            if any(label != IGNORED for label in shortened["labels"][1:]):
+                examples.append(shortened)
             else:
                 left_out += 1
     return Encoded(examples, truncated, left_out)
 
 
 def collate(examples: Sequence[Example], padding: int) -> dict[str, Any]:
-    """Return one padded batch; packed rows are collated by `packing`.
+    """Return a padded batch; `packing` collates packed rows.
 
-    `input_ids` and `attention_mask` are [batch, length]. `labels` have that shape if each token has one; otherwise they
-    are [batch] for classes or numbers, or [batch, labels] of zeros and ones.
+    `input_ids` and `attention_mask` are [batch, length]. `labels` are [batch, length] if each token has one, [batch]
+    for classes or numbers, or [batch, labels] of zeros and ones.
     """
     if "position_ids" in examples[0]:
         return packing.collate(list(examples), padding)
@@ -115,16 +118,18 @@ def collate(examples: Sequence[Example], padding: int) -> dict[str, Any]:
     }
     if any("token_type_ids" in example for example in examples):  # which text of a pair a token is of
         segments = [example.get("token_type_ids", [0] * len(example["input_ids"])) for example in examples]
-        tensors["token_type_ids"] = torch.tensor([each + [0] * (length - len(each)) for each in segments])
+        tensors["token_type_ids"] = torch.tensor([segment + [0] * (length - len(segment)) for segment in segments])
     if isinstance(examples[0]["labels"], list):
         return tensors | {"labels": padded("labels", IGNORED)}
     return tensors | {"labels": torch.tensor([example["labels"] for example in examples])}
 
 
-def outputs(model: nn.Module, examples: Sequence[Example], task: Task, how: Evaluation) -> Iterator[tuple[Tensor, Any]]:
-    """Yield (labels, output of the model) of batches of similar lengths.
+def outputs(
+    model: nn.Module, examples: Sequence[Example], task: Task, evaluation: Evaluation
+) -> Iterator[tuple[Tensor, Any]]:
+    """Yield (labels, output of the model) for batches of similar lengths.
 
-    With `how.longest`, a batch has not more tokens, including padding, than one in training.
+    With `evaluation.longest`, a batch has no more tokens, including padding, than a training batch.
 
     Raises:
         PeftcoreError: the model has no position for a token.
@@ -132,22 +137,24 @@ def outputs(model: nn.Module, examples: Sequence[Example], task: Task, how: Eval
     if task.has_positions and "position_ids" not in examples[0]:
         positions.check(model, max(task.lengths(examples)))
     device = next(model.parameters()).device
-    size, budget = how.batch_size, None
-    if how.longest is not None:
-        size, budget = 16, how.batch_size * how.longest
+    size, budget = evaluation.batch_size, None
+    if evaluation.longest is not None:
+        size, budget = 16, evaluation.batch_size * evaluation.longest
     with evaluating(model):
-        for some in batches_of(examples, size, budget):
-            batch = {name: value.to(device) for name, value in task.collate(some, how.processor).items()}
+        for batch_examples in batches_of(examples, size, budget):
+            batch = {
+                name: value.to(device) for name, value in task.collate(batch_examples, evaluation.processor).items()
+            }
             inputs = in_dtype(batch, model)
             yield inputs["labels"], model(**inputs)
 
 
-def measure(model: nn.Module, examples: Sequence[Example], task: Task, how: Evaluation) -> Metrics:
-    """Return the loss over every predicted token, independent of batching; no random numbers are drawn."""
-    first = 0 if is_encoder_decoder(model) else 1  # a causal model has no answer for the first token
+def measure(model: nn.Module, examples: Sequence[Example], task: Task, evaluation: Evaluation) -> Metrics:
+    """Return the mean loss over all predicted tokens, independent of batching; no random numbers are drawn."""
+    begin = 0 if is_encoder_decoder(model) else 1  # a causal model does not predict the first token
     loss, count = 0.0, 0
     with evaluated_without_logits(model):
-        for labels, output in outputs(model, examples, task, how):
-            predicted = int((labels[:, first:] != IGNORED).sum())
-            loss, count = loss + float(output.loss) * predicted, count + predicted
+        for labels, output in outputs(model, examples, task, evaluation):
+            tokens = int((labels[:, begin:] != IGNORED).sum())
+            loss, count = loss + float(output.loss) * tokens, count + tokens
     return Metrics(loss / count, count)

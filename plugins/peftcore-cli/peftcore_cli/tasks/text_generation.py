@@ -1,4 +1,4 @@
-"""Answers of a language model to a prompt."""
+"""Generate the answer of a language model to a prompt."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ def generate_text(
     seed: int = 0,
     streamer: Any = None,
 ) -> str:
-    """Return a language model's answer to `prompt`: greedy, or sampled if a temperature is given.
+    """Return the answer of a language model to `prompt`: greedy, or sampled at a temperature above 0.
 
     Args:
         model: the model.
         tokenizer: the tokenizer.
         prompt: a text, or a conversation for the tokenizer's chat template.
-        max_new_tokens: at most.
-        temperature: of sampling; None for greedy.
-        seed: of sampling.
-        streamer: a streamer of transformers that receives the tokens.
+        max_new_tokens: maximum number of tokens to generate.
+        temperature: sampling temperature; 0 for greedy decoding.
+        seed: random seed of sampling.
+        streamer: transformers streamer that receives the tokens.
     """
     if isinstance(prompt, str):
         inputs = tokenizer(prompt, return_tensors="pt")
     else:
-        text = conversations.rendered(tokenizer, prompt, begins_answer=True)
+        text = conversations.render(tokenizer, prompt, begins_answer=True)
         inputs = tokenizer(text, add_special_tokens=False, return_tensors="pt")
     inputs = inputs.to(next(model.parameters()).device)
     if inputs["input_ids"].shape[1] == 0:
@@ -49,28 +49,28 @@ def generate_text(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         generate: Any = model.generate
-        with positions.of_answers(model, "its maximum length"):
+        with positions.generation_within(model, "its maximum length"):
             tokens = generate(
                 **inputs,
                 **sampling,
                 max_new_tokens=max_new_tokens,
                 pad_token_id=tokenizer.pad_token_id,
-                eos_token_id=ends(model, tokenizer),
+                eos_token_id=end_tokens(model, tokenizer),
                 streamer=streamer,
             )
     begin = 0 if is_encoder_decoder(model) else inputs["input_ids"].shape[1]
     return tokenizer.decode(tokens[0, begin:], skip_special_tokens=True)
 
 
-def ends(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int] | None:
-    """Return the tokens that end an answer: the tokenizer's, and the generation config's (end of turn)."""
-    named = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    ends = [tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])]
-    return sorted({end for end in ends if end is not None}) or None
+def end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int] | None:
+    """Return the tokens that end an answer: those of the tokenizer and of the generation config (end of turn)."""
+    config_tokens = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    tokens = [tokenizer.eos_token_id, *(config_tokens if isinstance(config_tokens, list) else [config_tokens])]
+    return sorted({token for token in tokens if token is not None}) or None
 
 
 def first_token(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return a token to begin with if the prompt is empty."""
+    """Return the token that replaces an empty prompt."""
     for token in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id):
         if token is not None:
             return token

@@ -37,7 +37,9 @@ def checked(given: RunOptions, task: str) -> str:
     """
     teacher = str(given.teacher)
     if not registered.find(task).learns_texts:
-        raise PeftcoreError(f"--teacher is for {registered.named_by('learns_texts')}, found task {task}. Leave it out")
+        raise PeftcoreError(
+            f"--teacher is for {registered.names_with('learns_texts')}, found task {task}. Leave it out"
+        )
     if not 0 < given.teacher_weight <= 1:
         raise PeftcoreError(f"--teacher-weight must be above 0 and at most 1, found {given.teacher_weight:g}")
     if given.without_logits == "on":

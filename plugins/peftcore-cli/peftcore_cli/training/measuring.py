@@ -96,7 +96,7 @@ def evaluation_of(
         batch_size: examples per batch.
     """
     task = registered.find(about.task)
-    answered, answering = task.answered(given.metric, given.eval_answers), None
+    answered, answering = task.answer_count(given.metric, given.eval_answers), None
     if answered and task.writes:
         answering = generations.Answering(
             rows,

@@ -26,7 +26,7 @@ def check(given: RunOptions, display: Display, name: str, data: Sequence[str], *
     if display.sample is not None and not task.answers_texts:
         raise PeftcoreError(f"--sample is a prompt for a model of texts, found task {name}. Leave it out")
     if given.pack and not task.learns_texts:
-        raise PeftcoreError(f"--pack is for {registered.named_by('learns_texts')}, found task {name}. Leave it out")
+        raise PeftcoreError(f"--pack is for {registered.names_with('learns_texts')}, found task {name}. Leave it out")
     task.check_options(given, data, continues=continues)
     _check_beta(given, task)
     if given.teacher is None and given.teacher_weight != defaults.teacher_weight:
@@ -46,7 +46,7 @@ def _refuse_options_of_others(given: RunOptions, task: Task) -> None:
     defaults = RunOptions()
     for name in dict.fromkeys(name for each in registered.tasks() for name in each.options):
         if name not in task.options and getattr(given, name) != getattr(defaults, name):
-            option, others = f"--{name.replace('_', '-')}", registered.with_option(name)
+            option, others = f"--{name.replace('_', '-')}", registered.names_with_option(name)
             raise PeftcoreError(f"{option} is for --task {others}, found task {task.name}. Leave it out")
 
 
@@ -55,9 +55,9 @@ def _check_beta(given: RunOptions, task: Task) -> None:
     if given.beta is None or (least is not None and given.beta >= least):
         return
     betas = {each.name: each.least_beta for each in registered.tasks() if each.least_beta is not None}
-    zero = registered.listed([name for name, least in betas.items() if least == 0])
+    zero = registered.join_names([name for name, least in betas.items() if least == 0])
     raise PeftcoreError(
-        f"--beta is for --task {registered.listed([*betas])} and must be above 0 (of {zero} also 0), found "
+        f"--beta is for --task {registered.join_names([*betas])} and must be above 0 (of {zero} also 0), found "
         f"{given.beta:g} for {task.name}. Leave it out, or pass a number above 0"
     )
 
@@ -66,7 +66,7 @@ def _check_streaming(given: RunOptions, task: Task) -> None:
     """Raise a PeftcoreError unless the options fit to examples that stay in their files."""
     if not task.streams:
         raise PeftcoreError(
-            f"--streaming is for {registered.named_by('streams')}, found task {task.name}. Leave it out"
+            f"--streaming is for {registered.names_with('streams')}, found task {task.name}. Leave it out"
         )
     if given.pack:
         raise PeftcoreError("--pack needs the lengths of all examples, which --streaming does not know. Leave one out")

@@ -21,7 +21,7 @@ from peftcore_cli.training import best_checkpoint, optim_options
 def of_run(settings: Settings, output: Path, examples: int, report_to: Sequence[str] = ()) -> TrainingArguments:
     """Return Trainer's arguments for this many examples."""
     task = registered.find(settings.task)
-    examples = task.drawn(examples, settings)
+    examples = task.examples_per_epoch(examples, settings)
     per_epoch = math.ceil(math.ceil(examples / (settings.batch_size * settings.ranks)) / settings.grad_accum)
     steps = settings.steps or math.ceil(per_epoch * settings.epochs)
     often = max(1, math.ceil(steps / 5))

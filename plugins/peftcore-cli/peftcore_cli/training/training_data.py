@@ -221,7 +221,7 @@ def weighted(parts: dict[int, list[Example]], settings: Settings) -> tuple[list[
     if len(set(weights)) == 1:
         parts, weights = {0: [example for part in parts.values() for example in part]}, weights[:1]
     if settings.pack:
-        parts = {source: packing.packed(part, settings.max_length) for source, part in parts.items()}
+        parts = {source: packing.pack(part, settings.max_length) for source, part in parts.items()}
     rows = [row for part in parts.values() for row in part]
     return rows, [(len(part), weights[source]) for source, part in parts.items()]
 

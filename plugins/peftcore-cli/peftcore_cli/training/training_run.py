@@ -293,7 +293,7 @@ def prepared(settings: Settings, rows: training_data.Rows) -> tuple[Any, Adapter
         pooling=(before and before.pooling) or (None if settings.pooling == "auto" else settings.pooling),
         language=settings.language,
     )
-    about = task.prepared(processor, about, settings.model)
+    about = task.prepare(processor, about, settings.model)
     if about.pooling is not None:
         say(f"texts become vectors by {about.pooling} pooling")
     conversations.set_template(processor, settings.chat_template, before.chat_template if before is not None else None)

@@ -55,7 +55,7 @@ def test_the_task_is_read_off_all_labels(tmp_path: Path, labels: tuple[Any, ...]
         (
             "multi-label",
             [0, 1, 1],
-            "'label' names 1 twice: [0, 1, 1]. List the labels that apply, not zeros",
+            "'label' names 1 twice: [0, 1, 1]. List the labels that apply, not a zero",
         ),
         ("multi-label", ["a", " "], "'label' must be a list of names"),
         ("multi-label", ["a", " nan"], "'label' is nan, which tables write where a value is missing"),

@@ -105,7 +105,7 @@ def test_gemmas_recordings_take_a_fixed_number_of_tokens(chats: Path) -> None:
     )
     extractor, images = Gemma3nAudioFeatureExtractor(), SiglipImageProcessorPil(size={"height": 8, "width": 8})
     processor = Gemma3nProcessor(extractor, images, text, template, audio_seq_length=3, image_seq_length=2)
-    processor = media_chats.checked(processor, "gemma", hears=True)
+    processor = media_chats.check_processor(processor, "gemma", hears=True)
     rows = row_reading.read_rows(chats, "audio-text")
     examples = find("audio-text").encode(rows, processor, 400).examples
     place = text.convert_tokens_to_ids("<audio_soft_token>")
@@ -140,7 +140,7 @@ def test_wrong_rows(chats: Path, fields: dict[str, Any], message: str) -> None:
 def test_what_does_not_fit_is_an_error(chats: Path, qwen: Path, llama: Path, tmp_path: Path) -> None:
     processor = find("audio-text").load_processor(str(qwen))
     rows = row_reading.read_rows(chats, "audio-text")
-    with pytest.raises(PeftcoreError, match=r"tokens, 12 of them for 1 recordings, which cannot be cut"):
+    with pytest.raises(PeftcoreError, match=r"tokens, 12 of them for 1 recordings, which cannot be truncated"):
         find("audio-text").encode(rows, processor, 8)
     audio_models.save_tone(tmp_path / "clips/0.wav", 1.5)
     with pytest.raises(PeftcoreError, match=r"chats.jsonl:1: .* has 1.5 seconds, and the model reads 1"):

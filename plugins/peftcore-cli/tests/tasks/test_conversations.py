@@ -77,7 +77,7 @@ def test_a_template_without_a_mark_at_the_end_is_given_one(tokenizer: Any) -> No
 
 
 def test_a_template_that_rewrites_what_came_before_is_refused(tokenizer: Any) -> None:
-    with pytest.raises(PeftcoreError, match=r"f:1: the chat template changes what came before messages\[1\]"):
+    with pytest.raises(PeftcoreError, match=r"f:1: the chat template changes the text before messages\[1\]"):
         learned(tokenizer, REWRITES)
 
 

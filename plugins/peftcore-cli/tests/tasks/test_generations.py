@@ -79,7 +79,7 @@ def test_cases(llama: Path) -> None:
     assert found == [Case(wanted[0], "is good"), Case(wanted[1], "bad")]
     with pytest.raises(PeftcoreError, match="f:1: text has no prompt to answer"):
         generations.cases([Row("f:1", "the film")], tokenizer, 8)
-    with pytest.raises(PeftcoreError, match=r"f:2: the prompt has 5 tokens; to be answered it needs 1 to 4"):
+    with pytest.raises(PeftcoreError, match=r"f:2: a prompt to answer must have 1 to 4 tokens"):
         generations.cases(rows, tokenizer, 4)
 
 
@@ -99,10 +99,10 @@ def test_answers_are_greedy_and_in_order(llama: Path) -> None:
 
 def test_count() -> None:
     given = (("loss", None), ("rouge_l", None), (None, 3))
-    assert [find("causal-lm").answered(*each) for each in given] == [0, 100, 3]
-    assert find("multi-label").answered("exact_match", None) == 0
-    with pytest.raises(PeftcoreError, match="are for causal-lm and seq2seq, found classification"):
-        find("classification").answered("a.py:f", None)
+    assert [find("causal-lm").answer_count(*each) for each in given] == [0, 100, 3]
+    assert find("multi-label").answer_count("exact_match", None) == 0
+    with pytest.raises(PeftcoreError, match=r"only work with causal-lm and seq2seq \(the task is classification"):
+        find("classification").answer_count("a.py:f", None)
 
 
 def test_own_metric_chooses_the_best(run: Run, llama: Path, reviews: Path, own: Path, tmp_path: Path) -> None:

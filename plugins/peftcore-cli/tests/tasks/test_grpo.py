@@ -59,7 +59,7 @@ def test_functions_are_checked(judges: Path) -> None:
     assert generations.load_reward(f"{judges}:share")(**given) == [0.25, 0.0]
     with pytest.raises(PeftcoreError, match=r"judges.py:strict fails with TypeError: .*accept \*\*kwargs"):
         generations.load_reward(f"{judges}:strict")(**given)
-    with pytest.raises(PeftcoreError, match=r"must return a list of 2 finite numbers, .* found \[1.0\]"):
+    with pytest.raises(PeftcoreError, match=r"must return a list of 2 finite numbers or None, .* found \[1.0\]"):
         generations.load_reward(f"{judges}:short")(**given)
     with pytest.raises(PeftcoreError, match=r"--reward must be FILE.py:FUNCTION, found 'share'"):
         generations.load_reward("share")
@@ -86,7 +86,7 @@ def test_misuse(run: Run, llama: Path, judges: Path, tmp_path: Path) -> None:
         arguments = ("-m", llama, "-d", path, *METHOD, "--task", "grpo", "-o", tmp_path / "no")
         return run("train", *arguments, *more, code=1).output
 
-    assert "--task grpo needs a function that judges answers" in refused()
+    assert "--task grpo needs a function that scores answers" in refused()
     assert "must be a multiple of --generations 3, found 8. Use --batch-size 3" in refused(
         "--reward", f"{judges}:share", "--generations", 3
     )

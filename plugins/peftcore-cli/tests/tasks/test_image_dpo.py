@@ -91,7 +91,7 @@ def test_wrong_rows(pairs: Path, fields: dict[str, Any], message: str) -> None:
 
 @pytest.mark.parametrize("kind", ["smolvlm", *(pytest.param(k, marks=pytest.mark.nightly) for k in OTHERS)])
 def test_answers_alone_are_compared(pairs: Path, kind: str, tmp_path: Path) -> None:
-    processor = media_chats.checked(image_models.KINDS[kind](tmp_path / kind), kind)
+    processor = media_chats.check_processor(image_models.KINDS[kind](tmp_path / kind), kind)
     examples = find("image-dpo").encode(row_reading.read_rows(pairs, "image-dpo"), processor, 400).examples
     batch = image_dpo.trl_collator(processor)(examples)
     learned = [
@@ -105,7 +105,7 @@ def test_answers_alone_are_compared(pairs: Path, kind: str, tmp_path: Path) -> N
     assert batch["attention_mask"].shape == batch["completion_mask"].shape and "labels" not in batch
     found = find("image-dpo").lengths(examples)
     assert found == [max(len(e["chosen"]["labels"]), len(e["rejected"]["labels"])) for e in examples]
-    with pytest.raises(PeftcoreError, match=r"for [12] images, which cannot be cut"):
+    with pytest.raises(PeftcoreError, match=r"for [12] images, which cannot be truncated"):
         find("image-dpo").encode(row_reading.read_rows(pairs, "image-dpo"), processor, 6)
 
 

@@ -133,14 +133,14 @@ def test_kto_end_to_end(run: Run, llama: Path, tmp_path: Path) -> None:
     assert found["after"]["loss"] < 0.45 and found["after"]["accuracy"] >= 0.75 and found["after"]["margin"] > 0.3
     assert f"{found['after']['loss']:.4f}" in run("eval", output, "-d", path).output
     wrong = run("train", *arguments, "-o", tmp_path / "no", "--batch-size", 1, code=1).output
-    assert "--task kto compares the answers of a batch, found --batch-size 1" in wrong
+    assert "--task kto compares the answers of a batch, so --batch-size 1" in wrong
 
 
 def test_a_batch_of_one_has_the_answer_of_another_example(llama: Path) -> None:
     collate = kto.trl_collator(models.load_tokenizer(str(llama)))
     ids = [[4, 5], [6], [7, 8]]
     rows = [{"prompt_ids": [1], "completion_ids": each, "label": True} for each in ids]
-    examples = kto.mismatched(rows)
+    examples = kto.with_mismatched_answers(rows)
     assert collate([examples[1]])["KL_input_ids"].tolist() == [[1, 4, 5]]
     assert collate(examples[1:])["KL_input_ids"].tolist() == [[1, 7, 8], [1, 6, 0]]  # in the batch
 
@@ -149,7 +149,7 @@ def test_weights_of_answers(tmp_path: Path) -> None:
     examples = [{"label": True}, {"label": False}, {"label": True}]
     after, before = [torch.tensor([1.0, 2.0, 3.0]), torch.zeros(3)], [torch.zeros(3), torch.zeros(3)]
     plain = [1 - torch.tensor(x).sigmoid() for x in (0.5, -1.0, 1.5)]
-    found = find("kto").figures_of(after, before, kto.weighted(examples, (2.0, 0.5)), 0.5)
+    found = find("kto").figures_of(after, before, kto.with_weights(examples, (2.0, 0.5)), 0.5)
     assert found.loss == pytest.approx(float(2 * plain[0] + 0.5 * plain[1] + 2 * plain[2]) / 3)
     assert find("kto").figures_of(after, before, examples, 0.5).loss == pytest.approx(float(sum(plain)) / 3)
 

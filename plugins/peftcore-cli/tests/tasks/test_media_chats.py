@@ -46,7 +46,7 @@ def smolvlm(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def made(request: pytest.FixtureRequest, tmp_path: Path) -> Made:
     """A model of each kind and its processor."""
     processor = image_models.KINDS[request.param](tmp_path / request.param)
-    return tmp_path / request.param, media_chats.checked(processor, request.param)
+    return tmp_path / request.param, media_chats.check_processor(processor, request.param)
 
 
 @pytest.fixture
@@ -153,7 +153,7 @@ def test_wrong_rows(chats: Path, fields: dict[str, Any], message: str) -> None:
 def test_wrong_images_models_and_lengths(chats: Path, smolvlm: Path, llama: Path, run: Run) -> None:
     processor = find("image-text").load_processor(str(smolvlm))
     rows = row_reading.read_rows(chats, "image-text")
-    with pytest.raises(PeftcoreError, match=r"chats.jsonl:2: the conversation has .* which cannot be cut"):
+    with pytest.raises(PeftcoreError, match=r"chats.jsonl:2: the conversation has .* which cannot be truncated"):
         find("image-text").encode(rows, processor, 50)
     (chats.parent / "photos" / "1.png").write_bytes(b"\x89PNG")
     with pytest.raises(PeftcoreError, match=r"chats.jsonl:1: .*1.png' cannot be read as an image"):
@@ -181,7 +181,7 @@ def test_a_template_without_images(chats: Path, smolvlm: Path) -> None:
         "{% for m in messages %}{{ m['role'] }}: {% for p in m['content'] %}{{ p.get('text', '') }}{% endfor %}\n"
         "{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
     )
-    with pytest.raises(PeftcoreError, match="writes 0 images, and the conversation has 1"):
+    with pytest.raises(PeftcoreError, match="writes 0 images, but the conversation has 1"):
         find("image-text").encode(row_reading.read_rows(chats, "image-text"), processor, 400)
 
 
@@ -262,7 +262,7 @@ def test_training_evaluating_and_answering(chats: Path, smolvlm: Path, tmp_path:
 @pytest.mark.nightly
 def test_answers_of_other_models(kind: str, chats: Path, tmp_path: Path) -> None:
     """Each answer is what the model generates after what the processor itself makes of the messages."""
-    processor = media_chats.checked(image_models.KINDS[kind](tmp_path / kind), kind)
+    processor = media_chats.check_processor(image_models.KINDS[kind](tmp_path / kind), kind)
     model = models.load_model(str(tmp_path / kind), "image-text", device="cpu")
     task, about = find("image-text"), AdapterTask("image-text", 200)
     rows = task.read_questions([str(chats)], None, about)

@@ -110,14 +110,14 @@ def test_a_positive_without_another_text_is_refused(bert: Path, tmp_path: Path, 
     pairs, triplets, scored = (examples_of(tmp_path, rows, tokenizer) for rows in KINDS.values())
     for fine, size in ((pairs, 2), (triplets, 1), (scored, 1), (triplets[:1], None), (scored[:1], None)):
         find("pairs").check_examples(fine, "training", size)
-    with pytest.raises(PeftcoreError, match="found --batch-size 1 and rows without a negative"):
+    with pytest.raises(PeftcoreError, match="so --batch-size 1 needs rows with a negative"):
         find("pairs").check_examples(pairs, "training", 1)
     for alone in (pairs[:1], [pairs[0], pairs[0]]):
-        with pytest.raises(PeftcoreError, match=r"all held-out examples \(\d\) have one positive.*--holdout 2"):
+        with pytest.raises(PeftcoreError, match=r"all \d held-out examples have the same positive.*--holdout 2"):
             find("pairs").check_examples(alone, "held-out")
     file = write_jsonl(tmp_path / "rows.jsonl", PAIRS)
     arguments = ("train", "-m", bert, "-d", file, "--method", "lora", "-o", tmp_path / "run", "--device", "cpu")
-    assert "all held-out examples (1) have one positive" in run(*arguments, code=1).output
+    assert "all 1 held-out examples have the same positive" in run(*arguments, code=1).output
 
 
 def test_candidates_with_the_text_of_the_positive_are_no_negatives(bert: Path, tmp_path: Path) -> None:
@@ -132,8 +132,8 @@ def test_candidates_with_the_text_of_the_positive_are_no_negatives(bert: Path, t
 def test_vectors_ignore_padding(pooling: str, bert: Path) -> None:
     tokenizer, model = models.load_tokenizer(str(bert)), models.load_model(str(bert), "pairs", device="cpu")
     texts = tokenizer(["the film is very good", "bad", "it was"])["input_ids"]
-    together = pairs.embedded(model, texts, 0, pooling, 3)
-    alone = torch.cat([pairs.embedded(model, [ids], 0, pooling) for ids in texts])
+    together = pairs.embed(model, texts, 0, pooling, 3)
+    alone = torch.cat([pairs.embed(model, [ids], 0, pooling) for ids in texts])
     assert torch.allclose(together, alone, atol=1e-5) and together.norm(dim=1).tolist() == pytest.approx([1, 1, 1])
     states = model(torch.tensor([texts[0]])).last_hidden_state[0].detach()
     wanted = {"mean": states.mean(0), "cls": states[0], "last": states[-1]}[pooling]
@@ -175,7 +175,7 @@ def test_pooling_is_the_bases(tmp_path: Path, files: dict[str, Any], pooling: st
     assert pairs.pooling_of(str(tmp_path)) == pooling
     assert pairs.pooling_of(str(tmp_path), "cls") == "cls"
     (tmp_path / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode_max_tokens": True}))
-    with pytest.raises(PeftcoreError, match=r"pools by max_tokens.*--pooling mean"):
+    with pytest.raises(PeftcoreError, match=r"uses max_tokens pooling.*--pooling mean"):
         pairs.pooling_of(str(tmp_path))
     (tmp_path / "modules.json").write_text(json.dumps([{"type": "sentence_transformers.models.Dense", "path": "2"}]))
     with pytest.raises(PeftcoreError, match="module Dense"):
@@ -232,12 +232,12 @@ def test_training_evaluating_and_vectors(bert: Path, tmp_path: Path, run: Run) -
     found = [json.loads(line) for line in (tmp_path / "vectors.jsonl").read_text().splitlines()]
     tokenizer, model = models.load_tokenizer(str(bert)), models.load_model(str(bert), "pairs", device="cpu")
     peftcore.load(model, tmp_path / "run" / "adapter")
-    wanted = pairs.embedded(model, tokenizer(["the film is good"])["input_ids"], 0, "cls")[0]
+    wanted = pairs.embed(model, tokenizer(["the film is good"])["input_ids"], 0, "cls")[0]
     assert found[0]["text"] == "the film is good"
     assert found[0]["embedding"] == pytest.approx(wanted.tolist(), abs=1e-5)
     run("merge", tmp_path / "run", "--output", tmp_path / "merged")
     assert pairs.pooling_of(str(tmp_path / "merged")) == "cls"
-    merged = pairs.embedded(
+    merged = pairs.embed(
         models.load_model(str(tmp_path / "merged"), "pairs", device="cpu"),
         tokenizer(["the film is good"])["input_ids"],
         0,
@@ -245,10 +245,10 @@ def test_training_evaluating_and_vectors(bert: Path, tmp_path: Path, run: Run) -
     )
     assert found[0]["embedding"] == pytest.approx(merged[0].tolist(), abs=1e-4)
     for wrong in (("generate", "--prompt", "a"), ("chat",)):
-        assert "makes vectors of texts" in run(wrong[0], tmp_path / "run", *wrong[1:], code=1).output
+        assert "computes text embeddings" in run(wrong[0], tmp_path / "run", *wrong[1:], code=1).output
     again = ("train", "--adapter", tmp_path / "run", "--data", file, "--output", tmp_path / "more", "--eval-data", file)
     run(*again, "--steps", "1", "--device", "cpu")
     assert json.loads((tmp_path / "more" / "adapter" / "peftcore_task.json").read_text())["pooling"] == "cls"
-    assert "--pooling is the adapter's" in run(*again, "--pooling", "mean", code=1).output
+    assert "cannot change the pooling of an existing adapter" in run(*again, "--pooling", "mean", code=1).output
     other = ("train", "--model", bert, "--data", file, "--method", "lora", "--output", tmp_path / "other")
     assert "--pooling is for --task pairs" in run(*other, "--task", "causal-lm", "--pooling", "mean", code=1).output

@@ -59,10 +59,10 @@ def test_commands_report_texts_that_are_too_long(run: Run, tmp_path: Path) -> No
     path = write_jsonl(tmp_path / "rows.jsonl", rows)
     options = ("train", "-m", tmp_path / "base", "-d", path, "--method", "lora", "--steps", 1, "-o", tmp_path / "run")
     found = run(*options, code=1).output
-    assert "has positions for 12 tokens, found texts of up to 17. Pass --max-length 12" in found
+    assert "has positions for 12 tokens, found a text with 17. Pass --max-length 12" in found
     run(*options, "--max-length", 12)
-    assert "found texts of up to 17" in run("eval", tmp_path / "run", "-d", path, "--max-length", 40, code=1).output
-    assert "a prompt with its answer has more" in run("generate", tmp_path / "run", "-p", "a", code=1).output
+    assert "found a text with 17" in run("eval", tmp_path / "run", "-d", path, "--max-length", 40, code=1).output
+    assert "which a prompt and its answer exceed" in run("generate", tmp_path / "run", "-p", "a", code=1).output
 
 
 def test_streamed_texts_are_cut_at_the_last_position(run: Run, tmp_path: Path) -> None:
@@ -89,8 +89,8 @@ def test_a_classifier_reports_texts_that_are_too_long(run: Run, labelled: Path, 
     rows = write_jsonl(tmp_path / "long.jsonl", [{"text": "the film is good " * 5, "label": "up"}])
     for command in ("predict", "eval"):
         found = run(command, tmp_path / "run", "-d", rows, code=1).output
-        assert "has positions for 12 tokens, found texts of up to 20. Pass --max-length 12" in found
+        assert "has positions for 12 tokens, found a text with 20. Pass --max-length 12" in found
         run(command, tmp_path / "run", "-d", rows, "--max-length", 12)
     found = run("generate", tmp_path / "run", "-p", "the film is good " * 5, code=1).output
-    assert "has positions for 12 tokens, found texts of up to 20. Pass a shorter text" in found
+    assert "has positions for 12 tokens, found a text with 20. Pass a shorter text" in found
     assert "the text has no tokens" in run("generate", tmp_path / "run", "-p", "", code=1).output

@@ -51,7 +51,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
 def test_a_template_that_fails_is_an_error_that_says_so(tokenizer: Any, template: str, message: str) -> None:
     tokenizer.chat_template = template
     with pytest.raises(PeftcoreError, match="the chat template ") as error:
-        conversations.rendered(tokenizer, TALK)
+        conversations.render(tokenizer, TALK)
     assert message in str(error.value) and "--chat-template chatml" in str(error.value) and len(str(error.value)) < 600
 
 

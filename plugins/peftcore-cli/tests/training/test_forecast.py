@@ -173,7 +173,7 @@ def test_a_step_on_images_and_audio(kind: str, tmp_path: Path, monkeypatch: pyte
     """The longest example's shapes, compared with the allocator's peak."""
     task = "audio-text" if kind == "audio" else "image-text"
     made = (audio_models.qwen if kind == "audio" else image_models.KINDS[kind])(tmp_path / kind)
-    processor = media_chats.checked(made, kind, hears=kind == "audio")
+    processor = media_chats.check_processor(made, kind, hears=kind == "audio")
     monkeypatch.setattr(models, "chat_processor", lambda *_, **_options: processor)
     part = {"type": "audio", "path": "1.wav"} if kind == "audio" else {"type": "image", "path": "1.png"}
     file, folder = chats_with(tmp_path, part), str(tmp_path / kind)
