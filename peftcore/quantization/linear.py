@@ -99,6 +99,12 @@ class QuantizedLinear(PackedParameters, nn.Linear):
         if weight.dtype is not torch.uint8:
             bias = None if bias is None else bias.to(weight.dtype)
             return F.linear(x.to(weight.dtype), weight, bias).to(x.dtype)
+        if not x.is_floating_point():
+            raise PeftcoreError(
+                f"a 4-bit layer [{self.out_features}, {self.in_features}] got an input in {x.dtype}: the model casts "
+                "inputs to the dtype of the weight, which is packed. Leave the layer dense: add its path to `skip` of "
+                "peftcore.quantize"
+            )
         if sharded.is_dtensor(x):
             raise PeftcoreError(
                 "a 4-bit layer was sharded after it was quantized, which splits its blocks. Call "
@@ -113,6 +119,8 @@ class QuantizedLinear(PackedParameters, nn.Linear):
         """Return the (weight, bias) that an adapter may multiply itself; see `peftcore.plugin.adapter.Base`."""
         parameters: dict[str, Any] = self._parameters  # see `packed`
         if parameters["weight"].dtype is not torch.uint8 or self.compute_dtype not in (None, x.dtype):
+            return None
+        if not x.is_floating_point():  # `forward` raises
             return None
         return self.packed, parameters["bias"] if "bias" in parameters else self.bias  # noqa: SIM401  # looked up when needed
 

@@ -86,7 +86,7 @@ def _advice(found: Outcome) -> tuple[dict[str, Any], bool]:
     skip = re.search(r"leave \d+ of \d+ weights dense: skip=(\[[^\]]*\])", found.why)
     if skip is not None:
         fields["skip"] = ast.literal_eval(skip[1])
-    if "add_missing=True gives" in found.why:
+    if "Use add_missing=True" in found.why:
         fields["add_missing"] = True
     return fields, "model.enable_input_require_grads()" in found.why
 

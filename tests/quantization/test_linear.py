@@ -240,3 +240,13 @@ def test_loading_keeps_the_parameter():
     weight = layer.weight
     layer.load_state_dict(quantized().state_dict())
     assert layer.weight is weight and torch.equal(weight, quantized().weight)
+
+
+@pytest.mark.parametrize("compute_dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("adapted", [False, True])
+def test_inputs_that_a_model_casts_to_the_packed_weights_dtype(compute_dtype, adapted):
+    model = nn.Sequential(quantized(compute_dtype=compute_dtype))
+    if adapted:
+        peftcore.apply(model, "lora", target_modules=["0"])
+    with pytest.raises(peftcore.PeftcoreError, match=r"layer \[48, 128\] got an input in torch\.uint8.*`skip`"):
+        model(torch.ones(2, 128).to(model[0].weight.dtype))
