@@ -16,7 +16,7 @@ from peftcore import engine
 from peftcore.errors import PeftcoreError, PluginError, nearest
 from peftcore.exporting.onnx import ONNX
 from peftcore.exporting.serving import VLLM
-from peftcore.files.folder import made
+from peftcore.files.folder import created_folders
 from peftcore.files.saving import save
 from peftcore.plugin import sharded
 from peftcore.plugin.discovery import Plugin
@@ -181,10 +181,10 @@ def model_file(exporter: Exporter, options: dict[str, Any]) -> str:
 
 @contextmanager
 def _folder_of(path: Path) -> Iterator[None]:
-    """Make the folder of `path` for the block; after an error, remove it if it was made and is empty."""
+    """Make the folder of `path` for the block; after an error, remove it if it was created_folders and is empty."""
     with ExitStack() as stack:
         try:
-            stack.enter_context(made(path.parent))
+            stack.enter_context(created_folders(path.parent))
         except OSError as error:
             raise PeftcoreError(f"'{path.parent}' cannot be created: {error.strerror or error}") from error
         yield

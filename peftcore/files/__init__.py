@@ -1,8 +1,7 @@
-"""The files of adapters, in Hugging Face PEFT's format: reading, writing, and what they mean for a model.
+"""Adapter files in PEFT's format: reading, writing, and checking that they fit a model.
 
-It imports `engine` and what is below it. `peftcore` has `save`, `load`, `inspect`, `state_dict` and
-`set_state_dict`; this package has what programs that train need besides: the model card, the config of an adapter
-before it is loaded, and the size of a vocabulary.
+`peftcore` exports `save`, `load`, `inspect`, `state_dict` and `set_state_dict`. This package also exports what training
+programs need: additions to the model card, the config of an adapter before it is loaded, and its vocabulary size.
 """
 
 from peftcore.files.model_card import add_to_card as add_to_card, code_span as code_span

@@ -1,7 +1,7 @@
 """`state_dict` and `set_state_dict`: read and replace the values of an applied adapter.
 
-Tensors are filled in place and no attribute of a module is set, so a compiled model is not recompiled. If the other
-adapter has a different scale, B absorbs it; if its rank is smaller, the last rows of A and columns of B are zero.
+Tensors are filled in place, and no attribute of a module is set, so a compiled model is not recompiled. If the other
+adapter has another scale, B absorbs the ratio. If its rank is smaller, the last rows of A and columns of B are zero.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ from peftcore.plugin.peft_fields import guarded, peft_version
 from peftcore.plugin.placements.placement import Placement
 from peftcore.plugin.registry import registry
 
-_OWN = "peftcore"  # key in the dictionary's `_metadata`, which PyTorch uses for versions of modules
+_METADATA_KEY = "peftcore"  # key in the dictionary's `_metadata`, which PyTorch uses for versions of modules
 
 _Source: TypeAlias = "str | os.PathLike[str] | Mapping[str, Tensor]"
 
 
 def state_dict(model: nn.Module, adapter: str) -> OrderedDict[str, Tensor]:
-    """Return copies of the tensors of `adapter`, by the names that `save` gives them, on their devices.
+    """Return copies of the tensors of `adapter` on their devices, by the names that `save` gives them.
 
-    `_metadata` of the dictionary holds the adapter's config for `set_state_dict`. If the model is sharded, the tensors
-    are whole and every rank must call this function.
+    The dictionary's `_metadata` holds the adapter's config for `set_state_dict`. If the model is sharded, the tensors
+    are full tensors, and every rank must call this function.
 
     Raises:
         PeftcoreError: no adapter with this name is applied, or adapters are merged.
@@ -51,48 +51,48 @@ def state_dict(model: nn.Module, adapter: str) -> OrderedDict[str, Tensor]:
     engine.refuse_changed(model)
     sharded.reshard(model)
     tensors = {**tensors_on_disk(model, adapter, exported=True), **kept_on_disk(model, adapter)}
-    whole = {name: sharded.whole(tensor).clone() for name, tensor in tensors.items()}
+    full_tensors = {name: sharded.whole(tensor).clone() for name, tensor in tensors.items()}
     entry = engine.applied(model, adapter)
     with registry.naming(entry.method, "write"):
         fields = dataclasses.asdict(entry.config)
-        state = OrderedDict(registry.method(entry.method).state.write(model, whole, fields)[0])
+        state = OrderedDict(registry.method(entry.method).state.write(model, full_tensors, fields)[0])
     config = dataclasses.asdict(scaled_config(model, adapter))
-    state._metadata = {_OWN: {"method": entry.method, "config": config}}  # type: ignore[attr-defined]
+    state._metadata = {_METADATA_KEY: {"method": entry.method, "config": config}}  # type: ignore[attr-defined]
     return state
 
 
 @engine.exclusive("set an adapter's values", base=True)
 def set_state_dict(model: Model, adapter: str, source: _Source, *, check_base: bool = True) -> Model:
-    """Replace the values of an applied adapter by those of another, in place; a compiled model is not recompiled.
+    """Replace the values of an applied adapter by another's, in place. A compiled model is not recompiled.
 
-    `adapter` then computes what the other adapter would compute if it were loaded. It keeps its name and dtype, and a
-    factor set by `scale` becomes 1 again. Low-rank adapters may differ in scale and have a smaller rank; at modules
-    that the other adapter does not change, B becomes 0.
+    `adapter` then computes what the other adapter would compute if it was loaded. It keeps its name and dtype, and a
+    multiplier set by `scale` is reset to 1. The other adapter of a low-rank method may have another scale and a smaller
+    rank, and may lack modules; there, B becomes 0.
 
     Args:
         model: the model the adapter is on.
         adapter: name of the adapter whose values are replaced.
-        source: a folder as `load` takes it, or a dictionary from `state_dict`. Other dictionaries of tensors, by their
-            names on disk, must come from an adapter with the same config.
+        source: a local folder that `load` accepts, or a dictionary from `state_dict`. Any other dictionary of tensors
+            by their names on disk must come from an adapter with the same config.
         check_base: compare fingerprints of the base, as in `load`. Dictionaries have none.
 
     Returns:
         The model.
 
     Raises:
-        CheckpointError: the source is of another method, has a larger rank or other modules, or cannot be read.
-            Nothing is changed.
+        CheckpointError: the source has another method, a larger rank or further modules, or cannot be read. Nothing is
+            changed.
     """
     state, entry = engine.require_state(model), engine.applied(model, adapter)
     engine.refuse_merged(state, f"set the values of '{adapter}'")
     engine.refuse_changed(model)
     sharded.refuse_sharded(model, f"set the values of '{adapter}'")
-    before = entry.multiplier
-    set_multiplier(model, adapter, 1.0)  # the other adapter's values are fitted to the scale of the config
+    previous = entry.multiplier
+    set_multiplier(model, adapter, 1.0)  # the other adapter's values are converted to the config's scale
     try:
         _set(model, adapter, source, check_base)
     except BaseException:
-        set_multiplier(model, adapter, before)
+        set_multiplier(model, adapter, previous)
         raise
     return model
 
@@ -102,10 +102,10 @@ class _Values:
     """Values for an applied adapter.
 
     Args:
-        where: folder, or what else messages call the source.
-        config: config of the adapter that has the values.
-        tensors: its tensors by their names on disk.
-        partly_tied: a tied parameter may be under only one of its names.
+        where: the source, for messages.
+        config: config of the adapter that the values come from.
+        tensors: tensors by their names on disk.
+        partly_tied: the source may have a tied parameter under only one of its names.
     """
 
     where: Path
@@ -116,20 +116,20 @@ class _Values:
 
 def _set(model: nn.Module, adapter: str, source: _Source, check_base: bool) -> None:
     if isinstance(source, Mapping):
-        values = _of_dictionary(model, adapter, source)
+        values = _values_from_dictionary(model, adapter, source)
     else:
-        values = _of_folder(model, adapter, Path(source), check_base)
+        values = _values_from_folder(model, adapter, Path(source), check_base)
     tensors = values.tensors
-    if not _same(values.config, engine.applied(model, adapter).config):
-        tensors = _fitted(model, adapter, values)
+    if not _are_equal(values.config, engine.applied(model, adapter).config):
+        tensors = _fit_tensors(model, adapter, values)
     fill(model, adapter, tensors, values.where, partly_tied=values.partly_tied)
 
 
-def _of_dictionary(model: nn.Module, adapter: str, source: Mapping[str, Tensor]) -> _Values:
-    """Return the values in a dictionary from `state_dict`, or in one without a config, which must have the shapes."""
+def _values_from_dictionary(model: nn.Module, adapter: str, source: Mapping[str, Tensor]) -> _Values:
+    """Read the values from a dictionary of `state_dict`, or from one without a config, whose shapes must match."""
     entry, where = engine.applied(model, adapter), Path("state_dict")
     method, config = registry.method(entry.method), entry.config
-    recorded = getattr(source, "_metadata", {}).get(_OWN)
+    recorded = getattr(source, "_metadata", {}).get(_METADATA_KEY)
     if recorded is not None:
         _refuse_other(method, registry.method(recorded["method"]), adapter, where)
         config = method.config_class(**recorded["config"])
@@ -141,7 +141,7 @@ def _of_dictionary(model: nn.Module, adapter: str, source: Mapping[str, Tensor])
     return _Values(where, config, tensors)
 
 
-def _of_folder(model: nn.Module, adapter: str, folder: Path, check_base: bool) -> _Values:
+def _values_from_folder(model: nn.Module, adapter: str, folder: Path, check_base: bool) -> _Values:
     method = registry.method(engine.applied(model, adapter).method)
     stored = read_adapter(folder, model, applied=method.name)
     _refuse_other(method, stored.method, adapter, folder)
@@ -155,7 +155,7 @@ def _refuse_other(method: Method, other: Method, adapter: str, where: Path) -> N
     if other.name != method.name:
         raise CheckpointError(
             f"'{where}' is an adapter of {other.name}, but '{adapter}' is of {method.name}. Load it as another "
-            f"adapter: peftcore.load(model, folder, adapter=...), then activate it and remove '{adapter}'"
+            f"adapter (peftcore.load(model, folder, adapter=...)), then activate it and remove '{adapter}'"
         )
 
 
@@ -163,12 +163,13 @@ def _refuse_other_shapes(model: nn.Module, adapter: str, tensors: Mapping[str, T
     for name, applied_tensor in tensors_on_disk(model, adapter).items():
         if name in tensors and tensors[name].shape != applied_tensor.shape:
             raise CheckpointError(
-                f"'{name}' has shape {list(tensors[name].shape)}, here {list(applied_tensor.shape)}. Tensors of "
-                "another shape need their config: pass the adapter's folder, or a dictionary from peftcore.state_dict"
+                f"'{name}' has shape {list(tensors[name].shape)}, but the applied adapter has "
+                f"{list(applied_tensor.shape)}. Tensors of another shape need their config: pass the adapter's folder, "
+                "or a dictionary from peftcore.state_dict"
             )
 
 
-def _same(one: Any, other: Any) -> bool:
+def _are_equal(one: Any, other_config: Any) -> bool:
     """Return whether two configs are equal, ignoring the order of lists."""
 
     def comparable(config: Any) -> dict[str, Any]:
@@ -180,14 +181,14 @@ def _same(one: Any, other: Any) -> bool:
             fields[field.name] = value
         return fields
 
-    return comparable(one) == comparable(other)
+    return comparable(one) == comparable(other_config)
 
 
-def _fitted(model: nn.Module, adapter: str, values: _Values) -> dict[str, Tensor]:
-    """Return the tensors of an adapter with another config, in the shapes of the applied one.
+def _fit_tensors(model: nn.Module, adapter: str, values: _Values) -> dict[str, Tensor]:
+    """Convert the tensors of an adapter with another config to the shapes of the applied one.
 
     Raises:
-        CheckpointError: the two differ in more than rank and scale.
+        CheckpointError: the adapters differ in more than rank and scale.
     """
 
     def refuse(reason: str) -> CheckpointError:
@@ -202,11 +203,11 @@ def _fitted(model: nn.Module, adapter: str, values: _Values) -> dict[str, Tensor
     if reason is not None:
         raise refuse(reason)
     applied_adapters = dict(engine.adapter_modules(model, adapter))
-    placed = _placed(model, method, values)
-    other_adapters = {attached.path: attached.adapter for attached in placed.attached}
-    unknown = [*(path for path in other_adapters if path not in applied_adapters), *placed.trained]
+    attachments = _build_attachments(model, method, values)
+    other_adapters = {attached.path: attached.adapter for attached in attachments.attached}
+    unknown = [*(path for path in other_adapters if path not in applied_adapters), *attachments.trained]
     if unknown:
-        raise refuse(f"it changes '{unknown[0]}', and '{adapter}' does not")
+        raise refuse(f"it changes '{unknown[0]}', but '{adapter}' does not")
     tensors = dict(values.tensors)
     for path, placements in entry.placements.items():
         if path not in applied_adapters:
@@ -222,28 +223,28 @@ def _fitted(model: nn.Module, adapter: str, values: _Values) -> dict[str, Tensor
 
 
 def _why_fixed(entry: engine.Applied, method: Method, config: Any) -> str | None:
-    """Return why the adapter cannot take values of an adapter with another config at all, or None."""
+    """Return why the adapter cannot take the values of an adapter with another config, or None."""
     for name in method.trained_fields:
         value, other_value = getattr(entry.config, name), getattr(config, name)
         if other_value != value:
-            return f"training has changed {name} to {other_value} there and {value} here, and with it the shapes"
+            return f"training has changed {name}, and with it the shapes, to {other_value} there and to {value} here"
     if entry.trained:
         return f"it trains parameters of the base, such as '{entry.trained[0]}', and the configs differ"
     return None
 
 
-def _placed(model: nn.Module, method: Method, values: _Values) -> AdapterAttachments:
-    """Return what the other config would attach, on the meta device if tensors in files are all that it has."""
+def _build_attachments(model: nn.Module, method: Method, values: _Values) -> AdapterAttachments:
+    """Build the other config's adapters, on the meta device unless they have tensors that files do not contain."""
     with torch.device("meta"), guarded(method, f"'{values.where}'"):
-        placed = engine.placements_for(model, values.config, {})
-    if any(has_nonpersistent_buffers(attached.adapter) for attached in placed.attached):
+        attachments = engine.placements_for(model, values.config, {})
+    if any(has_nonpersistent_buffers(attached.adapter) for attached in attachments.attached):
         with torch.random.fork_rng(devices=[]), guarded(method, f"'{values.where}'"):
-            placed = engine.placements_for(model, values.config, {})
-    return placed
+            attachments = engine.placements_for(model, values.config, {})
+    return attachments
 
 
 def _why_different(adapter: nn.Module, other: nn.Module | None, is_low_rank: bool) -> str | None:
-    """Return how two adapters differ, ignoring rank and scale of low-rank ones, or None."""
+    """Return how two adapters differ, ignoring the rank and scale of low-rank ones, or None."""
     if other is not None:
         return difference(adapter, other, numbers=not is_low_rank)
     return None if is_low_rank else "nothing is there"
@@ -257,7 +258,10 @@ def _fit_factors(
     other_factors: Sequence[LowRank] | None,
     where: Path,
 ) -> None:
-    """Bring the factors of one module to the ranks and scales of the applied ones; None: the module is unchanged."""
+    """Convert the factors of one module to the applied ranks and scales.
+
+    `other_factors` is None for a module that the other adapter does not change.
+    """
     names: dict[int, str] = {}
     for placement in placements:
         for name, tensor in _tensors(placement.adapter):
@@ -267,28 +271,29 @@ def _fit_factors(
         if other_factors is None:
             tensors[a], tensors[b] = factors.a.detach(), torch.zeros_like(factors.b)
         elif a in tensors and b in tensors:  # otherwise `fill` raises for the missing tensor
-            _fit(tensors, a, b, factors, other_factors[number], where)
+            _fit_factor_pair(tensors, a, b, factors, other_factors[number], where)
 
 
-def _fit(tensors: dict[str, Tensor], a: str, b: str, applied: LowRank, other: LowRank, where: Path) -> None:
-    """Bring the tensors named `a` and `b` to the rank and scale of `applied`."""
+def _fit_factor_pair(tensors: dict[str, Tensor], a: str, b: str, applied: LowRank, other: LowRank, where: Path) -> None:
+    """Convert the tensors named `a` and `b` to the rank and scale of `applied`."""
     for name, factor in ((a, other.a), (b, other.b)):
         if tensors[name].shape != factor.shape:
             raise CheckpointError(
-                f"'{where}': '{name}' has shape {list(tensors[name].shape)}, its config says {list(factor.shape)}"
+                f"'{where}': '{name}' has shape {list(tensors[name].shape)}, but its config implies "
+                f"{list(factor.shape)}. Copy the files again"
             )
-    r, most = other.a.shape[0], applied.a.shape[0]
-    if r > most:
+    r, applied_r = other.a.shape[0], applied.a.shape[0]
+    if r > applied_r:
         raise CheckpointError(
-            f"'{where}' has rank {r} at '{a}', and the applied adapter has {most}, which cannot grow in place. Apply "
-            f"with r={r} or more before compiling the model; smaller ranks fit into that"
+            f"'{where}' has rank {r} at '{a}', but the applied adapter has {applied_r} and cannot grow in place. Apply "
+            f"it with r={r} or more before compiling the model; adapters of smaller ranks fit as well"
         )
     ratio = other.scale / applied.scale
-    tensors[a] = _padded(tensors[a], 0, most)
-    tensors[b] = _padded(tensors[b] if ratio == 1 else tensors[b].float() * ratio, 1, most)
+    tensors[a] = _pad(tensors[a], 0, applied_r)
+    tensors[b] = _pad(tensors[b] if ratio == 1 else tensors[b].float() * ratio, 1, applied_r)
 
 
-def _padded(tensor: Tensor, dim: int, size: int) -> Tensor:
+def _pad(tensor: Tensor, dim: int, size: int) -> Tensor:
     if tensor.shape[dim] == size:
         return tensor
     shape = list(tensor.shape)
@@ -301,8 +306,8 @@ def _factors(adapter: nn.Module | None) -> list[LowRank] | None:
     if not implements(adapter, Adapter.low_rank):
         return None
     factors = list(adapter.low_rank())
-    known = {id(product.a) for product in factors} | {id(product.b) for product in factors}
-    return factors if {id(tensor) for _, tensor in _tensors(adapter)} == known else None
+    factor_ids = {id(product.a) for product in factors} | {id(product.b) for product in factors}
+    return factors if {id(tensor) for _, tensor in _tensors(adapter)} == factor_ids else None
 
 
 def _tensors(adapter: nn.Module) -> list[tuple[str, Tensor]]:

@@ -1,11 +1,11 @@
 """Fingerprint of the base: shapes and a few values of its tensors.
 
-It keeps an adapter from being loaded onto another model, or onto one with a re-initialised head or vocabulary. Two
-dtypes of one model match (values are compared within 2 %), another model of the same shape does not. Quantized weights,
-which have no values to sample, are skipped.
+It prevents loading an adapter onto another model, or onto one with a re-initialized head or vocabulary. The same model
+in another dtype matches, since values are compared within 2 %; another model of the same shape does not. Quantized
+weights have no values to sample and are skipped.
 
-    {"version": 2, "tensors": {name: [shape, values]}}      values: 4 spread over the tensor and its last 4; none, if
-                                                            the tensor was sharded and not among those chosen
+    {"version": 2, "tensors": {name: [shape, values]}}      values: 4 spread over the tensor and its last 4; empty for
+                                                            sharded tensors that were not sampled
 """
 
 from __future__ import annotations
@@ -25,39 +25,41 @@ from peftcore.plugin.layers import is_wrapped
 from peftcore.plugin.validation import shown
 
 _VERSION = 2
-_GATHERED = 16
-_SPREAD = _LAST = 4
+_SAMPLED_TENSORS = 16
+_SPREAD_VALUES = _LAST_VALUES = 4
 _TOLERANCE = 0.02
 
 
 def fingerprint(tensors: Mapping[str, Tensor], important: Collection[str] = ()) -> str:
     """Return JSON with the shapes and some values of all floating-point tensors.
 
-    Collective if tensors are sharded; it then has values of 16 of them and of the `important` ones only, since each is
-    gathered whole.
+    Collective if tensors are sharded. Then only 16 tensors and the `important` ones are sampled, because each of them
+    is all-gathered.
     """
     names = _with_values(tensors)
-    chosen: Collection[str] = names
-    parts = sharded.any_shards([tensors[name] for name in names])
-    if parts:
-        chosen = {*names[:: -(-len(names) // _GATHERED)], *important}
-    shapes = {name: sharded.shape_of(tensors[name]) if parts else tensors[name].shape for name in names}
-    values = _samples({name: (tensors[name], _positions(shapes[name].numel())) for name in names if name in chosen})
-    recorded: dict[str, Any] = {}
+    sampled_names: Collection[str] = names
+    is_sharded = sharded.any_shards([tensors[name] for name in names])
+    if is_sharded:
+        sampled_names = {*names[:: -(-len(names) // _SAMPLED_TENSORS)], *important}
+    shapes = {name: sharded.shape_of(tensors[name]) if is_sharded else tensors[name].shape for name in names}
+    values = _samples(
+        {name: (tensors[name], _positions(shapes[name].numel())) for name in names if name in sampled_names}
+    )
+    records: dict[str, Any] = {}
     for name in names:
-        recorded[name] = list(shapes[name]), list(map(float, map("{:.5g}".format, values.get(name, ()))))
-    return json.dumps({"version": _VERSION, "tensors": recorded}, separators=(",", ":"))
+        records[name] = list(shapes[name]), list(map(float, map("{:.5g}".format, values.get(name, ()))))
+    return json.dumps({"version": _VERSION, "tensors": records}, separators=(",", ":"))
 
 
 def difference(tensors: Mapping[str, Tensor], expected: str) -> str | None:
-    """Return how `tensors` differ from the base of the fingerprint, or None.
+    """Return how `tensors` differ from the fingerprint `expected`, or None.
 
     Raises:
         CheckpointError: the fingerprint is invalid.
     """
-    recorded = _parsed(expected)
-    with_values, sampled = {*_with_values(tensors)}, dict[str, tuple[Tensor, tuple[int, ...]]]()
-    for name, (shape, values) in recorded.items():
+    records = _parse(expected)
+    with_values, samples_to_read = {*_with_values(tensors)}, dict[str, tuple[Tensor, tuple[int, ...]]]()
+    for name, (shape, values) in records.items():
         tensor = tensors.get(name)
         if tensor is None:
             return f"it has no parameter '{name}'"
@@ -71,9 +73,9 @@ def difference(tensors: Mapping[str, Tensor], expected: str) -> str | None:
         positions = _positions(math.prod(shape_here))
         if len(values) != len(positions):
             return f"'{name}' has {len(positions)} sampled values, the adapter's base {len(values)}"
-        sampled[name] = tensor, positions
-    for name, values_here in _samples(sampled).items():
-        values_of_base = recorded[name][1]
+        samples_to_read[name] = tensor, positions
+    for name, values_here in _samples(samples_to_read).items():
+        values_of_base = records[name][1]
         size = math.hypot(*values_of_base)
         if math.isfinite(size):
             error = math.dist(values_here, values_of_base) / max(size, 1e-12)
@@ -85,7 +87,7 @@ def difference(tensors: Mapping[str, Tensor], expected: str) -> str | None:
 
 
 def _with_values(tensors: Mapping[str, Tensor]) -> list[str]:
-    """Return the names of floating-point tensors that have values here and are not quantized."""
+    """Return the names of floating-point tensors that are neither meta tensors nor quantized."""
     names: list[str] = []
     for name, tensor in tensors.items():
         has_values = tensor.is_floating_point() and not tensor.is_meta
@@ -94,8 +96,8 @@ def _with_values(tensors: Mapping[str, Tensor]) -> list[str]:
     return names
 
 
-def _parsed(text: str) -> dict[str, tuple[list[int], list[float]]]:
-    """Return {name: (shape, values)} of a fingerprint, which may come from an untrusted file."""
+def _parse(text: str) -> dict[str, tuple[list[int], list[float]]]:
+    """Parse a fingerprint, perhaps from an untrusted file, into {name: (shape, values)}."""
     try:
         record = json.loads(text)
         version = record["version"]
@@ -111,34 +113,34 @@ def _parsed(text: str) -> dict[str, tuple[list[int], list[float]]]:
 
 
 def _error(values: list[float], expected: list[float]) -> float:
-    """Return |found - wanted| / |wanted| where some values are infinite; equal ones match."""
-    away = math.hypot(*(0.0 if one == other else one - other for one, other in zip(values, expected, strict=True)))
-    return away / max(math.hypot(*filter(math.isfinite, expected)), 1e-12)
+    """Return |values - expected| / |expected| where some values are infinite; equal infinities match."""
+    distance = math.hypot(*(0.0 if one == other else one - other for one, other in zip(values, expected, strict=True)))
+    return distance / max(math.hypot(*filter(math.isfinite, expected)), 1e-12)
 
 
 @lru_cache(1024)
 def _positions(count: int) -> tuple[int, ...]:
-    spread = [i * count // _SPREAD for i in range(_SPREAD)]
-    return tuple(sorted({*spread, *range(max(0, count - _LAST), count)} - {count}))
+    positions = [i * count // _SPREAD_VALUES for i in range(_SPREAD_VALUES)]
+    return tuple(sorted({*positions, *range(max(0, count - _LAST_VALUES), count)} - {count}))
 
 
-def _samples(chosen: Mapping[str, tuple[Tensor, tuple[int, ...]]]) -> dict[str, list[float]]:
-    """Return the values of tensors at positions; those of one dtype and device are fetched together."""
-    parts = sharded.any_shards([tensor for tensor, _ in chosen.values()])
-    kinds: dict[Any, dict[str, Tensor]] = {}
-    for name, (tensor, positions) in chosen.items():
-        flat = (sharded.whole(tensor) if parts else tensor.detach()).reshape(-1)
+def _samples(positions_by_name: Mapping[str, tuple[Tensor, tuple[int, ...]]]) -> dict[str, list[float]]:
+    """Return values of tensors at positions. Values of the same dtype and device are fetched in one transfer."""
+    is_sharded = sharded.any_shards([tensor for tensor, _ in positions_by_name.values()])
+    samples_by_kind: dict[Any, dict[str, Tensor]] = {}
+    for name, (tensor, positions) in positions_by_name.items():
+        flat = (sharded.whole(tensor) if is_sharded else tensor.detach()).reshape(-1)
         index = _index(positions)
         sample = flat.index_select(0, index if flat.is_cpu else index.to(flat.device))
-        kinds.setdefault((sample.dtype, sample.device), {})[name] = sample
-    lists: dict[str, list[float]] = {}
-    for samples in kinds.values():
+        samples_by_kind.setdefault((sample.dtype, sample.device), {})[name] = sample
+    values_by_name: dict[str, list[float]] = {}
+    for samples in samples_by_kind.values():
         values = torch.cat(list(samples.values())).float().tolist()
         end = 0
         for name, sample in samples.items():
-            begin, end = end, end + len(sample)
-            lists[name] = values[begin:end]
-    return {name: lists[name] for name in chosen}
+            start, end = end, end + len(sample)
+            values_by_name[name] = values[start:end]
+    return {name: values_by_name[name] for name in positions_by_name}
 
 
 @lru_cache(1024)  # many layers have the same size

@@ -1,4 +1,4 @@
-"""Checks that an adapter's files fit a model: its placements, its base, and its tensors."""
+"""Checks that an adapter's files fit a model: placements, base and tensors."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from peftcore.engine.trained_parameters import base_tensors
 from peftcore.errors import CheckpointError, PeftcoreError, PluginError
 from peftcore.files.fingerprint import difference
 from peftcore.files.metadata import BASE, VERSION, ties_partly
-from peftcore.files.multiplier import without
+from peftcore.files.multiplier import remove_multiplier
 from peftcore.files.reading import Stored
 from peftcore.files.tensors import fill, is_tied_in
 from peftcore.model import detect
@@ -37,13 +37,13 @@ from peftcore.plugin.safe_reading import CONFIG, TENSORS
 
 @dataclass(frozen=True)
 class Fit:
-    """An adapter of a file that fits the model.
+    """An adapter from a file that fits the model.
 
     Args:
-        to_fill: its placements on the meta device if the file has all tensors, otherwise its config, for
-            `engine.add_adapter`.
-        multiplier: the factor set by `scale`.
-        trained: names of base parameters that it trains.
+        to_fill: argument of `engine.add_adapter`: the placements on the meta device if the file has all tensors,
+            otherwise the config.
+        multiplier: the multiplier set by `scale`.
+        trained: names of base parameters that the adapter trains.
     """
 
     to_fill: AdapterAttachments | Any
@@ -51,19 +51,19 @@ class Fit:
     trained: tuple[str, ...]
 
 
-def fitting(model: nn.Module, folder: Path, content: Stored, check_base: bool) -> Fit:
-    """Check that a file fits `model`, and return what to apply.
+def check_fit(model: nn.Module, folder: Path, content: Stored, check_base: bool) -> Fit:
+    """Check that a file fits `model`, and return the adapter to apply.
 
     Raises:
-        CheckpointError: the file does not fit, or belongs to another base.
+        CheckpointError: the file does not fit the model, or was trained on another base.
     """
-    config, multiplier = without(content.method, content.config, content.metadata)
+    config, multiplier = remove_multiplier(content.method, content.config, content.metadata)
     if check_base:
         refuse_other_base(model, folder, content.metadata, "peftcore.load(...")
     config = config_on(model, content.method, config, content.tensors, content.metadata)
-    placed = _placed(model, content.method, config, folder)
-    to_fill = placed if _has_every_tensor(placed, content.tensors, folder) else config
-    return Fit(to_fill, multiplier, placed.trained)
+    attachments = _build_attachments(model, content.method, config, folder)
+    to_fill = attachments if _has_every_tensor(attachments, content.tensors, folder) else config
+    return Fit(to_fill, multiplier, attachments.trained)
 
 
 def fill_applied(model: nn.Module, adapter: str, folder: Path, content: Stored) -> None:
@@ -74,9 +74,9 @@ def fill_applied(model: nn.Module, adapter: str, folder: Path, content: Stored) 
 def config_on(
     model: nn.Module, method: Method, config: Any, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
 ) -> Any:
-    """Return a file's config, restricted to modules of `model`, with the heads that the file's tensors contain.
+    """Restrict a file's config to the modules of `model`, and add the heads that the file's tensors contain.
 
-    In files of other libraries, names in `target_modules` do not select experts.
+    In files of other libraries, `target_modules` does not select experts.
     """
     changes: dict[str, Any] = {}
     for name in ("target_modules", "modules_to_save", "exclude_modules"):
@@ -84,31 +84,36 @@ def config_on(
         if isinstance(value, (list, tuple)) and value:
             changes[name] = drop_unmatched(model, value, experts=VERSION in metadata)
     if hasattr(config, "modules_to_save"):  # None would add heads that the file does not have
-        named = changes.get("modules_to_save", config.modules_to_save) or []
-        changes["modules_to_save"] = [*named, *_unnamed(model, method, named, tensors)]
-    saved = changes.get("modules_to_save")
-    if saved and getattr(config, "ensure_weight_tying", False) and VERSION not in metadata:
-        changes["ensure_weight_tying"] = is_tied_in(model, method, saved, tensors)  # PEFT ties by names, and not always
+        modules_to_save = changes.get("modules_to_save", config.modules_to_save) or []
+        changes["modules_to_save"] = [*modules_to_save, *_heads_in_file(model, method, modules_to_save, tensors)]
+    all_saved = changes.get("modules_to_save")
+    if all_saved and getattr(config, "ensure_weight_tying", False) and VERSION not in metadata:
+        changes["ensure_weight_tying"] = is_tied_in(
+            model, method, all_saved, tensors
+        )  # PEFT ties by names, and not always
     return dataclasses.replace(config, **changes)
 
 
 def refuse_other_base(model: nn.Module, folder: Path, metadata: dict[str, str], call: str) -> None:
-    """Raise a CheckpointError if the file is of another base.
+    """Raise a CheckpointError if the adapter was trained on another base.
 
     Args:
-        call: what loads it anyway, for the message.
+        model: the model.
+        folder: the adapter's folder, for the message.
+        metadata: metadata of the file, with the fingerprint.
+        call: start of the call that loads the adapter anyway, for the message.
     """
     reason = difference(base_tensors(model), metadata[BASE]) if BASE in metadata else None
     if reason:
         raise CheckpointError(
-            f"'{folder}' was trained on another base: {reason}. If each load of the base re-initialises that (a head, "
-            "new rows of a vocabulary), train its module as well: modules_to_save=[...]. To load the adapter anyway: "
-            f"{call}, check_base=False)"
+            f"'{folder}' was trained on another base: {reason}. If each load of the base re-initializes this tensor (a "
+            "head, new rows of a vocabulary), train its module as well: modules_to_save=[...]. To load the adapter "
+            f"anyway: {call}, check_base=False)"
         )
 
 
-def _placed(model: nn.Module, method: Method, config: Any, folder: Path) -> AdapterAttachments:
-    """Return the placements of the config, built on the meta device.
+def _build_attachments(model: nn.Module, method: Method, config: Any, folder: Path) -> AdapterAttachments:
+    """Build the config's adapters on the meta device.
 
     Raises:
         CheckpointError: the config cannot be applied.
@@ -119,50 +124,51 @@ def _placed(model: nn.Module, method: Method, config: Any, folder: Path) -> Adap
     except (CheckpointError, PluginError):
         raise
     except PeftcoreError as error:
-        where = folder / CONFIG if (folder / CONFIG).exists() else folder
-        raise CheckpointError(f"'{where}' does not fit {type(model).__name__}: {error}") from error
+        source = folder / CONFIG if (folder / CONFIG).exists() else folder
+        raise CheckpointError(f"'{source}' does not fit {type(model).__name__}: {error}") from error
 
 
 @contextlib.contextmanager
 def _on_meta() -> Iterator[None]:
-    """Build adapters on the meta device, without initialising them."""
+    """Build adapters on the meta device, without initializing them."""
     with torch.device("meta"), Unfilled():
         yield
 
 
-def _has_every_tensor(placed: AdapterAttachments, tensors: Mapping[str, Tensor], folder: Path) -> bool:
-    """Return whether a file has every tensor of these adapters, so that none must be initialised.
+def _has_every_tensor(attachments: AdapterAttachments, tensors: Mapping[str, Tensor], folder: Path) -> bool:
+    """Return whether a file has every tensor of these adapters, so that none needs to be initialized.
 
     Raises:
         CheckpointError: the adapters are much larger than the file.
     """
-    rules = placed.method.state
+    rules = attachments.method.state
     sizes: dict[int, int] = {}  # by id: shared tensors count once
-    missing = False
-    for placement in {id(each): each for each in chain.from_iterable(placed.placements.values())}.values():
+    is_incomplete = False
+    for placement in {id(each): each for each in chain.from_iterable(attachments.placements.values())}.values():
         for name, tensor in own_tensors(placement.adapter).items():
             sizes[id(tensor)] = tensor.numel()
-            missing = missing or rules.tensor_name(placement, name) not in tensors
-    needed, stored = sum(sizes.values()), sum([tensor.numel() for tensor in tensors.values()])
-    if needed > 2 * stored + 1_000_000:  # a small difference is reported tensor by tensor
+            is_incomplete = is_incomplete or rules.tensor_name(placement, name) not in tensors
+    size_needed, size_in_file = sum(sizes.values()), sum([tensor.numel() for tensor in tensors.values()])
+    if size_needed > 2 * size_in_file + 1_000_000:  # a small difference is reported tensor by tensor
         raise CheckpointError(
-            f"'{folder / CONFIG}' needs an adapter of {needed:,} numbers, but '{TENSORS}' has {stored:,}"
+            f"'{folder / CONFIG}' describes an adapter of {size_needed:,} values, but '{TENSORS}' has "
+            f"{size_in_file:,}. Copy the folder again"
         )
-    if missing:
+    if is_incomplete:
         return False
-    modules = chain.from_iterable(attached.adapter.modules() for attached in placed.attached)
+    modules = chain.from_iterable(attached.adapter.modules() for attached in attachments.attached)
     return all(_has_no_other_tensors(module, sizes) for module in modules)
 
 
-def _has_no_other_tensors(module: nn.Module, known: Container[int]) -> bool:
-    """Return whether the ids of all tensors that a module holds, also in attributes, are `known`."""
-    held = [tensor for tensor in (*module._parameters.values(), *module._buffers.values()) if tensor is not None]
-    attributes = [value for name, value in module.__dict__.items() if name not in _OF_ANY_MODULE]
-    return all(id(tensor) in known for tensor in held) and all(map(_is_plain, attributes))
+def _has_no_other_tensors(module: nn.Module, known_ids: Container[int]) -> bool:
+    """Return whether a module has no tensors, also in plain attributes, whose ids are not in `known_ids`."""
+    tensors = [tensor for tensor in (*module._parameters.values(), *module._buffers.values()) if tensor is not None]
+    attributes = [value for name, value in module.__dict__.items() if name not in _MODULE_ATTRIBUTES]
+    return all(id(tensor) in known_ids for tensor in tensors) and all(map(_is_plain, attributes))
 
 
 class Unfilled(TorchFunctionMode):
-    """Mode that skips initialisation of meta tensors, which takes longer than making them."""
+    """Mode that skips the initialization of meta tensors, which takes longer than creating them."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -180,12 +186,12 @@ class Unfilled(TorchFunctionMode):
 _FILLS = {nn.init.kaiming_uniform_, nn.init.uniform_, nn.init.normal_, nn.init.kaiming_normal_, nn.init.xavier_uniform_}
 _CONSTANTS = {torch.zeros, torch.ones}
 
-_OF_ANY_MODULE = nn.Module().__dict__.keys()
+_MODULE_ATTRIBUTES = nn.Module().__dict__.keys()
 _PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
 
 
 def _is_plain(value: object) -> bool:
-    """Return whether `value` consists of plain Python values, dtypes and devices, and so contains no tensor."""
+    """Return whether `value` consists of plain Python values, dtypes and devices, and therefore contains no tensor."""
     if isinstance(value, (list, tuple, set)):
         return all(map(_is_plain, value))
     if isinstance(value, dict):
@@ -193,13 +199,15 @@ def _is_plain(value: object) -> bool:
     return isinstance(value, _PLAIN)
 
 
-def _unnamed(model: nn.Module, method: Method, saved: Sequence[str], tensors: Mapping[str, Tensor]) -> list[str]:
-    """Return heads, and modules that PEFT finds by their suffix, that are in the file but not in its config."""
+def _heads_in_file(
+    model: nn.Module, method: Method, modules_to_save: Sequence[str], tensors: Mapping[str, Tensor]
+) -> list[str]:
+    """Return the heads, and modules that PEFT matches by suffix, that the file's tensors have but its config lacks."""
 
     def in_file(path: str) -> bool:
         names = [f"{path}.{name}" for name, _ in base_parameters(model.get_submodule(path))]
         held = (method.state.tensor_name(Train((name,), saved=True), name) in tensors for name in names)
         return bool(names) and all(held)
 
-    candidates = [*detect(model).task_heads, *ends_within_a_name(model, saved)]
-    return [path for path in dict.fromkeys(candidates) if path not in saved and in_file(path)]
+    candidates = [*detect(model).task_heads, *ends_within_a_name(model, modules_to_save)]
+    return [path for path in dict.fromkeys(candidates) if path not in modules_to_save and in_file(path)]

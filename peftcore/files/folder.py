@@ -1,14 +1,14 @@
-"""An adapter folder, read and written by one class while other processes may save to it.
+"""Adapter folders, which are read and written safely while other processes may save to them.
 
     adapter_config.json, adapter_model.safetensors              an adapter
-    NAME/adapter_config.json, NAME/adapter_model.safetensors    further ones of the same save
+    NAME/adapter_config.json, NAME/adapter_model.safetensors    further adapters of the same save
     README.md                                                   the model card
 
-A save writes every file under a temporary name, and then renames them, the tensors first: once those are in place, the
-save is done. The tensors' metadata have the hash of the config that belongs to them, and, of several adapters, the
-save's id, by which the other files are found under their temporary names until they are renamed as well. So a process
-that is killed at any point leaves all that was there before or all that is new. A reader that finds files of two saves
-reads again. Folders that other libraries wrote have no hash, and are read as they are.
+A save writes every file under a temporary name, then renames them, starting with the tensors. Renaming the first
+tensors' file completes the save. The metadata of the tensors contains the hash of their config and, if several adapters
+are saved, the id of the save. With these, a reader finds the other files under their temporary names until they are
+renamed. So a process that is killed at any point leaves either the old adapter or the new one. A reader that finds
+files of two saves reads again. Folders of other libraries have no hash and are read as they are.
 """
 
 from __future__ import annotations
@@ -44,29 +44,29 @@ from peftcore.plugin.safe_reading import (
 )
 
 CARD = "README.md"
-LOCK = ".peftcore.lock"  # there while a save runs
-CONFIG_HASH = "peftcore_config_hash"  # in the tensors' metadata: hash of the config that belongs to them
-SAVE = "peftcore_save"  # in the tensors' metadata: id of a save of several adapters
-PATIENCE = 120.0  # seconds to wait for other processes that save to the same folder
-_LOOKS, _PAUSE = 10, 0.1  # how often files of two saves are read again, and seconds between
+LOCK = ".peftcore.lock"  # exists while a save runs
+CONFIG_HASH = "peftcore_config_hash"  # metadata of the tensors: hash of their config
+SAVE = "peftcore_save"  # metadata of the tensors: id of a save of several adapters
+PATIENCE = 120.0  # seconds to wait for another process that saves to the same folder
+_ATTEMPTS, _PAUSE = 10, 0.1  # attempts to read while another process saves, and seconds between them
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
-# Fields that may be edited by hand: they do not change what the tensors mean.
+# Fields that a user may edit, because they do not change the meaning of the tensors.
 _EDITABLE = ("base_model_name_or_path", "revision", "task_type", "auto_mapping", "inference_mode")
 
 T = TypeVar("T")
 
 
 class TwoSavesError(CheckpointError):
-    """Files of a folder are from two saves; while another process saves, the next look finds those of one."""
+    """The files of a folder are from two saves. While another process saves, reading again helps."""
 
 
 @dataclass(frozen=True)
 class Content:
-    """One adapter as it is written.
+    """Content of one adapter's files.
 
     Args:
-        fields: fields of its `adapter_config.json`.
-        tensors: its tensors by their names on disk, contiguous and on the CPU.
+        fields: fields of `adapter_config.json`.
+        tensors: tensors by their names on disk, contiguous and on the CPU.
         metadata: metadata of the tensors' file.
     """
 
@@ -81,9 +81,9 @@ class Folder:
 
     Args:
         path: path of the folder.
-        only: name of the single file in the folder that is meant, or None.
-        save: id of the save of several adapters to which the folder must belong, or None.
-        read: {path: content} of the files that were read.
+        only: name of the only file to read, or None for all.
+        save: id of the save of several adapters that the folder must belong to, or None.
+        read: {path: content} of the files read so far.
         parsed: {path: value of a JSON file, or (tensors, metadata)}.
     """
 
@@ -94,28 +94,28 @@ class Folder:
     parsed: dict[Path, Any] = field(default_factory=dict)
 
     @classmethod
-    def opened(cls, path: Path) -> Folder:
+    def open(cls, path: Path) -> Folder:
         """Open a folder, or a single file.
 
         Raises:
-            CheckpointError: there is neither.
+            CheckpointError: the path does not exist.
         """
         if os.path.isdir(path):
             return cls(path)
         if os.path.lexists(path):
             return cls(path.parent, path.name)
-        raise CheckpointError(f"the folder '{path}' does not exist. {_instead_of(path)}")
+        raise CheckpointError(f"the folder '{path}' does not exist. {_advice_for_missing(path)}")
 
-    def inside(self, name: str, save: str | None = None) -> Folder:
-        """Return a subfolder, of the save `save` if that is given."""
+    def subfolder(self, name: str, save: str | None = None) -> Folder:
+        """Return a subfolder; `save` is the id of the save that it must belong to."""
         return Folder(self.path / name, None, save, self.read, self.parsed)
 
-    def folders(self) -> list[str]:
-        """Return the names of subfolders."""
-        return [name for name in self.listed() if os.path.isdir(self.path / name)]
+    def subfolders(self) -> list[str]:
+        """Return the names of the subfolders."""
+        return [name for name in self.list_names() if os.path.isdir(self.path / name)]
 
-    def listed(self) -> list[str]:
-        """Return the sorted names of everything in the folder; none if it was deleted.
+    def list_names(self) -> list[str]:
+        """Return the sorted names of all files and folders in the folder; empty if it was deleted.
 
         Raises:
             CheckpointError: the folder cannot be listed.
@@ -134,11 +134,11 @@ class Folder:
         return os.path.exists(self.path / name) or (name == TENSORS and os.path.exists(self._tensors_file()))
 
     def content(self, name: str, limit: int | None = None) -> bytearray:
-        """Return a file's bytes; of `adapter_config.json` those that belong to the tensors.
+        """Return a file's bytes. Of `adapter_config.json`, return the version that belongs to the tensors.
 
         Raises:
             FileNotFoundError: the file does not exist.
-            CheckpointError: it cannot be read, or is from another save than the tensors.
+            CheckpointError: the file cannot be read, or is from another save than the tensors.
         """
         file = self.path / name
         if file not in self.read:
@@ -154,28 +154,28 @@ class Folder:
         """Return the fields of `adapter_config.json`.
 
         Raises:
-            CheckpointError: the file is missing, is from another save than the tensors, or not that of an adapter.
+            CheckpointError: the file is missing, from another save than the tensors, or not an adapter's config.
         """
         file = self.path / CONFIG
         try:
             fields = self.json(CONFIG)
         except FileNotFoundError:
             raise CheckpointError(
-                f"'{self.path}' does not contain an adapter: {CONFIG} is missing{self._instead()}"
+                f"'{self.path}' does not contain an adapter: {CONFIG} is missing{self._describe_contents()}"
             ) from None
         if not isinstance(fields, dict):
             raise CheckpointError(f"'{file}' must be a JSON object, found {type(fields).__name__}. Copy it again")
         if not isinstance(fields.get("peft_type"), str):
             names = ", ".join(list(fields)[:8]) or "none"
             raise CheckpointError(
-                f"'{file}' has no field peft_type (its fields: {names}), so it is not an adapter in the format of "
-                "Hugging Face PEFT, and no installed plugin reads it as another library's. Save the adapter in PEFT's "
-                "format, or install the plugin that reads it"
+                f"'{file}' has no field peft_type (its fields: {names}), so it is not an adapter in PEFT's format, and "
+                "no installed plugin reads it as another library's. Save the adapter in PEFT's format, or install the "
+                "plugin that reads it"
             )
         return dict(fields)
 
     def json(self, name: str) -> Any:
-        """Return the value of a JSON file, which the caller must not change; errors are those of `content`."""
+        """Return the value of a JSON file, which the caller must not change. Raises the errors of `content`."""
         file = self.path / name
         if file not in self.parsed:
             self.parsed[file] = parse_json(self.content(name, JSON_BYTES), file)
@@ -185,7 +185,7 @@ class Folder:
         """Return (tensors, metadata) of `adapter_model.safetensors`, or of another file in the folder.
 
         Raises:
-            CheckpointError: the file is missing, not complete, or from another save than what was read before.
+            CheckpointError: the file is missing, incomplete, or from another save than the files read before.
         """
         reason = "a pickle, which can run any code and is never read here"
         file = self.path / name
@@ -207,7 +207,7 @@ class Folder:
                     f"Have its author save it as {name}, or convert it where you trust it"
                 ) from None
             raise CheckpointError(
-                f"'{self.path}' does not contain an adapter: {name} is missing{self._instead()}"
+                f"'{self.path}' does not contain an adapter: {name} is missing{self._describe_contents()}"
             ) from None
 
     def metadata(self) -> dict[str, str]:
@@ -224,22 +224,24 @@ class Folder:
         return metadata
 
     def _header(self) -> Path:
-        """Return the key of the metadata in `parsed`, which may be read without the tensors."""
+        """Return the key in `parsed` of the metadata, which may be read without the tensors."""
         return self.path / TENSORS / "metadata"
 
     def _check_save(self, metadata: dict[str, str]) -> None:
-        """Remember the tensors' metadata; raise a TwoSavesError if they are from another save than what was read."""
+        """Record the tensors' metadata, and raise a TwoSavesError if it is from another save than earlier reads."""
         saved_alone = metadata.get(SAVE) is None
         if not (self.save is None or saved_alone or metadata[SAVE] == self.save):
             raise TwoSavesError(
-                f"'{self.path / TENSORS}' and the adapters that were saved with it are from two different saves. Copy "
+                f"'{self.path / TENSORS}' and the adapters saved together with it are from two different saves. Copy "
                 "the folder again, or save all adapters again"
             )
         if self.parsed.setdefault(self._header(), metadata) != metadata:
-            raise TwoSavesError(f"'{self.path}' was saved to while it was read. Load it when nothing saves to it")
+            raise TwoSavesError(
+                f"another process saved to '{self.path}' while it was read. Load it when no process saves to it"
+            )
 
     def _tensors_file(self) -> Path:
-        """Return the file in which the tensors are: of a save of several, they may wait to be renamed."""
+        """Return the file with the tensors, which a save of several adapters may not have renamed yet."""
         file = self.path / TENSORS
         if self.save is not None and re.fullmatch("[0-9a-f]{16}", self.save):
             waiting = _temporary_name(file, self.save)
@@ -247,14 +249,14 @@ class Folder:
         return file
 
     def _config_of_tensors(self) -> tuple[Path, bytearray]:
-        """Return (file, content) of the config that belongs to the tensors: it may wait to be renamed."""
+        """Return (file, content) of the config that belongs to the tensors; it may not have been renamed yet."""
         file = self.path / CONFIG
         expected_hash = self.metadata().get(CONFIG_HASH)
         content = None
         if expected_hash is None:
             return file, read_bytes(file, JSON_BYTES)
         waiting = [_temporary_name(file, expected_hash[:16])] if re.fullmatch("[0-9a-f]{64}", expected_hash) else []
-        for candidate in (file, *waiting, file):  # it may be renamed between two looks
+        for candidate in (file, *waiting, file):  # another process may rename it in between
             with contextlib.suppress(FileNotFoundError):
                 content = read_bytes(candidate, JSON_BYTES)
                 if _hash(parse_json(content, file)) == expected_hash:
@@ -269,66 +271,67 @@ class Folder:
 
     @staticmethod
     def _read(file: Path, final: Path, limit: int | None, read: Callable[..., bytearray] = read_bytes) -> bytearray:
-        """Read a file that may be renamed to `final` meanwhile."""
+        """Read a file that another process may rename to `final` meanwhile."""
         arguments = () if read is read_header else (limit,)
         try:
             return read(file, *arguments)
         except FileNotFoundError:
             return read(final, *arguments)
 
-    def _instead(self) -> str:
-        """Return what the folder contains in place of an adapter, and what to do, as the end of a message."""
-        names = self.listed()
+    def _describe_contents(self) -> str:
+        """Return the end of a message: what the folder contains instead of an adapter, and what to do."""
+        names = self.list_names()
         others = [name for name in names if name.endswith(".safetensors") and name != TENSORS]
         if others and not {"config.json", CONFIG} & {*names}:
-            return f". If '{others[0]}' is one, give that file: '{self.path / others[0]}'"
+            return f". If '{others[0]}' is one, pass that file: '{self.path / others[0]}'"
         inside = next((name for name in ("adapter", *names) if os.path.isfile(self.path / name / CONFIG)), None)
         if inside is not None:
             return f". Its subfolder contains one: pass '{self.path / inside}'"
         if "config.json" in names:
-            return ", and config.json is that of a model. Pass this folder as the base, and the one that `save` wrote"
+            return ", and config.json belongs to a model. Pass the folder that `save` wrote; this one is a base"
         content = "is empty"
         if names:
             content = f"contains {', '.join(names[:5])}" + (", ..." if len(names) > 5 else "")
         return f"; it {content}. Pass the folder that `save` wrote, or copy the missing file into it"
 
     def write(self, adapters: Mapping[str, Content], card: str | None = None) -> None:
-        """Write adapters, all or none, to subfolders of their names; the adapter "" to the folder itself.
+        """Write adapters, all or none, to subfolders of their names. The adapter "" is written to the folder itself.
 
         Args:
-            card: text of its README.md; None leaves that file alone.
+            adapters: content by name.
+            card: text of README.md, or None to leave that file unchanged.
 
         Raises:
-            CheckpointError: they cannot be written. The message says what is in the folder then.
+            CheckpointError: the adapters cannot be written. The message tells the state of the folder.
         """
         folders = {name: self.path / name for name in sorted(adapters)}
-        with _errors_named(self.path):
+        with _naming_errors(self.path):
             for name, path in folders.items():
                 if name:
                     _refuse_link(path)
                 for file in (TENSORS, CONFIG, LOCK):
                     _refuse_special(path / file)
-            with made(self.path, *folders.values()), locked(self.path, *folders.values()):
+            with created_folders(self.path, *folders.values()), lock_folders(self.path, *folders.values()):
                 if "" not in adapters:
                     self._refuse_mixture(adapters)
-                self._finish(adapters)
+                self._finish_renames(adapters)
                 self._write(adapters, card)
 
     def _refuse_mixture(self, adapters: Mapping[str, Content]) -> None:
-        """Raise a CheckpointError if `load` would find other adapters in this folder than those to be written."""
+        """Raise a CheckpointError if the folder has adapters of another save, which `load` would find as well."""
         other = self.path if self.has(TENSORS) or self.has(CONFIG) else None
-        for name in self.folders():
+        for name in self.subfolders():
             with contextlib.suppress(CheckpointError):
-                if name not in adapters and SAVE in self.inside(name).metadata():
+                if name not in adapters and SAVE in self.subfolder(name).metadata():
                     other = self.path / name
         if other is not None:
             raise CheckpointError(
                 f"the adapters {', '.join(adapters)} were not saved: '{other}' contains an adapter of an earlier save, "
-                f"which `load` would take for one of them. Save to another folder, or delete it"
+                f"which `load` would load together with them. Save to another folder, or delete it"
             )
 
-    def _finish(self, adapters: Mapping[str, Content]) -> None:
-        """Rename what a save has left under temporary names that was killed after it was done."""
+    def _finish_renames(self, adapters: Mapping[str, Content]) -> None:
+        """Rename the temporary files of an earlier save that was complete, but was killed before renaming them."""
         with contextlib.suppress(CheckpointError):
             save = Folder(self.path).metadata().get(SAVE)
             for name in adapters:
@@ -353,18 +356,18 @@ class Folder:
                 if len(adapters) > 1:
                     metadata[SAVE] = save
                 files.append((_temporary_name(path / TENSORS, save), path / TENSORS))
-                create(files[-1][0], to_bytes(content.tensors, metadata))
+                create_file(files[-1][0], to_bytes(content.tensors, metadata))
                 configs.append((_temporary_name(path / CONFIG, digest[:16]), path / CONFIG))
                 configs[-1][0].unlink(missing_ok=True)
-                create(configs[-1][0], config)
+                create_file(configs[-1][0], config)
             files += configs
             if card is not None:
                 files.append((_temporary_name(self.path / CARD, save), self.path / CARD))
-                create(files[-1][0], card.encode())
+                create_file(files[-1][0], card.encode())
             for path in dict.fromkeys(final.parent for _, final in files):
                 _delete_temporary(path, {temporary for temporary, _ in files})
                 _sync(path)
-            os.replace(*files[0])  # the save is done
+            os.replace(*files[0])  # from here on, readers find the new adapters
         except BaseException:
             if files and os.path.lexists(files[0][0]):
                 for temporary, _ in (*files, *configs):
@@ -377,23 +380,23 @@ class Folder:
                 _sync(final.parent)
         except OSError as error:
             raise CheckpointError(
-                f"the adapter is saved in '{self.path}', and peftcore loads it, but a file could not be renamed "
-                f"({error.strerror or error}), so other programs do not find it. Save again"
+                f"the adapter is saved in '{self.path}' and peftcore can load it, but a file could not be renamed "
+                f"({error.strerror or error}), so other programs will not find it. Save again"
             ) from error
 
 
 def read_folder(folder: Path, look: Callable[[Folder], T]) -> T:
-    """Return `look(folder)`; it is called again, a few times, if it finds files of two saves.
+    """Return `look(folder)`, retrying a few times if it finds files of two saves.
 
     Raises:
         CheckpointError: files are missing, damaged, or from two saves.
     """
-    for _ in range(_LOOKS - 1):
+    for _ in range(_ATTEMPTS - 1):
         try:
-            return look(Folder.opened(folder))
+            return look(Folder.open(folder))
         except TwoSavesError:
             time.sleep(_PAUSE)
-    return look(Folder.opened(folder))
+    return look(Folder.open(folder))
 
 
 def read_tensors(folder: Path, name: str = TENSORS) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -402,17 +405,17 @@ def read_tensors(folder: Path, name: str = TENSORS) -> tuple[dict[str, Tensor], 
 
 
 def write_file(file: Path, content: bytes) -> None:
-    """Write one file, whole or not at all.
+    """Write a file atomically.
 
     Raises:
-        CheckpointError: it cannot be written.
+        CheckpointError: the file cannot be written.
     """
-    with _errors_named(file):
+    with _naming_errors(file):
         _refuse_special(file)
         temporary = _temporary_name(file, secrets.token_hex(8))
-        with made(file.parent):
+        with created_folders(file.parent):
             try:
-                create(temporary, content)
+                create_file(temporary, content)
                 os.replace(temporary, file)
             finally:
                 temporary.unlink(missing_ok=True)
@@ -420,8 +423,8 @@ def write_file(file: Path, content: bytes) -> None:
 
 
 @contextlib.contextmanager
-def made(*folders: Path) -> Iterator[None]:
-    """Make `folders` and their parents for the block; after an error, remove those that were made and are empty."""
+def created_folders(*folders: Path) -> Iterator[None]:
+    """Create `folders` and their parents. If the block raises, remove those that were created and are empty."""
     paths = chain.from_iterable((folder, *folder.parents) for folder in folders)
     new = {path for path in paths if not path.exists()}
     try:
@@ -436,8 +439,8 @@ def made(*folders: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def locked(*folders: Path) -> Iterator[None]:
-    """Keep other processes from saving to `folders`.
+def lock_folders(*folders: Path) -> Iterator[None]:
+    """Prevent other processes from saving to `folders`.
 
     Raises:
         CheckpointError: another process has been saving there for `PATIENCE` seconds.
@@ -449,20 +452,20 @@ def locked(*folders: Path) -> Iterator[None]:
             except Timeout:
                 raise CheckpointError(
                     f"the adapter was not saved: another process has been saving to '{folder}' for {PATIENCE:g} s. "
-                    "The files there are that process's. Save to another folder"
+                    "The folder has that process's files. Save to another folder"
                 ) from None
-            # Deleted before it is unlocked; a process that waits for the deleted file makes a new one.
+            # Delete the file before it is unlocked. A process that waits for the deleted file creates a new one.
             locks.callback(_delete_lock, folder / LOCK)
         yield
 
 
 def _delete_lock(file: Path) -> None:
-    with contextlib.suppress(OSError):  # Windows deletes no open file
+    with contextlib.suppress(OSError):  # Windows cannot delete an open file
         file.unlink()
 
 
 def to_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
-    """Return a safetensors file whose metadata are sorted: the library writes them in an order of its own."""
+    """Return the bytes of a safetensors file with sorted metadata, whose order is not deterministic otherwise."""
     content = serialized(dict(tensors), dict(metadata))
     size = int.from_bytes(content[:8], "little")
     header = json.loads(content[8 : 8 + size])
@@ -472,8 +475,8 @@ def to_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> byte
     return b"".join([len(text).to_bytes(8, "little"), text, memoryview(content)[8 + size :]])
 
 
-def create(file: Path, content: bytes) -> None:
-    """Write a new file to the disk; fails if anything has its name, so that no link is followed."""
+def create_file(file: Path, content: bytes) -> None:
+    """Create a file and sync it to disk. Raises FileExistsError if the name exists, so that no link is followed."""
     descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
     with open(descriptor, "wb") as out:
         out.write(content)
@@ -482,7 +485,7 @@ def create(file: Path, content: bytes) -> None:
 
 
 def _temporary_name(file: Path, token: str) -> Path:
-    """Return the name under which `file` is written, unique by a token of 16 hexadecimal digits."""
+    """Return the temporary name of `file`, made unique by a token of 16 hexadecimal digits."""
     return file.with_name(f".{file.name}.{token}.tmp")
 
 
@@ -495,14 +498,14 @@ def _delete_temporary(folder: Path, needed: Iterable[Path]) -> None:
 
 
 def _hash(fields: object) -> str:
-    """Return the SHA-256 of a config's fields, without those that may be edited by hand."""
+    """Return the SHA-256 of a config's fields, excluding those that a user may edit."""
     if isinstance(fields, dict):
         fields = {name: value for name, value in fields.items() if name not in _EDITABLE}
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
 @contextlib.contextmanager
-def _errors_named(path: Path) -> Iterator[None]:
+def _naming_errors(path: Path) -> Iterator[None]:
     """Turn errors of the file system into CheckpointErrors about `path`."""
     try:
         yield
@@ -517,16 +520,16 @@ def _errors_named(path: Path) -> Iterator[None]:
 
 
 def _refuse_link(folder: Path) -> None:
-    """Raise a CheckpointError if one of several adapters would be written through a link to another place."""
+    """Raise a CheckpointError if an adapter's subfolder is a link to another place."""
     if os.path.islink(folder):
         raise CheckpointError(
-            f"'{folder}' is a link to '{os.path.realpath(folder)}', and nothing is written outside the folder that was "
-            "named. Delete the link, or save to another folder"
+            f"'{folder}' is a link to '{os.path.realpath(folder)}', which is outside of the folder to save to. Delete "
+            "the link, or save to another folder"
         )
 
 
 def _refuse_special(file: Path) -> None:
-    """Raise a CheckpointError if a file would replace a folder, a pipe or a device; a link is replaced."""
+    """Raise a CheckpointError if `file` is a folder, a pipe or a device. A link may be replaced."""
     with contextlib.suppress(FileNotFoundError):
         if not os.path.islink(file):
             try:
@@ -537,24 +540,24 @@ def _refuse_special(file: Path) -> None:
                 ) from None
 
 
-def _instead_of(path: Path) -> str:
-    """Return advice for a path at which there is no folder: similar names next to it, and what else can be passed."""
+def _advice_for_missing(path: Path) -> str:
+    """Return advice for a path that does not exist: similar names next to it, and what can be passed instead."""
     hints = []
     try:
         if not path.is_absolute():
             hints.append(f"The path is relative to '{os.getcwd()}'. ")
         with os.scandir(path.parent) as entries:
             similar = nearest(path.name, [entry.name for entry in entries if entry.is_dir()])
-        hints.append(f"In '{path.parent}' are others{similar}. " if similar else "")
+        hints.append(f"'{path.parent}' contains other folders{similar}. " if similar else "")
     except FileNotFoundError:
         hints.append(f"'{path.parent}' does not exist either. ")
-    except (OSError, ValueError):  # it cannot be listed, or cannot be a path
+    except (OSError, ValueError):  # the parent cannot be listed, or the text cannot be a path
         pass
     return f"{''.join(hints)}Pass the folder that `save` wrote, or an id of Hugging Face's hub as a string, 'ORG/NAME'"
 
 
 def _sync(folder: Path) -> None:
-    with contextlib.suppress(OSError):  # not every file system can
+    with contextlib.suppress(OSError):  # some file systems cannot sync folders
         descriptor = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(descriptor)

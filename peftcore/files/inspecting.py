@@ -1,4 +1,4 @@
-"""`inspect`: what an adapter's files say of it, read without its base."""
+"""`inspect`: facts about an adapter from its files alone, without the base model."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from peftcore.plugin.peft_fields import config_of_fields, with_own
 from peftcore.plugin.peft_keys import PREFIX
 from peftcore.plugin.safe_reading import CONFIG, TENSORS, parse_json
 
-_SHOWN_BY_NAME = {"peft_type", "task_type", "base_model_name_or_path", "peft_version", "inference_mode"}
+_FIELDS_WITH_ROWS = {"peft_type", "task_type", "base_model_name_or_path", "peft_version", "inference_mode"}
 
 
 @dataclass(frozen=True)
@@ -30,18 +30,18 @@ class AdapterInfo:
     """An adapter on disk.
 
     Args:
-        path: its folder or file; for an id of the hub, the folder in the hub's cache.
-        format: "peft"; the name of another library's format, or of a single file's.
-        peft_type: the kind of adapter by PEFT's name, in capitals.
-        method: the installed method that reads it; None if there is none.
-        problem: why `load` cannot read it, as far as that is known without the base; None if it can.
-        base: hub id or path of the base, if the files name it.
-        task_type: PEFT's name of the task, such as "CAUSAL_LM", if the files name it.
-        fields: fields of the config by PEFT's names, and those that only peftcore has.
-        writer: program that wrote the files, such as "PEFT 0.20.0", if they name it.
+        path: folder or file of the adapter; for a hub id, the folder in the hub's cache.
+        format: "peft", or the name of another library's format or of a single-file format.
+        peft_type: PEFT's name of the method, in capitals.
+        method: name of the installed method that reads the adapter, or None.
+        problem: the error that `load` would raise, as far as it is known without the base; None if there is none.
+        base: hub id or path of the base, if the files contain it.
+        task_type: PEFT's name of the task, such as "CAUSAL_LM", if the files contain it.
+        fields: fields of the config by PEFT's names, and fields that only peftcore has.
+        writer: program that wrote the files, such as "PEFT 0.20.0", if they contain it.
         base_is_checked: whether the files have a fingerprint of the base, with which `load` compares the model.
-        parts: tensors by name, for every model that a single file has a part for; a folder has one part, "". The
-            tensors are on the meta device: they have shape and dtype, and no values.
+        parts: tensors by name, for each model that a single file has a part for. A folder has one part, "". The
+            tensors are on the meta device.
     """
 
     path: Path
@@ -72,9 +72,9 @@ class AdapterInfo:
         return sum(tensor.nbytes for tensor in self.tensors)
 
     def rows(self) -> list[tuple[str, str]]:
-        """Return what is known as pairs of a label and a text, as `print` shows them."""
+        """Return (label, text) pairs, as `print` shows them."""
         if list(self.parts) != [""]:
-            parts = ((part or "of one model", _sizes(list(held.values()))) for part, held in self.parts.items())
+            parts = ((part or "of one model", _sizes(list(tensors.values()))) for part, tensors in self.parts.items())
             return [("layout", self.format), *parts]
         dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in self.tensors})
         rows = [("peft_type", self.peft_type), ("method", self.method or str(self.problem))]
@@ -83,7 +83,7 @@ class AdapterInfo:
         rows += [
             ("task", self.task_type or "-"),
             ("base", self.base or "-"),
-            ("base is checked on load", "yes" if self.base_is_checked else "no: the file has no fingerprint"),
+            ("base is checked on load", "yes" if self.base_is_checked else "no (the file has no fingerprint)"),
             ("written by", self.writer or "-"),
             ("tensors", f"{len(self.tensors):,}, {', '.join(dtypes)}"),
             ("parameters", f"{self.parameters:,}"),
@@ -99,81 +99,81 @@ class AdapterInfo:
 
 
 def _set_fields(fields: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Return rows of the fields that are set and have no row of their own."""
+    """Return rows for the fields that are set and have no row above."""
     rows: list[tuple[str, str]] = []
     for name, value in sorted(fields.items()):
-        if name not in _SHOWN_BY_NAME and value not in (None, False, "", [], {}):
+        if name not in _FIELDS_WITH_ROWS and value not in (None, False, "", [], {}):
             rows.append((f"  {name}", ", ".join(map(str, value)) if isinstance(value, list) else str(value)))
     return rows
 
 
 def inspect(path: str | os.PathLike[str], *, method: str | None = None, revision: str | None = None) -> AdapterInfo:
-    """Return what is known of an adapter from its files alone; its base is not needed.
+    """Return facts about an adapter from its files alone, without the base model.
 
     Args:
         path: folder or single file of an adapter in any format that `load` reads, or an id on Hugging Face's hub.
-        method: the installed method to read it with. Needed only if several can.
+        method: the installed method that reads it. Only needed if several methods can.
         revision: branch, tag or commit on the hub.
 
     Raises:
-        CheckpointError: the files are missing or damaged, or are not an adapter's.
+        CheckpointError: the files are missing or damaged, or do not contain an adapter.
     """
 
-    def look(opened: Folder) -> AdapterInfo:
-        file = single_file.named_in(opened)
-        return _of_folder(opened, method) if file is None else _of_file(opened, file)
+    def look(folder: Folder) -> AdapterInfo:
+        file = single_file.find_file(folder)
+        return _info_of_folder(folder, method) if file is None else _info_of_file(folder, file)
 
     return read_folder(folder_of(path, revision), look)
 
 
-def _of_file(opened: Folder, file: str) -> AdapterInfo:
-    found = single_file.parts_of(opened, file)
-    of_parts = parse_json(
-        found.metadata.get(PARTS, "{}").encode(errors="surrogatepass"), f"{opened.path / file}: {PARTS}"
+def _info_of_file(folder: Folder, file: str) -> AdapterInfo:
+    content = single_file.read_parts(folder, file)
+    metadata_of_parts = parse_json(
+        content.metadata.get(PARTS, "{}").encode(errors="surrogatepass"), f"{folder.path / file}: {PARTS}"
     )
-    of_parts = of_parts if isinstance(of_parts, dict) else {}
+    metadata_of_parts = metadata_of_parts if isinstance(metadata_of_parts, dict) else {}
     return AdapterInfo(
-        path=opened.path / file,
-        format=found.format,
-        peft_type=found.method.state.peft_type,
-        method=found.method.name,
+        path=folder.path / file,
+        format=content.format,
+        peft_type=content.method.state.peft_type,
+        method=content.method.name,
         problem=None,
         base=None,
         task_type=None,
         fields={},
-        writer=_writer(found.metadata, {}),
-        base_is_checked=any(isinstance(about, dict) and BASE in about for about in of_parts.values()),
-        parts={part: _without_values(tensors) for part, tensors in found.tensors.items()},
+        writer=_writer(content.metadata, {}),
+        base_is_checked=any(isinstance(about, dict) and BASE in about for about in metadata_of_parts.values()),
+        parts={part: _without_values(tensors) for part, tensors in content.tensors.items()},
     )
 
 
-def _of_folder(opened: Folder, named: str | None) -> AdapterInfo:
+def _info_of_folder(folder: Folder, method_name: str | None) -> AdapterInfo:
     try:
-        fields, foreign = reading.about(opened, named)
+        fields, foreign = reading.fields_and_format(folder, method_name)
     except CheckpointError:
-        opened.tensors()  # `load` reads them first, so that a folder without them has the same error
+        folder.tensors()  # `load` reads them first, so that a folder without them has the same error
         raise
-    tensors, metadata = opened.tensors(foreign.tensors if foreign else TENSORS)
-    own = own_fields(opened.path, metadata)
+    tensors, metadata = folder.tensors(foreign.tensors if foreign else TENSORS)
+    own_field_values = own_fields(folder.path, metadata)
     problem: PeftcoreError | None = None
     name: str | None = None
     try:
-        method = reading.method_of(opened, named)
+        method = reading.method_of(folder, method_name)
         name = method.name
         if foreign is None:
-            of_method = with_own(f"'{opened.path / TENSORS}'", method, fields, own)
-            config_of_fields(f"'{opened.path / CONFIG}'", method, of_method)
+            method_fields = with_own(f"'{folder.path / TENSORS}'", method, fields, own_field_values)
+            config_of_fields(f"'{folder.path / CONFIG}'", method, method_fields)
     except PeftcoreError as error:
         problem = error
     return AdapterInfo(
-        path=opened.path,
+        path=folder.path,
         format=foreign.name if foreign else "peft",
         peft_type=fields["peft_type"],
         method=name,
         problem=problem,
         base=_text(fields.get("base_model_name_or_path")),
         task_type=_text(fields.get("task_type")),
-        fields={**own, **fields},
+        fields={**own_field_values, **fields},
         writer=foreign.name if foreign else _writer(metadata, fields),
         base_is_checked=BASE in metadata,
         parts={"": _without_values(tensors)},
@@ -181,7 +181,7 @@ def _of_folder(opened: Folder, named: str | None) -> AdapterInfo:
 
 
 def _text(value: Any) -> str | None:
-    """Return a field of a file if it is text; files of strangers have anything."""
+    """Return `value` if it is non-empty text, else None; an untrusted file may have anything in a field."""
     return value if isinstance(value, str) and value else None
 
 
@@ -201,7 +201,7 @@ def _sizes(tensors: list[Tensor]) -> str:
 
 
 def _experts(fields: dict[str, Any], tensors: dict[str, Tensor]) -> list[tuple[str, str]]:
-    """Return rows about parameters `[experts, out, in]`, which are adapted by name: A is `[experts · r, in]`."""
+    """Return rows about adapted experts' parameters `[experts, out, in]`, whose A is `[experts · r, in]`."""
     targets = _parameters_by_module(fields.get("target_parameters"))
     counts: set[int] = set()
     modules: set[str] = set()
@@ -226,7 +226,7 @@ def _experts(fields: dict[str, Any], tensors: dict[str, Tensor]) -> list[tuple[s
 
 
 def _parameters_by_module(target_parameters: object) -> dict[str, list[str]]:
-    """Return the last parts of names in PEFT's `target_parameters`, by the end of the module's path before them."""
+    """Split the names in PEFT's `target_parameters` into {suffix of a module's path: parameter names}."""
     by_module: dict[str, list[str]] = {}
     for name in target_parameters if isinstance(target_parameters, list) else ():
         if isinstance(name, str):
@@ -236,7 +236,7 @@ def _parameters_by_module(target_parameters: object) -> dict[str, list[str]]:
 
 
 def _parameters_of(path: str, by_module: Mapping[str, Sequence[str]]) -> list[str]:
-    """Return the names of the adapted parameters of the module at `path`, whose end selects it."""
+    """Return the names of the module's parameters that are selected by a suffix of its path."""
     names: list[str] = []
     end = path
     while end:

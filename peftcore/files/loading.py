@@ -1,4 +1,4 @@
-"""Strict loading of adapters: what does not fit the model is an error."""
+"""Strict loading of adapters: anything that does not fit the model is an error."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from peftcore import engine
 from peftcore.engine.scaling import set_multiplier
 from peftcore.errors import CheckpointError, with_argument_hints
 from peftcore.files import single_file
-from peftcore.files.fitting import fill_applied, fitting
+from peftcore.files.fitting import check_fit, fill_applied
 from peftcore.files.folder import read_folder
 from peftcore.files.hub import folder_of
-from peftcore.files.multiplier import multiplier_in
+from peftcore.files.multiplier import read_multiplier
 from peftcore.files.reading import Stored, adapter_folder, read_adapter, read_saved
 from peftcore.files.tensors import grown_buffers
 from peftcore.model import assuming_unchanged
@@ -41,38 +41,41 @@ def load(
     method: str | None = None,
     revision: str | None = None,
 ) -> Models:
-    """Apply the adapter in the folder `path`, or all adapters that were saved there together.
+    """Load the adapter in the folder `path`, or all adapters that were saved there together, and apply it.
 
-    The folder was written by peftcore, by Hugging Face PEFT, or in a foreign format that a plugin reads. If there is no
-    such folder, `path` may be an id on Hugging Face's hub, `ORG/NAME`, which huggingface_hub downloads. It may also be
-    a single file for one model or several (`FileFormat`), or the folder of one; a model gets its part.
+    peftcore, PEFT or another library whose format a plugin reads wrote the folder. If there is no such folder, `path`
+    may be an id on Hugging Face's hub, `ORG/NAME`. It may also be a single file with parts for one or several models
+    (`FileFormat`), or a folder that contains one; a model gets its part.
 
     Args:
         model: the model, or models by name, such as `pipe.components`, each of which gets its part of a single file.
-        adapter: the name of the adapter on this model; by default `default`, or for adapters saved together all of
-            them, under their saved names.
-        trainable: whether it trains. By default its parameters are frozen, as for inference.
-        dtype: dtype of its parameters, as in `apply`.
-        check_base: compare the fingerprint of the base that the adapter was trained on, if the file has one.
-        method: the installed method that reads it. Needed only if several can, which an error reports.
+        path: folder, hub id or single file.
+        adapter: name of the adapter on this model. By default `default`; adapters that were saved together keep their
+            names.
+        trainable: whether the adapter trains. By default its parameters are frozen, as for inference.
+        dtype: dtype of the adapter's parameters, as in `apply`.
+        check_base: compare the model with the fingerprint of the base that the adapter was trained on, if the file has
+            one.
+        method: the installed method that reads the adapter. Only needed if several methods can.
         revision: branch, tag or commit on the hub.
 
     Raises:
-        PluginError: no installed method reads it, or several may and none is named.
-        CheckpointError: the files cannot be read, or do not fit the model, which is then unchanged.
+        PluginError: no installed method reads the adapter, or several can and none is named.
+        CheckpointError: the files cannot be read, or do not fit the model. The model stays unchanged.
     """
-    folder = folder_of(path, revision)  # may take long, so outside the lock: the model can be called meanwhile
+    # A download may take long. It runs before the lock is taken, so that the model can be called meanwhile.
+    folder = folder_of(path, revision)
     options = _Options(adapter=adapter, trainable=trainable, dtype=dtype, check_base=check_base, method=method)
     if isinstance(model, nn.Module):
         _load_all(model, folder, options)
         return model
-    loaded: list[nn.Module] = []
+    loaded_models: list[nn.Module] = []
     try:
-        for model_name, part in single_file.owners(folder, single_file.by_name(model)).items():
+        for model_name, part in single_file.owners(folder, single_file.require_models_by_name(model)).items():
             _load_all(part, folder, options, model_name)
-            loaded.append(part)
+            loaded_models.append(part)
     except BaseException:
-        for part in loaded:
+        for part in loaded_models:
             engine.remove(part, adapter or "default")
         raise
     return model
@@ -91,7 +94,7 @@ class _Options:
 
 @engine.exclusive("load adapters", base=True)
 def _load_all(model: nn.Module, folder: Path, options: _Options, model_name: str | None = None) -> None:
-    engine.refuse_adapters_of_others(model)  # where a file's names match nothing
+    engine.refuse_adapters_of_others(model)  # PEFT's wrappers rename modules, so a file's names would match nothing
     active: tuple[str, ...] = ()
     state = engine.state_of(model)
     if state is not None:
@@ -102,18 +105,18 @@ def _load_all(model: nn.Module, folder: Path, options: _Options, model_name: str
     )
     is_together = saved_active is not None
     with assuming_unchanged(model):
-        loaded: list[str] = []
+        loaded_names: list[str] = []
         try:
             for name, content in contents.items():
                 if is_together and engine.state_of(model):
-                    engine.activate(model, [])  # two of them may train the same parameter
-                inside = adapter_folder(folder, name) if is_together else folder
-                _load(model, inside, content, name, options)
-                loaded.append(name)
+                    engine.activate(model, [])  # two active adapters must not train the same parameter
+                adapter_path = adapter_folder(folder, name) if is_together else folder
+                _load(model, adapter_path, content, name, options)
+                loaded_names.append(name)
             if saved_active is not None:
                 engine.activate(model, [*active, *saved_active])
         except BaseException:
-            for name in reversed(loaded):
+            for name in reversed(loaded_names):
                 engine.remove(model, name)
             if engine.state_of(model):
                 engine.set_active(model, active)
@@ -122,17 +125,18 @@ def _load_all(model: nn.Module, folder: Path, options: _Options, model_name: str
 
 @limit_matching_time()
 def restore(model: nn.Module, path: str | os.PathLike[str], *, adapter: str = "default") -> None:
-    """Set the values of the applied `adapter` to those in the folder `path`, which must be of the same method."""
+    """Restore the values of the applied `adapter` from the folder `path`, which must have the same method."""
     folder = Path(path)
     entry = engine.applied(model, adapter)
     stored = read_adapter(folder, model, applied=entry.method)
     if stored.method.name != entry.method:
         raise CheckpointError(
-            f"'{folder}' contains an adapter of {stored.method.name}, but '{adapter}' is of {entry.method}"
+            f"'{folder}' contains an adapter of {stored.method.name}, but '{adapter}' is of {entry.method}. Pass the "
+            "folder that it was saved to"
         )
-    multiplier = multiplier_in(stored.metadata)
+    multiplier = read_multiplier(stored.metadata)
     grown = grown_buffers(model, adapter, stored.tensors) if stored.method.trained_fields else []
-    before = [(module, name, module._buffers[name]) for module, name, _ in grown]
+    previous_buffers = [(module, name, module._buffers[name]) for module, name, _ in grown]
     parameters = (parameter for _, parameter in engine.adapter_parameters(model, adapter))
     try:
         with sharded.gathered(parameters, write=True):
@@ -140,7 +144,7 @@ def restore(model: nn.Module, path: str | os.PathLike[str], *, adapter: str = "d
                 module._buffers[name] = tensor
             fill_applied(model, adapter, folder, stored)
     except BaseException:
-        for module, name, buffer in before:
+        for module, name, buffer in previous_buffers:
             module._buffers[name] = buffer
         raise
     if stored.method.trained_fields:
@@ -149,7 +153,7 @@ def restore(model: nn.Module, path: str | os.PathLike[str], *, adapter: str = "d
 
 
 def _load(model: nn.Module, folder: Path, content: Stored, adapter: str, options: _Options) -> None:
-    fit = fitting(model, folder, content, options.check_base)
+    fit = check_fit(model, folder, content, options.check_base)
 
     def fill() -> None:
         fill_applied(model, adapter, folder, content)

@@ -1,9 +1,9 @@
 """Model card of an adapter folder: `README.md` with the metadata that model hubs read.
 
 Every save rewrites the text between two marks and the metadata keys `base_model`, `library_name`, `pipeline_tag` and
-`peftcore`, and adds missing tags. The rest belongs to its author. A card without the marks is not changed.
-Equal adapters get equal cards: there are no dates, and no paths of this machine. What comes from a config or from data
-is in code spans, in one line, and cannot end them: see `code`.
+`peftcore`, and adds missing tags. The rest belongs to the card's author. A card without the marks is not changed.
+Equal adapters get equal cards, without dates or local paths. Text from configs or data is in one-line code spans, which
+it cannot close (see `code_span`).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from peftcore.version import installed_version
 FILE = CARD
 BEGIN = "<!-- peftcore: written by each save; text outside of these two marks is kept -->"
 END = "<!-- peftcore: end -->"
-_OWN = ("base_model", "library_name", "pipeline_tag", "peftcore")
+_OWN_KEYS = ("base_model", "library_name", "pipeline_tag", "peftcore")
 _TASKS = {  # PEFT's task types by the hub's names
     "CAUSAL_LM": "text-generation",
     "SEQ_2_SEQ_LM": "text2text-generation",
@@ -40,51 +40,53 @@ _TASKS = {  # PEFT's task types by the hub's names
     "QUESTION_ANS": "question-answering",
     "FEATURE_EXTRACTION": "feature-extraction",
 }
-_PLAIN = re.compile(r"[A-Za-z][\w./-]*(:[\w./-]+)*")  # YAML that needs no quotes, but for these words
+_PLAIN = re.compile(r"[A-Za-z][\w./-]*(:[\w./-]+)*")  # YAML text that needs no quotes, except the reserved words
 _RESERVED = ("null", "true", "false", "yes", "no", "on", "off", "y", "n")
 _ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-_LONGEST = 200  # characters of a field's value
-_BYTES = 1 << 24  # of a card
+_LONGEST = 200  # characters of a field's value; longer ones are truncated
+_BYTES = 1 << 24  # largest card that is read
 _ESCAPES = {ord("<"): r"\u003c", ord("`"): r"\u0060", ord("\x7f"): r"\u007f"}
 _ESCAPES |= {control: f"\\u{control:04x}" for control in (*range(0x20), *range(0x80, 0xA0), 0x2028, 0x2029)}
 
 
 def card(model: nn.Module, adapters: Sequence[str], task_type: str | None) -> tuple[dict[str, Any], str]:
-    """Return (metadata, text) of the card for these adapters of `model`."""
+    """Return the (metadata, text) of a card for these adapters of `model`."""
     base = base_on_hub(model)
     entries = [engine.applied(model, name) for name in adapters]
     methods = list(dict.fromkeys(entry.method for entry in entries))
     read_by_peft = all(is_of_peft(registry.method(method).state.peft_type) for method in methods)
     tags = [*([f"base_model:adapter:{base}"] if base else []), "peftcore", *methods]
-    about: dict[str, Any] = {} if base is None else {"base_model": base}
-    about["library_name"] = "peft" if read_by_peft else "peftcore"
+    metadata: dict[str, Any] = {} if base is None else {"base_model": base}
+    metadata["library_name"] = "peft" if read_by_peft else "peftcore"
     if task_type in _TASKS:
-        about["pipeline_tag"] = _TASKS[task_type]
-    about["tags"] = tags
-    about["peftcore"] = {"method": methods[0] if len(methods) == 1 else methods, "version": installed_version()}
-    of = base or type(model).__name__
-    lines = [f"# Adapter{'s' * (len(adapters) > 1)} of {of}", ""]
+        metadata["pipeline_tag"] = _TASKS[task_type]
+    metadata["tags"] = tags
+    metadata["peftcore"] = {"method": methods[0] if len(methods) == 1 else methods, "version": installed_version()}
+    base_name = base or type(model).__name__
+    lines = [f"# Adapter{'s' * (len(adapters) > 1)} of {base_name}", ""]
     for name in adapters:
         lines += [*([f"## {code_span(name)}", ""] if len(adapters) > 1 else []), *_table(_facts(model, name)), ""]
     lines += ["```python", "import peftcore", ""]
-    lines += [f"model = ...  # {of}", 'peftcore.load(model, "ADAPTER")  # this folder, or ORG/NAME on the hub']
-    return about, "\n".join([*lines, "```"])
+    lines += [f"model = ...  # {base_name}", 'peftcore.load(model, "ADAPTER")  # this folder, or ORG/NAME on the hub']
+    return metadata, "\n".join([*lines, "```"])
 
 
 def base_on_hub(model: nn.Module) -> str | None:
-    """Return the hub's id of the base; None if the model has none, or was loaded from a folder."""
+    """Return the base's hub id; None if it is unknown, or the model was loaded from a folder."""
     name = getattr(getattr(model, "config", None), "_name_or_path", None) or ""
     return name if isinstance(name, str) and _ID.fullmatch(name) and not os.path.isdir(name) else None
 
 
 def _facts(model: nn.Module, adapter: str) -> list[tuple[str, str]]:
     config = scaled_config(model, adapter)
-    trained = sum(sharded.shape_of(parameter).numel() for _, parameter in engine.adapter_parameters(model, adapter))
-    rows = [("method", engine.applied(model, adapter).method), ("trained parameters", f"{trained:,}")]
+    trained_count = sum(
+        sharded.shape_of(parameter).numel() for _, parameter in engine.adapter_parameters(model, adapter)
+    )
+    rows = [("method", engine.applied(model, adapter).method), ("trained parameters", f"{trained_count:,}")]
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        usual = field.default_factory() if callable(field.default_factory) else field.default
-        if value in (None, usual) or (usual is None and value in ([], (), {})):
+        default = field.default_factory() if callable(field.default_factory) else field.default
+        if value in (None, default) or (default is None and value in ([], (), {})):
             continue
         value = sorted(value) if isinstance(value, (set, frozenset)) else value
         text = json.dumps(value, default=str, sort_keys=True, ensure_ascii=False)
@@ -93,7 +95,7 @@ def _facts(model: nn.Module, adapter: str) -> list[tuple[str, str]]:
 
 
 def code_span(text: str) -> str:
-    """Return a Markdown code span of one line that `text` cannot end, whoever wrote it."""
+    """Return `text` as a one-line Markdown code span that untrusted text cannot close."""
     return f"`{text.translate(_ESCAPES).strip()}`"
 
 
@@ -102,25 +104,25 @@ def _table(rows: Sequence[tuple[str, str]]) -> list[str]:
     return ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in cells)]
 
 
-def rewritten(folder: Path, about: Mapping[str, Any], text: str) -> str | None:
-    """Return the new card of `folder`; None if it has one without marks, which is left as it is.
+def update_card(folder: Path, about: Mapping[str, Any], text: str) -> str | None:
+    """Return the new content of the card in `folder`; None if the existing card has no marks.
 
     Raises:
         CheckpointError: `README.md` is not a regular file, or cannot be read.
     """
-    before = f"{BEGIN}\n{END}\n"
+    content = f"{BEGIN}\n{END}\n"
     if os.path.lexists(folder / FILE):
-        before = read(folder)
-    if BEGIN not in before or END not in before.partition(BEGIN)[2]:
+        content = read(folder)
+    if BEGIN not in content or END not in content.partition(BEGIN)[2]:
         return None
-    head, body = split(before)
-    start, _, rest = body.partition(BEGIN)
-    _, _, end = rest.partition(END)
-    return f"---\n{updated(head, about)}---\n{start}{BEGIN}\n{text}\n{END}{end}"
+    head, body = split(content)
+    start, _, after_begin = body.partition(BEGIN)
+    _, _, end = after_begin.partition(END)
+    return f"---\n{update_header(head, about)}---\n{start}{BEGIN}\n{text}\n{END}{end}"
 
 
 def read(folder: Path) -> str:
-    """Return the card in `folder`; "" if there is none, or it is not text.
+    """Return the content of the card in `folder`; "" if it does not exist, or is not text.
 
     Raises:
         CheckpointError: `README.md` is not a regular file, or cannot be read.
@@ -134,13 +136,16 @@ def read(folder: Path) -> str:
 
 
 def add_to_card(folder: Path, heading: str, rows: Sequence[tuple[str, str]], command: str) -> None:
-    """Add a table and a command to the marked section, until the next save. A card without marks is left as it is.
+    """Add a table and a command to the marked section, until the next save. A card without marks is not changed.
 
     Args:
-        rows: (name, value) of each row, as Markdown: what comes from files is in `code`.
+        folder: the adapter's folder.
+        heading: heading of the table.
+        rows: (name, value) of each row, in Markdown. Put untrusted text into a `code_span`.
+        command: shell command, shown below the table.
 
     Raises:
-        CheckpointError: it cannot be written.
+        CheckpointError: the card cannot be written.
     """
     start, mark, end = read(folder).partition(END)
     if not mark or BEGIN not in start:
@@ -155,25 +160,25 @@ def split(content: str) -> tuple[str, str]:
     return (match[1], content[match.end() :]) if match else ("", content)
 
 
-def updated(head: str, about: Mapping[str, Any]) -> str:
-    """Return the lines of a YAML header with our keys and tags; all other lines stay as they are."""
+def update_header(head: str, about: Mapping[str, Any]) -> str:
+    """Return a YAML header with peftcore's keys and tags updated; other lines stay unchanged."""
     blocks = _blocks(head)
     values: dict[str, Any] = dict(about)
     tags = next((lines for key, lines in blocks if key == "tags"), None)
     if tags is not None:
-        missing = [tag for tag in values.pop("tags", []) if not _has(tags, tag)]
-        blocks = [(key, _with_tags(lines, missing) if key == "tags" else lines) for key, lines in blocks]
-    written: list[str] = []
+        missing_tags = [tag for tag in values.pop("tags", []) if not _has(tags, tag)]
+        blocks = [(key, _with_tags(lines, missing_tags) if key == "tags" else lines) for key, lines in blocks]
+    new_lines: list[str] = []
     for key, lines in blocks:
-        if key not in _OWN:
-            written.append(lines)
-        elif key in values:  # else it is a key of ours that no longer applies
-            written.append(_yaml(key, values.pop(key)))
-    return "".join([*written, *(_yaml(key, value) for key, value in values.items())])
+        if key not in _OWN_KEYS:
+            new_lines.append(lines)
+        elif key in values:  # one of peftcore's keys that is not in `values` any more is dropped
+            new_lines.append(_yaml(key, values.pop(key)))
+    return "".join([*new_lines, *(_yaml(key, value) for key, value in values.items())])
 
 
 def _blocks(head: str) -> list[tuple[str, str]]:
-    """Return (key, its lines) of a YAML header; lines before the first key have the key ""."""
+    """Split a YAML header into (key, lines of the key); lines before the first key have the key ""."""
     blocks: list[tuple[str, str]] = []
     for line in head.splitlines(keepends=True):
         match = re.match(r"([\w-]+)[ \t]*:", line)
@@ -190,13 +195,13 @@ def _has(tags: str, tag: str) -> bool:
 
 
 def _with_tags(lines: str, tags: Sequence[str]) -> str:
-    """Return the block of tags with more of them; a single value, or a list of several lines in brackets, stays."""
-    first = lines.partition("\n")[0].partition(":")[2].strip()
-    if not tags or (first and not (first.startswith("[") and first.endswith("]"))):
+    """Add tags to the lines of a YAML list. A single value, or a bracketed list over several lines, stays unchanged."""
+    first_value = lines.partition("\n")[0].partition(":")[2].strip()
+    if not tags or (first_value and not (first_value.startswith("[") and first_value.endswith("]"))):
         return lines
-    if first:
-        inside = ", ".join([*filter(None, [first[1:-1].strip()]), *map(_scalar, tags)])
-        return f"tags: [{inside}]\n"
+    if first_value:
+        tag_list = ", ".join([*filter(None, [first_value[1:-1].strip()]), *map(_scalar, tags)])
+        return f"tags: [{tag_list}]\n"
     indent = re.search(r"^([ \t]*)- ", lines, re.MULTILINE)
     return lines + "".join(f"{indent[1] if indent else ''}- {_scalar(tag)}\n" for tag in tags)
 
@@ -210,7 +215,7 @@ def _yaml(key: str, value: object) -> str:
 
 
 def _scalar(value: object) -> str:
-    """Return a value as YAML; JSON is YAML."""
+    """Return a value as YAML, of which JSON is a subset."""
     if isinstance(value, str) and _PLAIN.fullmatch(value) and value.lower() not in _RESERVED:
         return value
     return json.dumps(value, ensure_ascii=False)

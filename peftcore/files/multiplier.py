@@ -1,9 +1,9 @@
-"""Storage of the factor set by `scale`.
+"""Storage of the multiplier set by `scale`.
 
-The config on disk is that of the scaled adapter, which any library reads. The file's metadata has the factor and the
-fields without it, from which `load` restores both.
+The config on disk describes the scaled adapter, so that any library can read it. The file's metadata has the multiplier
+and the unscaled fields, from which `load` restores both.
 
-    {"multiplier": 0.5, "fields": {name: value without the factor}}
+    {"multiplier": 0.5, "fields": {name: value without the multiplier}}
 """
 
 from __future__ import annotations
@@ -22,41 +22,41 @@ from peftcore.files.metadata import MULTIPLIER
 from peftcore.plugin.method import Method
 
 
-def in_metadata(model: nn.Module, adapter: str) -> dict[str, str]:
-    """Return the metadata for an applied adapter's factor; empty if it is 1."""
+def multiplier_metadata(model: nn.Module, adapter: str) -> dict[str, str]:
+    """Return the metadata that stores an applied adapter's multiplier; empty if it is 1."""
     entry = engine.applied(model, adapter)
     if entry.multiplier == 1.0:
         return {}
-    config, scaled = entry.config, scaled_config(model, adapter)
-    names = [f.name for f in dataclasses.fields(config) if getattr(config, f.name) != getattr(scaled, f.name)]
+    config, scaled_fields = entry.config, scaled_config(model, adapter)
+    names = [f.name for f in dataclasses.fields(config) if getattr(config, f.name) != getattr(scaled_fields, f.name)]
     fields = {name: getattr(config, name) for name in names}
     return {MULTIPLIER: json.dumps({"multiplier": entry.multiplier, "fields": fields})}
 
 
-def multiplier_in(metadata: dict[str, str]) -> float:
-    """Return the factor in the metadata, or 1.
+def read_multiplier(metadata: dict[str, str]) -> float:
+    """Return the multiplier in the metadata, by default 1.
 
     Raises:
-        CheckpointError: it is not a number.
+        CheckpointError: it is not a finite number.
     """
-    return _parsed(metadata)[0]
+    return _parse(metadata)[0]
 
 
-def without(method: Method, config: Any, metadata: dict[str, str]) -> tuple[Any, float]:
-    """Return (config without the factor, factor), or the config as it is and 1 if it was edited."""
-    multiplier, fields = _parsed(metadata)
+def remove_multiplier(method: Method, config: Any, metadata: dict[str, str]) -> tuple[Any, float]:
+    """Return (config without the multiplier, multiplier); if the config was edited, return it unchanged, and 1."""
+    multiplier, fields = _parse(metadata)
     if multiplier == 1.0 or method.state.peft.scaled is None:
         return config, 1.0
     try:
         unscaled = dataclasses.replace(config, **fields)
-        scaled = method.state.peft.scaled(unscaled, multiplier)
+        rescaled = method.state.peft.scaled(unscaled, multiplier)
     except (TypeError, PeftcoreError) as error:
         raise CheckpointError(f"the adapter's factor ({MULTIPLIER}) cannot be read: {error}") from error
-    as_it_was = all(getattr(scaled, name) == getattr(config, name) for name in fields)
-    return (unscaled, multiplier) if as_it_was else (config, 1.0)
+    is_unedited = all(getattr(rescaled, name) == getattr(config, name) for name in fields)
+    return (unscaled, multiplier) if is_unedited else (config, 1.0)
 
 
-def _parsed(metadata: dict[str, str]) -> tuple[float, dict[str, Any]]:
+def _parse(metadata: dict[str, str]) -> tuple[float, dict[str, Any]]:
     if MULTIPLIER not in metadata:
         return 1.0, {}
     try:
@@ -65,5 +65,7 @@ def _parsed(metadata: dict[str, str]) -> tuple[float, dict[str, Any]]:
     except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
         raise CheckpointError(f"the adapter's factor ({MULTIPLIER}) cannot be read: {error!r}") from error
     if not math.isfinite(multiplier):
-        raise CheckpointError(f"the adapter's factor ({MULTIPLIER}) is {multiplier}")
+        raise CheckpointError(
+            f"the adapter's factor ({MULTIPLIER}) is {multiplier}, which is not finite. Save the adapter again"
+        )
     return multiplier, fields

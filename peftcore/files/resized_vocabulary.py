@@ -1,4 +1,4 @@
-"""Detection of a resized vocabulary, whose new rows every load of the base re-initialises, so files store them."""
+"""Detection of a resized vocabulary. Every load of the base initializes its new rows at random, so files store them."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 
-def resized(model: nn.Module) -> list[str]:
-    """Return the names of the parameters of embedding and output head if their size differs from the checkpoint's.
+def resized_parameters(model: nn.Module) -> list[str]:
+    """Return the names of the embedding's and the output head's parameters if the vocabulary has been resized.
 
-    The rule is PEFT's: `vocab_size` in the model's config and in the checkpoint's `config.json`, which is read from the
-    folder that the model was loaded from or from Hugging Face's cache, never from the network.
+    As in PEFT, the vocabulary is resized if `vocab_size` differs between the model's config and the checkpoint's
+    `config.json`, which is read from the model's folder or from Hugging Face's cache, never from the network.
     """
     config = getattr(model, "config", None)
     size, size_of_checkpoint = _vocabulary(config), _vocabulary(_config_of_checkpoint(config))
@@ -39,7 +39,7 @@ def embedding_parameters(model: nn.Module) -> list[str]:
 
 
 def _vocabulary(config: PretrainedConfig | dict[str, Any] | None) -> int | None:
-    """Return `vocab_size` of the language model."""
+    """Return the `vocab_size` of the text config."""
     config = text_config(config)
     if isinstance(config, dict):
         size = config.get("vocab_size")

@@ -1,8 +1,8 @@
-"""Tensors of an applied adapter under their names on disk: which to write, and how to read those of a file.
+"""Tensors of an applied adapter by their names on disk: which to write, and how to fill them from a file.
 
-own        what the adapter trains, once each
-exported   what other libraries read in addition: another form of the own ones, and each name of a tied parameter
-kept       buffers that training has moved, and all buffers in modules that are trained as a whole
+own        the tensors that the adapter trains, once each
+exported   tensors for other libraries: other forms of the own tensors, and every name of a tied parameter
+kept       buffers that training has changed, and all buffers in modules that are trained as a whole
 """
 
 from __future__ import annotations
@@ -32,36 +32,38 @@ from peftcore.plugin.registry import registry
 
 
 def tensors_on_disk(model: nn.Module, adapter: str, *, own: bool = True, exported: bool = False) -> dict[str, Tensor]:
-    """Return the tensors of an applied adapter under their names on disk, without the kept ones.
+    """Return the own and exported tensors of an applied adapter by their names on disk.
 
     Args:
-        own: include those of modules that have exported ones.
-        exported: include those for other readers.
+        model: the model.
+        adapter: name of the adapter.
+        own: include the own tensors of modules that also have exported ones.
+        exported: include the exported tensors.
     """
     entry = engine.applied(model, adapter)
     rules = registry.method(entry.method).state
     tensors: dict[str, Tensor] = {}
-    written: set[int] = set()  # the first adapter writes the tensors of a module that several share
+    written_ids: set[int] = set()  # the first adapter writes the tensors of a module that several share
 
-    def add(named: Iterable[tuple[str, Tensor]], said_by: str) -> None:
+    def add(named: Iterable[tuple[str, Tensor]], function: str) -> None:
         for on_disk, tensor in named:
             if tensors.setdefault(on_disk, tensor) is not tensor:
                 raise PeftcoreError(
-                    f"{entry.method} gives two tensors the name '{on_disk}'; {said_by} must tell them apart"
+                    f"{entry.method} gives two tensors the name '{on_disk}'. {function} must return different names"
                 )
 
     with registry.naming(entry.method, "tensor_name"):
         for placement in engine.placements(model, adapter):
-            others: Mapping[str, Tensor] = {}
+            exported_tensors: Mapping[str, Tensor] = {}
             if exported and rules.export is not None:
                 with registry.naming(entry.method, "export"), sharded.gathered_parameters(placement.adapter):
-                    others = rules.export(placement)
-                add(others.items(), "export")
-            if own or not others:
+                    exported_tensors = rules.export(placement)
+                add(exported_tensors.items(), "export")
+            if own or not exported_tensors:
                 named = []
                 for name, tensor in own_tensors(placement.adapter).items():
-                    if id(tensor) not in written:
-                        written.add(id(tensor))
+                    if id(tensor) not in written_ids:
+                        written_ids.add(id(tensor))
                         named.append((rules.tensor_name(placement, name), tensor))
                 add(named, "tensor_name")
     owned = TrainedParameters.of(model, adapter)
@@ -73,23 +75,23 @@ def tensors_on_disk(model: nn.Module, adapter: str, *, own: bool = True, exporte
 
 
 def kept_on_disk(model: nn.Module, adapter: str) -> dict[str, Tensor]:
-    """Return the kept tensors to write: those that another load of the base would not have.
+    """Return the kept tensors to write: values that another load of the base would not have.
 
-    These are tensors that differ from the base, buffers in modules that are trained as a whole, and a resized
-    vocabulary.
+    They are tensors that differ from the base, buffers in modules that are trained as a whole, and the embedding of a
+    resized vocabulary.
     """
     entry = engine.applied(model, adapter)
     rules, base = registry.method(entry.method).state, base_tensors(model)
     owned = TrainedParameters.of(model, adapter)
-    saved = getattr(entry.config, "modules_to_save", None) or ()
-    whole: set[str] = set()
-    for path, module in base_modules(model) if saved else ():
-        if path and any(targets.is_inside(pattern, path) for pattern in saved):
+    modules_to_save = getattr(entry.config, "modules_to_save", None) or ()
+    buffer_names: set[str] = set()
+    for path, module in base_modules(model) if modules_to_save else ():
+        if path and any(targets.is_inside(pattern, path) for pattern in modules_to_save):
             persistent = module._buffers.keys() - module._non_persistent_buffers_set
-            whole.update(f"{path}.{name}" for name in persistent if module._buffers[name] is not None)
-    kept = {name: model.get_buffer(name) for name in sorted(whole)}
+            buffer_names.update(f"{path}.{name}" for name in persistent if module._buffers[name] is not None)
+    kept = {name: model.get_buffer(name) for name in sorted(buffer_names)}
     owned_slots = own_slots(model, adapter)
-    kept.update({name: base[name] for name in resized_vocabulary.resized(model) if name not in owned_slots})
+    kept.update({name: base[name] for name in resized_vocabulary.resized_parameters(model) if name not in owned_slots})
     if owned is not None:
         for name, tensor in owned.kept_values(model):
             if name in kept or not torch.equal(tensor, base[name]):
@@ -98,37 +100,44 @@ def kept_on_disk(model: nn.Module, adapter: str) -> dict[str, Tensor]:
 
 
 def grown_buffers(model: nn.Module, adapter: str, tensors: Mapping[str, Tensor]) -> list[tuple[nn.Module, str, Tensor]]:
-    """Return (module, name, empty buffer of the new shape) for buffers of an adapter with other shapes in `tensors`."""
+    """Return (module, name, empty buffer of the new shape) for each buffer whose shape differs in `tensors`."""
     rules, grown = registry.method(engine.applied(model, adapter).method).state, []
     for placement in engine.placements(model, adapter):
         for name, tensor in own_tensors(placement.adapter).items():
             stored = tensors.get(rules.tensor_name(placement, name))
             if stored is not None and stored.shape != tensor.shape and not isinstance(tensor, nn.Parameter):
-                path, _, last = name.rpartition(".")
-                grown.append((placement.adapter.get_submodule(path), last, tensor.new_empty(stored.shape)))
+                path, _, attribute = name.rpartition(".")
+                grown.append((placement.adapter.get_submodule(path), attribute, tensor.new_empty(stored.shape)))
     return grown
 
 
 def fill(model: nn.Module, adapter: str, tensors: dict[str, Tensor], folder: Path, *, partly_tied: bool = True) -> None:
-    """Copy `tensors` into the applied `adapter`; none may be missing, unexpected or of another shape.
+    """Copy `tensors` into the applied `adapter`.
 
     Args:
-        partly_tied: a tied parameter may be in the file under only one of its names.
+        model: the model.
+        adapter: name of the adapter.
+        tensors: tensors by their names on disk.
+        folder: the folder of the tensors, for messages.
+        partly_tied: the file may have a tied parameter under only one of its names.
+
+    Raises:
+        CheckpointError: a tensor is missing, unexpected or of another shape, or cannot be represented.
     """
     sharded.reshard(model)
     tensors = dict(tensors)
-    expected = exported = tensors_on_disk(model, adapter)
+    expected_tensors = exported_tensors = tensors_on_disk(model, adapter)
     if registry.method(engine.applied(model, adapter).method).state.export is not None or own_slots(model, adapter):
-        exported = tensors_on_disk(model, adapter, exported=True)  # equal to the adapter's own tensors
-        _untie(tensors, expected, exported, folder, type(model).__name__, partly_tied)
+        exported_tensors = tensors_on_disk(model, adapter, exported=True)  # equal to the adapter's own tensors
+        _untie(tensors, expected_tensors, exported_tensors, folder, type(model).__name__, partly_tied)
     values = _take_kept(model, adapter, tensors)
     embeddings: dict[str, Tensor] = {}
-    if tensors.keys() - expected.keys():
-        embeddings = _take_embeddings(model, adapter, tensors, expected, folder)
-        _drop_repeats(model, tensors, expected, exported)
-    missing = sorted(expected.keys() - tensors.keys() - for_training(model, adapter))
-    _refuse_other_names(missing, sorted(tensors.keys() - expected.keys()), folder, type(model).__name__)
-    values += [_Value(name, tensor, expected[name]) for name, tensor in tensors.items()]
+    if tensors.keys() - expected_tensors.keys():
+        embeddings = _take_embeddings(model, adapter, tensors, expected_tensors, folder)
+        _drop_repeats(model, tensors, expected_tensors, exported_tensors)
+    missing = sorted(expected_tensors.keys() - tensors.keys() - for_training(model, adapter))
+    _refuse_other_names(missing, sorted(tensors.keys() - expected_tensors.keys()), folder, type(model).__name__)
+    values += [_Value(name, tensor, expected_tensors[name]) for name, tensor in tensors.items()]
     for value in values:
         _refuse_unfit(value, folder, type(model).__name__)
     with torch.no_grad():
@@ -142,7 +151,7 @@ def fill(model: nn.Module, adapter: str, tensors: dict[str, Tensor], folder: Pat
 
 @dataclass(frozen=True)
 class _Value:
-    """A tensor of a file, its name there, and the tensor that gets its values."""
+    """A tensor of a file, its name in the file, and the tensor that gets its values."""
 
     name: str
     tensor: Tensor
@@ -152,7 +161,7 @@ class _Value:
 def _drop_repeats(
     model: nn.Module, tensors: dict[str, Tensor], expected: Mapping[str, Tensor], exported: Mapping[str, Tensor]
 ) -> None:
-    """Delete from `tensors` what only repeats others: exported forms of the adapter's own, and copies of the base's."""
+    """Delete redundant entries of `tensors`: exported forms of own tensors, and copies of the base's tensors."""
     base = _values_of_base(model)
     for name in [name for name in tensors if name not in expected]:
         if name in exported or _is_copy_of_base(base, name, tensors[name]):
@@ -160,20 +169,20 @@ def _drop_repeats(
 
 
 def _refuse_other_names(missing: Sequence[str], unexpected: Sequence[str], folder: Path, model: str) -> None:
-    """Raise a CheckpointError if tensors are missing or unexpected. It names what may have been meant."""
+    """Raise a CheckpointError if tensors are missing or unexpected. The error suggests the nearest names."""
     problems: list[str] = []
     if missing:
         guess = nearest(missing[0], unexpected, 1)
         problems.append(f"{len(missing)} tensors are missing, such as '{missing[0]}'{guess}")
     if unexpected:
         guess = nearest(unexpected[0], missing, 1)
-        problems.append(f"{len(unexpected)} tensors have no place, such as '{unexpected[0]}'{guess}")
+        problems.append(f"{len(unexpected)} tensors are unexpected, such as '{unexpected[0]}'{guess}")
     if problems:
         raise CheckpointError(f"'{folder}' does not fit {model}: {'; '.join(problems)}")
 
 
 def for_training(model: nn.Module, adapter: str) -> set[str]:
-    """Return the names of own tensors that a file may lack because only further training needs them."""
+    """Return the names of own tensors that a file may lack, because only further training needs them."""
     rules = registry.method(engine.applied(model, adapter).method).state
     names: set[str] = set()
     if rules.export is None:
@@ -203,12 +212,14 @@ def _refuse_unfit(value: _Value, folder: Path, model: str) -> None:
         low, high = torch.aminmax(cast.float() if cast.dtype.itemsize == 1 else cast)
         if not (math.isfinite(low.item()) and math.isfinite(high.item())):
             finite = bool(tensor.double().isfinite().all())
-            wrong = "values too large for it" if finite else "values that are not finite"
-            raise CheckpointError(f"'{folder}': '{name}' ({tensor.dtype}, here {target.dtype}) contains {wrong}")
+            problem = "values too large for it" if finite else "values that are not finite"
+            raise CheckpointError(
+                f"'{folder}': '{name}' ({tensor.dtype}, in the model {target.dtype}) contains {problem}"
+            )
 
 
 def _base_name(rules: StateRules, entry: engine.Applied, name: str) -> str:
-    """Return the name on disk of an adapter-owned base tensor."""
+    """Return the name on disk of a base tensor that the adapter owns."""
     path = name.rpartition(".")[0]
     saved = any(targets.is_inside(pattern, path) for pattern in getattr(entry.config, "modules_to_save", None) or ())
     key = key_of_trained(name, adapted=path in entry.paths)
@@ -216,7 +227,7 @@ def _base_name(rules: StateRules, entry: engine.Applied, name: str) -> str:
 
 
 def is_tied_in(model: nn.Module, method: Method, saved: Sequence[str], tensors: Mapping[str, Tensor]) -> bool:
-    """Return whether a file also has what is tied to the modules `saved`, with equal values."""
+    """Return whether a file has equal values for the modules `saved` and for the parameters tied to them."""
     names = targets.trained_modules(model, saved).names
     base = base_tensors(model)
     for name in tied_to(model, names):
@@ -236,34 +247,38 @@ def _untie(
     model: str,
     partly_tied: bool,
 ) -> None:
-    """Change `tensors` so that each tied parameter is under the one name that is expected."""
-    first = {id(tensor): name for name, tensor in expected.items()}
+    """Reduce the names of each tied parameter in `tensors` to the expected one.
+
+    Raises:
+        CheckpointError: the names have different values, or one of them is missing.
+    """
+    first_names = {id(tensor): name for name, tensor in expected.items()}
     groups: dict[str, list[str]] = {}
     for name, tensor in exported.items():
-        if id(tensor) in first:
-            groups.setdefault(first[id(tensor)], []).append(name)
+        if id(tensor) in first_names:
+            groups.setdefault(first_names[id(tensor)], []).append(name)
     for name, group in groups.items():
-        present = [other for other in group if other in tensors]
+        present = [alias for alias in group if alias in tensors]
         if len(group) == 1 or not present:
             continue
-        lacking = next((other for other in group if other not in tensors), None)
-        differing = next((other for other in present if not torch.equal(tensors[other], tensors[present[0]])), None)
+        lacking = next((alias for alias in group if alias not in tensors), None)
+        differing = next((alias for alias in present if not torch.equal(tensors[alias], tensors[present[0]])), None)
         if differing is not None or (lacking is not None and not partly_tied):
             problem = f"'{lacking}' is missing next to" if differing is None else f"'{differing}' differs from"
             raise CheckpointError(
-                f"'{folder}' does not fit {model}: {problem} '{present[0]}', and the two are one parameter here. It "
-                "was trained with separate parameters: load it on a model that is not tied (tie_word_embeddings=False)"
+                f"'{folder}' does not fit {model}: {problem} '{present[0]}', but this model ties the two. The adapter "
+                "was trained with separate parameters: load it on an untied model (tie_word_embeddings=False)"
             )
         value = tensors[present[0]]
-        for other in present:
-            del tensors[other]
+        for alias in present:
+            del tensors[alias]
         tensors[name] = value
 
 
 def _take_embeddings(
     model: nn.Module, adapter: str, tensors: dict[str, Tensor], expected: dict[str, Tensor], folder: Path
 ) -> dict[str, Tensor]:
-    """Take embedding and head that differ from the base out of `tensors`, and return them by base name."""
+    """Remove the embedding and the head from `tensors`, and return those that differ from the base, by base name."""
     entry, base = engine.applied(model, adapter), base_tensors(model)
     rules, owned = registry.method(entry.method).state, TrainedParameters.of(model, adapter)
     kept = set(chain.from_iterable(owned.kept.values())) if owned is not None else set[str]()
@@ -279,10 +294,11 @@ def _take_embeddings(
             continue
         value = tensors.pop(on_disk)
         _refuse_other_vocabulary(model, on_disk, value, base[name], folder)
-        tied = next((other for other in resized if base[other] is base[name]), None)
+        tied = next((other_name for other_name in resized if base[other_name] is base[name]), None)
         if tied is not None and not torch.equal(resized[tied], value):
             raise CheckpointError(
-                f"'{folder}' has different values for '{tied}' and '{name}', which are one parameter here"
+                f"'{folder}' has different values for '{tied}' and '{name}', but this model ties the two. Load it on "
+                "an untied model (tie_word_embeddings=False)"
             )
         if tied is None and not _is_copy_of_base(values_of_base, on_disk, value):
             resized[name] = value
@@ -290,8 +306,8 @@ def _take_embeddings(
     lacking = [name for name in lacking if id(base[name]) not in written]
     if resized and lacking:
         raise CheckpointError(
-            f"'{folder}' has '{next(iter(resized))}' for a resized vocabulary but not '{lacking[0]}', whose new rows "
-            "were random. Ask its author to save both (in PEFT: save_embedding_layers=True)"
+            f"'{folder}' has '{next(iter(resized))}' of a resized vocabulary but lacks '{lacking[0]}', whose new rows "
+            "would be random. Ask the author to save both (in PEFT: save_embedding_layers=True)"
         )
     return resized
 
@@ -301,13 +317,13 @@ def _refuse_other_vocabulary(model: nn.Module, name: str, value: Tensor, weight:
     if value.shape != weight.shape:
         raise CheckpointError(
             f"'{folder}' does not fit {type(model).__name__}: '{name}' has shape {list(value.shape)}, the model "
-            f"{list(weight.shape)}. Its vocabulary was resized; resize it before loading as well: "
+            f"{list(weight.shape)}. The adapter's vocabulary was resized. Resize the model's before loading: "
             f"model.resize_token_embeddings({len(value)})"
         )
 
 
 def _take_kept(model: nn.Module, adapter: str, tensors: dict[str, Tensor]) -> list[_Value]:
-    """Take kept tensors out of `tensors` and return their values; missing ones get the base's."""
+    """Remove kept tensors from `tensors`, and return their values. Missing ones get the base's values."""
     entry, owned = engine.applied(model, adapter), TrainedParameters.of(model, adapter)
     if owned is None:
         return []
@@ -315,18 +331,18 @@ def _take_kept(model: nn.Module, adapter: str, tensors: dict[str, Tensor]) -> li
     kept: list[_Value] = []
     for name, target in owned.kept_values(model):
         on_disk = [_base_name(rules, entry, slot) for slot in owned.kept[name]]
-        stored = [tensors.pop(other) for other in on_disk if other in tensors]
-        kept.append(_Value(on_disk[0], stored[0] if stored else base[name], target))
+        stored_tensors = [tensors.pop(other_name) for other_name in on_disk if other_name in tensors]
+        kept.append(_Value(on_disk[0], stored_tensors[0] if stored_tensors else base[name], target))
     return kept
 
 
 def _values_of_base(model: nn.Module) -> Callable[[], Mapping[str, Tensor]]:
-    """Return a function that returns the buffers and parameters of the base by name, and walks the model once."""
+    """Return a cached function that returns the base's buffers and parameters by name."""
     return functools.cache(lambda: {**dict(model.named_buffers()), **base_tensors(model)})
 
 
 def _is_copy_of_base(base: Callable[[], Mapping[str, Tensor]], name: str, tensor: Tensor) -> bool:
-    """Return whether a tensor of a file repeats one of the base, as PEFT's files do with the embedding's weight."""
+    """Return whether a tensor of a file is a copy of the base's; PEFT's files contain the embedding's weight."""
     base_tensor = base().get(name_in_base(name))
     if base_tensor is None or base_tensor.shape != tensor.shape:
         return False
@@ -334,7 +350,7 @@ def _is_copy_of_base(base: Callable[[], Mapping[str, Tensor]], name: str, tensor
 
 
 def own_slots(model: nn.Module, adapter: str) -> set[str]:
-    """Return the names of the base's tensors that `adapter` owns a copy of."""
+    """Return the names of the base's tensors of which `adapter` owns a copy."""
     owned = TrainedParameters.of(model, adapter)
     return set(chain.from_iterable(owned.slots.values())) if owned is not None else set()
 

@@ -40,7 +40,7 @@ def test_work_on_tensors_without_a_place_grows_with_their_number_alone(tmp_path:
         model = tiny.llama()
 
         def call() -> None:
-            message = rf"{size} tensors? ha(s|ve) no place, such as 'base_model\.model\.layers"
+            message = rf"{size} tensors are unexpected, such as 'base_model\.model\.layers"
             with pytest.raises(peftcore.CheckpointError, match=message):
                 peftcore.load(model, folder)
 
@@ -54,5 +54,7 @@ def test_a_config_far_larger_than_its_file_is_refused_before_anything_is_made(tm
     tiny.without_hash(folder)
     config = folder / "adapter_config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "r": 10**7}))
-    with pytest.raises(peftcore.CheckpointError, match=r"needs an adapter of [0-9,]{11,} numbers, but .* has [0-9,]+"):
+    with pytest.raises(
+        peftcore.CheckpointError, match=r"describes an adapter of [0-9,]{11,} values, but .* has [0-9,]+"
+    ):
         peftcore.load(tiny.llama(), folder)

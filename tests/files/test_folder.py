@@ -32,7 +32,7 @@ def contents(value: float, names=NAMES) -> dict[str, Content]:
 def values(opened: Folder, names=NAMES) -> set[float]:
     """All values in a set."""
     save = opened.metadata().get(SAVE)
-    parts = [opened.inside(name, save) if name else opened for name in names]
+    parts = [opened.subfolder(name, save) if name else opened for name in names]
     found = {part.config()["value"] for part in parts}
     return found | {value for part in parts for value in part.tensors()[0]["gain"].tolist()}
 
@@ -168,7 +168,7 @@ def test_writers_and_readers_side_by_side(tmp_path: Path, monkeypatch) -> None:
 def test_an_error_for_a_writer_that_waits_too_long(tmp_path: Path, monkeypatch) -> None:
     Folder(tmp_path).write(contents(1))
     monkeypatch.setattr(folder_module, "PATIENCE", 0.1)
-    with folder_module.locked(tmp_path, tmp_path / "a"):
+    with folder_module.lock_folders(tmp_path, tmp_path / "a"):
         for inside in ("", "a"):
             with pytest.raises(CheckpointError, match=r"was not saved: another process has been saving to"):
                 Folder(tmp_path / inside).write(contents(2, [""]))
@@ -189,7 +189,7 @@ def test_links_are_not_followed(tmp_path: Path) -> None:
     assert outside.read_text() == "mine" and read_folder(folder, values) == {1.0}
     assert files(folder) == ALL and not any(path.is_symlink() for path in folder.rglob("*"))
     with pytest.raises(FileExistsError):
-        folder_module.create(folder / "adapter_config.json", b"")
+        folder_module.create_file(folder / "adapter_config.json", b"")
 
 
 def test_no_adapter_is_written_through_a_link_out_of_the_folder(tmp_path: Path) -> None:
@@ -197,7 +197,9 @@ def test_no_adapter_is_written_through_a_link_out_of_the_folder(tmp_path: Path) 
     outside.mkdir()
     folder.mkdir()
     (folder / "b").symlink_to(outside)
-    with pytest.raises(CheckpointError, match=rf"'{folder}/b' is a link to '{outside}', and nothing is written"):
+    with pytest.raises(
+        CheckpointError, match=rf"'{folder}/b' is a link to '{outside}', which is outside of the folder"
+    ):
         Folder(folder).write(contents(1))
     assert not files(outside) and not files(folder)
 
@@ -232,7 +234,7 @@ def test_a_save_that_fails_leaves_no_empty_folder(tmp_path: Path, monkeypatch) -
 
     there = tmp_path / "there"
     there.mkdir()
-    monkeypatch.setattr(folder_module, "create", full)
+    monkeypatch.setattr(folder_module, "create_file", full)
     for folder in (tmp_path / "new" / "deeper", there / "inside"):
         with pytest.raises(CheckpointError, match="No space left on device"):
             Folder(folder).write(contents(1))
@@ -256,7 +258,7 @@ def test_files_of_two_saves_are_refused(tmp_path: Path, monkeypatch) -> None:
     with pytest.raises(CheckpointError, match=r"b/adapter_config.json' and '.*' are from two different saves: the"):
         read_folder(tmp_path / "1", values)
     os.replace(tmp_path / "2" / "b" / ONE[1], tmp_path / "1" / "b" / ONE[1])
-    with pytest.raises(CheckpointError, match=r"and the adapters that were saved with it are from two different saves"):
+    with pytest.raises(CheckpointError, match=r"and the adapters saved together with it are from two different saves"):
         read_folder(tmp_path / "1", values)
     assert read_folder(tmp_path / "1" / "b", lambda opened: values(opened, [""])) == {2.0}
 

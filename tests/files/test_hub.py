@@ -81,7 +81,7 @@ def test_a_folder_here_comes_first(hub: Hub, tmp_path: Path) -> None:
     peftcore.save(peftcore.apply(tiny.llama(), "around", value=5.0), tmp_path / "org" / "name")
     assert gains(peftcore.load(tiny.llama(), "org/name")) == {5.0}
     assert hub.asked == []
-    with pytest.raises(peftcore.CheckpointError, match=r"revision='v1' is for .*'org/name' is a local folder"):
+    with pytest.raises(peftcore.CheckpointError, match=r"revision='v1' only works with .*'org/name' is a local folder"):
         peftcore.load(tiny.llama(), "org/name", revision="v1")
     for path in (Path("org/other"), "./org/other", "org/other/more", "/org/other", "other", "../org"):
         with pytest.raises(peftcore.CheckpointError, match=r"the folder .* does not exist"):

@@ -161,12 +161,12 @@ def test_a_field_cannot_end_its_code_span_or_the_card(tmp_path: Path) -> None:
     ],
 )
 def test_tags(before: str, after: str) -> None:
-    assert model_card.updated(before, {"tags": ["a:b"]}) == after
+    assert model_card.update_header(before, {"tags": ["a:b"]}) == after
 
 
 def test_keys_that_no_longer_apply_are_removed() -> None:
     head = "base_model:\n- one\n- two\nlicense: mit\nlibrary_name: x\n"
-    assert model_card.updated(head, {"library_name": "no"}) == 'license: mit\nlibrary_name: "no"\n'
+    assert model_card.update_header(head, {"library_name": "no"}) == 'license: mit\nlibrary_name: "no"\n'
 
 
 def test_figures_are_added_until_the_next_save(tmp_path: Path) -> None:

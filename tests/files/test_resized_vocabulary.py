@@ -42,8 +42,10 @@ TOKENS = torch.tensor([[5, 97, 3, 60, 99, 22, 98], [8, 4, 77, 31, 2, 50, 63]])
 
 def test_it_is_seen(make) -> None:
     names = ["model.embed_tokens.weight", "lm_head.weight"]
-    assert resized_vocabulary.resized(make(1)) == names
-    assert resized_vocabulary.resized(make(1, 96)) == resized_vocabulary.resized(tiny.llama()) == []
+    assert resized_vocabulary.resized_parameters(make(1)) == names
+    assert (
+        resized_vocabulary.resized_parameters(make(1, 96)) == resized_vocabulary.resized_parameters(tiny.llama()) == []
+    )
 
 
 @pytest.mark.parametrize("method", ["around", "soft"])

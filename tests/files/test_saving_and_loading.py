@@ -185,7 +185,9 @@ def test_what_no_load_takes_is_not_saved(saved: Path, value: float) -> None:
     model = peftcore.apply(tiny.llama(), "around")
     with torch.no_grad():
         next(iter(adapter_parameters(model, "default")))[1].fill_(value)
-    with pytest.raises(peftcore.CheckpointError, match=r"adapter 'default': '.*gain' contains NaN or Inf"):
+    with pytest.raises(
+        peftcore.CheckpointError, match=r"adapter 'default' was not saved: '.*gain' contains NaN or Inf"
+    ):
         peftcore.save(model, saved)
     assert {p.item() for _, p in adapter_parameters(peftcore.load(tiny.llama(), saved), "default")} == {3.0}
 
@@ -210,7 +212,7 @@ def test_a_missing_folder_says_what_to_pass(tmp_path: Path, monkeypatch: pytest.
     what = "Pass the folder that `save` wrote, or an id of Hugging Face's hub as a string, 'ORG/NAME'"
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter.txt").write_text("")
-    near = f"In '{tmp_path}' are others (nearest: 'adapter'). "
+    near = f"'{tmp_path}' contains other folders (nearest: 'adapter'). "
     assert error(tmp_path / "adaptr") == f"the folder '{tmp_path}/adaptr' does not exist. {near}{what}"
     assert error(tmp_path / "xyz") == f"the folder '{tmp_path}/xyz' does not exist. {what}"
     assert f"'{tmp_path}/a/b' does not exist either. {what}" in error(tmp_path / "a" / "b" / "c")

@@ -76,7 +76,9 @@ def test_each_model_is_given_its_part(tmp_path: Path) -> None:
     one = tiny.llama()
     with pytest.raises(peftcore.CheckpointError, match="contains left and right, and a LlamaForCausalLM may be either"):
         peftcore.load(one, tmp_path)
-    with pytest.raises(peftcore.CheckpointError, match=r"contains right \(\d+ tensors\), for which no model is given"):
+    with pytest.raises(
+        peftcore.CheckpointError, match=r"contains right \(\d+ tensors\), but no model for it was passed"
+    ):
         peftcore.load({"left": one}, tmp_path)
     assert state_of(one) is None
 
@@ -96,10 +98,10 @@ def test_what_a_save_would_lose(tmp_path: Path) -> None:
     saved(tmp_path)
     before = (tmp_path / FILE).read_bytes()
     one = peftcore.apply(tiny.llama(), "filed")
-    with pytest.raises(peftcore.PeftcoreError, match=r"may be 'left' or 'right' of a pipeline. Say which"):
+    with pytest.raises(peftcore.PeftcoreError, match=r"may be 'left' or 'right' of a pipeline. Name it"):
         peftcore.save(one, tmp_path, format="toys")
     with pytest.raises(
-        peftcore.CheckpointError, match=r"also contains right \(\d+ tensors\), which this would overwrite"
+        peftcore.CheckpointError, match=r"also contains right \(\d+ tensors\), which saving would delete"
     ):
         peftcore.save({"left": one}, tmp_path, format="toys")
     assert (tmp_path / FILE).read_bytes() == before
@@ -130,11 +132,11 @@ def test_what_is_no_such_file(tmp_path: Path) -> None:
     folder = peftcore.save(peftcore.apply(tiny.llama(), "filed"), tmp_path / "folder")
     with pytest.raises(peftcore.CheckpointError, match=r"is one of an adapter's files. Give the folder"):
         peftcore.load(model, folder / "adapter_model.safetensors")
-    with pytest.raises(peftcore.CheckpointError, match="contains one adapter, but 2 models are given"):
+    with pytest.raises(peftcore.CheckpointError, match="contains one adapter, but 2 models were passed"):
         peftcore.load({"left": model, "right": model}, folder)
     (tmp_path / "adapter.bin").unlink()
     with pytest.raises(
-        peftcore.CheckpointError, match=r"If 'model.safetensors' is one, give that file: '.*model.safeten"
+        peftcore.CheckpointError, match=r"If 'model.safetensors' is one, pass that file: '.*model.safeten"
     ):
         peftcore.load(model, tmp_path)
     for call in (lambda: peftcore.load(object(), folder), lambda: peftcore.save(object(), folder, format="toys")):

@@ -91,7 +91,7 @@ def test_peft_computes_the_same(
 def test_prompts_of_which_peft_makes_the_base_are_reported(name: str, method, tmp_path: Path) -> None:
     model = peftcore.apply(made(name), method[0], **method[1])
     disturb(model, "default", seed=1)
-    with pytest.warns(UserWarning, match="Hugging Face PEFT computes the base from this file"):
+    with pytest.warns(UserWarning, match="Hugging Face PEFT ignores the prompts in this file"):
         peftcore.save(model, tmp_path)
     theirs = against_peft.quiet(peft.PeftModel.from_pretrained, made(name), tmp_path).eval()
     assert torch.equal(output(theirs, model), output(made(name), model))

@@ -231,7 +231,7 @@ class AdapterTrainer(_Base):
         super().create_model_card(*args, **kwargs)
         head, body = model_card.split(file.read_text(encoding="utf-8"))
         metadata, *_ = model_card.card(model, _training(model), None)
-        file.write_text(f"---\n{model_card.updated(head, metadata)}---\n{body}", encoding="utf-8")
+        file.write_text(f"---\n{model_card.update_header(head, metadata)}---\n{body}", encoding="utf-8")
         return None
 
 

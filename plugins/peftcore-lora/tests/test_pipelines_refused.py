@@ -30,7 +30,7 @@ def test_each_model_takes_its_part(tmp_path: Path) -> None:
     ):
         peftcore.load(pipe_to_load.text_encoder_2, tmp_path)
     with pytest.raises(
-        peftcore.CheckpointError, match=r"contains text_encoder_2 \(16 tensors\), for which no model is given"
+        peftcore.CheckpointError, match=r"contains text_encoder_2 \(16 tensors\), but no model for it was passed"
     ):
         peftcore.load({"unet": pipeline("sdxl").unet, "text_encoder": pipe_to_load.text_encoder}, tmp_path)
     with pytest.raises(peftcore.CheckpointError, match=r"nothing for a FluxTransformer2DModel \(transformer\)"):
@@ -57,7 +57,7 @@ def test_no_part_is_lost(tmp_path: Path) -> None:
     peftcore.save(pipe.components, tmp_path / "a", format="diffusers")
     for layout in ("diffusers", "kohya"):
         with pytest.raises(
-            peftcore.CheckpointError, match=r"also contains text_encoder \(16 tensors\), which this would ov"
+            peftcore.CheckpointError, match=r"also contains text_encoder \(16 tensors\), which saving would de"
         ):
             peftcore.save(pipe.unet, tmp_path / "a", format=layout)
     peftcore.save(pipe.components, tmp_path / "a", format="kohya")
@@ -75,7 +75,7 @@ def test_what_has_no_place_is_refused(tmp_path: Path) -> None:
         peftcore.save(pipe.components, tmp_path, format="diffusers")
     peftcore.apply(pipe.text_encoder, "lora", target_modules=["q_proj", "text_projection"], modules_to_save=())
     with pytest.raises(
-        peftcore.PeftcoreError, match=r"may be 'text_encoder' or 'text_encoder_2' of a pipeline. Say which"
+        peftcore.PeftcoreError, match=r"may be 'text_encoder' or 'text_encoder_2' of a pipeline. Name it"
     ):
         peftcore.save(pipe.text_encoder, tmp_path, format="diffusers")
     with pytest.raises(peftcore.PeftcoreError, match="text encoder's attention but without out_proj"):

@@ -83,7 +83,10 @@ def test_it_takes_the_folders_of_peft(tmp_path: Path) -> None:
     tensors = safetensors.torch.load_file(tmp_path / "adapter_model.safetensors")
     same = adapted(r=3, lora_alpha=5, target_modules=["q_proj"])
     torch.testing.assert_close(output(peftcore.set_state_dict(same, "a", tensors)), output(theirs), rtol=0, atol=1e-5)
-    with pytest.raises(peftcore.CheckpointError, match=r"has shape \[3, 32\], here \[4, 32\].* need their config"):
+    with pytest.raises(
+        peftcore.CheckpointError,
+        match=r"has shape \[3, 32\], but the applied adapter has \[4, 32\].* need their config",
+    ):
         peftcore.set_state_dict(adapted(target_modules=["q_proj"]), "a", tensors)
 
 
@@ -173,10 +176,10 @@ def nan(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     [
         (
             {"r": 6},
-            r"has rank 6 at '.*q_proj.lora_A.weight', and the applied adapter has 4.* Apply with r=6 or more before",
+            r"has rank 6 at '.*q_proj.lora_A.weight', but the applied adapter has 4.* Apply it with r=6 or more before",
         ),
-        ({"target_modules": [*LINEAR, "v_proj"]}, r"it changes 'model.layers.0.self_attn.v_proj', and 'a' does not"),
-        ({"modules_to_save": ["lm_head"]}, r"it changes 'lm_head.weight', and 'a' does not"),
+        ({"target_modules": [*LINEAR, "v_proj"]}, r"it changes 'model.layers.0.self_attn.v_proj', but 'a' does not"),
+        ({"modules_to_save": ["lm_head"]}, r"it changes 'lm_head.weight', but 'a' does not"),
         ({"lora_bias": True}, "it differs at 'model.layers.0.self_attn.q_proj': the tensors"),
     ],
     ids=str,
@@ -201,10 +204,10 @@ def test_other_methods_bases_and_damaged_values_are_refused_and_nothing_changes(
         other.model.embed_tokens.weight.mul_(2)
     peftcore.save(adapted(make=lambda: other, seed=2), tmp_path)
     cases: list[tuple[Any, str]] = [
-        (prompt, r"is an adapter of prompt-tuning, but 'a' is of lora. Load it as another adapter: peftcore.load\("),
+        (prompt, r"is an adapter of prompt-tuning, but 'a' is of lora. Load it as another adapter \(peftcore.load\("),
         ({**state, last: state[last] * float("nan")}, "not finite"),
         ({name: tensor for name, tensor in state.items() if name != last}, "1 tensors are missing"),
-        ({**state, "more": state[last]}, "1 tensors have no place, such as 'more'"),
+        ({**state, "more": state[last]}, "1 tensors are unexpected, such as 'more'"),
         (
             tmp_path,
             r"was trained on another base: .*embed_tokens.*peftcore\.set_state_dict\(model, 'a', \.\.\., "
