@@ -21,7 +21,7 @@ def test_each_model_takes_its_part(tmp_path: Path) -> None:
     peftcore.save(pipe.components, tmp_path, format="diffusers")
     pipe_to_load = pipeline("sdxl")
     with pytest.warns(
-        UserWarning, match=r"also contains text_encoder \(16 tensors\), text_encoder_2 \(16 tensors\), left for"
+        UserWarning, match=r"also contains text_encoder \(16 tensors\), text_encoder_2 \(16 tensors\), which belong"
     ):
         peftcore.load(pipe_to_load.unet, tmp_path)
     assert torch.equal(output(pipe_to_load.unet), expected["unet"])
