@@ -38,11 +38,11 @@ def test_the_products_are_the_change(make: Any, fields: dict[str, Any], tmp_path
     peftcore.merge(model, undo=True)
     after = tensors(peftcore.export(model, tmp_path / "merged.gguf", **options))
 
-    found, facts = tensors(file), keys(file)
+    adapter_tensors, facts = tensors(file), keys(file)
     assert facts["general.type"] == "adapter" and facts["adapter.type"] == "lora"
     assert facts["general.architecture"] == model.config.model_type
     for name, weight in before.items():
-        a, b = found.pop(f"{name}.lora_a", None), found.pop(f"{name}.lora_b", None)
+        a, b = adapter_tensors.pop(f"{name}.lora_a", None), adapter_tensors.pop(f"{name}.lora_b", None)
         if a is None:
             assert np.array_equal(after[name], weight), name
             continue
@@ -50,7 +50,7 @@ def test_the_products_are_the_change(make: Any, fields: dict[str, Any], tmp_path
         change = (b @ a.T).T if name == "token_embd.weight" else b @ a  # which it reads row by row
         assert abs(change).max() > 0.01, name
         assert np.allclose(weight + scale * change, after[name], atol=2e-6), name
-    assert not found
+    assert not adapter_tensors
 
 
 def test_a_scale_of_nothing_is_no_scale_of_one(tmp_path: Path) -> None:
@@ -89,5 +89,5 @@ def test_what_llama_cpp_cannot_add_is_refused(make: Any, message: str, tmp_path:
 def test_any_change_of_weights_by_its_products(tmp_path: Path) -> None:
     model = apply(llama(), "dora", r=4, target_modules=["q_proj"])
     peftcore.convert(model, "default", method="lora", r=64, adapter="thin")
-    found = tensors(peftcore.export(model, tmp_path / "adapter.gguf", format="gguf", adapter="thin"))
-    assert found["blk.1.attn_q.weight.lora_a"].shape == (64, 64)
+    adapter_tensors = tensors(peftcore.export(model, tmp_path / "adapter.gguf", format="gguf", adapter="thin"))
+    assert adapter_tensors["blk.1.attn_q.weight.lora_a"].shape == (64, 64)

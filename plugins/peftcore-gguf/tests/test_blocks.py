@@ -25,12 +25,12 @@ def write(model: Any, file: Path, kind: str = "f32") -> Path:
 
 
 def kinds(file: Path) -> Counter[str]:
-    return Counter(each.tensor_type.name for each in gguf.GGUFReader(file).tensors)
+    return Counter(tensor.tensor_type.name for tensor in gguf.GGUFReader(file).tensors)
 
 
 def dense(file: Path) -> dict[str, Any]:
     """Dequantized by the package gguf, [.., rows, in]."""
-    return {each.name: gguf.dequantize(each.data, each.tensor_type) for each in gguf.GGUFReader(file).tensors}
+    return {tensor.name: gguf.dequantize(tensor.data, tensor.tensor_type) for tensor in gguf.GGUFReader(file).tensors}
 
 
 def with_affine4(model: Any, dtype: torch.dtype, zeros: bool, group: int = 64, scale: float = 0.01) -> Any:
@@ -89,13 +89,13 @@ def test_zero_points_are_offsets_of_q4_1(tmp_path: Path) -> None:
 
 def test_experts_keep_their_codes(tmp_path: Path) -> None:
     model = peftcore.quantize(qwen3moe(), "mxfp4")
-    found = dense(write(model, tmp_path / "model.gguf"))
+    dequantized = dense(write(model, tmp_path / "model.gguf"))
     experts = model.model.layers[1].mlp.experts
     up = experts.dequantized_parameter("gate_up_proj", torch.float32)
-    assert np.array_equal(found["blk.1.ffn_gate_exps.weight"], up[:, :32].numpy())
-    assert np.array_equal(found["blk.1.ffn_up_exps.weight"], up[:, 32:].numpy())
+    assert np.array_equal(dequantized["blk.1.ffn_gate_exps.weight"], up[:, :32].numpy())
+    assert np.array_equal(dequantized["blk.1.ffn_up_exps.weight"], up[:, 32:].numpy())
     down = experts.dequantized_parameter("down_proj", torch.float32)
-    assert np.array_equal(found["blk.1.ffn_down_exps.weight"], down.numpy())
+    assert np.array_equal(dequantized["blk.1.ffn_down_exps.weight"], down.numpy())
 
 
 def test_a_merged_model_in_4_bits(tmp_path: Path) -> None:
@@ -103,8 +103,8 @@ def test_a_merged_model_in_4_bits(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="quantized again"):
         peftcore.merge(model, max_error=1.0, undo=True)
     packed = dict(peftcore.quantization.quantized_layers(model))
-    found = dense(write(model, tmp_path / "model.gguf"))["blk.0.ffn_gate.weight"]
-    assert np.array_equal(found, packed["model.layers.0.mlp.gate_proj"].dequantized(torch.float32).numpy())
+    dequantized = dense(write(model, tmp_path / "model.gguf"))["blk.0.ffn_gate.weight"]
+    assert np.array_equal(dequantized, packed["model.layers.0.mlp.gate_proj"].dequantized(torch.float32).numpy())
 
 
 def test_what_no_type_of_gguf_has_is_refused(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ class Library(SimpleNamespace):
         return SimpleNamespace(ftype=None)
 
     def llama_model_quantize(self, source: bytes, path: bytes, parameters: Any) -> int:
-        kinds = {each.name: each.tensor_type.name for each in gguf.GGUFReader(source.decode()).tensors}
+        kinds = {entry.name: entry.tensor_type.name for entry in gguf.GGUFReader(source.decode()).tensors}
         self.seen = {"ftype": parameters.ftype, "kind": kinds["blk.0.attn_q.weight"]}
         Path(path.decode()).write_bytes(b"quantized")
         return int(self.fails)
@@ -52,7 +52,7 @@ def test_llama_cpp_quantizes_the_unrounded_model(
     monkeypatch.setitem(sys.modules, "llama_cpp", library)
     write(tmp_path / "model.gguf", llama().to(dtype), kind)
     assert library.seen == {"ftype": ftype, "kind": before}
-    assert [(each.name, each.read_bytes()) for each in tmp_path.iterdir()] == [("model.gguf", b"quantized")]
+    assert [(entry.name, entry.read_bytes()) for entry in tmp_path.iterdir()] == [("model.gguf", b"quantized")]
 
 
 def test_without_llama_cpp_or_where_it_fails_what_was_there_stays(

@@ -62,7 +62,7 @@ def test_a_merged_model_computes_the_same(make: Any, changes: dict[str, Any], tm
 def test_matrices_have_the_type_and_vectors_fp32(kind: str, tmp_path: Path) -> None:
     model = llama(tie_word_embeddings=kind == "q4_0")
     file = write(model, tmp_path / "model.gguf", kind)
-    kinds = {each.name: each.tensor_type.name for each in gguf.GGUFReader(file).tensors}
+    kinds = {entry.name: entry.tensor_type.name for entry in gguf.GGUFReader(file).tensors}
     head = "token_embd.weight" if kind == "q4_0" else "output.weight"
     assert kinds[head] == ("Q8_0" if kind[1] in "45" else kind.upper())
     assert kinds["blk.0.attn_norm.weight"] == "F32" and kinds["blk.1.ffn_down.weight"] == kind.upper()
@@ -88,18 +88,18 @@ def test_weights_of_gemma(make: Any, tmp_path: Path) -> None:
 
 def test_experts_have_their_gates_apart(tmp_path: Path) -> None:
     model = qwen3moe()
-    found, experts = tensors(write(model, tmp_path / "model.gguf")), model.model.layers[1].mlp.experts
+    facts, experts = tensors(write(model, tmp_path / "model.gguf")), model.model.layers[1].mlp.experts
     parts = {"gate": experts.gate_up_proj[:, :32], "up": experts.gate_up_proj[:, 32:], "down": experts.down_proj}
     for name, weight in parts.items():
-        assert np.array_equal(found[f"blk.1.ffn_{name}_exps.weight"], weight.detach().numpy()), name
+        assert np.array_equal(facts[f"blk.1.ffn_{name}_exps.weight"], weight.detach().numpy()), name
 
 
 def test_a_router_of_experts_is_in_fp32(tmp_path: Path) -> None:
     file = write(qwen3moe(), tmp_path / "model.gguf", "q8_0")
-    kinds = {each.name: each.tensor_type.name for each in gguf.GGUFReader(file).tensors}
+    kinds = {entry.name: entry.tensor_type.name for entry in gguf.GGUFReader(file).tensors}
     assert kinds["blk.1.ffn_gate_inp.weight"] == "F32" and kinds["blk.1.ffn_up_exps.weight"] == "Q8_0"
-    found = keys(file)
-    assert [found[f"qwen3moe.expert_{key}"] for key in ("count", "used_count", "feed_forward_length")] == [4, 2, 32]
+    facts = keys(file)
+    assert [facts[f"qwen3moe.expert_{key}"] for key in ("count", "used_count", "feed_forward_length")] == [4, 2, 32]
 
 
 def test_windows_and_caps_of_gemma(tmp_path: Path) -> None:
@@ -112,7 +112,7 @@ def test_windows_and_caps_of_gemma(tmp_path: Path) -> None:
 
 def test_rows_that_are_no_whole_blocks_are_in_16_bits(tmp_path: Path) -> None:
     file = write(llama(intermediate_size=80), tmp_path / "model.gguf", "q4_0")
-    kinds = {each.name: each.tensor_type.name for each in gguf.GGUFReader(file).tensors}
+    kinds = {entry.name: entry.tensor_type.name for entry in gguf.GGUFReader(file).tensors}
     assert kinds["blk.0.ffn_down.weight"] == "F16" and kinds["blk.0.ffn_up.weight"] == "Q4_0"
 
 
@@ -147,9 +147,9 @@ def test_llama3_s_rotary_embedding_has_its_factors(tmp_path: Path) -> None:
     ],
 )
 def test_scaled_rotary_embeddings(rope: dict[str, Any], expected: dict[str, Any], tmp_path: Path) -> None:
-    found = keys(write(qwen2(rope_parameters={"rope_theta": 5e4, **rope}), tmp_path / "model.gguf"))
-    assert {key: found[f"qwen2.rope.scaling.{key}"] for key in expected} == expected
-    assert found["qwen2.rope.freq_base"] == 5e4
+    facts = keys(write(qwen2(rope_parameters={"rope_theta": 5e4, **rope}), tmp_path / "model.gguf"))
+    assert {key: facts[f"qwen2.rope.scaling.{key}"] for key in expected} == expected
+    assert facts["qwen2.rope.freq_base"] == 5e4
 
 
 def test_a_window_is_the_length_of_the_context(tmp_path: Path) -> None:
@@ -158,8 +158,8 @@ def test_a_window_is_the_length_of_the_context(tmp_path: Path) -> None:
     sizes = {**llama().config.to_dict(), "sliding_window": 48}
     for key in ("architectures", "model_type", "rope_parameters"):
         sizes.pop(key)
-    found = keys(write(MistralForCausalLM(MistralConfig(**sizes)), tmp_path / "model.gguf"))
-    assert found["llama.context_length"] == 48 and found["general.architecture"] == "llama"
+    facts = keys(write(MistralForCausalLM(MistralConfig(**sizes)), tmp_path / "model.gguf"))
+    assert facts["llama.context_length"] == 48 and facts["general.architecture"] == "llama"
 
 
 @pytest.mark.parametrize(

@@ -37,11 +37,11 @@ def merges(vocab: dict[str, int]) -> list[tuple[str, str]]:
 def llama_tokenizer(edit: Callable[[dict[str, Any]], Any] | None = None, **options: Any) -> Any:
     """Of Llama; `edit` changes its tokenizer.json."""
     vocab = vocabulary("<unk>", "<s>", "</s>")
-    made = LlamaTokenizer(vocab=vocab, merges=merges(vocab), **options)
-    made.backend_tokenizer.post_processor = processors.TemplateProcessing("<s> $A", None, [("<s>", 1)])
+    tokenizer = LlamaTokenizer(vocab=vocab, merges=merges(vocab), **options)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing("<s> $A", None, [("<s>", 1)])
     if edit is None:
-        return made
-    parts = json.loads(made.backend_tokenizer.to_str())
+        return tokenizer
+    parts = json.loads(tokenizer.backend_tokenizer.to_str())
     edit(parts)
     names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(parts)), **names)
@@ -56,9 +56,9 @@ def as_in_llama_2(parts: dict[str, Any]) -> None:
 
 def gemma_tokenizer() -> Any:
     vocab = vocabulary("<pad>", "<eos>", "<bos>", "<unk>", "<mask>")
-    made = GemmaTokenizer(vocab=vocab, merges=merges(vocab))
-    made.add_tokens([AddedToken(token, normalized=False) for token in ("\n\n", "▁▁", "<table>")])
-    return made
+    tokenizer = GemmaTokenizer(vocab=vocab, merges=merges(vocab))
+    tokenizer.add_tokens([AddedToken(token, normalized=False) for token in ("\n\n", "▁▁", "<table>")])
+    return tokenizer
 
 
 def without_spaces(parts: dict[str, Any]) -> None:
@@ -80,12 +80,12 @@ def llama_cpp(facts: dict[str, Any], text: str) -> list[int]:
     """The tokens of a text as llama.cpp finds them (src/llama-vocab.cpp: tokenizer_st_partition, llm_tokenizer_spm)."""
     tokens, scores = facts["tokenizer.ggml.tokens"], facts["tokenizer.ggml.scores"]
     ids = {token: i for i, token in enumerate(tokens)}
-    apart = [t for t, k in zip(tokens, facts["tokenizer.ggml.token_type"], strict=True) if k in (2, 3, 4)]
-    found = [facts["tokenizer.ggml.bos_token_id"]] * bool(facts["tokenizer.ggml.add_bos_token"])
+    added_tokens = [t for t, k in zip(tokens, facts["tokenizer.ggml.token_type"], strict=True) if k in (2, 3, 4)]
+    token_ids = [facts["tokenizer.ggml.bos_token_id"]] * bool(facts["tokenizer.ggml.add_bos_token"])
     space = True
-    for part in re.split(f"({'|'.join(map(re.escape, sorted(apart, key=len, reverse=True)))})", text):
-        if part in apart:
-            found.append(ids[part])
+    for part in re.split(f"({'|'.join(map(re.escape, sorted(added_tokens, key=len, reverse=True)))})", text):
+        if part in added_tokens:
+            token_ids.append(ids[part])
             space = True
         elif part:
             symbols = list((" " * (space and facts["tokenizer.ggml.add_space_prefix"]) + part).replace(" ", "▁"))
@@ -94,8 +94,8 @@ def llama_cpp(facts: dict[str, Any], text: str) -> list[int]:
                 _, i = min(pairs)
                 symbols[i : i + 2] = [symbols[i] + symbols[i + 1]]
             for symbol in symbols:
-                found += [ids[symbol]] if symbol in ids else [ids[BYTES[byte]] for byte in symbol.encode()]
-    return found
+                token_ids += [ids[symbol]] if symbol in ids else [ids[BYTES[byte]] for byte in symbol.encode()]
+    return token_ids
 
 
 @pytest.fixture(scope="module", params=MADE)
@@ -110,15 +110,19 @@ def test_the_keys(written: Any) -> None:
     assert facts["tokenizer.ggml.model"] == "llama" and facts["tokenizer.ggml.add_space_prefix"] == facts["space"]
     tokens, kinds = facts["tokenizer.ggml.tokens"], facts["tokenizer.ggml.token_type"]
     assert tokens[: len(tokenizer)] == tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
-    of = dict(zip(tokens, kinds, strict=True))
-    assert of["<0x0A>"] == KIND.BYTE and of["▁ab"] == KIND.NORMAL and of["<unk>"] == KIND.UNKNOWN
-    assert of[tokenizer.eos_token] == KIND.CONTROL and of["[PAD299]"] == KIND.UNUSED
-    assert of.get("<table>", KIND.USER_DEFINED) == KIND.USER_DEFINED
+    kind_of_token = dict(zip(tokens, kinds, strict=True))
+    assert (
+        kind_of_token["<0x0A>"] == KIND.BYTE
+        and kind_of_token["▁ab"] == KIND.NORMAL
+        and kind_of_token["<unk>"] == KIND.UNKNOWN
+    )
+    assert kind_of_token[tokenizer.eos_token] == KIND.CONTROL and kind_of_token["[PAD299]"] == KIND.UNUSED
+    assert kind_of_token.get("<table>", KIND.USER_DEFINED) == KIND.USER_DEFINED
     ids = {name: facts[f"tokenizer.ggml.{name}_token_id"] for name in ("bos", "eos", "unknown")}
     expected = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id
     assert tuple(ids.values()) == expected
-    made = sorted(WORDS[:-1], key=lambda word: -facts["tokenizer.ggml.scores"][tokens.index(word)])
-    assert made == WORDS[:-1], "from the likeliest; of equal rank they never are"
+    words_by_score = sorted(WORDS[:-1], key=lambda word: -facts["tokenizer.ggml.scores"][tokens.index(word)])
+    assert words_by_score == WORDS[:-1], "from the likeliest; of equal rank they never are"
 
 
 @settings(
@@ -166,21 +170,21 @@ def other(**changes: Any) -> Any:
 
 
 def without(pair: list[str]) -> Any:
-    found = [each for each in merges(vocabulary()) if list(each) != pair]
-    return other(merges=[list(each) for each in found])
+    pairs_left = [merge for merge in merges(vocabulary()) if list(merge) != pair]
+    return other(merges=[list(merge) for merge in pairs_left])
 
 
 def in_turn() -> Any:
     """Of "▁▁▁" one pair is the first of all, the other the last: no score is that of both."""
-    found = [list(each) for each in merges(vocabulary())]
+    pairs_left = [list(merge) for merge in merges(vocabulary())]
     pairs = ["▁", "▁▁"], ["▁▁", "▁"]
-    return other(merges=[pairs[0], *(each for each in found if each not in pairs), pairs[1]])
+    return other(merges=[pairs[0], *(merge for merge in pairs_left if merge not in pairs), pairs[1]])
 
 
 def added(*tokens: AddedToken) -> Any:
-    made = llama_tokenizer(as_in_llama_2)
-    made.add_tokens(list(tokens))
-    return made
+    tokenizer = llama_tokenizer(as_in_llama_2)
+    tokenizer.add_tokens(list(tokens))
+    return tokenizer
 
 
 def plain(text: str) -> AddedToken:
@@ -188,16 +192,16 @@ def plain(text: str) -> AddedToken:
 
 
 def no_end() -> Any:
-    made = llama_tokenizer(as_in_llama_2)
-    made.eos_token = None
-    return made
+    tokenizer = llama_tokenizer(as_in_llama_2)
+    tokenizer.eos_token = None
+    return tokenizer
 
 
 def with_backend(**changes: Any) -> Any:
-    made = llama_tokenizer(as_in_llama_2)
+    tokenizer = llama_tokenizer(as_in_llama_2)
     for name, value in changes.items():
-        setattr(made.backend_tokenizer, name, value)
-    return made
+        setattr(tokenizer.backend_tokenizer, name, value)
+    return tokenizer
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,8 @@ import peftcore
 from peftcore import PeftcoreError
 
 
-def write(given: Any, file: Path, **options: Any) -> dict[str, Any]:
-    return keys(peftcore.export(llama(), file, format="gguf", tokenizer=given, **options))
+def write(source: Any, file: Path, **options: Any) -> dict[str, Any]:
+    return keys(peftcore.export(llama(), file, format="gguf", tokenizer=source, **options))
 
 
 def sequence(*steps: Any) -> Any:
@@ -40,45 +40,45 @@ CUT = {
 
 @pytest.mark.parametrize("name", CUT)
 def test_how_a_text_is_cut_has_a_name(name: str, tmp_path: Path) -> None:
-    given = tokenizer(CUT[name](), ignore_merges=name == "llama-bpe")
-    found = write(given, tmp_path / "model.gguf")
-    assert found["tokenizer.ggml.model"] == "gpt2" and found["tokenizer.ggml.pre"] == name
-    assert found["tokenizer.ggml.merges"] == ["a b", "Ġ ab"]
+    source = tokenizer(CUT[name](), ignore_merges=name == "llama-bpe")
+    facts = write(source, tmp_path / "model.gguf")
+    assert facts["tokenizer.ggml.model"] == "gpt2" and facts["tokenizer.ggml.pre"] == name
+    assert facts["tokenizer.ggml.merges"] == ["a b", "Ġ ab"]
     assert CUT.keys() == PRE_TOKENIZERS.keys()
 
 
 def test_what_is_written_is_read_back(tmp_path: Path) -> None:
-    given = tokenizer(additional_special_tokens=["<|x|>"])
-    given.add_tokens(["word"])
-    found = write(given, tmp_path / "model.gguf")
+    source = tokenizer(additional_special_tokens=["<|x|>"])
+    source.add_tokens(["word"])
+    facts = write(source, tmp_path / "model.gguf")
     kinds = gguf.TokenType
-    assert found["tokenizer.ggml.tokens"][256:] == ["ab", "Ġab", "<|im_start|>", "<|im_end|>", "<|x|>", "word"]
-    assert found["tokenizer.ggml.token_type"][256:] == [kinds.NORMAL] * 2 + [kinds.CONTROL] * 3 + [kinds.USER_DEFINED]
-    ids = {key: found.get(f"tokenizer.ggml.{key}_token_id") for key in ("bos", "eos", "padding", "unknown")}
+    assert facts["tokenizer.ggml.tokens"][256:] == ["ab", "Ġab", "<|im_start|>", "<|im_end|>", "<|x|>", "word"]
+    assert facts["tokenizer.ggml.token_type"][256:] == [kinds.NORMAL] * 2 + [kinds.CONTROL] * 3 + [kinds.USER_DEFINED]
+    ids = {key: facts.get(f"tokenizer.ggml.{key}_token_id") for key in ("bos", "eos", "padding", "unknown")}
     assert ids == {"bos": 258, "eos": 259, "padding": None, "unknown": None}  # what pads is what ends
-    assert not found["tokenizer.ggml.add_bos_token"] and not found["tokenizer.ggml.add_eos_token"]
-    assert found["tokenizer.chat_template"] == given.chat_template
+    assert not facts["tokenizer.ggml.add_bos_token"] and not facts["tokenizer.ggml.add_eos_token"]
+    assert facts["tokenizer.chat_template"] == source.chat_template
     back = AutoTokenizer.from_pretrained(tmp_path, gguf_file="model.gguf")
     text = "Größe ab<|im_end|> abc"
-    assert back(text)["input_ids"] == given(text)["input_ids"]
+    assert back(text)["input_ids"] == source(text)["input_ids"]
 
 
 def test_rows_without_a_token_are_unused(tmp_path: Path) -> None:
-    found = write(tokenizer(), tmp_path / "model.gguf")
-    assert found["tokenizer.ggml.tokens"][260:] == ["[PAD260]", "[PAD261]"]
-    assert len(found["tokenizer.ggml.token_type"]) == VOCABULARY == found["llama.vocab_size"]
-    assert found["tokenizer.ggml.token_type"][260:] == [gguf.TokenType.UNUSED] * 2
+    facts = write(tokenizer(), tmp_path / "model.gguf")
+    assert facts["tokenizer.ggml.tokens"][260:] == ["[PAD260]", "[PAD261]"]
+    assert len(facts["tokenizer.ggml.token_type"]) == VOCABULARY == facts["llama.vocab_size"]
+    assert facts["tokenizer.ggml.token_type"][260:] == [gguf.TokenType.UNUSED] * 2
 
 
 def test_tokens_at_the_ends_of_a_text(tmp_path: Path) -> None:
-    given = tokenizer()
+    source = tokenizer()
     ends = [("<|im_start|>", 258), ("<|im_end|>", 259)]
-    given.backend_tokenizer.post_processor = processors.TemplateProcessing("<|im_start|> $A <|im_end|>", None, ends)
-    found = write(given, tmp_path / "model.gguf")
-    assert found["tokenizer.ggml.add_bos_token"] and found["tokenizer.ggml.add_eos_token"]
-    given.backend_tokenizer.post_processor = processors.TemplateProcessing("<|im_end|> $A", None, ends[1:])
+    source.backend_tokenizer.post_processor = processors.TemplateProcessing("<|im_start|> $A <|im_end|>", None, ends)
+    facts = write(source, tmp_path / "model.gguf")
+    assert facts["tokenizer.ggml.add_bos_token"] and facts["tokenizer.ggml.add_eos_token"]
+    source.backend_tokenizer.post_processor = processors.TemplateProcessing("<|im_end|> $A", None, ends[1:])
     with pytest.raises(PeftcoreError, match=r"it returns \[259, \d+\] for \[\d+\]"):
-        write(given, tmp_path / "model.gguf")
+        write(source, tmp_path / "model.gguf")
 
 
 def test_a_template_in_place_of_the_tokenizer_s_and_a_tokenizer_of_another_file(tmp_path: Path) -> None:
@@ -99,15 +99,15 @@ def words() -> Any:
 
 
 def lowercase() -> Any:
-    made = tokenizer()
-    made.backend_tokenizer.normalizer = normalizers.Lowercase()
-    return made
+    source = tokenizer()
+    source.backend_tokenizer.normalizer = normalizers.Lowercase()
+    return source
 
 
 def greedy() -> Any:
-    made = tokenizer()
-    made.add_special_tokens({"additional_special_tokens": [AddedToken("<m>", lstrip=True)]})
-    return made
+    source = tokenizer()
+    source.add_special_tokens({"additional_special_tokens": [AddedToken("<m>", lstrip=True)]})
+    return source
 
 
 @pytest.mark.parametrize(
