@@ -4,7 +4,7 @@ products   adapters with `low_rank` (adapter.py), module by module; an adapter a
 tensors    adapters whose change is linear in their tensors (`neutral`), and trained parameters of the base:
            t = t0 + Σ w_i (t_i - t0), where t0 is the value at which the adapter changes nothing
 
-The sums are those of the literature on model merging:
+The sums come from the literature on model merging:
 
 task arithmetic   Σ w_i t_i                                            (Ilharco et al. 2023, arXiv 2212.04089)
 ties              trim, elect a sign, average the values that have it   (Yadav et al. 2023, arXiv 2306.01708)
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from peftcore import engine
 from peftcore.engine.composing import low_rank
 from peftcore.engine.composing.compatibility import difference
-from peftcore.engine.composing.low_rank import dense, of_matrix, of_product
+from peftcore.engine.composing.low_rank import dense, nearest_to_matrix, nearest_to_product
 from peftcore.engine.merging.merged_layers import is_mergeable
 from peftcore.engine.trained_parameters import TrainedParameters, base_tensors
 from peftcore.errors import PeftcoreError, nearest, with_argument_hints
@@ -65,34 +65,34 @@ def weighted_sum(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     return total
 
 
-def pruned_sum(tensors: Sequence[Tensor], weights: Sequence[float], how: Pruning) -> Tensor:
+def pruned_sum(tensors: Sequence[Tensor], weights: Sequence[float], pruning: Pruning) -> Tensor:
     """Return the weighted sum of pruned tensors. Signs are elected before the weights are applied."""
-    prune: Callable[[Tensor, Pruning], Tensor] = _drop if how.random else _trim
-    left = [prune(tensor, how) for tensor in tensors]
-    if not how.elects:
-        return weighted_sum(left, weights)
-    signs = torch.stack([tensor.sign() for tensor in left])
-    total = signs.sum(0) if how.majority == "frequency" else torch.stack(left).sum(0)
+    prune: Callable[[Tensor, Pruning], Tensor] = _drop if pruning.random else _trim
+    pruned = [prune(tensor, pruning) for tensor in tensors]
+    if not pruning.elects:
+        return weighted_sum(pruned, weights)
+    signs = torch.stack([tensor.sign() for tensor in pruned])
+    total = signs.sum(0) if pruning.majority == "frequency" else torch.stack(pruned).sum(0)
     agrees = signs == torch.where(total >= 0, 1.0, -1.0)
-    chosen = [tensor * mine for tensor, mine in zip(left, agrees, strict=True)]
-    return weighted_sum(chosen, weights) / agrees.sum(0).clamp(min=1)
+    agreeing = [tensor * mask for tensor, mask in zip(pruned, agrees, strict=True)]
+    return weighted_sum(agreeing, weights) / agrees.sum(0).clamp(min=1)
 
 
-def _trim(tensor: Tensor, how: Pruning) -> Tensor:
+def _trim(tensor: Tensor, pruning: Pruning) -> Tensor:
     """Keep the fraction `density` of entries with the largest magnitude; zero the rest."""
-    if how.density == 1:
+    if pruning.density == 1:
         return tensor
     flat = tensor.reshape(-1)
-    kept = torch.topk(flat.abs(), int(how.density * flat.numel())).indices
-    return torch.zeros_like(flat).index_copy_(0, kept, flat[kept]).view_as(tensor)
+    indices = torch.topk(flat.abs(), int(pruning.density * flat.numel())).indices
+    return torch.zeros_like(flat).index_copy_(0, indices, flat[indices]).view_as(tensor)
 
 
-def _drop(tensor: Tensor, how: Pruning) -> Tensor:
+def _drop(tensor: Tensor, pruning: Pruning) -> Tensor:
     """Keep each entry with probability `density` and divide it by `density`; zero the rest."""
-    if how.density == 1:
+    if pruning.density == 1:
         return tensor
-    mask = torch.bernoulli(torch.full_like(tensor, how.density), generator=how.generator)
-    return tensor * mask / how.density
+    mask = torch.bernoulli(torch.full_like(tensor, pruning.density), generator=pruning.generator)
+    return tensor * mask / pruning.density
 
 
 How = Literal[
@@ -161,7 +161,7 @@ def combine(
     engine.refuse_merged(state, "combine adapters")
     engine.refuse_changed(model)
     sharded.refuse_sharded(model, "combine adapters")
-    names, given = _sources(model, adapters, weights)
+    names, source_weights = _sources(model, adapters, weights)
     pruning = _pruning(how, density, majority_sign_method, generator)
     if r is not None:
         positive_whole(r=r)
@@ -169,17 +169,18 @@ def combine(
             raise PeftcoreError(
                 f"r={r} has no effect with how='{how}', which takes its rank from the adapters. Leave it out"
             )
-    # A method without `low_rank` cannot make an adapter of products, but the sum of its tensors may be one.
-    made_of_products = any(registry.method(engine.applied(model, each).method).low_rank is not None for each in names)
-    if any(low_rank.has_factors(model, each) for each in names) and (
-        made_of_products or how not in ("cat", "linear") or not all(_is_linear(model, each) for each in names)
+    # A method without `low_rank` cannot make an adapter from products, but the sum of its tensors may be one.
+    methods = [registry.method(engine.applied(model, name).method) for name in names]
+    made_of_products = any(method.low_rank is not None for method in methods)
+    if any(low_rank.has_factors(model, name) for name in names) and (
+        made_of_products or how not in ("cat", "linear") or not all(_is_linear(model, name) for name in names)
     ):
-        _combine_products(model, names, given, adapter, how, pruning, r)
+        _combine_products(model, names, source_weights, adapter, how, pruning, r)
     elif how in ("cat", "linear"):
-        _combine_tensors(model, names, given, adapter)
+        _combine_tensors(model, names, source_weights, adapter)
     else:
-        for each in names:  # raises with the reason
-            low_rank.factors_of(model, each, f"be combined by '{how}'")
+        for name in names:  # raises with the reason
+            low_rank.factors_of(model, name, f"be combined by '{how}'")
     return model
 
 
@@ -202,8 +203,10 @@ def _combine_products(
         factors = [sources[i][path] for i in with_factors]
         if len(set(map(_shapes_of_factors, factors))) > 1:
             raise PeftcoreError(f"adapters {names} have factors of different shapes for '{path}'")
-        used = [weights[i] for i in with_factors]
-        products[path] = [_product(path, each, used, how, pruning, r) for each in zip(*factors, strict=True)]
+        source_weights = [weights[i] for i in with_factors]
+        products[path] = []
+        for product_factors in zip(*factors, strict=True):
+            products[path].append(_product(path, product_factors, source_weights, how, pruning, r))
     dtype = next(iter(sources[0].values()))[0].a.dtype
     low_rank.add(model, adapter, method, template, products, dtype)
 
@@ -232,70 +235,71 @@ def _product(
     path: str, factors: Sequence[LowRank], weights: Sequence[float], how: str, pruning: Pruning | None, r: int
 ) -> tuple[Tensor, Tensor]:
     """Return the combined (b, a) of one weight, fp32, in the shapes of its factors."""
-    first = factors[0]
+    template = factors[0]
     a, b = [f.a.float().flatten(1) for f in factors], [f.b.float().flatten(1) for f in factors]
-    scaled = [weight * f.scale for f, weight in zip(factors, weights, strict=True)]
+    coefficients = [weight * f.scale for f, weight in zip(factors, weights, strict=True)]
+    scaled_a = [coefficient * factor for coefficient, factor in zip(coefficients, a, strict=True)]
     if how.endswith("svd"):
         if pruning is None:
-            product = of_product(torch.cat(b, 1), torch.cat([c * t for c, t in zip(scaled, a, strict=True)]), r).product
+            product = nearest_to_product(torch.cat(b, 1), torch.cat(scaled_a), r).product
         else:
-            product = of_matrix(pruned_sum([dense(f) for f in factors], weights, pruning), r).product
+            product = nearest_to_matrix(pruned_sum([dense(f) for f in factors], weights, pruning), r).product
         left, right = product.b, product.a
     elif how == "cat":
-        left, right = torch.cat(b, 1), torch.cat([c * t for c, t in zip(scaled, a, strict=True)])
+        left, right = torch.cat(b, 1), torch.cat(scaled_a)
     else:
-        found = sorted({t.shape[0] for t in a})
-        if len(found) > 1:
+        ranks_found = sorted({t.shape[0] for t in a})
+        if len(ranks_found) > 1:
             raise PeftcoreError(
-                f"how='{how}' adds A to A and B to B, which needs equal ranks, found {found} at '{path}'. "
+                f"how='{how}' adds A to A and B to B, which needs equal ranks, found {ranks_found} at '{path}'. "
                 "For different ranks use how='cat' (exact, adds the ranks up) or how='svd'"
             )
-        with_sign = [math.copysign(math.sqrt(abs(c)), c) for c in scaled]
+        with_sign = [math.copysign(math.sqrt(abs(c)), c) for c in coefficients]
         roots = [abs(c) for c in with_sign]
         if pruning is None:
             right, left = weighted_sum(a, with_sign), weighted_sum(b, roots)
         else:
             right, left = pruned_sum(a, with_sign, pruning), pruned_sum(b, roots, pruning)
     rank = right.shape[0]
-    return left.reshape(-1, rank, *first.b.shape[2:]), right.reshape(rank, *first.a.shape[1:])
+    return left.reshape(-1, rank, *template.b.shape[2:]), right.reshape(rank, *template.a.shape[1:])
 
 
 def _combine_tensors(model: nn.Module, names: list[str], weights: list[float], adapter: str) -> None:
     entries = [engine.applied(model, each) for each in names]
     parts = [_linear_parts(model, each) for each in names]
-    first = dict(engine.adapter_modules(model, names[0]))
+    first_modules = dict(engine.adapter_modules(model, names[0]))
     constants = _constants(model, names[0])
-    for other, entry, there in zip(names[1:], entries[1:], parts[1:], strict=True):
-        why = "their tensors belong to different modules or have different shapes"
-        if entry.method == entries[0].method and _shapes(there) == _shapes(parts[0]):
-            unlike = (difference(first[path], each) for path, each in engine.adapter_modules(model, other))
-            why = next(filter(None, unlike), "") or _different_constant(_constants(model, other), constants)
-        if why:
+    for other, entry, other_parts in zip(names[1:], entries[1:], parts[1:], strict=True):
+        reason = "their tensors belong to different modules or have different shapes"
+        if entry.method == entries[0].method and _shapes(other_parts) == _shapes(parts[0]):
+            differences = (difference(first_modules[path], each) for path, each in engine.adapter_modules(model, other))
+            reason = next(filter(None, differences), "") or _different_constant(_constants(model, other), constants)
+        if reason:
             raise PeftcoreError(
-                f"'{names[0]}' ({entries[0].method}) and '{other}' ({entry.method}) cannot be combined: {why}"
+                f"'{names[0]}' ({entries[0].method}) and '{other}' ({entry.method}) cannot be combined: {reason}"
             )
-    sums = {
-        key: neutral.float() + weighted_sum([there[key][0].float() - neutral.float() for there in parts], weights)
-        for key, (_, neutral) in parts[0].items()
-    }
+    sums: dict[tuple[str, str], Tensor] = {}
+    for key, (_, neutral) in parts[0].items():
+        changes = [adapter_parts[key][0].float() - neutral.float() for adapter_parts in parts]
+        sums[key] = neutral.float() + weighted_sum(changes, weights)
     dtype = next((tensor.dtype for (kind, _), (tensor, _) in parts[0].items() if kind), None)
     with low_rank.inactive(model, adapter, entries[0].config, dtype):
-        made = _linear_parts(model, adapter)
-        if _shapes(made) != _shapes(parts[0]):
+        new_parts = _linear_parts(model, adapter)
+        if _shapes(new_parts) != _shapes(parts[0]):
             raise PeftcoreError(f"{entries[0].method} places '{adapter}' differently from '{names[0]}'")
         with torch.no_grad():
             for place, buffer in _constants(model, adapter).items():
                 buffer.copy_(constants[place])
-            for key, (tensor, _) in made.items():
+            for key, (tensor, _) in new_parts.items():
                 tensor.copy_(sums[key])
                 if not bool(tensor.isfinite().all()):
                     raise PeftcoreError(f"'{adapter}' would contain NaN or Inf in '{key[1]}'. Use smaller weights")
 
 
-def _different_constant(constants: Mapping[tuple[str, str], Tensor], first: Mapping[tuple[str, str], Tensor]) -> str:
+def _different_constant(constants: Mapping[tuple[str, str], Tensor], expected: Mapping[tuple[str, str], Tensor]) -> str:
     """Return how the buffers of two adapters differ, or an empty string."""
     for (path, name), tensor in constants.items():
-        if (path, name) not in first or not torch.equal(tensor, first[path, name].to(tensor.device)):
+        if (path, name) not in expected or not torch.equal(tensor, expected[path, name].to(tensor.device)):
             return f"different values of the buffer '{name}' at '{path}'"
     return ""
 
@@ -324,30 +328,31 @@ Parts = Mapping[tuple[str, str], tuple[Tensor, Tensor]]
 
 
 def _linear_parts(model: nn.Module, adapter: str) -> Parts:
-    """Return {(adapter type, name): (tensor, neutral value)}. Parameters of the base have an empty adapter type."""
-    entry, what = engine.applied(model, adapter), "be combined"
-    low_rank.refuse_saved(model, adapter, what)
+    """Return {(adapter type, name): (tensor, neutral value)}; the adapter type of base parameters is ""."""
+    entry, action = engine.applied(model, adapter), "be combined"
+    low_rank.refuse_saved(model, adapter, action)
     parts: dict[tuple[str, str], tuple[Tensor, Tensor]] = {}
-    placed: Any
-    for path, placed in engine.adapter_modules(model, adapter):
-        own = dict(placed.named_parameters())
-        neutral = neutral_of(placed)
-        if neutral is None or own.keys() != neutral.keys():
+    module: Any
+    for path, module in engine.adapter_modules(model, adapter):
+        parameters = dict(module.named_parameters())
+        neutral = neutral_of(module)
+        if neutral is None or parameters.keys() != neutral.keys():
             raise PeftcoreError(
-                f"'{adapter}' ({entry.method}) cannot {what}: its change at '{path}' is not linear in its tensors. "
+                f"'{adapter}' ({entry.method}) cannot {action}: its change at '{path}' is not linear in its tensors. "
                 + low_rank.conversion_hint(
                     f"peftcore.convert(model, '{adapter}', method=...)",
                     is_mergeable(model.get_submodule(path), adapter),
                 )
             )
-        for key, tensor in own.items():
-            parts[type(placed).__qualname__, f"{path}.{key}"] = tensor.detach(), neutral[key].to(tensor.device)
-    owned = TrainedParameters.of(model, adapter)
-    if owned is not None:
-        if owned.has_moved(model):
-            low_rank.refuse_trained(model, adapter, what)
+        for key, tensor in parameters.items():
+            parts[type(module).__qualname__, f"{path}.{key}"] = tensor.detach(), neutral[key].to(tensor.device)
+    tensors = TrainedParameters.of(model, adapter)
+    if tensors is not None:
+        if tensors.has_moved(model):
+            low_rank.refuse_trained(model, adapter, action)
         base = base_tensors(model)
-        parts |= {("", key): (value.detach(), base[key].detach()) for key, value in owned.values(model)}
+        for key, value in tensors.values(model):
+            parts["", key] = value.detach(), base[key].detach()
     return parts
 
 
@@ -362,11 +367,11 @@ def _sources(
         raise PeftcoreError(f"combine takes a list of adapter names, found {adapters!r}")
     for name in adapters:
         engine.applied(model, name)
-    given = [1.0] * len(adapters) if weights is None else list(weights)
-    wrong = [w for w in given if isinstance(w, bool) or not isinstance(w, (int, float)) or not math.isfinite(w)]
-    if wrong or len(given) != len(adapters):
+    numbers = [1.0] * len(adapters) if weights is None else list(weights)
+    wrong = [w for w in numbers if isinstance(w, bool) or not isinstance(w, (int, float)) or not math.isfinite(w)]
+    if wrong or len(numbers) != len(adapters):
         raise PeftcoreError(f"weights must be {len(adapters)} finite numbers, one for each adapter, found {weights!r}")
-    return list(adapters), [float(w) for w in given]
+    return list(adapters), [float(w) for w in numbers]
 
 
 def _pruning(how: str, density: float | None, majority: Majority, generator: torch.Generator | None) -> Pruning | None:

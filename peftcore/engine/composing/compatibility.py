@@ -35,22 +35,22 @@ def difference(one: nn.Module, other: nn.Module, *, numbers: bool = True) -> str
 
 
 def _different_attribute(one: nn.Module, other: nn.Module, *, numbers: bool) -> str | None:
-    here, there = _attributes(one), _attributes(other)
-    for name in dict.fromkeys([*here, *there]):
-        mine, theirs = here.get(name), there.get(name)
-        if _equal(mine, theirs) or (not numbers and _is_number(mine) and _is_number(theirs)):
+    attributes, other_attributes = _attributes(one), _attributes(other)
+    for name in dict.fromkeys([*attributes, *other_attributes]):
+        value, other_value = attributes.get(name), other_attributes.get(name)
+        if _equal(value, other_value) or (not numbers and _is_number(value) and _is_number(other_value)):
             continue
-        return f"{name}={theirs!r}, here {mine!r}"
+        return f"{name}={other_value!r}, here {value!r}"
     return None
 
 
 def _different_tensors(one: nn.Module, other: nn.Module) -> str | None:
     """Describe a difference between the names of tensors, or between the values of non-persistent buffers."""
     for kind in ("_parameters", "_buffers"):
-        mine = {name for name, tensor in vars(one)[kind].items() if tensor is not None}
-        theirs = {name for name, tensor in vars(other)[kind].items() if tensor is not None}
-        if mine != theirs:
-            return f"the tensors {sorted(theirs)}, here {sorted(mine)}"
+        names = {name for name, tensor in vars(one)[kind].items() if tensor is not None}
+        other_names = {name for name, tensor in vars(other)[kind].items() if tensor is not None}
+        if names != other_names:
+            return f"the tensors {sorted(other_names)}, here {sorted(names)}"
     for name in one._non_persistent_buffers_set:
         if not _equal_values(one._buffers[name], other._buffers[name]):
             return f"different values of the non-persistent buffer '{name}'"
@@ -60,11 +60,11 @@ def _different_tensors(one: nn.Module, other: nn.Module) -> str | None:
 def _different_child(one: nn.Module, other: nn.Module, *, numbers: bool) -> str | None:
     if one._modules.keys() != other._modules.keys():
         return f"the modules {sorted(other._modules)}, here {sorted(one._modules)}"
-    for name, mine in one._modules.items():
-        theirs = other._modules[name]
-        found = None if mine is None or theirs is None else difference(mine, theirs, numbers=numbers)
-        if found:
-            return found
+    for name, child in one._modules.items():
+        other_child = other._modules[name]
+        description = None if child is None or other_child is None else difference(child, other_child, numbers=numbers)
+        if description:
+            return description
     return None
 
 

@@ -5,7 +5,7 @@ B A = the matrix of rank r nearest to W' - W, where (W', b) = merged(W, b)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Hashable, Mapping, Sequence, Set
 from typing import Any, cast
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from peftcore import engine
 from peftcore.engine.adaptation.adapted import changes_at
 from peftcore.engine.composing import low_rank
-from peftcore.engine.composing.low_rank import Approximation, kept_of, of_matrix, of_product
+from peftcore.engine.composing.low_rank import Approximation, fraction_kept, nearest_to_matrix, nearest_to_product
 from peftcore.engine.merging.merged_layers import MergedCopies, is_mergeable, merged_copies
 from peftcore.errors import PeftcoreError, with_argument_hints
 from peftcore.model.weight_formats import DENSE, find_weight_format, weight_format
@@ -59,60 +59,88 @@ def convert(
         positive_whole(r=r)
     target = registry.method(method)
     if target.low_rank is None:
-        able = [other for other, each in registry.methods().items() if each.low_rank is not None]
-        raise PeftcoreError(f"method={method!r} has no low-rank adapters. Methods that have: {able}")
+        usable = [name for name, installed in registry.methods().items() if installed.low_rank is not None]
+        raise PeftcoreError(f"method={method!r} has no low-rank adapters. Methods that have: {usable}")
     low_rank.refuse_trained(model, source, "be converted")
-    found: dict[str, list[Approximation]] = {}
-    seen: set[Any] = set()
-    for path, placed in engine.adapter_modules(model, source):
-        changes = _changes(model, source, path, placed, seen)
-        found |= {weight: _nearest(each, r) for weight, each in changes.items()}
+    approximations: dict[str, list[Approximation]] = {}
+    checked_kinds: set[Hashable] = set()
+    for path, adapter_module in engine.adapter_modules(model, source):
+        for weight, changes in _changes(model, source, path, adapter_module, checked_kinds).items():
+            approximations[weight] = _nearest(changes, r)
     template = entry.config if entry.method == method else None
     like = next((p.dtype for _, p in engine.adapter_parameters(model, source) if p.is_floating_point()), None)
-    new = f"{source}-{method}" if adapter is None else adapter
-    products = {path: [(each.product.b, each.product.a) for each in own] for path, own in found.items()}
-    low_rank.add(model, new, target, template, products, like, of_weights=True)
-    return {path: kept_of(own) for path, own in found.items()}
+    name = f"{source}-{method}" if adapter is None else adapter
+    products: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    for path, of_weight in approximations.items():
+        products[path] = [(approximation.product.b, approximation.product.a) for approximation in of_weight]
+    low_rank.add(model, name, target, template, products, like, of_weights=True)
+    return {path: fraction_kept(of_weight) for path, of_weight in approximations.items()}
 
 
 @torch.no_grad()
 def _nearest(changes: Sequence[Change], r: int | None) -> list[Approximation]:
-    """Return a product for each change, all of one rank: `r`, or the largest that any of them needs."""
+    """Return the nearest product to each change, all of one rank: `r`, or the largest that any of them needs."""
 
-    def of(change: Change, r: int | None) -> Approximation:
-        return of_matrix(change, r) if isinstance(change, Tensor) else of_product(*change, r)
+    def nearest(change: Change, r: int | None) -> Approximation:
+        return nearest_to_matrix(change, r) if isinstance(change, Tensor) else nearest_to_product(*change, r)
 
     if r is None:
-        r = max(of(change, None).product.b.shape[1] for change in changes)
-    return [of(change, r) for change in changes]
+        r = max(nearest(change, None).product.b.shape[1] for change in changes)
+    return [nearest(change, r) for change in changes]
 
 
 @torch.no_grad()
-def _changes(model: nn.Module, adapter: str, path: str, placed: Any, seen: set[Any]) -> dict[str, list[Change]]:
-    """Return the changes that `placed` makes to the weights at `path`, by path; one for each expert."""
+def _changes(
+    model: nn.Module, adapter: str, path: str, adapter_module: nn.Module, checked_kinds: set[Hashable]
+) -> dict[str, list[Change]]:
+    """Return the changes that an adapter makes to the weights at `path`, by path; one for each expert.
+
+    Args:
+        checked_kinds: kinds of adapters that were checked before; see `low_rank.why_not`.
+    """
     module, method = model.get_submodule(path), engine.applied(model, adapter).method
 
-    def refuse(why: str) -> PeftcoreError:
-        return PeftcoreError(f"'{adapter}' ({method}) cannot be converted: its change at '{path}' {why}")
+    def refuse(reason: str) -> PeftcoreError:
+        return PeftcoreError(f"'{adapter}' ({method}) cannot be converted: its change at '{path}' {reason}")
 
     if not is_mergeable(module, adapter):
         raise refuse("is not a change of a weight")
     changes = changes_at(module, adapter)
     by_name = {} if "weight" in changes else changes
-    sites = {_joined(path, name): (low_rank.Site(module, name), each) for name, each in by_name.items()}
-    sites = sites or {path: (low_rank.Site(module), placed)}
-    if not any(low_rank.why_not(site, each, seen, method) for site, each in sites.values()):
-        found = {weight: _products(each) for weight, (_, each) in sites.items()}
-        if by_name or len(found[path]) == 1:
-            return found
-    chosen = find_weight_format(module) if by_name else weight_format(module)
-    copies = merged_copies(path, module, {adapter: method}, chosen)
+    products = _exact_products(module, path, by_name, adapter_module, checked_kinds, method)
+    if products is not None:
+        return products
+    stored_format = find_weight_format(module) if by_name else weight_format(module)
+    copies = merged_copies(path, module, {adapter: method}, stored_format)
     tensors = _of_parameters(copies, list(by_name), refuse) if by_name else {"": _of_layer(module, copies, refuse)}
-    if not all(bool(each.isfinite().all()) for each in tensors.values()):
+    if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
         raise refuse("gives a weight with NaN or Inf")
-    return {
-        _joined(path, name): [*each] if name and each.ndim == 3 else [each.flatten(1)] for name, each in tensors.items()
-    }
+    # A change of stacked weights `[experts, rows, columns]` is one matrix for each expert.
+    dense_changes: dict[str, list[Change]] = {}
+    for name, tensor in tensors.items():
+        dense_changes[_joined(path, name)] = [*tensor] if name and tensor.ndim == 3 else [tensor.flatten(1)]
+    return dense_changes
+
+
+def _exact_products(
+    module: nn.Module,
+    path: str,
+    by_name: Mapping[str, nn.Module],
+    adapter_module: nn.Module,
+    checked_kinds: set[Hashable],
+    method: str,
+) -> dict[str, list[Change]] | None:
+    """Return the changes as the adapters' own low-rank products, by path; None if they are not just products.
+
+    Args:
+        by_name: the adapters of single parameters, by the parameter's name; empty if the adapter acts on the layer.
+    """
+    sites = {_joined(path, name): (low_rank.Site(module, name), change) for name, change in by_name.items()}
+    sites = sites or {path: (low_rank.Site(module), adapter_module)}
+    if any(low_rank.why_not(site, adapter, checked_kinds, method) for site, adapter in sites.values()):
+        return None
+    products = {weight: _products(adapter) for weight, (_, adapter) in sites.items()}
+    return products if by_name or len(products[path]) == 1 else None
 
 
 def _joined(path: str, name: str) -> str:
@@ -127,12 +155,12 @@ def _products(adapter: Any) -> list[Change]:
 def _of_layer(module: nn.Module, copies: MergedCopies, refuse: Refusal) -> Tensor:
     form = weight_format(module)
     dense = form if form.decode is None else DENSE  # quantized weights are dense in the copies
-    before, after = dense.read(copies.base).float(), dense.read(copies.merged).float()
+    old_weight, new_weight = dense.read(copies.base).float(), dense.read(copies.merged).float()
     biases = [dense.read_bias(copy) for copy in (copies.base, copies.merged)]
     if biases[0] is not None and not torch.equal(*cast(list[Tensor], biases)):
         raise refuse("also changes the bias, which a low-rank product cannot. Combine or merge it as it is")
-    _refuse_more(copies, dense.write(copies.merged, after).keys() | {"bias"}, refuse)
-    return after - before
+    _refuse_more(copies, dense.write(copies.merged, new_weight).keys() | {"bias"}, refuse)
+    return new_weight - old_weight
 
 
 def _of_parameters(copies: MergedCopies, names: Sequence[str], refuse: Refusal) -> dict[str, Tensor]:
@@ -141,6 +169,6 @@ def _of_parameters(copies: MergedCopies, names: Sequence[str], refuse: Refusal) 
 
 
 def _refuse_more(copies: MergedCopies, known: Set[str], refuse: Refusal) -> None:
-    others = copies.changed.keys() - known
-    if others:
-        raise refuse(f"also changes '{min(others)}', which is not a weight of the layer")
+    other_names = copies.changed.keys() - known
+    if other_names:
+        raise refuse(f"also changes '{min(other_names)}', which is not a weight of the layer")

@@ -1,6 +1,6 @@
 """Adapters that add low-rank products to weights: read their factors, check them, and make new adapters from them.
 
-The product B A of rank r nearest to a matrix M or to another product is that of Eckart and Young (1936). It keeps
+The product B A of rank r nearest to a matrix M, or to another product, is given by Eckart and Young (1936). It keeps
 
     kept = |B A| / |M|      (Frobenius), so |M - B A| / |M| = sqrt(1 - kept²)
 """
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from typing import Any, NamedTuple
@@ -42,32 +42,33 @@ def dense(product: LowRank) -> Tensor:
     return (product.scale * product.b.detach().flatten(1).float()) @ product.a.detach().flatten(1).float()
 
 
-def of_matrix(matrix: Tensor, r: int | None) -> Approximation:
+def nearest_to_matrix(matrix: Tensor, r: int | None) -> Approximation:
     """Return the product of rank `r` nearest to an fp32 matrix `[out, in]`.
 
     If `r` is None, the rank is the smallest that keeps `ENOUGH`.
     """
     u, s, v = torch.linalg.svd(matrix, full_matrices=False)
-    return _cut(u, s, v, r)
+    return _truncate(u, s, v, r)
 
 
-def of_product(b: Tensor, a: Tensor, r: int | None) -> Approximation:
-    """Like `of_matrix`, for the product b `[out, R]` · a `[R, in]`, fp32, without computing the matrix."""
+def nearest_to_product(b: Tensor, a: Tensor, r: int | None) -> Approximation:
+    """Return the product of rank `r` nearest to b `[out, R]` · a `[R, in]`, fp32, without computing their product."""
     q_b, r_b = torch.linalg.qr(b)
     q_a, r_a = torch.linalg.qr(a.T)
     u, s, v = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
-    return _cut(q_b @ u, s, v @ q_a.T, r)
+    return _truncate(q_b @ u, s, v @ q_a.T, r)
 
 
-def kept_of(found: Sequence[Approximation]) -> float:
-    """Return the fraction that several products together keep of the matrices they approximate."""
-    pairs = [(each.product.a, each.product.b) for each in found]
+def fraction_kept(approximations: Sequence[Approximation]) -> float:
+    """Return the fraction of the original matrices that several products keep together."""
+    pairs = [(approximation.product.a, approximation.product.b) for approximation in approximations]
     norms = [((b.T @ b) * (a @ a.T)).sum().clamp(min=0).sqrt().item() for a, b in pairs]
-    asked = math.hypot(*(norm / each.kept for norm, each in zip(norms, found, strict=True)))
-    return math.hypot(*norms) / asked if asked else 1.0
+    original_norms = [norm / approximation.kept for norm, approximation in zip(norms, approximations, strict=True)]
+    norm_of_originals = math.hypot(*original_norms)
+    return math.hypot(*norms) / norm_of_originals if norm_of_originals else 1.0
 
 
-def _cut(u: Tensor, s: Tensor, v: Tensor, r: int | None) -> Approximation:
+def _truncate(u: Tensor, s: Tensor, v: Tensor, r: int | None) -> Approximation:
     energy = s.double().square().cumsum(0)
     if r is None:
         r = int(torch.searchsorted(energy, ENOUGH**2 * energy[-1]).item()) + 1
@@ -86,71 +87,73 @@ class Site(NamedTuple):
 
 def has_factors(model: nn.Module, adapter: str) -> bool:
     """Return whether every adapter with this name exposes `low_rank()`."""
-    placed = [each for _, _, each in sites(model, adapter)]
-    return bool(placed) and all(implements(each, Adapter.low_rank) for each in placed)
+    adapters = [placed_adapter for _, _, placed_adapter in sites(model, adapter)]
+    return bool(adapters) and all(implements(placed_adapter, Adapter.low_rank) for placed_adapter in adapters)
 
 
-def sites(model: nn.Module, adapter: str) -> Iterator[tuple[str, Site, Any]]:
+def sites(model: nn.Module, adapter: str) -> Iterator[tuple[str, Site, nn.Module]]:
     """Yield (path, site, adapter); changes of a parameter have the parameter's path."""
-    for path, placed in engine.adapter_modules(model, adapter):
+    for path, module_adapter in engine.adapter_modules(model, adapter):
         module = model.get_submodule(path)
         changes = changes_at(module, adapter)
         for name, change in changes.items():
             yield (f"{path}.{name}" if path else name), Site(module, name), change
         if not changes:
-            yield path, Site(module), placed
+            yield path, Site(module), module_adapter
 
 
-def factors_of(model: nn.Module, adapter: str, what: str) -> dict[str, list[LowRank]]:
+def factors_of(model: nn.Module, adapter: str, action: str) -> dict[str, list[LowRank]]:
     """Return the factors of an applied adapter, by path.
 
     Args:
         model: the model.
         adapter: name of the adapter.
-        what: what the caller does, for messages, such as `be combined`.
+        action: what the caller does, for messages, such as `be combined`.
 
     Raises:
         PeftcoreError: at some module the adapter does more than add a low-rank product to a weight.
     """
     entry = engine.applied(model, adapter)
-    refuse_trained(model, adapter, what)
-    found: dict[str, list[LowRank]] = {}
-    seen: set[Any] = set()
-    placed: Any
-    for path, site, placed in sites(model, adapter):
-        why = why_not(site, placed, seen, entry.method)
-        if why:
+    refuse_trained(model, adapter, action)
+    factors: dict[str, list[LowRank]] = {}
+    checked_kinds: set[Hashable] = set()
+    placed_adapter: Any
+    for path, site, placed_adapter in sites(model, adapter):
+        reason = why_not(site, placed_adapter, checked_kinds, entry.method)
+        if reason:
             raise PeftcoreError(
-                f"'{adapter}' ({entry.method}) cannot {what}: its change at '{path}' {why}. "
+                f"'{adapter}' ({entry.method}) cannot {action}: its change at '{path}' {reason}. "
                 + conversion_hint(
                     f"peftcore.convert(model, '{adapter}', method=...)",
-                    site.name is None and implements(placed, Adapter.merged),
+                    site.name is None and implements(placed_adapter, Adapter.merged),
                 )
             )
-        found[path] = list(placed.low_rank())
-    return found
+        factors[path] = list(placed_adapter.low_rank())
+    return factors
 
 
-def why_not(site: Site, adapter: Any, seen: set[Any], method: str) -> str:
-    """Describe why an adapter is not just the low-rank products of its `low_rank()`; empty if it is.
+def why_not(site: Site, adapter: nn.Module, checked_kinds: set[Hashable], method: str) -> str:
+    """Explain why an adapter is not just the low-rank products of its `low_rank()`; empty if it is.
 
     Args:
         site: where the adapter is attached.
         adapter: the adapter.
-        seen: kinds of adapters, by class and shapes, whose `merged` was compared with their factors already; updated.
+        checked_kinds: kinds of adapters, by class and shapes, whose `merged` was compared with their factors already.
+            The kind of this one is added.
         method: name of the adapter's method, for messages.
     """
     if not implements(adapter, Adapter.low_rank):
         return "is not a low-rank product added to a weight"
     with registry.naming(method, "low_rank"):
         factors = list(adapter.low_rank())
-    why = _more(adapter, factors)
+    reason = _extra_tensor(adapter, factors)
     kind = type(adapter), type(site.module), site.name, tuple((f.a.shape, f.b.shape, f.transposed) for f in factors)
-    if not why and kind not in seen:
-        why = _other(site, adapter, factors, method)
-        if not _are_mixed(adapter, factors):  # otherwise the other tensors of another layer may do more
-            seen.add(kind)
-    return why
+    if not reason and kind not in checked_kinds:
+        reason = _difference_from_products(site, adapter, factors, method)
+        # If only some factors are computed, the tensors of another layer of this kind may do more.
+        if not _are_mixed(adapter, factors):
+            checked_kinds.add(kind)
+    return reason
 
 
 def conversion_hint(call: str, possible: bool = True) -> str:
@@ -161,30 +164,30 @@ def conversion_hint(call: str, possible: bool = True) -> str:
     return f"{call.replace('method=...', f'method={able[0]}')} makes a low-rank adapter of it"
 
 
-def refuse_trained(model: nn.Module, adapter: str, what: str) -> None:
+def refuse_trained(model: nn.Module, adapter: str, action: str) -> None:
     """Raise a PeftcoreError if an adapter also trains parameters of the base or has its own copies of them."""
-    entry, own = engine.applied(model, adapter), TrainedParameters.of(model, adapter)
-    refuse_saved(model, adapter, what)
+    entry, tensors = engine.applied(model, adapter), TrainedParameters.of(model, adapter)
+    refuse_saved(model, adapter, action)
     if entry.trained:
         raise PeftcoreError(
-            f"'{adapter}' ({entry.method}) cannot {what}: it also trains the base parameter '{entry.trained[0]}', "
+            f"'{adapter}' ({entry.method}) cannot {action}: it also trains the base parameter '{entry.trained[0]}', "
             "which has no factors. Use an adapter that was trained without it"
         )
-    if own is not None and own.has_moved(model):
+    if tensors is not None and tensors.has_moved(model):
         raise PeftcoreError(
-            f"'{adapter}' ({entry.method}) cannot {what}: it has its own copies of base tensors, such as statistics "
+            f"'{adapter}' ({entry.method}) cannot {action}: it has its own copies of base tensors, such as statistics "
             "of a norm or rows of an embedding, which cannot be summed"
         )
 
 
-def refuse_saved(model: nn.Module, adapter: str, what: str) -> None:
+def refuse_saved(model: nn.Module, adapter: str, action: str) -> None:
     """Raise a PeftcoreError if an adapter trains whole modules (`modules_to_save`)."""
     entry = engine.applied(model, adapter)
-    saved = getattr(entry.config, "modules_to_save", None)
-    if saved:
+    module_names = getattr(entry.config, "modules_to_save", None)
+    if module_names:
         raise PeftcoreError(
-            f"'{adapter}' ({entry.method}) cannot {what}: it trains whole modules "
-            f"(modules_to_save={list(saved)}). Use an adapter that was trained with modules_to_save=[]"
+            f"'{adapter}' ({entry.method}) cannot {action}: it trains whole modules "
+            f"(modules_to_save={list(module_names)}). Use an adapter that was trained with modules_to_save=[]"
         )
 
 
@@ -216,23 +219,24 @@ def add(
     ranks = {path: pairs[0][0].shape[1] for path, pairs in products.items()}
     config = method.low_rank(model, template, ranks)
     with inactive(model, name, config, dtype):
-        placed = {path: (site, each) for path, site, each in sites(model, name)}
-        if placed.keys() != products.keys() or engine.applied(model, name).trained:
+        placements = {path: (site, placed_adapter) for path, site, placed_adapter in sites(model, name)}
+        if placements.keys() != products.keys() or engine.applied(model, name).trained:
             raise PeftcoreError(
-                f"{method.name} was asked to place adapters at {sorted(products)}, and placed them at {sorted(placed)}"
+                f"{method.name} was asked to place adapters at {sorted(products)}, but placed them at "
+                f"{sorted(placements)}"
             )
         adapter: Any
-        seen: set[Any] = set()
-        for path, (site, adapter) in placed.items():
-            if why := why_not(site, adapter, seen, method.name):
-                raise PeftcoreError(f"{method.name} placed an adapter at '{path}' that {why}")
-            own, given = set(map(id, adapter.parameters())), products[path]
+        checked_kinds: set[Hashable] = set()
+        for path, (site, adapter) in placements.items():
+            if reason := why_not(site, adapter, checked_kinds, method.name):
+                raise PeftcoreError(f"{method.name} placed an adapter at '{path}' that {reason}")
+            parameter_ids, given_pairs = set(map(id, adapter.parameters())), products[path]
             factors = list(adapter.low_rank())
-            if len(factors) != len(given) or not _owners(factors) <= own:
+            if len(factors) != len(given_pairs) or not _owners(factors) <= parameter_ids:
                 raise PeftcoreError(
-                    f"{method.name} placed {len(factors)} products at '{path}', and {len(given)} were given"
+                    f"{method.name} placed {len(factors)} products at '{path}', but {len(given_pairs)} were given"
                 )
-            for f, (b, a) in zip(factors, given, strict=True):
+            for f, (b, a) in zip(factors, given_pairs, strict=True):
                 if of_weights:
                     b, a = (a.T, b.T) if f.transposed else (b, a)
                     b, a = b.reshape(*b.shape, *(1 for _ in f.b.shape[2:])), a.reshape(a.shape[0], *f.a.shape[1:])
@@ -246,7 +250,7 @@ def inactive(model: nn.Module, name: str, config: Any, dtype: torch.dtype | None
     If the block raises, the new adapter is removed.
     """
     state = engine.require_state(model)
-    active, samples, others = state.active, state.samples, {*state.applied}
+    active, samples, names_before = state.active, state.samples, {*state.applied}
     try:
         engine.set_active(model, ())  # two inactive adapters may train the same parameter
         with warnings.catch_warnings():  # the source adapters' configs already warned
@@ -255,7 +259,7 @@ def inactive(model: nn.Module, name: str, config: Any, dtype: torch.dtype | None
         yield
         engine.set_active(model, active, samples)
     except BaseException:
-        if name in state.applied.keys() - others:
+        if name in state.applied.keys() - names_before:
             engine.remove(model, name)
         engine.set_active(model, active, samples)
         raise
@@ -278,25 +282,25 @@ def _fill(factors: LowRank, b: Tensor, a: Tensor, name: str, path: str) -> None:
             )
 
 
-def _more(adapter: nn.Module, factors: Sequence[LowRank]) -> str:
-    """Name a tensor that an adapter has besides its factors; empty if there is none or factors are computed."""
-    own = dict(chain(adapter.named_parameters(), adapter.named_buffers()))
-    if _are_computed(own.values(), factors):
+def _extra_tensor(adapter: nn.Module, factors: Sequence[LowRank]) -> str:
+    """Name a tensor that an adapter has besides its factors; empty if there is none, or if factors are computed."""
+    tensors = dict(chain(adapter.named_parameters(), adapter.named_buffers()))
+    if _are_computed(tensors.values(), factors):
         return ""
-    known = _owners(factors)
-    more = [name for name, tensor in own.items() if id(tensor) not in known]
-    return f"is more than a low-rank product: it also has the tensor '{more[0]}'" if more else ""
+    factor_ids = _owners(factors)
+    extra_names = [name for name, tensor in tensors.items() if id(tensor) not in factor_ids]
+    return f"is more than a low-rank product: it also has the tensor '{extra_names[0]}'" if extra_names else ""
 
 
-def _are_computed(own: Iterable[Tensor], factors: Sequence[LowRank]) -> bool:
+def _are_computed(tensors: Iterable[Tensor], factors: Sequence[LowRank]) -> bool:
     """Return whether a factor is computed rather than one of the tensors in `own`."""
-    return not _owners(factors) <= set(map(id, own))
+    return not _owners(factors) <= set(map(id, tensors))
 
 
 def _are_mixed(adapter: nn.Module, factors: Sequence[LowRank]) -> bool:
     """Return whether some factors are the adapter's own tensors and others are computed."""
-    own = [*adapter.parameters(), *adapter.buffers()]
-    return _are_computed(own, factors) and not _owners(factors).isdisjoint(map(id, own))
+    tensors = [*adapter.parameters(), *adapter.buffers()]
+    return _are_computed(tensors, factors) and not _owners(factors).isdisjoint(map(id, tensors))
 
 
 def _owners(factors: Sequence[LowRank]) -> set[int]:
@@ -308,8 +312,8 @@ def _owners(factors: Sequence[LowRank]) -> set[int]:
     return owners
 
 
-def _other(site: Site, adapter: Any, factors: Sequence[LowRank], method: str) -> str:
-    """Describe how the adapter's change of a weight differs from adding its products; empty if it does not.
+def _difference_from_products(site: Site, adapter: Any, factors: Sequence[LowRank], method: str) -> str:
+    """Describe how the adapter's change of a weight differs from its products; empty if it does not.
 
     The two are compared on a random weight.
     """
@@ -328,17 +332,17 @@ def _other(site: Site, adapter: Any, factors: Sequence[LowRank], method: str) ->
     with torch.no_grad():
         zeros = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
         with registry.naming(method, "merged" if site.name is None else "forward"):
-            changed, moved = (
+            new_weight, new_bias = (
                 adapter.merged(weight.clone(), zeros) if site.name is None else (adapter(weight.clone()), None)
             )
         change = as_weight(factors, shape)
-    off = (changed - weight - change).norm() / (change.norm() + weight.norm())
-    if moved is not None and (bias is None or moved.any()):
+    relative_error = (new_weight - weight - change).norm() / (change.norm() + weight.norm())
+    if new_bias is not None and (bias is None or new_bias.any()):
         return "also changes a bias"
-    return "" if off < 1e-5 else "is not just the product of its factors"
+    return "" if relative_error < 1e-5 else "is not just the product of its factors"
 
 
 def as_weight(factors: Sequence[LowRank], shape: torch.Size) -> Tensor:
-    """Return the change that the products make to a weight of this shape, fp32."""
-    changes = [dense(each).T if each.transposed else dense(each) for each in factors]
+    """Return the change of a weight of this shape by the products, fp32."""
+    changes = [dense(product).T if product.transposed else dense(product) for product in factors]
     return torch.cat(changes).reshape(shape)

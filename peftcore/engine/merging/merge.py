@@ -2,7 +2,7 @@
 
 The weight is read through its format in fp32, each active adapter's pure `merged(weight, bias)` is applied, and the
 result is rounded once to the stored dtype. The base's parameters are kept, not overwritten, so `unmerge` is bit exact.
-Before anything is written, each layer is run both ways (merge_check.py).
+Before anything is written, each layer is run with the adapters and with the merged weight (merge_check.py).
 
 The error of merging into a quantized weight is measured per layer (merged_layers.py), and refused above a limit.
 """
@@ -66,13 +66,13 @@ def merge(
     """
     _check_limit(max_error)
     check_dtype(dtype)
-    state = _ready(model, "merge")
+    state = _require_mergeable(model, "merge")
     if not state.active:
         raise PeftcoreError("no adapter is active. Activate the adapters to merge: peftcore.activate(model, [...])")
     refuse_unmergeable(model, state.active)
     for name in () if undo else state.active:
         engine.refuse_needed(state, name)
-    alike = changed_alike(model, state.active)
+    alike = parameters_changed_alike(model, state.active)
     tied = tied_weights(model, state.active, alike)
     if tied and not untie:
         raise PeftcoreError(
@@ -96,28 +96,30 @@ def _merge(
 ) -> Model:
     """Merge the active adapters so that `unmerge` can undo it."""
     layers = list(merged_layers(model, state.active, dtype))
-    lost = {layer.path: layer.lost for layer in layers if layer.lost is not None}
-    _check_lost(lost, max_error)
-    merged, exchange, shared = Merged(state.active, lost=lost), Exchange(model), dict[str, Tensor]()
-    merged.unpacked = tuple(layer.unpacked for layer in layers if layer.unpacked is not None)
+    losses = {layer.path: layer.lost for layer in layers if layer.lost is not None}
+    _check_lost(losses, max_error)
+    record, exchange, shared = Merged(state.active, lost=losses), Exchange(model), dict[str, Tensor]()
+    record.unpacked = tuple(layer.unpacked for layer in layers if layer.unpacked is not None)
     try:
         _merge_trained(model, state.active, exchange)
         for layer in layers:
             _write(layer, alike, shared, exchange)
         if tied:
-            merged.tied = getattr(getattr(model, "config", None), "tie_word_embeddings", None)
+            record.tied = getattr(getattr(model, "config", None), "tie_word_embeddings", None)
             untie_config(model, tied)
         engine.set_active(model, (), base_exchanged=True)
-        merged.aside = exchange.aside
-        merged.written = {name: (t.shape, t.dtype) for name in merged.aside for t in [get(model, name)]}
-        _update_config(model, merged.unpacked)
-        state.merged = merged
+        record.aside = exchange.aside
+        for name in record.aside:
+            tensor = get(model, name)
+            record.written[name] = tensor.shape, tensor.dtype
+        _update_config(model, record.unpacked)
+        state.merged = record
     except BaseException:
         _put_own_aside(model, state.applied)
         exchange.undo()
-        _restore_tied(model, merged)
-        engine.set_active(model, merged.active, base_exchanged=True)
-        _update_config(model, merged.unpacked)
+        _restore_tied(model, record)
+        engine.set_active(model, record.active, base_exchanged=True)
+        _update_config(model, record.unpacked)
         raise
     return model
 
@@ -133,30 +135,31 @@ def _merge_for_good(
 ) -> Model:
     """Merge the active adapters and remove them; the base's weights are freed one by one."""
     active = state.active
-    # Every result is checked before the first is written, and none is kept in between.
+    # Every result is checked before the first one is written. None is kept, so each layer is merged twice.
     _check_lost(measured_error(model, active, dtype), max_error)
-    trained, exchange = Exchange(model), Exchange(model)
-    shared, unpacked, done = dict[str, Tensor](), dict[str, WeightFormat](), 0
+    trained_exchange, exchange = Exchange(model), Exchange(model)
+    shared, unpacked, written_layers = dict[str, Tensor](), dict[str, WeightFormat](), 0
     try:
-        _merge_trained(model, active, trained)
+        _merge_trained(model, active, trained_exchange)
         for layer in merged_layers(model, active, dtype, checked=True):
             exchange = Exchange(model)
             _write(layer, alike, shared, exchange)
             if layer.unpacked is not None:
                 unpacked[layer.path] = layer.unpacked
-            adapted.activate(model.get_submodule(layer.path), ())  # the model computes the same after every layer
-            exchange, done = Exchange(model), done + 1
+            # So that the model computes the same after every layer.
+            adapted.activate(model.get_submodule(layer.path), ())
+            exchange, written_layers = Exchange(model), written_layers + 1
         if tied:
             untie_config(model, tied)
         _remove_merged(model, state, active, dtype, unpacked)
     except BaseException:
         exchange.undo()
-        if done:
+        if written_layers:
             paths = {path for name in active if name in state.applied for path in state.applied[name].paths}
-            state.merged = Merged(active, stopped=f"{done} of {max(done, len(paths))}")
+            state.merged = Merged(active, stopped=f"{written_layers} of {max(written_layers, len(paths))}")
         else:
             _put_own_aside(model, state.applied)
-            trained.undo()
+            trained_exchange.undo()
             engine.set_active(model, active, base_exchanged=True)
         raise
     return model
@@ -169,38 +172,44 @@ def _remove_merged(
     dtype: torch.dtype | None,
     unpacked: dict[str, WeightFormat],
 ) -> None:
-    """Remove the merged adapters and what only quantized weights needed."""
+    """Remove the merged adapters, and make modules with unpacked weights plain."""
     engine.set_active(model, (), base_exchanged=True)
-    for path, site in state.sites.items():  # a weight that was packed has a different shape now
+    # A weight that was packed has another shape now, which is no change by the user.
+    for path, site in state.sites.items():
         site.shapes = parameter_shapes(model.get_submodule(path))
     for name in active:
         engine.remove(model, name)
-    for path, was in unpacked.items():
+    for path, weight_format in unpacked.items():
         module = model.get_submodule(path)
-        if was.plain is not None and not is_adapted(module):
-            was.plain(module)
+        if weight_format.plain is not None and not is_adapted(module):
+            weight_format.plain(module)
     if unpacked:
         model.to(dtype)
     _update_config(model, unpacked.values())
 
 
 def _write(layer: MergedLayer, alike: list[list[str]], shared: dict[str, Tensor], exchange: Exchange) -> None:
-    """Put a merged layer's tensors into the model; parameters in `alike` stay tied, by `shared`."""
-    first = {slot: slots[0] for slots in alike for slot in slots}
+    """Put a merged layer's tensors into the model.
+
+    Args:
+        alike: names of shared parameters that the same adapters change; they stay shared.
+        shared: merged parameters of `alike` so far, by the first name; updated.
+    """
+    first_slots = {slot: slots[0] for slots in alike for slot in slots}
     for name, tensor in layer.named():
-        if name in first:
-            tensor = shared.setdefault(first[name], nn.Parameter(tensor, requires_grad=False))
+        if name in first_slots:
+            tensor = shared.setdefault(first_slots[name], nn.Parameter(tensor, requires_grad=False))
         exchange.put(name, tensor)
 
 
-def _ready(model: nn.Module, what: str) -> engine.State:
-    """Return the record of a model whose adapters can be merged; `what` names the operation in messages."""
+def _require_mergeable(model: nn.Module, action: str) -> engine.State:
+    """Return the record of a model whose adapters can be merged; `action` names the operation in messages."""
     state = engine.require_state(model)
-    engine.refuse_merged(state, what)
+    engine.refuse_merged(state, action)
     engine.refuse_changed(model)
     if not engine.follows_plan(model):
-        sharded.refuse_sharded(model, what)
-    engine.refuse_per_sample(state, what)
+        sharded.refuse_sharded(model, action)
+    engine.refuse_per_sample(state, action)
     return state
 
 
@@ -211,7 +220,7 @@ def merge_error(model: nn.Module) -> dict[str, float]:
     0 means no loss, 1 means that the error is as large as the change itself. Dense layers are not listed. The model is
     not changed.
     """
-    state = _ready(model, "measure the error of merging")
+    state = _require_mergeable(model, "measure the error of merging")
     refuse_unmergeable(model, state.active)
     with sharded.gathered_when_read(model):
         return measured_error(model, state.active, None)
@@ -235,42 +244,42 @@ def unmerge(model: Model) -> Model:
             "nothing can be unmerged: no adapter is merged into the model, or it was merged without undo=True. Call "
             "peftcore.merge(model, undo=True), or load the base again"
         )
-    merged = state.merged
-    if merged.stopped:
-        raise PeftcoreError(f"cannot unmerge: {merged.reason}")
-    there = {name: get(model, name) for name in merged.written}  # may have been moved or cast since
-    for name, (shape, _) in merged.written.items():
-        found = there[name]
-        if found is None or found.shape != shape:
-            what = "gone" if found is None else f"of shape {list(found.shape)}"
+    record = state.merged
+    if record.stopped:
+        raise PeftcoreError(f"cannot unmerge: {record.reason}")
+    current = {name: get(model, name) for name in record.written}  # may have been moved or cast since
+    for name, (shape, _) in record.written.items():
+        tensor_now = current[name]
+        if tensor_now is None or tensor_now.shape != shape:
+            description = "gone" if tensor_now is None else f"of shape {list(tensor_now.shape)}"
             raise PeftcoreError(
-                f"'{name}' is {what} and was {list(shape)} when it was merged (resized?), so the original does "
+                f"'{name}' is {description} and was {list(shape)} when it was merged (resized?), so the original does "
                 "not fit. Undo the resize first, or keep the model merged"
             )
     exchange, devices = Exchange(model), dict[str, tuple[torch.device, torch.device]]()
     try:
         state.merged = None
-        for name, tensor in merged.aside.items():
-            now = there[name]
-            is_cast = now.dtype is not merged.written[name][1] and tensor.is_floating_point()
+        for name, tensor in record.aside.items():
+            now = current[name]
+            is_cast = now.dtype is not record.written[name][1] and tensor.is_floating_point()
             devices[name] = home, _ = tensor.device, now.device
             tensor.data = tensor.data.to(now.device, now.dtype if is_cast else tensor.dtype)
             exchange.put(name, tensor)
-            if home != now.device:  # no device holds both
+            if home != now.device:  # the device need not have memory for both
                 now.data = now.data.to(home)
-        _restore_tied(model, merged)
-        _update_config(model, merged.unpacked)
-        engine.set_active(model, merged.active, base_exchanged=True)
+        _restore_tied(model, record)
+        _update_config(model, record.unpacked)
+        engine.set_active(model, record.active, base_exchanged=True)
     except BaseException:
         for name, (home, device) in devices.items():
-            merged.aside[name].data = merged.aside[name].data.to(home)
-            there[name].data = there[name].data.to(device)
+            record.aside[name].data = record.aside[name].data.to(home)
+            current[name].data = current[name].data.to(device)
         exchange.undo()
-        if merged.tied:
+        if record.tied:
             model.config.tie_word_embeddings = False  # type: ignore[union-attr]
-        _update_config(model, merged.unpacked)
+        _update_config(model, record.unpacked)
         engine.set_active(model, (), base_exchanged=True)
-        state.merged = merged
+        state.merged = record
         raise
     return model
 
@@ -282,8 +291,11 @@ def _restore_tied(model: nn.Module, merged: Merged) -> None:
 
 
 def _update_config(model: nn.Module, formats: Iterable[WeightFormat]) -> None:
-    for update in dict.fromkeys(each.update_config for each in formats if each.update_config is not None):
-        update(model)
+    # Formats of many layers may share one function.
+    updates = {weight_format.update_config: None for weight_format in formats}
+    for update in updates:
+        if update is not None:
+            update(model)
 
 
 def _check_limit(max_error: Any) -> None:
@@ -295,30 +307,30 @@ def _check_limit(max_error: Any) -> None:
         )
 
 
-def _check_lost(lost: dict[str, float], max_error: float | None) -> None:
-    if not lost:
+def _check_lost(losses: dict[str, float], max_error: float | None) -> None:
+    if not losses:
         return
-    worst = max(lost, key=lambda path: lost[path])
-    mean = sum(lost.values()) / len(lost)
-    what = (
-        f"{len(lost)} merged layers are quantized again, which loses {mean:.0%} of the adapters' change on "
-        f"average, at worst {lost[worst]:.0%} ('{worst}')"
+    worst = max(losses, key=lambda path: losses[path])
+    mean = sum(losses.values()) / len(losses)
+    message = (
+        f"{len(losses)} merged layers are quantized again, which loses {mean:.0%} of the adapters' change on "
+        f"average, at worst {losses[worst]:.0%} ('{worst}')"
     )
-    if max_error is not None and lost[worst] > max_error:
+    if max_error is not None and losses[worst] > max_error:
         raise PeftcoreError(
-            f"{what}; max_error={max_error:g} allows {max_error:.0%}. Nothing was changed. Merge into 16 bits: "
+            f"{message}; max_error={max_error:g} allows {max_error:.0%}. Nothing was changed. Merge into 16 bits: "
             "peftcore.merge(model, dtype=torch.bfloat16). For each layer's error: peftcore.merge_error(model)"
         )
-    warn(what)
+    warn(message)
 
 
 def _merge_trained(model: nn.Module, names: tuple[str, ...], exchange: Exchange) -> None:
-    """Merge the adapters' own copies of base tensors: the base's slots get a copy of their values."""
+    """Merge the adapters' own copies of base tensors: put a copy of their values into the base's slots."""
     for name in names:
-        own = TrainedParameters.of(model, name)
-        if own is None:
+        tensors = TrainedParameters.of(model, name)
+        if tensors is None:
             continue
-        values = [(slots, value.detach().clone()) for slots, value, _ in own.in_model(model)]
+        values = [(slots, value.detach().clone()) for slots, value, _ in tensors.in_model(model)]
         _put_own_aside(model, [name])
         for slots, value in values:
             is_parameter = isinstance(get(model, slots[0]), nn.Parameter)
@@ -329,16 +341,17 @@ def _merge_trained(model: nn.Module, names: tuple[str, ...], exchange: Exchange)
 
 def _put_own_aside(model: nn.Module, names: Iterable[str]) -> None:
     for name in names:
-        own = TrainedParameters.of(model, name)
-        if own is not None:
-            own.activate(model, False)
-            own.hold(model, ())
+        tensors = TrainedParameters.of(model, name)
+        if tensors is not None:
+            tensors.activate(model, False)
+            tensors.hold(model, ())
 
 
 def tied_weights(model: nn.Module, names: tuple[str, ...], alike: list[list[str]]) -> list[tuple[str, str]]:
     """Return (adapted module, another name of its parameter) for every adapted weight that is shared.
 
-    Shared parameters in `alike` are left out.
+    Args:
+        alike: names of shared parameters to leave out.
     """
     shared = [slots for slots in _shared(model) if slots not in alike]
     paths = {path for name in names for path in _changed_modules(model, name)} if shared else ()
@@ -347,7 +360,7 @@ def tied_weights(model: nn.Module, names: tuple[str, ...], alike: list[list[str]
         for slot in slots:
             path = slot.rpartition(".")[0]
             if path in paths:
-                tied += [(path, other) for other in slots if other != slot]
+                tied += [(path, other_slot) for other_slot in slots if other_slot != slot]
     return tied
 
 
@@ -359,8 +372,8 @@ def _shared(model: nn.Module) -> list[list[str]]:
     return [slots for slots in by_parameter.values() if len(slots) > 1]
 
 
-def changed_alike(model: nn.Module, names: tuple[str, ...]) -> list[list[str]]:
-    """Return the shared parameters that the same adapters change under each name; merged, they stay shared."""
+def parameters_changed_alike(model: nn.Module, names: tuple[str, ...]) -> list[list[str]]:
+    """Return the names of shared parameters that the same adapters change under each name; they stay shared."""
     changed_by: dict[str, list[int]] = {}
     for name in names:
         for path, adapter in engine.adapter_modules(model, name):
@@ -375,20 +388,20 @@ def changed_alike(model: nn.Module, names: tuple[str, ...]) -> list[list[str]]:
 
 def _changed_modules(model: nn.Module, name: str) -> list[str]:
     """Return the paths of modules whose parameters an adapter changes."""
-    found: list[str] = []
+    paths: list[str] = []
     for path, module in engine.modules_with(model, engine.require_state(model), name):
-        found.append(path)
-        for changed in changes_at(module, name):
-            inside = changed.rpartition(".")[0]
-            found.append(f"{path}.{inside}".strip(".") if inside else path)
-    return found
+        paths.append(path)
+        for parameter_name in changes_at(module, name):
+            submodule_path = parameter_name.rpartition(".")[0]
+            paths.append(f"{path}.{submodule_path}".strip(".") if submodule_path else path)
+    return paths
 
 
 def _trained_apart(model: nn.Module, names: tuple[str, ...]) -> Iterator[tuple[str, str]]:
     """Yield (module, another name of its parameter) for tied parameters that an adapter trains separately."""
     for name in names:
-        own = TrainedParameters.of(model, name)
-        for slot, slots in own.slots.items() if own is not None else ():
+        tensors = TrainedParameters.of(model, name)
+        for slot, slots in tensors.slots.items() if tensors is not None else ():
             tied = tied_to(model, slots)
             if tied:
                 yield slot.rpartition(".")[0], tied[0]
@@ -403,7 +416,7 @@ def untie_config(model: nn.Module, tied: list[tuple[str, str]]) -> None:
 
 
 class Exchange:
-    """Exchanges of parameters and buffers of a model.
+    """Exchange parameters and buffers of a model, and undo it.
 
     Args:
         model: the model.
@@ -421,19 +434,19 @@ class Exchange:
         """Replace the parameter or buffer `name` by `tensor`."""
         path, _, attribute = name.rpartition(".")
         module = self.model.get_submodule(path)
-        before: Tensor = sharded.original(getattr(module, attribute))
-        self.aside.setdefault(name, before)
+        old_tensor: Tensor = sharded.original(getattr(module, attribute))
+        self.aside.setdefault(name, old_tensor)
         shard = getattr(module, "weight_shard", None) if attribute == "weight" else None
         table: dict[str, Any] = module._parameters if attribute in module._parameters else module._buffers
         if table is module._parameters:
             if shard is not None:
                 if tensor.is_floating_point() and not sharded.is_dtensor(tensor):
                     tensor = shard.to_dtensor(shard.slice(tensor))
-            elif sharded.is_dtensor(before) and not sharded.is_dtensor(tensor):
-                tensor = sharded.sharded_like(tensor, before)
+            elif sharded.is_dtensor(old_tensor) and not sharded.is_dtensor(tensor):
+                tensor = sharded.sharded_like(tensor, old_tensor)
             if not isinstance(tensor, nn.Parameter):
                 tensor = nn.Parameter(tensor, requires_grad=False)
-            mark_as_loaded(tensor, before)
+            mark_as_loaded(tensor, old_tensor)
         self._before.append((table, attribute, table.get(attribute)))
         table[attribute] = tensor
 

@@ -2,11 +2,11 @@
 
     chain(x; W)  =  forward(x; merged W)        within 1e-4 of each output feature's largest value
 
-One check covers adapters and layers that nobody listed: an adapter that moves a bias, two that do not commute, a
-subclass that scales, clips, or normalises. The module is not changed. A shallow copy runs in evaluation mode, without
+One check covers adapters and layers that nobody listed: an adapter that changes a bias, two that do not commute, a
+subclass that scales, clips, or normalises. The module is not changed: a shallow copy runs in evaluation mode, without
 hooks, with its own float32 parameters.
 
-What an embedding does besides the lookup is also observed here, because there are many classes.
+It is also observed here whether an embedding only looks up its input, since there are many classes of embeddings.
 """
 
 from __future__ import annotations
@@ -50,10 +50,10 @@ def refuse_inexact(
         changed: names of the parameters that differ.
     """
 
-    def refuse(why: str) -> PeftcoreError:
+    def refuse(reason: str) -> PeftcoreError:
         kind = original_class(module).__name__
         return PeftcoreError(
-            f"merging {list(names)} into '{path}' ({kind}) would change the model's output: {why}. Nothing was "
+            f"merging {list(names)} into '{path}' ({kind}) would change the model's output: {reason}. Nothing was "
             "changed. Keep the adapters unmerged, or exclude the module from them"
         )
 
@@ -68,28 +68,28 @@ def refuse_inexact(
         for tensor in tensors:
             tolerance = max(tolerance, 4 * torch.finfo(tensor.dtype).eps)
         forward = original_forward(module)
-        inputs, wanted = _first_that_runs(_inputs(module, tensors[0]), partial(forward, merged))
+        inputs, expected = _first_that_runs(_inputs(module, tensors[0]), partial(forward, merged))
         if inputs is None:
             if all(adapted.changes_at(module, name) for name in names):
                 return  # the adapted forward must read the same parameters as the plain one
             raise refuse("its inputs are not known, so it cannot be compared")
         try:
-            found = type(base).forward(base, *inputs)
+            output = type(base).forward(base, *inputs)
         except Exception as error:
             raise refuse(
                 f"the adapters do not run on inputs of shape {[list(x.shape) for x in inputs]}: {error!r}"
             ) from error
-        found, wanted = _floating(found), _floating(wanted)
-        for y, z in itertools.zip_longest(found, wanted):
+        output, expected = _floating(output), _floating(expected)
+        for y, z in itertools.zip_longest(output, expected):
             if y is None or z is None or y.shape != z.shape:
                 raise refuse("its output has a different shape with the adapters than without")
-            off = _difference(y, z, module)
-            if not off <= tolerance:
-                raise refuse(f"on random input a feature of its output differs by {off:.2g} of its size")
+            error_size = _difference(y, z, module)
+            if not error_size <= tolerance:
+                raise refuse(f"on random input a feature of its output differs by {error_size:.2g} of its size")
 
 
 def own_output(module: nn.Module, *inputs: Tensor, weight: Tensor | None = None) -> Any:
-    """Return the output of the class's forward in evaluation mode, or None if it does not take such an input.
+    """Return the output of the class's own forward in evaluation mode; None if it does not take such inputs.
 
     Args:
         module: the module.
@@ -109,13 +109,13 @@ def evaluated(
 ) -> nn.Module:
     """Return a shallow copy of `module` in evaluation mode, without hooks, with floating tensors cast to `floats`.
 
-    The chain of the copy itself is built by `adapted.activate`; those of modules inside it are built here.
+    The caller builds the chain of the copy by `adapted.activate`; the chains of modules inside are built here.
 
     Args:
         module: the module.
         floats: dtype of floating tensors; None to keep their own.
         adapters: also copy the adapters of the module itself.
-        is_root: whether the copy is what was asked for, not a part of it.
+        is_root: whether `module` is the outermost one that is copied.
     """
     copy: nn.Module = object.__new__(type(module))
     copy.__dict__.update(module.__dict__, training=False, _compiled_call_impl=None)
@@ -150,7 +150,8 @@ def _tensor(module: nn.Module, name: str) -> Tensor:
 
 def _rounding(device: torch.device) -> float:
     # Not torch.get_float32_matmul_precision(): it warns in PyTorch 2.9, and misses what is set for one backend.
-    exact = device.type == "cpu" and torch.backends.mkldnn.matmul.fp32_precision in ("none", "ieee")
+    matmul: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # set at import
+    exact = device.type == "cpu" and matmul.fp32_precision in ("none", "ieee")
     return TOLERANCE if exact else TOLERANCE_TF32
 
 
@@ -180,8 +181,8 @@ def _inputs(module: nn.Module, weight: Tensor) -> Iterator[tuple[Tensor, ...]]:
         yield tuple(normal(2, 3, width)[:2] for width in (module.embed_dim, module.kdim, module.vdim))
     elif (layout := experts_layout(module)) is not None:
         x = normal(_ROWS, shape_of(module, layout.up)[1 if layout.transposed else 2])
-        chosen = torch.rand(_ROWS, layout.count, generator=generator, device="cpu").topk(min(2, layout.count))
-        yield x, *(t.to(weight.device).repeat(2, 1) for t in (chosen.indices, chosen.values))
+        routing = torch.rand(_ROWS, layout.count, generator=generator, device="cpu").topk(min(2, layout.count))
+        yield x, *(t.to(weight.device).repeat(2, 1) for t in (routing.indices, routing.values))
     elif weight.dim():
         width = weight.shape[-1]
         yield (normal(_ROWS, width),)
@@ -208,27 +209,31 @@ def _floating(output: Any) -> list[Tensor]:
         output = output.values()
     elif not isinstance(output, (tuple, list)):
         return []
-    return [tensor for each in output for tensor in _floating(each)]
+    return [tensor for part in output for tensor in _floating(part)]
 
 
-def _difference(found: Tensor, wanted: Tensor, module: nn.Module) -> float:
-    """Return the largest difference relative to its feature's largest value, for small and large inputs apart."""
+def _difference(output: Tensor, expected: Tensor, module: nn.Module) -> float:
+    """Return the largest difference relative to its feature's largest value.
+
+    The first half of the rows has small inputs, the second half large ones; each is compared by itself.
+    """
     if isinstance(module, _ConvNd):
-        found, wanted = found.movedim(1, -1), wanted.movedim(1, -1)
-    off = torch.where(found == wanted, 0.0, found - wanted).abs()  # equal infinities
-    size = torch.maximum(found.abs(), wanted.abs()).nan_to_num(posinf=0.0)
-    return max(map(_relative, off.chunk(2), size.chunk(2)), default=0.0)
+        output, expected = output.movedim(1, -1), expected.movedim(1, -1)
+    # Equal infinities count as equal: their difference would be NaN.
+    error_size = torch.where(output == expected, 0.0, output - expected).abs()
+    size = torch.maximum(output.abs(), expected.abs()).nan_to_num(posinf=0.0)
+    return max(map(_relative, error_size.chunk(2), size.chunk(2)), default=0.0)
 
 
-def _relative(off: Tensor, size: Tensor) -> float:
-    if not off.numel():
+def _relative(error_size: Tensor, size: Tensor) -> float:
+    if not error_size.numel():
         return 0.0
-    off, size = off.reshape(-1, off.shape[-1]).amax(0), size.reshape(-1, size.shape[-1]).amax(0)
-    return (off / size.clamp(min=1e-3 * size.max().item() + 1e-30)).nan_to_num(nan=torch.inf).max().item()
+    error_size, size = error_size.reshape(-1, error_size.shape[-1]).amax(0), size.reshape(-1, size.shape[-1]).amax(0)
+    return (error_size / size.clamp(min=1e-3 * size.max().item() + 1e-30)).nan_to_num(nan=torch.inf).max().item()
 
 
 def embed_scale(module: nn.Embedding) -> Tensor | float:
-    """Return the factor of an embedding's output, in the dtype that the layer multiplies in."""
+    """Return the factor by which an embedding scales its output, in the dtype of the multiplication; 1.0 if none."""
     scale = getattr(module, "embed_scale", None)
     if scale is None:
         return 1.0
@@ -236,17 +241,17 @@ def embed_scale(module: nn.Embedding) -> Tensor | float:
 
 
 def odd_embedding(path: str, module: nn.Module) -> str | None:
-    """Return the error message for an embedding that a method cannot adapt like PEFT, or None."""
+    """Return the error message for an embedding that a method cannot adapt as PEFT does, or None."""
     if not isinstance(module, nn.Embedding):
         return None
     kind, scale = original_class(module).__name__, embed_scale(module)
     if not looks_up(module):
-        why = "does more than look up its input"
+        reason = "does more than look up its input"
     elif isinstance(scale, Tensor) or scale != 1:
-        why = "multiplies its output by embed_scale, which PEFT does not apply to the adapter's output"
+        reason = "multiplies its output by embed_scale, which PEFT does not apply to the adapter's output"
     else:
         return None
-    return f"'{path}' ({kind}) {why}, so this method cannot adapt it. Exclude it: exclude_modules=['{path}']"
+    return f"'{path}' ({kind}) {reason}, so this method cannot adapt it. Exclude it: exclude_modules=['{path}']"
 
 
 def looks_up(module: nn.Embedding) -> bool:
@@ -256,7 +261,7 @@ def looks_up(module: nn.Embedding) -> bool:
     if original_class(module).forward is nn.Embedding.forward or module.weight.is_meta:
         return True
     tokens = torch.arange(module.num_embeddings, device=module.weight.device)[None, -3:]
-    found = own_output(module, tokens)
-    wanted = F.embedding(tokens, module.weight.detach()) * embed_scale(module)
-    is_same = isinstance(found, Tensor) and found.shape == wanted.shape
-    return is_same and torch.allclose(found.float(), wanted.float(), rtol=0.02, atol=1e-6)
+    output = own_output(module, tokens)
+    expected = F.embedding(tokens, module.weight.detach()) * embed_scale(module)
+    is_same = isinstance(output, Tensor) and output.shape == expected.shape
+    return is_same and torch.allclose(output.float(), expected.float(), rtol=0.02, atol=1e-6)

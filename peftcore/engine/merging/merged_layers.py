@@ -1,6 +1,6 @@
 """Adapted modules merged one by one: the merged parameters, checked, and the error of quantizing them again.
 
-error = |stored - wanted| / |wanted - before|     (Frobenius norms)
+    error = |stored weight - merged weight| / |merged weight - original weight|     (Frobenius norms)
 
 Merging works on a shallow copy in float32: first changes of single parameters (`OnWeight`), which the module's own
 forward reads, then `merged` of adapters around and after the module, each in order of activation.
@@ -32,12 +32,18 @@ from peftcore.plugin.registry import registry
 
 @dataclass
 class MergedLayer:
-    """One merged module: the tensors to store, and the error of storing them (None if there is none)."""
+    """One merged module.
+
+    Args:
+        tensors: tensors to store, by name in the module.
+        lost: fraction of the change that quantizing again loses; None if nothing is quantized.
+        unpacked: format of the quantized weight that a dense one replaces.
+    """
 
     path: str
     tensors: dict[str, Tensor]
     lost: float | None
-    unpacked: WeightFormat | None = None  # format of a dense weight that replaces a quantized one
+    unpacked: WeightFormat | None = None
 
     def named(self) -> list[tuple[str, Tensor]]:
         """Return (full name, tensor) for each tensor to store."""
@@ -52,7 +58,7 @@ class MergedCopies:
     Args:
         changed: names of the parameters that may differ.
         packed: formats of the module's own quantized parameters, by name.
-        weight, bias: those of the merged copy, in the layout of the module's format, if they were asked for.
+        weight, bias: merged weight and bias in the layout of the module's format, if adapters of the layer gave them.
     """
 
     base: nn.Module
@@ -70,29 +76,29 @@ class MergedCopies:
 def refuse_unmergeable(model: nn.Module, names: tuple[str, ...]) -> None:
     """Raise a PeftcoreError if one of the adapters does more than change weights."""
     state = engine.require_state(model)
-    cannot: dict[str, str] = {}
+    unmergeable_paths: dict[str, str] = {}
     for name in names:
         for path, module in engine.modules_with(model, state, name):
             if not is_mergeable(module, name):
-                cannot[name] = path
-    if not cannot:
+                unmergeable_paths[name] = path
+    if not unmergeable_paths:
         return
     method = {name: engine.applied(model, name).method for name in names}
-    can = [name for name in names if name not in cannot]
-    name, path = next(iter(cannot.items()))
+    mergeable = [name for name in names if name not in unmergeable_paths]
+    name, path = next(iter(unmergeable_paths.items()))
     raise PeftcoreError(
         f"adapter '{name}' ({method[name]}) cannot be merged: its change at '{path}' is not a change of a weight. "
         + (
-            f"These active adapters can be: {', '.join(f'{other} ({method[other]})' for other in can)}. Call "
-            f"peftcore.activate(model, {can}) first"
-            if can
+            f"These active adapters can be: {', '.join(f'{other} ({method[other]})' for other in mergeable)}. Call "
+            f"peftcore.activate(model, {mergeable}) first"
+            if mergeable
             else "No active adapter can be merged"
         )
     )
 
 
 def is_mergeable(module: nn.Module, name: str) -> bool:
-    """Return whether the adapter `name` of a module only changes weights."""
+    """Return whether the adapter `name` of a module does nothing but change weights."""
     adapters = adapters_at(module)
     return adapters.links.get(name, Link).is_mergeable(adapters[name])
 
@@ -121,8 +127,8 @@ def merged_layers(
     Args:
         model: the model.
         names: the adapters, in order of activation.
-        dtype: of a dense weight that replaces a quantized one; None to quantize again.
-        checked: outputs were compared before.
+        dtype: dtype of a dense weight that replaces a quantized one; None to quantize again.
+        checked: outputs were compared before, so they are not compared again.
     """
     entries = {name: engine.applied(model, name) for name in names}
     paths = dict.fromkeys(path for entry in entries.values() for path in entry.paths)
@@ -131,17 +137,17 @@ def merged_layers(
         acting = {name: entry.method for name, entry in entries.items() if path in entry.placements}
         kinds = {p.device.type for p in module._parameters.values() if p is not None} - {"meta"}
         with torch.no_grad(), torch.autocast(min(kinds, default="cpu"), enabled=False):
-            chosen = find_weight_format(module)
-            copies = merged_copies(path, module, acting, chosen)
+            weight_format_of_module = find_weight_format(module)
+            copies = merged_copies(path, module, acting, weight_format_of_module)
             if not copies.packed.keys().isdisjoint(copies.changed):
                 layer = _packed(path, module, copies, dtype)
             else:
-                layer = MergedLayer(path, _stored(module, copies, chosen), None)
+                layer = MergedLayer(path, _stored(module, copies, weight_format_of_module), None)
             bad = [t.dtype for t in layer.tensors.values() if t.is_floating_point() and not _is_finite(t)]
             if bad or not math.isfinite(layer.lost or 0):
-                where = bad[0] if bad or chosen is None else chosen.name
+                place = bad[0] if bad or weight_format_of_module is None else weight_format_of_module.name
                 raise PeftcoreError(
-                    f"merging {list(names)} into '{path}' gives NaN or Inf in {where}. The adapter contains NaN "
+                    f"merging {list(names)} into '{path}' gives NaN or Inf in {place}. The adapter contains NaN "
                     "or Inf, or the sum overflows; nothing was changed"
                 )
             if not checked:
@@ -153,7 +159,7 @@ def merged_layers(
 def _refuse_read_elsewhere(model: nn.Module, path: str, changed: Iterable[str]) -> None:
     """Raise a PeftcoreError if code outside of the module at `path` reads a parameter that merging changes.
 
-    The adapters act on calls of the module alone; merged, they would act on that code as well (a tied autoencoder).
+    The adapters act only on calls of the module; merged, they would also act on that code (a tied autoencoder).
     """
     reads = external_reads(model)
     for name in changed:
@@ -168,7 +174,7 @@ def _refuse_read_elsewhere(model: nn.Module, path: str, changed: Iterable[str]) 
 
 
 def merged_copies(
-    path: str, module: nn.Module, methods: Mapping[str, str], chosen: WeightFormat | None
+    path: str, module: nn.Module, methods: Mapping[str, str], layout: WeightFormat | None
 ) -> MergedCopies:
     """Merge adapters of a module into a copy of it. The module's own tensors are not changed.
 
@@ -183,40 +189,40 @@ def merged_copies(
     """
     base, packed = evaluated(module), dict[str, WeightFormat]()
     for name in module._parameters:
-        found = chosen if name == "weight" else quantized_format(module, name)
-        if found is not None and found.decode is not None:
-            packed[name] = found
-            put(base, name, _with_values(path, module, found.read(module).detach()).float())
-            chosen = DENSE if name == "weight" else chosen
+        stored_format = layout if name == "weight" else quantized_format(module, name)
+        if stored_format is not None and stored_format.decode is not None:
+            packed[name] = stored_format
+            put(base, name, _with_values(path, module, stored_format.read(module).detach()).float())
+            layout = DENSE if name == "weight" else layout
     copies = MergedCopies(base, evaluated(base, adapters=False), packed=packed)
-    adapters, whole = adapters_at(module), dict[str, Any]()
+    adapters, module_adapters = adapters_at(module), dict[str, Any]()
     for adapter_name, method in methods.items():
         adapter, link = adapters._modules[adapter_name], adapters.links.get(adapter_name, Link)
         changes = link.changes_of(adapter)
         if not changes:
-            whole[adapter_name] = adapter
+            module_adapters[adapter_name] = adapter
         for name, change in changes.items():
-            before = _with_values(path, module, _get(copies.merged, name)).clone()
+            old_weight = _with_values(path, module, _get(copies.merged, name)).clone()
             with registry.naming(method, link.merges_by):
-                _merge_change(module, copies, name, partial(link.merged_change, change), before)
+                _merge_change(module, copies, name, partial(link.merged_change, change), old_weight)
             copies.changed[name] = None
-    if not whole:
+    if not module_adapters:
         return copies
-    chosen = chosen or weight_format(module)
-    before = _with_values(path, module, chosen.read(copies.merged))
-    weight, bias = before.clone(), chosen.read_bias(copies.merged)  # a plugin's `merged` may modify its arguments
-    for name, adapter in whole.items():
-        given = None if bias is None else bias.clone()
+    layout = layout or weight_format(module)
+    old_weight = _with_values(path, module, layout.read(copies.merged))
+    weight, bias = old_weight.clone(), layout.read_bias(copies.merged)  # a plugin's `merged` may modify its arguments
+    for name, adapter in module_adapters.items():
+        bias_argument = None if bias is None else bias.clone()
         with registry.naming(methods[name], "merged"):
-            found = adapter.merged(weight, given)
-        weight, bias = _checked(path, name, found, before.shape, bias)
+            stored_format = adapter.merged(weight, bias_argument)
+        weight, bias = _checked(path, name, stored_format, old_weight.shape, bias)
     copies.weight, copies.bias = weight, bias
-    written = chosen.write(copies.merged, weight)
-    if bias is not None and not torch.equal(bias, cast(Tensor, chosen.read_bias(copies.merged))):
-        written |= chosen.write_bias(copies.merged, bias)
+    new_tensors = layout.write(copies.merged, weight)
+    if bias is not None and not torch.equal(bias, cast(Tensor, layout.read_bias(copies.merged))):
+        new_tensors |= layout.write_bias(copies.merged, bias)
     else:
         copies.bias = None
-    for name, tensor in written.items():
+    for name, tensor in new_tensors.items():
         put(copies.merged, name, tensor)
         copies.changed[name] = None
     return copies
@@ -225,52 +231,52 @@ def merged_copies(
 def _merge_change(
     module: nn.Module, copies: MergedCopies, name: str, merged: Callable[..., Any], weight: Tensor
 ) -> None:
-    """Merge the change of one parameter; if that is the stacked weight of experts, their biases may change, too."""
+    """Merge the change of one parameter, and of the experts' biases if it is the stacked weight of experts."""
     layout = experts_layout(module)
     bias_name = None if layout is None else layout.bias_name(name)
-    before = None if bias_name is None else _get(copies.merged, bias_name)
-    weight, bias = merged(weight, before)
+    old_bias = None if bias_name is None else _get(copies.merged, bias_name)
+    weight, bias = merged(weight, old_bias)
     put(copies.merged, name, weight)
-    if bias_name is not None and bias is not None and before is not None and not torch.equal(bias, before):
+    if bias_name is not None and bias is not None and old_bias is not None and not torch.equal(bias, old_bias):
         put(copies.merged, bias_name, bias)
         copies.changed[bias_name] = None
 
 
-def _checked(path: str, name: str, found: Any, shape: torch.Size, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Return the result of `merged` if it is a weight and bias that can replace the old ones."""
-    is_pair = isinstance(found, tuple) and len(found) == 2
-    weight, new_bias = found if is_pair else (found, None)
-    who = f"'merged' of the adapter '{name}' at '{path}'"
+def _checked(path: str, name: str, result: Any, shape: torch.Size, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Check that the result of `merged` is a weight and bias that can replace the old ones, and return them."""
+    is_pair = isinstance(result, tuple) and len(result) == 2
+    weight, new_bias = result if is_pair else (result, None)
+    function = f"'merged' of the adapter '{name}' at '{path}'"
     if not is_pair or not isinstance(weight, Tensor) or weight.shape != shape:
         raise PeftcoreError(
-            f"{who} returned {_shown(weight)}{'' if is_pair else ' alone'} for a weight {list(shape)}. It must "
+            f"{function} returned {_shown(weight)}{'' if is_pair else ' alone'} for a weight {list(shape)}. It must "
             "return (weight, bias), with bias None if it was None"
         )
     if bias is None and new_bias is not None:
         raise PeftcoreError(
-            f"{who} returned a bias, but {path or 'the module'!r} has no bias. Nothing was changed. Keep the "
+            f"{function} returned a bias, but {path or 'the module'!r} has no bias. Nothing was changed. Keep the "
             "adapters unmerged, or exclude the module from them"
         )
     if bias is not None and (not isinstance(new_bias, Tensor) or new_bias.shape != bias.shape):
-        raise PeftcoreError(f"{who} returned {_shown(new_bias)} for a bias {list(bias.shape)}")
+        raise PeftcoreError(f"{function} returned {_shown(new_bias)} for a bias {list(bias.shape)}")
     return weight, new_bias
 
 
-def _shown(found: Any) -> str:
-    return str(list(found.shape)) if isinstance(found, Tensor) else type(found).__name__
+def _shown(value: Any) -> str:
+    return str(list(value.shape)) if isinstance(value, Tensor) else type(value).__name__
 
 
-def _stored(module: nn.Module, copies: MergedCopies, chosen: WeightFormat | None) -> dict[str, Tensor]:
+def _stored(module: nn.Module, copies: MergedCopies, layout: WeightFormat | None) -> dict[str, Tensor]:
     """Return the tensors to store for an unquantized module, in their dtypes."""
-    stored: dict[str, Tensor] = {}
-    written = {} if copies.weight is None or chosen is None else chosen.write(module, copies.weight)
+    tensors: dict[str, Tensor] = {}
+    layout_tensors = {} if copies.weight is None or layout is None else layout.write(module, copies.weight)
     for name in copies.changed:
-        if name not in written:
-            stored[name] = _get(copies.merged, name).to(_get(module, name).dtype)
-    stored |= written
-    if copies.bias is not None and chosen is not None:
-        stored |= chosen.write_bias(module, copies.bias)
-    return stored
+        if name not in layout_tensors:
+            tensors[name] = _get(copies.merged, name).to(_get(module, name).dtype)
+    tensors |= layout_tensors
+    if copies.bias is not None and layout is not None:
+        tensors |= layout.write_bias(module, copies.bias)
+    return tensors
 
 
 def _packed(path: str, module: nn.Module, copies: MergedCopies, dtype: torch.dtype | None) -> MergedLayer:
@@ -278,16 +284,18 @@ def _packed(path: str, module: nn.Module, copies: MergedCopies, dtype: torch.dty
     tensors: dict[str, Tensor] = {}
     losses: list[float] = []
     for name in copies.changed:
-        before, weight, chosen = _get(copies.base, name), _get(copies.merged, name), copies.packed.get(name)
-        if chosen is None:
+        old_weight, weight, weight_format = _get(copies.base, name), _get(copies.merged, name), copies.packed.get(name)
+        if weight_format is None:
             tensors[name] = weight.to(_get(module, name).dtype)
         elif dtype is not None:
             tensors[name] = weight.to(dtype)
-        elif not torch.equal(weight, before):  # quantizing an unchanged weight again would only round it again
-            written = chosen.write(module, weight)
-            assert chosen.decode is not None
-            losses.append(((chosen.decode(module, written) - weight).norm() / (weight - before).norm()).item())
-            tensors |= written
+        elif not torch.equal(weight, old_weight):  # quantizing an unchanged weight again would only round it again
+            new_tensors = weight_format.write(module, weight)
+            assert weight_format.decode is not None
+            losses.append(
+                ((weight_format.decode(module, new_tensors) - weight).norm() / (weight - old_weight).norm()).item()
+            )
+            tensors |= new_tensors
     formats = [copies.packed[name] for name in copies.changed if name in copies.packed]
     unpacked = formats[0] if dtype is not None else None
     return MergedLayer(path, tensors, max(losses, default=None), unpacked)
@@ -326,11 +334,11 @@ def measured_error(model: nn.Module, names: tuple[str, ...], dtype: torch.dtype 
 
 
 def changes_nothing(model: nn.Module, adapter: str) -> bool:
-    """Return whether merging `adapter` leaves every weight unchanged; False if weights cannot tell."""
-    own = TrainedParameters.of(model, adapter)
-    if own is not None:
-        pairs = zip(own.values(model), own.originals(model), strict=True)
-        if own.has_moved(model) or not all(torch.equal(value, original) for (_, value), (_, original) in pairs):
+    """Return whether merging `adapter` leaves every weight unchanged; False if it does more than change weights."""
+    own_tensors = TrainedParameters.of(model, adapter)
+    if own_tensors is not None:
+        pairs = zip(own_tensors.values(model), own_tensors.originals(model), strict=True)
+        if own_tensors.has_moved(model) or not all(torch.equal(value, original) for (_, value), (_, original) in pairs):
             return False
     for path, module in engine.modules_with(model, engine.require_state(model), adapter):
         if not is_mergeable(module, adapter):
