@@ -43,7 +43,7 @@ WITHOUT_GATE = {
     "road": "group_size=64 does not divide the 1 outputs",
     "shira": "r=32 asks for 65568 numbers",
     "vblora": "vector_length=256 must divide",
-    "waveft": "n_frequency=2592 is more than there are",
+    "waveft": "n_frequency=2592 is too large",
 }
 
 
@@ -112,7 +112,7 @@ def test_vectors_of_vblora_divide_sizes_that_256_does_not(sizes: tuple[int, int,
         warnings.simplefilter("always")
         model = peftcore.apply(llama(*sizes), "vblora")
     said = [str(warning.message) for warning in found]
-    assert said == ([f"vector_length=256 does not divide the sizes of all layers: vector_length={length} is used"] * (
+    assert said == ([f"vector_length=256 does not divide the sizes of all layers; vector_length={length} is used instead"] * (
         length < 256
     ))  # fmt: skip
     assert peftcore.engine.applied(model, "default").config.vector_length == length
