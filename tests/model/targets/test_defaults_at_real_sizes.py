@@ -111,10 +111,9 @@ def test_vectors_of_vblora_divide_sizes_that_256_does_not(sizes: tuple[int, int,
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")
         model = peftcore.apply(llama(*sizes), "vblora")
-    said = [str(warning.message) for warning in found]
-    assert said == ([f"vector_length=256 does not divide the sizes of all layers; vector_length={length} is used instead"] * (
-        length < 256
-    ))  # fmt: skip
+    messages = [str(warning.message) for warning in found]
+    replaced = f"vector_length=256 does not divide the sizes of all layers; vector_length={length} is used instead"
+    assert messages == ([replaced] if length < 256 else [])
     assert peftcore.engine.applied(model, "default").config.vector_length == length
     names = dict(peftcore.engine.adapter_parameters(model, "default"))
     assert [p.shape[1] for name, p in names.items() if name.endswith("vector_bank")][:1] == [length]
