@@ -18,6 +18,12 @@ def operator_for(name: str, seed: torch.Tensor | None) -> Any:
     return getattr(torch.ops.peftcore, f"{name}_seeded" if seeded else name)
 
 
+def is_exporting() -> bool:
+    """Return whether `torch.export` traces."""
+    # torch.compiler.is_exporting() is also true in torch.compile of PyTorch 2.9.
+    return torch.compiler._is_exporting_flag
+
+
 def unviewed(y: torch.Tensor) -> torch.Tensor:
     """Return `y` as a tensor that is not a view, for the forward of a `torch.autograd.Function`.
 

@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 from support.processes import run
 from support.ranks import parts
+from support.releases import TORCH_2_9
 
 
+@pytest.mark.skipif(TORCH_2_9, reason="pipelines of PyTorch 2.9 fail on Gloo when they exchange shapes")
 def test_the_adapters_of_stages_are_joined_and_saved(tmp_path: Path) -> None:
     for measured in run(parts.piped, str(tmp_path)):
         assert measured.pop("before") > 1e-3

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from peftcore import ops
 from peftcore.engine.adaptation.class_swap import one_for_each_class, restore_class, subclass
 from peftcore.model.base_modules import original_forward
+from peftcore.ops.calling import is_exporting
 from peftcore.ops.weight import DTYPES
 
 FEW_ROWS = 4
@@ -63,7 +64,7 @@ def _for_operator(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Return whether `ops.dense_linear` computes this product, and faster than PyTorch."""
     if x.device.type != "cpu" or type(weight) is not nn.Parameter or weight.device.type != "cpu":
         return False
-    if torch.compiler.is_exporting():  # for programs that have no operators of ours
+    if is_exporting():  # for programs that have no operators of ours
         return False
     if torch.is_autocast_enabled("cpu"):
         return torch.get_autocast_dtype("cpu") in ops.WIDENED and x.dtype in DTYPES and weight.dtype in DTYPES

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from peftcore.errors import PeftcoreError
 from peftcore.model.base_modules import base_modules, original_forward
+from peftcore.ops.calling import is_exporting
 from peftcore.plugin import ranks
 from peftcore.plugin.adapter import Adapter, Base
 from peftcore.plugin.architecture import Architecture, text_config
@@ -336,7 +337,7 @@ def refuse_packed(call: Mapping[str, Any], why: str) -> None:
     ends = [value for name, value in call.items() if value is not None and name.startswith("cu_seq")]
     if mask is None and any(isinstance(offsets, Tensor) and len(offsets) > 2 for offsets in ends):
         raise PeftcoreError(message)
-    if starts is None or torch.compiler.is_exporting():
+    if starts is None or is_exporting():
         return
     several = starts[:, 1:].any()
     if torch.compiler.is_compiling():

@@ -303,7 +303,7 @@ def _is_per_token(name: str, value: Tensor) -> bool:
     """Return whether an argument of the tokens' size really has an entry per token: a type, a box, or a mask."""
     if value.dim() > 2:
         return name.endswith(("bbox", "attention_mask", "token_type_ids"))
-    return re.sub("^(en|de)coder_", "", name) not in _NOT_GROWN and not _OF_IMAGES.search(name)
+    return name.removeprefix("encoder_").removeprefix("decoder_") not in _NOT_GROWN and not _OF_IMAGES.search(name)
 
 
 def orders(mask: Tensor, tokens: int) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,6 @@ on a left-padded batch.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence as Several
 from typing import Any
 
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from peftcore.plugin import cache_argument, forward_arguments
 from peftcore_serve.sequence import Sequence
 
 _PROBE_PROMPTS = ((5, 1, 3), (2, 6, 4, 1, 3, 5, 2))  # token ids of two prompts of different lengths
@@ -33,7 +33,7 @@ class Batch:
         self.sequences: list[Sequence] = []
         self._cache: Any = None
         self._lengths: list[int] = []  # number of cached tokens of each sequence
-        self._arguments = inspect.signature(type(model).forward).parameters
+        self._arguments, self._cache_argument = forward_arguments(model), cache_argument(model)
 
     def prefill(self, prompt: list[int], *, whole: bool = False) -> tuple[Tensor, Any]:
         """Run a prompt, and return the logits `[V]` of the next token and the prompt's cache.
@@ -87,11 +87,11 @@ class Batch:
         positions: Tensor | None = None,
         keep: int | None = 1,
     ) -> Tensor:
-        options = {"attention_mask": mask, "position_ids": positions, "logits_to_keep": keep}
+        options: dict[str, Any] = {"attention_mask": mask, "position_ids": positions, "logits_to_keep": keep}
         supported = {name: value for name, value in options.items() if value is not None and name in self._arguments}
-        # The argument's name depends on transformers' version.
-        cache_argument = "cache" if "cache" in self._arguments else "past_key_values"
-        output = self.model(input_ids=ids, use_cache=True, **{cache_argument: cache}, **supported)
+        if self._cache_argument is not None:
+            supported[self._cache_argument] = cache
+        output = self.model(input_ids=ids, use_cache=True, **supported)
         logits: Tensor = output.logits
         return logits
 

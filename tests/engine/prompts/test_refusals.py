@@ -150,6 +150,8 @@ def test_a_cache_of_a_call_that_failed_is_refused() -> None:
         assert torch.equal(model(tiny.TOKENS, **first).logits, wanted)
 
 
+# PyTorch 2.9 reads `grad` of an output where it goes on after a break of the graph.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @pytest.mark.parametrize("method", ["prompt-tuning", "prefix-tuning"])
 def test_examples_that_are_packed_into_a_row(method: str) -> None:
     """Only the first of them would get the prompt. Positions that the caller counts on, or with a mask, are allowed."""
@@ -160,7 +162,7 @@ def test_examples_that_are_packed_into_a_row(method: str) -> None:
             model(**row, position_ids=torch.tensor([packed]))
     with pytest.raises(PeftcoreError, match=r"^a row packs several examples"):
         model(**row, cu_seq_lens_q=torch.tensor([0, 3, 7]))
-    with pytest.raises(RuntimeError, match=r"^a row packs several examples"):
+    with pytest.raises((PeftcoreError, RuntimeError), match=r"^a row packs several examples"):
         torch.compile(model, backend="eager")(**row, position_ids=torch.tensor([[0, 1, 2, 0, 1, 2, 3]]))
     wanted = model(**row).logits
     torch.testing.assert_close(model(**row, cu_seq_lens_q=torch.tensor([0, 7])).logits, wanted)
