@@ -93,10 +93,13 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.filterwarnings("ignore:.*pin_memory")  # of Trainer, on a machine without a card
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated")  # TRL gives it to transformers
+@pytest.mark.filterwarnings("ignore:User provided device_type of 'cuda'")  # diffusers 0.36, when it is imported
 @pytest.mark.parametrize("page", [_marked(page) for page in PAGES if blocks(page)], ids=lambda page: page.name)
 def test_the_code_of_a_page_runs(page: Path, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     if page.name in ("diffusers.md", "diffusion.md"):
         pytest.importorskip("diffusers", reason="diffusers is not installed (extra `test`)")
+    if page.name == "will-it-fit.md":
+        pytest.importorskip("trl", minversion="1.16")  # whose releases need Python 3.11
     for name, make in guide_files.MODELS.items():
         if name in page.read_text():
             make(place / name)

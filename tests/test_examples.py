@@ -18,6 +18,7 @@ import pytest
 import torch
 from support import processes
 from support.commands import SPECIAL, WORDS, save_tokenizer, write_jsonl
+from support.ranks.cases import shards_integers
 from support.whole_run import WHOLE
 
 import peftcore
@@ -58,7 +59,10 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", list(RUNS))
+EXAMPLES_RUN = [pytest.param(name, marks=shards_integers) if name.endswith("qlora") else name for name in RUNS]
+
+
+@pytest.mark.parametrize("name", EXAMPLES_RUN)
 def test_example(name: str, base: Path, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 

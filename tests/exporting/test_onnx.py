@@ -11,12 +11,14 @@ import onnxruntime
 import pytest
 import torch
 from support.exported import apply, llama
+from support.releases import TORCH_2_9
 from support.tiny import convnet
 
 import peftcore
 from peftcore import PeftcoreError
 
 
+@pytest.mark.skipif(TORCH_2_9, reason="refused: torch.export of PyTorch 2.9 excludes batches of one")
 def test_it_computes_the_same_for_any_batch(tmp_path: Path) -> None:
     model = apply(llama(num_hidden_layers=1), r=4, lora_dropout=0.5, target_modules=["q_proj", "down_proj"]).train()
     file = peftcore.export(model, tmp_path / "model.onnx", format="onnx")

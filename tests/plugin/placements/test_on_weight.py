@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from support import tiny
+from support.releases import TORCH_2_9
 from torch import Tensor, nn
 
 import peftcore
@@ -138,7 +139,8 @@ def test_it_compiles_and_is_checkpointed() -> None:
     model = peftcore.apply(make(), "on-weight", names=names)
     disturb(model, "default", seed=1)
     wanted = model(x)
-    torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="aot_eager")(x), wanted)
+    # PyTorch 2.9 breaks the graph where the layer is copied.
+    torch.testing.assert_close(torch.compile(model, fullgraph=not TORCH_2_9, backend="aot_eager")(x), wanted)
     wanted.sum().backward()
     gradient = model[0].peftcore["default"].changes["weight"].b.grad.clone()
     model.zero_grad()
