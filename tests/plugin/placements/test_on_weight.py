@@ -134,6 +134,8 @@ def test_it_is_saved_by_the_parameters_name(case: Any, tmp_path: Any) -> None:
     assert torch.equal(output(again, x), output(model, x))
 
 
+# PyTorch 2.9 reads `grad` of an output where it goes on after the break.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 def test_it_compiles_and_is_checkpointed() -> None:
     make, names, x = CASES["linear"]
     model = peftcore.apply(make(), "on-weight", names=names)
