@@ -5,6 +5,8 @@ import dataclasses
 import json
 import pkgutil
 import re
+import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +120,17 @@ def test_the_code_of_a_page_runs(page: Path, place: Path, capsys: pytest.Capture
             continue
         for line in code.replace("\\\n", " ").splitlines():
             run(line)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("notebook", sorted((ROOT / "examples/notebooks").glob("*.ipynb")), ids=lambda path: path.name)
+def test_notebooks_run(notebook: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    module = types.ModuleType("notebook")
+    monkeypatch.setitem(sys.modules, "notebook", module)  # classes of a cell can be pickled
+    for cell in json.loads(notebook.read_text())["cells"]:
+        if cell["cell_type"] == "code":
+            exec(compile("".join(cell["source"]), notebook.name, "exec"), vars(module))
 
 
 def run(line: str) -> None:

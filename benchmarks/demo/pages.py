@@ -1,4 +1,4 @@
-"""Write under the code of the documentation's pages what it prints.
+"""Write under the code of the documentation's pages, and into the notebooks, what it prints.
 
     python benchmarks/demo/pages.py [PAGE ...]      (make pages; without arguments: every page that shows output)
 
@@ -20,14 +20,18 @@ order, in one folder with `examples/` and SmolLM2-135M-Instruct. The model comes
 its name on the hub, so that no hub is needed. Blocks that are marked `not run here` are left out.
 """
 
+import ast
+import base64
 import contextlib
 import io
+import json
 import os
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 from run import ROOT, WRITER, fetch
@@ -55,7 +59,8 @@ def main(pages: list[Path]) -> None:
         # Hard links: commands print a model's real path, where a link's would lead out of the folder.
         shutil.copytree(FOLDER / MODEL, folder / MODEL, copy_function=os.link)
         text = page.read_text(encoding="utf-8")
-        page.write_text(with_outputs(text, folder), encoding="utf-8")
+        filled = notebook(text, folder) if page.suffix == ".ipynb" else with_outputs(text, folder)
+        page.write_text(filled, encoding="utf-8")
 
 
 def prepare() -> None:
@@ -118,6 +123,7 @@ def run_python(code: str, folder: Path, variables: dict[str, object]) -> str:
     printed = io.StringIO()
     previous = Path.cwd()
     os.chdir(folder)
+    os.environ["MPLBACKEND"] = "agg"
     try:
         with contextlib.redirect_stdout(printed):
             exec(compile(code, "<page>", "exec"), variables)
@@ -166,6 +172,45 @@ def shown(printed: list[tuple[str, str]], options: dict[str, str]) -> str:
     return "\n".join(["```text", *lines, "```"])
 
 
+def notebook(text: str, folder: Path) -> str:
+    """Run the cells of a notebook in a folder, as Jupyter does; return the notebook with their outputs."""
+    document = json.loads(text)
+    module = types.ModuleType("notebook")
+    sys.modules["notebook"] = module  # classes of a cell can be pickled
+    code = [cell for cell in document["cells"] if cell["cell_type"] == "code"]
+    for number, cell in enumerate(code, 1):
+        cell["execution_count"] = number
+        cell["outputs"] = run_cell("".join(cell["source"]), folder, vars(module))
+    return json.dumps(document, indent=1, ensure_ascii=False) + "\n"
+
+
+def run_cell(code: str, folder: Path, variables: dict[str, object]) -> list[dict[str, object]]:
+    import matplotlib.pyplot as plt
+
+    tree = ast.parse(code)
+    last = tree.body.pop() if isinstance(tree.body[-1], ast.Expr) else None
+    outputs: list[dict[str, object]] = []
+    printed = run_python(ast.unparse(tree), folder, variables)
+    value = None
+    if last is not None:
+        variables["_"] = None
+        printed += run_python(f"_ = {ast.unparse(last)}", folder, variables)
+        value = variables["_"]
+    if printed:
+        outputs.append({"output_type": "stream", "name": "stdout", "text": printed.splitlines(keepends=True)})
+    for figure in map(plt.figure, plt.get_fignums()):
+        image = io.BytesIO()
+        figure.savefig(image, dpi=80, bbox_inches="tight")
+        picture = {"image/png": base64.b64encode(image.getvalue()).decode()}
+        outputs.append({"output_type": "display_data", "metadata": {}, "data": picture})
+    plt.close("all")
+    if value is not None:
+        shown = {"text/plain": [repr(value)]}
+        result = {"output_type": "execute_result", "metadata": {}, "data": shown, "execution_count": None}
+        outputs.append(result)
+    return outputs
+
+
 def picture(lines: list[str], name: str) -> str:
     from rich.console import Console
     from rich.text import Text
@@ -179,7 +224,8 @@ def picture(lines: list[str], name: str) -> str:
 
 def pages_with_output() -> list[Path]:
     pages = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-    return [page for page in pages if "\n<!-- output" in page.read_text(encoding="utf-8")]
+    shown = [page for page in pages if "\n<!-- output" in page.read_text(encoding="utf-8")]
+    return shown + sorted((ROOT / "examples/notebooks").glob("*.ipynb"))
 
 
 if __name__ == "__main__":

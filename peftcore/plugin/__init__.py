@@ -10,7 +10,7 @@ examples. The names by subject:
                           Attachments, Link: kinds of a plugin's own
     adapters              Adapter, LowRank, Base, BranchedBase; implements; override, of typing_extensions
     method and hooks      Method, hookimpl, WeightFormat, Exporter, Command, Integration
-    programs with hooks   builtin, offered, commands, method_names
+    programs with hooks   builtin, register, offered, commands, method_names
     models in programs    evaluation_mode, number_of_positions, takes_batches; meta_copy, MetaFloats: models without
                           values
     checkpoints in 4 bits CheckpointFormat, CheckpointLayout: how other tools store weights
@@ -71,7 +71,7 @@ _MODULES = {
     "peftcore.exporting": "adapter_products",
     "peftcore.plugin.extensions": "Command Integration",
     "peftcore.plugin.hooks": "hookimpl",
-    "peftcore.plugin.registry": "builtin commands offered",
+    "peftcore.plugin.registry": "builtin commands offered register",
     "peftcore.plugin.discovery": "method_names",
     "peftcore.plugin.field_types": "fits in_words",
     "peftcore.plugin.layers": "shape_of",

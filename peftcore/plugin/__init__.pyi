@@ -109,7 +109,12 @@ from peftcore.plugin.placements.placement import (
 from peftcore.plugin.placements.prefix_kv import PrefixKV as PrefixKV
 from peftcore.plugin.placements.soft_prompt import SoftPrompt as SoftPrompt
 from peftcore.plugin.placements.train import Train as Train
-from peftcore.plugin.registry import builtin as builtin, commands as commands, offered as offered
+from peftcore.plugin.registry import (
+    builtin as builtin,
+    commands as commands,
+    offered as offered,
+    register as register,
+)
 from peftcore.quantization import (
     PackedParameters as PackedParameters,
     default_skip as default_skip,

@@ -360,6 +360,19 @@ class Registry:
 registry = Registry()
 
 
+def register(name: str, plugin: Any) -> None:
+    """Register a plugin that is in no package, such as one that is written in a notebook, until the process ends.
+
+    Args:
+        name: what the entry point of a package would be called.
+        plugin: a module, or an object whose methods are hooks, with `peftcore_api`.
+
+    Raises:
+        PluginError: a hook is misspelt, a method is malformed, or its name is taken.
+    """
+    registry.register(name, plugin)
+
+
 def methods() -> dict[str, Method]:
     """Return the usable installed methods by name."""
     return registry.methods()
