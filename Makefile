@@ -122,7 +122,7 @@ docs: $(VENV)/docs.stamp
 pages: $(VENV)/train.stamp
 	$(PY) benchmarks/demo/pages.py $(PAGES)
 
-# The table of methods in docs/methods.md, from conformance runs; a test fails when it is stale.
+# The table of docs/method-support.md, from conformance runs; a test fails when it is stale.
 matrix: $(VENV)/dev.stamp
 	cd tests && OMP_NUM_THREADS=1 ../$(PY) -m support.matrix
 

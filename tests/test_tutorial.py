@@ -19,8 +19,8 @@ from peftcore.plugin.registry import registry
 from peftcore.testing import CHECKS, COMPILE, check_method
 
 ROOT = Path(__file__).parent.parent
-PAGE = (ROOT / "docs/plugins.md").read_text()
-BLOCKS = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+PAGES = [(ROOT / f"docs/{name}.md").read_text() for name in ("plugins", "plugin-contract", "plugin-hooks")]
+BLOCKS = re.findall(r"```python\n(.*?)```", "\n".join(PAGES), re.DOTALL)
 NOT_COMPILED = [name for name in CHECKS if name != COMPILE]
 
 

@@ -1,4 +1,4 @@
-"""A 4-bit format that is one module of a user: the int4 of docs/plugins.md, registered through the hook."""
+"""A 4-bit format that is one module of a user: the int4 of docs/plugin-hooks.md, registered through the hook."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ import peftcore
 from peftcore.plugin import PeftcoreError, WeightFormat, hookimpl, original_class
 from peftcore.plugin.registry import registry
 
-PAGE = Path(__file__).parents[2] / "docs/plugins.md"
+PAGE = Path(__file__).parents[2] / "docs/plugin-hooks.md"
 WIDE = {"intermediate_size": 128, "num_hidden_layers": 1}  # rows are whole groups of 64
 
 

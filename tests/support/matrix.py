@@ -1,4 +1,4 @@
-"""Conformance of every method, and the table in docs/methods.md that is made of it: `make matrix`.
+"""Conformance of every method, and the table in docs/method-support.md that is made of it: `make matrix`.
 
 A conformance test is a call of `conformance`, which compares the report with that of the last `make matrix`, kept in
 matrix.json; a test of the page compares the table with the file. So a table that is no longer true fails, and nothing
@@ -170,7 +170,7 @@ def section(text: str) -> str:
 
 def write_page() -> None:
     """Put the table of the reports that are kept into the page."""
-    page = ROOT / "docs/methods.md"
+    page = ROOT / "docs/method-support.md"
     text = page.read_text()
     before, rest = text.split(START)
     page.write_text(f"{before}{START}\n{table(read())}{END}{rest.split(END)[1]}")

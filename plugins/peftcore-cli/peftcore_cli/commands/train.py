@@ -102,7 +102,7 @@ def train(
 
     The columns of the examples determine the task: {"messages": [...]} trains a chat model, {"prompt": ...,
     "completion": ...} or {"text": ...} a language model, {"text": ..., "label": ...} a classifier, and {"prompt": ...,
-    "chosen": ..., "rejected": ...} preferences. docs/command-line.md lists all formats, also those with images and
+    "chosen": ..., "rejected": ...} preferences. docs/data.md lists all formats, also those with images and
     audio.
 
     With --adapter, training continues from an existing adapter, on its base and with its method. The adapter before

@@ -1,4 +1,4 @@
-"""A task that is one module of a package: the titles of docs/plugins.md, registered through the hook."""
+"""A task that is one module of a package: the titles of docs/plugin-hooks.md, registered through the hook."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from support.imports import ROOT
 import peftcore
 from peftcore.plugin.registry import registry
 
-PAGE = ROOT / "docs/plugins.md"
+PAGE = ROOT / "docs/plugin-hooks.md"
 
 
 @pytest.fixture
