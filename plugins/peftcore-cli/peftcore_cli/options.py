@@ -247,7 +247,7 @@ def absolute_data(paths: Sequence[str]) -> str | list[str]:
     """Make the paths of `--data` absolute and keep their weights; return one as a string, several as a list."""
     absolute_paths = []
     for text in paths:
-        path = mixture.parsed(text).path
+        path = mixture.parse(text).path
         absolute_paths.append(absolute(path) + text[len(path) :])
     return absolute_paths[0] if len(absolute_paths) == 1 else absolute_paths
 

@@ -382,7 +382,7 @@ class Settings(RunOptions):
         if values["lr"] is None:  # nothing is trained
             del values["lr"]
         for name in ("eval_data", "other_data"):
-            if values.get(name) and mixture.parsed(values[name]).weight != 1:
+            if values.get(name) and mixture.parse(values[name]).weight != 1:
                 raise PeftcoreError(
                     f"--{name.replace('_', '-')} is measured once per example, found the weight in '{values[name]}'. "
                     "Leave out the weight"

@@ -123,7 +123,7 @@ def compare(
     from peftcore_cli import base_files, data_files, registered, row_reading
 
     run_options = config_file.in_force(context, run_options)
-    names = data_files.parsed_columns(run_options.columns)
+    names = data_files.parse_columns(run_options.columns)
     task, _ = row_reading.read(data, task, names)  # reports wrong lines before anything is loaded
     if run_options.eval_data is not None:
         row_reading.read_rows(run_options.eval_data, task, names)

@@ -41,7 +41,7 @@ def evaluate(
     """
     from peftcore_cli.bases import adapter_folders, base_and_adapter
     from peftcore_cli.data import row_reading
-    from peftcore_cli.data.data_files import parsed_columns
+    from peftcore_cli.data.data_files import parse_columns
     from peftcore_cli.tasks import conversations, generations, metrics, positions, registered
     from peftcore_cli.training import measuring
 
@@ -54,7 +54,7 @@ def evaluate(
     about = adapter_folders.adapter_task(adapter, labels)
     about = replace(about, max_length=max_length or about.max_length)
     task = registered.find(about.task)
-    rows = row_reading.read_rows(data, task.name, parsed_columns(columns))
+    rows = row_reading.read_rows(data, task.name, parse_columns(columns))
     task.answer_count(given.metric, given.eval_answers)  # raises for a task without answers
     is_of_answers = generations.is_user_function(given.metric) or (given.metric in generations.FIGURES and task.writes)
     if given.metric is not None and not is_of_answers:

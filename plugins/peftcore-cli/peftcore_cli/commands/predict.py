@@ -52,7 +52,7 @@ def predict(
     Labels in the data are ignored. To measure the adapter on labelled examples, use peftcore eval.
     """
     from peftcore_cli.bases import adapter_folders, base_and_adapter
-    from peftcore_cli.data.data_files import parsed_columns
+    from peftcore_cli.data.data_files import parse_columns
     from peftcore_cli.tasks import conversations, registered
 
     about = adapter_folders.adapter_task(adapter, labels)
@@ -67,7 +67,7 @@ def predict(
         raise PeftcoreError(f"'{output}' exists already. Pass a new file: --output FILE")
     base = adapter_folders.base_of(adapter, model)
 
-    rows = task.read_questions(data, parsed_columns(columns), about)
+    rows = task.read_questions(data, parse_columns(columns), about)
     processor = task.load_processor(base, adapter)
     about = task.prepare(processor, about, base)
     conversations.set_template(processor, chat_template, about.chat_template)

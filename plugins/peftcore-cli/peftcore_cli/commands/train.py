@@ -176,9 +176,9 @@ class _Rows:
 def _read(given: RunOptions, data: list[str], task: str | None, clock: Clock) -> _Rows:
     """Read the examples, so that invalid lines are reported before a model is loaded."""
     from peftcore_cli.data import row_reading
-    from peftcore_cli.data.data_files import parsed_columns
+    from peftcore_cli.data.data_files import parse_columns
 
-    names = parsed_columns(given.columns)
+    names = parse_columns(given.columns)
     rows: list[Row] = []
     with clock.part("data"):
         if given.streaming:
@@ -197,7 +197,7 @@ def _checked(given: RunOptions, display: Display, rows: _Rows, *, continues: boo
     """
     from peftcore_cli.bases import base_files, precision as precisions
     from peftcore_cli.data import streamed
-    from peftcore_cli.data.data_files import parsed_columns
+    from peftcore_cli.data.data_files import parse_columns
     from peftcore_cli.tasks import registered
     from peftcore_cli.training import option_checks
 
@@ -209,7 +209,7 @@ def _checked(given: RunOptions, display: Display, rows: _Rows, *, continues: boo
         given = replace(given, teacher=distillation.checked(given, rows.task))
     if given.streaming:
         with clock.part("data"):
-            rows.lines = streamed.Lines(rows.paths, rows.task, parsed_columns(given.columns))
+            rows.lines = streamed.Lines(rows.paths, rows.task, parse_columns(given.columns))
     precisions.check(given.precision, given.dtype, given.device)
     require("transformers", "accelerate", "matplotlib", "psutil")
     for package, extra in registered.find(rows.task).requires:

@@ -1,6 +1,6 @@
-"""Recordings as arrays of samples.
+"""Read recordings as arrays of samples.
 
-WAV files are read by the standard library, other formats by soundfile, and other rates are resampled by soxr.
+The standard library reads WAV files, soundfile other formats, and soxr resamples to the model's rate.
 """
 
 from __future__ import annotations
@@ -16,49 +16,49 @@ import numpy as np
 from peftcore.errors import PeftcoreError
 from peftcore_cli.data.labels import short
 
-_UNKNOWN = 0x7FFF0000  # bytes from which on a header's size stands for a recording whose end was not known
+_UNKNOWN = 0x7FFF0000  # a header with at least this size was written before the length was known
 SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3")
 
 
 def samples(path: str, rate: int, longest: int | None = None) -> Any:
-    """Return the samples of a recording, [samples] in float32 from -1 to 1; several channels are averaged.
+    """Read a recording as mono samples, [samples] in float32 from -1 to 1.
 
-    A recording with another sampling rate is resampled as transformers does it.
+    A recording with another sampling rate is resampled as in transformers.
 
     Args:
         path: the file.
-        rate: samples per second.
-        longest: number of samples at most; None for no limit.
+        rate: sampling rate to return, in Hz.
+        longest: maximum number of samples; None for no limit.
 
     Raises:
-        PeftcoreError: it is damaged, empty or too long, or its rate is another and soxr is not installed.
+        PeftcoreError: it is damaged, empty or too long, or it must be resampled and soxr is not installed.
     """
-    found, its_rate = _of_wave(path) if path.lower().endswith(".wav") else _of_soundfile(path)
-    if not len(found):
+    values, file_rate = _of_wave(path) if path.lower().endswith(".wav") else _of_soundfile(path)
+    if not len(values):
         raise PeftcoreError(f"'{path}' has no samples. Replace it, or remove it")
-    if not np.isfinite(found).all():
+    if not np.isfinite(values).all():
         raise PeftcoreError(f"'{path}' has samples that are NaN or infinite. Replace it, or remove it")
-    if longest is not None and len(found) * rate > longest * its_rate:
+    if longest is not None and len(values) * rate > longest * file_rate:
         raise PeftcoreError(
-            f"'{path}' has {len(found) / its_rate:.1f} seconds, and the model reads {longest / rate:g}. Split the "
-            "recording and its transcript"
+            f"'{path}' has {len(values) / file_rate:.1f} seconds, but the model reads at most {longest / rate:g}. "
+            "Split the recording and its transcript"
         )
-    mono = found.mean(1)
-    return mono if its_rate == rate else _resampled(path, mono, its_rate, rate)
+    mono = values.mean(1)
+    return mono if file_rate == rate else _resample(path, mono, file_rate, rate)
 
 
-def _resampled(path: str, found: Any, its_rate: int, rate: int) -> Any:
+def _resample(path: str, values: Any, file_rate: int, rate: int) -> Any:
     try:
         soxr: Any = importlib.import_module("soxr")
     except ImportError as error:
         raise PeftcoreError(
-            f"'{path}' has {its_rate:,} samples per second, and the model reads {rate:,}. Install soxr, which "
-            f"resamples recordings: pip install peftcore[audio]; or convert it: ffmpeg -i IN -ar {rate} -ac 1 OUT.wav"
+            f"'{path}' has {file_rate:,} samples per second, but the model reads {rate:,}. Install soxr to "
+            f"resample it: pip install peftcore[audio]; or convert it: ffmpeg -i IN -ar {rate} -ac 1 OUT.wav"
         ) from error
-    resampled = soxr.resample(found, its_rate, rate, quality="HQ")
-    if not len(resampled):
-        raise PeftcoreError(f"'{path}' has {len(found)} samples, too few to resample. Replace it, or remove it")
-    return resampled
+    result = soxr.resample(values, file_rate, rate, quality="HQ")
+    if not len(result):
+        raise PeftcoreError(f"'{path}' has {len(values)} samples, too few to resample. Replace it, or remove it")
+    return result
 
 
 def _of_wave(path: str) -> tuple[Any, int]:
@@ -69,15 +69,14 @@ def _of_wave(path: str) -> tuple[Any, int]:
     except (wave.Error, EOFError, OSError, ValueError) as error:
         if "unknown format" in str(error):  # floating point, or the extended header of more than 16 bits
             return _of_soundfile(path)
-        why = str(error) or "it ends too early"
-        raise PeftcoreError(f"'{path}' cannot be read as WAV: {why}. Replace it, or remove it") from error
+        reason = str(error) or "it ends too early"
+        raise PeftcoreError(f"'{path}' cannot be read as WAV: {reason}. Replace it, or remove it") from error
     if rate < 1:
         raise PeftcoreError(f"'{path}' cannot be read as WAV: its header has {rate} samples per second. Replace it")
     frames = len(data) // (width * channels)
     if frames < count and count * width * channels < _UNKNOWN:
         raise PeftcoreError(
-            f"'{path}' is cut off: it has {frames:,} of the {count:,} samples that its header names. Replace it, or "
-            "remove it"
+            f"'{path}' is truncated: it has {frames:,} of the {count:,} samples in its header. Replace it, or remove it"
         )
     raw = np.frombuffer(data[: frames * width * channels], dtype=np.uint8).reshape(-1, width)
     if width == 1:  # unsigned, unlike wider samples
@@ -94,32 +93,32 @@ def _of_soundfile(path: str) -> tuple[Any, int]:
         soundfile: Any = importlib.import_module("soundfile")
     except ImportError as error:
         raise PeftcoreError(
-            f"'{path}' is not a plain WAV file of whole numbers, and other formats are read by soundfile. Install it: "
-            "pip install peftcore[audio], or convert it: ffmpeg -i IN -ar 16000 -ac 1 -c:a pcm_s16le OUT.wav"
+            f"'{path}' is not a WAV file of integers, and other formats need soundfile. Install it: pip install "
+            "peftcore[audio]; or convert it: ffmpeg -i IN -ar 16000 -ac 1 -c:a pcm_s16le OUT.wav"
         ) from error
     try:
-        found, rate = soundfile.read(path, dtype="float32", always_2d=True)
-    except Exception as error:  # libsndfile's errors are of several classes
+        values, rate = soundfile.read(path, dtype="float32", always_2d=True)
+    except Exception as error:  # libsndfile raises errors of several classes
         raise PeftcoreError(f"'{path}' cannot be read as a recording: {error}. Replace it, or remove it") from error
-    return found, int(rate)
+    return values, int(rate)
 
 
-def named(where: str, key: str, value: Any) -> str:
-    """Return the path of a row's recording, which is relative to the folder of the data file.
+def path_of(where: str, key: str, value: Any) -> str:
+    """Return the path of a recording in a row, which is relative to the folder of the data file.
 
     Raises:
         PeftcoreError: the file does not exist; the message begins with `where`.
     """
-    found = value.get("path") if isinstance(value, dict) else value
-    if not isinstance(found, str):
+    source = value.get("path") if isinstance(value, dict) else value
+    if not isinstance(source, str):
         raise PeftcoreError(f"{where}: '{key}' must be the path of a recording, found {short(value)}")
-    if found.startswith(("http://", "https://")):
-        raise PeftcoreError(f"{where}: '{found[:80]}' is not a local file. Download the recording and name the file")
-    path = os.path.join(os.path.dirname(where.rpartition(":")[0]), os.path.expanduser(found))
+    if source.startswith(("http://", "https://")):
+        raise PeftcoreError(f"{where}: '{source[:80]}' is not a local file. Download it and pass the path")
+    path = os.path.join(os.path.dirname(where.rpartition(":")[0]), os.path.expanduser(source))
     if not os.path.isfile(path):
-        what = "is a folder" if os.path.isdir(path) else "does not exist"
+        problem = "is a folder" if os.path.isdir(path) else "does not exist"
         raise PeftcoreError(
-            f"{where}: the recording '{path}' {what}. Pass paths of local files, relative to the folder of the data "
+            f"{where}: the recording '{path}' {problem}. Pass paths of local files, relative to the folder of the data "
             "file"
         )
     if Path(path).suffix.lower() not in SUFFIXES:

@@ -1,7 +1,7 @@
-"""Files of examples as records: JSON lines, a JSON array, CSV, TSV, Parquet, and folders of these.
+"""Read files of examples as records: JSON lines, a JSON array, CSV, TSV, Parquet, and folders of these.
 
-A name that is not a path is a dataset id on the Hugging Face hub, loaded by the library `datasets`: ORG/NAME for its
-split `train`, ORG/NAME@SPLIT, such as @validation or @train[:20%], and ORG/NAME@CONFIG/SPLIT.
+A name that is not a path is the id of a dataset on the Hugging Face hub, loaded with the library `datasets`: ORG/NAME
+(its split `train`), ORG/NAME@SPLIT, such as @validation or @train[:20%], or ORG/NAME@CONFIG/SPLIT.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from peftcore.errors import PeftcoreError, nearest
 from peftcore_cli.console import require
 
 Record = tuple[str, dict[str, Any]]  # FILE:LINE or FILE:INDEX, and the fields
-_FIELD = (1 << 31) - 1  # characters; the largest value that csv accepts on every system
-_SHOWN = 20  # number of column names in a message
+_MAX_FIELD = (1 << 31) - 1  # characters; the largest limit that csv accepts on every system
+_MAX_SHOWN = 20  # column names in a message
 CONVERSIONS = {
     ".txt": 'Write one {"text": ...} per line: .jsonl',
     ".xlsx": "Export the sheet as CSV",
@@ -32,121 +32,123 @@ CONVERSIONS = {
 
 
 def records(path: str, columns: Mapping[str, str] | None = None) -> Iterator[Record]:
-    """Yield every example of `path` in order, with its place.
+    """Yield every example of `path` in order, as (FILE:LINE, fields).
 
     Args:
         path: file, folder, or dataset id.
-        columns: {field: the file's name for it}, see `parsed_columns`.
+        columns: {field: column of the file}, see `parse_columns`.
 
     Raises:
         PeftcoreError: it is missing, of another kind, or damaged. The message names the file and the line.
     """
-    where = Path(os.path.expanduser(path))
-    if os.path.isdir(where):
-        files = sorted(file for file in where.iterdir() if file.suffix.lower() in READERS)
+    location = Path(os.path.expanduser(path))
+    if os.path.isdir(location):
+        files = sorted(file for file in location.iterdir() if file.suffix.lower() in READERS)
         if not files:
             raise PeftcoreError(f"folder '{path}' has no file of examples ({', '.join(READERS)})")
-        found: Iterator[Record] = (record for file in files for record in _of_file(file))
-    elif not os.path.exists(where) and _is_hub_id(path):
-        found = _of_hub(path)
-    elif not os.path.exists(where):
-        raise PeftcoreError(_missing(where, path))
+        rows_of_path: Iterator[Record] = (record for file in files for record in _of_file(file))
+    elif not os.path.exists(location) and _is_hub_id(path):
+        rows_of_path = _of_hub(path)
+    elif not os.path.exists(location):
+        raise PeftcoreError(_missing_message(location, path))
     else:
-        found = _of_file(where)
-    found = map(checked, found)
-    return (renamed(record, columns) for record in found) if columns else found
+        rows_of_path = _of_file(location)
+    rows_of_path = map(check_header, rows_of_path)
+    return (rename_columns(record, columns) for record in rows_of_path) if columns else rows_of_path
 
 
 def records_of_each(paths: Sequence[str], columns: Mapping[str, str] | None) -> list[Iterator[Record]]:
-    """Return the records of each data set; where only some have one of the columns, only those rename them."""
+    """Return the records of each data set; columns are renamed in the data sets that have any of them."""
     data_sets = [records(path) for path in paths]
     if not columns:
         return data_sets
-    first = [list(itertools.islice(each, 1)) for each in data_sets]
-    has_columns = [any(not fields.keys().isdisjoint(columns.values()) for _, fields in some) for some in first]
-    whole = [itertools.chain(some, rest) for some, rest in zip(first, data_sets, strict=True)]
+    first_records = [list(itertools.islice(data_set, 1)) for data_set in data_sets]
+    has_columns = [
+        any(not fields.keys().isdisjoint(columns.values()) for _, fields in firsts) for firsts in first_records
+    ]
+    restored = [itertools.chain(firsts, rest) for firsts, rest in zip(first_records, data_sets, strict=True)]
     return [
-        (renamed(record, columns) for record in each) if has or not any(has_columns) else each
-        for each, has in zip(whole, has_columns, strict=True)
+        (rename_columns(record, columns) for record in data_set) if has or not any(has_columns) else data_set
+        for data_set, has in zip(restored, has_columns, strict=True)
     ]
 
 
-def _missing(where: Path, path: str) -> str:
-    """Return what to do about a path of examples that does not exist."""
+def _missing_message(location: Path, path: str) -> str:
+    """Return the error message for a path that does not exist."""
     try:
-        names = [each.name for each in where.parent.iterdir()]
+        names = [entry.name for entry in location.parent.iterdir()]
     except (OSError, ValueError):  # such as a NUL character
-        return f"neither the file '{path}' nor the folder '{where.parent}' exists. Correct the path in --data"
-    relative = "" if where.is_absolute() else f". The path is relative to '{Path.cwd()}'"
-    near = nearest(where.name, names)
+        return f"neither the file '{path}' nor the folder '{location.parent}' exists. Correct the path in --data"
+    relative = "" if location.is_absolute() else f". The path is relative to '{Path.cwd()}'"
+    suggestion = nearest(location.name, names)
     return (
-        f"the file '{path}' does not exist{near}{relative}. Pass a file ({', '.join(READERS)}), a folder "
+        f"the file '{path}' does not exist{suggestion}{relative}. Pass a file ({', '.join(READERS)}), a folder "
         "of them, or the id of a hub dataset, ORG/NAME"
     )
 
 
-def parsed_columns(text: str | None) -> dict[str, str]:
-    """Parse `prompt=question,completion=answer` into {field: the file's name for it}.
+def parse_columns(text: str | None) -> dict[str, str]:
+    """Parse `prompt=question,completion=answer` into {field: column of the file}.
 
     Raises:
-        PeftcoreError: it has another form.
+        PeftcoreError: the text has another form.
     """
     columns = {}
     for part in filter(None, (text or "").split(",")):
-        name, equals, theirs = (word.strip() for word in part.partition("="))
-        if not (name and equals and theirs):
+        name, equals, column = (word.strip() for word in part.partition("="))
+        if not (name and equals and column):
             raise PeftcoreError(
                 f"--columns must be FIELD=COLUMN pairs, found {part!r}. For example: --columns "
                 "prompt=question,completion=answer"
             )
-        columns[name] = theirs
+        columns[name] = column
     return columns
 
 
 def listed(names: Iterable[str]) -> str:
-    """Return names for a message, shortened if there are many."""
-    first = list(itertools.islice(names, _SHOWN + 1))
-    return ", ".join(map(str, first[:_SHOWN])) + (", ..." if len(first) > _SHOWN else "")
+    """Format names for a message; a long list is shortened."""
+    shown = list(itertools.islice(names, _MAX_SHOWN + 1))
+    return ", ".join(map(str, shown[:_MAX_SHOWN])) + (", ..." if len(shown) > _MAX_SHOWN else "")
 
 
-def alpaca_prompt(instruction: str, more: Any) -> str:
+def alpaca_prompt(instruction: str, context: Any) -> str:
     """Return the prompt of an Alpaca example: the instruction, and the input if there is one."""
-    return f"{instruction}\n\n{more}" if isinstance(more, str) and more.strip() else instruction
+    return f"{instruction}\n\n{context}" if isinstance(context, str) and context.strip() else instruction
 
 
-def checked(record: Record) -> Record:
-    """Return a record that is not the names of the columns themselves.
+def check_header(record: Record) -> Record:
+    """Return the record after checking that it is not a repeated header.
 
     Raises:
-        PeftcoreError: it is.
+        PeftcoreError: every value is the name of its column.
     """
     where, fields = record
     if fields and all(isinstance(value, str) and value.strip() == name.strip() for name, value in fields.items()):
-        raise PeftcoreError(
-            f"{where}: the line repeats the names of the columns, as files that were joined have it. Delete it"
-        )
+        raise PeftcoreError(f"{where}: the line repeats the header, as in concatenated files. Delete it")
     return record
 
 
-def renamed(record: Record, columns: Mapping[str, str]) -> Record:
-    """Return a record with fields named as `columns` says.
+def rename_columns(record: Record, columns: Mapping[str, str]) -> Record:
+    """Rename the columns of a record to fields, as `columns` says.
 
     Raises:
         PeftcoreError: a column does not exist.
     """
     where, fields = record
-    for name, theirs in columns.items():
-        if theirs not in fields:
+    for name, column in columns.items():
+        if column not in fields:
             raise PeftcoreError(
-                f"{where}: --columns names the column '{theirs}' for {name}, which does not "
-                f"exist{nearest(theirs, fields)}"
+                f"{where}: --columns names the column '{column}' for {name}, which does not "
+                f"exist{nearest(column, fields)}"
             )
-    taken = set(columns.values())
-    rest = {name: value for name, value in fields.items() if name not in taken and name not in columns}
-    found = {name: fields[theirs] for name, theirs in columns.items()}
-    if columns.get("prompt") == "instruction" and isinstance(found["prompt"], str):  # Alpaca's, which has an `input`
-        found["prompt"] = alpaca_prompt(found["prompt"], rest.pop("input", None))
-    return where, rest | found
+    used = set(columns.values())
+    others = {name: value for name, value in fields.items() if name not in used and name not in columns}
+    renamed_fields = {name: fields[column] for name, column in columns.items()}
+    if columns.get("prompt") == "instruction" and isinstance(
+        renamed_fields["prompt"], str
+    ):  # Alpaca's instruction may have an `input`
+        renamed_fields["prompt"] = alpaca_prompt(renamed_fields["prompt"], others.pop("input", None))
+    return where, others | renamed_fields
 
 
 def _is_hub_id(path: str) -> bool:
@@ -158,27 +160,27 @@ def _of_hub(path: str) -> Iterator[Record]:
     require("datasets", extra="datasets")
     import datasets
 
-    name, at, part = path.partition("@")
-    config, _, split = part.rpartition("/")
+    name, at, config_and_split = path.partition("@")
+    config, _, split = config_and_split.rpartition("/")
     if at and not split:
-        raise PeftcoreError(f"'{path}' needs the name of a split after @, such as {name}@validation")
+        raise PeftcoreError(f"'{path}' needs a split after @, such as {name}@validation")
     try:
-        loaded = datasets.load_dataset(name, config or None, split=split or "train")
-    except Exception as error:  # loading may fail anywhere (network, script, file), on data that the user named
+        dataset = datasets.load_dataset(name, config or None, split=split or "train")
+    except Exception as error:  # loading can fail in many ways: network, script, file
         reason = str(error).partition("\n")[0]
         raise PeftcoreError(
             f"'{path}' is not a file or folder, and no hub dataset of that name could be read: {reason}"
         ) from error
-    for index, fields in enumerate(loaded):
+    for index, fields in enumerate(dataset):
         yield f"{path}:{index}", dict(fields)
 
 
 def _of_file(path: Path) -> Iterator[Record]:
     suffix = path.suffix.lower()
     if suffix not in READERS:
-        known = ", ".join(READERS)
+        suffixes = ", ".join(READERS)
         raise PeftcoreError(
-            f"'{path}' must be one of {known}, found '{suffix}'. "
+            f"'{path}' must be one of {suffixes}, found '{suffix}'. "
             f"{CONVERSIONS.get(suffix, 'Convert it to one of these')}"
         )
     try:
@@ -206,35 +208,35 @@ def _jsonl(path: Path) -> Iterator[Record]:
 
 def _json(path: Path) -> Iterator[Record]:
     with _text(path) as file:
-        found = _parsed(file.read(), str(path))
-    if not isinstance(found, list):
+        document = _parse_json(file.read(), str(path))
+    if not isinstance(document, list):
         raise PeftcoreError(
-            f"{path}: expected a JSON array of examples, found {type(found).__name__}. If each line is an "
-            "object, name the file .jsonl"
+            f"{path}: expected a JSON array of examples, found {type(document).__name__}. If each line is an "
+            "object, rename the file to .jsonl"
         )
-    for index, fields in enumerate(found):
+    for index, fields in enumerate(document):
         yield _object(f"{path}:[{index}]", fields)
 
 
-def _parsed(text: str, where: str) -> Any:
+def _parse_json(text: str, where: str) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
         place = f"column {error.colno}" if "\n" not in text.strip() else f"line {error.lineno}, column {error.colno}"
         raise PeftcoreError(f"{where}: not JSON: {error.msg} at {place}") from error
     except RecursionError as error:
-        raise PeftcoreError(f"{where}: not JSON of examples: it is nested too deeply") from error
+        raise PeftcoreError(f"{where}: not valid JSON: it is nested too deeply") from error
     except ValueError as error:  # an integer with thousands of digits
-        raise PeftcoreError(f"{where}: not JSON of examples: {error}") from error
+        raise PeftcoreError(f"{where}: not valid JSON: {error}") from error
 
 
 def object_of(where: str, text: str) -> Record:
-    """Return the record of a line of JSON.
+    """Parse a line of JSON into a record.
 
     Raises:
         PeftcoreError: the line is not a JSON object; the message begins with `where`.
     """
-    return _object(where, _parsed(text, where))
+    return _object(where, _parse_json(text, where))
 
 
 def _object(where: str, fields: Any) -> Record:
@@ -244,12 +246,12 @@ def _object(where: str, fields: Any) -> Record:
 
 
 def _read_long_fields() -> None:
-    """Allow the csv module to read fields of any length, such as documents. Its own limit is 131,072 characters."""
-    csv.field_size_limit(_FIELD)
+    """Raise the limit of the csv module, 131,072 characters, so that it reads fields as long as documents."""
+    csv.field_size_limit(_MAX_FIELD)
 
 
 def _tsv(path: Path) -> Iterator[Record]:
-    # Quotes have no meaning: reviews and tweets are full of unpaired ones.
+    # Quotes are read literally, because texts such as reviews have many unpaired ones.
     _read_long_fields()
     with _text(path) as file:
         yield from _table(path, csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
@@ -258,14 +260,14 @@ def _tsv(path: Path) -> Iterator[Record]:
 def _csv(path: Path) -> Iterator[Record]:
     _read_long_fields()
     with _text(path) as file:
-        first = file.readline()
-        lines = itertools.chain([first] if first else [], file)
-        # Spreadsheets of countries with a decimal comma separate columns by semicolons.
-        headers = {delimiter: next(csv.reader([first], delimiter=delimiter), []) for delimiter in ",;\t"}
-        delimiter = max(headers, key=lambda each: len(headers[each]))
-        # Where a space follows each delimiter of the first line it belongs to no column, and quotes may follow it.
-        others = headers[delimiter][1:]
-        is_spaced = bool(others) and all(name.startswith(" ") for name in others)
+        header_line = file.readline()
+        lines = itertools.chain([header_line] if header_line else [], file)
+        # Spreadsheets separate columns with semicolons in countries with a decimal comma.
+        headers = {delimiter: next(csv.reader([header_line], delimiter=delimiter), []) for delimiter in ",;\t"}
+        delimiter = max(headers, key=lambda candidate: len(headers[candidate]))
+        # If a space follows every delimiter of the header, it belongs to no column, and a quote may follow it.
+        names = headers[delimiter][1:]
+        is_spaced = bool(names) and all(name.startswith(" ") for name in names)
         reader = csv.reader(lines, strict=True, delimiter=delimiter, skipinitialspace=is_spaced)
         yield from _table(path, reader)
 
@@ -276,9 +278,9 @@ def _table(path: Path, lines: Any) -> Iterator[Record]:
         header = next(lines, None)
         if header is None:
             return
-        twice = next((name for name, count in Counter(header).items() if count > 1), None)
-        if twice is not None:
-            raise PeftcoreError(f"{path}:1: the first line names the column '{twice}' twice")
+        duplicate = next((name for name, count in Counter(header).items() if count > 1), None)
+        if duplicate is not None:
+            raise PeftcoreError(f"{path}:1: the first line names the column '{duplicate}' twice. Rename one")
         is_empty = True
         for values in lines:
             if not values:
@@ -291,7 +293,7 @@ def _table(path: Path, lines: Any) -> Iterator[Record]:
             yield f"{path}:{lines.line_num}", dict(zip(header, values, strict=True))
         if is_empty:
             raise PeftcoreError(
-                f"{path}:1: the first line names the columns, found {listed(header)}, and no line follows"
+                f"{path}:1: the first line names the columns ({listed(header)}), but no line follows. Add examples"
             )
     except csv.Error as error:
         raise PeftcoreError(f"{path}:{lines.line_num}: {error}") from error
@@ -307,7 +309,7 @@ def _parquet(path: Path) -> Iterator[Record]:
             for fields in group.to_pylist():
                 yield f"{path}:[{row}]", fields
                 row += 1
-    except ValueError as error:  # damage may raise anything
+    except ValueError as error:  # pyarrow's errors about damaged files are ValueErrors
         raise PeftcoreError(f"'{path}' cannot be read as Parquet: {str(error).partition(chr(10))[0]}") from error
 
 

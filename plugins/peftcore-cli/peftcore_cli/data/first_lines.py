@@ -1,4 +1,4 @@
-"""The first lines of files, by which a task is recognised."""
+"""The first lines of files, from which the task is recognised."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any
 from peftcore.errors import PeftcoreError
 from peftcore_cli.data import image_turns
 
-_LOOKED_AT = 100  # first lines in which images or audio determine a task
+_MAX_LINES = 100  # lines searched for images or audio
 
 
 class FirstLines:
-    """Fields of the first hundred lines of files, and the labels of all.
+    """The fields of the first hundred lines of files, and the labels of all lines.
 
     Args:
         paths: the files, for messages.
@@ -26,7 +26,7 @@ class FirstLines:
 
     def __init__(self, paths: Sequence[str], rows: Iterator[Mapping[str, Any]]) -> None:
         self._rest = rows
-        self.rows = list(itertools.islice(rows, _LOOKED_AT))
+        self.rows = list(itertools.islice(rows, _MAX_LINES))
         if not self.rows:
             raise PeftcoreError(f"'{', '.join(paths)}' has no examples")
         self.names = self.rows[0].keys()
@@ -47,6 +47,6 @@ class FirstLines:
 
     @functools.cached_property
     def labels(self) -> list[Any]:
-        """The labels of all lines, which are read to their end."""
+        """The labels of all lines; this reads the files to their end."""
         lines = itertools.chain(self.rows, self._rest)
         return [fields.get("label", fields.get("labels")) for fields in lines]

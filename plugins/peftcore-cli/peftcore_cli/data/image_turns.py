@@ -1,10 +1,10 @@
-"""Conversations with images or audio: both in the forms that data sets have them, as paths in order.
+"""Conversations with images or audio, in the formats of common data sets.
 
-A part of a turn's content: `{"type": "image", "path": FILE}`, also as `image` or `url`, or OpenAI's `{"type":
-"image_url", "image_url": {"url": FILE}}`. Or a row names its images, `{"images": [FILE, ...], "messages": ...}` (also
-`image`), and each turn has `{"type": "image"}` or the text `<image>` where one is shown. Audio, for `--task audio-text`
-alone, is written in the same ways with `audio`, `audios` and `<audio>`. Paths are relative to the folder of the file
-that names them.
+An image can be a part of a turn's content: `{"type": "image", "path": FILE}`, also with the key `image` or `url`, or
+OpenAI's `{"type": "image_url", "image_url": {"url": FILE}}`. Or the row lists its images, `{"images": [FILE, ...],
+"messages": ...}` (also `image`), and turns have `{"type": "image"}` or the text `<image>` where each belongs. Audio,
+for `--task audio-text` only, works the same way with `audio`, `audios` and `<audio>`. Paths are relative to the folder
+of the data file.
 """
 
 from __future__ import annotations
@@ -20,70 +20,77 @@ from peftcore.errors import PeftcoreError
 from peftcore_cli.data import audio_files, labels, turns
 from peftcore_cli.data.row import Row
 
-MARK, HEARD = "<image>", "<audio>"  # in texts of rows that name their images or audio
-PLACE, AUDIO_PLACE = {"type": "image"}, {"type": "audio"}  # what chat templates take
+IMAGE_MARK, AUDIO_MARK = "<image>", "<audio>"  # in the text of rows that list their images or audio
+IMAGE_PART, AUDIO_PART = {"type": "image"}, {"type": "audio"}  # as chat templates take them
 _SOURCES = ("path", "image", "audio", "url", "image_url", "audio_url")
 
 
 def has_images(fields: Mapping[str, Any]) -> bool:
     """Return whether a row is a conversation with images."""
-    found = fields.get("messages") or fields.get("conversations") or fields.get("prompt") or fields.get("chosen")
-    if not isinstance(found, list):
-        return bool(_named(fields)) and {"chosen", "rejected"} <= fields.keys()
-    parts = (part for turn in found if isinstance(turn, dict) for part in _parts(turn.get("content")))
-    return (
-        bool(_named(fields)) or any(part.get("type") in ("image", "image_url") for part in parts) or has_audio(fields)
-    )
+    messages = fields.get("messages") or fields.get("conversations") or fields.get("prompt") or fields.get("chosen")
+    has_files = bool(_files_of(fields))
+    if not isinstance(messages, list):
+        return has_files and {"chosen", "rejected"} <= fields.keys()
+    return has_files or bool(_part_types(messages) & {"image", "image_url"}) or has_audio(fields)
 
 
 def has_audio(fields: Mapping[str, Any]) -> bool:
     """Return whether a row is a conversation with audio."""
-    found = next((fields[key] for key in ("messages", "conversations", "prompt") if fields.get(key)), None)
-    if not isinstance(found, list):
+    messages = next((fields[key] for key in ("messages", "conversations", "prompt") if fields.get(key)), None)
+    if not isinstance(messages, list):
         return False
-    parts = (part for turn in found if isinstance(turn, dict) for part in _parts(turn.get("content")))
-    return bool(_named(fields, "audio")) or any(part.get("type") in ("audio", "audio_url") for part in parts)
+    return bool(_files_of(fields, "audio")) or bool(_part_types(messages) & {"audio", "audio_url"})
+
+
+def _part_types(messages: list[Any]) -> set[Any]:
+    """Return the types of all parts of messages, which may be anything that a file has."""
+    types: set[Any] = set()
+    for message in messages:
+        if isinstance(message, dict):
+            types.update(str(part.get("type")) for part in _parts(message.get("content")))
+    return types
 
 
 def row_of(where: str, fields: dict[str, Any], *, hears: bool = False) -> Row:
-    """Return a conversation whose messages have the parts of chat templates, and the images and audio that they show.
+    """Return a conversation with parts as chat templates take them, and the paths of its images and audio.
 
     Args:
         where: file and line, for messages.
-        fields: of the line.
+        fields: fields of the line.
         hears: whether the model takes audio.
 
     Raises:
         PeftcoreError: the fields are not lists of messages, or an image is missing or not a local file; the message
             begins with `where`.
     """
-    images = _Images(where, _named(fields), _named(fields, "audio") if hears else None)
+    images = _MediaReader(where, _files_of(fields), _files_of(fields, "audio") if hears else None)
     if isinstance(fields.get("prompt"), list) and isinstance(fields.get("completion"), list):
-        asked, said = (images.placed(key, fields[key]) for key in ("prompt", "completion"))
-        row = turns.conversation(where, [*asked, *said], len(asked), fields)
+        prompt, completion = (images.with_placeholders(key, fields[key]) for key in ("prompt", "completion"))
+        row = turns.conversation(where, [*prompt, *completion], len(prompt), fields)
     elif fields.get("messages") is not None:
-        row = turns.conversation(where, images.placed("messages", fields["messages"]), 0, fields)
+        row = turns.conversation(where, images.with_placeholders("messages", fields["messages"]), 0, fields)
     elif fields.get("conversations") is not None:
-        given = turns.of_sharegpt(where, fields["conversations"])
-        row = turns.conversation(where, images.placed("conversations", given), 0, fields)
+        messages = turns.messages_of_sharegpt(where, fields["conversations"])
+        row = turns.conversation(where, images.with_placeholders("conversations", messages), 0, fields)
     else:
         key = next(key for key in ("messages", "conversations", "prompt") if key in fields)
-        what = "'prompt' and 'completion' must be lists" if key == "prompt" else f"'{key}' must be a list"
-        raise PeftcoreError(f"{where}: {what} of messages, found {labels.short(fields[key])}")
-    images.check_all_shown()
+        requirement = "'prompt' and 'completion' must be lists" if key == "prompt" else f"'{key}' must be a list"
+        raise PeftcoreError(f"{where}: {requirement} of messages, found {labels.short(fields[key])}")
+    images.check_all_used()
     for i, message in enumerate(row.messages or []):
         content = message.get("content") or ()  # a turn of tool calls may have none
-        if message["role"] == "assistant" and (PLACE in content or AUDIO_PLACE in content):
+        if message["role"] == "assistant" and (IMAGE_PART in content or AUDIO_PART in content):
             raise PeftcoreError(
-                f"{where}: messages[{i}] is the assistant's and has an image or audio, but models write texts"
+                f"{where}: messages[{i}] is an assistant turn with an image or audio, but models only write text. "
+                "Remove the row"
             )
     return replace(row, images=tuple(images.paths), sounds=tuple(images.sounds))
 
 
 def preference(where: str, fields: dict[str, Any]) -> Row:
-    """Return a conversation with images and two answers to it, which are texts, messages or a list of one.
+    """Return a conversation with images and two answers, each a text, a message or a list of one message.
 
-    A text as the prompt that does not say where its images are shown shows them first.
+    In a prompt that is text without `<image>`, the images come first.
 
     Raises:
         PeftcoreError: an image is missing, or an answer is not one of the assistant; the message begins with `where`.
@@ -91,48 +98,48 @@ def preference(where: str, fields: dict[str, Any]) -> Row:
     answers = {key: _turns(where, key, fields[key], "assistant") for key in ("chosen", "rejected")}
     key = next((key for key in ("prompt", "conversations") if fields.get(key) is not None), None)
     if key is not None:
-        asked = _turns(where, key, fields[key], "user")
+        prompt = _turns(where, key, fields[key], "user")
     else:  # both contain the whole conversation
         pairs = zip(answers["chosen"], answers["rejected"], strict=False)
-        asked = [one for one, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)]
-        answers = {key: messages[len(asked) :] for key, messages in answers.items()}
-    named = _named(fields)
-    if isinstance(fields.get(key or ""), str) and named and MARK not in fields[key or ""]:
-        asked = [{"role": "user", "content": [*(dict(PLACE) for _ in named), *_parts(fields[key or ""])]}]
-    images = _Images(where, named)
-    asked = images.placed(key or "chosen", asked)
-    images.check_all_shown()
-    said = {}
+        prompt = [turn for turn, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)]
+        answers = {key: messages[len(prompt) :] for key, messages in answers.items()}
+    image_files = _files_of(fields)
+    if isinstance(fields.get(key or ""), str) and image_files and IMAGE_MARK not in fields[key or ""]:
+        prompt = [{"role": "user", "content": [*(dict(IMAGE_PART) for _ in image_files), *_parts(fields[key or ""])]}]
+    images = _MediaReader(where, image_files)
+    prompt = images.with_placeholders(key or "chosen", prompt)
+    images.check_all_used()
+    answer_turns = {}
     for name, answer in answers.items():
-        said[name] = _Images(where, []).placed(name, answer)
-        if [message["role"] for message in said[name]] != ["assistant"]:
-            found = ", ".join(message["role"] for message in said[name])
-            raise PeftcoreError(f"{where}: '{name}' must be one assistant answer to the same prompt, found {found}")
-    if said["chosen"] == said["rejected"]:
+        answer_turns[name] = _MediaReader(where, []).with_placeholders(name, answer)
+        if [message["role"] for message in answer_turns[name]] != ["assistant"]:
+            roles = ", ".join(message["role"] for message in answer_turns[name])
+            raise PeftcoreError(f"{where}: '{name}' must be one assistant answer to the same prompt, found {roles}")
+    if answer_turns["chosen"] == answer_turns["rejected"]:
         raise PeftcoreError(f"{where}: 'chosen' and 'rejected' are the same")
-    for answer in said.values():
-        whole = turns.conversation(where, [*asked, *answer], len(asked), fields)
-    chosen, rejected = map(turns.without_marks, said.values())
-    messages = turns.without_marks(asked)
-    return Row(where, "", chosen, rejected, messages=messages, tools=whole.tools, images=tuple(images.paths))
+    for answer in answer_turns.values():
+        conversation = turns.conversation(where, [*prompt, *answer], len(prompt), fields)
+    chosen, rejected = map(turns.without_marks, answer_turns.values())
+    messages = turns.without_marks(prompt)
+    return Row(where, "", chosen, rejected, messages=messages, tools=conversation.tools, images=tuple(images.paths))
 
 
-def _turns(where: str, key: str, found: Any, role: str) -> list[dict[str, Any]]:
-    """Return a text, a message or a list of messages as messages, also in ShareGPT's form."""
-    if isinstance(found, str):
-        return [{"role": role, "content": found}]
-    found = [found] if isinstance(found, dict) else found
-    if isinstance(found, list) and any(isinstance(each, dict) and "from" in each for each in found):
-        return turns.of_sharegpt(where, found)
-    return turns.messages_of(where, key, found, has_images=True)
+def _turns(where: str, key: str, value: Any, role: str) -> list[dict[str, Any]]:
+    """Convert a text, a message or a list of messages, also in ShareGPT's format, to messages."""
+    if isinstance(value, str):
+        return [{"role": role, "content": value}]
+    value = [value] if isinstance(value, dict) else value
+    if isinstance(value, list) and any(isinstance(turn, dict) and "from" in turn for turn in value):
+        return turns.messages_of_sharegpt(where, value)
+    return turns.messages_of(where, key, value, has_images=True)
 
 
-def asked_of(where: str, fields: dict[str, Any], task: str, *, hears: bool = False) -> Row:
-    """Return a conversation to answer: the row without an answer that is there.
+def row_to_answer(where: str, fields: dict[str, Any], task: str, *, hears: bool = False) -> Row:
+    """Return a conversation to answer; an existing answer is removed.
 
     Args:
         where: file and line, for messages.
-        fields: of the line.
+        fields: fields of the line.
         task: name of the task, for messages.
         hears: whether the model takes audio.
 
@@ -142,89 +149,96 @@ def asked_of(where: str, fields: dict[str, Any], task: str, *, hears: bool = Fal
     key = next((key for key in ("messages", "conversations", "prompt") if isinstance(fields.get(key), list)), None)
     if key is None:
         raise PeftcoreError(f"{where}: predict needs the key messages for {task}, found {', '.join(fields)}")
-    given = turns.of_sharegpt(where, fields[key]) if key == "conversations" else fields[key]
-    while isinstance(given, list) and given and isinstance(given[-1], dict) and given[-1].get("role") == "assistant":
-        given = given[:-1]
-    images = _Images(where, _named(fields), _named(fields, "audio") if hears else None)
-    messages = turns.without_marks(images.placed(key, given))
-    images.check_all_shown()
+    messages_to_answer = turns.messages_of_sharegpt(where, fields[key]) if key == "conversations" else fields[key]
+    while (
+        isinstance(messages_to_answer, list)
+        and messages_to_answer
+        and isinstance(messages_to_answer[-1], dict)
+        and messages_to_answer[-1].get("role") == "assistant"
+    ):
+        messages_to_answer = messages_to_answer[:-1]
+    images = _MediaReader(where, _files_of(fields), _files_of(fields, "audio") if hears else None)
+    messages = turns.without_marks(images.with_placeholders(key, messages_to_answer))
+    images.check_all_used()
     return Row(where, "", messages=messages, images=tuple(images.paths), sounds=tuple(images.sounds))
 
 
-class _Images:
-    """Images and audio of a row, collected while its messages are read; `heard` is None if audio is not read."""
+class _MediaReader:
+    """Collects the images and audio of a row while reading its messages; without audio, `audio_files` is None."""
 
-    def __init__(self, where: str, named: list[Any], heard: list[Any] | None = None) -> None:
-        self.where, self.named, self.paths = where, named, list[str]()
-        self.heard, self.sounds = heard, list[str]()
+    def __init__(self, where: str, image_files: list[Any], audio_files_of_row: list[Any] | None = None) -> None:
+        self.where, self.image_files, self.paths = where, image_files, list[str]()
+        self.audio_files, self.sounds = audio_files_of_row, list[str]()
 
-    def placed(self, key: str, found: Any) -> list[dict[str, Any]]:
-        """Return messages whose content is a list of parts, with `PLACE` for each image."""
-        messages = turns.messages_of(self.where, key, found, has_images=True)
+    def with_placeholders(self, key: str, turn_list: Any) -> list[dict[str, Any]]:
+        """Return the messages with content in parts, and a placeholder part for each image and recording."""
+        messages = turns.messages_of(self.where, key, turn_list, has_images=True)
         for index, message in enumerate(messages):
             if "content" in message:
-                parts = _parts(message["content"])
-                message["content"] = [p for part in parts for p in self._placed(f"{key}[{index}]", part)]
+                content: list[dict[str, Any]] = []
+                for part in _parts(message["content"]):
+                    content += self._replace_media(f"{key}[{index}]", part)
+                message["content"] = content
         return messages
 
-    def _placed(self, place: str, part: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    def _replace_media(self, place: str, part: dict[str, Any]) -> Iterator[dict[str, Any]]:
         kind = part.get("type")
         if kind == "text" and isinstance(part.get("text"), str):
-            marks = [mark for mark, named in ((MARK, self.named), (HEARD, self.heard)) if named]
+            marks = [mark for mark, paths in ((IMAGE_MARK, self.image_files), (AUDIO_MARK, self.audio_files)) if paths]
             for piece in re.split(f"({'|'.join(marks)})", part["text"]) if marks else [part["text"]]:
-                if piece == MARK and self.named:
-                    self._show(place, None)
-                    yield dict(PLACE)
-                elif piece == HEARD and self.heard:
-                    self._hear(place, None)
-                    yield dict(AUDIO_PLACE)
+                if piece == IMAGE_MARK and self.image_files:
+                    self._add_image(place, None)
+                    yield dict(IMAGE_PART)
+                elif piece == AUDIO_MARK and self.audio_files:
+                    self._add_audio(place, None)
+                    yield dict(AUDIO_PART)
                 elif piece:
                     yield {"type": "text", "text": piece}
         elif kind in ("image", "image_url"):
             source = next((part[name] for name in _SOURCES if part.get(name) is not None), None)
-            self._show(place, source.get("url") if isinstance(source, dict) else source)
-            yield dict(PLACE)
-        elif kind in ("audio", "audio_url") and self.heard is not None:
+            self._add_image(place, source.get("url") if isinstance(source, dict) else source)
+            yield dict(IMAGE_PART)
+        elif kind in ("audio", "audio_url") and self.audio_files is not None:
             source = next((part[name] for name in _SOURCES if part.get(name) is not None), None)
-            self._hear(place, source.get("url") if isinstance(source, dict) and "url" in source else source)
-            yield dict(AUDIO_PLACE)
+            self._add_audio(place, source.get("url") if isinstance(source, dict) and "url" in source else source)
+            yield dict(AUDIO_PART)
         else:
-            known = "text and image" if self.heard is None else "text, image and audio"
+            supported = "text or image" if self.audio_files is None else "text, image or audio"
             hint = ". Audio is read by --task audio-text" if kind in ("audio", "audio_url") else ""
             raise PeftcoreError(
-                f"{self.where}: {place} has a part of another kind than {known}, found {labels.short(part)}{hint}"
+                f"{self.where}: {place} has a part that is not {supported}, found {labels.short(part)}{hint}"
             )
 
-    def _hear(self, place: str, source: Any) -> None:
+    def _add_audio(self, place: str, source: Any) -> None:
         if source is None:
-            if len(self.sounds) >= len(self.heard or ()):
+            if len(self.sounds) >= len(self.audio_files or ()):
                 raise PeftcoreError(
-                    f"{self.where}: {place} has recording {len(self.sounds) + 1}, and the row names "
-                    f'{len(self.heard or ())}. Name it: {{"type": "audio", "path": FILE}}, or in "audios": [FILE, ...]'
+                    f"{self.where}: {place} has recording {len(self.sounds) + 1}, but the row lists "
+                    f'{len(self.audio_files or ())}. Pass it as {{"type": "audio", "path": FILE}} or in "audios": [...]'
                 )
-            source = (self.heard or [])[len(self.sounds)]
-        self.sounds.append(audio_files.named(self.where, place, source))
+            source = (self.audio_files or [])[len(self.sounds)]
+        self.sounds.append(audio_files.path_of(self.where, place, source))
 
-    def _show(self, place: str, source: Any) -> None:
+    def _add_image(self, place: str, source: Any) -> None:
         if source is None:
-            if len(self.paths) >= len(self.named):
+            if len(self.paths) >= len(self.image_files):
                 raise PeftcoreError(
-                    f"{self.where}: {place} shows image {len(self.paths) + 1}, and the row names {len(self.named)}. "
-                    'Name it: {"type": "image", "path": FILE}, or in "images": [FILE, ...]'
+                    f"{self.where}: {place} shows image {len(self.paths) + 1}, but the row lists "
+                    f'{len(self.image_files)}. Pass it as {{"type": "image", "path": FILE}} or in "images": [FILE, ...]'
                 )
-            source = self.named[len(self.paths)]
-        self.paths.append(self._path(place, source))
+            source = self.image_files[len(self.paths)]
+        self.paths.append(self._image_path(place, source))
 
-    def _path(self, place: str, source: Any) -> str:
+    def _image_path(self, place: str, source: Any) -> str:
         if not isinstance(source, str):
             raise PeftcoreError(
-                f"{self.where}: {place} has an image that is not a path of a file, found {type(source).__name__}. Save "
-                "it as a file and name that"
+                f"{self.where}: {place} has an image that is not the path of a file, found {type(source).__name__}. "
+                "Save it to a file and pass the path"
             )
         if source.startswith(("http://", "https://", "data:")):
             raise PeftcoreError(
-                f"{self.where}: {place} has the image '{source[:60]}', which is not a local file. Download it and name "
-                "the file"
+                f"{self.where}: {place} has the image '{source[:60]}', which is not a local file. Download it and pass "
+                "the path"
             )
         folder = os.path.dirname(self.where.rpartition(":")[0])
         path = os.path.join(folder, os.path.expanduser(source.removeprefix("file://")))
@@ -234,27 +248,29 @@ class _Images:
             )
         return path
 
-    def check_all_shown(self) -> None:
-        if self.named and len(self.paths) != len(self.named):
+    def check_all_used(self) -> None:
+        if self.image_files and len(self.paths) != len(self.image_files):
             raise PeftcoreError(
-                f"{self.where}: the row names {len(self.named)} images, and its turns show {len(self.paths)}. Put "
-                f'{{"type": "image"}} or the text {MARK} where each is shown'
+                f"{self.where}: the row lists {len(self.image_files)} images, but its turns show {len(self.paths)}. "
+                f'Put {{"type": "image"}} or the text {IMAGE_MARK} where each belongs'
             )
-        if self.heard and len(self.sounds) != len(self.heard):
+        if self.audio_files and len(self.sounds) != len(self.audio_files):
             raise PeftcoreError(
-                f"{self.where}: the row names {len(self.heard)} recordings, and its turns have {len(self.sounds)}. Put "
-                f'{{"type": "audio"}} or the text {HEARD} where each is heard'
+                f"{self.where}: the row lists {len(self.audio_files)} recordings, but its turns have "
+                f'{len(self.sounds)}. Put {{"type": "audio"}} or the text {AUDIO_MARK} where each belongs'
             )
 
 
 def _parts(content: Any) -> list[dict[str, Any]]:
-    """Return content as parts; a text as one."""
+    """Return content as a list of parts; text becomes one part."""
     if isinstance(content, str):
         return [{"type": "text", "text": content}]
     return [part if isinstance(part, dict) else {"type": type(part).__name__} for part in content or ()]
 
 
-def _named(fields: Mapping[str, Any], kind: str = "image") -> list[Any]:
-    """Return the images, or audio, that a row names for all its turns."""
-    found = fields.get(f"{kind}s") if fields.get(f"{kind}s") is not None else fields.get(kind)
-    return [] if found is None else list(found) if isinstance(found, (list, tuple)) else [found]
+def _files_of(fields: Mapping[str, Any], kind: str = "image") -> list[Any]:
+    """Return the images or audio that a row lists for all its turns."""
+    value = fields.get(f"{kind}s") if fields.get(f"{kind}s") is not None else fields.get(kind)
+    if value is None:
+        return []
+    return list(value) if isinstance(value, (list, tuple)) else [value]

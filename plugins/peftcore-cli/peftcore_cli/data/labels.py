@@ -8,11 +8,11 @@ from typing import Any
 
 from peftcore.errors import PeftcoreError
 
-Label = str | float | tuple[str, ...]  # of each
+Label = str | float | tuple[str, ...]  # respectively
 
 
 def class_name(where: str, key: str, text: str) -> str:
-    """Return the name of a class, a tag or a folder of images, without spaces around it.
+    """Return the name of a class, tag or image folder without surrounding spaces.
 
     Raises:
         PeftcoreError: it is empty or NaN; the message begins with `where`.
@@ -22,25 +22,25 @@ def class_name(where: str, key: str, text: str) -> str:
         raise PeftcoreError(f"{where}: '{key}' is empty")
     if label.lower() == "nan":
         raise PeftcoreError(
-            f"{where}: '{key}' is {label}, which tables write where a value is missing. Leave the row out, or name the "
-            "class differently"
+            f"{where}: '{key}' is {label}, which stands for a missing value in tables. Remove the row, or rename "
+            "the class"
         )
     return label
 
 
 def number(value: Any) -> float | None:
-    """Return a finite number, also from text as in CSV files; else None."""
+    """Convert a value, possibly text from a CSV file, to a finite number, or return None."""
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         return None
     try:
-        found = float(value)
+        result = float(value)
     except (ValueError, OverflowError):
         return None
-    return found if math.isfinite(found) else None
+    return result if math.isfinite(result) else None
 
 
 def names(value: Any) -> tuple[str, ...] | None:
-    """Return a list of names or whole numbers, also from JSON text as in CSV files; else None."""
+    """Convert a list of names or integers, possibly JSON text from a CSV file, to names, or return None."""
     if isinstance(value, str) and value.lstrip().startswith("["):
         try:
             value = json.loads(value)
@@ -48,17 +48,17 @@ def names(value: Any) -> tuple[str, ...] | None:
             return None
     if not isinstance(value, list):
         return None
-    found = [str(each).strip() for each in value if isinstance(each, (str, int)) and not isinstance(each, bool)]
-    return tuple(found) if len(found) == len(value) and all(found) else None
+    texts = [str(item).strip() for item in value if isinstance(item, (str, int)) and not isinstance(item, bool)]
+    return tuple(texts) if len(texts) == len(value) and all(texts) else None
 
 
 def short(value: Any) -> str:
-    """Return a value for a message, shortened."""
+    """Format a value for a message, shortened to 80 characters."""
     return json.dumps(value, ensure_ascii=False, default=str)[:80]
 
 
 def text_of(where: str, key: str, value: Any) -> str:
-    """Return a field that must be text.
+    """Return the value of a text field.
 
     Raises:
         PeftcoreError: it is not; the message begins with `where`.

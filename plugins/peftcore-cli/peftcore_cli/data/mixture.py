@@ -1,7 +1,7 @@
-"""Mixtures of data sets: `--data A:2 --data B` draws the examples of A twice as often as those of B.
+"""Mixtures of data sets: `--data A:2 --data B` samples A's examples twice as often as B's.
 
-A weight is how often an example is drawn in each epoch: 2 draws every example twice, 0.5 a random half, another one in
-each epoch.
+A weight is the number of times that an example is used per epoch: with 2 every example is used twice, with 0.5 a random
+half, a different one in each epoch.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ class Source:
     weight: float = 1.0
 
 
-def parsed(text: str) -> Source:
-    """Parse `PATH:WEIGHT`; the name of an existing file or folder is a path, whatever its colons.
+def parse(text: str) -> Source:
+    """Parse `PATH:WEIGHT`; an existing file or folder is a path even if its name has colons.
 
     Raises:
         PeftcoreError: the weight is not a finite number above 0.
@@ -38,33 +38,33 @@ def parsed(text: str) -> Source:
         return Source(text)
     if not math.isfinite(weight) or weight <= 0:
         raise PeftcoreError(
-            f"the weight in --data {text} must be a number above 0: how often an example is drawn in each epoch. "
-            "To train without the data set, leave out its --data"
+            f"the weight in --data {text} must be a number above 0, the number of times that an example is "
+            "used per epoch. To leave out the data set, remove its --data"
         )
     return Source(path, weight)
 
 
 def count(size: int, weight: float) -> int:
-    """Return how many examples of a data set with `size` examples are drawn in each epoch, at least one."""
+    """Return the number of examples used per epoch, at least one, from a data set with `size` examples."""
     return max(1, round(size * weight))
 
 
-def drawn(parts: Sequence[tuple[int, float]], draw: random.Random) -> list[int]:
+def sample_epoch(parts: Sequence[tuple[int, float]], generator: random.Random) -> list[int]:
     """Return the indices of one epoch, in no particular order.
 
     Args:
         parts: (number of examples, weight) of each data set, in the order of the examples.
-        draw: random numbers; none are drawn if every weight is whole.
+        generator: random generator; not used if every weight is an integer.
     """
-    found: list[int] = []
+    order: list[int] = []
     begin = 0
     for size, weight in parts:
         indices = range(begin, begin + size)
         if not size:
             continue
-        copies, more = divmod(count(size, weight), size)
-        found += copies * list(indices)
-        if more:
-            found += sorted(draw.sample(indices, more))
+        repeats, remaining = divmod(count(size, weight), size)
+        order += repeats * list(indices)
+        if remaining:
+            order += sorted(generator.sample(indices, remaining))
         begin += size
-    return found
+    return order

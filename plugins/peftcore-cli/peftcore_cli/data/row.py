@@ -1,4 +1,4 @@
-"""Rows: examples as the files have them."""
+"""Rows: examples as read from files, before encoding."""
 
 from __future__ import annotations
 
@@ -20,24 +20,25 @@ class Row:
     Attributes:
         where: `FILE:LINE`, for messages.
         text: the text; the prompt if there is a completion.
-        completion: the answer to learn; of a preference the chosen one. A list of one message in a conversation.
-        rejected: the other answer of a preference.
-        label: the label of a classifier; the score of a scored pair; the tags of `words`.
-        messages: a conversation as chat templates take it; of a preference or a marked answer the prompt.
-        learned_from: index of the message from which on the assistant's turns are learned.
-        not_learned: indices of turns after it that are not learned.
-        tools: tools that may be called in the conversation.
+        completion: the answer to learn, or the chosen answer of a preference pair; a list of one message in a
+            conversation.
+        rejected: the rejected answer of a preference pair.
+        label: the label of a classifier, the score of a scored pair, or the tags of `words`.
+        messages: a conversation in the format of chat templates; for a preference pair or a marked answer, the prompt.
+        learned_from: index of the first message whose assistant turns are learned.
+        not_learned: indices of later turns that are not learned.
+        tools: tools that the conversation may call.
         source: index of the data set.
         is_good: whether a marked answer is good.
         pair: the second text of a pair to classify or to embed.
         negative: the third text of a triplet.
-        tokens: (ids, labels) of a row that is tokenized already.
-        words: the words that have tags.
+        tokens: (ids, labels) of a row that is already tokenized.
+        words: the words to tag.
         image: path of the image to classify.
         images: paths of a conversation's images.
         sounds: paths of a conversation's recordings.
         audio: path of the recording to transcribe.
-        columns: fields for a function that judges answers.
+        columns: fields for a reward function.
     """
 
     where: str
@@ -63,7 +64,7 @@ class Row:
 
     @property
     def kind(self) -> str:
-        """Name of the example's fields."""
+        """Name of the set of fields that the example has."""
         if self.messages is not None:
             return "messages"
         if self.negative is not None:
@@ -77,7 +78,7 @@ class Row:
 
 @contextmanager
 def naming(where: str | None) -> Iterator[None]:
-    """Begin the message of a PeftcoreError with the place of the row that it is about, if there is one."""
+    """Prefix a PeftcoreError inside the block with `where`, if it is given."""
     try:
         yield
     except PeftcoreError as error:

@@ -1,11 +1,11 @@
-"""Examples from files (`data_files`) as rows; every error names the file and the line.
+"""Read files of examples (`data_files`) as rows; every error names the file and the line.
 
-Language modelling: `{"text": ...}`; `{"prompt": ..., "completion": ...}`, of which only the completion is learned;
-Alpaca's `{"instruction": ..., "input": ..., "output": ...}`, where the first two are the prompt; or a conversation,
-`{"messages": [{"role": ..., "content": ...}, ...], "tools": [...]}`, of which the assistant's turns are learned, except
-those with `"weight": 0` or `"train": false`. `prompt` and `completion` may also be lists of messages; `conversations`
-with `from` and `value` is ShareGPT's form of a conversation. Labels: `{"text": ..., "label": ...}`, where the label is
-a name (classification), a number (regression) or a list of names (multi-label).
+A language model learns `{"text": ...}`; `{"prompt": ..., "completion": ...}`, where only the completion is learned;
+Alpaca's `{"instruction": ..., "input": ..., "output": ...}`, where the first two form the prompt; or a conversation
+`{"messages": [{"role": ..., "content": ...}, ...], "tools": [...]}`, where the assistant's turns are learned except
+those with `"weight": 0` or `"train": false`. `prompt` and `completion` may also be lists of messages, and
+`conversations` with `from` and `value` is ShareGPT's format of a conversation. A classifier learns `{"text": ...,
+"label": ...}`, where the label is a name (classification), a number (regression) or a list of names (multi-label).
 """
 
 from __future__ import annotations
@@ -30,77 +30,82 @@ Paths = str | os.PathLike[str] | Sequence[str]
 
 
 def read_rows(path: Paths, task: str, columns: Mapping[str, str] | None = None) -> list[Row]:
-    """Return all examples of files for a task that is known, see `read`."""
+    """Return all examples of files for a given task, see `read`."""
     return read(path, task, columns)[1]
 
 
 def read(path: Paths, task: str | None, columns: Mapping[str, str] | None = None) -> tuple[str, list[Row]]:
-    """Return the task's name and all examples of a file, a folder of files or a hub dataset, or of several.
+    """Return the name of the task and all examples of one or several data sets.
 
     Args:
-        path: file, folder, or dataset id, or a list of these, whose weights are ignored.
-        task: name of the task, or None for the one that the files have examples for, see `guess_task`.
-        columns: {our field name: the file's}. Of several data sets, those without any of these names are read as they
+        path: file, folder, or dataset id, or a list of these; weights are ignored.
+        task: name of the task, or None to recognise it, see `guess_task`.
+        columns: {field: column of the file}. Of several data sets, those without any of these columns are read as they
             are.
 
     Raises:
-        PeftcoreError: a file is missing, empty or of another kind, or a line is wrong.
+        PeftcoreError: a file is missing, empty or of another kind, or a line is invalid.
     """
     paths = [source.path for source in sources(path)]
-    known = None
+    records = None
     if task is not None:
-        found = registered.find(task)
-    elif (by_kind := _by_kind(paths)) is not None:
-        found = by_kind
+        row_task = registered.find(task)
+    elif (task_by_kind := _task_by_kind(paths)) is not None:
+        row_task = task_by_kind
     else:
-        known = [list(each) for each in records_of_each(paths, columns)]
-        found = _recognised(paths, itertools.chain.from_iterable(known))
+        records = [list(data_set) for data_set in records_of_each(paths, columns)]
+        row_task = _recognise(paths, itertools.chain.from_iterable(records))
     rows: list[Row] = []
-    for source, (each, part) in enumerate(zip(paths, found.read(paths, columns, known), strict=True)):
-        if not part:
-            raise PeftcoreError(f"'{each}' has no examples")
-        odd = next((row for row in part if row.kind != part[0].kind), None)
-        if odd is not None and found.one_kind:
+    data_sets = row_task.read(paths, columns, records)
+    for source, (name, rows_of_source) in enumerate(zip(paths, data_sets, strict=True)):
+        if not rows_of_source:
+            raise PeftcoreError(f"'{name}' has no examples")
+        first = rows_of_source[0]
+        odd_row = next((row for row in rows_of_source if row.kind != first.kind), None)
+        if odd_row is not None and row_task.one_kind:
             raise PeftcoreError(
-                f"{odd.where}: this line has {odd.kind}, but the first line has {part[0].kind}. Split the file in two"
+                f"{odd_row.where}: this line has {odd_row.kind}, but the first line has {first.kind}. Split the "
+                "file in two"
             )
-        rows += [replace(row, source=source) for row in part] if source else part
-    return found.name, rows
+        rows += [replace(row, source=source) for row in rows_of_source] if source else rows_of_source
+    return row_task.name, rows
 
 
 def sources(path: Paths) -> list[mixture.Source]:
-    """Return the data sets of `--data`, with their weights."""
+    """Parse the data sets of `--data` and their weights."""
     texts = [os.fspath(path)] if isinstance(path, (str, os.PathLike)) else path
-    return [mixture.parsed(text) for text in texts]
+    return [mixture.parse(text) for text in texts]
 
 
 def guess_task(path: Paths, columns: Mapping[str, str] | None = None) -> str:
-    """Return the name of the task that files have examples for.
+    """Return the name of the task that the examples in files are for.
 
-    It is determined by the fields of the first line, and by images or audio in one of the first hundred. If the first
-    line has a label, all labels decide: lists mean multi-label; numbers of which at least one is not whole mean
-    regression; everything else is classification. The tasks are asked from the last one to the first.
+    It is determined by the fields of the first line, and by images or audio in the first hundred lines. If the first
+    line has a label, all labels decide: lists mean multi-label, numbers that are not all integers mean regression, and
+    everything else is classification. The last task that recognises the lines wins.
     """
     paths = [source.path for source in sources(path)]
-    found = _by_kind(paths)
-    return (found or _recognised(paths, itertools.chain.from_iterable(records_of_each(paths, columns)))).name
+    task = _task_by_kind(paths)
+    if task is None:
+        task = _recognise(paths, itertools.chain.from_iterable(records_of_each(paths, columns)))
+    return task.name
 
 
-def _by_kind(paths: Sequence[str]) -> Task | None:
+def _task_by_kind(paths: Sequence[str]) -> Task | None:
     """Return the task that reads files of this kind, such as folders of images."""
     return next((task for task in reversed(registered.tasks()) if task.reads_files(paths)), None)
 
 
-def _recognised(paths: Sequence[str], records: Iterator[Record]) -> Task:
+def _recognise(paths: Sequence[str], records: Iterator[Record]) -> Task:
     lines = FirstLines(paths, (fields for _, fields in records))
     return next(task for task in reversed(registered.tasks()) if task.recognises(lines))
 
 
 def row_of(where: str, fields: dict[str, Any], task: Task) -> Row:
-    """Return one example from the fields of a line.
+    """Return the row of a line.
 
     Raises:
-        PeftcoreError: the fields are not those of `task`; the message begins with `where`.
+        PeftcoreError: the fields do not fit `task`; the message begins with `where`.
     """
     keys = next((keys for keys in task.keys if all(fields.get(key) is not None for key in keys)), None)
     if keys is None:
@@ -114,9 +119,9 @@ def row_of(where: str, fields: dict[str, Any], task: Task) -> Row:
 
 
 def _of_others(task: Task) -> str:
-    """Return a hint at the keys of other tasks, for rows that no task recognises."""
-    first, *others = registered.tasks()
-    if task.name != first.name:
+    """Return a hint at the fields of other tasks, for rows that no task recognises."""
+    default, *others = registered.tasks()
+    if task.name != default.name:
         return ""
-    shown = ", ".join(f"{each.shown_keys} ({each.name})" for each in others if each.shown_keys is not None)
-    return f". Other tasks have the keys {shown}"
+    keys_by_task = [f"{other.shown_keys} ({other.name})" for other in others if other.shown_keys is not None]
+    return f". Other tasks have the keys {', '.join(keys_by_task)}"

@@ -1,8 +1,8 @@
-"""Examples that stay in their files (`--streaming`): lines of JSONL files, read and tokenized when a batch needs them.
+"""Streaming (`--streaming`): lines of JSONL files are read and tokenized when a batch needs them.
 
-One pass over the files notes where each line begins, in 12 bytes per line, so any line can be read. Lines are drawn in
-blocks of neighbours, which disks read quickly: blocks in random order, and the lines of several blocks at random. The
-order depends on the seed and the epoch alone, so a run resumes at the same line, and ranks take batches of one order.
+One pass over the files stores the offset of each line, in 12 bytes per line, so that any line can be read. To keep disk
+reads sequential, blocks of consecutive lines are shuffled, and then the lines within several blocks. The order depends
+only on the seed and the epoch, so a run resumes at the same line, and all ranks see the same order.
 """
 
 from __future__ import annotations
@@ -19,50 +19,50 @@ from torch.utils.data import Dataset, Sampler
 
 from peftcore.errors import PeftcoreError
 from peftcore_cli.data import row_reading
-from peftcore_cli.data.data_files import checked, object_of, renamed
+from peftcore_cli.data.data_files import check_header, object_of, rename_columns
 from peftcore_cli.data.row import Row
 from peftcore_cli.tasks import registered
 
-_BLOCK = 1_000  # neighbouring lines
-_TOGETHER = 16  # blocks whose lines are drawn at random
-_BATCHES = 50  # batches drawn together, then sorted by length
+_BLOCK = 1_000  # consecutive lines
+_BLOCKS = 16  # blocks whose lines are shuffled together
+_BATCHES = 50  # batches whose examples are sorted by length together
 
 Example = dict[str, Any]
 
 
 def files_of(paths: Sequence[str]) -> list[Path]:
-    """Return the files of `--data`, those of a folder in alphabetical order.
+    """Return the files of `--data`; those of a folder in alphabetical order.
 
     Raises:
-        PeftcoreError: there is none, or one is not of lines.
+        PeftcoreError: there are none, or one is not a .jsonl file.
     """
-    found: list[Path] = []
+    files: list[Path] = []
     for source in row_reading.sources(paths):
         if source.weight != 1:
             raise PeftcoreError(
-                f"--streaming draws every line once per epoch, found --data {source.path}:{source.weight:g}. "
+                f"--streaming uses every line once per epoch, found --data {source.path}:{source.weight:g}. "
                 "Leave out the weight"
             )
         path = Path(os.path.expanduser(source.path))
-        some = sorted(each for each in path.iterdir() if each.suffix == ".jsonl") if path.is_dir() else [path]
-        if not some or some[0].suffix.lower() != ".jsonl":
+        group = sorted(file for file in path.iterdir() if file.suffix == ".jsonl") if path.is_dir() else [path]
+        if not group or group[0].suffix.lower() != ".jsonl":
             raise PeftcoreError(
                 f"--streaming reads lines of .jsonl files, found '{source.path}'. Convert it, or leave out --streaming"
             )
-        missing = next((each for each in some if not each.is_file()), None)
+        missing = next((file for file in group if not file.is_file()), None)
         if missing is not None:
             raise PeftcoreError(f"the file '{missing}' does not exist. Pass .jsonl files or folders of them")
-        found += some
-    return found
+        files += group
+    return files
 
 
 class Lines:
-    """The rows of JSONL files, read one by one.
+    """The rows of JSONL files, read on demand.
 
     Args:
         paths: values of `--data`.
         task: the task.
-        columns: {our field name: the files'}.
+        columns: {field: column of the files}.
 
     Raises:
         PeftcoreError: a file is missing, of another kind or empty.
@@ -102,34 +102,34 @@ class Lines:
             file.seek(self.begins[index])
             line = file.read(self.sizes[index])
         try:
-            return self._parsed(where, line)
+            return self._parse(where, line)
         except PeftcoreError as error:
             numbered = f"{where}:{self._number(which, index)}"
             raise PeftcoreError(str(error).replace(where, numbered, 1)) from error
 
-    def _parsed(self, where: str, line: bytes) -> Row:
+    def _parse(self, where: str, line: bytes) -> Row:
         try:
             text = line.decode("utf-8-sig")
         except UnicodeDecodeError as error:
             raise PeftcoreError(f"{where}: not UTF-8 text: {error.reason} at byte {error.start}") from error
-        where, fields = renamed(checked(object_of(where, text)), self.columns or {})
+        where, fields = rename_columns(check_header(object_of(where, text)), self.columns or {})
         return row_reading.row_of(where, fields, self.task)
 
     def _number(self, which: int, index: int) -> int:
-        """Return the number of a line in its file, from 1."""
+        """Return the 1-based number of a line in its file."""
         with open(self.files[which], "rb") as file:
             return file.read(self.begins[index]).count(b"\n") + 1
 
 
 class EncodedLines(Dataset[Example]):
-    """Examples of lines, tokenized when they are asked for.
+    """Examples of lines, tokenized on demand.
 
-    A line without a token to learn within the maximum length is left out: the next one that has some takes its place.
+    A line without a token to learn within the maximum length is replaced by the next line that has one.
 
     Args:
         lines: the rows.
-        encode: (rows) -> examples, of which the first is used; none if there is nothing to learn.
-        held_out: indices of rows that are not among the examples.
+        encode: (rows) -> examples. The first is used; there are none if there is nothing to learn.
+        held_out: indices of rows to exclude.
     """
 
     def __init__(
@@ -142,28 +142,28 @@ class EncodedLines(Dataset[Example]):
         return len(self.lines) - len(self.before)
 
     def index(self, place: int) -> int:
-        """Return the line of an example."""
+        """Return the index of an example's line."""
         return place + bisect.bisect_right(self.before, place)
 
     def size(self, place: int) -> int:
-        """Return the bytes of an example's line, in place of its number of tokens."""
+        """Return the size of an example's line in bytes, as a stand-in for its number of tokens."""
         return self.lines.sizes[self.index(place)]
 
     def __getitem__(self, place: int) -> Example:
-        for further in range(len(self)):
-            found = self.encode([self.lines[self.index((place + further) % len(self))]])
-            if found:
-                return found[0]
+        for step in range(len(self)):
+            examples = self.encode([self.lines[self.index((place + step) % len(self))]])
+            if examples:
+                return examples[0]
         raise PeftcoreError("no line has a token to learn within --max-length. Increase it")
 
 
 class BlockSampler(Sampler[int]):
-    """Yields all places of a dataset, block by block, so that the order needs little memory.
+    """Yields all indices of a dataset block by block, so that the order takes little memory.
 
     Args:
         examples: the dataset.
-        batch_size: the data loader's.
-        seed: of the order.
+        batch_size: batch size of the data loader.
+        seed: random seed of the order.
     """
 
     def __init__(self, examples: EncodedLines, batch_size: int, seed: int) -> None:
@@ -177,36 +177,36 @@ class BlockSampler(Sampler[int]):
         return len(self.examples)
 
     def __iter__(self) -> Iterator[int]:
-        draw = random.Random(f"{self.seed} {self.epoch}")
+        generator = random.Random(f"{self.seed} {self.epoch}")
         blocks = list(range(0, len(self.examples), _BLOCK))
-        draw.shuffle(blocks)
-        rest: list[int] = []
-        for start in range(0, len(blocks), _TOGETHER):
-            some = [
+        generator.shuffle(blocks)
+        leftover: list[int] = []
+        for start in range(0, len(blocks), _BLOCKS):
+            places = [
                 place
-                for begin in blocks[start : start + _TOGETHER]
+                for begin in blocks[start : start + _BLOCKS]
                 for place in range(begin, min(begin + _BLOCK, len(self.examples)))
             ]
-            draw.shuffle(some)
-            some = rest + some
-            full = len(some) - len(some) % self.batch_size
-            yield from self._batches(some[:full], draw)
-            rest = some[full:]
-        yield from rest
+            generator.shuffle(places)
+            places = leftover + places
+            full = len(places) - len(places) % self.batch_size
+            yield from self._batches(places[:full], generator)
+            leftover = places[full:]
+        yield from leftover
 
-    def _batches(self, places: list[int], draw: random.Random) -> Iterator[int]:
+    def _batches(self, places: list[int], generator: random.Random) -> Iterator[int]:
         """Yield batches of similar lengths, in random order."""
-        many = _BATCHES * self.batch_size
-        for start in range(0, len(places), many):
-            drawn = sorted(places[start : start + many], key=self.examples.size)
-            batches = [drawn[i : i + self.batch_size] for i in range(0, len(drawn), self.batch_size)]
-            draw.shuffle(batches)
+        group_size = _BATCHES * self.batch_size
+        for start in range(0, len(places), group_size):
+            group = sorted(places[start : start + group_size], key=self.examples.size)
+            batches = [group[i : i + self.batch_size] for i in range(0, len(group), self.batch_size)]
+            generator.shuffle(batches)
             for batch in batches:
                 yield from batch
 
 
-def chosen(lines: Lines, count: int, seed: int) -> list[int]:
-    """Return which lines are held out.
+def choose_held_out(lines: Lines, count: int, seed: int) -> list[int]:
+    """Return the indices of the lines to hold out.
 
     Raises:
         PeftcoreError: nothing would be left.

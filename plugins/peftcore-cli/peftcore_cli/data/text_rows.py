@@ -1,4 +1,4 @@
-"""Rows of texts to learn: a text, a prompt with its completion, a conversation, or token ids."""
+"""Rows for language models: a text, a prompt with its completion, a conversation, or token ids."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ from peftcore_cli.data.token_rows import tokens_of
 
 
 def row_of(where: str, fields: dict[str, Any], keys: tuple[str, ...]) -> Row:
-    """Return a row of any of these kinds, of which `keys` are the fields.
+    """Return the row of a line with the fields `keys`.
 
     Raises:
-        PeftcoreError: a field is wrong; the message begins with `where`.
+        PeftcoreError: a field is invalid; the message begins with `where`.
     """
     if keys == ("messages",):
         return turns.conversation(where, turns.messages_of(where, "messages", fields["messages"]), 0, fields)
     if keys == ("conversations",):
-        return turns.conversation(where, turns.of_sharegpt(where, fields["conversations"]), 0, fields)
+        return turns.conversation(where, turns.messages_of_sharegpt(where, fields["conversations"]), 0, fields)
     if keys == ("prompt", "completion") and isinstance(fields["prompt"], list):
-        before, answer = (turns.messages_of(where, key, fields[key]) for key in keys)
-        return turns.conversation(where, [*before, *answer], len(before), fields)
+        prompt, answer = (turns.messages_of(where, key, fields[key]) for key in keys)
+        return turns.conversation(where, [*prompt, *answer], len(prompt), fields)
     if keys == ("input_ids",):
         return Row(where, "", tokens=tokens_of(where, fields))
     return plain(where, fields, keys)
 
 
 def plain(where: str, fields: dict[str, Any], keys: tuple[str, ...]) -> Row:
-    """Return a text, or a prompt with its completion, also in Alpaca's form.
+    """Return the row of a text, or of a prompt with its completion, also in Alpaca's format.
 
     Raises:
-        PeftcoreError: a field is not text, or the last is empty; the message begins with `where`.
+        PeftcoreError: a field is not text, or the last one is empty; the message begins with `where`.
     """
     if keys == ("instruction", "output"):
         prompt = alpaca_prompt(text_of(where, "instruction", fields["instruction"]), fields.get("input"))

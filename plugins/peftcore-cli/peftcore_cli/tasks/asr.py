@@ -58,12 +58,12 @@ class Transcripts(Task):
         transcript = text_of(where, keys[1], fields[keys[1]])
         if not transcript.strip():
             raise PeftcoreError(f"{where}: '{keys[1]}' is empty")
-        return Row(where, transcript, audio=audio_files.named(where, "audio", fields["audio"]))
+        return Row(where, transcript, audio=audio_files.path_of(where, "audio", fields["audio"]))
 
     def read_question(self, where: str, fields: dict[str, Any], about: AdapterTask) -> Row:
         if "audio" not in fields:
             raise missing_key(where, fields, "audio", self)
-        return Row(where, "", audio=audio_files.named(where, "audio", fields["audio"]))
+        return Row(where, "", audio=audio_files.path_of(where, "audio", fields["audio"]))
 
     def load_processor(self, model: str, adapter: Path | None = None) -> Any:
         """Return the processor; its attribute `longest_text` is the maximum number of tokens of a transcript."""

@@ -73,7 +73,7 @@ class GRPO(Judged):
             )
         if given.temperature <= 0:
             raise PeftcoreError(f"--temperature must be above 0 to sample answers, found {given.temperature:g}")
-        weighted_path = next((path for path in data if mixture.parsed(path).weight != 1), None)
+        weighted_path = next((path for path in data if mixture.parse(path).weight != 1), None)
         if weighted_path is not None:
             raise PeftcoreError(
                 f"--task grpo draws every prompt once per epoch, found --data {weighted_path}. Leave out the weight"

@@ -84,14 +84,14 @@ class Images(Classification):
         """
         label_indices = targets(list(rows), list(labels))
         for row in rows:
-            image_files.opened(str(row.image))
+            image_files.open_image(str(row.image))
         return Encoded(
             [{"image": row.image, "labels": label} for row, label in zip(rows, label_indices, strict=True)], 0
         )
 
     def collate(self, examples: Sequence[Example], processor: Any) -> dict[str, Any]:
         """Return a batch of the processor's tensors, such as `pixel_values`, and `labels` [batch]."""
-        images = [image_files.opened(example["image"]) for example in examples]
+        images = [image_files.open_image(example["image"]) for example in examples]
         tensors = processor(images=images, return_tensors="pt")
         return {**tensors, "labels": torch.tensor([example["labels"] for example in examples])}
 

@@ -52,7 +52,7 @@ class MediaChats(Task):
         return image_turns.row_of(where, fields, hears=self.hears)
 
     def read_question(self, where: str, fields: dict[str, Any], about: AdapterTask) -> Row:
-        return image_turns.asked_of(where, fields, self.name, hears=self.hears)
+        return image_turns.row_to_answer(where, fields, self.name, hears=self.hears)
 
     def load_processor(self, model: str, adapter: Path | None = None) -> Any:
         processor = check_processor(models.chat_processor(model, self.name, hears=self.hears), model, hears=self.hears)
@@ -304,7 +304,7 @@ def _read_recordings(paths: Sequence[str], processor: Any, where: str | None = N
 
 def _open_images(paths: Sequence[str], where: str | None = None) -> list[Any]:
     with naming(where):
-        return [image_files.opened(path) for path in paths]
+        return [image_files.open_image(path) for path in paths]
 
 
 def _adds_special(text: str, tokenizer: Any) -> bool:

@@ -20,7 +20,7 @@ from peftcore_cli.amounts import gigabytes
 from peftcore_cli.bases import base_quantization, device_choice, dtype_choice, models, precision as precisions
 from peftcore_cli.console import say
 from peftcore_cli.data import row_reading
-from peftcore_cli.data.data_files import parsed_columns
+from peftcore_cli.data.data_files import parse_columns
 from peftcore_cli.data.row import Row
 from peftcore_cli.options import FULL
 from peftcore_cli.settings import Settings
@@ -116,7 +116,7 @@ def of_data(settings: Settings, rows: Sequence[Row] | None = None) -> dict[str, 
     processor = task.load_processor(settings.model)
     conversations.set_template(processor, settings.chat_template)
     if rows is None:
-        rows = row_reading.read_rows(settings.data, task.name, parsed_columns(settings.columns))
+        rows = row_reading.read_rows(settings.data, task.name, parse_columns(settings.columns))
     return task.step_of(task.encode(rows, processor, settings.max_length).examples, processor)
 
 

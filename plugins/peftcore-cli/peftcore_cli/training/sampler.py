@@ -37,7 +37,7 @@ class LengthGroupedSampler(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         draw = random.Random(f"{self.seed} {self.epoch}")
-        order = mixture.drawn(self.parts, draw)
+        order = mixture.sample_epoch(self.parts, draw)
         draw.shuffle(order)
         batches, rest = [], len(order) % self.batch_size
         full, last = order[: len(order) - rest], order[len(order) - rest :]

@@ -14,7 +14,7 @@ from peftcore.errors import PeftcoreError
 from peftcore_cli.bases import models
 from peftcore_cli.console import number, say, warn
 from peftcore_cli.data import holdout, mixture, row_reading, streamed
-from peftcore_cli.data.data_files import parsed_columns
+from peftcore_cli.data.data_files import parse_columns
 from peftcore_cli.data.row import Row
 from peftcore_cli.settings import Settings
 from peftcore_cli.tasks import packing, positions, registered
@@ -109,7 +109,7 @@ class Examples:
 
 def read(settings: Settings) -> Rows:
     """Read the examples of a run without `--streaming`, see `split`."""
-    names = parsed_columns(settings.columns)
+    names = parse_columns(settings.columns)
     rows = row_reading.read_rows(settings.data, settings.task, names)
     held_out = None
     if settings.eval_data is not None:
@@ -131,7 +131,7 @@ def split(settings: Settings, rows: list[Row] | streamed.Lines, held_out: list[R
     if isinstance(rows, streamed.Lines):
         kept: list[int] = []
         if held_out is None:
-            kept = streamed.chosen(rows, int(settings.holdout), settings.seed)
+            kept = streamed.choose_held_out(rows, int(settings.holdout), settings.seed)
             held_out = [rows[index] for index in kept]
         first = itertools.islice((i for i in range(len(rows)) if i not in kept), _PROBED)
         return Rows([rows[i] for i in first], held_out, lines=rows, kept=kept)

@@ -43,7 +43,7 @@ def test_the_task_is_read_off_all_labels(tmp_path: Path, labels: tuple[Any, ...]
     ("task", "label", "message"),
     [
         ("classification", 2.5, "'label' must be text, found 2.5"),
-        ("classification", "NaN", "'label' is NaN, which tables write where a value is missing"),
+        ("classification", "NaN", "'label' is NaN, which stands for a missing value in tables"),
         ("regression", "high", "'label' must be a number, found \"high\""),
         ("regression", True, "'label' must be a number, found true"),
         ("regression", float("nan"), "'label' must be a number, found NaN"),
@@ -58,7 +58,7 @@ def test_the_task_is_read_off_all_labels(tmp_path: Path, labels: tuple[Any, ...]
             "'label' names 1 twice: [0, 1, 1]. List the labels that apply, not a zero",
         ),
         ("multi-label", ["a", " "], "'label' must be a list of names"),
-        ("multi-label", ["a", " nan"], "'label' is nan, which tables write where a value is missing"),
+        ("multi-label", ["a", " nan"], "'label' is nan, which stands for a missing value in tables"),
     ],
 )
 def test_errors_name_file_and_line(tmp_path: Path, task: str, label: Any, message: str) -> None:

@@ -24,14 +24,14 @@ METHOD = ("--method", "lora", "--set", "r=4", "--device", "cpu")
 def test_weights_and_paths_with_colons(tmp_path: Path) -> None:
     odd = tmp_path / "a:2"
     odd.write_text("")
-    assert mixture.parsed("a.jsonl:2") == Source("a.jsonl", 2.0)
-    assert mixture.parsed("owner/name:0.5") == Source("owner/name", 0.5)
-    assert mixture.parsed(str(odd)) == Source(str(odd)) and mixture.parsed(f"{odd}:3") == Source(str(odd), 3.0)
+    assert mixture.parse("a.jsonl:2") == Source("a.jsonl", 2.0)
+    assert mixture.parse("owner/name:0.5") == Source("owner/name", 0.5)
+    assert mixture.parse(str(odd)) == Source(str(odd)) and mixture.parse(f"{odd}:3") == Source(str(odd), 3.0)
     for path in ("a.jsonl", "C:\\a.jsonl", "a:b", ":2"):
-        assert mixture.parsed(path) == Source(path)
+        assert mixture.parse(path) == Source(path)
     for wrong in ("a:0", "a:-1", "a:nan", "a:inf"):
         with pytest.raises(PeftcoreError, match="must be a number above 0"):
-            mixture.parsed(wrong)
+            mixture.parse(wrong)
 
 
 def test_settings_keep_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -59,7 +59,7 @@ def test_a_half_is_another_half_in_each_epoch() -> None:
     first = set(sampler)
     sampler.set_epoch(1)
     assert len(first) == 20 and set(sampler) != first
-    assert mixture.drawn([(2, 1.0), (3, 2.0)], random.Random(0)) == [0, 1, 2, 3, 4, 2, 3, 4]
+    assert mixture.sample_epoch([(2, 1.0), (3, 2.0)], random.Random(0)) == [0, 1, 2, 3, 4, 2, 3, 4]
 
 
 @pytest.fixture

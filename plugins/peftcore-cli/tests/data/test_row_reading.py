@@ -73,7 +73,7 @@ def test_tsv_keeps_quotes(tmp_path: Path) -> None:
             "a.tsv",
             "good\tpos\n",
             "classification",
-            "a.tsv:1: the first line names the columns, found good, pos, and no line follows",
+            "a.tsv:1: the first line names the columns (good, pos), but no line follows",
         ),
         ("a.tsv", "text\tlabel\na\tb\na\n", "classification", "a.tsv:3: 1 columns, but the first line names 2"),
         ("a.xml", "<a/>", "classification", "a.xml' must be one of .jsonl, .json, .csv, .tsv, .parquet, found"),
@@ -150,16 +150,16 @@ def test_conversations(fields: dict[str, object], learned_from: int, tmp_path: P
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"messages": MESSAGES[:1]}, "no assistant turn"),
-        ({"prompt": MESSAGES, "completion": MESSAGES[:1]}, "no assistant turn"),
+        ({"messages": MESSAGES[:1]}, "there is no assistant turn"),
+        ({"prompt": MESSAGES, "completion": MESSAGES[:1]}, "there is no assistant turn"),
         ({"messages": "hi"}, "'messages' must be a list of messages, found str"),
         ({"messages": []}, "'messages' must be a list of messages, found an empty list"),
         ({"messages": [{"content": "hi"}]}, r"messages\[0\] must be"),
-        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, r"messages\[0\] has content in parts"),
+        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, r"messages\[0\] has content parts"),
         ({"messages": [{"role": "user", "content": None}]}, r"messages\[0\] has no text"),
         (
             {"conversations": [{"from": "bot", "value": "hi"}]},
-            r"conversations\[0\] is from "
+            r"conversations\[0\] has from="
             r"'bot', expected one of human",
         ),
         ({"messages": MESSAGES, "tools": "{"}, "'tools' is not JSON"),
@@ -217,7 +217,7 @@ def test_turns_that_are_marked_are_not_learned(tmp_path: Path, key: str, mark: d
     row = conversation(tmp_path, {}, mark, {}, {"weight": 1}, key=key)
     assert row.not_learned == (1,) and row.messages == TURNS  # without the marks
     assert conversation(tmp_path, {}, {"weight": None}, {}, {"train": True}, key=key).not_learned == ()
-    with pytest.raises(PeftcoreError, match=r"rows.jsonl:1: no assistant turn to learn"):
+    with pytest.raises(PeftcoreError, match=r"rows.jsonl:1: there is no assistant turn to learn"):
         conversation(tmp_path, {}, mark, {}, mark, key=key)
 
 
@@ -262,7 +262,7 @@ def test_parts_of_text_are_joined(tmp_path: Path) -> None:
     assert [message["content"] for message in row.messages or ()] == ["is it", "yes"]
     for content in ([*parts, {"type": "image", "url": "a.png"}], []):
         path.write_text(json.dumps({"messages": [{"role": "user", "content": content}, answer]}))
-        with pytest.raises(PeftcoreError, match=r"messages\[0\] has content in parts other than text"):
+        with pytest.raises(PeftcoreError, match=r"messages\[0\] has content parts other than text"):
             row_reading.read_rows(path, "causal-lm")
 
 
@@ -271,7 +271,7 @@ def test_parts_of_text_are_joined(tmp_path: Path) -> None:
     [
         ("image-text", {"prompt": "a", "completion": "b"}, "'prompt' and 'completion' must be lists of messages"),
         ("audio-text", {"messages": None}, "'messages' must be a list of messages, found null"),
-        ("causal-lm", {"conversations": [{"from": ["x"], "value": "a"}]}, r"conversations\[0\] is from \['x'\]"),
+        ("causal-lm", {"conversations": [{"from": ["x"], "value": "a"}]}, r"conversations\[0\] has from=\['x'\]"),
     ],
 )
 def test_fields_of_other_kinds(task: str, fields: dict[str, Any], message: str) -> None:

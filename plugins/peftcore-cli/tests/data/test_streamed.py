@@ -55,7 +55,7 @@ def test_wrong_files(shards: Path, tmp_path: Path) -> None:
         (10, "b.jsonl:3: 'text' must be text"),
         (11, "b.jsonl:4: not JSON"),
         (12, "b.jsonl:5: expected"),
-        (13, "b.jsonl:6: the line repeats the names of the columns"),
+        (13, "b.jsonl:6: the line repeats the header"),
     ):
         with pytest.raises(PeftcoreError, match=message):
             lines[index]
@@ -65,7 +65,7 @@ def test_wrong_files(shards: Path, tmp_path: Path) -> None:
         ("rows.csv", "reads lines of .jsonl files"),
         ("no.jsonl", "does not exist"),
         ("none.jsonl", "has no examples"),
-        ("shards:2", "draws every line once"),
+        ("shards:2", "uses every line once"),
     ):
         with pytest.raises(PeftcoreError, match=message):
             streamed.Lines([str(tmp_path / path)], "causal-lm", None)
@@ -85,15 +85,17 @@ def test_lines_without_anything_to_learn_and_held_out_lines(shards: Path) -> Non
     assert examples[1] == {"text": "the film is dull"}  # line 2 is about a bad film, line 3 is held out
     with pytest.raises(PeftcoreError, match="no line has a token to learn"):
         streamed.EncodedLines(lines, lambda rows: [])[0]
-    chosen = streamed.chosen(lines, 3, 0)
-    assert len(set(chosen)) == 3 and chosen == streamed.chosen(lines, 3, 0) != streamed.chosen(lines, 3, 1)
+    chosen = streamed.choose_held_out(lines, 3, 0)
+    assert len(set(chosen)) == 3 and chosen == streamed.choose_held_out(lines, 3, 0) != streamed.choose_held_out(
+        lines, 3, 1
+    )
     with pytest.raises(PeftcoreError, match="leaves nothing to train on: there are 14 lines"):
-        streamed.chosen(lines, 14, 0)
+        streamed.choose_held_out(lines, 14, 0)
 
 
 def test_each_line_once_in_an_order_of_seed_and_epoch(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(streamed, "_BLOCK", 3)
-    monkeypatch.setattr(streamed, "_TOGETHER", 2)
+    monkeypatch.setattr(streamed, "_BLOCKS", 2)
     examples = streamed.EncodedLines(streamed.Lines([str(shards)], "causal-lm", None), lambda rows: [{}])
     orders = []
     for seed, epoch in ((0, 0), (0, 1), (1, 0)):
@@ -138,7 +140,7 @@ def test_losses_are_those_of_transformers_trainer_and_resume_is_exact(
 
     lines = streamed.Lines([str(shards)], "causal-lm", None)
     tokenizer = models.load_tokenizer(str(llama))
-    kept = streamed.chosen(lines, 2, 0)
+    kept = streamed.choose_held_out(lines, 2, 0)
 
     def encode(rows: list[Any]) -> list[dict[str, Any]]:
         return find("causal-lm").encode(rows, tokenizer, 512).examples

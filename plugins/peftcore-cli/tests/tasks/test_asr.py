@@ -107,7 +107,7 @@ def test_other_rates_are_resampled(tmp_path: Path, rate: int) -> None:
     assert len(found) == 16_000 and found.dtype == np.float32
     wanted = 6000 / 32_768 * np.sin(2 * np.pi * 440 * np.arange(16_000) / 16_000)
     assert np.abs(found - wanted)[200:-200].max() < 1e-4  # the ends ring
-    with pytest.raises(PeftcoreError, match=r"has 1.0 seconds, and the model reads 0.9"):
+    with pytest.raises(PeftcoreError, match=r"has 1.0 seconds, but the model reads at most 0.9"):
         audio_files.samples(str(tmp_path / "a.wav"), 16_000, longest=14_400)
 
 
@@ -144,7 +144,7 @@ def test_wrong_recordings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         ("slow.wav", "has 8,000 samples per second.*pip install peftcore.audio.*ffmpeg"),
         ("empty.wav", "has no samples"),
         ("broken.wav", "cannot be read as WAV: it ends too early"),
-        ("cut.wav", "is cut off: it has 478 of the 800 samples"),
+        ("cut.wav", "is truncated: it has 478 of the 800 samples"),
         ("a.mp3", r"pip install peftcore\[audio\]"),
     ):
         with pytest.raises(PeftcoreError, match=message):
@@ -152,7 +152,7 @@ def test_wrong_recordings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     for fields, message in (
         ({"audio": "no.wav", "text": "a"}, "does not exist"),
         ({"audio": None, "text": "a"}, "must be the path of a recording, found null"),
-        ({"audio": "https://a.b/c.wav", "text": "a"}, "Download the recording"),
+        ({"audio": "https://a.b/c.wav", "text": "a"}, "Download it and pass the path"),
         ({"audio": ".", "text": "a"}, "is a folder"),
         ({"audio": "slow.wav", "text": " "}, "'text' is empty"),
         ({"audio": "rows.jsonl", "text": "a"}, "must be one of .wav"),
@@ -189,7 +189,7 @@ def test_languages_and_lengths(whisper: Path, clips: Path, llama: Path) -> None:
     with pytest.raises(PeftcoreError, match="transcript has 9 tokens; at most 5"):
         find("asr").encode(rows, processor, 5)
     save_wave(clips.parent / "clips" / "0.wav", np.zeros(40_000, "<i2"))
-    with pytest.raises(PeftcoreError, match=r"clips.jsonl:1: .*has 2.5 seconds, and the model reads 2"):
+    with pytest.raises(PeftcoreError, match=r"clips.jsonl:1: .*has 2.5 seconds, but the model reads at most 2"):
         find("asr").encode(rows, processor, 64)
     with pytest.raises(PeftcoreError, match="a Whisper model"):
         find("asr").load_processor(str(llama))

@@ -80,12 +80,12 @@ def broken(photos: Path, how: str) -> None:
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        ("loose", r"a.png' is in no subfolder, whose name is its label. Move it to one"),
+        ("loose", r"a.png' is not in a subfolder named for its label. Move it to one"),
         ("nested", r"red/more' is a folder in a label's folder. Move its images"),
         ("empty", r"green' has no images. Remove it"),
         (
             "parts",
-            r"subfolders test, train, which are not labels. Name the folders with the labels: --data \S+photos/test",
+            r"subfolders test, train, which are splits, not labels. Pass the splits: --data \S+photos/test",
         ),
         ("other", r"a.heic' must be an image \(.jpg, .* found '.heic'. Convert it"),
     ],
@@ -100,7 +100,7 @@ def test_names_of_folders_are_labels_as_those_of_tables(photos: Path) -> None:
     (photos / "red").rename(photos / " red ")
     assert {row.label for row in row_reading.read_rows(photos, "image")} == {"blue", "red"}
     (photos / "blue").rename(photos / "nan")
-    with pytest.raises(PeftcoreError, match="photos/nan: 'label' is nan, which tables write"):
+    with pytest.raises(PeftcoreError, match="photos/nan: 'label' is nan, which stands"):
         row_reading.read_rows(photos, "image")
 
 
@@ -130,10 +130,10 @@ def test_modes_and_orientation_are_those_of_transformers(tmp_path: Path) -> None
         (image if mode in ("RGBA", "LA") else image.convert("RGB")).convert(mode).save(file)
         with Image.open(file) as theirs:
             wanted = load_image(theirs)
-        found = image_files.opened(str(file))
+        found = image_files.open_image(str(file))
         assert found.mode == "RGB" and found.tobytes() == wanted.tobytes()
     image.convert("RGB").save(tmp_path / "turned.jpg", exif=turned)
-    found = image_files.opened(str(tmp_path / "turned.jpg"))
+    found = image_files.open_image(str(tmp_path / "turned.jpg"))
     assert found.size == (8, 6) and found.tobytes() == load_image(str(tmp_path / "turned.jpg")).tobytes()
 
 
@@ -144,17 +144,17 @@ def test_images_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     (tmp_path / "text.png").write_text("no image")
     for name in ("cut.png", "text.png"):
         with pytest.raises(PeftcoreError, match=rf"{name}' cannot be read as an image: .*. Replace it, or remove it"):
-            image_files.opened(str(tmp_path / name))
+            image_files.open_image(str(tmp_path / name))
     Image.new("I;16", (4, 4), 40_000).save(tmp_path / "deep.png")
-    with pytest.raises(PeftcoreError, match=r"has pixels of more than 8 bits \(mode I;16\)"):
-        image_files.opened(str(tmp_path / "deep.png"))
+    with pytest.raises(PeftcoreError, match=r"has more than 8 bits per channel \(mode I;16\)"):
+        image_files.open_image(str(tmp_path / "deep.png"))
     frames = [Image.new("L", (4, 4), value) for value in (0, 200)]
     frames[0].save(tmp_path / "moving.gif", save_all=True, append_images=frames[1:])
-    with pytest.raises(PeftcoreError, match="has 2 frames, and models read one"):
-        image_files.opened(str(tmp_path / "moving.gif"))
+    with pytest.raises(PeftcoreError, match="has 2 frames, but models read single images"):
+        image_files.open_image(str(tmp_path / "moving.gif"))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1_000)
     with pytest.raises(PeftcoreError, match="exceeds limit"):
-        image_files.opened(str(whole))
+        image_files.open_image(str(whole))
 
 
 def test_measured_by_hand(vit: Path, photos: Path) -> None:

@@ -79,7 +79,7 @@ def test_rows_of_every_form_are_the_same(pairs: Path) -> None:
         ({"prompt": ASKED, "chosen": [GOOD], "rejected": [GOOD]}, "are the same"),
         ({"prompt": ASKED, "chosen": [GOOD, BAD], "rejected": [BAD]}, "'chosen' must be one assistant answer"),
         ({"prompt": ASKED, "chosen": "", "rejected": "bad"}, "empty assistant turn"),
-        ({"images": ["1.png", "0.png"], "prompt": "<image> it", **PAIR}, "names 2 images, and its turns show 1"),
+        ({"images": ["1.png", "0.png"], "prompt": "<image> it", **PAIR}, "lists 2 images, but its turns show 1"),
         ({"images": ["none.png"], "prompt": "it", **PAIR}, "'.*none.png' does not exist"),
     ],
 )

@@ -130,16 +130,16 @@ def test_the_loss_of_a_batch_is_that_of_its_examples(chats: Path, made: Made) ->
             {"messages": [{"role": "user", "content": [{"type": "image", "url": "https://a.b/c.png"}]}, SAID]},
             "Download it",
         ),
-        ({"messages": [{"role": "user", "content": [{"type": "image"}]}, SAID]}, "shows image 1, and the row names 0"),
+        ({"messages": [{"role": "user", "content": [{"type": "image"}]}, SAID]}, "shows image 1, but the row lists 0"),
         (
             {"images": ["photos/1.png"], "messages": [{"role": "user", "content": "is it"}, SAID]},
-            "names 1 images, and its turns show 0",
+            "lists 1 images, but its turns show 0",
         ),
-        ({"messages": [{"role": "user", "content": [{"type": "audio", "path": "a"}]}, SAID]}, "text and image"),
+        ({"messages": [{"role": "user", "content": [{"type": "audio", "path": "a"}]}, SAID]}, "not text or image"),
         ({"messages": [{"role": "user", "content": [SHOWN]}, {"role": "assistant", "content": [SHOWN]}]}, "assistant"),
         (
             {"images": [{"bytes": "PNG"}], "messages": [{"role": "user", "content": "<image>"}, SAID]},
-            "not a path of a file",
+            "not the path of a file",
         ),
     ],
 )

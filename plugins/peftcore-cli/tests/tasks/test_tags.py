@@ -72,7 +72,7 @@ def test_counts_are_those_of_the_words(tmp_path: Path) -> None:
         ({"tokens": ["a", "b"], "tags": ["O"]}, "'tokens' has 2 words, but 'tags' has 1 tags"),
         ({"tokens": "a b", "tags": ["O"]}, "'tokens' must be a list of words without spaces, found \"a b\""),
         ({"tokens": ["a b"], "tags": ["O"]}, "'tokens' must be a list of words without spaces"),
-        ({"tokens": ["nan"], "tags": ["NaN"]}, "'tags' is NaN, which tables write where a value is missing"),
+        ({"tokens": ["nan"], "tags": ["NaN"]}, "'tags' is NaN, which stands for a missing value in tables"),
     ],
 )
 def test_wrong_rows(tmp_path: Path, fields: dict[str, Any], message: str) -> None:
