@@ -229,7 +229,7 @@ def nvfp4_weight_names(files: Sequence[str]) -> set[str]:
     )
     if other_names:
         raise PeftcoreError(
-            f"the checkpoint has '{other_names[0]}', a tensor of ModelOpt that cannot be read. Only weights of layers "
-            f"and of single experts can, as bytes with '{_SCALE_2}' and without 'pre_quant_scale'. {_ADVICE}"
+            f"cannot read '{other_names[0]}', a tensor of ModelOpt: only weights of layers and of single experts are "
+            f"supported, stored as bytes with '{_SCALE_2}' and without 'pre_quant_scale'. {_ADVICE}"
         )
     return packed_names

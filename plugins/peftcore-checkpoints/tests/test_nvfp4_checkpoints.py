@@ -145,7 +145,7 @@ def test_experts_stored_one_by_one_become_one_parameter(
 UP = "model.layers.0.mlp.up_proj."
 CHANGES: list[tuple[str, Callable[[dict[str, Tensor]], Any], str]] = [
     ("modelopt", lambda s: s.pop(f"{UP}weight_scale"), f"lacks '{UP}weight_scale'"),
-    ("modelopt", lambda s: s.pop(f"{UP}weight"), "a tensor of ModelOpt that cannot be read"),
+    ("modelopt", lambda s: s.pop(f"{UP}weight"), "a tensor of ModelOpt: only weights"),
     (
         "modelopt",
         lambda s: s.update({f"{UP}pre_quant_scale": torch.ones(64)}),
@@ -154,7 +154,7 @@ CHANGES: list[tuple[str, Callable[[dict[str, Tensor]], Any], str]] = [
     (
         "modelopt",
         lambda s: s.update({"model.layers.0.mlp.experts.up_proj_weight_scale_2": torch.ones(4)}),
-        "up_proj_weight_scale_2', a tensor of ModelOpt that cannot be read",
+        "up_proj_weight_scale_2', a tensor of ModelOpt: only weights",
     ),
     ("modelopt", lambda s: s[f"{UP}weight_scale_2"].zero_(), "'weight_scale_2' .* = 0.0, expected a number"),
     ("modelopt", lambda s: s.update({f"{UP}weight_scale_2": torch.ones(2)}), r"'weight_scale_2' torch.float32 \[2\]"),
@@ -166,7 +166,7 @@ CHANGES: list[tuple[str, Callable[[dict[str, Tensor]], Any], str]] = [
     (
         "modelopt",
         lambda s: [s.pop(k) for k in [*s] if k.endswith("_scale_2")],
-        "down_proj.weight', a tensor of ModelOpt that cannot be read",
+        "down_proj.weight', a tensor of ModelOpt: only weights",
     ),
     ("compressed-tensors", lambda s: s.pop(f"{UP}weight_packed"), f"lacks '{UP}weight_packed'"),
     ("compressed-tensors", lambda s: s.pop(f"{UP}weight_global_scale"), f"lacks '{UP}weight_global_scale'"),

@@ -1,7 +1,8 @@
 """Writes a low-rank adapter as a GGUF file, for llama.cpp's `--lora` and Ollama's `ADAPTER`.
 
 llama.cpp computes W x + (alpha / r) B (A x), with one alpha per file and the rank r of each pair
-(src/llama-adapter.cpp). Other scales s are folded into B: B' = (s r / alpha) B. A of an embedding is transposed.
+(src/llama-adapter.cpp). To get the scale s of each pair, the file has B' = (s r / alpha) B. A of an embedding is
+transposed.
 """
 
 from __future__ import annotations

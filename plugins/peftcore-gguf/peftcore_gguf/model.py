@@ -122,7 +122,9 @@ def _dense_tensors(model: nn.Module, names: Names, packed: Mapping[str, PackedWe
         if name in packed:
             continue
         if not tensor.is_floating_point():
-            raise PeftcoreError(f"'{name}' has dtype {tensor.dtype}. Call peftcore.dequantize(model) first")
+            raise PeftcoreError(
+                f"cannot write '{name}' ({tensor.dtype}) as GGUF. Call peftcore.dequantize(model) first"
+            )
         if id(tensor) not in seen_ids:
             disk_tensors.update(names.disk_tensors(name, tensor))
             seen_ids.add(id(tensor))

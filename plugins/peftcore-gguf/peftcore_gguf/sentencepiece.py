@@ -32,8 +32,8 @@ def _metaspace(scheme: str) -> dict[str, Any]:
 
 _AT_SPACES = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False}
 _SPACES = "llama.cpp puts a space before a text that begins with one, and"
-_ALWAYS = f"{_SPACES} before a part of it after a special token that does. This tokenizer does not"
-_FIRST = (
+_ALWAYS_DIFFERS = f"{_SPACES} before a part of it after a special token that does. This tokenizer does not"
+_FIRST_DIFFERS = (
     f'{_SPACES} after each special token in it. This tokenizer does not (set "legacy": true in the base\'s '
     "tokenizer_config.json before training to change that)"
 )
@@ -44,8 +44,8 @@ SCHEMES: list[tuple[Steps, Steps, bool, str]] = [
     ([_ESCAPE], [], False, ""),
     ([_ESCAPE], [_AT_SPACES], False, ""),  # spaces are already ▁, so the split finds none
     ([], [_metaspace("never")], False, ""),
-    ([], [_metaspace("always")], True, _ALWAYS),
-    ([], [_metaspace("first")], True, _FIRST),
+    ([], [_metaspace("always")], True, _ALWAYS_DIFFERS),
+    ([], [_metaspace("first")], True, _FIRST_DIFFERS),
 ]
 
 
@@ -94,7 +94,7 @@ def merge_scores(parts: dict[str, Any], vocabulary: dict[str, int]) -> dict[str,
     model = parts["model"]
     unsupported = [key for key, value in DEFAULTS.items() if (model.get(key) or value) != value]
     if unsupported:
-        raise ValueError(f"its BPE has {', '.join(unsupported)}")
+        raise ValueError(f"its BPE sets {', '.join(unsupported)}")
     missing = set(BYTES) - vocabulary.keys()
     if missing:
         raise ValueError(f"it has no token for {len(missing)} of the 256 bytes, such as {min(missing)}")
@@ -107,11 +107,11 @@ def merge_scores(parts: dict[str, Any], vocabulary: dict[str, int]) -> dict[str,
     return token_scores
 
 
-def _as_steps(given: dict[str, Any] | None, key: str) -> Steps:
+def _as_steps(component: dict[str, Any] | None, key: str) -> Steps:
     """Return the steps of a normalizer or pre-tokenizer; None has none, and a Sequence has them under `key`."""
-    if not given:
+    if not component:
         return []
-    return list(given[key]) if given["type"] == "Sequence" else [given]
+    return list(component[key]) if component["type"] == "Sequence" else [component]
 
 
 def _as_pair(merge: str | list[str]) -> Merge:

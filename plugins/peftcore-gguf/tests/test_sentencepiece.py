@@ -207,7 +207,7 @@ def with_backend(**changes: Any) -> Any:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: other(ignore_merges=True), "its BPE has ignore_merges"),
+        (lambda: other(ignore_merges=True), "its BPE sets ignore_merges"),
         (lambda: without(["b", "a"]), "'b' and 'a' are not a merge, though 'ba' is a token"),
         (in_turn, "its merges of 'bab' have an order that scores cannot express"),
         (lambda: with_backend(normalizer=normalizers.NFKC()), r"handles spaces differently .*\(NFKC\)"),

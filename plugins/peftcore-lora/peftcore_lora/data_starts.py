@@ -128,8 +128,8 @@ def factors_from_gradient(
     r, scale = len(adapter.lora_A), adapter.full_scale
     validation.require(
         2 * r <= min(gradient.shape),
-        f"init_lora_weights='lora_ga' needs 2 r singular vectors, and a weight {list(weight.shape)} has "
-        f"{min(gradient.shape)}: r={r} is too large. Choose at most {min(gradient.shape) // 2}",
+        f"init_lora_weights='lora_ga' needs 2 r singular vectors: r={r} is too large for a weight "
+        f"{list(weight.shape)}, which has {min(gradient.shape)}. Choose at most {min(gradient.shape) // 2}",
     )
     u, values, v = torch.svd_lowrank(gradient, q=min(4 * r, *gradient.shape), niter=4)
     random = torch.randperm(2 * r)[:r]

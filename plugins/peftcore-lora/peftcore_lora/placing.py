@@ -229,8 +229,12 @@ def is_linear_in_weight(module: Convolution) -> bool:
         # For an output y that is linear in the weight (with a bias), y(2 W) - y(0) = 2 (y(W) - y(0)).
         outputs = [own_output(module, x, weight=factor * weight.detach()) for factor in (0, 1, 2)]
         if all(output is not None for output in outputs):
-            zero, one, two = (output[0] if isinstance(output, tuple) else output for output in outputs)
-            return module.weight.is_meta or torch.allclose(two - zero, 2 * (one - zero), rtol=0.05, atol=1e-4)
+            y_at_zero, y_at_weight, y_at_double = (
+                output[0] if isinstance(output, tuple) else output for output in outputs
+            )
+            return module.weight.is_meta or torch.allclose(
+                y_at_double - y_at_zero, 2 * (y_at_weight - y_at_zero), rtol=0.05, atol=1e-4
+            )
     return False
 
 

@@ -116,13 +116,13 @@ def is_clip(model: nn.Module) -> bool:
 def _flux(model: Any) -> Iterator[tuple[str, Name]]:
     if not is_flux(model):
         return
-    for original, renamed, table in (
+    for original_blocks, diffusers_blocks, table in (
         ("double_blocks", "transformer_blocks", DOUBLE),
         ("single_blocks", "single_transformer_blocks", SINGLE),
     ):
-        for i in range(len(getattr(model, renamed))):
+        for i in range(len(getattr(model, diffusers_blocks))):
             for name, paths in table.items():
-                yield f"{original}.{i}.{name}", Name(tuple(f"{renamed}.{i}.{path}" for path in paths))
+                yield f"{original_blocks}.{i}.{name}", Name(tuple(f"{diffusers_blocks}.{i}.{path}" for path in paths))
     for name, path in FLUX_ENDS.items():
         yield name, Name((path,), name in SWAPPED_HALVES)
 
