@@ -46,8 +46,8 @@ std::optional<Dtype> dtype_of(const std::string& name) {
 }
 
 bool beats_library(const std::string& dtype) {
-    const std::optional<Dtype> known = dtype_of(dtype);
-    return known && cpu_kernels().many_rows[int(*known)].beats_library;
+    const std::optional<Dtype> supported = dtype_of(dtype);
+    return supported && cpu_kernels().many_rows[int(*supported)].beats_library;
 }
 
 }  // namespace
@@ -66,8 +66,8 @@ PYBIND11_MODULE(_C, m) {
     m.def(
         "has_cross_entropy",
         [](const std::string& dtype) {
-            const std::optional<Dtype> known = dtype_of(dtype);
-            return known && cpu_kernels().many_rows[int(*known)].kernel.by_rows;
+            const std::optional<Dtype> supported = dtype_of(dtype);
+            return supported && cpu_kernels().many_rows[int(*supported)].kernel.by_rows;
         },
         py::arg("dtype"),
         "Whether linear_cross_entropy_rows has a kernel for a dtype, by PyTorch's name of it, at this "
@@ -75,8 +75,8 @@ PYBIND11_MODULE(_C, m) {
     m.def(
         "has_attention",
         [](const std::string& dtype) {
-            const std::optional<Dtype> known = dtype_of(dtype);
-            return known && cpu_kernels().lora.attention[int(*known)].forward != nullptr;
+            const std::optional<Dtype> supported = dtype_of(dtype);
+            return supported && cpu_kernels().attention[int(*supported)].forward != nullptr;
         },
         py::arg("dtype"),
         "Whether attention has a kernel for a dtype, by PyTorch's name of it, at this level.");

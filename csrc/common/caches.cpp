@@ -10,8 +10,8 @@ namespace peftcore {
 namespace {
 
 // A virtual machine may report no caches, or all of its host's.
-int64_t sane(int64_t found, int64_t otherwise, int64_t smallest, int64_t largest) {
-    return found < smallest ? otherwise : std::min(found, largest);
+int64_t sane(int64_t reported, int64_t fallback, int64_t smallest, int64_t largest) {
+    return reported < smallest ? fallback : std::min(reported, largest);
 }
 
 Caches read() {
@@ -24,15 +24,15 @@ Caches read() {
     return caches;
 }
 
-Caches& known() {
+Caches& storage() {
     static Caches caches = read();
     return caches;
 }
 
 }  // namespace
 
-const Caches& caches() { return known(); }
+const Caches& caches() { return storage(); }
 
-void set_caches(const Caches& caches) { known() = caches; }
+void set_caches(const Caches& caches) { storage() = caches; }
 
 }  // namespace peftcore

@@ -1,5 +1,5 @@
-// Sizes of the processor's caches in bytes, which blocks of work are made to fit. No result depends on them: how sums
-// are divided depends on shapes only.
+// Sizes of the processor's caches in bytes, to which blocks of work are fitted. No result depends on them, because sums are
+// divided by shape only.
 #pragma once
 
 #include <cstdint>

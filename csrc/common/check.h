@@ -24,15 +24,15 @@ inline std::optional<Dtype> known_dtype(at::ScalarType dtype) {
 }
 
 inline Dtype kernel_dtype(at::ScalarType dtype, const char* op) {
-    const std::optional<Dtype> known = known_dtype(dtype);
-    TORCH_CHECK_TYPE(known, op, ": only float32, float16 and bfloat16 are supported, found ", dtype);
-    return *known;
+    const std::optional<Dtype> supported = known_dtype(dtype);
+    TORCH_CHECK_TYPE(supported, op, ": only float32, float16 and bfloat16 are supported, found ", dtype);
+    return *supported;
 }
 
 inline Dtype kernel_dtype(at::ScalarType dtype, const char* op, const char* name) {
-    const std::optional<Dtype> known = known_dtype(dtype);
-    TORCH_CHECK_TYPE(known, op, ": ", name, " must be float32, float16 or bfloat16, found ", dtype);
-    return *known;
+    const std::optional<Dtype> supported = known_dtype(dtype);
+    TORCH_CHECK_TYPE(supported, op, ": ", name, " must be float32, float16 or bfloat16, found ", dtype);
+    return *supported;
 }
 
 inline void check_tensor(const at::Tensor& t, at::ScalarType dtype, const at::Device& device, const char* op,
@@ -42,9 +42,9 @@ inline void check_tensor(const at::Tensor& t, at::ScalarType dtype, const at::De
     TORCH_CHECK_VALUE(t.device() == device, op, ": ", name, " must be on ", device, ", found ", t.device());
 }
 
-inline void check_numel(const at::Tensor& t, int64_t wanted, const char* op, const char* name,
-                        const char* why) {
-    TORCH_CHECK_VALUE(t.numel() == wanted, op, ": ", name, " must hold ", wanted, " elements (", why,
+inline void check_numel(const at::Tensor& t, int64_t expected, const char* op, const char* name,
+                        const char* reason) {
+    TORCH_CHECK_VALUE(t.numel() == expected, op, ": ", name, " must hold ", expected, " elements (", reason,
                       "), found ", t.numel(), " of shape ", t.sizes());
 }
 

@@ -62,12 +62,12 @@ template <typename... Parameters>
 bool clusters_fit(void (*function)(Parameters...), unsigned blocks, unsigned threads, int shared_bytes) {
     const void* kernel = reinterpret_cast<const void*>(function);
     static std::mutex mutex;
-    static std::map<std::tuple<int, const void*, unsigned>, bool> known;
+    static std::map<std::tuple<int, const void*, unsigned>, bool> answers;
     int device = 0;
     if (cudaGetDevice(&device) != cudaSuccess) return false;
     const std::lock_guard<std::mutex> lock(mutex);
-    const auto [entry, unknown] = known.try_emplace({device, kernel, blocks}, false);
-    if (unknown) {
+    const auto [entry, inserted] = answers.try_emplace({device, kernel, blocks}, false);
+    if (inserted) {
         // Code for earlier architectures, which newer GPUs also run, has no instructions for clusters.
         cudaFuncAttributes code;
         const ClusterLaunch launch(blocks, blocks, threads, shared_bytes, nullptr);

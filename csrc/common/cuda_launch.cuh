@@ -1,5 +1,4 @@
-// Included by every .cu file: CUDA, or the emulator that replaces it in tests (tests/emulator), and how kernels are
-// launched.
+// Included by every .cu file: CUDA, or the emulator that replaces it in tests (tests/emulator), and the launch macros.
 //
 // A .cu file holds kernels and extern "C" launchers that take pointers, sizes and a stream and return nullptr
 // or an error message. It includes no PyTorch header, so that nvcc can compile it for any PyTorch and a C++
@@ -36,7 +35,7 @@
 #define PEFTCORE_SHARED(type, name, ...) __shared__ __align__(16) type name __VA_ARGS__
 
 // Shared memory whose size is an argument of the launch. More than 48 KiB needs PEFTCORE_ALLOW_SHARED first, which
-// returns nullptr, or why the device does not have as much.
+// returns nullptr, or the error if the device does not have as much.
 #define PEFTCORE_DYNAMIC_SHARED(name) extern __shared__ __align__(16) uint8_t name[]
 
 #define PEFTCORE_ALLOW_SHARED(kernel, bytes) ::peftcore::allow_shared(kernel, bytes)
@@ -47,7 +46,7 @@
 
 namespace peftcore {
 
-// nullptr, or why the last launch failed.
+// Returns nullptr, or the error of the last launch.
 inline const char* launch_error() {
     const cudaError_t error = cudaGetLastError();
     return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
@@ -71,7 +70,7 @@ inline const char* allow_shared(const void* kernel, int bytes) {
     return cudaGetErrorString(error);
 }
 
-// Typed, since CUDA accepts any address as a kernel's, even that of a pointer to a kernel, and then fails to find it.
+// Typed, because CUDA accepts any address as a kernel, even the address of a pointer to one, and then does not find it.
 template <typename... Parameters>
 const char* allow_shared(void (*kernel)(Parameters...), int bytes) {
     return allow_shared(reinterpret_cast<const void*>(kernel), bytes);
@@ -81,7 +80,7 @@ const char* allow_shared(void (*kernel)(Parameters...), int bytes) {
 
 #endif
 
-// nullptr, or why there was no launch. `grid`: a number of blocks, or a Grid.
+// Returns nullptr, or an error message if nothing was launched. `grid` is a number of blocks or a Grid.
 #define PEFTCORE_LAUNCH(kernel, grid, block, shared_bytes, stream, ...)                                \
     (::peftcore::Grid(grid).fits() ? PEFTCORE_LAUNCH_NOW(kernel, ::peftcore::Grid(grid).size(), block, \
                                                          shared_bytes, stream, __VA_ARGS__)            \
@@ -89,7 +88,7 @@ const char* allow_shared(void (*kernel)(Parameters...), int bytes) {
 
 namespace peftcore {
 
-// Blocks of a launch. CUDA's own type has 32 bits, which would silently cut off a larger number.
+// Number of blocks. CUDA's own type has 32 bits and would silently truncate a larger number.
 struct Grid {
     int64_t x, y;
     constexpr Grid(int64_t x, int64_t y = 1) : x(x), y(y) {}

@@ -1,5 +1,5 @@
-// A sum whose operands arrive in shared memory by cp.async in stages, several of them pending at a time, in a ring of
-// slots: while a stage is multiplied, the copies of the following ones are on their way.
+// Software pipeline of a sum: cp.async copies the operands to shared memory in stages. A ring of slots holds several
+// stages, so that the next ones are being copied while one is multiplied.
 #pragma once
 
 #include "common/tensor_core.cuh"
@@ -33,8 +33,8 @@ __device__ __forceinline__ void for_stages(int64_t at, int64_t last, int64_t ste
     cp_async_wait<0>();
 }
 
-// The same by a block with a single slot, for few stages: each arrives when the previous one has been read. fetch(at)
-// and use(at); behind the last one, the slot is free.
+// The same with a single slot, for few stages: a stage is fetched when the previous one has been read. Calls fetch(at) and
+// use(at); after the last stage the slot is free.
 template <typename Fetch, typename Use>
 __device__ __forceinline__ void for_stages_in_turn(int64_t at, int64_t last, int64_t step, const Fetch& fetch,
                                                    const Use& use) {

@@ -1,5 +1,5 @@
-// CUDA devices that this build has no code for (architectures below its lowest): operators run on their references
-// there, as on every other device.
+// On CUDA devices below the lowest architecture of this build, operators run on their references, as on any device without
+// kernels.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -22,8 +22,8 @@ inline void check_launch(const char* error, const char* op) {
 }
 
 inline bool has_code_for(const c10::Device& device) {
-    static std::array<std::atomic<int8_t>, 256> known{};  // 0: unknown; 1: no; 2: yes
-    std::atomic<int8_t>& answer = known[uint8_t(device.index())];
+    static std::array<std::atomic<int8_t>, 256> answers{};  // 0: unknown; 1: no; 2: yes
+    std::atomic<int8_t>& answer = answers[uint8_t(device.index())];
     if (answer == 0) {
         const c10::DeviceGuard guard(device);
         answer = peftcore_cuda_has_code() ? 2 : 1;

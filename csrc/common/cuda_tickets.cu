@@ -43,8 +43,8 @@ unsigned* on_stream(Device& device, cudaStream_t stream) {
     device.tickets = static_cast<unsigned*>(address);
     unsigned long long id = 0;
     if (cudaStreamGetId(stream, &id) != cudaSuccess) return nullptr;
-    const auto known = device.place.find(id);
-    if (known != device.place.end()) return device.tickets + known->second;
+    const auto entry = device.place.find(id);
+    if (entry != device.place.end()) return device.tickets + entry->second;
     if (device.place.size() == kStreams) return nullptr;
     const int place = int(device.place.size()) * kMostTickets;
     device.place.emplace(id, place);

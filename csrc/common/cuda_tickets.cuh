@@ -11,15 +11,16 @@ struct Parts {
     int64_t count, size;
 };
 
-// As many parts as are `wanted`, at most `most`, and at least one. Each but the last has whole stages of `stage` terms.
-inline Parts parts_of(int64_t terms, int64_t stage, int64_t wanted, int64_t most) {
-    const int64_t count = least(wanted, most);
+// Divides `terms` into `target` parts, but at most `most` and at least one. All but the last are whole stages of `stage`
+// terms.
+inline Parts parts_of(int64_t terms, int64_t stage, int64_t target, int64_t most) {
+    const int64_t count = least(target, most);
     const int64_t size = filled_up(count > 1 ? ceil_div(terms, count) : terms, stage);
     return size == 0 ? Parts{1, stage} : Parts{ceil_div(terms, size), size};
 }
 
-// Number of blocks that took a ticket from this counter before; what they had written can be read. All threads of the
-// block call it.
+// Takes a ticket: returns the number of blocks that took one from this counter before, whose writes are visible from now
+// on. All threads of the block call it.
 static __device__ __forceinline__ unsigned take_ticket(unsigned* counter) {
     PEFTCORE_SHARED(unsigned, ticket, [1]);
     __syncthreads();  // the block's writes come before its ticket
@@ -68,9 +69,9 @@ __device__ __forceinline__ void add_in_order(int count, unsigned parts, const Pl
         bool inside[kEach];
 #pragma unroll
         for (int i = 0; i < kEach; ++i) {
-            const SumPlace found = place(first + i * kThreads + int(threadIdx.x));
-            inside[i] = found.inside;
-            at[i] = found.inside ? found.at : 0;
+            const SumPlace sum_place = place(first + i * kThreads + int(threadIdx.x));
+            inside[i] = sum_place.inside;
+            at[i] = sum_place.inside ? sum_place.at : 0;
         }
 #pragma unroll 4
         for (unsigned part = 0; part < parts; ++part)
@@ -82,9 +83,9 @@ __device__ __forceinline__ void add_in_order(int count, unsigned parts, const Pl
     }
 }
 
-// The last step of blocks that share their results: each has left partial sums, [parts, stride] of all of them, and the
-// last one adds them, in the order of peftcore_sum, whichever comes last. They are read from the L2 cache: L1 might hold
-// older values. `counter`: theirs; nullptr, and another launch adds (peftcore_sum). kCount: sums of a block.
+// The last step of blocks that share a result. Each block has written its partial sums to [parts, stride]; the block that
+// finishes last adds them, always in the order of peftcore_sum. It reads them from the L2 cache, because L1 might hold old
+// values. Without a `counter` nothing is added here: another launch (peftcore_sum) does that. kCount: sums of a block.
 template <int kThreads, int kCount, int kEach, typename Place, typename Store>
 __device__ __forceinline__ void add_by_last(unsigned* counter, const float* partial, unsigned parts,
                                             int64_t stride, const Place& place, const Store& store) {

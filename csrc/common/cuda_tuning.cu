@@ -28,10 +28,10 @@ static_assert(sums_agree(), "results would differ between GPUs in their last bit
 }  // namespace peftcore
 
 extern "C" const peftcore::CudaTuning* peftcore_cuda_tuning_of(int architecture) {
-    const peftcore::CudaTuning* found = peftcore::kTuning;
+    const peftcore::CudaTuning* best = peftcore::kTuning;
     for (const peftcore::CudaTuning& row : peftcore::kTuning)
-        if (row.architecture <= architecture) found = &row;
-    return found;
+        if (row.architecture <= architecture) best = &row;
+    return best;
 }
 
 #if defined(PEFTCORE_EMULATOR)
@@ -41,13 +41,13 @@ extern "C" const peftcore::CudaTuning* peftcore_cuda_tuning() { return peftcore_
 #else
 
 extern "C" const peftcore::CudaTuning* peftcore_cuda_tuning() {
-    static std::array<std::atomic<const peftcore::CudaTuning*>, 64> known{};  // by device
+    static std::array<std::atomic<const peftcore::CudaTuning*>, 64> rows{};  // by device
     int device = 0, major = 0, minor = 0;
-    if (cudaGetDevice(&device) == cudaSuccess && device < int(known.size())) {
-        if (const peftcore::CudaTuning* row = known[device]) return row;
+    if (cudaGetDevice(&device) == cudaSuccess && device < int(rows.size())) {
+        if (const peftcore::CudaTuning* row = rows[device]) return row;
         if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
             cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) == cudaSuccess)
-            return known[device] = peftcore_cuda_tuning_of(10 * major + minor);
+            return rows[device] = peftcore_cuda_tuning_of(10 * major + minor);
     }
     (void)cudaGetLastError();  // else the next launch would report it
     return peftcore_cuda_tuning_of(0);

@@ -1,5 +1,5 @@
-// Numbers that were chosen for a GPU and not for a shape, in one table by GPU (cuda_tuning.cu). All are estimates: none
-// has been measured.
+// Launch parameters that depend on the GPU rather than on a shape, in one table by compute capability (cuda_tuning.cu).
+// All are estimates; none has been measured.
 #pragma once
 
 #include <cstdint>
@@ -9,12 +9,12 @@ namespace peftcore {
 struct CudaTuning {
     int architecture;  // compute capability, 10 major + minor, from which the row applies
 
-    // Blocks wanted of kernels whose sums are divided among blocks where a shape gives too few: two for each
-    // multiprocessor, or one for blocks that fill one. These decide the order of additions: all rows agree, so that
+    // Target number of blocks where a shape gives too few and a kernel therefore divides its sums among blocks: two per
+    // multiprocessor, or one if a block fills it. They determine the order of additions, so all rows of the table agree:
     // results are the same on every GPU.
     int down_blocks, reduce_blocks, panel_blocks;
 
-    // Most blocks of kernels whose blocks loop over what is left.
+    // Maximum number of blocks of grid-stride kernels.
     int loop_blocks, quantize_blocks, step_blocks;
 };
 
@@ -29,10 +29,10 @@ namespace peftcore {
 
 inline const CudaTuning& cuda_tuning() { return *peftcore_cuda_tuning(); }
 
-// Number of blocks of `threads` threads for a kernel whose threads go through `count` values in strides of the grid.
+// Number of blocks of `threads` threads for a grid-stride loop over `count` values.
 inline unsigned blocks_once(int64_t count, int threads) {
-    const int64_t wanted = count / threads + (count % threads != 0), most = cuda_tuning().loop_blocks;
-    return unsigned(wanted < most ? wanted : most);
+    const int64_t blocks = count / threads + (count % threads != 0), most = cuda_tuning().loop_blocks;
+    return unsigned(blocks < most ? blocks : most);
 }
 
 }  // namespace peftcore

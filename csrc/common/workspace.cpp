@@ -20,22 +20,22 @@ struct Workspace {
     int64_t bytes = 0;
 };
 
-thread_local Workspace kept;
+thread_local Workspace thread_workspace;
 
 }  // namespace
 
 void* workspace(int64_t bytes) {
-    if (bytes > kept.bytes) {
+    if (bytes > thread_workspace.bytes) {
         free_workspace();
         const int64_t rounded = filled_up(bytes, kAlignment);
         void* memory = std::aligned_alloc(size_t(kAlignment), size_t(rounded));
         if (memory == nullptr) throw std::bad_alloc();
-        kept.memory.reset(memory);
-        kept.bytes = rounded;
+        thread_workspace.memory.reset(memory);
+        thread_workspace.bytes = rounded;
     }
-    return kept.memory.get();
+    return thread_workspace.memory.get();
 }
 
-void free_workspace() { kept = {}; }
+void free_workspace() { thread_workspace = {}; }
 
 }  // namespace peftcore

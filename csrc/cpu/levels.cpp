@@ -1,5 +1,7 @@
 // The levels and the entries that each fills. setup.py defines PEFTCORE_HAVE_* for the levels that were compiled; the
 // functions `fill_LEVEL` are in files named after the level.
+#include "simd/levels.h"
+
 #include <atomic>
 #include <cstdlib>
 #include <stdexcept>
@@ -31,9 +33,9 @@ namespace {
     constexpr unsigned long kBf16 = 1ul << 14;  // HWCAP2_BF16, which older headers do not name
     return (getauxval(AT_HWCAP2) & kBf16) != 0;
 #elif defined(__aarch64__) && defined(__APPLE__)
-    int found = 0;
-    size_t size = sizeof found;
-    return sysctlbyname("hw.optional.arm.FEAT_BF16", &found, &size, nullptr, 0) == 0 && found == 1;
+    int value = 0;
+    size_t size = sizeof value;
+    return sysctlbyname("hw.optional.arm.FEAT_BF16", &value, &size, nullptr, 0) == 0 && value == 1;
 #else
     return false;
 #endif
@@ -54,11 +56,11 @@ namespace {
 #endif
 }
 
-bool anywhere() { return true; }
+bool always() { return true; }
 
 void portable(CpuKernels& table) {
     fill_portable(table.quant4);
-    fill_portable(table.lora);
+    simd::fill_portable(table);
     fill_portable(table.optim);
 }
 
@@ -73,7 +75,7 @@ void avx2(CpuKernels& table) {
     fill_avx2(table.skinny);
     fill_avx2(table.many_rows);
     quant4::fill_avx2(table.many_rows);
-    fill_avx2(table.lora);
+    simd::fill_avx2(table);
     fill_avx2(table.optim);
 }
 #endif
@@ -95,7 +97,7 @@ void avx512(CpuKernels& table) {
     fill_avx512(table.quant4);
     fill_avx512(table.linear);
     fill_avx512(table.many_rows);
-    fill_avx512(table.lora);
+    simd::fill_avx512(table);
     fill_avx512(table.optim);
     // Where the processor multiplies a 16-bit dtype and no level of this build does, the library is faster.
     const auto leave = [&](Dtype dtype) {
@@ -112,7 +114,7 @@ void avx512(CpuKernels& table) {
 #if defined(PEFTCORE_HAVE_AVX512BF16)
 void avx512bf16(CpuKernels& table) {
     fill_avx512bf16(table.linear);
-    fill_avx512bf16(table.lora);
+    fill_avx512bf16(table.attention[int(Dtype::kBFloat16)]);
     fill_avx512bf16(table.lora.thin[int(Dtype::kBFloat16)]);
     fill_avx512bf16(table.skinny[int(Dtype::kBFloat16)]);
     gemm::ManyRows& products = table.many_rows[int(Dtype::kBFloat16)];
@@ -139,7 +141,7 @@ void amx(CpuKernels& table) {
 void neon(CpuKernels& table) {
     fill_neon(table.quant4);
     fill_neon(table.linear);
-    fill_neon(table.lora);
+    simd::fill_neon(table);
     fill_neon(table.optim);
 }
 #endif
@@ -157,12 +159,12 @@ void neonbf16(CpuKernels& table) {
 
 struct Level {
     const char* name;
-    bool (*here)();             // whether this CPU and its operating system support what this level adds
+    bool (*available)();        // whether this CPU and its operating system support what this level adds
     void (*fill)(CpuKernels&);  // overwrites entries of the levels before it in this list
 };
 
 const Level kLevels[] = {
-    {"portable", anywhere, portable},
+    {"portable", always, portable},
 #if defined(PEFTCORE_HAVE_AVX2)
     {"avx2", has_avx2, avx2},
 #endif
@@ -176,7 +178,7 @@ const Level kLevels[] = {
     {"amx", has_amx, amx},
 #endif
 #if defined(PEFTCORE_HAVE_NEON)
-    {"neon", anywhere, neon},
+    {"neon", always, neon},
 #endif
 #if defined(PEFTCORE_HAVE_NEONBF16)
     {"neonbf16", has_bf16_dot, neonbf16},
@@ -186,32 +188,32 @@ const Level kLevels[] = {
 // The levels available here: each needs all levels before it.
 const std::vector<CpuKernels>& tables() {
     static const std::vector<CpuKernels> tables = [] {
-        std::vector<CpuKernels> made;
+        std::vector<CpuKernels> all;
         CpuKernels table{};
         for (const Level& level : kLevels) {
-            if (!level.here()) break;
+            if (!level.available()) break;
             table.level = level.name;
             level.fill(table);
-            made.push_back(table);
+            all.push_back(table);
         }
-        return made;
+        return all;
     }();
     return tables;
 }
 
 const CpuKernels& named(const std::string& name) {
-    std::string known;
+    std::string level_names;
     for (const CpuKernels& table : tables()) {
         if (name == table.level) return table;
-        known += (known.empty() ? "" : ", ") + std::string(table.level);
+        level_names += (level_names.empty() ? "" : ", ") + std::string(table.level);
     }
-    throw std::invalid_argument("no CPU level '" + name + "' in this build on this CPU (available: " + known +
-                                ")");
+    throw std::invalid_argument("no CPU level '" + name +
+                                "' in this build on this CPU (available: " + level_names + ")");
 }
 
 const CpuKernels& initial() {
-    const char* wanted = std::getenv("PEFTCORE_CPU_LEVEL");
-    return wanted != nullptr && *wanted != '\0' ? named(wanted) : tables().back();
+    const char* requested = std::getenv("PEFTCORE_CPU_LEVEL");
+    return requested != nullptr && *requested != '\0' ? named(requested) : tables().back();
 }
 
 std::atomic<const CpuKernels*>& in_use() {

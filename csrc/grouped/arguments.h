@@ -37,9 +37,9 @@ inline void check_weight(const Weight& weight, const Tensor& t, const char* name
     TORCH_CHECK_VALUE(first.device() == t.device(), op, ": weight must be on ", t.device(), " like ", name,
                       ", found ", first.device());
     if (!weight.packed()) return;
-    const int64_t each = weight.sizes()[1] * weight.sizes()[2], blocksize = weight.blocksize();
-    TORCH_CHECK_VALUE(each % blocksize == 0, op, ": an expert must be whole blocks of ", blocksize,
-                      ", found ", each, " values in each");
+    const int64_t expert_values = weight.sizes()[1] * weight.sizes()[2], blocksize = weight.blocksize();
+    TORCH_CHECK_VALUE(expert_values % blocksize == 0, op, ": an expert must be whole blocks of ", blocksize,
+                      ", found ", expert_values, " values in each");
 }
 
 // Checks x or a gradient [rows, columns], and the offsets at which each expert's rows end. Whether they increase is
@@ -75,7 +75,7 @@ inline void check_factors(const Tensor& x, const Tensor& a, const Tensor& b, con
                       b.sizes());
 }
 
-// Checks of the forward pass, except for dropout, which `lora::dropout_of` checks.
+// Checks of the forward pass, except for dropout, which `checked_dropout` checks.
 inline Sizes check_grouped(const Tensor& x, const Tensor& offsets, const Weight& weight,
                            const std::optional<Tensor>& bias, at::TensorList factors, bool transposed,
                            const char* op) {

@@ -3,7 +3,7 @@
 
 #include <string>
 
-#include "lora/dropout.h"
+#include "common/dropout_arguments.h"
 #include "weight/linear_arguments.h"
 
 namespace peftcore {
@@ -43,8 +43,8 @@ inline void check_gradient(const Tensor& grad, const Tensor& s, const Tensor& x,
                            int64_t r, const char* op) {
     check_like(grad, x, op, "grad");
     const std::vector<int64_t> shape = with_last(x, out_features);
-    const at::IntArrayRef wanted = shape;
-    TORCH_CHECK_VALUE(grad.sizes() == wanted, op, ": grad must be ", wanted, ", found ", grad.sizes());
+    const at::IntArrayRef expected = shape;
+    TORCH_CHECK_VALUE(grad.sizes() == expected, op, ": grad must be ", expected, ", found ", grad.sizes());
     check_tensor(s, at::kFloat, x.device(), op, "s");
     const at::IntArrayRef sizes = x.sizes();
     const int64_t rows = c10::multiply_integers(sizes.begin(), sizes.end() - 1);
@@ -65,29 +65,6 @@ inline void check_adapters(const Tensor& x, at::TensorList a, at::TensorList b, 
     check_tensor(index, at::kLong, x.device(), op, "index");
     TORCH_CHECK_VALUE(index.dim() == 1 && index.size(0) == x.size(0), op, ": index must be [", x.size(0),
                       "], one for each sample of x, found ", index.sizes());
-}
-
-// `device`: of kernels that read a seed on it; without one the seed is on the CPU.
-inline Dropout dropout_of(double p, const std::optional<Tensor>& seed, const char* op,
-                          const std::optional<c10::Device>& device = {}) {
-    TORCH_CHECK_VALUE(p >= 0 && p < 1, op, ": dropout_p must be in [0, 1), found ", p);
-    TORCH_CHECK_VALUE(seed.has_value() || p == 0, op, ": dropout_p=", p, " needs a seed, found none");
-    Dropout dropout;
-    if (!seed.has_value()) return dropout;
-    TORCH_CHECK_TYPE(seed->scalar_type() == at::kLong, op, ": seed must be ", at::kLong, ", found ",
-                     seed->scalar_type());
-    const bool in_kernels = device.has_value() && seed->device() == *device;
-    TORCH_CHECK_VALUE(in_kernels || seed->device().is_cpu(), op, ": seed must be on cpu",
-                      device.has_value() ? " or " + device->str() : "", ", found ", seed->device());
-    TORCH_CHECK_VALUE(seed->numel() == 1, op, ": seed must hold 1 element, found ", seed->numel());
-    dropout.threshold = uint32_t(std::min(std::nearbyint(p * 65536), 65535.0));
-    dropout.seed = seed->const_data_ptr<int64_t>();
-    return in_kernels ? dropout : with_key(dropout);
-}
-
-// c, which carries the scale and what dropout keeps.
-inline float factor_of(double scale, const Dropout& dropout) {
-    return float(scale * 65536 / (65536 - dropout.threshold));
 }
 
 }  // namespace lora

@@ -33,11 +33,11 @@ inline Step step_of(at::TensorList params, at::TensorList grads, const Updates& 
                       " params need as many grads and rows, found ", grads.size(), " and ", rows.size());
     TORCH_CHECK_VALUE(streams.empty() || streams.size() == params.size(), op,
                       ": streams must be empty or one a parameter, found ", streams.size());
-    const size_t each = size_t(step.rule.scalars);
-    TORCH_CHECK_VALUE(scalars.size() == steps.size() * each, op, ": ", steps.size(), " rows need ",
-                      steps.size() * each, " scalars, found ", scalars.size());
+    const size_t per_row = size_t(step.rule.scalars);
+    TORCH_CHECK_VALUE(scalars.size() == steps.size() * per_row, op, ": ", steps.size(), " rows need ",
+                      steps.size() * per_row, " scalars, found ", scalars.size());
     step.rows.resize(steps.size());
-    for (size_t i = 0; i < scalars.size(); ++i) step.rows[i / each].value[i % each] = float(scalars[i]);
+    for (size_t i = 0; i < scalars.size(); ++i) step.rows[i / per_row].value[i % per_row] = float(scalars[i]);
     step.segments.resize(params.size());
     for (size_t i = 0; i < params.size(); ++i) {
         const at::Tensor &p = params[i], &g = grads[i];

@@ -94,8 +94,8 @@ class FileStore : public Store {
         char* begin = static_cast<char*>(memory);
         char* frame = begin + (kHugePage - reinterpret_cast<uintptr_t>(begin) % kHugePage) % kHugePage;
         if (frame > begin) munmap(begin, frame - begin);
-        const int64_t behind = begin + bytes - (frame + page_bytes_);
-        if (behind > 0) munmap(frame + page_bytes_, behind);
+        const int64_t tail_bytes = begin + bytes - (frame + page_bytes_);
+        if (tail_bytes > 0) munmap(frame + page_bytes_, tail_bytes);
 #if defined(MADV_HUGEPAGE)
         madvise(frame, page_bytes_, MADV_HUGEPAGE);
 #endif

@@ -101,8 +101,8 @@ std::vector<PagedState::Part> PagedState::parts_by_page(const Step& step, at::In
         for (int64_t block = slot.first_block; block < last;) {
             const int64_t page = block / page_blocks_, end = std::min(last, (page + 1) * page_blocks_);
             const int64_t first = (block - slot.first_block) * kBlock;
-            const int64_t behind = std::min((end - slot.first_block) * kBlock, whole.count);
-            Segment part = part_of(whole, first, behind - first);
+            const int64_t past_end = std::min((end - slot.first_block) * kBlock, whole.count);
+            Segment part = part_of(whole, first, past_end - first);
             for (size_t plane = 0; plane < rule_.planes.size(); ++plane)
                 part.state[plane] = reinterpret_cast<void*>(
                     plane_offsets_[plane] + block % page_blocks_ * rule_.planes[plane].block_bytes);
@@ -179,8 +179,8 @@ int64_t register_state(const std::shared_ptr<PagedState>& state) {
 
 std::shared_ptr<PagedState> state_of(int64_t number, const char* op) {
     const std::lock_guard locked(registry_mutex);
-    const auto found = registry.find(number);
-    std::shared_ptr<PagedState> state = found == registry.end() ? nullptr : found->second.lock();
+    const auto match = registry.find(number);
+    std::shared_ptr<PagedState> state = match == registry.end() ? nullptr : match->second.lock();
     TORCH_CHECK_VALUE(state != nullptr, op, ": no paged state has the number ", number);
     return state;
 }

@@ -70,8 +70,8 @@ void Pool::evict() {
 
 void Pool::balance(int64_t margin) {
     const auto locked = lock();
-    const int64_t wanted = resident_bytes() + store_->free_bytes() - margin;
-    resize(std::max(page_bytes_, wanted));
+    const int64_t target_bytes = resident_bytes() + store_->free_bytes() - margin;
+    resize(std::max(page_bytes_, target_bytes));
 }
 
 void Pool::expect(std::vector<int64_t> order) {

@@ -59,8 +59,8 @@ void define_rule(const std::string& name, const std::vector<Plane>& planes, cons
 }
 
 const RuleEntry& rule_named(std::string_view name, const char* op) {
-    const auto found = table.find(name);
-    if (found != table.end()) return found->second;
+    const auto match = table.find(name);
+    if (match != table.end()) return match->second;
     std::string names;
     for (const auto& entry : table) names += (names.empty() ? "" : ", ") + entry.first;
     TORCH_CHECK_VALUE(false, op, ": no rule '", name, "' (there are: ", names, ")");

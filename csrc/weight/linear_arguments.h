@@ -60,12 +60,12 @@ inline void check_linear(const at::Tensor& x, const Weight& weight, const std::o
     check_like(*bias, x, op, "bias");
 }
 
-// The bias as kernels read it; undefined without a bias.
+// Returns the bias, contiguous; undefined if there is none.
 inline at::Tensor contiguous(const std::optional<at::Tensor>& bias) {
     return bias.has_value() ? bias->contiguous() : at::Tensor();
 }
 
-// t's shape with another last dimension.
+// Returns t's shape with its last dimension replaced.
 inline std::vector<int64_t> with_last(const at::Tensor& t, int64_t last) {
     std::vector<int64_t> shape = t.sizes().vec();
     shape.back() = last;

@@ -1,5 +1,5 @@
-// A weight [rows, columns] as kernels and launchers take it: pointers and sizes, without PyTorch. `Weight` (weight.h)
-// makes it from checked tensors. On CUDA all pointers are device pointers.
+// A weight [rows, columns] for kernels and launchers: pointers and sizes, without PyTorch. `Weight` (weight.h) makes it from
+// checked tensors. On CUDA all pointers are device pointers.
 //
 // Everything here is `static`, as in common/half.h.
 #pragma once

@@ -50,11 +50,11 @@ Weight::Weight(at::TensorList tensors, at::IntArrayRef packing, const char* op) 
     const int64_t count = rows_ * columns_, blocks = ceil_div(count, packing[0]);
     check_tensor(tensors[kCodes], at::kByte, device, op, "codes");
     check_numel(tensors[kCodes], ceil_div(count, 2), op, "codes", "two values a byte");
-    const at::ScalarType found = tensors[kAbsmax].scalar_type();
-    const bool is_16_bits = affine && (found == at::kHalf || found == at::kBFloat16);
+    const at::ScalarType absmax_dtype = tensors[kAbsmax].scalar_type();
+    const bool is_16_bits = affine && (absmax_dtype == at::kHalf || absmax_dtype == at::kBFloat16);
     check_tensor(tensors[kAbsmax],
                  nested || powers ? at::kByte
-                 : is_16_bits     ? found
+                 : is_16_bits     ? absmax_dtype
                                   : at::kFloat,
                  device, op, "absmax");
     check_numel(tensors[kAbsmax], blocks, op, "absmax", "one a block");

@@ -1,4 +1,4 @@
-// A frozen weight as operators take it, checked once for all backends. It comes as two arguments:
+// A frozen weight, checked once for all backends. Operators receive it as two arguments:
 //
 //   dense       tensors [W], W of shape [.., out, in]          packing []
 //   in 4 bits   tensors [codes, absmax, quant_map]             packing [blocksize, 0, .., out, in]
@@ -30,7 +30,7 @@ at::Tensor checked_quant_map(const at::Tensor& quant_map, int64_t entries, const
 
 class Weight {
  public:
-    // Throws TypeError or ValueError that names `op`, the part and what was found.
+    // Throws a TypeError or ValueError that names `op`, the tensor and the value found.
     Weight(at::TensorList tensors, at::IntArrayRef packing, const char* op);
 
     bool packed() const { return packed_; }

@@ -1,7 +1,7 @@
 """Dropout without a stored mask: of LoRA, of attention, and by itself.
 
 Philox generates the mask `keep` again from a seed, the row and the column, with the same bits on every device
-(csrc/lora/dropout.h).
+(csrc/common/dropout.h).
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def factor(scale: float, p: float, seed: Tensor | None) -> float:
 
 
 def check_dropout(op: str, x: Tensor, p: float, seed: Tensor | None) -> None:
-    """Check dropout's arguments, with the conditions, messages and exception types of csrc/lora/arguments.h."""
+    """Check dropout's arguments, with the conditions and errors of csrc/common/dropout_arguments.h."""
     value(0 <= p < 1, op, f"dropout_p must be in [0, 1), found {p}")
     if seed is None:
         value(p == 0, op, f"dropout_p={p} needs a seed, found none")

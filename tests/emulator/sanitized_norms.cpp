@@ -4,15 +4,16 @@
 #include <type_traits>
 
 #include "common/half.h"
+#include "elementwise/cuda/gated_cuda.h"
 #include "emulator.h"
-#include "lora/cuda/gated_cuda.h"
-#include "lora/cuda/rms_norm_cuda.h"
+#include "norms/cuda/rms_norm_cuda.h"
 #include "sanitized.h"
 
 namespace {
 
 using namespace peftcore;
-using namespace peftcore::lora;
+using namespace peftcore::elementwise;
+using namespace peftcore::norms;
 
 template <typename T>
 constexpr Dtype kDtype = sizeof(T) == 4            ? Dtype::kFloat

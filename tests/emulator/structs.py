@@ -142,7 +142,7 @@ class FactorCopy(Structure):
 
 
 class Dropout(Structure):
-    """csrc/lora/dropout.h"""
+    """csrc/common/dropout.h"""
 
     _fields_ = [("threshold", c_uint32), ("key0", c_uint32), ("key1", c_uint32), ("seed", c_void_p)]
 

@@ -10,7 +10,7 @@ from peftcore.ops.cross_entropy import CrossEntropyRows
 
 
 class CrossEntropyCall(Structure):
-    """csrc/lora/cuda/cross_entropy_cuda.h"""
+    """csrc/cross_entropy/cuda/cross_entropy_cuda.h"""
 
     _fields_ = [
         ("x", c_void_p),

@@ -15,7 +15,7 @@ STEP = {torch.float32: 2**-20, torch.bfloat16: 2**-7, torch.float16: 2**-10}
 
 
 class RmsNormCall(Structure):
-    """csrc/lora/cuda/rms_norm_cuda.h"""
+    """csrc/norms/cuda/rms_norm_cuda.h"""
 
     _fields_ = [
         *((name, c_int) for name in ("dtype", "weight_dtype")),
@@ -28,7 +28,7 @@ class RmsNormCall(Structure):
 
 
 class GatedCall(Structure):
-    """csrc/lora/cuda/gated_cuda.h"""
+    """csrc/elementwise/cuda/gated_cuda.h"""
 
     _fields_ = [
         ("dtype", c_int),

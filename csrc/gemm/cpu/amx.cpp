@@ -156,10 +156,10 @@ struct Pending {
     const float* masked = nullptr;  // the addend's, kTileColumns a row, if it is masked
     Bias bias{};
 
-    void start(int64_t its_row, int64_t its_rows, int64_t its_column, const Work& work) {
-        row = its_row;
-        rows = its_rows;
-        column = its_column;
+    void start(int64_t tile_row, int64_t row_count, int64_t tile_column, const Work& work) {
+        row = tile_row;
+        rows = row_count;
+        column = tile_column;
         done = 0;
         sums = work.to;
         masked = work.masked;
@@ -247,8 +247,8 @@ struct TileRegisters {
     int turn = 0;
     Pending pending{product};
 
-    TileRegisters(const Product& its_product, const Arranged& its_arranged)
-        : product(its_product), arranged(its_arranged) {
+    TileRegisters(const Product& product_arg, const Arranged& arranged_arg)
+        : product(product_arg), arranged(arranged_arg) {
         _tile_loadconfig(&kTileShapes);
     }
 
@@ -263,8 +263,8 @@ struct TileRegisters {
             const bool begins = first == 0, ends = first + pairs == panel.words, last = ends && panel.last;
             const bool masks = last && panel.addend_words != 0 && product.addend.keep.bits != nullptr;
             for (int64_t i = 0; i < panel.tiles; ++i) {
-                const Sums here{.first = sums[begins && ends ? 0 : i], .stride = kTileColumns};
-                const Sums between{.first = block.sums + i * kTileColumns, .stride = kPanelColumns};
+                const Sums own_sums{.first = sums[begins && ends ? 0 : i], .stride = kTileColumns};
+                const Sums chunk_sums{.first = block.sums + i * kTileColumns, .stride = kPanelColumns};
                 const Work work{.left = left,
                                 .addend_left = addend_left,
                                 .next = next,
@@ -275,8 +275,8 @@ struct TileRegisters {
                                 .ahead_row = i * ahead_rows,
                                 .ahead_rows = ahead_rows,
                                 .halves = product.addend.halves,
-                                .from = begins ? between : here,
-                                .to = ends && !panel.last ? between : here,
+                                .from = begins ? chunk_sums : own_sums,
+                                .to = ends && !panel.last ? chunk_sums : own_sums,
                                 .masked = masks ? masked[turn ^= 1] : nullptr,
                                 .first = begins && panel.first};
                 block.rows > kSide ? multiply_tile<true>(work, pending) : multiply_tile<false>(work, pending);

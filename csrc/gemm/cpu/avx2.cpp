@@ -16,7 +16,7 @@ struct Avx2Lanes {
     static void store(float* to, Floats values) { _mm256_storeu_ps(to, values); }
     static Floats add(Floats a, Floats b) { return _mm256_add_ps(a, b); }
     static Floats fma(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
-    static Floats kept(Floats values, uint32_t bits) {
+    static Floats keep(Floats values, uint32_t bits) {
         const __m256i lane = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
         const __m256i set = _mm256_and_si256(_mm256_set1_epi32(int(bits)), lane);
         return _mm256_and_ps(values, _mm256_castsi256_ps(_mm256_cmpeq_epi32(set, lane)));
@@ -32,17 +32,17 @@ struct Avx2Lanes {
 
 void fill_avx2(ManyRows (&products)[kDtypes]) {
     for (const Dtype dtype : {Dtype::kFloat, Dtype::kHalf, Dtype::kBFloat16}) {
-        ManyRows& of = products[int(dtype)];
-        of.kernel = kernel_of<WideProducts<Avx2Lanes>>();
-        of.kernel.by_rows = true;
-        of.factor = reader_of<float>();
-        of.beats_library = true;
+        ManyRows& entry = products[int(dtype)];
+        entry.kernel = kernel_of<WideProducts<Avx2Lanes>>();
+        entry.kernel.by_rows = true;
+        entry.factor = reader_of<float>();
+        entry.beats_library = true;
     }
     products[int(Dtype::kHalf)].dense = reader_of<Half>();
     products[int(Dtype::kBFloat16)].dense = reader_of<BFloat16>();
-    ManyRows& of = products[int(Dtype::kFloat)];
-    of.dense = reader_of<float>();
-    of.least_rows = kLeastFloatRows;
+    ManyRows& entry = products[int(Dtype::kFloat)];
+    entry.dense = reader_of<float>();
+    entry.least_rows = kLeastFloatRows;
 }
 
 }  // namespace gemm

@@ -17,7 +17,7 @@ struct Avx512Lanes {
     static void store(float* to, Floats values) { _mm512_storeu_ps(to, values); }
     static Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
     static Floats fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
-    static Floats kept(Floats values, uint32_t bits) { return _mm512_maskz_mov_ps(__mmask16(bits), values); }
+    static Floats keep(Floats values, uint32_t bits) { return _mm512_maskz_mov_ps(__mmask16(bits), values); }
     static void round(Floats values, Dtype dtype, void* out) {
         constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
         _mm256_storeu_si256(static_cast<__m256i*>(out),

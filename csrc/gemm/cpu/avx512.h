@@ -47,12 +47,12 @@ inline TileBits bits_of(bool even_odd, const uint8_t* keep) {
 
 // Rounded by the processor, which flushes subnormals as in the products.
 inline __m512i rounded(const Product& product, __m512 first, __m512 second) {
-    const __m512i both = __m512i(_mm512_cvtne2ps_pbh(second, first));
-    if (!product.right.even_odd) return both;
+    const __m512i pair = __m512i(_mm512_cvtne2ps_pbh(second, first));
+    if (!product.right.even_odd) return pair;
     alignas(64) static const uint16_t kInterleaved[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
                                                           21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
                                                           11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-    return _mm512_permutexvar_epi16(_mm512_load_si512(kInterleaved), both);
+    return _mm512_permutexvar_epi16(_mm512_load_si512(kInterleaved), pair);
 }
 
 // Sums of a tile's columns in one row.

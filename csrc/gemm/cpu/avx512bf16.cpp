@@ -167,16 +167,17 @@ struct DotProducts {
 
     const Product& product;
     const Arranged arranged;
-    alignas(64) float here[kRows * kPanelColumns];  // a block's sums, where the product has a single chunk
+    alignas(
+        64) float block_sums[kRows * kPanelColumns];  // a block's sums, where the product has a single chunk
 
-    DotProducts(const Product& its_product, const Arranged& its_arranged)
-        : product(its_product), arranged(its_arranged) {}
+    DotProducts(const Product& product_arg, const Arranged& arranged_arg)
+        : product(product_arg), arranged(arranged_arg) {}
 
     void multiply(const Panel& panel, const Block& block) {
         const uint32_t *x = arranged.x + panel.chunk * product.rows + block.row * panel.words,
                        *left = arranged.addend_left + block.row * panel.addend_words;
         const uint32_t* next = x + block.rows * panel.words;
-        float* sums = panel.first && panel.last ? here : block.sums;
+        float* sums = panel.first && panel.last ? block_sums : block.sums;
         for (int64_t i = 0; i < panel.tiles; ++i)
             kTileOf[block.rows](
                 {.product = product,

@@ -28,7 +28,7 @@ concept WideLanes = requires(typename Lanes::Floats floats, const float* from, f
     Lanes::store(to, floats);
     { Lanes::add(floats, floats) } -> std::same_as<typename Lanes::Floats>;
     { Lanes::fma(floats, floats, floats) } -> std::same_as<typename Lanes::Floats>;  // a b + c
-    { Lanes::kept(floats, bits) } -> std::same_as<typename Lanes::Floats>;  // zero where a lane's bit is 0
+    { Lanes::keep(floats, bits) } -> std::same_as<typename Lanes::Floats>;  // zero where a lane's bit is 0
     Lanes::round(floats, Dtype::kHalf, out);  // each value rounded to 16 bits, to nearest, ties to even
 };
 
@@ -69,8 +69,8 @@ struct WideProducts {
     const Product& product;
     const Arranged arranged;
 
-    WideProducts(const Product& its_product, const Arranged& its_arranged)
-        : product(its_product), arranged(its_arranged) {}
+    WideProducts(const Product& product_arg, const Arranged& arranged_arg)
+        : product(product_arg), arranged(arranged_arg) {}
 
     // The tiles of a block prefetch the next block's x, some rows each. All of x is read once for each panel; where it
     // comes from the L3 cache and nothing was prefetched, products take 1.1 of the time (AVX2) to 1.2 (AVX-512), for
@@ -103,12 +103,12 @@ struct WideProducts {
         const float *x = factors.x, *right = factors.right;
         const int64_t row = factors.row;
         const auto add_word = [&] {
-            const Floats one = Lanes::load(right), other = Lanes::load(right + Lanes::kLanes);
+            const Floats b0 = Lanes::load(right), b1 = Lanes::load(right + Lanes::kLanes);
 #pragma GCC unroll 16
             for (int r = 0; r < R; ++r) {
                 const Floats value = Lanes::all(x + r * row);
-                sum[r][0] = Lanes::fma(value, one, sum[r][0]);
-                sum[r][1] = Lanes::fma(value, other, sum[r][1]);
+                sum[r][0] = Lanes::fma(value, b0, sum[r][0]);
+                sum[r][1] = Lanes::fma(value, b1, sum[r][1]);
             }
             ++x;
             right += kTileColumns;
@@ -200,7 +200,7 @@ struct WideProducts {
                     bits >>= out.column % 32;
 #pragma GCC unroll 2
                     for (int v = 0; v < 2; ++v)
-                        sum[r][v] = Lanes::kept(sum[r][v], bits >> (v * Lanes::kLanes));
+                        sum[r][v] = Lanes::keep(sum[r][v], bits >> (v * Lanes::kLanes));
                 }
             }
             add_stored();
@@ -222,20 +222,20 @@ struct WideProducts {
             float* y = static_cast<float*>(product.y) + out.row * product.columns + out.column;
 #pragma GCC unroll 16
             for (int r = 0; r < R; ++r, y += product.columns) {
-                float some[kColumns], *to = count == kColumns ? y : some;
+                float padded[kColumns], *to = count == kColumns ? y : padded;
                 Lanes::store(to, Lanes::add(sum[r][0], first));
                 Lanes::store(to + Lanes::kLanes, Lanes::add(sum[r][1], second));
-                if (count != kColumns) std::memcpy(y, some, size_t(count) * sizeof *some);
+                if (count != kColumns) std::memcpy(y, padded, size_t(count) * sizeof *padded);
             }
             return;
         }
         uint16_t* y = static_cast<uint16_t*>(product.y) + out.row * product.columns + out.column;
 #pragma GCC unroll 16
         for (int r = 0; r < R; ++r, y += product.columns) {
-            uint16_t some[kColumns], *to = count == kColumns ? y : some;
+            uint16_t padded[kColumns], *to = count == kColumns ? y : padded;
             Lanes::round(Lanes::add(sum[r][0], first), product.dtype, to);
             Lanes::round(Lanes::add(sum[r][1], second), product.dtype, to + Lanes::kLanes);
-            if (count != kColumns) std::memcpy(y, some, size_t(count) * sizeof *some);
+            if (count != kColumns) std::memcpy(y, padded, size_t(count) * sizeof *padded);
         }
     }
 
@@ -258,7 +258,7 @@ struct WideProducts {
                     *addend_right = reinterpret_cast<const float*>(panel.addend_right);
         const Tile tile = tile_of(block.rows, std::make_integer_sequence<int, int(kRows)>());
         const float* next = x + (block.next - block.row) * row;
-        float* sums = panel.first && panel.last ? here : block.sums;
+        float* sums = panel.first && panel.last ? block_sums : block.sums;
         for (int64_t i = 0; i < panel.tiles * kTileColumns; i += kColumns, next += kNextRows * row) {
             const int64_t column = panel.tile * kTileColumns + i, at = i % kTileColumns;
             if (column >= product.columns) return;
@@ -280,7 +280,7 @@ struct WideProducts {
     void finish() {}
 
  private:
-    alignas(64) float here[kRows * kPanelColumns];
+    alignas(64) float block_sums[kRows * kPanelColumns];
 };
 
 }  // namespace

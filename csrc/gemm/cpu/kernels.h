@@ -78,15 +78,15 @@ struct ManyRows {
     DenseReader dense;  // of x's dtype
     PackedReader packed;
     DenseReader factor;  // of an addend: bf16 where words are pairs, else fp32
-    // Faster than the library with dense weights, too, in 16 bits because it has no instructions for them on this machine.
+    // Also faster than the BLAS library with dense weights, which has no 16-bit instructions to use on this machine.
     bool beats_library = false;
     // With fewer rows the library multiplies by dense weights.
     int64_t least_rows = 1;
 };
 constexpr int64_t kLeastFloatRows = 64;
 
-// B as a kernel reads it, W or Wᵀ; nullopt if there is no kernel, or no reader for such a weight. It refers to the
-// view.
+// Returns W or Wᵀ as the kernel reads it; nullopt without a kernel, or a reader for such a weight. The result refers to
+// the view.
 static inline std::optional<Tiles> tiles_of(const ManyRows& products, const WeightView& weight,
                                             bool transposed) {
     const bool packed = weight.codes != nullptr;
@@ -95,7 +95,7 @@ static inline std::optional<Tiles> tiles_of(const ManyRows& products, const Weig
     if (products.kernel.multiply == nullptr || tiles.unpack == nullptr || weight.numel() == 0 ||
         (!packed && weight.dense == nullptr) || (reader.reads != nullptr && !reader.reads(weight)))
         return {};
-    return tiles.of(&weight);
+    return tiles.bind(&weight);
 }
 
 // The kernel and its readers of dense weights, for all dtypes.

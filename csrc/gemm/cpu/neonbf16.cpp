@@ -68,10 +68,10 @@ inline void multiply_tile(const OutputTile& out, const uint32_t* x, const uint32
         bfloat16x8_t b[kColumnPairs];
 #pragma GCC unroll 2
         for (int half = 0; half < 2; ++half) {
-            const uint32x4_t one = vld1q_u32(right + 4 * half),
-                             other = vld1q_u32(right + kTileColumns + 4 * half);
-            b[2 * half] = as_bf16(vzip1q_u32(one, other));
-            b[2 * half + 1] = as_bf16(vzip2q_u32(one, other));
+            const uint32x4_t row0 = vld1q_u32(right + 4 * half),
+                             row1 = vld1q_u32(right + kTileColumns + 4 * half);
+            b[2 * half] = as_bf16(vzip1q_u32(row0, row1));
+            b[2 * half + 1] = as_bf16(vzip2q_u32(row0, row1));
         }
 #pragma GCC unroll 6
         for (int i = 0; i < P; ++i) {
@@ -120,11 +120,11 @@ struct MatrixProducts {
         const int64_t first = 2 * first_pair, last = first + 2 * pairs;
         for (int64_t m = 0; m < filled_up(rows, 2); ++m) {
             const BFloat16* from = bf16_row(product, first_row + m);
-            const int64_t there = m < rows ? least(last, product.inner) : 0;
+            const int64_t end = m < rows ? least(last, product.inner) : 0;
             uint32_t* to = out + m / 2 * 4 + m % 2 * 2;
             for (int64_t k = first; k < last; k += 4, to += 2 * filled_up(rows, 2)) {
                 uint16_t four[4] = {};
-                if (k < there) std::memcpy(four, from + k, size_t(least(4, there - k)) * sizeof *four);
+                if (k < end) std::memcpy(four, from + k, size_t(least(4, end - k)) * sizeof *four);
                 std::memcpy(to, four, sizeof four);
             }
         }
@@ -133,8 +133,8 @@ struct MatrixProducts {
     const Product& product;
     const uint32_t* x;
 
-    MatrixProducts(const Product& its_product, const Arranged& arranged)
-        : product(its_product), x(arranged.x) {}
+    MatrixProducts(const Product& product_arg, const Arranged& arranged)
+        : product(product_arg), x(arranged.x) {}
 
     void multiply(const Panel& panel, const Block& block) {
         const uint32_t* rows = x + panel.chunk * filled_up(product.rows, kMultiple) + block.row * panel.words;

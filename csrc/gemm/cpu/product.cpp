@@ -35,8 +35,9 @@ void multiply_group(const Kernel& kernel, const Product& product) {
     // A task has any tiles; where sums remain in memory, whole panels.
     const int64_t unit = product.sums != nullptr ? kernel.tiles : 1, units = ceil_div(tiles, unit);
     // Rows are divided only where there are too few columns for all threads.
-    const int64_t wanted = units >= 4 * threads ? 1 : ceil_div(4 * threads, units);
-    const int64_t part_rows = ceil_div(blocks, std::min(wanted, ceil_div(rows, kLeastRows))) * kernel.rows;
+    const int64_t target_parts = units >= 4 * threads ? 1 : ceil_div(4 * threads, units);
+    const int64_t part_rows =
+        ceil_div(blocks, std::min(target_parts, ceil_div(rows, kLeastRows))) * kernel.rows;
     const int64_t parts = ceil_div(rows, part_rows);
     const Product addend = addend_alone(product);
     const int64_t addend_depth = filled_up(addend.words(), kernel.multiple);
@@ -46,17 +47,18 @@ void multiply_group(const Kernel& kernel, const Product& product) {
                       chunk < depth && product.sums == nullptr ? part_rows * kernel.tiles * kTileColumns : 0,
                   words_per_thread = panel_words + addend_words + sums;
     const int64_t all_rows = filled_up(rows, kernel.multiple);
-    const auto words_of = [&](const Product& matrix, int64_t its_depth) {
-        return kernel.rows_in_place(matrix) == rows ? 0 : filled_up(all_rows * its_depth, 16);
+    const auto words_of = [&](const Product& matrix, int64_t matrix_depth) {
+        return kernel.rows_in_place(matrix) == rows ? 0 : filled_up(all_rows * matrix_depth, 16);
     };
     const int64_t x_words = words_of(product, depth), left_words = words_of(addend, addend_depth);
     uint32_t* x = static_cast<uint32_t*>(workspace(4 * (x_words + left_words + threads * words_per_thread)));
     uint32_t *left = x + x_words, *buffers = left + left_words;
-    const auto arrange = [&](const Product& matrix, int64_t its_depth, int64_t its_chunk, uint32_t* out) {
+    const auto arrange = [&](const Product& matrix, int64_t matrix_depth, int64_t matrix_chunk,
+                             uint32_t* out) {
         at::parallel_for(ceil_div(kernel.rows_in_place(matrix), kernel.rows), blocks,
-                         ceil_div(kProductsPerTask, kernel.rows * its_depth * 8),
+                         ceil_div(kProductsPerTask, kernel.rows * matrix_depth * 8),
                          [&](int64_t first, int64_t last) {
-                             kernel.arrange(matrix, its_chunk,
+                             kernel.arrange(matrix, matrix_chunk,
                                             {first * kernel.rows, std::min(last * kernel.rows, rows)}, out);
                          });
     };

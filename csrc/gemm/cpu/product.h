@@ -1,12 +1,12 @@
 // y [rows, columns] = x [rows, inner] B [inner, columns] + bias in 16 bits, with fp32 sums, rounded once.
 //
-// B is not in memory in this form: it is unpacked into the L2 cache, one panel at a time. So a 4-bit weight is never
-// written to memory in 16 bits, nor a 16-bit one in 32 bits.
+// B is unpacked into the L2 cache one panel at a time, so a 4-bit weight is never written to memory in 16 bits, nor a
+// 16-bit weight in 32 bits.
 //
-// A panel consists of 32-bit words. Where the processor has dot products of bf16 a word is a pair of bf16 values that
-// follow one another on the inner dimension; elsewhere it is one fp32 value, and x is widened as well.
+// A panel consists of 32-bit words. On processors with bf16 dot products a word is a pair of bf16 values, consecutive along
+// the inner dimension; elsewhere it is one fp32 value, and x is widened too.
 //
-// Sums run over the inner dimension in order, for any number of threads and any cache sizes.
+// Sums run over the inner dimension in the same order for any number of threads and any cache sizes.
 #pragma once
 
 #include <cstdint>
@@ -38,7 +38,7 @@ struct Tiles {
     // The memory that `unpack` reads for these arguments, without scales.
     Region (*region)(const void* source, int64_t column, int tiles, int64_t first, int64_t last) = nullptr;
 
-    Tiles of(const void* matrix) const { return {matrix, unpack, even_odd, region}; }
+    Tiles bind(const void* matrix) const { return {matrix, unpack, even_odd, region}; }
 };
 
 // Mask of a matrix: bit k % 8 of byte k / 8 of a row keeps column k. Rows are read in words of 32 bits.
@@ -69,12 +69,12 @@ struct Product {
     const void* bias = nullptr;
     void* y;
     Addend addend{};
-    // The source of the product that is likely to come next, of the same kind and sizes as `right`'s: its first panel
-    // is prefetched during the last panel of this product. Or nullptr.
+    // The right operand of the product that probably comes next, of the same kind and size as `right`, or nullptr: its
+    // first panel is prefetched during the last panel of this product.
     const void* following = nullptr;
-    // Where the product is one of several that are summed: fp32 sums to which it is added, and y is not written. Values
-    // from panel to panel, `sum_rows` rows of a panel's columns each, in the tiles' order of columns. Only for kernels
-    // whose sums are `by_rows`; the inner dimension then fits in caches, however long that of the whole sum.
+    // If the product is one term of a longer sum: the fp32 sums to which it is added; y is then not written. Stored panel
+    // by panel, `sum_rows` rows of a panel's columns each, in the column order of the tiles. Only for kernels whose sums
+    // are `by_rows`. This keeps the inner dimension of each product small enough for the caches.
     float* sums = nullptr;
     int64_t sum_rows = 0;
 
@@ -85,11 +85,11 @@ struct Product {
 
 struct Kernel;
 
-// Number of fp32 values that `Product::sums` has.
+// Number of fp32 values of `Product::sums`.
 int64_t sums_size(const Kernel& kernel, int64_t rows, int64_t columns);
-// Multiplies a row of the sums.
+// Multiplies a row of the sums by `factor`.
 void scale_sums(const Kernel& kernel, const Product& product, int64_t row, float factor);
-// A row of the sums, in the order of the columns.
+// Copies a row of the sums, in the order of the columns.
 void read_sums(const Kernel& kernel, const Product& product, int64_t row, float* out);
 
 void multiply(const Kernel& kernel, const Product& product);

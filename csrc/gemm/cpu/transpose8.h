@@ -50,8 +50,8 @@ inline void store_some(float* to, __m256 values, int64_t count) {
 // Values [first, first + count).
 inline void widen_row(const void* values, Dtype dtype, int64_t first, int64_t count, float* out) {
     for (int64_t i = 0; i < count; i += 8) {
-        const int64_t some = count - i < 8 ? count - i : 8;
-        store_some(out + i, widen_some(values, dtype, first + i, some), some);
+        const int64_t count8 = count - i < 8 ? count - i : 8;
+        store_some(out + i, widen_some(values, dtype, first + i, count8), count8);
     }
 }
 

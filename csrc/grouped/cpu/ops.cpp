@@ -14,7 +14,6 @@ namespace peftcore {
 namespace grouped {
 namespace {
 
-using lora::Dropout;
 using lora::ThinKernels;
 
 // The part of a tensor of all experts that belongs to one.
@@ -44,7 +43,7 @@ std::tuple<Tensor, Tensor> grouped_linear(const Tensor& x, const Tensor& offsets
     const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
     const Weight weight(tensors, packing, op);
     const Sizes sizes = check_grouped(x, offsets, weight, bias, factors, transposed, op);
-    const Dropout dropout = lora::dropout_of(dropout_p, seed, op);
+    const Dropout dropout = checked_dropout(dropout_p, seed, op);
     const Tensor rows = x.contiguous(), biases = contiguous(bias);
     const std::vector<Group> groups = groups_of(offsets, rows.size(0), op);
     const int64_t r = factors.empty() ? 0 : factors[0].size(1);
@@ -59,22 +58,22 @@ std::tuple<Tensor, Tensor> grouped_linear(const Tensor& x, const Tensor& offsets
         if (r == 0 && multiply_few(kernels, rows, group, matrix, biases, y)) return;
         const Matrix following = next == nullptr ? Matrix{} : matrices.forward(next->expert);
         if (next != nullptr) matrix.right.following = &following.right.view;
-        const Tensor its_x = rows_of(rows, group), its_y = rows_of(y, group), its_s = rows_of(s, group);
-        const Tensor its_bias = biases.defined() ? biases.select(0, group.expert) : Tensor();
-        if (r == 0) return multiply(kernels, its_x, matrix, its_bias, its_y);
+        const Tensor group_x = rows_of(rows, group), group_y = rows_of(y, group), group_s = rows_of(s, group);
+        const Tensor expert_bias = biases.defined() ? biases.select(0, group.expert) : Tensor();
+        if (r == 0) return multiply(kernels, group_x, matrix, expert_bias, group_y);
         const Tensor a = floats(factors[0].select(0, group.expert)),
                      b = floats(factors[1].select(0, group.expert));
-        const lora::KeepMask keep = lora::keep_mask(thin, dropout, its_x, group.first);
+        const lora::KeepMask keep = lora::keep_mask(thin, dropout, group_x, group.first);
         const lora::Factor right = lora::arranged_factor(thin.arrangement, a, true);
-        lora::down(thin, lora::down_args(its_x, right, lora::factor_of(scale, dropout), keep.mask, its_s),
+        lora::down(thin, lora::down_args(group_x, right, dropout_factor(scale, dropout), keep.mask, group_s),
                    group.rows);
-        if (its_y.numel() == 0) return;
+        if (group_y.numel() == 0) return;
         const bool turned = matrix.right.transposed;
-        if (lora::whole_product(kernels, its_x, matrix.right, its_bias,
-                                {its_s, addend_factor(b, turned, true), {}}, its_y))
+        if (lora::whole_product(kernels, group_x, matrix.right, expert_bias,
+                                {group_s, addend_factor(b, turned, true), {}}, group_y))
             return;
-        multiply(kernels, its_x, matrix, its_bias, its_y);
-        lora::up(thin, its_y, its_s, lora::arranged_factor(thin.plain, b, true), {});
+        multiply(kernels, group_x, matrix, expert_bias, group_y);
+        lora::up(thin, group_y, group_s, lora::arranged_factor(thin.plain, b, true), {});
     });
     no_rows_behind(y, groups);
     no_rows_behind(s, groups);
@@ -90,7 +89,7 @@ Gradients grouped_linear_backward(const Tensor& grad, const std::optional<Tensor
     const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
     const Weight weight(tensors, packing, op);
     const Sizes sizes = check_grouped_backward(grad, x, offsets, weight, factors, transposed, seed, op);
-    const Dropout dropout = factors.empty() ? Dropout{} : lora::dropout_of(dropout_p, seed, op);
+    const Dropout dropout = factors.empty() ? Dropout{} : checked_dropout(dropout_p, seed, op);
     const Tensor dy = grad.contiguous();
     const std::vector<Group> groups = groups_of(offsets, dy.size(0), op);
     const auto [dx, da, db] = empty_gradients(dy, factors, sizes, needs);
@@ -102,7 +101,7 @@ Gradients grouped_linear_backward(const Tensor& grad, const std::optional<Tensor
     const ThinKernels& thin = thin_kernels(kernels, dy, op);
     const Matrices matrices(weight, transposed, op);
     // An expert's gradient of a factor, in fp32: written in place if the result is fp32.
-    const auto its_gradient = [](const Tensor& all, int64_t expert, bool needed) {
+    const auto expert_gradient = [](const Tensor& all, int64_t expert, bool needed) {
         if (!needed) return Tensor();
         const Tensor its = all.select(0, expert);
         return its.scalar_type() == at::kFloat ? its
@@ -117,20 +116,20 @@ Gradients grouped_linear_backward(const Tensor& grad, const std::optional<Tensor
                 if (needed && !factors.empty()) gradient.select(0, group.expert).zero_();
             if (group.rows == 0) return;
         }
-        const Tensor its_dy = rows_of(dy, group), its_dx = needs[0] ? rows_of(dx, group) : Tensor();
+        const Tensor group_dy = rows_of(dy, group), group_dx = needs[0] ? rows_of(dx, group) : Tensor();
         Matrix matrix = needs[0] ? matrices.backward(group.expert) : Matrix{};
         const Matrix following = needs[0] && next != nullptr ? matrices.backward(next->expert) : Matrix{};
         if (next != nullptr) matrix.right.following = &following.right.view;
         if (!is_thin) {
-            if (needs[0]) multiply(kernels, its_dy, matrix, {}, its_dx);
+            if (needs[0]) multiply(kernels, group_dy, matrix, {}, group_dx);
             return;
         }
         const Tensor a = floats(factors[0].select(0, group.expert)),
                      b = floats(factors[1].select(0, group.expert)),
                      t = at::empty({group.rows, r}, s.options());
-        const Tensor its_da = its_gradient(da, group.expert, needs[1]),
-                     its_db = its_gradient(db, group.expert, needs[2]);
-        const lora::KeepMask keep = lora::thin_backward(thin, {.dy = its_dy,
+        const Tensor expert_da = expert_gradient(da, group.expert, needs[1]),
+                     expert_db = expert_gradient(db, group.expert, needs[2]);
+        const lora::KeepMask keep = lora::thin_backward(thin, {.dy = group_dy,
                                                                .x = rows_of(rows, group),
                                                                .s = rows_of(s, group),
                                                                .b = b,
@@ -139,15 +138,16 @@ Gradients grouped_linear_backward(const Tensor& grad, const std::optional<Tensor
                                                                .dropout = dropout,
                                                                .first_row = group.first,
                                                                .t = t,
-                                                               .da = its_da,
-                                                               .db = its_db});
-        store(its_da, da, group.expert);
-        store(its_db, db, group.expert);
+                                                               .da = expert_da,
+                                                               .db = expert_db});
+        store(expert_da, da, group.expert);
+        store(expert_db, db, group.expert);
         if (!needs[0]) return;
         const Tensor factor = addend_factor(a, matrix.right.transposed, false);
-        if (lora::whole_product(kernels, its_dy, matrix.right, {}, {t, factor, keep.mask}, its_dx)) return;
-        multiply(kernels, its_dy, matrix, {}, its_dx);
-        lora::up(thin, its_dx, t, lora::arranged_factor(thin.plain, a, false), keep.mask);
+        if (lora::whole_product(kernels, group_dy, matrix.right, {}, {t, factor, keep.mask}, group_dx))
+            return;
+        multiply(kernels, group_dy, matrix, {}, group_dx);
+        lora::up(thin, group_dx, t, lora::arranged_factor(thin.plain, a, false), keep.mask);
     });
     if (needs[0]) no_rows_behind(dx, groups);
     return {dx, da, db};

@@ -46,7 +46,7 @@ Matrices::Matrices(const Weight& weight, bool transposed, const char* op)
     flipped_ = !flipped_;
 }
 
-Matrix Matrices::of(int64_t expert, bool transposed) const {
+Matrix Matrices::matrix_of(int64_t expert, bool transposed) const {
     if (!dense_.defined()) return {{weight_.expert(expert, op_), transposed}, {}};
     Matrix matrix{{{}, transposed}, dense_.select(0, expert)};
     if (!contiguous_each(dense_)) return matrix;

@@ -22,11 +22,11 @@ class Matrices {
     // y = x W_eᵀ for a weight [experts, out, in]; x W_e for one that is stored [experts, in, out].
     Matrices(const Weight& weight, bool transposed, const char* op);
 
-    Matrix forward(int64_t expert) const { return of(expert, !flipped_); }
-    Matrix backward(int64_t expert) const { return of(expert, flipped_); }
+    Matrix forward(int64_t expert) const { return matrix_of(expert, !flipped_); }
+    Matrix backward(int64_t expert) const { return matrix_of(expert, flipped_); }
 
  private:
-    Matrix of(int64_t expert, bool transposed) const;
+    Matrix matrix_of(int64_t expert, bool transposed) const;
 
     const Weight& weight_;
     const char* op_;

@@ -19,8 +19,6 @@ namespace grouped {
 namespace {
 
 using at::Tensor;
-using lora::RowSumArgs;
-using lora::RowSumBackwardArgs;
 
 // Runs a loop over `count` items of `values` values each.
 template <typename Body>
@@ -126,7 +124,7 @@ Tensor combined(const Tensor& y, const std::optional<Tensor>& weights, const Ten
                           .k = places.size(1),
                           .out = out.mutable_data_ptr(),
                           .wide = result != y.scalar_type()};
-    const auto sums = cpu_kernels().lora.row_sum[int(dtype)].sums;
+    const auto sums = cpu_kernels().row_sum[int(dtype)].sums;
     for_all(places.size(0), y.size(1) * args.k,
             [&](int64_t first, int64_t last) { sums(args, first, last); });
     return out;
@@ -146,7 +144,7 @@ std::tuple<Tensor, Tensor> combined_backward(const Tensor& grad, const std::opti
     const int64_t rows = weights.numel(), columns = grad.size(1);
     TORCH_CHECK_VALUE(order.dim() == 1 && order.size(0) == rows, op, ": order must be [", rows, "], found ",
                       order.sizes());
-    Tensor of_y;
+    Tensor y_rows;
     if (needs[1]) {
         TORCH_CHECK_TYPE(y.has_value(), op, ": y must be a tensor for the gradient of weights, found None");
         matrix_dtype(*y, op, "y");
@@ -154,28 +152,28 @@ std::tuple<Tensor, Tensor> combined_backward(const Tensor& grad, const std::opti
                           y->device());
         TORCH_CHECK_VALUE(y->size(0) == rows && y->size(1) == columns, op, ": y must be [", rows, ", ",
                           columns, "], found ", y->sizes());
-        of_y = y->contiguous();
+        y_rows = y->contiguous();
     }
     // Two different 16-bit dtypes, for which PyTorch has no product, go through fp32.
     const bool mixed =
-        of_y.defined() && grad.scalar_type() != at::kFloat && grad.scalar_type() != of_y.scalar_type();
-    const Tensor its_grad = mixed ? floats(grad) : grad.contiguous(), pairs = order.contiguous(),
+        y_rows.defined() && grad.scalar_type() != at::kFloat && grad.scalar_type() != y_rows.scalar_type();
+    const Tensor grad_rows = mixed ? floats(grad) : grad.contiguous(), pairs = order.contiguous(),
                  shares = floats(weights),
                  dy = at::empty(needs[0] ? at::IntArrayRef{rows, columns} : at::IntArrayRef{0},
-                                its_grad.options()),
+                                grad_rows.options()),
                  dw = at::zeros(needs[1] ? weights.sizes() : at::IntArrayRef{0}, shares.options());
     check_numbers(pairs, rows, op, "order");
-    const Tensor& read = of_y.defined() ? of_y : its_grad;
-    const RowSumBackwardArgs args{.grad = its_grad.const_data_ptr(),
-                                  .y = of_y.defined() ? of_y.const_data_ptr() : nullptr,
+    const Tensor& read = y_rows.defined() ? y_rows : grad_rows;
+    const RowSumBackwardArgs args{.grad = grad_rows.const_data_ptr(),
+                                  .y = y_rows.defined() ? y_rows.const_data_ptr() : nullptr,
                                   .columns = columns,
                                   .weights = shares.const_data_ptr<float>(),
                                   .order = pairs.const_data_ptr<int64_t>(),
                                   .k = weights.size(1),
                                   .dy = needs[0] ? dy.mutable_data_ptr() : nullptr,
                                   .dw = needs[1] ? dw.mutable_data_ptr<float>() : nullptr,
-                                  .wide = its_grad.scalar_type() != read.scalar_type()};
-    const auto backward = cpu_kernels().lora.row_sum[int(kernel_dtype(read.scalar_type(), op))].backward;
+                                  .wide = grad_rows.scalar_type() != read.scalar_type()};
+    const auto backward = cpu_kernels().row_sum[int(kernel_dtype(read.scalar_type(), op))].backward;
     for_all(rows, columns, [&](int64_t first, int64_t last) { backward(args, first, last); });
     return {dy.to(grad.scalar_type()), dw.to(weights.scalar_type())};
 }

@@ -22,7 +22,7 @@ __global__ void __launch_bounds__(kThreads) down_kernel(const Down p, int chunks
     tile.factor = p.factor + rows.expert * p.rank * p.columns;
     tile.rank = tile.stride = p.rank;
     tile.first_rank = chunk;
-    tile.dropout = lora::with_key(p.dropout);
+    tile.dropout = with_key(p.dropout);
     tile.scale = p.scale;
     tile.out = p.out;
     lora::down_tile<T, kRowTiles, kRankTiles, kAcross>(tile);

@@ -6,8 +6,8 @@
 
 #include <cstdint>
 
+#include "common/dropout.h"
 #include "common/dtype.h"
-#include "lora/dropout.h"
 #include "weight/view.h"
 
 namespace peftcore {
@@ -42,7 +42,7 @@ struct Up {
     const float* thin;    // [rows, rank]
     const float* factor;  // F [experts, columns, rank]
     int rank;             // 0: neither thin nor factor
-    lora::Dropout dropout;
+    Dropout dropout;
     void* out;  // [rows, columns]
 };
 
@@ -56,7 +56,7 @@ struct Down {
     bool across;
     int rank;
     float scale;
-    lora::Dropout dropout;
+    Dropout dropout;
     float* out;  // [rows, rank]
 };
 
@@ -68,7 +68,7 @@ struct Reduce {
     const float* thin;  // [rows, rank]
     int64_t columns;
     int rank;
-    lora::Dropout dropout;
+    Dropout dropout;
     Dtype out_dtype;
     bool transposed;
     void* out;  // [experts, columns, rank], or transposed [experts, rank, columns]

@@ -20,8 +20,6 @@ namespace peftcore {
 namespace grouped {
 namespace {
 
-using lora::Dropout;
-
 // Arguments shared by an operator's launches, and launchers that take tensors.
 class Call {
  public:
@@ -141,7 +139,7 @@ std::tuple<Tensor, Tensor> grouped_linear(const Tensor& x, const Tensor& offsets
     const c10::DeviceGuard guard(x.device());
     const Weight weight = contiguous_weight(tensors, packing, op);
     check_grouped(x, offsets, weight, bias, factors, transposed, op);
-    const Dropout dropout = lora::dropout_of(dropout_p, seed, op, x.device());
+    const Dropout dropout = checked_dropout(dropout_p, seed, op, x.device());
     const Tensor rows = x.contiguous(), added = contiguous(bias);
     if (!on_16_bytes(rows, weight))
         return OrReference<"peftcore::grouped_linear", "", &grouped_linear>::reference(
@@ -153,7 +151,7 @@ std::tuple<Tensor, Tensor> grouped_linear(const Tensor& x, const Tensor& offsets
     if (factors.empty())
         return {call.product(rows, weight, transposed, added, {}, {}, {}),
                 at::empty({rows.size(0), 0}, x.options().dtype(at::kFloat))};
-    const Tensor s = call.down(rows, floats(factors[0]), false, lora::factor_of(scale, dropout), dropout);
+    const Tensor s = call.down(rows, floats(factors[0]), false, dropout_factor(scale, dropout), dropout);
     return {call.product(rows, weight, transposed, added, s, floats(factors[1]), {}), s};
 }
 
@@ -165,8 +163,7 @@ Gradients grouped_linear_backward(const Tensor& grad, const std::optional<Tensor
     const c10::DeviceGuard guard(grad.device());
     const Weight weight = contiguous_weight(tensors, packing, op);
     const Sizes sizes = check_grouped_backward(grad, x, offsets, weight, factors, transposed, seed, op);
-    const Dropout dropout =
-        factors.empty() ? Dropout{} : lora::dropout_of(dropout_p, seed, op, grad.device());
+    const Dropout dropout = factors.empty() ? Dropout{} : checked_dropout(dropout_p, seed, op, grad.device());
     const Tensor rows = grad.contiguous();
     if (!on_16_bytes(rows, weight))
         return OrReference<"peftcore::grouped_linear_backward", "", &grouped_linear_backward>::reference(
@@ -178,7 +175,7 @@ Gradients grouped_linear_backward(const Tensor& grad, const std::optional<Tensor
     Tensor t, a;
     if (!factors.empty() && (needs[0] || needs[1])) {
         if (needs[0]) a = floats(factors[0].transpose(1, 2));
-        t = call.down(rows, floats(factors[1]), true, lora::factor_of(scale, dropout), {});
+        t = call.down(rows, floats(factors[1]), true, dropout_factor(scale, dropout), {});
     }
     if (!factors.empty() && needs[1]) call.reduce(x->contiguous(), t, dropout, true, da);
     if (!factors.empty() && needs[2]) call.reduce(rows, factors[2].contiguous(), {}, false, db);

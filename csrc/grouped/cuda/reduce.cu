@@ -24,7 +24,7 @@ __global__ void __launch_bounds__(kThreads)
     tile.last_row = rise ? p.groups.offsets[expert] : 0;
     tile.column = chunk % column_chunks * lora::kReduceColumns;
     tile.first_rank = int(blockIdx.x % unsigned(rank_chunks)) * 8 * kRankTiles;
-    tile.dropout = lora::with_key(p.dropout);
+    tile.dropout = with_key(p.dropout);
     const int64_t begin = expert * p.columns * p.rank;
     lora::reduce_tile<T, kRankTiles, false>(tile, [&](int64_t column, int rank, float sum) {
         const int64_t i = p.transposed ? rank * p.columns + column : column * p.rank + rank;

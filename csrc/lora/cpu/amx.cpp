@@ -91,9 +91,9 @@ void down(const DownArgs& args, int64_t first, int64_t last) {
                 _mm512_storeu_si512(
                     &staged[size_t(i * stride + k)],
                     load_kept(x + i * columns + k, columns - k, args.keep.row(m + i) + k / 8));
-        const bool kept = args.keep.bits == nullptr;
+        const bool in_place = args.keep.bits == nullptr;
         for (int64_t n = 0; n < args.r; n += kSide) {
-            down_tiles(kept ? x : staged.data(), kept ? columns : stride, rows, columns,
+            down_tiles(in_place ? x : staged.data(), in_place ? columns : stride, rows, columns,
                        static_cast<const uint32_t*>(args.right) + kHalves * n, width, sums);
             for (int64_t i = 0; i < rows; ++i)
                 _mm512_mask_storeu_ps(args.s + (m + i) * args.r + n, first_of(args.r - n),
@@ -109,15 +109,15 @@ void outer_block(const uint32_t* left, int64_t width, const uint32_t* right, int
                  float* sums, int64_t sums_row) {
     constexpr int64_t kSteps = kBlockPairs / kSide;
     alignas(64) uint32_t turned[kHalves * kSteps][kSide][kSide];  // a step's first values and remainders
-    TileMemory some;
+    TileMemory padded;
     const int64_t steps = filled_up(pairs, kSide) / kSide;
     for (int64_t j = 0; j < width; j += kSide) {
         for (int64_t i = 0; i < kHalves * steps; ++i) {
             const uint32_t* from = left + kHalves * (i / kHalves * kSide * width + j) + i % kHalves * kSide;
             int64_t stride = kHalves * width;
             if (pairs - i / kHalves * kSide < kSide) {
-                some.fill(from, stride, pairs - i / kHalves * kSide);
-                from = some.words[0];
+                padded.fill(from, stride, pairs - i / kHalves * kSide);
+                from = padded.words[0];
                 stride = kSide;
             }
             for (int64_t q = 0; q < kSide; q += 4)
@@ -169,9 +169,9 @@ void outer(const OuterArgs& args, int64_t first, int64_t last) {
         for (int64_t i = 0; i < block.rows; i += kPair, x += kPair * args.columns) {
             prefetch_ahead(block, i, args.columns);
             prefetch_ahead(block, i + 1, args.columns);
-            const bool both = i + 1 < block.rows;
-            stage_rows(x, both ? x + args.columns : nullptr, block.columns, block.keep.row(i),
-                       both ? block.keep.row(i + 1) : nullptr, staged + i / kPair * width);
+            const bool has_second = i + 1 < block.rows;
+            stage_rows(x, has_second ? x + args.columns : nullptr, block.columns, block.keep.row(i),
+                       has_second ? block.keep.row(i + 1) : nullptr, staged + i / kPair * width);
         }
         std::fill(staged + pairs * width, staged + filled_up(pairs, kSide) * width, 0u);
         outer_block(static_cast<const uint32_t*>(args.left) + block.row / kPair * kHalves * args.width,

@@ -1,78 +1,21 @@
-// The loops of kernels.h in fp32, shared by all dtypes of x and all levels.
+// The low-rank products of kernels.h in fp32, shared by all dtypes of x and all levels.
 //
 // A long sum is a sum of short ones, of kChain products each, to reduce the rounding error, which grows with the root
 // of a sum's length.
 #pragma once
 
 #include <algorithm>
-#include <concepts>
-#include <cstring>
 #include <type_traits>
 #include <vector>
 
 #include "common/caches.h"
-#include "common/integers.h"
-#include "lora/cpu/keep_bytes.h"
 #include "lora/cpu/kernels.h"
+#include "simd/products.h"
 
 namespace peftcore {
 namespace lora {
 
-template <typename Simd, typename T>
-concept LoadsAndStores = requires(const T* from, T* to, typename Simd::Vector vector) {
-    { Simd::load(from) } -> std::same_as<typename Simd::Vector>;
-    Simd::store(to, vector);  // rounded to the nearest
-};
-
-template <typename Simd>
-concept Lanes = LoadsAndStores<Simd, float> && LoadsAndStores<Simd, Half> && LoadsAndStores<Simd, BFloat16> &&
-                requires(typename Simd::Vector v, float value, uint32_t bits, const Dropout& dropout,
-                         int64_t n, uint8_t* out) {
-                    { Simd::kLanes } -> std::convertible_to<int>;  // of a vector of fp32 sums
-                    { Simd::kRows } -> std::convertible_to<int>;   // that share a right vector
-                    { Simd::zero() } -> std::same_as<typename Simd::Vector>;
-                    { Simd::set(value) } -> std::same_as<typename Simd::Vector>;
-                    { Simd::add(v, v) } -> std::same_as<typename Simd::Vector>;
-                    { Simd::mul(v, v) } -> std::same_as<typename Simd::Vector>;
-                    { Simd::fma(v, v, v) } -> std::same_as<typename Simd::Vector>;   // a b + c
-                    { Simd::keep(v, bits) } -> std::same_as<typename Simd::Vector>;  // zero where the bit is
-                    // Of kLanes vectors from &v on; lane i: the sum of v[i]'s lanes.
-                    { Simd::sums(&v) } -> std::same_as<typename Simd::Vector>;
-                    Simd::keep_bytes(dropout, n, n, n, out);  // row, first, count: see dropout.h
-                };
-
-// A level may have `gather`, which writes n <= 16 values, `stride` apart, followed by zeros up to 16. False if it does not
-// take the stride; nothing is then written.
-template <typename Simd>
-concept Gathers = requires(const float* from, int64_t stride, int64_t n, float* out) {
-    { Simd::gather(from, stride, n, out) } -> std::same_as<bool>;
-};
-
-template <typename Level, typename S>
-static inline typename Level::Vector load_some(const S* from, int64_t count) {
-    if (__builtin_expect(count >= Level::kLanes, true)) return Level::load(from);
-    if (count <= 0) return Level::zero();
-    S whole[Level::kLanes] = {};
-    std::memcpy(whole, from, size_t(count) * sizeof(S));
-    return Level::load(whole);
-}
-
-template <typename Level, typename S>
-static inline void store_some(S* to, int64_t count, typename Level::Vector value) {
-    if (__builtin_expect(count >= Level::kLanes, true)) return Level::store(to, value);
-    if (count <= 0) return;
-    S whole[Level::kLanes];
-    Level::store(whole, value);
-    std::memcpy(to, whole, size_t(count) * sizeof(S));
-}
-
-// The bits of kLanes columns from `column` on, which is a multiple of kLanes.
-template <typename Level>
-static inline uint32_t bits_at(const uint8_t* keep, int64_t column) {
-    uint32_t bits = 0;
-    std::memcpy(&bits, keep + column / 8, Level::kLanes >= 8 ? Level::kLanes / 8 : 1);
-    return bits >> column % 8;
-}
+using namespace simd;
 
 // Prefetches a later row of x: rows are too far apart for the processor's prefetcher.
 template <typename T>
@@ -118,69 +61,14 @@ static inline void for_each_block(const OuterArgs& args, int64_t first, int64_t 
         }
 }
 
-// x of `Type` on the vectors of `Simd`.
-template <Lanes Simd, typename Type>
-struct Of : Simd {
-    using T = Type;
-};
-
-template <typename Level>
-static inline void stage_row(const typename Level::T* row, int64_t columns, const uint8_t* keep, float* out) {
-    for (int64_t k = 0; k < columns; k += Level::kLanes) {
-        typename Level::Vector value = load_some<Level>(row + k, columns - k);
-        if (keep != nullptr) value = Level::keep(value, bits_at<Level>(keep, k));
-        Level::store(out + k, value);
-    }
-}
-
 template <typename Level>
 struct Blocks {
     using T = typename Level::T;
     using Vector = typename Level::Vector;
     static constexpr int kLanes = Level::kLanes, kRows = Level::kRows;
+    using Products = simd::Products<Level>;
     static constexpr int64_t kChain = 64;
     static_assert(kBlockRows == kChain);
-
-    static int64_t padded(int64_t count) { return filled_up(count, kLanes); }
-
-    // The sum over i of left row m and right columns v * kLanes ..:
-    //   sums[m][v] = left[m * left_row + i * left_inner] right[i * right_inner + v * kLanes ..]
-    template <int R, int V>
-    static inline __attribute__((always_inline)) void multiply(const float* left, int64_t left_row,
-                                                               int64_t left_inner, const float* right,
-                                                               int64_t right_inner, int64_t inner,
-                                                               Vector (&sums)[R][V]) {
-#pragma GCC unroll 16
-        for (int m = 0; m < R; ++m)
-#pragma GCC unroll 2
-            for (int v = 0; v < V; ++v) sums[m][v] = Level::zero();
-        for (int64_t i = 0; i < inner; ++i, left += left_inner, right += right_inner) {
-            Vector column[V];
-#pragma GCC unroll 2
-            for (int v = 0; v < V; ++v) column[v] = Level::load(right + v * kLanes);
-#pragma GCC unroll 16
-            for (int m = 0; m < R; ++m)
-#pragma GCC unroll 2
-                for (int v = 0; v < V; ++v)
-                    sums[m][v] = Level::fma(Level::set(left[m * left_row]), column[v], sums[m][v]);
-        }
-    }
-
-    // `tile` of all [rows, columns], as tile.run<R, V>(row, column); columns are padded.
-    template <int R, typename Tile>
-    static inline void row_tiles(int64_t row, int64_t columns, const Tile& tile) {
-        int64_t n = 0;
-        for (; n + 2 * kLanes <= columns; n += 2 * kLanes) tile.template run<R, 2>(row, n);
-        if (n < columns) tile.template run<R, 1>(row, n);
-    }
-
-    template <typename Tile>
-    static void tiles(int64_t rows, int64_t columns, const Tile& tile) {
-        int64_t m = 0;
-        for (; m + kRows <= rows; m += kRows) row_tiles<kRows>(m, columns, tile);
-        for (; m + 4 <= rows; m += 4) row_tiles<4>(m, columns, tile);
-        for (; m < rows; ++m) row_tiles<1>(m, columns, tile);
-    }
 
     static void arrange(const float* from, int64_t inner_stride, int64_t outer_stride, int64_t inner,
                         int64_t outer, int64_t width, void* to) {
@@ -219,12 +107,13 @@ struct Blocks {
             };
             prefetch_next(0);
             Vector total[R][V];
-            multiply<R, V>(x, left_row, 1, right, args.width, std::min(kChain, args.columns), total);
+            Products::template multiply<R, V>(x, left_row, 1, right, args.width,
+                                              std::min(kChain, args.columns), total);
             for (int64_t k = kChain; k < args.columns; k += kChain) {
                 Vector sums[R][V];
                 prefetch_next(k);
-                multiply<R, V>(x + k, left_row, 1, right + k * args.width, args.width,
-                               std::min(kChain, args.columns - k), sums);
+                Products::template multiply<R, V>(x + k, left_row, 1, right + k * args.width, args.width,
+                                                  std::min(kChain, args.columns - k), sums);
 #pragma GCC unroll 16
                 for (int i = 0; i < R; ++i)
 #pragma GCC unroll 2
@@ -248,16 +137,16 @@ struct Blocks {
         const int64_t columns = args.columns;
         if constexpr (std::is_same_v<T, float>)
             if (args.keep.bits == nullptr)
-                return tiles(last - first, padded(args.r),
-                             DownTile{args, x + first * columns, columns, first});
-        const int64_t stride = padded(columns);
+                return Products::tiles(last - first, Products::padded(args.r),
+                                       DownTile{args, x + first * columns, columns, first});
+        const int64_t stride = Products::padded(columns);
         std::vector<float> rows(size_t(kRows * stride));
         for (int64_t m = first; m < last; m += kRows) {
             const int64_t count = std::min<int64_t>(kRows, last - m);
             for (int64_t i = 0; i < count; ++i)
                 stage_row<Level>(x + (m + i) * columns, columns, args.keep.row(m + i),
                                  rows.data() + i * stride);
-            tiles(count, padded(args.r), DownTile{args, rows.data(), stride, m});
+            Products::tiles(count, Products::padded(args.r), DownTile{args, rows.data(), stride, m});
         }
     }
 
@@ -275,8 +164,8 @@ struct Blocks {
                 for (int i = 0; i < R; ++i)
                     __builtin_prefetch(reinterpret_cast<const char*>(y + i * args.columns + 2 * kLanes), 1);
             Vector sums[R][V];
-            multiply<R, V>(args.left + row * args.inner, args.inner, 1, args.right + n, args.width,
-                           args.inner, sums);
+            Products::template multiply<R, V>(args.left + row * args.inner, args.inner, 1, args.right + n,
+                                              args.width, args.inner, sums);
 #pragma GCC unroll 16
             for (int i = 0; i < R; ++i)
 #pragma GCC unroll 2
@@ -292,7 +181,7 @@ struct Blocks {
     };
 
     static void up(const UpArgs& args, int64_t first, int64_t last) {
-        tiles(last - first, padded(args.columns), UpTile{args, first});
+        Products::tiles(last - first, Products::padded(args.columns), UpTile{args, first});
     }
 
     struct OuterTile {
@@ -305,7 +194,7 @@ struct Blocks {
         inline void run(int64_t m, int64_t n) const {
             Vector tile[R][V];
             float* to = sums + m * sums_row + n;
-            multiply<R, V>(left + m, 1, left_inner, right + n, right_inner, inner, tile);
+            Products::template multiply<R, V>(left + m, 1, left_inner, right + n, right_inner, inner, tile);
 #pragma GCC unroll 16
             for (int i = 0; i < R; ++i)
 #pragma GCC unroll 2
@@ -323,28 +212,28 @@ struct Blocks {
             if constexpr (std::is_same_v<T, float>)
                 // x could be read in place, but from memory reading it row by row, as below, is faster.
                 if (args.cached && block.keep.bits == nullptr && block.columns % kLanes == 0)
-                    return tiles(args.r, block.columns,
-                                 OuterTile{.left = left,
-                                           .right = block.x,
-                                           .left_inner = args.width,
-                                           .right_inner = args.columns,
-                                           .inner = block.rows,
-                                           .sums = block.sums,
-                                           .sums_row = block.sums_row});
-            const int64_t width = padded(block.columns);
+                    return Products::tiles(args.r, block.columns,
+                                           OuterTile{.left = left,
+                                                     .right = block.x,
+                                                     .left_inner = args.width,
+                                                     .right_inner = args.columns,
+                                                     .inner = block.rows,
+                                                     .sums = block.sums,
+                                                     .sums_row = block.sums_row});
+            const int64_t width = Products::padded(block.columns);
             for (int64_t i = 0; i < block.rows; ++i) {
                 prefetch_ahead(block, i, args.columns);
                 stage_row<Level>(block.x + i * args.columns, block.columns, block.keep.row(i),
                                  staged + i * width);
             }
-            tiles(args.r, width,
-                  OuterTile{.left = left,
-                            .right = staged,
-                            .left_inner = args.width,
-                            .right_inner = width,
-                            .inner = block.rows,
-                            .sums = block.sums,
-                            .sums_row = block.sums_row});
+            Products::tiles(args.r, width,
+                            OuterTile{.left = left,
+                                      .right = staged,
+                                      .left_inner = args.width,
+                                      .right_inner = width,
+                                      .inner = block.rows,
+                                      .sums = block.sums,
+                                      .sums_row = block.sums_row});
         });
     }
 

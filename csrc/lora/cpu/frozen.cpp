@@ -81,7 +81,7 @@ bool whole_product(const CpuKernels& kernels, const Tensor& x, const Right& righ
     const WeightView view = gemm::view_of(factor);
     const gemm::Tiles& reader = right.transposed ? products.factor.transposed : products.factor.plain;
     product.addend.left = left.const_data_ptr();
-    product.addend.right = reader.of(&view);
+    product.addend.right = reader.bind(&view);
     product.addend.inner = left.size(1);
     product.addend.keep = thin.keep;
     gemm::multiply(products.kernel, product);

@@ -1,5 +1,5 @@
-// The product with the frozen weight, alone or together with the low-rank product. x and dy are matrices; the caller
-// has checked the arguments.
+// The product with the frozen weight, alone or fused with the low-rank product. x and dy are matrices, and the caller has
+// checked the arguments.
 #pragma once
 
 #include "cpu/kernels.h"
@@ -14,7 +14,7 @@ Tensor frozen_linear(const Tensor& x, const Weight& weight, const std::optional<
 // dy W
 Tensor frozen_linear_backward(const Tensor& dy, const Weight& weight);
 
-// A matrix as right operand: Wᵀ, if `transposed`, or W. The view is empty if none of our kernels can read the matrix.
+// A weight as right operand: Wᵀ if `transposed`, else W. The view is empty if our kernels cannot read the weight.
 struct Right {
     WeightView view;
     bool transposed;
@@ -26,8 +26,8 @@ struct Right {
 // Products of many rows like x.
 const gemm::ManyRows& many_rows(const CpuKernels& kernels, const Tensor& x);
 
-// The matrix as gemm::multiply reads it; nullopt where it does not take this processor, dtype of x or shape. It refers
-// to `right`.
+// Returns the operand as gemm::multiply reads it, or nullopt if that does not support the processor, x's dtype or the
+// shape. The result refers to `right`.
 std::optional<gemm::Tiles> tiles_of(const CpuKernels& kernels, const Tensor& x, const Right& right);
 
 // keep ∘ (left factor). Factors are fp32, contiguous; the right one has W's layout: with Wᵀ [columns of y, r], with W
@@ -37,8 +37,8 @@ struct ThinProduct {
     const Mask& keep;
 };
 
-// y = x right + bias + the low-rank product in the same sums, rounded once; false where no kernel takes this processor,
-// dtype or shape: `up` must then add the low-rank product.
+// y = x right + bias + the low-rank product, accumulated in the same sums and rounded once. Returns false if no kernel
+// supports the processor, dtype or shape; `up` must then add the low-rank product.
 bool whole_product(const CpuKernels& kernels, const Tensor& x, const Right& right, const Tensor& bias,
                    const ThinProduct& thin, const Tensor& y);
 

@@ -51,7 +51,7 @@ std::tuple<Tensor, Tensor> lora_linear(const Tensor& x, at::TensorList tensors, 
     check_linear(x, weight, bias, op);
     check_factors(operand(x), a, b, weight.rows(), op);
     const int64_t r = a.size(0);
-    const Dropout dropout = dropout_of(dropout_p, seed, op);
+    const Dropout dropout = checked_dropout(dropout_p, seed, op);
     const Tensor flat = matrix(x);
     const Tensor s = at::empty({flat.size(0), r}, x.options().dtype(at::kFloat));
     const CpuKernels& kernels = cpu_kernels();
@@ -68,7 +68,7 @@ std::tuple<Tensor, Tensor> lora_linear(const Tensor& x, at::TensorList tensors, 
     } else if (s.numel() != 0) {
         const KeepMask keep = keep_mask(thin, dropout, flat);
         const Factor right = arranged_factor(thin.arrangement, floats(a), true);
-        down(thin, down_args(flat, right, factor_of(scale, dropout), keep.mask, s), flat.size(0));
+        down(thin, down_args(flat, right, dropout_factor(scale, dropout), keep.mask, s), flat.size(0));
         y = whole_linear(kernels, flat, weight, bias, s, floats(b));
     }
     if (!y.defined()) {
@@ -92,13 +92,13 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_backward(const Tensor& grad, cons
     check_factors(operand(x), a, b, weight.rows(), op);
     const int64_t r = a.size(0), columns = weight.columns(), out_features = weight.rows();
     check_gradient(grad, s, x, out_features, r, op);
-    const Dropout dropout = dropout_of(dropout_p, seed, op);
+    const Dropout dropout = checked_dropout(dropout_p, seed, op);
     const Tensor flat = matrix(x), rows = matrix(grad);
     const int64_t count = flat.size(0);
     const bool nothing = count == 0 || r == 0 || columns == 0 || out_features == 0;
     const auto gradient = [&](bool needed, at::IntArrayRef shape) {
-        const Tensor made = at::empty(needed ? shape : at::IntArrayRef{0}, x.options().dtype(at::kFloat));
-        return nothing ? made.zero_() : made;
+        const Tensor result = at::empty(needed ? shape : at::IntArrayRef{0}, x.options().dtype(at::kFloat));
+        return nothing ? result.zero_() : result;
     };
     const Tensor da = gradient(needs[1], a.sizes()), db = gradient(needs[2], b.sizes());
     Tensor dx = at::empty({0}, x.options());

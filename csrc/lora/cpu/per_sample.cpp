@@ -95,15 +95,15 @@ void add_rows(const Tensor& x, const Tensor& y, const std::vector<Tensor>& a, co
     at::parallel_for(0, int64_t(rows.size()), 1, [&](int64_t first, int64_t last) {
         std::vector<float> wide(size_t(columns + kRowPadding)), s, delta(size_t(out_features + kRowPadding));
         for (int64_t i = first; i < last; ++i) {
-            const auto [row, which] = rows[size_t(i)];
-            const Tensor &down = a[size_t(which)], &up = b[size_t(which)];
+            const auto [row, contiguous_index] = rows[size_t(i)];
+            const Tensor &down = a[size_t(contiguous_index)], &up = b[size_t(contiguous_index)];
             const int64_t r = down.size(0);
             s.resize(size_t(r + kRowPadding));
             of_x.widen(static_cast<const char*>(x.const_data_ptr()) + row * columns * x.element_size(),
                        columns, wide.data());
             row_kernels(down.scalar_type(), op)
                 .multiply(wide.data(), down.const_data_ptr(), columns, r, s.data());
-            for (int64_t j = 0; j < r; ++j) s[size_t(j)] *= float(scales[size_t(which)]);
+            for (int64_t j = 0; j < r; ++j) s[size_t(j)] *= float(scales[size_t(contiguous_index)]);
             row_kernels(up.scalar_type(), op)
                 .multiply(s.data(), up.const_data_ptr(), r, out_features, delta.data());
             of_x.add(delta.data(), out_features,
@@ -125,13 +125,13 @@ Tensor lora_linear_per_sample(const Tensor& x, at::TensorList tensors, at::IntAr
     const Tensor flat = matrix(x);
     const Tensor y = frozen_linear(flat, weight, bias);
     const int64_t samples = x.size(0), count = samples == 0 ? 0 : flat.size(0) / samples;
-    const Tensor which = index.contiguous();
-    const int64_t* of = which.const_data_ptr<int64_t>();
+    const Tensor contiguous_index = index.contiguous();
+    const int64_t* numbers = contiguous_index.const_data_ptr<int64_t>();
     std::vector<Sharing> adapters(a.size());
     for (int64_t i = 0; i < samples; ++i) {
-        TORCH_CHECK_VALUE(of[i] >= -1 && of[i] < int64_t(a.size()), op, ": index must be -1 (none) to ",
-                          int64_t(a.size()) - 1, ", found ", of[i]);
-        if (of[i] >= 0) adapters[size_t(of[i])].samples.push_back(i * count);
+        TORCH_CHECK_VALUE(numbers[i] >= -1 && numbers[i] < int64_t(a.size()), op,
+                          ": index must be -1 (none) to ", int64_t(a.size()) - 1, ", found ", numbers[i]);
+        if (numbers[i] >= 0) adapters[size_t(numbers[i])].samples.push_back(i * count);
     }
     if (y.numel() == 0) return y.view(with_last(x, out_features));
     const ThinKernels& kernels = cpu_kernels().lora.thin[int(kernel_dtype(x.scalar_type(), op))];

@@ -63,12 +63,12 @@ struct Rows {
         }
         if (j == inner) return;
         const Vector left = load_some<Level>(x + j, inner - j);
-        const uint32_t there = (1u << (inner - j)) - 1;
+        const uint32_t tail_bits = (1u << (inner - j)) - 1;
         if (inside) {
 #pragma GCC unroll 16
             for (int i = 0; i < kLanes; ++i)
                 totals[i] =
-                    Level::fma(left, Level::keep(Level::load(rows + i * inner + j), there), totals[i]);
+                    Level::fma(left, Level::keep(Level::load(rows + i * inner + j), tail_bits), totals[i]);
         } else {
             for (int i = 0; i < kLanes; ++i)
                 totals[i] = Level::fma(left, load_some<Level>(rows + i * inner + j, inner - j), totals[i]);

@@ -12,8 +12,8 @@ namespace {
 
 constexpr int64_t kFactorProductsPerTask = 1 << 15;  // fewer than kProductsPerTask: factors come from memory
 
-const RowKernels& row_kernels(const Kernels& kernels, const Tensor& of) {
-    return kernels.row[int(kernel_dtype(of.scalar_type(), "lora_linear"))];
+const RowKernels& row_kernels(const Kernels& kernels, const Tensor& like) {
+    return kernels.row[int(kernel_dtype(like.scalar_type(), "lora_linear"))];
 }
 
 const char* bytes(const Tensor& t) { return static_cast<const char*>(t.const_data_ptr()); }
@@ -26,10 +26,10 @@ Tensor plain_factor(const Tensor& factor) {
 
 SkinnyLora::SkinnyLora(const Kernels& kernels, const Tensor& x, const Tensor& a, const Tensor& b,
                        float factor, const Tensor& s, const Tensor& y)
-    : of_x_(row_kernels(kernels, x)),
-      of_a_(row_kernels(kernels, a)),
-      of_b_(row_kernels(kernels, b)),
-      of_y_(row_kernels(kernels, y)),
+    : x_kernels_(row_kernels(kernels, x)),
+      a_kernels_(row_kernels(kernels, a)),
+      b_kernels_(row_kernels(kernels, b)),
+      y_kernels_(row_kernels(kernels, y)),
       rows_(x.size(0)),
       inner_(x.size(1)),
       columns_(y.size(1)),
@@ -49,8 +49,8 @@ void SkinnyLora::down(int64_t piece) const {
     std::vector<float> a(size_t(inner_ + kRowPadding)), sums(size_t(rows_ + kRowPadding));
     const int64_t first = piece * kOutputs, last = std::min(first + kOutputs, r_);
     for (int64_t i = first; i < last; ++i) {
-        of_a_.widen(a_ + i * a_row_, inner_, a.data());
-        of_x_.multiply(a.data(), x_, inner_, rows_, sums.data());
+        a_kernels_.widen(a_ + i * a_row_, inner_, a.data());
+        x_kernels_.multiply(a.data(), x_, inner_, rows_, sums.data());
         for (int64_t m = 0; m < rows_; ++m) s_[m * r_ + i] = factor_ * sums[size_t(m)];
     }
 }
@@ -62,8 +62,8 @@ void SkinnyLora::up(Range columns) const {
     for (int64_t n = columns.first; n < columns.last; n += kUpOutputs) {
         const int64_t count = std::min(kUpOutputs, columns.last - n);
         for (int64_t m = 0; m < rows_; ++m) {
-            of_b_.multiply(s.data() + m * (r_ + kRowPadding), b_ + n * b_row_, r_, count, delta);
-            of_y_.add(delta, count, y_ + (m * columns_ + n) * y_item_);
+            b_kernels_.multiply(s.data() + m * (r_ + kRowPadding), b_ + n * b_row_, r_, count, delta);
+            y_kernels_.add(delta, count, y_ + (m * columns_ + n) * y_item_);
         }
     }
 }

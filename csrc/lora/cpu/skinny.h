@@ -1,4 +1,5 @@
-// LoRA of few rows of x, with factors that are read in place: arranging them takes longer than using them.
+// LoRA for a few rows of x, with factors that are read in place, because rearranging them would take longer than the
+// products.
 #pragma once
 
 #include <atomic>
@@ -39,7 +40,7 @@ class SkinnyLora {
  private:
     static constexpr int64_t kOutputs = 4, kUpOutputs = 256;  // rows of a factor that are taken at once
 
-    const RowKernels &of_x_, &of_a_, &of_b_, &of_y_;
+    const RowKernels &x_kernels_, &a_kernels_, &b_kernels_, &y_kernels_;
     const int64_t rows_, inner_, columns_, r_, a_row_, b_row_, y_item_;  // the last three in bytes
     const float factor_;
     const char *const x_, *const a_, *const b_;

@@ -4,7 +4,8 @@
 
 #include "common/integers.h"
 #include "gemm/cpu/transpose.h"
-#include "lora/cpu/avx512.h"
+#include "lora/cpu/blocks.h"
+#include "simd/avx512.h"
 
 namespace peftcore {
 namespace lora {
@@ -41,10 +42,10 @@ void arrange_lines(const float* from, int64_t stride, int64_t inner, int64_t out
                    uint32_t* out) {
     for (int64_t i = 0; i < inner; i += kPair)
         for (int64_t begin = 0; begin < width; begin += kSplitSide, out += kHalves * kSplitSide) {
-            const __mmask16 there = first_of(outer - begin);
+            const __mmask16 valid = first_of(outer - begin);
             const float* line = from + i * stride + begin;
-            const Split even(_mm512_maskz_loadu_ps(there, line)),
-                odd(_mm512_maskz_loadu_ps(i + 1 < inner ? there : 0, line + stride));
+            const Split even(_mm512_maskz_loadu_ps(valid, line)),
+                odd(_mm512_maskz_loadu_ps(i + 1 < inner ? valid : 0, line + stride));
             _mm512_storeu_si512(out, pairs(even.first, odd.first));
             _mm512_storeu_si512(out + kSplitSide, pairs(even.rest, odd.rest));
         }
@@ -55,12 +56,12 @@ void arrange_turned(const float* from, int64_t stride, int64_t inner, int64_t ou
                     uint32_t* out) {
     constexpr int64_t kTurned = 8;  // values that `transpose` takes
     alignas(64) uint16_t lines[kHalves][kSplitSide][kSplitSide];
-    alignas(64) uint32_t some[kTurned / kPair][kSplitSide];
+    alignas(64) uint32_t partial[kTurned / kPair][kSplitSide];
     for (int64_t begin = 0; begin < width; begin += kSplitSide)
         for (int64_t i = 0; i < inner; i += kSplitSide) {
             for (int64_t j = 0; j < kSplitSide; ++j) {
-                const __mmask16 there = begin + j < outer ? first_of(inner - i) : __mmask16(0);
-                const Split split(_mm512_maskz_loadu_ps(there, from + (begin + j) * stride + i));
+                const __mmask16 valid = begin + j < outer ? first_of(inner - i) : __mmask16(0);
+                const Split split(_mm512_maskz_loadu_ps(valid, from + (begin + j) * stride + i));
                 _mm256_store_si256(reinterpret_cast<__m256i*>(lines[0][j]), split.first);
                 _mm256_store_si256(reinterpret_cast<__m256i*>(lines[1][j]), split.rest);
             }
@@ -72,9 +73,9 @@ void arrange_turned(const float* from, int64_t stride, int64_t inner, int64_t ou
                         gemm::transpose(lines[half][0] + k, kSplitSide, to, kHalves * width);
                         continue;
                     }
-                    gemm::transpose(lines[half][0] + k, kSplitSide, some[0], kSplitSide);
+                    gemm::transpose(lines[half][0] + k, kSplitSide, partial[0], kSplitSide);
                     for (int64_t p = 0; p < left; ++p)
-                        std::memcpy(to + p * kHalves * width, some[p], sizeof some[p]);
+                        std::memcpy(to + p * kHalves * width, partial[p], sizeof partial[p]);
                 }
         }
 }

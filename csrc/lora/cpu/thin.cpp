@@ -8,10 +8,12 @@
 
 #include "common/caches.h"
 #include "common/threads.h"
-#include "lora/cpu/keep_bytes.h"
+#include "simd/keep_bytes.h"
 
 namespace peftcore {
 namespace lora {
+
+using namespace simd;
 namespace {
 
 constexpr int64_t kCountersPerTask = 1 << 12;
@@ -23,20 +25,20 @@ constexpr int64_t kThinGroupRows = 256;
 constexpr int64_t kAllSums = int64_t(1) << 23;
 
 // Sums of a task, which stay in the L2 cache together with the rows that are read. No sum depends on it.
-int64_t own_sums() { return std::min(caches().second / 2, int64_t(512) << 10) / int64_t(sizeof(float)); }
+int64_t sums_per_task() { return std::min(caches().second / 2, int64_t(512) << 10) / int64_t(sizeof(float)); }
 
 // The sums of `outer`: groups of rows by parts of columns, each [width][its columns, padded]. No sum depends on the
 // division by the number of threads.
 struct Division {
     int64_t columns, width, filled, group_rows, groups, group_size, part, parts;
 
-    Division(int64_t rows, int64_t its_columns, int64_t its_width)
-        : columns(its_columns), width(its_width), filled(filled_up(columns, kColumnGrain)) {
+    Division(int64_t rows, int64_t column_count, int64_t padded_width)
+        : columns(column_count), width(padded_width), filled(filled_up(columns, kColumnGrain)) {
         const int64_t most = std::max<int64_t>(1, kAllSums / (width * filled));
         group_rows = filled_up(ceil_div(rows, std::min(most, ceil_div(rows, kThinGroupRows))), kRowGrain);
         groups = ceil_div(rows, group_rows);
         group_size = width * filled;
-        part = std::min(filled, filled_up(std::max<int64_t>(1, own_sums() / width), kColumnGrain));
+        part = std::min(filled, filled_up(std::max<int64_t>(1, sums_per_task() / width), kColumnGrain));
         const int64_t threads = threads_here();
         if (groups < threads)
             part = std::min(part, filled_up(ceil_div(columns, ceil_div(threads, groups)), kColumnGrain));
@@ -87,14 +89,14 @@ KeepMask keep_mask(const ThinKernels& kernels, const Dropout& dropout, const Ten
     if (dropout.threshold == 0 || x.numel() == 0) return {};
     const int64_t rows = x.size(0), counters = ceil_div(x.size(1), kColumnsPerCounter);
     const int64_t stride = filled_up(counters, kCounters);
-    KeepMask made{at::empty({rows, stride}, x.options().dtype(at::kByte)), {}};
-    uint8_t* bits = made.memory.mutable_data_ptr<uint8_t>();
+    KeepMask result{at::empty({rows, stride}, x.options().dtype(at::kByte)), {}};
+    uint8_t* bits = result.memory.mutable_data_ptr<uint8_t>();
     at::parallel_for(0, rows, ceil_div(kCountersPerTask, stride), [&](int64_t first, int64_t last) {
         for (int64_t m = first; m < last; ++m)
             kernels.keep_bytes(dropout, first_row + m, 0, counters, bits + m * stride);
     });
-    made.mask = {bits, stride};
-    return made;
+    result.mask = {bits, stride};
+    return result;
 }
 
 DownArgs down_args(const Tensor& x, const Factor& right, float factor, const Mask& keep, const Tensor& s) {
@@ -172,7 +174,8 @@ KeepMask thin_backward(const ThinKernels& kernels, const ThinBackward& call) {
     const bool needs_t = call.needs[0] || call.needs[1];
     const Factor right = needs_t ? arranged_factor(kernels.arrangement, floats(call.b), false) : Factor{};
     const DownArgs makes_t =
-        needs_t ? down_args(call.dy, right, factor_of(call.scale, call.dropout), {}, call.t) : DownArgs{};
+        needs_t ? down_args(call.dy, right, dropout_factor(call.scale, call.dropout), {}, call.t)
+                : DownArgs{};
     if (call.needs[2])
         outer(kernels, call.dy, call.s.contiguous(), call.db, true, {}, needs_t ? &makes_t : nullptr);
     else if (needs_t)

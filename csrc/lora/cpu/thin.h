@@ -1,4 +1,4 @@
-// The low-rank products of kernels.h on tensors, divided among threads.
+// The low-rank products of kernels.h for tensors, divided among threads.
 #pragma once
 
 #include <array>
@@ -36,12 +36,12 @@ void down(const ThinKernels& kernels, const DownArgs& args, int64_t rows);
 // y += keep ∘ (s right), right in the plain arrangement.
 void up(const ThinKernels& kernels, const Tensor& y, const Tensor& s, const Factor& right, const Mask& keep);
 
-// out [r, columns] = leftᵀ (keep ∘ x); transposed: [columns, r]. `down_too`, if given, is computed from the
-// same x in the same pass, so that x is read from memory once.
+// out [r, columns] = leftᵀ (keep ∘ x), or [columns, r] if `transposed`. If `down_too` is not nullptr, that product is
+// computed in the same pass, so that x is read from memory once.
 void outer(const ThinKernels& kernels, const Tensor& x, const Tensor& left, const Tensor& out,
            bool transposed, const Mask& keep, const DownArgs* down_too);
 
-// The gradients of x, A and B, without the frozen product's: their operands and results.
+// Operands and results of the low-rank part of the backward pass: the gradients of A and B, and the left factor of dx.
 struct ThinBackward {
     const Tensor &dy, &x, &s, &b;
     std::array<bool, 3> needs;  // of x, A and B

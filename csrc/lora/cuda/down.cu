@@ -99,8 +99,8 @@ Plan plan_of(int64_t samples, int64_t rows, int64_t columns, int rank, bool spli
     plan.row_blocks = samples * ((rows + 16 * plan.row_tiles - 1) / (16 * plan.row_tiles));
     plan.chunks = (rank + kRankChunk - 1) / kRankChunk;
     const int64_t blocks = plan.row_blocks * plan.chunks;
-    const int64_t wanted = split && rows > kRankDotRows ? cuda_tuning().down_blocks / blocks : 1;
-    plan.splits = parts_of(columns, 64, wanted, columns / kSplitColumns);
+    const int64_t target_splits = split && rows > kRankDotRows ? cuda_tuning().down_blocks / blocks : 1;
+    plan.splits = parts_of(columns, 64, target_splits, columns / kSplitColumns);
     return plan;
 }
 
@@ -135,7 +135,7 @@ extern "C" int64_t peftcore_lora_down_workspace(int64_t rows, int64_t columns, i
 
 extern "C" const char* peftcore_lora_down(const peftcore::lora::Wide* x,
                                           const peftcore::lora::Factors* factors,
-                                          const peftcore::lora::Dropout* dropout, float* partial, float* s,
+                                          const peftcore::Dropout* dropout, float* partial, float* s,
                                           void* stream) {
     using namespace peftcore::lora;
     const int stride = factors->stride;

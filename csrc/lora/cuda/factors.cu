@@ -16,13 +16,13 @@ constexpr int kMostCopies = 64;  // of a launch: parameters of a kernel have 4 K
 
 template <int kCopies>
 struct Copies {
-    FactorCopy each[kCopies];
+    FactorCopy copies_of_launch[kCopies];
 };
 
 template <int kCopies>
 __global__ void __launch_bounds__(kThreads) copy_kernel(const Copies<kCopies> copies) {
     PEFTCORE_SHARED(float, tile, [kSide][kSide + 1]);
-    const FactorCopy copy = copies.each[blockIdx.y];
+    const FactorCopy copy = copies.copies_of_launch[blockIdx.y];
     const int64_t across = ceil_div(copy.columns, kSide);
     if (blockIdx.x >= across * ceil_div(copy.rows, kSide)) return;
     const int64_t row = blockIdx.x / across * kSide, column = blockIdx.x % across * kSide;
@@ -49,18 +49,18 @@ extern "C" const char* peftcore_lora_copy_factors(const peftcore::lora::FactorCo
     using namespace peftcore;
     using namespace peftcore::lora;
     for (int first = 0; first < count; first += kMostCopies) {
-        const int here = int(least(count - first, kMostCopies));
+        const int batch = int(least(count - first, kMostCopies));
         int64_t blocks = 0;
-        for (int i = first; i < first + here; ++i) {
+        for (int i = first; i < first + batch; ++i) {
             const int64_t tiles = ceil_div(copies[i].rows, kSide) * ceil_div(copies[i].columns, kSide);
             blocks = blocks < tiles ? tiles : blocks;
         }
         if (blocks == 0) continue;
-        const char* error = dispatch_size<kFewCopies, kMostCopies>(here, [&](auto size) {
+        const char* error = dispatch_size<kFewCopies, kMostCopies>(batch, [&](auto size) {
             constexpr int kCopies = decltype(size)::value;
-            Copies<kCopies> given = {};
-            for (int i = 0; i < here; ++i) given.each[i] = copies[first + i];
-            return PEFTCORE_LAUNCH(copy_kernel<kCopies>, Grid(blocks, here), kThreads, 0, stream, given);
+            Copies<kCopies> params = {};
+            for (int i = 0; i < batch; ++i) params.copies_of_launch[i] = copies[first + i];
+            return PEFTCORE_LAUNCH(copy_kernel<kCopies>, Grid(blocks, batch), kThreads, 0, stream, params);
         });
         if (error != nullptr) return error;
     }

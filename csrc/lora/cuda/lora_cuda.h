@@ -1,19 +1,19 @@
-// Launchers of the LoRA CUDA kernels. Pointers are device memory unless noted; `stream` is a cudaStream_t; matrices are
-// contiguous. Factors and thin matrices [rows, rank] are fp32: in fp16 a T of small gradients would underflow. They
-// return nullptr, or why the launch failed. The caller checks arguments (lora/arguments.h).
+// Launchers of the LoRA CUDA kernels. They return nullptr or an error message. Pointers are device memory unless noted,
+// `stream` is a cudaStream_t, and matrices are contiguous. Factors and thin matrices [rows, rank] are fp32, because small
+// gradients would underflow in an fp16 T. The caller checks arguments (lora/arguments.h).
 #pragma once
 
 #include <cstdint>
 
 #include "common/cuda_sum.h"
+#include "common/dropout.h"
 #include "common/dtype.h"
-#include "lora/dropout.h"
 #include "weight/view.h"
 
 namespace peftcore {
 namespace lora {
 
-// The single pass writes partial products, rank / 32 of a pass over `wide`: beyond this rank, a second pass costs less.
+// The single pass writes rank / 32 as many bytes as it reads of `wide`; above this rank a second pass is cheaper.
 constexpr int kOnePassMaxRank = 16;
 
 constexpr int kRankDotRows = 8;  // of x: a block computes one rank of s
@@ -73,27 +73,26 @@ extern "C" {
 // s [samples * rows, stride] = scale_i (keep ∘ x) factor_iᵀ, x of 16 bits, factors [rank_i, columns]. Samples
 // whose i is not an adapter get no s. `partial`: peftcore_lora_down_workspace floats.
 const char* peftcore_lora_down(const peftcore::lora::Wide* x, const peftcore::lora::Factors* factors,
-                               const peftcore::lora::Dropout* dropout, float* partial, float* s,
-                               void* stream);
+                               const peftcore::Dropout* dropout, float* partial, float* s, void* stream);
 int64_t peftcore_lora_down_workspace(int64_t rows, int64_t columns, int rank);
 
 // y and s in one launch, for up to 8 rows of x of 16 bits and a weight in 4 bits of whole blocks of 64; for other
 // shapes, and where `stream` has no counters left, nothing is launched and `launched` is false.
-const char* peftcore_lora_one_launch(const peftcore::lora::OneLaunch* given,
+const char* peftcore_lora_one_launch(const peftcore::lora::OneLaunch* call,
                                      const peftcore::WeightView* weight, bool* launched, void* stream);
 
 // out = bias + keep ∘ (thin factor_iᵀ), without bias where that is nullptr, or added to it where `add`; thin
 // [samples * rows, stride], out and bias [columns] of one dtype, of 16 bits, factors [columns, rank_i]. i = -1
 // adds nothing; any other i without an adapter makes its rows NaN.
 const char* peftcore_lora_up(const float* thin, const peftcore::lora::Factors* factors,
-                             const peftcore::lora::Dropout* dropout, const void* bias, bool add,
+                             const peftcore::Dropout* dropout, const void* bias, bool add,
                              const peftcore::lora::Wide* out, void* stream);
 
 // out = (keep ∘ wide)ᵀ thin, [columns, rank] or transposed [rank, columns], of `out_dtype`; wide of 16 bits and
 // of one sample, thin [rows, rank]. `partial`: peftcore_lora_reduce_workspace floats.
 const char* peftcore_lora_reduce(const peftcore::lora::Wide* wide, const float* thin, int rank,
-                                 const peftcore::lora::Dropout* dropout, float* partial, void* out,
-                                 int out_dtype, bool transposed, void* stream);
+                                 const peftcore::Dropout* dropout, float* partial, void* out, int out_dtype,
+                                 bool transposed, void* stream);
 int64_t peftcore_lora_reduce_workspace(int64_t rows, int64_t columns, int rank);
 
 // In one pass over wide: out [columns, rank] as above, without dropout, and product [rows, rank] =
@@ -106,8 +105,8 @@ const char* peftcore_lora_reduce_and_product(const peftcore::lora::Wide* wide, c
 int64_t peftcore_lora_product_workspace(int64_t rows, int64_t columns, int rank);
 
 // out = keep ∘ x, of one sample; out may be x.
-const char* peftcore_lora_drop(const peftcore::lora::Wide* x, const peftcore::lora::Dropout* dropout,
-                               void* out, void* stream);
+const char* peftcore_lora_drop(const peftcore::lora::Wide* x, const peftcore::Dropout* dropout, void* out,
+                               void* stream);
 
 // Two sums in a launch, the first of `dtype`, the second of fp32.
 const char* peftcore_lora_sum_pair(const peftcore::lora::Sum* first, int dtype,

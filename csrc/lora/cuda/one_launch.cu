@@ -82,11 +82,11 @@ __global__ void __launch_bounds__(kThreads, 4) one_launch_kernel(const Launch p)
 }  // namespace lora
 }  // namespace peftcore
 
-extern "C" const char* peftcore_lora_one_launch(const peftcore::lora::OneLaunch* given,
+extern "C" const char* peftcore_lora_one_launch(const peftcore::lora::OneLaunch* call,
                                                 const peftcore::WeightView* weight, bool* launched,
                                                 void* stream) {
     using namespace peftcore::lora;
-    const OneLaunch& lora = *given;
+    const OneLaunch& lora = *call;
     *launched = false;
     if (lora.dtype == Dtype::kFloat || lora.batch == 0 || lora.batch > kRankDotRows || lora.rank == 0)
         return nullptr;

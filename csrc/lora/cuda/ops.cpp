@@ -193,25 +193,26 @@ Tensor dropped(const Tensor& x, const Dropout& dropout, const char* op) {
 Tensor one_launch(const Tensor& x, const WeightView& weight, const Tensor& bias, const Tensor& a,
                   const Tensor& b, float scale, const Tensor& s, const char* op) {
     const auto factor = [](const Tensor& t) {
-        const bool known = t.scalar_type() == at::kHalf || t.scalar_type() == at::kBFloat16;
-        return known ? t.contiguous() : floats(t);
+        const bool is_16_bit = t.scalar_type() == at::kHalf || t.scalar_type() == at::kBFloat16;
+        return is_16_bit ? t.contiguous() : floats(t);
     };
     const Tensor left = factor(a), right = factor(b);
     const Tensor y = at::empty({x.size(0), weight.rows}, x.options());
-    const OneLaunch given = {x.const_data_ptr(),
-                             kernel_dtype(x.scalar_type(), op),
-                             int(x.size(0)),
-                             bias.defined() ? bias.const_data_ptr() : nullptr,
-                             left.const_data_ptr(),
-                             right.const_data_ptr(),
-                             kernel_dtype(left.scalar_type(), op),
-                             kernel_dtype(right.scalar_type(), op),
-                             int(a.size(0)),
-                             scale,
-                             s.mutable_data_ptr<float>(),
-                             y.mutable_data_ptr()};
+    const OneLaunch launch_args = {x.const_data_ptr(),
+                                   kernel_dtype(x.scalar_type(), op),
+                                   int(x.size(0)),
+                                   bias.defined() ? bias.const_data_ptr() : nullptr,
+                                   left.const_data_ptr(),
+                                   right.const_data_ptr(),
+                                   kernel_dtype(left.scalar_type(), op),
+                                   kernel_dtype(right.scalar_type(), op),
+                                   int(a.size(0)),
+                                   scale,
+                                   s.mutable_data_ptr<float>(),
+                                   y.mutable_data_ptr()};
     bool launched = false;
-    check_launch(peftcore_lora_one_launch(&given, &weight, &launched, current_cuda_stream(x.device())), op);
+    check_launch(peftcore_lora_one_launch(&launch_args, &weight, &launched, current_cuda_stream(x.device())),
+                 op);
     return launched ? y : Tensor();
 }
 
@@ -226,8 +227,8 @@ std::tuple<Tensor, Tensor> lora_linear(const Tensor& x, at::TensorList tensors, 
     const Weight weight(tensors, packing, op);
     check_linear(x, weight, bias, op);
     check_factors(operand(x), a, b, weight.rows(), op);
-    const Dropout dropout = dropout_of(dropout_p, seed, op, x.device());
-    const float factor = factor_of(scale, dropout);
+    const Dropout dropout = checked_dropout(dropout_p, seed, op, x.device());
+    const float factor = dropout_factor(scale, dropout);
     const Tensor flat = matrix(x), added = contiguous(bias);
     if (has_kernels(x) && weight.packed() && dropout.threshold == 0 && flat.size(0) <= kRankDotRows) {
         const Tensor s = at::empty({flat.size(0), a.size(0)}, x.options().dtype(at::kFloat));
@@ -264,8 +265,8 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_backward(const Tensor& grad, cons
     check_linear(x, weight, {}, op);
     check_factors(operand(x), a, b, weight.rows(), op);
     check_gradient(grad, s, x, weight.rows(), a.size(0), op);
-    const Dropout dropout = dropout_of(dropout_p, seed, op, grad.device());
-    const float factor = factor_of(scale, dropout);
+    const Dropout dropout = checked_dropout(dropout_p, seed, op, grad.device());
+    const float factor = dropout_factor(scale, dropout);
     const Tensor flat = matrix(x), rows = matrix(grad), thin = s.contiguous();
 
     Tensor dx = at::empty({0}, x.options()), da = at::empty({0}, a.options()),
@@ -325,13 +326,13 @@ Tensor lora_linear_per_sample(const Tensor& x, at::TensorList tensors, at::IntAr
         up(s, FactorList(right, 1, {}, numbers), {}, {}, true, y, samples, op);
     } else {  // every adapter for every row: the index stays on the device
         const Tensor out = y.view({samples, rows, weight.rows()});
-        const Tensor wanted = adapter.view({samples, 1, 1}), zero = at::zeros({}, x.options());
+        const Tensor adapter_index = adapter.view({samples, 1, 1}), zero = at::zeros({}, x.options());
         for (size_t i = 0; i < a.size(); ++i) {
             const Tensor s = at::mm(flat, floats(a[i]).t()).mul_(scales[i]);
             const Tensor added = at::mm(s, floats(b[i]).t()).view(out.sizes());
-            out.add_(at::where(wanted.eq(int64_t(i)), added, zero));
+            out.add_(at::where(adapter_index.eq(int64_t(i)), added, zero));
         }
-        const Tensor unknown = wanted.lt(-1).logical_or(wanted.ge(int64_t(a.size())));
+        const Tensor unknown = adapter_index.lt(-1).logical_or(adapter_index.ge(int64_t(a.size())));
         out.masked_fill_(unknown, std::numeric_limits<double>::quiet_NaN());
     }
     return y.view(with_last(x, weight.rows()));

@@ -77,8 +77,8 @@ Plan plan_of(int64_t rows, int64_t columns, int rank) {
     plan.column_chunks = (columns + kReduceColumns - 1) / kReduceColumns;
     plan.rank_chunks = (rank + kRankChunk - 1) / kRankChunk;
     const int64_t blocks = plan.column_chunks * plan.rank_chunks;
-    const int64_t wanted = ceil_div(cuda_tuning().reduce_blocks, blocks);
-    plan.parts = parts_of(rows, kReduceRows, wanted, ceil_div(rows, kRowsOfPart));
+    const int64_t target_parts = ceil_div(cuda_tuning().reduce_blocks, blocks);
+    plan.parts = parts_of(rows, kReduceRows, target_parts, ceil_div(rows, kRowsOfPart));
     return plan;
 }
 
@@ -124,7 +124,7 @@ extern "C" int64_t peftcore_lora_product_workspace(int64_t rows, int64_t columns
 }
 
 extern "C" const char* peftcore_lora_reduce(const peftcore::lora::Wide* wide, const float* thin, int rank,
-                                            const peftcore::lora::Dropout* dropout, float* partial, void* out,
+                                            const peftcore::Dropout* dropout, float* partial, void* out,
                                             int out_dtype, bool transposed, void* stream) {
     using namespace peftcore::lora;
     if (wide->columns == 0 || rank == 0) return nullptr;

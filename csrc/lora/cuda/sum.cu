@@ -31,8 +31,8 @@ __global__ void __launch_bounds__(kThreads) sum_pair_kernel(const Sum first, con
 // A thread takes the eight columns of a counter.
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
-    drop_kernel(const T* x, int64_t rows, int64_t columns, const Dropout given, T* out) {
-    const Dropout dropout = with_key(given);
+    drop_kernel(const T* x, int64_t rows, int64_t columns, const Dropout dropout_arg, T* out) {
+    const Dropout dropout = with_key(dropout_arg);
     const int64_t groups = (columns + kColumnsPerCounter - 1) / kColumnsPerCounter;
     for (int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x; i < rows * groups;
          i += int64_t(gridDim.x) * kThreads) {
@@ -63,11 +63,11 @@ extern "C" const char* peftcore_lora_sum_pair(const peftcore::lora::Sum* first, 
     });
 }
 
-extern "C" const char* peftcore_lora_drop(const peftcore::lora::Wide* x,
-                                          const peftcore::lora::Dropout* dropout, void* out, void* stream) {
+extern "C" const char* peftcore_lora_drop(const peftcore::lora::Wide* x, const peftcore::Dropout* dropout,
+                                          void* out, void* stream) {
     using namespace peftcore::lora;
     if (x->rows == 0 || x->columns == 0) return nullptr;
-    const int64_t groups = peftcore::ceil_div(x->columns, kColumnsPerCounter);
+    const int64_t groups = peftcore::ceil_div(x->columns, peftcore::kColumnsPerCounter);
     return peftcore::dispatch_dtype(x->dtype, [&](auto type) {
         using T = typename decltype(type)::type;
         return PEFTCORE_LAUNCH(drop_kernel<T>, peftcore::blocks_once(x->rows * groups, kThreads), kThreads, 0,

@@ -5,12 +5,12 @@
 
 #include "common/alignment.h"
 #include "common/cuda_launch.cuh"
+#include "common/dropout.h"
 #include "common/dtype.h"
 #include "common/half.h"
 #include "common/tensor_core.cuh"
 #include "common/tf32.cuh"
 #include "lora/cuda/lora_cuda.h"
-#include "lora/dropout.h"
 
 namespace peftcore {
 namespace lora {

@@ -24,10 +24,11 @@ template <typename T>
 __global__ void __launch_bounds__(kThreads) up_kernel(const UpParams p) {
     const int64_t row_tiles = (p.rows + kTileSide - 1) / kTileSide;
     const int64_t number = blockIdx.x / p.column_tiles, sample = number / row_tiles;
-    const int64_t wanted = p.index != nullptr ? p.index[sample] : 0;
-    const bool none = wanted < -1 || wanted >= p.adapters.total;  // no such adapter: NaN, to be noticed
-    const int64_t adapter = wanted - p.adapters.first;
-    if (none ? p.adapters.first != 0 : adapter < 0 || adapter >= p.adapters.count) return;
+    const int64_t global_index = p.index != nullptr ? p.index[sample] : 0;
+    const bool missing =
+        global_index < -1 || global_index >= p.adapters.total;  // no such adapter: NaN, to be noticed
+    const int64_t adapter = global_index - p.adapters.first;
+    if (missing ? p.adapters.first != 0 : adapter < 0 || adapter >= p.adapters.count) return;
     UpTile tile = {};
     tile.row = sample * p.rows + number % row_tiles * kTileSide;
     tile.last_row = (sample + 1) * p.rows;
@@ -35,9 +36,9 @@ __global__ void __launch_bounds__(kThreads) up_kernel(const UpParams p) {
     tile.columns = p.columns;
     tile.thin = p.thin;
     tile.stride = p.stride;
-    tile.factor = none ? nullptr : p.adapters.factor[adapter];
-    tile.rank = none ? 0 : p.adapters.rank[adapter];
-    tile.none = none;
+    tile.factor = missing ? nullptr : p.adapters.factor[adapter];
+    tile.rank = missing ? 0 : p.adapters.rank[adapter];
+    tile.missing = missing;
     tile.dropout = p.dropout;
     tile.bias = p.bias;
     tile.add = p.add;
@@ -50,7 +51,7 @@ __global__ void __launch_bounds__(kThreads) up_kernel(const UpParams p) {
 }  // namespace peftcore
 
 extern "C" const char* peftcore_lora_up(const float* thin, const peftcore::lora::Factors* factors,
-                                        const peftcore::lora::Dropout* dropout, const void* bias, bool add,
+                                        const peftcore::Dropout* dropout, const void* bias, bool add,
                                         const peftcore::lora::Wide* out, void* stream) {
     using namespace peftcore::lora;
     if (out->samples == 0 || out->rows == 0 || out->columns == 0) return nullptr;

@@ -19,7 +19,7 @@ struct UpTile {
     int stride;           // of thin
     const float* factor;  // F [columns, rank]
     int rank;
-    bool none;  // there is no such F: NaN
+    bool missing;  // there is no such F: NaN
     Dropout dropout;
     const void* bias;  // [columns], or nullptr
     bool add;
@@ -91,7 +91,7 @@ __device__ void up_tile(const UpTile& p) {
 #pragma unroll
         for (int i = 0; i < 4; ++i)
             result[(warp * 16 + lane / 4 + i / 2 * 8) * kPitch + t * 8 + lane % 4 * 2 + i % 2] =
-                p.none ? bits_float(0x7fc00000u) : d[t][i];
+                p.missing ? bits_float(0x7fc00000u) : d[t][i];
     __syncthreads();
     const bool vectors = is_aligned(p.out) && p.columns % 8 == 0;
     const Dropout dropout = with_key(p.dropout);

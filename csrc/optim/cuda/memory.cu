@@ -45,14 +45,14 @@ const char* peftcore_cuda_new_stream(void** stream) {
 void peftcore_cuda_delete_stream(void* stream) { cudaStreamDestroy(stream_of(stream)); }
 
 const char* peftcore_cuda_record(void* stream, void** event) {
-    cudaEvent_t made = nullptr;
+    cudaEvent_t created = nullptr;
     *event = nullptr;
-    if (const char* error = text(cudaEventCreateWithFlags(&made, cudaEventDisableTiming))) return error;
-    if (const char* error = text(cudaEventRecord(made, stream_of(stream)))) {
-        cudaEventDestroy(made);  // an event that was never recorded counts as complete
+    if (const char* error = text(cudaEventCreateWithFlags(&created, cudaEventDisableTiming))) return error;
+    if (const char* error = text(cudaEventRecord(created, stream_of(stream)))) {
+        cudaEventDestroy(created);  // an event that was never recorded counts as complete
         return error;
     }
-    *event = made;
+    *event = created;
     return nullptr;
 }
 

@@ -31,27 +31,27 @@ struct Stored {
 // Elements [i, i + 4) of which the first `count - i` exist. `vectors`: the address is on 16 bytes.
 __device__ __forceinline__ Stored load_four(const void* from, Dtype dtype, int64_t i, int64_t count,
                                             bool vectors) {
-    Stored found = {};
+    Stored four_values = {};
     if (vectors && i + kFour <= count) {
         if (dtype == Dtype::kFloat) {
             const uint4 four = static_cast<const uint4*>(from)[i / kFour];
-            found = {{four.x, four.y, four.z, four.w}};
+            four_values = {{four.x, four.y, four.z, four.w}};
         } else {
             const uint2 four = static_cast<const uint2*>(from)[i / kFour];
-            found.word[0] = four.x;
-            found.word[1] = four.y;
+            four_values.word[0] = four.x;
+            four_values.word[1] = four.y;
         }
-        return found;
+        return four_values;
     }
 #pragma unroll
     for (int j = 0; j < kFour; ++j) {
         if (i + j >= count) break;
         if (dtype == Dtype::kFloat)
-            found.word[j] = float_bits(static_cast<const float*>(from)[i + j]);
+            four_values.word[j] = float_bits(static_cast<const float*>(from)[i + j]);
         else
-            found.word[j / 2] |= uint32_t(static_cast<const uint16_t*>(from)[i + j]) << j % 2 * 16;
+            four_values.word[j / 2] |= uint32_t(static_cast<const uint16_t*>(from)[i + j]) << j % 2 * 16;
     }
-    return found;
+    return four_values;
 }
 
 __device__ __forceinline__ void store_four(void* to, Dtype dtype, int64_t i, int64_t count, bool vectors,
@@ -133,18 +133,18 @@ __device__ __forceinline__ float largest(const float (&values)[kParts][kFour]) {
             bits = magnitude > bits ? magnitude : bits;
         }
     for (int offset = 16; offset > 0; offset /= 2) {
-        const uint32_t other = __shfl_xor_sync(kFullWarp, bits, offset);
-        bits = other > bits ? other : bits;
+        const uint32_t neighbour = __shfl_xor_sync(kFullWarp, bits, offset);
+        bits = neighbour > bits ? neighbour : bits;
     }
     return bits_float(bits);
 }
 
-// What a launch updates: tables on the device. A block of threads takes `each` blocks of elements.
+// What a launch updates: tables on the device. A block of threads takes `blocks_per_block` blocks of elements.
 struct Table {
     const Segment* segments;
     const int64_t* first_block;
     int count;
-    int64_t blocks, each;
+    int64_t blocks, blocks_per_block;
     const Scalars* rows;
 };
 
@@ -164,7 +164,8 @@ __device__ __forceinline__ int segment_of(const Table& table, int64_t block) {
 // Calls body(segment, index in it of the block's first element) for each block of elements of this warp.
 template <typename Body>
 __device__ __forceinline__ void for_blocks(const Table& table, const Body& body) {
-    const int64_t begin = int64_t(blockIdx.x) * table.each, end = least(begin + table.each, table.blocks);
+    const int64_t begin = int64_t(blockIdx.x) * table.blocks_per_block,
+                  end = least(begin + table.blocks_per_block, table.blocks);
     int64_t block = begin + threadIdx.x / 32;
     if (block >= end) return;
     for (int at = segment_of(table, block); block < end; block += kWarps) {
@@ -304,10 +305,10 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
             for (int j = 0; j < kFour; ++j) {
                 // NaN or infinity in one element must not become the scale of 256: its state is reset.
-                const bool kept = state[0][j] - state[0][j] == 0 && state[1][j] - state[1][j] == 0 &&
-                                  lane.index(part) + j < s.count;
-                m[part][j] = kept ? state[0][j] : 0;
-                v[part][j] = kept ? state[1][j] : 0;
+                const bool finite = state[0][j] - state[0][j] == 0 && state[1][j] - state[1][j] == 0 &&
+                                    lane.index(part) + j < s.count;
+                m[part][j] = finite ? state[0][j] : 0;
+                v[part][j] = finite ? state[1][j] : 0;
             }
         }
         const float m_scale = largest(m), v_scale = largest(v);  // after all lanes have read the old scales
@@ -338,7 +339,7 @@ struct Launch {
 
     template <typename Rule>
     static const char* rule(const Launch& l) {
-        const int64_t grid = ceil_div(l.table.blocks, l.table.each);
+        const int64_t grid = ceil_div(l.table.blocks, l.table.blocks_per_block);
         if constexpr (Rule::kIn8Bits)
             return PEFTCORE_LAUNCH(step_8bit_kernel<Rule>, grid, kThreads, 0, l.stream, l.table, l.maps);
         else
@@ -363,7 +364,7 @@ extern "C" const char* peftcore_optim_step(int rule, const peftcore::optim::Segm
     using namespace peftcore;
     using namespace peftcore::optim;
     if (blocks == 0) return nullptr;
-    const int64_t each = filled_up(ceil_div(blocks, cuda_tuning().step_blocks), kWarps);
-    const Table table = {segments, first_block, count, blocks, each, rows};
+    const int64_t blocks_per_block = filled_up(ceil_div(blocks, cuda_tuning().step_blocks), kWarps);
+    const Table table = {segments, first_block, count, blocks, blocks_per_block, rows};
     return Launch{table, maps, stream}.number(rule, Rules());
 }

@@ -12,8 +12,8 @@
 namespace peftcore {
 namespace optim {
 
-inline void check_call(const char* error, const char* what) {
-    if (error != nullptr) throw std::runtime_error(std::string(what) + " failed on CUDA: " + error);
+inline void check_call(const char* error, const char* call) {
+    if (error != nullptr) throw std::runtime_error(std::string(call) + " failed on CUDA: " + error);
 }
 
 // Pages in pinned memory of the host. Copies use two separate streams, one for each direction, so that a page arrives

@@ -55,19 +55,19 @@ struct KnownScales {
         else if constexpr (kScales == ScaleKind::kPowerOfTwo)
             return {static_cast<const uint8_t*>(weight.absmax)[block], 0};
         else if constexpr (kScales == ScaleKind::kAffine) {
-            StoredScale found;
-            found.bits = weight.scale_dtype == Dtype::kFloat
+            StoredScale scale;
+            scale.bits = weight.scale_dtype == Dtype::kFloat
                              ? static_cast<const uint32_t*>(weight.absmax)[block]
                              : static_cast<const uint16_t*>(weight.absmax)[block];
-            found.other = weight.zeros == nullptr ? kCentre
+            scale.other = weight.zeros == nullptr ? kCentre
                           : weight.whole_zeros    ? static_cast<const uint8_t*>(weight.zeros)[block]
                                                   : static_cast<const uint32_t*>(weight.zeros)[block];
-            return found;
+            return scale;
         } else
             return {static_cast<const uint32_t*>(weight.absmax)[block], 0};
     }
 
-    __device__ __forceinline__ Decoded of(const WeightView& weight, const StoredScale& stored) const {
+    __device__ __forceinline__ Decoded decode(const WeightView& weight, const StoredScale& stored) const {
         // Rounded twice, not fused.
         if constexpr (kScales == ScaleKind::kNested)
             return {

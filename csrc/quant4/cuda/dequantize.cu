@@ -39,7 +39,7 @@ __global__ void __launch_bounds__(kThreads)
             const int64_t last = first + kTileValues < count ? first + kTileValues : count;
             for (int64_t i = first + lane; i < last; i += 32) {
                 const uint8_t byte = weight.codes[i / 2];
-                const auto scale = scales.of(weight, scales.stored(weight, i >> weight.shift));
+                const auto scale = scales.decode(weight, scales.stored(weight, i >> weight.shift));
                 out[i] = from_float<T>(scale.value(quant_map[i % 2 ? byte & 15 : byte >> 4]));
             }
             continue;
@@ -56,7 +56,7 @@ __global__ void __launch_bounds__(kThreads)
                 bytes = *reinterpret_cast<const uint32_t*>(&staged[warp][index / 2]);
             else
                 bytes = *reinterpret_cast<const uint16_t*>(&staged[warp][index / 2]);
-            const auto scale = scales.of(weight, scales.stored(weight, (first + index) >> weight.shift));
+            const auto scale = scales.decode(weight, scales.stored(weight, (first + index) >> weight.shift));
             union {
                 uint4 vector;
                 T items[kPerStore];
@@ -80,8 +80,8 @@ extern "C" const char* peftcore_quant4_dequantize(const peftcore::WeightView* we
     using namespace peftcore::quant4;
     if (weight->rows * weight->columns == 0) return nullptr;
     const bool vectors = peftcore::is_aligned(weight->codes) && peftcore::is_aligned(out);
-    const int64_t wanted = peftcore::ceil_div(weight->numel(), int64_t(kTileValues) * kWarps);
-    const unsigned blocks = unsigned(peftcore::least(wanted, peftcore::cuda_tuning().loop_blocks));
+    const int64_t full_grid = peftcore::ceil_div(weight->numel(), int64_t(kTileValues) * kWarps);
+    const unsigned blocks = unsigned(peftcore::least(full_grid, peftcore::cuda_tuning().loop_blocks));
     return peftcore::dispatch_dtype(Dtype(dtype), [&](auto type) {
         return peftcore::dispatch_scales(weight->scales, [&](auto scales) {
             using T = typename decltype(type)::type;

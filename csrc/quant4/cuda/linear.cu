@@ -44,8 +44,8 @@ struct PanelPlan {
 PanelPlan panel_plan(const WeightView& weight) {
     PanelPlan plan;
     plan.row_blocks = unsigned(ceil_div(weight.rows, kPanelRows));
-    const int64_t wanted = ceil_div(cuda_tuning().panel_blocks, plan.row_blocks);
-    const Parts splits = parts_of(weight.columns, kPanelStep, wanted, wanted);
+    const int64_t target_splits = ceil_div(cuda_tuning().panel_blocks, plan.row_blocks);
+    const Parts splits = parts_of(weight.columns, kPanelStep, target_splits, target_splits);
     plan.splits = unsigned(splits.count);
     plan.split_columns = uint32_t(splits.size);
     return plan;

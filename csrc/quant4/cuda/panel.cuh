@@ -114,7 +114,7 @@ __device__ void panel_tile(const LinearLaunch& p, int64_t first_row, uint32_t be
         const auto decode = [&](int sixteen) {
 #pragma unroll
             for (int r = 0; r < 4; ++r) {
-                scale[r] = scales.of(p.weight, stored[r], sixteen);
+                scale[r] = scales.decode(p.weight, stored[r], sixteen);
                 if (lane_column + next - kPanelStep >= end) scale[r] = {};
             }
         };

@@ -23,8 +23,8 @@ __device__ __forceinline__ uint32_t max_magnitude(uint32_t largest, float value)
 // The largest of `threads` neighbouring lanes' values; `threads` is a power of two up to 32.
 __device__ __forceinline__ uint32_t max_over_lanes(uint32_t largest, int threads) {
     for (int offset = threads / 2; offset > 0; offset /= 2) {
-        const uint32_t other = __shfl_xor_sync(kFullWarp, largest, offset);
-        largest = other > largest ? other : largest;
+        const uint32_t neighbour = __shfl_xor_sync(kFullWarp, largest, offset);
+        largest = neighbour > largest ? neighbour : largest;
     }
     return largest;
 }
@@ -81,8 +81,8 @@ __global__ void __launch_bounds__(512)
             __syncthreads();
             const int first = thread / threads * (threads / 32);
             for (int i = 0; i < threads / 32; ++i) {
-                const uint32_t other = warp_largest[first + i];
-                largest = other > largest ? other : largest;
+                const uint32_t neighbour = warp_largest[first + i];
+                largest = neighbour > largest ? neighbour : largest;
             }
         }
 

@@ -96,19 +96,20 @@ struct LaneScales {
     static __device__ __forceinline__ StoredScale stored(const WeightView& weight, uint32_t sixty_fours,
                                                          int half) {
         if constexpr (kSixteens) {
-            StoredScale found = Known::stored(weight, 4 * sixty_fours);
-            found.other = static_cast<const uint32_t*>(weight.absmax)[sixty_fours];
-            return found;
+            StoredScale result = Known::stored(weight, 4 * sixty_fours);
+            result.other = static_cast<const uint32_t*>(weight.absmax)[sixty_fours];
+            return result;
         }
         return Known::stored(weight, kBlocks == 2 ? (2 * sixty_fours + half) >> (weight.shift - 5)
                                                   : sixty_fours >> (weight.shift - 6));
     }
 
     // Of what was loaded, the scale of the 16 columns of this number.
-    __device__ __forceinline__ Decoded of(const WeightView& weight, const StoredScale& stored,
-                                          int sixteen) const {
-        if constexpr (kSixteens) return known.of(weight, {stored.bits, stored.other >> 8 * sixteen & 255});
-        return known.of(weight, stored);
+    __device__ __forceinline__ Decoded decode(const WeightView& weight, const StoredScale& stored,
+                                              int sixteen) const {
+        if constexpr (kSixteens)
+            return known.decode(weight, {stored.bits, stored.other >> 8 * sixteen & 255});
+        return known.decode(weight, stored);
     }
 };
 
@@ -210,7 +211,7 @@ __device__ void rows_tile(const LinearLaunch& p, int64_t first_row, const Branch
         const auto decode = [&](int sixteen) {
 #pragma unroll
             for (int r = 0; r < 2; ++r) {
-                scale[r] = scales.of(p.weight, stored[r], sixteen);
+                scale[r] = scales.decode(p.weight, stored[r], sixteen);
                 if (!kWhole && column[r] + k >= columns) scale[r] = {};
             }
         };

@@ -61,13 +61,13 @@ void try_addend(const gemm::ManyRows& products, int64_t rows, int64_t out, int64
     factor_view.dense = factor.data();
     gemm::multiply(products.kernel, {.x = x.data(),
                                      .dtype = dtype_of<T>,
-                                     .right = products.dense.transposed.of(&view),
+                                     .right = products.dense.transposed.bind(&view),
                                      .rows = rows,
                                      .inner = in,
                                      .columns = out,
                                      .y = y.data(),
                                      .addend = {.left = left.data(),
-                                                .right = products.factor.transposed.of(&factor_view),
+                                                .right = products.factor.transposed.bind(&factor_view),
                                                 .inner = r,
                                                 .keep = {masked ? keep.data() : nullptr, mask_bytes}}});
     for (int64_t m = 0; m < rows; ++m)
@@ -115,9 +115,9 @@ void try_dense(const gemm::ManyRows& products, int64_t rows, int64_t out, int64_
     view.dense = w.data();
     const auto at = [&](int64_t n, int64_t k) { return double(to_float(w[n * in + k])); };
     try_product<T>(
-        products.kernel, products.dense.transposed.of(&view), rows, in, out,
+        products.kernel, products.dense.transposed.bind(&view), rows, in, out,
         [&](int64_t k, int64_t n) { return at(n, k); }, "dense, transposed");
-    try_product<T>(products.kernel, products.dense.plain.of(&view), rows, out, in, at, "dense");
+    try_product<T>(products.kernel, products.dense.plain.bind(&view), rows, out, in, at, "dense");
 }
 
 template <typename T>
@@ -131,9 +131,9 @@ void try_packed(const gemm::ManyRows& products, int64_t rows, int64_t out, int64
         return double(products.kernel.word_values == 1 ? value : to_float(from_float<BFloat16>(value)));
     };
     try_product<T>(
-        products.kernel, products.packed.transposed.of(&packed.view), rows, in, out,
+        products.kernel, products.packed.transposed.bind(&packed.view), rows, in, out,
         [&](int64_t k, int64_t n) { return at(n, k); }, "packed, transposed");
-    try_product<T>(products.kernel, products.packed.plain.of(&packed.view), rows, out, in, at, "packed");
+    try_product<T>(products.kernel, products.packed.plain.bind(&packed.view), rows, out, in, at, "packed");
 }
 
 template <typename T>

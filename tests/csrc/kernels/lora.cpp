@@ -18,14 +18,14 @@ Kept mask_of(const lora::ThinKernels& thin, int64_t rows, int64_t columns, bool 
     if (!drops) return kept;
     const int64_t counters = ceil_div(columns, 8), stride = ceil_div(counters, 16) * 16;
     kept.bytes.resize(size_t(rows * stride));
-    const lora::Dropout dropout{20000, 3, 4};
+    const Dropout dropout{20000, 3, 4};
     for (int64_t m = 0; m < rows; ++m)
         thin.keep_bytes(dropout, m, 0, counters, kept.bytes.data() + m * stride);
     kept.mask = {kept.bytes.data(), stride};
     for (int64_t m = 0; m < rows; ++m)
         for (int64_t n = 0; n < columns; ++n)
             require(
-                kept(m, n) == bool(lora::keeps(lora::dropout_words(dropout, m, n / 8), int(n % 8), 20000)),
+                kept(m, n) == bool(keeps(dropout_words(dropout, m, n / 8), int(n % 8), 20000)),
                 "keep_bytes", m * columns + n);
     return kept;
 }
@@ -39,10 +39,10 @@ Values<float> arranged(const lora::Arrangement& how, const Values<float>& from, 
 }
 
 template <typename T>
-void try_products(const lora::Kernels& kernels, int64_t rows, int64_t columns, int64_t r, bool drops) {
+void try_products(const CpuKernels& kernels, int64_t rows, int64_t columns, int64_t r, bool drops) {
     if (left_out()) return;
     constexpr Dtype dtype = dtype_of<T>;
-    const lora::ThinKernels& thin = kernels.thin[int(dtype)];
+    const lora::ThinKernels& thin = kernels.lora.thin[int(dtype)];
     const int64_t width = ceil_div(r, 16) * 16, wide = ceil_div(columns, 32) * 32;
     const Values<T> x = numbers<T>(rows * columns);
     const Values<float> a = numbers<float>(columns * r), b = numbers<float>(r * columns),
@@ -63,10 +63,10 @@ void try_products(const lora::Kernels& kernels, int64_t rows, int64_t columns, i
         thin.outer(
             {x.data(), columns, left_units.data(), width, r, kept.mask, false, 0, columns, sums.data()}, m,
             std::min(m + lora::kRowGrain, rows));
-    kernels.norms[int(dtype)]({x.data(), columns, left.data(), r, b_units.data(), wide, norms.data()}, 0,
+    kernels.norms.row_norms[int(dtype)]({x.data(), columns, left.data(), r, b_units.data(), wide, norms.data()}, 0,
                               rows);
-    kernels.scale[int(dtype)].scale({x.data(), columns, g.data(), scaled.data()}, 0, rows);
-    kernels.scale[int(dtype)].backward(
+    kernels.elementwise.scale[int(dtype)].scale({x.data(), columns, g.data(), scaled.data()}, 0, rows);
+    kernels.elementwise.scale[int(dtype)].backward(
         {y.data(), x.data(), columns, g.data(), 0, columns, dx.data(), moved.data()}, 0, rows);
     for (int64_t m = 0; m < rows; ++m) {
         double squares = 0;
@@ -114,10 +114,10 @@ void try_products(const lora::Kernels& kernels, int64_t rows, int64_t columns, i
 }
 
 template <typename T>
-void try_row(const lora::Kernels& kernels, int64_t inner, int64_t outer) {
+void try_row(const CpuKernels& kernels, int64_t inner, int64_t outer) {
     if (left_out()) return;
     constexpr Dtype dtype = dtype_of<T>;
-    const lora::RowKernels& row = kernels.row[int(dtype)];
+    const lora::RowKernels& row = kernels.lora.row[int(dtype)];
     const Values<T> x = numbers<T>(inner), factor = numbers<T>(outer * inner);
     Values<float> wide(inner + 16), out(outer + 16);
     Values<T> to = numbers<T>(outer);
@@ -139,7 +139,7 @@ void try_row(const lora::Kernels& kernels, int64_t inner, int64_t outer) {
 }
 
 template <typename T>
-void try_dtype(const lora::Kernels& kernels) {
+void try_dtype(const CpuKernels& kernels) {
     for (int64_t rows : {1, 7, 70})
         for (int64_t columns : {8, 75, 300})
             for (int64_t r : {1, 16, 33})
@@ -151,9 +151,9 @@ void try_dtype(const lora::Kernels& kernels) {
 }  // namespace
 
 void try_lora(const CpuKernels& kernels) {
-    try_dtype<float>(kernels.lora);
-    try_dtype<Half>(kernels.lora);
-    try_dtype<BFloat16>(kernels.lora);
+    try_dtype<float>(kernels);
+    try_dtype<Half>(kernels);
+    try_dtype<BFloat16>(kernels);
 }
 
 }  // namespace peftcore

@@ -33,9 +33,9 @@ struct ByteMap {
     explicit ByteMap(const float* map) : factor(map[kOne]) {
         std::memcpy(of, map, sizeof of);
         for (int code = 0; code <= kLast; ++code) {
-            const float wanted = factor * (code < 8 ? std::ldexp(float(code), -9)
-                                                    : std::ldexp(1.0f + float(code % 8) / 8, code / 8 - 7));
-            matches &= std::fabs(map[code] - wanted) <= 0x1p-22f * std::fabs(wanted);  // false for NaN
+            const float expected = factor * (code < 8 ? std::ldexp(float(code), -9)
+                                                      : std::ldexp(1.0f + float(code % 8) / 8, code / 8 - 7));
+            matches &= std::fabs(map[code] - expected) <= 0x1p-22f * std::fabs(expected);  // false for NaN
         }
     }
 

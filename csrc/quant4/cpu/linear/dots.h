@@ -258,29 +258,29 @@ struct LinearDots {
                 std::fill(sums.begin(), sums.end(), 0.0f);
             else
                 start_sums<kBatch>(args, strips.floats(), n, rows, 1 / rounded.inverse, sums.data());
-            const auto multiply_rows = [&](int64_t taken) {
+            const auto multiply_rows = [&](int64_t row_count) {
                 switch (scales.kind) {
                     case ChunkKind::kUpper:
-                        return taken == 1 ? multiply<1, kBatch, ChunkKind::kUpper>
-                                          : multiply<kAtOnce, kBatch, ChunkKind::kUpper>;
+                        return row_count == 1 ? multiply<1, kBatch, ChunkKind::kUpper>
+                                              : multiply<kAtOnce, kBatch, ChunkKind::kUpper>;
                     case ChunkKind::kPower:
-                        return taken == 1 ? multiply<1, kBatch, ChunkKind::kPower>
-                                          : multiply<kAtOnce, kBatch, ChunkKind::kPower>;
+                        return row_count == 1 ? multiply<1, kBatch, ChunkKind::kPower>
+                                              : multiply<kAtOnce, kBatch, ChunkKind::kPower>;
                     case ChunkKind::kE4M3:
-                        return taken == 1 ? multiply<1, kBatch, ChunkKind::kE4M3>
-                                          : multiply<kAtOnce, kBatch, ChunkKind::kE4M3>;
+                        return row_count == 1 ? multiply<1, kBatch, ChunkKind::kE4M3>
+                                              : multiply<kAtOnce, kBatch, ChunkKind::kE4M3>;
                     case ChunkKind::kSmallFloats:
-                        return taken == 1 ? multiply<1, kBatch, ChunkKind::kSmallFloats>
-                                          : multiply<kAtOnce, kBatch, ChunkKind::kSmallFloats>;
+                        return row_count == 1 ? multiply<1, kBatch, ChunkKind::kSmallFloats>
+                                              : multiply<kAtOnce, kBatch, ChunkKind::kSmallFloats>;
                     default:
-                        return taken == 1 ? multiply<1, kBatch, ChunkKind::kFloats>
-                                          : multiply<kAtOnce, kBatch, ChunkKind::kFloats>;
+                        return row_count == 1 ? multiply<1, kBatch, ChunkKind::kFloats>
+                                              : multiply<kAtOnce, kBatch, ChunkKind::kFloats>;
                 }
             };
             for (part.first = 0; part.first < count; part.first = part.last) {
                 part.last = std::min(part.first + of_part, count);
-                for (int64_t r = 0, taken; r < rows; r += taken) {
-                    taken = rows - r < kAtOnce ? 1 : kAtOnce;
+                for (int64_t r = 0, row_count; r < rows; r += row_count) {
+                    row_count = rows - r < kAtOnce ? 1 : kAtOnce;
                     if (part.first == 0 && r % scaled == 0) {
                         const int64_t some_rows = std::min(scaled, rows - r);
                         scales = strips.of_rows(n + r, some_rows);
@@ -291,8 +291,8 @@ struct LinearDots {
                     part.sums = sums.data() + r * kBatch * kLanes;
                     for (int line = 0; parts > 1 && part.first == 0 && line < 32; ++line)
                         _mm_prefetch(reinterpret_cast<const char*>(part.ahead + 64 * line), _MM_HINT_T1);
-                    multiply_rows(taken)(args, rounded.table, scales, part);
-                    part.ahead += taken * (part.last - part.first) * kChunk / 2;
+                    multiply_rows(row_count)(args, rounded.table, scales, part);
+                    part.ahead += row_count * (part.last - part.first) * kChunk / 2;
                 }
             }
             add_lanes<kBatch>(sums.data(), results.data());

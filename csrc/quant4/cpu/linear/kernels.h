@@ -1,17 +1,21 @@
 // y = x Wᵀ + b for few rows of x, directly from 4 bits: the kernels of each SIMD level.
 //
-// Four ways. "rows" reads a row of W at a time, 8 values (one 32-bit word) a lane: word >> 4 j is then the lookup's
-// index of the lane's j-th value, x being stored in that order, and a lane has one scale. Products and sums are fp32.
-// "dots" does so by the bf16 dot product; scales are multiplied in fp32, once a block, so that only codebook entries
-// are rounded (rounded.h). "integers" multiplies both in 16-bit integers, for x of 16 bits: the fastest way on
-// processors without bf16 (integers.h). "tile" turns many rows of W into bf16, rounded likewise, for more rows of x.
-// With AMX the tile is a register, and the product of entry and scale is rounded.
+// There are four kinds of kernels:
+//   rows      reads a row of W at a time, 8 values (one 32-bit word) per lane. Bits 4 j of the word are the codebook index
+//             of the lane's j-th value; x is stored in that order, and a lane has one scale. Products and sums are fp32.
+//   dots      the same with bf16 dot products. Scales are applied in fp32, once per block, so that only codebook entries
+//             are rounded (rounded.h).
+//   integers  multiplies both as 16-bit integers, for x of 16 bits: the fastest kind on processors without bf16
+//             (integers.h).
+//   tile      converts many rows of W to bf16, rounded as for dots, for more rows of x. With AMX the tile is a register,
+//             and the product of entry and scale is rounded.
 //
-// Zero points (affine codes) add to a result the block's sum of x times -(zero point - kCentre) times the scale, in fp32:
-// an addend of each result, by the loops of zeros.h. With AVX-512 bf16 the kernels add it to their sums themselves; the
-// AMX tile unpacks zero points.
+// A zero point (affine codes) contributes -(zero point - kCentre) * scale * the block's sum of x. zeros.h computes this in
+// fp32 as an addend of each result. The AVX-512 bf16 kernels add it to their sums themselves, and the AMX tile subtracts
+// zero points when it unpacks.
 //
-// Plain C++ has none of them: looking values up one by one took 17 to 20 ms for 4096 x 4096, unpacking a slab 10.
+// Plain C++ has none of these kernels: for 4096 x 4096, looking values up one by one took 17 to 20 ms, dequantizing slabs
+// 10 ms.
 #pragma once
 
 #include <cstdint>
@@ -35,7 +39,7 @@ struct LinearCall {
     const float* sums = nullptr;    // of x over blocks, as `ZeroPoints` makes them, or nullptr
 };
 
-// What a kernel needs of a call whose weight has zero points.
+// What a kernel needs from the caller if the weight has zero points.
 enum class ZeroInput { kAddend, kSums, kNothing };
 
 struct LinearKernel {
@@ -63,7 +67,7 @@ struct ZeroPoints {
                    float* out) = nullptr;
 };
 
-// Any kernel may be missing: it then takes no rows of x.
+// Any kernel may be missing; it is then used for no number of rows.
 struct LinearKernels {
     LinearKernel rows, integers, dots, tile;
     LinearKernel small_integers;  // for blocks of 16, where a level arranges x otherwise for them
@@ -98,18 +102,18 @@ static inline float load_as_float(const void* from, Dtype dtype, int64_t i) {
     }
 }
 
-// T(code), kept per thread: a model's weights have few codebooks. `T::of` is the code that it is made of. The result is
-// valid until kKept - 1 others are made.
+// Returns T(code) from a per-thread cache, since a model has few codebooks. `T::of` is the code that a T was made of. The
+// result is valid until kKept - 1 others have been made.
 template <typename T>
 static const T& made_of_code(const float* code) {
     constexpr int kKept = 4;
-    thread_local std::optional<T> kept[kKept];
+    thread_local std::optional<T> cache[kKept];
     thread_local int oldest = 0;
-    for (const std::optional<T>& one : kept)
-        if (one && std::memcmp(one->of, code, sizeof one->of) == 0) return *one;
-    T& made = kept[oldest].emplace(code);
+    for (const std::optional<T>& entry : cache)
+        if (entry && std::memcmp(entry->of, code, sizeof entry->of) == 0) return *entry;
+    T& added = cache[oldest].emplace(code);
     oldest = (oldest + 1) % kKept;
-    return made;
+    return added;
 }
 
 // The only rounding of a result.

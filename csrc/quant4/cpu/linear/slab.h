@@ -1,4 +1,4 @@
-// A slab: part of a packed weight [rows, columns], dequantized into memory that each thread keeps between calls.
+// A slab is a part of a 4-bit weight [rows, columns], dequantized into a buffer that each thread keeps between calls.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -8,8 +8,7 @@
 namespace peftcore {
 namespace quant4 {
 
-// Used for shapes that tiles (quant4/cpu/tiles) do not read, and for dtypes and levels without tiles: the library then
-// multiplies slabs.
+// The BLAS library multiplies slabs where tiles (quant4/cpu/tiles) do not support the shape, dtype or level.
 //
 // Measured with 4096 x 4096 in bf16 and 32 MB of L3 cache. With few rows of x, slabs of 4 MiB stay in the cache. With
 // 1024 rows the library's product with slabs, which are narrow, is slower than with the whole weight: 1.5 times the
