@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 from peftcore.errors import PeftcoreError
 from peftcore.estimating.costs import FREE, Cost, cost
 from peftcore.ops.linear_cross_entropy import workspace, workspace_of_weight
-from peftcore.ops.weight import checked
+from peftcore.ops.weight import weight_from_operands
 from peftcore.plugin import MetaFloats, ranks
 
 LARGEST_INDEX = 1 << 22  # integer tensors with more values than this are on meta
@@ -88,7 +88,7 @@ def _unpacked(operator: Any, args: tuple[Any, ...]) -> int:
     rows = given.get("grad", given.get("x"))
     if rows is None or not given.get("packing"):
         return 0
-    shape = checked(given["weight"], given["packing"], operator._schema.name).shape
+    shape = weight_from_operands(given["weight"], given["packing"], operator._schema.name).shape
     few = 64 if len(shape) == 2 else 16 * shape[0]
     if "grad" not in given and rows[..., 0].numel() <= few:
         return 0
@@ -194,7 +194,7 @@ class Following:
         name, size, device = operator._schema.name, 0, torch.device("cuda" if self.on_card else "cpu")
         if name == "peftcore::linear_cross_entropy":
             hidden, weight, packing = args[:3]
-            classes = checked(weight, packing, name).shape[0]
+            classes = weight_from_operands(weight, packing, name).shape[0]
             size = workspace(hidden, weight, packing, classes, device)
         elif name == "peftcore::linear_cross_entropy_weight":
             size = workspace_of_weight(args[0], args[1].shape[0], device)

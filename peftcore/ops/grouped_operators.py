@@ -30,7 +30,7 @@ from peftcore.ops._library import define_by
 from peftcore.ops.dropout import check_dropout, dropped, factor
 from peftcore.ops.lora import wide
 from peftcore.ops.quant4 import dequantize_4bit
-from peftcore.ops.weight import MIN_BLOCKSIZE, PackedWeight, check_dtype, check_like, checked, value
+from peftcore.ops.weight import MIN_BLOCKSIZE, PackedWeight, check_dtype, check_like, value, weight_from_operands
 
 
 def expert_of_rows(offsets: Tensor, rows: int) -> Tensor:
@@ -152,7 +152,7 @@ class GroupedLinear(_Experts):
     seed: Tensor | None = None
 
     def __post_init__(self) -> None:
-        op, self.frozen = "grouped_linear", checked(self.weight, self.packing, "grouped_linear")
+        op, self.frozen = "grouped_linear", weight_from_operands(self.weight, self.packing, "grouped_linear")
         _check_weight(op, "x", self.x, self.frozen)
         experts, out, width = self.sizes
         _check_rows(op, "x", self.x, width, self.offsets, experts)
@@ -198,7 +198,10 @@ class GroupedLinearBackward(_Experts):
     seed: Tensor | None = None
 
     def __post_init__(self) -> None:
-        op, self.frozen = "grouped_linear_backward", checked(self.weight, self.packing, "grouped_linear_backward")
+        op, self.frozen = (
+            "grouped_linear_backward",
+            weight_from_operands(self.weight, self.packing, "grouped_linear_backward"),
+        )
         _check_weight(op, "grad", self.grad, self.frozen)
         experts, out, width = self.sizes
         _check_rows(op, "grad", self.grad, out, self.offsets, experts)

@@ -29,7 +29,7 @@ from peftcore.ops._extension import extension
 from peftcore.ops._library import define_by
 from peftcore.ops.calling import frozen_operands, transformed, unviewed
 from peftcore.ops.quant4 import dequantize_4bit
-from peftcore.ops.weight import PackedWeight, check_linear, check_operand, checked_packed
+from peftcore.ops.weight import PackedWeight, check_linear, check_operand, packed_weight_from_operands
 
 # Bytes of a panel. Measured on one AVX-512 core, 4096 x 4096 in bf16: forward, panels of 8 MiB take 2.8 ms for one
 # row of x and the whole weight at once 5.8 (dense: 3.0), and they cost nothing for many rows; in the gradient every
@@ -79,7 +79,7 @@ class Linear4bit:
     bias: Tensor | None = None
 
     def __post_init__(self) -> None:
-        self.packed = checked_packed(self.weight, self.packing, "linear_4bit")
+        self.packed = packed_weight_from_operands(self.weight, self.packing, "linear_4bit")
         check_linear(self.x, self.packed, self.bias, "linear_4bit")
 
     def compute(self) -> Tensor:
@@ -103,7 +103,7 @@ class Linear4bitBackward:
     packing: Sequence[int]
 
     def __post_init__(self) -> None:
-        self.packed = checked_packed(self.weight, self.packing, "linear_4bit_backward")
+        self.packed = packed_weight_from_operands(self.weight, self.packing, "linear_4bit_backward")
         check_operand(self.packed, self.grad, "grad", True, "linear_4bit_backward")
 
     def compute(self) -> Tensor:
@@ -138,7 +138,7 @@ class _Linear4bit(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             weight, packing = ctx.saved_tensors, ctx.packing
             if torch.is_grad_enabled():  # create_graph=True: what has a gradient itself
-                x_grad = grad @ dequantize_4bit(checked_packed(weight, packing, "linear_4bit"), grad.dtype)
+                x_grad = grad @ dequantize_4bit(packed_weight_from_operands(weight, packing, "linear_4bit"), grad.dtype)
             else:
                 x_grad = _OPS.linear_4bit_backward(grad, weight, packing)
         if ctx.needs_input_grad[1]:

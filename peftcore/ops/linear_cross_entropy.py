@@ -42,7 +42,7 @@ from peftcore.ops.cross_entropy import (
 )
 from peftcore.ops.dense_linear import FASTER
 from peftcore.ops.quant4 import dequantize_4bit
-from peftcore.ops.weight import PackedWeight, check_linear, checked, value
+from peftcore.ops.weight import PackedWeight, check_linear, value, weight_from_operands
 
 _OPS = torch.ops.peftcore
 # Bytes of a piece of logits. Fixed, whatever the machine's caches, as sums may depend on the size of a piece.
@@ -115,7 +115,7 @@ class LinearCrossEntropy:
     gradient: bool
 
     def __post_init__(self) -> None:
-        op, frozen = "linear_cross_entropy", checked(self.weight, self.packing, "linear_cross_entropy")
+        op, frozen = "linear_cross_entropy", weight_from_operands(self.weight, self.packing, "linear_cross_entropy")
         check_linear(self.hidden, frozen, self.bias, op)
         value(self.hidden.dim() == 2, op, f"hidden must be [rows, in], found {list(self.hidden.shape)}")
         self.classes = frozen.shape[0]

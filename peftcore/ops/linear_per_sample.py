@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from peftcore.ops._library import define_by
 from peftcore.ops.calling import frozen_operands, permuted
 from peftcore.ops.lora import check_factors, frozen_linear, wide
-from peftcore.ops.weight import PackedWeight, check_linear, check_tensor, checked, value
+from peftcore.ops.weight import PackedWeight, check_linear, check_tensor, value, weight_from_operands
 
 _OP = "lora_linear_per_sample"
 
@@ -33,7 +33,7 @@ class LoraLinearPerSample:
 
     def __post_init__(self) -> None:
         x, a, b, index = self.x, self.a, self.b, self.index
-        frozen = checked(self.weight, self.packing, _OP)
+        frozen = weight_from_operands(self.weight, self.packing, _OP)
         check_linear(x, frozen, self.bias, _OP)
         self.out_features = frozen.shape[0]
         value(x.dim() > 1, _OP, f"x must be [samples, .., in], found {list(x.shape)}")

@@ -33,7 +33,7 @@ from peftcore.ops._library import define_by
 from peftcore.ops.calling import frozen_operands, operator_for, permuted, transformed, unviewed
 from peftcore.ops.dropout import check_dropout, dropped, factor, seed_of_call
 from peftcore.ops.quant4 import dequantize_4bit
-from peftcore.ops.weight import PackedWeight, check_linear, checked, value
+from peftcore.ops.weight import PackedWeight, check_linear, value, weight_from_operands
 
 _OPS = torch.ops.peftcore
 
@@ -94,7 +94,7 @@ class LoraLinear:
     seed: Tensor | None = None
 
     def __post_init__(self) -> None:
-        op, frozen = "lora_linear", checked(self.weight, self.packing, "lora_linear")
+        op, frozen = "lora_linear", weight_from_operands(self.weight, self.packing, "lora_linear")
         check_linear(self.x, frozen, self.bias, op)
         check_factors(op, self.x, self.a, self.b, frozen.shape[0], ("a", "b"))
         check_dropout(op, self.x, self.dropout_p, self.seed)
@@ -126,7 +126,7 @@ class LoraLinearBackward:
     seed: Tensor | None = None
 
     def __post_init__(self) -> None:
-        op, frozen = "lora_linear_backward", checked(self.weight, self.packing, "lora_linear_backward")
+        op, frozen = "lora_linear_backward", weight_from_operands(self.weight, self.packing, "lora_linear_backward")
         check_linear(self.x, frozen, None, op)
         check_factors(op, self.x, self.a, self.b, frozen.shape[0], ("a", "b"))
         _check_gradient(op, self.grad, self.s, self.x, frozen.shape[0], self.a.shape[0])
@@ -188,7 +188,7 @@ def _differentiable(call: LoraLinearBackward) -> tuple[Tensor, ...]:
             )
         s = dropped(matrix(x), *drop).to(dtype) @ call.a.to(dtype).T * factor(call.scale, *drop)
         call = replace(call, s=s)
-    frozen = checked(call.weight, call.packing, "lora_linear_backward")
+    frozen = weight_from_operands(call.weight, call.packing, "lora_linear_backward")
     if isinstance(frozen, PackedWeight):
         call = replace(call, weight=[dequantize_4bit(frozen, x.dtype)], packing=[])
     return call.compute()

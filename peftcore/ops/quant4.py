@@ -38,7 +38,7 @@ from peftcore.ops.weight import (
     check_dtype,
     check_quant_map,
     check_tensor,
-    checked_packed,
+    packed_weight_from_operands,
     value,
 )
 
@@ -137,7 +137,7 @@ class Dequantize4bit:
 
     def __post_init__(self) -> None:
         check_dtype(self.dtype, "dequantize_4bit")
-        self.packed = checked_packed(self.weight, self.packing, "dequantize_4bit")
+        self.packed = packed_weight_from_operands(self.weight, self.packing, "dequantize_4bit")
 
     def compute(self) -> Tensor:
         return self.packed.values(self.dtype)
@@ -155,7 +155,7 @@ class Dequantize4bitOut:
     def __post_init__(self) -> None:
         op, out = "dequantize_4bit", self.out
         check_dtype(out.dtype, op)
-        self.packed = checked_packed(self.weight, self.packing, op)
+        self.packed = packed_weight_from_operands(self.weight, self.packing, op)
         device, shape = self.packed.codes.device, self.packed.shape
         value(out.device == device, op, f"out must be on {device}, found {out.device}")
         wanted = f"out must have the weight's shape {list(shape)}"

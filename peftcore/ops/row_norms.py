@@ -17,7 +17,7 @@ from torch import Tensor
 from peftcore.ops._library import define_by
 from peftcore.ops.calling import permuted
 from peftcore.ops.quant4 import dequantize_4bit
-from peftcore.ops.weight import PackedWeight, check_dtype, checked, value
+from peftcore.ops.weight import PackedWeight, check_dtype, value, weight_from_operands
 
 _OPS = torch.ops.peftcore
 _PIECE = 1 << 20  # values of W in a piece
@@ -33,7 +33,7 @@ class RowNorms:
 
     def __post_init__(self) -> None:
         op, first = "row_norms", self.weight[0]
-        self.frozen = frozen = checked(self.weight, self.packing, op)
+        self.frozen = frozen = weight_from_operands(self.weight, self.packing, op)
         self.dtype = torch.promote_types(first.dtype, torch.float32)
         value(len(frozen.shape) == 2, op, f"weight must be [out, in], found {list(frozen.shape)}")
         if isinstance(frozen, Tensor) and frozen.dtype is not torch.float64:

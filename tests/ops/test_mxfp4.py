@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from peftcore import ops
 from peftcore.ops.grouped_operators import GroupedLinear
 from peftcore.ops.mxfp4 import QuantizeMxfp4, swap_nibbles
-from peftcore.ops.weight import POWERS_OF_TWO, PackedWeight, checked
+from peftcore.ops.weight import POWERS_OF_TWO, PackedWeight, weight_from_operands
 
 EPS = {torch.float32: 2.0**-23, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10}
 ENTRIES = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
@@ -166,7 +166,10 @@ def test_parts_that_do_not_fit_are_refused():
     dequantize = torch.ops.peftcore.dequantize_4bit
 
     def refuses(error, match, tensors, packing):
-        for call in (lambda: dequantize(tensors, packing, torch.float32), lambda: checked(tensors, packing, "x")):
+        for call in (
+            lambda: dequantize(tensors, packing, torch.float32),
+            lambda: weight_from_operands(tensors, packing, "x"),
+        ):
             with pytest.raises(error, match=match):
                 call()
 

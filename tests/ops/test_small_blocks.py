@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from peftcore import ops
 from peftcore.ops.grouped_operators import GroupedLinear
-from peftcore.ops.weight import PackedWeight, checked
+from peftcore.ops.weight import PackedWeight, weight_from_operands
 
 EPS = {torch.float32: 2.0**-23, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10}
 
@@ -158,6 +158,6 @@ def test_other_blocks_and_rows_are_refused():
         ("blocksize must be a power of two from 16 to 4096, found 8", tensors, [8, *packing[1:]]),
         ("rows must be whole blocks of 16", tensors, [16, packing[1], 16, 8]),
     ]:
-        for call in (dequantize, checked):
+        for call in (dequantize, weight_from_operands):
             with pytest.raises(ValueError, match=match):
                 call(parts, numbers, torch.float32 if call is dequantize else "x")
