@@ -208,7 +208,7 @@ def optimizers(shapes=SHAPES, steps=20):
     def ours(rule):
         q, state = start.clone(), optim_rules.RULES[rule].new_state(start)
         for step, g in enumerate(gradients, 1):
-            row = optim_rules.RULES[rule].scalars.of(step, 1e-3, (0.9, 0.999), 1e-8, 0.01)
+            row = optim_rules.RULES[rule].scalars.from_options(step, 1e-3, (0.9, 0.999), 1e-8, 0.01)
             optim.optim_step_([q], [g], state, rule, row, [step], [0])
         return q
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import LBFGS, Adagrad, Optimizer
 
 from peftcore.errors import PeftcoreError
-from peftcore.optim.base import FusedOptimizer, largest
+from peftcore.optim.base import FusedOptimizer, is_among_largest
 from peftcore.plugin import sharded
 
 _OPTIMIZER: ContextVar[tuple[Optimizer | None, ...]] = ContextVar("peftcore_optimizer", default=())
@@ -116,6 +116,6 @@ def _keep_largest(optimizer: Optimizer, parameter: nn.Parameter, keep: float) ->
         return
     full_moments = {name: sharded.whole(value) for name, value in moments.items() if value.dim()}
     if full_moments:
-        mask = largest(list(full_moments.values()), keep)
+        mask = is_among_largest(list(full_moments.values()), keep)
         for name, value in full_moments.items():
             sharded.fill(moments[name], value * mask)

@@ -1,4 +1,4 @@
-"""Loading of peftcore._C, the compiled kernels; without it every operator runs on its PyTorch reference."""
+"""Loads peftcore._C, the compiled kernels. Without it every operator runs on its PyTorch reference."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def sources_of_checkout(root: Path) -> Path | None:
-    """Return the folder `csrc` of a checkout; None in site-packages, where it may belong to another package."""
+    """Return the folder `csrc` of a checkout, or None in site-packages, where it may belong to another package."""
     return root / "csrc" if (root / "setup.py").exists() else None
 
 
-def how_to_build(csrc: Path | None) -> str:
+def build_command(csrc: Path | None) -> str:
     """Return the command that builds the extension for the installed PyTorch, with or without a checkout."""
     pip = "pip install --no-build-isolation --no-deps --force-reinstall"
     if csrc is None:
@@ -33,11 +33,11 @@ def how_to_build(csrc: Path | None) -> str:
 
 
 CSRC = sources_of_checkout(ROOT)
-REBUILD = how_to_build(CSRC)
+REBUILD = build_command(CSRC)
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """Return the record of the build; empty if there is none or it cannot be read."""
+    """Return the record of the build, or an empty dict if it is missing or unreadable."""
     try:
         record = json.loads(path.read_text())
     except (OSError, ValueError):
@@ -45,18 +45,21 @@ def read_record(path: Path) -> dict[str, Any]:
     return record if isinstance(record, dict) else {}
 
 
-def release(version: str) -> str:
-    """Return major and minor of a PyTorch version, within which the C++ interface is stable."""
+def minor_version(version: str) -> str:
+    """Return the major and minor version of PyTorch, within which the C++ interface is stable."""
     match = re.match(r"\d+\.\d+", version)
     return match.group() if match else version
 
 
-def why_not(
+def reason_not_to_load(
     record: dict[str, Any], torch_version: str = torch.__version__, csrc: Path | None = CSRC
 ) -> tuple[str, bool]:
-    """Return why the recorded build must not be loaded, and whether to warn; ("", False) if it may be loaded.
+    """Return why the recorded build must not be loaded, and whether to warn about it; ("", False) if it can be loaded.
 
-    In a checkout with sources (`csrc`) the binary must have been built from them.
+    Args:
+        record: contents of _build.json.
+        torch_version: version of PyTorch that is running.
+        csrc: the checkout's sources, from which the binary must have been built; None where there are none.
     """
     if os.environ.get("PEFTCORE_EXT") == "0":
         return "switched off by PEFTCORE_EXT=0", False
@@ -65,7 +68,7 @@ def why_not(
     if not record.get("built"):
         return f"it was not built: {record.get('reason', 'no reason recorded')}", False
     built_with = str(record.get("torch", "unknown"))
-    if release(built_with) != release(torch_version):
+    if minor_version(built_with) != minor_version(torch_version):
         return f"it was built with PyTorch {built_with}, this is {torch_version}. Rebuild it: {REBUILD}", True
     sources = "" if csrc is None else digest(csrc)
     if sources and record.get("sources") != sources:
@@ -74,8 +77,8 @@ def why_not(
 
 
 def load(record: dict[str, Any]) -> tuple[ModuleType | None, str]:
-    """Return (module or None, reason)."""
-    reason, warn = why_not(record)
+    """Return the extension, or None and the reason why it is not loaded."""
+    reason, warn = reason_not_to_load(record)
     module = None
     if not reason:
         try:
@@ -84,7 +87,7 @@ def load(record: dict[str, Any]) -> tuple[ModuleType | None, str]:
             reason, warn = f"it does not load: {error}. Rebuild it: {REBUILD}", True
         else:
             try:
-                module.cpu_level()  # reads PEFTCORE_CPU_LEVEL: here, not in the first operator
+                module.cpu_level()  # reads PEFTCORE_CPU_LEVEL now, so that a wrong value fails at import
             except ValueError as error:
                 raise ValueError(f"PEFTCORE_CPU_LEVEL: {error}. Set one of these, or unset it") from None
     if warn:
@@ -96,8 +99,8 @@ record = read_record(ROOT / "peftcore" / "_build.json")
 extension: Any  # the module, or None
 extension, missing_because = load(record)
 
-# Types of devices on which an operator is called even where its reference would take fp32 copies: those that this build
-# has kernels for, and meta tensors, which are treated as on a CPU.
+# Device types on which functions call the operator. On others they use plain formulas, since the operator's reference
+# would make fp32 copies. Meta tensors count as CPU tensors.
 KERNEL_DEVICES: tuple[str, ...] = ("cpu", "meta")
 if extension is not None and extension.build_facts()["cuda_architectures"]:
     KERNEL_DEVICES += ("cuda",)

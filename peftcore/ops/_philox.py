@@ -1,6 +1,6 @@
 """Philox4x32 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3") in PyTorch; csrc/common/philox.h.
 
-A counter and a key give four 32-bit words, whatever was computed before: the same bits on every device.
+A counter and a key determine four 32-bit words, independent of earlier calls and with the same bits on every device.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ LOW = 0xFFFFFFFF
 
 
 def philox(counter: Sequence[Tensor], key: int | Tensor, rounds: int) -> Tensor:
-    """Return the words of many counters, each as eight 16-bit numbers, the low half of a word first.
+    """Return the words of many counters as eight 16-bit numbers each, the low half of a word first.
 
     Args:
         counter: four int64 tensors of one shape with the counters' 32-bit words.
-        key: of 64 bits; a tensor is not read by the host.
-        rounds: 7, the fewest that pass BigCrush, or 10, the authors' own choice.
+        key: 64 bits. If it is a tensor, the host does not read it.
+        rounds: 7 is the smallest number that passes BigCrush, 10 the authors' choice.
 
     Returns:
         int64 `[*shape, 8]`.
@@ -27,7 +27,7 @@ def philox(counter: Sequence[Tensor], key: int | Tensor, rounds: int) -> Tensor:
     a, b, c, d = counter
     key0, key1 = key & LOW, key >> 32 & LOW
     for _ in range(rounds):
-        p, q = a * 0xD2511F53, c * 0xCD9E8D57  # modulo 2⁶⁴, of which the bits are right
+        p, q = a * 0xD2511F53, c * 0xCD9E8D57  # int64 wraps modulo 2⁶⁴, which leaves the bits right
         a, b, c, d = (q >> 32 & LOW) ^ b ^ key0, q & LOW, (p >> 32 & LOW) ^ d ^ key1, p & LOW
         key0, key1 = key0 + 0x9E3779B9 & LOW, key1 + 0xBB67AE85 & LOW
     words = torch.stack([a, b, c, d], -1)

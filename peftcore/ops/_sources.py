@@ -1,4 +1,4 @@
-"""A digest of the extension's sources, by which a binary that was built from others is known."""
+"""Hash of the extension's sources, to detect a stale binary."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ SUFFIXES = {".cpp", ".h", ".cu", ".cuh"}
 def digest(csrc: Path) -> str:
     """Return a hash of the names and contents of all sources in `csrc`; empty if there are none, as in a wheel."""
     files = sorted(path for path in csrc.rglob("*") if path.suffix in SUFFIXES)
-    found = hashlib.sha256()
+    hasher = hashlib.sha256()
     for path in files:
         content = path.read_bytes()
-        found.update(f"{path.relative_to(csrc).as_posix()} {len(content)}\n".encode() + content)
-    return found.hexdigest()[:16] if files else ""
+        hasher.update(f"{path.relative_to(csrc).as_posix()} {len(content)}\n".encode() + content)
+    return hasher.hexdigest()[:16] if files else ""

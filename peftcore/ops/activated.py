@@ -18,7 +18,7 @@ from torch import Tensor
 
 from peftcore.ops._extension import KERNEL_DEVICES
 from peftcore.ops._library import define_by
-from peftcore.ops.calling import transformed
+from peftcore.ops.calling import has_active_transform
 from peftcore.ops.gated import ACTIVATIONS as GATES, check_coefficients, sigmoid_of_p, slope
 from peftcore.ops.weight import check_dtype, check_gradient, check_strided
 
@@ -118,7 +118,7 @@ def activated(x: Tensor, activation: Activation = "gelu") -> Tensor:
         A tensor of x's shape and dtype, with a gradient.
     """
     settings = ACTIVATIONS[activation]
-    if x.device.type not in KERNEL_DEVICES or x.dtype is torch.float64 or transformed():
+    if x.device.type not in KERNEL_DEVICES or x.dtype is torch.float64 or has_active_transform():
         return _formula(x, *settings)
     if torch.is_grad_enabled() and x.requires_grad:
         return _Activated.apply(x, *settings)  # type: ignore[no-untyped-call]

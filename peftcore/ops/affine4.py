@@ -63,45 +63,47 @@ def affine4_weight(
     check_dtype(scales.dtype, op)
     check_dtype(dtype, op)
     groups = scales.shape[-1] if scales.dim() else 0
-    found = f"found codes {list(shape)} and scales {list(scales.shape)}"
+    found_shapes = f"found codes {list(shape)} and scales {list(scales.shape)}"
     fits = len(shape) >= 2 and scales.shape[:-1] == codes.shape[:-1] and groups > 0 and shape[-1] % groups == 0
-    value(fits, op, f"codes must be [.., out, in] and scales [.., out, groups], {found}")
+    value(fits, op, f"codes must be [.., out, in] and scales [.., out, groups], {found_shapes}")
     if codes.is_floating_point() or codes.dtype is torch.bool:
         raise TypeError(f"{op}: codes must be integers, found {codes.dtype}")
-    group, wanted = shape[-1] // groups, f"groups must be multiples of {MIN_BLOCKSIZE} columns"
-    value(group % MIN_BLOCKSIZE == 0, op, f"{wanted}, found {group}: {found}")
+    group, requirement = shape[-1] // groups, f"groups must be multiples of {MIN_BLOCKSIZE} columns"
+    value(group % MIN_BLOCKSIZE == 0, op, f"{requirement}, found {group}: {found_shapes}")
     if codes.numel() and not codes.is_meta:
-        low, high = (int(bound) for bound in torch.aminmax(codes))
+        low, high = (int(limit) for limit in torch.aminmax(codes))
         value(0 <= low <= high <= _LARGEST, op, f"codes must be from 0 to {_LARGEST}, found {low} to {high}")
     blocksize = math.gcd(group, MAX_BLOCKSIZE)
     scales = scales.repeat_interleave(group // blocksize, -1).reshape(-1)
     if zeros is not None:
         check_numel(zeros, scales.numel() * blocksize // group, op, "zeros", "one a scale")
-        zeros = _stored_zeros(zeros, op).repeat_interleave(group // blocksize)
+        zeros = _normalize_zeros(zeros, op).repeat_interleave(group // blocksize)
     if permutation is not None:
-        permutation = _checked_permutation(permutation, shape, op).to(codes.device)
+        permutation = _validate_permutation(permutation, shape, op).to(codes.device)
     flat = codes.reshape(-1).to(torch.uint8)
     packed = in_huge_pages((flat[::2] << 4 | flat[1::2]).unsqueeze(1))
     weight = PackedWeight(packed, scales.contiguous(), codebook("affine4", codes.device), shape, blocksize, dtype)
     return weight._replace(quant_type="affine4", nested_blocksize=AFFINE, zeros=zeros, permutation=permutation)
 
 
-def _stored_zeros(zeros: Tensor, op: str) -> Tensor:
+def _normalize_zeros(zeros: Tensor, op: str) -> Tensor:
     flat = zeros.reshape(-1)
     if flat.is_floating_point():
         return flat.float()
     if flat.numel() and not flat.is_meta:
-        low, high = (int(bound) for bound in torch.aminmax(flat))
+        low, high = (int(limit) for limit in torch.aminmax(flat))
         value(0 <= low <= high <= 255, op, f"zeros must be from 0 to 255, found {low} to {high}")
     return flat.to(torch.uint8)
 
 
-def _checked_permutation(permutation: Tensor, shape: tuple[int, ...], op: str) -> Tensor:
-    found = f"found {permutation.dtype} {list(permutation.shape)} for a weight {list(shape)}"
-    value(len(shape) == 2 and permutation.shape == shape[1:], op, f"permutation must be [in] of a matrix, {found}")
+def _validate_permutation(permutation: Tensor, shape: tuple[int, ...], op: str) -> Tensor:
+    found_shapes = f"found {permutation.dtype} {list(permutation.shape)} for a weight {list(shape)}"
+    value(
+        len(shape) == 2 and permutation.shape == shape[1:], op, f"permutation must be [in] of a matrix, {found_shapes}"
+    )
     permutation = permutation.long()
-    is_one = torch.equal(permutation.sort().values.cpu(), torch.arange(shape[1])) if not permutation.is_meta else True
-    value(is_one, op, f"permutation must have each of the {shape[1]} inputs once")
+    is_permutation = permutation.is_meta or torch.equal(permutation.sort().values.cpu(), torch.arange(shape[1]))
+    value(is_permutation, op, f"permutation must have each of the {shape[1]} inputs once")
     return permutation
 
 
@@ -131,17 +133,17 @@ def quantize_affine4(x: Tensor, blocksize: int = 64) -> PackedWeight:
     scales = x.new_empty((blocks.shape[0],), dtype=torch.bfloat16)
     zeros = x.new_empty((blocks.shape[0],), dtype=torch.uint8)
     step = max(1, _AT_ONCE // blocksize)
-    for first in range(0, blocks.shape[0], step):
-        some = slice(first, first + step)
-        part = blocks[some].float()
-        low, high = part.amin(1).clamp_(max=0), part.amax(1).clamp_(min=0)
+    for start in range(0, blocks.shape[0], step):
+        chunk = slice(start, start + step)
+        values = blocks[chunk].float()
+        low, high = values.amin(1).clamp_(max=0), values.amax(1).clamp_(min=0)
         scale = ((high - low) / _LARGEST).to(torch.bfloat16)
-        scales[some] = scale
+        scales[chunk] = scale
         inverse = (1 / scale.float()).masked_fill_(scale == 0, 0).unsqueeze(1)
         zero = (-low.unsqueeze(1) * inverse).round_().clamp_(0, _LARGEST)
-        found = (part * inverse).round_().add_(zero).clamp_(0, _LARGEST).nan_to_num_().to(torch.uint8)
-        codes[some] = found[:, ::2] << 4 | found[:, 1::2]
-        zeros[some] = zero.nan_to_num_().flatten().to(torch.uint8)
+        chunk_codes = (values * inverse).round_().add_(zero).clamp_(0, _LARGEST).nan_to_num_().to(torch.uint8)
+        codes[chunk] = chunk_codes[:, ::2] << 4 | chunk_codes[:, 1::2]
+        zeros[chunk] = zero.nan_to_num_().flatten().to(torch.uint8)
     quant_map, shape = codebook("affine4", x.device), tuple(x.shape)
     weight = PackedWeight(in_huge_pages(codes.view(-1, 1)), scales, quant_map, shape, blocksize, x.dtype, "affine4")
     return weight._replace(nested_blocksize=AFFINE, zeros=zeros)

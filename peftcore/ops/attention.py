@@ -1,16 +1,16 @@
 """Attention, softmax(c q kᵀ) v, and its gradients.
 
-    lse = log Σ exp(S),  P = exp(S - lse),  out = P v           S = c q kᵀ, -inf for keys that a query does not see
+    lse = log Σ exp(S),  P = exp(S - lse),  out = P v           S = c q kᵀ, and -inf for masked keys
     dP = dout vᵀ,  dS = c P ∘ (dP - Σ dout ∘ out)
     dq = dS k,  dk = dSᵀ q,  dv = Pᵀ dout
 
-Dropout has the factors D = keep / (1 - p): out = (D ∘ P) v, dP = D ∘ (dout vᵀ), dv = (D ∘ P)ᵀ dout. Its mask is made
-again for the gradient (dropout.py), of P as the matrix [batch · heads · queries, keys].
+Dropout multiplies P by D = keep / (1 - p): out = (D ∘ P) v, dP = D ∘ (dout vᵀ), dv = (D ∘ P)ᵀ dout. The mask is that of
+P as a matrix [batch · heads · queries, keys], and is regenerated for the gradient (dropout.py).
 
-The result is that of PyTorch's `scaled_dot_product_attention`, whose kernels take longer: 1.1 to 1.9 times in fp32 with
-AVX2, several times with dropout, and in 16 bits. Sums are fp32; with dot products of bf16 P and dS are rounded to bf16
-for their products, else all products are in fp32. q, k, v, out and lse, a number for each query and head, are kept for
-the gradient, which computes S again.
+The result is the same as from PyTorch's `scaled_dot_product_attention`, which takes 1.1 to 1.9 times as long in fp32
+with AVX2, and several times as long with dropout or in 16 bits. Sums are fp32. With bf16 dot products, P and dS are
+rounded to bf16 before they are multiplied; otherwise all products are fp32. q, k, v, out and lse (one number per query
+and head) are saved for the gradient, which recomputes S.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from peftcore.ops._extension import extension
 from peftcore.ops._library import define_by
-from peftcore.ops.calling import operator_for, transformed, unviewed
+from peftcore.ops.calling import as_non_view, has_active_transform, operator_for
 from peftcore.ops.dropout import check_dropout, factor, keep_mask, seed_of_call
 from peftcore.ops.weight import check_dtype, value
 
@@ -45,9 +45,9 @@ def _check(op: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Non
         return
     if mask.dtype is not torch.bool:
         raise TypeError(f"{op}: mask must be torch.bool, found {mask.dtype}")
-    wanted = [*q.shape[:3], k.shape[2]]
-    fits = mask.dim() == 4 and all(found in (1, size) for found, size in zip(mask.shape, wanted, strict=True))
-    value(fits, op, f"mask must broadcast to {wanted}, found {list(mask.shape)}")
+    expected = [*q.shape[:3], k.shape[2]]
+    fits = mask.dim() == 4 and all(size in (1, full) for size, full in zip(mask.shape, expected, strict=True))
+    value(fits, op, f"mask must broadcast to {expected}, found {list(mask.shape)}")
     value(mask.device == q.device, op, f"mask must be on {q.device} like q, found {mask.device}")
 
 
@@ -55,13 +55,13 @@ def _check_like(op: str, q: Tensor, name: str, t: Tensor) -> None:
     if t.dtype is not q.dtype:
         raise TypeError(f"{op}: {name} must be {q.dtype} like q, found {t.dtype}")
     fits = t.dim() == 4 and t.shape[0] == q.shape[0] and t.shape[3] == q.shape[3]
-    found = f"found {list(t.shape)}"
-    value(fits, op, f"{name} must be [{q.shape[0]}, heads, tokens, {q.shape[3]}] for q, {found}")
+    found_shape = f"found {list(t.shape)}"
+    value(fits, op, f"{name} must be [{q.shape[0]}, heads, tokens, {q.shape[3]}] for q, {found_shape}")
     value(t.device == q.device, op, f"{name} must be on {q.device} like q, found {t.device}")
 
 
 def _scores(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, scale: float) -> Tensor:
-    scores = q.float() @ _repeated(k, q).transpose(2, 3) * scale
+    scores = q.float() @ _repeat_heads(k, q).transpose(2, 3) * scale
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf)
     if causal:
@@ -69,11 +69,11 @@ def _scores(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, scale: floa
     return scores
 
 
-def _repeated(t: Tensor, q: Tensor) -> Tensor:
+def _repeat_heads(t: Tensor, q: Tensor) -> Tensor:
     return t.float().repeat_interleave(q.shape[1] // t.shape[1], 1)
 
 
-def _kept(q: Tensor, k: Tensor, p: float, seed: Tensor | None) -> Tensor | float:
+def _dropout_factors(q: Tensor, k: Tensor, p: float, seed: Tensor | None) -> Tensor | float:
     if seed is None or not p:
         return 1.0
     shape = (*q.shape[:3], k.shape[2])
@@ -82,7 +82,7 @@ def _kept(q: Tensor, k: Tensor, p: float, seed: Tensor | None) -> Tensor | float
 
 
 def _by_tokens(t: Tensor) -> Tensor:
-    """Return an empty tensor like t whose memory is [batch, tokens, heads, size]."""
+    """Return an empty tensor like t, laid out in memory as [batch, tokens, heads, size]."""
     return t.new_empty((t.shape[0], t.shape[2], t.shape[1], t.shape[3])).transpose(1, 2)
 
 
@@ -104,9 +104,9 @@ class Attention:
     def compute(self) -> tuple[Tensor, Tensor]:
         scores = _scores(self.q, self.k, self.mask, self.causal, self.scale)
         lse = scores.logsumexp(3)
-        lse = lse.masked_fill(lse == -torch.inf, torch.inf)  # of queries that see no key
-        p = (scores - lse[..., None]).exp() * _kept(self.q, self.k, self.dropout_p, self.seed)
-        out = p @ _repeated(self.v, self.q)
+        lse = lse.masked_fill(lse == -torch.inf, torch.inf)  # queries without a visible key
+        p = (scores - lse[..., None]).exp() * _dropout_factors(self.q, self.k, self.dropout_p, self.seed)
+        out = p @ _repeat_heads(self.v, self.q)
         return _by_tokens(self.q).copy_(out), lse
 
     def empty(self) -> tuple[Tensor, Tensor]:
@@ -143,16 +143,15 @@ class AttentionBackward:
         q, k, grad = self.q, self.k, self.grad.float()
         p = (_scores(q, k, self.mask, self.causal, self.scale) - self.lse[..., None]).exp()
         delta = (grad * self.out.float()).sum(3, keepdim=True)
-        kept = _kept(q, k, self.dropout_p, self.seed)
-        ds = p * (kept * (grad @ _repeated(self.v, q).transpose(2, 3)) - delta) * self.scale
+        dropout_factors = _dropout_factors(q, k, self.dropout_p, self.seed)
+        ds = p * (dropout_factors * (grad @ _repeat_heads(self.v, q).transpose(2, 3)) - delta) * self.scale
 
-        def of_groups(t: Tensor) -> Tensor:
+        def sum_groups(t: Tensor) -> Tensor:
             return t.unflatten(1, (k.shape[1], q.shape[1] // k.shape[1])).sum(2)
 
-        dk, dv = ds.transpose(2, 3) @ q.float(), (kept * p).transpose(2, 3) @ grad
-        found = (q, ds @ _repeated(k, q)), (k, of_groups(dk)), (k, of_groups(dv))
-        dq, dk, dv = (_by_tokens(like).copy_(each) for like, each in found)
-        return dq, dk, dv
+        dk, dv = ds.transpose(2, 3) @ q.float(), (dropout_factors * p).transpose(2, 3) @ grad
+        dq = ds @ _repeat_heads(k, q)
+        return _by_tokens(q).copy_(dq), _by_tokens(k).copy_(sum_groups(dk)), _by_tokens(k).copy_(sum_groups(dv))
 
     def empty(self) -> tuple[Tensor, Tensor, Tensor]:
         return _by_tokens(self.q), _by_tokens(self.k), _by_tokens(self.k)
@@ -184,7 +183,7 @@ class _Attention(torch.autograd.Function):
         out, lse = operator_for("attention", seed)(q, k, v, mask, *numbers, seed)
         ctx.save_for_backward(q, k, v, out, lse, mask, seed)
         ctx.numbers = numbers
-        return unviewed(out)
+        return as_non_view(out)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -194,9 +193,9 @@ class _Attention(torch.autograd.Function):
                 "attention cannot be differentiated twice (create_graph=True). "
                 "Use F.scaled_dot_product_attention with the math backend instead"
             )
-        found = operator_for("attention_backward", seed)(grad, q, k, v, out, lse, mask, *ctx.numbers, seed)
+        gradients = operator_for("attention_backward", seed)(grad, q, k, v, out, lse, mask, *ctx.numbers, seed)
         return (
-            *(g if needed else None for g, needed in zip(found, ctx.needs_input_grad, strict=False)),
+            *(g if needs_grad else None for g, needs_grad in zip(gradients, ctx.needs_input_grad, strict=False)),
             None,
             None,
             None,
@@ -204,9 +203,9 @@ class _Attention(torch.autograd.Function):
 
 
 def has_attention_kernel(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:
-    """Return whether the extension has a kernel for these tensors, which PyTorch's operator accepts, too.
+    """Return whether the extension has a kernel for these tensors and PyTorch's operator would accept them.
 
-    Meta tensors stand for CPU ones.
+    Meta tensors count as CPU tensors.
     """
     if extension is None or not _shapes_have_kernel(q, k, v):
         return False
@@ -254,23 +253,23 @@ def attention(
     Args:
         q: `[batch, heads, queries, size]`; fp32, fp16 or bf16.
         k, v: `[batch, key heads, keys, size]` in q's dtype; the heads of q are a multiple of the key heads.
-        mask: bool, broadcast to `[batch, heads, queries, keys]`: False where a query does not see a key. Rows of
-            queries that see no key are 0.
-        causal: query i sees keys up to i only.
-        scale: None means 1 / √size.
+        mask: bool, broadcastable to `[batch, heads, queries, keys]`; False hides a key from a query. The result is 0
+            for queries without a visible key.
+        causal: query i attends only to keys 0 to i.
+        scale: factor of q kᵀ; None means 1 / √size.
         dropout_p, seed: dropout of the probabilities, with the arguments of `dropout`.
 
     Returns:
         `[batch, heads, queries, size]` in q's dtype, with gradients for q, k and v.
 
     Raises:
-        TypeError, ValueError: an argument that does not fit the others. RuntimeError: a kernel's result is
-            differentiated twice.
+        TypeError, ValueError: an argument does not fit the others. RuntimeError: a kernel's result is differentiated
+            twice.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if mask is not None:
         mask = mask[(None,) * (4 - mask.dim())]
-    if transformed() or not (dropout_p or has_attention_kernel(q, k, v, mask)):
+    if has_active_transform() or not (dropout_p or has_attention_kernel(q, k, v, mask)):
         if causal and mask is not None:
             mask = mask & torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
         gqa = q.shape[1] != k.shape[1]

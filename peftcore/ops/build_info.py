@@ -10,9 +10,9 @@ from peftcore.ops import _extension
 
 # Ratios measured by benchmarks/quant4.py on two AVX-512 cores, 4096 x 4096.
 COSTS = {
-    "extension": "4-bit operators run on their PyTorch references: the same values, 50 to 100 times slower and with "
-    "temporaries several times the size of the tensor; optimizers too, and the paged ones do not run",
-    "cuda": "4-bit operators on CUDA tensors run on their PyTorch references: the same values, several passes over "
+    "extension": "4-bit operators and optimizers run on their PyTorch references: the same values, but 50 to 100 times "
+    "slower and with temporaries several times the size of the tensor. Paged optimizers do not run",
+    "cuda": "4-bit operators on CUDA tensors run on their PyTorch references: the same values, but several passes over "
     "memory instead of one",
     "openmp": "kernels run in one thread",
 }
@@ -34,11 +34,11 @@ class BuildInfo:
     caches: tuple[int, ...] = ()  # bytes of the first, second and third level, as kernels read them
     cuda_architectures: tuple[str, ...] = ()  # empty: built without CUDA
     cuda_missing_because: str = ""
-    costs: tuple[str, ...] = ()  # what the missing parts cost, a sentence each
+    costs: tuple[str, ...] = ()  # consequences of what is missing, one sentence each
 
     @property
     def out_of_reach(self) -> tuple[str, ...]:
-        """Kernels of this build that cannot run on this machine, so that no test here reaches them."""
+        """Levels, and CUDA, that this build contains but this machine cannot run, and therefore cannot test."""
         levels = tuple(level for level in self.compiled_cpu_levels if level not in self.cpu_levels)
         cuda = ("CUDA",) if self.cuda_architectures and not torch.cuda.is_available() else ()
         return levels + cuda

@@ -1,7 +1,4 @@
-"""Codebooks of 4-bit and 8-bit codes.
-
-For weights NF4, FP4, E2M1 (MXFP4, NVFP4) and integers; for scales the dynamic map and E4M3.
-"""
+"""Codebooks of 4-bit and 8-bit codes: NF4, FP4, E2M1 and integers for weights, the dynamic map and E4M3 for scales."""
 
 from __future__ import annotations
 
@@ -14,8 +11,8 @@ from peftcore.ops._library import constants
 def _dynamic_map() -> Tensor:
     """Return the signed dynamic 8-bit map (Dettmers, arXiv 1511.04561), 256 sorted values.
 
-    For every power of ten from 1e-6 to 1, it has the midpoints of 1, 2, 4, ... 64 equal parts of [0.1, 1] with both
-    signs, and 0 and 1.
+    It contains 0, 1 and, for every power of ten from 1e-6 to 1, the midpoints of 1, 2, 4, ... 64 equal parts of [0.1,
+    1] times that power, with both signs.
     """
     values = [torch.tensor([0.0, 1.0])]
     for exponent in range(7):
@@ -48,16 +45,17 @@ with constants():
             1.0,
         ]
     )
-    # Sign, two bits of exponent, one of mantissa, in the order of their bit patterns, over the largest, 12.
+    # Sign, two exponent bits and one mantissa bit, in the order of the bit patterns, divided by the largest value, 12.
     _FP4_MAGNITUDES = torch.tensor([0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0]) / 12
     FP4 = torch.cat([_FP4_MAGNITUDES, 0.0 - _FP4_MAGNITUDES])
-    # Sign, two bits of exponent, one of mantissa, in the order of their bit patterns (OCP Microscaling Formats 1.0).
+    # Sign, two exponent bits and one mantissa bit, in the order of the bit patterns (OCP Microscaling Formats 1.0).
     _E2M1_MAGNITUDES = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
     E2M1 = torch.cat([_E2M1_MAGNITUDES, -_E2M1_MAGNITUDES])
-    INTEGERS = torch.arange(-8.0, 8.0)  # of affine codes around the middle zero point
+    INTEGERS = torch.arange(-8.0, 8.0)  # affine codes, relative to the middle zero point
     DYNAMIC8 = _dynamic_map()
     E4M3 = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
-    E4M3[127], E4M3[255] = 480, -480  # codes of NaN, which no scale is: finite, so that tensors can be compared
+    # The codes of NaN, which no scale uses. Finite values here allow codebooks to be compared.
+    E4M3[127], E4M3[255] = 480, -480
 
 _CODEBOOKS = {
     "nf4": NF4, "fp4": FP4, "mxfp4": E2M1, "nvfp4": E2M1, "affine4": INTEGERS, "dynamic8": DYNAMIC8, "e4m3": E4M3

@@ -22,12 +22,12 @@ from torch.nn import functional as F
 
 from peftcore.ops._extension import extension
 from peftcore.ops._library import define_by
-from peftcore.ops.calling import transformed
+from peftcore.ops.calling import has_active_transform
 from peftcore.ops.weight import check_dtype, check_linear, value
 
 
 class Settings(NamedTuple):
-    """Numbers of the formula, in the order in which operators take them. A `soft_cap` of 0 means none."""
+    """Numbers of the formula, in the order that operators expect. A `soft_cap` of 0 means none."""
 
     label_smoothing: float = 0.0
     logit_scale: float = 1.0
@@ -36,15 +36,15 @@ class Settings(NamedTuple):
 
 
 def check_labels(labels: Tensor, rows: int, logits: Tensor, classes: int, class_weight: Tensor | None, op: str) -> None:
-    """Check labels `[rows]` and class weights `[classes]`; `logits` is any tensor on the device of the logits."""
+    """Check labels `[rows]` and class weights `[classes]`. `logits` is any tensor with their device and dtype."""
     if labels.dtype != torch.int64:
         raise TypeError(f"{op}: labels must be torch.int64, found {labels.dtype}")
     value(labels.shape == (rows,), op, f"labels must be [{rows}], found {list(labels.shape)}")
     value(labels.device == logits.device, op, f"labels must be on {logits.device}, found {labels.device}")
     if class_weight is None:
         return
-    if class_weight.dtype != wide(logits):
-        raise TypeError(f"{op}: class_weight must be {wide(logits)}, found {class_weight.dtype}")
+    if class_weight.dtype != wide_dtype(logits):
+        raise TypeError(f"{op}: class_weight must be {wide_dtype(logits)}, found {class_weight.dtype}")
     found = f"found {list(class_weight.shape)}"
     value(class_weight.shape == (classes,), op, f"class_weight must be [{classes}], {found}")
     value(class_weight.device == logits.device, op, f"class_weight must be on {logits.device}")
@@ -52,29 +52,29 @@ def check_labels(labels: Tensor, rows: int, logits: Tensor, classes: int, class_
 
 def check_settings(settings: Sequence[float], op: str) -> Settings:
     value(len(settings) == 4, op, f"settings must be 4 numbers, found {len(settings)}")
-    found = Settings(*settings)
-    smoothing, _, cap, _ = found
+    parsed = Settings(*settings)
+    smoothing, _, cap, _ = parsed
     value(0 <= smoothing <= 1, op, f"label_smoothing must be from 0 to 1, found {smoothing}")
     value(cap >= 0, op, f"soft_cap must be positive, or 0 for none, found {cap}")
-    return found
+    return parsed
 
 
 def check_grad_scale(grad_scale: Tensor | None, x: Tensor, op: str) -> None:
     if grad_scale is None:
         return
-    fits = grad_scale.dtype == wide(x) and grad_scale.numel() == 1
+    fits = grad_scale.dtype == wide_dtype(x) and grad_scale.numel() == 1
     found = f"found {grad_scale.dtype} {list(grad_scale.shape)}"
-    value(fits, op, f"grad_scale must be one value of {wide(x)}, {found}")
+    value(fits, op, f"grad_scale must be one value of {wide_dtype(x)}, {found}")
     value(grad_scale.device == x.device, op, f"grad_scale must be on {x.device}")
 
 
-def wide(x: Tensor) -> torch.dtype:
-    """Return the dtype in which logits are read: fp32, or float64 for float64."""
+def wide_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype in which logits are computed: fp32, or float64 for float64."""
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def capped(x: Tensor, settings: Settings) -> tuple[Tensor, Tensor | float]:
-    """Return z for wide logits x, and dz/dx."""
+def apply_soft_cap(x: Tensor, settings: Settings) -> tuple[Tensor, Tensor | float]:
+    """Return the scaled and capped logits z, and dz/dx, for logits x in fp32 or float64."""
     if settings.soft_cap == 0:
         return x * settings.logit_scale, settings.logit_scale
     t = torch.tanh(x * (settings.logit_scale / settings.soft_cap))
@@ -84,44 +84,44 @@ def capped(x: Tensor, settings: Settings) -> tuple[Tensor, Tensor | float]:
 def factors(
     lse: Tensor, target: Tensor, class_weight: Tensor | None, settings: Settings, classes: int
 ) -> tuple[Tensor, Tensor]:
-    """Return the factor of p, (1 - ε) w_y + ε/V Σ w + 2 ζ lse, and that of the label, (1 - ε) w_y, for each row."""
+    """Return, for each row, the factors of p, (1 - ε) w_y + ε/V Σ w + 2 ζ lse, and of the label, (1 - ε) w_y."""
     smoothing = settings.label_smoothing
     if class_weight is None:
-        of_label, smoothed = torch.full_like(lse, 1 - smoothing), torch.full_like(lse, smoothing)
+        of_label, uniform_term = torch.full_like(lse, 1 - smoothing), torch.full_like(lse, smoothing)
     else:
         of_label = (1 - smoothing) * class_weight[target]
-        smoothed = (smoothing / classes * class_weight.sum()).expand_as(lse)
-    return of_label + smoothed + 2 * settings.z_loss * lse, of_label
+        uniform_term = (smoothing / classes * class_weight.sum()).expand_as(lse)
+    return of_label + uniform_term + 2 * settings.z_loss * lse, of_label
 
 
 def capturing(x: Tensor) -> bool:
-    """Return whether calls join a CUDA graph, which must not wait for values."""
+    """Return whether a CUDA graph is being captured, during which the host must not wait for values."""
     return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def labelled_pieces(
     labels: Tensor, ignore_index: int, classes: int, size: int, op: str = "linear_cross_entropy"
 ) -> Iterator[slice | Tensor]:
-    """Yield the rows with a label, `size` at a time: as slices if all rows have one, else as indices.
+    """Yield the rows that have a label, `size` at a time: as slices if all rows have one, otherwise as indices.
 
-    In a CUDA graph all rows are yielded, since finding those with a label waits for the GPU.
+    During a CUDA graph capture all rows are yielded, since the host cannot wait to find those with a label.
 
     Raises:
         IndexError: on the CPU, a label is out of range.
     """
-    count, kept = len(labels), None
+    count, labelled = len(labels), None
     if not capturing(labels):
-        kept = (labels != ignore_index).nonzero()[:, 0]
-        if labels.device.type == "cpu" and kept.numel():
-            least, most = (int(bound) for bound in labels[kept].aminmax())
-            if least < 0 or most >= classes:
-                found = least if least < 0 else most
-                wanted = f"labels must be from 0 to {classes - 1}, or ignore_index {ignore_index}"
-                raise IndexError(f"{op}: {wanted}, found {found}")
-    if kept is None or len(kept) == count:
-        yield from (slice(first, min(first + size, count)) for first in range(0, count, size))
+        labelled = (labels != ignore_index).nonzero()[:, 0]
+        if labels.device.type == "cpu" and labelled.numel():
+            smallest, largest = (int(limit) for limit in labels[labelled].aminmax())
+            if smallest < 0 or largest >= classes:
+                wrong = smallest if smallest < 0 else largest
+                requirement = f"labels must be from 0 to {classes - 1}, or ignore_index {ignore_index}"
+                raise IndexError(f"{op}: {requirement}, found {wrong}")
+    if labelled is None or len(labelled) == count:
+        yield from (slice(start, min(start + size, count)) for start in range(0, count, size))
     else:
-        yield from (piece for piece in kept.split(size) if len(piece))
+        yield from (piece for piece in labelled.split(size) if len(piece))
 
 
 @dataclass
@@ -146,10 +146,10 @@ class CrossEntropyRows:
 
     def compute(self) -> Tensor:
         classes, smoothing = self.logits.shape[1], self.numbers.label_smoothing
-        z, slope = capped(self.logits.to(wide(self.logits)), self.numbers)
-        counts = self.labels != self.ignore_index
-        inside = (self.labels >= 0) & (self.labels < classes)
-        target = self.labels.where(inside, 0)
+        z, slope = apply_soft_cap(self.logits.to(wide_dtype(self.logits)), self.numbers)
+        has_label = self.labels != self.ignore_index
+        in_range = (self.labels >= 0) & (self.labels < classes)
+        target = self.labels.where(in_range, 0)
         lse = z.logsumexp(1)
         p = (z - lse[:, None]).exp()
         entropy = lse - torch.where(p > 0, p * z, 0).sum(1)
@@ -160,18 +160,18 @@ class CrossEntropyRows:
             if self.class_weight is not None:
                 uniform = uniform * self.class_weight
             loss = loss + (uniform * (lse[:, None] - z)).sum(1)
-        # On a GPU an invalid label cannot raise an error without waiting for it: its row becomes NaN.
-        nan = torch.where(inside, 0.0, torch.nan).to(lse.dtype)
-        rows = torch.stack([loss + nan, lse, entropy]).where(counts, 0)
+        # On a GPU, raising an error for an invalid label would need a synchronization, so its row becomes NaN.
+        nan = torch.where(in_range, 0.0, torch.nan).to(lse.dtype)
+        rows = torch.stack([loss + nan, lse, entropy]).where(has_label, 0)
         if self.gradient:
             grad = p * of_softmax[:, None] - uniform
             grad.scatter_add_(1, target[:, None], (nan - of_label)[:, None])
             grad *= slope if self.grad_scale is None else slope * self.grad_scale
-            self.logits.copy_(grad.masked_fill_(~counts[:, None], 0))
+            self.logits.copy_(grad.masked_fill_(~has_label[:, None], 0))
         return rows
 
     def empty(self) -> Tensor:
-        return self.logits.new_empty((3, self.logits.shape[0]), dtype=wide(self.logits))
+        return self.logits.new_empty((3, self.logits.shape[0]), dtype=wide_dtype(self.logits))
 
 
 define_by(
@@ -190,16 +190,16 @@ def cross_entropy_rows_(
     ignore_index: int,
     gradient: bool = True,
 ) -> Tensor:
-    """Return losses, lse and entropies `[3, rows]`, and turn the logits into their gradient in place.
+    """Return losses, lse and entropies `[3, rows]`, and replace the logits by their gradient.
 
     Args:
-        logits: contiguous `[rows, classes]`. Float64, which the operator's kernels lack, is computed by its reference.
+        logits: contiguous `[rows, classes]`. float64 is computed by the reference.
         labels: int64 `[rows]`.
-        class_weight: `[classes]` in the wide dtype of the logits.
-        grad_scale: factor of the gradient, one value in the wide dtype.
+        class_weight: fp32 `[classes]` (float64 for float64 logits).
+        grad_scale: factor of the gradient, one value in the same dtype.
         settings: see `Settings`.
-        ignore_index: label of rows whose results and gradient are 0.
-        gradient: False: the logits are not changed.
+        ignore_index: label of rows whose results and gradients are 0.
+        gradient: if False, the logits are left unchanged.
     """
     arguments = logits, labels, class_weight, grad_scale, settings, ignore_index, gradient
     if logits.dtype is torch.float64:
@@ -215,9 +215,9 @@ BLOCK_CLASSES, BLOCK_ROWS = 2048, 1024  # kMostClasses and kMostRows of the kern
 class LinearCrossEntropyRows:
     """`cross_entropy_rows_` of x Wᵀ + bias, and the gradient of x.
 
-    The CPU's kernel takes `BLOCK_CLASSES` of `BLOCK_ROWS` at a time, and rounds a row's gradient once: logits are never
-    all in memory, and a block of W comes from memory once for both products. With label smoothing, and with fewer
-    rows than its products take (64 in fp32), it computes as the reference.
+    The CPU kernel computes `BLOCK_CLASSES` classes of `BLOCK_ROWS` rows at a time and rounds a row's gradient once. The
+    logits are never all in memory, and a block of W is read from memory once for both products. With label smoothing,
+    or fewer rows than its matrix products support (64 in fp32), it computes as the reference does.
     """
 
     x: Tensor
@@ -248,7 +248,7 @@ class LinearCrossEntropyRows:
         return rows, (logits @ self.weight).masked_fill_((self.labels == self.ignore_index)[:, None], 0)
 
     def empty(self) -> tuple[Tensor, Tensor]:
-        rows = self.x.new_empty((3, self.x.shape[0]), dtype=wide(self.x))
+        rows = self.x.new_empty((3, self.x.shape[0]), dtype=wide_dtype(self.x))
         return rows, self.x.new_empty(self.x.shape if self.gradient else (0,))
 
 
@@ -260,19 +260,19 @@ define_by(
 
 
 def has_blocks(dtype: torch.dtype, device: torch.device) -> bool:
-    """Return whether a kernel multiplies by a dense head a block of classes at a time, without label smoothing."""
+    """Return whether `linear_cross_entropy_rows` has a kernel that works in blocks of classes (no label smoothing)."""
     return extension is not None and device.type == "cpu" and bool(extension.has_cross_entropy(str(dtype)))
 
 
-_PIECE = 1 << 18  # logits of a piece: their fp32 copies stay in a cache
+_PIECE = 1 << 18  # number of logits in a piece, whose fp32 copy stays in a cache
 
 
 class _Losses(torch.autograd.Function):
-    """Losses `[rows]` of logits `[rows, classes]`, whose softmax the backward pass computes a second time."""
+    """Losses `[rows]` of logits `[rows, classes]`. The backward pass recomputes the softmax."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
-        losses = logits.new_zeros(len(labels), dtype=wide(logits))
+        losses = logits.new_zeros(len(labels), dtype=wide_dtype(logits))
         for piece in _pieces(logits, labels, ignore_index):
             losses[piece] = _losses_and_gradient(logits[piece], labels[piece], ignore_index, False)[0]
         ctx.save_for_backward(logits, labels)
@@ -282,7 +282,7 @@ class _Losses(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         logits, labels = ctx.saved_tensors
-        if torch.is_grad_enabled():  # create_graph=True: PyTorch's own formula can be differentiated again
+        if torch.is_grad_enabled():  # create_graph=True needs PyTorch's own formula, which can be differentiated again
             losses = _by_pytorch(logits, labels, ctx.ignore_index)
             return torch.autograd.grad(losses, logits, grad, create_graph=True)[0], None, None
         of_logits = torch.zeros_like(logits)
@@ -298,40 +298,40 @@ def _pieces(logits: Tensor, labels: Tensor, ignore_index: int) -> Iterator[slice
 
 
 def _losses_and_gradient(rows: Tensor, labels: Tensor, ignore_index: int, gradient: bool) -> tuple[Tensor, Tensor]:
-    """Return the losses of rows of logits, and the gradient of each loss with respect to its row, both wide."""
-    rows = rows.to(wide(rows), copy=True)
+    """Return the losses of rows of logits, and the gradient of each loss by its row, both in fp32 or float64."""
+    rows = rows.to(wide_dtype(rows), copy=True)
     losses, _, _ = cross_entropy_rows_(rows, labels, None, None, Settings(), ignore_index, gradient)
     return losses, rows
 
 
 def _by_pytorch(logits: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
-    return F.cross_entropy(logits.to(wide(logits)), labels, ignore_index=ignore_index, reduction="none")
+    return F.cross_entropy(logits.to(wide_dtype(logits)), labels, ignore_index=ignore_index, reduction="none")
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, *, ignore_index: int = -100) -> Tensor:
-    """Return the cross-entropy of each row, as `F.cross_entropy(logits.float(), labels, reduction="none")`.
+    """Return the cross-entropy of each row, like `F.cross_entropy(logits.float(), labels, reduction="none")`.
 
-    No fp32 copy of all logits is made, here or in the backward pass. Compiled code and tensors of other classes
-    (DTensor) take PyTorch's function.
+    It makes no fp32 copy of all logits, neither here nor in the backward pass. Compiled code and tensor subclasses
+    (DTensor) use PyTorch's function.
 
     Args:
         logits: fp32, fp16, bf16 or float64 `[..., classes]`.
-        labels: int64 `[...]`, from 0 to classes - 1, or `ignore_index`, which gives a loss of 0.
-        ignore_index: label of rows without one.
+        labels: int64 `[...]`, from 0 to classes - 1, or `ignore_index`.
+        ignore_index: label of rows that are skipped; their loss is 0.
 
     Returns:
         fp32 (for float64, float64) `[...]`.
 
     Raises:
-        ValueError: shapes do not fit.
+        ValueError: the shapes do not fit each other.
         TypeError: a dtype is not supported.
-        IndexError: on the CPU, a label is out of range. On a GPU its loss is NaN.
+        IndexError: a label is out of range, on the CPU. On a GPU its loss is NaN.
     """
     op, shape = "cross_entropy", list(logits.shape)
     value(shape != [] and shape[-1] > 0, op, f"logits must be [..., classes], found {shape}")
     value(list(labels.shape) == shape[:-1], op, f"labels must be {shape[:-1]}, found {list(labels.shape)}")
     rows, flat = logits.reshape(-1, shape[-1]), labels.reshape(-1)
-    if type(logits) is not Tensor or labels.is_meta or torch.compiler.is_compiling() or transformed():
+    if type(logits) is not Tensor or labels.is_meta or torch.compiler.is_compiling() or has_active_transform():
         losses = _by_pytorch(rows, flat, ignore_index)
     else:
         losses = _Losses.apply(rows, flat, ignore_index)  # type: ignore[no-untyped-call]

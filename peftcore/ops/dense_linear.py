@@ -1,17 +1,17 @@
-"""y = x Wᵀ + b with a frozen dense W, where PyTorch multiplies slowly, and its gradient with respect to x and b.
+"""y = x Wᵀ + b with a frozen dense W, for the cases where PyTorch is slow, and its gradient with respect to x and b.
 
     dx = dy W, db = the sum of dy over all rows
 
 Three cases are faster than `F.linear` on a CPU:
 
-- bf16 and fp16 without instructions for them (`WIDENED`). PyTorch's products are then 20 to 60 times slower than in
-  fp32; the kernel widens panels of W and x to fp32 in cache, multiplies, and rounds once.
-- fp32 from 64 rows on, with AVX2 or AVX-512: a little faster at AVX2, twice as fast where PyTorch's library does not
-  use AVX-512 (AMD).
-- up to 4 rows in bf16 with dot products of bf16. Decoding a token reads every weight once, which PyTorch does at half
-  the speed of memory.
+- bf16 and fp16 on processors without instructions for them (`WIDENED`), where PyTorch is 20 to 60 times slower than in
+  fp32. The kernel widens panels of W and x to fp32 in cache, multiplies, and rounds once.
+- fp32 with at least 64 rows, with AVX2 or AVX-512: slightly faster with AVX2, and twice as fast where PyTorch's BLAS
+  library does not use AVX-512 (on AMD).
+- bf16 with up to 4 rows, on processors with bf16 dot products. Decoding a token reads every weight once, and PyTorch
+  reads at half the memory bandwidth.
 
-Everything else is PyTorch's own product.
+In all other cases the operator calls PyTorch's own product.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from peftcore.ops._extension import extension
 from peftcore.ops._library import define_by
-from peftcore.ops.calling import frozen_operands, transformed, unviewed
+from peftcore.ops.calling import as_non_view, frozen_operands, has_active_transform
 from peftcore.ops.weight import check_linear
 
 _OPS = torch.ops.peftcore
 
-# Dtypes whose products of many rows `dense_linear` computes faster than PyTorch, at the level chosen at import.
+# Dtypes in which `dense_linear` multiplies many rows faster than PyTorch, at the CPU level chosen at import.
 FASTER: frozenset[torch.dtype] = frozenset(
     dtype
     for dtype in (torch.float32, torch.float16, torch.bfloat16)
     if extension is not None and extension.beats_library(str(dtype))
 )
-# 16-bit dtypes that PyTorch multiplies many times slower than fp32.
+# 16-bit dtypes in which PyTorch is many times slower than in fp32.
 WIDENED = FASTER - {torch.float32}
 
 
@@ -64,14 +64,14 @@ class _DenseLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(weight)
-        return unviewed(_OPS.dense_linear(x, weight, bias))
+        return as_non_view(_OPS.dense_linear(x, weight, bias))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (weight,) = ctx.saved_tensors
         x_grad = bias_grad = None
         if ctx.needs_input_grad[0]:
-            # With create_graph=True by an operator that has a gradient itself.
+            # create_graph=True needs an operator that has a gradient.
             x_grad = grad @ weight if torch.is_grad_enabled() else _OPS.dense_linear(grad, weight.t())
         if ctx.needs_input_grad[2]:
             bias_grad = grad.sum_to_size(grad.shape[-1])
@@ -94,7 +94,7 @@ def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
     """
     if type(x) is not Tensor and has_torch_function_unary(x):
         return handle_torch_function(dense_linear, (x,), x, weight, bias)
-    if transformed():
+    if has_active_transform():
         return F.linear(x, weight, bias)
     x, (weight,), _, bias = frozen_operands(x, weight, bias)
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):

@@ -1,6 +1,6 @@
-"""Dropout without a stored mask: of LoRA, of attention, and by itself.
+"""Dropout without a stored mask, for LoRA, for attention, and on its own.
 
-Philox generates the mask `keep` again from a seed, the row and the column, with the same bits on every device
+Philox regenerates the mask `keep` from a seed, the row and the column, with the same bits on every device
 (csrc/common/dropout.h).
 """
 
@@ -16,22 +16,23 @@ from torch.nn import functional as F
 from peftcore.ops._extension import KERNEL_DEVICES
 from peftcore.ops._library import define_by
 from peftcore.ops._philox import LOW, philox
-from peftcore.ops.calling import operator_for, transformed
+from peftcore.ops.calling import has_active_transform, operator_for
 from peftcore.ops.weight import check_dtype, value
 
 _OPS = torch.ops.peftcore
 
 
 def threshold(p: float) -> int:
-    """Return how many of 65536 equally likely numbers drop an element."""
+    """Return the 16-bit threshold: random numbers below it drop their element."""
     return min(round(p * 65536), 65535)
 
 
 def keep_mask(rows: int, columns: int, p: float, seed: int | Tensor, device: torch.device | str = "cpu") -> Tensor:
-    """Return the bool mask of the elements of x `[rows, columns]` that dropout keeps, as every kernel generates it.
+    """Return the bool mask of the elements of x `[rows, columns]` that dropout keeps, the same as in every kernel.
 
     Philox4x32-7 (Salmon et al. 2011) of counter (column // 8, row mod 2³², row >> 32, 0) and key `seed` gives eight
-    16-bit numbers, low half first, for eight columns; those below round(65536 p) drop theirs. So p is exact to 2⁻¹⁷.
+    16-bit numbers, low half first, for eight columns. Numbers below round(65536 p) drop their element, so p is exact to
+    2⁻¹⁷.
     """
     row = torch.arange(rows, device=device).view(-1, 1)
     column = torch.arange(-(-columns // 8), device=device).expand(rows, -1)
@@ -42,13 +43,13 @@ def keep_mask(rows: int, columns: int, p: float, seed: int | Tensor, device: tor
     return numbers[:, :columns] >= threshold(p)
 
 
-def dropped(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
+def apply_mask(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
     """Return keep ∘ x for a matrix x."""
     return x if seed is None or not p else x.where(keep_mask(x.shape[0], x.shape[1], p, seed, x.device), 0)
 
 
 def factor(scale: float, p: float, seed: Tensor | None) -> float:
-    """Return c: the scale divided by the probability that dropout keeps an element."""
+    """Return c, the scale divided by the probability of keeping an element."""
     return scale if seed is None else scale * 65536 / (65536 - threshold(p))
 
 
@@ -68,21 +69,21 @@ def check_dropout(op: str, x: Tensor, p: float, seed: Tensor | None) -> None:
 def new_seed(x: Tensor) -> Tensor:
     """Return a seed from PyTorch's generator.
 
-    It is drawn on the CPU, or on x's card where a CUDA graph may repeat the call, in a compiled model or during a
-    capture: each replay draws another seed there, and kernels read it from the card's memory.
+    It is drawn on the CPU, except where a CUDA graph may replay the call (in a compiled model, or during a capture).
+    There it is drawn on x's GPU, so that each replay draws another seed, which kernels read from device memory.
     """
     repeated = x.is_cuda and (torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing())
     return torch.randint(2**63 - 1, (), device=x.device if repeated else "cpu")
 
 
 def _refuse_capture(x: Tensor, seed: Tensor) -> None:
-    """Refuse a seed on the CPU in a CUDA graph, which would drop the same elements at every replay."""
+    """Raise a RuntimeError for a CPU seed during a CUDA graph capture: every replay would drop the same elements."""
     if not x.is_cuda or seed.device.type != "cpu" or torch.compiler.is_compiling():
         return
     if torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
-            "dropout with a seed on the CPU cannot be captured in a CUDA graph, whose replays would all "
-            f"drop the same elements. Pass a seed on {x.device}, or none: it is then drawn there"
+            "dropout with a seed on the CPU cannot be captured in a CUDA graph: all replays would drop the same "
+            f"elements. Pass a seed on {x.device}, or none to draw one there"
         )
 
 
@@ -137,18 +138,18 @@ class _Dropout(torch.autograd.Function):
 
 
 def dropout(x: Tensor, p: float, seed: Tensor | None = None) -> Tensor:
-    """Return keep ∘ x / (1 - p), with a mask that is made again for the gradient instead of kept.
+    """Return keep ∘ x / (1 - p). The mask is regenerated for the gradient instead of stored.
 
     Args:
         x: `[..., columns]`; fp32, fp16, bf16 or float64.
         p: probability with which an element is dropped, to a multiple of 1/65536.
-        seed: int64 `[]` on CPU or x's device, which determines the mask of x's rows (see `keep_mask`). The default is
-            drawn from PyTorch's generator.
+        seed: int64 `[]` on CPU or x's device, which determines the mask (see `keep_mask`). By default it is drawn from
+            PyTorch's generator.
 
     Returns:
-        In the shape and dtype of x, with a gradient.
+        A tensor with x's shape and dtype, and a gradient for x.
     """
-    if transformed():
+    if has_active_transform():
         return F.dropout(x, p)
     seed = seed_of_call(x, seed)
     if x.device.type not in KERNEL_DEVICES or x.dtype is torch.float64:

@@ -14,7 +14,7 @@ from peftcore.ops.codebooks import DYNAMIC8
 BLOCK = 256
 
 
-def blocks_of(count: int) -> int:
+def block_count(count: int) -> int:
     """Return how many blocks `count` elements take."""
     return -(-count // BLOCK)
 
@@ -64,11 +64,11 @@ def encode(x: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
     blocks = torch.nn.functional.pad(x, (0, -x.numel() % BLOCK)).view(-1, BLOCK)
     absmax = blocks.abs().amax(1)
     inverse = torch.where(absmax > 0, 1 / absmax, 0)
-    scaled = (blocks * inverse[:, None]).flatten()[: x.numel()]
+    normalized = (blocks * inverse[:, None]).flatten()[: x.numel()]
     begin, slope, parts = (t.to(x.device) for t in ENCODERS[signed])
-    a = scaled.abs().clamp(min=2.0**-31).nan_to_num(2.0**-31)
+    a = normalized.abs().clamp(min=2.0**-31).nan_to_num(2.0**-31)
     region = torch.bucketize(a, begin)
     n = ((a * slope[region] + 8 / 9).clamp(max=2 - 2.0**-23) * parts[region]).int()
     if signed:
-        return torch.where(scaled < 0, 127 - n, 127 + n).clamp(min=0).to(torch.uint8), absmax
-    return torch.where(scaled > 0, n - 1, 0).to(torch.uint8), absmax
+        return torch.where(normalized < 0, 127 - n, 127 + n).clamp(min=0).to(torch.uint8), absmax
+    return torch.where(normalized > 0, n - 1, 0).to(torch.uint8), absmax

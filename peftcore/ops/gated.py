@@ -21,7 +21,7 @@ from torch import Tensor
 
 from peftcore.ops._extension import KERNEL_DEVICES
 from peftcore.ops._library import define_by
-from peftcore.ops.calling import second_order, transformed
+from peftcore.ops.calling import differentiable_gradients, has_active_transform
 from peftcore.ops.weight import check_dtype, check_strided, value
 
 _OPS = torch.ops.peftcore
@@ -42,11 +42,11 @@ def check_coefficients(op: str, linear: float, cubic: float) -> None:
         value(0 <= number <= _LARGEST, op, f"{name} must be from 0 to {_LARGEST:g}, found {number}")
 
 
-def _check(op: str, gate: Tensor, linear: float, cubic: float, **others: Tensor) -> None:
+def _check(op: str, gate: Tensor, linear: float, cubic: float, **tensors: Tensor) -> None:
     check_dtype(gate.dtype, op)
     check_coefficients(op, linear, cubic)
     check_strided(gate, op, "gate")
-    for name, t in others.items():
+    for name, t in tensors.items():
         if t.dtype is not gate.dtype:
             raise TypeError(f"{op}: {name} must be {gate.dtype} like gate, found {t.dtype}")
         check_strided(t, op, name)
@@ -129,7 +129,7 @@ class _Gated(torch.autograd.Function):
         needs = ctx.needs_input_grad[:2]
         if torch.is_grad_enabled():  # create_graph=True
             formula = partial(_formula, linear=ctx.coefficients[0], cubic=ctx.coefficients[1])
-            return *second_order(formula, (gate, up), needs, grad), None, None
+            return *differentiable_gradients(formula, (gate, up), needs, grad), None, None
         dgate, dup = _OPS.gated_backward(grad, gate, up, *ctx.coefficients)
         return dgate if needs[0] else None, dup if needs[1] else None, None, None
 
@@ -146,7 +146,7 @@ def gated(gate: Tensor, up: Tensor, activation: Activation = "silu") -> Tensor:
         A tensor of gate's shape and dtype, with gradients for both.
     """
     coefficients = ACTIVATIONS[activation]
-    if gate.device.type not in KERNEL_DEVICES or gate.dtype is torch.float64 or transformed():
+    if gate.device.type not in KERNEL_DEVICES or gate.dtype is torch.float64 or has_active_transform():
         return _formula(gate, up, *coefficients)
     if torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad):
         return _Gated.apply(gate, up, *coefficients)  # type: ignore[no-untyped-call]

@@ -10,7 +10,7 @@ from torch import Tensor
 from peftcore.ops.calling import frozen_operands, operator_for
 from peftcore.ops.dropout import seed_of_call
 from peftcore.ops.grouped_operators import GroupedLinear, GroupedLinearBackward, expert_of_rows
-from peftcore.ops.lora import wide
+from peftcore.ops.lora import wide_dtype
 from peftcore.ops.weight import PackedWeight
 
 
@@ -37,8 +37,8 @@ class _GroupedLinear(torch.autograd.Function):
         arguments = x, offsets, weight, packing, bias, factors, transposed, scale, dropout_p, seed
         exact = x.dtype is torch.float64
         y, s = _in_float64(GroupedLinear, *arguments) if exact else operator_for("grouped_linear", seed)(*arguments)
-        kept = (x, a, b, s) if factors else (None,) * 4
-        ctx.save_for_backward(offsets, seed, *kept, *weight)
+        saved_tensors = (x, a, b, s) if factors else (None,) * 4
+        ctx.save_for_backward(offsets, seed, *saved_tensors, *weight)
         ctx.numbers = numbers
         ctx.experts = None if bias is None else len(bias)
         return y
@@ -61,12 +61,12 @@ class _GroupedLinear(torch.autograd.Function):
             arguments = grad, x, offsets, weight, packing, factors, transposed, needs, scale, dropout_p, seed
             exact = grad.dtype is torch.float64
             backward = operator_for("grouped_linear_backward", seed)
-            found = _in_float64(GroupedLinearBackward, *arguments) if exact else backward(*arguments)
-            dx, da, db = (g if needed else None for g, needed in zip(found, needs, strict=True))
+            gradients = _in_float64(GroupedLinearBackward, *arguments) if exact else backward(*arguments)
+            dx, da, db = (g if needs_grad else None for g, needs_grad in zip(gradients, needs, strict=True))
         if need_bias:
-            whose = expert_of_rows(offsets, len(grad))
-            sums = grad.new_zeros(ctx.experts + 1, grad.shape[1], dtype=wide(grad))
-            bias_grad = sums.index_add_(0, whose, grad.to(sums.dtype))[:-1].to(grad.dtype)
+            expert_of_row = expert_of_rows(offsets, len(grad))
+            sums = grad.new_zeros(ctx.experts + 1, grad.shape[1], dtype=wide_dtype(grad))
+            bias_grad = sums.index_add_(0, expert_of_row, grad.to(sums.dtype))[:-1].to(grad.dtype)
         return dx, bias_grad, da, db, *(None for _ in ctx.needs_input_grad[4:])
 
 

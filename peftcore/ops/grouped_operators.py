@@ -27,8 +27,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from peftcore.ops._library import define_by
-from peftcore.ops.dropout import check_dropout, dropped, factor
-from peftcore.ops.lora import wide
+from peftcore.ops.dropout import apply_mask, check_dropout, factor
+from peftcore.ops.lora import wide_dtype
 from peftcore.ops.quant4 import dequantize_4bit
 from peftcore.ops.weight import MIN_BLOCKSIZE, PackedWeight, check_dtype, check_like, value, weight_from_operands
 
@@ -62,9 +62,9 @@ def _check_weight(op: str, name: str, t: Tensor, weight: Tensor | PackedWeight) 
     device = weight.device if isinstance(weight, Tensor) else weight.codes.device
     value(device == t.device, op, f"weight must be on {t.device} like {name}, found {device}")
     if isinstance(weight, PackedWeight):
-        each = weight.shape[1] * weight.shape[2]
-        whole = f"an expert must be whole blocks of {weight.blocksize}, found {each} values in each"
-        value(each % weight.blocksize == 0, op, whole)
+        values_per_expert = weight.shape[1] * weight.shape[2]
+        requirement = f"an expert must be whole blocks of {weight.blocksize}, found {values_per_expert} values in each"
+        value(values_per_expert % weight.blocksize == 0, op, requirement)
 
 
 def _check_factors(op: str, x: Tensor, factors: Sequence[Tensor], sizes: tuple[int, int, int]) -> None:
@@ -127,10 +127,10 @@ class _Matrices:
     def _dense(self, frozen: Tensor | PackedWeight, expert: int) -> Tensor:
         if isinstance(frozen, Tensor):
             return frozen[expert]
-        one = frozen.expert(expert)
-        if one.blocksize < MIN_BLOCKSIZE:  # which no operator takes with scales that are not nested
-            return one.values(self.dtype)[0]
-        return dequantize_4bit(one, self.dtype)[0]
+        packed = frozen.expert(expert)
+        if packed.blocksize < MIN_BLOCKSIZE:  # which no operator takes with scales that are not nested
+            return packed.values(self.dtype)[0]
+        return dequantize_4bit(packed, self.dtype)[0]
 
 
 def _empty(like: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
@@ -157,8 +157,8 @@ class GroupedLinear(_Experts):
         experts, out, width = self.sizes
         _check_rows(op, "x", self.x, width, self.offsets, experts)
         if self.bias is not None:
-            found = f"found {list(self.bias.shape)}"
-            value(self.bias.shape == (experts, out), op, f"bias must be [{experts}, {out}], {found}")
+            found_shape = f"found {list(self.bias.shape)}"
+            value(self.bias.shape == (experts, out), op, f"bias must be [{experts}, {out}], {found_shape}")
             check_like(self.bias, self.x, op, "bias")
         value(len(self.factors) in (0, 2), op, f"factors must be [a, b] or [], found {len(self.factors)}")
         if self.factors:
@@ -166,10 +166,10 @@ class GroupedLinear(_Experts):
         check_dropout(op, self.x, self.dropout_p, self.seed)
 
     def compute(self) -> tuple[Tensor, Tensor]:
-        x, dtype, drop = self.x, wide(self.x), (self.dropout_p, self.seed)
+        x, dtype, drop = self.x, wide_dtype(self.x), (self.dropout_p, self.seed)
         matrices = self.matrices(x.dtype)
         y, s = (t.zero_() for t in self.empty())
-        kept = dropped(x, *drop) if self.factors else x
+        kept = apply_mask(x, *drop) if self.factors else x
         for expert, rows in self.groups(len(x)):
             y[rows] = F.linear(x[rows], matrices[expert], None if self.bias is None else self.bias[expert])
             if self.factors:
@@ -180,7 +180,7 @@ class GroupedLinear(_Experts):
 
     def empty(self) -> tuple[Tensor, Tensor]:
         r = self.factors[0].shape[1] if self.factors else 0
-        return _empty(self.x, (len(self.x), self.sizes[1])), _empty(self.x, (len(self.x), r), wide(self.x))
+        return _empty(self.x, (len(self.x), self.sizes[1])), _empty(self.x, (len(self.x), r), wide_dtype(self.x))
 
 
 @dataclass
@@ -216,19 +216,19 @@ class GroupedLinearBackward(_Experts):
         check_like(x, self.grad, op, "x")
         _check_factors(op, x, self.factors, self.sizes)
         s, r = self.factors[2], self.factors[0].shape[1]
-        if s.dtype != wide(x):
-            raise TypeError(f"{op}: s must be {wide(x)} for x of {x.dtype}, found {s.dtype}")
+        if s.dtype != wide_dtype(x):
+            raise TypeError(f"{op}: s must be {wide_dtype(x)} for x of {x.dtype}, found {s.dtype}")
         value(s.device == x.device, op, f"s must be on {x.device} like x, found {s.device}")
         value(s.shape == (rows, r), op, f"s must be [{rows}, {r}], found {list(s.shape)}")
         check_dropout(op, x, self.dropout_p, self.seed)
 
     def compute(self) -> tuple[Tensor, Tensor, Tensor]:
-        grad, dtype, drop = self.grad, wide(self.grad), (self.dropout_p, self.seed)
+        grad, dtype, drop = self.grad, wide_dtype(self.grad), (self.dropout_p, self.seed)
         dx, da, db = (t.zero_() for t in self.empty())
         matrices = self.matrices(grad.dtype)
         mask: Tensor | None = None
         if self.seed is not None and self.dropout_p and self.x is not None:
-            mask = dropped(torch.ones_like(self.x), *drop) != 0
+            mask = apply_mask(torch.ones_like(self.x), *drop) != 0
 
         def kept(t: Tensor, rows: slice) -> Tensor:
             return t if mask is None else t.where(mask[rows], 0)
@@ -253,7 +253,7 @@ class GroupedLinearBackward(_Experts):
         rows, width = len(self.grad), self.sizes[2]
         dx = _empty(self.grad, (rows, width) if self.needs[0] else (0,))
         factors = self.factors[:2] if self.factors else [dx.new_empty(0)] * 2
-        shapes = [t.shape if needed else (0,) for t, needed in zip(factors, self.needs[1:], strict=True)]
+        shapes = [t.shape if needs_grad else (0,) for t, needs_grad in zip(factors, self.needs[1:], strict=True)]
         da, db = (_empty(dx, shape, t.dtype) for shape, t in zip(shapes, factors, strict=True))
         return dx, da, db
 

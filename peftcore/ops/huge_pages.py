@@ -1,9 +1,9 @@
-"""Weights in huge pages: a product of few rows reads each weight once, and small pages cost it a fifth of the time.
+"""Places weights in huge pages. A product of few rows reads each weight once; with small pages it takes a fifth longer.
 
-Codes are copied into mappings that several of them share, since a huge page has 2 MiB and few are a multiple of it.
-Each tensor has a storage of its own, and a mapping lives as long as one of its tensors. A large dense weight stays
-where it is: the system is asked to move its pages. The extension's `quantize_4bit` and `quantize_mxfp4` ask for their
-results (csrc/common/huge_pages.h).
+A huge page has 2 MiB, and few weights are a multiple of that, so several packed weights are copied into one mapping.
+Each tensor has its own storage, and a mapping lives as long as one of its tensors. A large dense weight stays where it
+is: the system is asked to move its pages. The extension's `quantize_4bit` and `quantize_mxfp4` request huge pages for
+their results themselves (csrc/common/huge_pages.h).
 """
 
 from __future__ import annotations
@@ -22,10 +22,12 @@ from torch import Tensor
 from peftcore.ops._extension import extension
 
 _HUGE_PAGE = 2 << 20  # bytes
-_TOGETHER = 32 << 20  # bytes of tensors that share a mapping: its memory is free when all of them are
+_GROUP_BYTES = 32 << 20  # of tensors that share a mapping, whose memory is released only with the last of them
 _ALIGNMENT = 64
 _SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-_held: WeakValueDictionary[int, mmap.mmap] = WeakValueDictionary()  # mappings by the address of each of their tensors
+_mappings: WeakValueDictionary[int, mmap.mmap] = (
+    WeakValueDictionary()
+)  # mappings by the address of each of their tensors
 
 
 def in_huge_pages(t: Tensor) -> Tensor:
@@ -34,22 +36,22 @@ def in_huge_pages(t: Tensor) -> Tensor:
 
 
 def move_to_huge_pages(tensors: Iterable[Tensor]) -> None:
-    """Replace the memory (`.data`) of tensors by copies in huge pages, those of up to 32 MiB together.
+    """Replace the memory (`.data`) of tensors by copies in huge pages, up to 32 MiB of tensors in one mapping.
 
-    Tensors stay where they are if they are on other devices, views of a larger storage, shared with other processes, or
-    in huge pages already, and all of them if they would not fill one.
+    A tensor stays where it is if it is on another device, a view of a larger storage, shared with other processes, or
+    already in huge pages. If all of them together would not fill one page, none is moved.
     """
-    together: list[Tensor] = []
+    group: list[Tensor] = []
     size = 0
     for t in tensors:
-        if _may_move(t.data) and t.data_ptr() not in _held:
-            if together and size + t.nbytes > _TOGETHER:
-                _move(together)
-                together, size = [], 0
-            together.append(t)
+        if _may_move(t.data) and t.data_ptr() not in _mappings:
+            if group and size + t.nbytes > _GROUP_BYTES:
+                _move(group)
+                group, size = [], 0
+            group.append(t)
             size += t.nbytes
     if size >= _HUGE_PAGE:
-        _move(together)
+        _move(group)
 
 
 def collapse(t: Tensor) -> None:
@@ -66,7 +68,7 @@ def _may_move(t: Tensor) -> bool:
         and t.is_contiguous()
         and t.untyped_storage().nbytes() == t.nbytes
         and not t.is_shared()
-        and _are_granted()
+        and _huge_pages_enabled()
     )
 
 
@@ -76,26 +78,28 @@ def _move(tensors: list[Tensor]) -> None:
 
 
 def _copies(tensors: list[Tensor]) -> list[Tensor]:
-    """Return copies in one mapping."""
-    begins, size = [], 0
+    """Return copies of the tensors in one mapping."""
+    offsets, size = [], 0
     for t in tensors:
-        begins.append(size)
+        offsets.append(size)
         size += -(-t.nbytes // _ALIGNMENT) * _ALIGNMENT
-    # Linux aligns mappings of whole huge pages.
+    # A mapping of whole huge pages is aligned to them by Linux.
     mapping = mmap.mmap(-1, -(-size // _HUGE_PAGE) * _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    whole = (size + _HUGE_PAGE // 2) // _HUGE_PAGE * _HUGE_PAGE  # the last page is a small part of it, or small pages
+    huge_bytes = (
+        (size + _HUGE_PAGE // 2) // _HUGE_PAGE * _HUGE_PAGE
+    )  # the last page is a small part of it, or small pages
     with suppress(OSError):
-        mapping.madvise(mmap.MADV_HUGEPAGE, 0, whole)
-    found = []
-    for t, begin in zip(tensors, begins, strict=True):
-        copy = torch.frombuffer(mapping, dtype=t.dtype, count=t.numel(), offset=begin).view(t.shape).copy_(t)
-        _held[copy.data_ptr()] = mapping
-        found.append(copy)
-    return found
+        mapping.madvise(mmap.MADV_HUGEPAGE, 0, huge_bytes)
+    copies = []
+    for t, offset in zip(tensors, offsets, strict=True):
+        copy = torch.frombuffer(mapping, dtype=t.dtype, count=t.numel(), offset=offset).view(t.shape).copy_(t)
+        _mappings[copy.data_ptr()] = mapping
+        copies.append(copy)
+    return copies
 
 
 @cache
-def _are_granted() -> bool:
+def _huge_pages_enabled() -> bool:
     """Return whether the system gives huge pages to processes that ask for them."""
     try:
         return sys.platform == "linux" and hasattr(mmap, "MADV_HUGEPAGE") and "[never]" not in _SETTING.read_text()

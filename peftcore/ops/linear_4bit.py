@@ -3,14 +3,14 @@
     W [out, in] = the dequantized weight (see quant4.py), each value rounded once to x's dtype
     dx = dy W, db = the sum of dy over all rows
 
-The reference unpacks the weight panel by panel (whole rows of W) into a workspace that is kept between calls, and
-multiplies by the library's GEMM: a fresh buffer for the whole weight would cost more in page faults than the unpacking
-itself. Panels begin where a block of scales of scales begins, so each is dequantized by one call. The kernels read few
-rows of x straight from 4 bits; for many, on CPUs with dot products of bf16, they unpack tiles into the second cache
-and multiply them there (csrc/gemm), so that no 16-bit weight is ever written to memory.
+The reference dequantizes the weight panel by panel (whole rows of W) into a workspace that is kept between calls, and
+multiplies with the BLAS library: a fresh buffer for the whole weight would cost more in page faults than dequantizing.
+Panels begin at a boundary of nested scales, so one call dequantizes each. The kernels multiply a few rows of x directly
+from 4 bits. For many rows they unpack tiles into the L2 cache and multiply them there (csrc/gemm), so that no 16-bit
+weight is ever written to memory.
 
-The layers of a model pay for every microsecond here, so the gradient is an `autograd.Function` over two operators
-without autograd of their own. It cannot be differentiated again.
+Every layer pays for the overhead of this function, so the gradient is an `autograd.Function` over two operators that
+have no autograd of their own.
 """
 
 from __future__ import annotations
@@ -27,48 +27,48 @@ from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from peftcore.ops._extension import extension
 from peftcore.ops._library import define_by
-from peftcore.ops.calling import frozen_operands, transformed, unviewed
+from peftcore.ops.calling import as_non_view, frozen_operands, has_active_transform
 from peftcore.ops.quant4 import dequantize_4bit
 from peftcore.ops.weight import PackedWeight, check_linear, check_operand, packed_weight_from_operands
 
-# Bytes of a panel. Measured on one AVX-512 core, 4096 x 4096 in bf16: forward, panels of 8 MiB take 2.8 ms for one
-# row of x and the whole weight at once 5.8 (dense: 3.0), and they cost nothing for many rows; in the gradient every
-# panel adds to all of dx, and fewer are better.
+# Bytes of a panel. Measured on one AVX-512 core with 4096 x 4096 in bf16: for one row of x, panels of 8 MiB take 2.8
+# ms, the whole weight at once 5.8 ms (dense: 3.0 ms); for many rows they make no difference. In the gradient every
+# panel adds to all of dx, so fewer panels are better.
 PANEL_BYTES = {"forward": 8 << 20, "backward": 32 << 20}
 _OPS = torch.ops.peftcore
 _local = threading.local()
 
 
 def _workspace(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return `count` elements of scratch memory, cached per thread on CPU, by the caching allocator elsewhere."""
+    """Return `count` elements of scratch memory: on CPU a per-thread buffer, elsewhere from the caching allocator."""
     if device.type != "cpu":
         return torch.empty(count, dtype=dtype, device=device)
     size = count * dtype.itemsize
-    kept = getattr(_local, "bytes", None)
-    if kept is None or kept.numel() < size:
-        _local.bytes = kept = torch.empty(size, dtype=torch.uint8)
-    return kept[:size].view(dtype)
+    buffer = getattr(_local, "bytes", None)
+    if buffer is None or buffer.numel() < size:
+        _local.bytes = buffer = torch.empty(size, dtype=torch.uint8)
+    return buffer[:size].view(dtype)
 
 
 def free_workspace() -> None:
-    """Give back the memory that this thread keeps between calls on CPU."""
+    """Free the scratch memory that this thread keeps between calls on CPU."""
     _local.bytes = None
     if extension is not None:
         extension.free_workspace()
 
 
 def _panels(weight: PackedWeight, dtype: torch.dtype, limit: int) -> Iterator[tuple[int, int, Tensor]]:
-    """Yield (first row, end row, values `[end - first, columns]`) of up to `limit` bytes, each valid until the next."""
+    """Yield (start, end, dequantized rows start to end) in panels of up to `limit` bytes, each valid until the next."""
     rows, columns = weight.shape
     step, row_bytes = rows, columns * dtype.itemsize
     if rows * row_bytes > limit:
         multiple = weight.rows_that_begin_blocks()
         step = min(rows, max(1, limit // (row_bytes * multiple)) * multiple)
     buffer = _workspace(step * columns, dtype, weight.codes.device)
-    for first in range(0, rows, max(1, step)):
-        last = min(first + step, rows)
-        panel = buffer[: (last - first) * columns].view(last - first, columns)
-        yield first, last, dequantize_4bit(weight.rows(first, last), out=panel)
+    for start in range(0, rows, max(1, step)):
+        end = min(start + step, rows)
+        panel = buffer[: (end - start) * columns].view(end - start, columns)
+        yield start, end, dequantize_4bit(weight.rows(start, end), out=panel)
 
 
 @dataclass
@@ -84,12 +84,12 @@ class Linear4bit:
 
     def compute(self) -> Tensor:
         y, rows = None, self.packed.shape[0]
-        for first, last, panel in _panels(self.packed, self.x.dtype, PANEL_BYTES["forward"]):
-            part = F.linear(self.x, panel, None if self.bias is None else self.bias[first:last])
-            if last - first == rows:
+        for start, end, panel in _panels(self.packed, self.x.dtype, PANEL_BYTES["forward"]):
+            part = F.linear(self.x, panel, None if self.bias is None else self.bias[start:end])
+            if end - start == rows:
                 return part
             y = self.empty() if y is None else y
-            y[..., first:last] = part
+            y[..., start:end] = part
         return self.empty() if y is None else y
 
     def empty(self) -> Tensor:
@@ -108,11 +108,11 @@ class Linear4bitBackward:
 
     def compute(self) -> Tensor:
         grad, rows = self.grad, self.packed.shape[0]
-        # Each panel adds to every element of dx: in fp32, so that the sum is rounded once.
+        # Each panel adds to every element of dx. The sum is kept in fp32, so that it is rounded once.
         total = None
-        for first, last, panel in _panels(self.packed, grad.dtype, PANEL_BYTES["backward"]):
-            part = grad[..., first:last] @ panel
-            if last - first == rows:
+        for start, end, panel in _panels(self.packed, grad.dtype, PANEL_BYTES["backward"]):
+            part = grad[..., start:end] @ panel
+            if end - start == rows:
                 return part
             total = part.float() if total is None else total + part
         return torch.zeros_like(self.empty()) if total is None else total.to(grad.dtype)
@@ -130,14 +130,14 @@ class _Linear4bit(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, packing: list[int], *weight: Tensor) -> Tensor:
         ctx.save_for_backward(*weight)
         ctx.packing = packing
-        return unviewed(_OPS.linear_4bit(x, weight, packing, bias))
+        return as_non_view(_OPS.linear_4bit(x, weight, packing, bias))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x_grad = bias_grad = None
         if ctx.needs_input_grad[0]:
             weight, packing = ctx.saved_tensors, ctx.packing
-            if torch.is_grad_enabled():  # create_graph=True: what has a gradient itself
+            if torch.is_grad_enabled():  # create_graph=True needs operators that have a gradient
                 x_grad = grad @ dequantize_4bit(packed_weight_from_operands(weight, packing, "linear_4bit"), grad.dtype)
             else:
                 x_grad = _OPS.linear_4bit_backward(grad, weight, packing)
@@ -151,18 +151,18 @@ def linear_4bit(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> 
 
     Args:
         x: fp32, fp16 or bf16 `[..., in]`; under autocast it is cast as for `F.linear`.
-        weight: packed weight of shape `[out, in]`. It gets no gradient.
+        weight: packed weight `[out, in]`, which gets no gradient.
         bias: `[out]`, cast to x's dtype.
 
     Returns:
         `[..., out]` in x's dtype (under autocast in its dtype), with gradients for x and bias.
 
     Raises:
-        TypeError, ValueError: an argument that does not fit the others.
+        TypeError, ValueError: an argument does not fit the others.
     """
     if type(x) is not Tensor and has_torch_function_unary(x):
         return handle_torch_function(linear_4bit, (x,), x, weight, bias)
-    if transformed():
+    if has_active_transform():
         return F.linear(x, dequantize_4bit(weight, x.dtype), bias)
     x, tensors, packing, bias = frozen_operands(x, weight, bias)
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):

@@ -1,17 +1,19 @@
-"""Cross-entropy of a language model's head, h Wᵀ + b, without the matrix of logits.
+"""Cross-entropy of a language model's head, h Wᵀ + b, without materializing the logits.
 
-Rows are taken in pieces. A piece's logits are multiplied into a bounded workspace, `cross_entropy_rows_` turns them
-into losses and into the gradient of the logits in place, and dh = dlogits W is multiplied at once: logits, their fp32
-copy and their gradient, [rows, vocabulary] each, never exist. Rows without a label cost nothing. Where
-`linear_cross_entropy_rows` has a kernel, all rows are one piece, and classes come in blocks: in fp32 both products take
-0.89 of the time with AVX2 and 0.78 with AVX-512 (1024 rows, 49,152 classes).
+Rows are processed in pieces. The logits of a piece are written to a bounded workspace, `cross_entropy_rows_` computes
+the losses and replaces the logits by their gradient, and dh = dlogits W follows immediately. So the logits, their fp32
+copy and their gradient, [rows, vocabulary] each, never exist. Rows without a label are skipped.
 
-    forward     losses [rows], dh [rows, in]        two products, as many as the head takes with a frozen weight
+Where `linear_cross_entropy_rows` has a kernel, all rows form one piece and the classes are processed in blocks: in
+fp32, both products then take 0.89 of the time with AVX2 and 0.78 with AVX-512 (1024 rows, 49,152 classes).
+
+    forward     losses [rows], dh [rows, in]        two products, the same as for a head with a frozen weight
     backward    dh · dloss
-                dW, db, if they train, in pieces of the vocabulary from h and lse: one more product than PyTorch
+                dW and db, if they train: recomputed from h and lse in pieces of the vocabulary, with one more product
+                than PyTorch
 
-Logits of a 16-bit head are rounded to its dtype by the product, as in the head's forward; all else is fp32.
-The gradient cannot be differentiated again.
+Logits of a 16-bit head are rounded to its dtype, as in the head's forward; everything else is fp32. The gradient cannot
+be differentiated again.
 """
 
 from __future__ import annotations
@@ -25,12 +27,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from peftcore.ops._library import define_by
-from peftcore.ops.calling import frozen_operands, transformed
+from peftcore.ops.calling import frozen_operands, has_active_transform
 from peftcore.ops.cross_entropy import (
     BLOCK_CLASSES,
     BLOCK_ROWS,
     Settings,
-    capped,
+    apply_soft_cap,
     capturing,
     check_labels,
     check_settings,
@@ -38,51 +40,51 @@ from peftcore.ops.cross_entropy import (
     factors,
     has_blocks,
     labelled_pieces,
-    wide,
+    wide_dtype,
 )
 from peftcore.ops.dense_linear import FASTER
 from peftcore.ops.quant4 import dequantize_4bit
 from peftcore.ops.weight import PackedWeight, check_linear, value, weight_from_operands
 
 _OPS = torch.ops.peftcore
-# Bytes of a piece of logits. Fixed, whatever the machine's caches, as sums may depend on the size of a piece.
+# Bytes of a piece of logits. The same on every machine, since sums may depend on the size of a piece.
 PIECE_BYTES = {"cpu": 1 << 25, "cuda": 1 << 28}
 _ROW_GRAIN = 128
-_LEAST_ROWS = 256  # below it a product reads the weight too often: of 128 rows it takes 1.1 times as long
+_LEAST_ROWS = 256  # with fewer, reading the weight dominates: 128 rows at a time take 1.1 times as long
 
 
 def rows_in_piece(classes: int, dtype: torch.dtype, device: torch.device) -> int:
-    """Return how many rows of logits are computed at once."""
+    """Return the number of rows whose logits are computed together."""
     limit = PIECE_BYTES.get(device.type, PIECE_BYTES["cuda"])
     return max(_LEAST_ROWS, limit // max(1, classes * dtype.itemsize) // _ROW_GRAIN * _ROW_GRAIN)
 
 
 def workspace(x: Tensor, weight: Sequence[Tensor], packing: Sequence[int], classes: int, device: torch.device) -> int:
-    """Return the bytes of logits that `linear_cross_entropy` has at once on a device, for tensors of these shapes."""
+    """Return the bytes of logits that `linear_cross_entropy` needs on a device, for tensors of these shapes."""
     if not packing and has_blocks(x.dtype, device):
         return min(len(x), BLOCK_ROWS) * (min(classes, BLOCK_CLASSES) * x.dtype.itemsize + 4 * x.shape[1])
     return min(len(x), rows_in_piece(classes, x.dtype, device)) * classes * x.dtype.itemsize
 
 
 def workspace_of_weight(x: Tensor, classes: int, device: torch.device) -> int:
-    """Return the bytes of logits that `linear_cross_entropy_weight` has at once on a device."""
+    """Return the bytes of logits that `linear_cross_entropy_weight` needs on a device."""
     wide_and_rounded = 4 + (2 * x.dtype.itemsize if x.dtype.itemsize < 4 else 0)
     return len(x) * min(classes, classes_in_piece(len(x), 4, device)) * wide_and_rounded
 
 
 def classes_in_piece(rows: int, itemsize: int, device: torch.device) -> int:
-    """Return for how many classes the gradient of a head's weight is computed at once."""
+    """Return the number of classes for which the gradient of a head's weight is computed together."""
     limit = PIECE_BYTES.get(device.type, PIECE_BYTES["cuda"])
     return max(_ROW_GRAIN, limit // max(1, rows * itemsize))
 
 
 class _Head:
-    """Products of pieces of rows with a frozen head."""
+    """Computes the logits of rows with a frozen head, and the gradient of the hidden states."""
 
     def __init__(self, weight: Sequence[Tensor], packing: Sequence[int], bias: Tensor | None, x: Tensor, rows: int):
         self.weight, self.packing, self.bias = weight, packing, bias
-        self.ours = not packing and x.device.type == "cpu" and x.dtype in FASTER
-        dense = not packing and not self.ours
+        self.uses_kernel = not packing and x.device.type == "cpu" and x.dtype in FASTER
+        dense = not packing and not self.uses_kernel
         self.buffer = x.new_empty((rows, weight[0].shape[0])) if dense else None
 
     def logits(self, x: Tensor) -> Tensor:
@@ -98,7 +100,7 @@ class _Head:
     def gradient(self, grad: Tensor) -> Tensor:
         if self.packing:
             return _OPS.linear_4bit_backward(grad, self.weight, self.packing)
-        return _OPS.dense_linear(grad, self.weight[0].t()) if self.ours else grad @ self.weight[0]
+        return _OPS.dense_linear(grad, self.weight[0].t()) if self.uses_kernel else grad @ self.weight[0]
 
 
 @dataclass
@@ -124,7 +126,7 @@ class LinearCrossEntropy:
 
     def compute(self) -> tuple[Tensor, Tensor]:
         x, count = self.hidden, self.hidden.shape[0]
-        rows = x.new_zeros((3, count), dtype=wide(x))
+        rows = x.new_zeros((3, count), dtype=wide_dtype(x))
         grad = torch.zeros_like(x) if self.gradient else x.new_empty(0)
         if self._has_blocks():
             for piece in self._pieces(max(1, count)):  # all rows in one piece
@@ -142,7 +144,7 @@ class LinearCrossEntropy:
             rows[:, piece] = cross_entropy_rows_(logits, self.labels[piece], *options)
             if self.gradient:
                 grad[piece] = head.gradient(logits)
-            del logits  # before the next piece's are allocated
+            del logits  # frees them before the next piece is allocated
         return rows, grad
 
     def _has_blocks(self) -> bool:
@@ -155,7 +157,7 @@ class LinearCrossEntropy:
         return list(labelled_pieces(self.labels, self.ignore_index, self.classes, size))
 
     def empty(self) -> tuple[Tensor, Tensor]:
-        rows = self.hidden.new_empty((3, self.hidden.shape[0]), dtype=wide(self.hidden))
+        rows = self.hidden.new_empty((3, self.hidden.shape[0]), dtype=wide_dtype(self.hidden))
         return rows, self.hidden.new_empty(self.hidden.shape if self.gradient else (0,))
 
 
@@ -178,25 +180,29 @@ class LinearCrossEntropyWeight:
         self.numbers = check_settings(self.settings, op)
 
     def compute(self) -> tuple[Tensor, Tensor]:
-        x, w, dtype, smoothing = self.hidden, self.weight, wide(self.hidden), self.numbers.label_smoothing
+        x, w, dtype, smoothing = self.hidden, self.weight, wide_dtype(self.hidden), self.numbers.label_smoothing
         classes, (grad, bias_grad) = w.shape[0], self.empty()
-        counts = (self.labels >= 0) & (self.labels < classes) & (self.coefficients != 0)
-        kept = counts.nonzero()[:, 0] if not capturing(x) else torch.arange(len(x), device=x.device)
-        x, labels, lse = x[kept], self.labels[kept].clamp(0, classes - 1), self.lse[kept]
-        coefficients = self.coefficients[kept]
+        has_label = (self.labels >= 0) & (self.labels < classes) & (self.coefficients != 0)
+        rows_with_label = has_label.nonzero()[:, 0] if not capturing(x) else torch.arange(len(x), device=x.device)
+        x, labels, lse = (
+            x[rows_with_label],
+            self.labels[rows_with_label].clamp(0, classes - 1),
+            self.lse[rows_with_label],
+        )
+        coefficients = self.coefficients[rows_with_label]
         of_softmax, of_label = factors(lse, labels, self.class_weight, self.numbers, classes)
-        size = classes_in_piece(len(kept), dtype.itemsize, x.device)
-        for first in range(0, classes, size):
-            columns = slice(first, min(first + size, classes))
+        size = classes_in_piece(len(rows_with_label), dtype.itemsize, x.device)
+        for start in range(0, classes, size):
+            columns = slice(start, min(start + size, classes))
             bias = None if self.bias is None else self.bias[columns]
             z, scale = F.linear(x, w[columns], bias).to(dtype), self.numbers.logit_scale
-            z, slope = capped(z, self.numbers) if self.numbers.soft_cap else (z.mul_(scale), scale)
+            z, slope = apply_soft_cap(z, self.numbers) if self.numbers.soft_cap else (z.mul_(scale), scale)
             dz = z.sub_(lse[:, None]).exp_().mul_(of_softmax[:, None])
             if smoothing:
                 dz -= smoothing / classes * (1.0 if self.class_weight is None else self.class_weight[columns])
-            inside = (labels >= columns.start) & (labels < columns.stop)
-            target = (labels - first).where(inside, 0)
-            dz.scatter_add_(1, target[:, None], -(of_label * inside)[:, None])
+            in_block = (labels >= columns.start) & (labels < columns.stop)
+            target = (labels - start).where(in_block, 0)
+            dz.scatter_add_(1, target[:, None], -(of_label * in_block)[:, None])
             dz *= slope
             dz *= coefficients[:, None]
             if self.needs[0]:
@@ -227,7 +233,7 @@ define_by(
 
 
 class _Rows(torch.autograd.Function):
-    """Losses of the rows `[rows]`, and their lse and entropies `[2, rows]`, whose gradient is not computed."""
+    """Losses `[rows]` with a gradient, and lse and entropies `[2, rows]` without one."""
 
     @staticmethod
     def forward(
@@ -241,14 +247,14 @@ class _Rows(torch.autograd.Function):
         *weight: Tensor,
     ) -> tuple[Tensor, Tensor]:
         settings, ignore_index, packing = numbers
-        needed, trains = ctx.needs_input_grad[0], ctx.needs_input_grad[1] or any(ctx.needs_input_grad[6:])
-        arguments = hidden, weight, packing, bias, labels, class_weight, grad_scale, settings, ignore_index, needed
+        needs_grad, trains = ctx.needs_input_grad[0], ctx.needs_input_grad[1] or any(ctx.needs_input_grad[6:])
+        arguments = hidden, weight, packing, bias, labels, class_weight, grad_scale, settings, ignore_index, needs_grad
         rows, grad = _OPS.linear_cross_entropy(*arguments)
-        loss, rest = rows[0].clone(), rows[1:].clone()
-        kept = (hidden, bias, class_weight, rest, weight[0]) if trains else (None,) * 5
-        ctx.save_for_backward(grad if needed else None, grad_scale, labels, *kept)
+        loss, statistics = rows[0].clone(), rows[1:].clone()
+        saved_tensors = (hidden, bias, class_weight, statistics, weight[0]) if trains else (None,) * 5
+        ctx.save_for_backward(grad if needs_grad else None, grad_scale, labels, *saved_tensors)
         ctx.numbers = settings, ignore_index
-        return loss, rest
+        return loss, statistics
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
@@ -257,27 +263,27 @@ class _Rows(torch.autograd.Function):
                 "linear_cross_entropy cannot be differentiated twice (create_graph=True). "
                 "Use F.cross_entropy(F.linear(hidden, weight, bias), labels) instead"
             )
-        hidden_grad, scale, labels, hidden, bias, class_weight, rest, weight = ctx.saved_tensors
+        hidden_grad, scale, labels, hidden, bias, class_weight, statistics, weight = ctx.saved_tensors
         settings, ignore_index = ctx.numbers
-        grad = grad.masked_fill(labels == ignore_index, 0)  # the mean of no labels divides by 0
+        grad = grad.masked_fill(labels == ignore_index, 0)  # a mean without any label divides by 0
         dh = dw = db = None
         if ctx.needs_input_grad[0]:
-            factor = grad if scale is None else grad / scale  # `hidden_grad` has been multiplied by `scale`
+            factor = grad if scale is None else grad / scale  # `hidden_grad` already includes `scale`
             dh = (hidden_grad * factor[:, None]).to(hidden_grad.dtype)
         needs = [any(ctx.needs_input_grad[6:]), ctx.needs_input_grad[1]]
         if any(needs):
-            arguments = hidden, weight, bias, labels, class_weight, rest[0], grad, settings, needs
+            arguments = hidden, weight, bias, labels, class_weight, statistics[0], grad, settings, needs
             dw, db = (
                 g if n else None for g, n in zip(_OPS.linear_cross_entropy_weight(*arguments), needs, strict=True)
             )
         return dh, db, None, None, None, None, dw, *(None for _ in ctx.needs_input_grad[7:])
 
 
-def divisor(labels: Tensor, counts: Tensor, class_weight: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Return the number that the mean of losses divides by."""
+def divisor(labels: Tensor, has_label: Tensor, class_weight: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Return the number of labels, or the sum of their class weights, by which a mean divides."""
     if class_weight is None:
-        return counts.sum().to(dtype)
-    return class_weight[labels.where(counts, 0).clamp(0, len(class_weight) - 1)].mul(counts).sum()
+        return has_label.sum().to(dtype)
+    return class_weight[labels.where(has_label, 0).clamp(0, len(class_weight) - 1)].mul(has_label).sum()
 
 
 def _rows(
@@ -290,7 +296,7 @@ def _rows(
     ignore_index: int,
     mean: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return losses of the rows, their lse and entropies, and the number that a mean divides by."""
+    """Return the losses, lse and entropies of the rows, and the number by which a mean divides."""
     op = "linear_cross_entropy"
     value(
         labels.shape == hidden.shape[:-1], op, f"labels must be {list(hidden.shape[:-1])}, found {list(labels.shape)}"
@@ -300,15 +306,15 @@ def _rows(
     x, tensors, packing, bias = frozen_operands(hidden.reshape(-1, hidden.shape[-1]), frozen, bias)
     if isinstance(weight, Tensor) and weight.requires_grad:  # this operator gives it a gradient
         tensors = [weight.to(tensors[0].dtype)]
-    dtype = wide(x)
+    dtype = wide_dtype(x)
     if class_weight is not None:
         class_weight = class_weight.to(dtype)
         check_labels(labels, x.shape[0], x, weight.shape[0], class_weight, op)
-    counts = labels != ignore_index
-    total = divisor(labels, counts, class_weight, dtype)
-    if transformed():
+    has_label = labels != ignore_index
+    total = divisor(labels, has_label, class_weight, dtype)
+    if has_active_transform():
         dense = weight if isinstance(weight, Tensor) else dequantize_4bit(weight, x.dtype)
-        z, _ = capped(F.linear(x, dense.to(x.dtype), bias).to(dtype), settings)
+        z, _ = apply_soft_cap(F.linear(x, dense.to(x.dtype), bias).to(dtype), settings)
         lse = z.logsumexp(1)
         loss = F.cross_entropy(
             z,
@@ -318,13 +324,13 @@ def _rows(
             reduction="none",
             label_smoothing=settings.label_smoothing,
         )
-        loss = loss + settings.z_loss * lse * lse * counts
+        loss = loss + settings.z_loss * lse * lse * has_label
         return loss, torch.stack([lse, lse - (z.softmax(1) * z).sum(1)]), total
-    # The gradient of a mean is rounded once, as it is divided before. In fp16 it would underflow.
+    # Scaling inside the operator means that the gradient of a mean is rounded once. In fp16 it would underflow.
     scale = 1 / total if mean and x.dtype is not torch.float16 else None
     numbers = settings, ignore_index, packing
-    loss, rest = _Rows.apply(x, bias, labels, class_weight, scale, numbers, *tensors)  # type: ignore[no-untyped-call]
-    return loss, rest.detach(), total
+    loss, statistics = _Rows.apply(x, bias, labels, class_weight, scale, numbers, *tensors)  # type: ignore[no-untyped-call]
+    return loss, statistics.detach(), total
 
 
 def check_reduction(reduction: str, op: str) -> None:
@@ -345,12 +351,12 @@ def linear_cross_entropy(
     z_loss: float = 0.0,
     reduction: str = "mean",
 ) -> Tensor:
-    """Return the cross-entropy of hidden Wᵀ + bias with labels, without making the logits.
+    """Return the cross-entropy of hidden Wᵀ + bias with labels, without materializing the logits.
 
     The result and its gradients equal those of `F.cross_entropy(F.linear(hidden, weight, bias).float(), labels)` within
-    rounding, and their error is at most as large. Memory beyond hidden and its gradient is bounded: 32 MiB of logits on
-    CPU, 256 MiB on GPUs, or 256 rows where those take more; 8 MiB where classes come in blocks. Rows without a label
-    are skipped.
+    rounding, with an error that is at most as large. Beyond hidden and its gradient, it needs memory for 32 MiB of
+    logits on CPU and 256 MiB on GPUs (or for 256 rows, if those take more), and 8 MiB where classes are processed in
+    blocks. Rows without a label are skipped.
 
     Args:
         hidden: fp32, fp16, bf16 or float64 `[..., in]`; under autocast it is cast as for `F.linear`.
@@ -358,20 +364,20 @@ def linear_cross_entropy(
             gradient.
         labels: int64 `[...]`.
         bias: `[vocabulary]`.
-        ignore_index: the label of rows that do not count.
+        ignore_index: label of rows that are skipped.
         label_smoothing, class_weight: as in `F.cross_entropy`.
         logit_scale: factor of the logits.
-        soft_cap: logits become cap · tanh(logits / cap), after the scale.
-        z_loss: factor of logsumexp(logits)², which is added to each row's loss.
-        reduction: `mean` (over labels, by their class weights), `sum` or `none`.
+        soft_cap: scaled logits are replaced by cap · tanh(logits / cap).
+        z_loss: coefficient of logsumexp(logits)², which is added to each row's loss.
+        reduction: `mean` (over labels, weighted by their class weights), `sum` or `none`.
 
     Returns:
         fp32 (for float64, float64): a scalar, or `[...]` with `reduction="none"`. Gradients for hidden, weight and
         bias; they cannot be differentiated again.
 
     Raises:
-        IndexError: a label outside the vocabulary on CPU (on GPUs the loss is NaN). TypeError, ValueError: an argument
-        that does not fit the others.
+        IndexError: a label is outside the vocabulary, on CPU (on GPUs the loss is NaN). TypeError, ValueError: an
+        argument does not fit the others.
     """
     check_reduction(reduction, "linear_cross_entropy")
     value(soft_cap is None or soft_cap > 0, "linear_cross_entropy", f"soft_cap must be positive, found {soft_cap}")
@@ -393,12 +399,13 @@ def linear_log_probs(
     logit_scale: float = 1.0,
     soft_cap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return log-probabilities of tokens, and entropies, of a head's distributions, without making the logits.
+    """Return the log-probabilities of tokens, and the entropies of their distributions, without materializing the
+    logits.
 
     Args:
         hidden, weight, bias, logit_scale, soft_cap: as in `linear_cross_entropy`; `logit_scale` is 1 / temperature.
         tokens: int64 `[...]`, one for each row of hidden.
-        ignore_index: rows with it as their token are skipped; both their values are 0.
+        ignore_index: token of rows that are skipped; both results are 0.
 
     Returns:
         Both fp32 `[...]` (for float64, float64): log p(token), with gradients for hidden, weight and bias; and the
@@ -409,5 +416,5 @@ def linear_log_probs(
     """
     value(soft_cap is None or soft_cap > 0, "linear_log_probs", f"soft_cap must be positive, found {soft_cap}")
     settings = Settings(0.0, float(logit_scale), float(soft_cap or 0), 0.0)
-    loss, rest, _ = _rows(hidden, weight, bias, tokens, None, settings, ignore_index, False)
-    return -loss.reshape(tokens.shape), rest[1].reshape(tokens.shape)
+    loss, statistics, _ = _rows(hidden, weight, bias, tokens, None, settings, ignore_index, False)
+    return -loss.reshape(tokens.shape), statistics[1].reshape(tokens.shape)

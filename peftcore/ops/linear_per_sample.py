@@ -1,6 +1,6 @@
-"""y = x Wᵀ + bias, and for each sample of x the adapter of its number: Sᵢ Bᵢᵀ with Sᵢ = scaleᵢ x Aᵢᵀ (see lora.py).
+"""y = x Wᵀ + bias + Sᵢ Bᵢᵀ with Sᵢ = scaleᵢ x Aᵢᵀ, where i is the adapter of each sample of x (see lora.py).
 
-One operator adds for several adapters at once, as Punica does (arXiv 2310.18547). Without gradients.
+One operator serves several adapters at once, as in Punica (arXiv 2310.18547). It has no gradients.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from peftcore.ops._library import define_by
-from peftcore.ops.calling import frozen_operands, permuted
-from peftcore.ops.lora import check_factors, frozen_linear, wide
+from peftcore.ops.calling import frozen_operands, permute_inputs
+from peftcore.ops.lora import check_factors, frozen_linear, wide_dtype
 from peftcore.ops.weight import PackedWeight, check_linear, check_tensor, value, weight_from_operands
 
 _OP = "lora_linear_per_sample"
@@ -38,20 +38,20 @@ class LoraLinearPerSample:
         self.out_features = frozen.shape[0]
         value(x.dim() > 1, _OP, f"x must be [samples, .., in], found {list(x.shape)}")
         sizes = f"{len(a)}, {len(b)} and {len(self.scales)}"
-        same = len(a) == len(b) == len(self.scales)
-        value(same, _OP, f"a, b and scales must be of one length, found {sizes}")
+        same_length = len(a) == len(b) == len(self.scales)
+        value(same_length, _OP, f"a, b and scales must be of one length, found {sizes}")
         for i, factors in enumerate(zip(a, b, strict=True)):
             check_factors(_OP, x, *factors, self.out_features, (f"a[{i}]", f"b[{i}]"))
         check_tensor(index, torch.int64, x.device, _OP, "index")
-        wanted = f"index must be [{x.shape[0]}], one for each sample of x"
-        value(index.shape == x.shape[:1], _OP, f"{wanted}, found {list(index.shape)}")
+        requirement = f"index must be [{x.shape[0]}], one for each sample of x"
+        value(index.shape == x.shape[:1], _OP, f"{requirement}, found {list(index.shape)}")
 
     def compute(self) -> Tensor:
-        x, dtype, found = self.x, wide(self.x), self.index.tolist()
-        for i in found:
+        x, dtype, adapter_of_sample = self.x, wide_dtype(self.x), self.index.tolist()
+        for i in adapter_of_sample:
             value(-1 <= i < len(self.a), _OP, f"index must be -1 (none) to {len(self.a) - 1}, found {i}")
         y = frozen_linear(x, self.weight, self.packing, self.bias)
-        for i in sorted(set(found) - {-1}):
+        for i in sorted(set(adapter_of_sample) - {-1}):
             rows = self.index == i
             s = F.linear(x[rows].to(dtype), self.a[i].to(dtype)) * self.scales[i]
             y[rows] = (y[rows] + F.linear(s, self.b[i].to(dtype))).to(x.dtype)
@@ -77,17 +77,17 @@ def lora_linear_per_sample(
     scales: Sequence[float],
     index: Tensor,
 ) -> Tensor:
-    """Return x Wᵀ + bias plus, for each sample i of x, the change of adapter `index[i]`. Without gradients.
+    """Return x Wᵀ + bias, plus the low-rank product of adapter `index[i]` for each sample i. It has no gradients.
 
     Args:
         x, weight, bias: as in `lora_linear`; x is `[samples, ..., in]`.
-        a, b, scales: `[r, in]`, `[out, r]` and a number for each adapter; ranks may differ.
-        index: int64 `[samples]` on x's device; -1 for a sample without an adapter.
+        a, b, scales: `[r, in]`, `[out, r]` and the scale of each adapter; ranks may differ.
+        index: int64 `[samples]` on x's device: the adapter of each sample, or -1 for none.
 
     Returns:
         `[samples, ..., out]`.
     """
-    a = [permuted(each, weight) for each in a]
+    a = [permute_inputs(factor, weight) for factor in a]
     x, tensors, packing, bias = frozen_operands(x, weight, bias)
     arguments = x, tensors, packing, bias, a, b, scales, index
     if x.dtype is torch.float64:

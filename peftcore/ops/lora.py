@@ -6,17 +6,17 @@
                 dx = dy W + keep ∘ (T A)
                 dA = Tᵀ (keep ∘ x),  dB = dyᵀ S,  dbias = the sum of dy over all rows
 
-x and S, which has only r columns, are kept for the gradient; the mask `keep` is generated again (see dropout.py).
+x and S, which has only r columns, are saved for the gradient; the mask `keep` is regenerated (see dropout.py).
 
-A, B, S and T are fp32 for a 16-bit x, never rounded to 16 bits: in fp16 a T of small gradients would vanish, and in
-bf16 dA would be off by 2e-3. y and dx are rounded once, or twice if the library computes the base's product; dA and dB
-have the dtype of A and B.
+For a 16-bit x, the factors A and B and the intermediate results S and T are fp32: in fp16, T would underflow for small
+gradients, and in bf16 dA would be off by 2e-3. y and dx are rounded once, or twice if the BLAS library computes the
+frozen product. dA and dB have the dtypes of A and B.
 
-Whole blocks are not fused (q, k and v, or gate and up, share x): all of LoRA adds 9 % to a training step of a 135M
-Llama shape, and its passes over x, the only part that could be shared, are a fraction of that.
+Layers that share x (q, k and v, or gate and up) are not fused: all of LoRA adds 9 % to a training step of a Llama with
+135M parameters, and its passes over x, the only part that could be shared, are a fraction of that.
 
-The gradient is an `autograd.Function` over operators without autograd of their own: the layers of a model pay for
-every microsecond (see linear_4bit.py). It cannot be differentiated again.
+The gradient is an `autograd.Function` over operators that have no autograd of their own, to save overhead in every
+layer (see linear_4bit.py).
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from peftcore.ops._library import define_by
-from peftcore.ops.calling import frozen_operands, operator_for, permuted, transformed, unviewed
-from peftcore.ops.dropout import check_dropout, dropped, factor, seed_of_call
+from peftcore.ops.calling import as_non_view, frozen_operands, has_active_transform, operator_for, permute_inputs
+from peftcore.ops.dropout import apply_mask, check_dropout, factor, seed_of_call
 from peftcore.ops.quant4 import dequantize_4bit
 from peftcore.ops.weight import PackedWeight, check_linear, value, weight_from_operands
 
@@ -39,12 +39,12 @@ _OPS = torch.ops.peftcore
 
 
 def matrix(t: Tensor) -> Tensor:
-    """[all leading dimensions, last]."""
+    """Flatten all leading dimensions, to [rows, last]."""
     return t.reshape(t.shape[:-1].numel(), t.shape[-1])
 
 
-def wide(x: Tensor) -> torch.dtype:
-    """Return the dtype of A, B, S and T."""
+def wide_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype in which A, B, S and T are computed: fp32, or float64 for float64."""
     return torch.promote_types(x.dtype, torch.float32)
 
 
@@ -68,12 +68,12 @@ def check_factors(op: str, x: Tensor, a: Tensor, b: Tensor, out_features: int, n
 
 
 def _check_gradient(op: str, grad: Tensor, s: Tensor, x: Tensor, out_features: int, r: int) -> None:
-    for name, t, dtype in (("grad", grad, x.dtype), ("s", s, wide(x))):
+    for name, t, dtype in (("grad", grad, x.dtype), ("s", s, wide_dtype(x))):
         if t.dtype != dtype:
             raise TypeError(f"{op}: {name} must be {dtype} for x of {x.dtype}, found {t.dtype}")
         value(t.device == x.device, op, f"{name} must be on {x.device} like x, found {t.device}")
-    wanted = [*x.shape[:-1], out_features]
-    value(list(grad.shape) == wanted, op, f"grad must be {wanted}, found {list(grad.shape)}")
+    expected = [*x.shape[:-1], out_features]
+    value(list(grad.shape) == expected, op, f"grad must be {expected}, found {list(grad.shape)}")
     rows = x.shape[:-1].numel()
     value(s.shape == (rows, r), op, f"s must be [{rows}, {r}], found {list(s.shape)}")
 
@@ -100,15 +100,15 @@ class LoraLinear:
         check_dropout(op, self.x, self.dropout_p, self.seed)
 
     def compute(self) -> tuple[Tensor, Tensor]:
-        x, dtype, drop = self.x, wide(self.x), (self.dropout_p, self.seed)
+        x, dtype, drop = self.x, wide_dtype(self.x), (self.dropout_p, self.seed)
         y = frozen_linear(x, self.weight, self.packing, self.bias)
-        s = dropped(matrix(x), *drop).to(dtype) @ self.a.to(dtype).T * factor(self.scale, *drop)
+        s = apply_mask(matrix(x), *drop).to(dtype) @ self.a.to(dtype).T * factor(self.scale, *drop)
         return (y + (s @ self.b.to(dtype).T).view(y.shape)).to(x.dtype), s
 
     def empty(self) -> tuple[Tensor, Tensor]:
         leading, r = self.x.shape[:-1], self.a.shape[0]
         y = self.x.new_empty((*leading, self.b.shape[0]))
-        return y, self.x.new_empty((leading.numel(), r), dtype=wide(self.x))
+        return y, self.x.new_empty((leading.numel(), r), dtype=wide_dtype(self.x))
 
 
 @dataclass
@@ -133,7 +133,7 @@ class LoraLinearBackward:
         check_dropout(op, self.x, self.dropout_p, self.seed)
 
     def compute(self) -> tuple[Tensor, Tensor, Tensor]:
-        x, a, b, drop, dtype = self.x, self.a, self.b, (self.dropout_p, self.seed), wide(self.x)
+        x, a, b, drop, dtype = self.x, self.a, self.b, (self.dropout_p, self.seed), wide_dtype(self.x)
         rows = matrix(self.grad).to(dtype)
         dx, da, db = x.new_empty(0), a.new_empty(0), b.new_empty(0)
         t = rows @ b.to(dtype) * factor(self.scale, *drop)  # [M, r]
@@ -142,16 +142,16 @@ class LoraLinearBackward:
                 dx = _OPS.linear_4bit_backward(self.grad, self.weight, self.packing)
             else:
                 dx = self.grad @ self.weight[0]
-            dx = (matrix(dx) + dropped(t @ a.to(dtype), *drop)).to(x.dtype).view(x.shape)
+            dx = (matrix(dx) + apply_mask(t @ a.to(dtype), *drop)).to(x.dtype).view(x.shape)
         if self.needs[1]:
-            da = (t.T @ dropped(matrix(x), *drop).to(dtype)).to(a.dtype)
+            da = (t.T @ apply_mask(matrix(x), *drop).to(dtype)).to(a.dtype)
         if self.needs[2]:
             db = (rows.T @ self.s).to(b.dtype)
         return dx, da, db
 
     def empty(self) -> tuple[Tensor, ...]:
-        of = zip((self.x, self.a, self.b), self.needs, strict=True)
-        return tuple(t.new_empty(t.shape if needed else (0,)) for t, needed in of)
+        operands = zip((self.x, self.a, self.b), self.needs, strict=True)
+        return tuple(t.new_empty(t.shape if needs_grad else (0,)) for t, needs_grad in operands)
 
 
 _DROPOUT = "float dropout_p=0.0, Tensor? seed=None"
@@ -173,20 +173,20 @@ define_by(
 
 @torch.no_grad()
 def _in_float64(call: type[LoraLinear] | type[LoraLinearBackward], *arguments: Any) -> Any:
-    """Run the reference: kernels are for training dtypes, float64 is for checking gradients."""
+    """Run the reference. Kernels support training dtypes only; float64 is for gradient checks."""
     return call(*arguments).compute()
 
 
 def _differentiable(call: LoraLinearBackward) -> tuple[Tensor, ...]:
-    """Compute the gradients by differentiable operators (create_graph=True)."""
-    x, drop, dtype = call.x, (call.dropout_p, call.seed), wide(call.x)
+    """Compute the gradients with differentiable operators, for create_graph=True."""
+    x, drop, dtype = call.x, (call.dropout_p, call.seed), wide_dtype(call.x)
     if call.needs[2]:
         if not call.needs[1]:
             raise RuntimeError(
-                "lora_linear does not keep x if A is frozen, so it cannot be differentiated twice "
-                "(create_graph=True). Make A require gradients, too"
+                "lora_linear does not save x if A is frozen, so it cannot be differentiated twice "
+                "(create_graph=True). Make A require gradients as well"
             )
-        s = dropped(matrix(x), *drop).to(dtype) @ call.a.to(dtype).T * factor(call.scale, *drop)
+        s = apply_mask(matrix(x), *drop).to(dtype) @ call.a.to(dtype).T * factor(call.scale, *drop)
         call = replace(call, s=s)
     frozen = weight_from_operands(call.weight, call.packing, "lora_linear_backward")
     if isinstance(frozen, PackedWeight):
@@ -210,11 +210,11 @@ class _LoraLinear(torch.autograd.Function):
         arguments = x, weight, packing, bias, a, b, scale, dropout_p, seed
         exact = x.dtype is torch.float64
         y, s = _in_float64(LoraLinear, *arguments) if exact else operator_for("lora_linear", seed)(*arguments)
-        # With A frozen (LoRA-FA, TinyLoRA) no gradient reads x: its shape stays, its values go.
-        kept = x if ctx.needs_input_grad[2] else x.new_empty(()).expand(x.shape)
-        ctx.save_for_backward(kept, s, a, b, seed, *weight)
+        # With A frozen (LoRA-FA, TinyLoRA) no gradient reads the values of x, so only its shape is saved.
+        saved_x = x if ctx.needs_input_grad[2] else x.new_empty(()).expand(x.shape)
+        ctx.save_for_backward(saved_x, s, a, b, seed, *weight)
         ctx.numbers = numbers
-        return unviewed(y)
+        return as_non_view(y)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -226,12 +226,12 @@ class _LoraLinear(torch.autograd.Function):
         if any(needs):
             arguments = grad, x, s, weight, packing, a, b, needs, scale, dropout_p, seed
             if torch.is_grad_enabled():
-                found = _differentiable(LoraLinearBackward(*arguments))
+                gradients = _differentiable(LoraLinearBackward(*arguments))
             elif x.dtype is torch.float64:
-                found = _in_float64(LoraLinearBackward, *arguments)
+                gradients = _in_float64(LoraLinearBackward, *arguments)
             else:
-                found = operator_for("lora_linear_backward", seed)(*arguments)
-            dx, da, db = (g if needed else None for g, needed in zip(found, needs, strict=True))
+                gradients = operator_for("lora_linear_backward", seed)(*arguments)
+            dx, da, db = (g if needs_grad else None for g, needs_grad in zip(gradients, needs, strict=True))
         if need_bias:
             bias_grad = matrix(grad).sum(0)
         return dx, bias_grad, da, db, *(None for _ in ctx.needs_input_grad[4:])
@@ -253,27 +253,27 @@ def lora_linear(
         x: fp32, fp16, bf16 or float64 `[..., in]`; under autocast it is cast as for `F.linear`.
         weight: `[out, in]` in x's dtype (under autocast in any), or a `PackedWeight`. It must not require grad.
         bias: `[out]`, cast to x's dtype.
-        a, b: `[r, in]` and `[out, r]` in floating point of 16, 32 or 64 bits, used as fp32 (as float64 for
-            such an x); their gradients have their own.
+        a, b: `[r, in]` and `[out, r]` in floating point of 16, 32 or 64 bits, computed in fp32 (in float64 if x is).
+            Their gradients have their dtypes.
         dropout_p: probability with which an element of x is dropped before A, to a multiple of 1/65536.
-        seed: int64 `[]` on CPU or x's device, which determines the elements (see `keep_mask`). If there is dropout, the
-            default is drawn from PyTorch's generator, so that `torch.manual_seed` and checkpointing work; each replay
-            of a CUDA graph draws another one.
+        seed: int64 `[]` on CPU or x's device, which determines the mask (see `keep_mask`). By default it is drawn from
+            PyTorch's generator, so that `torch.manual_seed` and checkpointing work; each replay of a CUDA graph draws
+            another one.
 
     Returns:
         `[..., out]` in x's dtype (under autocast in its dtype), with gradients for x, bias, a and b.
 
     Raises:
-        TypeError, ValueError: an argument that does not fit the others. RuntimeError: differentiated twice while a
-            requires no gradient and b does.
+        TypeError, ValueError: an argument does not fit the others. RuntimeError: b's gradient is differentiated again,
+            but a requires no gradient.
     """
-    if transformed():
+    if has_active_transform():
         dense = dequantize_4bit(weight, x.dtype) if isinstance(weight, PackedWeight) else weight
         return F.linear(x, dense, bias) + scale * F.linear(
             F.linear(F.dropout(x, dropout_p), a.to(x.dtype)), b.to(x.dtype)
         )
     if not isinstance(weight, Tensor):
-        a = permuted(a, weight)
+        a = permute_inputs(a, weight)
     x, tensors, packing, bias = frozen_operands(x, weight, bias)
     seed = seed_of_call(x, seed) if dropout_p else None
     if torch.is_grad_enabled() and (

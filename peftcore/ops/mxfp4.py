@@ -37,8 +37,8 @@ def _thresholds() -> tuple[Tensor, Tensor]:
     order = torch.tensor([*range(15, 7, -1), *range(8)], dtype=torch.uint8)
     values = E2M1[order.int()]
     middle = (values[:-1] + values[1:]) / 2
-    below = torch.nextafter(middle, torch.full_like(middle, -torch.inf))
-    thresholds = torch.where(order[:-1] % 2 == 0, middle, below)
+    just_below = torch.nextafter(middle, torch.full_like(middle, -torch.inf))
+    thresholds = torch.where(order[:-1] % 2 == 0, middle, just_below)
     thresholds[7] = -torch.finfo(torch.float32).tiny  # between -0 and 0, which is not above it
     return thresholds, order
 
@@ -54,17 +54,17 @@ class QuantizeMxfp4:
     def __post_init__(self) -> None:
         op, x = "quantize_mxfp4", self.x
         check_dtype(x.dtype, op)
-        fits = x.dim() > 0 and x.shape[-1] % BLOCKSIZE == 0
-        value(fits, op, f"the last dimension of x must be a multiple of {BLOCKSIZE}, found {list(x.shape)}")
+        has_whole_blocks = x.dim() > 0 and x.shape[-1] % BLOCKSIZE == 0
+        value(has_whole_blocks, op, f"the last dimension of x must be a multiple of {BLOCKSIZE}, found {list(x.shape)}")
 
     def compute(self) -> tuple[Tensor, Tensor]:
         blocks = self.x.reshape(-1, BLOCKSIZE).float()
         exponent = (blocks.abs().amax(1).view(torch.int32) & 0x7FFFFFFF) >> 23
         e = torch.where(exponent == _NOT_FINITE, exponent, (exponent - _LARGEST_EXPONENT).clamp(min=0))
         inverse = torch.where(e == _NOT_FINITE, 127 << 23, (254 - e) << 23).int().view(torch.float32)
-        scaled = (blocks * inverse.unsqueeze(1)).flatten()
-        rank = torch.bucketize(scaled, THRESHOLDS.to(scaled.device), out_int32=True)
-        codes = ORDER.to(scaled.device)[rank]
+        normalized = (blocks * inverse.unsqueeze(1)).flatten()
+        rank = torch.bucketize(normalized, THRESHOLDS.to(normalized.device), out_int32=True)
+        codes = ORDER.to(normalized.device)[rank]
         return (codes[::2] << 4 | codes[1::2]).unsqueeze(1), e.to(torch.uint8)
 
     def empty(self) -> tuple[Tensor, Tensor]:

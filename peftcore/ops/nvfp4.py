@@ -48,8 +48,8 @@ def nested_blocksize(shape: tuple[int, ...]) -> int:
     if len(shape) < 3:
         return MAX_BLOCKSIZE
     size = math.prod(shape[-2:])
-    found = f"found {list(shape)}"
-    value(size % EXPERT_VALUES == 0, "nvfp4", f"an expert must have a multiple of {EXPERT_VALUES} values, {found}")
+    requirement = f"an expert must have a multiple of {EXPERT_VALUES} values"
+    value(size % EXPERT_VALUES == 0, "nvfp4", f"{requirement}, found {list(shape)}")
     half = 0 if size % (2 * EXPERT_VALUES) else size // 2  # gate and up may have a scale each
     return math.gcd((half or size) // BLOCKSIZE, MAX_BLOCKSIZE)
 
@@ -78,8 +78,8 @@ def nvfp4_weight(
     """
     step = nested_blocksize(shape)
     nested, count = -(-(math.prod(shape) // BLOCKSIZE) // step), max(global_scale.numel(), 1)
-    fits = count % max(matrices(shape), 1) == nested % count == 0 and (len(shape) > 2 or count == 1)
-    value(fits or not nested, "nvfp4", f"{count} global scales do not divide a weight {list(shape)}")
+    divides = count % max(matrices(shape), 1) == nested % count == 0 and (len(shape) > 2 or count == 1)
+    value(divides or not nested, "nvfp4", f"{count} global scales do not divide a weight {list(shape)}")
     outer = global_scale.reshape(-1).repeat_interleave(nested // count)
     scale_map = codebook("e4m3", codes.device) if scale_map is None else scale_map
     weight = PackedWeight(codes, scales, codebook("nvfp4", codes.device), shape, BLOCKSIZE, dtype, "nvfp4")
@@ -107,8 +107,8 @@ def quantize_nvfp4(x: Tensor, largest: Tensor | None = None) -> PackedWeight:
     """
     op, shape = "quantize_nvfp4", tuple(x.shape)
     check_dtype(x.dtype, op)
-    fits = x.dim() > 0 and shape[-1] % BLOCKSIZE == 0
-    value(fits, op, f"the last dimension of x must be a multiple of {BLOCKSIZE}, found {list(shape)}")
+    has_whole_blocks = x.dim() > 0 and shape[-1] % BLOCKSIZE == 0
+    value(has_whole_blocks, op, f"the last dimension of x must be a multiple of {BLOCKSIZE}, found {list(shape)}")
     count = matrices(shape)
     blocks = x.reshape(count, x.numel() // max(count, 1) // BLOCKSIZE, BLOCKSIZE)
     if largest is None:
@@ -121,14 +121,14 @@ def quantize_nvfp4(x: Tensor, largest: Tensor | None = None) -> PackedWeight:
     scales = x.new_empty(blocks.shape[:2], dtype=torch.uint8)
     step = _AT_ONCE // BLOCKSIZE
     for i in range(count):
-        for first in range(0, blocks.shape[1], step):
-            some = slice(first, first + step)
-            part = blocks[i, some].float()
-            scale = part.abs().amax(1) / (_LARGEST_CODE * outer[i])
+        for start in range(0, blocks.shape[1], step):
+            chunk = slice(start, start + step)
+            values = blocks[i, chunk].float()
+            scale = values.abs().amax(1) / (_LARGEST_CODE * outer[i])
             scale = scale.masked_fill_(scale == 0, 1).clamp_(_SMALLEST_SCALE, _LARGEST_SCALE).to(torch.float8_e4m3fn)
-            scales[i, some] = scale.view(torch.uint8)
-            found = _nearest(part / (scale.float() * outer[i]).unsqueeze(1))
-            codes[i, some] = found[:, ::2] << 4 | found[:, 1::2]
+            scales[i, chunk] = scale.view(torch.uint8)
+            chunk_codes = _nearest(values / (scale.float() * outer[i]).unsqueeze(1))
+            codes[i, chunk] = chunk_codes[:, ::2] << 4 | chunk_codes[:, 1::2]
     return nvfp4_weight(in_huge_pages(codes.view(-1, 1)), scales.view(-1), outer, shape, x.dtype)
 
 
@@ -145,11 +145,11 @@ def not_finite(weight: PackedWeight) -> str:
     """Return what makes values of a weight infinite or NaN, as the end of a sentence about it; "" if nothing does."""
     if weight.absmax.is_meta or not weight.absmax.numel():
         return ""
-    used = torch.bincount(weight.absmax.reshape(-1), minlength=256) > 0
-    if used[_NAN] or used[_NAN | 128]:
+    is_used = torch.bincount(weight.absmax.reshape(-1), minlength=256) > 0
+    if is_used[_NAN] or is_used[_NAN | 128]:
         return "has a scale of NaN, so values are not finite"
     assert weight.nested_quant_map is not None and weight.nested_absmax is not None
-    largest = weight.nested_quant_map[used].abs().max() * weight.nested_absmax.abs().max() * _LARGEST_CODE
+    largest = weight.nested_quant_map[is_used].abs().max() * weight.nested_absmax.abs().max() * _LARGEST_CODE
     return "" if largest.isfinite() else "has scales whose products with the global scale are too large for float32"
 
 

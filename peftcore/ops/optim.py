@@ -72,16 +72,16 @@ def check_step(
         raise ValueError(f"optim_step_: no rule '{rule}' (there are: {', '.join(RULES)})")
     scalars, steps, rows, streams = updates
     planes = RULES[rule].planes
-    for name, found, wanted in (
+    for name, count, expected in (
         ("grads", len(grads), len(params)),
         ("rows", len(rows), len(params)),
         ("tensors of state", len(state), len(planes) * len(params)),
         ("scalars", len(scalars), len(RULES[rule].scalars._fields) * len(steps)),
         ("streams", len(streams), len(params) if streams else 0),
     ):
-        if found != wanted:
+        if count != expected:
             raise ValueError(
-                f"optim_step_: {len(params)} params and {len(steps)} rows need {wanted} {name}, found {found}"
+                f"optim_step_: {len(params)} params and {len(steps)} rows need {expected} {name}, found {count}"
             )
     for name, tensors in (("params", params), ("grads", grads)):
         for t in tensors:
@@ -108,27 +108,27 @@ def check_step(
 
 @torch.no_grad()
 def optim_step_reference(
-    params: Sequence[Tensor], grads: Sequence[Tensor], state: Sequence[Tensor], rule: str, *fields: Any, **named: Any
+    params: Sequence[Tensor], grads: Sequence[Tensor], state: Sequence[Tensor], rule: str, *fields: Any, **options: Any
 ) -> None:
     """Run `optim_step_` in PyTorch, on any device; the arguments after `rule` are the fields of `Updates`."""
-    updates = Updates(*fields, **named)
+    updates = Updates(*fields, **options)
     check_step(params, grads, state, rule, updates)
     scalars, steps, rows, streams = updates
     size = len(RULES[rule].scalars._fields)
     for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
         row = RULES[rule].scalars(*scalars[size * rows[i] : size * (rows[i] + 1)])
-        own = [t.view(-1) for t in state[i :: len(params)]]
+        planes_of_param = [t.view(-1) for t in state[i :: len(params)]]
         p = param.detach().flatten().float()
-        RULES[rule].update(p, grad.flatten().float() * row.factor, own, row)
-        rounds = bool(streams) and streams[i] >= 0 and param.dtype != torch.float32
-        result = round_stochastic(p, param.dtype, streams[i], steps[rows[i]]) if rounds else p
+        RULES[rule].update(p, grad.flatten().float() * row.factor, planes_of_param, row)
+        is_stochastic = bool(streams) and streams[i] >= 0 and param.dtype != torch.float32
+        result = round_stochastic(p, param.dtype, streams[i], steps[rows[i]]) if is_stochastic else p
         param.detach().copy_(result.view(param.shape))
 
 
 def _fake(
-    params: Sequence[Tensor], grads: Sequence[Tensor], state: Sequence[Tensor], rule: str, *fields: Any, **named: Any
+    params: Sequence[Tensor], grads: Sequence[Tensor], state: Sequence[Tensor], rule: str, *fields: Any, **options: Any
 ) -> None:
-    check_step(params, grads, state, rule, Updates(*fields, **named))
+    check_step(params, grads, state, rule, Updates(*fields, **options))
 
 
 define(

@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from peftcore.ops.dynamic8 import BLOCK, SIGNED_MAP, UNSIGNED_MAP, blocks_of, decode, encode
+from peftcore.ops.dynamic8 import BLOCK, SIGNED_MAP, UNSIGNED_MAP, block_count, decode, encode
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,26 +48,26 @@ class Plane:
     map: Tensor = SIGNED_MAP
 
     @property
-    def coded(self) -> bool:
+    def is_coded(self) -> bool:
         return self.dtype == torch.uint8
 
     @property
     def initial(self) -> int:
         """Value in this plane, or its code, before the first update."""
-        return 127 if self.coded and self.map is SIGNED_MAP else 0
+        return 127 if self.is_coded and self.map is SIGNED_MAP else 0
 
     def numel(self, count: int) -> int:
         """Return the number of values for a parameter of `count` elements."""
-        return count if self.elements == 1 else blocks_of(count)
+        return count if self.elements == 1 else block_count(count)
 
-    def shaped(self, values: Tensor, param: Tensor) -> Tensor:
+    def reshape(self, values: Tensor, param: Tensor) -> Tensor:
         """Return a parameter's values in the visible shape of state: the parameter's, or one value per block."""
         return values.view(param.shape) if self.elements == 1 else values
 
     def new(self, param: Tensor) -> Tensor:
         """Return the plane of a parameter before its first update."""
         values = torch.full((self.numel(param.numel()),), self.initial, dtype=self.dtype, device=param.device)
-        return self.shaped(values, param)
+        return self.reshape(values, param)
 
 
 Update = Callable[[Tensor, Tensor, Sequence[Tensor], Any], None]
@@ -98,17 +98,17 @@ class Rule:
         return [plane.new(param) for plane in self.planes]
 
 
-def in_8_bits(name: str, planes: Sequence[Plane], scalars: type[Any], update_values: Update) -> Rule:
+def with_8bit_state(name: str, planes: Sequence[Plane], scalars: type[Any], update_values: Update) -> Rule:
     """Return a rule with planes of codes followed by their scales. `update_values` gets decoded state."""
     code_planes = [dataclasses.replace(plane, dtype=torch.uint8) for plane in planes]
     scale_planes = [Plane(f"{plane.name}_absmax", elements=BLOCK) for plane in planes]
 
     def update(p: Tensor, g: Tensor, state: Sequence[Tensor], c: Any) -> None:
-        stored = list(zip(planes, state[: len(planes)], state[len(planes) :], strict=True))
-        values = [decode(codes, absmax, plane.map) for plane, codes, absmax in stored]
+        code_tensors = list(zip(planes, state[: len(planes)], state[len(planes) :], strict=True))
+        values = [decode(codes, absmax, plane.map) for plane, codes, absmax in code_tensors]
         update_values(p, g, values, c)
         finite = torch.stack([value.isfinite() for value in values]).all(0)
-        for (plane, codes, absmax), value in zip(stored, values, strict=True):
+        for (plane, codes, absmax), value in zip(code_tensors, values, strict=True):
             # One element must not become the scale of 256: if it is not finite, its state is reset.
             new_codes, new_absmax = encode(value.where(finite, 0), plane.map)
             codes.copy_(new_codes)
@@ -131,7 +131,7 @@ class AdamWScalars(NamedTuple):
     eps: float
 
     @classmethod
-    def of(
+    def from_options(
         cls, step: int, lr: float, betas: tuple[float, float], eps: float, weight_decay: float, factor: float = 1.0
     ) -> AdamWScalars:
         """Return the scalars of the `step`-th update, from 1."""
@@ -150,7 +150,7 @@ class AdamW8bitScalars(NamedTuple):
     eps: float
 
     @classmethod
-    def of(
+    def from_options(
         cls, step: int, lr: float, betas: tuple[float, float], eps: float, weight_decay: float, factor: float = 1.0
     ) -> AdamW8bitScalars:
         """Return the scalars of the `step`-th update, from 1: the step size and eps are scaled by root."""
@@ -192,7 +192,9 @@ class LionScalars(NamedTuple):
     step: float
 
     @classmethod
-    def of(cls, lr: float, betas: tuple[float, float], weight_decay: float, factor: float = 1.0) -> LionScalars:
+    def from_options(
+        cls, lr: float, betas: tuple[float, float], weight_decay: float, factor: float = 1.0
+    ) -> LionScalars:
         """Return the scalars of an update, the same for every step."""
         return cls(factor, 1 - lr * weight_decay, 1 - betas[0], 1 - betas[1], -lr)
 
@@ -216,7 +218,7 @@ class MomentumScalars(NamedTuple):
     nesterov: float
 
     @classmethod
-    def of(
+    def from_options(
         cls,
         step: int,
         lr: float,
@@ -246,7 +248,7 @@ RULES = {
     rule.name: rule
     for rule in (
         Rule("adamw", _MOMENTS, AdamWScalars, _adamw),
-        in_8_bits("adamw_8bit", _MOMENTS, AdamW8bitScalars, _adamw_8bit),
+        with_8bit_state("adamw_8bit", _MOMENTS, AdamW8bitScalars, _adamw_8bit),
         Rule("lion", (Plane("exp_avg"),), LionScalars, _lion),
         Rule("momentum", (Plane("momentum_buffer"),), MomentumScalars, _momentum),
     )

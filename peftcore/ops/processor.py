@@ -1,4 +1,4 @@
-"""What PyTorch's products use on this processor, within the limit that ONEDNN_MAX_CPU_ISA sets."""
+"""Which instructions PyTorch's matrix products use on this processor, subject to ONEDNN_MAX_CPU_ISA."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 
 def onednn_multiplies(dtype: torch.dtype) -> bool:
-    """Return whether PyTorch passes products in this 16-bit dtype to oneDNN, not to loops of its own."""
+    """Return whether PyTorch computes products in this 16-bit dtype with oneDNN rather than with loops of its own."""
     name = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}[dtype]
     try:
         return bool(getattr(torch.ops.mkldnn, name)())
@@ -17,7 +17,7 @@ def onednn_multiplies(dtype: torch.dtype) -> bool:
 
 
 def has_instructions(dtype: torch.dtype) -> bool:
-    """Return whether products in this dtype have instructions of their own, so that they are as fast as in fp32."""
+    """Return whether products in this dtype have instructions of their own and are at least as fast as in fp32."""
     if dtype not in (torch.bfloat16, torch.float16):
         return True
     if not onednn_multiplies(dtype):

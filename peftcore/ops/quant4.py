@@ -4,7 +4,7 @@
     q[i] = the entry of quant_map nearest to x[i] / a[b]; of two equally near ones the smaller value
     y[i] = round(quant_map[q[i]] * a[b]): the product in fp32, rounded once to the output dtype
 
-Two codes a byte, the even element in the high nibble; the unused nibble after an odd count holds the code of 0.
+A byte holds two codes, the even element in the high nibble. After an odd count, the unused nibble has the code of 0.
 
 Double quantization stores the scales themselves in 8 bits, around their mean (`nested_offset`):
 
@@ -17,9 +17,9 @@ The 8-bit codes of scales are the nearest, as in bitsandbytes' CUDA kernels. On 
 65,536 entries, which misses the nearest for about 2 of 1,000 scales, by at most 3e-5 of `nested_absmax`;
 `nested_absmax` and `nested_offset` are equal.
 
-Non-finite input is not an error, so that a caller can check many tensors with one synchronisation: a NaN makes the
-scale of its block NaN and the whole block dequantizes to NaN, an infinity makes the scale infinite. `absmax` is finite
-exactly if the input was.
+Non-finite input raises no error, so that a caller can check many tensors with one synchronization. A NaN makes the
+scale of its block NaN, and the whole block dequantizes to NaN; an infinity makes the scale infinite. `absmax` is finite
+if and only if the input is.
 """
 
 from __future__ import annotations
@@ -47,27 +47,28 @@ _OPS = torch.ops.peftcore
 
 
 def _check_finite(quant_map: Tensor, op: str) -> None:
-    bad = (~quant_map.isfinite()).flatten().nonzero().flatten().tolist()
-    if bad:
-        raise ValueError(f"{op}: quant_map[{bad[0]}] must be finite, found {quant_map.flatten()[bad[0]].item()}")
+    bad_entries = (~quant_map.isfinite()).flatten().nonzero().flatten().tolist()
+    if bad_entries:
+        index = bad_entries[0]
+        raise ValueError(f"{op}: quant_map[{index}] must be finite, found {quant_map.flatten()[index].item()}")
 
 
 def _blocks(count: int, blocksize: int) -> int:
     return -(-count // blocksize)
 
 
-def _scaled(x: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
-    """Return the flattened values of x divided by their blocks' scales, and the scales, both fp32."""
+def _normalize_blocks(x: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
+    """Divide the flattened values of x by the scales of their blocks. Return the result and the scales, both fp32."""
     flat = x.reshape(-1).float()
     full = flat.numel() // blocksize * blocksize
-    blocks, rest = flat[:full].view(-1, blocksize), flat[full:]
+    blocks, tail = flat[:full].view(-1, blocksize), flat[full:]
     absmax = blocks.abs().amax(1)
-    scaled = (blocks * (1 / absmax.clamp(min=SMALLEST_SCALE)).unsqueeze(1)).flatten()
-    if rest.numel():
-        last = rest.abs().amax().clamp(min=SMALLEST_SCALE)
-        absmax = torch.cat([absmax, last.unsqueeze(0)])
-        scaled = torch.cat([scaled, rest / last])
-    return scaled, absmax
+    normalized = (blocks * (1 / absmax.clamp(min=SMALLEST_SCALE)).unsqueeze(1)).flatten()
+    if tail.numel():
+        tail_scale = tail.abs().amax().clamp(min=SMALLEST_SCALE)
+        absmax = torch.cat([absmax, tail_scale.unsqueeze(0)])
+        normalized = torch.cat([normalized, tail / tail_scale])
+    return normalized, absmax
 
 
 @dataclass
@@ -86,10 +87,10 @@ class Quantize4bit:
         quant_map = self.quant_map.reshape(16)
         _check_finite(quant_map, "quantize_4bit")
         values, order = quant_map.sort(stable=True)
-        scaled, absmax = _scaled(self.x, self.blocksize)
-        if scaled.numel() % 2:
-            scaled = torch.cat([scaled, scaled.new_zeros(1)])
-        rank = torch.bucketize(scaled, (values[:-1] + values[1:]) / 2, out_int32=True)
+        normalized, absmax = _normalize_blocks(self.x, self.blocksize)
+        if normalized.numel() % 2:
+            normalized = torch.cat([normalized, normalized.new_zeros(1)])
+        rank = torch.bucketize(normalized, (values[:-1] + values[1:]) / 2, out_int32=True)
         codes = order.to(torch.uint8)[rank]
         return (codes[::2] << 4 | codes[1::2]).unsqueeze(1), absmax
 
@@ -116,11 +117,13 @@ class QuantizeAbsmax:
         _check_finite(values, op)
         value(bool((values[:-1] <= values[1:]).all()), op, "quant_map must be sorted")
         offset = absmax.mean() if absmax.numel() else absmax.new_zeros(())
-        centred = absmax.reshape(-1) - offset
-        padded = torch.nn.functional.pad(centred, (0, -centred.numel() % self.blocksize)).view(-1, self.blocksize)
+        centered = absmax.reshape(-1) - offset
+        padded = torch.nn.functional.pad(centered, (0, -centered.numel() % self.blocksize)).view(-1, self.blocksize)
         nested = padded.abs().amax(1)
-        scaled = padded * (1 / nested.clamp(min=SMALLEST_SCALE)).unsqueeze(1)
-        codes = torch.bucketize(scaled.flatten()[: centred.numel()], (values[:-1] + values[1:]) / 2, out_int32=True)
+        normalized = padded * (1 / nested.clamp(min=SMALLEST_SCALE)).unsqueeze(1)
+        codes = torch.bucketize(
+            normalized.flatten()[: centered.numel()], (values[:-1] + values[1:]) / 2, out_int32=True
+        )
         return codes.to(torch.uint8), nested, offset
 
     def empty(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -158,12 +161,14 @@ class Dequantize4bitOut:
         self.packed = packed_weight_from_operands(self.weight, self.packing, op)
         device, shape = self.packed.codes.device, self.packed.shape
         value(out.device == device, op, f"out must be on {device}, found {out.device}")
-        wanted = f"out must have the weight's shape {list(shape)}"
-        value(out.shape == torch.Size(shape), op, f"{wanted}, found {list(out.shape)}")
+        requirement = f"out must have the weight's shape {list(shape)}"
+        value(out.shape == torch.Size(shape), op, f"{requirement}, found {list(out.shape)}")
 
     def compute(self) -> None:
-        shared = any(torch._C._overlaps(self.out, part) for part in self.weight)  # read while `out` is written
-        value(not shared, "dequantize_4bit", "out shares memory with the weight. Pass memory of its own")
+        overlaps = any(
+            torch._C._overlaps(self.out, part) for part in self.weight
+        )  # would be read while `out` is written
+        value(not overlaps, "dequantize_4bit", "out shares memory with the weight. Pass a tensor with its own memory")
         self.out.copy_(self.packed.values(self.out.dtype))
 
     def empty(self) -> None:
@@ -198,13 +203,13 @@ def quantize_4bit(
         x: fp32, fp16 or bf16; any strides.
         quant_type: `nf4` or `fp4`.
         blocksize: a power of two from 32 to 4096.
-        double_quant: keep the scales in 8 bits around their mean, `nested_blocksize` of them sharing a scale.
+        double_quant: store the scales in 8 bits around their mean, with a scale for each `nested_blocksize` of them.
 
     Returns:
-        The packed weight on x's device. Its scales are finite exactly where the input was.
+        The packed weight on x's device. Its scales are finite if and only if the input is.
 
     Raises:
-        TypeError: another dtype. ValueError: block size or codebook do not fit.
+        TypeError: x has another dtype. ValueError: the block size or codebook is invalid.
     """
     quant_map = codebook(quant_type, x.device)
     codes, absmax = _OPS.quantize_4bit(x, quant_map, blocksize)
@@ -214,7 +219,7 @@ def quantize_4bit(
 
 @torch.no_grad()
 def with_nested_scales(weight: PackedWeight, nested_blocksize: int = 256) -> PackedWeight:
-    """Return the weight with its fp32 scales in 8 bits, the second half of `quantize_4bit(.., double_quant=True)`."""
+    """Quantize the fp32 scales of a weight to 8 bits, as `quantize_4bit(.., double_quant=True)` does."""
     nested_map = codebook("dynamic8", weight.absmax.device)
     absmax, nested_absmax, offset = _OPS.quantize_absmax(weight.absmax, nested_map, nested_blocksize)
     return weight._replace(
@@ -227,16 +232,16 @@ def with_nested_scales(weight: PackedWeight, nested_blocksize: int = 256) -> Pac
 
 
 def dequantize_4bit(weight: PackedWeight, dtype: torch.dtype | None = None, *, out: Tensor | None = None) -> Tensor:
-    """Return the dense weight: a new tensor, or `out`.
+    """Dequantize a weight into a new tensor, or into `out`.
 
     Args:
         weight: the packed weight.
-        dtype: of the new tensor; None: `weight.dtype`. With `out`, None or its dtype.
-        out: fp32, fp16 or bf16 of the weight's shape, any strides. Reusing one saves the page faults of fresh
-            memory, which cost more than the unpacking.
+        dtype: dtype of the new tensor, by default `weight.dtype`. With `out`, None or its dtype.
+        out: fp32, fp16 or bf16 tensor of the weight's shape, with any strides. Reusing one avoids page faults, which
+            take longer than dequantizing.
 
     Raises:
-        TypeError, ValueError: a part that does not fit the others; the message has both values.
+        TypeError, ValueError: a tensor of the weight does not fit the others; the message has both values.
     """
     if out is not None and dtype not in (None, out.dtype):
         raise ValueError(f"dequantize_4bit: out has dtype {out.dtype}, but dtype={dtype} was requested")

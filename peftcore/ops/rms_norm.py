@@ -20,7 +20,7 @@ from torch import Tensor
 
 from peftcore.ops._extension import KERNEL_DEVICES
 from peftcore.ops._library import define_by
-from peftcore.ops.calling import second_order, transformed
+from peftcore.ops.calling import differentiable_gradients, has_active_transform
 from peftcore.ops.weight import DTYPES, check_dtype, check_gradient, check_strided, value
 
 _OPS = torch.ops.peftcore
@@ -55,7 +55,7 @@ class RmsNorm:
 
     def compute(self) -> tuple[Tensor, Tensor]:
         scale = torch.rsqrt(self.x.float().pow(2).mean(-1, keepdim=True) + self.eps)
-        y = _scaled(self.x.float() * scale, self.weight, self.offset, self.x.dtype if self.rounded else None)
+        y = _apply_gain(self.x.float() * scale, self.weight, self.offset, self.x.dtype if self.rounded else None)
         return y.to(self.x.dtype), scale.flatten()
 
     def empty(self) -> tuple[Tensor, Tensor]:
@@ -85,18 +85,18 @@ class RmsNormBackward:
     def compute(self) -> tuple[Tensor, Tensor]:
         dx, dweight = self.x.new_empty(0), self.weight.new_empty(0)
         scale = self.scale.view(*self.x.shape[:-1], 1)
-        normed = self.x.float() * scale
+        normalized = self.x.float() * scale
         if self.needs[0]:
             slopes = self.grad.float() * (self.offset + self.weight.float())
-            dx = (scale * (slopes - normed * (slopes * normed).mean(-1, keepdim=True))).to(self.x.dtype)
+            dx = (scale * (slopes - normalized * (slopes * normalized).mean(-1, keepdim=True))).to(self.x.dtype)
         if self.needs[1]:
-            normed = normed.to(self.x.dtype).float() if self.rounded else normed
-            dweight = (self.grad.float() * normed).sum_to_size(self.weight.shape).to(self.weight.dtype)
+            normalized = normalized.to(self.x.dtype).float() if self.rounded else normalized
+            dweight = (self.grad.float() * normalized).sum_to_size(self.weight.shape).to(self.weight.dtype)
         return dx, dweight
 
     def empty(self) -> tuple[Tensor, ...]:
-        of = zip((self.x, self.weight), self.needs, strict=True)
-        return tuple(t.new_empty(t.shape if needed else (0,)) for t, needed in of)
+        operands = zip((self.x, self.weight), self.needs, strict=True)
+        return tuple(t.new_empty(t.shape if needs_grad else (0,)) for t, needs_grad in operands)
 
 
 _NAMES = "float offset, bool rounded"
@@ -108,15 +108,15 @@ define_by(
 )
 
 
-def _scaled(normed: Tensor, weight: Tensor, offset: float, rounded_to: torch.dtype | None) -> Tensor:
-    gain = weight.to(normed.dtype) if offset == 0 else offset + weight.to(normed.dtype)
-    return gain * (normed if rounded_to is None else normed.to(rounded_to))
+def _apply_gain(normalized: Tensor, weight: Tensor, offset: float, rounded_to: torch.dtype | None) -> Tensor:
+    gain = weight.to(normalized.dtype) if offset == 0 else offset + weight.to(normalized.dtype)
+    return gain * (normalized if rounded_to is None else normalized.to(rounded_to))
 
 
 def _formula(x: Tensor, weight: Tensor, eps: float, offset: float, rounded: bool) -> Tensor:
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
-    return _scaled(normed, weight, offset, x.dtype if rounded else None).to(x.dtype)
+    normalized = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    return _apply_gain(normalized, weight, offset, x.dtype if rounded else None).to(x.dtype)
 
 
 class _RmsNorm(torch.autograd.Function):
@@ -134,7 +134,7 @@ class _RmsNorm(torch.autograd.Function):
         needs = ctx.needs_input_grad[:2]
         if torch.is_grad_enabled():  # create_graph=True
             formula = partial(_formula, eps=eps, offset=offset, rounded=rounded)
-            return *second_order(formula, (x, weight), needs, grad), None, None, None
+            return *differentiable_gradients(formula, (x, weight), needs, grad), None, None, None
         dx, dweight = _OPS.rms_norm_backward(grad, x, weight, scale, offset, rounded, needs)
         return dx if needs[0] else None, dweight if needs[1] else None, None, None, None
 
@@ -153,7 +153,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, offset: float = 0.0, roun
         In the shape and dtype of x, with gradients for x and weight.
     """
     wide = torch.float64 in (x.dtype, weight.dtype)
-    if wide or x.device.type not in KERNEL_DEVICES or transformed():
+    if wide or x.device.type not in KERNEL_DEVICES or has_active_transform():
         return _formula(x, weight, eps, offset, rounded)
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         return _RmsNorm.apply(x, weight, eps, offset, rounded)  # type: ignore[no-untyped-call]

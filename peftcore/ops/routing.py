@@ -80,8 +80,8 @@ class Routed:
         if index.device.type == "cpu" and index.numel():
             value(int(index.min()) >= 0, "routed", f"index must not be negative, found {int(index.min())}")
         expert, order = index.sort(stable=True)
-        every = torch.arange(self.experts, device=index.device)
-        offsets = torch.searchsorted(expert, every, right=True, out_int32=True)
+        expert_numbers = torch.arange(self.experts, device=index.device)
+        offsets = torch.searchsorted(expert, expert_numbers, right=True, out_int32=True)
         places = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
         return Routing(order, places.view(self.index.shape), offsets)
 
@@ -130,13 +130,13 @@ class Combined:
 
     def compute(self) -> Tensor:
         _check_numbers(self.places, "combined", "places", len(self.y))
-        found = self.empty()
-        if found.numel() == 0 or self.places.numel() == 0:
-            return found.zero_()
+        result = self.empty()
+        if result.numel() == 0 or self.places.numel() == 0:
+            return result.zero_()
         if self.weights is None or self.weights.dtype == self.y.dtype:  # adds up in fp32 while it gathers
             return F.embedding_bag(self.places, self.y.contiguous(), mode="sum", per_sample_weights=self.weights)
         rows = self.y[self.places].float()
-        return torch.bmm(self.weights.float().unsqueeze(1), rows).squeeze(1).to(found.dtype)
+        return torch.bmm(self.weights.float().unsqueeze(1), rows).squeeze(1).to(result.dtype)
 
     def empty(self) -> Tensor:
         dtype = self.y.dtype if self.weights is None else torch.promote_types(self.y.dtype, self.weights.dtype)
@@ -197,7 +197,7 @@ define_by(
 )
 
 
-def routed(index: Tensor, experts: int) -> Routing:
+def route(index: Tensor, experts: int) -> Routing:
     """Return the rows of pairs (token, j), sorted by the experts in `index` `[tokens, k]`.
 
     Numbers from `experts` on belong to no expert: their rows come last, after all offsets.
@@ -205,7 +205,7 @@ def routed(index: Tensor, experts: int) -> Routing:
     return Routing(*_OPS.routed(index.to(torch.int64), experts))
 
 
-def gathered(x: Tensor, routing: Routing) -> Tensor:
+def gather_rows(x: Tensor, routing: Routing) -> Tensor:
     """Return the token of each row, `[tokens, n]` -> `[rows, n]`, with a gradient."""
     k = routing.places.shape[1]
     if x.dtype is torch.float64:
@@ -215,7 +215,7 @@ def gathered(x: Tensor, routing: Routing) -> Tensor:
     return _OPS.gathered(x, routing.order, k)
 
 
-def combined(y: Tensor, weights: Tensor, routing: Routing) -> Tensor:
+def combine_rows(y: Tensor, weights: Tensor, routing: Routing) -> Tensor:
     """Return the sum of each token's rows of y times its weights `[tokens, k]`, with gradients for both.
 
     Returns:
@@ -228,7 +228,7 @@ def combined(y: Tensor, weights: Tensor, routing: Routing) -> Tensor:
     return _OPS.combined(y, weights, routing.places)
 
 
-def _refuse_second(name: str) -> None:
+def _refuse_second_order(name: str) -> None:
     if torch.is_grad_enabled():
         raise RuntimeError(
             f"{name} cannot be differentiated twice (create_graph=True). "
@@ -244,7 +244,7 @@ class _Gathered(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        _refuse_second("gathered")
+        _refuse_second_order("gathered")
         return _OPS.combined(grad, None, *ctx.saved_tensors), None, None
 
 
@@ -257,7 +257,7 @@ class _Combined(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        _refuse_second("combined")
+        _refuse_second_order("combined")
         needs = ctx.needs_input_grad[:2]
         dy, dw = _OPS.combined_backward(grad, *ctx.saved_tensors, needs)
         return dy.to(ctx.dtype) if needs[0] else None, dw if needs[1] else None, None, None

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from peftcore.ops._library import define_by
-from peftcore.ops.calling import permuted
+from peftcore.ops.calling import permute_inputs
 from peftcore.ops.quant4 import dequantize_4bit
 from peftcore.ops.weight import PackedWeight, check_dtype, value, weight_from_operands
 
@@ -32,16 +32,16 @@ class RowNorms:
     scale: float
 
     def __post_init__(self) -> None:
-        op, first = "row_norms", self.weight[0]
+        op, device = "row_norms", self.weight[0].device
         self.frozen = frozen = weight_from_operands(self.weight, self.packing, op)
-        self.dtype = torch.promote_types(first.dtype, torch.float32)
+        self.dtype = torch.promote_types(self.weight[0].dtype, torch.float32)
         value(len(frozen.shape) == 2, op, f"weight must be [out, in], found {list(frozen.shape)}")
         if isinstance(frozen, Tensor) and frozen.dtype is not torch.float64:
             check_dtype(frozen.dtype, op)
         for name, t in (("a", self.a), ("b", self.b)):
             if not t.is_floating_point() or t.itemsize == 1:
                 raise TypeError(f"{op}: {name} must be of 16, 32 or 64 bits in floating point, found {t.dtype}")
-            value(t.device == first.device, op, f"{name} must be on {first.device} like weight, found {t.device}")
+            value(t.device == device, op, f"{name} must be on {device} like weight, found {t.device}")
             value(t.dim() == 2, op, f"{name} must have two dimensions, found {list(t.shape)}")
         (out, width), r = frozen.shape, self.a.shape[0]
         value(self.a.shape[1] == width, op, f"a must be [r, {width}] for weight, found {list(self.a.shape)}")
@@ -53,8 +53,8 @@ class RowNorms:
         norms = b.new_empty(out)
         multiple = 1 if isinstance(frozen, Tensor) else frozen.rows_that_begin_blocks()
         step = max(1, _PIECE // max(1, width * multiple)) * multiple
-        for first in range(0, out, step):
-            rows = slice(first, min(first + step, out))
+        for start in range(0, out, step):
+            rows = slice(start, min(start + step, out))
             if isinstance(frozen, Tensor):
                 w = frozen[rows].to(self.dtype)
             else:
@@ -84,4 +84,4 @@ def row_norms(weight: Tensor | PackedWeight, a: Tensor, b: Tensor, scale: float 
         TypeError, ValueError: an argument that does not fit the others.
     """
     tensors, packing = ([weight], []) if isinstance(weight, Tensor) else weight.operands()
-    return _OPS.row_norms(tensors, packing, permuted(a, weight), b, scale)
+    return _OPS.row_norms(tensors, packing, permute_inputs(a, weight), b, scale)

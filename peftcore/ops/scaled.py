@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from peftcore.ops._library import define_by
-from peftcore.ops.calling import transformed
+from peftcore.ops.calling import has_active_transform
 from peftcore.ops.weight import DTYPES, check_dtype, check_gradient, check_strided, value
 
 _OPS = torch.ops.peftcore
@@ -70,8 +70,8 @@ class ScaledBackward:
         return dx, dg.to(self.g.dtype)
 
     def empty(self) -> tuple[Tensor, ...]:
-        of = zip((self.x, self.g), self.needs, strict=True)
-        return tuple(t.new_empty(t.shape if needed else (0,)) for t, needed in of)
+        operands = zip((self.x, self.g), self.needs, strict=True)
+        return tuple(t.new_empty(t.shape if needs_grad else (0,)) for t, needs_grad in operands)
 
 
 define_by("scaled(Tensor x, Tensor g) -> Tensor", Scaled)
@@ -80,42 +80,42 @@ define_by("scaled_backward(Tensor grad, Tensor x, Tensor g, bool[2] needs) -> (T
 
 class _Scaled(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, g: Tensor, behind: int) -> Tensor:
+    def forward(ctx: Any, x: Tensor, g: Tensor, trailing_dims: int) -> Tensor:
         ctx.save_for_backward(x, g)
-        ctx.behind = behind
-        return _forward(x, g, behind)
+        ctx.trailing_dims = trailing_dims
+        return _forward(x, g, trailing_dims)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, g = ctx.saved_tensors
         needs = ctx.needs_input_grad[:2]
-        if _has_kernel(x, ctx.behind) and not torch.is_grad_enabled():
+        if _has_kernel(x, ctx.trailing_dims) and not torch.is_grad_enabled():
             dx, dg = _OPS.scaled_backward(dy, x, g, needs)
             return dx if needs[0] else None, dg if needs[1] else None, None
-        dx = (dy * _aligned(g, ctx.behind)).to(x.dtype) if needs[0] else None
+        dx = (dy * _aligned(g, ctx.trailing_dims)).to(x.dtype) if needs[0] else None
         if not needs[1]:
             return dx, None, None
-        others = [i for i in range(x.dim()) if i != x.dim() - 1 - ctx.behind]
+        other_dims = [i for i in range(x.dim()) if i != x.dim() - 1 - ctx.trailing_dims]
         products = dy.float() * x if x.dtype is torch.float16 else dy * x  # of fp16 small ones would vanish
         wide = torch.promote_types(x.dtype, torch.float32)
-        return dx, (products.sum(others, dtype=wide) if others else products).to(g.dtype), None
+        return dx, (products.sum(other_dims, dtype=wide) if other_dims else products).to(g.dtype), None
 
 
-def _has_kernel(x: Tensor, behind: int) -> bool:
+def _has_kernel(x: Tensor, trailing_dims: int) -> bool:
     """Return whether the operator has a kernel for x. Its reference is not used instead: it makes fp32 matrices."""
-    return x.is_cpu and behind == 0 and x.dtype in DTYPES and x.dim() > 0 and not x.is_nested
+    return x.is_cpu and trailing_dims == 0 and x.dtype in DTYPES and x.dim() > 0 and not x.is_nested
 
 
-def _aligned(g: Tensor, behind: int) -> Tensor:
-    """Return g in a shape that broadcasts over the dimensions `behind` its own."""
-    return g.view(-1, *[1] * behind)
+def _aligned(g: Tensor, trailing_dims: int) -> Tensor:
+    """Return g in a shape that broadcasts over the dimensions `trailing_dims` its own."""
+    return g.view(-1, *[1] * trailing_dims)
 
 
-def _forward(x: Tensor, g: Tensor, behind: int) -> Tensor:
-    return _OPS.scaled(x, g) if _has_kernel(x, behind) else (x * _aligned(g, behind)).to(x.dtype)
+def _forward(x: Tensor, g: Tensor, trailing_dims: int) -> Tensor:
+    return _OPS.scaled(x, g) if _has_kernel(x, trailing_dims) else (x * _aligned(g, trailing_dims)).to(x.dtype)
 
 
-def scaled(x: Tensor, g: Tensor, behind: int = 0) -> Tensor:
+def scaled(x: Tensor, g: Tensor, trailing_dims: int = 0) -> Tensor:
     """Return x ∘ g.
 
     Args:
@@ -126,8 +126,8 @@ def scaled(x: Tensor, g: Tensor, behind: int = 0) -> Tensor:
     Returns:
         In the shape and dtype of x, with gradients for both.
     """
-    if transformed():
-        return (x * _aligned(g, behind)).to(x.dtype)
+    if has_active_transform():
+        return (x * _aligned(g, trailing_dims)).to(x.dtype)
     if torch.is_grad_enabled() and (x.requires_grad or g.requires_grad):
-        return _Scaled.apply(x, g, behind)  # type: ignore[no-untyped-call]
-    return _forward(x, g, behind)
+        return _Scaled.apply(x, g, trailing_dims)  # type: ignore[no-untyped-call]
+    return _forward(x, g, trailing_dims)

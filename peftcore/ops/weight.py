@@ -61,7 +61,7 @@ class PackedWeight(NamedTuple):
         turned: the weight is the transpose of a parameter `[experts, in, out]`; operators ignore it.
         zeros: zero point of each affine4 block, uint8 or fp32 `[blocks]`; None means CENTRE for all.
         permutation: int64 `[in]`, for a matrix whose column j of codes belongs to input `permutation[j]`, or None.
-            Operators ignore it; the public functions permute x (`permuted`).
+            Operators ignore it; the public functions permute x (`permute_inputs`).
     """
 
     codes: Tensor

@@ -16,23 +16,23 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from peftcore.ops import optim as ops
-from peftcore.ops.dynamic8 import blocks_of, decode, encode
+from peftcore.ops.dynamic8 import block_count, decode, encode
 from peftcore.ops.optim_rules import Rule
 from peftcore.ops.weight import DTYPES
 from peftcore.optim.batch import Batch, local, sharded_as
 
 
-def largest(moments: Sequence[Tensor], keep: float) -> Tensor:
+def is_among_largest(moments: Sequence[Tensor], keep: float) -> Tensor:
     """Return where each of `moments`, of one shape, is among its share `keep` of largest magnitudes."""
-    kept = torch.ones_like(moments[0], dtype=torch.bool)
+    is_largest = torch.ones_like(moments[0], dtype=torch.bool)
     for values in moments:
         count = min(values.numel(), max(1, round(keep * values.numel())))
-        at = values.abs().flatten().topk(count, sorted=False).indices
-        kept &= torch.zeros_like(kept).flatten().index_fill_(0, at, True).view(kept.shape)
-    return kept
+        indices = values.abs().flatten().topk(count, sorted=False).indices
+        is_largest &= torch.zeros_like(is_largest).flatten().index_fill_(0, indices, True).view(is_largest.shape)
+    return is_largest
 
 
-def _checked_moments(saved: dict[str, Any], name: str, param: Tensor) -> tuple[Tensor, Tensor | None]:
+def _moments_of(saved: dict[str, Any], name: str, param: Tensor) -> tuple[Tensor, Tensor | None]:
     """Return the moments `name` of a parameter's saved state, and their scales if they are in 8 bits.
 
     Raises:
@@ -49,10 +49,10 @@ def _checked_moments(saved: dict[str, Any], name: str, param: Tensor) -> tuple[T
         if not value.is_floating_point():
             raise ValueError(f"saved '{name}' is {value.dtype}, but the state has no '{scales}' for such codes")
         return value, None
-    if absmax.numel() != blocks_of(param.numel()):
+    if absmax.numel() != block_count(param.numel()):
         raise ValueError(
             f"saved '{scales}' has {absmax.numel()} scales, but {param.numel()} elements need "
-            f"{blocks_of(param.numel())}"
+            f"{block_count(param.numel())}"
         )
     if value.dtype != torch.uint8:
         raise ValueError(f"saved '{name}' is {value.dtype}, but state with '{scales}' must be torch.uint8")
@@ -118,8 +118,8 @@ class FusedOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        found, scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
-        if found is not None and found.item():
+        found_inf, scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
+        if found_inf is not None and found_inf.item():
             return loss
         batches = self._batches(1.0 if scale is None else 1.0 / float(scale))
         updates = [self._update_of(batch) for batch in batches]
@@ -193,7 +193,7 @@ class FusedOptimizer(Optimizer):
     def _exported(self, param: Tensor) -> dict[str, Tensor]:
         values = self._get_state(param)
         if param is not local(param):
-            if any(plane.coded for plane in self.rule.planes):
+            if any(plane.is_coded for plane in self.rule.planes):
                 raise NotImplementedError("8-bit state of a sharded parameter cannot be saved. Use a 32-bit optimizer")
             values = {name: sharded_as(param, value) for name, value in values.items()}
         return {"step": torch.tensor(float(self.state[param]["step"])), **values}
@@ -211,12 +211,12 @@ class FusedOptimizer(Optimizer):
             if plane.elements != 1:
                 continue  # scales are made or read with their codes
             name, scales = plane.name, f"{plane.name}_absmax"
-            value, absmax = _checked_moments(saved, name, local(param))
-            if plane.coded and absmax is None:
+            value, absmax = _moments_of(saved, name, local(param))
+            if plane.is_coded and absmax is None:
                 value, absmax = encode(value.float().flatten(), plane.map)
-            elif not plane.coded and absmax is not None:
+            elif not plane.is_coded and absmax is not None:
                 value = decode(value.flatten(), absmax, plane.map)
-            if plane.coded and absmax is not None:
+            if plane.is_coded and absmax is not None:
                 values[scales] = absmax.float().flatten()
             values[name] = value.to(plane.dtype).reshape(local(param).shape)
         return values
@@ -235,13 +235,13 @@ class FusedOptimizer(Optimizer):
         state, planes = self._get_state(param), [plane for plane in self.rule.planes if plane.elements == 1]
         values = [
             decode(state[plane.name].flatten(), state[f"{plane.name}_absmax"], plane.map).view_as(state[plane.name])
-            if plane.coded
+            if plane.is_coded
             else state[plane.name]
             for plane in planes
         ]
         if values:
-            kept = largest(values, keep)
-            state |= {plane.name: state[plane.name].where(kept, plane.initial) for plane in planes}
+            is_largest = is_among_largest(values, keep)
+            state |= {plane.name: state[plane.name].where(is_largest, plane.initial) for plane in planes}
             self._set_state(param, state)
 
     def state_dict(self) -> dict[str, Any]:
@@ -266,22 +266,22 @@ class FusedOptimizer(Optimizer):
         for group in groups:
             if group.get("amsgrad"):
                 raise ValueError(f"{type(self).__name__} does not support amsgrad, and the saved state has it")
-        sizes = [[len(group["params"]) for group in among] for among in (groups, self.param_groups)]
+        sizes = [[len(group["params"]) for group in param_groups] for param_groups in (groups, self.param_groups)]
         if sizes[0] != sizes[1]:
             raise ValueError(
                 f"the saved state has groups of {sizes[0]} parameters, but this optimizer has groups of {sizes[1]}"
             )
         keys = [key for group in groups for key in group["params"]]
         owners = {key: param for key, (_, param) in zip(keys, self._owners(), strict=True)}
-        read = {}
+        loaded_state = {}
         for key, saved in state_dict["state"].items():
             if key in owners:
                 try:
-                    read[owners[key]] = self._read(owners[key], saved), int(saved.get("step", 0))
+                    loaded_state[owners[key]] = self._read(owners[key], saved), int(saved.get("step", 0))
                 except ValueError as error:
                     raise ValueError(f"the state of parameter {key} does not fit: {error}") from None
         super().load_state_dict({**state_dict, "state": {}})  # torch would cast moments to the parameter's dtype
-        for param, (values, step) in read.items():
+        for param, (values, step) in loaded_state.items():
             self._take_over(param, values, step)
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -54,7 +54,7 @@ class AdamW(FusedOptimizer):
 
     def _scalars(self, group: dict[str, Any], step: int, factor: float) -> tuple[float, ...]:
         lr, betas = float(group["lr"]), tuple(map(float, group["betas"]))
-        return self.rule.scalars.of(step, lr, betas, group["eps"], group["weight_decay"], factor)
+        return self.rule.scalars.from_options(step, lr, betas, group["eps"], group["weight_decay"], factor)
 
 
 class AdamW8bit(AdamW):
@@ -91,7 +91,7 @@ class Lion(FusedOptimizer):
         super().__init__(params, {"lr": lr, "betas": tuple(betas), "weight_decay": weight_decay}, **options)
 
     def _scalars(self, group: dict[str, Any], step: int, factor: float) -> tuple[float, ...]:
-        return self.rule.scalars.of(float(group["lr"]), group["betas"], group["weight_decay"], factor)
+        return self.rule.scalars.from_options(float(group["lr"]), group["betas"], group["weight_decay"], factor)
 
 
 class PagedLion(Lion, PagedOptimizer):
@@ -121,7 +121,7 @@ class SGD(FusedOptimizer):
 
     def _scalars(self, group: dict[str, Any], step: int, factor: float) -> tuple[float, ...]:
         names = ("momentum", "dampening", "weight_decay", "nesterov")
-        return self.rule.scalars.of(step, float(group["lr"]), *(group[name] for name in names), factor)
+        return self.rule.scalars.from_options(step, float(group["lr"]), *(group[name] for name in names), factor)
 
 
 class PagedSGD(SGD, PagedOptimizer):

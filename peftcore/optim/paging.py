@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from peftcore.ops import optim as ops
-from peftcore.ops.dynamic8 import BLOCK, blocks_of
+from peftcore.ops.dynamic8 import BLOCK, block_count
 from peftcore.optim.base import FusedOptimizer
 from peftcore.optim.batch import Batch, local
 
@@ -51,16 +51,16 @@ def bytes_of(budget: int | str) -> int | None:
     """
     if budget == "auto":
         return None
-    found = re.fullmatch(r"([\d.]+)\s*(\w*)", str(budget))
-    if found is None or found[2].lower() not in _UNITS:
+    match = re.fullmatch(r"([\d.]+)\s*(\w*)", str(budget))
+    if match is None or match[2].lower() not in _UNITS:
         raise ValueError(f"budget must be bytes, such as 268435456 or '256MB', or 'auto', found {budget!r}")
-    return int(float(found[1]) * _UNITS[found[2].lower()])
+    return int(float(match[1]) * _UNITS[match[2].lower()])
 
 
 def default_directory() -> str:
     """Return a directory for large temporary files: $TMPDIR, /var/tmp, or Python's default."""
-    named = os.environ.get("TMPDIR") or "/var/tmp"
-    return named if os.path.isdir(named) else tempfile.gettempdir()
+    tmpdir = os.environ.get("TMPDIR") or "/var/tmp"
+    return tmpdir if os.path.isdir(tmpdir) else tempfile.gettempdir()
 
 
 def _margin(device: torch.device) -> int:
@@ -120,10 +120,10 @@ class PagedOptimizer(FusedOptimizer):
         Raises:
             ValueError: it is not a number of bytes, or less than a page.
         """
-        found = bytes_of(budget)
-        if found is not None and found < self._page_bytes:
-            raise ValueError(f"budget must hold a page of {self._page_bytes:,} bytes, found {found:,}")
-        return found
+        budget_bytes = bytes_of(budget)
+        if budget_bytes is not None and budget_bytes < self._page_bytes:
+            raise ValueError(f"budget must hold a page of {self._page_bytes:,} bytes, found {budget_bytes:,}")
+        return budget_bytes
 
     def _forget(self) -> None:
         self._pages: dict[torch.device, Any] = {}
@@ -142,45 +142,44 @@ class PagedOptimizer(FusedOptimizer):
     # --- state in pages
 
     def _new_state(self, param: Tensor) -> None:
-        own = local(param)
-        pages, place = self._pages_on(own.device), self._places.get(param)
-        if place is not None and (place.device, place.elements) == (own.device, own.numel()):
+        shard = local(param)
+        pages, place = self._pages_on(shard.device), self._places.get(param)
+        if place is not None and (place.device, place.elements) == (shard.device, shard.numel()):
             pages.clear(place.slot)
         else:
-            self._places[param] = _Place(own.device, pages.allocate(own.numel()), own.numel())
+            self._places[param] = _Place(shard.device, pages.allocate(shard.numel()), shard.numel())
         # Pages begin as zeros; the signed map's code of 0 needs none written, since its scale is 0.
 
-    def _slot(self, param: Tensor, own: Tensor) -> int:
-        """Return the slot of the state of `param`, whose local shard is `own`.
+    def _slot(self, param: Tensor, shard: Tensor) -> int:
+        """Return the slot of the state of `param`, whose local shard is `shard`.
 
         Raises:
             RuntimeError: the parameter was resized or moved since its state was made.
         """
         place = self._places[param]
-        if place.elements != own.numel() or place.device != own.device:
+        if place.elements != shard.numel() or place.device != shard.device:
             raise RuntimeError(
                 f"a parameter had {place.elements:,} elements on {place.device} when its state was made, and has "
-                f"{own.numel():,} on {own.device} now. Make a new optimizer for the changed parameters"
+                f"{shard.numel():,} on {shard.device} now. Make a new optimizer for the changed parameters"
             )
         return place.slot
 
     def _get_state(self, param: Tensor) -> dict[str, Tensor]:
-        own, state = local(param), {}
-        slot = self._slot(param, own)
+        shard, state = local(param), {}
+        slot = self._slot(param, shard)
         for number, plane in enumerate(self.rule.planes):
-            blocks = plane.numel(blocks_of(own.numel()) * BLOCK)
-            whole = torch.empty(blocks, dtype=plane.dtype, device="cpu")
-            self._pages_on(own.device).read(slot, number, whole.data_ptr())
-            state[plane.name] = plane.shaped(whole[: plane.numel(own.numel())], own)
+            padded = torch.empty(plane.numel(block_count(shard.numel()) * BLOCK), dtype=plane.dtype, device="cpu")
+            self._pages_on(shard.device).read(slot, number, padded.data_ptr())
+            state[plane.name] = plane.reshape(padded[: plane.numel(shard.numel())], shard)
         return state
 
     def _set_state(self, param: Tensor, values: dict[str, Tensor]) -> None:
-        own = local(param)
-        slot = self._slot(param, own)
+        shard = local(param)
+        slot = self._slot(param, shard)
         for number, plane in enumerate(self.rule.planes):
-            whole = torch.zeros(plane.numel(blocks_of(own.numel()) * BLOCK), dtype=plane.dtype, device="cpu")
-            whole[: plane.numel(own.numel())] = values[plane.name].detach().cpu().flatten()
-            self._pages_on(own.device).write(slot, number, whole.data_ptr())
+            padded = torch.zeros(plane.numel(block_count(shard.numel()) * BLOCK), dtype=plane.dtype, device="cpu")
+            padded[: plane.numel(shard.numel())] = values[plane.name].detach().cpu().flatten()
+            self._pages_on(shard.device).write(slot, number, padded.data_ptr())
 
     def _update_of(self, batch: Batch) -> Callable[[], None]:
         device = batch.params[0].device
@@ -204,11 +203,11 @@ class PagedOptimizer(FusedOptimizer):
 
     @budget.setter
     def budget(self, budget: int | str) -> None:
-        wanted = self._checked(budget)
+        budget_bytes = self._checked(budget)
         for pages in self._pages.values():
-            if wanted is not None:
-                pages.resize(wanted)
-        self._budget = wanted
+            if budget_bytes is not None:
+                pages.resize(budget_bytes)
+        self._budget = budget_bytes
 
     def evict(self) -> None:
         """Move all state out of memory; it is read back when needed."""
@@ -222,9 +221,9 @@ class PagedOptimizer(FusedOptimizer):
         def total(name: str) -> Any:
             return sum(getattr(pages, name) for pages in devices)
 
-        resident, whole = total("resident_bytes"), total("pages") * self._page_bytes
-        moved = (total("bytes_in"), total("bytes_out"), float(total("seconds_waiting")))
-        return Paging(resident, max(0, whole - resident), total("peak_bytes"), *moved)
+        resident, allocated = total("resident_bytes"), total("pages") * self._page_bytes
+        traffic = (total("bytes_in"), total("bytes_out"), float(total("seconds_waiting")))
+        return Paging(resident, max(0, allocated - resident), total("peak_bytes"), *traffic)
 
     # --- copies and pickles contain the state itself
 

@@ -49,7 +49,7 @@ def test_facts():
     info = build_info()
     assert info.available and not info.missing_because
     assert info.compiler and info.commit and info.version
-    assert _extension.release(info.torch_built_with) == _extension.release(torch.__version__)
+    assert _extension.minor_version(info.torch_built_with) == _extension.minor_version(torch.__version__)
     assert info.compiled_cpu_levels[0] == "portable" and info.cpu_level in info.cpu_levels
     assert set(info.cpu_levels) <= set(info.compiled_cpu_levels)
     assert bool(info.cuda_architectures) != bool(info.cuda_missing_because)
@@ -136,8 +136,8 @@ def test_a_build_that_does_not_fit_is_not_loaded(record, reason, warned):
 
 def test_a_patch_release_of_pytorch_fits():
     record = {"built": True, "torch": "2.13.0+cpu", "sources": digest(ROOT / "csrc")}
-    assert _extension.why_not(record, "2.13.1+cu130") == ("", False)
-    assert _extension.why_not(record, "2.14.0")[1]
+    assert _extension.reason_not_to_load(record, "2.13.1+cu130") == ("", False)
+    assert _extension.reason_not_to_load(record, "2.14.0")[1]
 
 
 def test_a_changed_source_makes_the_binary_a_stale_one(tmp_path):
@@ -145,26 +145,26 @@ def test_a_changed_source_makes_the_binary_a_stale_one(tmp_path):
     source = tmp_path / "cpu" / "product.cpp"
     source.write_text("int a;")
     record = {"built": True, "torch": torch.__version__, "sources": digest(tmp_path)}
-    assert _extension.why_not(record, csrc=tmp_path) == ("", False)
+    assert _extension.reason_not_to_load(record, csrc=tmp_path) == ("", False)
     without = {name: value for name, value in record.items() if name != "sources"}  # of an older build
     for stale in (without, {**record, "sources": "0" * 16}):
-        reason, warned = _extension.why_not(stale, csrc=tmp_path)
+        reason, warned = _extension.reason_not_to_load(stale, csrc=tmp_path)
         assert warned and re.search("it was built from other sources than those in .* Rebuild it", reason)
     (tmp_path / "notes.md").write_text("no source")
-    assert _extension.why_not(record, csrc=tmp_path) == ("", False)
+    assert _extension.reason_not_to_load(record, csrc=tmp_path) == ("", False)
     source.write_text("int b;")
-    assert "built from other sources" in _extension.why_not(record, csrc=tmp_path)[0]
+    assert "built from other sources" in _extension.reason_not_to_load(record, csrc=tmp_path)[0]
     source.write_text("int a;")
     source.rename(tmp_path / "cpu" / "products.cpp")
-    assert "built from other sources" in _extension.why_not(record, csrc=tmp_path)[0]
-    assert _extension.why_not(record, csrc=None) == ("", False)  # a wheel comes without sources
+    assert "built from other sources" in _extension.reason_not_to_load(record, csrc=tmp_path)[0]
+    assert _extension.reason_not_to_load(record, csrc=None) == ("", False)  # a wheel comes without sources
 
 
 def test_anothers_csrc_in_site_packages_is_not_ours(tmp_path):
     (tmp_path / "csrc").mkdir()
     (tmp_path / "csrc" / "other.cpp").write_text("int a;")
     assert _extension.sources_of_checkout(tmp_path) is None
-    assert "--no-binary peftcore peftcore==" in _extension.how_to_build(None)
+    assert "--no-binary peftcore peftcore==" in _extension.build_command(None)
     (tmp_path / "setup.py").touch()
     assert _extension.sources_of_checkout(tmp_path) == tmp_path / "csrc"
 
@@ -196,7 +196,7 @@ sys.meta_path.insert(0, Changed())
 import peftcore.ops
 """
     done = python(code)
-    assert "the compiled extension is another version's: its 'linear_4bit" in done.stderr, done.stderr
+    assert "the compiled extension belongs to another version: its 'linear_4bit" in done.stderr, done.stderr
     assert "Rebuild it: " in done.stderr
 
 

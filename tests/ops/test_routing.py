@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from peftcore.ops.routing import Routing, combined, gathered, routed
+from peftcore.ops.routing import Routing, combine_rows, gather_rows, route
 
 _OPS = torch.ops.peftcore
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -25,7 +25,7 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 
 def test_pairs_of_an_expert_stay_in_their_order_and_those_of_none_come_last() -> None:
-    found = routed(torch.tensor([[2, 0], [5, 2], [0, 4]]), 4)  # of experts from 4 on there are none here
+    found = route(torch.tensor([[2, 0], [5, 2], [0, 4]]), 4)  # of experts from 4 on there are none here
     assert found.order.tolist() == [1, 4, 0, 3, 2, 5]
     assert found.places.tolist() == [[2, 0], [4, 3], [1, 5]]
     assert found.offsets.tolist() == [2, 2, 4, 4] and found.offsets.dtype is torch.int32
@@ -34,7 +34,7 @@ def test_pairs_of_an_expert_stay_in_their_order_and_those_of_none_come_last() ->
 @pytest.mark.parametrize(("tokens", "k", "experts"), [(50, 3, 7), (1, 8, 128), (0, 2, 4), (4, 1, 1)])
 def test_places_are_where_the_order_has_each_pair(tokens: int, k: int, experts: int) -> None:
     index = pairs(tokens, k, experts) if tokens else torch.empty(0, k, dtype=torch.int64)
-    order, places, offsets = routed(index.to(torch.int32), experts)
+    order, places, offsets = route(index.to(torch.int32), experts)
     assert torch.equal(order[places.view(-1)], torch.arange(tokens * k))
     expert = index.view(-1)[order]
     assert torch.equal(expert, expert.sort().values)
@@ -43,9 +43,9 @@ def test_places_are_where_the_order_has_each_pair(tokens: int, k: int, experts: 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
 def test_copies_and_their_gradient(level: None, dtype: torch.dtype) -> None:
-    routing = routed(pairs(20, 3, 7), 7)
+    routing = route(pairs(20, 3, 7), 7)
     x = normal(20, 37).to(dtype).requires_grad_()
-    found = gathered(x, routing)
+    found = gather_rows(x, routing)
     assert torch.equal(found, x.detach()[routing.order // 3])
     grad = normal(60, 37, seed=1).to(dtype)
     (dx,) = torch.autograd.grad(found, x, grad)
@@ -59,11 +59,11 @@ def test_copies_and_their_gradient(level: None, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("columns", [1, 37, 300])
 def test_sums_and_their_gradients(level: None, columns: int, dtype: torch.dtype, of_weights: str) -> None:
     """Over a width that no vector divides; the weights in fp32 beside 16 bits give sums in fp32."""
-    routing = routed(pairs(20, 3, 7), 7)
+    routing = route(pairs(20, 3, 7), 7)
     y = normal(60, columns).to(dtype).requires_grad_()
     w = normal(20, 3, seed=1).to(dtype if of_weights == "as y" else torch.float32)
     w.requires_grad_(of_weights != "frozen")
-    found = combined(y, w, routing)
+    found = combine_rows(y, w, routing)
     assert found.dtype == torch.promote_types(dtype, w.dtype)
     exact_y, exact_w = y.detach().double().requires_grad_(), w.detach().double().requires_grad_()
     exact = torch.einsum("tk,tkn->tn", exact_w, exact_y[routing.places])
@@ -79,26 +79,26 @@ def test_sums_and_their_gradients(level: None, columns: int, dtype: torch.dtype,
 
 
 def test_gradients_are_those_of_float64() -> None:
-    routing = routed(pairs(5, 2, 3), 3)
+    routing = route(pairs(5, 2, 3), 3)
     x, w = normal(5, 4).requires_grad_(), normal(5, 2, seed=1).requires_grad_()
-    assert torch.autograd.gradcheck(lambda x, w: combined(gathered(x, routing).sin(), w, routing), (x, w))
+    assert torch.autograd.gradcheck(lambda x, w: combine_rows(gather_rows(x, routing).sin(), w, routing), (x, w))
     x, w = (t.detach().float().requires_grad_() for t in (x, w))
     for y, leaf, name in (
-        (gathered(x, routing), x, "gathered"),
-        (combined(normal(10, 4).float(), w, routing), w, "combined"),
+        (gather_rows(x, routing), x, "gathered"),
+        (combine_rows(normal(10, 4).float(), w, routing), w, "combined"),
     ):
         with pytest.raises(RuntimeError, match=f"{name} cannot be differentiated twice"):
             torch.autograd.grad(y.sum(), leaf, create_graph=True)
 
 
 def test_results_do_not_depend_on_threads() -> None:
-    routing = routed(pairs(300, 4, 9), 9)
+    routing = route(pairs(300, 4, 9), 9)
     y, w, grad = normal(1200, 260).bfloat16(), normal(300, 4, seed=1).bfloat16(), normal(300, 260, seed=2).bfloat16()
 
     def results() -> list[Tensor]:
         dy, dw = _OPS.combined_backward(grad, y, w, routing.order, [True, True])
         assert dy.dtype is dw.dtype is torch.bfloat16
-        return [combined(y, w, routing), dy, dw]
+        return [combine_rows(y, w, routing), dy, dw]
 
     threads, wanted = torch.get_num_threads(), results()
     torch.set_num_threads(3)
@@ -109,22 +109,24 @@ def test_results_do_not_depend_on_threads() -> None:
 
 
 def test_what_lies_with_gaps_or_is_of_no_column() -> None:
-    routing = routed(pairs(6, 2, 3), 3)
+    routing = route(pairs(6, 2, 3), 3)
     y, w = normal(12, 10).float(), normal(6, 2, seed=1).float()
-    torch.testing.assert_close(combined(y.T.contiguous().T, w.T.contiguous().T, routing), combined(y, w, routing))
-    assert combined(y[:, :0], w, routing).shape == (6, 0)
-    assert gathered(y[:6, :0], routing).shape == (12, 0)
+    torch.testing.assert_close(
+        combine_rows(y.T.contiguous().T, w.T.contiguous().T, routing), combine_rows(y, w, routing)
+    )
+    assert combine_rows(y[:, :0], w, routing).shape == (6, 0)
+    assert gather_rows(y[:6, :0], routing).shape == (12, 0)
     none = Routing(routing.order[:0], routing.places[:, :0], routing.offsets)
-    assert torch.equal(combined(y, w[:, :0], none), torch.zeros(6, 10))
+    assert torch.equal(combine_rows(y, w[:, :0], none), torch.zeros(6, 10))
 
 
 CASES: dict[str, tuple[Any, ...]] = {
     "routed": (pairs(6, 2, 3), 3),
-    "gathered": (torch.randn(6, 5), routed(pairs(6, 2, 3), 3).order, 2),
-    "combined": (torch.randn(12, 5), torch.rand(6, 2), routed(pairs(6, 2, 3), 3).places),
+    "gathered": (torch.randn(6, 5), route(pairs(6, 2, 3), 3).order, 2),
+    "combined": (torch.randn(12, 5), torch.rand(6, 2), route(pairs(6, 2, 3), 3).places),
     "combined_backward": (
         *(torch.randn(6, 5), torch.randn(12, 5), torch.rand(6, 2)),
-        *(routed(pairs(6, 2, 3), 3).order, [True, True]),
+        *(route(pairs(6, 2, 3), 3).order, [True, True]),
     ),
 }
 

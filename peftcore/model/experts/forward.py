@@ -19,7 +19,7 @@ from peftcore import ops
 from peftcore.model.experts.expert_adapters import ExpertAdapters, WithChanges, product_by_expert
 from peftcore.model.experts.layout import experts_layout, is_operand_transposed, operand
 from peftcore.ops.calling import autocast_device
-from peftcore.ops.routing import combined, gathered, routed
+from peftcore.ops.routing import combine_rows, gather_rows, route
 from peftcore.ops.swiglu import swiglu
 from peftcore.plugin.adapter import Adapter, Base, LowRank, implements
 
@@ -80,8 +80,8 @@ def experts_forward(
     dtype = getattr(module, "compute_dtype", None)  # set on modules with 4-bit weights
     if dtype is not None:
         hidden_states = hidden_states.to(dtype)
-    routing = routed(top_k_index, layout.count)
-    x = gathered(hidden_states, routing)
+    routing = route(top_k_index, layout.count)
+    x = gather_rows(hidden_states, routing)
 
     def product(x: Tensor, name: str) -> Tensor:
         weight, bias = operand(module, name), getattr(module, f"{name}_bias") if layout.has_bias else None
@@ -108,7 +108,7 @@ def experts_forward(
     y = product(y, layout.down)
     if module.has_post_expert_norm:
         y = module.post_expert_norm(y)
-    return combined(y, top_k_weights, routing).to(input_dtype)
+    return combine_rows(y, top_k_weights, routing).to(input_dtype)
 
 
 def _gated(module: Any, y: Tensor) -> Tensor:
