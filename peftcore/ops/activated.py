@@ -3,8 +3,8 @@
     GELU      y = x ∘ Φ(x)                         dx = dy ∘ (Φ(x) + x ∘ φ(x))
     others    y = x ∘ s      s = 1 / (1 + exp(-p))    dx = dy ∘ s ∘ (1 + x ∘ (1 - s) ∘ p'(x))
 
-Φ is the distribution function of the normal distribution and φ its density; p is the one of gated.py. Everything
-is computed in fp32 and rounded once; only x is kept for the gradient.
+Φ is the cumulative distribution function of the normal distribution and φ its density; p is defined in gated.py.
+Everything is computed in fp32 and rounded once. Only x is saved for the gradient.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from peftcore.ops.weight import check_dtype, check_gradient, check_strided
 
 _OPS = torch.ops.peftcore
 Activation = Literal["gelu", "silu", "gelu_tanh", "quick_gelu"]
-# Whether Φ is used, and otherwise the coefficients of p.
+# Whether Φ is used, and the coefficients of p for the other activations.
 ACTIVATIONS: dict[str, tuple[bool, float, float]] = {
     "gelu": (True, 1.0, 0.0),
     **{name: (False, *coefficients) for name, coefficients in GATES.items()},
@@ -112,10 +112,10 @@ def activated(x: Tensor, activation: Activation = "gelu") -> Tensor:
 
     Args:
         x: of any shape; fp32, fp16, bf16 or float64.
-        activation: `gelu` (by the normal distribution), `silu`, `gelu_tanh` or `quick_gelu`.
+        activation: `gelu` (exact), `silu`, `gelu_tanh` or `quick_gelu`.
 
     Returns:
-        A tensor of x's shape and dtype, with a gradient.
+        A tensor with x's shape and dtype, and a gradient.
     """
     settings = ACTIVATIONS[activation]
     if x.device.type not in KERNEL_DEVICES or x.dtype is torch.float64 or has_active_transform():

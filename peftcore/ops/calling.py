@@ -13,7 +13,7 @@ from peftcore.ops.weight import PackedWeight
 
 
 def operator_for(name: str, seed: torch.Tensor | None) -> Any:
-    """Return the operator `name`, or its `_seeded` variant if a compiled model has a seed on the CPU (see `define_by`)."""
+    """Return the operator `name`, or its `_seeded` variant for a CPU seed in a compiled model (see `define_by`)."""
     seeded = seed is not None and seed.device.type == "cpu" and torch.compiler.is_compiling()
     return getattr(torch.ops.peftcore, f"{name}_seeded" if seeded else name)
 

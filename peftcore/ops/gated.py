@@ -4,9 +4,9 @@
 
     dg = dy ∘ u ∘ s ∘ (1 + g ∘ (1 - s) ∘ p'(g))           du = dy ∘ act(g)
 
-SiLU is p = x, GELU by tanh p = 2 √(2/π) (x + 0.044715 x³), and the quick GELU p = 1.702 x. All is computed in fp32;
-act(g) is rounded to g's dtype, as models compute it, and the result. Only g and u are kept for the gradient: PyTorch's
-operators keep act(g), too.
+SiLU has p = x, the tanh approximation of GELU p = 2 √(2/π) (x + 0.044715 x³), and quick GELU p = 1.702 x. Everything is
+computed in fp32. As in models, act(g) is rounded to g's dtype, and so is the result. Only g and u are saved for the
+gradient, while PyTorch's operators also save act(g).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ ACTIVATIONS: dict[str, tuple[float, float]] = {  # coefficients of p: linear, cu
     "quick_gelu": (1.702, 0.0),
 }
 
-_LARGEST = 16.0  # coefficient of an activation; its products then overflow only where the reference's do
+_LARGEST = 16.0  # coefficient; up to it, kernels overflow only where the reference does
 
 
 def check_coefficients(op: str, linear: float, cubic: float) -> None:
@@ -62,7 +62,7 @@ def sigmoid_of_p(x: Tensor, linear: float, cubic: float) -> Tensor:
 
 def slope(x: Tensor, linear: float, cubic: float) -> Tensor:
     """Return the derivative of x s(x): 0 or 1 for large |x|, NaN at infinity."""
-    s, near = sigmoid_of_p(x, linear, cubic), x.clamp(-1e4, 1e4)  # beyond, 1 - s or s is 0, and p'(x) may overflow
+    s, near = sigmoid_of_p(x, linear, cubic), x.clamp(-1e4, 1e4)  # outside, 1 - s or s is 0, and p'(x) may overflow
     nan_at_infinity = x - x
     return s * (1 + near * (1 - s) * (linear + 3 * cubic * near.pow(2))) + nan_at_infinity
 
@@ -143,7 +143,7 @@ def gated(gate: Tensor, up: Tensor, activation: Activation = "silu") -> Tensor:
         activation: `silu`, `gelu_tanh` or `quick_gelu`.
 
     Returns:
-        A tensor of gate's shape and dtype, with gradients for both.
+        A tensor with gate's shape and dtype, and gradients for gate and up.
     """
     coefficients = ACTIVATIONS[activation]
     if gate.device.type not in KERNEL_DEVICES or gate.dtype is torch.float64 or has_active_transform():

@@ -1,4 +1,4 @@
-"""Linear layers of experts, with gradients, as users call them; the formula: grouped_operators.py."""
+"""Linear layers of experts, with gradients: the functions that users call. grouped_operators.py has the formula."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ class _GroupedLinear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise RuntimeError(
-                "grouped_linear cannot be differentiated twice (create_graph=True). Compute it from differentiable "
-                "operators instead, expert by expert"
+                "grouped_linear cannot be differentiated twice (create_graph=True). Compute each expert with "
+                "F.linear instead"
             )
         offsets, seed, x, a, b, s, *weight = ctx.saved_tensors
         packing, transposed, scale, dropout_p = ctx.numbers
@@ -77,7 +77,7 @@ def grouped_linear(
 
     Args:
         x: fp32, fp16, bf16 or float64 `[rows, in]`, sorted by expert; under autocast it is cast as for `F.linear`.
-        offsets: int32 `[E]`, the end of each expert's rows. Rows from the last offset on give zeros.
+        offsets: int32 `[E]`, the end of each expert's rows. Rows after the last offset give zeros.
         weight: `[E, out, in]` in x's dtype (under autocast in any), or a `PackedWeight`. It must not require grad.
         bias: `[E, out]`, cast to x's dtype.
         transposed: the weight is `[E, in, out]`.
@@ -86,7 +86,7 @@ def grouped_linear(
         `[rows, out]` in x's dtype (under autocast in its dtype), with gradients for x and bias.
 
     Raises:
-        TypeError, ValueError: an argument that does not fit the others. RuntimeError: differentiated twice.
+        TypeError, ValueError: an argument does not fit the others. RuntimeError: the result is differentiated twice.
     """
     return _grouped(x, offsets, weight, bias, (), transposed)
 
@@ -109,7 +109,7 @@ def grouped_lora_linear(
         a, b: `[E, r, in]` and `[E, out, r]` in floating point of 16, 32 or 64 bits, whatever the layout of the weight.
         dropout_p, seed: see `lora_linear`.
 
-    The other arguments, what it returns and raises: see `grouped_linear`. Gradients also for a and b.
+    The other arguments, the result and errors are those of `grouped_linear`; a and b also get gradients.
     """
     seed = seed_of_call(x, seed) if dropout_p else None
     return _grouped(x, offsets, weight, bias, (a, b), transposed, scale, dropout_p, seed)

@@ -1,4 +1,4 @@
-"""One linear layer for each of E experts, over rows that are sorted by expert, with or without LoRA; W is frozen.
+"""A linear layer for each of E experts, over rows sorted by expert, with or without LoRA; W is frozen.
 
     rows of expert e      offsets[e - 1] <= i < offsets[e]                       c = scale / (1 - p)
     forward               S_i = c (keep ∘ x)_i A_eᵀ                              [rows, r]
@@ -6,15 +6,15 @@
     backward              T_i = c dy_i B_e,  dx_i = dy_i W_e + keep ∘ (T_i A_e)
                           dA_e = T_eᵀ (keep ∘ x)_e,  dB_e = dy_eᵀ S_e
 
-W is `[E, out, in]`, or `[E, in, out]` with `transposed`; dense, or in 4 bits, where an expert consists of whole blocks.
-Only experts that have rows are read. Rows from the last offset on belong to no expert (transformers' expert parallelism
-sorts rows of other processes there): their y and dx are zero.
+W is `[E, out, in]`, or `[E, in, out]` with `transposed`. It is dense, or in 4 bits with experts that are whole blocks.
+Only experts that have rows are read. Rows after the last offset belong to no expert (transformers' expert parallelism
+sorts rows of other processes there), and their y and dx are zero.
 
-On CUDA the product of many rows with W is PyTorch's `_grouped_mm`, with W unpacked if it is in 4 bits. It reads the
-offsets on the device for bf16 from compute capability 9.0 on, and waits for them otherwise, which a captured graph
-refuses. Offsets that do not rise from 0 to the number of rows are an error on CPU; on CUDA they give NaN in all
-results, or fail an assertion of PyTorch's kernel. Everything else is as in lora.py: S, T and the factors are fp32 for
-a 16-bit x, and the gradient cannot be differentiated again.
+On CUDA, products of many rows use PyTorch's `_grouped_mm`, with W dequantized first. For bf16 on compute capability 9.0
+and above it reads the offsets on the device; otherwise it waits for them, which fails during a graph capture. Offsets
+that do not increase from 0 to the number of rows raise an error on CPU; on CUDA all results are NaN, or an assertion in
+PyTorch's kernel fails. Otherwise everything is as in lora.py: S, T and the factors are fp32 for a 16-bit x, and the
+gradient cannot be differentiated again.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from peftcore.ops.weight import MIN_BLOCKSIZE, PackedWeight, check_dtype, check_
 
 
 def expert_of_rows(offsets: Tensor, rows: int) -> Tensor:
-    """Return int64 `[rows]`, the expert of each row; E for rows without an expert."""
+    """Return the expert of each row, int64 `[rows]`; E for rows without an expert."""
     places = torch.arange(rows, device=offsets.device, dtype=offsets.dtype)
     return torch.searchsorted(offsets, places, right=True)
 
@@ -84,7 +84,7 @@ def _check_factors(op: str, x: Tensor, factors: Sequence[Tensor], sizes: tuple[i
 
 
 class _Experts:
-    """Arguments that both calls share: the weight by expert, and the rows of each expert."""
+    """What the forward and backward calls share: the weight of each expert, and its rows."""
 
     offsets: Tensor
     frozen: Tensor | PackedWeight
@@ -97,7 +97,7 @@ class _Experts:
         return (experts, width, out) if self.transposed else (experts, out, width)
 
     def groups(self, rows: int) -> Iterator[tuple[int, slice]]:
-        """Yield (expert, its rows) of experts that have rows."""
+        """Yield each expert that has rows, and a slice of its rows."""
         begin = 0
         for expert, end in enumerate(self.offsets.tolist()):
             value(
@@ -112,11 +112,12 @@ class _Experts:
 
 
 class _Matrices:
-    """W_e `[out, in]` of each expert, unpacked on access."""
+    """The matrices W_e `[out, in]`, dequantized on access."""
 
     def __init__(self, frozen: Tensor | PackedWeight, transposed: bool, dtype: torch.dtype) -> None:
         self.frozen, self.transposed, self.dtype = frozen, transposed, dtype
-        if isinstance(frozen, PackedWeight) and frozen.double_quant:  # whose scales an expert cannot always share
+        if isinstance(frozen, PackedWeight) and frozen.double_quant:
+            # An expert may begin within a block of nested scales, so they are decoded for all experts.
             plain = frozen._replace(nested_absmax=None, nested_quant_map=None, nested_offset=None)
             self.frozen = plain._replace(absmax=frozen.scales())
 
@@ -128,13 +129,13 @@ class _Matrices:
         if isinstance(frozen, Tensor):
             return frozen[expert]
         packed = frozen.expert(expert)
-        if packed.blocksize < MIN_BLOCKSIZE:  # which no operator takes with scales that are not nested
+        if packed.blocksize < MIN_BLOCKSIZE:  # operators accept such blocks only with nested scales
             return packed.values(self.dtype)[0]
         return dequantize_4bit(packed, self.dtype)[0]
 
 
 def _empty(like: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
-    """Strided, whatever the layout of the other."""
+    """Return an empty strided tensor, whatever the layout of `like`."""
     return torch.empty(shape, dtype=dtype or like.dtype, device=like.device)
 
 
@@ -190,7 +191,7 @@ class GroupedLinearBackward(_Experts):
     offsets: Tensor
     weight: Sequence[Tensor]
     packing: Sequence[int]
-    factors: Sequence[Tensor]  # a, b, and s of the forward
+    factors: Sequence[Tensor]  # a, b, and s from the forward pass
     transposed: bool
     needs: Sequence[bool]
     scale: float = 1.0
@@ -208,7 +209,7 @@ class GroupedLinearBackward(_Experts):
         value(len(self.factors) in (0, 3), op, f"factors must be [a, b, s] or [], found {len(self.factors)}")
         rows, x = len(self.grad), self.x
         if not self.factors:
-            value(self.seed is None, op, "seed is of no use without factors")
+            value(self.seed is None, op, "seed has no effect without factors")
             return
         if x is None:
             raise TypeError(f"{op}: x must be a tensor if there are factors, found None")

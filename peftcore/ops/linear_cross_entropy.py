@@ -399,8 +399,7 @@ def linear_log_probs(
     logit_scale: float = 1.0,
     soft_cap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return the log-probabilities of tokens, and the entropies of their distributions, without materializing the
-    logits.
+    """Return log-probabilities of tokens and entropies of their distributions, without materializing the logits.
 
     Args:
         hidden, weight, bias, logit_scale, soft_cap: as in `linear_cross_entropy`; `logit_scale` is 1 / temperature.

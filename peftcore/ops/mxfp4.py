@@ -1,16 +1,17 @@
-"""MXFP4: 4-bit codes in E2M1 with a power of two for each block of 32 values of a row.
+"""MXFP4: 4-bit codes in E2M1, with a power of two as the scale of each block of 32 values of a row.
 
-    e[b] = floor(log2(max |x[i]|)) - 2 over block b, from -127 on; stored as the byte e[b] + 127 (E8M0)
+    e[b] = floor(log2(max |x[i]|)) - 2 over block b, at least -127; stored as the byte e[b] + 127 (E8M0)
     q[i] = x[i] / 2^e[b] rounded to the nearest of ±{0, 0.5, 1, 1.5, 2, 3, 4, 6}; of two equally near ones to the one
            with an even code; magnitudes above 6 become 6
     y[i] = round(E2M1[q[i]] * 2^e[b]): exact in fp32, rounded once to the output dtype
 
-4.25 bits per weight. Two codes a byte, the even element in the high nibble, as in quant4.py, whose `dequantize_4bit`
-and products take these weights, too. Files of the format have the even element in the low nibble.
+A weight takes 4.25 bits. A byte holds two codes, the even element in the high nibble, as in quant4.py; its
+`dequantize_4bit` and the products also accept these weights. Files of the format have the even element in the low
+nibble.
 
 Source: OCP Microscaling Formats (MX) Specification 1.0, sections 5.2, 5.3.3 and 6.3.
 
-Non-finite input is not an error: a NaN or infinity makes the byte of its block 255, and the block dequantizes to NaN.
+Non-finite input raises no error: a NaN or infinity sets the byte of its block to 255, and the block dequantizes to NaN.
 """
 
 from __future__ import annotations
@@ -26,20 +27,21 @@ from peftcore.ops.weight import POWERS_OF_TWO, PackedWeight, check_dtype, value
 
 BLOCKSIZE = 32
 _NOT_FINITE = 255
-_LARGEST_EXPONENT = 2  # of an entry: 4 = 2^2, and 6 is below the next power
+_LARGEST_EXPONENT = 2  # of the entries: 4 = 2^2, and 6 is below 2^3
 
 
 def _thresholds() -> tuple[Tensor, Tensor]:
     """Return the 15 thresholds between the sorted entries, and the entries' codes in that order.
 
-    A value on a threshold takes the lower entry. Where that is the odd code, the threshold is moved below the value.
+    `bucketize` gives a value on a threshold the lower entry. Where that entry's code is odd, the threshold is moved
+    just below the midpoint, so that ties go to even codes.
     """
     order = torch.tensor([*range(15, 7, -1), *range(8)], dtype=torch.uint8)
     values = E2M1[order.int()]
     middle = (values[:-1] + values[1:]) / 2
     just_below = torch.nextafter(middle, torch.full_like(middle, -torch.inf))
     thresholds = torch.where(order[:-1] % 2 == 0, middle, just_below)
-    thresholds[7] = -torch.finfo(torch.float32).tiny  # between -0 and 0, which is not above it
+    thresholds[7] = -torch.finfo(torch.float32).tiny  # between -0 and 0: so 0 gets its own code
     return thresholds, order
 
 
@@ -87,7 +89,7 @@ def quantize_mxfp4(x: Tensor) -> PackedWeight:
         The packed weight on x's device. A scale is 255 where its block contains NaN or Inf.
 
     Raises:
-        TypeError: another dtype. ValueError: rows are not whole blocks.
+        TypeError: x has another dtype. ValueError: rows are not whole blocks.
     """
     codes, scales = torch.ops.peftcore.quantize_mxfp4(x)
     shape, quant_map = tuple(x.shape), codebook("mxfp4", x.device)
@@ -95,8 +97,8 @@ def quantize_mxfp4(x: Tensor) -> PackedWeight:
 
 
 def swap_nibbles(codes: Tensor) -> Tensor:
-    """Exchange the two codes of each byte in place, between the order in files and the order in memory."""
+    """Swap the two codes of each byte in place, to convert between the order in files and in memory."""
     flat = codes.view(-1)
-    for part in flat.split(1 << 20):  # so that temporary memory stays small
+    for part in flat.split(1 << 20):  # keeps temporary memory small
         part.copy_(part << 4 | part >> 4)
     return codes

@@ -4,8 +4,9 @@
 
     dx = r (dy ∘ g - x r mean(dy ∘ g ∘ x r))          dweight = the sum of dy ∘ round?(x r) over rows
 
-All is computed in fp32 and rounded to x's dtype at the end; with `rounded`, as in Llama, x r is rounded before it is
-multiplied by the weight, too. Only x and r are kept for the gradient: PyTorch's formula in 16 bits keeps x in fp32.
+Everything is computed in fp32 and rounded to x's dtype at the end. With `rounded`, as in Llama, x r is also rounded
+before it is multiplied by the weight. Only x and r are saved for the gradient, while PyTorch's formula saves a 16-bit x
+in fp32.
 """
 
 from __future__ import annotations
@@ -140,17 +141,17 @@ class _RmsNorm(torch.autograd.Function):
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, offset: float = 0.0, rounded: bool = True) -> Tensor:
-    """Return x / √(mean of x² + eps) ∘ (offset + weight), with the mean over the last dimension.
+    """Return x / √(mean(x²) + eps) ∘ (offset + weight), with the mean over the last dimension.
 
     Args:
         x: `[.., n]`; fp32, fp16, bf16 or float64.
-        weight: `[n]`, of any of these dtypes.
-        eps: constant in the root.
-        offset: constant that is added to the weight: 1 in Gemma.
+        weight: `[n]` in any of these dtypes.
+        eps: added to the mean of squares.
+        offset: added to the weight: 1 in Gemma.
         rounded: round the normalized x to its dtype before it is multiplied by the weight, as Llama does.
 
     Returns:
-        In the shape and dtype of x, with gradients for x and weight.
+        A tensor with x's shape and dtype, and gradients for x and weight.
     """
     wide = torch.float64 in (x.dtype, weight.dtype)
     if wide or x.device.type not in KERNEL_DEVICES or has_active_transform():

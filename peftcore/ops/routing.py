@@ -1,11 +1,11 @@
-"""Routing of tokens to rows of experts and back: sorting, gathering, and weighted sums.
+"""Routing of tokens to the rows of experts and back: sorting, gathering, and weighted sums.
 
-    e[t, j]      the experts of token t, j < k                     order = the pairs (t, j), as t k + j, sorted by e
-    x_i          = the token of pair order[i]                      places[t, j] = the i of this pair
-    y_t          = the sum over j of w[t, j] y[places[t, j]]
+    e[t, j]      the experts of token t, for j < k                 order = the pairs (t, j), as t k + j, sorted by e
+    x_i          = the token of pair order[i]                      places[t, j] = the row i of pair (t, j)
+    y_t          = Σ_j w[t, j] y[places[t, j]]
 
-Sums are fp32, rounded once. The gradient of copies is such a sum with w = 1, that of a sum weighted copies: nothing is
-added into memory in an order that threads decide, as PyTorch's `index_put` would.
+Sums are fp32, rounded once. The gradient of gathering is such a sum with w = 1, and the gradient of a sum is weighted
+gathering, so the order of additions never depends on threads, as it does in PyTorch's `index_put`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Routing(NamedTuple):
     """Rows sorted by expert.
 
     Args:
-        order: int64 `[tokens · k]`, the pair of each row; pairs of one expert stay in their order.
+        order: int64 `[tokens · k]`, the pair of each row; the sort is stable.
         places: int64 `[tokens, k]`, the row of each pair.
         offsets: int32 `[experts]`, the end of each expert's rows.
     """
@@ -50,7 +50,7 @@ def _check_x(t: Tensor, op: str, name: str) -> None:
 
 
 def _check_numbers(t: Tensor, op: str, name: str, count: int) -> None:
-    """Check that numbers are from 0 to count - 1; on a GPU they are not checked, to avoid a synchronisation."""
+    """Check that numbers are from 0 to count - 1, on CPU only: on a GPU that would need a synchronization."""
     if t.device.type == "cpu" and t.numel():
         low, high = int(t.min()), int(t.max())
         value(low >= 0 and high < count, op, f"{name} must be from 0 to {count - 1}, found {low} to {high}")
@@ -133,7 +133,7 @@ class Combined:
         result = self.empty()
         if result.numel() == 0 or self.places.numel() == 0:
             return result.zero_()
-        if self.weights is None or self.weights.dtype == self.y.dtype:  # adds up in fp32 while it gathers
+        if self.weights is None or self.weights.dtype == self.y.dtype:  # gathers and sums in fp32
             return F.embedding_bag(self.places, self.y.contiguous(), mode="sum", per_sample_weights=self.weights)
         rows = self.y[self.places].float()
         return torch.bmm(self.weights.float().unsqueeze(1), rows).squeeze(1).to(result.dtype)
@@ -198,15 +198,15 @@ define_by(
 
 
 def route(index: Tensor, experts: int) -> Routing:
-    """Return the rows of pairs (token, j), sorted by the experts in `index` `[tokens, k]`.
+    """Sort the pairs (token, j) by their experts in `index` `[tokens, k]`.
 
-    Numbers from `experts` on belong to no expert: their rows come last, after all offsets.
+    Numbers of `experts` and above stand for no expert; their rows come last, after all offsets.
     """
     return Routing(*_OPS.routed(index.to(torch.int64), experts))
 
 
 def gather_rows(x: Tensor, routing: Routing) -> Tensor:
-    """Return the token of each row, `[tokens, n]` -> `[rows, n]`, with a gradient."""
+    """Return x for each row's token, `[tokens, n]` -> `[rows, n]`, with a gradient."""
     k = routing.places.shape[1]
     if x.dtype is torch.float64:
         return x[routing.order // k]
@@ -216,10 +216,10 @@ def gather_rows(x: Tensor, routing: Routing) -> Tensor:
 
 
 def combine_rows(y: Tensor, weights: Tensor, routing: Routing) -> Tensor:
-    """Return the sum of each token's rows of y times its weights `[tokens, k]`, with gradients for both.
+    """Return, for each token, the sum of its rows of y times its weights `[tokens, k]`, with gradients for both.
 
     Returns:
-        `[tokens, n]` in the dtype of their product.
+        `[tokens, n]` in the promoted dtype of y and the weights.
     """
     if torch.float64 in (y.dtype, weights.dtype):
         return (weights.unsqueeze(-1) * y[routing.places]).sum(1)

@@ -1,9 +1,9 @@
-"""Norms of the rows of W + scale · B A, without computing the whole sum; W is frozen, dense or in 4 bits.
+"""Norms of the rows of W + scale · B A, without storing the whole sum; W is frozen, dense or in 4 bits.
 
-Rows are computed in fp32 (in float64 for float64 weights): in registers by kernels, in pieces of a few MB by the
-reference.
+The sum is computed in fp32 (float64 for float64 weights): kernels keep it in registers, and the reference computes
+pieces of a few MB.
 
-There are no gradients: callers that divide by norms treat them as constants, or differentiate another formula.
+There are no gradients: DoRA treats the norms as constants, and other callers differentiate another formula.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def row_norms(weight: Tensor | PackedWeight, a: Tensor, b: Tensor, scale: float 
         fp32 `[out]` (float64 for a float64 weight), without gradients.
 
     Raises:
-        TypeError, ValueError: an argument that does not fit the others.
+        TypeError, ValueError: an argument does not fit the others.
     """
     tensors, packing = ([weight], []) if isinstance(weight, Tensor) else weight.operands()
     return _OPS.row_norms(tensors, packing, permute_inputs(a, weight), b, scale)

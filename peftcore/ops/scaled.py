@@ -1,10 +1,10 @@
-"""y = x ∘ g, g one number for each of a dimension of x, rounded once; and its gradients.
+"""y = x ∘ g, where g scales one dimension of x, rounded once; and its gradients.
 
     dx = dy ∘ g                   dg = the sum of dy ∘ x over all other dimensions, in fp32
 
-PyTorch's gradient of `(x * g).to(x.dtype)` makes three fp32 matrices of x's size. On the CPU, where g is for the last
-dimension, a kernel passes over memory once and makes none. Elsewhere PyTorch's operators compute it without fp32
-matrices, except for x in fp16, so that products in bf16 are rounded to bf16 before they are summed.
+PyTorch's gradient of `(x * g).to(x.dtype)` allocates three fp32 matrices of x's size. On CPU, with g along the last
+dimension, a kernel makes one pass over memory and allocates none. Elsewhere PyTorch's operators avoid fp32 matrices,
+except for an fp16 x; products in bf16 are therefore rounded to bf16 before they are summed.
 """
 
 from __future__ import annotations
@@ -96,18 +96,18 @@ class _Scaled(torch.autograd.Function):
         if not needs[1]:
             return dx, None, None
         other_dims = [i for i in range(x.dim()) if i != x.dim() - 1 - ctx.trailing_dims]
-        products = dy.float() * x if x.dtype is torch.float16 else dy * x  # of fp16 small ones would vanish
+        products = dy.float() * x if x.dtype is torch.float16 else dy * x  # small products would underflow in fp16
         wide = torch.promote_types(x.dtype, torch.float32)
         return dx, (products.sum(other_dims, dtype=wide) if other_dims else products).to(g.dtype), None
 
 
 def _has_kernel(x: Tensor, trailing_dims: int) -> bool:
-    """Return whether the operator has a kernel for x. Its reference is not used instead: it makes fp32 matrices."""
+    """Return whether the operator has a kernel for x. The reference is never used, since it allocates fp32 matrices."""
     return x.is_cpu and trailing_dims == 0 and x.dtype in DTYPES and x.dim() > 0 and not x.is_nested
 
 
 def _aligned(g: Tensor, trailing_dims: int) -> Tensor:
-    """Return g in a shape that broadcasts over the dimensions `trailing_dims` its own."""
+    """Return g in a shape that broadcasts over the `trailing_dims` dimensions after its own."""
     return g.view(-1, *[1] * trailing_dims)
 
 
@@ -120,11 +120,11 @@ def scaled(x: Tensor, g: Tensor, trailing_dims: int = 0) -> Tensor:
 
     Args:
         x: tensor of any floating-point dtype.
-        g: `[n]`, for a dimension of x with this size.
-        behind: how many dimensions follow that one.
+        g: `[n]`, the factors along a dimension of x with this size.
+        trailing_dims: number of dimensions after that one.
 
     Returns:
-        In the shape and dtype of x, with gradients for both.
+        A tensor with x's shape and dtype, and gradients for x and g.
     """
     if has_active_transform():
         return (x * _aligned(g, trailing_dims)).to(x.dtype)

@@ -1,10 +1,10 @@
-"""SwiGLU, the gate of most mixtures of experts (Shazeer 2020, GLU Variants, section 2), and its gradient.
+"""SwiGLU (Shazeer 2020, GLU Variants, section 2), used by most mixtures of experts, and its gradient.
 
-    y = silu(g) ∘ u of rows [g, u]
+    y = silu(g) ∘ u, where each row of x is [g, u]
 
     s = 1 / (1 + exp(-g))         dg = dy ∘ u ∘ s ∘ (1 + g ∘ (1 - s))         du = dy ∘ g ∘ s
 
-Intermediate values are fp32 and rounded once; PyTorch's operators round twice, and pass over memory six times instead
+Values are computed in fp32 and rounded once. PyTorch's operators round twice, and make six passes over memory instead
 of two.
 """
 
@@ -93,7 +93,7 @@ def swiglu(x: Tensor) -> Tensor:
     """Return silu(g) ∘ u.
 
     Args:
-        x: `[.., 2 n]`, g and then u; fp32, fp16, bf16 or float64.
+        x: `[.., 2 n]`, g followed by u; fp32, fp16, bf16 or float64.
 
     Returns:
         `[.., n]` in the dtype of x, with a gradient.

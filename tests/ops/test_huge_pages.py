@@ -14,7 +14,7 @@ from peftcore.ops.huge_pages import collapse, in_huge_pages, move_to_huge_pages
 
 LARGE, PAGE = 5 << 20, 2 << 20
 granted = pytest.mark.skipif(
-    not huge_pages._are_granted() or "VmFlags" not in Path("/proc/self/smaps").read_text(),
+    not huge_pages._huge_pages_enabled() or "VmFlags" not in Path("/proc/self/smaps").read_text(),
     reason="the system has no huge pages, or does not report them",
 )
 
@@ -55,7 +55,7 @@ def test_tensors_share_mappings_and_keep_their_storages() -> None:
     assert not set(after) & set(before) and all(address % 64 == 0 for address in after)
     assert after[1] - after[0] == PAGE // 4 + 64
     assert ["hg" in flags(t) for t in moved] == [True, True, False, True, True]  # the third is in a quarter of a page
-    mappings = [huge_pages._held[address] for address in after]
+    mappings = [huge_pages._mappings[address] for address in after]
     assert [mapping is mappings[0] for mapping in mappings] == [True, True, True, False, False]
     move_to_huge_pages(moved)
     assert [t.data_ptr() for t in moved] == after
@@ -70,9 +70,9 @@ def test_a_mapping_lives_as_long_as_its_tensors() -> None:
     held.data = last.data
     del first, last
     gc.collect()
-    assert torch.equal(held, codes(PAGE)) and address in huge_pages._held
+    assert torch.equal(held, codes(PAGE)) and address in huge_pages._mappings
     del held
-    assert address not in huge_pages._held
+    assert address not in huge_pages._mappings
 
 
 def test_some_tensors_stay_where_they_are() -> None:

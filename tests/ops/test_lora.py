@@ -277,7 +277,7 @@ def test_it_is_differentiated_twice(quantized, p):
 def test_it_is_not_differentiated_twice_where_x_is_not_kept():
     x, b = values((3, 64), grad=True), values((8, 4), grad=True)
     y = lora_linear(x, values((8, 64)), None, values((4, 64)), b).square().sum()
-    with pytest.raises(RuntimeError, match="does not keep x if A is frozen"):
+    with pytest.raises(RuntimeError, match="does not save x if A is frozen"):
         torch.autograd.grad(y, [x, b], create_graph=True)
     y = lora_linear(x, values((8, 64)), None, values((4, 64)), values((8, 4))).square().sum()
     assert torch.autograd.grad(y, x, create_graph=True)[0].requires_grad

@@ -51,7 +51,7 @@ def test_large_codes_are_moved_into_huge_pages(monkeypatch):
     monkeypatch.setattr(huge_pages, "_HUGE_PAGE", mmap.PAGESIZE)
     huge_pages.move_to_huge_pages(moved[1])
     assert torch.equal(logits(model), before)
-    assert not huge_pages._are_granted() or all(codes.data_ptr() in huge_pages._held for codes in moved[1])
+    assert not huge_pages._huge_pages_enabled() or all(codes.data_ptr() in huge_pages._mappings for codes in moved[1])
 
 
 def test_bits_per_weight():
