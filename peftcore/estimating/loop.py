@@ -306,9 +306,9 @@ def kernels_of_cpu() -> Iterator[None]:
     """
     original = ops.scaled
 
-    def scaled(x: Tensor, g: Tensor, behind: int = 0) -> Tensor:
-        if not x.is_meta or behind or x.dtype is torch.float64:
-            return original(x, g, behind)
+    def scaled(x: Tensor, g: Tensor, trailing_dims: int = 0) -> Tensor:
+        if not x.is_meta or trailing_dims or x.dtype is torch.float64:
+            return original(x, g, trailing_dims)
         return _Scaled.apply(x, g)  # type: ignore[no-untyped-call]
 
     if ops.extension is not None:

@@ -29,7 +29,7 @@ from peftcore.engine.adaptation.class_swap import one_for_each_class, subclass
 from peftcore.engine.adaptation.recomputation import inputs_instead, with_source
 from peftcore.model.base_modules import base_modules
 from peftcore.ops.activated import Activation
-from peftcore.ops.calling import transformed
+from peftcore.ops.calling import has_active_transform
 from peftcore.ops.gated import Activation as GateActivation
 from peftcore.ops.weight import DTYPES
 
@@ -193,7 +193,7 @@ class FusedDropout(FusedForward):
 
 def untransformed() -> bool:
     """Return whether the call is neither compiled, traced nor transformed, so that our operators support it."""
-    return not (torch.compiler.is_compiling() or torch._C._is_tracing() or transformed())
+    return not (torch.compiler.is_compiling() or torch._C._is_tracing() or has_active_transform())
 
 
 def plain(x: Any, other: Any) -> bool:
