@@ -63,7 +63,7 @@ def differentiable_gradients(
 
 
 def permute_inputs(t: Tensor, weight: Tensor | PackedWeight) -> Tensor:
-    """Return `t` `[.., in]` (x, or LoRA's A) with its columns in the order of the weight's codes."""
+    """Return `t` `[.., in]` (x, or A of a low-rank product) with its columns in the order of the weight's codes."""
     if isinstance(weight, Tensor) or weight.permutation is None:
         return t
     return t.index_select(-1, weight.permutation)

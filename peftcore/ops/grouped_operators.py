@@ -209,7 +209,7 @@ class GroupedLinearBackward(_Experts):
         value(len(self.factors) in (0, 3), op, f"factors must be [a, b, s] or [], found {len(self.factors)}")
         rows, x = len(self.grad), self.x
         if not self.factors:
-            value(self.seed is None, op, "seed has no effect without factors")
+            value(self.seed is None, op, "seed is of no use without factors")
             return
         if x is None:
             raise TypeError(f"{op}: x must be a tensor if there are factors, found None")

@@ -168,7 +168,7 @@ class Dequantize4bitOut:
         overlaps = any(
             torch._C._overlaps(self.out, part) for part in self.weight
         )  # would be read while `out` is written
-        value(not overlaps, "dequantize_4bit", "out shares memory with the weight. Pass a tensor with its own memory")
+        value(not overlaps, "dequantize_4bit", "out shares memory with the weight. Pass memory of its own")
         self.out.copy_(self.packed.values(self.out.dtype))
 
     def empty(self) -> None:

@@ -3,7 +3,7 @@
 The sum is computed in fp32 (float64 for float64 weights): kernels keep it in registers, and the reference computes
 pieces of a few MB.
 
-There are no gradients: DoRA treats the norms as constants, and other callers differentiate another formula.
+There are no gradients: callers treat the norms as constants, or differentiate another formula.
 """
 
 from __future__ import annotations

@@ -17,10 +17,10 @@ COUNTS = {"small": (1, 255, 256, 700), "large": (3, 1 << 20, 300_001)}
 
 def scalars(rule: str, step: int) -> tuple[float, ...]:
     if rule == "lion":
-        return rules.LionScalars.of(1e-2, (0.9, 0.99), 0.1)
+        return rules.LionScalars.from_options(1e-2, (0.9, 0.99), 0.1)
     if rule == "momentum":
-        return rules.MomentumScalars.of(step, 1e-2, 0.9, 0.1, 0.1, True)
-    return rules.RULES[rule].scalars.of(step, 1e-2, (0.9, 0.999), 1e-8, 0.1)._replace(factor=0.3)
+        return rules.MomentumScalars.from_options(step, 1e-2, 0.9, 0.1, 0.1, True)
+    return rules.RULES[rule].scalars.from_options(step, 1e-2, (0.9, 0.999), 1e-8, 0.1)._replace(factor=0.3)
 
 
 @cases(

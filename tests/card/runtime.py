@@ -380,7 +380,8 @@ def optimizer_steps_under_capture_are_refused(place: Place) -> None:
 @cases(emulated=True)
 def a_paged_step_under_capture_is_refused_before_pages_move(place: Place) -> None:
     """The refusal precedes the look-up of the state, which does not exist here."""
-    p, grad, scalars = place.normal(64, seed=1), place.normal(64, seed=2), LionScalars.of(1e-2, (0.9, 0.99), 0.1)
+    p, grad = place.normal(64, seed=1), place.normal(64, seed=2)
+    scalars = LionScalars.from_options(1e-2, (0.9, 0.99), 0.1)
 
     def run() -> list[Tensor]:
         torch.ops.peftcore.optim_step_paged_([p], [grad], -1, [0], 0, "lion", list(scalars), [1], [0])

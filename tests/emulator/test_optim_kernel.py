@@ -46,10 +46,10 @@ MAPS = torch.cat([dynamic8.SIGNED_MAP, encoder(True), dynamic8.UNSIGNED_MAP, enc
 
 def scalars(rule, step):
     if rule == "lion":
-        return rules.LionScalars.of(1e-2, (0.9, 0.99), 0.1, -1.0)
+        return rules.LionScalars.from_options(1e-2, (0.9, 0.99), 0.1, -1.0)
     if rule == "momentum":
-        return rules.MomentumScalars.of(step, 1e-2, 0.9, 0.1, 0.1, True)
-    return rules.RULES[rule].scalars.of(step, 1e-2, (0.9, 0.999), 1e-8, 0.1)._replace(factor=0.3)
+        return rules.MomentumScalars.from_options(step, 1e-2, 0.9, 0.1, 0.1, True)
+    return rules.RULES[rule].scalars.from_options(step, 1e-2, (0.9, 0.999), 1e-8, 0.1)._replace(factor=0.3)
 
 
 def cuda_step(emulated, params, grads, state, rule, table_rows, steps, rows, streams, seed):
@@ -62,7 +62,7 @@ def cuda_step(emulated, params, grads, state, rule, table_rows, steps, rows, str
         dtypes = DTYPES.index(p.dtype), DTYPES.index(g.dtype)
         own = (p.numel(), 0, stream, steps[rows[i]], rows[i], *dtypes)
         table[i] = Segment(p.data_ptr(), g.data_ptr(), (ctypes.c_void_p * 4)(*pointers), *own)
-        first_block.append(first_block[-1] + dynamic8.blocks_of(p.numel()))
+        first_block.append(first_block[-1] + dynamic8.block_count(p.numel()))
     blocks = torch.tensor(first_block)
     launch = emulated("peftcore_optim_step")
     launch(

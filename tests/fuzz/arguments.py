@@ -267,7 +267,7 @@ def _optim(m):
     grads = [m.normal(size, dtype=m.choice(FLOATS), layouts=plain) for size in sizes]
     rows = [0] * count
     hyperparameters = {"lion": (0.1, (0.9, 0.99), 0.1), "momentum": (2, 0.1, 0.9, 0.0, 0.1, True)}
-    scalars = rules.RULES[rule].scalars.of(*hyperparameters.get(rule, (3, 0.1, (0.9, 0.999), 1e-8, 0.1)))
+    scalars = rules.RULES[rule].scalars.from_options(*hyperparameters.get(rule, (3, 0.1, (0.9, 0.999), 1e-8, 0.1)))
     given = {"params": params, "grads": grads, "rule": rule, "scalars": list(scalars), "steps": [3], "rows": rows}
     return given | {"streams": m.choice([[], [-1] * count, [7] * count])}, sizes
 
@@ -278,7 +278,7 @@ def _optim_step_(m):
     for plane in rules.RULES[given["rule"]].planes:
         for count in sizes:
             many = plane.numel(count)
-            state.append(m.bytes(many).contiguous() if plane.coded else m.normal(many).abs().contiguous())
+            state.append(m.bytes(many).contiguous() if plane.is_coded else m.normal(many).abs().contiguous())
     return {**given, "state": state}
 
 

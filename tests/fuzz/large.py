@@ -153,14 +153,14 @@ def _gathered_and_combined() -> None:
     x = zeros(tokens, 4096)
     rows = torch.tensor([0, 1, tokens // 2, tokens - 2, tokens - 1])
     x[rows] = drawn(len(rows), 4096)
-    route = routing.routed(torch.arange(2 * tokens).view(tokens, 2) % 3, 3)
-    copies = routing.gathered(x, route)
+    route = routing.route(torch.arange(2 * tokens).view(tokens, 2) % 3, 3)
+    copies = routing.gather_rows(x, route)
     assert copies.numel() > LIMIT
     at = route.places[rows]
     assert torch.equal(copies[at.flatten()], x[rows].repeat_interleave(2, 0))
     weights = torch.full((tokens, 2), 0.5, dtype=BF16)
     del x
-    found = routing.combined(copies, weights, route)
+    found = routing.combine_rows(copies, weights, route)
     check(found, copies[at].float().mean(1).to(BF16), rows)
 
 

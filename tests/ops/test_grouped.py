@@ -245,7 +245,7 @@ def test_arguments_that_do_not_fit(call, change, error, message):
         ({"x": torch.ones(4, 64)}, ValueError, r"x must be \[3, 64\], found \[4, 64\]"),
         ({"x": torch.ones(3, 64).half()}, TypeError, "x must be .* like x"),
         ({"factors": [torch.ones(2, 4, 64), torch.ones(2, 8, 4)]}, ValueError, r"factors must be \[a, b, s\] or"),
-        ({"factors": [], "seed": SEED}, ValueError, "seed has no effect without factors"),
+        ({"factors": [], "seed": SEED}, ValueError, "seed is of no use without factors"),
         ({"s": torch.ones(4, 4)}, ValueError, r"s must be \[3, 4\], found \[4, 4\]"),
         ({"s": torch.ones(3, 4).half()}, TypeError, "s must be .* for x of"),
     ],

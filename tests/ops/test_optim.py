@@ -27,10 +27,10 @@ def level(request):
 
 def scalars(rule, step=3, lr=1e-2):
     if rule == "lion":
-        return rules.LionScalars.of(lr, (0.9, 0.99), 0.1)
+        return rules.LionScalars.from_options(lr, (0.9, 0.99), 0.1)
     if rule == "momentum":
-        return rules.MomentumScalars.of(step, lr, 0.9, 0.1, 0.1, True)
-    return rules.RULES[rule].scalars.of(step, lr, (0.9, 0.999), 1e-8, 0.1)._replace(factor=0.3)
+        return rules.MomentumScalars.from_options(step, lr, 0.9, 0.1, 0.1, True)
+    return rules.RULES[rule].scalars.from_options(step, lr, (0.9, 0.999), 1e-8, 0.1)._replace(factor=0.3)
 
 
 def state_of(rule, counts):

@@ -24,9 +24,8 @@ Kept mask_of(const lora::ThinKernels& thin, int64_t rows, int64_t columns, bool 
     kept.mask = {kept.bytes.data(), stride};
     for (int64_t m = 0; m < rows; ++m)
         for (int64_t n = 0; n < columns; ++n)
-            require(
-                kept(m, n) == bool(keeps(dropout_words(dropout, m, n / 8), int(n % 8), 20000)),
-                "keep_bytes", m * columns + n);
+            require(kept(m, n) == bool(keeps(dropout_words(dropout, m, n / 8), int(n % 8), 20000)),
+                    "keep_bytes", m * columns + n);
     return kept;
 }
 
@@ -63,8 +62,8 @@ void try_products(const CpuKernels& kernels, int64_t rows, int64_t columns, int6
         thin.outer(
             {x.data(), columns, left_units.data(), width, r, kept.mask, false, 0, columns, sums.data()}, m,
             std::min(m + lora::kRowGrain, rows));
-    kernels.norms.row_norms[int(dtype)]({x.data(), columns, left.data(), r, b_units.data(), wide, norms.data()}, 0,
-                              rows);
+    kernels.norms.row_norms[int(dtype)](
+        {x.data(), columns, left.data(), r, b_units.data(), wide, norms.data()}, 0, rows);
     kernels.elementwise.scale[int(dtype)].scale({x.data(), columns, g.data(), scaled.data()}, 0, rows);
     kernels.elementwise.scale[int(dtype)].backward(
         {y.data(), x.data(), columns, g.data(), 0, columns, dx.data(), moved.data()}, 0, rows);
