@@ -6,9 +6,10 @@
 Forward and backward of a frozen model as transformers has it, whose inputs have gradients; of peft's LoRA; and of
 peftcore's; each as it is and with every part that is asked for (`--part`). Weights are random. Each row runs in
 processes of its own, in rounds, with the seconds of the processor, so that other work on the machine does not count;
-memory is the most that its steps add to a process with the model, and to its tensors alone. The floor is the operations
-of the frozen products, forward and for the gradient of the input, at the rate of a large product. The error is that of
-the gradient of the inputs, from float64, with two layers, 64 tokens and no dropout.
+memory is the most that its steps add to a process with the model, and to its tensors alone. The first column is the
+share of the machine: the floor's seconds over the row's. The floor is the operations of the frozen products, forward
+and for the gradient of the input, at the rate of a large product. The error is that of the gradient of the inputs,
+from float64, with two layers, 64 tokens and no dropout.
 """
 
 import argparse
@@ -282,28 +283,42 @@ def main():
                     if not options.errors:
                         runs[(base, *chosen)] = {key: min(before[key], found[key]) for key in found}
             if options.errors:
-                print(f"{'':32}{'loss off':>12}{'gradient':>12}")
-            else:
-                print(f"{'':32}{'seconds':>9}{'of frozen':>11}{'MB':>8}{'of peft':>9}{'tensors':>9}")
-                frozen = runs.get(("frozen",))
-                of_frozen = f"{least / frozen['seconds']:11.2f}" if frozen else ""
-                print(f"{'floor':32}{least:9.2f}{of_frozen}")
-            for key, found in runs.items():
-                title = found.get("title", " + ".join(key))
-                if options.errors:
-                    print(f"{title:32}{found['errors'][0]:12.1e}{found['errors'][1]:12.1e}")
-                else:
-                    peft = runs.get(("peft",))
-                    ratio = f"{found['seconds'] / frozen['seconds']:11.2f}" if frozen else f"{'':11}"
-                    of_peft = f"{found['peak'] / peft['peak']:9.2f}" if peft else f"{'':9}"
-                    sizes = f"{found['peak']:8.0f}{of_peft}{found['tensors']:9.0f}"
-                    print(f"{title:32}{found['seconds']:9.2f}{ratio}{sizes}", flush=True)
-                    if peft and key[0] == "peftcore":
-                        which = f"{name} {rows[0]}x{rows[1]}, peftcore {' + '.join(key[1:])}".strip()
-                        measure.note_ratio(which, found["seconds"] / peft["seconds"], "peft")
-                        measure.note_ratio(f"{which}, memory", found["peak"] / peft["peak"], "peft")
-            if options.errors:
+                print_errors(runs)
                 break
+            print_times(runs, least, tokens=rows[0] * rows[1])
+            note_ratios(runs, f"{name} {rows[0]}x{rows[1]}")
+
+
+def print_errors(runs):
+    print(f"{'':36}{'loss off':>12}{'gradient':>12}")
+    for key, errors_of_run in runs.items():
+        loss, gradient = errors_of_run["errors"]
+        print(f"{' + '.join(key):36}{loss:12.1e}{gradient:12.1e}")
+
+
+def print_times(runs, least, tokens):
+    """Print a row for each run. Share: of the rate at which a large product runs, 1.00 in the row of the floor."""
+    frozen, peft = runs.get(("frozen",)), runs.get(("peft",))
+    heads = ("share", "ms", "tokens/s", "of frozen", "MB", "of peft", "tensors")
+    print(f"{'':36}{heads[0]:>6}{heads[1]:>8}{heads[2]:>10}{heads[3]:>11}{heads[4]:>8}{heads[5]:>9}{heads[6]:>9}")
+    rows = {"floor": {"seconds": least}, **{run["title"]: run for run in runs.values()}}
+    for title, run in rows.items():
+        seconds = run["seconds"]
+        line = f"{title:36}{least / seconds:6.2f}{seconds * 1e3:8.0f}{tokens / seconds:10.0f}"
+        line += f"{seconds / frozen['seconds']:11.2f}" if frozen else f"{'':11}"
+        if "peak" in run:
+            of_peft = f"{run['peak'] / peft['peak']:9.2f}" if peft else f"{'':9}"
+            line += f"{run['peak']:8.0f}{of_peft}{run['tensors']:9.0f}"
+        print(line, flush=True)
+
+
+def note_ratios(runs, size):
+    peft = runs.get(("peft",))
+    for (base, *parts), run in runs.items():
+        if peft and base == "peftcore":
+            label = f"{size}, peftcore {' + '.join(parts)}".strip()
+            measure.note_ratio(label, run["seconds"] / peft["seconds"], "peft")
+            measure.note_ratio(f"{label}, memory", run["peak"] / peft["peak"], "peft")
 
 
 if __name__ == "__main__":
