@@ -1,7 +1,8 @@
-"""Cost of an operator: floating-point operations, and memory besides its inputs and its output.
+"""Cost of an operator: floating-point operations, and memory in addition to its inputs and output.
 
-What PyTorch's libraries take inside a product on a CPU follows two rules, measured on a Zen 5 with oneDNN 3.11: oneDNN
-keeps code for each shape of a product in 16 bits, and without oneDNN PyTorch sums xᵀ w into a copy in fp32.
+The memory that PyTorch's libraries allocate inside a matrix product on a CPU follows two rules, measured on a Zen 5
+with oneDNN 3.11: oneDNN caches code for each shape of a 16-bit product, and without oneDNN, PyTorch accumulates xᵀ w in
+an fp32 copy.
 """
 
 from __future__ import annotations
@@ -19,19 +20,19 @@ from peftcore.ops.processor import onednn_multiplies
 
 PLAIN, TRANSPOSED, OUTER = "xw", "xwt", "xtw"  # layouts of products: x w, x wᵀ and xᵀ w
 _HALVES = (torch.bfloat16, torch.float16)
-_CODE = 550_000  # bytes that oneDNN keeps for a shape
-_MOST_SHAPES = 1024  # that oneDNN keeps code for (ONEDNN_PRIMITIVE_CACHE_CAPACITY)
+_CODE = 550_000  # bytes that oneDNN caches per shape
+_MOST_SHAPES = 1024  # oneDNN's cache size in shapes (ONEDNN_PRIMITIVE_CACHE_CAPACITY)
 
 
 class Cost(NamedTuple):
     """Cost of one call of an operator.
 
     Args:
-        flops: Floating-point operations; a multiplication and an addition are two.
-        scratch: Bytes that are taken and given back.
-        kept: Bytes that stay with the thread, which keeps the largest of all operators.
-        product: (rows, inner, columns, layout) of a product for which oneDNN keeps code.
-        products: Number of such products; those of experts differ in their shapes.
+        flops: Floating-point operations; a multiplication and an addition count as two.
+        scratch: Bytes that are allocated and freed during the call.
+        kept: Bytes that the thread keeps for the next calls; it keeps the largest buffer of all operators.
+        product: (rows, inner, columns, layout) of a product for which oneDNN caches code.
+        products: Number of such products; the products of experts differ in their shapes.
     """
 
     flops: float = 0.0
@@ -45,11 +46,11 @@ FREE = Cost()
 
 
 def cost(operator: Any, args: tuple[Any, ...], output: Any, *, on_card: bool) -> Cost:
-    """Return the cost of an operator. On a card libraries take nothing that is known."""
+    """Return the cost of an operator. On a GPU, the memory that libraries allocate is not modelled."""
     name = operator._schema.name
     if name.startswith("peftcore::"):
-        found = _ours(operator, args)
-        return Cost(found.flops) if on_card else found
+        operator_cost = _peftcore_cost(operator, args)
+        return Cost(operator_cost.flops) if on_card else operator_cost
     if name.startswith("aten::_scaled_dot_product_flash_attention_for_cpu"):
         return _attention(operator, args)
     formula = flop_registry.get(operator.overloadpacket)
@@ -59,34 +60,47 @@ def cost(operator: Any, args: tuple[Any, ...], output: Any, *, on_card: bool) ->
     if on_card or name not in ("aten::mm", "aten::addmm"):
         return Cost(flops)
     left, right = args[-2:] if name == "aten::mm" else args[1:3]
-    layout = OUTER if _transposed(left) else TRANSPOSED if _transposed(right) else PLAIN
+    layout = PLAIN
+    if _is_transposed(left):
+        layout = OUTER
+    elif _is_transposed(right):
+        layout = TRANSPOSED
     return _product(left.shape[0], left.shape[1], right.shape[1], left.dtype, layout)._replace(flops=flops)
 
 
 def kept(costs: Sequence[Cost]) -> int:
     """Return the bytes that operators with these costs keep after the step."""
     shapes: set[tuple[int, int, int, str]] = set()
-    of_experts = 0
-    for each in costs:
-        if each.product is None:
+    products_of_experts = 0
+    for operator_cost in costs:
+        if operator_cost.product is None:
             continue
-        if each.products == 1:
-            shapes.add(each.product)
-        elif extension is None:  # with the extension, its kernels compute the products of experts
-            of_experts += each.products
-    return max((each.kept for each in costs), default=0) + _CODE * min(_MOST_SHAPES, len(shapes) + of_experts)
+        if operator_cost.products == 1:
+            shapes.add(operator_cost.product)
+        elif extension is None:  # the extension has its own kernels for the products of experts
+            products_of_experts += operator_cost.products
+    largest = max((operator_cost.kept for operator_cost in costs), default=0)
+    return largest + _CODE * min(_MOST_SHAPES, len(shapes) + products_of_experts)
 
 
 def _attention(operator: Any, args: tuple[Any, ...]) -> Cost:
     """Return the cost of attention on a CPU: scores and their product with values, or the three gradients."""
-    given = dict(zip((argument.name for argument in operator._schema.arguments), args, strict=False))
-    query, key, value = (given[name] if name in given else given[name[0]] for name in ("query", "key", "value"))
-    forward = 2.0 * query[..., 0].numel() * key.shape[-2] * (query.shape[-1] + value.shape[-1])
-    whole = forward * (2.5 if "grad_out" in given or "grad" in given else 1.0)
-    return Cost(0.5 * whole if given.get("is_causal", given.get("causal", False)) else whole)
+    arguments = _arguments_by_name(operator, args)
+    # Operators of peftcore call them q, k and v.
+    query, key, value = (arguments[name if name in arguments else name[0]] for name in ("query", "key", "value"))
+    flops = 2.0 * query[..., 0].numel() * key.shape[-2] * (query.shape[-1] + value.shape[-1])
+    if "grad_out" in arguments or "grad" in arguments:  # five products instead of two
+        flops *= 2.5
+    if arguments.get("is_causal", arguments.get("causal", False)):
+        flops *= 0.5
+    return Cost(flops)
 
 
-def _transposed(matrix: Tensor) -> bool:
+def _arguments_by_name(operator: Any, args: tuple[Any, ...]) -> dict[str, Any]:
+    return dict(zip((argument.name for argument in operator._schema.arguments), args, strict=False))
+
+
+def _is_transposed(matrix: Tensor) -> bool:
     return matrix.stride(0) == 1 and matrix.shape[0] > 1
 
 
@@ -101,7 +115,7 @@ def _product(rows: int, inner: int, columns: int, dtype: torch.dtype, layout: st
 
 
 def _frozen(rows: int, weight: list[Tensor], packing: list[int], dtype: torch.dtype, backward: bool = False) -> Cost:
-    """Return the cost of x Wᵀ, or with `backward` of dy W, which unpacks a 4-bit weight panel by panel."""
+    """Return the cost of x Wᵀ, or if `backward` of dy W. A 4-bit weight is unpacked panel by panel."""
     out, inner = packing[-2:] if packing else weight[0].shape[-2:]
     if not packing:
         return _product(rows, out, inner, dtype, PLAIN) if backward else _product(rows, inner, out, dtype, TRANSPOSED)
@@ -111,36 +125,47 @@ def _frozen(rows: int, weight: list[Tensor], packing: list[int], dtype: torch.dt
         multiple = PackedWeight(weight[0], weight[1], weight[2], (out, inner), packing[0]).rows_that_begin_blocks()
         panel = min(out, max(1, limit // (row_bytes * multiple)) * multiple)
     layout = PLAIN if backward else TRANSPOSED
-    found = _product(rows, *((panel, inner) if backward else (inner, panel)), dtype, layout)
-    return found._replace(flops=2.0 * rows * out * inner, kept=panel * row_bytes)
+    panel_cost = _product(rows, *((panel, inner) if backward else (inner, panel)), dtype, layout)
+    return panel_cost._replace(flops=2.0 * rows * out * inner, kept=panel * row_bytes)
 
 
-def _ours(operator: Any, args: tuple[Any, ...]) -> Cost:
+def _peftcore_cost(operator: Any, args: tuple[Any, ...]) -> Cost:
     """Return the cost of an operator of `peftcore.ops`, whose arguments have the same names in all operators."""
     if operator._schema.name.startswith("peftcore::attention"):
         return _attention(operator, args)
-    given = dict(zip((argument.name for argument in operator._schema.arguments), args, strict=False))
-    grad = given.get("grad")
-    rows_of = given.get("x") if grad is None else grad
-    if operator._schema.name.startswith("peftcore::dense_linear") and rows_of is not None:
-        rows, (out, inner) = rows_of[..., 0].numel(), given["weight"].shape
+    arguments = _arguments_by_name(operator, args)
+    grad = arguments.get("grad")
+    x = arguments.get("x") if grad is None else grad
+    if operator._schema.name.startswith("peftcore::dense_linear") and x is not None:
+        rows, (out, inner) = x[..., 0].numel(), arguments["weight"].shape
         return Cost(2.0 * rows * out * inner)
-    if "packing" not in given or rows_of is None:
+    if "packing" not in arguments or x is None:
         return FREE
-    weight, packing, needs = given["weight"], given["packing"], given.get("needs", (True, True, True))
-    rows = rows_of[..., 0].numel()
-    factors = [given[name] for name in ("a", "b") if name in given] or list(given.get("factors", ()))[:2]
-    factors = [factor[0] if isinstance(factor, list) else factor for factor in factors]  # equal in all samples
-    if "offsets" in given:  # each row goes to one expert
-        experts = given["offsets"].numel()
-        out, inner = packing[-2:] if packing else weight[0].shape[-2:]
-        found = _product(-(-rows // experts), inner, out, rows_of.dtype, TRANSPOSED)
-        found = found._replace(flops=2.0 * rows * inner * out, products=experts)
-        factors = [factor[0] for factor in factors]
-    else:
-        found = _frozen(rows, weight, packing, rows_of.dtype, backward=grad is not None)
-    if not needs[0]:
-        found = FREE
-    gradients = (0, 0) if grad is None else needs[1:]  # a product more for each factor's own
-    size = sum((1 + more) * factor.numel() for factor, more in zip(factors, gradients, strict=False))
-    return found._replace(flops=found.flops + 2.0 * rows * size)
+    needs = arguments.get("needs", (True, True, True))  # whether gradients of x, A and B are computed
+    base = _base_cost(arguments, x, backward=grad is not None) if needs[0] else FREE
+    needs_factors = (0, 0) if grad is None else needs[1:]
+    return base._replace(flops=base.flops + _low_rank_flops(arguments, x, needs_factors))
+
+
+def _base_cost(arguments: dict[str, Any], x: Tensor, *, backward: bool) -> Cost:
+    """Return the cost of the product with the frozen weight, which may be the stacked weight of experts."""
+    weight, packing, rows = arguments["weight"], arguments["packing"], x[..., 0].numel()
+    if "offsets" not in arguments:
+        return _frozen(rows, weight, packing, x.dtype, backward)
+    experts = arguments["offsets"].numel()  # each row goes to one of them
+    out, inner = packing[-2:] if packing else weight[0].shape[-2:]
+    expert_cost = _product(-(-rows // experts), inner, out, x.dtype, TRANSPOSED)
+    return expert_cost._replace(flops=2.0 * rows * inner * out, products=experts)
+
+
+def _low_rank_flops(arguments: dict[str, Any], x: Tensor, needs_factors: Sequence[bool | int]) -> float:
+    """Return the operations of the low-rank products; the gradient of a factor takes one more product."""
+    factors = [arguments[name] for name in ("a", "b") if name in arguments]
+    factors = factors or list(arguments.get("factors", ()))[:2]
+    factors = [factor[0] if isinstance(factor, list) else factor for factor in factors]  # all samples have equal sizes
+    if "offsets" in arguments:
+        factors = [factor[0] for factor in factors]  # each row is multiplied with one expert's factors
+    products = 0
+    for factor, needs_gradient in zip(factors, needs_factors, strict=False):
+        products += (1 + needs_gradient) * factor.numel()
+    return 2.0 * x[..., 0].numel() * products

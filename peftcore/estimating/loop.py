@@ -1,6 +1,6 @@
-"""Training step of a stand-in: forward, backward, gradient clipping and optimizer.
+"""Training step of a meta model: forward, backward, gradient clipping and optimizer.
 
-Operators with a kernel for CPUs only are followed as that kernel on meta tensors (`kernels_of_cpu`).
+Operators that have a kernel on CPUs only are simulated as that kernel on meta tensors (`kernels_of_cpu`).
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ OPTIMIZERS = (*_TORCH, *NAMES)
 def make_inputs(
     model: nn.Module, rows: int, length: int, loss: str | None = None, example: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """Return inputs and labels with so many rows and tokens; for vectors (`loss`), a mask in place of labels.
+    """Return inputs and labels of `rows` rows and `length` tokens. Losses on vectors get a mask instead of labels.
 
-    Rows of an `example` have its tokens, and its pixels and features in the dtype of the model.
+    With an `example`, each row is the example, with pixels and features in the model's dtype.
 
     Raises:
         NotFollowed: The model's forward has no argument `labels`.
@@ -53,18 +53,32 @@ def make_inputs(
     """
     if loss not in VECTORS and "labels" not in inspect.signature(original_forward(model)).parameters:
         raise NotFollowed(
-            f"the forward of {type(model).__name__} takes no labels, so its loss is not known. Estimate a class with a "
+            f"the forward of {type(model).__name__} takes no labels, so its loss is unknown. Estimate a class with a "
             "loss, such as ...ForCausalLM or ...ForSequenceClassification"
         )
     if example is not None:
-        return _repeated(model, rows, example)
-    known = number_of_positions(model)
-    if known is not None and length > known:
+        return _repeat_example(model, rows, example)
+    _refuse_too_long(model, length)
+    inputs = _resized_example_inputs(model, rows, length)
+    if loss in VECTORS:
+        inputs["attention_mask"] = _padding_mask(rows, length)
+    else:
+        _add_labels(model, inputs, rows, length)
+    return inputs
+
+
+def _refuse_too_long(model: nn.Module, length: int) -> None:
+    positions = number_of_positions(model)
+    if positions is not None and length > positions:
         raise PeftcoreError(
-            f"{type(model).__name__} has positions for {known:,} tokens, found length={length:,}. Pass length={known} "
-            f"(--max-length {known})"
+            f"{type(model).__name__} has positions for {positions:,} tokens, found length={length:,}. Pass "
+            f"length={positions} (--max-length {positions})"
         )
-    sized = {}
+
+
+def _resized_example_inputs(model: nn.Module, rows: int, length: int) -> dict[str, Any]:
+    """Return the model's example inputs, resized to `rows` rows and `length` tokens."""
+    inputs = {}
     for name, value in example_inputs(model, device="cpu").items():
         shape = list(value.shape)
         if shape[:1] == [BATCH]:
@@ -72,62 +86,69 @@ def make_inputs(
         if shape[1:2] == [LENGTH]:
             shape[1] = length
         if value.is_floating_point():
-            sized[name] = value.new_empty(shape, device="meta")
+            inputs[name] = value.new_empty(shape, device="meta")
         else:
-            sized[name] = torch.full(shape, 3, dtype=value.dtype, device="cpu")
-    if loss in VECTORS:  # texts of an example rarely have one length
-        sized["attention_mask"] = torch.ones(rows, length, dtype=torch.long, device="cpu")
-        sized["attention_mask"][1:, max(1, length - 1) :] = 0
-        return sized
+            inputs[name] = torch.full(shape, 3, dtype=value.dtype, device="cpu")
+    return inputs
+
+
+def _padding_mask(rows: int, length: int) -> Tensor:
+    """Return a mask with padding, since texts rarely have the same length."""
+    mask = torch.ones(rows, length, dtype=torch.long, device="cpu")
+    mask[1:, max(1, length - 1) :] = 0
+    return mask
+
+
+def _add_labels(model: nn.Module, inputs: dict[str, Any], rows: int, length: int) -> None:
+    """Add labels for the model's task: language modeling, token classification or classification."""
     config = getattr(model, "config", None)
     is_encoder_decoder = getattr(config, "is_encoder_decoder", False)
     if is_encoder_decoder:
-        sized.pop("decoder_input_ids", None)  # the model derives them from the labels
+        inputs.pop("decoder_input_ids", None)  # the model derives them from the labels
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
-    if head is not None and ("input_ids" in sized or is_encoder_decoder):
-        sized["labels"] = torch.full((rows, length), 3, device="cpu")
-    elif "input_ids" in sized and _has_logits_of_tokens(model):
-        sized["labels"] = torch.zeros(rows, length, dtype=torch.long, device="cpu")
+    if head is not None and ("input_ids" in inputs or is_encoder_decoder):
+        inputs["labels"] = torch.full((rows, length), 3, device="cpu")
+    elif "input_ids" in inputs and _has_token_logits(model):
+        inputs["labels"] = torch.zeros(rows, length, dtype=torch.long, device="cpu")
     else:
-        sized["labels"] = torch.zeros(rows, dtype=torch.long, device="cpu")
+        inputs["labels"] = torch.zeros(rows, dtype=torch.long, device="cpu")
         if config is not None and hasattr(config, "problem_type"):
             text_config(config).problem_type = config.problem_type = "single_label_classification"
-    return sized
 
 
-def _repeated(model: nn.Module, rows: int, example: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a batch of so many equal examples: processors put images and patches one after another."""
+def _repeat_example(model: nn.Module, rows: int, example: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a batch of `rows` copies of an example, concatenated in dimension 0, as processors do with images."""
     inputs = {"labels": example["input_ids"], **example}
-    found = {}
+    batch = {}
     for name, value in inputs.items():
         if not isinstance(value, Tensor):
-            found[name] = value
+            batch[name] = value
         elif value.is_floating_point() or rows * value.numel() > LARGEST_INDEX:
             dtype = getattr(model, "dtype", value.dtype) if value.is_floating_point() else value.dtype
-            found[name] = torch.empty(rows * len(value), *value.shape[1:], dtype=dtype, device="meta")
+            batch[name] = torch.empty(rows * len(value), *value.shape[1:], dtype=dtype, device="meta")
         else:
-            found[name] = value.to("cpu").repeat(rows, *[1] * (value.dim() - 1))
-    return found
+            batch[name] = value.to("cpu").repeat(rows, *[1] * (value.dim() - 1))
+    return batch
 
 
-def _has_logits_of_tokens(model: nn.Module) -> bool:
-    """Return whether a forward pass without labels gives logits for each token, as a tagger's does."""
-    copied = meta_copy(model).eval()
+def _has_token_logits(model: nn.Module) -> bool:
+    """Return whether a forward pass without labels returns logits for each token, as token classifiers do."""
+    model_copy = meta_copy(model).eval()
     try:
         with torch.no_grad(), MetaFloats():
-            logits = copied(**example_inputs(copied, device="cpu")).logits
-    except Exception:  # the step itself says what fails
+            logits = model_copy(**example_inputs(model_copy, device="cpu")).logits
+    except Exception:  # the simulated step raises a better error
         return False
     return isinstance(logits, Tensor) and logits.dim() == 3 and logits.shape[:2] == (BATCH, LENGTH)
 
 
 def make_optimizer(parameters: list[nn.Parameter], optimizer: str, *, paged: bool = False) -> torch.optim.Optimizer:
-    """Return the optimizer with this name; unless `paged`, with state in tensors instead of pages."""
+    """Return the optimizer with this name. Unless `paged`, its state is in tensors instead of pages."""
     if optimizer in _TORCH:
         return _TORCH[optimizer](parameters)
     if optimizer not in NAMES:
         raise PeftcoreError(
-            f"the memory of optimizer '{optimizer}' is not known{nearest(optimizer, OPTIMIZERS)}. "
+            f"the memory of optimizer '{optimizer}' is unknown{nearest(optimizer, OPTIMIZERS)}. "
             f"Use one of: {', '.join(OPTIMIZERS)}"
         )
     kind: Any = NAMES[optimizer]
@@ -142,17 +163,17 @@ def is_paged(optimizer: str) -> bool:
 
 
 def follow(following: Following, model: nn.Module, step: Step, *, on_card: bool) -> None:
-    """Follow one step of the stand-in after the first, so that the optimizer has its state."""
+    """Simulate one step of the meta model. It is not the first, so that the optimizer has its state."""
     inputs = make_inputs(model, rows_of(step.loss, step.batch_size), step.length, step.loss, step.example)
     if step.without_logits and step.loss is None and not step.is_sharded:
-        with suppress(PeftcoreError):  # such a model computes its logits
+        with suppress(PeftcoreError):  # a model for which this is not supported computes its logits
             switch_on(model)
     loss = loss_of(model, step.loss)
     processes = _processes_of(model, step, on_card=on_card)
     if loss.reference is not None and step.is_sharded:
         raise NotFollowed(
-            f"loss='{step.loss}' without adapters on shards is not followed: the trainer loads a second model. Name a "
-            "method, or leave out shard"
+            f"cannot estimate loss='{step.loss}' without adapters on a sharded model, because the trainer loads a "
+            "second model. Name a method, or leave out shard"
         )
     optimizer = make_optimizer(processes.trained(), step.optimizer)
     precision = step.mixed_precision
@@ -166,7 +187,7 @@ def follow(following: Following, model: nn.Module, step: Step, *, on_card: bool)
 
 
 def _processes_of(model: nn.Module, step: Step, *, on_card: bool) -> Alone:
-    """Return the model as one of the step's processes holds it."""
+    """Return the part of the model that one of the step's processes holds."""
     if step.is_sharded:
         return Shards(model, step, on_card)
     if step.copies > 1:
@@ -186,9 +207,9 @@ def _follow(
     model, parameters = processes.model, processes.trained()
     batches = step.gradient_accumulation
 
-    def call(called: nn.Module, **arguments: Any) -> Any:
+    def call(module: nn.Module, **arguments: Any) -> Any:
         with autocast(precision):
-            outputs = called(**arguments)
+            outputs = module(**arguments)
         if precision is not None:
             outputs = to_single(outputs)
         return processes.after_forward(outputs)
@@ -203,13 +224,13 @@ def _follow(
         if isinstance(tensor, Tensor):
             following.see(tensor, Purpose.INPUTS)
     processes.start(following)
-    trained = [p for p in model.parameters() if p.requires_grad]
+    trainable = [p for p in model.parameters() if p.requires_grad]
 
     def see_gradient(p: Tensor) -> None:
         if p.grad is not None:
             following.see(p.grad, Purpose.GRADIENTS)
 
-    hooks = [p.register_post_accumulate_grad_hook(see_gradient) for p in trained]
+    hooks = [p.register_post_accumulate_grad_hook(see_gradient) for p in trainable]
 
     with following.running(model):
         for batch in range(batches):
@@ -231,19 +252,19 @@ def _follow(
 
 
 def _firsts(parameters: Sequence[nn.Parameter]) -> dict[nn.Parameter, nn.Parameter]:
-    """Return for each parameter the first one with its shape and dtype, since optimizers treat these alike."""
-    found: dict[Any, nn.Parameter] = {}
-    return {p: found.setdefault((p.shape, p.dtype, p.stride(), p.grad is None), p) for p in parameters}
+    """Map each parameter to the first one of its shape and dtype, since an optimizer's step is the same for these."""
+    first_by_kind: dict[Any, nn.Parameter] = {}
+    return {p: first_by_kind.setdefault((p.shape, p.dtype, p.stride(), p.grad is None), p) for p in parameters}
 
 
 def _update(parameters: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
-    """Run the optimizer's step on one parameter of each kind, while all gradients stay."""
+    """Run the optimizer's step on one parameter of each kind, while all gradients stay in memory."""
     firsts = _firsts(parameters)
-    held = {p: p.grad for p in parameters if firsts[p] is not p}
-    for p in held:
+    other_gradients = {p: p.grad for p in parameters if firsts[p] is not p}
+    for p in other_gradients:
         p.grad = None
     optimizer.step()
-    for p, grad in held.items():
+    for p, grad in other_gradients.items():
         p.grad = grad
 
 
@@ -258,22 +279,22 @@ def give_state(parameters: Sequence[nn.Parameter], optimizer: torch.optim.Optimi
     for p, first in firsts.items():
         if p is not first and first in optimizer.state:
             state = optimizer.state[first]
-            # Copies, not `empty_like`: Adam's counter of steps is a real number, on the CPU.
+            # Clone instead of `empty_like`, because Adam's step counter is a real tensor on the CPU.
             optimizer.state[p] = {n: v.clone() if isinstance(v, Tensor) else v for n, v in state.items()}
 
 
 def _see_what_stays(following: Following, processes: Alone, loss: Own, optimizer: torch.optim.Optimizer) -> None:
     model = processes.model
 
-    def here(tensor: Tensor) -> Tensor:
+    def local(tensor: Tensor) -> Tensor:
         return processes.shards.get(tensor, tensor) if isinstance(tensor, nn.Parameter) else tensor
 
     for _, module in base_modules(model):
         for tensor in (*module._parameters.values(), *module._buffers.values()):
             if tensor is not None:
-                following.see(here(tensor), Purpose.BASE)
+                following.see(local(tensor), Purpose.BASE)
     for tensor in (*model.parameters(), *model.buffers()):
-        following.see(here(tensor), Purpose.ADAPTERS, only_new=True)
+        following.see(local(tensor), Purpose.ADAPTERS, only_new=True)
     if loss.reference is not None:
         for tensor in (*loss.reference.parameters(), *loss.reference.buffers()):
             following.see(tensor, Purpose.BASE)
@@ -299,10 +320,10 @@ class _Scaled(torch.autograd.Function):
 
 @contextmanager
 def kernels_of_cpu() -> Iterator[None]:
-    """Make `ops.scaled` on meta tensors one operator, as on a CPU, within the block.
+    """Make `ops.scaled` one operator on meta tensors, as on a CPU, within the block.
 
-    On other devices, meta included, it consists of PyTorch's operators, which create a matrix in fp32 for 16 bits.
-    Without the extension nothing changes, since the reference creates this matrix, too.
+    On other devices, including meta, it consists of PyTorch's operators, which create an fp32 matrix for 16-bit inputs.
+    Without the extension nothing changes, because the reference also creates this matrix.
     """
     original = ops.scaled
 

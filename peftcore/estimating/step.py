@@ -15,11 +15,11 @@ MIXED = ("bf16", "fp16")
 LOSSES = ("sft", "dpo", "kto", "pairs", "triplets")
 CHECKPOINTING = ("reentrant", "non-reentrant")
 ZERO = (
-    "DeepSpeed's ZeRO is not estimated here. DeepSpeed estimates it: call "
+    "peftcore does not estimate DeepSpeed's ZeRO, but DeepSpeed does: call "
     "deepspeed.runtime.zero.stage_1_and_2.estimate_zero2_model_states_mem_needs_all_live, or "
     "deepspeed.runtime.zero.stage3.estimate_zero3_model_states_mem_needs_all_live"
 )
-_OF_SHARD = {"adapter_placement": ("replicate", "shard"), "reshard_after_forward": (True, False)}
+_SHARD_ARGUMENTS = {"adapter_placement": ("replicate", "shard"), "reshard_after_forward": (True, False)}
 
 
 @dataclass(frozen=True)
@@ -39,20 +39,21 @@ class Step:
         loss: `sft`, `dpo` or `kto` for TRL's trainers, with the passes of the reference; `pairs` or `triplets` for the
             contrastive loss of two or three texts per example, of a model without an output head; None: the model's own
             loss.
-        example: Inputs of one example as the model's processor makes them, `input_ids` [1, length] with pixels or
-            features, whose shapes are followed; a batch repeats it, and `length` is its number of tokens. None: texts.
-        without_logits: Whether the model's own loss is computed without logits (`peftcore.loss_without_logits`). A
-            model whose loss is computed so is followed so in any case.
-        fused: Whether norms, gates, activations, dropout and attention are one operator each (`peftcore.fuse`). A fused
-            model is followed so in any case. On a card, where the model's own forward computes them, nothing changes.
+        example: Inputs of one example from the model's processor: `input_ids` [1, length], and pixels or features. A
+            batch repeats it, and `length` becomes its number of tokens. None: texts.
+        without_logits: Whether the model's own loss is computed without logits (`peftcore.loss_without_logits`). True
+            anyway for a model that has been switched to it.
+        fused: Whether norms, gates, activations, dropout and attention are fused into one operator each
+            (`peftcore.fuse`). True anyway for a fused model. It has no effect on a GPU, where the model's own forward
+            runs.
         recompute: `auto` or `none`, as in `peftcore.fuse`.
-        ranks: Processes of the run, one of which is estimated.
-        shard: False: each process has a whole copy (DDP). True: the base is sharded (FSDP2) as by `peftcore.shard`. A
-            dict: arguments of `peftcore.shard`, `adapter_placement` and `reshard_after_forward`.
-        tp_size: Ranks among which tensor parallelism divides each layer, as transformers' `tp_size`; with `shard`, the
-            other dimension of the mesh has `ranks / tp_size` ranks.
+        ranks: Number of processes; the estimate is for one of them.
+        shard: False: each process has a full copy of the base (DDP). True: the base is sharded (FSDP2) as by
+            `peftcore.shard`. A dict: arguments of `peftcore.shard`, `adapter_placement` and `reshard_after_forward`.
+        tp_size: Number of ranks that share each layer by tensor parallelism, as transformers' `tp_size`. With `shard`,
+            the other dimension of the mesh has `ranks / tp_size` ranks.
         per_sample: Number of adapters among the samples of a batch (`activate(..., per_sample=True)`); 0: one adapter
-            for all.
+            for all samples.
 
     Raises:
         PeftcoreError: A value is invalid.
@@ -75,36 +76,49 @@ class Step:
     per_sample: int = 0
 
     def __post_init__(self) -> None:
+        self._check_numbers()
+        self._check_choices()
+        if self.example is not None:
+            length = self._length_of_example(self.example)
+            object.__setattr__(self, "length", length)  # the dataclass is frozen
+        self._check_ranks()
+        if not isinstance(self.shard, bool):
+            self._check_shard(self.shard)
+
+    def _check_numbers(self) -> None:
         for name in ("batch_size", "length", "gradient_accumulation", "ranks", "tp_size", "per_sample"):
-            least = 0 if name == "per_sample" else 1
+            minimum = 0 if name == "per_sample" else 1
             number = getattr(self, name)
-            if not isinstance(number, int) or isinstance(number, bool) or number < least:
-                raise PeftcoreError(f"{name} must be a whole number from {least}, found {number!r}")
-        for name, known in (("mixed_precision", MIXED), ("loss", LOSSES)):
+            if not isinstance(number, int) or isinstance(number, bool) or number < minimum:
+                raise PeftcoreError(f"{name} must be a whole number from {minimum}, found {number!r}")
+
+    def _check_choices(self) -> None:
+        for name, choices in (("mixed_precision", MIXED), ("loss", LOSSES)):
             value = getattr(self, name)
-            if value is not None and value not in known:
+            if value is not None and value not in choices:
                 raise PeftcoreError(
-                    f"{name} must be None or one of {', '.join(known)}, found {value!r}{nearest(str(value), known)}"
+                    f"{name} must be None or one of {', '.join(choices)}, found {value!r}{nearest(str(value), choices)}"
                 )
         if self.recompute not in RECOMPUTE:
             raise PeftcoreError(f"recompute must be one of {', '.join(RECOMPUTE)}, found {self.recompute!r}")
-        if self.example is not None:
-            ids = self.example.get("input_ids")
-            if not isinstance(ids, Tensor) or ids.dim() != 2 or len(ids) != 1:
-                found = list(ids.shape) if isinstance(ids, Tensor) else ids
-                raise PeftcoreError(f"example must be a batch of one, with input_ids [1, length], found {found}")
-            if self.loss in ("pairs", "triplets"):
-                raise PeftcoreError(f"loss={self.loss!r} is for texts alone, found an example. Leave out one of them")
-            object.__setattr__(self, "length", ids.shape[1])
         kind = self.gradient_checkpointing
         if not isinstance(kind, (bool, Mapping)) and kind not in CHECKPOINTING:
             raise PeftcoreError(
                 "gradient_checkpointing must be True, False, 'reentrant', 'non-reentrant' or a dict as in Trainer's "
                 f"gradient_checkpointing_kwargs, found {kind!r}"
             )
-        self._check_shard()
 
-    def _check_shard(self) -> None:
+    def _length_of_example(self, example: Mapping[str, Any]) -> int:
+        """Return the number of tokens of the example, which replaces `length`."""
+        ids = example.get("input_ids")
+        if not isinstance(ids, Tensor) or ids.dim() != 2 or len(ids) != 1:
+            found = list(ids.shape) if isinstance(ids, Tensor) else ids
+            raise PeftcoreError(f"example must be a batch of one, with input_ids [1, length], found {found}")
+        if self.loss in ("pairs", "triplets"):
+            raise PeftcoreError(f"loss={self.loss!r} only works with texts, found an example. Leave out one of them")
+        return ids.shape[1]
+
+    def _check_ranks(self) -> None:
         if self.ranks % self.tp_size:
             raise PeftcoreError(f"ranks must be a multiple of tp_size ({self.tp_size}), found {self.ranks}")
         if self.ranks > self.tp_size > 1 and not self.is_sharded:
@@ -112,23 +126,24 @@ class Step:
                 f"ranks={self.ranks} with tp_size={self.tp_size} are several groups of tensor parallelism, which share "
                 f"the base by FSDP2: add shard=True, or estimate one group with ranks={self.tp_size}"
             )
-        if isinstance(self.shard, bool):
-            return
-        if str(self.shard).startswith("zero") or (isinstance(self.shard, Mapping) and "stage" in self.shard):
-            raise PeftcoreError(f"shard={self.shard!r}: {ZERO}")
-        if not isinstance(self.shard, Mapping):
-            raise PeftcoreError(f"shard must be True (FSDP2), False (DDP) or a dict, found {self.shard!r}")
-        for name, value in self.shard.items():
-            if name not in _OF_SHARD:
+
+    def _check_shard(self, shard: object) -> None:
+        if str(shard).startswith("zero") or (isinstance(shard, Mapping) and "stage" in shard):
+            raise PeftcoreError(f"shard={shard!r}: {ZERO}")
+        if not isinstance(shard, Mapping):
+            raise PeftcoreError(f"shard must be True (FSDP2), False (DDP) or a dict, found {shard!r}")
+        for name, value in shard.items():
+            if name not in _SHARD_ARGUMENTS:
                 raise PeftcoreError(
-                    f"shard: '{name}' is not followed{nearest(name, _OF_SHARD)}. Use only: {', '.join(_OF_SHARD)}"
+                    f"shard: '{name}' is not supported{nearest(name, _SHARD_ARGUMENTS)}. Use only: "
+                    f"{', '.join(_SHARD_ARGUMENTS)}"
                 )
-            if value not in _OF_SHARD[name]:
-                raise PeftcoreError(f"shard: {name} must be one of {_OF_SHARD[name]}, found {value!r}")
+            if value not in _SHARD_ARGUMENTS[name]:
+                raise PeftcoreError(f"shard: {name} must be one of {_SHARD_ARGUMENTS[name]}, found {value!r}")
 
     @property
     def copies(self) -> int:
-        """Number of ranks that have a batch of their own."""
+        """Number of data-parallel ranks, each of which has its own batch."""
         return self.ranks // self.tp_size
 
     @property
@@ -137,7 +152,7 @@ class Step:
         return self.shard is not False
 
     def _ways(self) -> str:
-        """Return how the ranks share the work."""
+        """Return a description of how the ranks share the work."""
         if self.tp_size == 1:
             return "FSDP2" if self.is_sharded else "DDP"
         fsdp = f"FSDP2 over {self.copies} x " if self.is_sharded else ""

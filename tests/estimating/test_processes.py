@@ -166,5 +166,5 @@ def test_methods_that_act_beside_the_blocks() -> None:
 
 
 def test_what_is_not_followed() -> None:
-    with pytest.raises(PeftcoreError, match=r"shard: .offload. is not followed.*\. Use only: adapter_placement"):
+    with pytest.raises(PeftcoreError, match=r"shard: .offload. is not supported.*\. Use only: adapter_placement"):
         peftcore.estimate(CONFIG, "lora", ranks=2, shard={"offload": True})
