@@ -33,7 +33,7 @@ RECORD = "_build.json"
 
 
 def module_at(path):
-    """Return the module in the file, whose package, if it has one, is not imported: peftcore's needs PyTorch."""
+    """Load a module from its file without importing its package, because importing peftcore needs PyTorch."""
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -43,8 +43,8 @@ def module_at(path):
 toolchain = module_at(CSRC / "toolchain.py")
 digest = module_at(ROOT / "peftcore" / "ops" / "_sources.py").digest
 
-# Host files of these folders are compiled together, as translation units of these names: PyTorch's headers take five
-# seconds of each unit that includes them, and the files themselves less than one each. CUDA's host files are one unit.
+# Host files of these folders are compiled together, in translation units with these names: PyTorch's headers take five
+# seconds per unit, and the files themselves less than one second each. CUDA's host files form a unit of their own.
 UNITS = {
     "weight": "linear",
     "gemm": "linear",
@@ -62,7 +62,7 @@ UNITS = {
 
 
 def commit():
-    """Return git's description of this checkout; a source archive may be inside a checkout of another project."""
+    """Return git's description of this checkout, or "unknown" for a source archive (even inside another checkout)."""
     described = (
         toolchain.lines_of(["git", "describe", "--always", "--dirty", "--abbrev=12"], ROOT)[0]
         if (ROOT / ".git").exists()
@@ -71,8 +71,8 @@ def commit():
     return described or "unknown"
 
 
-def followed(command):
-    """Run the command and print its output line by line; return whether it failed, and the lines.
+def run_and_print(command):
+    """Run the command and print its output line by line. Return whether it failed, and the lines.
 
     nvcc's reports of registers and shared memory are not printed.
     """
@@ -97,9 +97,9 @@ def quoted(value):
 
 
 def link_flags(system, lib):
-    """Return the flags to link a Python module that uses PyTorch's libraries, which are loaded before it.
+    """Return the flags to link a Python module against PyTorch's libraries.
 
-    A relative rpath would tie the binary to one environment; peftcore imports torch first instead.
+    No rpath is set, since it would tie the binary to one environment: peftcore imports torch, which loads them, first.
     """
     libraries = [f"-L{shlex.quote(str(lib))}", "-ltorch", "-ltorch_cpu", "-lc10"]
     if system == "Darwin":
@@ -108,7 +108,7 @@ def link_flags(system, lib):
 
 
 def unit_of(source):
-    """Return the name of the translation unit that includes this host file of csrc, or None if it is its own."""
+    """Return the name of the translation unit that includes this file, or None if it is compiled on its own."""
     parts = source.relative_to(CSRC).parts
     if source.suffix == ".cu" or source.stem in {"portable", *toolchain.SIMD}:
         return None
@@ -116,14 +116,14 @@ def unit_of(source):
 
 
 def write_if_changed(path, text):
-    """Write the file, unless it has this text already: ninja compiles what is newer than its object."""
+    """Write the file unless it already has this text, since ninja recompiles files newer than their object."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.exists() or path.read_text() != text:
         path.write_text(text)
 
 
 class Build:
-    """Ninja build of the extension: its sources, where the binary goes, and what to record about it."""
+    """Ninja build of the extension."""
 
     def __init__(self, output, folder, version):
         self.output, self.folder = output, folder
@@ -173,7 +173,7 @@ class Build:
             yield from sorted(CSRC.rglob("*.cu"))
 
     def translation_units(self):
-        """Return the files to compile: CUDA kernels, which take longest, first. Files that share a unit are written."""
+        """Write the files of shared units. Return all files to compile, CUDA kernels first as they take longest."""
         alone, together = [], {}
         for source in self.sources():
             unit = unit_of(source)
@@ -206,7 +206,7 @@ class Build:
             "-Wno-unused-parameter",
             f"-D_GLIBCXX_USE_CXX11_ABI={self.torch['abi']}",
             "-DTORCH_ASSERT_ONLY_METHOD_OPERATORS",
-            # PyTorch's headers are not among the dependencies that ninja knows: another PyTorch is another command.
+            # Ninja does not track PyTorch's headers, so PyTorch's build is part of the command.
             quoted(("PEFTCORE_TORCH_BUILD", self.torch["build"])).replace("$", "$$"),
             *defines,
             f"-I{includes[0]}",
@@ -264,7 +264,7 @@ class Build:
         return "\n".join(lines) + "\n"
 
     def announcement(self, jobs):
-        """Return a line that says what is about to be compiled, which part is optional, and how to leave it out."""
+        """Return a line that describes what will be compiled, and how to leave out the optional part."""
         count = len(self.translation_units())
         kernels = ", ".join(["portable", *self.levels])
         optional = (
@@ -276,14 +276,14 @@ class Build:
         return f"compiling up to {count} files, {jobs} at a time: CPU kernels ({kernels}), {optional}"
 
     def run(self):
-        """Build and return the facts; without CUDA if only the CUDA part fails and it was not required."""
+        """Build the extension and return facts about it. If only CUDA fails and is not required, build without it."""
         facts, sources = self.facts(), digest(CSRC)
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "build.ninja").write_text(self.ninja_file(facts))
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         jobs = os.environ.get("MAX_JOBS") or str(cores)
         print(self.announcement(jobs), flush=True)
-        failed, output = followed([self.ninja, "-C", str(self.folder), "-j", jobs])
+        failed, output = run_and_print([self.ninja, "-C", str(self.folder), "-j", jobs])
         if not failed:
             if self.openmp_note:
                 print(f"peftcore's kernels run in one thread: {self.openmp_note}", file=sys.stderr, flush=True)
@@ -302,7 +302,7 @@ class BuildExtension(build_ext):
         output = Path(self.get_ext_fullpath(ext.name)).resolve()
         output.parent.mkdir(parents=True, exist_ok=True)
         try:
-            # Kept, unlike pip's temporary folder, so that ninja builds what changed: one folder for each kind of build.
+            # Unlike pip's temporary folder, this one is kept, so that ninja only builds what changed.
             kind = [
                 sysconfig.get_config_var("SOABI"),
                 Path(toolchain.compiler()[0]).name,
@@ -336,7 +336,7 @@ class BuildExtension(build_ext):
 
 
 setup(
-    # Optional: setuptools must not require the binary where no compiler built it.
+    # Optional, because the package also installs where no compiler can build the binary.
     ext_modules=[Extension("peftcore._C", sources=[], optional=True)],
     cmdclass={"build_ext": BuildExtension},
 )

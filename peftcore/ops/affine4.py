@@ -1,13 +1,13 @@
-"""affine4: integer codes with a scale and a zero point for each group of a row's values (GPTQ, AWQ, W4A16).
+"""affine4: integer codes, with a scale and a zero point for each group of values of a row (GPTQ, AWQ, W4A16).
 
     y[i] = scale[b] * (code[i] - zero[b]), b = i // blocksize of the flattened weight, whose rows are whole groups
 
-Scales are kept in fp32, fp16 or bf16, zero points as uint8 or, where they are fractions, fp32. The codebook has the
-values code - 8, and y = scale * (codebook[code] - (zero - 8)): differences are exact where zero points are integers,
-and the product is rounded to fp32 and then to the output dtype. Without `zeros`, all zero points are 8.
+Scales are stored in fp32, fp16 or bf16, zero points as uint8, or as fp32 if they are not integers. The codebook has the
+values code - 8, so y = scale * (codebook[code] - (zero - 8)). The difference is exact for integer zero points, and the
+product is rounded to fp32 and then to the output dtype. Without `zeros`, all zero points are 8.
 
-A permutation of the inputs makes groups contiguous where a checkpoint's are not (`g_idx`, act-order): column j of the
-codes belongs to input `permutation[j]`.
+Some checkpoints have groups that are not contiguous (`g_idx`, act-order). A permutation of the inputs makes them so:
+column j of the codes belongs to input `permutation[j]`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from peftcore.ops.weight import (
 )
 
 _LARGEST = 15  # code
-_AT_ONCE = 1 << 22  # values that are quantized together, so that temporary memory stays small
+_AT_ONCE = 1 << 22  # values that are quantized together, which limits temporary memory
 
 
 def affine4_weight(
@@ -42,21 +42,22 @@ def affine4_weight(
     dtype: torch.dtype | None = None,
     permutation: Tensor | None = None,
 ) -> PackedWeight:
-    """Return the packed weight of unpacked codes, scales and zero points.
+    """Build a packed weight from unpacked codes, scales and zero points.
 
     Args:
         codes: integers from 0 to 15, `[.., out, in]`, of any integer dtype.
-        scales: fp32, fp16 or bf16 `[.., out, groups]`, kept in their dtype. A group is in / groups neighbouring
-            columns: a multiple of 32. Groups that are not a power of two, and whole rows, are stored as smaller groups.
-        zeros: integers from 0 to 255 of any integer dtype, or floating point, of the shape of `scales`; None: 8.
-        dtype: dtype of the weight when dequantized; by default that of the scales.
-        permutation: int64 `[in]`: column j of `codes` belongs to input `permutation[j]`. Only for a matrix.
+        scales: fp32, fp16 or bf16 `[.., out, groups]`, stored in their dtype. A group has in / groups adjacent columns,
+            a multiple of 32. If that is not a power of two up to 4096, it is stored as several smaller groups.
+        zeros: zero points in the shape of `scales`: integers from 0 to 255 of any integer dtype, or floating point.
+            None means 8.
+        dtype: default dtype of the dequantized weight; that of the scales if None.
+        permutation: int64 `[in]`, if column j of `codes` belongs to input `permutation[j]`. Only for a matrix.
 
     Returns:
         The packed weight `[.., out, in]`, on the device of the codes.
 
     Raises:
-        TypeError: another dtype. ValueError: a shape does not fit the others, or a value is out of range.
+        TypeError: a dtype is not supported. ValueError: a shape does not fit the others, or a value is out of range.
     """
     op, shape = "affine4_weight", tuple(codes.shape)
     dtype = dtype or scales.dtype
@@ -111,7 +112,7 @@ def _validate_permutation(permutation: Tensor, shape: tuple[int, ...], op: str) 
 def quantize_affine4(x: Tensor, blocksize: int = 64) -> PackedWeight:
     """Quantize a tensor `[.., in]` by rounding to nearest, with a zero point for each group.
 
-    A group's range, widened to contain 0, is divided into 15 steps of a scale that is rounded to bf16.
+    The range of a group, extended to contain 0, is divided into 15 steps, whose size is rounded to bf16.
 
     Args:
         x: fp32, fp16 or bf16; any strides; `in` is a multiple of `blocksize`.
@@ -121,7 +122,7 @@ def quantize_affine4(x: Tensor, blocksize: int = 64) -> PackedWeight:
         The packed weight on x's device. A scale is not finite where its block contains NaN or Inf.
 
     Raises:
-        TypeError: another dtype. ValueError: rows are not whole groups.
+        TypeError: x has another dtype. ValueError: rows are not whole groups.
     """
     op = "quantize_affine4"
     check_dtype(x.dtype, op)

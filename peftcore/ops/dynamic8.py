@@ -1,6 +1,6 @@
-"""The dynamic 8-bit maps of optimizer state, signed and unsigned, by blocks of 256 elements that share a scale.
+"""Dynamic 8-bit maps for optimizer state, signed and unsigned, in blocks of 256 elements that share a scale.
 
-csrc/optim/dynamic8.h has the format. Source: Dettmers et al., arXiv 2110.02861, section 2.
+The format is described in csrc/optim/dynamic8.h. Source: Dettmers et al., arXiv 2110.02861, section 2.
 """
 
 from __future__ import annotations
@@ -15,14 +15,15 @@ BLOCK = 256
 
 
 def block_count(count: int) -> int:
-    """Return how many blocks `count` elements take."""
+    """Return the number of blocks that hold `count` elements."""
     return -(-count // BLOCK)
 
 
 def _unsigned_map() -> Tensor:
     """Return the unsigned dynamic map, 256 sorted values.
 
-    For every power of ten from 1e-6 to 1, it has the midpoints of 2, 4, ... 128 equal parts of [0.1, 1], and 0 and 1.
+    It contains 0, 1 and, for every power of ten from 1e-6 to 1, the midpoints of 2, 4, ... 128 equal parts of [0.1, 1]
+    times that power.
     """
     values = [torch.tensor([0.0, 1.0])]
     for exponent in range(7):
@@ -44,20 +45,20 @@ def _encoder(table: Tensor, signed: bool) -> tuple[Tensor, Tensor, Tensor]:
 SIGNED_MAP = DYNAMIC8
 with constants():
     UNSIGNED_MAP = _unsigned_map()
-    # By whether the map is signed: where regions begin, slope, parts. See csrc/optim/dynamic8.h.
+    # (start, slope and number of parts of each region) of the signed and the unsigned map. See csrc/optim/dynamic8.h.
     ENCODERS = {True: _encoder(SIGNED_MAP, True), False: _encoder(UNSIGNED_MAP, False)}
 
 
 def decode(codes: Tensor, absmax: Tensor, table: Tensor) -> Tensor:
-    """8-bit state as fp32: the entry of each code times its block's scale. `codes` and the result are flat."""
+    """Return 8-bit state in fp32: the table's entry of each code times the scale of its block. All tensors are flat."""
     scales = absmax.repeat_interleave(BLOCK)[: codes.numel()]
     return table.to(codes.device)[codes.long()] * scales
 
 
 def encode(x: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (codes, absmax) of flat fp32 values; nearest entries as in csrc/optim/dynamic8.h.
+    """Quantize flat fp32 values to the nearest entries of the table. Return codes, and absmax per block.
 
-    What is not finite counts as 0, since it would else be the scale of 256 elements.
+    Values that are not finite become 0: otherwise they would be the scale of 256 elements.
     """
     signed = table is SIGNED_MAP
     x = x.where(x.isfinite(), 0)

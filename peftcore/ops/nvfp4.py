@@ -1,19 +1,20 @@
-"""NVFP4: 4-bit codes in E2M1 with a scale in E4M3 for each block of 16 values of a row, and one in fp32 for the matrix.
+"""NVFP4: 4-bit codes in E2M1, with an E4M3 scale for each block of 16 values of a row and an fp32 scale per matrix.
 
-    g    = max |x| / (6 * 448), one of each matrix [out, in]; at least 2^-126
+    g    = max |x| / (6 * 448), one per matrix [out, in]; at least 2^-126
     s[b] = max |x[i]| / (6 g) over block b, rounded to E4M3 (8 bits: 4 of exponent, 3 of mantissa), from 2^-9 to 448; 1
            where the block is zero
     q[i] = x[i] / (s[b] g) rounded to the nearest of ±{0, 0.5, 1, 1.5, 2, 3, 4, 6}; of two equally near ones to the one
            with an even code
     y[i] = round(E2M1[q[i]] * (s[b] g)): both products in fp32, rounded once to the output dtype
 
-4.5 bits per weight. In memory these are the nested scales of quant4.py: s is looked up in a table of E4M3's values, and
-g is repeated for each `nested_blocksize` scales, a number that divides those of an expert. All kernels take them.
+A weight takes 4.5 bits. In memory the scales are stored as nested scales (quant4.py): s indexes a table of E4M3's
+values, and g is repeated for each `nested_blocksize` scales, a number that divides the scales of an expert. So all
+kernels support the format.
 
 Source: NVIDIA, "Pretraining Large Language Models with NVFP4" (arXiv 2509.25149), appendix. Scales and codes equal
 those of NVFP4QTensor in nvidia-modelopt 0.47 bit for bit.
 
-Non-finite input is not an error: its block, or its whole matrix, dequantizes to NaN or infinity.
+Non-finite input raises no error: its block, or its whole matrix, dequantizes to NaN or infinity.
 """
 
 from __future__ import annotations
@@ -28,10 +29,10 @@ from peftcore.ops.huge_pages import in_huge_pages
 from peftcore.ops.weight import MAX_BLOCKSIZE, MIN_BLOCKSIZE, PackedWeight, check_dtype, value
 
 BLOCKSIZE = 16
-EXPERT_VALUES = BLOCKSIZE * MIN_BLOCKSIZE  # an expert has a multiple of them, so that nested scales are one expert's
+EXPERT_VALUES = BLOCKSIZE * MIN_BLOCKSIZE  # of which an expert has a multiple, so that experts share no nested scale
 _LARGEST_CODE, _LARGEST_SCALE, _SMALLEST_SCALE = 6.0, 448.0, 2.0**-9
-_NAN = 127  # E4M3's code, without sign
-_AT_ONCE = 1 << 18  # values that are quantized together, so that temporary tensors stay in a cache
+_NAN = 127  # code of NaN in E4M3, without sign
+_AT_ONCE = 1 << 18  # values that are quantized together: few enough for temporary tensors to stay in a cache
 
 
 def matrices(shape: tuple[int, ...]) -> int:
@@ -40,10 +41,10 @@ def matrices(shape: tuple[int, ...]) -> int:
 
 
 def nested_blocksize(shape: tuple[int, ...]) -> int:
-    """Return the number of scales for which a matrix's own scale is repeated.
+    """Return for how many block scales the scale of a matrix is repeated.
 
     Raises:
-        ValueError: experts whose values are not a multiple of 512.
+        ValueError: the number of values in an expert is not a multiple of 512.
     """
     if len(shape) < 3:
         return MAX_BLOCKSIZE
@@ -62,19 +63,19 @@ def nvfp4_weight(
     dtype: torch.dtype,
     scale_map: Tensor | None = None,
 ) -> PackedWeight:
-    """Return the packed weight of codes and scales.
+    """Build a packed weight from codes and scales.
 
     Args:
         codes: uint8 `[n / 2, 1]`, the even element in the high nibble.
         scales: uint8 `[n / 16]`, the bits of E4M3.
-        global_scale: fp32, one value of each matrix; or of each of as many equal parts of an expert's rows, such as
+        global_scale: fp32, one value per matrix, or one for each of several equal parts of an expert's rows, such as
             its gate and up projections.
         shape: `(.., out, in)`; `in` is a multiple of 16.
-        dtype: dtype of the weight when dequantized.
-        scale_map: fp32 `[256]`, the values of `scales`; None: E4M3's.
+        dtype: default dtype of the dequantized weight.
+        scale_map: fp32 `[256]`, the values of `scales`; by default those of E4M3.
 
     Raises:
-        ValueError: experts whose values are not a multiple of 512, or parts of 512.
+        ValueError: the number of values in an expert, or in one of its parts, is not a multiple of 512.
     """
     step = nested_blocksize(shape)
     nested, count = -(-(math.prod(shape) // BLOCKSIZE) // step), max(global_scale.numel(), 1)
@@ -97,13 +98,14 @@ def quantize_nvfp4(x: Tensor, largest: Tensor | None = None) -> PackedWeight:
 
     Args:
         x: fp32, fp16 or bf16; any strides; `in` is a multiple of 16.
-        largest: the largest magnitude of each matrix, if x is a part of them; None: that of x.
+        largest: the largest magnitude of each whole matrix, if x is only a part of them. By default it is taken from x.
 
     Returns:
-        The packed weight on x's device. Its scales are finite exactly where the input was.
+        The packed weight on x's device. Its scales are finite if and only if the input is.
 
     Raises:
-        TypeError: another dtype. ValueError: rows are not whole blocks, or experts' values not a multiple of 512.
+        TypeError: x has another dtype. ValueError: rows are not whole blocks, or experts are not a multiple of 512
+        values.
     """
     op, shape = "quantize_nvfp4", tuple(x.shape)
     check_dtype(x.dtype, op)
@@ -115,7 +117,7 @@ def quantize_nvfp4(x: Tensor, largest: Tensor | None = None) -> PackedWeight:
         largest = largest_of(x)
     tiny = torch.finfo(torch.float32).tiny
     largest = largest.reshape(-1).float()
-    # By a tensor: PyTorch on CUDA multiplies by the rounded reciprocal of a number.
+    # The divisor is a tensor, because on CUDA PyTorch replaces division by a number with a rounded reciprocal.
     outer = (largest / largest.new_full((), _LARGEST_CODE * _LARGEST_SCALE)).clamp_(min=tiny)
     codes = x.new_empty((count, blocks.shape[1], BLOCKSIZE // 2), dtype=torch.uint8)
     scales = x.new_empty(blocks.shape[:2], dtype=torch.uint8)
@@ -133,16 +135,16 @@ def quantize_nvfp4(x: Tensor, largest: Tensor | None = None) -> PackedWeight:
 
 
 def _nearest(x: Tensor) -> Tensor:
-    """Return the codes of the nearest entries; of two equally near ones, as `round` does, the even one."""
+    """Return the codes of the nearest entries. Ties go to the even code, as in `round`."""
     size = torch.fmin(x.abs(), x.new_tensor(_LARGEST_CODE))  # 6 for NaN
-    # Up to 2 entries are 0.5 apart, then 1, then 2: the smallest of these is the code of the right part.
+    # Entries are 0.5 apart up to 2, then 1, then 2. The smallest of the three candidates is the right code.
     codes = torch.minimum((2 * size).round_(), size.round() + 2)
     codes = torch.minimum(codes, (size / 2).round_() + 4).to(torch.uint8)
     return codes | (x < 0).to(torch.uint8) << 3
 
 
 def not_finite(weight: PackedWeight) -> str:
-    """Return what makes values of a weight infinite or NaN, as the end of a sentence about it; "" if nothing does."""
+    """Explain why a weight has infinite or NaN values, as the predicate of a sentence; "" if it has none."""
     if weight.absmax.is_meta or not weight.absmax.numel():
         return ""
     is_used = torch.bincount(weight.absmax.reshape(-1), minlength=256) > 0

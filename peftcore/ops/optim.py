@@ -1,12 +1,13 @@
-"""One step of an optimizer over many tensors: parameters and state are updated in place, in one call.
+"""One optimizer step over many tensors: parameters and state are updated in place, in one call.
 
     optim_step_(params, grads, state, rule, scalars, steps, rows, streams)
 
-`rule` names an entry of `optim_rules.RULES`, which has the formulas. State is passed plane by plane, with one tensor
-per parameter in each plane. Values that many parameters share are rows of `scalars`, and `rows` has the row of each
-parameter. A rule computes in fp32 and rounds a parameter once, to the nearest or stochastically (`streams`).
+`rule` names an entry of `optim_rules.RULES`, where the formulas are. State is passed plane by plane, with one tensor
+per parameter in each plane. Numbers that many parameters share, such as the learning rate, are rows of `scalars`, and
+`rows` has the row number of each parameter. A rule computes in fp32 and rounds a parameter once, to nearest or
+stochastically (`streams`).
 
-The fp32 rule of AdamW gives exactly the bits of `torch.optim.AdamW(fused=True)` on CPU.
+The fp32 rule of AdamW is bit-identical to `torch.optim.AdamW(fused=True)` on CPU.
 """
 
 from __future__ import annotations
@@ -25,14 +26,14 @@ from peftcore.ops.weight import DTYPES
 
 
 class Updates(NamedTuple):
-    """Arguments of an operator other than its tensors.
+    """The arguments of an operator that are not tensors.
 
     Args:
-        scalars: rows of a rule's scalars, one after another.
+        scalars: the rows of the rule's scalars, concatenated.
         steps: number of the update, for each row of scalars.
-        rows: index of its row of scalars, for each parameter.
-        streams: key of the generator by which a 16-bit parameter is rounded stochastically, for each parameter;
-            negative: to the nearest. Empty: all to the nearest.
+        rows: row of scalars, for each parameter.
+        streams: for each parameter, the generator's key for stochastic rounding of a 16-bit parameter, or a negative
+            number to round to nearest. If empty, all are rounded to nearest.
     """
 
     scalars: Sequence[float]
@@ -42,8 +43,8 @@ class Updates(NamedTuple):
 
 
 def round_stochastic(x: Tensor, dtype: torch.dtype, stream: int, step: int) -> Tensor:
-    """Return flat fp32 values rounded to 16 bits, away from 0 with the probability of the fraction that is cut off."""
-    group = torch.arange(-(-x.numel() // 8), device=x.device)  # 8 elements share one call of the generator
+    """Round flat fp32 values to 16 bits: away from 0 with a probability equal to the fraction that is cut off."""
+    group = torch.arange(-(-x.numel() // 8), device=x.device)  # one call of the generator serves 8 elements
     counter = (group & LOW, group >> 32, torch.full_like(group, step & LOW), torch.full_like(group, step >> 32 & LOW))
     random = philox(counter, stream, rounds=10).flatten()[: x.numel()]
     bits = x.view(torch.int32).long() & LOW
@@ -65,7 +66,7 @@ def check_step(
     """Check the arguments as csrc/optim/arguments.h does.
 
     Raises:
-        TypeError: a tensor has another dtype.
+        TypeError: a tensor has the wrong dtype.
         ValueError: the rule is unknown, or an argument does not fit the parameters.
     """
     if rule not in RULES:
@@ -146,18 +147,19 @@ optim_step_ = torch.ops.peftcore.optim_step_.default
 
 
 def why_no_pages() -> str | None:
-    """Return why paged state is not available, or None if it is."""
+    """Return the reason why paged state is not available, or None if it is available."""
     return _extension.missing_because if _extension.extension is None else None
 
 
 def paged_state(rule: str, page_bytes: int, budget: int, directory: str, device: int) -> Any:
-    """Return pages with the state of one rule (csrc/optim/paged_state.h).
+    """Create pages for the state of one rule (csrc/optim/paged_state.h).
 
     Args:
-        page_bytes: a multiple of 4,096.
+        rule: name of the rule.
+        page_bytes: size of a page, a multiple of 4,096.
         budget: bytes that may be resident.
-        directory: of the page file, where the state is the CPU's.
-        device: a card's number, or -1: the CPU.
+        directory: directory of the page file, for state of the CPU.
+        device: index of the GPU, or -1 for the CPU.
     """
     if _extension.extension is None:
         return _needs_extension()
@@ -168,9 +170,9 @@ def _needs_extension(*_: object) -> NoReturn:
     raise RuntimeError(f"paged optimizer state needs the compiled extension: {_extension.missing_because}")
 
 
-# `state` is the number of a `paged_state`, `slots` what its `allocate` gave each parameter. Sweeps go over the pages
-# forward and backward by turns; one that is repeated with the same number, because a transfer failed, goes on where it
-# stopped.
+# `state` is the number of a `paged_state`, and `slots` has the slot that its `allocate` returned for each parameter.
+# Sweeps alternate between walking the pages forward and backward. Repeating a sweep with the same number, after a
+# failed transfer, continues where it stopped.
 define(
     "optim_step_paged_(Tensor(a!)[] params, Tensor[] grads, int state, int[] slots, int sweep, str rule, "
     "float[] scalars, int[] steps, int[] rows, int[] streams=[]) -> ()",

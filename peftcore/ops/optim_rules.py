@@ -1,16 +1,16 @@
-"""The rules of optimizers, each described once: its planes of state, the scalars of an update, and the update.
+"""The update rules of optimizers. Each is described once: its planes of state, its scalars, and the update.
 
     adamw       m += (1 - beta1) (g - m), v = beta2 v + (1 - beta2) g²
                 p = p decay + step m / (sqrt(v) / root + eps)
-    adamw_8bit  the same of the decoded state, which is encoded again with the largest magnitude of every block of 256;
+    adamw_8bit  the same on decoded state, which is encoded again with the largest magnitude of every block of 256;
                 p = p decay + step m / (sqrt(v) + eps)
     lion        p = p decay + step sign(m + (1 - beta1) (g - m)), m += (1 - beta2) (g - m)
     momentum    g += weight_decay p, b = momentum b + weight g, p += step b; Nesterov: p += step (g + momentum b)
 
-The operators, the optimizers, their pages and their files read `RULES`, and so do the compiled kernels, to which
-`describe` passes it. A rule computes in fp32, from gradients times `factor`: 1 / loss scale, negative to maximise.
+The operators, the optimizers, their pages and their checkpoints all read `RULES`; `describe` passes it to the compiled
+kernels. A rule computes in fp32, on gradients times `factor`, which is 1 / loss scale, and negative to maximize.
 
-A new rule is its entry here, and its kernel in csrc/optim/rules.h.
+A new rule needs an entry here and a kernel in csrc/optim/rules.h.
 
 Sources: Loshchilov and Hutter, arXiv 1711.05101 (AdamW); Dettmers et al., arXiv 2110.02861, section 2 (8 bits); Chen et
 al., arXiv 2302.06675 (Lion).
@@ -33,13 +33,13 @@ from peftcore.ops.dynamic8 import BLOCK, SIGNED_MAP, UNSIGNED_MAP, block_count, 
 
 @dataclass(frozen=True, eq=False)
 class Plane:
-    """One plane of a parameter's state: a value for each element, or one for each block of 256.
+    """One plane of a parameter's state, with a value per element or per block of 256.
 
     Args:
         name: key of the plane in `state_dict`.
         dtype: float32, or uint8 for codes.
         elements: number of elements that share a value, 1 or `BLOCK`.
-        map: values of the codes, if the plane is stored in 8 bits; their scales are the plane `<name>_absmax`.
+        map: values of the codes of an 8-bit plane; the plane `<name>_absmax` has their scales.
     """
 
     name: str
@@ -49,11 +49,12 @@ class Plane:
 
     @property
     def is_coded(self) -> bool:
+        """Whether the plane stores 8-bit codes."""
         return self.dtype == torch.uint8
 
     @property
     def initial(self) -> int:
-        """Value in this plane, or its code, before the first update."""
+        """Value of this plane, or its code, before the first update."""
         return 127 if self.is_coded and self.map is SIGNED_MAP else 0
 
     def numel(self, count: int) -> int:
@@ -61,11 +62,11 @@ class Plane:
         return count if self.elements == 1 else block_count(count)
 
     def reshape(self, values: Tensor, param: Tensor) -> Tensor:
-        """Return a parameter's values in the visible shape of state: the parameter's, or one value per block."""
+        """Return the plane's values in the shape that `state_dict` has: the parameter's, or one value per block."""
         return values.view(param.shape) if self.elements == 1 else values
 
     def new(self, param: Tensor) -> Tensor:
-        """Return the plane of a parameter before its first update."""
+        """Create the plane of a parameter before its first update."""
         values = torch.full((self.numel(param.numel()),), self.initial, dtype=self.dtype, device=param.device)
         return self.reshape(values, param)
 
@@ -80,8 +81,9 @@ class Rule:
     Args:
         name: the `rule` of operators.
         planes: state of a parameter.
-        scalars: a named tuple of the numbers of an update that are the same for all elements; `factor` is the first.
-        update: `(p, g, state, scalars)`: flat fp32 values p and the planes of state are changed in place.
+        scalars: named tuple of the numbers that an update shares among all elements; the first is `factor`.
+        update: function of `(p, g, state, scalars)` that changes the flat fp32 values p and the planes of state in
+        place.
     """
 
     name: str
@@ -99,7 +101,7 @@ class Rule:
 
 
 def with_8bit_state(name: str, planes: Sequence[Plane], scalars: type[Any], update_values: Update) -> Rule:
-    """Return a rule with planes of codes followed by their scales. `update_values` gets decoded state."""
+    """Return a rule whose planes are 8-bit codes followed by their scales. `update_values` receives decoded state."""
     code_planes = [dataclasses.replace(plane, dtype=torch.uint8) for plane in planes]
     scale_planes = [Plane(f"{plane.name}_absmax", elements=BLOCK) for plane in planes]
 
@@ -109,7 +111,7 @@ def with_8bit_state(name: str, planes: Sequence[Plane], scalars: type[Any], upda
         update_values(p, g, values, c)
         finite = torch.stack([value.isfinite() for value in values]).all(0)
         for (plane, codes, absmax), value in zip(code_tensors, values, strict=True):
-            # One element must not become the scale of 256: if it is not finite, its state is reset.
+            # An element that is not finite would become the scale of 256, so its state is reset.
             new_codes, new_absmax = encode(value.where(finite, 0), plane.map)
             codes.copy_(new_codes)
             absmax.copy_(new_absmax)
@@ -134,7 +136,7 @@ class AdamWScalars(NamedTuple):
     def from_options(
         cls, step: int, lr: float, betas: tuple[float, float], eps: float, weight_decay: float, factor: float = 1.0
     ) -> AdamWScalars:
-        """Return the scalars of the `step`-th update, from 1."""
+        """Return the scalars of the `step`-th update, counted from 1."""
         beta1, beta2 = betas
         size, root = lr / (1 - beta1**step), math.sqrt(1 - beta2**step)
         return cls(factor, 1 - lr * weight_decay, 1 - beta1, beta2, 1 - beta2, -size, root, eps)
@@ -153,7 +155,7 @@ class AdamW8bitScalars(NamedTuple):
     def from_options(
         cls, step: int, lr: float, betas: tuple[float, float], eps: float, weight_decay: float, factor: float = 1.0
     ) -> AdamW8bitScalars:
-        """Return the scalars of the `step`-th update, from 1: the step size and eps are scaled by root."""
+        """Return the scalars of the `step`-th update, counted from 1. `root` is folded into the step size and eps."""
         beta1, beta2 = betas
         size, root = lr / (1 - beta1**step), math.sqrt(1 - beta2**step)
         return cls(factor, 1 - lr * weight_decay, 1 - beta1, beta2, 1 - beta2, -size * root, eps * root)
@@ -161,12 +163,12 @@ class AdamW8bitScalars(NamedTuple):
 
 def _update_moments(g: Tensor, m: Tensor, v: Tensor, c: AdamWScalars | AdamW8bitScalars) -> None:
     m.lerp_(g, c.weight1)
-    # In fp64 a product of two fp32 is exact.
+    # In fp64 the product of two fp32 values is exact.
     v.copy_((c.weight2 * g).double() * g + v * c.beta2)
 
 
 def _root(v: Tensor) -> Tensor:
-    return v.double().sqrt().float()  # rounds right; PyTorch's own may be off by one
+    return v.double().sqrt().float()  # correctly rounded, while PyTorch's fp32 root may be off by one bit
 
 
 def _adamw(p: Tensor, g: Tensor, state: Sequence[Tensor], c: AdamWScalars) -> None:
@@ -195,14 +197,14 @@ class LionScalars(NamedTuple):
     def from_options(
         cls, lr: float, betas: tuple[float, float], weight_decay: float, factor: float = 1.0
     ) -> LionScalars:
-        """Return the scalars of an update, the same for every step."""
+        """Return the scalars of an update, which are the same for every step."""
         return cls(factor, 1 - lr * weight_decay, 1 - betas[0], 1 - betas[1], -lr)
 
 
 def _lion(p: Tensor, g: Tensor, state: Sequence[Tensor], c: LionScalars) -> None:
     (m,) = state
     mean = torch.lerp(m, g, c.weight1)
-    p.mul_(c.decay).add_(c.step * mean.sign().where(~mean.isnan(), mean))  # sign makes 0 of NaN
+    p.mul_(c.decay).add_(c.step * mean.sign().where(~mean.isnan(), mean))  # sign(NaN) is 0
     m.lerp_(g, c.weight2)
 
 
@@ -228,7 +230,7 @@ class MomentumScalars(NamedTuple):
         nesterov: bool,
         factor: float = 1.0,
     ) -> MomentumScalars:
-        """Return the scalars of the `step`-th update, from 1: the first takes the whole gradient."""
+        """Return the scalars of the `step`-th update, counted from 1. The first has no dampening."""
         weight = 1.0 if step == 1 else 1 - dampening
         return cls(factor, weight_decay, momentum, weight, -lr, float(nesterov))
 
@@ -256,10 +258,10 @@ RULES = {
 
 
 def describe(define_rule: Callable[[str, list[tuple[str, int]], str], None]) -> None:
-    """Pass the table to the compiled kernels, which refuse a rule that they would read differently.
+    """Pass the table to the compiled kernels.
 
     Raises:
-        ValueError: a rule has no kernel, or its kernel reads other planes or scalars.
+        ValueError: a rule has no kernel, or its kernel expects other planes or scalars.
     """
     for rule in RULES.values():
         planes = [(str(plane.dtype).removeprefix("torch."), plane.elements) for plane in rule.planes]

@@ -1,7 +1,7 @@
-"""Base of all optimizers: gather the tensors of a step and pass them to one operator call.
+"""Base of all optimizers: collects the tensors of a step and passes them to one operator call.
 
-State is kept in tensors of `self.state`, or in pages (`paging.py`). `state_dict` has torch's form either way: `step` as
-an fp32 tensor and moments in the parameter's shape.
+State is stored in tensors of `self.state`, or in pages (`paging.py`). In both cases `state_dict` has the same form as
+torch's: `step` is an fp32 tensor, and moments have the parameter's shape.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from peftcore.optim.batch import Batch, local, sharded_as
 
 
 def is_among_largest(moments: Sequence[Tensor], keep: float) -> Tensor:
-    """Return where each of `moments`, of one shape, is among its share `keep` of largest magnitudes."""
+    """Return a mask of the elements that are among the largest share `keep` of magnitudes in each of `moments`."""
     is_largest = torch.ones_like(moments[0], dtype=torch.bool)
     for values in moments:
         count = min(values.numel(), max(1, round(keep * values.numel())))
@@ -33,10 +33,10 @@ def is_among_largest(moments: Sequence[Tensor], keep: float) -> Tensor:
 
 
 def _moments_of(saved: dict[str, Any], name: str, param: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Return the moments `name` of a parameter's saved state, and their scales if they are in 8 bits.
+    """Return the moments `name` in a parameter's saved state, and their scales if they are in 8 bits.
 
     Raises:
-        ValueError: they do not fit the parameter or each other.
+        ValueError: moments and scales do not fit the parameter or each other.
     """
     value, scales = saved.get(name), f"{name}_absmax"
     absmax: Tensor | None = saved.get(scales)
@@ -65,7 +65,7 @@ class FusedOptimizer(Optimizer):
     Args:
         maximize: as in torch's optimizers.
         stochastic_rounding: round 16-bit parameters up or down at random, so that small updates are not lost.
-        seed: seed of that rounding, which depends only on it, the parameter's number, and the step.
+        seed: seed of stochastic rounding, which depends only on the seed, the parameter's index and the step.
 
     Raises:
         TypeError: a parameter is not float32, float16 or bfloat16.
@@ -105,7 +105,7 @@ class FusedOptimizer(Optimizer):
             self.state[param][name] = value.to(local(param).device, copy=True).contiguous()
 
     def _update_of(self, batch: Batch) -> Callable[[], None]:
-        """Return a function that calls the operator on `batch` and does nothing else."""
+        """Return a function that only calls the operator on `batch`."""
         state = [values[name] for name in self.rule.plane_names for values in batch.states]
         return partial(ops.optim_step_, batch.params, batch.grads, state, self.rule.name, *batch.updates())
 
@@ -123,14 +123,15 @@ class FusedOptimizer(Optimizer):
             return loss
         batches = self._batches(1.0 if scale is None else 1.0 / float(scale))
         updates = [self._update_of(batch) for batch in batches]
-        # Counted before it runs: Python raises KeyboardInterrupt when the operator returns, after the step is done.
+        # Steps are counted before the operator runs: a KeyboardInterrupt is raised when it returns, after the step is
+        # done.
         self._count(batches, 1)
         try:
             for batch, update in zip(batches, updates, strict=True):
                 try:
                     update()
                 finally:
-                    batch.copy_back()  # after an error too, for pages that are done
+                    batch.copy_back()  # also after an error, for the pages that are done
         except Exception:
             self._count(batches, -1)
             raise
@@ -199,7 +200,7 @@ class FusedOptimizer(Optimizer):
         return {"step": torch.tensor(float(self.state[param]["step"])), **values}
 
     def _read(self, param: Tensor, saved: dict[str, Any]) -> dict[str, Tensor]:
-        """Return the saved state of one parameter, in 32 or 8 bits, in the form of this optimizer.
+        """Convert the saved state of one parameter, in 32 or 8 bits, to the form of this optimizer.
 
         Raises:
             ValueError: the state does not fit the parameter.
@@ -209,7 +210,7 @@ class FusedOptimizer(Optimizer):
         values: dict[str, Tensor] = {}
         for plane in self.rule.planes:
             if plane.elements != 1:
-                continue  # scales are made or read with their codes
+                continue  # scales are handled together with their codes
             name, scales = plane.name, f"{plane.name}_absmax"
             value, absmax = _moments_of(saved, name, local(param))
             if plane.is_coded and absmax is None:
@@ -228,9 +229,9 @@ class FusedOptimizer(Optimizer):
         self.state[param]["step"] = step
 
     def keep_largest(self, param: Tensor, keep: float) -> None:
-        """Set the moments of `param` to zero, except of elements whose moments are each among the share `keep`.
+        """Zero the moments of `param`, except for elements whose moments are all among the largest share `keep`.
 
-        Of a sharded parameter, each rank keeps this share of its part.
+        For a sharded parameter, each rank keeps this share of its shard.
         """
         state, planes = self._get_state(param), [plane for plane in self.rule.planes if plane.elements == 1]
         values = [
@@ -260,7 +261,7 @@ class FusedOptimizer(Optimizer):
         """Load state and groups from `state_dict`, in 32 or 8 bits, or from torch's optimizer.
 
         Raises:
-            ValueError: they do not fit these parameters. The state is left unchanged.
+            ValueError: the saved state does not fit these parameters. The optimizer is left unchanged.
         """
         groups = state_dict["param_groups"]
         for group in groups:

@@ -1,4 +1,4 @@
-"""AdamW in 32 and 8 bits, Lion, and SGD with momentum, each in memory and paged.
+"""AdamW with 32-bit and 8-bit state, Lion, and SGD with momentum, each in memory or paged.
 
 Sources: Loshchilov and Hutter, arXiv 1711.05101 (AdamW); Dettmers et al., arXiv 2110.02861 (8-bit state);
 Dettmers et al., arXiv 2305.14314, section 3 (paged optimizers); Chen et al., arXiv 2302.06675 (Lion).
@@ -24,12 +24,12 @@ def _check(lr: float, weight_decay: float, **shares: float) -> None:
 
 
 class AdamW(FusedOptimizer):
-    """AdamW with state in 32 bits. On CPU the results are bit-identical to `torch.optim.AdamW(fused=True)`.
+    """AdamW with 32-bit state. On CPU the results are bit-identical to `torch.optim.AdamW(fused=True)`.
 
     Args:
-        params: parameters or groups of them, float32, float16 or bfloat16.
+        params: parameters, or groups of them, in float32, float16 or bfloat16.
         lr, betas, eps, weight_decay: as in `torch.optim.AdamW`. `amsgrad` is not supported.
-        options: options of all optimizers (`FusedOptimizer`) and of pages (`PagedOptimizer`).
+        options: options of `FusedOptimizer`, and of `PagedOptimizer` for paged optimizers.
     """
 
     rule = RULES["adamw"]
@@ -58,24 +58,24 @@ class AdamW(FusedOptimizer):
 
 
 class AdamW8bit(AdamW):
-    """`AdamW` with state in 8 bits: the dynamic map, with one scale for every 256 elements of a parameter.
+    """`AdamW` with 8-bit state in the dynamic map, with one scale for every 256 elements of a parameter.
 
-    Parameters of any size have 8-bit state; bitsandbytes keeps those below 4,096 elements in 32 bits.
+    Parameters of any size have 8-bit state; bitsandbytes uses 32 bits below 4,096 elements.
     """
 
     rule = RULES["adamw_8bit"]
 
 
 class PagedAdamW(AdamW, PagedOptimizer):
-    """`AdamW` with paged state, of which `budget` bytes are resident (see `PagedOptimizer`)."""
+    """`AdamW` with paged state: `budget` bytes stay resident (see `PagedOptimizer`)."""
 
 
 class PagedAdamW8bit(AdamW8bit, PagedOptimizer):
-    """`AdamW8bit` with paged state, of which `budget` bytes are resident (see `PagedOptimizer`)."""
+    """`AdamW8bit` with paged state: `budget` bytes stay resident (see `PagedOptimizer`)."""
 
 
 class Lion(FusedOptimizer):
-    """Lion: the sign of an average of gradients, with one moment of state in 32 bits. Arguments as for `AdamW`."""
+    """Lion: steps by the sign of an average of gradients, with one 32-bit moment. Arguments are those of `AdamW`."""
 
     rule = RULES["lion"]
 

@@ -1,7 +1,7 @@
-"""Paged state: a budget of bytes is resident, the rest is in an unnamed file or, for a GPU, in host memory.
+"""Paged optimizer state: a budget stays resident, the rest is in an unnamed file or, for a GPU, in host memory.
 
 All parameters of a device share one pool, so a thousand small factors page as well as one large matrix. Steps alternate
-between walking the pages forward and backward; csrc/optim/pool.h describes what moves when.
+between walking the pages forward and backward; csrc/optim/pool.h describes when pages move.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**
 
 @dataclass(frozen=True)
 class Paging:
-    """Where state is, and the cost of moving it so far, in bytes and seconds."""
+    """Bytes of state that are resident and paged, and the traffic and waiting time so far, in bytes and seconds."""
 
     resident: int
     paged: int
@@ -44,10 +44,10 @@ class Paging:
 
 
 def bytes_of(budget: int | str) -> int | None:
-    """Return a number of bytes, given as a number or as text with a unit ("256MB", "2GiB"); None for "auto".
+    """Parse a budget: a number of bytes, or text with a unit ("256MB", "2GiB"). Return None for "auto".
 
     Raises:
-        ValueError: the budget is none of these.
+        ValueError: the budget has another form.
     """
     if budget == "auto":
         return None
@@ -64,7 +64,7 @@ def default_directory() -> str:
 
 
 def _margin(device: torch.device) -> int:
-    """Return the memory to leave free with budget="auto": a sixteenth of all."""
+    """Return the bytes to leave free with budget="auto": a sixteenth of the memory."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[1] // 16
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 16
@@ -83,15 +83,15 @@ class PagedOptimizer(FusedOptimizer):
     """A `FusedOptimizer` with paged state.
 
     Args:
-        budget: bytes of state that may be resident on each device (at least one page), or "auto": as much as leaves a
-            sixteenth of the memory free, checked before every step.
-        directory: where the page file for CPU state is made. It has no name and disappears with the process.
+        budget: bytes of state that may be resident on each device (at least one page), or "auto" to leave a sixteenth
+            of the memory free, checked before every step.
+        directory: directory of the page file for CPU state. The file has no name and disappears with the process.
         page_bytes: size of a page, a multiple of 4,096.
         options: options of all optimizers (`FusedOptimizer`).
 
     Raises:
-        RuntimeError: the extension is missing; the disk has no space for all state (before anything is lost); or a page
-            cannot be written or read. Nothing is lost then, and calling `step()` again completes the step.
+        RuntimeError: the extension is missing, the disk has no space for all state, or a page cannot be written or
+            read. No state is lost, and calling `step()` again completes the step.
     """
 
     def __init__(
@@ -110,12 +110,12 @@ class PagedOptimizer(FusedOptimizer):
                 f"{type(self).__name__.removeprefix('Paged')} works without it"
             )
         self._page_bytes = page_bytes
-        self._budget, self._directory = self._checked(budget), os.fspath(directory or default_directory())
-        self._forget()
+        self._budget, self._directory = self._parse_budget(budget), os.fspath(directory or default_directory())
+        self._reset_pages()
         super().__init__(params, defaults, **options)
 
-    def _checked(self, budget: int | str) -> int | None:
-        """Return the bytes of a budget; None for "auto".
+    def _parse_budget(self, budget: int | str) -> int | None:
+        """Parse a budget and check it against the page size.
 
         Raises:
             ValueError: it is not a number of bytes, or less than a page.
@@ -125,7 +125,7 @@ class PagedOptimizer(FusedOptimizer):
             raise ValueError(f"budget must hold a page of {self._page_bytes:,} bytes, found {budget_bytes:,}")
         return budget_bytes
 
-    def _forget(self) -> None:
+    def _reset_pages(self) -> None:
         self._pages: dict[torch.device, Any] = {}
         self._places: dict[Tensor, _Place] = {}
         self._sweep = 0
@@ -148,19 +148,19 @@ class PagedOptimizer(FusedOptimizer):
             pages.clear(place.slot)
         else:
             self._places[param] = _Place(shard.device, pages.allocate(shard.numel()), shard.numel())
-        # Pages begin as zeros; the signed map's code of 0 needs none written, since its scale is 0.
+        # New pages are zero, and with a scale of 0 every code stands for 0, so nothing needs to be written.
 
     def _slot(self, param: Tensor, shard: Tensor) -> int:
         """Return the slot of the state of `param`, whose local shard is `shard`.
 
         Raises:
-            RuntimeError: the parameter was resized or moved since its state was made.
+            RuntimeError: the parameter was resized or moved after its state was created.
         """
         place = self._places[param]
         if place.elements != shard.numel() or place.device != shard.device:
             raise RuntimeError(
-                f"a parameter had {place.elements:,} elements on {place.device} when its state was made, and has "
-                f"{shard.numel():,} on {shard.device} now. Make a new optimizer for the changed parameters"
+                f"a parameter had {place.elements:,} elements on {place.device} when its state was created, and now "
+                f"has {shard.numel():,} on {shard.device}. Create a new optimizer for the changed parameters"
             )
         return place.slot
 
@@ -198,24 +198,24 @@ class PagedOptimizer(FusedOptimizer):
 
     @property
     def budget(self) -> int | None:
-        """Bytes that may be resident on each device, None for "auto". It can be changed at any time."""
+        """Bytes that may be resident on each device, or None for "auto". Can be changed at any time."""
         return self._budget
 
     @budget.setter
     def budget(self, budget: int | str) -> None:
-        budget_bytes = self._checked(budget)
+        budget_bytes = self._parse_budget(budget)
         for pages in self._pages.values():
             if budget_bytes is not None:
                 pages.resize(budget_bytes)
         self._budget = budget_bytes
 
     def evict(self) -> None:
-        """Move all state out of memory; it is read back when needed."""
+        """Page out all state. It is read back when it is needed."""
         for pages in list(self._pages.values()):
             pages.evict()
 
     def paging(self) -> Paging:
-        """Return where state is now, and the cost of moving it."""
+        """Return statistics of resident and paged state and of the traffic between them."""
         devices = list(self._pages.values())
 
         def total(name: str) -> Any:
@@ -237,7 +237,7 @@ class PagedOptimizer(FusedOptimizer):
             options = pages[0]
             self._budget, self._directory = options["budget"], options["directory"]
             self._page_bytes = options["page_bytes"]
-            self._forget()
+            self._reset_pages()
             state["state"].clear()
         super().__setstate__(state)
         for param, values in pages[1] if pages else ():

@@ -17,10 +17,12 @@ def test_a_parameter_that_changed_its_size_does_not_write_into_anothers_state(ki
     step(optimizer, params, 0)
     before = {name: value.clone() for name, value in optimizer._get_state(params[1]).items()}
     params[0].data = torch.randn(count)
-    with pytest.raises(RuntimeError, match=rf"had 200 elements on cpu when its state was made, and has {count:,}"):
+    with pytest.raises(
+        RuntimeError, match=rf"had 200 elements on cpu when its state was created, and now has {count:,}"
+    ):
         step(optimizer, params, 1)
     assert all(torch.equal(value, before[name]) for name, value in optimizer._get_state(params[1]).items())
-    with pytest.raises(RuntimeError, match="Make a new optimizer"):
+    with pytest.raises(RuntimeError, match="Create a new optimizer"):
         optimizer.state_dict()
 
 
