@@ -62,8 +62,12 @@ def header(path: str) -> Header:
         PeftcoreError: the file is not GGUF of version 2 or 3, or is cut off.
     """
     try:
-        with open(path, "rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as data:
-            return _Reader(data).header()
+        with (
+            open(path, "rb") as file,
+            mmap(file.fileno(), 0, access=ACCESS_READ) as data,
+            memoryview(data) as view,
+        ):
+            return _Reader(view).header()
     except (ValueError, struct.error, UnicodeDecodeError, KeyError, IndexError, OverflowError) as error:
         raise PeftcoreError(f"the model of '{path}' cannot be loaded: {error}. Download it again") from error
 
@@ -71,7 +75,7 @@ def header(path: str) -> Header:
 class _Reader:
     """Reader of the values of a file, one after the other."""
 
-    def __init__(self, data: mmap | numpy.memmap[Any, Any], place: int = 0) -> None:
+    def __init__(self, data: memoryview, place: int = 0) -> None:
         self.data, self.place = data, place
 
     def number(self, code: str) -> Any:
@@ -162,13 +166,14 @@ def reading() -> Iterator[None]:
     import gguf
     import numpy
 
-    class Reader(gguf.GGUFReader):  # type: ignore[misc]
+    class Reader(gguf.GGUFReader):
         def _get_field_parts(self, orig_offs: int, raw_type: int) -> tuple[int, list[Any], list[int], list[Any]]:
             if raw_type != _ARRAY:
-                return super()._get_field_parts(orig_offs, raw_type)  # type: ignore[no-any-return]
-            array = _Reader(self.data, orig_offs)
+                return super()._get_field_parts(orig_offs, raw_type)
+            data = self.data.data  # the memoryview of an array
+            array = _Reader(data, orig_offs)
             array.value(_ARRAY)
-            element, count = struct.unpack_from("<IQ", self.data, orig_offs)
+            element, count = struct.unpack_from("<IQ", data, orig_offs)
             kind = gguf.GGUFValueType(element)
             if element == _STRING:
                 parts, places = [numpy.empty(0, numpy.uint8)], [0] * count
