@@ -90,10 +90,10 @@ def test_options_of_an_adapter_need_one(run: Run, llama: Path) -> None:
 
 def test_options_of_another_task(run: Run, llama: Path, reviews: Path, tmp_path: Path) -> None:
     for words, message in (
-        (("--language", "english"), "--language is for --task asr"),
-        (("--undesirable-weight", 2), "--undesirable-weight is for --task kto"),
-        (("--generations", 4), "--generations is for --task grpo"),
-        (("--temperature", 0.5), "--temperature is for --task grpo"),
+        (("--language", "english"), "--language only works with asr"),
+        (("--undesirable-weight", 2), "--undesirable-weight only works with kto"),
+        (("--generations", 4), "--generations only works with grpo"),
+        (("--temperature", 0.5), "--temperature only works with grpo"),
     ):
         found = run(*TRAIN, "-m", llama, "-d", reviews, "-o", tmp_path / "run", *words, code=1)
-        assert f"error: {message}, found task causal-lm. Leave it out" in found.stderr
+        assert f"error: {message} (the task is causal-lm). Leave it out" in found.stderr

@@ -58,7 +58,7 @@ def plan(
     from peftcore_cli.training import forecast, training_run  # noqa: F401  # counts the memory of the modules that `train` imports
 
     task, names = options.planned_task(task, data, labels)
-    step_fields = forecast.how(task, given.precision, given.parallel, ranks, tp_size)
+    step_fields = forecast.step_options(task, given.precision, given.parallel, ranks, tp_size)
     name, method_fields = options.resolve_method(method, fields)
     base = models.empty_model(base_files.resolve(model), task, names)
     method_plan = peftcore.plan(base, name, **method_fields)
@@ -89,7 +89,7 @@ def plan(
                 without_logits=forecast.is_without_logits(settings),
                 fused=forecast.is_fused(settings),
                 recompute=given.recompute,
-                **{**step_fields, **forecast.of_data(settings)},
+                **{**step_fields, **forecast.step_data(settings)},
             ),
             dtype=forecast.dtype_of_base(settings, names),
             device=device,

@@ -83,7 +83,7 @@ def suggest(
         without_logits=forecast.is_without_logits(settings),
         fused=forecast.is_fused(settings),
         recompute=given.recompute,
-        **{**forecast.how(task, given.precision, given.parallel, ranks), **forecast.of_data(settings)},
+        **{**forecast.step_options(task, given.precision, given.parallel, ranks), **forecast.step_data(settings)},
     )
     train_options = ["--max-length", str(given.max_length)]
     train_dtype = "bf16" if device != "cpu" and given.dtype == given.precision == "auto" else given.dtype

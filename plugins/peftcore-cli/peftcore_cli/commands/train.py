@@ -126,7 +126,7 @@ def train(
     _check_quantize(given, start, name)
     settings = _settings(given, start, model=model, rows=rows, method=name, fields=method_fields)
     if fit:
-        settings = forecast.fitted(settings, rows.read)
+        settings = forecast.fit(settings, rows.read)
     if resume:
         settings = _resumed(settings, output)
     trainer_arguments.check(settings, output)
@@ -206,7 +206,7 @@ def _checked(given: RunOptions, display: Display, rows: _Rows, *, continues: boo
         require("transformers", "accelerate")
         from peftcore_cli.training import distillation
 
-        given = replace(given, teacher=distillation.checked(given, rows.task))
+        given = replace(given, teacher=distillation.check_teacher(given, rows.task))
     if given.streaming:
         with clock.part("data"):
             rows.lines = streamed.Lines(rows.paths, rows.task, parse_columns(given.columns))

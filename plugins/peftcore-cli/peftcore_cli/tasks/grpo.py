@@ -149,7 +149,7 @@ class GRPO(Judged):
     def trainer(
         self, arguments: dict[str, Any], settings: Settings, processor: Any, about: AdapterTask, teacher: Any = None
     ) -> Measuring:
-        arguments["reward_funcs"] = [arguments["measure"].how.reward]
+        arguments["reward_funcs"] = [arguments["measure"].evaluation.reward]
         args, model = arguments["args"], arguments["model"]
         if not has_adapters(model) or args.beta == 0:
             return super().trainer(arguments, settings, processor, about)

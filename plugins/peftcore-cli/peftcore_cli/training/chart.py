@@ -1,4 +1,4 @@
-"""A comparison as a chart: one row per method, one panel per question."""
+"""Chart of a comparison: one row per method, one panel per measure."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ BLUE, GREY, ORANGE, PALE, INK = "#2457a6", "#8a94a6", "#c2521a", "#e3e7ee", "#1c
 
 @dataclass(frozen=True)
 class Panel:
-    """A question and its answers, one per row.
+    """One measure and its value per row.
 
     Args:
-        title: the question, with its unit.
-        values: one number per row. texts: how each is written next to its mark.
-        spreads: half the length of each row's error bar; if given, rows are points instead of bars.
-        lines: values to compare with, and their names.
+        title: name of the measure, with its unit.
+        values: one number per row.
+        texts: label next to each value.
+        spreads: half the length of each row's error bar; with error bars, rows are points instead of bars.
+        lines: (value, name) of vertical reference lines.
         log: whether the axis is logarithmic.
     """
 
@@ -34,7 +35,7 @@ class Panel:
 
 
 def small_multiples(labels: Sequence[str], panels: Sequence[Panel], reference: str, title: str) -> bytes:
-    """Return a PNG of panels side by side, with rows from the top; the row `reference` is grey."""
+    """Draw panels side by side as a PNG, with rows from the top; the row `reference` is grey."""
     from matplotlib.figure import Figure
 
     height = 1.3 + 0.38 * len(labels)
@@ -85,7 +86,7 @@ def small_multiples(labels: Sequence[str], panels: Sequence[Panel], reference: s
 
 
 def _limits(axes: Axes, panel: Panel) -> None:
-    """Leave space for the texts on the right."""
+    """Set the limits of the axis, with space for the labels on the right."""
     if panel.log:
         axes.set_xscale("log")
         low, high = min(panel.values), max(panel.values)

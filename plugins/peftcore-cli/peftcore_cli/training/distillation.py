@@ -1,8 +1,8 @@
-"""Distillation (`--teacher`): a model learns another's probabilities of the next token, next to the token itself.
+"""Distillation (`--teacher`): the model also learns the next-token probabilities of a teacher.
 
     loss = (1 - w) CE + w KL(teacher || model)
 
-Both are means over the learned tokens; w is `--teacher-weight` (Hinton et al. 2015, arXiv 1503.02531).
+Both terms are means over the learned tokens; w is `--teacher-weight` (Hinton et al. 2015, arXiv 1503.02531).
 """
 
 from __future__ import annotations
@@ -26,29 +26,29 @@ from peftcore_cli.tasks.conversations import IGNORED
 from peftcore_cli.tasks.encoded_examples import Example
 from peftcore_cli.training.trainers import MeasuringTrainer
 
-_ROWS = 1024  # tokens whose probabilities are compared at once, in fp32
+_ROWS = 1024  # tokens compared at once, in fp32
 
 
-def checked(given: RunOptions, task: str) -> str:
-    """Return `--teacher` as an absolute path or a hub id.
+def check_teacher(run_options: RunOptions, task: str) -> str:
+    """Check `--teacher`, and return it as an absolute path or a hub id.
 
     Raises:
         PeftcoreError: the options do not fit together, or the teacher is not a model.
     """
-    teacher = str(given.teacher)
+    teacher = str(run_options.teacher)
     if not registered.find(task).learns_texts:
         raise PeftcoreError(
-            f"--teacher is for {registered.names_with('learns_texts')}, found task {task}. Leave it out"
+            f"--teacher only works with {registered.names_with('learns_texts')} (the task is {task}). Leave it out"
         )
-    if not 0 < given.teacher_weight <= 1:
-        raise PeftcoreError(f"--teacher-weight must be above 0 and at most 1, found {given.teacher_weight:g}")
-    if given.without_logits == "on":
+    if not 0 < run_options.teacher_weight <= 1:
+        raise PeftcoreError(f"--teacher-weight must be above 0 and at most 1, found {run_options.teacher_weight:g}")
+    if run_options.without_logits == "on":
         raise PeftcoreError("--teacher compares logits, which --without-logits on does not compute. Leave one out")
     folder = Path(os.path.expanduser(teacher))
     if not (folder / "config.json").exists() and (adapter_folder(folder) / "adapter_config.json").exists():
         raise PeftcoreError(
-            f"--teacher '{teacher}' is an adapter, and the teacher must be a model. Write one with peftcore merge "
-            f"{teacher} --output FOLDER, and pass that"
+            f"--teacher '{teacher}' is an adapter, but the teacher must be a model. Merge it first: peftcore merge "
+            f"{teacher} --output FOLDER"
         )
     return base_files.resolve(teacher)
 
@@ -59,17 +59,20 @@ def of_run(
     """Return the frozen teacher of a run, or None if it has none.
 
     Raises:
-        PeftcoreError: it reads other tokens than the model, or cannot separate packed examples.
+        PeftcoreError: its tokenizer differs from the model's, or it cannot separate packed examples.
     """
     if settings.teacher is None:
         return None
     name = settings.teacher
-    theirs, ours = registered.find(settings.task).load_processor(name).get_vocab(), tokenizer.get_vocab()
-    other = [token for token, id_ in ours.items() if theirs.get(token) != id_]
-    if other:
+    teacher_vocabulary, vocabulary = (
+        registered.find(settings.task).load_processor(name).get_vocab(),
+        tokenizer.get_vocab(),
+    )
+    different = [token for token, id_ in vocabulary.items() if teacher_vocabulary.get(token) != id_]
+    if different:
         raise PeftcoreError(
-            f"the teacher '{name}' has other tokens than the model: {len(other):,} of {len(ours):,}, such as "
-            f"{min(other, key=ours.__getitem__)!r}, differ. Pass a teacher with the model's tokenizer"
+            f"the teacher '{name}' has another tokenizer than the model: {len(different):,} of {len(vocabulary):,} "
+            f"tokens differ, such as {min(different, key=vocabulary.__getitem__)!r}. Pass another teacher"
         )
     say(f"loading {name} as the teacher")
     teacher = models.load_model(name, settings.task, dtype=settings.dtype, device=settings.device)
@@ -78,32 +81,32 @@ def of_run(
     return teacher.requires_grad_(False)
 
 
-def divergence(logits: Tensor, wanted: Tensor, labels: Tensor) -> Tensor:
-    """Return the sum of KL(wanted || logits) over the learned tokens.
+def divergence(logits: Tensor, teacher_logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the sum of KL(teacher || model) over the learned tokens.
 
-    Rows for more tokens than both have, which pad a table of embeddings, are left out.
+    Logits that only one of the models has, from a padded embedding, are ignored.
 
     Args:
-        logits: [batch, length, tokens].
-        wanted: of the teacher, [batch, length, tokens].
-        labels: [batch, length]; those after the first predict nothing where they are ignored.
+        logits: logits of the model, [batch, length, vocabulary].
+        teacher_logits: logits of the teacher, [batch, length, vocabulary].
+        labels: labels [batch, length], with ignored tokens.
     """
-    learned = labels[:, 1:] != IGNORED
-    most = min(logits.shape[-1], wanted.shape[-1])
-    ours, theirs = logits[:, :-1][learned][:, :most], wanted[:, :-1][learned][:, :most]
+    is_learned = labels[:, 1:] != IGNORED
+    width = min(logits.shape[-1], teacher_logits.shape[-1])
+    student_rows, teacher_rows = logits[:, :-1][is_learned][:, :width], teacher_logits[:, :-1][is_learned][:, :width]
     total = logits.new_zeros((), dtype=torch.float32)
-    for some, right in zip(ours.split(_ROWS), theirs.split(_ROWS), strict=True):
-        kept, target = some.float().log_softmax(-1), right.float().log_softmax(-1)
-        total = total + nn.functional.kl_div(kept, target, reduction="sum", log_target=True)
+    for student_part, teacher_part in zip(student_rows.split(_ROWS), teacher_rows.split(_ROWS), strict=True):
+        log_probabilities, target = student_part.float().log_softmax(-1), teacher_part.float().log_softmax(-1)
+        total = total + nn.functional.kl_div(log_probabilities, target, reduction="sum", log_target=True)
     return total
 
 
 class DistillingTrainer(MeasuringTrainer):
-    """Trainer on a language model's examples and a teacher's probabilities.
+    """Trainer of a language model with an additional distillation loss.
 
     Args:
-        teacher: a frozen model with the same tokens.
-        weight: of the divergence from it.
+        teacher: frozen model with the same tokenizer.
+        weight: weight of the distillation loss.
     """
 
     def __init__(self, *args: Any, teacher: PreTrainedModel, weight: float, **kwargs: Any) -> None:
@@ -115,12 +118,12 @@ class DistillingTrainer(MeasuringTrainer):
     ) -> Any:
         loss, output = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         with torch.no_grad():
-            wanted = self.teacher(**{name: value for name, value in inputs.items() if name != "labels"}).logits
-        total = divergence(output.logits, wanted, inputs["labels"])
+            teacher_logits = self.teacher(**{name: value for name, value in inputs.items() if name != "labels"}).logits
+        total = divergence(output.logits, teacher_logits, inputs["labels"])
         if num_items_in_batch is None or not self.model_accepts_loss_kwargs:  # a mean over this batch
-            away = total / (inputs["labels"][:, 1:] != IGNORED).sum().clamp_min(1)
+            distance = total / (inputs["labels"][:, 1:] != IGNORED).sum().clamp_min(1)
         else:
-            together = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
-            away = total / num_items_in_batch * together
-        loss = (1 - self.weight) * loss + self.weight * away
+            processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+            distance = total / num_items_in_batch * processes
+        loss = (1 - self.weight) * loss + self.weight * distance
         return (loss, output) if return_outputs else loss

@@ -1,4 +1,4 @@
-"""Forecast of a run's memory, printed before anything is loaded and compared with the measured peak."""
+"""Forecast of a run's peak memory, printed before anything is loaded and compared with the measured peak."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ class Forecast:
     """Predicted peak memory of a run, in bytes.
 
     Args:
-        libraries: resident bytes of the process at the time of the forecast; 0 on a card.
+        libraries: resident bytes of the process when the forecast was made; 0 on a GPU.
         room: free bytes at that time.
         together: number of processes of the run that share this memory.
-        lighter: options of this run that need less, in addition to those of every run.
+        lighter: further options that would reduce the memory of this run.
     """
 
     estimate: peftcore.Estimate
@@ -53,41 +53,42 @@ class Forecast:
 
     @property
     def needed(self) -> float:
-        """Bytes needed in addition to what the processes have."""
-        found = self.estimate
+        """Bytes that the run needs beyond what its processes have."""
+        estimate = self.estimate
         if self.on_card:
-            return found.reserved - (found.peak - found.least)
-        return self.together * found.needed
+            return estimate.reserved - (estimate.peak - estimate.least)
+        return self.together * estimate.needed
 
     @property
     def peak(self) -> Range:
-        """Bytes of the process at its peak; on a card, of the card."""
+        """Peak memory of the process, or of the GPU, in bytes."""
         if self.on_card:
             return Range(self.estimate.reserved, self.estimate.reserved)
         return self.estimate.beyond_libraries.plus(self.libraries)
 
     def __str__(self) -> str:
         parts = sorted(self.estimate.parts.items(), key=lambda part: -part[1])
-        most = ", ".join(f"{kind} {gigabytes(size)}" for kind, size in parts[:4])
-        each = f" in each of {self.estimate.step.ranks} processes" if self.estimate.step.ranks > 1 else ""
+        largest = ", ".join(f"{kind} {gigabytes(size)}" for kind, size in parts[:4])
+        ranks = self.estimate.step.ranks
+        per_process = f" in each of {ranks} processes" if ranks > 1 else ""
         return (
-            f"predicted peak: {self.peak}{each}, {gigabytes(self.libraries)} of it Python and its libraries ({most}); "
-            f"{gigabytes(self.room)} free"
+            f"predicted peak: {self.peak}{per_process}, {gigabytes(self.libraries)} of it Python and its libraries "
+            f"({largest}); {gigabytes(self.room)} free"
         )
 
 
-def how(task: str, precision: str, parallel: str | None, processes: int, tp_size: int = 1) -> dict[str, Any]:
-    """Return the arguments of `peftcore.Step` that options determine.
+def step_options(task: str, precision: str, parallel: str | None, processes: int, tp_size: int = 1) -> dict[str, Any]:
+    """Return the arguments of `peftcore.Step` that depend on options.
 
     Raises:
-        PeftcoreError: an option is unknown, or `parallel` and the number of processes do not fit together.
+        PeftcoreError: an option has an unknown value, or `parallel` does not fit the number of processes.
     """
     if precision not in precisions.PRECISIONS:
         raise PeftcoreError(f"--precision must be one of {', '.join(precisions.PRECISIONS)}, found '{precision}'")
     if parallel is not None and parallel not in torchrun.WAYS:
         raise PeftcoreError(f"--parallel must be one of {', '.join(torchrun.WAYS)}, found '{parallel}'")
     if parallel is None and processes > tp_size:
-        raise PeftcoreError(f"{processes} processes need a way to share the work: --parallel ddp, or fsdp2")
+        raise PeftcoreError(f"{processes} processes need a kind of parallelism. Pass --parallel ddp, or fsdp2")
     return {
         "loss": registered.find(task).step_loss,
         "mixed_precision": precision if precision in MIXED else None,
@@ -97,20 +98,20 @@ def how(task: str, precision: str, parallel: str | None, processes: int, tp_size
     }
 
 
-def of_data(settings: Settings, rows: Sequence[Row] | None = None) -> dict[str, Any]:
-    """Return the arguments of `peftcore.Step` that the data of `settings` determine; without data, those of texts.
+def step_data(settings: Settings, rows: Sequence[Row] | None = None) -> dict[str, Any]:
+    """Return the arguments of `peftcore.Step` that depend on the data; without data, those for texts.
 
     Args:
-        settings: of the run.
-        rows: its examples if they are read already.
+        settings: settings of the run.
+        rows: examples of the run, if they have been read.
 
     Raises:
-        NotFollowed: the task needs examples, since a step depends on the sizes of images or the length of recordings.
+        NotFollowed: the task needs examples, because a step depends on the sizes of images or recordings.
         PeftcoreError: a file is missing or of another kind.
     """
     task = registered.find(settings.task)
     if not settings.data and task.needs_examples:
-        raise NotFollowed(f"a step of --task {task.name} depends on the examples. Pass some: --data FILE")
+        raise NotFollowed(f"the memory of --task {task.name} depends on the examples. Pass some: --data FILE")
     if not settings.data or not task.examples_count:
         return {}
     processor = task.load_processor(settings.model)
@@ -121,26 +122,26 @@ def of_data(settings: Settings, rows: Sequence[Row] | None = None) -> dict[str, 
 
 
 def is_without_logits(settings: Settings) -> bool:
-    """Return whether `train` is expected to compute the loss without logits."""
+    """Return whether `train` would compute the loss without logits, if the model allows it."""
     fits = registered.find(settings.task).learns_texts and settings.parallel is None
     return settings.without_logits == "on" or (settings.without_logits == "auto" and fits)
 
 
 def is_fused(settings: Settings) -> bool:
-    """Return whether `train` is expected to fuse operators, which it does on CPUs."""
+    """Return whether `train` would fuse operators, as it does on CPUs."""
     return settings.fuse == "on" or (settings.fuse == "auto" and settings.parallel is None)
 
 
 def tokens_of_step(length: int, task: str, config: Any) -> int:
-    """Return the tokens of a row whose longest has `length`."""
+    """Return the number of tokens of the longest row, given the maximum length."""
     return registered.find(task).tokens_of_step(length, config)
 
 
 def dtype_of_base(settings: Settings, labels: tuple[str, ...] = ()) -> torch.dtype:
-    """Return a base's dtype on this machine (`cpu`) or on a GPU of the table, for which auto is bf16."""
+    """Return the dtype of a base on this machine (`cpu`) or on a GPU, where auto is bf16."""
     if settings.device != "cpu":
-        found = precisions.base_dtype(settings.precision, settings.dtype)
-        return device_choice.torch_dtype("bf16" if found == "auto" else found, "cpu")
+        dtype = precisions.base_dtype(settings.precision, settings.dtype)
+        return device_choice.torch_dtype("bf16" if dtype == "auto" else dtype, "cpu")
     return device_choice.torch_dtype(dtype_choice.of_run(settings, labels).say(), "cpu")
 
 
@@ -150,33 +151,33 @@ def forecast(
     """Return the forecast of a run, or print why there is none and return None.
 
     Args:
-        settings: of the run.
-        length: tokens of the longest example.
-        labels: a classifier's labels.
-        examples: encoded examples that are trained on.
-        processor: the tokenizer, or the processor, of the examples.
+        settings: settings of the run.
+        length: number of tokens of the longest example.
+        labels: labels of a classifier.
+        examples: encoded training examples.
+        processor: tokenizer or processor of the examples.
 
     Raises:
-        PeftcoreError: a setting is wrong, or cannot be used on a model without values.
+        PeftcoreError: a setting is invalid, or cannot be used on the meta device.
     """
-    why = _why_not(settings)
-    if why is not None:
-        say(f"memory is not predicted: {why}")
+    reason = _why_not(settings)
+    if reason is not None:
+        say(f"memory is not predicted: {reason}")
         return None
     dtype = device_choice.torch_dtype(precisions.base_dtype(settings.precision, settings.dtype), settings.device)
     try:
         shapes = registered.find(settings.task).step_of(examples, processor)
-        found = _estimate(settings, length, labels, dtype, shapes)
+        estimate = _estimate(settings, length, labels, dtype, shapes)
     except NotFollowed as error:
         say(f"memory is not predicted: {error}")
         return None
     device = device_choice.torch_device(settings.device)
     on_cuda = device.type == "cuda"
     room = float(torch.cuda.mem_get_info(device)[0]) if on_cuda else memory_here()
-    together = 1 if on_cuda else int(os.environ.get("LOCAL_WORLD_SIZE", settings.ranks))
+    processes = 1 if on_cuda else int(os.environ.get("LOCAL_WORLD_SIZE", settings.ranks))
     gc.collect()
     release_free_memory()
-    return Forecast(found, 0 if on_cuda else current_memory(), room, on_cuda, together)
+    return Forecast(estimate, 0 if on_cuda else current_memory(), room, on_cuda, processes)
 
 
 def _estimate(
@@ -196,11 +197,11 @@ def _estimate(
             length=tokens_of_step(length, settings.task, base.config),
             optimizer=settings.optim,
             gradient_checkpointing=settings.gradient_checkpointing,
-            gradient_accumulation=min(2, settings.grad_accum),  # the second step takes what later steps take
+            gradient_accumulation=min(2, settings.grad_accum),  # from the second batch on, each takes the same memory
             without_logits=is_without_logits(settings),
             fused=is_fused(settings),
             recompute=settings.recompute,
-            **{**how(settings.task, settings.precision, settings.parallel, settings.ranks), **shapes},
+            **{**step_options(settings.task, settings.precision, settings.parallel, settings.ranks), **shapes},
         ),
         **settings.fields,
     )
@@ -209,83 +210,85 @@ def _estimate(
 def with_memory(
     settings: Settings, processor: Any, labels: tuple[str, ...], examples: Examples, *, force: bool
 ) -> tuple[Settings, Forecast | str | None]:
-    """Return the settings with the base's dtype, and the predicted memory: None if the reason is printed.
+    """Return the settings with the base's dtype, and the forecast; a reason if there is none, or None if it is printed.
 
-    A reason that is returned is to be printed once the model has its adapter: before, it may be an error of the run.
+    Print a returned reason only after the model has its adapter, because it may turn out to be an error of the run.
 
     Args:
-        settings: of the run.
+        settings: settings of the run.
         processor: the tokenizer or processor.
-        labels: a classifier's labels.
+        labels: labels of a classifier.
         examples: encoded examples.
-        force: run even if the predicted memory is not available.
+        force: whether to run even if the predicted memory is not available.
 
     Raises:
         PeftcoreError: the predicted memory is not available, unless `force`.
     """
-    base_in = dtype_choice.of_run(settings, labels)
-    settings = replace(settings, dtype=base_in.say())
+    choice = dtype_choice.of_run(settings, labels)
+    settings = replace(settings, dtype=choice.say())
     try:
         predicted = forecast(settings, examples.longest, labels, examples.rows, processor)
     except PeftcoreError as error:
         return settings, str(error)
     if predicted is None:
         return settings, None
-    if base_in.instead_of == "bf16":
+    if choice.instead_of == "bf16":
         predicted = replace(predicted, lighter=("--dtype bf16",))
     say(str(predicted))
     if not force:
-        said = predicted  # with several processes the first one decides, because free memory changes
-        ranks.once(lambda: refuse_if_too_large(said, settings), together=True)
+        checked = predicted  # of several processes the first decides, because free memory changes
+        ranks.once(lambda: refuse_if_too_large(checked, settings), together=True)
     return settings, predicted
 
 
-def refuse_if_too_large(found: Forecast, settings: Settings) -> None:
-    """Raise a PeftcoreError if a run needs more memory than is free, with options that need less."""
-    if found.needed <= found.room:
+def refuse_if_too_large(prediction: Forecast, settings: Settings) -> None:
+    """Raise a PeftcoreError if a run needs more memory than is free, with options that reduce it."""
+    if prediction.needed <= prediction.room:
         return
-    ways = [
+    options = [
         *(["--batch-size 1 --grad-accum " + str(settings.batch_size)] if settings.batch_size > 1 else []),
         *(["--gradient-checkpointing"] if not settings.gradient_checkpointing else []),
         *(["--optim paged_adamw_8bit"] if not settings.optim.startswith("paged") else []),
-        *found.lighter,
+        *prediction.lighter,
     ]
     raise PeftcoreError(
-        f"this run needs about {gigabytes(found.needed)}, and {gigabytes(found.room)} are free. Use less with "
-        f"{' or '.join(ways) or 'a smaller model'}, or run anyway with --force"
+        f"this run needs about {gigabytes(prediction.needed)}, but {gigabytes(prediction.room)} are free. Use less "
+        f"with {' or '.join(options) or 'a smaller model'}, or run anyway with --force"
     )
 
 
-def fitted(settings: Settings, rows: Sequence[Row]) -> Settings:
-    """Return the settings with the batch size, gradient checkpointing and optimizer of the first way that fits.
+def fit(settings: Settings, rows: Sequence[Row]) -> Settings:
+    """Choose a batch size, gradient checkpointing and optimizer that fit into memory.
 
-    The number of examples per step stays the same through gradient accumulation. With several processes the first one
-    chooses for all. Collective.
+    Gradient accumulation keeps the number of examples per step. Of several processes the first chooses for all.
+    Collective.
 
     Raises:
-        PeftcoreError: nothing fits, or the run cannot be predicted.
+        PeftcoreError: nothing fits, or the memory of the run cannot be predicted.
     """
-    chosen = [settings]
+    result = [settings]
 
     def choose() -> None:
-        chosen[0] = _fitted(settings, rows)
+        result[0] = _fit(settings, rows)
 
     ranks.once(choose, together=True)
-    return ranks.of_first(chosen[0])
+    return ranks.of_first(result[0])
 
 
-def _fitted(settings: Settings, rows: Sequence[Row]) -> Settings:
+def _fit(settings: Settings, rows: Sequence[Row]) -> Settings:
     if device_choice.torch_device(settings.device).type != "cpu":
         raise PeftcoreError("--fit is for training on a CPU. For a GPU: peftcore suggest --device NAME --memory 24GB")
-    why = _why_not(settings)
-    if why is not None:
-        raise PeftcoreError(f"--fit cannot choose: {why}")
+    reason = _why_not(settings)
+    if reason is not None:
+        raise PeftcoreError(f"--fit cannot choose: {reason}")
     if settings.quantize is not None:
         raise PeftcoreError(
-            "--fit chooses for a dense base. Leave it out, or see what fits with: peftcore suggest --model MODEL"
+            "--fit only works with a dense base. Leave it out, or see what fits: peftcore suggest --model MODEL"
         )
     if settings.optim != PLAIN:
-        raise PeftcoreError(f"--fit chooses the optimizer ({PLAIN} or {PAGED}). Leave out --optim {settings.optim}")
+        raise PeftcoreError(
+            f"--fit chooses the optimizer itself ({PLAIN} or {PAGED}). Leave out --optim {settings.optim}"
+        )
     dtype = dtype_choice.of_run(settings, ()).dtype  # `train` prints it
     config = models.load_config(settings.model, settings.task)
     step = peftcore.Step(
@@ -293,55 +296,60 @@ def _fitted(settings: Settings, rows: Sequence[Row]) -> Settings:
         without_logits=is_without_logits(settings),
         fused=is_fused(settings),
         recompute=settings.recompute,
-        **{**how(settings.task, settings.precision, settings.parallel, settings.ranks), **of_data(settings, rows)},
+        **{
+            **step_options(settings.task, settings.precision, settings.parallel, settings.ranks),
+            **step_data(settings, rows),
+        },
     )
-    known: dict[str, Any] = {"dtype": device_choice.torch_dtype(dtype, settings.device), "step": step}
+    fixed: dict[str, Any] = {"dtype": device_choice.torch_dtype(dtype, settings.device), "step": step}
     if not registered.find(settings.task).divides_batches:
-        return _fitted_whole(settings, config, known)
-    (way,) = peftcore.suggest(config, [settings.method], fields=settings.fields, max_ways=1, **known).ways
+        return _fit_whole_batch(settings, config, fixed)
+    (way,) = peftcore.suggest(config, [settings.method], fields=settings.fields, max_ways=1, **fixed).ways
     return _with_way(settings, way.batch_size, way.optimizer, gradient_checkpointing=way.gradient_checkpointing)
 
 
-def _fitted_whole(settings: Settings, config: Any, known: dict[str, Any]) -> Settings:
-    """Like `fitted`, without dividing a batch, whose texts are compared with one another."""
+def _fit_whole_batch(settings: Settings, config: Any, fixed: dict[str, Any]) -> Settings:
+    """Choose as `fit` does, but keep the batch whole, because its texts are compared with each other."""
     method = None if settings.method == FULL else settings.method
-    for again, optimizer in ((False, PLAIN), (True, PLAIN), (True, PAGED)):
-        step = replace(known["step"], batch_size=settings.batch_size, gradient_checkpointing=again, optimizer=optimizer)
-        found = peftcore.estimate(config, method, **{**known, "step": step}, device="cpu", **settings.fields)
-        if found.fits:
-            return _with_way(settings, settings.batch_size, optimizer, gradient_checkpointing=again)
+    for checkpointing, optimizer in ((False, PLAIN), (True, PLAIN), (True, PAGED)):
+        step = replace(
+            fixed["step"], batch_size=settings.batch_size, gradient_checkpointing=checkpointing, optimizer=optimizer
+        )
+        estimate = peftcore.estimate(config, method, **{**fixed, "step": step}, device="cpu", **settings.fields)
+        if estimate.fits:
+            return _with_way(settings, settings.batch_size, optimizer, gradient_checkpointing=checkpointing)
     raise PeftcoreError(
-        f"--fit does not divide a batch of --task {settings.task}, whose texts are compared with one another, and "
-        f"--batch-size {settings.batch_size} needs {gigabytes(found.needed)}. Pass a smaller one"
+        f"--fit cannot divide a batch of --task {settings.task}, whose texts are compared with each other, and "
+        f"--batch-size {settings.batch_size} needs {gigabytes(estimate.needed)}. Pass a smaller --batch-size"
     )
 
 
 def _with_way(settings: Settings, batch_size: int, optimizer: str, *, gradient_checkpointing: bool) -> Settings:
-    """Return the settings with this way of training, with as many examples per step.
+    """Return the settings with this batch size and optimizer, and the same number of examples per step.
 
     Raises:
-        PeftcoreError: the task compares the answers of a batch, and none of two or more fits and divides the step.
+        PeftcoreError: the task needs at least two examples per batch, and no such batch fits and divides the step.
     """
     examples = settings.batch_size * settings.grad_accum
-    least = registered.find(settings.task).least_batch
-    most = min(settings.batch_size, batch_size)
-    divisors = [n for n in range(least, most + 1) if examples % n == 0]
+    smallest = registered.find(settings.task).least_batch
+    largest = min(settings.batch_size, batch_size)
+    divisors = [n for n in range(smallest, largest + 1) if examples % n == 0]
     if not divisors:
         raise PeftcoreError(
-            f"--fit finds no batch for --task {settings.task}, which needs 2 or more examples and a divisor of the "
-            f"{examples} examples of a step: {most} fit. Pass an even --batch-size, or a smaller --max-length"
+            f"--fit finds no batch size for --task {settings.task}, which must be at least 2 and divide the {examples} "
+            f"examples of a step; {largest} fit into memory. Pass an even --batch-size, or a smaller --max-length"
         )
     batch_size = max(divisors)
-    chosen = replace(
+    fitting = replace(
         settings,
         batch_size=batch_size,
         grad_accum=examples // batch_size,
         gradient_checkpointing=gradient_checkpointing,
         optim=optimizer,
     )
-    again = " --gradient-checkpointing" if chosen.gradient_checkpointing else ""
-    say(f"--fit: --batch-size {batch_size} --grad-accum {chosen.grad_accum} --optim {chosen.optim}{again}")
-    return chosen
+    checkpointing = " --gradient-checkpointing" if fitting.gradient_checkpointing else ""
+    say(f"--fit: --batch-size {batch_size} --grad-accum {fitting.grad_accum} --optim {fitting.optim}{checkpointing}")
+    return fitting
 
 
 def unknown(task: str) -> str | None:
@@ -352,10 +360,10 @@ def unknown(task: str) -> str | None:
 def _why_not(settings: Settings) -> str | None:
     from peftcore.estimating import OPTIMIZERS
 
-    if (why := unknown(settings.task)) is not None:
-        return why
+    if (reason := unknown(settings.task)) is not None:
+        return reason
     if settings.teacher is not None:
-        return "that of a teacher is not known"
+        return "the memory of a teacher is not known"
     if settings.optim not in OPTIMIZERS:
         return f"the state of --optim {settings.optim} is not known"
     return None

@@ -17,24 +17,24 @@ from peftcore_cli.tasks import encoded_examples, registered
 from peftcore_cli.tasks.encoded_examples import Example
 from peftcore_cli.tasks.task import Task
 
-_ROWS, _TOKENS = 2, 64  # of a probe
+_ROWS, _TOKENS = 2, 64  # of the test batch
 
 
 def fuse(model: PreTrainedModel, settings: Settings) -> None:
-    """Fuse operators as `settings` say: with `auto` on CPUs, in a run that is not parallel."""
+    """Fuse operators according to `settings`; `auto` fuses on CPUs unless the run is parallel."""
     if settings.fuse == "on" or (settings.fuse == "auto" and not settings.parallel and model.device.type == "cpu"):
         kinds = peftcore.summary(peftcore.fuse(model, recompute=settings.recompute)).fused  # type: ignore[arg-type]
         if kinds and settings.fuse == "auto":
-            say(f"{counted(kinds)} by one operator each (--fuse auto)")
+            say(f"fused: {counted(kinds)} (--fuse auto)")
 
 
 def use_loss_without_logits(
     model: PreTrainedModel, settings: Settings, rows: list[Example], tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    """Compute the loss without logits, as `settings` say: with `auto` if that of a few rows is the same.
+    """Compute the loss without logits according to `settings`; `auto` tests on a few rows that the loss is the same.
 
     Raises:
-        PeftcoreError: it is `on`, and the loss needs the logits.
+        PeftcoreError: the setting is `on`, and the loss needs the logits.
     """
     task = registered.find(settings.task)
     may = task.learns_texts and not settings.parallel

@@ -1,4 +1,4 @@
-"""Metrics of a run's model, as its task has them: on held-out examples, and on those of data sets and other domains."""
+"""Evaluation of a run's model: on held-out examples, on each data set, and on other domains."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ from peftcore_cli.training.training_data import Examples
 
 
 @dataclass(frozen=True)
-class Measured:
-    """Metrics on held-out examples and on texts of another domain, and the loss on each of several data sets."""
+class EvaluationResults:
+    """Metrics on held-out examples and on texts from another domain, and the loss on each of several data sets."""
 
     held_out: Metrics
     other: Metrics | None
     sets: dict[int, float]
 
 
-class Measure:
-    """Metrics of the run's model on held-out examples, or on others with which it is called.
+class Evaluator:
+    """Evaluates the run's model on held-out or other examples.
 
     Args:
-        settings: of the run.
+        settings: settings of the run.
         processor: the tokenizer or processor.
         about: what the adapter is trained for.
-        examples: of the run.
-        rows: the held-out examples as they were read, of which the first are answered.
-        clock: of the run, for the part `evaluation`.
+        examples: encoded examples of the run.
+        rows: the held-out rows; the first are answered.
+        clock: clock of the run, whose part `evaluation` is updated.
     """
 
     def __init__(
@@ -48,36 +48,38 @@ class Measure:
         clock: Clock,
     ) -> None:
         self._clock, self._examples, self._task = clock, examples, registered.find(settings.task)
-        self.how = evaluation_of(settings, processor, about, rows, longest=examples.longest)
-        self._reference: dict[int, Any] = {}  # what the model says before training, by id of the examples
+        self.evaluation = evaluation_of(settings, processor, about, rows, longest=examples.longest)
+        self._reference: dict[int, Any] = {}  # outputs of the model before training, by id of the examples
 
     def keep_reference(self, model: Any) -> None:
-        """Keep what the task compares with: that of the model before training."""
-        some = self._examples
-        for part in (some.held_out, some.validation, *some.held_out_sets.values()):
-            if part:
-                self._reference[id(part)] = self._task.reference(model, part, self.how)
-
-    def all(self, model: Any, *, held_out: Metrics | None = None) -> Measured:
-        """Return the metrics before or after training. `held_out`: those on held-out examples, if they are known."""
+        """Store the outputs of the model before training, for tasks that compare with them."""
         examples = self._examples
-        return Measured(
+        for part in (examples.held_out, examples.validation, *examples.held_out_sets.values()):
+            if part:
+                self._reference[id(part)] = self._task.reference(model, part, self.evaluation)
+
+    def evaluate_all(self, model: Any, *, held_out: Metrics | None = None) -> EvaluationResults:
+        """Return the metrics on all held-out data; `held_out` are those already known."""
+        examples = self._examples
+        return EvaluationResults(
             held_out=self(model) if held_out is None else held_out,
             other=self(model, examples.other) if examples.other else None,
             sets={source: self(model, part).loss for source, part in examples.held_out_sets.items()},
         )
 
     def __call__(self, model: Any, examples: list[Example] | None = None) -> Metrics:
-        """Return the metrics of `model` on `examples`; by default on held-out ones."""
+        """Return the metrics of `model` on `examples`, by default the held-out ones."""
         held_out = self._examples.held_out
-        some = held_out if examples is None else examples
-        reference = self._reference.get(id(some))
+        measured_examples = held_out if examples is None else examples
+        reference = self._reference.get(id(measured_examples))
         with self._clock.part("evaluation"):
-            return self._task.measure(model, some, self.how, answers=some is held_out, reference=reference)
+            return self._task.measure(
+                model, measured_examples, self.evaluation, answers=measured_examples is held_out, reference=reference
+            )
 
 
 def evaluation_of(
-    given: RunOptions,
+    run_options: RunOptions,
     processor: Any,
     about: AdapterTask,
     rows: Sequence[Row],
@@ -85,27 +87,27 @@ def evaluation_of(
     longest: int | None = None,
     batch_size: int | None = None,
 ) -> Evaluation:
-    """Return how options measure examples.
+    """Return how to evaluate examples, according to options.
 
     Args:
         given: --metric, --eval-answers, --answer-tokens, --reward, and --batch-size unless it is passed.
         processor: the tokenizer or processor.
         about: what the adapter is trained for.
-        rows: the examples, of which the first are answered.
+        rows: the examples; the first are answered.
         longest: tokens of the longest training example; None for no limit.
         batch_size: examples per batch.
     """
     task = registered.find(about.task)
-    answered, answering = task.answer_count(given.metric, given.eval_answers), None
-    if answered and task.writes:
+    answer_count, answering = task.answer_count(run_options.metric, run_options.eval_answers), None
+    if answer_count and task.writes:
         answering = generations.Answering(
             rows,
             processor,
-            given.metric,
-            count=answered,
+            run_options.metric,
+            count=answer_count,
             max_length=about.max_length,
-            max_new_tokens=given.answer_tokens,
+            max_new_tokens=run_options.answer_tokens,
         )
-    reward = None if given.reward is None else generations.load_reward(given.reward)
-    size = given.batch_size if batch_size is None else batch_size
-    return Evaluation(processor, about, size, longest, answered, answering, given.answer_tokens, reward)
+    reward = None if run_options.reward is None else generations.load_reward(run_options.reward)
+    size = run_options.batch_size if batch_size is None else batch_size
+    return Evaluation(processor, about, size, longest, answer_count, answering, run_options.answer_tokens, reward)

@@ -1,4 +1,4 @@
-"""Memory during a training step: samples and the times at which phases end."""
+"""Trace of memory during a training step: samples, and the ends of phases."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Trace:
     """Samples of one step.
 
     Args:
-        samples: (second, bytes), with any origin of time.
+        samples: (seconds since any origin, bytes).
         ends: the start of the step, then the end of each phase: forward and backward of each batch, then the optimizer.
     """
 
@@ -31,31 +31,30 @@ class Trace:
 
     @property
     def peak(self) -> int:
-        """Most bytes of any sample."""
+        """Maximum of the samples, in bytes."""
         return max((size for _, size in self.samples), default=0)
 
     def by_phase(self, count: int) -> list[tuple[float, int]]:
-        """Return (number of completed phases, with fractions; bytes) of each sample.
+        """Return (position, bytes) of each sample; position 1.5 is the middle of the second phase.
 
         Args:
-            count: number of phases to show. If a step had more, from more batches, the first two and the last ones are
-                used; if it had fewer, the list is empty.
+            count: number of phases to return. If a step had more, from more batches, the first two and the last ones
+                are returned; if it had fewer, none.
         """
-        more = len(self.ends) - 1 - count
-        if more < 0:
+        surplus = len(self.ends) - 1 - count
+        if surplus < 0:
             return []
         phases = [*itertools.pairwise(self.ends)]
-        phases = [*phases[:2], *phases[2 + more :]]
-        return [
-            (number + (when - start) / ((end - start) or 1.0), size)
-            for number, (start, end) in enumerate(phases)
-            for when, size in self.samples
-            if start <= when <= end
-        ]
+        phases = [*phases[:2], *phases[2 + surplus :]]
+        points: list[tuple[float, int]] = []
+        for number, (start, end) in enumerate(phases):
+            duration = (end - start) or 1.0
+            points += [(number + (at - start) / duration, size) for at, size in self.samples if start <= at <= end]
+        return points
 
 
 class MemoryTrace(TrainerCallback):
-    """Keeps the step with the most memory, except the first, in which the optimizer's state is made.
+    """Keeps the trace of the step with the highest peak, except the first, which creates the optimizer's state.
 
     Args:
         model: the trained model; the end of its forward ends a phase.
@@ -71,10 +70,10 @@ class MemoryTrace(TrainerCallback):
         self._hook = model.register_forward_hook(lambda m, *_: self._phase_ends() if m.training else None)
 
     def sample(self) -> None:
-        """Take a sample, if a step is running."""
-        now = self._now
-        if now is not None:
-            now.samples.append((time.perf_counter(), self._memory()))
+        """Take a sample if a step is running."""
+        trace = self._now
+        if trace is not None:
+            trace.samples.append((time.perf_counter(), self._memory()))
 
     def close(self) -> None:
         """Stop taking samples."""
@@ -95,10 +94,10 @@ class MemoryTrace(TrainerCallback):
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
         self._phase_ends()
-        now, self._now = self._now, None
+        trace, self._now = self._now, None
         self._steps += 1
-        if now is not None and self._steps > 1 and (self.largest is None or now.peak > self.largest.peak):
-            self.largest = now
+        if trace is not None and self._steps > 1 and (self.largest is None or trace.peak > self.largest.peak):
+            self.largest = trace
 
     def _phase_ends(self) -> None:
         if self._now is not None:

@@ -1,4 +1,4 @@
-"""`--optim-args`, of which Trainer takes some as arguments of its own."""
+"""`--optim-args`: optimizer arguments, some of which are arguments of Trainer itself."""
 
 from __future__ import annotations
 
@@ -10,28 +10,28 @@ from peftcore.errors import PeftcoreError
 
 
 def arguments(optim_args: str | None) -> dict[str, Any]:
-    """Return `optim_args` as arguments of Trainer, which has its own for `betas` and `eps`.
+    """Convert `optim_args` to arguments of Trainer, which has separate ones for `betas` and `eps`.
 
-    Trainer splits `optim_args` at every comma, including the one within betas=(0.9,0.95).
+    Trainer itself would split `optim_args` at every comma, including the one in betas=(0.9,0.95).
 
     Raises:
-        PeftcoreError: it is not NAME=VALUE, separated by commas, or the value of `betas` or `eps` is wrong.
+        PeftcoreError: it is not a list of NAME=VALUE, or the value of `betas` or `eps` is invalid.
     """
-    found: dict[str, Any] = {}
-    rest = []
+    trainer_arguments: dict[str, Any] = {}
+    others = []
     for setting in re.findall(r"(?:[^,(]|\([^)]*\))+", optim_args or ""):
         name, equals, text = (part.strip() for part in setting.partition("="))
         if not equals:
             raise PeftcoreError(f"--optim-args must be NAME=VALUE separated by commas, found '{setting}'")
         try:
             if name == "betas":
-                first, second = ast.literal_eval(text)
-                found |= {"adam_beta1": float(first), "adam_beta2": float(second)}
+                beta1, beta2 = ast.literal_eval(text)
+                trainer_arguments |= {"adam_beta1": float(beta1), "adam_beta2": float(beta2)}
             elif name == "eps":
-                found["adam_epsilon"] = float(text)
+                trainer_arguments["adam_epsilon"] = float(text)
             else:
-                rest.append(setting)
+                others.append(setting)
         except (ValueError, SyntaxError, TypeError):
             example = "(0.9,0.999)" if name == "betas" else "1e-8"
             raise PeftcoreError(f"--optim-args {name} must be like {name}={example}, found '{text}'") from None
-    return {"optim_args": ",".join(rest) or None, **found}
+    return {"optim_args": ",".join(others) or None, **trainer_arguments}

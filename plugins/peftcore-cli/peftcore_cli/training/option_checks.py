@@ -1,4 +1,4 @@
-"""Options of `train` that contradict its task or each other, found before anything is loaded."""
+"""Checks that the options of `train` fit the task and each other, before anything is loaded."""
 
 from __future__ import annotations
 
@@ -11,67 +11,69 @@ from peftcore_cli.tasks import registered
 from peftcore_cli.tasks.task import Task
 
 
-def check(given: RunOptions, display: Display, name: str, data: Sequence[str], *, continues: bool) -> None:
+def check(run_options: RunOptions, display: Display, name: str, data: Sequence[str], *, continues: bool) -> None:
     """Raise a PeftcoreError for options that contradict the task or each other.
 
     Args:
-        given: options of the run.
-        display: options of what it shows.
-        name: of the task.
+        run_options: options of the run.
+        display: options of what the run shows.
+        name: name of the task.
         data: values of `--data`.
         continues: whether the run starts from an adapter.
     """
     task, defaults = registered.find(name), RunOptions()
-    _refuse_options_of_others(given, task)
+    _refuse_options_of_others(run_options, task)
     if display.sample is not None and not task.answers_texts:
-        raise PeftcoreError(f"--sample is a prompt for a model of texts, found task {name}. Leave it out")
-    if given.pack and not task.learns_texts:
-        raise PeftcoreError(f"--pack is for {registered.names_with('learns_texts')}, found task {name}. Leave it out")
-    task.check_options(given, data, continues=continues)
-    _check_beta(given, task)
-    if given.teacher is None and given.teacher_weight != defaults.teacher_weight:
+        raise PeftcoreError(f"--sample only works with tasks that answer texts (the task is {name}). Leave it out")
+    if run_options.pack and not task.learns_texts:
         raise PeftcoreError(
-            f"--teacher-weight is for --teacher, found {given.teacher_weight:g} without a teacher. Name one, or leave "
-            "it out"
+            f"--pack only works with {registered.names_with('learns_texts')} (the task is {name}). Leave it out"
         )
-    if given.epochs <= 0 or (given.lr is not None and given.lr <= 0):
-        raise PeftcoreError(f"--lr and --epochs must be above 0, found {given.lr} and {given.epochs:g}")
-    if given.eval_data is None:
-        holdout.check(given.holdout)
-    if given.streaming:
-        _check_streaming(given, task)
+    task.check_options(run_options, data, continues=continues)
+    _check_beta(run_options, task)
+    if run_options.teacher is None and run_options.teacher_weight != defaults.teacher_weight:
+        raise PeftcoreError(
+            f"--teacher-weight {run_options.teacher_weight:g} has no effect without --teacher. Pass a teacher, or "
+            "leave it out"
+        )
+    if run_options.epochs <= 0 or (run_options.lr is not None and run_options.lr <= 0):
+        raise PeftcoreError(f"--lr and --epochs must be above 0, found {run_options.lr} and {run_options.epochs:g}")
+    if run_options.eval_data is None:
+        holdout.check(run_options.holdout)
+    if run_options.streaming:
+        _check_streaming(run_options, task)
 
 
-def _refuse_options_of_others(given: RunOptions, task: Task) -> None:
+def _refuse_options_of_others(run_options: RunOptions, task: Task) -> None:
     defaults = RunOptions()
-    for name in dict.fromkeys(name for each in registered.tasks() for name in each.options):
-        if name not in task.options and getattr(given, name) != getattr(defaults, name):
-            option, others = f"--{name.replace('_', '-')}", registered.names_with_option(name)
-            raise PeftcoreError(f"{option} is for --task {others}, found task {task.name}. Leave it out")
+    for name in dict.fromkeys(name for other in registered.tasks() for name in other.options):
+        if name not in task.options and getattr(run_options, name) != getattr(defaults, name):
+            option, names = f"--{name.replace('_', '-')}", registered.names_with_option(name)
+            raise PeftcoreError(f"{option} only works with {names} (the task is {task.name}). Leave it out")
 
 
-def _check_beta(given: RunOptions, task: Task) -> None:
+def _check_beta(run_options: RunOptions, task: Task) -> None:
     least = task.least_beta
-    if given.beta is None or (least is not None and given.beta >= least):
+    if run_options.beta is None or (least is not None and run_options.beta >= least):
         return
-    betas = {each.name: each.least_beta for each in registered.tasks() if each.least_beta is not None}
+    betas = {other.name: other.least_beta for other in registered.tasks() if other.least_beta is not None}
     zero = registered.join_names([name for name, least in betas.items() if least == 0])
     raise PeftcoreError(
-        f"--beta is for --task {registered.join_names([*betas])} and must be above 0 (of {zero} also 0), found "
-        f"{given.beta:g} for {task.name}. Leave it out, or pass a number above 0"
+        f"--beta only works with {registered.join_names([*betas])} and must be above 0 ({zero} also allows 0), found "
+        f"{run_options.beta:g} for {task.name}. Leave it out, or pass a number above 0"
     )
 
 
-def _check_streaming(given: RunOptions, task: Task) -> None:
-    """Raise a PeftcoreError unless the options fit to examples that stay in their files."""
+def _check_streaming(run_options: RunOptions, task: Task) -> None:
+    """Raise a PeftcoreError for options that do not work with --streaming."""
     if not task.streams:
         raise PeftcoreError(
-            f"--streaming is for {registered.names_with('streams')}, found task {task.name}. Leave it out"
+            f"--streaming only works with {registered.names_with('streams')} (the task is {task.name}). Leave it out"
         )
-    if given.pack:
+    if run_options.pack:
         raise PeftcoreError("--pack needs the lengths of all examples, which --streaming does not know. Leave one out")
-    if given.eval_data is None and given.holdout < 1:
+    if run_options.eval_data is None and run_options.holdout < 1:
         raise PeftcoreError(
-            "--streaming holds out a number of lines, since a share of large data takes long to measure. Pass "
-            "--holdout 500, or --eval-data FILE"
+            "--streaming needs a number of held-out lines, because a fraction of large data takes long to evaluate. "
+            "Pass --holdout 500, or --eval-data FILE"
         )

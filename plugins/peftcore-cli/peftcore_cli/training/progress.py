@@ -1,7 +1,6 @@
 """Progress of a training run: a bar with loss, tokens per second and memory, and a line per evaluation.
 
-Also the orderly stop: the first Ctrl-C (or SIGTERM) ends the run after the current step with a checkpoint, the second
-one immediately.
+The first Ctrl-C (or SIGTERM) stops the run after the current step with a checkpoint, the second one immediately.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class TaskWriter(TrainerCallback):
-    """Writes what the adapter is for into each checkpoint, which commands then read like the adapter."""
+    """Writes the record of the task into each checkpoint, so that commands can read it like an adapter."""
 
     def __init__(self, task: AdapterTask | None) -> None:
         self.task = task
@@ -44,10 +43,10 @@ class TaskWriter(TrainerCallback):
 
 
 class Meter(TrainerCallback):
-    """Counts and shows training time and tokens. Steps count from the start of this process."""
+    """Measures and shows training time and tokens, from the start of this process."""
 
     def __init__(self) -> None:
-        self.steps: list[float] = []  # seconds of each
+        self.steps: list[float] = []  # duration of each step in seconds
         self.tokens = 0
         self._tokens_before = 0
         self._began = 0.0
@@ -62,7 +61,7 @@ class Meter(TrainerCallback):
 
     @property
     def step_seconds(self) -> float:
-        """Return the duration of the median step."""
+        """Return the median duration of a step in seconds."""
         return statistics.median(self.steps) if self.steps else 0.0
 
     @property
@@ -101,9 +100,9 @@ class Meter(TrainerCallback):
             if not math.isfinite(self._loss):
                 raise PeftcoreError(
                     f"the loss is {self._loss} at step {state.global_step}: training has diverged. Start again "
-                    "with a lower learning rate (--lr LR --overwrite)"
+                    "with a lower learning rate: --lr LR --overwrite"
                 )
-            every = max(1, state.max_steps // 20)  # lines, if the output is not a terminal
+            every = max(1, state.max_steps // 20)  # steps between lines, if the output is not a terminal
             if self._progress is None and state.global_step % every == 0:
                 say(f"step {state.global_step}/{state.max_steps}  {self._facts()}")
 
@@ -123,7 +122,7 @@ class Meter(TrainerCallback):
 
 
 class OrderlyStop(TrainerCallback):
-    """Makes the first SIGINT or SIGTERM within the block request a checkpoint and a stop after the step."""
+    """Inside the block, the first SIGINT or SIGTERM requests a checkpoint and a stop after the step."""
 
     def __init__(self) -> None:
         self.requested = False

@@ -1,4 +1,4 @@
-"""What a run gives back: figures for the report, or why it stopped."""
+"""The result of a run, or the exception that stops it."""
 
 from __future__ import annotations
 
@@ -14,17 +14,18 @@ from peftcore_cli.training.memory_trace import Trace
 
 @dataclass(frozen=True)
 class Result:
-    """Results of a finished run. `samples`: (writer, text).
+    """Results of a finished run.
 
-    `predicted`: the memory forecast, or None; `trace`: the step with the most memory.
-    `validation`: metrics of the examples kept to choose among runs; `other`: of texts of another domain, before and
-    after.
+    `samples`: (writer, text) of the answers to --sample.
+    `predicted`: the memory forecast, or None; `trace`: the step with the highest peak.
+    `validation`: metrics on the examples set aside to choose among runs.
+    `other`: metrics on texts from another domain, before and after.
     `spent`: seconds since the command began, by what they were spent on.
     `tokens_per_second`: 0 for images.
-    `merges`: whether every change can be merged; None for full training.
-    `data_sets`: facts about each of several data sets.
-    `best`: the evaluation whose adapter was saved; None if it is the last.
-    `is_chat`: whether examples are conversations; `labels`: their names, in the order of the model's outputs.
+    `merges`: whether the adapter can be merged; None for full training.
+    `data_sets`: figures of each of several data sets.
+    `best`: the evaluation whose adapter was saved, or None for the last one.
+    `is_chat`: whether examples are conversations; `labels`: names of the model's outputs, in their order.
     """
 
     before: Metrics
@@ -55,7 +56,7 @@ class Result:
     data_sets: list[training_data.DataSet] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
-        """Return the figures for JSON; the history is in the checkpoints."""
+        """Return the figures as JSON, without the history, which the checkpoints have."""
         return {
             "before": self.before.as_dict(),
             "after": self.after.as_dict(),
@@ -78,15 +79,15 @@ class Result:
             "predicted_peak": list(self.predicted.peak) if self.predicted is not None else None,
             "adapter_bytes": self.adapter_bytes,
             "validation": self.validation and self.validation.as_dict(),
-            "other": self.other and [found.as_dict() for found in self.other],
+            "other": self.other and [metrics.as_dict() for metrics in self.other],
             "merges": self.merges,
-            "data_sets": [each.to_json() for each in self.data_sets],
+            "data_sets": [data_set.to_json() for data_set in self.data_sets],
             "samples": self.samples,
         }
 
 
 class Stopped(Exception):
-    """Raised when the run was stopped on request; it can be resumed from its checkpoint."""
+    """Raised when the user stops a run, which can be resumed from its checkpoint."""
 
     def __init__(self, step: int, steps: int) -> None:
         super().__init__(f"stopped at step {step} of {steps}")

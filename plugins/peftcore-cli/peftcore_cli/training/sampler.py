@@ -1,4 +1,4 @@
-"""Sampler in random order that groups examples of similar length, to reduce padding."""
+"""Random sampler that groups examples of similar length, to reduce padding."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from torch.utils.data import Sampler
 
 from peftcore_cli.data import mixture
 
-_BATCHES = 50  # batches drawn at random together, then sorted by length
+_BATCHES = 50  # batches whose examples are sorted by length together
 
 
 class LengthGroupedSampler(Sampler[int]):
     """Yields indices in an order that depends only on the seed and the epoch, so resuming is exact.
 
     Args:
-        lengths: tokens of each example.
-        batch_size: the data loader's, which takes indices in order.
-        seed: of the order.
-        parts: (number of examples, weight) of each data set, see `mixture`; by default every example is drawn once.
+        lengths: number of tokens of each example.
+        batch_size: batch size of the data loader, which takes indices in order.
+        seed: random seed of the order.
+        parts: (number of examples, weight) of each data set, see `mixture`; by default each example is used once.
     """
 
     def __init__(
@@ -36,13 +36,13 @@ class LengthGroupedSampler(Sampler[int]):
         return sum(mixture.count(size, weight) for size, weight in self.parts if size)
 
     def __iter__(self) -> Iterator[int]:
-        draw = random.Random(f"{self.seed} {self.epoch}")
-        order = mixture.sample_epoch(self.parts, draw)
-        draw.shuffle(order)
-        batches, rest = [], len(order) % self.batch_size
-        full, last = order[: len(order) - rest], order[len(order) - rest :]
+        generator = random.Random(f"{self.seed} {self.epoch}")
+        order = mixture.sample_epoch(self.parts, generator)
+        generator.shuffle(order)
+        batches, leftover = [], len(order) % self.batch_size
+        full, last_batch = order[: len(order) - leftover], order[len(order) - leftover :]
         for start in range(0, len(full), _BATCHES * self.batch_size):
-            drawn = sorted(full[start : start + _BATCHES * self.batch_size], key=self.lengths.__getitem__)
-            batches += [drawn[i : i + self.batch_size] for i in range(0, len(drawn), self.batch_size)]
-        draw.shuffle(batches)
-        return iter([index for batch in (*batches, last) for index in batch])
+            group = sorted(full[start : start + _BATCHES * self.batch_size], key=self.lengths.__getitem__)
+            batches += [group[i : i + self.batch_size] for i in range(0, len(group), self.batch_size)]
+        generator.shuffle(batches)
+        return iter([index for batch in (*batches, last_batch) for index in batch])

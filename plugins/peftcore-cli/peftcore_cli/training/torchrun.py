@@ -25,7 +25,7 @@ def join(parallel: str | None, device: str) -> None:
     if parallel is None:
         if started > 1:
             raise PeftcoreError(
-                f"torchrun has started {started} processes, which need a way to share the work: --parallel ddp"
+                f"torchrun has started {started} processes, which need a kind of parallelism. Pass --parallel ddp"
             )
         return
     if parallel not in WAYS:
@@ -35,10 +35,10 @@ def join(parallel: str | None, device: str) -> None:
             "--parallel needs several processes: torchrun --nproc-per-node 2 -m peftcore_cli "
             f"{' '.join(sys.argv[1:2])} ..."
         )
-    named = torch_device(device)
-    on_cuda = named.type == "cuda"
+    own_device = torch_device(device)
+    on_cuda = own_device.type == "cuda"
     if on_cuda:
-        torch.cuda.set_device(_own_card(named))
+        torch.cuda.set_device(_local_gpu(own_device))
     from peftcore.distributed import start
 
     start("nccl" if on_cuda else "gloo")
@@ -46,18 +46,18 @@ def join(parallel: str | None, device: str) -> None:
         console.silence(f"rank {distributed.get_rank()}")
 
 
-def _own_card(device: torch.device) -> int:
-    """Return the index of this process's card."""
+def _local_gpu(device: torch.device) -> int:
+    """Return the index of this process's GPU."""
     if device.index is not None:
         raise PeftcoreError(
-            f"--parallel gives each process a card of its own, found --device {device}, one card for all processes. "
-            "Pass --device cuda, and choose cards with the variable CUDA_VISIBLE_DEVICES"
+            f"--parallel uses one GPU per process, so --device {device} cannot choose a single one. Pass --device "
+            "cuda, and choose GPUs with CUDA_VISIBLE_DEVICES"
         )
     card, cards = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
     if card >= cards:
         raise PeftcoreError(
-            f"--parallel gives each process a card of its own, found process {card + 1} of this machine and {cards} "
-            f"cards. Start fewer processes: torchrun --nproc-per-node {cards}"
+            f"--parallel uses one GPU per process, but this is process {card + 1} of a machine with {cards} GPUs. "
+            f"Start fewer processes: torchrun --nproc-per-node {cards}"
         )
     return card
 

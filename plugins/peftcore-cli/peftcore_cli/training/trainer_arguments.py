@@ -44,11 +44,11 @@ def of_run(settings: Settings, output: Path, examples: int, report_to: Sequence[
             **{**more, **_gradient_checkpointing(settings.gradient_checkpointing)},
             eval_strategy="steps",
             eval_steps=settings.eval_every or often,
-            save_strategy="no" if settings.method == FULL else "steps",  # a checkpoint contains adapters only
+            save_strategy="no" if settings.method == FULL else "steps",  # checkpoints only contain adapters
             **{"save_steps": settings.save_every or often, **best_checkpoint.arguments(settings, often)},
-            save_total_limit=max(2, settings.keep),  # the last complete one remains while the next is written
+            save_total_limit=max(2, settings.keep),  # so that a complete one exists while the next is written
             logging_steps=max(1, steps // 100),
-            logging_nan_inf_filter=False,  # NaN and Inf losses must be visible
+            logging_nan_inf_filter=False,  # show NaN and infinite losses
             include_num_input_tokens_seen="non_padding" if task.counts_tokens else "no",
             use_cpu=device_choice.torch_device(settings.device).type == "cpu",
             dataloader_pin_memory=device_choice.torch_device(settings.device).type == "cuda",
@@ -73,20 +73,20 @@ def check(settings: Settings, output: Path) -> None:
         get_scheduler(arguments.lr_scheduler_type, optimizer, num_warmup_steps=0, num_training_steps=1)
     except (ValueError, TypeError, KeyError) as error:
         raise PeftcoreError(
-            f"--scheduler {settings.scheduler} needs arguments that no option passes: {error}. Use another, "
-            "such as linear, cosine or constant"
+            f"--scheduler {settings.scheduler} needs arguments that no option sets: {error}. Use another "
+            "schedule, such as linear, cosine or constant"
         ) from error
 
 
 def checkpointing_name() -> str:
-    """Return the name of Trainer's argument for gradient checkpointing in this release."""
-    names = {known.name for known in fields(TrainingArguments)}
+    """Return the name of Trainer's argument for gradient checkpointing, which depends on the release."""
+    names = {argument.name for argument in fields(TrainingArguments)}
     return "activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"
 
 
-def _gradient_checkpointing(wanted: bool) -> dict[str, Any]:
-    """Return Trainer's arguments for gradient checkpointing, by their name in this release."""
-    if not wanted:
+def _gradient_checkpointing(is_on: bool) -> dict[str, Any]:
+    """Return Trainer's arguments for gradient checkpointing, with the names of this release."""
+    if not is_on:
         return {}
     name = checkpointing_name()
     return {name: True, f"{name}_kwargs": {"use_reentrant": False}}

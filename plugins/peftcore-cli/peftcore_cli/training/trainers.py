@@ -1,4 +1,4 @@
-"""Trainers of the command line: transformers' Trainer with our metrics, and the mixin of TRL's."""
+"""Trainers of the command line: transformers' Trainer, and a mixin for TRL's trainers."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from peftcore_cli.tasks import encoded_examples
 from peftcore_cli.tasks.metrics import Metrics
 from peftcore_cli.training.sampler import LengthGroupedSampler
 
-_Base: Any = Trainer if TYPE_CHECKING else object  # mixin before one of several trainers
+_Base: Any = Trainer if TYPE_CHECKING else object  # a mixin of several trainers
 
 
 class Measuring(_Base):
-    """Mixin with batches of similar lengths that evaluates with `measure`, so that all figures are comparable.
+    """Mixin that makes batches of similar lengths and evaluates with `measure`, as `peftcore eval` does.
 
     Args:
-        measure: (model) -> metrics on held-out examples.
-        lengths: tokens of each training example.
+        measure: function from a model to metrics on held-out examples.
+        lengths: number of tokens of each training example.
         parts: (number of examples, weight) of each data set, see `mixture`.
     """
 
@@ -49,17 +49,17 @@ class Measuring(_Base):
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         if self.state.global_step >= self.state.max_steps or self.control.should_training_stop:
-            self.control.should_training_stop = True  # a finished run was resumed: not a step more
+            self.control.should_training_stop = True  # the resumed run had already finished
             return
         super()._run_epoch(*args, **kwargs)
 
     def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
         model = bare_model(self)
         with precision.own(model):
-            measured = self.measure(model)
-        self.measured[self.state.global_step] = measured
-        say(f"step {self.state.global_step}/{self.state.max_steps}  held out: {measured}", "bold")
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in measured.as_dict().items()}
+            held_out = self.measure(model)
+        self.measured[self.state.global_step] = held_out
+        say(f"step {self.state.global_step}/{self.state.max_steps}  held out: {held_out}", "bold")
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in held_out.as_dict().items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -69,13 +69,13 @@ class MeasuringTrainer(Measuring, Trainer):
     """Trainer on examples with `input_ids` and `labels`.
 
     Args:
-        divides_by_tokens: whether the model can divide its loss by the number of tokens of a whole step.
+        divides_by_tokens: whether the loss of a step is averaged over its tokens, across accumulated batches.
     """
 
     def __init__(self, *args: Any, divides_by_tokens: bool = True, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if not divides_by_tokens or not isinstance(self.train_dataset[0]["labels"], list):
-            # Their loss is a mean whatever batch size the model is given, so Trainer has to divide.
+            # The model returns a mean over its batch, so Trainer has to average over accumulated batches.
             self.model_accepts_loss_kwargs = False
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:

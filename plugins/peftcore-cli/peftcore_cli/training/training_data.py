@@ -1,4 +1,4 @@
-"""Examples of a run: read, divided into training and held-out examples, and encoded, data set by data set."""
+"""The examples of a run: reading, the split into training and held-out examples, and encoding by data set."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from peftcore_cli.tasks.encoded_examples import Example
 
 @dataclass(frozen=True)
 class DataSet:
-    """Facts about one of several data sets: training examples and their tokens, and the held-out loss.
+    """Figures of one of several data sets: its training examples and tokens, and its held-out loss.
 
-    `before` and `after` are None if no example is held out of this data set.
+    `before` and `after` are the loss before and after training, or None without held-out examples of this data set.
     """
 
     path: str
@@ -40,7 +40,7 @@ class DataSet:
         return asdict(self)
 
     def cells(self) -> tuple[str, ...]:
-        """Return the row of a table under `TITLES`."""
+        """Return a row of the table with the columns `TITLES`."""
         losses = ("-" if loss is None else f"{loss:.4f}" for loss in (self.before, self.after))
         name = os.path.basename(self.path) or self.path
         return (name, f"{self.weight:g}", f"{self.rows:,}", f"{self.tokens:,}", f"{self.held_out:,}", *losses)
@@ -49,26 +49,26 @@ class DataSet:
 TITLES = ("data set", "weight", "examples", "tokens", "held out", "loss before", "loss after")
 
 
-_PROBED = 100  # first lines of streamed examples, on which operators are probed
+_FIRST_LINES = 100  # streamed examples that are read before training, to choose operators
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Examples of a run as its files have them.
+    """Examples of a run before encoding.
 
     Attributes:
-        train: training examples; of streamed ones the first.
-        held_out: examples that are measured.
-        validation: examples kept to choose among runs.
-        lines: the lines of streamed examples, or None.
-        kept: indices of the lines that are held out.
+        train: training examples; with --streaming, the first ones.
+        held_out: examples for evaluation.
+        validation: examples set aside to choose among runs.
+        lines: all lines, with --streaming.
+        held_out_lines: indices of the held-out lines, with --streaming.
     """
 
     train: list[Row]
     held_out: list[Row]
     validation: list[Row] = field(default_factory=list)
     lines: streamed.Lines | None = None
-    kept: list[int] = field(default_factory=list)
+    held_out_lines: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -77,15 +77,15 @@ class Examples:
 
     Attributes:
         sets: training examples by the index of their data set.
-        rows: what is trained on: the training examples, packed with `--pack`; of streamed ones the first.
-        dataset: what the trainer reads: `rows`, or streamed lines.
-        parts: (number, weight) of each data set of `dataset`.
+        rows: examples to train on, packed with --pack; with --streaming, the first ones.
+        dataset: dataset of the trainer: `rows`, or streamed lines.
+        parts: (number of examples, weight) of each data set in `dataset`.
         sizes: number of tokens of each row.
-        longest: the largest number of tokens.
-        held_out: examples that are measured.
-        held_out_sets: examples held out of several data sets, by their index; else empty.
-        validation: examples kept to choose among runs.
-        other: examples of another domain.
+        longest: maximum number of tokens of a row.
+        held_out: examples for evaluation.
+        held_out_sets: held-out examples by the index of their data set; empty for a single data set.
+        validation: examples set aside to choose among runs.
+        other: examples from another domain.
         is_mixed: whether there are several data sets.
     """
 
@@ -103,7 +103,7 @@ class Examples:
 
     @property
     def train(self) -> list[Example]:
-        """Training examples, not packed."""
+        """Training examples before packing."""
         return [example for part in self.sets.values() for example in part]
 
 
@@ -118,23 +118,23 @@ def read(settings: Settings) -> Rows:
 
 
 def split(settings: Settings, rows: list[Row] | streamed.Lines, held_out: list[Row] | None) -> Rows:
-    """Return the examples of a run, divided.
+    """Split the examples of a run.
 
     Args:
-        settings: of the run.
+        settings: settings of the run.
         rows: the examples of `--data`.
-        held_out: those of `--eval-data`, or None to hold some of `rows` out.
+        held_out: the examples of `--eval-data`, or None to hold some of `rows` out.
 
     Raises:
         PeftcoreError: there are too few examples to hold some out.
     """
     if isinstance(rows, streamed.Lines):
-        kept: list[int] = []
+        held_out_lines: list[int] = []
         if held_out is None:
-            kept = streamed.choose_held_out(rows, int(settings.holdout), settings.seed)
-            held_out = [rows[index] for index in kept]
-        first = itertools.islice((i for i in range(len(rows)) if i not in kept), _PROBED)
-        return Rows([rows[i] for i in first], held_out, lines=rows, kept=kept)
+            held_out_lines = streamed.choose_held_out(rows, int(settings.holdout), settings.seed)
+            held_out = [rows[index] for index in held_out_lines]
+        first_lines = itertools.islice((i for i in range(len(rows)) if i not in held_out_lines), _FIRST_LINES)
+        return Rows([rows[i] for i in first_lines], held_out, lines=rows, held_out_lines=held_out_lines)
     if held_out is None:
         rows, held_out = holdout.split(rows, settings.holdout, settings.seed)
     if settings.validation is None:
@@ -144,76 +144,88 @@ def split(settings: Settings, rows: list[Row] | streamed.Lines, held_out: list[R
 
 
 def encode(rows: Rows, settings: Settings, tokenizer: Any, labels: tuple[str, ...]) -> Examples:
-    """Return the examples of a run as token ids."""
+    """Encode the examples of a run."""
     lines = rows.lines
     task = registered.find(settings.task)
     task.check_rows(rows.train)
     sets = encode_parts("training" if lines is None else "first", rows.train, settings, tokenizer, labels)
     held_out_sets = encode_parts("held-out", rows.held_out, settings, tokenizer, labels)
     held_out = [example for part in held_out_sets.values() for example in part]
-    validation, other = (
-        encode_examples(what, some, settings, tokenizer, labels) if some else []
-        for what, some in (("validation", rows.validation), ("other", other_rows(settings)))
-    )
+    validation, other = [
+        encode_examples(label, extra_rows, settings, tokenizer, labels) if extra_rows else []
+        for label, extra_rows in (("validation", rows.validation), ("other", other_rows(settings)))
+    ]
     is_mixed = len(row_reading.sources(settings.data)) > 1 and lines is None
     if not is_mixed or settings.eval_data is not None:
-        held_out_sets = {}  # not held out of the data sets
-    found, parts = weighted(sets, settings)
+        held_out_sets = {}  # there is one data set, or the held-out examples have their own files
+    rows_to_train, parts = rows_and_parts(sets, settings)
     if settings.pack:
-        packed = f"{number(sum(map(len, sets.values())), 'example')} into {number(len(found), 'row')}"
-        say(f"packed {packed} of at most {settings.max_length} tokens")
-    sizes = task.lengths(found)
-    dataset: Any = found
+        summary = f"{number(sum(map(len, sets.values())), 'example')} into {number(len(rows_to_train), 'row')}"
+        say(f"packed {summary} of at most {settings.max_length} tokens")
+    sizes = task.lengths(rows_to_train)
+    dataset: Any = rows_to_train
     longest = max(sizes)
     if lines is not None:
 
-        def encode_some(some: list[Row]) -> list[Example]:
-            return task.encode(some, tokenizer, settings.max_length, may_be_empty=True).examples
+        def encode_some(lines_to_encode: list[Row]) -> list[Example]:
+            return task.encode(lines_to_encode, tokenizer, settings.max_length, may_be_empty=True).examples
 
-        dataset, longest = streamed.EncodedLines(lines, encode_some, rows.kept), settings.max_length
+        dataset, longest = streamed.EncodedLines(lines, encode_some, rows.held_out_lines), settings.max_length
         parts = [(len(dataset), 1.0)]
-        read = f"{number(len(dataset), 'line')} of {number(len(lines.files), 'file')}"
-        say(f"{read} are read when a batch needs them; texts are cut at {longest} tokens")
+        count = f"{number(len(dataset), 'line')} of {number(len(lines.files), 'file')}"
+        say(f"streaming {count}; texts are truncated at {longest} tokens")
     return Examples(
-        sets, found, dataset, parts, sizes, longest, held_out, held_out_sets, validation, other, is_mixed=is_mixed
+        sets,
+        rows_to_train,
+        dataset,
+        parts,
+        sizes,
+        longest,
+        held_out,
+        held_out_sets,
+        validation,
+        other,
+        is_mixed=is_mixed,
     )
 
 
 def other_rows(settings: Settings) -> list[Row]:
-    """Return texts of another domain, whose loss shows what is forgotten; empty if there are none."""
+    """Return the texts of --other-data, whose loss measures forgetting; empty without the option."""
     return [] if settings.other_data is None else row_reading.read_rows(settings.other_data, settings.task)
 
 
 def encode_examples(
-    what: str, rows: Sequence[Row], settings: Settings, tokenizer: Any, labels: tuple[str, ...]
+    label: str, rows: Sequence[Row], settings: Settings, tokenizer: Any, labels: tuple[str, ...]
 ) -> list[Example]:
-    """Return rows as token ids; `what` describes them in the warning about truncation."""
-    parts = encode_parts(what, rows, settings, tokenizer, labels)
+    """Encode rows; `label` names them in warnings."""
+    parts = encode_parts(label, rows, settings, tokenizer, labels)
     return [example for part in parts.values() for example in part]
 
 
 def encode_parts(
-    what: str, rows: Sequence[Row], settings: Settings, tokenizer: Any, labels: tuple[str, ...]
+    label: str, rows: Sequence[Row], settings: Settings, tokenizer: Any, labels: tuple[str, ...]
 ) -> dict[int, list[Example]]:
-    """Like `encode_examples`, but by data set: {index: examples}, without those that `rows` have no example of."""
-    found, task = {}, registered.find(settings.task)
+    """Encode rows by data set, as {index of the data set: examples}; `label` names them in warnings."""
+    examples_by_set, task = {}, registered.find(settings.task)
     truncated = left_out = 0
-    for source, some in itertools.groupby(rows, key=lambda row: row.source):
-        encoded = task.encode(list(some), tokenizer, settings.max_length, labels)
-        found[source] = encoded.examples
+    for source, group in itertools.groupby(rows, key=lambda row: row.source):
+        encoded = task.encode(list(group), tokenizer, settings.max_length, labels)
+        examples_by_set[source] = encoded.examples
         truncated, left_out = truncated + encoded.truncated, left_out + encoded.left_out
     if truncated:
         warn(
-            f"{truncated:,} of {len(rows):,} {what} examples are longer than {settings.max_length} "
+            f"{truncated:,} of {len(rows):,} {label} examples are longer than {settings.max_length} "
             "tokens (--max-length) and were truncated or split"
         )
     if left_out:
-        warn(f"{left_out:,} of them have no tokens to train on within that length and are left out")
-    return found
+        warn(f"{left_out:,} of them have no token to learn within that length and are left out")
+    return examples_by_set
 
 
-def weighted(parts: dict[int, list[Example]], settings: Settings) -> tuple[list[Example], list[tuple[int, float]]]:
-    """Return the rows to train on, and the (number, weight) of each data set among them.
+def rows_and_parts(
+    parts: dict[int, list[Example]], settings: Settings
+) -> tuple[list[Example], list[tuple[int, float]]]:
+    """Return the rows to train on, and the (number of rows, weight) of each data set.
 
     Packed rows mix data sets only if all weights are equal.
     """
@@ -226,8 +238,8 @@ def weighted(parts: dict[int, list[Example]], settings: Settings) -> tuple[list[
     return rows, [(len(part), weights[source]) for source, part in parts.items()]
 
 
-def draws(parts: Sequence[tuple[int, float]]) -> int:
-    """Return the number of rows of an epoch."""
+def rows_per_epoch(parts: Sequence[tuple[int, float]]) -> int:
+    """Return the number of rows per epoch."""
     return sum(mixture.count(size, weight) for size, weight in parts)
 
 
@@ -238,39 +250,39 @@ def facts(
     before: dict[int, float],
     after: dict[int, float],
 ) -> list[DataSet]:
-    """Return the facts about each of several data sets; none of a single one."""
+    """Return the figures of each of several data sets; none for a single one."""
     if not examples.is_mixed:
         return []
-    found, task = [], registered.find(settings.task)
+    data_sets, task = [], registered.find(settings.task)
     for i, source in enumerate(row_reading.sources(settings.data)):
         count = sum(row.source == i for row in rows)
         size = sum(task.lengths(examples.sets.get(i, [])))
-        held = len(examples.held_out_sets.get(i, []))
-        found.append(DataSet(source.path, source.weight, count, size, held, before.get(i), after.get(i)))
-    return found
+        held_out = len(examples.held_out_sets.get(i, []))
+        data_sets.append(DataSet(source.path, source.weight, count, size, held_out, before.get(i), after.get(i)))
+    return data_sets
 
 
 def fit_max_length(settings: Settings) -> Settings:
-    """Return the settings of a run with `--streaming`, whose longest text is not known, with a length that fits."""
+    """With --streaming, where the longest text is unknown, reduce --max-length to the model's positions."""
     if not settings.streaming:
         return settings
     try:
         model = models.empty_model(settings.model, settings.task)
-    except PeftcoreError:  # code of the model's repository; `check_positions` compares --max-length
+    except PeftcoreError:  # models with their own code; `check_positions` compares later
         return settings
-    known = positions.number_of_positions(model)
-    if known is None or settings.max_length <= known:
+    limit = positions.number_of_positions(model)
+    if limit is None or settings.max_length <= limit:
         return settings
     warn(
-        f"{type(model).__name__} has positions for {known:,} tokens: texts are cut there, and not at --max-length "
+        f"{type(model).__name__} has positions for {limit:,} tokens, so texts are truncated there, not at --max-length "
         f"{settings.max_length}"
     )
-    return replace(settings, max_length=known)
+    return replace(settings, max_length=limit)
 
 
 def check_positions(model: nn.Module, settings: Settings, examples: Examples) -> None:
-    """Raise a PeftcoreError if the model has no position for each token of a run's examples, packed or not."""
+    """Raise a PeftcoreError if the model has fewer positions than an example has tokens, before packing."""
     if not registered.find(settings.task).has_positions:
         return
-    packed = [len(each["input_ids"]) for each in examples.train] if settings.pack else []
-    positions.check(model, max(packed, default=examples.longest))
+    lengths = [len(example["input_ids"]) for example in examples.train] if settings.pack else []
+    positions.check(model, max(lengths, default=examples.longest))

@@ -1,4 +1,4 @@
-"""`report.html`: one file with plots of the loss and of a step's memory, and a table of the run."""
+"""`report.html`: a self-contained page with plots of the loss and of memory, and tables of the run."""
 
 from __future__ import annotations
 
@@ -48,18 +48,18 @@ def write(
 
     Args:
         path: the file.
-        title: heading.
-        note: subtitle.
-        history: Trainer's log: dicts with `step` and `loss`, `eval_loss`, `eval_accuracy` and others.
-        before: the base's metrics, drawn at step 0.
+        title: heading of the page.
+        note: subtitle of the page.
+        history: log of Trainer: dicts with `step` and `loss`, `eval_loss`, `eval_accuracy` and others.
+        before: metrics before training, drawn at step 0.
         sections: (heading, rows of a table) in order.
-        commands: how to use the adapter.
-        memory: function from a width in inches to a PNG of memory over a step.
+        commands: commands that use the adapter.
+        memory: function that draws memory over a step as a PNG, given a width in inches.
     """
-    body = [_pictured("Loss over the steps of training", lambda width: curve(history, before, width))]
+    body = [_picture("Loss over the steps of training", lambda width: curve(history, before, width))]
     if memory is not None:
         body.append("<h2>Memory over a step</h2>")
-        body.append(_pictured("Memory over a step of training, predicted and measured", memory))
+        body.append(_picture("Memory over a step of training, predicted and measured", memory))
     for heading, rows in sections:
         body.append(f"<h2>{html.escape(heading)}</h2>")
         body.append(_table(rows))
@@ -68,17 +68,17 @@ def write(
     path.write_text(page, encoding="utf-8")
 
 
-def _pictured(what: str, draw: Callable[[float], bytes]) -> str:
-    """Return a picture in two widths; the page shows the one that fits."""
+def _picture(alt: str, draw: Callable[[float], bytes]) -> str:
+    """Return the HTML of a picture in two widths, of which the browser shows the one that fits."""
     wide, narrow = (base64.b64encode(draw(inches)).decode() for inches in (WIDE, NARROW))
     return (
         f'<picture><source media="(max-width: 40rem)" srcset="data:image/png;base64,{narrow}">'
-        f'<img alt="{what}" src="data:image/png;base64,{wide}"></picture>'
+        f'<img alt="{alt}" src="data:image/png;base64,{wide}"></picture>'
     )
 
 
 def curve(history: Sequence[dict[str, Any]], before: Metrics, width: float = WIDE) -> bytes:
-    """Return the loss curve as a PNG: training loss, its running mean, held-out loss, and the main figure."""
+    """Draw training loss, its running mean, held-out loss and the first metric as a PNG."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
@@ -101,13 +101,13 @@ def curve(history: Sequence[dict[str, Any]], before: Metrics, width: float = WID
     if figure_name is not None:
         right = axes.twinx()
         scale, unit = (100, " (%)") if figure_name in metrics.SHARES else (1, "")
-        found_steps, found = _series(history, f"eval_{figure_name}")
-        values = [scale * value for value in (before.figures[figure_name], *found)]
+        metric_steps, metric_values = _series(history, f"eval_{figure_name}")
+        values = [scale * value for value in (before.figures[figure_name], *metric_values)]
         name = metrics.title(figure_name)
-        right.plot([0, *found_steps], values, "s--", color="#2e8b57", linewidth=1.5, ms=5, label=f"held-out {name}")
+        right.plot([0, *metric_steps], values, "s--", color="#2e8b57", linewidth=1.5, ms=5, label=f"held-out {name}")
         if figure_name == "accuracy" and before.baseline is not None:
-            most, share = before.baseline
-            right.axhline(scale * share, color="#2e8b57", linewidth=1, linestyle=":", label=most)
+            baseline_name, share = before.baseline
+            right.axhline(scale * share, color="#2e8b57", linewidth=1, linestyle=":", label=baseline_name)
         right.set_ylabel(name + unit)
         right.spines["top"].set_visible(False)
         lines = [*lines, *right.get_lines()]
@@ -120,7 +120,7 @@ def curve(history: Sequence[dict[str, Any]], before: Metrics, width: float = WID
 
 
 def running_mean(values: Sequence[float], share: float = 0.9) -> list[float]:
-    """Return the exponential mean of the values so far, bias-corrected."""
+    """Return the bias-corrected exponential moving average of the values."""
     total, weight, means = 0.0, 0.0, []
     for value in values:
         total, weight = share * total + (1 - share) * value, share * weight + (1 - share)

@@ -1,7 +1,7 @@
-"""One training run: from settings to an adapter folder, checkpoints, and facts for the report.
+"""One training run: from settings to an adapter folder, checkpoints and the figures of the report.
 
 OUTPUT/checkpoints/   adapter, optimizer, scheduler, RNG and trainer state
-OUTPUT/adapter/       the result, in Hugging Face PEFT's format
+OUTPUT/adapter/       the trained adapter, in Hugging Face PEFT's format
 OUTPUT/report.html
 """
 
@@ -48,7 +48,7 @@ from peftcore_cli.training import (
     training_data,
     warm_start,
 )
-from peftcore_cli.training.measuring import Measure, Measured
+from peftcore_cli.training.measuring import EvaluationResults, Evaluator
 from peftcore_cli.training.memory_trace import MemoryTrace
 from peftcore_cli.training.run_result import Result, Stopped
 from peftcore_cli.training.sampler import LengthGroupedSampler
@@ -69,31 +69,31 @@ def run(
     """Train, evaluate before and after, and save the adapter.
 
     Args:
-        settings: of the run.
+        settings: settings of the run.
         output: folder of the run.
-        rows: its examples, see `training_data.read` and `split`.
-        resume: continue from the latest checkpoint.
-        clock: has the parts of the run so far, such as reading its data.
+        rows: examples of the run, see `training_data.read` and `split`.
+        resume: whether to continue from the latest checkpoint.
+        clock: clock with the parts of the run so far, such as reading data.
         display: what the run shows.
-        force: run even if the predicted memory is not available.
+        force: whether to run even if the predicted memory is not available.
 
     Raises:
-        PeftcoreError: the data, the model or a setting is wrong, or there is not enough memory.
-        Stopped: Ctrl-C; a checkpoint has been written.
+        PeftcoreError: the data, the model or a setting is invalid, or there is not enough memory.
+        Stopped: the user pressed Ctrl-C; a checkpoint has been written.
     """
-    steps = _Run(settings, output, rows, clock or Clock(), display or Display())
-    steps.encode()
-    steps.predict_memory(force=force)
-    steps.load()
-    steps.measure_before()
-    steps.lighten()
-    steps.train(resume=resume)
-    steps.save()
-    return steps.result()
+    training = _Run(settings, output, rows, clock or Clock(), display or Display())
+    training.encode()
+    training.predict_memory(force=force)
+    training.load()
+    training.evaluate_before()
+    training.optimize()
+    training.train(resume=resume)
+    training.save()
+    return training.result()
 
 
 class _Run:
-    """A run, whose methods are its steps in their order; each adds what later ones need."""
+    """A run. Its methods are called in order, and each sets attributes that later ones need."""
 
     processor: Any
     about: AdapterTask
@@ -103,12 +103,12 @@ class _Run:
     model: Any
     teacher: Any
     summary: peftcore.Summary
-    measure: Measure
-    before: Measured
+    evaluate: Evaluator
+    before: EvaluationResults
     trainer: Measuring
     best: best_checkpoint.Best | None
-    after: Measured
-    chosen_by: Metrics | None
+    after: EvaluationResults
+    validation: Metrics | None
 
     def __init__(
         self, settings: Settings, output: Path, rows: training_data.Rows, clock: Clock, display: Display
@@ -120,22 +120,22 @@ class _Run:
         self.samples: list[tuple[str, str]] = []
 
     def encode(self) -> None:
-        """Load the processor, and turn the rows into examples."""
+        """Load the processor and encode the rows."""
         with self.clock.part("data"):
             self.settings = training_data.fit_max_length(self.settings)
-            self.processor, self.about = prepared(self.settings, self.rows)
+            self.processor, self.about = prepare(self.settings, self.rows)
             self.examples = training_data.encode(self.rows, self.settings, self.processor, self.about.labels)
         self.task.check_examples(self.examples.train, "training", self.settings.batch_size)
         self.task.check_examples(self.examples.held_out, "held-out")
 
     def predict_memory(self, *, force: bool) -> None:
-        """Choose the base's dtype, and refuse a run that does not fit into memory, unless `force`."""
+        """Choose the base's dtype, and refuse a run that does not fit into memory unless `force`."""
         labels = self.about.labels
         with self.clock.part("forecast"):
-            self.settings, found = forecasts.with_memory(
+            self.settings, prediction = forecasts.with_memory(
                 self.settings, self.processor, labels, self.examples, force=force
             )
-        self.predicted, self.unpredicted = (None, found) if isinstance(found, str) else (found, None)
+        self.predicted, self.unpredicted = (None, prediction) if isinstance(prediction, str) else (prediction, None)
 
     def load(self) -> None:
         """Load the base with its adapter, and the teacher if there is one."""
@@ -149,33 +149,35 @@ class _Run:
         self.summary = peftcore.summary(self.model)
         say(str(self.summary))
 
-    def measure_before(self) -> None:
-        """Measure the base, or the adapter that the run starts from."""
+    def evaluate_before(self) -> None:
+        """Evaluate the base, or the adapter that training continues from."""
         held_out, is_new = self.rows.held_out, self.settings.adapter is None
-        self.measure = Measure(self.settings, self.processor, self.about, self.examples, held_out, self.clock)
+        self.evaluate = Evaluator(self.settings, self.processor, self.about, self.examples, held_out, self.clock)
         is_base = self.settings.method != FULL and is_new
         with peftcore.disabled(self.model) if is_base else contextlib.nullcontext():
-            self.measure.keep_reference(self.model)
-            say("measuring held-out examples ...")
-            self.before = self.measure.all(self.model)
+            self.evaluate.keep_reference(self.model)
+            say("evaluating held-out examples ...")
+            self.before = self.evaluate.evaluate_all(self.model)
             self._answer_sample("base" if is_new else "the adapter before")
         _check_metric(self.settings, self.before.held_out)
         say(f"before training, on {number(len(held_out), 'held-out example')}: {self.before.held_out}", "bold")
 
-    def lighten(self) -> None:
-        """Fuse operators, divide the base among processes, and compute the loss without logits, as options say."""
+    def optimize(self) -> None:
+        """Fuse operators, shard the base and compute the loss without logits, according to the options."""
         light_step.fuse(self.model, self.settings)
         if self.settings.parallel == "fsdp2":
             peftcore.shard(self.model)
         light_step.use_loss_without_logits(self.model, self.settings, self.examples.rows, self.processor)
-        now = peftcore.summary(self.model)
-        self.summary = replace(self.summary, fused=now.fused, without_logits=now.without_logits)
+        summary = peftcore.summary(self.model)
+        self.summary = replace(self.summary, fused=summary.fused, without_logits=summary.without_logits)
 
     def train(self, *, resume: bool) -> None:
-        """Train, from the latest checkpoint to `resume`, and find the best step if it is kept."""
+        """Train, with `resume` from the latest checkpoint, and find the best step if it is kept."""
         self.meter, self.trace, stop = progress.Meter(), MemoryTrace(self.model), progress.OrderlyStop()
-        keeper, written = best_checkpoint.of_run(self.settings), progress.TaskWriter(self._record)
-        trainer = self.trainer = self._trainer([self.meter, stop, self.trace, written, *([keeper] if keeper else [])])
+        keeper, task_writer = best_checkpoint.of_run(self.settings), progress.TaskWriter(self._record)
+        trainer = self.trainer = self._trainer(
+            [self.meter, stop, self.trace, task_writer, *([keeper] if keeper else [])]
+        )
         from_checkpoint = _checkpoint_to_resume(self.output) if resume else None
         try:
             with stop:
@@ -183,20 +185,20 @@ class _Run:
         finally:
             self.meter.close()
             self.trace.close()
-        is_over = keeper is not None and keeper.stopped
-        if stop.requested and trainer.state.global_step < trainer.state.max_steps and not is_over:
+        stopped_early = keeper is not None and keeper.stopped
+        if stop.requested and trainer.state.global_step < trainer.state.max_steps and not stopped_early:
             raise Stopped(trainer.state.global_step, trainer.state.max_steps)
         self.best = None if keeper is None else keeper.best(trainer.state)
 
     def save(self) -> None:
-        """Measure the adapter that is saved, the best or the last, and save it."""
-        held_out = _measured_at_end(self.trainer, self.model, self.measure, self.best)
+        """Evaluate and save the adapter, the best or the last."""
+        held_out = _final_metrics(self.trainer, self.model, self.evaluate, self.best)
         self._answer_sample("with the adapter")
         _save(self.model, self.adapter, self.settings, self.processor, self._record)
-        validation = self.examples.validation
+        examples = self.examples.validation
         with precision.own(self.model):
-            self.chosen_by = self.measure(self.model, validation) if validation else None
-            self.after = self.measure.all(self.model, held_out=held_out)
+            self.validation = self.evaluate(self.model, examples) if examples else None
+            self.after = self.evaluate.evaluate_all(self.model, held_out=held_out)
 
     def result(self) -> Result:
         """Return the figures of the run."""
@@ -225,7 +227,7 @@ class _Run:
             labels=self.about.labels,
             predicted=self.predicted,
             trace=self.trace.largest,
-            validation=self.chosen_by,
+            validation=self.validation,
             other=(before.other, after.other) if before.other and after.other else None,
             merges=None if settings.method == FULL else peftcore.can_merge(self.model),
             best=self.best,
@@ -234,19 +236,19 @@ class _Run:
 
     @property
     def _record(self) -> AdapterTask | None:
-        """The facts that are saved with the adapter; None for `--method full`."""
+        """The record to save with the adapter; None for `--method full`."""
         return None if self.settings.method == FULL else self.about
 
     def _trainer(self, callbacks: list[Any]) -> Measuring:
         examples, services = self.examples, reporting.services(self.display.report_to)
-        draws = training_data.draws(examples.parts)
+        draws = training_data.rows_per_epoch(examples.parts)
         arguments = {
             "model": self.model,
             "args": trainer_arguments.of_run(self.settings, self.output, draws, services),
             "callbacks": callbacks,
             "train_dataset": examples.dataset,
             "eval_dataset": examples.held_out,
-            "measure": self.measure,
+            "measure": self.evaluate,
             "parts": examples.parts,
             "lengths": examples.sizes,
         }
@@ -255,31 +257,35 @@ class _Run:
         return trainer
 
     def _answer_sample(self, writer: str) -> None:
-        """Keep the model's answer to `--sample`, if there is one."""
+        """Store the model's answer to `--sample`, if it was passed."""
         if self.display.sample is None:
             return
-        is_chat, most, sample = bool(self.about.chat), self.display.sample_tokens, self.display.sample
+        is_chat, limit, sample = bool(self.about.chat), self.display.sample_tokens, self.display.sample
         with self.clock.part("samples"), precision.own(self.model):
             model = self.model.eval()
-            answer = self.task.answer(model, self.processor, sample, self.about, chat=is_chat, max_new_tokens=most)
+            answer = self.task.answer(model, self.processor, sample, self.about, chat=is_chat, max_new_tokens=limit)
         self.samples.append((writer, answer))
 
 
-def prepared(settings: Settings, rows: training_data.Rows) -> tuple[Any, AdapterTask]:
-    """Return the tokenizer or processor of a run, and what its adapter is trained for.
+def prepare(settings: Settings, rows: training_data.Rows) -> tuple[Any, AdapterTask]:
+    """Return the tokenizer or processor of a run, and the record of what its adapter is trained for.
 
     Raises:
-        PeftcoreError: the base has no tokenizer for the task, or a setting does not fit to it.
+        PeftcoreError: the base has no tokenizer for the task, or a setting does not fit it.
     """
     task = registered.find(settings.task)
     start = Path(settings.adapter) if settings.adapter is not None else None
-    before = adapter_folders.adapter_task(start) if start is not None else None
+    previous = adapter_folders.adapter_task(start) if start is not None else None
     labels: tuple[str, ...] = ()
     if task.has_labels:
-        seen = [*rows.train, *rows.validation]
-        if counts := row_labels.counts_of(seen):
+        rows_with_labels = [*rows.train, *rows.validation]
+        if counts := row_labels.counts_of(rows_with_labels):
             say(counts)
-        labels = tuple(row_labels.labels_of(seen)) if start is None else warm_start.labels_of(start, settings.labels)
+        labels = (
+            tuple(row_labels.labels_of(rows_with_labels))
+            if start is None
+            else warm_start.labels_of(start, settings.labels)
+        )
     processor, is_chat = task.load_processor(settings.model, start), any(row.messages is not None for row in rows.train)
     weights = (settings.desirable_weight, settings.undesirable_weight)
     about = AdapterTask(
@@ -290,20 +296,22 @@ def prepared(settings: Settings, rows: training_data.Rows) -> tuple[Any, Adapter
         beta=settings.beta,
         weights=None if weights == (1.0, 1.0) else weights,
         seed=settings.seed if task.new_head else None,
-        pooling=(before and before.pooling) or (None if settings.pooling == "auto" else settings.pooling),
+        pooling=(previous and previous.pooling) or (None if settings.pooling == "auto" else settings.pooling),
         language=settings.language,
     )
     about = task.prepare(processor, about, settings.model)
     if about.pooling is not None:
-        say(f"texts become vectors by {about.pooling} pooling")
-    conversations.set_template(processor, settings.chat_template, before.chat_template if before is not None else None)
+        say(f"pooling: {about.pooling}")
+    conversations.set_template(
+        processor, settings.chat_template, previous.chat_template if previous is not None else None
+    )
     template = conversations.tokenizer_of(processor).chat_template if is_chat and settings.chat_template else None
     return processor, replace(about, chat_template=template)
 
 
 def _adapted_model(settings: Settings, processor: Any, about: AdapterTask, examples: Examples) -> Any:
-    """Return the base with the adapter that is trained, or with `--method full` the base that is trained itself."""
-    set_seed(settings.seed)  # also initialises a classifier's new head
+    """Return the base with the adapter to train, or the base itself with `--method full`."""
+    set_seed(settings.seed)  # also determines a classifier's new head
     say(f"loading {settings.model} for {settings.task}")
     model = models.load_model(
         settings.model,
@@ -329,52 +337,53 @@ def _adapted_model(settings: Settings, processor: Any, about: AdapterTask, examp
     return model
 
 
-def _check_metric(settings: Settings, measured: Metrics) -> None:
-    """Raise a PeftcoreError if `--metric` is not among the metrics that were measured."""
-    names = measured.as_dict()
+def _check_metric(settings: Settings, metrics: Metrics) -> None:
+    """Raise a PeftcoreError if `--metric` is not one of the evaluated metrics."""
+    names = metrics.as_dict()
     if settings.metric is not None and generations.name_of(settings.metric) not in names:
         raise PeftcoreError(
-            f"--metric {settings.metric} is not measured on these examples, which have {', '.join(names)}. Pass one of "
-            "these"
+            f"--metric {settings.metric} is not available for these examples. Pass one of {', '.join(names)}"
         )
 
 
-def _measured_at_end(trainer: Measuring, model: Any, measure: Measure, best: best_checkpoint.Best | None) -> Metrics:
-    """Return the metrics on held-out examples of the adapter that is saved: the best, or the last."""
+def _final_metrics(trainer: Measuring, model: Any, evaluate: Evaluator, best: best_checkpoint.Best | None) -> Metrics:
+    """Return the held-out metrics of the adapter to save, the best or the last."""
     if best is not None:
         say(f"saving the adapter of {best}")
         with precision.own(model):
-            return measure(model)
+            return evaluate(model)
     if trainer.state.global_step not in trainer.measured:
         trainer.evaluate()
     return trainer.measured[trainer.state.global_step]
 
 
-def _save(model: Any, folder: Path, settings: Settings, processor: Any, made_for: AdapterTask | None) -> None:
-    """Save the adapter with the facts about its task, or the whole model of `--method full`."""
-    if made_for is None:
+def _save(model: Any, folder: Path, settings: Settings, processor: Any, record: AdapterTask | None) -> None:
+    """Save the adapter with the record of its task, or the whole model with `--method full`."""
+    if record is None:
         model.save_pretrained(folder)
         return
     peftcore.save(model, folder)
 
-    def write_facts() -> None:
-        made_for.write(folder)
+    def write_record() -> None:
+        record.write(folder)
         if settings.adapter is not None and adapter_folders.has_tokenizer(Path(settings.adapter)):
             conversations.tokenizer_of(processor).save_pretrained(folder)
 
-    ranks.once(write_facts, together=True)
+    ranks.once(write_record, together=True)
 
 
 def first_batches(settings: Settings, train: list[Example], tokenizer: Any, model: Any) -> DataLoader[Any] | None:
-    """Return the training batches of `model` for methods that initialise from data; None for others."""
+    """Return training batches for a method that initialises from data, or None for other methods."""
     if not takes_batches(settings.method, settings.fields):
         return None
     task = registered.find(settings.task)
     train = list(task.as_texts(train))
-    order = LengthGroupedSampler([encoded_examples.length(each) for each in train], settings.batch_size, settings.seed)
+    order = LengthGroupedSampler(
+        [encoded_examples.length(example) for example in train], settings.batch_size, settings.seed
+    )
 
-    def batch(some: list[Example]) -> dict[str, Any]:
-        return encoded_examples.in_dtype(task.collate(some, tokenizer), model)
+    def batch(batch_examples: list[Example]) -> dict[str, Any]:
+        return encoded_examples.in_dtype(task.collate(batch_examples, tokenizer), model)
 
     return DataLoader(train, settings.batch_size, sampler=order, collate_fn=batch)  # type: ignore[arg-type]
 
@@ -386,7 +395,7 @@ def _checkpoint_to_resume(output: Path) -> str | None:
     for warning in caught:
         warn(str(warning.message))
     if checkpoint is None:
-        warn(f"'{output}' has no complete checkpoint; starting from the beginning")
+        warn(f"'{output}' has no complete checkpoint, so training starts from the beginning")
     else:
         say(f"resuming from {checkpoint}")
     return checkpoint

@@ -115,11 +115,11 @@ def test_fit_keeps_the_examples_of_a_step(llama: Path, monkeypatch: pytest.Monke
     way = SimpleNamespace(batch_size=4, optimizer="adamw_torch", gradient_checkpointing=False)
     monkeypatch.setattr(peftcore, "suggest", lambda *_, **__: SimpleNamespace(ways=[way]))
     settings = Settings(model=str(llama), data="d", task="causal-lm", method="lora", batch_size=6)
-    found = forecast.fitted(settings, [])
+    found = forecast.fit(settings, [])
     assert (found.batch_size, found.grad_accum) == (3, 2)
     with pytest.raises(peftcore.PeftcoreError, match=r"a divisor of the 7 examples of a step: 4 fit. Pass an even"):
-        forecast.fitted(replace(settings, task="kto", batch_size=7), [])
-    assert forecast.fitted(replace(settings, task="kto"), []).batch_size == 3
+        forecast.fit(replace(settings, task="kto", batch_size=7), [])
+    assert forecast.fit(replace(settings, task="kto"), []).batch_size == 3
 
 
 def test_train_says_what_does_not_fit_before_it_loads(

@@ -72,7 +72,7 @@ def test_wrong_files(shards: Path, tmp_path: Path) -> None:
 
 
 def test_marked_answers_are_not_streamed() -> None:
-    with pytest.raises(PeftcoreError, match="--streaming is for causal-lm and seq2seq, found task kto"):
+    with pytest.raises(PeftcoreError, match=r"--streaming only works with causal-lm and seq2seq \(the task is kto\)"):
         option_checks.check(RunOptions(streaming=True), Display(), "kto", [], continues=False)
 
 
@@ -112,7 +112,7 @@ def test_each_line_once_in_an_order_of_seed_and_epoch(shards: Path, monkeypatch:
 def test_misuse(shards: Path, labelled: Path, llama: Path, tmp_path: Path, run: Run) -> None:
     common = ("train", "--model", llama, "--method", "lora", "--output", tmp_path / "run", "--streaming")
     assert "--holdout 500, or --eval-data" in run(*common, "--data", shards, code=1).output
-    assert "--streaming is for causal-lm and seq2seq" in run(*common, "--data", labelled, code=1).output
+    assert "--streaming only works with causal-lm and seq2seq" in run(*common, "--data", labelled, code=1).output
     assert "--pack needs the lengths" in run(*common, "--data", shards, "--holdout", 2, "--pack", code=1).output
 
 

@@ -167,10 +167,10 @@ def test_dpo_end_to_end(run: Run, llama: Path, tmp_path: Path) -> None:
     assert f"{found['after']['loss']:.4f}" in shown and "preference accuracy" in shown
     run("generate", output, "-p", "the film is", "--max-new-tokens", 2)
     wrong = run("train", *arguments, "-o", tmp_path / "no", "--pack", code=1).output
-    assert "--pack is for causal-lm, found task dpo" in wrong
+    assert "--pack only works with causal-lm (the task is dpo)" in wrong
 
 
 def test_beta_is_of_dpo(run: Run, llama: Path, reviews: Path, tmp_path: Path) -> None:
     error = run("train", "-m", llama, "-d", reviews, "-o", tmp_path / "run", "--method", "lora", "--beta", 1, code=1)
-    tasks = "--beta is for --task dpo, image-dpo, kto, orpo and grpo"
-    assert f"{tasks} and must be above 0 (of grpo also 0), found 1 for causal-lm" in error.output
+    tasks = "--beta only works with dpo, image-dpo, kto, orpo and grpo"
+    assert f"{tasks} and must be above 0 (grpo also allows 0), found 1 for causal-lm" in error.output

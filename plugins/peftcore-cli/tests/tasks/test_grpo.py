@@ -94,7 +94,7 @@ def test_misuse(run: Run, llama: Path, judges: Path, tmp_path: Path) -> None:
     other = ("--task", "dpo", "--reward", "a.py:f", "-o", tmp_path / "no")
     pairs = write_jsonl(tmp_path / "pairs.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "c"}] * 8)
     wrong = run("train", "-m", llama, "-d", pairs, *METHOD, *other, code=1).output
-    assert "--reward is for --task grpo, found task dpo" in wrong
+    assert "--reward only works with grpo (the task is dpo)" in wrong
 
 
 @pytest.mark.nightly

@@ -206,7 +206,7 @@ def test_misuse(run: Run, vit: Path, llama: Path, photos: Path, tmp_path: Path) 
         return run("train", "-m", model, "-d", photos, *METHOD, "-o", tmp_path / "no", *more, code=1).output
 
     assert "--columns maps the fields of rows" in refused("--columns", "text=a")
-    assert "--pack is for causal-lm, found task image" in refused("--pack")
+    assert "--pack only works with causal-lm (the task is image)" in refused("--pack")
     assert "needs a model that classifies images" in refused(model=llama)
     other = tmp_path / "other"
     (other / "green").mkdir(parents=True)

@@ -83,7 +83,7 @@ def test_reward_end_to_end(run: Run, llama: Path, tmp_path: Path) -> None:
     assert "which writes no answers" in run("generate", output, "-p", "the", code=1).output
     assert "Use peftcore generate" not in run("predict", output, "-d", path, code=1).output
     wrong = run("train", *arguments, "--task", "reward", "--beta", 0.2, "-o", tmp_path / "no", code=1).output
-    assert "--beta is for --task dpo, image-dpo, kto, orpo and grpo" in wrong
+    assert "--beta only works with dpo, image-dpo, kto, orpo and grpo" in wrong
 
 
 def test_a_trl_without_orpo(monkeypatch: pytest.MonkeyPatch) -> None:

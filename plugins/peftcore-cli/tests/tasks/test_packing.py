@@ -155,7 +155,7 @@ def test_training_on_packed_rows(
     evaluated = run("eval", tmp_path / "run", "-d", reviews).output
     assert f"{found['after']['loss']:.4f}" in evaluated
     refused = run("train", "-m", bert, "-d", labelled, "-o", tmp_path / "no", *method, "--pack", code=1).output
-    assert "--pack is for causal-lm, found task classification" in refused
+    assert "--pack only works with causal-lm (the task is classification)" in refused
 
 
 def test_packed_rows_are_padded_as_examples_of_their_own(llama: Path) -> None:

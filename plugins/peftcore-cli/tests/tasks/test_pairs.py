@@ -251,4 +251,4 @@ def test_training_evaluating_and_vectors(bert: Path, tmp_path: Path, run: Run) -
     assert json.loads((tmp_path / "more" / "adapter" / "peftcore_task.json").read_text())["pooling"] == "cls"
     assert "cannot change the pooling of an existing adapter" in run(*again, "--pooling", "mean", code=1).output
     other = ("train", "--model", bert, "--data", file, "--method", "lora", "--output", tmp_path / "other")
-    assert "--pooling is for --task pairs" in run(*other, "--task", "causal-lm", "--pooling", "mean", code=1).output
+    assert "--pooling only works with pairs" in run(*other, "--task", "causal-lm", "--pooling", "mean", code=1).output

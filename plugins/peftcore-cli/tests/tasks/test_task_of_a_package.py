@@ -55,7 +55,7 @@ def test_it_trains_evaluates_and_predicts(run: Run, llama: Path, tmp_path: Path)
 def test_what_its_class_says_holds_for_options(run: Run, llama: Path, tmp_path: Path) -> None:
     data = write_jsonl(tmp_path / "articles.jsonl", [{"body": "the film", "title": "a story"}] * 4)
     arguments = ("train", "-m", llama, "-d", data, "-o", tmp_path / "run", "--method", "lora", "--task", "titles")
-    assert "--pack is for causal-lm, found task titles" in run(*arguments, "--pack", code=1).output
+    assert "--pack only works with causal-lm (the task is titles)" in run(*arguments, "--pack", code=1).output
     assert (
         "--metric must be one of loss, right for titles"
         in run(*arguments, "--metric", "left", "--load-best", code=1).output

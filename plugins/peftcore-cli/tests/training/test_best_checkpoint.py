@@ -72,7 +72,7 @@ def test_patience_stops_and_a_resumed_run_keeps_the_best_and_the_count(
     best = min(evaluated, key=evaluated.__getitem__)
     assert found["best"]["step"] == best and found["best"]["stopped_early"]
     assert found["steps"] == best + 3 == max(evaluated), "it stops three evaluations after the best"
-    assert "no improvement of loss in 3 evaluations" in text
+    assert "loss has not improved in 3 evaluations" in text
 
     # Interrupted after the second evaluation without improvement, and moved: it stops at the same step.
     parts = tmp_path / "parts"
@@ -111,7 +111,7 @@ def test_the_last_adapter_is_saved_if_no_checkpoint_could_be_written(
     arguments = ("-m", llama, "-d", reviews, "-o", output, *METHOD, "--steps", 2, "--eval-every", 1, "--load-best")
     with pytest.warns(UserWarning, match="checkpoint-[12]' was not written, since the disk seems to be full"):
         text = " ".join(run("train", *arguments).output.split())
-    assert "no checkpoint of an evaluation was written, so the last adapter is saved instead of the best" in text
+    assert "no checkpoint was written at an evaluation, so the last adapter is saved instead of the best" in text
     assert adapter_of(output / "adapter") and result_of(output)["best"] is None
     assert not list((output / "checkpoints").iterdir())
 
@@ -151,12 +151,12 @@ def test_count_of_evaluations_without_improvement() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"metric": "loss"}, "no option asks for it. Add --load-best or --patience N"),
+        ({"metric": "loss"}, "which needs --load-best or --patience N"),
         (
             {"metric": "perplexty", "patience": 2},
             r"must be one of loss, perplexity, exact_match, .*, found 'perplexty' \(nearest: 'perplexity'\)",
         ),
-        ({"load_best": True, "save_every": 4}, "found --save-every 4 with --eval-every left out. Leave out"),
+        ({"load_best": True, "save_every": 4}, "so --save-every 4 contradicts --eval-every .the default.\\. Leave out"),
     ],
 )
 def test_contradictions(options: dict[str, Any], message: str) -> None:

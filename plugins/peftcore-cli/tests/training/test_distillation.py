@@ -167,13 +167,13 @@ def test_a_teacher_is_for_causal_lm(llama: Path, teacher: Path, tmp_path: Path, 
     pairs = write_jsonl(tmp_path / "pairs.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "c"}] * 8)
     arguments = ("--model", llama, "--data", pairs, "--method", "lora", "-o", tmp_path / "run", "--teacher", teacher)
     output = run("train", *arguments, "--task", "dpo", code=1).output.replace("\n", " ")
-    assert "--teacher is for causal-lm, found task dpo" in output
+    assert "--teacher only works with causal-lm (the task is dpo)" in output
 
 
 def test_a_weight_without_a_teacher_is_refused(llama: Path, rows: Path, run: Run) -> None:
     arguments = ("--model", llama, "--data", rows, "--method", "lora", "-o", rows.parent / "run")
     output = run("train", *arguments, "--teacher-weight", "2", code=1).output.replace("\n", " ")
-    assert "--teacher-weight is for --teacher, found 2 without a teacher" in output and "loading" not in output
+    assert "--teacher-weight 2 has no effect without --teacher" in output and "loading" not in output
 
 
 def test_teachers_that_do_not_fit(llama: Path, teacher: Path, rows: Path, tmp_path: Path, run: Run) -> None:
@@ -185,9 +185,9 @@ def test_teachers_that_do_not_fit(llama: Path, teacher: Path, rows: Path, tmp_pa
     swapped = (teacher / "tokenizer.json").read_text().replace('"film"', '"x"').replace('"story"', '"film"')
     (other / "tokenizer.json").write_text(swapped.replace('"x"', '"story"'))
     output = run("train", *arguments, "--teacher", other, code=1).output.replace("\n", " ")
-    assert "has other tokens than the model: 2 of 23, such as 'film', differ" in output
+    assert "has another tokenizer than the model: 2 of 23 tokens differ, such as 'film'" in output
     (other / "config.json").unlink()
     (other / "adapter_config.json").write_text("{}")
-    assert "is an adapter, and the teacher must be a model" in run(
+    assert "is an adapter, but the teacher must be a model" in run(
         "train", *arguments, "--teacher", other, code=1
     ).output.replace("\n", " ")

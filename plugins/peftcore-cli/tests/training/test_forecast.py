@@ -114,7 +114,7 @@ def test_plan_of_several_processes_and_mixed_precision(run: Run, llama: Path) ->
     several = run(*arguments, "--parallel", "fsdp2", "--ranks", 4, "--precision", "bf16").output
     assert "batch 2 x 12, mixed bf16, one of 4 ranks (FSDP2)" in several and "gathered weights" in several
     assert "batch 2 x 12, dpo" in run(*arguments, "--task", "dpo").output
-    assert "2 processes need a way to share the work: --parallel ddp" in run(*arguments, "--ranks", 2, code=1).output
+    assert "2 processes need a kind of parallelism. Pass --parallel ddp" in run(*arguments, "--ranks", 2, code=1).output
     assert "one of ddp, fsdp2, found 'tp'" in run(*arguments, "--parallel", "tp", code=1).output
     assert (
         "--precision must be one of auto, fp32, bf16, fp16, found 'fp8'"
@@ -129,7 +129,7 @@ def test_processes_that_share_memory_need_it_each() -> None:
 
 
 def test_what_a_task_makes_of_a_step() -> None:
-    losses = {task: forecast.how(task, "auto", None, 1)["loss"] for task in ("kto", "orpo", "asr")}
+    losses = {task: forecast.step_options(task, "auto", None, 1)["loss"] for task in ("kto", "orpo", "asr")}
     assert losses == {"kto": "kto", "orpo": "dpo", "asr": None}
     config = WhisperConfig(max_target_positions=10)
     assert [forecast.tokens_of_step(50, task, config) for task in ("asr", "causal-lm")] == [
@@ -165,7 +165,9 @@ FOLLOWED = list(image_models.KINDS)
 
 def step_of(model: Path, file: Path, task: str) -> peftcore.Step:
     settings = Settings.of(RunOptions(), model=str(model), data=str(file), task=task, method="lora")
-    return peftcore.Step(**{**forecast.how(task, "auto", None, 1), **forecast.of_data(settings), "batch_size": 3})
+    return peftcore.Step(
+        **{**forecast.step_options(task, "auto", None, 1), **forecast.step_data(settings), "batch_size": 3}
+    )
 
 
 @pytest.mark.parametrize("kind", nightly_but([*FOLLOWED, "audio"], ("smolvlm", "qwen", "audio")))
@@ -230,7 +232,7 @@ def test_plan_suggest_and_fit_of_examples(run: Run, llama: Path, bert: Path, tmp
     planned = run("plan", *seen, "--batch-size", 2).output
     assert "a training step of Idefics3ForConditionalGeneration, lora, batch 2 x 77, fused operators" in planned
     without = run("plan", *seen[:4], "--task", "image-text").output
-    assert "not predicted: a step of --task image-text depends on the examples. Pass some: --data FILE" in without
+    assert "not predicted: the memory of --task image-text depends on the examples. Pass some: --data FILE" in without
     assert "twice the batch" in run("suggest", *seen, "--memory", "8GB").output
     texts = write_jsonl(
         tmp_path / "texts.jsonl",

@@ -16,7 +16,7 @@ CONFIG = LlamaConfig(**SIZES, num_hidden_layers=2, vocab_size=320)
 
 def test_the_stack_is_the_estimate() -> None:
     found = peftcore.estimate(CONFIG, "lora", batch_size=2, length=16, gradient_accumulation=2)
-    places, sizes = memory_picture.stacked(found)
+    places, sizes = memory_picture.stack(found)
     assert len(found.phases) == 5 and min(places) == 0.0 and max(places) <= 5.0
     totals = [sum(values) for values in zip(*sizes.values(), strict=True)]
     assert max(totals) == found.peak

@@ -201,8 +201,8 @@ def test_parallel_and_torchrun_go_together(
 @pytest.mark.parametrize(
     ("device", "local", "message"),
     [
-        ("cuda:1", "0", r"a card of its own, found --device cuda:1, one card for all.*CUDA_VISIBLE_DEVICES"),
-        ("cuda", "2", r"found process 3 of this machine and 2 cards\. Start fewer processes: .* --nproc-per-node 2"),
+        ("cuda:1", "0", r"so --device cuda:1 cannot choose a single one.*CUDA_VISIBLE_DEVICES"),
+        ("cuda", "2", r"process 3 of a machine with 2 GPUs\. Start fewer processes: .* --nproc-per-node 2"),
     ],
 )
 def test_each_process_has_a_card_of_its_own(

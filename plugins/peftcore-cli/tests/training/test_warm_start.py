@@ -213,7 +213,7 @@ def test_a_strangers_run_is_not_trusted(tmp_path: Path, kind: str) -> None:
     folder.mkdir()
     good = Settings("m", "d", "causal-lm", "lora").to_json()
     file.write_text(json.dumps(good))
-    assert warm_start.made_by(folder) == Settings("m", "d", "causal-lm", "lora")
+    assert warm_start.settings_of_adapter(folder) == Settings("m", "d", "causal-lm", "lora")
     if kind == "pipe":
         file.unlink()
         os.mkfifo(file)
@@ -221,4 +221,4 @@ def test_a_strangers_run_is_not_trusted(tmp_path: Path, kind: str) -> None:
         deep = "[" * 50_000
         texts = {"nested": deep, "list": "[]", "types": json.dumps({**good, "method": ["lora"]})}
         file.write_text({**texts, "rate": json.dumps({**good, "lr": "x"})}[kind])
-    assert warm_start.made_by(folder) is None
+    assert warm_start.settings_of_adapter(folder) is None
