@@ -280,7 +280,7 @@ void compare_lora(int64_t rows, int64_t columns, int rank, int skip, Dtype dtype
     const auto transposed = [](const auto& array, int64_t width) {
         return [&array, width](int64_t i, int64_t j) { return to_float(array.data[j * width + i]); };
     };
-    using Dropout, lora::Factors, lora::Wide;
+    using lora::Factors, lora::Wide;
     const Wide wide{x.data, dtype, 1, rows, columns}, written{out.data, dtype, 1, rows, columns};
     const Factors lefts{&left, &rank, &scale, 1, rank, nullptr},
         rights{&right, &rank, nullptr, 1, rank, nullptr};
