@@ -27,7 +27,7 @@ from peftcore.ops.weight import (
     check_blocksize,
     check_dtype,
     check_numel,
-    value,
+    require,
 )
 
 _LARGEST = 15  # code
@@ -66,14 +66,14 @@ def affine4_weight(
     groups = scales.shape[-1] if scales.dim() else 0
     found_shapes = f"found codes {list(shape)} and scales {list(scales.shape)}"
     fits = len(shape) >= 2 and scales.shape[:-1] == codes.shape[:-1] and groups > 0 and shape[-1] % groups == 0
-    value(fits, op, f"codes must be [.., out, in] and scales [.., out, groups], {found_shapes}")
+    require(fits, op, f"codes must be [.., out, in] and scales [.., out, groups], {found_shapes}")
     if codes.is_floating_point() or codes.dtype is torch.bool:
         raise TypeError(f"{op}: codes must be integers, found {codes.dtype}")
     group, requirement = shape[-1] // groups, f"groups must be multiples of {MIN_BLOCKSIZE} columns"
-    value(group % MIN_BLOCKSIZE == 0, op, f"{requirement}, found {group}: {found_shapes}")
+    require(group % MIN_BLOCKSIZE == 0, op, f"{requirement}, found {group}: {found_shapes}")
     if codes.numel() and not codes.is_meta:
         low, high = (int(limit) for limit in torch.aminmax(codes))
-        value(0 <= low <= high <= _LARGEST, op, f"codes must be from 0 to {_LARGEST}, found {low} to {high}")
+        require(0 <= low <= high <= _LARGEST, op, f"codes must be from 0 to {_LARGEST}, found {low} to {high}")
     blocksize = math.gcd(group, MAX_BLOCKSIZE)
     scales = scales.repeat_interleave(group // blocksize, -1).reshape(-1)
     if zeros is not None:
@@ -93,18 +93,18 @@ def _normalize_zeros(zeros: Tensor, op: str) -> Tensor:
         return flat.float()
     if flat.numel() and not flat.is_meta:
         low, high = (int(limit) for limit in torch.aminmax(flat))
-        value(0 <= low <= high <= 255, op, f"zeros must be from 0 to 255, found {low} to {high}")
+        require(0 <= low <= high <= 255, op, f"zeros must be from 0 to 255, found {low} to {high}")
     return flat.to(torch.uint8)
 
 
 def _validate_permutation(permutation: Tensor, shape: tuple[int, ...], op: str) -> Tensor:
     found_shapes = f"found {permutation.dtype} {list(permutation.shape)} for a weight {list(shape)}"
-    value(
+    require(
         len(shape) == 2 and permutation.shape == shape[1:], op, f"permutation must be [in] of a matrix, {found_shapes}"
     )
     permutation = permutation.long()
     is_permutation = permutation.is_meta or torch.equal(permutation.sort().values.cpu(), torch.arange(shape[1]))
-    value(is_permutation, op, f"permutation must have each of the {shape[1]} inputs once")
+    require(is_permutation, op, f"permutation must have each of the {shape[1]} inputs once")
     return permutation
 
 
@@ -128,7 +128,7 @@ def quantize_affine4(x: Tensor, blocksize: int = 64) -> PackedWeight:
     check_dtype(x.dtype, op)
     check_blocksize(blocksize, op)
     fits = x.dim() > 0 and x.shape[-1] % blocksize == 0
-    value(fits, op, f"the last dimension of x must be a multiple of {blocksize}, found {list(x.shape)}")
+    require(fits, op, f"the last dimension of x must be a multiple of {blocksize}, found {list(x.shape)}")
     blocks = x.reshape(-1, blocksize)
     codes = x.new_empty((blocks.shape[0], blocksize // 2), dtype=torch.uint8)
     scales = x.new_empty((blocks.shape[0],), dtype=torch.bfloat16)

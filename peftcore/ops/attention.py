@@ -26,7 +26,7 @@ from peftcore.ops._extension import extension
 from peftcore.ops._library import define_by
 from peftcore.ops.calling import as_non_view, has_active_transform, operator_for
 from peftcore.ops.dropout import check_dropout, factor, keep_mask, seed_of_call
-from peftcore.ops.weight import check_dtype, value
+from peftcore.ops.weight import check_dtype, require
 
 _OPS = torch.ops.peftcore
 _DEVICES = ("cpu", "meta")
@@ -35,20 +35,20 @@ _HEAD_SIZE_MULTIPLE, _MOST_KEYS, _LARGEST_HEAD = 32, 4096, 256
 
 def _check(op: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
     check_dtype(q.dtype, op)
-    value(q.dim() == 4, op, f"q must be [batch, heads, tokens, size], found {list(q.shape)}")
+    require(q.dim() == 4, op, f"q must be [batch, heads, tokens, size], found {list(q.shape)}")
     for name, t in (("k", k), ("v", v)):
         _check_like(op, q, name, t)
-    value(v.shape == k.shape, op, f"v must be {list(k.shape)} like k, found {list(v.shape)}")
+    require(v.shape == k.shape, op, f"v must be {list(k.shape)} like k, found {list(v.shape)}")
     fits = k.shape[1] > 0 and q.shape[1] % k.shape[1] == 0
-    value(fits, op, f"the {q.shape[1]} heads of q must be a multiple of those of k, found {k.shape[1]}")
+    require(fits, op, f"the {q.shape[1]} heads of q must be a multiple of those of k, found {k.shape[1]}")
     if mask is None:
         return
     if mask.dtype is not torch.bool:
         raise TypeError(f"{op}: mask must be torch.bool, found {mask.dtype}")
     expected = [*q.shape[:3], k.shape[2]]
     fits = mask.dim() == 4 and all(size in (1, full) for size, full in zip(mask.shape, expected, strict=True))
-    value(fits, op, f"mask must broadcast to {expected}, found {list(mask.shape)}")
-    value(mask.device == q.device, op, f"mask must be on {q.device} like q, found {mask.device}")
+    require(fits, op, f"mask must broadcast to {expected}, found {list(mask.shape)}")
+    require(mask.device == q.device, op, f"mask must be on {q.device} like q, found {mask.device}")
 
 
 def _check_like(op: str, q: Tensor, name: str, t: Tensor) -> None:
@@ -56,8 +56,8 @@ def _check_like(op: str, q: Tensor, name: str, t: Tensor) -> None:
         raise TypeError(f"{op}: {name} must be {q.dtype} like q, found {t.dtype}")
     fits = t.dim() == 4 and t.shape[0] == q.shape[0] and t.shape[3] == q.shape[3]
     found_shape = f"found {list(t.shape)}"
-    value(fits, op, f"{name} must be [{q.shape[0]}, heads, tokens, {q.shape[3]}] for q, {found_shape}")
-    value(t.device == q.device, op, f"{name} must be on {q.device} like q, found {t.device}")
+    require(fits, op, f"{name} must be [{q.shape[0]}, heads, tokens, {q.shape[3]}] for q, {found_shape}")
+    require(t.device == q.device, op, f"{name} must be on {q.device} like q, found {t.device}")
 
 
 def _scores(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, scale: float) -> Tensor:
@@ -132,11 +132,11 @@ class AttentionBackward:
         _check(op, self.q, self.k, self.v, self.mask)
         for name, t in (("grad", self.grad), ("out", self.out)):
             _check_like(op, self.q, name, t)
-            value(list(t.shape) == shape, op, f"{name} must be {shape} like q, found {list(t.shape)}")
+            require(list(t.shape) == shape, op, f"{name} must be {shape} like q, found {list(t.shape)}")
         if self.lse.dtype is not torch.float32:
             raise TypeError(f"{op}: lse must be torch.float32, found {self.lse.dtype}")
-        value(self.lse.device == self.q.device, op, f"lse must be on {self.q.device} like q, found {self.lse.device}")
-        value(list(self.lse.shape) == shape[:3], op, f"lse must be {shape[:3]}, found {list(self.lse.shape)}")
+        require(self.lse.device == self.q.device, op, f"lse must be on {self.q.device} like q, found {self.lse.device}")
+        require(list(self.lse.shape) == shape[:3], op, f"lse must be {shape[:3]}, found {list(self.lse.shape)}")
         check_dropout(op, self.q, self.dropout_p, self.seed)
 
     def compute(self) -> tuple[Tensor, Tensor, Tensor]:

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from peftcore.ops._extension import extension
 from peftcore.ops._library import define_by
 from peftcore.ops.calling import has_active_transform
-from peftcore.ops.weight import check_dtype, check_linear, value
+from peftcore.ops.weight import check_dtype, check_linear, require
 
 
 class Settings(NamedTuple):
@@ -39,23 +39,23 @@ def check_labels(labels: Tensor, rows: int, logits: Tensor, classes: int, class_
     """Check labels `[rows]` and class weights `[classes]`. `logits` is any tensor with their device and dtype."""
     if labels.dtype != torch.int64:
         raise TypeError(f"{op}: labels must be torch.int64, found {labels.dtype}")
-    value(labels.shape == (rows,), op, f"labels must be [{rows}], found {list(labels.shape)}")
-    value(labels.device == logits.device, op, f"labels must be on {logits.device}, found {labels.device}")
+    require(labels.shape == (rows,), op, f"labels must be [{rows}], found {list(labels.shape)}")
+    require(labels.device == logits.device, op, f"labels must be on {logits.device}, found {labels.device}")
     if class_weight is None:
         return
     if class_weight.dtype != wide_dtype(logits):
         raise TypeError(f"{op}: class_weight must be {wide_dtype(logits)}, found {class_weight.dtype}")
     found = f"found {list(class_weight.shape)}"
-    value(class_weight.shape == (classes,), op, f"class_weight must be [{classes}], {found}")
-    value(class_weight.device == logits.device, op, f"class_weight must be on {logits.device}")
+    require(class_weight.shape == (classes,), op, f"class_weight must be [{classes}], {found}")
+    require(class_weight.device == logits.device, op, f"class_weight must be on {logits.device}")
 
 
 def check_settings(settings: Sequence[float], op: str) -> Settings:
-    value(len(settings) == 4, op, f"settings must be 4 numbers, found {len(settings)}")
+    require(len(settings) == 4, op, f"settings must be 4 numbers, found {len(settings)}")
     parsed = Settings(*settings)
     smoothing, _, cap, _ = parsed
-    value(0 <= smoothing <= 1, op, f"label_smoothing must be from 0 to 1, found {smoothing}")
-    value(cap >= 0, op, f"soft_cap must be positive, or 0 for none, found {cap}")
+    require(0 <= smoothing <= 1, op, f"label_smoothing must be from 0 to 1, found {smoothing}")
+    require(cap >= 0, op, f"soft_cap must be positive, or 0 for none, found {cap}")
     return parsed
 
 
@@ -64,8 +64,8 @@ def check_grad_scale(grad_scale: Tensor | None, x: Tensor, op: str) -> None:
         return
     fits = grad_scale.dtype == wide_dtype(x) and grad_scale.numel() == 1
     found = f"found {grad_scale.dtype} {list(grad_scale.shape)}"
-    value(fits, op, f"grad_scale must be one value of {wide_dtype(x)}, {found}")
-    value(grad_scale.device == x.device, op, f"grad_scale must be on {x.device}")
+    require(fits, op, f"grad_scale must be one value of {wide_dtype(x)}, {found}")
+    require(grad_scale.device == x.device, op, f"grad_scale must be on {x.device}")
 
 
 def wide_dtype(x: Tensor) -> torch.dtype:
@@ -138,8 +138,8 @@ class CrossEntropyRows:
         op, x = "cross_entropy_rows_", self.logits
         if x.dtype is not torch.float64:
             check_dtype(x.dtype, op)
-        value(x.dim() == 2 and x.shape[1] > 0, op, f"logits must be [rows, classes], found {list(x.shape)}")
-        value(x.is_contiguous(), op, f"logits must be contiguous, found strides {list(x.stride())}")
+        require(x.dim() == 2 and x.shape[1] > 0, op, f"logits must be [rows, classes], found {list(x.shape)}")
+        require(x.is_contiguous(), op, f"logits must be contiguous, found strides {list(x.stride())}")
         check_labels(self.labels, x.shape[0], x, x.shape[1], self.class_weight, op)
         self.numbers = check_settings(self.settings, op)
         check_grad_scale(self.grad_scale, x, op)
@@ -233,8 +233,8 @@ class LinearCrossEntropyRows:
     def __post_init__(self) -> None:
         op, classes = "linear_cross_entropy_rows", len(self.weight)
         check_linear(self.x, self.weight, self.bias, op)
-        value(self.x.dim() == 2, op, f"x must be [rows, in], found {list(self.x.shape)}")
-        value(classes > 0, op, f"weight must have a row for each class, found {list(self.weight.shape)}")
+        require(self.x.dim() == 2, op, f"x must be [rows, in], found {list(self.x.shape)}")
+        require(classes > 0, op, f"weight must have a row for each class, found {list(self.weight.shape)}")
         check_labels(self.labels, self.x.shape[0], self.x, classes, self.class_weight, op)
         check_settings(self.settings, op)
         check_grad_scale(self.grad_scale, self.x, op)
@@ -328,8 +328,8 @@ def cross_entropy(logits: Tensor, labels: Tensor, *, ignore_index: int = -100) -
         IndexError: a label is out of range, on the CPU. On a GPU its loss is NaN.
     """
     op, shape = "cross_entropy", list(logits.shape)
-    value(shape != [] and shape[-1] > 0, op, f"logits must be [..., classes], found {shape}")
-    value(list(labels.shape) == shape[:-1], op, f"labels must be {shape[:-1]}, found {list(labels.shape)}")
+    require(shape != [] and shape[-1] > 0, op, f"logits must be [..., classes], found {shape}")
+    require(list(labels.shape) == shape[:-1], op, f"labels must be {shape[:-1]}, found {list(labels.shape)}")
     rows, flat = logits.reshape(-1, shape[-1]), labels.reshape(-1)
     if type(logits) is not Tensor or labels.is_meta or torch.compiler.is_compiling() or has_active_transform():
         losses = _by_pytorch(rows, flat, ignore_index)

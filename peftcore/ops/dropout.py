@@ -17,7 +17,7 @@ from peftcore.ops._extension import KERNEL_DEVICES
 from peftcore.ops._library import define_by
 from peftcore.ops._philox import LOW, philox
 from peftcore.ops.calling import has_active_transform, operator_for
-from peftcore.ops.weight import check_dtype, value
+from peftcore.ops.weight import check_dtype, require
 
 _OPS = torch.ops.peftcore
 
@@ -55,15 +55,15 @@ def factor(scale: float, p: float, seed: Tensor | None) -> float:
 
 def check_dropout(op: str, x: Tensor, p: float, seed: Tensor | None) -> None:
     """Check dropout's arguments, with the conditions and errors of csrc/common/dropout_arguments.h."""
-    value(0 <= p < 1, op, f"dropout_p must be in [0, 1), found {p}")
+    require(0 <= p < 1, op, f"dropout_p must be in [0, 1), found {p}")
     if seed is None:
-        value(p == 0, op, f"dropout_p={p} needs a seed, found none")
+        require(p == 0, op, f"dropout_p={p} needs a seed, found none")
     else:
         if seed.dtype != torch.int64:
             raise TypeError(f"{op}: seed must be torch.int64, found {seed.dtype}")
-        value(seed.numel() == 1, op, f"seed must hold 1 element, found {seed.numel()}")
+        require(seed.numel() == 1, op, f"seed must hold 1 element, found {seed.numel()}")
         places = dict.fromkeys(("cpu", str(x.device)))
-        value(str(seed.device) in places, op, f"seed must be on {' or '.join(places)}, found {seed.device}")
+        require(str(seed.device) in places, op, f"seed must be on {' or '.join(places)}, found {seed.device}")
 
 
 def new_seed(x: Tensor) -> Tensor:
@@ -111,7 +111,7 @@ class Dropout:
 
     def __post_init__(self) -> None:
         check_dtype(self.x.dtype, "dropout")
-        value(self.x.dim() > 0, "dropout", "x must have at least one dimension, found a scalar")
+        require(self.x.dim() > 0, "dropout", "x must have at least one dimension, found a scalar")
         check_dropout("dropout", self.x, self.dropout_p, self.seed)
 
     def compute(self) -> Tensor:

@@ -22,7 +22,7 @@ from torch import Tensor
 from peftcore.ops._extension import KERNEL_DEVICES
 from peftcore.ops._library import define_by
 from peftcore.ops.calling import differentiable_gradients, has_active_transform
-from peftcore.ops.weight import check_dtype, check_strided, value
+from peftcore.ops.weight import check_dtype, check_strided, require
 
 _OPS = torch.ops.peftcore
 _TANH = 2 * math.sqrt(2 / math.pi)
@@ -39,7 +39,7 @@ _LARGEST = 16.0  # coefficient; up to it, kernels overflow only where the refere
 def check_coefficients(op: str, linear: float, cubic: float) -> None:
     """Check the coefficients of p."""
     for name, number in (("linear", linear), ("cubic", cubic)):
-        value(0 <= number <= _LARGEST, op, f"{name} must be from 0 to {_LARGEST:g}, found {number}")
+        require(0 <= number <= _LARGEST, op, f"{name} must be from 0 to {_LARGEST:g}, found {number}")
 
 
 def _check(op: str, gate: Tensor, linear: float, cubic: float, **tensors: Tensor) -> None:
@@ -50,9 +50,9 @@ def _check(op: str, gate: Tensor, linear: float, cubic: float, **tensors: Tensor
         if t.dtype is not gate.dtype:
             raise TypeError(f"{op}: {name} must be {gate.dtype} like gate, found {t.dtype}")
         check_strided(t, op, name)
-        value(t.device == gate.device, op, f"{name} must be on {gate.device} like gate, found {t.device}")
+        require(t.device == gate.device, op, f"{name} must be on {gate.device} like gate, found {t.device}")
         shape = f"{name} must be {list(gate.shape)} like gate, found {list(t.shape)}"
-        value(t.shape == gate.shape, op, shape)
+        require(t.shape == gate.shape, op, shape)
 
 
 def sigmoid_of_p(x: Tensor, linear: float, cubic: float) -> Tensor:

@@ -30,7 +30,7 @@ from peftcore.ops._library import define_by
 from peftcore.ops.dropout import apply_mask, check_dropout, factor
 from peftcore.ops.lora import wide_dtype
 from peftcore.ops.quant4 import dequantize_4bit
-from peftcore.ops.weight import MIN_BLOCKSIZE, PackedWeight, check_dtype, check_like, value, weight_from_operands
+from peftcore.ops.weight import MIN_BLOCKSIZE, PackedWeight, check_dtype, check_like, require, weight_from_operands
 
 
 def expert_of_rows(offsets: Tensor, rows: int) -> Tensor:
@@ -43,28 +43,28 @@ def expert_of_rows(offsets: Tensor, rows: int) -> Tensor:
 
 
 def _check_rows(op: str, name: str, t: Tensor, columns: int, offsets: Tensor, experts: int) -> None:
-    value(t.dim() == 2 and t.shape[1] == columns, op, f"{name} must be [rows, {columns}], found {list(t.shape)}")
+    require(t.dim() == 2 and t.shape[1] == columns, op, f"{name} must be [rows, {columns}], found {list(t.shape)}")
     if offsets.dtype != torch.int32:
         raise TypeError(f"{op}: offsets must be torch.int32, found {offsets.dtype}")
-    value(offsets.device == t.device, op, f"offsets must be on {t.device} like {name}, found {offsets.device}")
-    value(offsets.shape == (experts,), op, f"offsets must be [{experts}], found {list(offsets.shape)}")
+    require(offsets.device == t.device, op, f"offsets must be on {t.device} like {name}, found {offsets.device}")
+    require(offsets.shape == (experts,), op, f"offsets must be [{experts}], found {list(offsets.shape)}")
 
 
 def _check_weight(op: str, name: str, t: Tensor, weight: Tensor | PackedWeight) -> None:
     dense = isinstance(weight, Tensor)
     if not (dense and t.dtype is torch.float64):
         check_dtype(t.dtype, op)
-    value(
+    require(
         len(weight.shape) == 3, op, f"weight must have dimensions for experts, out and in, found {list(weight.shape)}"
     )
     if dense and weight.dtype != t.dtype:
         raise TypeError(f"{op}: weight must be {t.dtype} like {name}, found {weight.dtype}")
     device = weight.device if isinstance(weight, Tensor) else weight.codes.device
-    value(device == t.device, op, f"weight must be on {t.device} like {name}, found {device}")
+    require(device == t.device, op, f"weight must be on {t.device} like {name}, found {device}")
     if isinstance(weight, PackedWeight):
         values_per_expert = weight.shape[1] * weight.shape[2]
         requirement = f"an expert must be whole blocks of {weight.blocksize}, found {values_per_expert} values in each"
-        value(values_per_expert % weight.blocksize == 0, op, requirement)
+        require(values_per_expert % weight.blocksize == 0, op, requirement)
 
 
 def _check_factors(op: str, x: Tensor, factors: Sequence[Tensor], sizes: tuple[int, int, int]) -> None:
@@ -73,11 +73,11 @@ def _check_factors(op: str, x: Tensor, factors: Sequence[Tensor], sizes: tuple[i
     for name, t in (("a", a), ("b", b)):
         if not t.is_floating_point() or t.itemsize == 1:
             raise TypeError(f"{op}: {name} must be of 16, 32 or 64 bits in floating point, found {t.dtype}")
-        value(t.device == x.device, op, f"{name} must be on {x.device} like x, found {t.device}")
-        value(t.dim() == 3, op, f"{name} must have three dimensions, found {list(t.shape)}")
+        require(t.device == x.device, op, f"{name} must be on {x.device} like x, found {t.device}")
+        require(t.dim() == 3, op, f"{name} must have three dimensions, found {list(t.shape)}")
     r = a.shape[1]
-    value(a.shape == (experts, r, width), op, f"a must be [{experts}, r, {width}], found {list(a.shape)}")
-    value(b.shape == (experts, out, r), op, f"b must be [{experts}, {out}, {r}], found {list(b.shape)}")
+    require(a.shape == (experts, r, width), op, f"a must be [{experts}, r, {width}], found {list(a.shape)}")
+    require(b.shape == (experts, out, r), op, f"b must be [{experts}, {out}, {r}], found {list(b.shape)}")
 
 
 # --- operators -------------------------------------------------------------------------------------------------------
@@ -100,7 +100,7 @@ class _Experts:
         """Yield each expert that has rows, and a slice of its rows."""
         begin = 0
         for expert, end in enumerate(self.offsets.tolist()):
-            value(
+            require(
                 begin <= end <= rows, "grouped_linear", f"offsets must rise from 0 to {rows}, found {end} at {expert}"
             )
             if begin < end:
@@ -159,9 +159,9 @@ class GroupedLinear(_Experts):
         _check_rows(op, "x", self.x, width, self.offsets, experts)
         if self.bias is not None:
             found_shape = f"found {list(self.bias.shape)}"
-            value(self.bias.shape == (experts, out), op, f"bias must be [{experts}, {out}], {found_shape}")
+            require(self.bias.shape == (experts, out), op, f"bias must be [{experts}, {out}], {found_shape}")
             check_like(self.bias, self.x, op, "bias")
-        value(len(self.factors) in (0, 2), op, f"factors must be [a, b] or [], found {len(self.factors)}")
+        require(len(self.factors) in (0, 2), op, f"factors must be [a, b] or [], found {len(self.factors)}")
         if self.factors:
             _check_factors(op, self.x, self.factors, self.sizes)
         check_dropout(op, self.x, self.dropout_p, self.seed)
@@ -206,21 +206,21 @@ class GroupedLinearBackward(_Experts):
         _check_weight(op, "grad", self.grad, self.frozen)
         experts, out, width = self.sizes
         _check_rows(op, "grad", self.grad, out, self.offsets, experts)
-        value(len(self.factors) in (0, 3), op, f"factors must be [a, b, s] or [], found {len(self.factors)}")
+        require(len(self.factors) in (0, 3), op, f"factors must be [a, b, s] or [], found {len(self.factors)}")
         rows, x = len(self.grad), self.x
         if not self.factors:
-            value(self.seed is None, op, "seed is of no use without factors")
+            require(self.seed is None, op, "seed is of no use without factors")
             return
         if x is None:
             raise TypeError(f"{op}: x must be a tensor if there are factors, found None")
-        value(x.shape == (rows, width), op, f"x must be [{rows}, {width}], found {list(x.shape)}")
+        require(x.shape == (rows, width), op, f"x must be [{rows}, {width}], found {list(x.shape)}")
         check_like(x, self.grad, op, "x")
         _check_factors(op, x, self.factors, self.sizes)
         s, r = self.factors[2], self.factors[0].shape[1]
         if s.dtype != wide_dtype(x):
             raise TypeError(f"{op}: s must be {wide_dtype(x)} for x of {x.dtype}, found {s.dtype}")
-        value(s.device == x.device, op, f"s must be on {x.device} like x, found {s.device}")
-        value(s.shape == (rows, r), op, f"s must be [{rows}, {r}], found {list(s.shape)}")
+        require(s.device == x.device, op, f"s must be on {x.device} like x, found {s.device}")
+        require(s.shape == (rows, r), op, f"s must be [{rows}, {r}], found {list(s.shape)}")
         check_dropout(op, x, self.dropout_p, self.seed)
 
     def compute(self) -> tuple[Tensor, Tensor, Tensor]:

@@ -44,7 +44,7 @@ from peftcore.ops.cross_entropy import (
 )
 from peftcore.ops.dense_linear import FASTER
 from peftcore.ops.quant4 import dequantize_4bit
-from peftcore.ops.weight import PackedWeight, check_linear, value, weight_from_operands
+from peftcore.ops.weight import PackedWeight, check_linear, require, weight_from_operands
 
 _OPS = torch.ops.peftcore
 # Bytes of a piece of logits. The same on every machine, since sums may depend on the size of a piece.
@@ -119,7 +119,7 @@ class LinearCrossEntropy:
     def __post_init__(self) -> None:
         op, frozen = "linear_cross_entropy", weight_from_operands(self.weight, self.packing, "linear_cross_entropy")
         check_linear(self.hidden, frozen, self.bias, op)
-        value(self.hidden.dim() == 2, op, f"hidden must be [rows, in], found {list(self.hidden.shape)}")
+        require(self.hidden.dim() == 2, op, f"hidden must be [rows, in], found {list(self.hidden.shape)}")
         self.classes = frozen.shape[0]
         check_labels(self.labels, self.hidden.shape[0], self.hidden, self.classes, self.class_weight, op)
         check_settings(self.settings, op)
@@ -298,7 +298,7 @@ def _rows(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the losses, lse and entropies of the rows, and the number by which a mean divides."""
     op = "linear_cross_entropy"
-    value(
+    require(
         labels.shape == hidden.shape[:-1], op, f"labels must be {list(hidden.shape[:-1])}, found {list(labels.shape)}"
     )
     labels = labels.reshape(-1)
@@ -334,7 +334,7 @@ def _rows(
 
 
 def check_reduction(reduction: str, op: str) -> None:
-    value(reduction in ("mean", "sum", "none"), op, f"reduction must be mean, sum or none, found {reduction!r}")
+    require(reduction in ("mean", "sum", "none"), op, f"reduction must be mean, sum or none, found {reduction!r}")
 
 
 def linear_cross_entropy(
@@ -380,7 +380,7 @@ def linear_cross_entropy(
         argument does not fit the others.
     """
     check_reduction(reduction, "linear_cross_entropy")
-    value(soft_cap is None or soft_cap > 0, "linear_cross_entropy", f"soft_cap must be positive, found {soft_cap}")
+    require(soft_cap is None or soft_cap > 0, "linear_cross_entropy", f"soft_cap must be positive, found {soft_cap}")
     settings = Settings(float(label_smoothing), float(logit_scale), float(soft_cap or 0), float(z_loss))
     mean = reduction == "mean"
     loss, _, total = _rows(hidden, weight, bias, labels, class_weight, settings, ignore_index, mean)
@@ -413,7 +413,7 @@ def linear_log_probs(
     Raises:
         As `linear_cross_entropy`.
     """
-    value(soft_cap is None or soft_cap > 0, "linear_log_probs", f"soft_cap must be positive, found {soft_cap}")
+    require(soft_cap is None or soft_cap > 0, "linear_log_probs", f"soft_cap must be positive, found {soft_cap}")
     settings = Settings(0.0, float(logit_scale), float(soft_cap or 0), 0.0)
     loss, statistics, _ = _rows(hidden, weight, bias, tokens, None, settings, ignore_index, False)
     return -loss.reshape(tokens.shape), statistics[1].reshape(tokens.shape)

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from peftcore.ops._library import define_by
 from peftcore.ops.calling import frozen_operands, permute_inputs
 from peftcore.ops.lora import check_factors, frozen_linear, wide_dtype
-from peftcore.ops.weight import PackedWeight, check_linear, check_tensor, value, weight_from_operands
+from peftcore.ops.weight import PackedWeight, check_linear, check_tensor, require, weight_from_operands
 
 _OP = "lora_linear_per_sample"
 
@@ -36,20 +36,20 @@ class LoraLinearPerSample:
         frozen = weight_from_operands(self.weight, self.packing, _OP)
         check_linear(x, frozen, self.bias, _OP)
         self.out_features = frozen.shape[0]
-        value(x.dim() > 1, _OP, f"x must be [samples, .., in], found {list(x.shape)}")
+        require(x.dim() > 1, _OP, f"x must be [samples, .., in], found {list(x.shape)}")
         sizes = f"{len(a)}, {len(b)} and {len(self.scales)}"
         same_length = len(a) == len(b) == len(self.scales)
-        value(same_length, _OP, f"a, b and scales must be of one length, found {sizes}")
+        require(same_length, _OP, f"a, b and scales must be of one length, found {sizes}")
         for i, factors in enumerate(zip(a, b, strict=True)):
             check_factors(_OP, x, *factors, self.out_features, (f"a[{i}]", f"b[{i}]"))
         check_tensor(index, torch.int64, x.device, _OP, "index")
         requirement = f"index must be [{x.shape[0]}], one for each sample of x"
-        value(index.shape == x.shape[:1], _OP, f"{requirement}, found {list(index.shape)}")
+        require(index.shape == x.shape[:1], _OP, f"{requirement}, found {list(index.shape)}")
 
     def compute(self) -> Tensor:
         x, dtype, adapter_of_sample = self.x, wide_dtype(self.x), self.index.tolist()
         for i in adapter_of_sample:
-            value(-1 <= i < len(self.a), _OP, f"index must be -1 (none) to {len(self.a) - 1}, found {i}")
+            require(-1 <= i < len(self.a), _OP, f"index must be -1 (none) to {len(self.a) - 1}, found {i}")
         y = frozen_linear(x, self.weight, self.packing, self.bias)
         for i in sorted(set(adapter_of_sample) - {-1}):
             rows = self.index == i

@@ -33,7 +33,7 @@ from peftcore.ops._library import define_by
 from peftcore.ops.calling import as_non_view, frozen_operands, has_active_transform, operator_for, permute_inputs
 from peftcore.ops.dropout import apply_mask, check_dropout, factor, seed_of_call
 from peftcore.ops.quant4 import dequantize_4bit
-from peftcore.ops.weight import PackedWeight, check_linear, value, weight_from_operands
+from peftcore.ops.weight import PackedWeight, check_linear, require, weight_from_operands
 
 _OPS = torch.ops.peftcore
 
@@ -60,22 +60,22 @@ def check_factors(op: str, x: Tensor, a: Tensor, b: Tensor, out_features: int, n
     for name, t in zip(names, (a, b), strict=True):
         if not t.is_floating_point() or t.itemsize == 1:
             raise TypeError(f"{op}: {name} must be of 16, 32 or 64 bits in floating point, found {t.dtype}")
-        value(t.device == x.device, op, f"{name} must be on {x.device} like x, found {t.device}")
-        value(t.dim() == 2, op, f"{name} must have two dimensions, found {list(t.shape)}")
+        require(t.device == x.device, op, f"{name} must be on {x.device} like x, found {t.device}")
+        require(t.dim() == 2, op, f"{name} must have two dimensions, found {list(t.shape)}")
     r = a.shape[0]
-    value(a.shape[1] == x.shape[-1], op, f"{names[0]} must be [r, {x.shape[-1]}] for x, found {list(a.shape)}")
-    value(b.shape == (out_features, r), op, f"{names[1]} must be [{out_features}, {r}], found {list(b.shape)}")
+    require(a.shape[1] == x.shape[-1], op, f"{names[0]} must be [r, {x.shape[-1]}] for x, found {list(a.shape)}")
+    require(b.shape == (out_features, r), op, f"{names[1]} must be [{out_features}, {r}], found {list(b.shape)}")
 
 
 def _check_gradient(op: str, grad: Tensor, s: Tensor, x: Tensor, out_features: int, r: int) -> None:
     for name, t, dtype in (("grad", grad, x.dtype), ("s", s, wide_dtype(x))):
         if t.dtype != dtype:
             raise TypeError(f"{op}: {name} must be {dtype} for x of {x.dtype}, found {t.dtype}")
-        value(t.device == x.device, op, f"{name} must be on {x.device} like x, found {t.device}")
+        require(t.device == x.device, op, f"{name} must be on {x.device} like x, found {t.device}")
     expected = [*x.shape[:-1], out_features]
-    value(list(grad.shape) == expected, op, f"grad must be {expected}, found {list(grad.shape)}")
+    require(list(grad.shape) == expected, op, f"grad must be {expected}, found {list(grad.shape)}")
     rows = x.shape[:-1].numel()
-    value(s.shape == (rows, r), op, f"s must be [{rows}, {r}], found {list(s.shape)}")
+    require(s.shape == (rows, r), op, f"s must be [{rows}, {r}], found {list(s.shape)}")
 
 
 # --- operators -------------------------------------------------------------------------------------------------------

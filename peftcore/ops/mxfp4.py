@@ -23,7 +23,7 @@ from torch import Tensor
 
 from peftcore.ops._library import constants, define_by
 from peftcore.ops.codebooks import E2M1, codebook
-from peftcore.ops.weight import POWERS_OF_TWO, PackedWeight, check_dtype, value
+from peftcore.ops.weight import POWERS_OF_TWO, PackedWeight, check_dtype, require
 
 BLOCKSIZE = 32
 _NOT_FINITE = 255
@@ -57,7 +57,9 @@ class QuantizeMxfp4:
         op, x = "quantize_mxfp4", self.x
         check_dtype(x.dtype, op)
         has_whole_blocks = x.dim() > 0 and x.shape[-1] % BLOCKSIZE == 0
-        value(has_whole_blocks, op, f"the last dimension of x must be a multiple of {BLOCKSIZE}, found {list(x.shape)}")
+        require(
+            has_whole_blocks, op, f"the last dimension of x must be a multiple of {BLOCKSIZE}, found {list(x.shape)}"
+        )
 
     def compute(self) -> tuple[Tensor, Tensor]:
         blocks = self.x.reshape(-1, BLOCKSIZE).float()

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from peftcore.ops.codebooks import codebook
 from peftcore.ops.huge_pages import in_huge_pages
-from peftcore.ops.weight import MAX_BLOCKSIZE, MIN_BLOCKSIZE, PackedWeight, check_dtype, value
+from peftcore.ops.weight import MAX_BLOCKSIZE, MIN_BLOCKSIZE, PackedWeight, check_dtype, require
 
 BLOCKSIZE = 16
 EXPERT_VALUES = BLOCKSIZE * MIN_BLOCKSIZE  # of which an expert has a multiple, so that experts share no nested scale
@@ -50,7 +50,7 @@ def nested_blocksize(shape: tuple[int, ...]) -> int:
         return MAX_BLOCKSIZE
     size = math.prod(shape[-2:])
     requirement = f"an expert must have a multiple of {EXPERT_VALUES} values"
-    value(size % EXPERT_VALUES == 0, "nvfp4", f"{requirement}, found {list(shape)}")
+    require(size % EXPERT_VALUES == 0, "nvfp4", f"{requirement}, found {list(shape)}")
     half = 0 if size % (2 * EXPERT_VALUES) else size // 2  # gate and up may have a scale each
     return math.gcd((half or size) // BLOCKSIZE, MAX_BLOCKSIZE)
 
@@ -80,7 +80,7 @@ def nvfp4_weight(
     step = nested_blocksize(shape)
     nested, count = -(-(math.prod(shape) // BLOCKSIZE) // step), max(global_scale.numel(), 1)
     divides = count % max(matrices(shape), 1) == nested % count == 0 and (len(shape) > 2 or count == 1)
-    value(divides or not nested, "nvfp4", f"{count} global scales do not divide a weight {list(shape)}")
+    require(divides or not nested, "nvfp4", f"{count} global scales do not divide a weight {list(shape)}")
     outer = global_scale.reshape(-1).repeat_interleave(nested // count)
     scale_map = codebook("e4m3", codes.device) if scale_map is None else scale_map
     weight = PackedWeight(codes, scales, codebook("nvfp4", codes.device), shape, BLOCKSIZE, dtype, "nvfp4")
@@ -110,7 +110,7 @@ def quantize_nvfp4(x: Tensor, largest: Tensor | None = None) -> PackedWeight:
     op, shape = "quantize_nvfp4", tuple(x.shape)
     check_dtype(x.dtype, op)
     has_whole_blocks = x.dim() > 0 and shape[-1] % BLOCKSIZE == 0
-    value(has_whole_blocks, op, f"the last dimension of x must be a multiple of {BLOCKSIZE}, found {list(shape)}")
+    require(has_whole_blocks, op, f"the last dimension of x must be a multiple of {BLOCKSIZE}, found {list(shape)}")
     count = matrices(shape)
     blocks = x.reshape(count, x.numel() // max(count, 1) // BLOCKSIZE, BLOCKSIZE)
     if largest is None:

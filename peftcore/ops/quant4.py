@@ -39,7 +39,7 @@ from peftcore.ops.weight import (
     check_quant_map,
     check_tensor,
     packed_weight_from_operands,
-    value,
+    require,
 )
 
 SMALLEST_SCALE = 1e-38
@@ -115,7 +115,7 @@ class QuantizeAbsmax:
     def compute(self) -> tuple[Tensor, Tensor, Tensor]:
         op, absmax, values = "quantize_absmax", self.absmax, self.quant_map.reshape(256)
         _check_finite(values, op)
-        value(bool((values[:-1] <= values[1:]).all()), op, "quant_map must be sorted")
+        require(bool((values[:-1] <= values[1:]).all()), op, "quant_map must be sorted")
         offset = absmax.mean() if absmax.numel() else absmax.new_zeros(())
         centered = absmax.reshape(-1) - offset
         padded = torch.nn.functional.pad(centered, (0, -centered.numel() % self.blocksize)).view(-1, self.blocksize)
@@ -160,15 +160,15 @@ class Dequantize4bitOut:
         check_dtype(out.dtype, op)
         self.packed = packed_weight_from_operands(self.weight, self.packing, op)
         device, shape = self.packed.codes.device, self.packed.shape
-        value(out.device == device, op, f"out must be on {device}, found {out.device}")
+        require(out.device == device, op, f"out must be on {device}, found {out.device}")
         requirement = f"out must have the weight's shape {list(shape)}"
-        value(out.shape == torch.Size(shape), op, f"{requirement}, found {list(out.shape)}")
+        require(out.shape == torch.Size(shape), op, f"{requirement}, found {list(out.shape)}")
 
     def compute(self) -> None:
         overlaps = any(
             torch._C._overlaps(self.out, part) for part in self.weight
         )  # would be read while `out` is written
-        value(not overlaps, "dequantize_4bit", "out shares memory with the weight. Pass memory of its own")
+        require(not overlaps, "dequantize_4bit", "out shares memory with the weight. Pass memory of its own")
         self.out.copy_(self.packed.values(self.out.dtype))
 
     def empty(self) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor
 from peftcore.ops._extension import KERNEL_DEVICES
 from peftcore.ops._library import define_by
 from peftcore.ops.calling import differentiable_gradients, has_active_transform
-from peftcore.ops.weight import DTYPES, check_dtype, check_gradient, check_strided, value
+from peftcore.ops.weight import DTYPES, check_dtype, check_gradient, check_strided, require
 
 _OPS = torch.ops.peftcore
 
@@ -33,10 +33,10 @@ def _check(op: str, x: Tensor, weight: Tensor) -> None:
         check_strided(t, op, name)
     if weight.dtype not in DTYPES:
         raise TypeError(f"{op}: weight must be float32, float16 or bfloat16, found {weight.dtype}")
-    value(weight.device == x.device, op, f"weight must be on {x.device} like x, found {weight.device}")
-    value(x.dim() > 0, op, "x must have at least one dimension, found a scalar")
+    require(weight.device == x.device, op, f"weight must be on {x.device} like x, found {weight.device}")
+    require(x.dim() > 0, op, "x must have at least one dimension, found a scalar")
     shape = f"weight must be [{x.shape[-1]}] for x, found {list(weight.shape)}"
-    value(list(weight.shape) == [x.shape[-1]], op, shape)
+    require(list(weight.shape) == [x.shape[-1]], op, shape)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -79,9 +79,9 @@ class RmsNormBackward:
         check_gradient(self.grad, self.x, op)
         if self.scale.dtype is not torch.float32:
             raise TypeError(f"{op}: scale must be Float, found {self.scale.dtype}")
-        value(self.scale.device == self.x.device, op, f"scale must be on {self.x.device}, found {self.scale.device}")
+        require(self.scale.device == self.x.device, op, f"scale must be on {self.x.device}, found {self.scale.device}")
         rows = self.x.shape[:-1].numel()
-        value(list(self.scale.shape) == [rows], op, f"scale must be [{rows}], found {list(self.scale.shape)}")
+        require(list(self.scale.shape) == [rows], op, f"scale must be [{rows}], found {list(self.scale.shape)}")
 
     def compute(self) -> tuple[Tensor, Tensor]:
         dx, dweight = self.x.new_empty(0), self.weight.new_empty(0)

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from peftcore.ops._library import define_by
-from peftcore.ops.weight import DTYPES, check_dtype, check_strided, check_tensor, value
+from peftcore.ops.weight import DTYPES, check_dtype, check_strided, check_tensor, require
 
 _OPS = torch.ops.peftcore
 
@@ -46,21 +46,21 @@ def _check_int64(t: Tensor, like: Tensor, op: str, name: str) -> None:
 def _check_x(t: Tensor, op: str, name: str) -> None:
     check_dtype(t.dtype, op)
     check_strided(t, op, name)
-    value(t.dim() == 2, op, f"{name} must have two dimensions, found {list(t.shape)}")
+    require(t.dim() == 2, op, f"{name} must have two dimensions, found {list(t.shape)}")
 
 
 def _check_numbers(t: Tensor, op: str, name: str, count: int) -> None:
     """Check that numbers are from 0 to count - 1, on CPU only: on a GPU that would need a synchronization."""
     if t.device.type == "cpu" and t.numel():
         low, high = int(t.min()), int(t.max())
-        value(low >= 0 and high < count, op, f"{name} must be from 0 to {count - 1}, found {low} to {high}")
+        require(low >= 0 and high < count, op, f"{name} must be from 0 to {count - 1}, found {low} to {high}")
 
 
 def _check_weights(weights: Tensor, op: str, like: Tensor) -> None:
     if weights.dtype not in DTYPES:
         raise TypeError(f"{op}: weights must be float32, float16 or bfloat16, found {weights.dtype}")
     check_strided(weights, op, "weights")
-    value(weights.device == like.device, op, f"weights must be on {like.device}, found {weights.device}")
+    require(weights.device == like.device, op, f"weights must be on {like.device}, found {weights.device}")
 
 
 @dataclass
@@ -71,14 +71,14 @@ class Routed:
     def __post_init__(self) -> None:
         op, index = "routed", self.index
         _check_int64(index, index, op, "index")
-        value(index.dim() == 2, op, f"index must be [tokens, k], found {list(index.shape)}")
-        value(self.experts >= 0, op, f"experts must not be negative, found {self.experts}")
-        value(index.numel() < 2**31, op, f"index must hold less than 2^31 numbers, found {index.numel()}")
+        require(index.dim() == 2, op, f"index must be [tokens, k], found {list(index.shape)}")
+        require(self.experts >= 0, op, f"experts must not be negative, found {self.experts}")
+        require(index.numel() < 2**31, op, f"index must hold less than 2^31 numbers, found {index.numel()}")
 
     def compute(self) -> Routing:
         index = self.index.reshape(-1).clamp(max=self.experts)
         if index.device.type == "cpu" and index.numel():
-            value(int(index.min()) >= 0, "routed", f"index must not be negative, found {int(index.min())}")
+            require(int(index.min()) >= 0, "routed", f"index must not be negative, found {int(index.min())}")
         expert, order = index.sort(stable=True)
         expert_numbers = torch.arange(self.experts, device=index.device)
         offsets = torch.searchsorted(expert, expert_numbers, right=True, out_int32=True)
@@ -100,8 +100,8 @@ class Gathered:
     def __post_init__(self) -> None:
         op = "gathered"
         _check_x(self.x, op, "x")
-        value(self.k > 0, op, f"k must be positive, found {self.k}")
-        value(self.order.dim() == 1, op, f"order must have one dimension, found {list(self.order.shape)}")
+        require(self.k > 0, op, f"k must be positive, found {self.k}")
+        require(self.order.dim() == 1, op, f"order must have one dimension, found {list(self.order.shape)}")
         _check_int64(self.order, self.x, op, "order")
 
     def compute(self) -> Tensor:
@@ -122,11 +122,11 @@ class Combined:
         op = "combined"
         _check_x(self.y, op, "y")
         _check_int64(self.places, self.y, op, "places")
-        value(self.places.dim() == 2, op, f"places must be [tokens, k], found {list(self.places.shape)}")
+        require(self.places.dim() == 2, op, f"places must be [tokens, k], found {list(self.places.shape)}")
         if self.weights is not None:
             _check_weights(self.weights, op, self.y)
             found = f"found {list(self.weights.shape)}"
-            value(self.weights.shape == self.places.shape, op, f"weights must be {list(self.places.shape)}, {found}")
+            require(self.weights.shape == self.places.shape, op, f"weights must be {list(self.places.shape)}, {found}")
 
     def compute(self) -> Tensor:
         _check_numbers(self.places, "combined", "places", len(self.y))
@@ -155,20 +155,20 @@ class CombinedBackward:
         op = "combined_backward"
         _check_x(self.grad, op, "grad")
         _check_weights(self.weights, op, self.grad)
-        value(self.weights.dim() == 2, op, f"weights must be [tokens, k], found {list(self.weights.shape)}")
+        require(self.weights.dim() == 2, op, f"weights must be [tokens, k], found {list(self.weights.shape)}")
         found = f"found {list(self.grad.shape)}"
-        value(len(self.grad) == len(self.weights), op, f"grad must have {len(self.weights)} rows, {found}")
+        require(len(self.grad) == len(self.weights), op, f"grad must have {len(self.weights)} rows, {found}")
         _check_int64(self.order, self.grad, op, "order")
         rows = self.weights.numel()
-        value(self.order.shape == (rows,), op, f"order must be [{rows}], found {list(self.order.shape)}")
+        require(self.order.shape == (rows,), op, f"order must be [{rows}], found {list(self.order.shape)}")
         if not self.needs[1]:
             return
         if self.y is None:
             raise TypeError(f"{op}: y must be a tensor for the gradient of weights, found None")
         _check_x(self.y, op, "y")
-        value(self.y.device == self.grad.device, op, f"y must be on {self.grad.device}, found {self.y.device}")
+        require(self.y.device == self.grad.device, op, f"y must be on {self.grad.device}, found {self.y.device}")
         shape = [rows, self.grad.shape[1]]
-        value(list(self.y.shape) == shape, op, f"y must be {shape}, found {list(self.y.shape)}")
+        require(list(self.y.shape) == shape, op, f"y must be {shape}, found {list(self.y.shape)}")
 
     def compute(self) -> tuple[Tensor, Tensor]:
         k = self.weights.shape[1]

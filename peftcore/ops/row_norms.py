@@ -17,7 +17,7 @@ from torch import Tensor
 from peftcore.ops._library import define_by
 from peftcore.ops.calling import permute_inputs
 from peftcore.ops.quant4 import dequantize_4bit
-from peftcore.ops.weight import PackedWeight, check_dtype, value, weight_from_operands
+from peftcore.ops.weight import PackedWeight, check_dtype, require, weight_from_operands
 
 _OPS = torch.ops.peftcore
 _PIECE = 1 << 20  # values of W in a piece
@@ -35,17 +35,17 @@ class RowNorms:
         op, device = "row_norms", self.weight[0].device
         self.frozen = frozen = weight_from_operands(self.weight, self.packing, op)
         self.dtype = torch.promote_types(self.weight[0].dtype, torch.float32)
-        value(len(frozen.shape) == 2, op, f"weight must be [out, in], found {list(frozen.shape)}")
+        require(len(frozen.shape) == 2, op, f"weight must be [out, in], found {list(frozen.shape)}")
         if isinstance(frozen, Tensor) and frozen.dtype is not torch.float64:
             check_dtype(frozen.dtype, op)
         for name, t in (("a", self.a), ("b", self.b)):
             if not t.is_floating_point() or t.itemsize == 1:
                 raise TypeError(f"{op}: {name} must be of 16, 32 or 64 bits in floating point, found {t.dtype}")
-            value(t.device == device, op, f"{name} must be on {device} like weight, found {t.device}")
-            value(t.dim() == 2, op, f"{name} must have two dimensions, found {list(t.shape)}")
+            require(t.device == device, op, f"{name} must be on {device} like weight, found {t.device}")
+            require(t.dim() == 2, op, f"{name} must have two dimensions, found {list(t.shape)}")
         (out, width), r = frozen.shape, self.a.shape[0]
-        value(self.a.shape[1] == width, op, f"a must be [r, {width}] for weight, found {list(self.a.shape)}")
-        value(self.b.shape == (out, r), op, f"b must be [{out}, {r}], found {list(self.b.shape)}")
+        require(self.a.shape[1] == width, op, f"a must be [r, {width}] for weight, found {list(self.a.shape)}")
+        require(self.b.shape == (out, r), op, f"b must be [{out}, {r}], found {list(self.b.shape)}")
 
     def compute(self) -> Tensor:
         frozen, (out, width) = self.frozen, self.frozen.shape

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from peftcore.ops._library import define_by
 from peftcore.ops.calling import has_active_transform
-from peftcore.ops.weight import DTYPES, check_dtype, check_gradient, check_strided, value
+from peftcore.ops.weight import DTYPES, check_dtype, check_gradient, check_strided, require
 
 _OPS = torch.ops.peftcore
 
@@ -29,9 +29,9 @@ def _check(op: str, x: Tensor, g: Tensor) -> None:
         check_strided(t, op, name)
     if g.dtype not in (*DTYPES, torch.float64):
         raise TypeError(f"{op}: g must be of 16, 32 or 64 bits in floating point, found {g.dtype}")
-    value(g.device == x.device, op, f"g must be on {x.device} like x, found {g.device}")
-    value(x.dim() > 0, op, "x must have at least one dimension, found a scalar")
-    value(list(g.shape) == [x.shape[-1]], op, f"g must be [{x.shape[-1]}] for x, found {list(g.shape)}")
+    require(g.device == x.device, op, f"g must be on {x.device} like x, found {g.device}")
+    require(x.dim() > 0, op, "x must have at least one dimension, found a scalar")
+    require(list(g.shape) == [x.shape[-1]], op, f"g must be [{x.shape[-1]}] for x, found {list(g.shape)}")
 
 
 @dataclass

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from peftcore.ops._extension import KERNEL_DEVICES
 from peftcore.ops._library import define_by
-from peftcore.ops.weight import check_dtype, check_like, check_strided, value
+from peftcore.ops.weight import check_dtype, check_like, check_strided, require
 
 _OPS = torch.ops.peftcore
 
@@ -27,7 +27,7 @@ _OPS = torch.ops.peftcore
 def _check(x: Tensor, op: str) -> None:
     check_dtype(x.dtype, op)
     check_strided(x, op, "x")
-    value(x.dim() > 0 and x.shape[-1] % 2 == 0, op, f"x must be [.., 2 n], found {list(x.shape)}")
+    require(x.dim() > 0 and x.shape[-1] % 2 == 0, op, f"x must be [.., 2 n], found {list(x.shape)}")
 
 
 def _wide(x: Tensor) -> tuple[Tensor, ...]:
@@ -60,7 +60,7 @@ class SwigluBackward:
         check_like(self.grad, self.x, op, "grad")
         check_strided(self.grad, op, "grad")
         shape = [*self.x.shape[:-1], self.x.shape[-1] // 2]
-        value(list(self.grad.shape) == shape, op, f"grad must be {shape}, found {list(self.grad.shape)}")
+        require(list(self.grad.shape) == shape, op, f"grad must be {shape}, found {list(self.grad.shape)}")
 
     def compute(self) -> Tensor:
         gate, up = _wide(self.x)

@@ -179,7 +179,7 @@ def powers_of_two(e: Tensor) -> Tensor:
 # --- checks: the same conditions, messages and exception types as in csrc/weight -------------------------------------
 
 
-def value(condition: bool, op: str, message: str) -> None:
+def require(condition: bool, op: str, message: str) -> None:
     """Raise a ValueError unless the condition holds."""
     if not condition:
         raise ValueError(f"{op}: {message}")
@@ -192,18 +192,18 @@ def check_dtype(dtype: torch.dtype, op: str) -> None:
 
 def check_blocksize(blocksize: int, op: str, name: str = "blocksize", least: int = MIN_BLOCKSIZE) -> None:
     valid = least <= blocksize <= MAX_BLOCKSIZE and blocksize & (blocksize - 1) == 0
-    value(valid, op, f"{name} must be a power of two from {least} to {MAX_BLOCKSIZE}, found {blocksize}")
+    require(valid, op, f"{name} must be a power of two from {least} to {MAX_BLOCKSIZE}, found {blocksize}")
 
 
 def check_tensor(t: Tensor, dtype: torch.dtype, device: torch.device, op: str, name: str) -> None:
     if t.dtype != dtype:
         raise TypeError(f"{op}: {name} must be {dtype}, found {t.dtype}")
-    value(t.device == device, op, f"{name} must be on {device}, found {t.device}")
+    require(t.device == device, op, f"{name} must be on {device}, found {t.device}")
 
 
 def check_numel(t: Tensor, expected: int, op: str, name: str, reason: str) -> None:
     requirement = f"{name} must hold {expected} elements ({reason})"
-    value(t.numel() == expected, op, f"{requirement}, found {t.numel()} of shape {list(t.shape)}")
+    require(t.numel() == expected, op, f"{requirement}, found {t.numel()} of shape {list(t.shape)}")
 
 
 def check_quant_map(quant_map: Tensor, entries: int, device: torch.device, op: str, name: str = "quant_map") -> None:
@@ -214,18 +214,18 @@ def check_quant_map(quant_map: Tensor, entries: int, device: torch.device, op: s
 def check_like(t: Tensor, x: Tensor, op: str, name: str) -> None:
     if t.dtype != x.dtype:
         raise TypeError(f"{op}: {name} must be {x.dtype} like x, found {t.dtype}")
-    value(t.device == x.device, op, f"{name} must be on {x.device} like x, found {t.device}")
+    require(t.device == x.device, op, f"{name} must be on {x.device} like x, found {t.device}")
 
 
 def check_strided(t: Tensor, op: str, name: str) -> None:
-    value(t.layout is torch.strided, op, f"{name} must be strided, found {t.layout}")
+    require(t.layout is torch.strided, op, f"{name} must be strided, found {t.layout}")
 
 
 def check_gradient(grad: Tensor, x: Tensor, op: str) -> None:
     """Check the gradient of an output that has x's shape, dtype and device."""
     check_like(grad, x, op, "grad")
     check_strided(grad, op, "grad")
-    value(grad.shape == x.shape, op, f"grad must be {list(x.shape)} like x, found {list(grad.shape)}")
+    require(grad.shape == x.shape, op, f"grad must be {list(x.shape)} like x, found {list(grad.shape)}")
 
 
 def weight_from_operands(tensors: Sequence[Tensor], packing: Sequence[int], op: str) -> Tensor | PackedWeight:
@@ -239,7 +239,7 @@ def weight_from_operands(tensors: Sequence[Tensor], packing: Sequence[int], op: 
         TypeError: a tensor has the wrong dtype. ValueError: a tensor or a number does not fit the others.
     """
     if not packing:
-        value(len(tensors) == 1, op, f"a dense weight is 1 tensor (without packing), found {len(tensors)}")
+        require(len(tensors) == 1, op, f"a dense weight is 1 tensor (without packing), found {len(tensors)}")
         return tensors[0]
     _check_counts(tensors, packing, op)
     codes, absmax, quant_map, *extra = tensors
@@ -249,20 +249,20 @@ def weight_from_operands(tensors: Sequence[Tensor], packing: Sequence[int], op: 
         return _with_nested_scales(weight, extra, nested_blocksize, op)
     if nested_blocksize == AFFINE:
         return _as_affine4(weight, extra, op)
-    value(not extra, op, f"zero points need affine codes, found packing {list(packing)}")
+    require(not extra, op, f"zero points need affine codes, found packing {list(packing)}")
     if nested_blocksize == POWERS_OF_TWO:
         return _as_mxfp4(weight, op)
     _check_common_parts(weight, torch.float32, op)
     requirement = "nested_blocksize must be 0 without nested scales"
-    value(nested_blocksize == 0, op, f"{requirement}, found {nested_blocksize}")
+    require(nested_blocksize == 0, op, f"{requirement}, found {nested_blocksize}")
     return weight
 
 
 def _check_counts(tensors: Sequence[Tensor], packing: Sequence[int], op: str) -> None:
     requirement = "a weight in 4 bits is 3 tensors, 4 with zero points, or 6 with nested scales"
-    value(len(tensors) in (3, 4, 6), op, f"{requirement}, found {len(tensors)}")
+    require(len(tensors) in (3, 4, 6), op, f"{requirement}, found {len(tensors)}")
     requirement = "packing must be [blocksize, nested_blocksize, shape..]"
-    value(len(packing) >= 2, op, f"{requirement}, found {list(packing)}")
+    require(len(packing) >= 2, op, f"{requirement}, found {list(packing)}")
 
 
 def _block_count(weight: PackedWeight) -> int:
@@ -275,7 +275,7 @@ def _check_common_parts(
     """Check the numbers and tensors that a weight has in every format."""
     check_blocksize(weight.blocksize, op, least=min_blocksize)
     for size in weight.shape:
-        value(size >= 0, op, f"shape must not be negative, found {list(weight.shape)}")
+        require(size >= 0, op, f"shape must not be negative, found {list(weight.shape)}")
     device = weight.codes.device
     check_tensor(weight.codes, torch.uint8, device, op, "codes")
     check_numel(weight.codes, (math.prod(weight.shape) + 1) // 2, op, "codes", "two values a byte")
@@ -287,7 +287,7 @@ def _check_common_parts(
 def _check_whole_blocks(weight: PackedWeight, op: str) -> None:
     columns = weight.shape[-1] if weight.shape else 1
     requirement = f"rows must be whole blocks of {weight.blocksize} values in this format"
-    value(columns % weight.blocksize == 0, op, f"{requirement}, found {columns} columns")
+    require(columns % weight.blocksize == 0, op, f"{requirement}, found {columns} columns")
 
 
 def _as_mxfp4(weight: PackedWeight, op: str) -> PackedWeight:
@@ -340,15 +340,15 @@ def check_operand(weight: Tensor | PackedWeight, t: Tensor, name: str, is_gradie
     dense = isinstance(weight, Tensor)
     if not (dense and t.dtype is torch.float64):
         check_dtype(t.dtype, op)
-    value(len(weight.shape) == 2, op, f"weight must be [out, in], found {list(weight.shape)}")
+    require(len(weight.shape) == 2, op, f"weight must be [out, in], found {list(weight.shape)}")
     if dense and weight.dtype != t.dtype:
         raise TypeError(f"{op}: weight must be {t.dtype} like {name}, found {weight.dtype}")
     device = weight.device if isinstance(weight, Tensor) else weight.codes.device
-    value(device == t.device, op, f"weight must be on {t.device} like {name}, found {device}")
-    value(t.dim() > 0, op, f"{name} must have at least one dimension, found a scalar")
+    require(device == t.device, op, f"weight must be on {t.device} like {name}, found {device}")
+    require(t.dim() > 0, op, f"{name} must have at least one dimension, found a scalar")
     features = weight.shape[0 if is_gradient else 1]
     requirement = f"{name} must be [.., {features}] for a weight {list(weight.shape)}"
-    value(t.shape[-1] == features, op, f"{requirement}, found {list(t.shape)}")
+    require(t.shape[-1] == features, op, f"{requirement}, found {list(t.shape)}")
 
 
 def check_linear(x: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None, op: str) -> None:
@@ -356,5 +356,5 @@ def check_linear(x: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None, 
     check_operand(weight, x, "x", False, op)
     if bias is not None:
         rows = weight.shape[0]
-        value(bias.shape == (rows,), op, f"bias must be [{rows}], found {list(bias.shape)}")
+        require(bias.shape == (rows,), op, f"bias must be [{rows}], found {list(bias.shape)}")
         check_like(bias, x, op, "bias")

@@ -161,7 +161,7 @@ class FusedOptimizer(Optimizer):
                     )
                 state = self.state.get(param)
                 if not state:
-                    self._admit(param)
+                    self._create_state(param)
                     state = self.state[param]
                 step = state["step"] + 1
                 device = param.device
@@ -174,7 +174,7 @@ class FusedOptimizer(Optimizer):
                 batch.add(param, state, grad, row, stream)
         return list(batches.values())
 
-    def _admit(self, param: Tensor) -> None:
+    def _create_state(self, param: Tensor) -> None:
         if param.dtype not in DTYPES:
             raise TypeError(
                 f"{type(self).__name__} supports float32, float16 and bfloat16 parameters, found {param.dtype}"
@@ -188,10 +188,10 @@ class FusedOptimizer(Optimizer):
 
     # --- saving and loading
 
-    def _owners(self) -> Iterator[tuple[int, Tensor]]:
+    def _numbered_params(self) -> Iterator[tuple[int, Tensor]]:
         yield from enumerate(p for group in self.param_groups for p in group["params"])
 
-    def _exported(self, param: Tensor) -> dict[str, Tensor]:
+    def _export_state(self, param: Tensor) -> dict[str, Tensor]:
         values = self._get_state(param)
         if param is not local(param):
             if any(plane.is_coded for plane in self.rule.planes):
@@ -199,7 +199,7 @@ class FusedOptimizer(Optimizer):
             values = {name: sharded_as(param, value) for name, value in values.items()}
         return {"step": torch.tensor(float(self.state[param]["step"])), **values}
 
-    def _read(self, param: Tensor, saved: dict[str, Any]) -> dict[str, Tensor]:
+    def _convert_saved_state(self, param: Tensor, saved: dict[str, Any]) -> dict[str, Tensor]:
         """Convert the saved state of one parameter, in 32 or 8 bits, to the form of this optimizer.
 
         Raises:
@@ -222,9 +222,9 @@ class FusedOptimizer(Optimizer):
             values[name] = value.to(plane.dtype).reshape(local(param).shape)
         return values
 
-    def _take_over(self, param: Tensor, values: dict[str, Tensor], step: int) -> None:
+    def _install_state(self, param: Tensor, values: dict[str, Tensor], step: int) -> None:
         if not self.state.get(param):
-            self._admit(param)
+            self._create_state(param)
         self._set_state(param, values)
         self.state[param]["step"] = step
 
@@ -251,9 +251,9 @@ class FusedOptimizer(Optimizer):
         Paged state is read in full.
         """
         packed = super().state_dict()
-        owners = dict(self._owners())
+        owners = dict(self._numbered_params())
         packed["state"] = {
-            key: self._exported(owners[key]) if key in owners else value for key, value in packed["state"].items()
+            key: self._export_state(owners[key]) if key in owners else value for key, value in packed["state"].items()
         }
         return packed
 
@@ -273,17 +273,17 @@ class FusedOptimizer(Optimizer):
                 f"the saved state has groups of {sizes[0]} parameters, but this optimizer has groups of {sizes[1]}"
             )
         keys = [key for group in groups for key in group["params"]]
-        owners = {key: param for key, (_, param) in zip(keys, self._owners(), strict=True)}
+        owners = {key: param for key, (_, param) in zip(keys, self._numbered_params(), strict=True)}
         loaded_state = {}
         for key, saved in state_dict["state"].items():
             if key in owners:
                 try:
-                    loaded_state[owners[key]] = self._read(owners[key], saved), int(saved.get("step", 0))
+                    loaded_state[owners[key]] = self._convert_saved_state(owners[key], saved), int(saved.get("step", 0))
                 except ValueError as error:
                     raise ValueError(f"the state of parameter {key} does not fit: {error}") from None
         super().load_state_dict({**state_dict, "state": {}})  # torch would cast moments to the parameter's dtype
         for param, (values, step) in loaded_state.items():
-            self._take_over(param, values, step)
+            self._install_state(param, values, step)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -229,7 +229,7 @@ class PagedOptimizer(FusedOptimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         options = {"budget": self._budget, "directory": self._directory, "page_bytes": self._page_bytes}
-        return {**super().__getstate__(), "pages": (options, [(p, self._exported(p)) for p in self.state])}
+        return {**super().__getstate__(), "pages": (options, [(p, self._export_state(p)) for p in self.state])}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         pages = state.pop("pages", None)
@@ -241,4 +241,4 @@ class PagedOptimizer(FusedOptimizer):
             state["state"].clear()
         super().__setstate__(state)
         for param, values in pages[1] if pages else ():
-            self._take_over(param, self._read(param, values), int(values["step"]))
+            self._install_state(param, self._convert_saved_state(param, values), int(values["step"]))
