@@ -1,4 +1,4 @@
-"""Adapter folders as commands name them: what the adapter was trained for, and on which base."""
+"""Adapter folders of commands: what the adapter was trained for, and on which base."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ if TYPE_CHECKING:
     from peftcore import AdapterInfo
 
 TASK_FILE = "peftcore_task.json"
-_LABELS = 1_000  # above this, the adapter's head is checked before the base gets one
+_LABELS = 1_000  # with more labels, the adapter must have a head of that size before the base gets one
 _MODULES = 1_000
-TEMPLATE_CHARACTERS = 1_000_000  # of a chat template that came with an adapter; the longest known have 30,000
+TEMPLATE_CHARACTERS = 1_000_000  # limit for the chat template of an adapter; the longest known have 30,000
 
 
 @dataclass(frozen=True)
 class Quantization:
-    """How a base is quantized: arguments of `peftcore.quantize`, with the compute dtype by its name."""
+    """Quantization of a base: arguments of `peftcore.quantize`, with the name of the compute dtype."""
 
     quant_type: str
     double_quant: bool = True
@@ -39,26 +39,26 @@ class Quantization:
         return {**vars(self), "compute_dtype": dtype}
 
     def __str__(self) -> str:
-        skipped = "" if self.skip is None else f", {len(self.skip)} weights dense"
-        return f"{self.quant_type} (blocksize={self.blocksize}, double_quant={self.double_quant}{skipped})"
+        dense = "" if self.skip is None else f", {len(self.skip)} weights dense"
+        return f"{self.quant_type} (blocksize={self.blocksize}, double_quant={self.double_quant}{dense})"
 
 
 @dataclass(frozen=True)
 class AdapterTask:
-    """What an adapter was trained for, stored with it as `peftcore_task.json`, which PEFT ignores."""
+    """Record of what an adapter was trained for, stored with it as `peftcore_task.json`, which PEFT ignores."""
 
     task: str
     max_length: int
     labels: tuple[str, ...] = ()
     chat: bool | None = None  # whether it was trained on conversations; None if unknown
-    chat_template: str | None = None  # if it is not the tokenizer's own
+    chat_template: str | None = None  # if it differs from the tokenizer's
     beta: float | None = None  # of preferences, if it is not the default
     weights: tuple[float, float] | None = None  # of good and bad answers, if they are not 1
     dtype: str | None = None  # of the base in training
-    seed: int | None = None  # seed of a classifier's new head
+    seed: int | None = None  # of a classifier's new head
     language: str | None = None  # of recordings
-    pooling: str | None = None  # of token vectors into that of a text
-    quantized: Quantization | None = None  # the base in training; None if its weights were read as they are
+    pooling: str | None = None  # of hidden states into a text embedding
+    quantized: Quantization | None = None  # of the base in training; None if its weights were loaded unchanged
 
     def write(self, folder: Path) -> None:
         """Write the file into the adapter's folder, replacing a link."""
@@ -68,12 +68,12 @@ class AdapterTask:
 
 
 def adapter_task(folder: Path, labels: str | None = None) -> AdapterTask:
-    """Return the task of the adapter in `folder`; without our task file (written by PEFT), determined from the adapter.
+    """Return what the adapter in `folder` was trained for, from its task file or else from the adapter itself.
 
     Args:
         folder: folder of the adapter.
-        labels: a classifier's labels in the order of its outputs, separated by commas. An adapter in another library's
-            format is taken to be a classifier's if they are given.
+        labels: labels of a classifier in the order of its outputs, separated by commas. With labels, an adapter in
+            another library's format is taken for a classifier.
 
     Raises:
         PeftcoreError: the folder has no adapter, or one for a task that no command runs.
@@ -81,54 +81,73 @@ def adapter_task(folder: Path, labels: str | None = None) -> AdapterTask:
     import peftcore
 
     refuse_other_folders(folder)
-    given = tuple(part.strip() for part in labels.split(",")) if labels else ()
-    info = peftcore.inspect(folder)
+    names = tuple(part.strip() for part in labels.split(",")) if labels else ()
+    info, file = peftcore.inspect(folder), folder / TASK_FILE
     try:
-        stored = safe_reading.parse_json(
-            safe_reading.read_bytes(folder / TASK_FILE, safe_reading.JSON_BYTES), folder / TASK_FILE
-        )
-        if not isinstance(stored, dict):
-            raise TypeError(f"it must be a JSON object, found {validation.shown(stored)}")
-        # Files without `chat` are older than conversations.
-        chat, template = stored.get("chat", False), stored.get("chat_template")
-        more = {name: stored.get(name) for name in ("beta", "dtype", "seed", "pooling", "language")}
-        more["quantized"] = _quantization(stored.get("quantized"))
-        more["weights"] = None if stored.get("weights") is None else tuple(stored["weights"])
-        task = AdapterTask(stored["task"], stored["max_length"], tuple(stored["labels"]), chat, template, **more)
-        if type(stored["labels"]) is not list:
-            raise TypeError(f"labels must be a list, found {validation.shown(stored['labels'])}")
-        known = [each.name for each in registered.tasks()]
-        if task.task not in known:
-            raise ValueError(f"task must be one of {', '.join(known)}, found {validation.shown(task.task)}")
-        validation.check_types(task)
-        if template is not None and "{" not in template and template != "chatml":
-            raise ValueError(
-                f"chat_template={validation.shown(template)} is neither a template nor 'chatml', and is not opened as "
-                "a path (to use a file, pass --chat-template FILE)"
-            )
-        if template is not None and len(template) > TEMPLATE_CHARACTERS:
-            raise ValueError(
-                f"chat_template has {len(template):,} characters; at most {TEMPLATE_CHARACTERS:,} are read"
-            )
+        task = _parse_task(safe_reading.parse_json(safe_reading.read_bytes(file, safe_reading.JSON_BYTES), file))
         _refuse_labels_without_outputs(info, task)
     except FileNotFoundError:
-        if info.format != "peft":  # not stated; heads are elsewhere and belong to the base
-            return AdapterTask(registered.default_name(given), 512, given)
+        if info.format != "peft":  # other formats name no task, and have no heads
+            return AdapterTask(registered.default_name(names), 512, names)
         task = _task_of_peft(info)
     except KeyError as error:
-        raise CheckpointError(f"'{folder / TASK_FILE}' cannot be read: it lacks {error}. It can be deleted") from error
+        raise CheckpointError(f"'{file}' cannot be read: it lacks {error}. It can be deleted") from error
     except (OSError, ValueError, TypeError) as error:
-        raise CheckpointError(f"'{folder / TASK_FILE}' cannot be read: {error}. It can be deleted") from error
-    if given and len(given) != len(task.labels):
-        raise PeftcoreError(f"--labels names {len(given)} labels, but the adapter has {len(task.labels)}")
-    return replace(task, labels=given or task.labels)
+        raise CheckpointError(f"'{file}' cannot be read: {error}. It can be deleted") from error
+    if names and len(names) != len(task.labels):
+        raise PeftcoreError(f"--labels names {len(names)} labels, but the adapter has {len(task.labels)}")
+    return replace(task, labels=names or task.labels)
+
+
+def _parse_task(record: Any) -> AdapterTask:
+    """Return the content of a task file, which is untrusted.
+
+    Raises:
+        KeyError: a field is missing.
+        TypeError: a field has another type.
+        ValueError: a field has an invalid value.
+    """
+    if not isinstance(record, dict):
+        raise TypeError(f"it must be a JSON object, found {validation.shown(record)}")
+    optional = {name: record.get(name) for name in ("beta", "dtype", "seed", "pooling", "language")}
+    task = AdapterTask(
+        record["task"],
+        record["max_length"],
+        tuple(record["labels"]),
+        chat=record.get("chat", False),  # files without it are older than conversations
+        chat_template=record.get("chat_template"),
+        quantized=_quantization(record.get("quantized")),
+        weights=None if record.get("weights") is None else tuple(record["weights"]),
+        **optional,
+    )
+    if type(record["labels"]) is not list:
+        raise TypeError(f"labels must be a list, found {validation.shown(record['labels'])}")
+    known = [candidate.name for candidate in registered.tasks()]
+    if task.task not in known:
+        raise ValueError(f"task must be one of {', '.join(known)}, found {validation.shown(task.task)}")
+    validation.check_types(task)
+    _check_template(task.chat_template)
+    return task
+
+
+def _check_template(template: str | None) -> None:
+    if template is None:
+        return
+    # A path would let the file of a stranger read files of the user.
+    if "{" not in template and template != "chatml":
+        raise ValueError(
+            f"chat_template={validation.shown(template)} is neither a template nor 'chatml', and is not opened as a "
+            "path (to use a file, pass --chat-template FILE)"
+        )
+    if len(template) > TEMPLATE_CHARACTERS:
+        raise ValueError(f"chat_template has {len(template):,} characters; at most {TEMPLATE_CHARACTERS:,} are read")
 
 
 def _quantization(stored: Any) -> Quantization | None:
-    """Return the record of a base in 4 bits.
+    """Return the record of a quantized base, which is untrusted.
 
     Raises:
-        ValueError: the record is damaged.
+        ValueError: a field has an invalid value.
         TypeError: a field is missing or unknown, or has another type.
     """
     if stored is None:
@@ -136,17 +155,17 @@ def _quantization(stored: Any) -> Quantization | None:
     if not isinstance(stored, dict) or not all(isinstance(name, str) for name in stored.get("skip") or ()):
         raise TypeError(f"quantized must be a JSON object with names to skip, found {validation.shown(stored)}")
     skip = stored.get("skip")
-    found = Quantization(**{**stored, "skip": None if skip is None else tuple(skip)})
-    validation.check_types(found)
-    if found.compute_dtype not in (None, "float32", "bfloat16", "float16"):
+    record = Quantization(**{**stored, "skip": None if skip is None else tuple(skip)})
+    validation.check_types(record)
+    if record.compute_dtype not in (None, "float32", "bfloat16", "float16"):
         raise ValueError(
-            f"compute_dtype must be float32, bfloat16 or float16, found {validation.shown(found.compute_dtype)}"
+            f"compute_dtype must be float32, bfloat16 or float16, found {validation.shown(record.compute_dtype)}"
         )
-    return found
+    return record
 
 
 def _refuse_labels_without_outputs(info: AdapterInfo, task: AdapterTask) -> None:
-    """Raise a ValueError for very many labels without a head in the adapter, before the base gets one of that size."""
+    """Raise a ValueError for very many labels if the adapter has no head of that size, before the base gets one."""
     count = len(task.labels)
     has_head = any(tensor.shape[:1] == (count,) for tensor in info.tensors)
     if count > _LABELS and not has_head and registered.find(task.task).has_labels:
@@ -154,34 +173,37 @@ def _refuse_labels_without_outputs(info: AdapterInfo, task: AdapterTask) -> None
 
 
 def refuse_without_prompts(name: str, task: str) -> None:
-    """Raise a PeftcoreError with the command to use if the adapter `name` is for a task that answers no texts."""
-    found = registered.find(task)
-    if not found.answers_texts:
-        raise PeftcoreError(f"'{name}' {found.no_chat}")
+    """Raise a PeftcoreError, with the command to use instead, if the task of the adapter `name` answers no texts."""
+    adapter_task = registered.find(task)
+    if not adapter_task.answers_texts:
+        raise PeftcoreError(f"'{name}' {adapter_task.no_chat}")
 
 
 def base_of(folder: Path, model: str | None) -> str:
-    """Return the base of an adapter: `model` if given, otherwise the one the adapter names."""
+    """Return `model`, or else the base that the adapter names."""
     import peftcore
 
-    named = model or peftcore.inspect(folder).base
-    if not named:
+    base = model or peftcore.inspect(folder).base
+    if not base:
         raise PeftcoreError(f"'{folder}' does not name the base it was trained on. Pass it: --model MODEL")
-    return named
+    return base
 
 
 def adapter_folder(folder: Path) -> Path:
-    """Return the adapter's folder; `folder` may be that of the run that made it."""
+    """Return the adapter's folder; `folder` may be the folder of a run."""
     inside = folder / "adapter"
-    here, there = (os.path.exists(each / "adapter_config.json") for each in (folder, inside))
-    return inside if there and not here else folder
+    if os.path.exists(folder / "adapter_config.json") or not os.path.exists(inside / "adapter_config.json"):
+        return folder
+    return inside
 
 
 def refuse_other_folders(folder: Path) -> None:
-    """Raise a PeftcoreError for a run without an adapter and for an empty folder, with what to do instead."""
+    """Raise a PeftcoreError for an unfinished run or an empty folder, with what to do instead."""
     if not os.path.isdir(folder) or os.path.exists(folder / "adapter_config.json"):
-        return  # other files may be an adapter of another library, whose reader says what is missing
-    checkpoints = sorted((folder / "checkpoints").glob("checkpoint-*"), key=lambda each: (len(each.name), each.name))
+        return  # other files may be an adapter in another library's format, whose reader reports what is missing
+    checkpoints = sorted(
+        (folder / "checkpoints").glob("checkpoint-*"), key=lambda checkpoint: (len(checkpoint.name), checkpoint.name)
+    )
     if os.path.exists(folder / "run.json"):
         more = f", or use its newest checkpoint: {checkpoints[-1]}" if checkpoints else ""
         raise PeftcoreError(
@@ -194,32 +216,38 @@ def refuse_other_folders(folder: Path) -> None:
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """Return whether a tokenizer is saved with the adapter, as trainers do; it may have more tokens than the base's."""
+    """Return whether a tokenizer is saved with the adapter; it may have more tokens than the base's."""
     return os.path.exists(folder / "tokenizer_config.json")
 
 
 def _task_of_peft(info: AdapterInfo) -> AdapterTask:
-    found = next(filter(None, (task.from_peft(info) for task in registered.tasks())), None)
-    if found is None:
+    record = next(filter(None, (task.from_peft(info) for task in registered.tasks())), None)
+    if record is None:
         raise PeftcoreError(
             f"'{info.path}' is for the task {info.task_type}, which no command supports. Use the library"
         )
-    return found
+    return record
 
 
 def outputs_of_peft(info: AdapterInfo) -> int:
-    """Return the number of outputs of the classifier's head in a folder that PEFT wrote.
+    """Return the number of outputs of the classification head in a folder of PEFT.
 
     Raises:
         CheckpointError: it has no head.
     """
-    saved = info.fields.get("modules_to_save") or ["classifier", "score"]
-    if not isinstance(saved, list) or len(saved) > _MODULES or not all(isinstance(each, str) for each in saved):
+    module_names = info.fields.get("modules_to_save") or ["classifier", "score"]
+    if (
+        not isinstance(module_names, list)
+        or len(module_names) > _MODULES
+        or not all(isinstance(name, str) for name in module_names)
+    ):
         raise CheckpointError(
-            f"'{info.path}': modules_to_save must be a list of names, found {validation.shown(saved)}"
+            f"'{info.path}': modules_to_save must be a list of names, found {validation.shown(module_names)}"
         )
-    held = [tensor for name, tensor in info.parts[""].items() if any(f".{module}." in name for module in saved)]
-    heads = [tensor for tensor in held if tensor.dim()]
+    tensors = [
+        tensor for name, tensor in info.parts[""].items() if any(f".{module}." in name for module in module_names)
+    ]
+    heads = [tensor for tensor in tensors if tensor.dim()]
     if not heads:
         raise CheckpointError(f"'{info.path}' has no classification head among its tensors")
     return int(heads[-1].shape[0])

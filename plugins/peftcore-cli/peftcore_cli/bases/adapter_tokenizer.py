@@ -1,6 +1,6 @@
-"""The tokenizer saved with an adapter: untrusted files, read by transformers without running their code.
+"""The tokenizer saved with an adapter, which is untrusted: transformers reads it without running its code.
 
-Trainers save their tokenizer with the adapter, because it may have tokens that the base's lacks.
+Trainers save a tokenizer with the adapter because it may have tokens that the base's tokenizer lacks.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ from peftcore_cli.bases.adapter_folders import TEMPLATE_CHARACTERS
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_BYTES = 1 << 28  # of a vocabulary; the largest known have 40 MB
+_MAX_BYTES = 1 << 28  # of a file; the largest known vocabularies have 40 MB
 _TABLES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.json")
 _READ = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".vocab", ".bpe", ".spm")
 _PROBE = "A text, 1 or 2."
 
 
 def load(folder: Path) -> PreTrainedTokenizerBase:
-    """Return the tokenizer in an adapter's folder; if it has no padding token, its end-of-text token is used.
+    """Load the tokenizer in an adapter's folder; without a padding token, the end-of-text token is used.
 
     Raises:
-        PeftcoreError: a file is not part of a valid tokenizer, or asks for code that came with it.
+        PeftcoreError: a file is invalid, or needs code that came with it.
     """
     from transformers import AutoTokenizer
 
     _check_files(folder)
-    with _explained(folder):
+    with _explaining_errors(folder):
         tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
         _check(tokenizer)
         if tokenizer.pad_token is None:
@@ -44,18 +44,18 @@ def load(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def _check_files(folder: Path) -> None:
-    """Raise a CheckpointError for pipes and devices, files that are too large, and JSON that is not an object."""
+    """Raise a CheckpointError for pipes, devices, files that are too large, and JSON that is not an object."""
     try:
-        there = [folder / name for name in os.listdir(folder)]
+        paths = [folder / name for name in os.listdir(folder)]
         templates = folder / "additional_chat_templates"
-        there += [templates / name for name in os.listdir(templates)] if templates.is_dir() else []
-        for file in there:
+        paths += [templates / name for name in os.listdir(templates)] if templates.is_dir() else []
+        for file in paths:
             if file.suffix not in _READ or not os.path.lexists(file):
                 continue
             status = os.stat(file)
             safe_reading.require_regular(file, status.st_mode)
-            if status.st_size > _BYTES:
-                raise CheckpointError(f"'{file}' has {status.st_size:,} bytes; at most {_BYTES:,} are read")
+            if status.st_size > _MAX_BYTES:
+                raise CheckpointError(f"'{file}' has {status.st_size:,} bytes; at most {_MAX_BYTES:,} are read")
     except OSError as error:
         raise CheckpointError(f"'{folder}' cannot be read: {error.strerror or error}") from error
     for name in _TABLES:
@@ -73,30 +73,30 @@ def _value(file: Path) -> Any:
 
 
 def _check(tokenizer: Any) -> None:
-    """Raise a ValueError for values with types that a tokenizer does not have."""
+    """Raise a ValueError for attributes of the wrong type, which the files may set."""
     template = getattr(tokenizer, "chat_template", None)
     texts = template.values() if isinstance(template, dict) else [] if template is None else [template]
-    for each in texts:
-        if not isinstance(each, str):
-            raise ValueError(f"chat_template must be text, found {type(each).__name__}")
-        if len(each) > TEMPLATE_CHARACTERS:
-            raise ValueError(f"chat_template has {len(each):,} characters; at most {TEMPLATE_CHARACTERS:,} are read")
+    for text in texts:
+        if not isinstance(text, str):
+            raise ValueError(f"chat_template must be text, found {type(text).__name__}")
+        if len(text) > TEMPLATE_CHARACTERS:
+            raise ValueError(f"chat_template has {len(text):,} characters; at most {TEMPLATE_CHARACTERS:,} are read")
     if not isinstance(tokenizer.model_max_length, (int, float)):
         raise ValueError(f"model_max_length must be a number, found {type(tokenizer.model_max_length).__name__}")
 
 
 @contextlib.contextmanager
-def _explained(folder: Path) -> Iterator[None]:
-    """Turn any error that transformers and tokenizers raise on invalid files into a PeftcoreError."""
+def _explaining_errors(folder: Path) -> Iterator[None]:
+    """Turn any error that transformers or tokenizers raise on invalid files into a PeftcoreError."""
     try:
         yield
     except (KeyboardInterrupt, SystemExit, GeneratorExit, PeftcoreError):
         raise
     except BaseException as error:  # tokenizers' Rust code panics with a BaseException
-        what = "it is nested too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())[:400]
-        asks = "trust_remote_code" in str(error)
-        why = "it asks for code that came with it, which is never run" if asks else what
+        message = "it is nested too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())[:400]
+        asks_for_code = "trust_remote_code" in str(error)
+        reason = "it asks for code that came with it, which is never run" if asks_for_code else message
         raise PeftcoreError(
-            f"the tokenizer in '{folder}' cannot be loaded: {why or type(error).__name__}. "
+            f"the tokenizer in '{folder}' cannot be loaded: {reason or type(error).__name__}. "
             "Delete the tokenizer's files there to use the base's"
         ) from error

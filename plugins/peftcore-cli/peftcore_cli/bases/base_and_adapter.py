@@ -1,4 +1,4 @@
-"""An adapter on its base: the vocabulary that fits both, loading, and merging."""
+"""An adapter on its base: fitting the vocabulary, loading and merging."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from peftcore_cli.console import warn
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-NEW_ROWS = "the adapter's vocabulary is larger than its base's, whose rows for the new tokens are initialised at random"
+NEW_ROWS = "the adapter's vocabulary is larger than its base's, so the base has random embeddings for the new tokens"
 
 
 def load_base(
     base: str, task: AdapterTask, adapter: Path | None, *, quantize: str | None, dtype: str, device: str
 ) -> PreTrainedModel:
-    """Load the base of an adapter for `task`, in the dtype and the format that options or its training name."""
+    """Load the base of an adapter for `task`, in the dtype and format of the options or of its training."""
     dtype = dtype_choice.of_base(base, task.task, dtype, device, task.labels, task.dtype).say()
-    stored_as = base_quantization.of_adapter(quantize, adapter, task)
-    return models.load_model(base, task.task, dtype=dtype, device=device, labels=task.labels, quantize=stored_as)
+    quantization = base_quantization.of_adapter(quantize, adapter, task)
+    return models.load_model(base, task.task, dtype=dtype, device=device, labels=task.labels, quantize=quantization)
 
 
 def fit_vocabulary(model: PreTrainedModel, folder: Path) -> bool:
@@ -36,25 +36,25 @@ def fit_vocabulary(model: PreTrainedModel, folder: Path) -> bool:
     """
     from peftcore.files import vocabulary_rows
 
-    before = vocabulary(model)
-    if before is None:
+    base_rows = vocabulary(model)
+    if base_rows is None:
         return False
-    rows = vocabulary_rows(model, folder) or before
-    if rows != before:
+    rows = vocabulary_rows(model, folder) or base_rows
+    if rows != base_rows:
         model.resize_token_embeddings(rows)  # the new rows come from the adapter
     if has_tokenizer(folder) and (tokens := _tokens(adapter_tokenizer.load(folder))) > rows:
         base = str(getattr(model.config, "_name_or_path", ""))
         if tokens > _tokens(load_tokenizer(base)):
             raise PeftcoreError(
                 f"the tokenizer in '{folder}' has {tokens:,} tokens, but the model has {rows:,} rows and the "
-                "adapter brings no others. Ask its author to save it with its embedding (in PEFT: "
+                "adapter has no embedding for the others. Ask its author to save it with its embedding (in PEFT: "
                 "save_embedding_layers=True)"
             )
-    return rows != before
+    return rows != base_rows
 
 
 def vocabulary(model: PreTrainedModel) -> int | None:
-    """Return the number of rows of the token embedding; None for models without one, which read characters."""
+    """Return the number of rows of the token embedding, or None for models without one, such as character models."""
     try:
         weight = getattr(model.get_input_embeddings(), "weight", None)
     except NotImplementedError:
@@ -67,7 +67,7 @@ def _tokens(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def load_adapter(model: PreTrainedModel, folder: Path, name: str | None = None) -> PreTrainedModel:
-    """Load the adapter in `folder`, frozen."""
+    """Load the adapter in `folder`, frozen and in evaluation mode."""
     import peftcore
 
     fit_vocabulary(model, folder)
@@ -77,7 +77,7 @@ def load_adapter(model: PreTrainedModel, folder: Path, name: str | None = None) 
 def merge_adapter(
     model: PreTrainedModel, *, untie: bool, quantize: str | Quantization | None, dtype: str, device: str
 ) -> PreTrainedModel:
-    """Merge the adapter for good; 4-bit weights become dense. Warnings are worded for the commands."""
+    """Merge the adapter permanently; 4-bit weights become dense. Warnings are printed as those of commands."""
     import peftcore
 
     dense = torch_dtype(dtype, device) if quantize or _is_packed(model) or _is_read_only(model) else None
@@ -97,15 +97,18 @@ def merge_adapter(
 
 
 def _is_packed(model: PreTrainedModel) -> bool:
-    """Return whether weights are in 4 bits as the checkpoint stores them."""
+    """Return whether the checkpoint has 4-bit weights."""
     from peftcore.quantization import quantized_experts, quantized_layers
 
     return any(True for _ in quantized_layers(model)) or any(True for _ in quantized_experts(model))
 
 
 def _is_read_only(model: PreTrainedModel) -> bool:
-    """Return whether layers have a plugin's weight format that stores no other values than those of its checkpoint."""
+    """Return whether layers have a weight format of a plugin that cannot store changed values."""
     from peftcore.plugin import base_modules, find_weight_format
 
     formats = (find_weight_format(module) for _, module in base_modules(model))
-    return any(each is not None and each.decode and each.plain and not each.quantize for each in formats)
+    return any(
+        weight_format is not None and weight_format.decode and weight_format.plain and not weight_format.quantize
+        for weight_format in formats
+    )

@@ -1,4 +1,4 @@
-"""Where a base is: a folder, a .gguf file or a hub id; and reading it by transformers."""
+"""Locate a base, which is a folder, a .gguf file or a hub id, and load it with transformers."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from peftcore_cli.console import require
 _trusts = False  # --trust-remote-code of the command that runs
 
 
-def trust_remote_code(wanted: bool) -> None:
-    """Run the code of models' repositories from now on, or do not."""
+def trust_remote_code(is_trusted: bool) -> None:
+    """Set whether to run the code in models' repositories from now on."""
     global _trusts
-    _trusts = wanted
+    _trusts = is_trusted
 
 
 def remote_code() -> dict[str, Any]:
-    """Return the argument of transformers' loaders with which they run code, if `--trust-remote-code` was given."""
+    """Return the argument with which transformers' loaders run code, if `--trust-remote-code` was passed."""
     return {"trust_remote_code": True} if _trusts else {}
 
 
 def resolve(model: str) -> str:
-    """Return a path as an absolute one, so that an adapter finds its base from anywhere; a hub id unchanged.
+    """Make a path absolute, so that an adapter finds its base from anywhere; return a hub id unchanged.
 
     Raises:
-        PeftcoreError: it is a path that does not exist, or a folder without a model.
+        PeftcoreError: the path does not exist, or the folder has no model.
     """
     path = Path(os.path.expanduser(model))
     if os.path.isdir(path) and not os.path.exists(path / "config.json"):
@@ -43,22 +43,22 @@ def resolve(model: str) -> str:
 
 
 def _refuse_folder(path: Path, model: str) -> None:
-    """Raise a PeftcoreError that says what a folder without a model's config has instead."""
+    """Raise the PeftcoreError for a folder without config.json."""
     if os.path.exists(adapter_folder(path) / "adapter_config.json"):
         raise PeftcoreError(
-            f"--model '{model}' is an adapter, not a base. Pass the base it was trained on; the adapter is "
-            "--adapter of train, and the argument of other commands"
+            f"--model '{model}' is an adapter, not a base. Pass the base it was trained on, and the adapter as "
+            "--adapter of train or as the argument of other commands"
         )
     names = sorted(os.listdir(path))
-    found = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "") or "nothing"
+    shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "") or "nothing"
     raise PeftcoreError(
-        f"'{model}' has no model: config.json is missing, found {found}. Pass a folder that save_pretrained wrote, "
+        f"'{model}' has no model: config.json is missing, found {shown}. Pass a folder that save_pretrained wrote, "
         "a hub id, or a .gguf file"
     )
 
 
 def quiet_transformers() -> None:
-    """Import transformers without its progress bars and notices; the commands print their own.
+    """Import transformers and turn off its progress bars and notices, because commands print their own.
 
     Raises:
         PeftcoreError: it is not installed.
@@ -70,13 +70,15 @@ def quiet_transformers() -> None:
     transformers_logging.disable_progress_bar()
     from transformers import dynamic_module_utils
 
-    dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0  # an error, not a question at the terminal that runs code on "y"
+    dynamic_module_utils.TIME_OUT_REMOTE_CODE = (
+        0  # raise an error instead of asking at the terminal whether to run code
+    )
 
 
 def _check_reachable(model: str) -> None:
-    """Ask the hub once for the config of a model that is not in the hub's cache.
+    """Request the config of a model that is not in the hub's cache, once.
 
-    transformers would retry for a minute, and print a line for each request.
+    transformers would retry for a minute and print a line for each request.
 
     Raises:
         PeftcoreError: the hub does not answer.
@@ -88,21 +90,21 @@ def _check_reachable(model: str) -> None:
         if try_to_load_from_cache(model, "config.json") is None:
             get_hf_file_metadata(hf_hub_url(model, "config.json"))
     except (HfHubHTTPError, HFValidationError):
-        return  # an answer, such as that there is no such model, and a wrong id: transformers' errors are clear
-    except Exception as error:  # of the hub's HTTP library, which differs by release
+        return  # the hub answered, or the id is invalid: transformers' own errors are clear
+    except Exception as error:  # of an HTTP library that depends on the release
         raise PeftcoreError(
             f"'{model}' is not a folder and not in the hub's cache, and the hub cannot be reached: "
             f"{str(error).rstrip('.')}. Pass the folder of a model, or connect to the network"
         ) from error
 
 
-def pretrained(loader: Any, model: str, what: str, **options: Any) -> Any:
-    """Return what a `from_pretrained` of transformers loads.
+def pretrained(loader: Any, model: str, label: str, **options: Any) -> Any:
+    """Call a `from_pretrained` of transformers.
 
     Args:
         loader: the function.
         model: folder, hub id, or .gguf file.
-        what: what is loaded, for messages, such as `tokenizer`.
+        label: name of what is loaded, for messages, such as `tokenizer`.
         options: arguments of the function.
 
     Raises:
@@ -110,19 +112,19 @@ def pretrained(loader: Any, model: str, what: str, **options: Any) -> Any:
     """
     if not os.path.exists(model):
         _check_reachable(model)
-    where, options = model, {**options, **remote_code()}
+    source, options = model, {**options, **remote_code()}
     reading: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
     if model.endswith(".gguf"):
         require("gguf")
-        where, options["gguf_file"] = str(Path(model).parent), Path(model).name
+        source, options["gguf_file"] = str(Path(model).parent), Path(model).name
         reading = gguf_file.reading()
     from huggingface_hub.errors import StrictDataclassError
 
     try:
         with reading:
-            return loader(where, **options)
+            return loader(source, **options)
     except Exception as error:
-        # GGUF readers may raise anything on invalid bytes
+        # Readers of GGUF raise any kind of error on invalid bytes.
         expected = (OSError, ValueError, KeyError, ImportError, StrictDataclassError)
         mismatched = isinstance(error, RuntimeError) and "ignore_mismatched_sizes" in str(error)
         if not (isinstance(error, expected) or mismatched or "gguf_file" in options):
@@ -132,8 +134,8 @@ def pretrained(loader: Any, model: str, what: str, **options: Any) -> Any:
         reason = " ".join(lines)[:400] if lines[0].endswith(":") else lines[0]  # a list follows a colon
         if "trust_remote_code" in str(error):
             reason = (
-                "it has code of its own, which is not run by default. Read that code, and pass --trust-remote-code to "
-                "run it with your rights"
+                "it has its own code, which is not run by default. Read that code, and pass --trust-remote-code to run "
+                "it with your permissions"
             )
         reason = "its tensors and its config have different shapes" if mismatched else reason
-        raise PeftcoreError(f"the {what} of '{model}' cannot be loaded: {reason}") from error
+        raise PeftcoreError(f"the {label} of '{model}' cannot be loaded: {reason}") from error

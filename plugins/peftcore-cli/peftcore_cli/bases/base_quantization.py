@@ -1,4 +1,4 @@
-"""How the base of an adapter is quantized: as its training recorded it, unless --quantize says otherwise."""
+"""Quantization of an adapter's base: as recorded in training, unless --quantize says otherwise."""
 
 from __future__ import annotations
 
@@ -23,120 +23,120 @@ if TYPE_CHECKING:
 DENSE = "none"
 
 
-def of_adapter(asked: str | None, folder: Path | None, task: AdapterTask) -> str | Quantization | None:
+def of_adapter(requested: str | None, folder: Path | None, task: AdapterTask) -> str | Quantization | None:
     """Return how to quantize the base of an adapter, as `models.load_model` takes it.
 
     Args:
-        asked: value of --quantize.
+        requested: value of --quantize.
         folder: the adapter's folder; None for a base without an adapter.
         task: what the adapter was trained for.
 
     Raises:
-        PeftcoreError: `asked` contradicts the record.
+        PeftcoreError: `requested` contradicts the record.
     """
-    return of_adapters(asked, {str(folder): task})
+    return of_adapters(requested, {str(folder): task})
 
 
-def of_adapters(asked: str | None, tasks: Mapping[str, AdapterTask]) -> str | Quantization | None:
+def of_adapters(requested: str | None, tasks: Mapping[str, AdapterTask]) -> str | Quantization | None:
     """Return how to quantize the base that several adapters share, as `models.load_model` takes it.
 
     Args:
-        asked: value of --quantize.
+        requested: value of --quantize.
         tasks: what each was trained for, by its name or folder.
 
     Raises:
-        PeftcoreError: `asked` contradicts a record, or records differ and nothing is asked.
+        PeftcoreError: `requested` contradicts a record, or records differ and nothing is requested.
     """
-    if asked == DENSE:
+    if requested == DENSE:
         return None
-    found = {name: task.quantized for name, task in tasks.items() if task.quantized is not None}
-    for name, record in found.items():
-        refuse_other(asked, record, name, f", or pass --quantize {DENSE} for the dense base")
-    kinds = {*found.values()} if asked is not None else {task.quantized for task in tasks.values()}
-    if len(kinds) > 1:
-        (first, one), (other, another) = _different(tasks)
+    records = {name: task.quantized for name, task in tasks.items() if task.quantized is not None}
+    for name, record in records.items():
+        refuse_other(requested, record, name, f", or pass --quantize {DENSE} for the dense base")
+    choices = {*records.values()} if requested is not None else {task.quantized for task in tasks.values()}
+    if len(choices) > 1:
+        (first, first_record), (second, second_record) = _different(tasks)
         raise PeftcoreError(
-            f"the adapter '{first}' was trained on a base {_described(one)}, '{other}' on one {_described(another)}. "
-            f"Use them one at a time, or pass --quantize {DENSE} for the dense base"
+            f"the adapter '{first}' was trained on a base {_describe(first_record)}, '{second}' on a base "
+            f"{_describe(second_record)}. Use them one at a time, or pass --quantize {DENSE} for the dense base"
         )
-    return kinds.pop() if kinds else asked
+    return choices.pop() if choices else requested
 
 
-def refuse_other(asked: str | None, record: Quantization, name: str, hint: str = "") -> None:
-    """Raise a PeftcoreError if `asked`, a value of --quantize, contradicts the record of the adapter `name`."""
-    if asked not in (None, record.quant_type):
+def refuse_other(requested: str | None, record: Quantization, name: str, hint: str = "") -> None:
+    """Raise a PeftcoreError if a value of --quantize contradicts the record of the adapter `name`."""
+    if requested not in (None, record.quant_type):
         raise PeftcoreError(
-            f"--quantize {asked} contradicts the adapter '{name}', which was trained on a base quantized as {record}. "
-            f"Leave it out{hint}"
+            f"--quantize {requested} contradicts the adapter '{name}', which was trained on a base quantized as "
+            f"{record}. Leave it out{hint}"
         )
 
 
-def refuse_late(asked: str | None, base: str | Quantization | None, name: str, task: AdapterTask) -> None:
-    """Raise a PeftcoreError if an adapter that is loaded after the base was trained on a base in other bits.
+def refuse_late(requested: str | None, base: str | Quantization | None, name: str, task: AdapterTask) -> None:
+    """Raise a PeftcoreError if an adapter loaded after the base was trained on a base in another format.
 
     Args:
-        asked: value of --quantize.
+        requested: value of --quantize.
         base: how the base is quantized, as `of_adapters` returned it.
-        name: of the adapter.
+        name: name of the adapter.
         task: what it was trained for.
     """
-    here, record = Quantization(base) if isinstance(base, str) else base, task.quantized
-    if asked == DENSE or record == here or (record is None and asked is not None):
+    current, record = Quantization(base) if isinstance(base, str) else base, task.quantized
+    if requested == DENSE or record == current or (record is None and requested is not None):
         return
     raise PeftcoreError(
-        f"the adapter '{name}' was trained on a base {_described(record)}, and the base in memory is "
-        f"{'dense' if here is None else f'quantized as {here}'}. Start again with adapters of one kind, or with "
+        f"the adapter '{name}' was trained on a base {_describe(record)}, but the base in memory is "
+        f"{'dense' if current is None else f'quantized as {current}'}. Start again with adapters of one kind, or with "
         f"--quantize {DENSE} for the dense base"
     )
 
 
 def _different(tasks: Mapping[str, AdapterTask]) -> list[tuple[str, Quantization | None]]:
-    (first, task), *others = tasks.items()
+    (first, task), *rest = tasks.items()
     return [
         (first, task.quantized),
-        next((name, each.quantized) for name, each in others if each.quantized != task.quantized),
+        next((name, other_task.quantized) for name, other_task in rest if other_task.quantized != task.quantized),
     ]
 
 
-def _described(record: Quantization | None) -> str:
+def _describe(record: Quantization | None) -> str:
     return "without a record of 4 bits" if record is None else f"quantized as {record}"
 
 
 def of_run(settings: Settings, labels: tuple[str, ...]) -> Quantization | None:
-    """Return how a run quantizes its base, also where its method does; None for a base that is read as it is.
+    """Return how a run or its method quantizes the base, or None if the base is loaded unchanged.
 
     Raises:
-        PeftcoreError: the run continues an adapter, and its fields contradict how that was trained.
+        PeftcoreError: fields of the run contradict how the adapter that it continues was trained.
     """
-    asked = asked_by(settings)
+    record = requested_by(settings)
     if settings.method not in peftcore.methods() or peftcore.method(settings.method).prepare is None:
-        return asked
-    more: dict[str, Any] = {}
+        return record
+    saved_fields: dict[str, Any] = {}
     if settings.adapter is not None:
-        more["modules_to_save"] = peftcore.inspect(settings.adapter).fields.get("modules_to_save")
-    names = {each.name for each in fields(peftcore.method(settings.method).config_class)}
-    more = {name: value for name, value in more.items() if name in names and value}
-    if asked is None:
-        return by_method(settings.method, {**more, **settings.fields}, settings.model, settings.task, labels)
-    known = {each.name for each in fields(asked)} & names
-    given = sorted(known & settings.fields.keys())
-    if given:
-        recorded = {name: getattr(asked, name) for name in known - {"skip"}}
-        wanted = by_method(
-            settings.method, {**more, **recorded, **settings.fields}, settings.model, settings.task, labels
+        saved_fields["modules_to_save"] = peftcore.inspect(settings.adapter).fields.get("modules_to_save")
+    names = {option.name for option in fields(peftcore.method(settings.method).config_class)}
+    saved_fields = {name: value for name, value in saved_fields.items() if name in names and value}
+    if record is None:
+        return by_method(settings.method, {**saved_fields, **settings.fields}, settings.model, settings.task, labels)
+    shared = {option.name for option in fields(record)} & names
+    set_fields = sorted(shared & settings.fields.keys())
+    if set_fields:
+        recorded = {name: getattr(record, name) for name in shared - {"skip"}}
+        by_fields = by_method(
+            settings.method, {**saved_fields, **recorded, **settings.fields}, settings.model, settings.task, labels
         )
-        for name in given:
-            if wanted is not None and getattr(wanted, name) != getattr(asked, name):
+        for name in set_fields:
+            if by_fields is not None and getattr(by_fields, name) != getattr(record, name):
                 raise PeftcoreError(
                     f"--set {name}={text_of(settings.fields[name])} contradicts the adapter in '{settings.adapter}', "
-                    f"which has {name}={text_of(getattr(asked, name))}. Leave it out, or train a new adapter "
+                    f"which has {name}={text_of(getattr(record, name))}. Leave it out, or train a new adapter "
                     "without --adapter"
                 )
-    return asked
+    return record
 
 
-def asked_by(settings: Settings) -> Quantization | None:
-    """Return how the base is quantized before a run's method sees it: as its adapter records, or by --quantize."""
+def requested_by(settings: Settings) -> Quantization | None:
+    """Return the quantization of the base before the method prepares it: that of the adapter, or of --quantize."""
     recorded = None if settings.adapter is None else adapter_task(Path(settings.adapter)).quantized
     return recorded or (None if settings.quantize is None else Quantization(settings.quantize))
 
@@ -144,41 +144,43 @@ def asked_by(settings: Settings) -> Quantization | None:
 def by_method(
     method: str, values: Mapping[str, Any], model: str, task: str, labels: tuple[str, ...]
 ) -> Quantization | None:
-    """Return how a method quantizes the base before it places adapters, or None.
+    """Return how a method quantizes the base before placing adapters, or None.
 
-    The method prepares a base without weights to find out. A base loaded that way is never dense as a whole.
+    To find out, the method prepares a base on the meta device. Loading in this format never holds the dense base.
     """
     from peftcore.plugin import base_modules, find_weight_format
     from peftcore.quantization import quantizable, quantized_experts, quantized_layers
 
-    found = peftcore.method(method)
-    if found.prepare is None:
+    chosen_method = peftcore.method(method)
+    if chosen_method.prepare is None:
         return None
-    config, empty = found.config_class(**values), empty_model(model, task, labels)
+    config, empty = chosen_method.config_class(**values), empty_model(model, task, labels)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # `apply` raises them
-        could = {*quantizable(empty)}
-        found.prepare(empty, config)
+        quantizable_names = {*quantizable(empty)}
+        chosen_method.prepare(empty, config)
     layers = dict(quantized_layers(empty))
     packed = {*layers}
-    ways = {_stored(each.packed, each.compute_dtype) for each in layers.values()}
+    quantizations = {_quantization_of(layer.packed, layer.compute_dtype) for layer in layers.values()}
     for path, module in base_modules(empty):
         by_plugin = None if path in layers else find_weight_format(module)
-        if by_plugin is not None and by_plugin.quantize and by_plugin.plain and path in could:
+        if by_plugin is not None and by_plugin.quantize and by_plugin.plain and path in quantizable_names:
             packed.add(path)
-            ways.add(Quantization(by_plugin.name))
-    of_experts = []
+            quantizations.add(Quantization(by_plugin.name))
+    expert_quantizations = []
     for path, module in quantized_experts(empty):
         weights = {f"{path}.{name}": module.packed_parameter(name) for name in module.packings}
         packed |= {name for name, weight in weights.items() if weight is not None}
-        of_experts += [_stored(weight, module.compute_dtype) for weight in weights.values() if weight is not None]
-    if not ways and of_experts:  # experts that do not divide into blocks got smaller ones
-        ways = {max(of_experts, key=lambda each: each.blocksize)}
-    if len(ways) != 1:
+        expert_quantizations += [
+            _quantization_of(weight, module.compute_dtype) for weight in weights.values() if weight is not None
+        ]
+    if not quantizations and expert_quantizations:  # experts whose rows the blocks do not divide have smaller blocks
+        quantizations = {max(expert_quantizations, key=lambda quantization: quantization.blocksize)}
+    if len(quantizations) != 1:
         return None
-    return replace(ways.pop(), skip=tuple(sorted(could - packed)))
+    return replace(quantizations.pop(), skip=tuple(sorted(quantizable_names - packed)))
 
 
-def _stored(weight: PackedWeight, compute_dtype: torch.dtype | None) -> Quantization:
+def _quantization_of(weight: PackedWeight, compute_dtype: torch.dtype | None) -> Quantization:
     dtype = None if compute_dtype is None else str(compute_dtype).removeprefix("torch.")
     return Quantization(weight.quant_type, weight.nested_absmax is not None, weight.blocksize, dtype)

@@ -24,22 +24,26 @@ def torch_device(device: str) -> torch.device:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        named = torch.device(device)
+        found_device = torch.device(device)
     except RuntimeError as error:
         raise PeftcoreError(f"device '{device}' is not known. Use auto, cpu, cuda, or cuda:1") from error
-    if named.type == "cuda" and not torch.cuda.is_available():
+    if found_device.type == "cuda" and not torch.cuda.is_available():
         raise PeftcoreError(f"device '{device}' is not available: PyTorch {torch.__version__} finds no CUDA device")
-    if named.type == "cuda" and named.index is not None and named.index >= (count := torch.cuda.device_count()):
+    if (
+        found_device.type == "cuda"
+        and found_device.index is not None
+        and found_device.index >= (count := torch.cuda.device_count())
+    ):
         raise PeftcoreError(f"device '{device}' is not available. Use one of cuda:0 to cuda:{count - 1}")
-    if named.type == "meta":
+    if found_device.type == "meta":
         raise PeftcoreError("device 'meta' has no values to compute with. Use auto, cpu, cuda, or cuda:1")
-    if named.type not in ("cpu", "cuda"):
+    if found_device.type not in ("cpu", "cuda"):
         try:
-            torch.empty(0, device=named)
+            torch.empty(0, device=found_device)
         except (RuntimeError, AssertionError, ImportError) as error:
             reason = str(error).partition("\n")[0]
             raise PeftcoreError(f"device '{device}' is not available: {reason}. Use auto, cpu, or cuda") from error
-    return named
+    return found_device
 
 
 def torch_dtype(dtype: str, device: str) -> torch.dtype:

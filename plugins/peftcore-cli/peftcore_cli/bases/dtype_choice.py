@@ -1,11 +1,11 @@
-"""`--dtype`: the dtype a base computes in, and the message about it.
+"""`--dtype`: the dtype of a base, and the message about it.
 
-    CUDA    auto is bf16 if the GPU supports it, else fp32
-    CPU     auto is the dtype in `config.json`, or bf16 for a .gguf file in fewer bits, except that 16 bits become fp32
-            if this processor has no instructions for them, if parameters of the base are trained, whose small updates
-            bf16 would round away, and in place of fp16, whose gradients underflow unless they are scaled
+    CUDA    auto is bf16 if the GPU supports it, otherwise fp32
+    CPU     auto is the dtype in `config.json`, or bf16 for a .gguf file in fewer bits. It is fp32 instead of 16 bits if
+            this processor has no instructions for them, if parameters of the base are trained, because bf16 would round
+            away small updates, and instead of fp16, because gradients underflow unless they are scaled
 
-A message says what auto uses instead of the checkpoint's dtype, and what a given dtype costs on a processor without
+A message names the dtype that auto uses instead of the checkpoint's, and what a dtype costs on a processor without
 instructions for it. Commands that write weights (`merge`, `export`) or compare methods use fp32 for auto on a CPU.
 """
 
@@ -28,8 +28,8 @@ from peftcore_cli.settings import Settings
 from peftcore_cli.tasks import registered
 
 AUTO, WIDE = "auto", "fp32"
-TRAINED = "parameters of the base are trained, and {dtype} would round away small updates"
-RECORDED = "its adapter was trained with the base in fp32"
+_TRAINS_BASE = "parameters of the base are trained, and {dtype} would round away small updates"
+_TRAINED_IN_FP32 = "its adapter was trained with the base in fp32"
 
 
 @dataclass(frozen=True)
@@ -37,9 +37,10 @@ class Choice:
     """The dtype of a base.
 
     Args:
-        dtype: as `--dtype` names it, never auto.
+        dtype: the dtype as in `--dtype`, never auto.
         instead_of: the checkpoint's 16-bit dtype that auto avoids; None if the dtype is the checkpoint's or the user's.
-        line: message about the choice, or None. `is_warning`: it is about a dtype that the user chose.
+        line: message about the choice, or None.
+        is_warning: whether the message is about a dtype that the user chose.
     """
 
     dtype: str
@@ -61,46 +62,46 @@ def choose(dtype: str, device: str, stored: str | None, *, needs_fp32: str | Non
         dtype: value of `--dtype`.
         device: where the base runs.
         stored: the checkpoint's dtype, see `stored_dtype`; None, if unknown, counts as fp32.
-        needs_fp32: why auto has to be fp32; `{dtype}` in it is replaced by `stored`.
+        needs_fp32: reason why auto must be fp32, if there is one; `{dtype}` is replaced by `stored`.
 
     Raises:
         PeftcoreError: dtype or device is unknown.
     """
-    named = "bf16" if device_choice.torch_dtype(dtype, device).itemsize == 2 else WIDE
+    chosen = "bf16" if device_choice.torch_dtype(dtype, device).itemsize == 2 else WIDE
     if device_choice.torch_device(device).type != "cpu":
-        return Choice(named)
+        return Choice(chosen)
     if dtype != AUTO:
-        return Choice(named, None, slow_line(named), is_warning=True) if named != WIDE else Choice(named)
+        return Choice(chosen, None, slow_line(chosen), is_warning=True) if chosen != WIDE else Choice(chosen)
     if stored in (None, WIDE):
         return Choice(WIDE)
     if stored == "fp16":
-        why: str | None = "gradients underflow in {dtype} unless they are scaled, which PyTorch does on CUDA only"
+        reason: str | None = "gradients underflow in {dtype} unless they are scaled, which PyTorch does on CUDA only"
     else:
-        why = device_choice.without_instructions(str(stored)) or needs_fp32
-    if why is None:
+        reason = device_choice.without_instructions(str(stored)) or needs_fp32
+    if reason is None:
         return Choice(str(stored))
-    line = f"--dtype auto: fp32, not {stored}: {why.format(dtype=stored)}. "
+    line = f"--dtype auto: fp32, not {stored}: {reason.format(dtype=stored)}. "
     return Choice(WIDE, stored, f"{line}Dense weights take twice the memory of {stored}")
 
 
 def slow_line(dtype: str, otherwise: str = "--dtype auto") -> str | None:
-    """Return a message if the user's dtype is slow on this processor, else None."""
-    slow = device_choice.without_instructions(dtype)
-    if slow is None:
+    """Return a message if the user's dtype is slow on this processor, or None."""
+    reason = device_choice.without_instructions(dtype)
+    if reason is None:
         return None
-    spared = (
+    exception = (
         "; peftcore's linear layers are not affected" if device_choice.torch_dtype(dtype, "cpu") in ops.WIDENED else ""
     )
-    return f"{slow}{spared}. {otherwise} would choose fp32"
+    return f"{reason}{exception}. {otherwise} would choose fp32"
 
 
 def stored_dtype(config: Any) -> str | None:
-    """Return the dtype that a transformers config states for its checkpoint, as `--dtype` names it, or None."""
+    """Return the dtype of a checkpoint by its transformers config, as in `--dtype`, or None."""
     from peftcore.plugin import text_config
 
-    found = getattr(config, "dtype", None) or getattr(text_config(config), "dtype", None)
+    dtype = getattr(config, "dtype", None) or getattr(text_config(config), "dtype", None)
     names = {WIDE: "float32", **device_choice.HALVES}
-    return next((name for name, full in names.items() if str(found).removeprefix("torch.") == full), None)
+    return next((name for name, full in names.items() if str(dtype).removeprefix("torch.") == full), None)
 
 
 def of_base(
@@ -116,16 +117,18 @@ def of_base(
         labels: a classifier's labels.
         trained_in: the base's dtype when its adapter was trained, if the adapter's task file has it.
     """
-    needs = RECORDED if trained_in == WIDE or (trained_in is None and registered.find(task).new_head) else None
-    return _of_model(model, dtype, device, _stored(model, task, labels, dtype), needs)
+    needs_fp32 = (
+        _TRAINED_IN_FP32 if trained_in == WIDE or (trained_in is None and registered.find(task).new_head) else None
+    )
+    return _of_model(model, dtype, device, _stored(model, task, labels, dtype), needs_fp32)
 
 
 def of_run(settings: Settings, labels: tuple[str, ...]) -> Choice:
-    """Choose the dtype of a training run's base; with several processes the first one chooses. Collective."""
-    chosen: list[Choice] = []
-    ranks.once(lambda: chosen.append(_of_run(settings, labels)), together=True)
-    (first,) = ranks.of_first(chosen)
-    return first
+    """Choose the dtype of the base of a training run; of several processes the first chooses. Collective."""
+    choices: list[Choice] = []
+    ranks.once(lambda: choices.append(_of_run(settings, labels)), together=True)
+    (choice,) = ranks.of_first(choices)
+    return choice
 
 
 def _of_run(settings: Settings, labels: tuple[str, ...]) -> Choice:
@@ -135,21 +138,21 @@ def _of_run(settings: Settings, labels: tuple[str, ...]) -> Choice:
         line = slow_line(settings.precision, "--precision auto with --dtype auto")
         return Choice(choose(dtype, device, None).dtype, None, line, is_warning=True)
     stored = _stored(settings.model, settings.task, labels, dtype)
-    needs = None
+    needs_fp32 = None
     if on_cpu and stored == "bf16" and settings.adapter is not None:
         task = adapter_folders.adapter_task(Path(settings.adapter), settings.labels)
-        needs = RECORDED if task.dtype == WIDE or registered.find(settings.task).new_head else None
+        needs_fp32 = _TRAINED_IN_FP32 if task.dtype == WIDE or registered.find(settings.task).new_head else None
     elif on_cpu and stored == "bf16":
-        needs = TRAINED if _trains_base(settings, labels) else None
-    return _of_model(settings.model, dtype, device, stored, needs)
+        needs_fp32 = _TRAINS_BASE if _trains_base(settings, labels) else None
+    return _of_model(settings.model, dtype, device, stored, needs_fp32)
 
 
 def _of_model(model: str, dtype: str, device: str, stored: str | None, needs_fp32: str | None) -> Choice:
-    """Choose the dtype of a base; a .gguf file has no dtype that the choice would be, so that is always printed."""
-    found = choose(dtype, device, stored, needs_fp32=needs_fp32)
-    if dtype != AUTO or not model.endswith(".gguf") or found.line is not None:
-        return found
-    return replace(found, line=f"--dtype auto: {found.dtype} for the weights of '{Path(model).name}'")
+    """Choose the dtype of a base. For a .gguf file, which names no dtype, the choice is always printed."""
+    choice = choose(dtype, device, stored, needs_fp32=needs_fp32)
+    if dtype != AUTO or not model.endswith(".gguf") or choice.line is not None:
+        return choice
+    return replace(choice, line=f"--dtype auto: {choice.dtype} for the weights of '{Path(model).name}'")
 
 
 def _trains_base(settings: Settings, labels: tuple[str, ...]) -> bool:
@@ -158,21 +161,21 @@ def _trains_base(settings: Settings, labels: tuple[str, ...]) -> bool:
 
     if settings.method == FULL or registered.find(settings.task).new_head:
         return True
-    if not settings.method:  # several are asked
+    if not settings.method:  # `suggest` tries several
         return False
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # `apply` raises them
         try:
-            planned = peftcore.plan(
+            method_plan = peftcore.plan(
                 models.empty_model(settings.model, settings.task, labels), settings.method, **settings.fields
             )
         except PeftcoreError:
-            return False  # the run itself reports what is wrong
-    return any(kind == "trained parameter" for _, kind, _, _ in planned.rows)
+            return False  # the run itself reports the error
+    return any(kind == "trained parameter" for _, kind, _, _ in method_plan.rows)
 
 
 def _stored(model: str, task: str, labels: tuple[str, ...], dtype: str) -> str | None:
-    """Return the checkpoint's dtype if it matters."""
+    """Return the checkpoint's dtype, or None if --dtype is not auto."""
     if dtype != AUTO:
         return None
     if model.endswith(".gguf"):

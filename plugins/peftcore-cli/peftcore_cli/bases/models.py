@@ -1,4 +1,4 @@
-"""Base models (a hub id, a folder, a .gguf file) and what prepares their inputs: tokenizers and processors."""
+"""Load base models (a hub id, a folder or a .gguf file), their tokenizers and their processors."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 def load_tokenizer(model: str, adapter: Path | None = None) -> PreTrainedTokenizerBase:
-    """Return the adapter's tokenizer, else the base's; if it has no padding token, its end-of-text token is used.
+    """Load the adapter's tokenizer, or else the base's; without a padding token, the end-of-text token is used.
 
     Raises:
         PeftcoreError: the tokenizer cannot be loaded.
@@ -37,16 +37,18 @@ def load_tokenizer(model: str, adapter: Path | None = None) -> PreTrainedTokeniz
     if adapter is not None and has_tokenizer(adapter):
         return adapter_tokenizer.load(adapter)
     tokenizer = pretrained(AutoTokenizer.from_pretrained, model, "tokenizer")
-    if type(tokenizer).__name__ == conversations.MISTRAL:  # found first where mistral-common is installed
-        other = pretrained(AutoTokenizer.from_pretrained, model, "tokenizer", mistral_format=False)
-        tokenizer = tokenizer if other.eos_token is None else other  # None if made of tekken.json alone
+    if type(tokenizer).__name__ == conversations.MISTRAL:  # transformers prefers it if mistral-common is installed
+        converted = pretrained(AutoTokenizer.from_pretrained, model, "tokenizer", mistral_format=False)
+        tokenizer = (
+            tokenizer if converted.eos_token is None else converted
+        )  # it has no tokens if the folder only has tekken.json
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     return tokenizer
 
 
 def image_processor(model: str, task: str) -> Any:
-    """Return the processor of a model that classifies images.
+    """Load the processor of an image classifier.
 
     Raises:
         PeftcoreError: it cannot be loaded.
@@ -61,7 +63,7 @@ def image_processor(model: str, task: str) -> Any:
 
 
 def chat_processor(model: str, task: str, *, hears: bool) -> Any:
-    """Return the processor of a model of conversations with images, or, if it `hears`, with audio.
+    """Load the processor of a model for conversations with images, or, if it `hears`, with audio.
 
     Raises:
         PeftcoreError: it cannot be loaded.
@@ -78,32 +80,34 @@ def chat_processor(model: str, task: str, *, hears: bool) -> Any:
 
 def _refuse_gguf(model: str, task: str) -> None:
     if model.endswith(".gguf"):
-        raise PeftcoreError(f"--task {task} needs a model of transformers, found the .gguf file '{model}'")
+        raise PeftcoreError(
+            f"--task {task} does not support .gguf files, found '{model}'. Pass a model in transformers' format"
+        )
 
 
-def _with_torchvision(kind: Any, model: str, what: str) -> Any:
-    """Return a processor.
+def _with_torchvision(kind: Any, model: str, label: str) -> Any:
+    """Load a processor that may need torchvision.
 
     Raises:
-        PeftcoreError: it cannot be loaded; the message says so if that is because torchvision is not installed.
+        PeftcoreError: it cannot be loaded, or torchvision is not installed.
     """
     try:
-        return pretrained(kind.from_pretrained, model, what)
+        return pretrained(kind.from_pretrained, model, label)
     except (AttributeError, PeftcoreError) as error:
         # Some releases of transformers raise an AttributeError that does not name the package.
         is_named = isinstance(error, AttributeError) or "torchvision" in str(error).lower()
         if is_named and importlib.util.find_spec("torchvision") is None:
             raise PeftcoreError(
-                f"the {what} of '{model}' needs torchvision, which is not installed. Install the release for your "
-                "PyTorch, which no extra of peftcore chooses: pip install torchvision"
+                f"the {label} of '{model}' needs torchvision, which is not installed. Install the release that fits "
+                "your PyTorch: pip install torchvision"
             ) from error
         if isinstance(error, PeftcoreError):
             raise
-        raise PeftcoreError(f"the {what} of '{model}' cannot be loaded: {error}") from error
+        raise PeftcoreError(f"the {label} of '{model}' cannot be loaded: {error}") from error
 
 
 def speech_processor(model: str, task: str, adapter: Path | None) -> tuple[Any, PretrainedConfig]:
-    """Return the processor of a model of Whisper's kind, and the model's config.
+    """Load the processor and the config of a Whisper model.
 
     Raises:
         PeftcoreError: it cannot be loaded, or the model is of another kind.
@@ -126,21 +130,21 @@ def load_model(
     labels: tuple[str, ...] = (),
     quantize: str | Quantization | None = None,
 ) -> PreTrainedModel:
-    """Return a base for `task`, in evaluation mode on its device.
+    """Load a base for `task` in evaluation mode on its device.
 
     Args:
         model: folder, hub id, or .gguf file.
         task: the task.
         dtype: value of `--dtype`.
         device: value of `--device`.
-        labels: a classifier's labels.
-        quantize: 4-bit type of the linear layers, or all about how they are quantized; None for dense weights.
+        labels: labels of a classifier.
+        quantize: 4-bit type of the linear layers, or a full record of their quantization; None for dense weights.
     """
     quiet_transformers()
     from peftcore.quantization import release_free_memory
 
-    asked = Quantization(quantize) if isinstance(quantize, str) else quantize
-    packing = None if asked is None else asked.arguments()
+    quantization_choice = Quantization(quantize) if isinstance(quantize, str) else quantize
+    packing = None if quantization_choice is None else quantization_choice.arguments()
     options: dict[str, Any] = {"dtype": torch_dtype(dtype, device)}
     is_gguf = model.endswith(".gguf")
     if packing is None and not is_gguf:
@@ -149,44 +153,46 @@ def load_model(
         from peftcore import quantization
 
         quantization.find_type(packing["quant_type"])
-    advice = quantize_advice(None if asked is None or asked.skip is not None else asked.quant_type)
+    advice = quantize_advice(
+        None if quantization_choice is None or quantization_choice.skip is not None else quantization_choice.quant_type
+    )
     if is_gguf:
         with advice:
-            loaded = _load_gguf(model, task, labels, packing, options)
+            base = _load_gguf(model, task, labels, packing, options)
     elif packing is None:
         if registered.find(task).replaces_head:
             options["ignore_mismatched_sizes"] = True
         loader = _auto_class(task).from_pretrained
-        loaded, info = pretrained(loader, model, "model", output_loading_info=True, **options, **_head(task, labels))
-        _check_whole(loaded, info["missing_keys"], model, task)
-        _check_shapes(loaded, info.get("mismatched_keys", ()), model)
+        base, info = pretrained(loader, model, "model", output_loading_info=True, **options, **_head(task, labels))
+        _check_whole(base, info["missing_keys"], model, task)
+        _check_shapes(base, info.get("mismatched_keys", ()), model)
     else:
         options |= {**packing, **_head(task, labels), "model_class": _auto_class(task)}
         with advice:
-            loaded = pretrained(quantization.load, model, "model", **options)
-    loaded.config._name_or_path = model  # for a .gguf file transformers would record its folder only
-    if asked is None and options["dtype"].itemsize == 4:
-        _compute_in_fp32(loaded, device)
+            base = pretrained(quantization.load, model, "model", **options)
+    base.config._name_or_path = model  # transformers would only record the folder of a .gguf file
+    if quantization_choice is None and options["dtype"].itemsize == 4:
+        _compute_in_fp32(base, device)
     if registered.find(task).learns_texts:
-        own_code.complete(loaded)
+        own_code.complete(base)
     if registered.find(task).reads_tokens:
-        _set_padding(loaded, model)
-    release_free_memory()  # what loading leaves in the heap
-    return loaded.to(torch_device(device)).eval()
+        _set_padding(base, model)
+    release_free_memory()  # freed by loading, but still held by the allocator
+    return base.to(torch_device(device)).eval()
 
 
 def _load_gguf(
     model: str, task: str, labels: tuple[str, ...], packing: dict[str, Any] | None, options: dict[str, Any]
 ) -> PreTrainedModel:
-    """Return the model of a .gguf file, dense or in 4 bits; `options` are those of `from_pretrained`."""
+    """Load a .gguf file, dense or in 4 bits; `options` are arguments of `from_pretrained`."""
     from peftcore import quantization
 
     require("gguf")
     gguf_file.check_blocks(model)
     loader, auto_class, config = gguf_file.load, _auto_class(task), load_config(model, task, labels)
     options = {**options, "config": config, "output_loading_info": True}
-    one_by_one = gguf_file.header(model).architecture in gguf_file.ONE_BY_ONE
-    if one_by_one:
+    reads_tensors_singly = gguf_file.header(model).architecture in gguf_file.ONE_BY_ONE
+    if reads_tensors_singly:
         options["model_class"] = auto_class._model_mapping[type(config)]
         if packing is not None and packing["quant_type"] in quantization.QUANT_TYPES:
             from peftcore import FourBitConfig
@@ -194,40 +200,42 @@ def _load_gguf(
             options["quantization_config"], packing = FourBitConfig(**packing), None
     else:
         loader = auto_class.from_pretrained
-    loaded, info = pretrained(loader, model, "model", **options)
-    _check_whole(loaded, info["missing_keys"], model, task)
-    if not one_by_one and getattr(loaded, "hf_quantizer", None) is not None:
-        loaded.hf_quantizer.remove_quantization_config(loaded)  # loading has dequantized it: a plain model
+    base, info = pretrained(loader, model, "model", **options)
+    _check_whole(base, info["missing_keys"], model, task)
+    if not reads_tensors_singly and getattr(base, "hf_quantizer", None) is not None:
+        base.hf_quantizer.remove_quantization_config(base)  # loading has dequantized the model
     if packing is not None:
-        quantization.quantize(loaded, **packing)
-    return loaded
+        quantization.quantize(base, **packing)
+    return base
 
 
 def _packing_of(config: PretrainedConfig) -> dict[str, Any] | None:
-    """Return arguments of `quantization.load` for a quantized checkpoint, which keeps its bits; None for others."""
+    """Return arguments of `quantization.load` that keep a 4-bit checkpoint in 4 bits, or None for others."""
     from peftcore.quantization import is_packed
 
-    stored = getattr(config, "quantization_config", None)
-    if stored is not None:
-        _refuse_unknown_quantization(stored)
-    stored = stored if isinstance(stored, dict) else {}
-    if stored.get("quant_method") == "bitsandbytes" and stored.get("load_in_4bit"):
-        # Not by bitsandbytes, whose layers lose gradients on CPUs with AVX512-BF16 once they have been evaluated.
-        return {"quant_type": "nf4", "compute_dtype": stored.get("bnb_4bit_compute_dtype")}
+    quantization_config = getattr(config, "quantization_config", None)
+    if quantization_config is not None:
+        _refuse_unknown_quantization(quantization_config)
+    quantization_config = quantization_config if isinstance(quantization_config, dict) else {}
+    if quantization_config.get("quant_method") == "bitsandbytes" and quantization_config.get("load_in_4bit"):
+        # bitsandbytes' own layers lose gradients on CPUs with AVX512-BF16 once they have been evaluated.
+        return {"quant_type": "nf4", "compute_dtype": quantization_config.get("bnb_4bit_compute_dtype")}
     return {"quant_type": "nf4"} if is_packed(config) else None
 
 
-def _refuse_unknown_quantization(stored: Any) -> None:
-    """Raise a PeftcoreError for a `quantization_config` that transformers skips, so that all weights would be random.
+def _refuse_unknown_quantization(quantization_config: Any) -> None:
+    """Raise a PeftcoreError for a quantization that transformers would ignore and load random weights instead.
 
     Args:
-        stored: the field of the model's config.
+        quantization_config: the field of the model's config.
     """
     from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
-    method = stored.get("quant_method") if isinstance(stored, dict) else stored
+    method = quantization_config.get("quant_method") if isinstance(quantization_config, dict) else quantization_config
     names = {str(name) for name in AUTO_QUANTIZATION_CONFIG_MAPPING}
-    if isinstance(stored, dict) and (stored.get("load_in_4bit") or stored.get("load_in_8bit")):
+    if isinstance(quantization_config, dict) and (
+        quantization_config.get("load_in_4bit") or quantization_config.get("load_in_8bit")
+    ):
         names.add("bitsandbytes")
     if not isinstance(method, str) or method not in names:
         raise PeftcoreError(
@@ -239,15 +247,17 @@ def _refuse_unknown_quantization(stored: Any) -> None:
 
 @contextlib.contextmanager
 def quantize_advice(quant_type: str | None) -> Iterator[None]:
-    """Add to errors that advise arguments of `peftcore.quantize` how the command line passes them.
+    """Extend errors that suggest arguments of `peftcore.quantize` by their command-line options.
 
     Args:
-        quant_type: 4-bit type of the base, or None, with which nothing is added.
+        quant_type: 4-bit type of the base; with None, errors stay unchanged.
     """
     try:
         yield
     except PeftcoreError as error:
-        method = next((name for name, each in peftcore.methods().items() if _quantizes(each.config_class)), None)
+        method = next(
+            (name for name, candidate in peftcore.methods().items() if _quantizes(candidate.config_class)), None
+        )
         if quant_type is None or method is None or not any(f"{name}=" in str(error) for name in ("skip", "blocksize")):
             raise
         raise type(error)(
@@ -258,88 +268,88 @@ def quantize_advice(quant_type: str | None) -> Iterator[None]:
 
 
 def _quantizes(config_class: Any) -> bool:
-    """Return whether a method's config says how to quantize the base."""
-    return {"quant_type", "skip", "blocksize"} <= {each.name for each in fields(config_class)}
+    """Return whether a method's config has fields for the quantization of the base."""
+    return {"quant_type", "skip", "blocksize"} <= {config_field.name for config_field in fields(config_class)}
 
 
-_UNREAD = ". Its repository has code of its own, which was not run: read it, and pass --trust-remote-code"
+_CODE_NOT_RUN = ". Its repository has its own code, which was not run: read it, and pass --trust-remote-code"
 
 
-def _check_whole(loaded: PreTrainedModel, missing: Collection[str], model: str, task: str) -> None:
-    """Warn of weights that the checkpoint lacks and transformers initialised at random; refuse a .gguf file.
+def _check_whole(base: PreTrainedModel, missing: Collection[str], model: str, task: str) -> None:
+    """Warn about weights that are missing from the checkpoint and were initialised at random; refuse a .gguf file.
 
     Args:
-        loaded: the model.
-        missing: names of these weights. A classifier's head is expected to be among them.
-        model: its name, for messages.
+        base: the model.
+        missing: names of the missing weights. A classifier's head is expected among them.
+        model: name of the model, for messages.
         task: the task.
     """
-    found = registered.find(task)
-    backbone = f"{loaded.base_model_prefix}." if found.new_head else ""
-    names = sorted(name for name in missing if name.startswith(backbone) and found.uses(name))
+    base_task = registered.find(task)
+    backbone = f"{base.base_model_prefix}." if base_task.new_head else ""
+    names = sorted(name for name in missing if name.startswith(backbone) and base_task.uses(name))
     if not names:
         return
     lacks = f"lacks {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
     if model.endswith(".gguf"):
         raise PeftcoreError(f"the model of '{model}' cannot be loaded: the file {lacks}. Download it again")
-    code = "" if remote_code() or not getattr(loaded.config, "auto_map", None) else _UNREAD
+    code = "" if remote_code() or not getattr(base.config, "auto_map", None) else _CODE_NOT_RUN
     warn(f"checkpoint '{model}' {lacks}: these weights are initialised at random{code}")
 
 
-def _check_shapes(loaded: PreTrainedModel, mismatched: Collection[Any], model: str) -> None:
-    """Say that a head of other labels was replaced; refuse other weights whose shapes differ from the config's."""
-    names = [each if isinstance(each, str) else each[0] for each in mismatched]
-    backbone = f"{loaded.base_model_prefix}."
+def _check_shapes(base: PreTrainedModel, mismatched: Collection[Any], model: str) -> None:
+    """Print that a head for other labels was replaced; refuse other weights whose shapes differ from the config."""
+    names = [entry if isinstance(entry, str) else entry[0] for entry in mismatched]
+    backbone = f"{base.base_model_prefix}."
     wrong = next((name for name in names if name.startswith(backbone)), None)
     if wrong is not None:
         raise PeftcoreError(f"the model of '{model}' cannot be loaded: '{wrong}' does not have the shape of its config")
     if names:
-        note(f"the head of '{model}' is for other labels and was replaced by a new one for {loaded.config.num_labels}")
+        note(f"the head of '{model}' is for other labels and was replaced by a new one for {base.config.num_labels}")
 
 
-def _compute_in_fp32(loaded: PreTrainedModel, device: str) -> None:
-    """Make a 4-bit checkpoint compute in fp32 if this processor has no instructions for its 16-bit dtype.
+def _compute_in_fp32(base: PreTrainedModel, device: str) -> None:
+    """Make a 4-bit checkpoint compute in fp32 if this processor has no instructions for its compute dtype.
 
-    The checkpoint's dtype of computation is that of the GPU it was made for; layers of bitsandbytes and ours keep it as
+    The compute dtype of a checkpoint is chosen for a GPU; layers of bitsandbytes and peftcore have it as
     `compute_dtype`.
     """
     import torch
 
     if torch_device(device).type != "cpu":
         return
-    packed = [module for module in loaded.modules() if isinstance(vars(module).get("compute_dtype"), torch.dtype)]
+    packed = [module for module in base.modules() if isinstance(vars(module).get("compute_dtype"), torch.dtype)]
     for name, full_name in HALVES.items():
-        found: list[Any] = [module for module in packed if module.compute_dtype == getattr(torch, full_name)]
+        modules: list[Any] = [module for module in packed if module.compute_dtype == getattr(torch, full_name)]
         reason = without_instructions(name)
-        if found and reason is not None:
+        if modules and reason is not None:
             note(f"4-bit weights are multiplied in fp32, not in {name} as the checkpoint says: {reason}")
-            for module in found:
+            for module in modules:
                 module.compute_dtype = torch.float32
 
 
 def empty_model(model: str, task: str, labels: tuple[str, ...] = ()) -> PreTrainedModel:
-    """Return a base without weights, on the meta device."""
+    """Return a base on the meta device, without loading weights."""
     from peftcore.quantization import build_empty
 
     config = load_config(model, task, labels)
-    made: Any = build_empty(config, lambda dense: _made_empty(dense, model, task))
+    base: Any = build_empty(config, lambda dense: _empty_from_config(dense, model, task))
     if registered.find(task).learns_texts:
-        own_code.complete(made)
-    return made
+        own_code.complete(base)
+    return base
 
 
-def _made_empty(config: PretrainedConfig, model: str, task: str) -> Any:
+def _empty_from_config(config: PretrainedConfig, model: str, task: str) -> Any:
     auto_class = _auto_class(task)
     if not has_code(config, task):
         return auto_class.from_config(config)
     try:
         return auto_class.from_config(config, **remote_code())
-    except Exception as error:  # code that may not be made for the meta device
+    except Exception as error:  # the model's code may not support the meta device
         raise PeftcoreError(f"the code of '{model}' cannot make a model without weights: {error}") from error
 
 
 def load_config(model: str, task: str, labels: tuple[str, ...] = ()) -> PretrainedConfig:
-    """Return a base's config, which names the class that `load_model` makes for this task."""
+    """Load the config of a base, with the class that `load_model` uses for this task as its architecture."""
     quiet_transformers()
     import transformers
     from transformers import AutoConfig
@@ -349,40 +359,40 @@ def load_config(model: str, task: str, labels: tuple[str, ...] = ()) -> Pretrain
     else:
         config = pretrained(AutoConfig.from_pretrained, model, "configuration", **_head(task, labels))
     auto_class = _auto_class(task)
-    kinds = auto_class._model_mapping
-    found = f"'{model}' ({config.model_type})"
-    named = registered.find(task)
-    if named.needed_model is not None and type(config) not in kinds and not has_code(config, task):
-        raise PeftcoreError(f"--task {task} needs {named.needed_model.format(found)}")
+    model_classes = auto_class._model_mapping
+    description = f"'{model}' ({config.model_type})"
+    config_task = registered.find(task)
+    if config_task.needed_model is not None and type(config) not in model_classes and not has_code(config, task):
+        raise PeftcoreError(f"--task {task} needs {config_task.needed_model.format(description)}")
     if auto_class is transformers.AutoModelForCausalLM and _is_encoder(config):
         raise PeftcoreError(
-            f"--task {task} needs a decoder, found {found}, an encoder, which reads the words that it would have to "
-            "write. Use it for classification, tags or pairs, or pass another model"
+            f"--task {task} needs a decoder, found {description}, an encoder, which would see the words that it has "
+            "to predict. Use it for classification, tags or pairs, or pass another model"
         )
-    named.check_config(model, config)
-    if type(config) in kinds:
-        config.architectures = [kinds[type(config)].__name__]
+    config_task.check_config(model, config)
+    if type(config) in model_classes:
+        config.architectures = [model_classes[type(config)].__name__]
     elif has_code(config, task):
         config.architectures = [str(config.auto_map[_auto_class(task).__name__]).rpartition(".")[2]]
     return config
 
 
 @functools.lru_cache(maxsize=1)
-def _gguf_config(model: str, changed: int, task: str, labels: tuple[str, ...]) -> PretrainedConfig:
-    """Return the config in a .gguf file as of a time; transformers takes seconds to read it, and a run asks thrice."""
+def _gguf_config(model: str, modified: int, task: str, labels: tuple[str, ...]) -> PretrainedConfig:
+    """Return the config of a .gguf file, cached, because transformers takes seconds and a run needs it three times."""
     from transformers import AutoConfig
 
-    found: PretrainedConfig = pretrained(AutoConfig.from_pretrained, model, "configuration", **_head(task, labels))
-    return found
+    config: PretrainedConfig = pretrained(AutoConfig.from_pretrained, model, "configuration", **_head(task, labels))
+    return config
 
 
 def has_code(config: PretrainedConfig, task: str) -> bool:
-    """Return whether a class of the model's own code is to be run in place of one of transformers."""
+    """Return whether to use a class of the model's own code instead of one of transformers."""
     return bool(remote_code()) and _auto_class(task).__name__ in (getattr(config, "auto_map", None) or {})
 
 
 def _is_encoder(config: PretrainedConfig) -> bool:
-    """Return whether transformers would load a model as a decoder that has no causal mask, such as a BERT."""
+    """Return whether transformers would load the model as a decoder without a causal mask, such as BERT."""
     import transformers
 
     is_masked = type(config) in transformers.MODEL_FOR_MASKED_LM_MAPPING
@@ -390,7 +400,7 @@ def _is_encoder(config: PretrainedConfig) -> bool:
 
 
 def load_generation_config(model: str) -> Any:
-    """Return how a base generates, as its files say; None if they do not."""
+    """Return the generation config in the files of a base, or None."""
     from transformers import GenerationConfig
 
     try:
@@ -406,11 +416,11 @@ def _auto_class(task: str) -> Any:
 
 
 def _head(task: str, labels: tuple[str, ...]) -> dict[str, Any]:
-    """Return the config fields of the head, for the model to have its outputs and its loss."""
+    """Return the config fields that give the head its outputs and its loss."""
     return registered.find(task).head(labels)
 
 
-def _set_padding(loaded: PreTrainedModel, model: str) -> None:
-    """Set the padding token, by which classifiers on decoders find the last token."""
-    if getattr(loaded.config, "pad_token_id", None) is None:
-        loaded.config.pad_token_id = load_tokenizer(model).pad_token_id
+def _set_padding(base: PreTrainedModel, model: str) -> None:
+    """Set the padding token in the config, from which classifiers on decoders find the last token."""
+    if getattr(base.config, "pad_token_id", None) is None:
+        base.config.pad_token_id = load_tokenizer(model).pad_token_id

@@ -1,4 +1,4 @@
-"""Models whose classes are code of their own repository, completed by what the commands call."""
+"""Models with code of their own repository: add the methods that commands call."""
 
 from __future__ import annotations
 
@@ -12,17 +12,16 @@ from peftcore.errors import PeftcoreError
 
 
 def complete(model: nn.Module) -> None:
-    """Let the class of a model that writes texts compute a loss, and say so if it has no `generate`.
+    """Add a loss to the class of a language model, and an error if it has no `generate`.
 
-    Classes that were written for transformers 4 inherited `generate` from `PreTrainedModel`, and some return logits
-    alone, from which their trainers take the loss.
+    Classes written for transformers 4 inherited `generate` from `PreTrainedModel`, and some return only logits.
     """
     kind: Any = type(model)
     if not hasattr(kind, "generate"):
         kind.generate = _refuse
     signature = inspect.signature(kind.forward)
     parameters = [*signature.parameters.values()]
-    if any(each.name == "labels" or each.kind is each.VAR_KEYWORD for each in parameters):
+    if any(parameter.name == "labels" or parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
         return
     from transformers.loss.loss_utils import ForCausalLMLoss
 
@@ -42,6 +41,6 @@ def complete(model: nn.Module) -> None:
 
 def _refuse(self: Any, *_args: Any, **_options: Any) -> Any:
     raise PeftcoreError(
-        f"{type(self).__name__} cannot write texts: its code does not inherit from transformers' GenerationMixin, as "
-        "transformers 5 requires. Add GenerationMixin to the bases of the class in the model's folder"
+        f"{type(self).__name__} cannot generate text: its class does not inherit from transformers' GenerationMixin, "
+        "as transformers 5 requires. Add GenerationMixin to the base classes in the model's folder"
     )

@@ -1,7 +1,8 @@
-"""`--precision`: the precision of products in training.
+"""`--precision`: the compute dtype of training.
 
-auto is the base's dtype; fp32 is fp32 for both; bf16 and fp16 are mixed precision: a base in fp32 unless `--dtype` says
-otherwise, whose products PyTorch's autocast rounds to 16 bits (Micikevicius et al. 2018, arXiv 1710.03740).
+auto is the base's dtype, and fp32 uses fp32 for base and computation. bf16 and fp16 are mixed precision: the base is in
+fp32 unless `--dtype` says otherwise, and PyTorch's autocast computes in 16 bits (Micikevicius et al. 2018, arXiv
+1710.03740).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 
 
 def check(precision: str, dtype: str, device: str) -> None:
-    """Raise a PeftcoreError unless this machine has the device, it supports the precision, and the dtype fits it."""
+    """Raise a PeftcoreError unless the device exists and supports the precision, and the dtype fits it."""
     kind = device_choice.torch_device(device).type
     if precision not in PRECISIONS:
         raise PeftcoreError(f"--precision must be one of {', '.join(PRECISIONS)}, found '{precision}'")
@@ -44,7 +45,7 @@ def arguments(precision: str) -> dict[str, bool]:
 
 
 def autocast(precision: str, device: str) -> AbstractContextManager[object]:
-    """Return the autocast in which a step of training runs, or a context that does nothing."""
+    """Return the autocast context of a training step, or a context that does nothing."""
     import torch
 
     if precision not in ("bf16", "fp16"):
@@ -54,14 +55,14 @@ def autocast(precision: str, device: str) -> AbstractContextManager[object]:
 
 @contextlib.contextmanager
 def own(model: nn.Module) -> Iterator[None]:
-    """Make the model compute in its own dtype within the block.
+    """Make the model compute in its own dtype inside the block.
 
-    accelerate sets a mixed-precision `forward` on the instance, with which metrics would differ from those before
-    training and from those of `peftcore eval`.
+    accelerate puts a mixed-precision `forward` on the instance, which would make metrics differ from those before
+    training and those of `peftcore eval`.
     """
-    mixed = model.__dict__.pop("forward", None) if "_original_forward" in model.__dict__ else None
+    mixed_forward = model.__dict__.pop("forward", None) if "_original_forward" in model.__dict__ else None
     try:
         yield
     finally:
-        if mixed is not None:
-            model.__dict__["forward"] = mixed
+        if mixed_forward is not None:
+            model.__dict__["forward"] = mixed_forward

@@ -184,7 +184,7 @@ def _estimate(
     settings: Settings, length: int, labels: tuple[str, ...], dtype: torch.dtype, shapes: dict[str, Any]
 ) -> peftcore.Estimate:
     base = models.empty_model(settings.model, settings.task, labels).to(dtype)
-    quantization = base_quantization.asked_by(settings)
+    quantization = base_quantization.requested_by(settings)
     if quantization is not None:
         with warnings.catch_warnings(), models.quantize_advice(settings.quantize):
             warnings.simplefilter("ignore")  # loading raises them

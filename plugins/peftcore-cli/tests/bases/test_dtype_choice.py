@@ -73,7 +73,7 @@ def test_what_is_said(on: Any) -> None:
     assert dtype_choice.choose("auto", "cpu", "bf16").line == INSTEAD
     assert dtype_choice.choose("bf16", "cpu", "bf16").line == NAMED
     on(ZEN4)
-    trained = dtype_choice.choose("auto", "cpu", "bf16", needs_fp32=dtype_choice.TRAINED)
+    trained = dtype_choice.choose("auto", "cpu", "bf16", needs_fp32=dtype_choice._TRAINS_BASE)
     assert trained.dtype == "fp32" and "and bf16 would round away small updates. Dense weights" in str(trained.line)
     assert "gradients underflow in fp16" in str(dtype_choice.choose("auto", "cpu", "fp16").line)
 

@@ -113,5 +113,5 @@ def test_code_of_a_model_is_not_run(tmp_path: Path, run: Run) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "own.py").write_text("raise SystemError('was run')\n")
     output = " ".join(run("generate", "-m", tmp_path, "-p", "the", code=1).output.split())
-    assert "it has code of its own, which is not run by default. Read that code, and pass --trust-remote-code" in output
+    assert "it has its own code, which is not run by default. Read that code, and pass --trust-remote-code" in output
     assert dynamic_module_utils.TIME_OUT_REMOTE_CODE == 0

@@ -133,7 +133,7 @@ def test_any_method_on_a_base_in_4_bits(run: Run, llama: Path, reviews: Path, tm
             "--method qlora prepares the base itself, so it cannot be combined with --quantize nf4",
         ),
         (("--method", "lora", "--quantize", "nf3"), "quant_type='nf3' is not known. Choose one of: nf4, fp4"),
-        (("--method", "lora", "--quantize", "nf4", "--fit"), "--fit chooses for a dense base"),
+        (("--method", "lora", "--quantize", "nf4", "--fit"), "--fit only works with a dense base"),
     ],
 )
 def test_quantize_is_refused(
@@ -263,7 +263,7 @@ def test_adapters_of_different_bases_are_not_mixed(skipping: Path) -> None:
 
     tasks = {"a": adapter_task(skipping / "adapter"), "b": AdapterTask("causal-lm", 64)}
     with pytest.raises(
-        PeftcoreError, match=r"'a' was trained on a base quantized as nf4 .* 'b' on one without a record"
+        PeftcoreError, match=r"'a' was trained on a base quantized as nf4 .* 'b' on a base without a record"
     ):
         base_quantization.of_adapters(None, tasks)
     assert base_quantization.of_adapters("none", tasks) is None

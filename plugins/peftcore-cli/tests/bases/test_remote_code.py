@@ -142,7 +142,7 @@ def test_code_that_computes_logits_alone(run: Run, reviews: Path, tmp_path: Path
     wanted = pytest.approx([found["before"]["loss"], found["after"]["loss"]], abs=1e-4)
     assert losses(run("eval", tmp_path / "run", "-d", reviews, trust).output) == wanted
     refused = run("generate", tmp_path / "run", "-p", "the film is", trust, code=1).output
-    assert "ReplitLM cannot write texts: its code does not inherit from" in " ".join(refused.split())
+    assert "ReplitLM cannot generate text: its class does not inherit from" in " ".join(refused.split())
 
     model = models.load_model(str(tmp_path / "base"), "causal-lm", device="cpu")
     tokens = torch.arange(3, 13).view(2, 5)
@@ -160,7 +160,7 @@ def test_a_class_of_transformers_that_the_weights_do_not_fit(
     plain = models.load_model(str(tmp_path / "base"), "causal-lm", device="cpu")
     assert type(plain).__module__.startswith("transformers.models.dbrx")
     said = " ".join("".join(capsys.readouterr()).split())
-    assert "lacks transformer.blocks.0" in said and "code of its own, which was not run" in said
+    assert "lacks transformer.blocks.0" in said and "its own code, which was not run" in said
     monkeypatch.setattr(base_files, "_trusts", True)
     model = models.load_model(str(tmp_path / "base"), "causal-lm", device="cpu")
     assert model.get_submodule("transformer.blocks.1.ffn.experts.mlp.3.w2").out_features == 32

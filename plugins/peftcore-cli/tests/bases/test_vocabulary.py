@@ -65,7 +65,7 @@ def test_every_command_has_its_rows_and_its_tokens(run: Run, base: Path, theirs:
     rows = [{"messages": [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "ba"}]}] * 4
     data = write_jsonl(tmp_path / "rows.jsonl", rows)
     evaluated = run("eval", folder, "-d", data)
-    assert "rows for the new tokens are initialised at random" in evaluated.stderr
+    assert "the base has random embeddings for the new tokens" in evaluated.stderr
     run("train", "-a", folder, "-d", data, "--eval-data", data, "-o", tmp_path / "run", "--steps", 1, "--lr", "1e-9")
     found = json.loads((tmp_path / "run" / "result.json").read_text())["before"]["loss"]
     assert f"{found:.4f}" in evaluated.output and found == pytest.approx(
@@ -75,7 +75,7 @@ def test_every_command_has_its_rows_and_its_tokens(run: Run, base: Path, theirs:
     torch.testing.assert_close(exported.logits(again), wanted, atol=1e-5, rtol=1e-5)
     assert AutoTokenizer.from_pretrained(tmp_path / "run" / "adapter").eos_token == "<|new|>"
     told = run("generate", folder, "-p", "ab", "--compare", "--max-new-tokens", 2)
-    assert "rows for the new tokens are initialised at random" in told.stderr
+    assert "the base has random embeddings for the new tokens" in told.stderr
 
 
 def resized(base: Path) -> Any:
@@ -139,5 +139,5 @@ def test_vocabularies_that_do_not_go_together(run: Run, base: Path, theirs: Any,
     for file in folder.glob("*token*"):
         shutil.copy(file, tmp_path / "plain")
     error = run("merge", tmp_path / "plain", "-o", tmp_path / "merged", code=1).output
-    assert "has 263 tokens, but the model has 262 rows and the adapter brings no others" in error
+    assert "has 263 tokens, but the model has 262 rows and the adapter has no embedding for the others" in error
     assert "save_embedding_layers=True" in error and not (tmp_path / "merged").exists()
