@@ -302,7 +302,7 @@ def _content(
 
 
 def _fields_of_config(model: nn.Module, method: Method, adapter: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return (fields of an applied adapter's `adapter_config.json`, fields of its method that PEFT does not have).
+    """Return an applied adapter's config as (fields of `adapter_config.json`, fields that PEFT does not have).
 
     The latter only contain values other than the default. If PEFT cannot read the adapter, there is a warning.
     """

@@ -82,7 +82,7 @@ def read(
     """
     source = folder.path / file
     if file in (CONFIG, TENSORS):
-        raise CheckpointError(f"'{source}' is one of an adapter's files. Give the folder: '{folder.path}'")
+        raise CheckpointError(f"'{source}' is one of an adapter's files. Pass its folder: '{folder.path}'")
     tensors, metadata = folder.tensors(file)
     form, method = _format_of(source, tensors)
     with guarded(method, f"'{source}'"):

@@ -100,7 +100,7 @@ def test_is_what_a_step_on_texts_as_vectors_takes(kind: str, name: str) -> None:
     batch = find("pairs").collate([{"texts": each, "labels": None} for each in texts], tokenizer())
 
     def loss() -> torch.Tensor:
-        return pairs.loss(pairs.vectors(model, batch, "mean"), batch["labels"], batch["same"])
+        return pairs.loss(pairs.compute_embeddings(model, batch, "mean"), batch["labels"], batch["same"])
 
     assert predicted(found) == pytest.approx(allocated_with(model, loss), rel=5e-3)
 
