@@ -130,7 +130,7 @@ def test_what_is_no_such_file(tmp_path: Path) -> None:
     with pytest.raises(peftcore.CheckpointError, match=r"adapter.bin' is a pickle, which can run any code"):
         peftcore.load(model, tmp_path / "adapter.bin")
     folder = peftcore.save(peftcore.apply(tiny.llama(), "filed"), tmp_path / "folder")
-    with pytest.raises(peftcore.CheckpointError, match=r"is one of an adapter's files. Give the folder"):
+    with pytest.raises(peftcore.CheckpointError, match=r"is one of an adapter's files. Pass its folder"):
         peftcore.load(model, folder / "adapter_model.safetensors")
     with pytest.raises(peftcore.CheckpointError, match="contains one adapter, but 2 models were passed"):
         peftcore.load({"left": model, "right": model}, folder)
