@@ -234,12 +234,12 @@ class FusedOptimizer(Optimizer):
         For a sharded parameter, each rank keeps this share of its shard.
         """
         state, planes = self._get_state(param), [plane for plane in self.rule.planes if plane.elements == 1]
-        values = [
-            decode(state[plane.name].flatten(), state[f"{plane.name}_absmax"], plane.map).view_as(state[plane.name])
-            if plane.is_coded
-            else state[plane.name]
-            for plane in planes
-        ]
+        values = []
+        for plane in planes:
+            value = state[plane.name]
+            if plane.is_coded:
+                value = decode(value.flatten(), state[f"{plane.name}_absmax"], plane.map).view_as(value)
+            values.append(value)
         if values:
             is_largest = is_among_largest(values, keep)
             state |= {plane.name: state[plane.name].where(is_largest, plane.initial) for plane in planes}
@@ -267,10 +267,11 @@ class FusedOptimizer(Optimizer):
         for group in groups:
             if group.get("amsgrad"):
                 raise ValueError(f"{type(self).__name__} does not support amsgrad, and the saved state has it")
-        sizes = [[len(group["params"]) for group in param_groups] for param_groups in (groups, self.param_groups)]
-        if sizes[0] != sizes[1]:
+        saved_sizes = [len(group["params"]) for group in groups]
+        sizes = [len(group["params"]) for group in self.param_groups]
+        if saved_sizes != sizes:
             raise ValueError(
-                f"the saved state has groups of {sizes[0]} parameters, but this optimizer has groups of {sizes[1]}"
+                f"the saved state has groups of {saved_sizes} parameters, but this optimizer has groups of {sizes}"
             )
         keys = [key for group in groups for key in group["params"]]
         owners = {key: param for key, (_, param) in zip(keys, self._numbered_params(), strict=True)}
