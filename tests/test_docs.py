@@ -89,7 +89,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
     monkeypatch.setattr("builtins.input", no_line)
     monkeypatch.setattr(
-        "peftcore_cli.training.training_report._pictured", no_picture
+        "peftcore_cli.training.training_report._picture", no_picture
     )  # a third of a training this short
     return tmp_path
 
