@@ -181,7 +181,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "BrosConfig": {"hidden_size": 64},
     "AutoformerConfig": {"label_length": 2},
     "ClapAudioConfig": {"patch_embeds_hidden_size": 8, "hidden_size": 64},
-    "ClvpEncoderConfig": {"hidden_size": 128},
+    "ClvpEncoderConfig": {"hidden_size": 128, "vocab_size": 8194},  # reads what the decoder generates
     "Gemma4AudioConfig": {"subsampling_conv_channels": [128, 8]},
     "T5Gemma2TextConfig": {"dropout_rate": 0.0},
     "SegGptConfig": {"image_size": [64, 32]},
