@@ -218,7 +218,7 @@ def planned_task(task: str | None, data: Sequence[str] | None, labels: str | Non
 
 
 def resolve_method(
-    name: str | None, settings: list[str] | None, *, before: Mapping[str, Any] | None = None
+    name: str | None, settings: list[str] | None, *, adapter_fields: Mapping[str, Any] | None = None
 ) -> tuple[str, dict[str, Any]]:
     """Return the method's name and its fields: those of `--set`, and those of an adapter that training continues.
 
@@ -236,11 +236,11 @@ def resolve_method(
         name = next(iter(installed_methods))
     method = peftcore.method(name)
     set_fields = parse(method.config_class, settings or [])
-    if set_fields and not before:  # the files of an adapter are checked when they are read
+    if set_fields and not adapter_fields:  # the files of an adapter are checked when they are read
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # `apply` raises them
             peftcore.config(method.name, **set_fields)
-    return method.name, {**(before or {}), **set_fields}
+    return method.name, {**(adapter_fields or {}), **set_fields}
 
 
 def absolute_data(paths: Sequence[str]) -> str | list[str]:

@@ -376,9 +376,9 @@ class Settings(RunOptions):
     lr: float = field(default=2e-4, kw_only=True)
 
     @classmethod
-    def of(cls, given: RunOptions, **resolved: Any) -> Settings:
+    def from_options(cls, run_options: RunOptions, **resolved: Any) -> Settings:
         """Return the settings of a run: the user's options, overridden and completed by `resolved`."""
-        values = {**vars(given), **resolved}
+        values = {**vars(run_options), **resolved}
         if values["lr"] is None:  # nothing is trained
             del values["lr"]
         for name in ("eval_data", "other_data"):

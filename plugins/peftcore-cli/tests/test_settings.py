@@ -99,5 +99,5 @@ def test_the_first_start_of_a_run_that_is_to_be_resumed_keeps_its_settings(tmp_p
 def test_examples_that_are_measured_have_no_weight() -> None:
     named = {"model": "m", "data": "d", "task": "causal-lm", "method": "lora"}
     with pytest.raises(peftcore.PeftcoreError, match=r"--eval-data is measured once per example, .* 'e.jsonl:2'"):
-        Settings.of(RunOptions(eval_data="e.jsonl:2"), **named)
-    assert Settings.of(RunOptions(eval_data="e.jsonl:1"), **named).eval_data == "e.jsonl:1"
+        Settings.from_options(RunOptions(eval_data="e.jsonl:2"), **named)
+    assert Settings.from_options(RunOptions(eval_data="e.jsonl:1"), **named).eval_data == "e.jsonl:1"

@@ -139,7 +139,7 @@ def compare(
     require("transformers", "accelerate", "matplotlib", "psutil")
     base_files.quiet_transformers()
 
-    common = Settings.of(
+    common = Settings.from_options(
         run_options,
         model=base_files.resolve(model),
         data=options.absolute_data(data),

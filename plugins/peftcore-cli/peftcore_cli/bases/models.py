@@ -262,8 +262,7 @@ def quantize_advice(quant_type: str | None) -> Iterator[None]:
             raise
         raise type(error)(
             f"{error}. `peftcore train` takes skip and blocksize as fields of a method: --method {method} --set "
-            f"quant_type={quant_type} --set skip=NAME,NAME; the adapter records them, and other commands follow the "
-            "record"
+            f"quant_type={quant_type} --set skip=NAME,NAME; other commands then use the values that the adapter records"
         ) from error
 
 

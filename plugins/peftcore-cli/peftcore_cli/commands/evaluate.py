@@ -28,7 +28,7 @@ def evaluate(
     max_length: options.MaxLength = None,
     batch_size: Annotated[int, typer.Option(min=1, metavar="N", help="Examples per batch.")] = 16,
     *,
-    given: Annotated[RunOptions, ("metric", "eval_answers", "answer_tokens", "reward", "trust_remote_code")],
+    run_options: Annotated[RunOptions, ("metric", "eval_answers", "answer_tokens", "reward", "trust_remote_code")],
     quantize: options.Quantize = None,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
@@ -55,14 +55,16 @@ def evaluate(
     about = replace(about, max_length=max_length or about.max_length)
     task = registered.find(about.task)
     rows = row_reading.read_rows(data, task.name, parse_columns(columns))
-    task.answer_count(given.metric, given.eval_answers)  # raises for a task without answers
-    is_of_answers = generations.is_user_function(given.metric) or (given.metric in generations.FIGURES and task.writes)
-    if given.metric is not None and not is_of_answers:
+    task.answer_count(run_options.metric, run_options.eval_answers)  # raises for a task without answers
+    is_of_answers = generations.is_user_function(run_options.metric) or (
+        run_options.metric in generations.FIGURES and task.writes
+    )
+    if run_options.metric is not None and not is_of_answers:
         raise PeftcoreError(
             f"eval shows every metric of {task.name}; --metric only adds metrics of answers "
-            f"({', '.join(generations.FIGURES)}, FILE.py:FUNCTION), found '{given.metric}'. Leave it out"
+            f"({', '.join(generations.FIGURES)}, FILE.py:FUNCTION), found '{run_options.metric}'. Leave it out"
         )
-    if ("reward" in task.options) != (given.reward is not None):
+    if ("reward" in task.options) != (run_options.reward is not None):
         raise PeftcoreError(
             f"eval needs --reward FILE.py:FUNCTION for {registered.names_with_option('reward')}, and for no other task "
             f"(the task is {task.name})"
@@ -73,7 +75,7 @@ def evaluate(
     about = task.prepare(processor, about, base)
     examples = task.encode(rows, processor, about.max_length, about.labels).examples
     task.check_examples(examples, "evaluated")
-    evaluation = measuring.evaluation_of(given, processor, about, rows, batch_size=batch_size)
+    evaluation = measuring.evaluation_of(run_options, processor, about, rows, batch_size=batch_size)
     if about.seed is not None:
         from transformers import set_seed
 

@@ -41,7 +41,7 @@ def plan(
     task: options.Task = None,
     labels: options.PlannedLabels = None,
     data: options.PlannedData = None,
-    given: Annotated[RunOptions, _OPTIONS],
+    run_options: Annotated[RunOptions, _OPTIONS],
     ranks: options.Ranks = 1,
     tp_size: options.TensorParallel = 1,
     device: Annotated[
@@ -58,14 +58,14 @@ def plan(
     from peftcore_cli.training import forecast, training_run  # noqa: F401  # counts the memory of the modules that `train` imports
 
     task, names = options.planned_task(task, data, labels)
-    step_fields = forecast.step_options(task, given.precision, given.parallel, ranks, tp_size)
+    step_fields = forecast.step_options(task, run_options.precision, run_options.parallel, ranks, tp_size)
     name, method_fields = options.resolve_method(method, fields)
     base = models.empty_model(base_files.resolve(model), task, names)
     method_plan = peftcore.plan(base, name, **method_fields)
     if not as_json:
         say(str(method_plan))
-    settings = Settings.of(
-        given,
+    settings = Settings.from_options(
+        run_options,
         model=base_files.resolve(model),
         data=data or "",
         task=task,
@@ -81,14 +81,14 @@ def plan(
             base,
             name,
             step=peftcore.Step(
-                batch_size=given.batch_size,
-                length=forecast.tokens_of_step(given.max_length, task, base.config),
-                optimizer=given.optim,
-                gradient_checkpointing=given.gradient_checkpointing,
-                gradient_accumulation=given.grad_accum,
+                batch_size=run_options.batch_size,
+                length=forecast.tokens_of_step(run_options.max_length, task, base.config),
+                optimizer=run_options.optim,
+                gradient_checkpointing=run_options.gradient_checkpointing,
+                gradient_accumulation=run_options.grad_accum,
                 without_logits=forecast.is_without_logits(settings),
                 fused=forecast.is_fused(settings),
-                recompute=given.recompute,
+                recompute=run_options.recompute,
                 **{**step_fields, **forecast.step_data(settings)},
             ),
             dtype=forecast.dtype_of_base(settings, names),

@@ -43,7 +43,7 @@ def suggest(
     data: options.PlannedData = None,
     task: options.Task = None,
     labels: options.PlannedLabels = None,
-    given: Annotated[
+    run_options: Annotated[
         RunOptions,
         ("max_length", "dtype", "precision", "parallel", "without_logits", "fuse", "recompute", "trust_remote_code"),
     ],
@@ -62,7 +62,7 @@ def suggest(
     task, names = options.planned_task(task, data, labels)
     methods = method or [options.resolve_method(None, None)[0]]
     base = base_files.resolve(model)
-    settings = Settings.of(given, model=base, data=data or "", task=task, method="", device=device)
+    settings = Settings.from_options(run_options, model=base, data=data or "", task=task, method="", device=device)
     reason = forecast.unknown(task)
     if reason is not None:
         raise PeftcoreError(f"suggest cannot estimate the memory of a step: {reason}. Train with a small --batch-size")
@@ -79,21 +79,35 @@ def suggest(
         device=device,
         r=rank or (16,),
         dtype=forecast.dtype_of_base(settings, names),
-        length=forecast.tokens_of_step(given.max_length, task, config),
+        length=forecast.tokens_of_step(run_options.max_length, task, config),
         without_logits=forecast.is_without_logits(settings),
         fused=forecast.is_fused(settings),
-        recompute=given.recompute,
-        **{**forecast.step_options(task, given.precision, given.parallel, ranks), **forecast.step_data(settings)},
+        recompute=run_options.recompute,
+        **{
+            **forecast.step_options(task, run_options.precision, run_options.parallel, ranks),
+            **forecast.step_data(settings),
+        },
     )
-    train_options = ["--max-length", str(given.max_length)]
-    train_dtype = "bf16" if device != "cpu" and given.dtype == given.precision == "auto" else given.dtype
-    values = {"task": given_task, "dtype": train_dtype, "precision": given.precision, "parallel": given.parallel}
-    values |= {"without-logits": given.without_logits, "fuse": given.fuse, "recompute": given.recompute}
+    train_options = ["--max-length", str(run_options.max_length)]
+    train_dtype = (
+        "bf16" if device != "cpu" and run_options.dtype == run_options.precision == "auto" else run_options.dtype
+    )
+    values = {
+        "task": given_task,
+        "dtype": train_dtype,
+        "precision": run_options.precision,
+        "parallel": run_options.parallel,
+    }
+    values |= {
+        "without-logits": run_options.without_logits,
+        "fuse": run_options.fuse,
+        "recompute": run_options.recompute,
+    }
     for name, value in values.items():
         if value not in (None, "auto"):
             train_options += [f"--{name}", value]
     files = " -d ".join(map(shlex.quote, data or ())) or "DATA"
-    start = "peftcore" if given.parallel is None else f"torchrun --nproc-per-node {ranks} -m peftcore_cli"
+    start = "peftcore" if run_options.parallel is None else f"torchrun --nproc-per-node {ranks} -m peftcore_cli"
     commands = [
         f"{start} train -m {shlex.quote(model)} -d {files} -o RUN {shlex.join([*way.options(), *train_options])}"
         for way in suggestion.ways

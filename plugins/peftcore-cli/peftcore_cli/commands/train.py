@@ -63,7 +63,7 @@ def train(
     task: options.Task = None,
     method: options.MethodName = None,
     fields: options.Fields = None,
-    given: RunOptions,
+    run_options: RunOptions,
     resume: Annotated[
         bool,
         typer.Option(
@@ -111,20 +111,20 @@ def train(
     from peftcore_cli.training import forecast, torchrun, trainer_arguments
 
     clock = Clock()
-    given = config_file.in_force(context, given)
-    start = _start(given, adapter, output, model=model, method=method)
-    rows = _read(given, data, task if start is None else start.task_of(task), clock)
+    run_options = config_file.in_force(context, run_options)
+    start = _start(run_options, adapter, output, model=model, method=method)
+    rows = _read(run_options, data, task if start is None else start.task_of(task), clock)
     if start is not None:
         start.check_task(rows.task, f"{', '.join(map(repr, data))} is for {rows.task}")
-        given = start.completed(given)
-    given = _checked(given, display, rows, continues=start is not None, clock=clock)
-    torchrun.join(given.parallel, given.device)
+        run_options = start.completed(run_options)
+    run_options = _checked(run_options, display, rows, continues=start is not None, clock=clock)
+    torchrun.join(run_options.parallel, run_options.device)
     given_method, adapter_fields = (method, None) if start is None else (start.method, start.fields)
     name, method_fields = options.resolve_method(
-        given_method, config_file.fields(context, fields), before=adapter_fields
+        given_method, config_file.fields(context, fields), adapter_fields=adapter_fields
     )
-    _check_quantize(given, start, name)
-    settings = _settings(given, start, model=model, rows=rows, method=name, fields=method_fields)
+    _check_quantize(run_options, start, name)
+    settings = _settings(run_options, start, model=model, rows=rows, method=name, fields=method_fields)
     if fit:
         settings = forecast.fit(settings, rows.read)
     if resume:
@@ -135,18 +135,18 @@ def train(
 
 
 def _start(
-    given: RunOptions, adapter: Path | None, output: Path, *, model: str | None, method: str | None
+    run_options: RunOptions, adapter: Path | None, output: Path, *, model: str | None, method: str | None
 ) -> Start | None:
     """Return the adapter to continue from, or None to train a new one."""
     from peftcore_cli.training import warm_start
 
     if adapter is not None:
-        return warm_start.start_of(adapter, output, model=model, method=method, labels=given.labels)
+        return warm_start.start_of(adapter, output, model=model, method=method, labels=run_options.labels)
     if model is None:
         raise PeftcoreError(
             "nothing to train. Pass a model (--model MODEL), or an adapter to continue from (--adapter FOLDER)"
         )
-    if given.labels is not None:
+    if run_options.labels is not None:
         raise PeftcoreError(
             "--labels names the outputs of an existing adapter (--adapter); a new adapter takes its labels from the "
             "examples. Leave it out"
@@ -173,23 +173,23 @@ class _Rows:
     lines: Lines | None = None
 
 
-def _read(given: RunOptions, data: list[str], task: str | None, clock: Clock) -> _Rows:
+def _read(run_options: RunOptions, data: list[str], task: str | None, clock: Clock) -> _Rows:
     """Read the examples, so that invalid lines are reported before a model is loaded."""
     from peftcore_cli.data import row_reading
     from peftcore_cli.data.data_files import parse_columns
 
-    names = parse_columns(given.columns)
+    names = parse_columns(run_options.columns)
     rows: list[Row] = []
     with clock.part("data"):
-        if given.streaming:
+        if run_options.streaming:
             task = task or row_reading.guess_task(data, names)
         else:
             task, rows = row_reading.read(data, task, names)
-        held_out = None if given.eval_data is None else row_reading.read_rows(given.eval_data, task, names)
+        held_out = None if run_options.eval_data is None else row_reading.read_rows(run_options.eval_data, task, names)
     return _Rows(data, task, rows, held_out)
 
 
-def _checked(given: RunOptions, display: Display, rows: _Rows, *, continues: bool, clock: Clock) -> RunOptions:
+def _checked(run_options: RunOptions, display: Display, rows: _Rows, *, continues: bool, clock: Clock) -> RunOptions:
     """Check the options, resolve the teacher's path, and index the lines of --streaming.
 
     Raises:
@@ -201,65 +201,65 @@ def _checked(given: RunOptions, display: Display, rows: _Rows, *, continues: boo
     from peftcore_cli.tasks import registered
     from peftcore_cli.training import option_checks
 
-    option_checks.check(given, display, rows.task, rows.paths, continues=continues)
-    if given.teacher is not None:
+    option_checks.check(run_options, display, rows.task, rows.paths, continues=continues)
+    if run_options.teacher is not None:
         require("transformers", "accelerate")
         from peftcore_cli.training import distillation
 
-        given = replace(given, teacher=distillation.check_teacher(given, rows.task))
-    if given.streaming:
+        run_options = replace(run_options, teacher=distillation.check_teacher(run_options, rows.task))
+    if run_options.streaming:
         with clock.part("data"):
-            rows.lines = streamed.Lines(rows.paths, rows.task, parse_columns(given.columns))
-    precisions.check(given.precision, given.dtype, given.device)
+            rows.lines = streamed.Lines(rows.paths, rows.task, parse_columns(run_options.columns))
+    precisions.check(run_options.precision, run_options.dtype, run_options.device)
     require("transformers", "accelerate", "matplotlib", "psutil")
     for package, extra in registered.find(rows.task).requires:
         require(package, extra=extra)
     base_files.quiet_transformers()
     from peftcore_cli.training import best_checkpoint, reporting
 
-    best_checkpoint.check(given, rows.task)
+    best_checkpoint.check(run_options, rows.task)
     reporting.services(display.report_to)
-    return given
+    return run_options
 
 
-def _check_quantize(given: RunOptions, start: Start | None, method: str) -> None:
+def _check_quantize(run_options: RunOptions, start: Start | None, method: str) -> None:
     """Raise a PeftcoreError if --quantize contradicts the adapter to continue from, or the method."""
     import peftcore
     from peftcore.quantization import find_type
     from peftcore_cli.bases import base_quantization
 
-    if given.quantize is None:
+    if run_options.quantize is None:
         return
     if start is not None and start.task.quantized is not None:
-        base_quantization.refuse_other(given.quantize, start.task.quantized, str(start.folder))
+        base_quantization.refuse_other(run_options.quantize, start.task.quantized, str(start.folder))
         return
-    find_type(given.quantize)
+    find_type(run_options.quantize)
     if peftcore.method(method).prepare is not None:
         raise PeftcoreError(
-            f"--method {method} prepares the base itself, so it cannot be combined with --quantize {given.quantize}. "
-            "Leave it out, or pass another method"
+            f"--method {method} prepares the base itself, so it cannot be combined with --quantize "
+            f"{run_options.quantize}. Leave it out, or pass another method"
         )
 
 
 def _settings(
-    given: RunOptions, start: Start | None, *, model: str | None, rows: _Rows, method: str, fields: dict[str, Any]
+    run_options: RunOptions, start: Start | None, *, model: str | None, rows: _Rows, method: str, fields: dict[str, Any]
 ) -> Settings:
     """Return everything that determines the run."""
     import peftcore
     from peftcore.plugin import ranks
     from peftcore_cli.bases import base_files
 
-    return Settings.of(
-        given,
+    return Settings.from_options(
+        run_options,
         model=base_files.resolve(start.base if start else str(model)),
         data=options.absolute_data(rows.paths),
         task=rows.task,
         method=method,
         fields=fields,
         adapter=str(start.folder) if start else None,
-        quantize=given.quantize or (start.quantize if start else None),
-        chat_template=given.chat_template or (start.task.chat_template if start else None),
-        lr=peftcore.method(method).learning_rate if given.lr is None else given.lr,
+        quantize=run_options.quantize or (start.quantize if start else None),
+        chat_template=run_options.chat_template or (start.task.chat_template if start else None),
+        lr=peftcore.method(method).learning_rate if run_options.lr is None else run_options.lr,
         ranks=ranks.count(),
     )
 

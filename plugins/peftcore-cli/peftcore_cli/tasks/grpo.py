@@ -61,24 +61,24 @@ class GRPO(Judged):
             return Row(where, "", messages=messages, columns=columns)
         return Row(where, text_of(where, "prompt", fields["prompt"]), columns=columns)
 
-    def check_options(self, given: RunOptions, data: Sequence[str], *, continues: bool) -> None:
+    def check_options(self, run_options: RunOptions, data: Sequence[str], *, continues: bool) -> None:
         require("trl", extra="dpo")
-        if given.reward is None:
+        if run_options.reward is None:
             raise PeftcoreError("--task grpo needs a function that scores answers. Pass --reward FILE.py:FUNCTION")
-        size = given.batch_size * given.grad_accum
-        if size % given.generations:
+        size = run_options.batch_size * run_options.grad_accum
+        if size % run_options.generations:
             raise PeftcoreError(
                 f"--batch-size times --grad-accum is a number of answers and must be a multiple of --generations "
-                f"{given.generations}, found {size}. Use --batch-size {given.generations}"
+                f"{run_options.generations}, found {size}. Use --batch-size {run_options.generations}"
             )
-        if given.temperature <= 0:
-            raise PeftcoreError(f"--temperature must be above 0 to sample answers, found {given.temperature:g}")
+        if run_options.temperature <= 0:
+            raise PeftcoreError(f"--temperature must be above 0 to sample answers, found {run_options.temperature:g}")
         weighted_path = next((path for path in data if mixture.parse(path).weight != 1), None)
         if weighted_path is not None:
             raise PeftcoreError(
                 f"--task grpo draws every prompt once per epoch, found --data {weighted_path}. Leave out the weight"
             )
-        generations.load_reward(given.reward)
+        generations.load_reward(run_options.reward)
 
     def encode(
         self,

@@ -64,8 +64,8 @@ class Images(Classification):
     def load_processor(self, model: str, adapter: Path | None = None) -> Any:
         return models.image_processor(model, self.name)
 
-    def check_options(self, given: RunOptions, data: Sequence[str], *, continues: bool) -> None:
-        if given.chat_template is not None or given.columns is not None:
+    def check_options(self, run_options: RunOptions, data: Sequence[str], *, continues: bool) -> None:
+        if run_options.chat_template is not None or run_options.columns is not None:
             raise PeftcoreError("--chat-template and --columns do not work with --task image. Leave them out")
 
     def encode(

@@ -83,8 +83,8 @@ class KTO(Judged):
             is_good=is_good,
         )
 
-    def check_options(self, given: RunOptions, data: Sequence[str], *, continues: bool) -> None:
-        if given.batch_size < self.least_batch:
+    def check_options(self, run_options: RunOptions, data: Sequence[str], *, continues: bool) -> None:
+        if run_options.batch_size < self.least_batch:
             raise PeftcoreError(
                 "--task kto compares the answers of a batch, so --batch-size 1 is too small. Use --batch-size 2 or more"
             )

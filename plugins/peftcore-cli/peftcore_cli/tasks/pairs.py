@@ -111,10 +111,10 @@ class Pairs(Task):
     def prepare(self, processor: Any, about: AdapterTask, base: str) -> AdapterTask:
         return replace(about, pooling=pooling_of(base, about.pooling or "auto"))
 
-    def check_options(self, given: RunOptions, data: Sequence[str], *, continues: bool) -> None:
-        if given.pooling != "auto" and continues:
+    def check_options(self, run_options: RunOptions, data: Sequence[str], *, continues: bool) -> None:
+        if run_options.pooling != "auto" and continues:
             raise PeftcoreError(
-                f"--pooling {given.pooling} cannot change the pooling of an existing adapter. Leave it out"
+                f"--pooling {run_options.pooling} cannot change the pooling of an existing adapter. Leave it out"
             )
 
     def check_examples(self, examples: Sequence[Example], subset: str, batch_size: int | None = None) -> None:

@@ -1,4 +1,4 @@
-"""The tasks of the command line: peftcore's own and those of plugins, all from the hook `peftcore_tasks`."""
+"""Registry of tasks: peftcore's own and those of plugins, all from the hook `peftcore_tasks`."""
 
 from __future__ import annotations
 

@@ -265,11 +265,11 @@ class Task:
 
     # Options and examples
 
-    def check_options(self, given: RunOptions, data: Sequence[str], *, continues: bool) -> None:
+    def check_options(self, run_options: RunOptions, data: Sequence[str], *, continues: bool) -> None:
         """Raise a PeftcoreError for options of a run that contradict the task.
 
         Args:
-            given: the options.
+            run_options: options of the run.
             data: values of `--data`.
             continues: whether the run starts from an adapter.
         """

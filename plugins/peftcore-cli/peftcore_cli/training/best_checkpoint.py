@@ -79,16 +79,16 @@ def check(run_options: RunOptions, task: str) -> None:
         )
 
 
-def arguments(given: RunOptions, default_interval: int) -> dict[str, Any]:
+def arguments(run_options: RunOptions, default_interval: int) -> dict[str, Any]:
     """Return Trainer's arguments for keeping the best checkpoint; `often`: steps between evaluations by default."""
-    if not keeps_best(given):
+    if not keeps_best(run_options):
         return {}
-    metric = generations.name_of(given.metric or "loss")
+    metric = generations.name_of(run_options.metric or "loss")
     return {
         "load_best_model_at_end": True,
         "metric_for_best_model": metric,
         "greater_is_better": metric not in LOWER_IS_BETTER,
-        "save_steps": given.eval_every or default_interval,
+        "save_steps": run_options.eval_every or default_interval,
     }
 
 

@@ -90,7 +90,7 @@ def evaluation_of(
     """Return how to evaluate examples, according to options.
 
     Args:
-        given: --metric, --eval-answers, --answer-tokens, --reward, and --batch-size unless it is passed.
+        run_options: --metric, --eval-answers, --answer-tokens, --reward, and --batch-size unless it is passed.
         processor: the tokenizer or processor.
         about: what the adapter is trained for.
         rows: the examples; the first are answered.

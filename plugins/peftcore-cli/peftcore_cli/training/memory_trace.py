@@ -63,7 +63,7 @@ class MemoryTrace(TrainerCallback):
 
     def __init__(self, model: nn.Module, memory: Callable[[], int] = current_memory) -> None:
         self.largest: Trace | None = None
-        self._now: Trace | None = None
+        self._current: Trace | None = None
         self._memory = memory
         self._steps = 0
         self._over = threading.Event()
@@ -71,7 +71,7 @@ class MemoryTrace(TrainerCallback):
 
     def sample(self) -> None:
         """Take a sample if a step is running."""
-        trace = self._now
+        trace = self._current
         if trace is not None:
             trace.samples.append((time.perf_counter(), self._memory()))
 
@@ -84,7 +84,7 @@ class MemoryTrace(TrainerCallback):
         threading.Thread(target=self._watch, daemon=True).start()
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
-        self._now = Trace(ends=[time.perf_counter()])
+        self._current = Trace(ends=[time.perf_counter()])
 
     def on_substep_end(self, *_: Any, **__: Any) -> None:
         self._phase_ends()
@@ -94,15 +94,15 @@ class MemoryTrace(TrainerCallback):
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
         self._phase_ends()
-        trace, self._now = self._now, None
+        trace, self._current = self._current, None
         self._steps += 1
         if trace is not None and self._steps > 1 and (self.largest is None or trace.peak > self.largest.peak):
             self.largest = trace
 
     def _phase_ends(self) -> None:
-        if self._now is not None:
+        if self._current is not None:
             self.sample()
-            self._now.ends.append(time.perf_counter())
+            self._current.ends.append(time.perf_counter())
 
     def _watch(self) -> None:
         while not self._over.wait(EVERY):

@@ -164,7 +164,7 @@ FOLLOWED = list(image_models.KINDS)
 
 
 def step_of(model: Path, file: Path, task: str) -> peftcore.Step:
-    settings = Settings.of(RunOptions(), model=str(model), data=str(file), task=task, method="lora")
+    settings = Settings.from_options(RunOptions(), model=str(model), data=str(file), task=task, method="lora")
     return peftcore.Step(
         **{**forecast.step_options(task, "auto", None, 1), **forecast.step_data(settings), "batch_size": 3}
     )
