@@ -148,7 +148,7 @@ def test_info_of_a_config_that_no_load_takes(run: Run, tmp_path: Path) -> None:
     (saved / "adapter_model.safetensors").rename(other / "adapter_model.safetensors")
     assert "has no field peft_type (its fields: fine_tune_type, num_layers)" in run("info", other, code=1).output
     (saved / "adapter_config.json").rename(saved / "config.json")
-    assert "Pass this folder as the base" in run("info", saved, code=1).output
+    assert "this one is a base" in run("info", saved, code=1).output
     (saved / "config.json").rename(saved / "run.json")
     assert "the run in" in run("info", saved, code=1).output
 

@@ -117,7 +117,7 @@ def test_fit_keeps_the_examples_of_a_step(llama: Path, monkeypatch: pytest.Monke
     settings = Settings(model=str(llama), data="d", task="causal-lm", method="lora", batch_size=6)
     found = forecast.fit(settings, [])
     assert (found.batch_size, found.grad_accum) == (3, 2)
-    with pytest.raises(peftcore.PeftcoreError, match=r"divide the 7 examples of a step; 4 fit into memory. Pass an even"):
+    with pytest.raises(peftcore.PeftcoreError, match=r"divide the 7 examples of a step; 4 fit into memory"):
         forecast.fit(replace(settings, task="kto", batch_size=7), [])
     assert forecast.fit(replace(settings, task="kto"), []).batch_size == 3
 
