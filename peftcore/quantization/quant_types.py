@@ -73,8 +73,8 @@ def find_reader_package(quantization_config: Mapping[str, Any], checkpoint: str)
     """Return the package that reads a quantized checkpoint, or None if the core does or nothing can.
 
     Args:
-        stored: `quantization_config` of the checkpoint.
-        where: its name, for messages.
+        quantization_config: that of the checkpoint.
+        checkpoint: its name, for messages.
 
     Raises:
         PeftcoreError: the package is not installed or not usable.

@@ -182,7 +182,7 @@ def merged_copies(
         path: path of the module.
         module: the module.
         methods: {adapter name: method name}, in order of activation.
-        chosen: the module's weight format, or None if it has none.
+        layout: the module's weight format, or None if it has none.
 
     Raises:
         PluginError: `merged` of an adapter fails.

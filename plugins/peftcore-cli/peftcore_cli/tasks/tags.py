@@ -208,7 +208,7 @@ def figures(answers: Sequence[Tensor], tags: Sequence[Tensor], names: Sequence[s
 
     Args:
         answers: predicted tags, per sentence.
-        targets: true tags, per sentence.
+        tags: true tags, per sentence.
         names: names of the tags.
     """
     word_metrics = metrics.of_classes(torch.cat(list(answers)), torch.cat(list(tags)), len(names))
