@@ -41,7 +41,7 @@ class CheckpointFiles:
         """Take the names that transformers has for what is called otherwise in files of this class of model."""
         if not hasattr(model, "base_model_prefix"):
             return
-        known = {name for name, _ in (*base_parameters(model), *model.named_buffers())}
+        names = {name for name, _ in (*base_parameters(model), *model.named_buffers())}
         renamings: list[loading.WeightRenaming] = []
         converters: list[loading.WeightConverter] = []
         for conversion in get_model_conversion_mapping(model):
@@ -54,9 +54,9 @@ class CheckpointFiles:
             by_pattern.update(dict.fromkeys(converter.source_patterns, converter))
         self.keys = {}
         for key in sorted(self.files, key=loading.dot_natural_key):
-            name = key if key in known else loading.rename_source_key(key, renamings, [])[0]
-            target, pattern = (name, None) if name in known else loading.rename_source_key(name, [], converters)
-            if pattern is None or target not in known:
+            name = key if key in names else loading.rename_source_key(key, renamings, [])[0]
+            target, pattern = (name, None) if name in names else loading.rename_source_key(name, [], converters)
+            if pattern is None or target not in names:
                 self.keys[name] = key
             else:
                 lists = self.experts.setdefault(target, (by_pattern[pattern], {}))[1]
@@ -74,10 +74,10 @@ class CheckpointFiles:
         keys = {part: self.keys[f"{name}.{part}"] for part in PARTS if f"{name}.{part}" in self.keys}
         return {part: self.stored(key)[...] for part, key in keys.items()}
 
-    def by_expert(self, model: nn.Module, name: str, first: int, last: int) -> Iterator[Tensor]:
+    def by_expert(self, model: nn.Module, name: str, start: int, stop: int) -> Iterator[Tensor]:
         """Yield the experts [first, last) of a parameter."""
         converter, lists = self.experts[name]
-        for i in range(first, last):
+        for i in range(start, stop):
             yield expert_of(converter, {p: self.stored(keys[i])[...] for p, keys in lists.items()}, name, model)
 
     def close(self) -> None:

@@ -57,13 +57,13 @@ class GradientMean:
     def _average(self, parameters: Sequence[nn.Parameter]) -> None:
         """Average gradients of one dtype. A 1 is sent with each, so that parameters that no rank used stay without."""
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-        used = torch.tensor([float(p.grad is not None) for p in parameters]).to(gradients[0])
-        message = torch.cat([*(gradient.flatten() for gradient in gradients), used])
+        is_used = torch.tensor([float(p.grad is not None) for p in parameters]).to(gradients[0])
+        message = torch.cat([*(gradient.flatten() for gradient in gradients), is_used])
         for group in self.groups:
             distributed.all_reduce(message, group=group)
             message /= distributed.get_world_size(group)
-        *means, used = message.split([*(gradient.numel() for gradient in gradients), len(parameters)])
-        for parameter, mean, share in zip(parameters, means, used.tolist(), strict=True):
+        *means, is_used = message.split([*(gradient.numel() for gradient in gradients), len(parameters)])
+        for parameter, mean, share in zip(parameters, means, is_used.tolist(), strict=True):
             if parameter.grad is not None:
                 parameter.grad.copy_(mean.view_as(parameter))
             elif share:

@@ -74,14 +74,14 @@ def _let_go(holder: Any) -> None:
             holder.__defaults__ = tuple(None if _is_group(value) else value for value in holder.__defaults__)
     elif kind.__dictoffset__ and not issubclass(kind, type):
         try:
-            held = object.__getattribute__(holder, "__dict__")
+            attributes = object.__getattribute__(holder, "__dict__")
         except AttributeError:  # objects of C, such as cffi's, may hide theirs
             return
-        for name, value in list(held.items()):
+        for name, value in list(attributes.items()):
             if _is_group(value):
-                held[name] = None
+                attributes[name] = None
             elif type(value) in (dict, list, tuple) and any(map(_is_group, _elements(value))):
-                held[name] = type(value)()
+                attributes[name] = type(value)()
 
 
 def _elements(values: Any) -> Any:

@@ -89,8 +89,8 @@ def load_sharded(
     config = transformers.AutoConfig.from_pretrained(folder)
     if getattr(config, "quantization_config", None) is not None:
         del config.quantization_config
-    named = (config.architectures or [None])[0]
-    model_class = model_class or getattr(transformers, named or "", None) or transformers.AutoModelForCausalLM
+    architecture = (config.architectures or [None])[0]
+    model_class = model_class or getattr(transformers, architecture or "", None) or transformers.AutoModelForCausalLM
     with init_empty_weights(include_buffers=False):
         model = getattr(model_class, "_from_config", model_class)(config, dtype=dtype or config.dtype)
     if hasattr(model, "tie_weights"):
@@ -166,7 +166,7 @@ def _materialize(model: nn.Module, device: torch.device) -> None:
 
 def _read(model: nn.Module, tensors: CheckpointFiles) -> None:
     parameters = dict(base_parameters(model))
-    left = {id(p): name for name, p in parameters.items()}
+    remaining = {id(p): name for name, p in parameters.items()}
     buffers = dict(model.named_buffers())
     with closing(tensors), torch.no_grad():
         for name in [*tensors.keys, *tensors.experts]:
@@ -193,22 +193,22 @@ def _read(model: nn.Module, tensors: CheckpointFiles) -> None:
                     parameter.to_local()[i].copy_(expert)
             else:
                 _fill_dense(parameter, tensors.stored(tensors.keys[name]), name)
-            left.pop(id(parameter), None)
-    if left:
-        missing = sorted(left.values())
+            remaining.pop(id(parameter), None)
+    if remaining:
+        missing_names = sorted(remaining.values())
         raise CheckpointError(
-            f"'{tensors.folder}' is not whole: {len(missing)} tensors are missing, such as '{missing[0]}'"
-            f"{nearest(missing[0], tensors.files)}"
+            f"'{tensors.folder}' is not whole: {len(missing_names)} tensors are missing, such as '{missing_names[0]}'"
+            f"{nearest(missing_names[0], tensors.files)}"
         )
 
 
-def _fill_dense(parameter: DTensor, stored: Any, name: str) -> None:
+def _fill_dense(parameter: DTensor, tensor: Any, name: str) -> None:
     """Read this rank's rows, and no others, from the file."""
-    if list(stored.get_shape()) != list(parameter.shape):
-        raise CheckpointError(f"'{name}' has shape {stored.get_shape()}, the model needs {list(parameter.shape)}")
+    if list(tensor.get_shape()) != list(parameter.shape):
+        raise CheckpointError(f"'{name}' has shape {tensor.get_shape()}, the model needs {list(parameter.shape)}")
     begin, rows = _rows(parameter)
     if rows:
-        parameter.to_local().copy_(stored[begin : begin + rows])
+        parameter.to_local().copy_(tensor[begin : begin + rows])
 
 
 def _fill_quantized(

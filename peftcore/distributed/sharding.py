@@ -60,10 +60,10 @@ def shard(
     from torch.distributed.fsdp import FSDPModule
 
     _refuse_unshardable(model, adapter_placement)
-    replicated, whole = divided(model, adapter_placement)
+    replicated, full_parameters = divided(model, adapter_placement)
     broadcast_adapters(model)
     if not isinstance(model, FSDPModule):
-        _shard_blocks(model, whole, mesh, mixed_precision, offload, reshard_after_forward)
+        _shard_blocks(model, full_parameters, mesh, mixed_precision, offload, reshard_after_forward)
     groups = [distributed.group.WORLD] if mesh is None else [mesh.get_group(i) for i in range(mesh.ndim)]
     average_gradients(replicated, groups)
     return model
@@ -97,7 +97,7 @@ def _refuse_unshardable(model: nn.Module, adapter_placement: str) -> None:
 
 def _shard_blocks(
     model: nn.Module,
-    whole: set[nn.Parameter],
+    full_parameters: set[nn.Parameter],
     mesh: DeviceMesh | None,
     mixed_precision: MixedPrecisionPolicy | None,
     offload: bool,
@@ -110,7 +110,7 @@ def _shard_blocks(
         "mesh": mesh,
         "mp_policy": mixed_precision or MixedPrecisionPolicy(),
         "offload_policy": CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if offload else OffloadPolicy(),
-        "ignored_params": whole,
+        "ignored_params": full_parameters,
     }
     for block in blocks(model):
         fully_shard(block, reshard_after_forward=reshard_after_forward, **options)
@@ -122,10 +122,10 @@ def divided(model: nn.Module, adapter_placement: str) -> tuple[list[nn.Parameter
 
     What a trained parameter has replaced takes no part in any forward: to gather it would be idle work.
     """
-    between = between_blocks(model)
+    parameters_between = between_blocks(model)
     plain = [p for p in _of_adapters(model) if not sharded.is_shard(p)]
-    replicated = [p for p in plain if adapter_placement == "replicate" or p in between]
-    return replicated, {*_aside(model), *between, *replicated}
+    replicated = [p for p in plain if adapter_placement == "replicate" or p in parameters_between]
+    return replicated, {*_aside(model), *parameters_between, *replicated}
 
 
 def _of_adapters(model: nn.Module) -> list[nn.Parameter]:

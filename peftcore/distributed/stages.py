@@ -55,9 +55,9 @@ def _join(model: nn.Module, stage: nn.Module) -> None:
 
 def _owners(tensors: Sequence[Tensor], stage: nn.Module) -> list[list[int]]:
     """Return the ranks whose stage has each tensor. Collective."""
-    held = {id(tensor) for tensor in (*stage.parameters(), *stage.buffers())}
+    tensor_ids = {id(tensor) for tensor in (*stage.parameters(), *stage.buffers())}
     everyone: list[list[bool]] = [[]] * ranks.count()
-    distributed.all_gather_object(everyone, [id(tensor) in held for tensor in tensors])
+    distributed.all_gather_object(everyone, [id(tensor) in tensor_ids for tensor in tensors])
     return [[rank for rank, has in enumerate(flags) if has] for flags in zip(*everyone, strict=True)]
 
 

@@ -63,7 +63,7 @@ class TrainingState(Stateful):
             "adapters": {name: parameter.detach().clone() for name, parameter in self._adapters()},
             "optimizer": get_optimizer_state_dict(self.model, self.optimizer),
             "base": fingerprint(self._base()),
-            **{name: other.state_dict() for name, other in self.others.items()},
+            **{name: stateful.state_dict() for name, stateful in self.others.items()},
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -75,19 +75,19 @@ class TrainingState(Stateful):
             for name, parameter in self._adapters():
                 parameter.copy_(state_dict["adapters"][name])
         set_optimizer_state_dict(self.model, self.optimizer, state_dict["optimizer"])
-        for name, other in self.others.items():
-            other.load_state_dict(state_dict[name])
+        for name, stateful in self.others.items():
+            stateful.load_state_dict(state_dict[name])
 
     def _adapters(self) -> Iterator[tuple[str, Tensor]]:
         for adapter in require_state(self.model).applied:
             for name, parameter in adapter_parameters(self.model, adapter):
                 yield f"{adapter}.{name}", parameter
-            owned = TrainedParameters.of(self.model, adapter)
-            for name, tensor in owned.kept_values(self.model) if owned is not None else ():
+            trained_parameters = TrainedParameters.of(self.model, adapter)
+            for name, tensor in trained_parameters.kept_values(self.model) if trained_parameters else ():
                 yield f"{adapter}.{name}", tensor
 
     def _base(self) -> dict[str, Tensor]:
-        owned: set[str] = set()
+        names: set[str] = set()
         for adapter in require_state(self.model).applied:
-            owned |= own_slots(self.model, adapter)
-        return {name: value for name, value in base_tensors(self.model).items() if name not in owned}
+            names |= own_slots(self.model, adapter)
+        return {name: value for name, value in base_tensors(self.model).items() if name not in names}

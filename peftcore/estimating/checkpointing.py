@@ -32,14 +32,16 @@ def checkpoint(model: nn.Module, kind: bool | str | Mapping[str, Any]) -> None:
     if name is None or not getattr(model, "supports_gradient_checkpointing", True):
         raise NotFollowed(f"{type(model).__name__} does not support gradient_checkpointing. Leave it out")
     enable = getattr(model, name)
-    own = {name: options.pop(name) for name in ("every_n_layers", "offload") if name in options}
-    missing = own.keys() - inspect.signature(enable).parameters.keys()
-    if missing:
-        raise PeftcoreError(f"gradient_checkpointing: {', '.join(missing)} needs a later release of transformers")
+    our_options = {name: options.pop(name) for name in ("every_n_layers", "offload") if name in options}
+    unknown_options = our_options.keys() - inspect.signature(enable).parameters.keys()
+    if unknown_options:
+        raise PeftcoreError(
+            f"gradient_checkpointing: {', '.join(unknown_options)} needs a later release of transformers"
+        )
     unknown = options.keys() - {"use_reentrant", "context_fn", "preserve_rng_state", "determinism_check", "debug"}
     if unknown:
         raise PeftcoreError(
             f"gradient_checkpointing: torch.utils.checkpoint has no option {', '.join(sorted(unknown))}. It has "
             "use_reentrant, context_fn, preserve_rng_state, determinism_check and debug; transformers every_n_layers"
         )
-    enable(options, **own)
+    enable(options, **our_options)

@@ -26,7 +26,7 @@ from peftcore.optim import bytes_of
 PLAIN, PAGED = "adamw_torch", "paged_adamw_8bit"
 LARGEST_BATCH = 64
 SHORTEST = 64  # tokens of the shortest examples that an error suggests
-_LOOKED_FOR = ("batch_size", "gradient_checkpointing", "optimizer")
+_SEARCHED = ("batch_size", "gradient_checkpointing", "optimizer")
 _EXAMPLES = {1: "one example", 2: "two examples"}
 
 
@@ -51,26 +51,26 @@ class Way:
     @property
     def memory(self) -> Range:
         """Bytes of the process on this machine; on a card, of the card."""
-        found = self.estimate
-        low = self.libraries + found.beyond_libraries.low - (found.peak - found.least)
-        high = self.libraries + found.needed
+        estimate = self.estimate
+        low = self.libraries + estimate.beyond_libraries.low - (estimate.peak - estimate.least)
+        high = self.libraries + estimate.needed
         return Range(low if self.libraries else high, high)
 
     def options(self) -> list[str]:
         """Return the options of `peftcore train` for this way."""
-        chosen = ["--method", self.method]
+        words = ["--method", self.method]
         for name, value in self.fields.items():
-            chosen += ["--set", f"{name}={value if isinstance(value, str) else json.dumps(value)}"]
-        chosen += ["--batch-size", str(self.batch_size), "--optim", self.optimizer]
-        return chosen + (["--gradient-checkpointing"] if self.gradient_checkpointing else [])
+            words += ["--set", f"{name}={value if isinstance(value, str) else json.dumps(value)}"]
+        words += ["--batch-size", str(self.batch_size), "--optim", self.optimizer]
+        return words + (["--gradient-checkpointing"] if self.gradient_checkpointing else [])
 
 
 @dataclass(frozen=True)
 class Suggestion:
     """Ways of training that fit into `memory` bytes.
 
-    A dense base comes before one in 4 bits, which is less exact. Of one method, gradient checkpointing, which computes
-    activations twice, and the paged optimizer come after, where they make room for a larger batch.
+    Ways with a dense base come before those with a 4-bit base, which is less exact. For each method the plain way comes
+    first; gradient checkpointing and the paged optimizer, which take more time, follow if they allow a larger batch.
     """
 
     memory: float
@@ -79,9 +79,9 @@ class Suggestion:
 
     def __str__(self) -> str:
         ranks = self.ways[0].estimate.step.ranks
-        each = f" for each of {ranks} processes" if ranks > 1 else ""
+        for_each_process = f" for each of {ranks} processes" if ranks > 1 else ""
         with_libraries = "" if self.device.is_card else " with Python and its libraries"
-        lines = [f"fits into {self.memory / 1e9:,.1f} GB on {self.device.name}{with_libraries}{each}:"]
+        lines = [f"fits into {self.memory / 1e9:,.1f} GB on {self.device.name}{with_libraries}{for_each_process}:"]
         for way in self.ways:
             verdict = "" if way.next_need <= self.memory else " and does not fit"
             lines += [
@@ -105,7 +105,7 @@ def suggest(
     step: Step | None = None,
     **options: Any,
 ) -> Suggestion:
-    """Suggest ways to train `model` in so much memory: batch, gradient checkpointing and optimizer for each method.
+    """Suggest ways to train `model` within a memory limit: batch size, checkpointing and optimizer for each method.
 
     Args:
         model: A transformers config, a folder with a `config.json`, a hub id, or a model that has a config.
@@ -120,41 +120,41 @@ def suggest(
         options: Fields of `Step`, such as length=2048, ranks=8 or mixed_precision="bf16", which override `step`.
 
     Raises:
-        PeftcoreError: Nothing fits, with the smallest need that was found, or an argument is wrong.
+        PeftcoreError: Nothing fits (the error names the smallest need found), or an argument is wrong.
     """
-    where = device_of(device)
-    room = _room(memory, where)
-    wanted = [name for name in _LOOKED_FOR if name in options]
+    target = device_of(device)
+    room = _room(memory, target)
+    searched_options = [name for name in _SEARCHED if name in options]
     step = step_of(step, options)
-    if wanted or options:
+    if searched_options or options:
         raise PeftcoreError(
-            f"suggest chooses {', '.join(_LOOKED_FOR)} itself: leave out {', '.join(wanted)}"
-            if wanted
+            f"suggest chooses {', '.join(_SEARCHED)} itself: leave out {', '.join(searched_options)}"
+            if searched_options
             else f"suggest has no argument {', '.join(options)}. Pass fields of a method's config as fields={{...}}"
         )
-    if memory is None and not where.is_card:
+    if memory is None and not target.is_card:
         room /= step.ranks
     config = config_of(model)
     refuse_not_followed(config)
-    search = _Search(config, replace(where, memory=room), step, dtype)
+    search = _Search(config, replace(target, memory=room), step, dtype)
     if isinstance(methods, str) or not methods:
         raise PeftcoreError(f"methods must be a list of names, found {methods!r}")
-    libraries = 0.0 if where.is_card else float(process_memory())
+    libraries = 0.0 if target.is_card else float(process_memory())
     ways: list[Way] = []
-    tried: list[_Choice] = []
-    for first in _choices(methods, r, fields or {}):
-        search.estimate(first, search.least)  # raises if the method refuses the model
+    tried_choices: list[_Choice] = []
+    for plain_choice in _choices(methods, r, fields or {}):
+        search.estimate(plain_choice, search.smallest_batch)  # raises if the method refuses the model
         batch_before = 0
-        for choice in _ladder(first):
+        for choice in _ladder(plain_choice):
             try:
                 batch = search.largest_batch(choice, room)
             except NotFollowed:  # some models have no gradient checkpointing
                 break
-            tried.append(choice)
+            tried_choices.append(choice)
             if batch <= batch_before:
                 continue
             batch_before = batch
-            found = search.estimate(choice, batch)
+            largest = search.estimate(choice, batch)
             ways.append(
                 Way(
                     choice.method,
@@ -162,32 +162,34 @@ def suggest(
                     batch,
                     choice.gradient_checkpointing,
                     choice.optimizer,
-                    found,
+                    largest,
                     next_need=libraries + search.estimate(choice, 2 * batch).needed,
                     libraries=libraries,
                 )
             )
     if not ways:
-        raise PeftcoreError(_why_nothing(search, tried, room))
+        raise PeftcoreError(_no_way_message(search, tried_choices, room))
     ways.sort(key=lambda way: bool(way.estimate.summary.packed_parameters))
-    return Suggestion(room + libraries, where, tuple(ways[:max_ways]))
+    return Suggestion(room + libraries, target, tuple(ways[:max_ways]))
 
 
-def _room(memory: int | str | None, where: Device) -> float:
+def _room(memory: int | str | None, device: Device) -> float:
     """Return the bytes of `memory` that a step on this device can use."""
     if memory is None:
-        return where.memory
+        return device.memory
     try:
-        given = float(bytes_of(memory) or 0)
+        size = float(bytes_of(memory) or 0)
     except ValueError as error:
         raise PeftcoreError(f"memory must be bytes or text such as '24GB', found {memory!r}") from error
-    if given < 1e6:
+    if size < 1e6:
         raise PeftcoreError(f"memory must be bytes or text such as '24GB', found {memory!r}: no model fits into that")
-    room = usable(given) if where.is_card else given - process_memory()
+    room = usable(size) if device.is_card else size - process_memory()
     if room < 1e6:
-        what = "the CUDA context takes" if where.is_card else "Python and its libraries take"
-        least = math.ceil((given - room + 1e6) / 1e9)
-        raise PeftcoreError(f"memory={memory!r} on {where.name} is no more than {what}. Give at least {least}GB")
+        user_of_memory = "the CUDA context takes" if device.is_card else "Python and its libraries take"
+        smallest_in_gb = math.ceil((size - room + 1e6) / 1e9)
+        raise PeftcoreError(
+            f"memory={memory!r} on {device.name} is no more than {user_of_memory}. Give at least {smallest_in_gb}GB"
+        )
     return room
 
 
@@ -204,10 +206,10 @@ class _Choice:
         return hash((self.method, repr(self.fields), self.gradient_checkpointing, self.optimizer))
 
 
-def _ladder(first: _Choice) -> tuple[_Choice, ...]:
-    """Return the choice, and what needs less and less memory with the same method."""
-    again = replace(first, gradient_checkpointing=True)
-    return first, again, replace(again, optimizer=PAGED)
+def _ladder(plain: _Choice) -> tuple[_Choice, ...]:
+    """Return the choice, then with checkpointing, then with a paged optimizer as well: each needs less memory."""
+    checkpointed = replace(plain, gradient_checkpointing=True)
+    return plain, checkpointed, replace(checkpointed, optimizer=PAGED)
 
 
 @dataclass
@@ -218,10 +220,10 @@ class _Search:
     device: Device
     step: Step
     dtype: torch.dtype
-    _known: dict[Any, Estimate] = field(default_factory=dict)
+    _estimates: dict[Any, Estimate] = field(default_factory=dict)
 
     @property
-    def least(self) -> int:
+    def smallest_batch(self) -> int:
         """Smallest batch: a pair of texts is compared with another one."""
         return 2 if self.step.loss == "pairs" else 1
 
@@ -229,8 +231,8 @@ class _Search:
         """Follow a step."""
         length = length or self.step.length
         key = choice, batch, length
-        if key not in self._known:
-            self._known[key] = estimate(
+        if key not in self._estimates:
+            self._estimates[key] = estimate(
                 self.config,
                 choice.method,
                 step=replace(
@@ -244,31 +246,32 @@ class _Search:
                 device=self.device,
                 **dict(choice.fields),
             )
-        return self._known[key]
+        return self._estimates[key]
 
     def largest_batch(self, choice: _Choice, room: float) -> int:
         """Return the largest power of two that fits, or 0."""
-        batches = [2**power for power in range(self.least - 1, LARGEST_BATCH.bit_length())]
+        batches = [2**power for power in range(self.smallest_batch - 1, LARGEST_BATCH.bit_length())]
         fitting = bisect_left(batches, True, key=lambda batch: self.estimate(choice, batch).needed > room)
         return batches[fitting - 1] if fitting else 0
 
 
-def _why_nothing(search: _Search, choices: Sequence[_Choice], room: float) -> str:
-    """Return an error text with the smallest need, what it is for, and what would need less."""
-    choice = min(choices, key=lambda each: search.estimate(each, search.least).needed)
-    step = search.estimate(choice, search.least)
+def _no_way_message(search: _Search, choices: Sequence[_Choice], room: float) -> str:
+    """Return the text of the error: the smallest need found, for which choice, and what would need less."""
+    choice = min(choices, key=lambda candidate: search.estimate(candidate, search.smallest_batch).needed)
+    step = search.estimate(choice, search.smallest_batch)
     lasting = step.parts[Purpose.BASE] + step.parts[Purpose.ADAPTERS] + (0 if step.paged else step.parts[Purpose.STATE])
-    again = " and gradient checkpointing" if choice.gradient_checkpointing else ""
+    with_checkpointing = " and gradient checkpointing" if choice.gradient_checkpointing else ""
     beyond = "" if search.device.is_card else " beyond Python and its libraries"
     text = (
         f"nothing fits into {_size(room)}{beyond}: the least is {_size(step.needed)}, {choice.method} with "
-        f"{_EXAMPLES[search.least]} at a time{again}, {_size(step.parts[Purpose.BASE])} of it the base"
+        f"{_EXAMPLES[search.smallest_batch]} at a time{with_checkpointing}, {_size(step.parts[Purpose.BASE])} of it "
+        "the base"
     )
     ways = []
     if lasting < room and search.step.example is None:
         length = search.step.length // 2
         while length >= SHORTEST:
-            if search.estimate(choice, search.least, length).needed <= room:
+            if search.estimate(choice, search.smallest_batch, length).needed <= room:
                 ways.append(f"examples of at most {length} tokens would fit (--max-length {length})")
                 break
             length //= 2
@@ -289,13 +292,13 @@ def _size(count: float) -> str:
     return f"{count / 1e9:,.2f} GB" if count >= 1e8 else f"{count / 1e6:,.1f} MB"
 
 
-def _choices(names: Sequence[str], ranks: Sequence[int], given: Mapping[str, Any]) -> list[_Choice]:
-    """Return each method with each rank, or as it is if it has no rank or `given` names one."""
+def _choices(names: Sequence[str], ranks: Sequence[int], fields: Mapping[str, Any]) -> list[_Choice]:
+    """Return a choice for each method and rank; one for a method without a rank, or whose rank is in `fields`."""
     choices = []
     for name in names:
-        has_rank = "r" in {each.name for each in dataclass_fields(peftcore.method(name).config_class)}
-        if has_rank and "r" not in given:
-            choices += [_Choice(name, (*given.items(), ("r", rank))) for rank in ranks]
+        has_rank = "r" in {item.name for item in dataclass_fields(peftcore.method(name).config_class)}
+        if has_rank and "r" not in fields:
+            choices += [_Choice(name, (*fields.items(), ("r", rank))) for rank in ranks]
         else:
-            choices.append(_Choice(name, tuple(given.items())))
+            choices.append(_Choice(name, tuple(fields.items())))
     return choices

@@ -70,9 +70,9 @@ def memory_here() -> float:
             raise PeftcoreError("free memory cannot be read here without psutil. Try: pip install psutil") from None
     try:
         limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-        used = Path("/sys/fs/cgroup/memory.current").read_text().strip()
+        usage = Path("/sys/fs/cgroup/memory.current").read_text().strip()
         if limit != "max":
-            available = min(available, float(limit) - float(used))
+            available = min(available, float(limit) - float(usage))
     except (OSError, ValueError):  # the system has no such limit
         pass
     return available

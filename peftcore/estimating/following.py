@@ -84,13 +84,13 @@ def births_and_deaths(storages: Sequence[Storage]) -> tuple[dict[int, list[int]]
 
 def _unpacked(operator: Any, args: tuple[Any, ...]) -> int:
     """Return the bytes of a 4-bit weight, of all experts, that a card unpacks for many rows or a gradient."""
-    given = dict(zip((argument.name for argument in operator._schema.arguments), args, strict=False))
-    rows = given.get("grad", given.get("x"))
-    if rows is None or not given.get("packing"):
+    arguments = dict(zip((argument.name for argument in operator._schema.arguments), args, strict=False))
+    rows = arguments.get("grad", arguments.get("x"))
+    if rows is None or not arguments.get("packing"):
         return 0
-    shape = weight_from_operands(given["weight"], given["packing"], operator._schema.name).shape
+    shape = weight_from_operands(arguments["weight"], arguments["packing"], operator._schema.name).shape
     few = 64 if len(shape) == 2 else 16 * shape[0]
-    if "grad" not in given and rows[..., 0].numel() <= few:
+    if "grad" not in arguments and rows[..., 0].numel() <= few:
         return 0
     return int(torch.Size(shape).numel() * rows.element_size())
 
@@ -158,8 +158,8 @@ class Following:
 
     def pass_by(self, name: str) -> None:
         """Record an operation that PyTorch's dispatcher does not show."""
-        inside = self._modules[-1] if self._modules else ""
-        self.operations.append(Operation(name, inside, self.phase))
+        module_path = self._modules[-1] if self._modules else ""
+        self.operations.append(Operation(name, module_path, self.phase))
 
     def end(self) -> None:
         """Stop recording: tensors that still exist stay in the record when the stand-in is deleted."""
@@ -173,14 +173,14 @@ class Following:
             del self._live[key]
 
     def _record(self, operator: Any, args: tuple[Any, ...], tensors: list[Tensor], output: Any) -> None:
-        inside = self._modules[-1] if self._modules else ""
-        if not inside:
+        module_path = self._modules[-1] if self._modules else ""
+        if not module_path:
             for tensor in tensors:
-                known = self._live.get(tensor.untyped_storage()._cdata)
-                if known is not None and known.module:
-                    inside = known.module
+                storage = self._live.get(tensor.untyped_storage()._cdata)
+                if storage is not None and storage.module:
+                    module_path = storage.module
         again = bool(self._modules) and self.phase.startswith("backward")
-        operation = Operation(operator._schema.name, inside, self.phase, recomputed=again)
+        operation = Operation(operator._schema.name, module_path, self.phase, recomputed=again)
         if not operator.is_view:
             made = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
             operation.cost = cost(operator, args, output, on_card=self.on_card)
@@ -214,8 +214,8 @@ def _attention_as_on_cpu() -> Iterator[None]:
 
     def attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, *args: Any, **kwargs: Any) -> Any:
         if has_torch_function((query, key, value)):  # modes go first, such as that of fused attention
-            given = (query, key, value, attn_mask, *args)
-            return handle_torch_function(attention, given[:3], *given, **kwargs)
+            arguments = (query, key, value, attn_mask, *args)
+            return handle_torch_function(attention, arguments[:3], *arguments, **kwargs)
         if query.is_meta and torch.is_autocast_enabled("cpu"):  # which casts before the algorithm is chosen
             dtype = torch.get_autocast_dtype("cpu")
             query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)

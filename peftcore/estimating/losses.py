@@ -99,10 +99,10 @@ class OfTrainer(Own):
         self.name = name
         if name != "sft" and not has_adapters(model):
             self.reference = copy.deepcopy(model).eval().requires_grad_(False)
-        compared = self.reference or model
+        reference_model = self.reference or model
         original = model.forward
-        add_fused_lm_head(compared)
-        self._of_reference = compared.forward
+        add_fused_lm_head(reference_model)
+        self._of_reference = reference_model.forward
         model.forward = original
         add_fused_lm_head(model, outputs=("log_probs", *_ASKED[name]))
 
@@ -152,13 +152,13 @@ def tiles_in_place() -> Iterator[None]:
     """
     kernels = sys.modules.get("trl.kernels.chunked_logprob")
     names = [name for name in ("_forward_tile", "_backward_tile") if hasattr(kernels, name)]
-    before = {name: getattr(kernels, name) for name in names}
+    originals = {name: getattr(kernels, name) for name in names}
     try:
         for name in names:
             setattr(kernels, name, lambda *_, **__: None)
         yield
     finally:
-        for name, function in before.items():
+        for name, function in originals.items():
             setattr(kernels, name, function)
 
 

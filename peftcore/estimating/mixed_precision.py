@@ -56,8 +56,8 @@ def to_single(outputs: Any) -> Any:
 @contextmanager
 def on_meta(on_card: bool) -> Iterator[None]:
     """Cast meta tensors by the state of the CPU's autocast and its operators, or a card's, within the block."""
-    library, others = torch.library.Library("aten", "IMPL"), torch.library.Library("_", "IMPL")
-    others.fallback(torch.library.fallthrough_kernel, KEY)
+    library, other_library = torch.library.Library("aten", "IMPL"), torch.library.Library("_", "IMPL")
+    other_library.fallback(torch.library.fallthrough_kernel, KEY)
     key = getattr(torch._C.DispatchKey, KEY)
     casts = _Casts(torch._C.DispatchKeySet(key))
     for name in torch._C._dispatch_get_registrations_for_dispatch_key("AutocastCUDA" if on_card else "AutocastCPU"):
@@ -72,22 +72,22 @@ def on_meta(on_card: bool) -> Iterator[None]:
     finally:
         torch.set_autocast_enabled(_DEVICE, enabled)
         library._destroy()
-        others._destroy()
+        other_library._destroy()
 
 
 @contextmanager
 def asked_of_cpu() -> Iterator[None]:
     """Make queries of autocast's state for meta return the CPU's, within the block."""
-    before = torch.is_autocast_enabled, torch.get_autocast_dtype
+    originals = torch.is_autocast_enabled, torch.get_autocast_dtype
 
-    def as_on_cpu(asked: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda *device: asked(*("cpu" if each == "meta" else each for each in device))
+    def as_on_cpu(function: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *device: function(*("cpu" if each == "meta" else each for each in device))
 
-    torch.is_autocast_enabled, torch.get_autocast_dtype = (as_on_cpu(asked) for asked in before)
+    torch.is_autocast_enabled, torch.get_autocast_dtype = (as_on_cpu(function) for function in originals)
     try:
         yield
     finally:
-        torch.is_autocast_enabled, torch.get_autocast_dtype = before
+        torch.is_autocast_enabled, torch.get_autocast_dtype = originals
 
 
 class _Casts:

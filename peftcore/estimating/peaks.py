@@ -63,12 +63,12 @@ def peaks(storages: Sequence[Storage], operations: Sequence[Operation]) -> Peaks
         changes[number] += operation.cost.scratch
         changes[number + 1] -= operation.cost.scratch
     smalls, larges = [*accumulate(small)], [*accumulate(large)]
-    both = max(one + other for one, other in zip(smalls, larges, strict=True))
-    return Peaks(both, max(larges), max(smalls), max(smalls) - throughout, gradients, largest)
+    total = max(one + other for one, other in zip(smalls, larges, strict=True))
+    return Peaks(total, max(larges), max(smalls), max(smalls) - throughout, gradients, largest)
 
 
-def held(found: Peaks) -> Range:
+def held(peak: Peaks) -> Range:
     """Return how many bytes a process holds at the peak of a step."""
-    low = found.tensors + _LEAST_HOLES * found.passing - _BELOW
-    holes = _PASSING * found.passing + _OF_GRADIENTS * found.gradients + _OF_LARGEST * found.largest
-    return Range(max(0.0, low), found.large + found.small + holes + _ABOVE)
+    low = peak.tensors + _LEAST_HOLES * peak.passing - _BELOW
+    holes = _PASSING * peak.passing + _OF_GRADIENTS * peak.gradients + _OF_LARGEST * peak.largest
+    return Range(max(0.0, low), peak.large + peak.small + holes + _ABOVE)

@@ -37,7 +37,7 @@ from peftcore.training import recomputes
 
 _ONE_AT_A_TIME = RLock()  # following a step replaces functions of PyTorch, which threads that overlap would not restore
 _PURPOSES = tuple(Purpose)
-_OF_STEP = {each.name for each in dataclass_fields(Step)}
+_OF_STEP = {item.name for item in dataclass_fields(Step)}
 NOT_COUNTED = "Not included: loading, evaluation, and what a trainer keeps (logs, examples); on CUDA the context."
 
 
@@ -121,9 +121,9 @@ class Estimate:
         lines += [f"  {purpose:<18}{size / 1e6:>12,.1f} MB" for purpose, size in self.parts.items() if size]
         lines += [f"  {'tensors at peak':<18}{self.peak / 1e6:>12,.1f} MB, {self.where}"]
         if self.device is None or not self.device.is_card:
-            each = f", each of {self.step.ranks} on this machine" if self.step.ranks > 1 else ""
+            for_each_process = f", each of {self.step.ranks} on this machine" if self.step.ranks > 1 else ""
             libraries = f"{self.libraries / 1e9:.2f} GB of it Python and its libraries, as in this process"
-            lines += [f"  {'process':<18}{self.process!s:>15}, {libraries}{each}"]
+            lines += [f"  {'process':<18}{self.process!s:>15}, {libraries}{for_each_process}"]
         else:
             lines += [f"  {'card':<18}{self.reserved / 1e6:>12,.1f} MB in segments of PyTorch's allocator"]
         if self.paged:
@@ -166,9 +166,9 @@ def estimate(
     """
     step = step_of(step, options)
     _refuse_doubtful(method)
-    where = device_of(device) if isinstance(device, str) else device
-    there: tuple[str, ...] = ()
-    on_card = where is not None and where.is_card
+    target = device_of(device) if isinstance(device, str) else device
+    adapters: tuple[str, ...] = ()
+    on_card = target is not None and target.is_card
     step = _as_model(step, model, on_card)
     libraries = 0 if on_card else process_memory() - _weights_here(model)
     following = Following(on_card=on_card)
@@ -179,40 +179,40 @@ def estimate(
         stack.enter_context(torch.enable_grad())
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")  # the user sees them when `apply` runs on the model itself
-        made = stand_in(model, dtype)
+        meta_model = stand_in(model, dtype)
         try:
             mesh = stack.enter_context(first_of(step.tp_size))
             with torch.device("meta"):
-                divide(made, mesh)
+                divide(meta_model, mesh)
             if quantize is not None:
-                to_4_bits(made, quantize)
+                to_4_bits(meta_model, quantize)
             with torch.device("meta"):
-                there = apply_again(made, model)
-                _place(made, method, options, step)
-                refuse_trained(made, step.tp_size)
+                adapters = apply_again(meta_model, model)
+                _place(meta_model, method, options, step)
+                refuse_trained(meta_model, step.tp_size)
                 if step.gradient_checkpointing:
-                    checkpoint(made, step.gradient_checkpointing)
+                    checkpoint(meta_model, step.gradient_checkpointing)
                 if step.fused:
-                    peftcore.fuse(made, recompute=step.recompute)  # type: ignore[arg-type]
-                follow(following, made.train(), step, on_card=on_card)
+                    peftcore.fuse(meta_model, recompute=step.recompute)  # type: ignore[arg-type]
+                follow(following, meta_model.train(), step, on_card=on_card)
         except PeftcoreError:
             raise
         except Exception as error:  # a forward, or a method that reads values, may raise anything
             raise NotFollowed(
-                f"a step of {type(made).__name__} does not run without values: {type(error).__name__}: "
+                f"a step of {type(meta_model).__name__} does not run without values: {type(error).__name__}: "
                 f"{str(error).partition(chr(10))[0]}"
             ) from error
     parts = [] if method is None else [str(getattr(method, "peft_type", method))]
-    parts += [f"adapters {list(there)}"] if there else []
-    named = " next to ".join(parts) or "every parameter"
-    found = _estimate(
-        f"a training step of {type(made).__name__}, {named}, {step}",
+    parts += [f"adapters {list(adapters)}"] if adapters else []
+    trained_by = " next to ".join(parts) or "every parameter"
+    prediction = _estimate(
+        f"a training step of {type(meta_model).__name__}, {trained_by}, {step}",
         following,
-        getattr(text_config(made.config), "vocab_size", None) if hasattr(made, "config") else None,
-        peftcore.summary(made),
+        getattr(text_config(meta_model.config), "vocab_size", None) if hasattr(meta_model, "config") else None,
+        peftcore.summary(meta_model),
         step,
     )
-    return replace(found, device=where, libraries=libraries)
+    return replace(prediction, device=target, libraries=libraries)
 
 
 def _weights_here(model: Any) -> int:
@@ -231,25 +231,25 @@ def step_of(step: Step | None, options: dict[str, Any]) -> Step:
 
 def _as_model(step: Step, model: Any, on_card: bool) -> Step:
     """Return the step without logits and with fused operators if the model is so; cards have no fused ones."""
-    about = peftcore.summary(model) if isinstance(model, nn.Module) else None
-    without = step.without_logits or (about is not None and about.without_logits)
-    already = about is not None and bool(about.fused)
+    summary = peftcore.summary(model) if isinstance(model, nn.Module) else None
+    without_logits = step.without_logits or (summary is not None and summary.without_logits)
+    is_fused = summary is not None and bool(summary.fused)
     return replace(
         step,
-        without_logits=without,
-        fused=(step.fused or already) and not on_card,
-        recompute=recomputes(model) if already else step.recompute,
+        without_logits=without_logits,
+        fused=(step.fused or is_fused) and not on_card,
+        recompute=recomputes(model) if is_fused else step.recompute,
     )
 
 
 def _refuse_doubtful(method: Any) -> None:
     """Raise PeftcoreError if a field of `Step` is also a field of the method's config."""
     if isinstance(method, str):
-        both = _OF_STEP & {each.name for each in dataclass_fields(peftcore.method(method).config_class)}
-        if both:
+        shared_fields = _OF_STEP & {item.name for item in dataclass_fields(peftcore.method(method).config_class)}
+        if shared_fields:
             raise PeftcoreError(
-                f"{', '.join(sorted(both))}: fields of both Step and the config of {method}. Pass the config object as "
-                "method and step=peftcore.Step(...)"
+                f"{', '.join(sorted(shared_fields))}: fields of both Step and the config of {method}. Pass the config "
+                "object as method and step=peftcore.Step(...)"
             )
 
 
@@ -277,7 +277,7 @@ def _place(model: nn.Module, method: Any, fields: dict[str, Any], step: Step) ->
 
 
 def _estimate(
-    title: str, following: Following, vocabulary: int | None, about: peftcore.Summary, step: Step
+    title: str, following: Following, vocabulary: int | None, summary: peftcore.Summary, step: Step
 ) -> Estimate:
     operations, storages = following.operations, following.storages
     ends = _ends_of_forwards(operations)
@@ -293,26 +293,26 @@ def _estimate(
             changes[number + 1][_PURPOSES.index(Purpose.KERNELS)] -= operation.cost.scratch
     if not following.on_card:
         changes[0][_PURPOSES.index(Purpose.KEPT)] += kept([operation.cost for operation in operations])
-    now, timeline = [0] * len(_PURPOSES), []
+    sizes, timeline = [0] * len(_PURPOSES), []
     for number in sorted(changes):
         for kind, change in changes[number].items():
-            now[kind] += change
-        timeline.append((number, tuple(now)))
-    at, most = max(timeline, key=lambda entry: sum(entry[1]))
+            sizes[kind] += change
+        timeline.append((number, tuple(sizes)))
+    peak, sizes_at_peak = max(timeline, key=lambda entry: sum(entry[1]))
     phases = [
         (number, operation.phase)
         for number, operation in enumerate(operations)
         if number == 0 or operations[number - 1].phase != operation.phase
     ]
-    parts: dict[str, int] = dict(zip(_PURPOSES, most, strict=True))
+    parts: dict[str, int] = dict(zip(_PURPOSES, sizes_at_peak, strict=True))
     return Estimate(
         title,
         parts,
-        _where(operations, at),
+        _where(operations, peak),
         tuple(timeline),
         tuple(phases),
         tuple(operations),
-        about,
+        summary,
         step,
         is_paged(step.optimizer),
         storages=tuple(storages),
@@ -323,7 +323,11 @@ def _ends_of_forwards(operations: list[Operation]) -> list[int]:
     """Return the number of the operation after each forward."""
     phases = [operation.phase for operation in operations]
     pairs = itertools.pairwise(phases)
-    return [number + 1 for number, (one, other) in enumerate(pairs) if one.startswith(FORWARD) and one != other]
+    return [
+        number + 1
+        for number, (phase, next_phase) in enumerate(pairs)
+        if phase.startswith(FORWARD) and phase != next_phase
+    ]
 
 
 def _kind(storage: Storage, operations: list[Operation], ends: list[int], vocabulary: int | None) -> str:
@@ -335,11 +339,11 @@ def _kind(storage: Storage, operations: list[Operation], ends: list[int], vocabu
     if phase.startswith(FORWARD):
         end = next((end for end in ends if end > storage.born), len(operations))
         return Purpose.ACTIVATIONS if storage.died is None or storage.died > end else Purpose.TEMPORARIES
-    again = phase.startswith(BACKWARD) and operations[storage.born].recomputed
-    return Purpose.ACTIVATIONS if again else Purpose.TEMPORARIES
+    is_recomputed = phase.startswith(BACKWARD) and operations[storage.born].recomputed
+    return Purpose.ACTIVATIONS if is_recomputed else Purpose.TEMPORARIES
 
 
-def _where(operations: list[Operation], at: int) -> str:
-    operation = operations[min(at, len(operations) - 1)]
-    inside = f" in {operation.module}" if operation.module else ""
-    return f"{operation.phase}: {operation.name.partition('::')[2]}{inside}"
+def _where(operations: list[Operation], number: int) -> str:
+    operation = operations[min(number, len(operations) - 1)]
+    module = f" in {operation.module}" if operation.module else ""
+    return f"{operation.phase}: {operation.name.partition('::')[2]}{module}"

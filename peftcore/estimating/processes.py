@@ -90,12 +90,12 @@ class Shards(Alone):
         self.last: Tensor | None = None  # message of the forward's last gather, freed by the next one
         self.reduced: list[Tensor] = []  # messages of gradients in flight
         self.order: list[_Group] = []  # order in which the groups' forwards ended
-        taken: set[nn.Parameter] = set(whole)
+        assigned: set[nn.Parameter] = set(whole)
         self.groups = []
-        planned = planned_groups(model, step) if step.tp_size > 1 else [(m, reshards) for m in (*blocks(model), model)]
-        for module, frees in planned:
-            parameters = [p for p in dict.fromkeys(module.parameters()) if p not in taken]
-            taken.update(parameters)
+        groups = planned_groups(model, step) if step.tp_size > 1 else [(m, reshards) for m in (*blocks(model), model)]
+        for module, frees in groups:
+            parameters = [p for p in dict.fromkeys(module.parameters()) if p not in assigned]
+            assigned.update(parameters)
             if parameters:
                 self.groups.append(_Group(self, module, parameters, frees))
         for group in self.groups:
@@ -184,8 +184,8 @@ class _Group:
         leaves, form = tree_flatten((args, kwargs))
         at = [n for n, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.requires_grad]
         if at:
-            passed = _AfterBackward.apply(self, *(leaves[n] for n in at))  # type: ignore[no-untyped-call]
-            for n, tensor in zip(at, passed, strict=True):
+            outputs = _AfterBackward.apply(self, *(leaves[n] for n in at))  # type: ignore[no-untyped-call]
+            for n, tensor in zip(at, outputs, strict=True):
                 leaves[n] = tensor
         return tree_unflatten(leaves, form)
 
@@ -216,26 +216,26 @@ class _Group:
     def after_backward(self) -> None:
         """Free the block's weights when its gradients are complete, and keep this rank's part of the gradients."""
         self.is_in_backward = False
-        trained = [p for p in self.parameters if p.grad is not None]
-        if not trained:
+        trainable = [p for p in self.parameters if p.grad is not None]
+        if not trainable:
             return self.give_back()
-        gradients = [p.grad for p in trained]
-        for p in trained:
+        gradients = [p.grad for p in trainable]
+        for p in trainable:
             p.grad = None
         self.give_back()
         self.run.reduced.clear()
-        size = sum(self.shards[p].nbytes for p in trained)
+        size = sum(self.shards[p].nbytes for p in trainable)
         self.run.reduced.append(self.run.message(self.run.ranks * size))
         gradients.clear()
-        dtype = trained[0].dtype
+        dtype = trainable[0].dtype
         part = self.run.nothing.new_empty(size // dtype.itemsize, dtype=dtype)
         self.run.following.see(part, Purpose.GRADIENTS)
         offset = 0
-        for p in trained:
+        for p in trainable:
             shard = self.shards[p]
-            own = part.narrow(0, offset, shard.numel()).view(shard.shape)
+            local_tensor = part.narrow(0, offset, shard.numel()).view(shard.shape)
             offset += shard.numel()
-            shard.grad = own if shard.grad is None else shard.grad.add_(own)
+            shard.grad = local_tensor if shard.grad is None else shard.grad.add_(local_tensor)
         return None
 
 
@@ -255,9 +255,9 @@ class _AfterBackward(torch.autograd.Function):
 
 def _shard(p: nn.Parameter, count: int) -> nn.Parameter:
     """Return the first rank's part of the first dimension, which is the largest of all ranks."""
-    own = ranks.local(p.detach())
-    rows = -(-own.shape[0] // count) if own.dim() else 1
-    return nn.Parameter(own.new_empty((rows, *own.shape[1:]), device="meta"), p.requires_grad)
+    local_tensor = ranks.local(p.detach())
+    rows = -(-local_tensor.shape[0] // count) if local_tensor.dim() else 1
+    return nn.Parameter(local_tensor.new_empty((rows, *local_tensor.shape[1:]), device="meta"), p.requires_grad)
 
 
 def _in_backward() -> bool:

@@ -57,9 +57,9 @@ class Segments:
         places = self._places[small]
         at = bisect_left(places, (size, -1, -1))
         block = self._taken(self._free[places[at]]) if at < len(places) else self._segment(size, small)
-        rest = block.size - size
-        if rest >= _BLOCK if small else rest > _SMALL:
-            behind = Block(block.segment, block.start + size, rest, small, block, block.behind)
+        remainder = block.size - size
+        if remainder >= _BLOCK if small else remainder > _SMALL:
+            behind = Block(block.segment, block.start + size, remainder, small, block, block.behind)
             if block.behind is not None:
                 block.behind.before = behind
             block.behind, block.size = behind, size

@@ -32,8 +32,8 @@ def stand_in(model: Any, dtype: torch.dtype | None) -> nn.Module:
         PeftcoreError: `model` is of another type, or cannot be built on the meta device.
     """
     if isinstance(model, nn.Module):
-        copied = _copy(model)
-        return (copied if dtype is None else copied.to(dtype)).train()
+        copy = _copy(model)
+        return (copy if dtype is None else copy.to(dtype)).train()
     if isinstance(model, (str, Path)):
         model = _config(str(model))
     if not hasattr(model, "to_dict") or not hasattr(model, "model_type"):
@@ -110,14 +110,14 @@ def _copy(model: nn.Module) -> nn.Module:
     packed = {path: m for path, m in model.named_modules() if isinstance(m, QuantizedLinear) and m.is_quantized}
     if not packed:
         _refuse_packed(getattr(model, "config", None))
-    wrapped = next(filter(is_wrapped, model.parameters()), None)
-    if wrapped is not None:
-        raise _not_followed(type(wrapped).__name__)
-    copied = meta_copy(model)
+    subclassed = next(filter(is_wrapped, model.parameters()), None)
+    if subclassed is not None:
+        raise _not_followed(type(subclassed).__name__)
+    copy = meta_copy(model)
     for path, layer in packed.items():
-        dense: Any = copied.get_submodule(path)
+        dense: Any = copy.get_submodule(path)
         convert(dense, layer.packed.to("meta"), layer.compute_dtype)
-    return copied
+    return copy
 
 
 def _config(where: str) -> Any:
@@ -130,8 +130,8 @@ def _config(where: str) -> Any:
     try:
         return AutoConfig.from_pretrained(where)
     except Exception as error:  # from transformers, or from the validation of the config's fields
-        known = isinstance(error, (OSError, ValueError, KeyError))
-        reason = str(error if known else error.__cause__ or error).strip().partition("\n")[0]
+        is_expected = isinstance(error, (OSError, ValueError, KeyError))
+        reason = str(error if is_expected else error.__cause__ or error).strip().partition("\n")[0]
         raise PeftcoreError(f"the configuration of '{where}' cannot be read: {reason}") from error
 
 
@@ -143,13 +143,13 @@ def _built(config: Any, dtype: torch.dtype) -> nn.Module:
         return build_empty(config, lambda dense: _built(dense, dtype))
     _refuse_packed(config)
     config = copy.deepcopy(config)  # building a model changes its config
-    named = getattr(transformers, (getattr(config, "architectures", None) or ["?"])[0], None)
+    model_class = getattr(transformers, (getattr(config, "architectures", None) or ["?"])[0], None)
     kinds = (transformers.AutoModelForCausalLM, transformers.AutoModelForSeq2SeqLM)
     try:
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            if named is not None:
-                return named._from_config(config, dtype=dtype)
+            if model_class is not None:
+                return model_class._from_config(config, dtype=dtype)
             kind = next((k for k in kinds if type(config) in k._model_mapping), transformers.AutoModel)
             return kind.from_config(config, dtype=dtype)
     except Exception as error:

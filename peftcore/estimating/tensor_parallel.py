@@ -67,8 +67,8 @@ def _plans(model: Any, tp_size: int, fsdp_size: int = 1) -> tuple[dict[str, str]
 def planned_groups(model: nn.Module, step: Step) -> list[tuple[nn.Module, bool]]:
     """Return the modules whose parameters FSDP2 gathers together, and whether it frees them after the forward."""
     plan = _plans(model, step.tp_size, step.copies)[2]
-    found = [(model.get_submodule(name), style == "free_full_weight") for name, style in plan.items()]
-    return [*found, (model, False)]
+    gathered_layers = [(model.get_submodule(name), style == "free_full_weight") for name, style in plan.items()]
+    return [*gathered_layers, (model, False)]
 
 
 def divide(model: Any, mesh: Any) -> None:
