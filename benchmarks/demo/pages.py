@@ -162,13 +162,13 @@ def shown(printed: list[tuple[str, str]], options: dict[str, str]) -> str:
         if len(printed) > 1:
             lines.append(f"$ {command}")
         lines += output.strip("\n").splitlines()
-    if "picture" in options:
-        return picture(lines, options["picture"])
     lines = [line.rstrip() for line in lines]
     if "first" in options or "last" in options:
         first, last = int(options.get("first", 0)), int(options.get("last", 0))
         if len(lines) > first + last + 1:
             lines = [*lines[:first], "...", *lines[len(lines) - last :]]
+    if "picture" in options:
+        return picture(lines, options["picture"])
     return "\n".join(["```text", *lines, "```"])
 
 

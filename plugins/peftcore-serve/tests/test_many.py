@@ -176,5 +176,5 @@ def test_the_base_is_quantized_as_the_adapters_record(llama: Path, tmp_path: Pat
     late = r"'two' was trained on a base without a record .* in memory is quantized as nf4.*--quantize none"
     with pytest.raises(PeftcoreError, match=late):  # changed while the server runs
         server.texts.for_adapter(folders.find_one(tmp_path, "two"))
-    with pytest.raises(PeftcoreError, match=r"'one' was trained on a base quantized as nf4 .* 'two' on one without"):
+    with pytest.raises(PeftcoreError, match=r"'one' was trained on a base quantized as nf4 .* 'two' on a base without"):
         command.make(str(llama), tmp_path)

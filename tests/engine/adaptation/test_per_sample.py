@@ -149,5 +149,5 @@ def test_what_all_samples_share_is_shared():
                 torch.testing.assert_close(y, model[0].inner(x) * torch.tensor([1.0, 2, 1])[:, None])
                 assert torch.equal(found, torch.tensor([[1.0, 1.0], [2.0, 2.0], [1.0, 1.0]]))
             else:
-                with pytest.raises(peftcore.PeftcoreError, match=r"an output of shape \[4, 2\] for 2 samples cannot"):
+                with pytest.raises(peftcore.PeftcoreError, match=r"outputs of shape \[4, 2\] for 2 samples cannot"):
                     model(x)

@@ -131,7 +131,7 @@ def test_layers_of_transformers_that_round_their_input(straight: bool) -> None:
         peftcore.apply(model, "prompt-tuning", num_virtual_tokens=2)
         return
     with pytest.raises(
-        peftcore.PeftcoreError, match=r"up_proj' \(BitLinear\) gives its input no gradient or a wrong one"
+        peftcore.PeftcoreError, match=r"up_proj' \(BitLinear\) gives its input no gradient, or a wrong one"
     ):
         peftcore.apply(model, "prompt-tuning", num_virtual_tokens=2)
 
@@ -142,7 +142,7 @@ def test_floats_of_8_bits_that_scales_multiply() -> None:
     model = tiny.llama()
     for layer in model.model.layers:
         layer.mlp.up_proj = FP8Linear(32, 48, block_size=(16, 16))
-    why = "FP8Linear stores FP8 weights with scales,  .*dequantize=True"
+    why = "FP8Linear stores FP8 weights with scales, .*dequantize=True"
     with pytest.raises(peftcore.PeftcoreError, match=why):
         peftcore.apply(model, "lora", target_modules=["up_proj"], init_lora_weights="pissa")
     peftcore.apply(model, "lora", target_modules=["up_proj"])

@@ -37,7 +37,7 @@ def refused(name: str, method: str, message: str, **inputs: Any) -> None:
         ("BambaModel", r"layers \[0\] of BambaModel keep a recurrent or compressed state|a cache in 1: \[1\]"),
         ("HrmTextModel", r"keys and values for 16 layers, but HrmTextModel has attention with a cache in 2: \[0, 1\]"),
         ("ProphetNetForCausalLM", "reads one token at a time if its cache is not empty, and a prefix fills it"),
-        ("ParakeetForRNNT", "is unknown. A plugin's"),
+        ("ParakeetForRNNT", "is unknown. Provide them by a plugin's"),
         ("SpeechT5ForTextToSpeech", "a prompt needs input tokens, and the model was called without input_ids"),
         ("MusicgenForConditionalGeneration", "reads several rows of codes for each sequence"),
         ("SpeechT5ForSpeechToText", "a prompt needs input tokens, and the model was called without input_ids"),

@@ -154,7 +154,7 @@ def test_skip_is_a_field_of_qlora(run: Run, llama: Path, reviews: Path, tmp_path
     arguments = ("train", "-m", odd, "-d", reviews, "-o", tmp_path / "run", "--steps", 1)
     output = " ".join(run(*arguments, "--method", "lora", "--quantize", "mxfp4", code=1).output.split())
     assert "skip=['lm_head', 'down_proj'], or choose nf4. `peftcore train` takes skip" in output
-    assert "--method qlora --set quant_type=mxfp4 --set skip=NAME,NAME; the adapter records" in output
+    assert "--method qlora --set quant_type=mxfp4 --set skip=NAME,NAME; other commands then use the values" in output
     method = ("--method", "qlora", "--set", "quant_type=mxfp4", "--set", "skip=lm_head,down_proj")
     run(*arguments, "--eval-data", reviews, *method)
     found = json.loads((tmp_path / "run" / "result.json").read_text())

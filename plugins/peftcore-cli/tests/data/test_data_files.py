@@ -114,7 +114,7 @@ def test_columns_have_other_names(tmp_path: Path) -> None:
         ("a.xlsx", "x", "Export the sheet as CSV"),
         ("a.json", '{"text": "a"}', r"a.json: expected a JSON array of examples, found dict"),
         ("a.json", '[{"text": "a"}, 3]', r"a.json:\[1\]: expected a JSON object, found int"),
-        ("a.json", '[{"text"\n: }]', r"a.json: not valid JSON: .* at line 2, column"),
+        ("a.json", '[{"text"\n: }]', r"a.json: not JSON: .* at line 2, column"),
         ("a.json", "[" * 100_000, "a.json: not valid JSON"),
         ("a.csv", 'text\n"a', r"a.csv:2: unexpected end of data"),
         ("a.csv", "text,label\na\n", r"a.csv:2: 1 columns, but the first line names 2"),

@@ -168,7 +168,7 @@ def test_no_entities_no_f1(run: Run, bert: Path, tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "words.jsonl", rows)
     arguments = ("-m", bert, "-d", path, "-o", tmp_path / "run", *METHOD, "--steps", 1, "--load-best")
     error = run("train", *arguments, "--metric", "entity_f1", code=1).output
-    assert "--metric entity_f1 is not measured on these examples, which have loss, accuracy, macro_f1" in error
+    assert "--metric entity_f1 is not available for these examples. Pass one of loss, accuracy, macro_f1" in error
 
 
 def test_batches_pad_tags(bert: Path) -> None:
