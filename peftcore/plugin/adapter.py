@@ -191,10 +191,12 @@ def neutral_of_joined(adapter: nn.Module) -> dict[str, Tensor]:
     Raises:
         NotImplementedError: one of them has none.
     """
-    found = {name: neutral_of(each) for name, each in adapter.named_children()}
-    if None in found.values():
+    neutral_by_name = {name: neutral_of(tensors) for name, tensors in adapter.named_children()}
+    if None in neutral_by_name.values():
         raise NotImplementedError
-    return {f"{name}.{key}": value for name, each in found.items() for key, value in (each or {}).items()}
+    return {
+        f"{name}.{key}": value for name, tensors in neutral_by_name.items() for key, value in (tensors or {}).items()
+    }
 
 
 def unseen_member(kind: type[nn.Module], *, inside: bool) -> str | None:

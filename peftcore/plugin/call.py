@@ -125,7 +125,7 @@ def current_call() -> Call:
 
 
 class CallContext:
-    """What the adapters of one model read of its calls.
+    """Arguments of one model's calls that its adapters read.
 
     Args:
         names: names of keyword arguments that only adapters take.
@@ -148,9 +148,13 @@ class CallContext:
         return is_dynamo_compiling() or frame.task == torch._C._current_graph_task_id()
 
     def own(self, names: Sequence[str], kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Remove from `kwargs`, and return, keyword arguments that only adapters take. `names`: what forward takes."""
-        there = {*self.names, SAMPLES}
-        return {name: kwargs.pop(name) for name in list(kwargs) if name in there and name not in names}
+        """Remove keyword arguments that only adapters take from `kwargs`, and return them.
+
+        Args:
+            names: arguments that the model's forward takes.
+        """
+        adapter_names = {*self.names, SAMPLES}
+        return {name: kwargs.pop(name) for name in list(kwargs) if name in adapter_names and name not in names}
 
     @contextmanager
     def given(self, values: Mapping[str, Any]) -> Iterator[None]:
@@ -214,8 +218,8 @@ class CallContext:
         number = -1 if node is None else node._sequence_nr()
         with self._lock:
             frames = [frame for frame in self._frames if frame.first <= number < frame.last]
-        # Each thread numbers its nodes from the start, so calls of other threads may match: those that this backward
-        # pass has reached are kept.
+        # Each thread numbers its nodes from the start, so calls of other threads may match. Only calls that this
+        # backward pass has reached are kept.
         if len({id(frame.call) for frame in frames}) > 1:
             task = torch._C._current_graph_task_id()
             frames = [frame for frame in frames if frame.reached == task]
@@ -331,8 +335,11 @@ def arguments(cls: type[nn.Module]) -> tuple[str, ...]:
         parameters = list(inspect.signature(cls.forward).parameters.values())[1:]
     except (TypeError, ValueError):
         return ()
-    plain = (each.replace(annotation=inspect.Parameter.empty, default=inspect.Parameter.empty) for each in parameters)
-    return tuple(str(each) for each in plain)
+    plain = (
+        parameter.replace(annotation=inspect.Parameter.empty, default=inspect.Parameter.empty)
+        for parameter in parameters
+    )
+    return tuple(str(parameter) for parameter in plain)
 
 
 def _named(names: Sequence[str], args: Sequence[Any]) -> dict[str, Any]:

@@ -73,10 +73,10 @@ def check_method(plugin: str, method: Any) -> None:
 
 def check_requirement(distribution: Any) -> None:
     """Raise a PluginError unless the distribution accepts this version of peftcore."""
-    found = version("peftcore")
-    wanted = unmet(getattr(distribution, "requires", None) or (), found)
-    if wanted is not None:
-        raise PluginError(f"it needs peftcore{wanted}, this is {found}. Upgrade the older of the two")
+    installed = version("peftcore")
+    required = unmet(getattr(distribution, "requires", None) or (), installed)
+    if required is not None:
+        raise PluginError(f"it needs peftcore{required}, this is {installed}. Upgrade the older of the two")
 
 
 def check_api(plugin: Any) -> None:
@@ -112,11 +112,12 @@ def _range() -> str:
 
 def check_hook_names(manager: pluggy.PluginManager, name: str, plugin: Any) -> None:
     """Raise a PluginError for a misspelt hook, with the nearest real one."""
-    known = [attribute for attribute in dir(hookspecs) if attribute.startswith("peftcore_")]
+    hook_names = [attribute for attribute in dir(hookspecs) if attribute.startswith("peftcore_")]
     for attribute in dir(plugin):
-        if manager.parse_hookimpl_opts(plugin, attribute) is not None and attribute not in known:
+        if manager.parse_hookimpl_opts(plugin, attribute) is not None and attribute not in hook_names:
             raise PluginError(
-                f"'{attribute}' is not a hook of peftcore{nearest(attribute, known)}. The hooks are: {', '.join(known)}"
+                f"'{attribute}' is not a hook of peftcore{nearest(attribute, hook_names)}. The hooks are: "
+                f"{', '.join(hook_names)}"
             )
 
 

@@ -42,9 +42,9 @@ def installed() -> dict[str, list[EntryPoint]]:
     """Return the entry points of all plugins by canonical name, the one to use first."""
     by_name: dict[str, list[EntryPoint]] = defaultdict(list)
     for entry_point in entry_points(group=GROUP):
-        same = by_name[canonical(entry_point.name)]
-        if _identity(entry_point) not in map(_identity, same):
-            same.append(entry_point)
+        entry_points_of_name = by_name[canonical(entry_point.name)]
+        if _identity(entry_point) not in map(_identity, entry_points_of_name):
+            entry_points_of_name.append(entry_point)
     for candidates in by_name.values():
         candidates.sort(key=_has_other_distribution)  # stable: then the first on sys.path, as for modules
     return by_name

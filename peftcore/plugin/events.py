@@ -1,4 +1,4 @@
-"""Events that lower packages emit and higher packages subscribe to, so that nothing below imports above."""
+"""Events that lower packages announce and higher packages subscribe to, so that none imports a higher one."""
 
 from __future__ import annotations
 

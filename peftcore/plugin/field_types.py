@@ -70,15 +70,15 @@ def _is_number(value: int | float) -> bool:
 
 def in_words(hint: Any) -> str:
     """Return the type that an annotation names, such as `a whole number or None`."""
-    origin, inside = typing.get_origin(hint), typing.get_args(hint)
+    origin, parts = typing.get_origin(hint), typing.get_args(hint)
     if origin in (Union, types.UnionType):
-        return " or ".join(in_words(each) for each in inside)
+        return " or ".join(in_words(part) for part in parts)
     if origin is Literal:
-        *first, last = map(repr, inside)
-        return f"{', '.join(first)} or {last}" if first else last
+        *names, last_name = map(repr, parts)
+        return f"{', '.join(names)} or {last_name}" if names else last_name
     kind = origin or hint
     if kind not in _WORDS and isinstance(kind, type) and issubclass(kind, Collection):
-        what = "table" if issubclass(kind, Mapping) else "list"
-        of = [in_words(each).removeprefix("a ") for each in inside if each not in (Any, Ellipsis)]
-        return f"a {what}" + (f" ({' to '.join(of)})" if of else "")
+        kind_name = "table" if issubclass(kind, Mapping) else "list"
+        part_names = [in_words(part).removeprefix("a ") for part in parts if part not in (Any, Ellipsis)]
+        return f"a {kind_name}" + (f" ({' to '.join(part_names)})" if part_names else "")
     return _WORDS.get(hint, str(hint))

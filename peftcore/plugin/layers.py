@@ -25,12 +25,12 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def is_unknown_linear(module: nn.Module) -> bool:
-    """Return whether it has the sizes of a linear layer but no readable weight, like layers of HQQ, GPTQ and AWQ."""
+    """Return whether it has the sizes of a linear layer but no readable weight, as layers of HQQ, GPTQ and AWQ."""
     return (
         type(getattr(module, "in_features", None)) is int
         and type(getattr(module, "out_features", None)) is int
         and not isinstance(module, nn.Linear)
-        and not any(is_linear(each) for each in module.modules())
+        and not any(is_linear(child) for child in module.modules())
         and not any(p is not None and p.is_floating_point() and p.dim() > 1 for p in module._parameters.values())
     )
 
@@ -73,9 +73,9 @@ def is_bitsandbytes(module: nn.Module) -> bool:
 
 
 def sizes(module: nn.Module) -> tuple[int, int]:
-    """Return (input, output) sizes of a linear layer, or of the linear map that another layer's weight is.
+    """Return (input, output) sizes of a linear layer, or of another layer's weight as a linear map.
 
-    A convolution maps the numbers under its kernel, in one group, to channels; an embedding maps tokens to vectors.
+    A convolution maps the values under its kernel, in one group, to channels; an embedding maps tokens to vectors.
     """
     layer: Any = module  # of whatever class
     if isinstance(module, nn.Linear):

@@ -172,17 +172,17 @@ class StateRules:
     @property
     def layouts(self) -> dict[str, FileLayout]:
         """Layouts among `formats`, by name."""
-        return {each.name: each for each in self.formats if isinstance(each, FileLayout)}
+        return {layout.name: layout for layout in self.formats if isinstance(layout, FileLayout)}
 
     @property
     def files(self) -> dict[str, FileFormat]:
         """Formats of single files among `formats`, by name."""
-        return {each.name: each for each in self.formats if isinstance(each, FileFormat)}
+        return {file_format.name: file_format for file_format in self.formats if isinstance(file_format, FileFormat)}
 
     @property
     def foreign(self) -> list[ForeignFormat]:
         """Formats of other libraries among `formats`."""
-        return [each for each in self.formats if isinstance(each, ForeignFormat)]
+        return [foreign_format for foreign_format in self.formats if isinstance(foreign_format, ForeignFormat)]
 
     def read_fields(self, fields: Fields) -> dict[str, Any]:
         """Return the config's fields for fields on disk."""

@@ -1,4 +1,4 @@
-"""Outputs of modules: a tensor, or several in a tuple, a list or a dict, of which adapters change the first."""
+"""Outputs of modules: a tensor, or several in a tuple, a list or a dict. Adapters change the first one."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ def with_first(output: Any, first: Any) -> Any:
     if isinstance(output, list) and output:
         return [first, *output[1:]]
     if isinstance(output, dict) and output:
-        changed = copy.copy(output)
-        changed[next(iter(output))] = first
-        return changed
+        copied = copy.copy(output)
+        copied[next(iter(output))] = first
+        return copied
     return first
 
 

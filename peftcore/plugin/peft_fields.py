@@ -1,4 +1,4 @@
-"""Choice of the installed method that reads a file, by the file's fields alone, and the defaults of PEFT's fields.
+"""Fields of PEFT's configs: which installed method reads a file with these fields, and PEFT's defaults.
 
 A file saved by peftcore names its method. Any other has a `peft_type`, and perhaps a field that a method of this
 peft_type declares as its flag (`PeftRules.flag`): the method whose flag is set reads it, or else the method without a
@@ -98,40 +98,42 @@ def method_of_fields(
 
 
 def _installed_types() -> str:
-    recorded = [method for method in registry.methods().values() if method.recorded_as is None]
-    return ", ".join(f"{method.state.peft_type} ({method.name})" for method in recorded) or "none"
+    with_files = [method for method in registry.methods().values() if method.recorded_as is None]
+    return ", ".join(f"{method.state.peft_type} ({method.name})" for method in with_files) or "none"
 
 
-def _by_flag(offered: list[Offered], fields: Mapping[str, Any], own: Mapping[str, Any]) -> list[Offered]:
+def _by_flag(candidates: list[Offered], fields: Mapping[str, Any], own: Mapping[str, Any]) -> list[Offered]:
     """Return the methods whose flag is set in the fields; if there is none, those that have no flag."""
-    flags = [_is_flagged(method, fields, own) for method, _ in offered]
-    wanted = True if True in flags else None
-    return [method for method, flag in zip(offered, flags, strict=True) if flag is wanted]
+    flags = [_is_flagged(method, fields, own) for method, _ in candidates]
+    expected = True if True in flags else None
+    return [method for method, flag in zip(candidates, flags, strict=True) if flag is expected]
 
 
 def how_to_install(plugin: str | None) -> str:
-    """Say which package reads a file, where the file names it in a form that a package index takes."""
-    found = re.fullmatch(r"([A-Za-z0-9][A-Za-z0-9._-]{0,99}) ([0-9][A-Za-z0-9.+!]{0,49})", plugin or "")
-    if found is None:
+    """Return a sentence that names the package that reads a file, if the file names it as a package index does."""
+    package = re.fullmatch(r"([A-Za-z0-9][A-Za-z0-9._-]{0,99}) ([0-9][A-Za-z0-9.+!]{0,49})", plugin or "")
+    if package is None:
         return HOW_TO_INSTALL
     return (
-        f"The file names {found[1]} {found[2]} as the package that wrote it. If you trust the file and that package: "
-        f"pip install {found[1]}=={found[2]}"
+        f"The file names {package[1]} {package[2]} as the package that wrote it. If you trust the file and that "
+        f"package: pip install {package[1]}=={package[2]}"
     )
 
 
 def why_unknown(method: Method, name: str, value: Any) -> str:
-    """Explain a field that PEFT's config has and the method's does not: which method has it, or why it is refused."""
+    """Explain a field of PEFT's config that the method does not have: which method has it, or why it is refused."""
     peft_type = method.state.peft_type
     if not says_something(peft_type, name, value):
         return ""
     with contextlib.suppress(Exception), warnings.catch_warnings():  # a plugin may need more fields
         warnings.simplefilter("ignore")
-        known = {**defaults(peft_type), "peft_type": peft_type}
-        other = method_of_fields("", {**known, name: value})
-        is_its_field = name in {field.name for field in dataclasses.fields(other.config_class)}
-        if other is not method and (is_its_field or other is not method_of_fields("", known)):
-            return f". It belongs to the method '{other.name}': peftcore.apply(model, '{other.name}', ...)"
+        fields = {**defaults(peft_type), "peft_type": peft_type}
+        other_method = method_of_fields("", {**fields, name: value})
+        is_its_field = name in {field.name for field in dataclasses.fields(other_method.config_class)}
+        if other_method is not method and (is_its_field or other_method is not method_of_fields("", fields)):
+            return (
+                f". It belongs to the method '{other_method.name}': peftcore.apply(model, '{other_method.name}', ...)"
+            )
         try:
             method.state.read_fields({name: value})
         except PeftcoreError as error:
@@ -163,7 +165,9 @@ def _writer(name: str) -> Method | None:
     methods = registry.methods()
     if name in methods:
         return methods[name]
-    return next((method for each, method in methods.items() if canonical(each) == canonical(name)), None)
+    return next(
+        (method for installed_name, method in methods.items() if canonical(installed_name) == canonical(name)), None
+    )
 
 
 def _named(where: str, offered: list[Offered], fields: Mapping[str, Any], own: Mapping[str, Any], name: str) -> Method:
@@ -198,10 +202,10 @@ def _in_words(offered: list[Offered]) -> str:
 def _set_in(fields: Mapping[str, Any], own: Mapping[str, Any]) -> str:
     """Return a phrase such as `of peft_type 'X' with r, use_rslora set`."""
     peft_type = str(fields["peft_type"])
-    said = {**fields, **own}.items()
-    found = sorted(n for n, value in said if n not in COMMON and says_something(peft_type, n, value))
-    names = ", ".join([*(shown(name)[1:-1] for name in found[:12]), *(["..."] if len(found) > 12 else [])])
-    return f"of peft_type {shown(peft_type)}" + (f" with {names} set" if found else "")
+    all_fields = {**fields, **own}.items()
+    names_set = sorted(n for n, value in all_fields if n not in COMMON and says_something(peft_type, n, value))
+    names = ", ".join([*(shown(name)[1:-1] for name in names_set[:12]), *(["..."] if len(names_set) > 12 else [])])
+    return f"of peft_type {shown(peft_type)}" + (f" with {names} set" if names_set else "")
 
 
 def config_of_fields(
@@ -233,12 +237,12 @@ def config_of(
     kind: type[PeftcoreError] = CheckpointError,
 ) -> Any:
     """Return the method's config of the fields that `StateRules.read` returned; see `config_of_fields`."""
-    known = {f.name for f in dataclasses.fields(method.config_class)}
-    ignored = {*COMMON, "ensure_weight_tying"}  # a method may lack it: the tensors show it
+    field_names = {f.name for f in dataclasses.fields(method.config_class)}
+    ignored_names = {*COMMON, "ensure_weight_tying"}  # a method may lack it: the tensors show it
     for name, value in read.items():
-        if name not in known and name not in ignored and says_something(peft_type, name, value):
+        if name not in field_names and name not in ignored_names and says_something(peft_type, name, value):
             raise _unknown(where, method, name, value, kind)
-    read = {name: value for name, value in read.items() if name in known}
+    read = {name: value for name, value in read.items() if name in field_names}
     if read.get("layers_to_transform") == []:
         del read["layers_to_transform"]  # for PEFT an empty list means all layers
     try:
@@ -249,7 +253,7 @@ def config_of(
 
 
 def own_of(method: Method, own: Mapping[str, Any]) -> dict[str, Any]:
-    """Return those of the fields outside a config that belong to the method."""
+    """Return the fields stored outside the config that belong to the method."""
     return {name: value for name, value in own.items() if name in method.state.peft.own_fields}
 
 
@@ -317,7 +321,7 @@ def says_something(peft_type: str, name: str, value: Any) -> bool:
 
     None, and any empty value if PEFT's default is empty, do not count. `False` or 0 count if the default is not empty.
     """
-    known = defaults(peft_type)
-    if name in known:
-        return value is not None and value != known[name]
+    peft_defaults = defaults(peft_type)
+    if name in peft_defaults:
+        return value is not None and value != peft_defaults[name]
     return value not in EMPTY

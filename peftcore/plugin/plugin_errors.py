@@ -13,22 +13,22 @@ if TYPE_CHECKING:  # imported when first used: the command line asks for command
     from peftcore.plugin.method import WeightFormat
 
 
-def _without(plugin: Plugin) -> str:
+def _advice(plugin: Plugin) -> str:
     return f"Upgrade or uninstall it, or list the plugins to use without '{plugin.name}': {CHOSEN}=NAME,NAME"
 
 
-def _named(hook: str, plugin: Plugin) -> str:
+def _with_plugin(hook: str, plugin: Plugin) -> str:
     return f"{hook} of {plugin}"
 
 
-def failure(what: str, plugin: Plugin, error: BaseException) -> str:
-    """Return the message that `what` of a plugin failed."""
-    return f"{_named(what, plugin)} failed: {type(error).__name__}: {error}"
+def failure(function: str, plugin: Plugin, error: BaseException) -> str:
+    """Return the message that a function or hook of a plugin failed."""
+    return f"{_with_plugin(function, plugin)} failed: {type(error).__name__}: {error}"
 
 
-def failure_with_advice(what: str, plugin: Plugin, error: BaseException) -> str:
-    """Return the same with what to do about the plugin."""
-    return f"{failure(what, plugin, error)}. {_without(plugin)}"
+def failure_with_advice(function: str, plugin: Plugin, error: BaseException) -> str:
+    """Return the message of `failure`, and how to do without the plugin."""
+    return f"{failure(function, plugin, error)}. {_advice(plugin)}"
 
 
 def all_are(kind: type, plugin: Plugin, hook: str, answers: Any) -> list[Any]:
@@ -37,8 +37,8 @@ def all_are(kind: type, plugin: Plugin, hook: str, answers: Any) -> list[Any]:
         if not isinstance(answer, kind):
             module = "peftcore.plugin" if kind.__module__.startswith("peftcore.plugin.") else kind.__module__
             raise PluginError(
-                f"{_named(hook, plugin)} must return a list of {module}.{kind.__name__}, found "
-                f"{type(answer).__name__}. {_without(plugin)}"
+                f"{_with_plugin(hook, plugin)} must return a list of {module}.{kind.__name__}, found "
+                f"{type(answer).__name__}. {_advice(plugin)}"
             )
     return list(answers)
 
@@ -51,9 +51,10 @@ def is_passed_on(error: BaseException) -> bool:
 
 def failed_at(module: Any, name: str, weight_format: str, plugin: Plugin, error: Exception) -> PluginError:
     """Return the error that the function `name` of a plugin's weight format failed for a module."""
-    what = f"`{name}` of the weight format '{weight_format}'"
+    function = f"`{name}` of the weight format '{weight_format}'"
     return PluginError(
-        f"{_named(what, plugin)} failed at {type(module).__name__}: {type(error).__name__}: {error}. {_without(plugin)}"
+        f"{_with_plugin(function, plugin)} failed at {type(module).__name__}: {type(error).__name__}: {error}. "
+        f"{_advice(plugin)}"
     )
 
 
@@ -63,7 +64,7 @@ def naming_plugin(plugin: Plugin, weight_format: WeightFormat) -> WeightFormat:
     `matches` stays as it is: it runs for every module and every format, and `find_weight_format` names the plugin.
     """
 
-    def named(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    def reporting(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def call(module: Any, *arguments: Any) -> Any:
             try:
                 return function(module, *arguments)
@@ -76,7 +77,7 @@ def naming_plugin(plugin: Plugin, weight_format: WeightFormat) -> WeightFormat:
 
     functions = {name: getattr(weight_format, name) for name in _OF_FORMATS}
     changes: dict[str, Any] = {
-        name: named(name, function) for name, function in functions.items() if function is not None
+        name: reporting(name, function) for name, function in functions.items() if function is not None
     }
     of_parameter = weight_format.for_parameter
     if of_parameter is not None:

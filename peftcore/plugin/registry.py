@@ -1,7 +1,7 @@
-"""Registry of installed plugins, which are found by entry point and imported one by one; a broken one breaks no other.
+"""Registry of installed plugins. They are found by entry point and imported one by one; a broken one breaks no other.
 
-pluggy's own `load_setuptools_entrypoints` is not used: it imports every plugin at once, one failure stops all, and a
-second distribution of the same name is silently dropped.
+pluggy's `load_setuptools_entrypoints` is not used: it imports all plugins at once, one failure stops it, and it
+silently drops a second distribution of the same name.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class Registry:
         self._plugins: dict[str, Plugin] = {}  # by canonical name
         self._discovered = False
         self._built_in = 0  # number of built-ins that are registered with pluggy
-        # What the implementations of a hook offer, by hook: the number of built-ins that were asked, objects by name.
+        # {hook: (number of built-ins that were asked, objects that its implementations return, by name)}
         self._offered: dict[str, tuple[int, dict[str, tuple[Plugin, Any]]]] = {}
 
     @property
@@ -109,13 +109,13 @@ class Registry:
         methods = self.methods()
         if name in methods:
             return methods[name]
-        for known, method in methods.items():
-            if canonical(known) == canonical(name):
+        for installed_name, method in methods.items():
+            if canonical(installed_name) == canonical(name):
                 return method
-        broken = self._plugins.get(canonical(name))
-        if broken is not None and broken.error:
+        plugin = self._plugins.get(canonical(name))
+        if plugin is not None and plugin.error:
             raise PluginError(
-                f"the plugin '{broken.name}' ({broken.distribution} {broken.version}) is broken: {broken.error}"
+                f"the plugin '{plugin.name}' ({plugin.distribution} {plugin.version}) is broken: {plugin.error}"
             )
         installed = ", ".join(methods) or "none"
         raise PluginError(
@@ -131,10 +131,10 @@ class Registry:
         for method in self.methods().values():
             if type(config) is method.config_class:
                 return method
-        name, known = type(config).__name__, [method.config_class.__name__ for method in self.methods().values()]
+        name, class_names = type(config).__name__, [method.config_class.__name__ for method in self.methods().values()]
         raise PluginError(
-            f"{name} is not the config of an installed method{nearest(name, known)}. Install the package of its plugin "
-            "(pip install -e FOLDER). `peftcore plugins` lists what is installed"
+            f"{name} is not the config of an installed method{nearest(name, class_names)}. Install the package of its "
+            "plugin (pip install -e FOLDER). `peftcore plugins` lists what is installed"
         )
 
     def exporters(self) -> dict[str, tuple[Plugin, Exporter]]:
@@ -162,11 +162,16 @@ class Registry:
             PluginError: a plugin returns something else, or a name that is taken.
         """
         implementations = getattr(self._with_builtin(), COMMANDS).get_hookimpls()
-        core = [command for each in implementations if each.plugin_name in _BUILTIN for command in each.function()]
+        core = [
+            command
+            for implementation in implementations
+            if implementation.plugin_name in _BUILTIN
+            for command in implementation.function()
+        ]
         if typed in (command.name for command in core):
             return {command.name: command for command in core}
-        found = self.offered(COMMANDS, Command, contain=True)
-        return {name: found[name][1] for name in sorted(found, key=lambda name: found[name][0] is not CORE)}
+        objects = self.offered(COMMANDS, Command, contain=True)
+        return {name: objects[name][1] for name in sorted(objects, key=lambda name: objects[name][0] is not CORE)}
 
     def offered(self, hook: str, kind: type[Offered], *, contain: bool = False) -> dict[str, tuple[Plugin, Offered]]:
         """Return what the implementations of a hook that returns lists offer, by name, with their plugins.
@@ -175,22 +180,22 @@ class Registry:
             PluginError: an implementation fails (a warning with `contain`), returns something else than a list of
                 `kind`, or two have an object with the same name.
         """
-        known = self._offered.get(hook)
-        if known is not None and known[0] == len(_BUILTIN):
-            return known[1]
-        found: dict[str, tuple[Plugin, Any]] = {}
+        cached = self._offered.get(hook)
+        if cached is not None and cached[0] == len(_BUILTIN):
+            return cached[1]
+        objects: dict[str, tuple[Plugin, Any]] = {}
         for plugin, answer in self.answers(hook, contain=contain):
-            for each in all_are(kind, plugin, hook, answer):
-                if each.name in found:
-                    first, second = found[each.name][0], plugin
+            for item in all_are(kind, plugin, hook, answer):
+                if item.name in objects:
+                    other_plugin, this_plugin = objects[item.name][0], plugin
                     raise PluginError(
-                        f"{hook}: {first} and {second} both offer '{each.name}'. Give one another name, or list the "
-                        f"plugins to use without one of them: {CHOSEN}=NAME,NAME"
+                        f"{hook}: {other_plugin} and {this_plugin} both offer '{item.name}'. Give one another name, or "
+                        f"list the plugins to use without one of them: {CHOSEN}=NAME,NAME"
                     )
-                contained = hook == "peftcore_weight_formats" and plugin is not CORE
-                found[each.name] = plugin, naming_plugin(plugin, each) if contained else each
-        self._offered[hook] = len(_BUILTIN), found
-        return found
+                names_plugin = hook == "peftcore_weight_formats" and plugin is not CORE
+                objects[item.name] = plugin, naming_plugin(plugin, item) if names_plugin else item
+        self._offered[hook] = len(_BUILTIN), objects
+        return objects
 
     def answers(
         self, hook: str, *, contain: bool = False, first: bool = False, **arguments: Any
@@ -210,17 +215,17 @@ class Registry:
             self.plugins()
         implementations = reversed(getattr(self._with_builtin(), hook).get_hookimpls())
         for implementation in sorted(implementations, key=lambda each: each.plugin_name in _BUILTIN):
-            given = {name: arguments[name] for name in implementation.argnames}
+            hook_arguments = {name: arguments[name] for name in implementation.argnames}
             if implementation.plugin_name in _BUILTIN:
                 if first and answered:
                     return
-                answer = implementation.function(**given)
+                answer = implementation.function(**hook_arguments)
                 if answer is not None:
                     yield CORE, answer
                 continue
             plugin = self._plugins[canonical(implementation.plugin_name)]
             try:
-                answer = implementation.function(**given)
+                answer = implementation.function(**hook_arguments)
             except (Exception, SystemExit) as error:
                 if not contain:
                     raise PluginError(failure_with_advice(hook, plugin, error)) from error
@@ -260,9 +265,9 @@ class Registry:
             PluginError: a hook is misspelt, a method is malformed, or its name is taken.
         """
         self.plugins()
-        there = self._plugins.get(canonical(name))
-        if there is not None and not there.error:
-            raise PluginError(f"a plugin '{there.name}' is already registered by {there.distribution}")
+        registered = self._plugins.get(canonical(name))
+        if registered is not None and not registered.error:
+            raise PluginError(f"a plugin '{registered.name}' is already registered by {registered.distribution}")
         entry = Plugin(name, distribution, version)
         entry.methods = self._register(entry, plugin)
         self._plugins[canonical(name)] = entry
@@ -296,10 +301,10 @@ class Registry:
                 plugin.error = f"it is switched off by {CHOSEN}={os.environ[CHOSEN]}"
                 continue
             if len(candidates) > 1:
-                used, *others = [plugin_discovery.owner(candidate, name) for candidate in candidates]
+                owner, *other_owners = [plugin_discovery.owner(candidate, name) for candidate in candidates]
                 problems.append(
-                    f"{len(candidates)} distributions provide the peftcore plugin '{name}': {used} is used, "
-                    f"{', '.join(others)} is ignored. Uninstall all but one"
+                    f"{len(candidates)} distributions provide the peftcore plugin '{name}': {owner} is used, "
+                    f"{', '.join(other_owners)} is ignored. Uninstall all but one"
                 )
             self._load(plugin, candidates[0], problems)
         for message in problems:  # after all others are loaded, since a warning may be turned into an error
@@ -346,8 +351,10 @@ class Registry:
                     "it has no hook. Mark its functions with @peftcore.plugin.hookimpl, at least peftcore_methods()"
                 )
             implementations = self._manager.hook.peftcore_methods.get_hookimpls()
-            offered = [each.function() for each in implementations if each.plugin is plugin]
-            methods = [method for answer in offered for method in plugin_checks.list_of_methods(answer)]
+            answers = [
+                implementation.function() for implementation in implementations if implementation.plugin is plugin
+            ]
+            methods = [method for answer in answers for method in plugin_checks.list_of_methods(answer)]
             for method in methods:
                 plugin_checks.check_method(entry.name, method)
         except BaseException:
@@ -414,7 +421,7 @@ def plugins() -> list[PluginInfo]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            found = registry.plugins()
+            plugins_found = registry.plugins()
     finally:
         if strict is not None:
             os.environ[STRICT] = strict
@@ -427,7 +434,7 @@ def plugins() -> list[PluginInfo]:
             methods=tuple(method.name for method in plugin.methods),
             error=plugin.error,
         )
-        for plugin in found
+        for plugin in plugins_found
     ]
 
 
@@ -455,5 +462,5 @@ def offered(hook: str, kind: type[Offered]) -> dict[str, Offered]:
     Raises:
         PluginError: a plugin returns something else, or a name that is taken.
     """
-    found = registry.offered(hook, kind, contain=True)
-    return {name: found[name][1] for name in sorted(found, key=lambda name: found[name][0] is not CORE)}
+    objects = registry.offered(hook, kind, contain=True)
+    return {name: objects[name][1] for name in sorted(objects, key=lambda name: objects[name][0] is not CORE)}

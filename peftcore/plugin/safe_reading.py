@@ -119,8 +119,8 @@ def parse_json(content: bytes | bytearray, file: Path | str) -> Any:
         json.dumps(value, ensure_ascii=False).encode()  # fails for half a surrogate pair
         return value
     except (ValueError, RecursionError) as error:
-        what = "it is nested too deeply" if isinstance(error, RecursionError) else error
-        raise CheckpointError(f"'{file}' cannot be read as JSON: {what}") from error
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
+        raise CheckpointError(f"'{file}' cannot be read as JSON: {reason}") from error
 
 
 def _no_constant(name: str) -> Any:
@@ -143,24 +143,25 @@ def parse_tensors(content: bytearray, file: Path) -> tuple[dict[str, Tensor], di
         raise _wrong(file, content, f"its header cannot be read: {error}") from error
     views: dict[str, Tensor] = {}
     end = 0
-    for first, last, name in sorted(spans):
+    for first_byte, end_byte, name in sorted(spans):
         entry = header[name]
         dtype, shape = _DTYPES[entry["dtype"]], entry["shape"]
         count = math.prod(shape)
-        if first != end or last - first != count * dtype.itemsize:
-            what = f"'{name}' of {count * dtype.itemsize:,} bytes is at {first:,} to {last:,}, but byte {end:,} is next"
-            raise _wrong(file, content, what)
-        end, at = last, begin + first
+        if first_byte != end or end_byte - first_byte != count * dtype.itemsize:
+            size = count * dtype.itemsize
+            problem = f"'{name}' of {size:,} bytes is at {first_byte:,} to {end_byte:,}, but byte {end:,} is next"
+            raise _wrong(file, content, problem)
+        end, at = end_byte, begin + first_byte
         if begin + end > len(content):
             break
         if not count:
             views[name] = torch.empty(shape, dtype=dtype, device="cpu")
         elif at % dtype.itemsize:  # copied: kernels may expect aligned tensors
-            views[name] = torch.frombuffer(content[at : begin + last], dtype=dtype).view(shape)
+            views[name] = torch.frombuffer(content[at : begin + end_byte], dtype=dtype).view(shape)
         else:
             views[name] = torch.frombuffer(content, dtype=dtype, count=count, offset=at).view(shape)
     if begin + end != len(content):
-        end = max((last for _, last, _ in spans), default=0)
+        end = max((end_byte for _, end_byte, _ in spans), default=0)
         raise _wrong(file, content, f"its tensors would end at byte {begin + end:,}")
     return {name: views[name] for name in header}, metadata
 
@@ -174,9 +175,9 @@ def parse_metadata(content: bytearray, file: Path) -> dict[str, str]:
     return _header(content, file)[2]
 
 
-def _wrong(file: Path, content: bytearray, what: str) -> CheckpointError:
+def _wrong(file: Path, content: bytearray, problem: str) -> CheckpointError:
     return CheckpointError(
-        f"'{file}' ({len(content):,} bytes) is not a complete safetensors file: {what}. It may be cut off; copy it "
+        f"'{file}' ({len(content):,} bytes) is not a complete safetensors file: {problem}. It may be cut off; copy it "
         "again"
     )
 
@@ -193,8 +194,8 @@ def _header(content: bytearray, file: Path) -> tuple[int, dict[str, Any], dict[s
         if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
             raise ValueError("__metadata__ must be a table of strings")
     except (ValueError, RecursionError) as error:
-        what = "it is nested too deeply" if isinstance(error, RecursionError) else error
-        raise _wrong(file, content, f"its header cannot be read: {what}") from error
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
+        raise _wrong(file, content, f"its header cannot be read: {reason}") from error
     _refuse_many(len(header), file)  # with names that are written with escapes
     return begin, header, metadata
 
@@ -206,10 +207,10 @@ def _refuse_many(names: int, file: Path) -> None:
 
 
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    table = dict(pairs)
+    if len(table) < len(pairs):
         raise ValueError("a name is there twice")
-    return found
+    return table
 
 
 def _spans(header: dict[str, Any]) -> list[tuple[int, int, str]]:

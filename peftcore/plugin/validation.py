@@ -37,8 +37,8 @@ def check_types(config: Any, fields: Mapping[str, Any] | None = None) -> None:
         fields = {name: getattr(config, name) for name in defaults}
     for name, value in fields.items():
         if name in hints and value is not defaults.get(name, _NO_DEFAULT) and not fits(value, hints[name]):
-            known = [each for each in literals(hints[name]) if isinstance(each, str)]
-            hint = nearest(value, known) if isinstance(value, str) else ""
+            allowed_texts = [literal for literal in literals(hints[name]) if isinstance(literal, str)]
+            hint = nearest(value, allowed_texts) if isinstance(value, str) else ""
             raise PeftcoreError(f"{name} must be {in_words(hints[name])}, found {shown(value)}{hint}")
 
 
@@ -102,9 +102,9 @@ def one_of(allowed: Collection[Any], **fields: Any) -> None:
     """
     for name, value in fields.items():
         if value not in allowed:
-            *first, last = map(repr, allowed)
-            hint = nearest(str(value), [known for known in allowed if isinstance(known, str)])
-            raise PeftcoreError(f"{name} must be {', '.join(first)} or {last}, found {value!r}{hint}")
+            *choices, last_choice = map(repr, allowed)
+            hint = nearest(str(value), [choice for choice in allowed if isinstance(choice, str)])
+            raise PeftcoreError(f"{name} must be {', '.join(choices)} or {last_choice}, found {value!r}{hint}")
 
 
 def task_ids(given: Any, count: int, device: torch.device, *, on_card: bool) -> Tensor:
@@ -119,13 +119,16 @@ def task_ids(given: Any, count: int, device: torch.device, *, on_card: bool) -> 
         PeftcoreError: they are not whole numbers from 0 to count - 1.
     """
     index = torch.as_tensor(given).reshape(-1)
-    whole = not (index.is_floating_point() or index.is_complex() or index.dtype == torch.bool)
-    wanted = f"task_ids are whole numbers from 0 to {count - 1}"
-    require(whole and len(index) > 0, f"{wanted}, found {str(index.dtype).removeprefix('torch.')} {list(index.shape)}")
+    is_integer = not (index.is_floating_point() or index.is_complex() or index.dtype == torch.bool)
+    expected = f"task_ids are whole numbers from 0 to {count - 1}"
+    require(
+        is_integer and len(index) > 0,
+        f"{expected}, found {str(index.dtype).removeprefix('torch.')} {list(index.shape)}",
+    )
     if not torch.compiler.is_compiling() and (on_card or index.device.type == "cpu"):
-        known = int(index.min()) >= 0 and int(index.max()) < count
+        in_range = int(index.min()) >= 0 and int(index.max()) < count
         require(
-            known,
-            f"{wanted}, found {index.tolist() if len(index) <= 16 else [int(index.min()), '...', int(index.max())]}",
+            in_range,
+            f"{expected}, found {index.tolist() if len(index) <= 16 else [int(index.min()), '...', int(index.max())]}",
         )
     return index.to(device, torch.int64)

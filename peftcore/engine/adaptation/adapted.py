@@ -52,8 +52,8 @@ class Adapters(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.links: dict[str, type[Link]] = {}  # how an adapter takes part in a call, by name, if not by a plain `Link`
-        self.branches: dict[str, tuple[str, ...]] = {}  # names of the adapters that a combiner combines, by its name
+        self.links: dict[str, type[Link]] = {}  # {adapter: its link}, for adapters with another link than `Link`
+        self.branches: dict[str, tuple[str, ...]] = {}  # {combiner: names of the adapters that it combines}
 
     def __contains__(self, name: str) -> bool:
         return name in self._modules
@@ -112,7 +112,7 @@ def detach(module: nn.Module, name: str) -> None:
     if is_adapted(module):  # otherwise its class has been changed since, or detaching was interrupted
         active = module.__dict__[_ACTIVE]
         if active is not None and name in active:
-            activate(module, [other for other in active if other != name])
+            activate(module, [other_name for other_name in active if other_name != name])
         if adapters._modules.keys() != {name}:
             adapters.links.pop(name, None)
             adapters.branches.pop(name, None)
@@ -173,11 +173,11 @@ def inside(module: nn.Module) -> Any:
 
 def inside_at(model: nn.Module, path: str) -> Any:
     """Return the `Base` at a path, which may be that of one expert's layer (`experts.3.down_proj`)."""
-    found = split_expert_path(model, path)
-    if found is None:
+    expert_path = split_expert_path(model, path)
+    if expert_path is None:
         return inside(model.get_submodule(path))
-    module = model.get_submodule(found[0])
-    return expert_link(module, inside(module), *found[1:])
+    module = model.get_submodule(expert_path[0])
+    return expert_link(module, inside(module), *expert_path[1:])
 
 
 def _base_of(module: nn.Module) -> OwnForward:
@@ -186,9 +186,9 @@ def _base_of(module: nn.Module) -> OwnForward:
         weights = find_weight_format(module)
     except PeftcoreError:  # a plugin's format fails; the error is raised again when something reads the weight
         weights = None
-    own = OwnForward(module, forward, weights)
+    forward_link = OwnForward(module, forward, weights)
     plan = followed_plan(module) if OWN_FORWARD in module.__dict__ else None
-    return own if plan is None else ExpertsForward(own, plan)
+    return forward_link if plan is None else ExpertsForward(forward_link, plan)
 
 
 def _chain_of(module: nn.Module, base: OwnForward) -> Any:
@@ -198,16 +198,16 @@ def _chain_of(module: nn.Module, base: OwnForward) -> Any:
     if not names:
         return base
     adapters, division = adapters_at(module), division_of(module)
-    own = base if division is None else WholeForward(base, division)
-    chain: Any = own
+    innermost = base if division is None else WholeForward(base, division)
+    chain: Any = innermost
     for name in names:
-        branched = name in adapters.branches
-        chain = _around(adapters, name, inside=chain, own=own) if branched else _link(adapters, name, chain)
+        is_combiner = name in adapters.branches
+        chain = _around(adapters, name, inside=chain, own=innermost) if is_combiner else _link(adapters, name, chain)
     return chain if division is None else DividedChain(division, chain, _parts(adapters, names, base, division))
 
 
 def _parts(adapters: Adapters, names: Sequence[str], base: OwnForward, division: Division) -> Any:
-    """Return the forward of the adapters on this rank's part of a layer, or None if one needs the whole."""
+    """Return the forward of the adapters on this rank's shard of a layer, or None if one needs the full layer."""
     chain: Any = local_forward(base, division)
     for name in names:
         adapter: Any = adapters._modules[name]
@@ -220,8 +220,10 @@ def _parts(adapters: Adapters, names: Sequence[str], base: OwnForward, division:
 def _by_sample(module: nn.Module, base: OwnForward) -> Any:
     """Return the chain in which each sample of a batch has its own adapter."""
     adapters, division = adapters_at(module), division_of(module)
-    own = base if division is None else WholeForward(base, division)
-    chain = PerSample(own, adapters, partial(_around, adapters, inside=own, own=own), module.__dict__[LOCK])
+    innermost = base if division is None else WholeForward(base, division)
+    chain = PerSample(
+        innermost, adapters, partial(_around, adapters, inside=innermost, own=innermost), module.__dict__[LOCK]
+    )
     return chain if division is None else DividedChain(division, chain, None)
 
 
@@ -265,8 +267,8 @@ def rebind(copy: nn.Module, *, builds: bool = True) -> None:
 def has_forward_of_instance(module: nn.Module) -> bool:
     """Return whether `module` has its own `forward` on the instance.
 
-    Accelerate's hooks, what they leave when they are removed, and transformers' dispatch of tokens to the ranks'
-    experts, call that of its class.
+    accelerate's hooks, and transformers' dispatch of tokens to the ranks' experts, do not count: they call the forward
+    of the module's class.
     """
     return has_own_forward(module) and followed_plan(module) is None
 

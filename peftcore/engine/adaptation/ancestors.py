@@ -29,7 +29,11 @@ NAMES = "adapter_names"  # PEFT's argument of a call: the adapter of each sample
 
 
 def enclose(module: nn.Module, lock: ModelLock, *, root: bool = False) -> None:
-    """Make calls of `module`, an ancestor of adapted modules, take the model's `lock`. `root`: it is the model."""
+    """Make calls of `module`, an ancestor of adapted modules, take the model's `lock`.
+
+    Args:
+        root: `module` is the model itself.
+    """
     module.__dict__[LOCK] = lock
     if root:
         module.__dict__[ROOT] = True
@@ -89,10 +93,10 @@ def adapter_for_each_sample(module: nn.Module, kwargs: dict[str, Any]) -> Iterat
     if names is None:
         yield 0
         return
-    chosen: list[Any] = []
-    adapter_names_given.announce(module, names, chosen.append)
-    with lock_of(module).choosing_by_sample(chosen[0]):  # type: ignore[union-attr]  # of a model with adapters
-        yield len(chosen[0].samples)
+    activations: list[Any] = []
+    adapter_names_given.announce(module, names, activations.append)
+    with lock_of(module).choosing_by_sample(activations[0]):  # type: ignore[union-attr]  # of a model with adapters
+        yield len(activations[0].samples)
 
 
 untraced(adapter_for_each_sample.__wrapped__, within=True)  # type: ignore[attr-defined]  # of contextmanager
@@ -109,18 +113,22 @@ def _resizes(
     weight = getattr(module, "weight", None)
     if weight is None or not isinstance(pad_to_multiple_of, (int, type(None))):  # transformers refuses anything else
         return False
-    known = (getattr(module, name, None) for name in ("num_embeddings", "out_features"))  # the weight may be packed
-    rows: int = next((rows for rows in known if rows is not None), len(weight))
-    wanted = new_num_tokens or rows
-    return bool(-(-wanted // pad_to_multiple_of) * pad_to_multiple_of != rows if pad_to_multiple_of else wanted != rows)
+    row_counts = (
+        getattr(module, name, None) for name in ("num_embeddings", "out_features")
+    )  # the weight may be packed
+    rows: int = next((rows for rows in row_counts if rows is not None), len(weight))
+    new_rows = new_num_tokens or rows
+    if pad_to_multiple_of:
+        new_rows = -(-new_rows // pad_to_multiple_of) * pad_to_multiple_of  # rounded up
+    return new_rows != rows
 
 
 def _repeats_samples(model: Any, kwargs: dict[str, Any]) -> bool:
     """Return whether `generate` with these arguments runs each sample several times, for beams or several answers."""
     configs = [kwargs.get("generation_config"), getattr(model, "generation_config", None)]
     for name in ("num_beams", "num_return_sequences"):
-        given = (kwargs.get(name), *(getattr(config, name, None) for config in configs))
-        if next((number for number in given if number is not None), 1) > 1:
+        numbers = (kwargs.get(name), *(getattr(config, name, None) for config in configs))
+        if next((number for number in numbers if number is not None), 1) > 1:
             return True
     return False
 

@@ -60,9 +60,9 @@ class OwnForward(ChainLink):
 
     def _changed(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Call `forward` on changed parameters."""
-        found = self._expert_changes(forward, kwargs)
-        if found is not None:
-            return experts_forward(self.module, *args, changes=found, around=with_changes, **kwargs)
+        expert_changes_by_name = self._expert_changes(forward, kwargs)
+        if expert_changes_by_name is not None:
+            return experts_forward(self.module, *args, changes=expert_changes_by_name, around=with_changes, **kwargs)
         copy = _changed(self.module, self._changes, self._weights)
         output = forward(copy, *args, **kwargs)
         if not is_dynamo_compiling():
@@ -113,13 +113,13 @@ class OwnForward(ChainLink):
 
 
 def own_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """Call the forward of this instance, for which the module has its class without adapters."""
-    own = module.__dict__[OWN_FORWARD]
-    if getattr(own, "__self__", None) is not module:
-        return own(*args, **kwargs)
-    plain: nn.Module = object.__new__(original_class(module))
-    object.__setattr__(plain, "__dict__", module.__dict__)  # the same module, of another class
-    return own.__func__(plain, *args, **kwargs)
+    """Call the forward of this instance with the module as an object of its class without adapters."""
+    instance_forward = module.__dict__[OWN_FORWARD]
+    if getattr(instance_forward, "__self__", None) is not module:
+        return instance_forward(*args, **kwargs)
+    view: nn.Module = object.__new__(original_class(module))
+    object.__setattr__(view, "__dict__", module.__dict__)  # the same module, of another class
+    return instance_forward.__func__(view, *args, **kwargs)
 
 
 class Branched(ChainLink):
@@ -167,8 +167,8 @@ class Branched(ChainLink):
         return self._base.linear_operands(x)
 
     def weight_and_bias(self) -> tuple[Tensor, Tensor | None]:
-        found: tuple[Tensor, Tensor | None] = self._base.weight_and_bias()
-        return found
+        result: tuple[Tensor, Tensor | None] = self._base.weight_and_bias()
+        return result
 
 
 def with_changes(layer: nn.Linear, changes: Sequence[Any], expert: int) -> Any:
@@ -190,7 +190,7 @@ def expert_link(module: nn.Module, base: Any, name: str, expert: int) -> Any:
         name: name of the stacked weight.
         expert: number of the expert.
     """
-    inside: list[Mapping[str, Any]] = []
+    changes_inside: list[Mapping[str, Any]] = []
     while not isinstance(base, OwnForward):
         changes = base.changes_of(base.adapter)
         if not changes:
@@ -198,33 +198,33 @@ def expert_link(module: nn.Module, base: Any, name: str, expert: int) -> Any:
                 f"an adapter of experts' weights is placed where another, {type(base.adapter).__name__}, wraps all "
                 "experts of a module. Deactivate that adapter: peftcore.activate(model, [...])"
             )
-        inside.insert(0, changes)
+        changes_inside.insert(0, changes)
         base = base.inside
-    found = expert_changes(module, inside)
-    if found is None:
+    changes_by_name = expert_changes(module, changes_inside)
+    if changes_by_name is None:
         raise PeftcoreError(
             f"an adapter changes the weights of {original_class(module).__name__} as a whole, and another is placed at "
             "each expert. Deactivate the first one: peftcore.activate(model, [...])"
         )
-    return with_changes(expert_linear(module, name, expert), found.get(name, ()), expert)
+    return with_changes(expert_linear(module, name, expert), changes_by_name.get(name, ()), expert)
 
 
 def _changed(
     module: nn.Module, changes: Sequence[Mapping[str, Change]], weights: WeightFormat | None = None
 ) -> nn.Module:
-    """Return a shallow copy of `module` with changed parameters; other threads and graphs keep the original ones."""
+    """Return a shallow copy of `module` with changed parameters; other threads and graphs read the original ones."""
     copy: nn.Module = object.__new__(type(module))
     parameters: dict[str, Any] = dict(module._parameters)  # a changed one need not be a parameter
     modules: dict[str, Any] = dict(module._modules)
     copy.__dict__.update(module.__dict__, _parameters=parameters, _modules=modules)
     for name in dict.fromkeys(name for each in changes for name in each):
-        found = weights if name == "weight" and weights is not None else quantized_format(module, name)
-        if found is not None and found.decode is not None:
-            parameters[name] = found.read(module)  # the module also computes with a dense one
+        stored_format = weights if name == "weight" and weights is not None else quantized_format(module, name)
+        if stored_format is not None and stored_format.decode is not None:
+            parameters[name] = stored_format.read(module)  # the module also computes with a dense one
     for each in changes:
         for name, change in each.items():
-            child, _, rest = name.partition(".")
-            if not rest:
+            child, _, inner_name = name.partition(".")
+            if not inner_name:
                 parameters[name] = _applied(change, parameters[name], name)
             elif BUILT[0] in modules[child].__dict__:
                 raise PeftcoreError(
@@ -232,7 +232,7 @@ def _changed(
                     "its own adapters. Place both at one of the two modules"
                 )
             else:
-                modules[child] = _changed(modules[child], [{rest: change}])
+                modules[child] = _changed(modules[child], [{inner_name: change}])
     return copy
 
 
@@ -250,11 +250,11 @@ _OF_COPY = ("_parameters", "_modules")
 
 
 def keep_attributes(module: nn.Module, copy: nn.Module) -> None:
-    """Copy attributes that the forward has set on `copy`, on which it ran, to the module (a router's last logits)."""
-    own = module.__dict__
+    """Copy attributes that the forward has set on `copy`, on which it ran, to the module (a router's logits)."""
+    attributes = module.__dict__
     for name, value in copy.__dict__.items():
-        if name not in _OF_COPY and (name not in own or own[name] is not value):
-            own[name] = value
+        if name not in _OF_COPY and (name not in attributes or attributes[name] is not value):
+            attributes[name] = value
 
 
 _DENSE = (Tensor, nn.Parameter)

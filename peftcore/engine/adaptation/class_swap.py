@@ -43,11 +43,13 @@ def subclass(
     __init__.__wrapped__ = cls.__init__  # type: ignore[attr-defined]
 
     def __reduce_ex__(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
-        made: list[Any] = [c for c in type(self).__mro__ if "_peftcore_maker" in c.__dict__]  # the innermost last
-        _, _, state, *rest = super(made[-1], self).__reduce_ex__(protocol)
+        swapped_classes: list[Any] = [
+            c for c in type(self).__mro__ if "_peftcore_maker" in c.__dict__
+        ]  # the innermost last
+        _, _, state, *remaining = super(swapped_classes[-1], self).__reduce_ex__(protocol)
         state = {key: value for key, value in state.items() if key not in BUILT}
-        makers = [c.__dict__["_peftcore_maker"] for c in reversed(made)]
-        return (_rebuild, (made[-1].__bases__[-1], *makers), state, *rest)
+        makers = [c.__dict__["_peftcore_maker"] for c in reversed(swapped_classes)]
+        return (_rebuild, (swapped_classes[-1].__bases__[-1], *makers), state, *remaining)
 
     metaclass: Any = type(cls)
     return metaclass(

@@ -36,14 +36,16 @@ _ALONE = "Let one thread change adapters while no other runs the model, or run t
 class Activation:
     """Active adapters in order, the adapter of each sample (`per_sample`), and the adapters that train.
 
-    The modules of a model read it at their calls, so a new choice for each sample needs only a new object. `found` is a
-    cache of what modules derive from it.
+    The modules of a model read it at their calls, so a new choice for each sample needs only a new object.
+
+    Attributes:
+        cache: values that modules derive from it.
     """
 
     active: tuple[str, ...] = ()
     samples: tuple[str | None, ...] | None = None
     training: tuple[str, ...] = ()
-    found: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
+    cache: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @cached_property
     def mixed(self) -> tuple[str, ...]:
@@ -78,8 +80,8 @@ class ModelLock:
     """Readers-writer lock of one model.
 
     `calls` has an entry for every thread inside the model: whether adapters are inactive for it (`disabled`). The
-    outermost call makes it (`enter`) and removes it (`leave`); inner calls only read it. A thread writes its own entry
-    before it looks for a change, and a change announces itself before it looks for entries, so one sees the other.
+    outermost call creates the entry (`enter`) and removes it (`leave`); inner calls only read it. A thread writes its
+    entry before it looks for a change, and a change announces itself before it looks for entries: one sees the other.
     """
 
     def __init__(self, activation: Activation = Activation(), context: CallContext | None = None) -> None:
@@ -87,7 +89,7 @@ class ModelLock:
         self.context = context  # what adapters read of a call, if any does
         self.retired = False  # the last adapter has been removed
         self.calls: dict[int, bool] = {}
-        # By running backward pass: whether adapters were inactive in its forward, or an error message.
+        # {running backward pass: whether adapters were inactive in its forward, or an error message}
         self._backward: dict[int, bool | str] = {}
         self._condition = threading.Condition()
         self._changer: int | None = None  # the thread that changes the model, or waits to
@@ -146,14 +148,14 @@ class ModelLock:
     @contextmanager
     def choosing_by_sample(self, activation: Activation) -> Iterator[None]:
         """Use `activation`, with an adapter for each sample, in calls of this thread in the block."""
-        before = getattr(_THREAD, "choices", ())
-        _THREAD.choices = (*before, (self, activation))
+        outer_choices = getattr(_THREAD, "choices", ())
+        _THREAD.choices = (*outer_choices, (self, activation))
         with self._condition:
             self.choosing += 1
         try:
             yield
         finally:
-            _THREAD.choices = before
+            _THREAD.choices = outer_choices
             with self._condition:
                 self.choosing -= 1
 
@@ -219,16 +221,16 @@ class ModelLock:
         self._acquire("disable adapters that train parameters of the base", base=True, turn=block)
 
     def is_disabled(self) -> bool:
-        """Return whether the adapters are inactive in this context; in a backward pass, in its forward pass."""
+        """Return whether the adapters are inactive in this context; in a backward pass, whether its forward's were."""
         if not (_BLOCKS.get() or self._backward):
             return False
         task = torch._C._current_graph_task_id()
         if task < 0:
             return any(block.lock is self and block.open for block in _BLOCKS.get())
-        seen = self._backward.get(task, False)
-        if isinstance(seen, str):
-            raise PeftcoreError(seen)
-        return seen
+        was_disabled = self._backward.get(task, False)
+        if isinstance(was_disabled, str):
+            raise PeftcoreError(was_disabled)
+        return was_disabled
 
     @partial(untraced, within=True)
     def watch(self, output: Any) -> None:
@@ -251,7 +253,7 @@ class ModelLock:
         Make sure that `_release` of `turn`, a `Block` or another new object, follows whatever it raises.
         """
         thread = get_ident()
-        inside = thread in self.calls
+        in_call = thread in self.calls
 
         def others() -> bool:
             return any(other != thread for other in list(self.calls)) or (
@@ -259,12 +261,14 @@ class ModelLock:
             )
 
         with self._condition:
-            if inside and (self._changer is not None or others()):  # they may wait for the call that we are part of
+            # The others may wait for the call that this thread is in.
+            if in_call and (self._changer is not None or others()):
                 raise PeftcoreError(
                     f"cannot {what} within a call of the model while another thread calls it or changes it. {_ALONE}"
                 )
             self._refuse_own_hold(what)
-            self._queue.append(turn)  # a thread that has just finished may be here again before others wake
+            # A queue, since a thread that has just finished may come back before others wake up.
+            self._queue.append(turn)
             self._wait(lambda: self._changer is None and self._queue[0] is turn, what)
             self._changer, self._turn = thread, turn
             self._queue.remove(turn)
@@ -326,7 +330,7 @@ class ModelLock:
 
 
 class _Watch:
-    """Hook that compares the adapters of a forward with the current ones, when a backward pass reaches its output."""
+    """Hook that compares the adapters of a forward with the current ones when a backward pass reaches its output."""
 
     def __init__(self, lock: ModelLock) -> None:
         self._lock, self._activation, self._task = lock, lock.activation, -1
@@ -335,25 +339,25 @@ class _Watch:
 
     def __call__(self, _gradients: Any) -> None:
         task = torch._C._current_graph_task_id()
-        if task == self._task or is_dynamo_compiling():  # compiled autograd cannot call anything at the end
+        if task == self._task or is_dynamo_compiling():  # compiled autograd has no callbacks at its end
             return
         self._task = task
         if self._frame is not None:
             self._frame.reached = task
         self._check()
-        others = self._lock._backward
+        backward_passes = self._lock._backward
         disabled: bool | str = self._disabled
         if self._lock.activation != self._activation:
             disabled = (
                 "a checkpointed part of the model runs again in a backward pass, and the active adapters are not those "
                 f"of its forward ({list(self._activation.active)}). Run backward() before adapters change"
             )
-        elif others.get(task, disabled) != disabled:
+        elif backward_passes.get(task, disabled) != disabled:
             disabled = (
                 "one backward pass runs checkpointed parts of two forwards again, one of them inside "
                 "peftcore.disabled(model). Run backward() for each forward"
             )
-        others[task] = disabled
+        backward_passes[task] = disabled
         Variable._execution_engine.queue_callback(self._end)
 
     def _end(self) -> None:
@@ -363,10 +367,10 @@ class _Watch:
     def _check(self) -> None:
         if self._disabled:
             return
-        lost = [name for name in self._activation.training if name not in self._lock.activation.active]
-        if lost:
+        deactivated_names = [name for name in self._activation.training if name not in self._lock.activation.active]
+        if deactivated_names:
             raise PeftcoreError(
-                f"backward() belongs to a forward pass in which {lost} was active and trained. It has been deactivated "
-                "since, so its gradients would be lost. Run backward() before peftcore.activate, merge or remove; "
-                "gradients of several forward passes add up"
+                f"backward() belongs to a forward pass in which {deactivated_names} was active and trained. It has "
+                "been deactivated since, so its gradients would be lost. Run backward() before peftcore.activate, "
+                "merge or remove; gradients of several forward passes add up"
             )

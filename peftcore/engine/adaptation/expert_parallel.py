@@ -36,12 +36,12 @@ if TYPE_CHECKING:
 
 def plan_of_experts(module: nn.Module) -> dict[str, Any] | None:
     """Return the closure of the forward that dispatches tokens to the ranks' experts; None without one."""
-    own: Any = module.__dict__.get(OWN_FORWARD, module.__dict__.get("forward"))
-    if not inspect.isfunction(own) or own.__name__ != "ep_forward":
+    forward: Any = module.__dict__.get(OWN_FORWARD, module.__dict__.get("forward"))
+    if not inspect.isfunction(forward) or forward.__name__ != "ep_forward":
         return None
-    if not own.__module__.startswith("transformers.distributed"):
+    if not forward.__module__.startswith("transformers.distributed"):
         return None
-    plan = dict(inspect.getclosurevars(own).nonlocals)
+    plan = dict(inspect.getclosurevars(forward).nonlocals)
     return plan if "implementation" in plan else None  # other styles of experts move no tokens
 
 
@@ -59,8 +59,8 @@ def followed_plan(module: nn.Module) -> dict[str, Any] | None:
             return None
         if weight.device_mesh.size() != mesh.size():  # FSDP2 has parts of each rank's experts on other ranks, too
             return None
-    inside = getattr(plan["implementation"].experts_forward, "__func__", None)
-    return plan if inside is original_forward(module) else None
+    inner_forward = getattr(plan["implementation"].experts_forward, "__func__", None)
+    return plan if inner_forward is original_forward(module) else None
 
 
 def follows_experts(module: nn.Module, changes: Mapping[str, Any]) -> bool:
@@ -84,10 +84,10 @@ def divide_factors(module: nn.Module, changes: Mapping[str, nn.Module]) -> None:
         return
     for change in changes.values():
         for part in change.modules():
-            for name, whole in part._parameters.items():
-                if whole is not None and not sharded.is_dtensor(whole):
-                    own = distribute_tensor(whole.detach(), plan["ep_mesh"], [Shard(0)], src_data_rank=None)
-                    part._parameters[name] = nn.Parameter(own, whole.requires_grad)
+            for name, full_factor in part._parameters.items():
+                if full_factor is not None and not sharded.is_dtensor(full_factor):
+                    shard = distribute_tensor(full_factor.detach(), plan["ep_mesh"], [Shard(0)], src_data_rank=None)
+                    part._parameters[name] = nn.Parameter(shard, full_factor.requires_grad)
 
 
 class ExpertsForward(OwnForward):
@@ -103,14 +103,14 @@ class ExpertsForward(OwnForward):
         if not self._changes:
             return super().__call__(*args, **kwargs)
         module, plan = self.module, self._plan
-        found = expert_changes(module, self._changes)
-        if found is None:
+        changes_by_name = expert_changes(module, self._changes)
+        if changes_by_name is None:
             raise PeftcoreError(
                 "experts that ranks share out can be changed by low-rank products of single experts only, and their "
                 "own weights cannot train. Freeze them, or load the model without ep_size"
             )
         batches = ranks.count() // plan["implementation"].tp_mesh.size()
-        local = {name: [_local(each, batches) for each in own] for name, own in found.items()}
+        local = {name: [_local(each, batches) for each in own] for name, own in changes_by_name.items()}
 
         def forward(*inputs: Any, **named: Any) -> Tensor:
             return experts_forward(module, *inputs, changes=local, around=with_changes, **named)
@@ -154,20 +154,20 @@ class _DividedGradient(torch.autograd.Function):
 
 def _called(plan: Mapping[str, Any], forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Return the plan's forward with another forward of this rank's experts."""
-    style, copied = plan["self"], copy.copy(plan["implementation"])
-    copied.experts_forward = forward
-    for name, inner in vars(copied).items():  # those that it chooses from
+    style, implementation = plan["self"], copy.copy(plan["implementation"])
+    implementation.experts_forward = forward
+    for name, inner in vars(implementation).items():  # those that it chooses from
         if hasattr(inner, "experts_forward"):
-            one = copy.copy(inner)
-            one.experts_forward = forward
-            setattr(copied, name, one)
+            inner_copy = copy.copy(inner)
+            inner_copy.experts_forward = forward
+            setattr(implementation, name, inner_copy)
 
     def call(hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         hidden_states, top_k_weights = (
             each.to_local() if sharded.is_dtensor(each) else each for each in (hidden_states, top_k_weights)
         )
         with style.context_around_forward(plan["module"], plan["ep_mesh"]):
-            output: Tensor = copied(hidden_states, top_k_index, top_k_weights)
+            output: Tensor = implementation(hidden_states, top_k_index, top_k_weights)
         return output.to(hidden_states.dtype)
 
     return call

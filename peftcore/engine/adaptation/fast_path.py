@@ -28,7 +28,7 @@ def guard(model: nn.Module) -> None:
         for kind, flag in _FLAGS.items():
             if not isinstance(module, kind) or flag not in module.__dict__:
                 continue
-            if any(_is_changed(inside) for inside in module.modules()):
+            if any(_is_changed(child) for child in module.modules()):
                 module.__dict__.setdefault(_KEPT, module.__dict__[flag])
                 module.__dict__[flag] = False
             elif _KEPT in module.__dict__:
@@ -53,5 +53,5 @@ def _keep_output(_module: nn.Module, _inputs: Any, _output: Any) -> None:
 def _is_changed(module: nn.Module) -> bool:
     if is_adapted(module) or hasattr(type(module), "packings"):  # `PackedParameters`, also dense after a merge
         return True
-    found = find_weight_format(module)
-    return found is not None and found.decode is not None
+    stored_format = find_weight_format(module)
+    return stored_format is not None and stored_format.decode is not None

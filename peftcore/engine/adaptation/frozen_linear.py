@@ -1,13 +1,13 @@
 """Frozen dense linear layers without adapters, multiplied by `ops.dense_linear` where that is faster than PyTorch.
 
-The output head, on every machine: `F.linear` of hidden states of which some places are cut out,
-`[batch, kept, hidden]`, and a weight that requires no gradient is a product for each sample in PyTorch, for which it
-copies the weight (`should_fold` in ATen's LinearAlgebra.cpp): the first token of `generate`, and the losses of TRL's
-trainers, wait for a copy of the whole head. With a weight that requires gradients it is one product. So it is here, as
-before the model was frozen, bit for bit. The few rows of a decoded token are read at twice PyTorch's rate in bf16.
+The output head, on every machine. PyTorch computes `F.linear` of a slice of the hidden states, `[batch, kept, hidden]`,
+as one product per sample if the weight requires no gradient, and copies the weight for it (`should_fold` in ATen's
+LinearAlgebra.cpp): the first token of `generate`, and the losses of TRL's trainers, wait for a copy of the whole head.
+With a weight that requires gradients it is one product. Here it is one product as well, as before the model was frozen,
+bit for bit. The few rows of a decoded token are multiplied at twice PyTorch's rate in bf16.
 
-Every linear layer, on CPUs that PyTorch multiplies bf16 or fp16 on without instructions for them (`ops.WIDENED`): at
-the speed of fp32, where PyTorch is 20 to 60 times slower.
+Every linear layer, on CPUs without instructions for bf16 or fp16 (`ops.WIDENED`): at the speed of fp32, where PyTorch
+is 20 to 60 times slower.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ FOLDS = "_peftcore_folds"
 
 
 def fold(layer: nn.Module) -> None:
-    """Let a linear layer (transformers' Conv1D too) multiply this way; one with a forward of its own is left alone."""
+    """Make a linear layer (also transformers' Conv1D) multiply this way, unless it has its own forward."""
     conv1d = sys.modules.get("transformers.pytorch_utils")
     plain: Any = (nn.Linear.forward, *([] if conv1d is None else [conv1d.Conv1D.forward]))
     if original_forward(layer) in plain and "forward" not in layer.__dict__ and not _folds(layer):
@@ -40,7 +40,7 @@ def fold(layer: nn.Module) -> None:
 def fold_frozen(model: nn.Module, head: str | None) -> None:
     """Fold the output head at path `head`, and every linear layer whose dtype PyTorch multiplies slowly here.
 
-    fp32 layers too where bf16 is slow: autocast may ask for it later.
+    Where bf16 is slow, fp32 layers are folded as well: autocast may use bf16 later.
     """
     if head is not None:
         fold(model.get_submodule(head))

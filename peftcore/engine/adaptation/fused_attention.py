@@ -128,9 +128,9 @@ def _agrees(original: Callable[..., Any]) -> bool:
             (query[:, :, :9], None, {}),
             (query[:, :, :1], None, {}),
         ]
-        for q, seen, options in cases:
-            ours = _attention(module, q, key, value, seen, **options)
-            theirs = original(module, q, key, value, seen, **options)[0]
-            if ours is not None and not torch.allclose(ours, theirs, atol=1e-5):
+        for q, case_mask, options in cases:
+            output = _attention(module, q, key, value, case_mask, **options)
+            expected = original(module, q, key, value, case_mask, **options)[0]
+            if output is not None and not torch.allclose(output, expected, atol=1e-5):
                 return False
     return True

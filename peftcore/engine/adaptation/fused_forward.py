@@ -239,24 +239,24 @@ def _swapped(module: nn.Module) -> list[Any]:
     return [cls for cls in type(module).__mro__ if "_peftcore_maker" in cls.__dict__]
 
 
-def _rebuilt(cls: Any, swapped: list[Any]) -> Any:
-    for swapped_class in reversed(swapped):
+def _rebuilt(cls: Any, classes: list[Any]) -> Any:
+    for swapped_class in reversed(classes):
         cls = swapped_class.__dict__["_peftcore_maker"](cls)
     return cls
 
 
 @one_for_each_class
 def _fused_class(cls: type[nn.Module]) -> type[nn.Module]:
-    own: Any = cls.forward
+    original: Any = cls.forward
 
-    @functools.wraps(own)
+    @functools.wraps(original)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         # Compiled graphs contain the module's own operators, which the compiler fuses itself.
         if len(args) == 1 and not kwargs and not torch.compiler.is_compiling():
             output = self.__dict__[FUSED_FORWARD](self, args[0])
             if output is not None:
                 return output
-        return own(self, *args, **kwargs)
+        return original(self, *args, **kwargs)
 
     return subclass(cls, _fused_class, {"forward": forward, _MARKER: cls})
 

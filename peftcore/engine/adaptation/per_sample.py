@@ -8,8 +8,8 @@ The module runs once for each adapter, on the samples that have it. An adapter's
 Samples are then in dimension 0 of the first tensor, and `index`, int64 `[x.shape[0]]`, is the number among `adapters`
 (of this class) of the one that a row passes through; -1 for none.
 
-The dimension of the samples is a fact of the module, observed before (`rows.py`). The sample of each row is a fact of
-the call: `generate` repeats samples for beams, and repeats their numbers (`SAMPLES`) with them.
+The dimension of a module's samples was observed before (`rows.py`). The call shows which sample each row belongs to:
+`generate` repeats samples for beams, and repeats their numbers (`SAMPLES`) with them.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from peftcore.plugin.outputs import first_of, with_first
 
 
 class Group:
-    """Some samples of a batch, by their numbers."""
+    """Samples of a batch that have the same adapter, by their numbers."""
 
     def __init__(self, numbers: tuple[int, ...], device: torch.device) -> None:
         self.numbers = numbers
@@ -43,18 +43,18 @@ class Group:
 
 
 class Chosen:
-    """Adapters of one module that an activation gives to samples, and the adapter of each sample.
+    """Adapters of one module that the samples of an activation have, and the adapter of each sample.
 
     Args:
-        there: all adapters of the module, by name.
+        adapters: all adapters of the module, by name.
         samples: the adapter's name of each sample.
     """
 
     __slots__ = ("_index", "adapters", "names", "samples", "together")
 
-    def __init__(self, there: Mapping[str, nn.Module | None], samples: tuple[str | None, ...]) -> None:
-        self.names = [name for name in dict.fromkeys(samples) if name is not None and name in there]
-        self.adapters: list[Any] = [there[name] for name in self.names]
+    def __init__(self, adapters: Mapping[str, nn.Module | None], samples: tuple[str | None, ...]) -> None:
+        self.names = [name for name in dict.fromkeys(samples) if name is not None and name in adapters]
+        self.adapters: list[Any] = [adapters[name] for name in self.names]
         number: dict[str | None, int] = {name: i for i, name in enumerate(self.names)}
         self.samples = [number.get(name, -1) for name in samples]
         kinds = {type(adapter) for adapter in self.adapters}
@@ -70,15 +70,15 @@ class Chosen:
     def groups(self, device: torch.device) -> list[tuple[int, Group]]:
         """Return (adapter or -1, the samples that have it)."""
         return [
-            (which, Group(tuple(i for i, other in enumerate(self.samples) if other == which), device))
-            for which in sorted(set(self.samples))
+            (number, Group(tuple(i for i, sample_number in enumerate(self.samples) if sample_number == number), device))
+            for number in sorted(set(self.samples))
         ]
 
 
 def _together_of(kind: type[nn.Module]) -> Callable[..., Any] | None:
     """Return `per_sample` of a class of adapters, or None if it has none."""
-    own = kind.per_sample if issubclass(kind, Adapter) else None
-    return None if own is Adapter.per_sample else own
+    function = kind.per_sample if issubclass(kind, Adapter) else None
+    return None if function is Adapter.per_sample else function
 
 
 class PerSample:
@@ -109,62 +109,66 @@ class PerSample:
         chosen = self._chosen(call)
         if not chosen.names:
             return self._base(*args, **kwargs)
-        first, rows = self._rows(len(chosen.samples), call, args, kwargs)
+        first_tensor, rows = self._rows(len(chosen.samples), call, args, kwargs)
         if chosen.together is not None and all(self._links.get(name, Link).calls_adapter for name in chosen.names):
-            output = self._together(chosen, rows.first, first, *args, **kwargs)
+            output = self._together(chosen, rows.first, first_tensor, *args, **kwargs)
             if output is not NotImplemented:
                 return output
         if all(self._links.get(name, Link).follows for name in chosen.names):
             return self._after(chosen, rows, frame, *args, **kwargs)
-        parts, groups = [], chosen.groups(first.device)
+        parts, groups = [], chosen.groups(first_tensor.device)
         count = len(chosen.samples)
-        for which, own in groups:
-            run = self._base if which < 0 else self._link(chosen.names[which])
-            if len(own) == count:
+        for number, group in groups:
+            run = self._base if number < 0 else self._link(chosen.names[number])
+            if len(group) == count:
                 return run(*args, **kwargs)
-            own_args, own_kwargs = self._taken(rows, first, own, count, args, kwargs)
-            with as_if_called(frame, _narrowed(frame, own, count)):
+            own_args, own_kwargs = self._taken(rows, first_tensor, group, count, args, kwargs)
+            with as_if_called(frame, _narrowed(frame, group, count)):
                 parts.append(run(*own_args, **own_kwargs))
-        order = torch.cat([own.index for _, own in groups]).argsort()
-        return join_samples(parts, rows.output, [len(own) for _, own in groups], order)
+        order = torch.cat([group.index for _, group in groups]).argsort()
+        return join_samples(parts, rows.output, [len(group) for _, group in groups], order)
 
     def _chosen(self, call: Call | None) -> Chosen:
         """Return the adapters that the current activation gives to samples here."""
         activation = self._lock.choice() or self._lock.activation
-        repeated = call.samples if call is not None else None
+        sample_numbers = call.samples if call is not None else None
         samples = activation.samples or ()
-        if repeated is not None:
-            samples = tuple(samples[i] for i in repeated)
+        if sample_numbers is not None:
+            samples = tuple(samples[i] for i in sample_numbers)
         if is_dynamo_compiling():
             return Chosen(self._adapters, samples)
-        found: Chosen | None = activation.found.get((self.module, repeated))
-        if found is None:
-            found = activation.found[self.module, repeated] = Chosen(self._adapters, samples)
-        return found
+        chosen: Chosen | None = activation.cache.get((self.module, sample_numbers))
+        if chosen is None:
+            chosen = activation.cache[self.module, sample_numbers] = Chosen(self._adapters, samples)
+        return chosen
 
     def _rows(
         self, samples: int, call: Call | None, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Tensor, Rows]:
         """Return the first tensor argument, and the place of the samples, whose number is checked."""
-        first = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+        first_tensor = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
         rows = self.module.__dict__.get(ROWS, "it was not observed")
         kind = type(self.module).__name__
-        if isinstance(rows, str) or first is None:
-            why = rows if isinstance(rows, str) else "it is called without a tensor"
+        if isinstance(rows, str) or first_tensor is None:
+            reason = rows if isinstance(rows, str) else "it is called without a tensor"
             raise PeftcoreError(
                 f"{samples} samples were given adapters (activate(..., per_sample=True)), but it is not known which "
-                f"part of the input of a {kind} belongs to which sample: {why}. Leave that module out of "
+                f"part of the input of a {kind} belongs to which sample: {reason}. Leave that module out of "
                 "target_modules, or run the samples of each adapter in a batch of their own"
             )
-        each, dim = rows.first.entries(call), rows.first.dim
-        size = first.shape[dim] if dim < first.dim() else 0
-        if each is None or size != samples * each:
-            found = f"{size // each:,}" if each and size % each == 0 else f"{size:,} rows"
+        entries_per_sample, dim = rows.first.entries(call), rows.first.dim
+        size = first_tensor.shape[dim] if dim < first_tensor.dim() else 0
+        if entries_per_sample is None or size != samples * entries_per_sample:
+            batch_text = (
+                f"{size // entries_per_sample:,}"
+                if entries_per_sample and size % entries_per_sample == 0
+                else f"{size:,} rows"
+            )
             raise PeftcoreError(
                 f"{samples} samples were given adapters (activate(..., per_sample=True)), but {kind} gets a batch of "
-                f"{found}. Give a name for each sample"
+                f"{batch_text}. Give a name for each sample"
             )
-        return first, rows
+        return first_tensor, rows
 
     def _taken(
         self, rows: Rows, first: Tensor, samples: Group, count: int, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -182,8 +186,8 @@ class PerSample:
     def _together(self, chosen: Chosen, where: Samples, first: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Run all adapters in one pass by their class; return NotImplemented if it cannot."""
         together, index = cast(Callable[..., Any], chosen.together), chosen.index(first.device)
-        each = first.shape[where.dim] // len(chosen.samples)
-        index = index if each == 1 else index.repeat_interleave(each)
+        entries_per_sample = first.shape[where.dim] // len(chosen.samples)
+        index = index if entries_per_sample == 1 else index.repeat_interleave(entries_per_sample)
         if where.dim == 0:
             return together(chosen.adapters, index, self._base, *args, **kwargs)
         if not args or args[0] is not first or len(args) > 1 or kwargs:
@@ -194,14 +198,14 @@ class PerSample:
     def _after(self, chosen: Chosen, rows: Rows, frame: Frame | None, *args: Any, **kwargs: Any) -> Any:
         """Run adapters that are all after the module, which runs once, on the whole batch."""
         output = self._base(*args, **kwargs)
-        first, where, count = first_of(output), first_placement(rows.output), len(chosen.samples)
-        parts, groups = [], chosen.groups(first.device)
-        for which, own in groups:
-            y = slice_samples(first, where, own.index, count)
-            with as_if_called(frame, _narrowed(frame, own, count)):
-                parts.append(y if which < 0 else chosen.adapters[which](y))
-        order = torch.cat([own.index for _, own in groups]).argsort()
-        return with_first(output, join_samples(parts, where, [len(own) for _, own in groups], order))
+        first_output, location, count = first_of(output), first_placement(rows.output), len(chosen.samples)
+        parts, groups = [], chosen.groups(first_output.device)
+        for number, group in groups:
+            y = slice_samples(first_output, location, group.index, count)
+            with as_if_called(frame, _narrowed(frame, group, count)):
+                parts.append(y if number < 0 else chosen.adapters[number](y))
+        order = torch.cat([group.index for _, group in groups]).argsort()
+        return with_first(output, join_samples(parts, location, [len(group) for _, group in groups], order))
 
 
 class _CallOfSamples(Call):
@@ -214,11 +218,11 @@ class _CallOfSamples(Call):
         count: number of samples in the batch.
     """
 
-    def __init__(self, call: Call, where: Mapping[str, Any], samples: Group, count: int) -> None:
+    def __init__(self, call: Call, locations: Mapping[str, Any], samples: Group, count: int) -> None:
         super().__init__(call._values)
         outer = call.samples
         self._repeated = samples.numbers if outer is None else tuple(outer[i] for i in samples.numbers)
-        self._call, self._where, self._index, self._count = call, where, samples.index, count
+        self._call, self._where, self._index, self._count = call, locations, samples.index, count
         self.state = call.states.setdefault(samples.numbers, CallState())
 
     def __getitem__(self, name: str) -> Any:
@@ -240,6 +244,6 @@ def _narrowed(frame: Frame | None, samples: Group, count: int) -> Call | None:
     if frame is None:
         return None
     rows = frame.module.__dict__.get(ROWS)
-    where = rows.arguments if isinstance(rows, Rows) else {}
-    own = dict.fromkeys((*_OF_SAMPLES, *frame.context.names), Samples())
-    return _CallOfSamples(frame.call, {**own, **where}, samples, count)
+    locations = rows.arguments if isinstance(rows, Rows) else {}
+    default_locations = dict.fromkeys((*_OF_SAMPLES, *frame.context.names), Samples())
+    return _CallOfSamples(frame.call, {**default_locations, **locations}, samples, count)

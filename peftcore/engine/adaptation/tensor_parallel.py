@@ -73,8 +73,8 @@ class Division:
             return DTensor.from_local(tensor, self.mesh, [Replicate()], run_check=False)
         shape = torch.Size([*tensor.shape[:-1], width])
         stride = torch.empty(shape, device="meta").stride()
-        last = [Shard(tensor.dim() - 1)]
-        return DTensor.from_local(tensor, self.mesh, last, run_check=False, shape=shape, stride=stride)
+        placements = [Shard(tensor.dim() - 1)]
+        return DTensor.from_local(tensor, self.mesh, placements, run_check=False, shape=shape, stride=stride)
 
     def input_of(self, local: Tensor) -> DTensor:
         """Return the input of a layer that maps DTensors."""
@@ -88,11 +88,11 @@ class Division:
         """Return this rank's tensor of the input of a layer that maps DTensors."""
         from torch.distributed.tensor import Replicate, Shard
 
-        wanted = Shard(x.dim() - 1) if self.input_in_parts else Replicate()
-        if not sharded.is_dtensor(x) or x.placements not in ((wanted,), (Shard(-1),) if self.input_in_parts else ()):
+        expected = Shard(x.dim() - 1) if self.input_in_parts else Replicate()
+        if not sharded.is_dtensor(x) or x.placements not in ((expected,), (Shard(-1),) if self.input_in_parts else ()):
             raise PeftcoreError(
                 f"a layer with an adapter that parallelize_module has divided was given {type(x).__name__} "
-                f"{list(getattr(x, 'placements', ()))}, not a DTensor {[wanted]}. Call the layer itself, so that the "
+                f"{list(getattr(x, 'placements', ()))}, not a DTensor {[expected]}. Call the layer itself, so that the "
                 "hooks of its parallel style run"
             )
         return x.to_local()
@@ -101,8 +101,8 @@ class Division:
         """Return this rank's tensor of the output of a layer that maps DTensors, with the ranks' terms summed."""
         from torch.distributed.tensor import Replicate, Shard
 
-        wanted = Shard(y.dim() - 1) if self.output_in_parts else Replicate()
-        return y.redistribute(placements=[wanted]).to_local()
+        placement = Shard(y.dim() - 1) if self.output_in_parts else Replicate()
+        return y.redistribute(placements=[placement]).to_local()
 
     def summed(self, term: Tensor) -> Tensor:
         """Return the sum of all ranks' terms."""
@@ -126,8 +126,8 @@ def has_plan(module: nn.Module) -> bool:
 
 def mesh_of_norm(module: nn.Module) -> DeviceMesh | None:
     """Return the mesh over which a plan sums the gradients of a norm of single heads; None for any other module."""
-    found = plan_of(module)
-    reduce: Any = None if found is None else found.get("_all_reduce_grad")
+    plan = plan_of(module)
+    reduce: Any = None if plan is None else plan.get("_all_reduce_grad")
     if reduce is None:
         return None
     mesh: DeviceMesh = inspect.getclosurevars(reduce).nonlocals["mesh"]
@@ -170,27 +170,31 @@ def _division_by_plan(module: nn.Module, plan: dict[str, Any]) -> Division | Non
         return None
     if isinstance(module, nn.Embedding):
         return _division(module, mesh) if type(style) is plans.EmbeddingParallel else None
-    last: Placement = Shard(-1)
-    whole: Placement = Replicate()
+    last_dimension: Placement = Shard(-1)
+    full: Placement = Replicate()
     if type(style) is plans.ColwiseParallel:
-        by_rows, known_layouts = False, [(whole, whole), (whole, last)]
+        by_rows, known_layouts = False, [(full, full), (full, last_dimension)]
     elif type(style) is plans.RowwiseParallel:
-        by_rows, known_layouts = True, [(whole, whole), (last, whole)]
+        by_rows, known_layouts = True, [(full, full), (last_dimension, full)]
     else:
         return None
     layouts = style.input_layouts, style.output_layouts
     if type(placement) is not Shard or placement.dim % 2 != by_rows or layouts not in known_layouts:
         return None
     return _division(
-        module, mesh, by_rows=by_rows, input_in_parts=layouts[0] == last, output_in_parts=layouts[1] == last
+        module,
+        mesh,
+        by_rows=by_rows,
+        input_in_parts=layouts[0] == last_dimension,
+        output_in_parts=layouts[1] == last_dimension,
     )
 
 
 def _maps_local_tensors(module: nn.Module, plan: dict[str, Any]) -> bool:
     """Return whether a plan's forward takes and returns plain tensors, around the forward of the module's class."""
-    inside = getattr(plan["original_forward"], "__func__", None)
+    inner_forward = getattr(plan["original_forward"], "__func__", None)
     return (
-        inside is original_forward(module)
+        inner_forward is original_forward(module)
         and getattr(plan["self"], "use_local_output", False)
         and not getattr(module, "_hf_quantized_needs_local_tp", False)
     )
@@ -233,8 +237,8 @@ def _placement_of_weight(module: nn.Module, mesh: DeviceMesh) -> Any:
 
 def mesh_of(module: nn.Module) -> DeviceMesh | None:
     """Return the mesh over which a plan or a parallel style divides the work of `module`; None if none does."""
-    found = plan_of(module)
-    return mesh_of_hooks(module) if found is None else found["mesh"] or mesh_of_norm(module)
+    plan = plan_of(module)
+    return mesh_of_hooks(module) if plan is None else plan["mesh"] or mesh_of_norm(module)
 
 
 def _placement(module: nn.Module, weight: Tensor, mesh: DeviceMesh) -> Any:
@@ -247,11 +251,11 @@ def _placement(module: nn.Module, weight: Tensor, mesh: DeviceMesh) -> Any:
         shard: Any = getattr(module, "weight_shard", None)
         if shard is not None:  # a 4-bit weight
             return shard.placement
-        known: dict[str, Sequence[Any]] = getattr(_own_forward(module), "placements", {})
-        return next(iter(known.get("weight", ())), None)
-    whole, last = weight.device_mesh, weight.device_mesh.ndim - 1
+        placements: dict[str, Sequence[Any]] = getattr(_own_forward(module), "placements", {})
+        return next(iter(placements.get("weight", ())), None)
+    weight_mesh, last_dimension = weight.device_mesh, weight.device_mesh.ndim - 1
     members = distributed.get_process_group_ranks
-    if last and members(whole.get_group(last)) != members(mesh.get_group()):
+    if last_dimension and members(weight_mesh.get_group(last_dimension)) != members(mesh.get_group()):
         return None
     return weight.placements[-1]
 
@@ -266,13 +270,13 @@ def plan_of(module: nn.Module) -> dict[str, Any] | None:
     transformers keeps the style and the mesh of a layer nowhere else: `model.tp_plan` has the styles of a whole model,
     not those that `apply_tensor_parallelism` was called with.
     """
-    own = _own_forward(module)
-    own = getattr(own, "planned", own)  # inside a `TrainedForward`
-    if not inspect.isfunction(own) or own.__name__ != "tp_forward":
+    forward = _own_forward(module)
+    forward = getattr(forward, "planned", forward)  # inside a `TrainedForward`
+    if not inspect.isfunction(forward) or forward.__name__ != "tp_forward":
         return None
-    if not own.__module__.startswith("transformers.distributed"):
+    if not forward.__module__.startswith("transformers.distributed"):
         return None
-    return {"self": None, "mesh": None, "original_forward": None, **inspect.getclosurevars(own).nonlocals}
+    return {"self": None, "mesh": None, "original_forward": None, **inspect.getclosurevars(forward).nonlocals}
 
 
 def is_hook(hook: Any) -> bool:
@@ -282,17 +286,19 @@ def is_hook(hook: Any) -> bool:
 
 def mesh_of_hooks(module: nn.Module) -> DeviceMesh | None:
     """Return the mesh over which a parallel style divides the work of `module`, or None if none does."""
-    return next((each["device_mesh"] for each in _closures(module) if "device_mesh" in each), None)
+    return next((variables["device_mesh"] for variables in _closures(module) if "device_mesh" in variables), None)
 
 
 def style_of_hooks(module: nn.Module) -> tuple[bool, DeviceMesh] | None:
     """Return (whether it is row-wise, mesh) of a layer under ColwiseParallel or RowwiseParallel; None for others."""
-    found = [(each["input_fn"], each["device_mesh"]) for each in _closures(module) if "input_fn" in each]
-    if len(found) != 1:
+    styles = [
+        (variables["input_fn"], variables["device_mesh"]) for variables in _closures(module) if "input_fn" in variables
+    ]
+    if len(styles) != 1:
         return None
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
 
-    prepare, mesh = getattr(found[0][0], "func", None), found[0][1]
+    prepare, mesh = getattr(styles[0][0], "func", None), styles[0][1]
     kinds = {ColwiseParallel._prepare_input_fn: False, RowwiseParallel._prepare_input_fn: True}
     return (kinds[prepare], mesh) if prepare in kinds else None
 
@@ -310,14 +316,14 @@ def divides_tokens(model: nn.Module) -> bool:
 def without_hooks(module: nn.Module) -> Iterator[None]:
     """Call `module` without the hooks of parallel styles inside the block."""
     tables = [module._forward_pre_hooks, module._forward_hooks]
-    before = [dict(table) for table in tables]
+    hooks_before = [dict(table) for table in tables]
     for table in tables:
         for key in [key for key, hook in table.items() if is_hook(hook)]:
             del table[key]
     try:
         yield
     finally:
-        for table, hooks in zip(tables, before, strict=True):
+        for table, hooks in zip(tables, hooks_before, strict=True):
             table.clear()
             table.update(hooks)
 

@@ -1,11 +1,11 @@
 """Forward of layers that tensor parallelism divides over the ranks (tensor_parallel.py), with adapters.
 
-An adapter's parameters are whole and equal on every rank, and so must be their gradients. An adapter that has
-`Adapter.on_parts` computes with this rank's part of its tensors. Any other one gets whole inputs and outputs:
+An adapter's parameters are full and equal on every rank, and so must be their gradients. An adapter with
+`Adapter.on_parts` computes with this rank's shards. Any other adapter gets full inputs and outputs:
 
     y = part(adapter(x -> gathered(layer(part(x))), gathered(x)))
 
-Whole tensors have whole gradients: where ranks use different parts of one, the backward pass joins their gradients.
+Full tensors have full gradients: where ranks use different parts of a tensor, the backward pass joins their gradients.
 
 That also holds for parameters of the base that an adapter trains (biases, `modules_to_save`): the plan's forward
 computes with this rank's part of the adapter's whole parameter:
@@ -67,8 +67,8 @@ class WholeForward(OwnForward):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self._changes:
             return self._whole()(*args, **kwargs)
-        division, (x, *rest) = self._division, args
-        y = self._local(division.part(x) if division.input_in_parts else x, *rest, **kwargs)
+        division, (x, *other_args) = self._division, args
+        y = self._local(division.part(x) if division.input_in_parts else x, *other_args, **kwargs)
         return division.gathered(y, division.outputs) if division.output_in_parts else y
 
     def on_weights(self, changes: Mapping[str, Change]) -> WholeForward:
@@ -144,16 +144,16 @@ def has_on_parts(adapter: nn.Module) -> bool:
 
 
 def _definer(kind: type, name: str) -> type:
-    return next(each for each in kind.__mro__ if name in each.__dict__)
+    return next(ancestor for ancestor in kind.__mro__ if name in ancestor.__dict__)
 
 
 def trains_in_parts(module: nn.Module, name: str) -> bool:
     """Return whether an adapter can train the parameter `name` of a layer that a plan divides, or leaves whole."""
     parameter = module._parameters.get(name)
-    if parameter is None or not sharded.is_dtensor(found := sharded.original(parameter)):
+    if parameter is None or not sharded.is_dtensor(original_parameter := sharded.original(parameter)):
         return True
     by_plan = division_of(module) is not None and plan_of(module) is not None
-    return by_plan and found.device_mesh.ndim == 1  # else FSDP2 has its parts, too
+    return by_plan and original_parameter.device_mesh.ndim == 1  # else FSDP2 has its parts, too
 
 
 def follow_trained(modules: Iterable[nn.Module]) -> None:
@@ -193,17 +193,19 @@ class TrainedForward:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         module, mesh = self.module, mesh_of_norm(self.module)
-        trained = [name for name in self.placements if not _is_dtensor(module._parameters[name])]
+        trained_names = [name for name in self.placements if not _is_dtensor(module._parameters[name])]
         if mesh is not None:
-            trained = [name for name, each in module._parameters.items() if each is not None and each.requires_grad]
-        if not trained:
+            trained_names = [
+                name for name, each in module._parameters.items() if each is not None and each.requires_grad
+            ]
+        if not trained_names:
             return self.planned(*args, **kwargs)
         plan = plan_of(module)
         assert plan is not None
         if module.training and not self._checked and not is_dynamo_compiling():
             check_random(args[0].device, mesh or plan["mesh"])
             self._checked = True
-        parts = {name: self._part(name, mesh or plan["mesh"]) for name in trained}
+        parts = {name: self._part(name, mesh or plan["mesh"]) for name in trained_names}
         copy: Any = object.__new__(original_class(module))
         copy.__dict__.update(module.__dict__, _parameters={**module._parameters, **parts})
         copy.__dict__["forward"] = MethodType(original_forward(module), copy)
@@ -214,9 +216,9 @@ class TrainedForward:
     def _part(self, name: str, mesh: Any) -> Tensor:
         from torch.distributed.tensor import DTensor, Partial, Replicate
 
-        whole = self.module._parameters[name]
-        assert whole is not None
-        replicated = DTensor.from_local(whole, mesh, [Replicate()], run_check=False)
+        full_parameter = self.module._parameters[name]
+        assert full_parameter is not None
+        replicated = DTensor.from_local(full_parameter, mesh, [Replicate()], run_check=False)
         if name not in self.placements:  # of a norm of single heads, of which every rank has some
             return replicated.to_local(grad_placements=[Partial()])
         return replicated.redistribute(placements=self.placements[name])
@@ -245,11 +247,11 @@ def watch_batches(model: nn.Module) -> RemovableHandle | None:
 
 def check_batch(inputs: Any, mesh: DeviceMesh) -> bool:
     """Return whether `inputs` hold values; raise a PeftcoreError unless the ranks have equal ones. Collective."""
-    tensors = [each for each in tree_leaves(inputs) if isinstance(each, Tensor) and each.numel()]
+    tensors = [tensor for tensor in tree_leaves(inputs) if isinstance(tensor, Tensor) and tensor.numel()]
     if not tensors:
         return False
-    shapes = _number(repr([list(each.shape) for each in tensors]).encode())
-    content = sum(number * _projection(each) for number, each in enumerate(tensors, 1))
+    shapes = _number(repr([list(tensor.shape) for tensor in tensors]).encode())
+    content = sum(number * _projection(tensor) for number, tensor in enumerate(tensors, 1))
     if max(_spread([shapes, content], mesh)) > 1e-6:
         raise PeftcoreError(
             "the ranks of tensor parallelism were given different batches, but each computes a part of every layer "
@@ -281,9 +283,9 @@ def _number(content: bytes) -> int:
 
 def _spread(facts: Sequence[float], mesh: DeviceMesh) -> list[float]:
     """Return the largest difference of each fact between the ranks of `mesh`. Collective."""
-    both = [*facts, *(-fact for fact in facts)]
-    extremes = torch.tensor(both, dtype=torch.float64, device=mesh.device_type)
+    signed_facts = [*facts, *(-fact for fact in facts)]
+    extremes = torch.tensor(signed_facts, dtype=torch.float64, device=mesh.device_type)
     group = mesh.get_group() if mesh.ndim == 1 else mesh.get_group("tp")
     distributed.all_reduce(extremes, distributed.ReduceOp.MAX, group=group)
-    found: list[float] = (extremes[: len(facts)] + extremes[len(facts) :]).tolist()
-    return found
+    differences: list[float] = (extremes[: len(facts)] + extremes[len(facts) :]).tolist()
+    return differences
