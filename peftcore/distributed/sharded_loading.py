@@ -197,7 +197,7 @@ def _read(model: nn.Module, tensors: CheckpointFiles) -> None:
     if remaining:
         missing_names = sorted(remaining.values())
         raise CheckpointError(
-            f"'{tensors.folder}' is not whole: {len(missing_names)} tensors are missing, such as '{missing_names[0]}'"
+            f"'{tensors.folder}' is incomplete: {len(missing_names)} tensors are missing, such as '{missing_names[0]}'"
             f"{nearest(missing_names[0], tensors.files)}"
         )
 

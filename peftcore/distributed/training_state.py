@@ -33,7 +33,7 @@ class TrainingState(Stateful):
         others: what else has `state_dict` and `load_state_dict`, such as `scheduler=...`.
 
     Raises:
-        CheckpointError: at load, where the checkpoint is of another base. Nothing is changed then.
+        CheckpointError: at load, if the checkpoint was saved on another base. Nothing is changed then.
     """
 
     def __init__(self, model: nn.Module, optimizer: Optimizer, **others: Any) -> None:
@@ -70,7 +70,7 @@ class TrainingState(Stateful):
         """Take what `dcp.load` read."""
         problem = difference(self._base(), state_dict["base"])
         if problem:
-            raise CheckpointError(f"the checkpoint is of another base: {problem}")
+            raise CheckpointError(f"the checkpoint was saved on another base: {problem}")
         with torch.no_grad():
             for name, parameter in self._adapters():
                 parameter.copy_(state_dict["adapters"][name])

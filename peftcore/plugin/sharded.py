@@ -228,7 +228,7 @@ def refuse_sharded(module: nn.Module, action: str) -> None:
     """Raise a PeftcoreError if `module` is sharded. `action`: what cannot be done then, such as `merge`."""
     if is_sharded(module):
         raise PeftcoreError(
-            f"cannot {action}: the model is sharded, and no rank has a whole weight. "
+            f"cannot {action}: the model is sharded, and no rank has the full weight. "
             "Save the adapter, and do it in a single process"
         )
 

@@ -128,7 +128,7 @@ def test_resume_on_another_number_of_ranks_continues_the_curve(
 def test_resume_on_another_base_changes_nothing(tmp_path: Path) -> None:
     run(work.curve, "replicate", str(tmp_path), 0, 1)
     [told] = run(work.resume_on_another_base, str(tmp_path), ranks=1)
-    assert "the checkpoint is of another base: the values of" in told
+    assert "the checkpoint was saved on another base: the values of" in told
 
 
 @pytest.fixture(scope="module")
@@ -172,7 +172,7 @@ def test_a_checkpoint_that_lacks_a_file_or_a_tensor(folder: Path, tmp_path: Path
     file = sorted((tmp_path / "file").glob("model-*.safetensors"))[1]
     file.unlink()
     for told in run(work.damaged, str(tmp_path / "file")):
-        assert "is not whole" in told and file.name in told
+        assert "is incomplete" in told and file.name in told
 
     shutil.copytree(folder, tmp_path / "tensor")
     index = json.loads((tmp_path / "tensor" / "model.safetensors.index.json").read_text())
