@@ -288,7 +288,7 @@ def _record_owner(
         if name is None:
             raise PeftcoreError(f"{owner} contain a {type(parameter).__name__} that is not a parameter of the model")
         if id(parameter) in owners:
-            raise PeftcoreError(f"'{name}' is in both {owners[id(parameter)]} and {owner}")
+            raise PeftcoreError(f"{owner} contain '{name}', which already belongs to {owners[id(parameter)]}")
         owners[id(parameter)] = owner
 
 

@@ -207,7 +207,7 @@ def test_a_model_without_adapters_has_no_groups() -> None:
     [
         (
             lambda adapters, *_: [{"params": [a.gain]} for a in [*adapters.values()] * 2],
-            "'model.* is in both",
+            "contain 'model.*which already belongs",
         ),
         (lambda adapters, *_: [{"params": [nn.Parameter(torch.ones(1))]}], "not a parameter of the model"),
         (lambda adapters, *_: [[a.gain for a in adapters.values()]], "dicts with 'params'"),
