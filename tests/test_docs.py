@@ -5,6 +5,7 @@ import dataclasses
 import json
 import pkgutil
 import re
+import shutil
 import sys
 import types
 from pathlib import Path
@@ -43,7 +44,7 @@ def _marked(page: Path) -> Any:
 
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with the model and the conversations that the pages name."""
+    """A folder with the model and the data that the pages name."""
     from peftcore_cli.tasks.conversations import CHATML
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -59,26 +60,13 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=512, **sizes, **special))
     for part in (tokenizer, model):
         part.save_pretrained(tmp_path / MODEL)
-    turns = [("user", "Is it good?"), ("assistant", "It is very good.")]
-    line = json.dumps({"messages": [{"role": role, "content": content} for role, content in turns]})
-    (tmp_path / "examples").mkdir()
-    for file in ("chat.jsonl", "examples/chat.jsonl"):
-        (tmp_path / file).write_text(f"{line}\n" * 6)
-    texts = [{"text": f"the film is {word}", "label": label} for word, label in (("good", "up"), ("bad", "down"))]
-    pairs = [{"prompt": "Is it good?", "chosen": "It is very good.", "rejected": "No."}]
-    marked = [{"prompt": "Is it good?", "completion": word, "label": word == "Yes."} for word in ("Yes.", "No.")]
-    alpaca = [{"instruction": "Repeat.", "input": word, "output": word} for word in ("good", "bad")]
-    words = [
-        {"tokens": ["Ada", "sings", "in", where], "tags": ["B-PER", "O", "O", "B-LOC"]} for where in ("Rome", "Bonn")
-    ]
-    anchors = [{"anchor": f"when is it {word}", "positive": f"{word} hours"} for word in ("open", "full", "closed")]
-    sums = [{"prompt": [{"role": "user", "content": "What is 2 + 3?"}], "wanted": "5"}]
-    files = {"words.jsonl": words, "questions.jsonl": anchors, "sums.jsonl": sums}
-    files["answers.jsonl"] = [{"prompt": f"What is {n} + 3?", "completion": f"It is {n + 3}."} for n in (1, 2)]
-    files["texts.jsonl"] = [{"text": text} for text in ("open hours", "full hours")]
-    files |= {"reviews.jsonl": texts, "pairs.jsonl": pairs, "marked.jsonl": marked, "alpaca.jsonl": alpaca}
-    for name, rows in files.items():
-        (tmp_path / name).write_text("".join(f"{json.dumps(row)}\n" for row in rows) * 6)
+    for path in [ROOT / "examples/chat.jsonl", *(ROOT / "examples/data").glob("*.jsonl")]:
+        # Sixteen rows keep a test short, and each tag of words.jsonl is in two of them, so one can be held out.
+        rows = path.read_text(encoding="utf-8").splitlines(keepends=True)[:16]
+        copy = tmp_path / path.relative_to(ROOT)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_text("".join(rows), encoding="utf-8")
+    shutil.copy(tmp_path / "examples/chat.jsonl", tmp_path / "chat.jsonl")  # pages without data of their own name it
     monkeypatch.chdir(tmp_path)
 
     def no_line(_prompt: str) -> str:
