@@ -60,6 +60,10 @@ def activate(model: Model, adapters: str | Sequence[str | None], *, per_sample: 
     Raises:
         PeftcoreError: a name is unknown, two adapters train the same parameter, or the model is merged. With
             per_sample, an adapter acts on a whole batch: prompts, prefixes and parameters of the base.
+
+    Examples:
+        >>> peftcore.activate(model, ["style", "domain"])                     # both, in this order
+        >>> peftcore.activate(model, ["ann", None, "eve"], per_sample=True)   # for a batch of three
     """
     state = require_state(model)
     entries = _check_names(adapters, per_sample)
@@ -92,6 +96,11 @@ def disabled(model: Model) -> Iterator[Model]:
 
     Raises:
         PeftcoreError: no adapter is applied, the model is merged, or another thread keeps changing it.
+
+    Examples:
+        >>> with peftcore.disabled(model):
+        ...     base_logits = model(**batch).logits
+        >>> logits = model(**batch).logits              # with adapters
     """
     state = require_state(model)
     block = Block(state.lock)

@@ -62,6 +62,10 @@ def apply(
         PluginError: the method is not installed or broken.
         PeftcoreError: a field, pattern or name is wrong, or the adapter cannot be initialised. The model is then
             unchanged except for what the method has prepared, such as a base in 4 bits.
+
+    Examples:
+        >>> peftcore.apply(model, "lora", r=16, target_modules=["q_proj", "v_proj"])
+        >>> optimizer = torch.optim.AdamW(peftcore.parameter_groups(model, lr=1e-4))
     """
     return add_adapter(model, method, fields, adapter=adapter, dtype=dtype, batches=batches)
 

@@ -34,6 +34,10 @@ def remove(model: Model, adapter: str | None = None) -> Model:
     Args:
         model: the model.
         adapter: the adapter's name; by default all adapters are removed.
+
+    Examples:
+        >>> peftcore.remove(model, "style")             # one adapter
+        >>> peftcore.remove(model)                      # all of them
     """
     state = require_state(model)
     if adapter is not None:

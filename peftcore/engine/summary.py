@@ -261,6 +261,9 @@ def plan(model: nn.Module, method: str | Any, /, *, dtype: torch.dtype | None = 
     """Return the placements that `apply` would make with these arguments, and their size.
 
     The model is not changed. The adapters are made on the meta device, so nothing is allocated.
+
+    Examples:
+        >>> print(peftcore.plan(model, "lora", r=16))   # the model is not changed
     """
     check_dtype(dtype)
     with torch.device("meta"):
@@ -318,7 +321,12 @@ def _one_by_one(placements: Mapping[str, Sequence[Placement]]) -> bool:
 
 
 def summary(model: nn.Module) -> Summary:
-    """Return the adapters of `model`, the number of trainable parameters, and sizes. Works on any model."""
+    """Return the adapters of `model`, the number of trainable parameters, and sizes. Works on any model.
+
+    Examples:
+        >>> peftcore.apply(model, "lora", r=8)
+        >>> print(peftcore.summary(model))              # adapters, trainable parameters, sizes
+    """
     check_model(model)
     with caching_base_modules(model):
         return _summary(model)

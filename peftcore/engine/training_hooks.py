@@ -71,6 +71,11 @@ def after_step(model: nn.Module, step: int, total_steps: int, *, optimizer: Any 
     Raises:
         PeftcoreError: no adapter is applied, the numbers are invalid, `optimizer` is not one, or a method needs it.
         PluginError: a method has changed the base.
+
+    Examples:
+        >>> optimizer.step()
+        >>> peftcore.after_step(model, step, total_steps, optimizer=optimizer)
+        >>> optimizer.zero_grad()
     """
     require_state(model)
     if not (isinstance(step, int) and isinstance(total_steps, int)) or step < 1:
@@ -146,6 +151,10 @@ def extra_loss(model: nn.Module) -> Tensor:
 
     Raises:
         PeftcoreError: no adapter is applied, or a method's term is not a scalar or has no gradient.
+
+    Examples:
+        >>> loss = model(**batch).loss + peftcore.extra_loss(model)
+        >>> loss.backward()
     """
     terms = loss_terms(model)
     if not terms:
@@ -226,6 +235,10 @@ def parameter_groups(model: nn.Module, lr: float, weight_decay: float = 0.0) -> 
     Raises:
         PeftcoreError: the model has no adapter, or nothing trains; two groups contain the same parameter, or one
             contains a tensor that is not a parameter of the model.
+
+    Examples:
+        >>> groups = peftcore.parameter_groups(model, lr=2e-4, weight_decay=0.01)
+        >>> optimizer = torch.optim.AdamW(groups)
     """
     require_state(model)
     groups = method_groups(model, lr, weight_decay)

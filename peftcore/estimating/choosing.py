@@ -121,6 +121,10 @@ def suggest(
 
     Raises:
         PeftcoreError: Nothing fits (the error names the smallest need found), or an argument is wrong.
+
+    Examples:
+        >>> config = AutoConfig.from_pretrained("HuggingFaceTB/SmolLM2-135M-Instruct")
+        >>> print(peftcore.suggest(config, ["lora", "qlora"], memory="24GB", device="rtx4090", length=512))
     """
     target = device_of(device)
     room = _room(memory, target)

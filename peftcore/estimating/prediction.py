@@ -163,6 +163,11 @@ def estimate(
     Raises:
         NotFollowed: The model cannot be built or run without values, or has no loss.
         PeftcoreError: An argument is wrong, or the method refuses the model.
+
+    Examples:
+        >>> config = AutoConfig.from_pretrained("HuggingFaceTB/SmolLM2-135M-Instruct")
+        >>> estimate = peftcore.estimate(config, "lora", r=16, batch_size=4, length=512, device="rtx4090")
+        >>> print(estimate)
     """
     step = step_of(step, options)
     _refuse_doubtful(method)

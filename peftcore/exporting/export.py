@@ -73,6 +73,11 @@ def export(
             else, or the files cannot be written. `convert` makes a low-rank adapter from any adapter that changes
             weights.
         PluginError: the package of the format failed.
+
+    Examples:
+        >>> peftcore.export(model, "served", format="vllm", adapter="default")
+        >>> peftcore.merge(model)
+        >>> peftcore.export(model, "model.gguf", format="gguf", tokenizer=tokenizer, gguf_type="q8_0")
     """
     exporter = find(format)
     format_options, target = options_of(exporter, options), Path(path)

@@ -117,6 +117,10 @@ def inspect(path: str | os.PathLike[str], *, method: str | None = None, revision
 
     Raises:
         CheckpointError: the files are missing or damaged, or do not contain an adapter.
+
+    Examples:
+        >>> info = peftcore.inspect("my-adapter")
+        >>> info.method, info.parameters
     """
 
     def look(folder: Folder) -> AdapterInfo:

@@ -62,6 +62,11 @@ def load(
     Raises:
         PluginError: no installed method reads the adapter, or several can and none is named.
         CheckpointError: the files cannot be read, or do not fit the model. The model stays unchanged.
+
+    Examples:
+        >>> model = AutoModelForCausalLM.from_pretrained("HuggingFaceTB/SmolLM2-135M-Instruct")
+        >>> peftcore.load(model, "my-adapter")                                    # for inference
+        >>> peftcore.load(model, "my-adapter", adapter="second", trainable=True)  # to train it further
     """
     # A download may take long. It runs before the lock is taken, so that the model can be called meanwhile.
     folder = folder_of(path, revision)

@@ -92,6 +92,10 @@ def save(
         CheckpointError: the files cannot be written, or a value is not finite. Existing files are unchanged.
         PeftcoreError: the method does not have the format, or the adapter cannot be stored in it; or adapters differ
             between ranks, or a rank has exited. The folder has either the old files or the new ones.
+
+    Examples:
+        >>> peftcore.apply(model, "lora", r=8)
+        >>> peftcore.save(model, "my-adapter")          # adapter_config.json, adapter_model.safetensors
     """
     check_dtype(dtype)
     if format != PEFT and format in single_file.formats():

@@ -103,6 +103,10 @@ def quantize(
         PeftcoreError: an argument is wrong, a weight is not floating point or contains NaN or Inf, or adapters are
             applied. The model stays unchanged. If GPTQ finds inputs that are not finite, or after any other exception
             (KeyboardInterrupt), some layers are quantized and others dense; the same call quantizes the rest.
+
+    Examples:
+        >>> peftcore.quantize(model, "nf4")
+        >>> peftcore.apply(model, "lora", r=8)          # QLoRA
     """
     plugin, weight_format = find_type(quant_type)
     if batches is not None and quant_type != "affine4":

@@ -62,6 +62,10 @@ def fuse(model: M, *, enabled: bool = True, recompute: Recompute = "auto") -> M:
 
     Raises:
         PeftcoreError: `recompute` is unknown.
+
+    Examples:
+        >>> peftcore.fuse(model)                        # before or after `apply`
+        >>> peftcore.fuse(model, enabled=False)         # the modules' own forward again
     """
     check_model(model)
     if recompute not in RECOMPUTE:

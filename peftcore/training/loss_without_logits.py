@@ -112,6 +112,11 @@ def loss_without_logits(model: M, check: Mapping[str, Any] | None = None, *, ena
     Raises:
         PeftcoreError: the model has no linear head for logits of tokens, its head has active adapters or its own
             `forward`, it is sharded, or its loss is not this one. The model is as it was.
+
+    Examples:
+        >>> peftcore.loss_without_logits(model)
+        >>> model.train()
+        >>> model(input_ids=tokens, labels=tokens).loss.backward()    # no logits in memory
     """
     check_model(model)
     if not enabled:

@@ -156,6 +156,10 @@ def combine(
 
     Raises:
         PeftcoreError: an adapter cannot be combined in this way. The model is left unchanged.
+
+    Examples:
+        >>> peftcore.combine(model, ["style", "domain"], weights=[0.7, 0.3], adapter="both")
+        >>> peftcore.activate(model, "both")            # the exact sum, as one adapter
     """
     state = engine.require_state(model)
     engine.refuse_merged(state, "combine adapters")

@@ -50,6 +50,11 @@ def convert(
     Raises:
         PeftcoreError: the adapter does more than change weights (prompts, bottlenecks, biases, `modules_to_save`).
             The model is left unchanged.
+
+    Examples:
+        >>> peftcore.apply(model, "dora", r=8, adapter="style")
+        >>> kept = peftcore.convert(model, "style", method="lora", r=16)    # adds "style-lora"
+        >>> min(kept.values())                          # the smallest fraction of a change that is kept
     """
     state, entry = engine.require_state(model), engine.applied(model, source)
     engine.refuse_merged(state, "convert an adapter")

@@ -63,6 +63,10 @@ def merge(
     Everything is checked before the first weight is written. After Ctrl-C the model is unchanged as well; without
     `undo` only until the first layer is written. From then on the model computes the same as before, and other
     functions refuse it.
+
+    Examples:
+        >>> peftcore.merge(model)                       # a plain model with new weights
+        >>> model.save_pretrained("merged")
     """
     _check_limit(max_error)
     check_dtype(dtype)
@@ -237,6 +241,10 @@ def unmerge(model: Model) -> Model:
 
     Raises:
         PeftcoreError: nothing is merged, or a merged weight has a different size now. The model is left unchanged.
+
+    Examples:
+        >>> peftcore.merge(model, undo=True)
+        >>> peftcore.unmerge(model)                     # the weights of before, and the adapters active again
     """
     state = engine.state_of(model)
     if state is None or state.merged is None:
