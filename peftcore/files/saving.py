@@ -133,7 +133,7 @@ def _save_single(
     is_sharded = any(sharded.is_sharded(model) for model, _ in adapters.values())
     if not is_sharded and ranks.rank() > 0:
         return path
-    with ranks.explaining_failure(f"'{path}' could not be written by all ranks") if sharded else nullcontext():
+    with ranks.explaining_failure(f"'{path}' could not be written by all ranks") if is_sharded else nullcontext():
         contents: dict[str | None, tuple[nn.Module, Content]] = {}
         for model_name, (model, name) in adapters.items():
             if is_sharded:
@@ -196,7 +196,7 @@ def _save(
     if not names_by_subfolder or (not is_sharded and ranks.rank() != 0):
         return folder
     failure = f"the adapter could not be saved by all ranks ('{folder}' is whole: as it was before, or as saved now)"
-    with ranks.explaining_failure(failure) if sharded else nullcontext():
+    with ranks.explaining_failure(failure) if is_sharded else nullcontext():
         if is_sharded:
             for name in names_by_subfolder.values():
                 _refuse_drifted(model, name)
