@@ -146,7 +146,7 @@ def _name_experts(where: str, model: nn.Module, config: Any) -> None:
 
 
 def _refuse_experts(where: str, model: nn.Module, config: Any) -> None:
-    """Refuse an entry that PEFT ignores, because it matches no module, but that would select experts here."""
+    """Reject an entry that PEFT ignores (it matches no module) but that would select experts here."""
     entries = getattr(config, "target_modules", None)
     if not entries or isinstance(entries, str) or hasattr(config, "target_parameters"):
         return

@@ -16,7 +16,7 @@ import peftcore
 from peftcore.errors import PeftcoreError
 from peftcore.estimating.devices import CARDS, Device, device_of, process_memory, usable
 from peftcore.estimating.following import NotFollowed
-from peftcore.estimating.prediction import Estimate, estimate, step_of
+from peftcore.estimating.prediction import Estimate, estimate, split_step_options
 from peftcore.estimating.purpose import Purpose
 from peftcore.estimating.ranges import Range
 from peftcore.estimating.stand_in import config_of, refuse_not_followed
@@ -129,12 +129,12 @@ def suggest(
     target = device_of(device)
     room = _room(memory, target)
     searched_options = [name for name in _SEARCHED if name in options]
-    step = step_of(step, options)
-    if searched_options or options:
+    step = split_step_options(step, options)
+    if searched_options:
+        raise PeftcoreError(f"suggest chooses {', '.join(_SEARCHED)} itself: leave out {', '.join(searched_options)}")
+    if options:
         raise PeftcoreError(
-            f"suggest chooses {', '.join(_SEARCHED)} itself: leave out {', '.join(searched_options)}"
-            if searched_options
-            else f"suggest has no argument {', '.join(options)}. Pass fields of a method's config as fields={{...}}"
+            f"suggest has no argument {', '.join(options)}. Pass fields of a method's config as fields={{...}}"
         )
     if memory is None and not target.is_card:
         room /= step.ranks
@@ -254,7 +254,7 @@ class _Search:
 
     def largest_batch(self, choice: _Choice, room: float) -> int:
         """Return the largest power of two that fits, or 0."""
-        batches = [2**power for power in range(self.smallest_batch - 1, LARGEST_BATCH.bit_length())]
+        batches = [2**power for power in range(LARGEST_BATCH.bit_length()) if 2**power >= self.smallest_batch]
         fitting = bisect_left(batches, True, key=lambda batch: self.estimate(choice, batch).needed > room)
         return batches[fitting - 1] if fitting else 0
 

@@ -46,18 +46,19 @@ class Estimate:
     """Prediction of a training step. Sizes in bytes.
 
     Args:
+        title: The model, the method and the step, in a line.
         parts: Memory at the peak, by `Purpose`.
         where: Operation at the peak.
         timeline: (operation, bytes of each `Purpose` after it, in its order), in the order of the step.
         phases: (first operation, name) of each part of the step.
+        operations: All operations, in order.
         summary: Summary of the model with its adapters.
         step: How the step is run.
-        operations: All operations, in order.
-        storages: All memory of the step.
-        device: Device for `fits`.
-        libraries: Resident bytes of this process before the step, without the model's weights; 0 on a card.
         paged: Whether the optimizer's state is in pages. `parts` has all of it; where memory is short, a single page
             stays in memory.
+        device: Device for `fits`.
+        storages: All memory of the step.
+        libraries: Resident bytes of this process before the step, without the model's weights; 0 on a card.
     """
 
     title: str
@@ -169,8 +170,8 @@ def estimate(
         >>> estimate = peftcore.estimate(config, "lora", r=16, batch_size=4, length=512, device="rtx4090")
         >>> print(estimate)
     """
-    step = step_of(step, options)
-    _refuse_doubtful(method)
+    step = split_step_options(step, options)
+    _refuse_ambiguous_fields(method)
     target = device_of(device) if isinstance(device, str) else device
     adapters: tuple[str, ...] = ()
     on_card = target is not None and target.is_card
@@ -229,8 +230,8 @@ def _weights_here(model: Any) -> int:
     return sum(storage.nbytes() for storage in storages.values())
 
 
-def step_of(step: Step | None, options: dict[str, Any]) -> Step:
-    """Return the step changed by those `options` that are fields of `Step`, and remove these from `options`."""
+def split_step_options(step: Step | None, options: dict[str, Any]) -> Step:
+    """Move the fields of `Step` from `options` into the step, and return it: what is left are fields of a config."""
     return replace(step or Step(), **{name: options.pop(name) for name in _OF_STEP & options.keys()})
 
 
@@ -247,7 +248,7 @@ def _as_model(step: Step, model: Any, on_card: bool) -> Step:
     )
 
 
-def _refuse_doubtful(method: Any) -> None:
+def _refuse_ambiguous_fields(method: Any) -> None:
     """Raise PeftcoreError if a field of `Step` is also a field of the method's config."""
     if isinstance(method, str):
         shared_fields = _OF_STEP & {item.name for item in dataclass_fields(peftcore.method(method).config_class)}
@@ -311,15 +312,15 @@ def _estimate(
     ]
     parts: dict[str, int] = dict(zip(_PURPOSES, sizes_at_peak, strict=True))
     return Estimate(
-        title,
-        parts,
-        _where(operations, peak),
-        tuple(timeline),
-        tuple(phases),
-        tuple(operations),
-        summary,
-        step,
-        is_paged(step.optimizer),
+        title=title,
+        parts=parts,
+        where=_where(operations, peak),
+        timeline=tuple(timeline),
+        phases=tuple(phases),
+        operations=tuple(operations),
+        summary=summary,
+        step=step,
+        paged=is_paged(step.optimizer),
         storages=tuple(storages),
     )
 

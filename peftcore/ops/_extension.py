@@ -89,7 +89,9 @@ def load(record: dict[str, Any]) -> tuple[ModuleType | None, str]:
             try:
                 module.cpu_level()  # reads PEFTCORE_CPU_LEVEL now, so that a wrong value fails at import
             except ValueError as error:
-                raise ValueError(f"PEFTCORE_CPU_LEVEL: {error}. Set one of these, or unset it") from None
+                raise ValueError(
+                    f"invalid PEFTCORE_CPU_LEVEL: {error}. Set it to one of these levels, or unset it"
+                ) from None
     if warn:
         warnings.warn(f"peftcore runs without its compiled extension: {reason}", RuntimeWarning, stacklevel=2)
     return module, reason

@@ -238,7 +238,8 @@ def _refuse_compiled_or_adapted(model: nn.Module) -> None:
         state = state_of(model)
         adapters = ", ".join(state.applied) if state is not None else "to a part of the model"
         raise PeftcoreError(
-            f"quantize needs a model without adapters, found {adapters}. Quantize first, or call peftcore.remove"
+            f"cannot quantize a model with adapters, found {adapters}. Remove them with peftcore.remove, or quantize "
+            "before apply"
         )
 
 
@@ -297,7 +298,9 @@ def dequantize(model: Model, dtype: torch.dtype | None = None) -> Model:
         The model.
     """
     if any(map(lock_of, model.modules())):
-        raise PeftcoreError("dequantize needs a model without adapters. Dequantize first, or call peftcore.remove")
+        raise PeftcoreError(
+            "cannot dequantize a model with adapters. Remove them with peftcore.remove, or dequantize before apply"
+        )
     try:
         for _, module in list(base_modules(model)):
             weight_format = find_weight_format(module)

@@ -328,7 +328,7 @@ def test_adapters_of_a_part_and_of_the_whole_are_refused() -> None:
     peftcore.apply(model, "around")
     with pytest.raises(peftcore.PeftcoreError, match="'the model' has adapters that were applied to another"):
         peftcore.apply(model.model, "around", adapter="other")
-    with pytest.raises(peftcore.PeftcoreError, match="quantize needs a model without adapters"):
+    with pytest.raises(peftcore.PeftcoreError, match="cannot quantize a model with adapters"):
         peftcore.quantize(model.model)
 
 

@@ -70,7 +70,7 @@ def lock_of(module: nn.Module) -> ModelLock | None:
 
 
 def takes_adapter_names(module: Any, kwargs: dict[str, Any]) -> bool:
-    """Return whether a call of `module` names an adapter for each sample in an argument that its forward lacks."""
+    """Return whether a call passes a per-sample adapter argument that the module's forward does not accept."""
     return NAMES in kwargs and NAMES not in module._peftcore_arguments
 
 

@@ -146,7 +146,7 @@ def by_method(
 ) -> Quantization | None:
     """Return how a method quantizes the base before placing adapters, or None.
 
-    To find out, the method prepares a base on the meta device. Loading in this format never holds the dense base.
+    To find out, the method prepares a base on the meta device. Loading never materializes the dense base.
     """
     from peftcore.plugin import base_modules, find_weight_format
     from peftcore.quantization import quantizable, quantized_experts, quantized_layers

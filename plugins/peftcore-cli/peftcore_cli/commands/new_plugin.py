@@ -46,7 +46,14 @@ _NOT_APPLICABLE = {Kind.after: _NO_MERGE, Kind.soft_prompt: _PROMPT, Kind.prefix
 
 def new_plugin(
     name: Annotated[str, typer.Argument(help="Name of the method: lowercase letters, digits and hyphens.")],
-    kind: Annotated[Kind, typer.Option("--kind", help="Placement of the method.")] = Kind.around,
+    kind: Annotated[
+        Kind,
+        typer.Option(
+            "--kind",
+            help="Where the method attaches: around or after a layer, on a weight, before the input, in the cache, "
+            "or to parameters of the base.",
+        ),
+    ] = Kind.around,
     folder: Annotated[Path, typer.Option("--folder", help="Folder to create the package in.")] = Path("."),
 ) -> None:
     """Write the package of a new method: pyproject.toml, README.md, a module and its test."""

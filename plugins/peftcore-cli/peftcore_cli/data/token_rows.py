@@ -56,5 +56,5 @@ def _integers(where: str, key: str, value: Any) -> list[int]:
         with contextlib.suppress(ValueError, RecursionError):
             value = json.loads(value)
     if not isinstance(value, list) or not value or any(type(item) is not int for item in value):
-        raise PeftcoreError(f"{where}: '{key}' must be a list of whole numbers, found {str(value)[:80]}")
+        raise PeftcoreError(f"{where}: '{key}' must be a list of integers, found {str(value)[:80]}")
     return value

@@ -315,7 +315,7 @@ def pooling_of(model: str, pooling: str = "auto") -> str:
 
 
 def _load_json(model: str, name: str) -> Any:
-    """Return a JSON file of a base in a folder or on the hub, or None if it has none."""
+    """Return the contents of a base's JSON file (folder or hub), or None if there is none."""
     from transformers.utils import cached_file
 
     try:

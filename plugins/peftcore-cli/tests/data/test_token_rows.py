@@ -49,8 +49,8 @@ def test_tokens(tmp_path: Path, tokenizer: Any) -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"input_ids": []}, r"'input_ids' must be a list of whole numbers, found \[\]"),
-        ({"input_ids": [1, 2.5]}, "'input_ids' must be a list of whole numbers"),
+        ({"input_ids": []}, r"'input_ids' must be a list of integers, found \[\]"),
+        ({"input_ids": [1, 2.5]}, "'input_ids' must be a list of integers"),
         ({"input_ids": [1, 2], "labels": [1]}, "'labels' has 1 values, but 'input_ids' has 2"),
         ({"input_ids": [1, 2], "labels": [2, -100]}, r"labels\[0\] must be input_ids\[0\]=1 or -100"),
         ({"input_ids": [1, 2], "labels": [1, -100]}, "the labels ignore every token"),
