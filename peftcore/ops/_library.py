@@ -96,7 +96,7 @@ def _refuse_gradients(name: str) -> None:
             for tensor in tree_iter((args, kwargs)):
                 if isinstance(tensor, Tensor) and _is_differentiated(tensor):
                     raise RuntimeError(
-                        f"torch.ops.peftcore.{name} is not differentiable, but an argument requires a gradient. "
+                        f"torch.ops.peftcore.{name} has no gradient, and an argument requires one. "
                         "Call the function "
                         "of peftcore.ops instead, or call it under torch.no_grad()"
                     )
