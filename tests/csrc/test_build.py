@@ -72,7 +72,8 @@ def test_the_environment_chooses_a_level():
     assert done.stdout.startswith("portable||"), done.stderr
     done = python("import peftcore.ops; print('imported')", PEFTCORE_CPU_LEVEL="fast")
     assert done.stdout == "" and re.search(
-        "ValueError: invalid PEFTCORE_CPU_LEVEL: no CPU level 'fast' in this build.*available: portable.*unset it", done.stderr
+        "ValueError: invalid PEFTCORE_CPU_LEVEL: no CPU level 'fast' in this build.*available: portable.*unset it",
+        done.stderr,
     )
     assert "Rebuild" not in done.stderr
 
