@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 from peftcore import ops
 from peftcore.model.experts import experts_forward
-from peftcore.plugin.adapter import LowRank
+from peftcore.plugin import LowRank
 
 logging.disable(logging.WARNING)
 warnings.simplefilter("ignore")

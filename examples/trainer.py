@@ -13,7 +13,7 @@ from transformers import (
 )
 
 import peftcore
-from peftcore.training.integrations.trainer import latest_checkpoint
+from peftcore.training import latest_checkpoint
 
 source, data, output = sys.argv[1:]
 tokenizer = AutoTokenizer.from_pretrained(source)
