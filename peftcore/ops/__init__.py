@@ -1,7 +1,7 @@
 """PyTorch operators (`torch.ops.peftcore.*`), each with a plain-PyTorch reference.
 
-A compiled kernel is used where the extension has one for the device; every other device runs the reference. The package
-imports PyTorch alone.
+An operator runs the extension's compiled kernel if there is one for the device, and the reference otherwise. This
+package depends only on PyTorch.
 """
 
 from peftcore.ops._extension import extension as extension

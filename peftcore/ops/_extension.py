@@ -1,4 +1,4 @@
-"""Loads peftcore._C, the compiled kernels. Without it every operator runs on its PyTorch reference."""
+"""Loads peftcore._C, the compiled kernels. Without the extension, every operator runs its PyTorch reference."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def sources_of_checkout(root: Path) -> Path | None:
-    """Return the folder `csrc` of a checkout, or None in site-packages, where it may belong to another package."""
+    """Return the folder `csrc` of a source checkout.
+
+    In site-packages return None, since a `csrc` there may belong to another package.
+    """
     return root / "csrc" if (root / "setup.py").exists() else None
 
 
@@ -46,7 +49,7 @@ def read_record(path: Path) -> dict[str, Any]:
 
 
 def minor_version(version: str) -> str:
-    """Return the major and minor version of PyTorch, within which the C++ interface is stable."""
+    """Return the major and minor version of PyTorch; the C++ ABI is stable across patch releases."""
     match = re.match(r"\d+\.\d+", version)
     return match.group() if match else version
 
@@ -54,25 +57,27 @@ def minor_version(version: str) -> str:
 def reason_not_to_load(
     record: dict[str, Any], torch_version: str = torch.__version__, csrc: Path | None = CSRC
 ) -> tuple[str, bool]:
-    """Return why the recorded build must not be loaded, and whether to warn about it; ("", False) if it can be loaded.
+    """Return why not to load the recorded build and whether to warn about it, or ("", False) if it can be loaded.
 
     Args:
         record: contents of _build.json.
         torch_version: version of PyTorch that is running.
-        csrc: the checkout's sources, from which the binary must have been built; None where there are none.
+        csrc: the checkout's sources, from which the binary must have been built; None without a checkout.
     """
     if os.environ.get("PEFTCORE_EXT") == "0":
         return "switched off by PEFTCORE_EXT=0", False
     if not record:
-        return f"it was never built here. Build it: {REBUILD}", False
+        return f"it has not been built here. Build it: {REBUILD}", False
     if not record.get("built"):
         return f"it was not built: {record.get('reason', 'no reason recorded')}", False
     built_with = str(record.get("torch", "unknown"))
     if minor_version(built_with) != minor_version(torch_version):
-        return f"it was built with PyTorch {built_with}, this is {torch_version}. Rebuild it: {REBUILD}", True
+        return (
+            f"it was built with PyTorch {built_with}, but this is PyTorch {torch_version}. Rebuild it: {REBUILD}"
+        ), True
     sources = "" if csrc is None else digest(csrc)
     if sources and record.get("sources") != sources:
-        return f"it was built from other sources than those in {csrc}. Rebuild it: {REBUILD}", True
+        return f"it was not built from the current sources in {csrc}. Rebuild it: {REBUILD}", True
     return "", False
 
 
@@ -84,7 +89,7 @@ def load(record: dict[str, Any]) -> tuple[ModuleType | None, str]:
         try:
             module = importlib.import_module("peftcore._C")
         except ImportError as error:
-            reason, warn = f"it does not load: {error}. Rebuild it: {REBUILD}", True
+            reason, warn = f"it failed to load: {error}. Rebuild it: {REBUILD}", True
         else:
             try:
                 module.cpu_level()  # reads PEFTCORE_CPU_LEVEL now, so that a wrong value fails at import

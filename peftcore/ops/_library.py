@@ -39,7 +39,7 @@ def _refuse_missing_tensors(schema: str, function: Callable[..., Any]) -> Callab
 
 
 def _without_autocast(reference: Callable[..., Any]) -> Callable[..., Any]:
-    """Disable autocast in the reference, as in a kernel: its arguments have already been cast."""
+    """Disable autocast inside the reference, as kernels do: the arguments have already been cast."""
 
     @functools.wraps(reference)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
@@ -59,8 +59,8 @@ def define(schema: str, reference: Callable[..., Any], fake: Callable[..., Any],
         schema: the operator's schema, without namespace.
         reference: computes the results with PyTorch's operators.
         fake: returns empty results of the right shapes and dtypes.
-        reads_host: the operator takes numbers from the host that differ from call to call. A CUDA graph would replay
-            those of its capture, so `torch.compile(mode="reduce-overhead")` must leave the operator out of its graphs.
+        reads_host: the operator reads values on the host that change from call to call. A CUDA graph would replay the
+            values of its capture, so `torch.compile(mode="reduce-overhead")` must not capture the operator.
     """
     name = schema.partition("(")[0]
     try:
@@ -82,7 +82,7 @@ def _refuse_gradients(name: str) -> None:
     """Register an autograd kernel that raises a RuntimeError where a gradient would be lost.
 
     Operators have no gradient of their own: the functions of `peftcore.ops` call them in a `torch.autograd.Function`.
-    The extension has the same kernel in C++, because in Python it takes a tenth of a small model's decoding time.
+    The extension has the same kernel in C++, because the Python version takes a tenth of a small model's decoding time.
     """
     if _extension.extension is not None:
         _extension.extension.refuse_gradients(name)
@@ -127,8 +127,9 @@ class Call(Protocol):
 def define_by(schema: str, call: type[Call]) -> None:
     """Define an operator whose reference and shape rule are methods of one class, with the same arguments and checks.
 
-    An operator with a `seed` is also defined as `NAME_seeded`, which a compiled model calls if the seed is on the CPU
-    and which stays out of CUDA graphs. Without a seed, or with one on the GPU, the operator may be part of a graph.
+    An operator with a `seed` is also defined as `NAME_seeded`, which CUDA graphs do not capture. A compiled model calls
+    it if the seed is on the CPU. Without a seed, or with a seed on the GPU, CUDA graphs can capture the operator
+    itself.
     """
 
     def reference(*args: Any, **kwargs: Any) -> Any:
@@ -157,7 +158,7 @@ _CONSTANTS = RLock()
 def constants() -> Iterator[None]:
     """Create module-level tensors as ordinary fp32 CPU tensors.
 
-    Their module may be first imported under another default device or dtype, or in a fake, meta or inference mode.
+    The module may first be imported under another default device or dtype, or in a fake, meta or inference mode.
     """
     # Overlapping threads would restore each other's default dtype.
     with _CONSTANTS:

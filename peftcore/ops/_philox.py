@@ -14,12 +14,12 @@ LOW = 0xFFFFFFFF
 
 
 def philox(counter: Sequence[Tensor], key: int | Tensor, rounds: int) -> Tensor:
-    """Return the words of many counters as eight 16-bit numbers each, the low half of a word first.
+    """Return the four random words of each counter as eight 16-bit numbers, the low half of each word first.
 
     Args:
         counter: four int64 tensors of one shape with the counters' 32-bit words.
-        key: 64 bits. If it is a tensor, the host does not read it.
-        rounds: 7 is the smallest number that passes BigCrush, 10 the authors' choice.
+        key: 64-bit key. The host does not read the value of a tensor.
+        rounds: number of rounds. 7 is the smallest that passes BigCrush; the authors recommend 10.
 
     Returns:
         int64 `[*shape, 8]`.

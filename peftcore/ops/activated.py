@@ -1,4 +1,4 @@
-"""Activations of a matrix, and their gradients.
+"""Activation functions and their gradients.
 
     GELU      y = x ∘ Φ(x)                         dx = dy ∘ (Φ(x) + x ∘ φ(x))
     others    y = x ∘ s      s = 1 / (1 + exp(-p))    dx = dy ∘ s ∘ (1 + x ∘ (1 - s) ∘ p'(x))
@@ -111,11 +111,11 @@ def activated(x: Tensor, activation: Activation = "gelu") -> Tensor:
     """Return act(x).
 
     Args:
-        x: of any shape; fp32, fp16, bf16 or float64.
+        x: tensor of any shape in fp32, fp16, bf16 or float64.
         activation: `gelu` (exact), `silu`, `gelu_tanh` or `quick_gelu`.
 
     Returns:
-        A tensor with x's shape and dtype, and a gradient.
+        A differentiable tensor with x's shape and dtype.
     """
     settings = ACTIVATIONS[activation]
     if x.device.type not in KERNEL_DEVICES or x.dtype is torch.float64 or has_active_transform():

@@ -6,8 +6,8 @@ Scales are stored in fp32, fp16 or bf16, zero points as uint8, or as fp32 if the
 values code - 8, so y = scale * (codebook[code] - (zero - 8)). The difference is exact for integer zero points, and the
 product is rounded to fp32 and then to the output dtype. Without `zeros`, all zero points are 8.
 
-Some checkpoints have groups that are not contiguous (`g_idx`, act-order). A permutation of the inputs makes them so:
-column j of the codes belongs to input `permutation[j]`.
+Some checkpoints have groups that are not contiguous (`g_idx`, act-order). For these, the inputs are permuted: column j
+of the codes belongs to input `permutation[j]`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from peftcore.ops.weight import (
 )
 
 _LARGEST = 15  # code
-_AT_ONCE = 1 << 22  # values that are quantized together, which limits temporary memory
+_AT_ONCE = 1 << 22  # number of values quantized at once, which limits temporary memory
 
 
 def affine4_weight(
@@ -46,18 +46,19 @@ def affine4_weight(
 
     Args:
         codes: integers from 0 to 15, `[.., out, in]`, of any integer dtype.
-        scales: fp32, fp16 or bf16 `[.., out, groups]`, stored in their dtype. A group has in / groups adjacent columns,
-            a multiple of 32. If that is not a power of two up to 4096, it is stored as several smaller groups.
-        zeros: zero points in the shape of `scales`: integers from 0 to 255 of any integer dtype, or floating point.
-            None means 8.
-        dtype: default dtype of the dequantized weight; that of the scales if None.
-        permutation: int64 `[in]`, if column j of `codes` belongs to input `permutation[j]`. Only for a matrix.
+        scales: fp32, fp16 or bf16 `[.., out, groups]`, stored in their dtype. Each group has in / groups adjacent
+            columns, which must be a multiple of 32. A group whose size is not a power of two up to 4096 is stored as
+            several smaller groups.
+        zeros: zero points with the shape of `scales`, either integers from 0 to 255 or floating point. None means 8.
+        dtype: default dtype of the dequantized weight; None means the dtype of the scales.
+        permutation: int64 `[in]`, such that column j of `codes` belongs to input `permutation[j]`. Only supported for a
+            matrix.
 
     Returns:
         The packed weight `[.., out, in]`, on the device of the codes.
 
     Raises:
-        TypeError: a dtype is not supported. ValueError: a shape does not fit the others, or a value is out of range.
+        TypeError: a dtype is not supported. ValueError: the shapes do not match, or a value is out of range.
     """
     op, shape = "affine4_weight", tuple(codes.shape)
     dtype = dtype or scales.dtype
@@ -119,10 +120,10 @@ def quantize_affine4(x: Tensor, blocksize: int = 64) -> PackedWeight:
         blocksize: a power of two from 32 to 4096.
 
     Returns:
-        The packed weight on x's device. A scale is not finite where its block contains NaN or Inf.
+        The packed weight on x's device. A block that contains NaN or Inf gets a non-finite scale.
 
     Raises:
-        TypeError: x has another dtype. ValueError: rows are not whole groups.
+        TypeError: the dtype of x is not supported. ValueError: `in` is not a multiple of `blocksize`.
     """
     op = "quantize_affine4"
     check_dtype(x.dtype, op)

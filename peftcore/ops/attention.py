@@ -4,13 +4,13 @@
     dP = dout vᵀ,  dS = c P ∘ (dP - Σ dout ∘ out)
     dq = dS k,  dk = dSᵀ q,  dv = Pᵀ dout
 
-Dropout multiplies P by D = keep / (1 - p): out = (D ∘ P) v, dP = D ∘ (dout vᵀ), dv = (D ∘ P)ᵀ dout. The mask is that of
-P as a matrix [batch · heads · queries, keys], and is regenerated for the gradient (dropout.py).
+Dropout multiplies P by D = keep / (1 - p): out = (D ∘ P) v, dP = D ∘ (dout vᵀ), dv = (D ∘ P)ᵀ dout. The dropout mask is
+generated for P as a matrix [batch · heads · queries, keys], and generated again in the backward pass (dropout.py).
 
-The result is the same as from PyTorch's `scaled_dot_product_attention`, which takes 1.1 to 1.9 times as long in fp32
-with AVX2, and several times as long with dropout or in 16 bits. Sums are fp32. With bf16 dot products, P and dS are
-rounded to bf16 before they are multiplied; otherwise all products are fp32. q, k, v, out and lse (one number per query
-and head) are saved for the gradient, which recomputes S.
+The results equal those of PyTorch's `scaled_dot_product_attention`, which takes 1.1 to 1.9 times as long in fp32 with
+AVX2, and several times as long with dropout or in 16 bits. Sums are fp32. With bf16 dot products, P and dS are rounded
+to bf16 before they are multiplied; otherwise all products are fp32. q, k, v, out and lse (one number per query and
+head) are saved for the gradient, which recomputes S.
 """
 
 from __future__ import annotations
@@ -257,14 +257,14 @@ def attention(
             for queries without a visible key.
         causal: query i attends only to keys 0 to i.
         scale: factor of q kᵀ; None means 1 / √size.
-        dropout_p, seed: dropout of the probabilities, with the arguments of `dropout`.
+        dropout_p, seed: dropout of the attention probabilities, as in `dropout`.
 
     Returns:
         `[batch, heads, queries, size]` in q's dtype, with gradients for q, k and v.
 
     Raises:
-        TypeError, ValueError: an argument does not fit the others. RuntimeError: a kernel's result is differentiated
-            twice.
+        TypeError, ValueError: dtypes, devices or shapes of the arguments do not match. RuntimeError: the result of a
+            kernel is differentiated twice.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if mask is not None:

@@ -1,4 +1,4 @@
-"""Facts about the compiled extension, for `peftcore doctor` and bug reports."""
+"""Build information about the compiled extension, for `peftcore doctor` and bug reports."""
 
 from __future__ import annotations
 
@@ -10,17 +10,21 @@ from peftcore.ops import _extension
 
 # Ratios measured by benchmarks/quant4.py on two AVX-512 cores, 4096 x 4096.
 COSTS = {
-    "extension": "4-bit operators and optimizers run on their PyTorch references: the same values, but 50 to 100 times "
-    "slower and with temporaries several times the size of the tensor. Paged optimizers do not run",
-    "cuda": "4-bit operators on CUDA tensors run on their PyTorch references: the same values, but several passes over "
-    "memory instead of one",
-    "openmp": "kernels run in one thread",
+    "extension": (
+        "4-bit operators and optimizers run their PyTorch references, which compute the same values 50 to 100 times "
+        "slower and allocate temporaries several times the size of the tensor. Paged optimizers are unavailable"
+    ),
+    "cuda": (
+        "4-bit operators on CUDA tensors run their PyTorch references, which compute the same values in several "
+        "passes over memory instead of one"
+    ),
+    "openmp": "kernels run on a single thread",
 }
 
 
 @dataclass(frozen=True)
 class BuildInfo:
-    """Facts about `_C`, or why it is missing."""
+    """Build information about `_C`, or the reason why it is missing."""
 
     available: bool
     missing_because: str = ""  # empty when available
@@ -29,23 +33,26 @@ class BuildInfo:
     compiler: str = ""
     torch_built_with: str = ""
     cpu_level: str = "reference"  # in use
-    cpu_levels: tuple[str, ...] = ()  # of this build, runnable on this CPU
+    cpu_levels: tuple[str, ...] = ()  # levels in this build that this CPU can run
     compiled_cpu_levels: tuple[str, ...] = ()
-    caches: tuple[int, ...] = ()  # bytes of the first, second and third level, as kernels read them
+    caches: tuple[int, ...] = ()  # sizes in bytes of the L1, L2 and L3 caches, as kernels read them
     cuda_architectures: tuple[str, ...] = ()  # empty: built without CUDA
     cuda_missing_because: str = ""
-    costs: tuple[str, ...] = ()  # consequences of what is missing, one sentence each
+    costs: tuple[str, ...] = ()  # consequences of each missing feature, one sentence each
 
     @property
     def out_of_reach(self) -> tuple[str, ...]:
-        """Levels, and CUDA, that this build contains but this machine cannot run, and therefore cannot test."""
+        """Instruction-set levels (and CUDA) in this build that this machine cannot run and therefore cannot test."""
         levels = tuple(level for level in self.compiled_cpu_levels if level not in self.cpu_levels)
         cuda = ("CUDA",) if self.cuda_architectures and not torch.cuda.is_available() else ()
         return levels + cuda
 
 
 def build_info() -> BuildInfo:
-    """Return facts about the extension of this process. CUDA counts as missing only if PyTorch sees a device."""
+    """Return the build information of the loaded extension.
+
+    Missing CUDA kernels are listed as a cost only if PyTorch sees a GPU.
+    """
     record, module = _extension.record, _extension.extension
     if module is None:
         return BuildInfo(False, _extension.missing_because, costs=(COSTS["extension"],))

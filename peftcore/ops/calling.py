@@ -1,4 +1,4 @@
-"""Shared by the public functions of operators: autocast, `torch.func` transforms and CUDA graphs."""
+"""Handling of autocast, `torch.func` transforms and CUDA graphs, shared by the operators' public functions."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def is_exporting() -> bool:
 def as_non_view(y: torch.Tensor) -> torch.Tensor:
     """Return `y` as a tensor that is not a view, to be returned by a `torch.autograd.Function`.
 
-    Autograd forbids in-place changes of views that a custom function returns, and models make them: Llama 4 adds to the
-    output of its shared expert.
+    Autograd forbids in-place changes to views that a custom function returns, but models make such changes: Llama 4
+    adds in place to the output of its shared expert.
     """
     if torch.compiler.is_compiling() or not y._is_view():
         return y
@@ -38,7 +38,7 @@ def as_non_view(y: torch.Tensor) -> torch.Tensor:
 def has_active_transform() -> bool:
     """Return whether a transform of `torch.func` (vmap, grad, jvp) or a dual level of `forward_ad` is active.
 
-    These can only trace PyTorch's own operators.
+    Transforms can only trace PyTorch's own operators.
     """
     if torch.compiler.is_compiling():
         return False
@@ -70,14 +70,17 @@ def permute_inputs(t: Tensor, weight: Tensor | PackedWeight) -> Tensor:
 
 
 def autocast_device(x: Tensor) -> str:
-    """Return the device type whose autocast applies to x. Meta tensors have no autocast and use the CPU's."""
+    """Return the device type whose autocast applies to x.
+
+    Meta tensors have no autocast of their own, so they use the CPU's.
+    """
     return "cpu" if x.is_meta else x.device.type
 
 
 def frozen_operands(
     x: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None
 ) -> tuple[Tensor, list[Tensor], list[int], Tensor | None]:
-    """Return x, the two arguments for the weight, and the bias, all cast as autocast demands. x's columns are permuted.
+    """Return x with permuted columns, the weight's two operator arguments, and the bias, cast as autocast requires.
 
     Raises:
         ValueError: the weight requires a gradient, which the operators do not compute.

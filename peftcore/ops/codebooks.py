@@ -54,7 +54,7 @@ with constants():
     INTEGERS = torch.arange(-8.0, 8.0)  # affine codes, relative to the middle zero point
     DYNAMIC8 = _dynamic_map()
     E4M3 = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
-    # The codes of NaN, which no scale uses. Finite values here allow codebooks to be compared.
+    # These are the codes of NaN, which no scale uses. Their values are finite so that codebooks can be compared.
     E4M3[127], E4M3[255] = 480, -480
 
 _CODEBOOKS = {
@@ -70,5 +70,5 @@ def codebook(name: str, device: torch.device | str = "cpu") -> Tensor:
     Raises ValueError for another name.
     """
     if name not in _CODEBOOKS:
-        raise ValueError(f"no codebook {name!r} (there are: {', '.join(_CODEBOOKS)})")
+        raise ValueError(f"unknown codebook {name!r}. Choose one of {', '.join(_CODEBOOKS)}")
     return _CODEBOOKS[name].to(device=device, copy=True)

@@ -1,4 +1,4 @@
-"""Cross-entropy of rows of logits, and its gradient in place of the logits.
+"""Cross-entropy of rows of logits, whose gradient overwrites the logits.
 
     z = scale · x, or with a soft cap  z = cap · tanh(scale · x / cap)
     lse = log Σ exp(z),  p = exp(z - lse),  entropy = lse - Σ p z
@@ -27,7 +27,7 @@ from peftcore.ops.weight import check_dtype, check_linear, require
 
 
 class Settings(NamedTuple):
-    """Numbers of the formula, in the order that operators expect. A `soft_cap` of 0 means none."""
+    """Coefficients of the formula, in the order that the operators expect. A `soft_cap` of 0 disables the cap."""
 
     label_smoothing: float = 0.0
     logit_scale: float = 1.0
@@ -36,7 +36,7 @@ class Settings(NamedTuple):
 
 
 def check_labels(labels: Tensor, rows: int, logits: Tensor, classes: int, class_weight: Tensor | None, op: str) -> None:
-    """Check labels `[rows]` and class weights `[classes]`. `logits` is any tensor with their device and dtype."""
+    """Check labels `[rows]` and class weights `[classes]`. Only the device and dtype of `logits` are used."""
     if labels.dtype != torch.int64:
         raise TypeError(f"{op}: labels must be torch.int64, found {labels.dtype}")
     require(labels.shape == (rows,), op, f"labels must be [{rows}], found {list(labels.shape)}")
@@ -102,7 +102,7 @@ def capturing(x: Tensor) -> bool:
 def labelled_pieces(
     labels: Tensor, ignore_index: int, classes: int, size: int, op: str = "linear_cross_entropy"
 ) -> Iterator[slice | Tensor]:
-    """Yield the rows that have a label, `size` at a time: as slices if all rows have one, otherwise as indices.
+    """Yield the rows that have a label, `size` at a time: as slices if all rows are labelled, otherwise as indices.
 
     During a CUDA graph capture all rows are yielded, since the host cannot wait to find those with a label.
 
@@ -208,12 +208,12 @@ def cross_entropy_rows_(
     return rows
 
 
-BLOCK_CLASSES, BLOCK_ROWS = 2048, 1024  # kMostClasses and kMostRows of the kernel
+BLOCK_CLASSES, BLOCK_ROWS = 2048, 1024  # the kernel's kMostClasses and kMostRows
 
 
 @dataclass
 class LinearCrossEntropyRows:
-    """`cross_entropy_rows_` of x Wᵀ + bias, and the gradient of x.
+    """`cross_entropy_rows_` of logits x Wᵀ + bias, with the gradient of x.
 
     The CPU kernel computes `BLOCK_CLASSES` classes of `BLOCK_ROWS` rows at a time and rounds a row's gradient once. The
     logits are never all in memory, and a block of W is read from memory once for both products. With label smoothing,
@@ -264,7 +264,7 @@ def has_blocks(dtype: torch.dtype, device: torch.device) -> bool:
     return extension is not None and device.type == "cpu" and bool(extension.has_cross_entropy(str(dtype)))
 
 
-_PIECE = 1 << 18  # number of logits in a piece, whose fp32 copy stays in a cache
+_PIECE = 1 << 18  # number of logits processed at a time, few enough for their fp32 copy to stay in cache
 
 
 class _Losses(torch.autograd.Function):
@@ -298,7 +298,7 @@ def _pieces(logits: Tensor, labels: Tensor, ignore_index: int) -> Iterator[slice
 
 
 def _losses_and_gradient(rows: Tensor, labels: Tensor, ignore_index: int, gradient: bool) -> tuple[Tensor, Tensor]:
-    """Return the losses of rows of logits, and the gradient of each loss by its row, both in fp32 or float64."""
+    """Return the loss of each row of logits and its gradient with respect to the row, both in fp32 or float64."""
     rows = rows.to(wide_dtype(rows), copy=True)
     losses, _, _ = cross_entropy_rows_(rows, labels, None, None, Settings(), ignore_index, gradient)
     return losses, rows
@@ -311,7 +311,7 @@ def _by_pytorch(logits: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
 def cross_entropy(logits: Tensor, labels: Tensor, *, ignore_index: int = -100) -> Tensor:
     """Return the cross-entropy of each row, like `F.cross_entropy(logits.float(), labels, reduction="none")`.
 
-    It makes no fp32 copy of all logits, neither here nor in the backward pass. Compiled code and tensor subclasses
+    Neither the forward nor the backward pass makes an fp32 copy of all logits. Compiled code and tensor subclasses
     (DTensor) use PyTorch's function.
 
     Args:
@@ -320,12 +320,12 @@ def cross_entropy(logits: Tensor, labels: Tensor, *, ignore_index: int = -100) -
         ignore_index: label of rows that are skipped; their loss is 0.
 
     Returns:
-        fp32 (for float64, float64) `[...]`.
+        fp32 (float64 for float64) `[...]`.
 
     Raises:
-        ValueError: the shapes do not fit each other.
+        ValueError: the shapes do not match.
         TypeError: a dtype is not supported.
-        IndexError: a label is out of range, on the CPU. On a GPU its loss is NaN.
+        IndexError: a label is out of range (CPU only; on a GPU, the loss of its row is NaN).
     """
     op, shape = "cross_entropy", list(logits.shape)
     require(shape != [] and shape[-1] > 0, op, f"logits must be [..., classes], found {shape}")

@@ -71,7 +71,7 @@ class _DenseLinear(torch.autograd.Function):
         (weight,) = ctx.saved_tensors
         x_grad = bias_grad = None
         if ctx.needs_input_grad[0]:
-            # create_graph=True needs an operator that has a gradient.
+            # create_graph=True needs a differentiable operator.
             x_grad = grad @ weight if torch.is_grad_enabled() else _OPS.dense_linear(grad, weight.t())
         if ctx.needs_input_grad[2]:
             bias_grad = grad.sum_to_size(grad.shape[-1])
@@ -83,14 +83,14 @@ def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
 
     Args:
         x: fp32, fp16 or bf16 `[..., in]`; under autocast it is cast as for `F.linear`.
-        weight: `[out, in]` in x's dtype (under autocast in any). It must not require grad.
+        weight: `[out, in]` in x's dtype (or any dtype under autocast). It must not require grad.
         bias: `[out]`, cast to x's dtype.
 
     Returns:
-        `[..., out]` in x's dtype (under autocast in its dtype), with gradients for x and bias.
+        `[..., out]` in x's dtype (or the autocast dtype), with gradients for x and bias.
 
     Raises:
-        TypeError, ValueError: an argument does not fit the others.
+        TypeError, ValueError: dtypes, devices or shapes of the arguments do not match.
     """
     if type(x) is not Tensor and has_torch_function_unary(x):
         return handle_torch_function(dense_linear, (x,), x, weight, bias)

@@ -23,7 +23,7 @@ _OPS = torch.ops.peftcore
 
 
 def threshold(p: float) -> int:
-    """Return the 16-bit threshold: random numbers below it drop their element."""
+    """Return the 16-bit threshold below which a random number drops its element."""
     return min(round(p * 65536), 65535)
 
 
@@ -69,8 +69,8 @@ def check_dropout(op: str, x: Tensor, p: float, seed: Tensor | None) -> None:
 def new_seed(x: Tensor) -> Tensor:
     """Return a seed from PyTorch's generator.
 
-    It is drawn on the CPU, except where a CUDA graph may replay the call (in a compiled model, or during a capture).
-    There it is drawn on x's GPU, so that each replay draws another seed, which kernels read from device memory.
+    The seed is drawn on the CPU, unless a CUDA graph may replay the call (in a compiled model, or during a capture). It
+    is then drawn on x's GPU, where kernels read it from device memory, so that each replay draws a new seed.
     """
     repeated = x.is_cuda and (torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing())
     return torch.randint(2**63 - 1, (), device=x.device if repeated else "cpu")
@@ -142,12 +142,12 @@ def dropout(x: Tensor, p: float, seed: Tensor | None = None) -> Tensor:
 
     Args:
         x: `[..., columns]`; fp32, fp16, bf16 or float64.
-        p: probability with which an element is dropped, to a multiple of 1/65536.
-        seed: int64 `[]` on CPU or x's device, which determines the mask (see `keep_mask`). By default it is drawn from
-            PyTorch's generator.
+        p: probability of dropping an element, rounded to a multiple of 1/65536.
+        seed: int64 `[]` on CPU or x's device, which determines the mask (see `keep_mask`). By default the seed is drawn
+            from PyTorch's generator.
 
     Returns:
-        A tensor with x's shape and dtype, and a gradient for x.
+        A differentiable tensor with x's shape and dtype.
     """
     if has_active_transform():
         return F.dropout(x, p)

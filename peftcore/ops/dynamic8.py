@@ -58,7 +58,7 @@ def decode(codes: Tensor, absmax: Tensor, table: Tensor) -> Tensor:
 def encode(x: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
     """Quantize flat fp32 values to the nearest entries of the table. Return codes, and absmax per block.
 
-    Values that are not finite become 0: otherwise they would be the scale of 256 elements.
+    Non-finite values become 0, since one of them would become the scale of 256 elements.
     """
     signed = table is SIGNED_MAP
     x = x.where(x.isfinite(), 0)

@@ -5,7 +5,7 @@
     dg = dy ∘ u ∘ s ∘ (1 + g ∘ (1 - s) ∘ p'(g))           du = dy ∘ act(g)
 
 SiLU has p = x, the tanh approximation of GELU p = 2 √(2/π) (x + 0.044715 x³), and quick GELU p = 1.702 x. Everything is
-computed in fp32. As in models, act(g) is rounded to g's dtype, and so is the result. Only g and u are saved for the
+computed in fp32. As in model code, both act(g) and the result are rounded to g's dtype. Only g and u are saved for the
 gradient, while PyTorch's operators also save act(g).
 """
 
@@ -33,7 +33,7 @@ ACTIVATIONS: dict[str, tuple[float, float]] = {  # coefficients of p: linear, cu
     "quick_gelu": (1.702, 0.0),
 }
 
-_LARGEST = 16.0  # coefficient; up to it, kernels overflow only where the reference does
+_LARGEST = 16.0  # largest coefficient for which kernels overflow only where the reference does
 
 
 def check_coefficients(op: str, linear: float, cubic: float) -> None:
@@ -62,7 +62,8 @@ def sigmoid_of_p(x: Tensor, linear: float, cubic: float) -> Tensor:
 
 def slope(x: Tensor, linear: float, cubic: float) -> Tensor:
     """Return the derivative of x s(x): 0 or 1 for large |x|, NaN at infinity."""
-    s, near = sigmoid_of_p(x, linear, cubic), x.clamp(-1e4, 1e4)  # outside, 1 - s or s is 0, and p'(x) may overflow
+    # Outside this range, s or 1 - s is 0, and p'(x) may overflow
+    s, near = sigmoid_of_p(x, linear, cubic), x.clamp(-1e4, 1e4)
     nan_at_infinity = x - x
     return s * (1 + near * (1 - s) * (linear + 3 * cubic * near.pow(2))) + nan_at_infinity
 
@@ -138,8 +139,8 @@ def gated(gate: Tensor, up: Tensor, activation: Activation = "silu") -> Tensor:
     """Return act(gate) ∘ up.
 
     Args:
-        gate: of any shape; fp32, fp16, bf16 or float64.
-        up: in the shape and dtype of gate.
+        gate: tensor of any shape in fp32, fp16, bf16 or float64.
+        up: tensor with the shape and dtype of gate.
         activation: `silu`, `gelu_tanh` or `quick_gelu`.
 
     Returns:

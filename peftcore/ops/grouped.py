@@ -1,4 +1,4 @@
-"""Linear layers of experts, with gradients: the functions that users call. grouped_operators.py has the formula."""
+"""Public functions for the linear layers of experts, with gradients. grouped_operators.py has the formulas."""
 
 from __future__ import annotations
 
@@ -77,16 +77,18 @@ def grouped_linear(
 
     Args:
         x: fp32, fp16, bf16 or float64 `[rows, in]`, sorted by expert; under autocast it is cast as for `F.linear`.
-        offsets: int32 `[E]`, the end of each expert's rows. Rows after the last offset give zeros.
-        weight: `[E, out, in]` in x's dtype (under autocast in any), or a `PackedWeight`. It must not require grad.
+        offsets: int32 `[E]`, the end of each expert's rows. The result is zero for rows after the last offset.
+        weight: `[E, out, in]` in x's dtype (or any dtype under autocast), or a `PackedWeight`. It must not require
+            grad.
         bias: `[E, out]`, cast to x's dtype.
-        transposed: the weight is `[E, in, out]`.
+        transposed: whether the weight is `[E, in, out]`.
 
     Returns:
-        `[rows, out]` in x's dtype (under autocast in its dtype), with gradients for x and bias.
+        `[rows, out]` in x's dtype (or the autocast dtype), with gradients for x and bias.
 
     Raises:
-        TypeError, ValueError: an argument does not fit the others. RuntimeError: the result is differentiated twice.
+        TypeError, ValueError: dtypes, devices or shapes of the arguments do not match. RuntimeError: the result is
+            differentiated twice.
     """
     return _grouped(x, offsets, weight, bias, (), transposed)
 
@@ -106,10 +108,10 @@ def grouped_lora_linear(
     """Return x_i W_eᵀ + bias_e + scale · (dropout(x_i) A_eᵀ) B_eᵀ for the rows of each expert e.
 
     Args:
-        a, b: `[E, r, in]` and `[E, out, r]` in floating point of 16, 32 or 64 bits, whatever the layout of the weight.
+        a, b: `[E, r, in]` and `[E, out, r]` in 16-, 32- or 64-bit floating point, for both layouts of the weight.
         dropout_p, seed: see `lora_linear`.
 
-    The other arguments, the result and errors are those of `grouped_linear`; a and b also get gradients.
+    All other arguments, the result and the errors are as in `grouped_linear`. The factors a and b also get gradients.
     """
     seed = seed_of_call(x, seed) if dropout_p else None
     return _grouped(x, offsets, weight, bias, (a, b), transposed, scale, dropout_p, seed)

@@ -84,7 +84,7 @@ def _check_factors(op: str, x: Tensor, factors: Sequence[Tensor], sizes: tuple[i
 
 
 class _Experts:
-    """What the forward and backward calls share: the weight of each expert, and its rows."""
+    """Base class of the forward and backward calls, with the weight and the rows of each expert."""
 
     offsets: Tensor
     frozen: Tensor | PackedWeight
@@ -129,13 +129,13 @@ class _Matrices:
         if isinstance(frozen, Tensor):
             return frozen[expert]
         packed = frozen.expert(expert)
-        if packed.blocksize < MIN_BLOCKSIZE:  # operators accept such blocks only with nested scales
+        if packed.blocksize < MIN_BLOCKSIZE:  # operators accept blocks this small only with nested scales
             return packed.values(self.dtype)[0]
         return dequantize_4bit(packed, self.dtype)[0]
 
 
 def _empty(like: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
-    """Return an empty strided tensor, whatever the layout of `like`."""
+    """Return an empty tensor on the device of `like`. It is strided even if `like` is not."""
     return torch.empty(shape, dtype=dtype or like.dtype, device=like.device)
 
 

@@ -1,8 +1,10 @@
-"""Places weights in huge pages. A product of few rows reads each weight once; with small pages it takes a fifth longer.
+"""Places weights in huge pages.
+
+A product with few rows reads each weight once and takes a fifth longer with small pages.
 
 A huge page has 2 MiB, and few weights are a multiple of that, so several packed weights are copied into one mapping.
-Each tensor has its own storage, and a mapping lives as long as one of its tensors. A large dense weight stays where it
-is: the system is asked to move its pages. The extension's `quantize_4bit` and `quantize_mxfp4` request huge pages for
+Each tensor has its own storage, and a mapping lives as long as one of its tensors. A large dense weight is not copied.
+Instead, Linux is asked to move its pages. The extension's `quantize_4bit` and `quantize_mxfp4` request huge pages for
 their results themselves (csrc/common/huge_pages.h).
 """
 
@@ -22,7 +24,7 @@ from torch import Tensor
 from peftcore.ops._extension import extension
 
 _HUGE_PAGE = 2 << 20  # bytes
-_GROUP_BYTES = 32 << 20  # of tensors that share a mapping, whose memory is released only with the last of them
+_GROUP_BYTES = 32 << 20  # size of a mapping, which is released only when the last of its tensors is freed
 _ALIGNMENT = 64
 _SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 _mappings: WeakValueDictionary[int, mmap.mmap] = (
@@ -39,7 +41,7 @@ def move_to_huge_pages(tensors: Iterable[Tensor]) -> None:
     """Replace the memory (`.data`) of tensors by copies in huge pages, up to 32 MiB of tensors in one mapping.
 
     A tensor stays where it is if it is on another device, a view of a larger storage, shared with other processes, or
-    already in huge pages. If all of them together would not fill one page, none is moved.
+    already in huge pages. Tensors that would not fill one page together are not moved.
     """
     group: list[Tensor] = []
     size = 0
@@ -55,7 +57,7 @@ def move_to_huge_pages(tensors: Iterable[Tensor]) -> None:
 
 
 def collapse(t: Tensor) -> None:
-    """Ask the system to move the memory of a large tensor into huge pages, in place."""
+    """Ask Linux to move the memory of a large tensor into huge pages, in place."""
     if extension is not None and _may_move(t.data):
         extension.move_into_huge_pages(t.data_ptr(), t.nbytes)
 
@@ -87,7 +89,7 @@ def _copies(tensors: list[Tensor]) -> list[Tensor]:
     mapping = mmap.mmap(-1, -(-size // _HUGE_PAGE) * _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     huge_bytes = (
         (size + _HUGE_PAGE // 2) // _HUGE_PAGE * _HUGE_PAGE
-    )  # the last page is a small part of it, or small pages
+    )  # a last page that would be less than half full uses small pages
     with suppress(OSError):
         mapping.madvise(mmap.MADV_HUGEPAGE, 0, huge_bytes)
     copies = []
@@ -100,7 +102,7 @@ def _copies(tensors: list[Tensor]) -> list[Tensor]:
 
 @cache
 def _huge_pages_enabled() -> bool:
-    """Return whether the system gives huge pages to processes that ask for them."""
+    """Return whether Linux gives huge pages to processes that ask for them."""
     try:
         return sys.platform == "linux" and hasattr(mmap, "MADV_HUGEPAGE") and "[never]" not in _SETTING.read_text()
     except OSError:

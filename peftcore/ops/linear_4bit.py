@@ -5,9 +5,9 @@
 
 The reference dequantizes the weight panel by panel (whole rows of W) into a workspace that is kept between calls, and
 multiplies with the BLAS library: a fresh buffer for the whole weight would cost more in page faults than dequantizing.
-Panels begin at a boundary of nested scales, so one call dequantizes each. The kernels multiply a few rows of x directly
-from 4 bits. For many rows they unpack tiles into the L2 cache and multiply them there (csrc/gemm), so that no 16-bit
-weight is ever written to memory.
+Panels begin on a boundary of nested scales, so that one call dequantizes a panel. The kernels multiply a few rows of x
+directly from 4 bits. For many rows they unpack tiles into the L2 cache and multiply them there (csrc/gemm), so that no
+16-bit weight is ever written to memory.
 
 Every layer pays for the overhead of this function, so the gradient is an `autograd.Function` over two operators that
 have no autograd of their own.
@@ -32,8 +32,8 @@ from peftcore.ops.quant4 import dequantize_4bit
 from peftcore.ops.weight import PackedWeight, check_linear, check_operand, packed_weight_from_operands
 
 # Bytes of a panel. Measured on one AVX-512 core with 4096 x 4096 in bf16: for one row of x, panels of 8 MiB take 2.8
-# ms, the whole weight at once 5.8 ms (dense: 3.0 ms); for many rows they make no difference. In the gradient every
-# panel adds to all of dx, so fewer panels are better.
+# ms, the whole weight at once 5.8 ms (dense: 3.0 ms); for many rows, panels make no difference. In the backward pass
+# every panel adds to all of dx, so fewer panels are better.
 PANEL_BYTES = {"forward": 8 << 20, "backward": 32 << 20}
 _OPS = torch.ops.peftcore
 _local = threading.local()
@@ -137,7 +137,7 @@ class _Linear4bit(torch.autograd.Function):
         x_grad = bias_grad = None
         if ctx.needs_input_grad[0]:
             weight, packing = ctx.saved_tensors, ctx.packing
-            if torch.is_grad_enabled():  # create_graph=True needs operators that have a gradient
+            if torch.is_grad_enabled():  # create_graph=True needs differentiable operators
                 x_grad = grad @ dequantize_4bit(packed_weight_from_operands(weight, packing, "linear_4bit"), grad.dtype)
             else:
                 x_grad = _OPS.linear_4bit_backward(grad, weight, packing)
@@ -155,10 +155,10 @@ def linear_4bit(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> 
         bias: `[out]`, cast to x's dtype.
 
     Returns:
-        `[..., out]` in x's dtype (under autocast in its dtype), with gradients for x and bias.
+        `[..., out]` in x's dtype (or the autocast dtype), with gradients for x and bias.
 
     Raises:
-        TypeError, ValueError: an argument does not fit the others.
+        TypeError, ValueError: dtypes, devices or shapes of the arguments do not match.
     """
     if type(x) is not Tensor and has_torch_function_unary(x):
         return handle_torch_function(linear_4bit, (x,), x, weight, bias)

@@ -1,11 +1,11 @@
 """Cross-entropy of a language model's head, h Wᵀ + b, without materializing the logits.
 
-Rows are processed in pieces. The logits of a piece are written to a bounded workspace, `cross_entropy_rows_` computes
-the losses and replaces the logits by their gradient, and dh = dlogits W follows immediately. So the logits, their fp32
-copy and their gradient, [rows, vocabulary] each, never exist. Rows without a label are skipped.
+Rows are processed in chunks. The logits of a chunk are written to a bounded workspace, `cross_entropy_rows_` computes
+the losses and overwrites the logits with their gradient, and dh = dlogits W follows immediately. The full logits, their
+fp32 copy and their gradient, each [rows, vocabulary], are never materialized. Rows without a label are skipped.
 
-Where `linear_cross_entropy_rows` has a kernel, all rows form one piece and the classes are processed in blocks: in
-fp32, both products then take 0.89 of the time with AVX2 and 0.78 with AVX-512 (1024 rows, 49,152 classes).
+Where `linear_cross_entropy_rows` has a kernel, all rows form one chunk and the classes are processed in blocks. In
+fp32, the two products then take 0.89 of the time with AVX2 and 0.78 with AVX-512 (1024 rows, 49,152 classes).
 
     forward     losses [rows], dh [rows, in]        two products, the same as for a head with a frozen weight
     backward    dh · dloss
@@ -47,10 +47,10 @@ from peftcore.ops.quant4 import dequantize_4bit
 from peftcore.ops.weight import PackedWeight, check_linear, require, weight_from_operands
 
 _OPS = torch.ops.peftcore
-# Bytes of a piece of logits. The same on every machine, since sums may depend on the size of a piece.
+# Bytes of logits per chunk. The size is the same on every machine, since sums may depend on it.
 PIECE_BYTES = {"cpu": 1 << 25, "cuda": 1 << 28}
 _ROW_GRAIN = 128
-_LEAST_ROWS = 256  # with fewer, reading the weight dominates: 128 rows at a time take 1.1 times as long
+_LEAST_ROWS = 256  # with fewer rows, reading the weight dominates: chunks of 128 rows take 1.1 times as long
 
 
 def rows_in_piece(classes: int, dtype: torch.dtype, device: torch.device) -> int:
@@ -129,7 +129,7 @@ class LinearCrossEntropy:
         rows = x.new_zeros((3, count), dtype=wide_dtype(x))
         grad = torch.zeros_like(x) if self.gradient else x.new_empty(0)
         if self._has_blocks():
-            for piece in self._pieces(max(1, count)):  # all rows in one piece
+            for piece in self._pieces(max(1, count)):  # all rows in one chunk
                 operands = x[piece], self.weight[0], self.bias, self.labels[piece], self.class_weight, self.grad_scale
                 rows[:, piece], dx = _OPS.linear_cross_entropy_rows(*operands, self.settings, self.gradient)
                 if self.gradient:
@@ -144,7 +144,7 @@ class LinearCrossEntropy:
             rows[:, piece] = cross_entropy_rows_(logits, self.labels[piece], *options)
             if self.gradient:
                 grad[piece] = head.gradient(logits)
-            del logits  # frees them before the next piece is allocated
+            del logits  # frees the memory before the next chunk is allocated
         return rows, grad
 
     def _has_blocks(self) -> bool:
@@ -229,7 +229,7 @@ define_by(
 )
 
 
-# --- what users call -------------------------------------------------------------------------------------------------
+# --- public functions ------------------------------------------------------------------------------------------------
 
 
 class _Rows(torch.autograd.Function):
@@ -280,7 +280,7 @@ class _Rows(torch.autograd.Function):
 
 
 def divisor(labels: Tensor, has_label: Tensor, class_weight: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Return the number of labels, or the sum of their class weights, by which a mean divides."""
+    """Return the denominator of a mean: the number of labels, or the sum of their class weights."""
     if class_weight is None:
         return has_label.sum().to(dtype)
     return class_weight[labels.where(has_label, 0).clamp(0, len(class_weight) - 1)].mul(has_label).sum()
@@ -296,7 +296,7 @@ def _rows(
     ignore_index: int,
     mean: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the losses, lse and entropies of the rows, and the number by which a mean divides."""
+    """Return the losses, lse and entropies of the rows, and the denominator of a mean."""
     op = "linear_cross_entropy"
     require(
         labels.shape == hidden.shape[:-1], op, f"labels must be {list(hidden.shape[:-1])}, found {list(labels.shape)}"
@@ -304,7 +304,7 @@ def _rows(
     labels = labels.reshape(-1)
     frozen = weight.detach() if isinstance(weight, Tensor) else weight
     x, tensors, packing, bias = frozen_operands(hidden.reshape(-1, hidden.shape[-1]), frozen, bias)
-    if isinstance(weight, Tensor) and weight.requires_grad:  # this operator gives it a gradient
+    if isinstance(weight, Tensor) and weight.requires_grad:  # linear_cross_entropy_weight computes its gradient
         tensors = [weight.to(tensors[0].dtype)]
     dtype = wide_dtype(x)
     if class_weight is not None:
@@ -353,15 +353,15 @@ def linear_cross_entropy(
 ) -> Tensor:
     """Return the cross-entropy of hidden Wᵀ + bias with labels, without materializing the logits.
 
-    The result and its gradients equal those of `F.cross_entropy(F.linear(hidden, weight, bias).float(), labels)` within
+    The result and its gradients match those of `F.cross_entropy(F.linear(hidden, weight, bias).float(), labels)` within
     rounding, with an error that is at most as large. Beyond hidden and its gradient, it needs memory for 32 MiB of
     logits on CPU and 256 MiB on GPUs (or for 256 rows, if those take more), and 8 MiB where classes are processed in
     blocks. Rows without a label are skipped.
 
     Args:
         hidden: fp32, fp16, bf16 or float64 `[..., in]`; under autocast it is cast as for `F.linear`.
-        weight: `[vocabulary, in]` in the dtype of hidden (under autocast in any), or a `PackedWeight`, which gets no
-            gradient.
+        weight: `[vocabulary, in]` in the dtype of hidden (or any dtype under autocast), or a `PackedWeight`, which gets
+            no gradient.
         labels: int64 `[...]`.
         bias: `[vocabulary]`.
         ignore_index: label of rows that are skipped.
@@ -372,7 +372,7 @@ def linear_cross_entropy(
         reduction: `mean` (over labels, weighted by their class weights), `sum` or `none`.
 
     Returns:
-        fp32 (for float64, float64): a scalar, or `[...]` with `reduction="none"`. Gradients for hidden, weight and
+        fp32 (float64 for float64): a scalar, or `[...]` with `reduction="none"`. Gradients for hidden, weight and
         bias; they cannot be differentiated again.
 
     Raises:
@@ -403,11 +403,11 @@ def linear_log_probs(
 
     Args:
         hidden, weight, bias, logit_scale, soft_cap: as in `linear_cross_entropy`; `logit_scale` is 1 / temperature.
-        tokens: int64 `[...]`, one for each row of hidden.
-        ignore_index: token of rows that are skipped; both results are 0.
+        tokens: int64 token ids `[...]`, one for each row of hidden.
+        ignore_index: token id of rows that are skipped, for which both results are 0.
 
     Returns:
-        Both fp32 `[...]` (for float64, float64): log p(token), with gradients for hidden, weight and bias; and the
+        Both fp32 `[...]` (float64 for float64): log p(token), with gradients for hidden, weight and bias; and the
         entropy in nats, without a gradient.
 
     Raises:

@@ -12,8 +12,8 @@ For a 16-bit x, the factors A and B and the intermediate results S and T are fp3
 gradients, and in bf16 dA would be off by 2e-3. y and dx are rounded once, or twice if the BLAS library computes the
 frozen product. dA and dB have the dtypes of A and B.
 
-Layers that share x (q, k and v, or gate and up) are not fused: all of LoRA adds 9 % to a training step of a Llama with
-135M parameters, and its passes over x, the only part that could be shared, are a fraction of that.
+Layers that share x (q, k and v, or gate and up) are not fused: LoRA as a whole adds 9 % to a training step of a Llama
+with 135M parameters, and fusion could only save its passes over x, a fraction of that.
 
 The gradient is an `autograd.Function` over operators that have no autograd of their own, to save overhead in every
 layer (see linear_4bit.py).
@@ -168,7 +168,7 @@ define_by(
 )
 
 
-# --- what users call -------------------------------------------------------------------------------------------------
+# --- public functions ------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -251,21 +251,21 @@ def lora_linear(
 
     Args:
         x: fp32, fp16, bf16 or float64 `[..., in]`; under autocast it is cast as for `F.linear`.
-        weight: `[out, in]` in x's dtype (under autocast in any), or a `PackedWeight`. It must not require grad.
+        weight: `[out, in]` in x's dtype (or any dtype under autocast), or a `PackedWeight`. It must not require grad.
         bias: `[out]`, cast to x's dtype.
-        a, b: `[r, in]` and `[out, r]` in floating point of 16, 32 or 64 bits, computed in fp32 (in float64 if x is).
-            Their gradients have their dtypes.
-        dropout_p: probability with which an element of x is dropped before A, to a multiple of 1/65536.
+        a, b: `[r, in]` and `[out, r]` in 16-, 32- or 64-bit floating point, computed in fp32 (in float64 if x is). Each
+            gradient has the dtype of its factor.
+        dropout_p: probability of dropping an element of x before A, rounded to a multiple of 1/65536.
         seed: int64 `[]` on CPU or x's device, which determines the mask (see `keep_mask`). By default it is drawn from
-            PyTorch's generator, so that `torch.manual_seed` and checkpointing work; each replay of a CUDA graph draws
-            another one.
+            PyTorch's generator, so that `torch.manual_seed` and checkpointing work; each replay of a CUDA graph draws a
+            new seed.
 
     Returns:
-        `[..., out]` in x's dtype (under autocast in its dtype), with gradients for x, bias, a and b.
+        `[..., out]` in x's dtype (or the autocast dtype), with gradients for x, bias, a and b.
 
     Raises:
-        TypeError, ValueError: an argument does not fit the others. RuntimeError: b's gradient is differentiated again,
-            but a requires no gradient.
+        TypeError, ValueError: dtypes, devices or shapes of the arguments do not match. RuntimeError: b's gradient is
+            differentiated again, but a requires no gradient.
     """
     if has_active_transform():
         dense = dequantize_4bit(weight, x.dtype) if isinstance(weight, PackedWeight) else weight

@@ -5,9 +5,8 @@
            with an even code; magnitudes above 6 become 6
     y[i] = round(E2M1[q[i]] * 2^e[b]): exact in fp32, rounded once to the output dtype
 
-A weight takes 4.25 bits. A byte holds two codes, the even element in the high nibble, as in quant4.py; its
-`dequantize_4bit` and the products also accept these weights. Files of the format have the even element in the low
-nibble.
+A weight takes 4.25 bits. A byte holds two codes, the even element in the high nibble, as in quant4.py, whose
+`dequantize_4bit` and products also accept MXFP4 weights. MXFP4 files have the even element in the low nibble.
 
 Source: OCP Microscaling Formats (MX) Specification 1.0, sections 5.2, 5.3.3 and 6.3.
 
@@ -27,7 +26,7 @@ from peftcore.ops.weight import POWERS_OF_TWO, PackedWeight, check_dtype, requir
 
 BLOCKSIZE = 32
 _NOT_FINITE = 255
-_LARGEST_EXPONENT = 2  # of the entries: 4 = 2^2, and 6 is below 2^3
+_LARGEST_EXPONENT = 2  # exponent of the largest entry, 6 = 1.5 * 2^2
 
 
 def _thresholds() -> tuple[Tensor, Tensor]:
@@ -41,7 +40,7 @@ def _thresholds() -> tuple[Tensor, Tensor]:
     middle = (values[:-1] + values[1:]) / 2
     just_below = torch.nextafter(middle, torch.full_like(middle, -torch.inf))
     thresholds = torch.where(order[:-1] % 2 == 0, middle, just_below)
-    thresholds[7] = -torch.finfo(torch.float32).tiny  # between -0 and 0: so 0 gets its own code
+    thresholds[7] = -torch.finfo(torch.float32).tiny  # between -0 and 0, so that 0 gets its own code
     return thresholds, order
 
 
@@ -88,10 +87,10 @@ def quantize_mxfp4(x: Tensor) -> PackedWeight:
         x: fp32, fp16 or bf16; any strides; `in` is a multiple of 32.
 
     Returns:
-        The packed weight on x's device. A scale is 255 where its block contains NaN or Inf.
+        The packed weight on x's device. The scale of a block that contains NaN or Inf is 255.
 
     Raises:
-        TypeError: x has another dtype. ValueError: rows are not whole blocks.
+        TypeError: the dtype of x is not supported. ValueError: `in` is not a multiple of 32.
     """
     codes, scales = torch.ops.peftcore.quantize_mxfp4(x)
     shape, quant_map = tuple(x.shape), codebook("mxfp4", x.device)

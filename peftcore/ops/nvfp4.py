@@ -8,8 +8,8 @@
     y[i] = round(E2M1[q[i]] * (s[b] g)): both products in fp32, rounded once to the output dtype
 
 A weight takes 4.5 bits. In memory the scales are stored as nested scales (quant4.py): s indexes a table of E4M3's
-values, and g is repeated for each `nested_blocksize` scales, a number that divides the scales of an expert. So all
-kernels support the format.
+values, and g is repeated once per `nested_blocksize` scales, which divides the number of scales of an expert. Kernels
+therefore need no code for the format.
 
 Source: NVIDIA, "Pretraining Large Language Models with NVFP4" (arXiv 2509.25149), appendix. Scales and codes equal
 those of NVFP4QTensor in nvidia-modelopt 0.47 bit for bit.
@@ -29,10 +29,10 @@ from peftcore.ops.huge_pages import in_huge_pages
 from peftcore.ops.weight import MAX_BLOCKSIZE, MIN_BLOCKSIZE, PackedWeight, check_dtype, require
 
 BLOCKSIZE = 16
-EXPERT_VALUES = BLOCKSIZE * MIN_BLOCKSIZE  # of which an expert has a multiple, so that experts share no nested scale
+EXPERT_VALUES = BLOCKSIZE * MIN_BLOCKSIZE  # divides the size of each expert, so that experts share no nested scale
 _LARGEST_CODE, _LARGEST_SCALE, _SMALLEST_SCALE = 6.0, 448.0, 2.0**-9
 _NAN = 127  # code of NaN in E4M3, without sign
-_AT_ONCE = 1 << 18  # values that are quantized together: few enough for temporary tensors to stay in a cache
+_AT_ONCE = 1 << 18  # number of values quantized at once, few enough for temporary tensors to stay in cache
 
 
 def matrices(shape: tuple[int, ...]) -> int:
@@ -41,7 +41,7 @@ def matrices(shape: tuple[int, ...]) -> int:
 
 
 def nested_blocksize(shape: tuple[int, ...]) -> int:
-    """Return for how many block scales the scale of a matrix is repeated.
+    """Return the number of block scales that share one copy of the matrix's scale.
 
     Raises:
         ValueError: the number of values in an expert is not a multiple of 512.
@@ -51,7 +51,7 @@ def nested_blocksize(shape: tuple[int, ...]) -> int:
     size = math.prod(shape[-2:])
     requirement = f"an expert must have a multiple of {EXPERT_VALUES} values"
     require(size % EXPERT_VALUES == 0, "nvfp4", f"{requirement}, found {list(shape)}")
-    half = 0 if size % (2 * EXPERT_VALUES) else size // 2  # gate and up may have a scale each
+    half = 0 if size % (2 * EXPERT_VALUES) else size // 2  # gate and up may each have a scale
     return math.gcd((half or size) // BLOCKSIZE, MAX_BLOCKSIZE)
 
 
@@ -98,14 +98,15 @@ def quantize_nvfp4(x: Tensor, largest: Tensor | None = None) -> PackedWeight:
 
     Args:
         x: fp32, fp16 or bf16; any strides; `in` is a multiple of 16.
-        largest: the largest magnitude of each whole matrix, if x is only a part of them. By default it is taken from x.
+        largest: largest magnitude of each full matrix, if x is only a shard of the matrices. By default it is computed
+            from x.
 
     Returns:
         The packed weight on x's device. Its scales are finite if and only if the input is.
 
     Raises:
-        TypeError: x has another dtype. ValueError: rows are not whole blocks, or experts are not a multiple of 512
-        values.
+        TypeError: the dtype of x is not supported. ValueError: `in` is not a multiple of 16, or an expert's size is not
+            a multiple of 512.
     """
     op, shape = "quantize_nvfp4", tuple(x.shape)
     check_dtype(x.dtype, op)
@@ -144,7 +145,7 @@ def _nearest(x: Tensor) -> Tensor:
 
 
 def not_finite(weight: PackedWeight) -> str:
-    """Explain why a weight has infinite or NaN values, as the predicate of a sentence; "" if it has none."""
+    """Return why a weight has infinite or NaN values, as the predicate of a sentence, or "" if all are finite."""
     if weight.absmax.is_meta or not weight.absmax.numel():
         return ""
     is_used = torch.bincount(weight.absmax.reshape(-1), minlength=256) > 0

@@ -26,14 +26,14 @@ from peftcore.ops.weight import DTYPES
 
 
 class Updates(NamedTuple):
-    """The arguments of an operator that are not tensors.
+    """The non-tensor arguments of an operator.
 
     Args:
         scalars: the rows of the rule's scalars, concatenated.
-        steps: number of the update, for each row of scalars.
-        rows: row of scalars, for each parameter.
+        steps: step number for each row of scalars.
+        rows: index of the row of scalars, for each parameter.
         streams: for each parameter, the generator's key for stochastic rounding of a 16-bit parameter, or a negative
-            number to round to nearest. If empty, all are rounded to nearest.
+            number to round to nearest. If empty, all parameters are rounded to nearest.
     """
 
     scalars: Sequence[float]
@@ -67,7 +67,7 @@ def check_step(
 
     Raises:
         TypeError: a tensor has the wrong dtype.
-        ValueError: the rule is unknown, or an argument does not fit the parameters.
+        ValueError: the rule is unknown, or an argument does not match the parameters.
     """
     if rule not in RULES:
         raise ValueError(f"optim_step_: no rule '{rule}' (there are: {', '.join(RULES)})")
@@ -167,7 +167,7 @@ def paged_state(rule: str, page_bytes: int, budget: int, directory: str, device:
 
 
 def _needs_extension(*_: object) -> NoReturn:
-    raise RuntimeError(f"paged optimizer state needs the compiled extension: {_extension.missing_because}")
+    raise RuntimeError(f"paged optimizer state needs the compiled extension, but {_extension.missing_because}")
 
 
 # `state` is the number of a `paged_state`, and `slots` has the slot that its `allocate` returned for each parameter.

@@ -1,4 +1,4 @@
-"""The update rules of optimizers. Each is described once: its planes of state, its scalars, and the update.
+"""The update rules of optimizers. A rule is defined once, by its state planes, its scalars and its update function.
 
     adamw       m += (1 - beta1) (g - m), v = beta2 v + (1 - beta2) g²
                 p = p decay + step m / (sqrt(v) / root + eps)
@@ -7,8 +7,9 @@
     lion        p = p decay + step sign(m + (1 - beta1) (g - m)), m += (1 - beta2) (g - m)
     momentum    g += weight_decay p, b = momentum b + weight g, p += step b; Nesterov: p += step (g + momentum b)
 
-The operators, the optimizers, their pages and their checkpoints all read `RULES`; `describe` passes it to the compiled
-kernels. A rule computes in fp32, on gradients times `factor`, which is 1 / loss scale, and negative to maximize.
+The operators, the optimizers, their pages and their checkpoints all read `RULES`, and `describe` passes the table to
+the compiled kernels. A rule computes in fp32, on gradients times `factor`, which is 1 / loss scale, and negative to
+maximize.
 
 A new rule needs an entry here and a kernel in csrc/optim/rules.h.
 
@@ -62,7 +63,7 @@ class Plane:
         return count if self.elements == 1 else block_count(count)
 
     def reshape(self, values: Tensor, param: Tensor) -> Tensor:
-        """Return the plane's values in the shape that `state_dict` has: the parameter's, or one value per block."""
+        """Return the plane's values in their shape in `state_dict`: the parameter's shape, or one value per block."""
         return values.view(param.shape) if self.elements == 1 else values
 
     def new(self, param: Tensor) -> Tensor:
@@ -81,7 +82,7 @@ class Rule:
     Args:
         name: the `rule` of operators.
         planes: state of a parameter.
-        scalars: named tuple of the numbers that an update shares among all elements; the first is `factor`.
+        scalars: named tuple type of the numbers that all elements of an update share. The first field is `factor`.
         update: function of `(p, g, state, scalars)` that changes the flat fp32 values p and the planes of state in
         place.
     """
@@ -111,7 +112,7 @@ def with_8bit_state(name: str, planes: Sequence[Plane], scalars: type[Any], upda
         update_values(p, g, values, c)
         finite = torch.stack([value.isfinite() for value in values]).all(0)
         for (plane, codes, absmax), value in zip(code_tensors, values, strict=True):
-            # An element that is not finite would become the scale of 256, so its state is reset.
+            # A non-finite element would become the scale of 256 elements, so its state is reset.
             new_codes, new_absmax = encode(value.where(finite, 0), plane.map)
             codes.copy_(new_codes)
             absmax.copy_(new_absmax)
@@ -230,7 +231,7 @@ class MomentumScalars(NamedTuple):
         nesterov: bool,
         factor: float = 1.0,
     ) -> MomentumScalars:
-        """Return the scalars of the `step`-th update, counted from 1. The first has no dampening."""
+        """Return the scalars of the `step`-th update, counted from 1. The first update has no dampening."""
         weight = 1.0 if step == 1 else 1 - dampening
         return cls(factor, weight_decay, momentum, weight, -lr, float(nesterov))
 

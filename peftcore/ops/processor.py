@@ -17,12 +17,12 @@ def onednn_multiplies(dtype: torch.dtype) -> bool:
 
 
 def has_instructions(dtype: torch.dtype) -> bool:
-    """Return whether products in this dtype have instructions of their own and are at least as fast as in fp32."""
+    """Return whether the processor multiplies this dtype with dedicated instructions and at least as fast as fp32."""
     if dtype not in (torch.bfloat16, torch.float16):
         return True
     if not onednn_multiplies(dtype):
         return False
     if dtype is torch.float16 or platform.machine().lower() not in ("x86_64", "amd64"):
         return True
-    # With AVX-512 alone oneDNN emulates bf16.
+    # Without AVX-512 BF16 instructions, oneDNN emulates bf16 with AVX-512.
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())

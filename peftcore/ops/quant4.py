@@ -13,9 +13,9 @@ Double quantization stores the scales themselves in 8 bits, around their mean (`
 Source: Dettmers et al., arXiv 2305.14314, section 3 and appendix E. 4-bit codes, fp32 scales and dequantized values
 equal those of bitsandbytes 0.50 on CPU bit for bit, so packed weights can be exchanged: a full block is multiplied by
 the fp32 reciprocal of its scale, the partial block at the end is divided by it, and scales below 1e-38 count as 1e-38.
-The 8-bit codes of scales are the nearest, as in bitsandbytes' CUDA kernels. On CPU it looks them up in a table of
-65,536 entries, which misses the nearest for about 2 of 1,000 scales, by at most 3e-5 of `nested_absmax`;
-`nested_absmax` and `nested_offset` are equal.
+The 8-bit codes of scales are the nearest, as in bitsandbytes' CUDA kernels. On CPU bitsandbytes looks them up in a
+table of 65,536 entries, which misses the nearest code for about 2 of 1,000 scales, by at most 3e-5 of `nested_absmax`.
+Its `nested_absmax` and `nested_offset` are the same.
 
 Non-finite input raises no error, so that a caller can check many tensors with one synchronization. A NaN makes the
 scale of its block NaN, and the whole block dequantizes to NaN; an infinity makes the scale infinite. `absmax` is finite
@@ -167,7 +167,7 @@ class Dequantize4bitOut:
     def compute(self) -> None:
         overlaps = any(
             torch._C._overlaps(self.out, part) for part in self.weight
-        )  # would be read while `out` is written
+        )  # the weight would be read while `out` is written
         require(not overlaps, "dequantize_4bit", "out shares memory with the weight. Pass memory of its own")
         self.out.copy_(self.packed.values(self.out.dtype))
 
@@ -185,7 +185,7 @@ define_by("dequantize_4bit(Tensor[] weight, SymInt[] packing, ScalarType dtype) 
 define_by("dequantize_4bit.out(Tensor[] weight, SymInt[] packing, *, Tensor(a!) out) -> ()", Dequantize4bitOut)
 
 
-# --- what the rest of the package calls ------------------------------------------------------------------------------
+# --- functions for the rest of the package ---------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -209,7 +209,7 @@ def quantize_4bit(
         The packed weight on x's device. Its scales are finite if and only if the input is.
 
     Raises:
-        TypeError: x has another dtype. ValueError: the block size or codebook is invalid.
+        TypeError: the dtype of x is not supported. ValueError: the block size or codebook is invalid.
     """
     quant_map = codebook(quant_type, x.device)
     codes, absmax = _OPS.quantize_4bit(x, quant_map, blocksize)
@@ -236,12 +236,12 @@ def dequantize_4bit(weight: PackedWeight, dtype: torch.dtype | None = None, *, o
 
     Args:
         weight: the packed weight.
-        dtype: dtype of the new tensor, by default `weight.dtype`. With `out`, None or its dtype.
+        dtype: dtype of the new tensor, by default `weight.dtype`. If `out` is given, None or the dtype of `out`.
         out: fp32, fp16 or bf16 tensor of the weight's shape, with any strides. Reusing one avoids page faults, which
             take longer than dequantizing.
 
     Raises:
-        TypeError, ValueError: a tensor of the weight does not fit the others; the message has both values.
+        TypeError, ValueError: the tensors of the weight do not match; the message gives both values.
     """
     if out is not None and dtype not in (None, out.dtype):
         raise ValueError(f"dequantize_4bit: out has dtype {out.dtype}, but dtype={dtype} was requested")

@@ -50,7 +50,7 @@ def _check_x(t: Tensor, op: str, name: str) -> None:
 
 
 def _check_numbers(t: Tensor, op: str, name: str, count: int) -> None:
-    """Check that numbers are from 0 to count - 1, on CPU only: on a GPU that would need a synchronization."""
+    """Check that all values are from 0 to count - 1. Only done on CPU, since a GPU would have to synchronize."""
     if t.device.type == "cpu" and t.numel():
         low, high = int(t.min()), int(t.max())
         require(low >= 0 and high < count, op, f"{name} must be from 0 to {count - 1}, found {low} to {high}")
@@ -200,7 +200,7 @@ define_by(
 def route(index: Tensor, experts: int) -> Routing:
     """Sort the pairs (token, j) by their experts in `index` `[tokens, k]`.
 
-    Numbers of `experts` and above stand for no expert; their rows come last, after all offsets.
+    An index of `experts` or above means no expert. Rows without an expert come last, after all offsets.
     """
     return Routing(*_OPS.routed(index.to(torch.int64), experts))
 

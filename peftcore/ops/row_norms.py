@@ -1,9 +1,9 @@
 """Norms of the rows of W + scale · B A, without storing the whole sum; W is frozen, dense or in 4 bits.
 
-The sum is computed in fp32 (float64 for float64 weights): kernels keep it in registers, and the reference computes
-pieces of a few MB.
+The sum is computed in fp32 (float64 for float64 weights): kernels keep it in registers, and the reference computes a
+few MB at a time.
 
-There are no gradients: callers treat the norms as constants, or differentiate another formula.
+The operator has no gradients: callers treat the norms as constants, or differentiate another formula.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from peftcore.ops.quant4 import dequantize_4bit
 from peftcore.ops.weight import PackedWeight, check_dtype, require, weight_from_operands
 
 _OPS = torch.ops.peftcore
-_PIECE = 1 << 20  # values of W in a piece
+_PIECE = 1 << 20  # number of values of W processed at a time
 
 
 @dataclass
@@ -75,13 +75,13 @@ def row_norms(weight: Tensor | PackedWeight, a: Tensor, b: Tensor, scale: float 
 
     Args:
         weight: `[out, in]`, fp32, fp16, bf16 or float64, or a `PackedWeight`.
-        a, b: `[r, in]` and `[out, r]` in floating point of 16, 32 or 64 bits.
+        a, b: `[r, in]` and `[out, r]` in 16-, 32- or 64-bit floating point.
 
     Returns:
         fp32 `[out]` (float64 for a float64 weight), without gradients.
 
     Raises:
-        TypeError, ValueError: an argument does not fit the others.
+        TypeError, ValueError: dtypes, devices or shapes of the arguments do not match.
     """
     tensors, packing = ([weight], []) if isinstance(weight, Tensor) else weight.operands()
     return _OPS.row_norms(tensors, packing, permute_inputs(a, weight), b, scale)

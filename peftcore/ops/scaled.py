@@ -120,8 +120,8 @@ def scaled(x: Tensor, g: Tensor, trailing_dims: int = 0) -> Tensor:
 
     Args:
         x: tensor of any floating-point dtype.
-        g: `[n]`, the factors along a dimension of x with this size.
-        trailing_dims: number of dimensions after that one.
+        g: `[n]`, factors along a dimension of x of size n.
+        trailing_dims: number of dimensions of x after the scaled dimension.
 
     Returns:
         A tensor with x's shape and dtype, and gradients for x and g.

@@ -36,8 +36,8 @@ from torch import Tensor
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MIN_BLOCKSIZE, MAX_BLOCKSIZE = 32, 4096
-MIN_NESTED_BLOCKSIZE = 16  # for values with nested scales (NVFP4)
-# Values of nested_blocksize that mark another kind of scales.
+MIN_NESTED_BLOCKSIZE = 16  # smallest block size with nested scales (NVFP4)
+# Values of nested_blocksize that mark other kinds of scales.
 POWERS_OF_TWO = -1  # scales are E8M0 bytes
 AFFINE = -2  # scales are fp32, fp16 or bf16, and blocks may have zero points
 CENTRE = 8  # zero point of affine codes without `zeros`; the codebook's value of a code is code - CENTRE
@@ -51,15 +51,15 @@ class PackedWeight(NamedTuple):
         absmax: scale of each block, fp32 `[ceil(n / blocksize)]`; uint8 with nested scales or powers of two; fp32, fp16
             or bf16 for affine4.
         quant_map: fp32 `[16]`, the values of the codes.
-        shape: `(.., out, in)`; a leading dimension counts experts.
+        shape: `(.., out, in)`; a leading dimension is the number of experts.
         blocksize: values that share a scale, a power of two from 32 to 4096, or 16 with nested scales.
         dtype: dtype of the weight before quantization. quant_type: `nf4`, `fp4`, `mxfp4`, `nvfp4` or `affine4`.
         nested_absmax, nested_quant_map, nested_offset: fp32 `[ceil(blocks / nested_blocksize)]`, `[256]` and `[]`,
             which decode 8-bit scales to fp32, or None.
-        nested_blocksize: number of scales that share an entry of nested_absmax. POWERS_OF_TWO marks scales in E8M0,
-            AFFINE those of affine4.py.
-        turned: the weight is the transpose of a parameter `[experts, in, out]`; operators ignore it.
-        zeros: zero point of each affine4 block, uint8 or fp32 `[blocks]`; None means CENTRE for all.
+        nested_blocksize: number of scales that share an entry of nested_absmax. POWERS_OF_TWO marks E8M0 scales, and
+            AFFINE marks affine4 scales.
+        turned: whether the weight is the transpose of a parameter `[experts, in, out]`. Operators ignore this flag.
+        zeros: zero point of each affine4 block, uint8 or fp32 `[blocks]`; None means CENTRE for all blocks.
         permutation: int64 `[in]`, for a matrix whose column j of codes belongs to input `permutation[j]`, or None.
             Operators ignore it; the public functions permute x (`permute_inputs`).
     """
@@ -229,7 +229,7 @@ def check_gradient(grad: Tensor, x: Tensor, op: str) -> None:
 
 
 def weight_from_operands(tensors: Sequence[Tensor], packing: Sequence[int], op: str) -> Tensor | PackedWeight:
-    """Return the weight that two arguments of an operator describe, after checking them against each other.
+    """Check the two weight arguments of an operator against each other, and return the weight that they describe.
 
     Args:
         tensors, packing: the two arguments, as listed in the module's docstring.
@@ -272,7 +272,7 @@ def _block_count(weight: PackedWeight) -> int:
 def _check_common_parts(
     weight: PackedWeight, scale_dtype: torch.dtype, op: str, min_blocksize: int = MIN_BLOCKSIZE
 ) -> None:
-    """Check the numbers and tensors that a weight has in every format."""
+    """Check the sizes and tensors that every weight format has."""
     check_blocksize(weight.blocksize, op, least=min_blocksize)
     for size in weight.shape:
         require(size >= 0, op, f"shape must not be negative, found {list(weight.shape)}")

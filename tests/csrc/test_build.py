@@ -121,9 +121,13 @@ def test_operators_pass_opcheck_and_refuse_lost_gradients_without_the_extension(
 @pytest.mark.parametrize(
     ("record", "reason", "warned"),
     [
-        ({}, "never built here. Build it: .*pip install", False),
+        ({}, "has not been built here. Build it: .*pip install", False),
         ({"built": False, "reason": "no C++ compiler: g++ not found"}, "not built: no C\\+\\+ compiler", False),
-        ({"built": True, "torch": "1.13.1+cu117"}, "built with PyTorch 1.13.1\\+cu117, this is .* Rebuild", True),
+        (
+            {"built": True, "torch": "1.13.1+cu117"},
+            "built with PyTorch 1.13.1\\+cu117, but this is PyTorch .* Rebuild",
+            True,
+        ),
     ],
 )
 def test_a_build_that_does_not_fit_is_not_loaded(record, reason, warned):
@@ -150,14 +154,14 @@ def test_a_changed_source_makes_the_binary_a_stale_one(tmp_path):
     without = {name: value for name, value in record.items() if name != "sources"}  # of an older build
     for stale in (without, {**record, "sources": "0" * 16}):
         reason, warned = _extension.reason_not_to_load(stale, csrc=tmp_path)
-        assert warned and re.search("it was built from other sources than those in .* Rebuild it", reason)
+        assert warned and re.search("it was not built from the current sources in .* Rebuild it", reason)
     (tmp_path / "notes.md").write_text("no source")
     assert _extension.reason_not_to_load(record, csrc=tmp_path) == ("", False)
     source.write_text("int b;")
-    assert "built from other sources" in _extension.reason_not_to_load(record, csrc=tmp_path)[0]
+    assert "not built from the current sources" in _extension.reason_not_to_load(record, csrc=tmp_path)[0]
     source.write_text("int a;")
     source.rename(tmp_path / "cpu" / "products.cpp")
-    assert "built from other sources" in _extension.reason_not_to_load(record, csrc=tmp_path)[0]
+    assert "not built from the current sources" in _extension.reason_not_to_load(record, csrc=tmp_path)[0]
     assert _extension.reason_not_to_load(record, csrc=None) == ("", False)  # a wheel comes without sources
 
 
@@ -206,7 +210,7 @@ def test_an_extension_that_does_not_load_is_reported(monkeypatch):
         raise ImportError("undefined symbol: _ZN2at5emptyE")
 
     monkeypatch.setattr(_extension.importlib, "import_module", broken)
-    with pytest.warns(RuntimeWarning, match="it does not load: undefined symbol.*Rebuild"):
+    with pytest.warns(RuntimeWarning, match="it failed to load: undefined symbol.*Rebuild"):
         module, why = _extension.load({"built": True, "torch": torch.__version__, "sources": digest(ROOT / "csrc")})
     assert module is None and "undefined symbol" in why
 

@@ -27,7 +27,7 @@ def test_nf4_is_the_normals_quantiles():
 def test_codebook_by_name_is_a_copy():
     ops.codebook("nf4").zero_()
     assert ops.codebook("nf4")[0] == -1
-    with pytest.raises(ValueError, match=r"no codebook 'nf5'.*nf4, fp4, mxfp4, nvfp4, affine4, dynamic8, e4m3"):
+    with pytest.raises(ValueError, match=r"unknown codebook 'nf5'.*nf4, fp4, mxfp4, nvfp4, affine4, dynamic8, e4m3"):
         ops.codebook("nf5")
 
 

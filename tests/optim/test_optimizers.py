@@ -372,10 +372,10 @@ def test_distributed_checkpoints(kind, tmp_path):
 
 def test_without_the_extension_resident_ones_work_and_paged_ones_say_why(monkeypatch):
     monkeypatch.setattr(step_ops._extension, "extension", None)
-    monkeypatch.setattr(step_ops._extension, "missing_because", "it was never built here")
+    monkeypatch.setattr(step_ops._extension, "missing_because", "it has not been built here")
     with pytest.raises(
         RuntimeError,
-        match=r"PagedAdamW8bit needs the compiled extension: .* never built here. "
+        match=r"PagedAdamW8bit needs the compiled extension: .* has not been built here. "
         r"AdamW8bit works",
     ):
         optim.PagedAdamW8bit(parameters())
