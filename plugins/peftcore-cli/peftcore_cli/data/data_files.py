@@ -1,7 +1,7 @@
 """Read files of examples as records: JSON lines, a JSON array, CSV, TSV, Parquet, and folders of these.
 
-A name that is not a path is the id of a dataset on the Hugging Face hub, loaded with the library `datasets`: ORG/NAME
-(its split `train`), ORG/NAME@SPLIT, such as @validation or @train[:20%], or ORG/NAME@CONFIG/SPLIT.
+Names that are not paths are datasets on the Hugging Face hub, loaded with the library `datasets`: ORG/NAME (the split
+`train`), ORG/NAME@SPLIT (such as @validation or @train[:20%]) or ORG/NAME@CONFIG/SPLIT.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from pathlib import Path
 from typing import Any
 
 from peftcore.errors import PeftcoreError, nearest
-from peftcore_cli.console import require
+from peftcore_cli.console import number, require
 
 Record = tuple[str, dict[str, Any]]  # FILE:LINE or FILE:INDEX, and the fields
 _MAX_FIELD = (1 << 31) - 1  # characters; the largest limit that csv accepts on every system
 _MAX_SHOWN = 20  # column names in a message
 CONVERSIONS = {
-    ".txt": 'Write one {"text": ...} per line: .jsonl',
+    ".txt": 'Convert it to .jsonl, with one {"text": ...} per line',
     ".xlsx": "Export the sheet as CSV",
     ".xls": "Export the sheet as CSV",
     ".gz": "Unpack it first: gunzip",
     ".zip": "Unpack it first",
-    ".yaml": "Write one JSON object per line: .jsonl",
+    ".yaml": "Convert it to .jsonl, with one JSON object per line",
 }
 
 
@@ -35,17 +35,20 @@ def records(path: str, columns: Mapping[str, str] | None = None) -> Iterator[Rec
     """Yield every example of `path` in order, as (FILE:LINE, fields).
 
     Args:
-        path: file, folder, or dataset id.
-        columns: {field: column of the file}, see `parse_columns`.
+        path: file, folder, or id of a hub dataset.
+        columns: {field: column of the file}, as `parse_columns` returns it.
 
     Raises:
-        PeftcoreError: it is missing, of another kind, or damaged. The message names the file and the line.
+        PeftcoreError: a file is missing, damaged, or of an unsupported type. The message names the file and the line.
     """
     location = Path(os.path.expanduser(path))
     if os.path.isdir(location):
         files = sorted(file for file in location.iterdir() if file.suffix.lower() in READERS)
         if not files:
-            raise PeftcoreError(f"folder '{path}' has no file of examples ({', '.join(READERS)})")
+            raise PeftcoreError(
+                f"the folder '{path}' has no data files. Add a file of examples ({', '.join(READERS)}), or pass "
+                "another path"
+            )
         rows_of_path: Iterator[Record] = (record for file in files for record in _of_file(file))
     elif not os.path.exists(location) and _is_hub_id(path):
         rows_of_path = _of_hub(path)
@@ -58,7 +61,7 @@ def records(path: str, columns: Mapping[str, str] | None = None) -> Iterator[Rec
 
 
 def records_of_each(paths: Sequence[str], columns: Mapping[str, str] | None) -> list[Iterator[Record]]:
-    """Return the records of each data set; columns are renamed in the data sets that have any of them."""
+    """Return the records of each data set, with columns renamed in the data sets that have any of them."""
     data_sets = [records(path) for path in paths]
     if not columns:
         return data_sets
@@ -78,7 +81,10 @@ def _missing_message(location: Path, path: str) -> str:
     try:
         names = [entry.name for entry in location.parent.iterdir()]
     except (OSError, ValueError):  # such as a NUL character
-        return f"neither the file '{path}' nor the folder '{location.parent}' exists. Correct the path in --data"
+        return (
+            f"the file '{path}' does not exist, and neither does the folder '{location.parent}'. Correct the path in "
+            "--data"
+        )
     relative = "" if location.is_absolute() else f". The path is relative to '{Path.cwd()}'"
     suggestion = nearest(location.name, names)
     return (
@@ -91,7 +97,7 @@ def parse_columns(text: str | None) -> dict[str, str]:
     """Parse `prompt=question,completion=answer` into {field: column of the file}.
 
     Raises:
-        PeftcoreError: the text has another form.
+        PeftcoreError: the text is not a list of FIELD=COLUMN pairs.
     """
     columns = {}
     for part in filter(None, (text or "").split(",")):
@@ -106,13 +112,13 @@ def parse_columns(text: str | None) -> dict[str, str]:
 
 
 def listed(names: Iterable[str]) -> str:
-    """Format names for a message; a long list is shortened."""
+    """Join names for a message, and shorten long lists."""
     shown = list(itertools.islice(names, _MAX_SHOWN + 1))
     return ", ".join(map(str, shown[:_MAX_SHOWN])) + (", ..." if len(shown) > _MAX_SHOWN else "")
 
 
 def alpaca_prompt(instruction: str, context: Any) -> str:
-    """Return the prompt of an Alpaca example: the instruction, and the input if there is one."""
+    """Return the prompt of an Alpaca example: the instruction, followed by the input if there is one."""
     return f"{instruction}\n\n{context}" if isinstance(context, str) and context.strip() else instruction
 
 
@@ -124,7 +130,7 @@ def check_header(record: Record) -> Record:
     """
     where, fields = record
     if fields and all(isinstance(value, str) and value.strip() == name.strip() for name, value in fields.items()):
-        raise PeftcoreError(f"{where}: the line repeats the header, as in concatenated files. Delete it")
+        raise PeftcoreError(f"{where}: the line repeats the header, as in concatenated files. Delete the line")
     return record
 
 
@@ -138,7 +144,7 @@ def rename_columns(record: Record, columns: Mapping[str, str]) -> Record:
     for name, column in columns.items():
         if column not in fields:
             raise PeftcoreError(
-                f"{where}: --columns names the column '{column}' for {name}, which does not "
+                f"{where}: --columns maps {name} to the column '{column}', which does not "
                 f"exist{nearest(column, fields)}"
             )
     used = set(columns.values())
@@ -163,13 +169,13 @@ def _of_hub(path: str) -> Iterator[Record]:
     name, at, config_and_split = path.partition("@")
     config, _, split = config_and_split.rpartition("/")
     if at and not split:
-        raise PeftcoreError(f"'{path}' needs a split after @, such as {name}@validation")
+        raise PeftcoreError(f"'{path}' has no split after @. Pass one, such as {name}@validation")
     try:
         dataset = datasets.load_dataset(name, config or None, split=split or "train")
     except Exception as error:  # loading can fail in many ways: network, script, file
         reason = str(error).partition("\n")[0]
         raise PeftcoreError(
-            f"'{path}' is not a file or folder, and no hub dataset of that name could be read: {reason}"
+            f"'{path}' is neither a file nor a folder, and cannot be loaded as a hub dataset: {reason}"
         ) from error
     for index, fields in enumerate(dataset):
         yield f"{path}:{index}", dict(fields)
@@ -180,13 +186,15 @@ def _of_file(path: Path) -> Iterator[Record]:
     if suffix not in READERS:
         suffixes = ", ".join(READERS)
         raise PeftcoreError(
-            f"'{path}' must be one of {suffixes}, found '{suffix}'. "
-            f"{CONVERSIONS.get(suffix, 'Convert it to one of these')}"
+            f"'{path}' has the unsupported file type '{suffix}'. {CONVERSIONS.get(suffix, 'Convert it')} (supported: "
+            f"{suffixes})"
         )
     try:
         yield from READERS[suffix](path)
     except UnicodeDecodeError as error:
-        raise PeftcoreError(f"'{path}' is not UTF-8 text: {error.reason} at byte {error.start}") from error
+        raise PeftcoreError(
+            f"'{path}' is not valid UTF-8: {error.reason} at byte {error.start}. Save the file as UTF-8"
+        ) from error
     except OSError as error:
         raise PeftcoreError(f"'{path}' cannot be read: {error.strerror or error}") from error
     except ValueError as error:
@@ -201,9 +209,9 @@ def _text(path: Path) -> Any:
 
 def _jsonl(path: Path) -> Iterator[Record]:
     with _text(path) as file:
-        for number, line in enumerate(file, 1):
+        for line_number, line in enumerate(file, 1):
             if line.strip():
-                yield object_of(f"{path}:{number}", line)
+                yield object_of(f"{path}:{line_number}", line)
 
 
 def _json(path: Path) -> Iterator[Record]:
@@ -211,8 +219,8 @@ def _json(path: Path) -> Iterator[Record]:
         document = _parse_json(file.read(), str(path))
     if not isinstance(document, list):
         raise PeftcoreError(
-            f"{path}: expected a JSON array of examples, found {type(document).__name__}. If each line is an "
-            "object, rename the file to .jsonl"
+            f"{path}: the file must contain a JSON array of examples, found {type(document).__name__}. If each line "
+            "is an object, rename the file to .jsonl"
         )
     for index, fields in enumerate(document):
         yield _object(f"{path}:[{index}]", fields)
@@ -223,11 +231,11 @@ def _parse_json(text: str, where: str) -> Any:
         return json.loads(text)
     except json.JSONDecodeError as error:
         place = f"column {error.colno}" if "\n" not in text.strip() else f"line {error.lineno}, column {error.colno}"
-        raise PeftcoreError(f"{where}: not JSON: {error.msg} at {place}") from error
+        raise PeftcoreError(f"{where}: invalid JSON: {error.msg} at {place}") from error
     except RecursionError as error:
-        raise PeftcoreError(f"{where}: not valid JSON: it is nested too deeply") from error
+        raise PeftcoreError(f"{where}: invalid JSON: the value is nested too deeply") from error
     except ValueError as error:  # an integer with thousands of digits
-        raise PeftcoreError(f"{where}: not valid JSON: {error}") from error
+        raise PeftcoreError(f"{where}: invalid JSON: {error}") from error
 
 
 def object_of(where: str, text: str) -> Record:
@@ -241,17 +249,17 @@ def object_of(where: str, text: str) -> Record:
 
 def _object(where: str, fields: Any) -> Record:
     if not isinstance(fields, dict):
-        raise PeftcoreError(f"{where}: expected a JSON object, found {type(fields).__name__}")
+        raise PeftcoreError(f"{where}: an example must be a JSON object, found {type(fields).__name__}")
     return where, fields
 
 
 def _read_long_fields() -> None:
-    """Raise the limit of the csv module, 131,072 characters, so that it reads fields as long as documents."""
+    """Raise the csv module's field limit of 131,072 characters, so that fields can hold whole documents."""
     csv.field_size_limit(_MAX_FIELD)
 
 
 def _tsv(path: Path) -> Iterator[Record]:
-    # Quotes are read literally, because texts such as reviews have many unpaired ones.
+    # Quotes are read literally, because texts such as reviews often contain unpaired quotes.
     _read_long_fields()
     with _text(path) as file:
         yield from _table(path, csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
@@ -262,10 +270,11 @@ def _csv(path: Path) -> Iterator[Record]:
     with _text(path) as file:
         header_line = file.readline()
         lines = itertools.chain([header_line] if header_line else [], file)
-        # Spreadsheets separate columns with semicolons in countries with a decimal comma.
+        # Spreadsheets separate columns with semicolons in locales with a decimal comma.
         headers = {delimiter: next(csv.reader([header_line], delimiter=delimiter), []) for delimiter in ",;\t"}
         delimiter = max(headers, key=lambda candidate: len(headers[candidate]))
-        # If a space follows every delimiter of the header, it belongs to no column, and a quote may follow it.
+        # If every delimiter in the header is followed by a space, skip these spaces, so that quoted fields are
+        # recognised.
         names = headers[delimiter][1:]
         is_spaced = bool(names) and all(name.startswith(" ") for name in names)
         reader = csv.reader(lines, strict=True, delimiter=delimiter, skipinitialspace=is_spaced)
@@ -280,7 +289,7 @@ def _table(path: Path, lines: Any) -> Iterator[Record]:
             return
         duplicate = next((name for name, count in Counter(header).items() if count > 1), None)
         if duplicate is not None:
-            raise PeftcoreError(f"{path}:1: the first line names the column '{duplicate}' twice. Rename one")
+            raise PeftcoreError(f"{path}:1: the header names the column '{duplicate}' twice. Rename one of the columns")
         is_empty = True
         for values in lines:
             if not values:
@@ -288,13 +297,12 @@ def _table(path: Path, lines: Any) -> Iterator[Record]:
             is_empty = False
             if len(values) != len(header):
                 raise PeftcoreError(
-                    f"{path}:{lines.line_num}: {len(values)} columns, but the first line names {len(header)}"
+                    f"{path}:{lines.line_num}: the row has {number(len(values), 'value')} for "
+                    f"{number(len(header), 'column')}. Correct the row"
                 )
             yield f"{path}:{lines.line_num}", dict(zip(header, values, strict=True))
         if is_empty:
-            raise PeftcoreError(
-                f"{path}:1: the first line names the columns ({listed(header)}), but no line follows. Add examples"
-            )
+            raise PeftcoreError(f"{path}:1: the file has a header ({listed(header)}) but no rows. Add examples")
     except csv.Error as error:
         raise PeftcoreError(f"{path}:{lines.line_num}: {error}") from error
 

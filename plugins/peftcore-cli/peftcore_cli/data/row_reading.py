@@ -1,11 +1,11 @@
-"""Read files of examples (`data_files`) as rows; every error names the file and the line.
+"""Read files of examples (`data_files`) as rows. Every error names the file and the line.
 
-A language model learns `{"text": ...}`; `{"prompt": ..., "completion": ...}`, where only the completion is learned;
-Alpaca's `{"instruction": ..., "input": ..., "output": ...}`, where the first two form the prompt; or a conversation
-`{"messages": [{"role": ..., "content": ...}, ...], "tools": [...]}`, where the assistant's turns are learned except
-those with `"weight": 0` or `"train": false`. `prompt` and `completion` may also be lists of messages, and
-`conversations` with `from` and `value` is ShareGPT's format of a conversation. A classifier learns `{"text": ...,
-"label": ...}`, where the label is a name (classification), a number (regression) or a list of names (multi-label).
+Formats for language models: `{"text": ...}`; `{"prompt": ..., "completion": ...}`, with a loss on the completion alone;
+Alpaca's `{"instruction": ..., "input": ..., "output": ...}`, with instruction and input as the prompt; and
+conversations, `{"messages": [{"role": ..., "content": ...}, ...], "tools": [...]}`, with a loss on assistant turns
+except turns with `"weight": 0` or `"train": false`. `prompt` and `completion` may be lists of messages. ShareGPT's
+`conversations`, with `from` and `value`, are also read. Format for classifiers: `{"text": ..., "label": ...}`, where
+the label is a name (classification), a number (regression) or a list of names (multi-label).
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ Paths = str | os.PathLike[str] | Sequence[str]
 
 
 def read_rows(path: Paths, task: str, columns: Mapping[str, str] | None = None) -> list[Row]:
-    """Return all examples of files for a given task, see `read`."""
+    """Return all examples for a given task, see `read`."""
     return read(path, task, columns)[1]
 
 
 def read(path: Paths, task: str | None, columns: Mapping[str, str] | None = None) -> tuple[str, list[Row]]:
-    """Return the name of the task and all examples of one or several data sets.
+    """Return the task's name and all examples of one or more data sets.
 
     Args:
-        path: file, folder, or dataset id, or a list of these; weights are ignored.
-        task: name of the task, or None to recognise it, see `guess_task`.
-        columns: {field: column of the file}. Of several data sets, those without any of these columns are read as they
-            are.
+        path: file, folder or dataset id, or a list of these. Weights are ignored.
+        task: name of the task, or None to infer it, see `guess_task`.
+        columns: {field: column of the file}. Data sets with none of these columns are not renamed, if another data set
+            has them.
 
     Raises:
-        PeftcoreError: a file is missing, empty or of another kind, or a line is invalid.
+        PeftcoreError: a file is missing, empty or of an unsupported type, or a line is invalid.
     """
     paths = [source.path for source in sources(path)]
     records = None
@@ -59,13 +59,13 @@ def read(path: Paths, task: str | None, columns: Mapping[str, str] | None = None
     data_sets = row_task.read(paths, columns, records)
     for source, (name, rows_of_source) in enumerate(zip(paths, data_sets, strict=True)):
         if not rows_of_source:
-            raise PeftcoreError(f"'{name}' has no examples")
+            raise PeftcoreError(f"'{name}' has no examples. Add some, or remove its --data")
         first = rows_of_source[0]
         odd_row = next((row for row in rows_of_source if row.kind != first.kind), None)
         if odd_row is not None and row_task.one_kind:
             raise PeftcoreError(
-                f"{odd_row.where}: this line has {odd_row.kind}, but the first line has {first.kind}. Split the "
-                "file in two"
+                f"{odd_row.where}: this line has {odd_row.kind}, but the first line has {first.kind}. Use one format "
+                "per file"
             )
         rows += [replace(row, source=source) for row in rows_of_source] if source else rows_of_source
     return row_task.name, rows
@@ -78,11 +78,12 @@ def sources(path: Paths) -> list[mixture.Source]:
 
 
 def guess_task(path: Paths, columns: Mapping[str, str] | None = None) -> str:
-    """Return the name of the task that the examples in files are for.
+    """Return the name of the task that the examples are for.
 
-    It is determined by the fields of the first line, and by images or audio in the first hundred lines. If the first
-    line has a label, all labels decide: lists mean multi-label, numbers that are not all integers mean regression, and
-    everything else is classification. The last task that recognises the lines wins.
+    The task is inferred from the fields of the first line, and from images or audio in the first hundred lines. If the
+    first line has a label, all labels are read: lists mean multi-label, numbers that are not all integers mean
+    regression, and anything else means classification. If several tasks recognise the lines, the task registered last
+    wins.
     """
     paths = [source.path for source in sources(path)]
     task = _task_by_kind(paths)
@@ -92,7 +93,7 @@ def guess_task(path: Paths, columns: Mapping[str, str] | None = None) -> str:
 
 
 def _task_by_kind(paths: Sequence[str]) -> Task | None:
-    """Return the task that reads files of this kind, such as folders of images."""
+    """Return the task that claims this kind of file, such as a folder of images, or None."""
     return next((task for task in reversed(registered.tasks()) if task.reads_files(paths)), None)
 
 
@@ -105,23 +106,23 @@ def row_of(where: str, fields: dict[str, Any], task: Task) -> Row:
     """Return the row of a line.
 
     Raises:
-        PeftcoreError: the fields do not fit `task`; the message begins with `where`.
+        PeftcoreError: the fields do not fit `task`. The message begins with `where`.
     """
     keys = next((keys for keys in task.keys if all(fields.get(key) is not None for key in keys)), None)
     if keys is None:
         keys = next((keys for keys in task.keys if all(key in fields for key in keys)), None)
     if keys is None:
         raise PeftcoreError(
-            f"{where}: {task.name} needs the keys {task.shown_keys}, found {listed(fields) or 'none'}. If they have "
-            f"other names: --columns {task.columns_example}{_of_others(task)}"
+            f"{where}: {task.name} needs the keys {task.shown_keys}, found {listed(fields) or 'none'}. If the "
+            f"columns have other names, map them: --columns {task.columns_example}{_of_others(task)}"
         )
     return task.read_row(where, fields, keys)
 
 
 def _of_others(task: Task) -> str:
-    """Return a hint at the fields of other tasks, for rows that no task recognises."""
+    """Return a hint that lists the fields of other tasks, for rows that no task recognises."""
     default, *others = registered.tasks()
     if task.name != default.name:
         return ""
     keys_by_task = [f"{other.shown_keys} ({other.name})" for other in others if other.shown_keys is not None]
-    return f". Other tasks have the keys {', '.join(keys_by_task)}"
+    return f". Other tasks read the keys {', '.join(keys_by_task)}"

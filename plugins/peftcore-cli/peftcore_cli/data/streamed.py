@@ -1,6 +1,6 @@
-"""Streaming (`--streaming`): lines of JSONL files are read and tokenized when a batch needs them.
+"""Streaming (`--streaming`): read and tokenize lines of JSONL files when a batch needs them.
 
-One pass over the files stores the offset of each line, in 12 bytes per line, so that any line can be read. To keep disk
+A first pass over the files stores the offset and size of each line (12 bytes per line), for random access. To keep disk
 reads sequential, blocks of consecutive lines are shuffled, and then the lines within several blocks. The order depends
 only on the seed and the epoch, so a run resumes at the same line, and all ranks see the same order.
 """
@@ -31,27 +31,27 @@ Example = dict[str, Any]
 
 
 def files_of(paths: Sequence[str]) -> list[Path]:
-    """Return the files of `--data`; those of a folder in alphabetical order.
+    """Return the files of `--data`. The files in a folder are sorted by name.
 
     Raises:
-        PeftcoreError: there are none, or one is not a .jsonl file.
+        PeftcoreError: there are no files, or one of them is not a .jsonl file.
     """
     files: list[Path] = []
     for source in row_reading.sources(paths):
         if source.weight != 1:
             raise PeftcoreError(
-                f"--streaming uses every line once per epoch, found --data {source.path}:{source.weight:g}. "
-                "Leave out the weight"
+                "--streaming uses every line once per epoch, so data sets cannot be weighted, found --data "
+                f"{source.path}:{source.weight:g}. Remove the weight"
             )
         path = Path(os.path.expanduser(source.path))
         group = sorted(file for file in path.iterdir() if file.suffix == ".jsonl") if path.is_dir() else [path]
         if not group or group[0].suffix.lower() != ".jsonl":
             raise PeftcoreError(
-                f"--streaming reads lines of .jsonl files, found '{source.path}'. Convert it, or leave out --streaming"
+                f"--streaming only reads .jsonl files, found '{source.path}'. Convert it, or remove --streaming"
             )
         missing = next((file for file in group if not file.is_file()), None)
         if missing is not None:
-            raise PeftcoreError(f"the file '{missing}' does not exist. Pass .jsonl files or folders of them")
+            raise PeftcoreError(f"the file '{missing}' does not exist. Pass a .jsonl file, or a folder of .jsonl files")
         files += group
     return files
 
@@ -65,13 +65,13 @@ class Lines:
         columns: {field: column of the files}.
 
     Raises:
-        PeftcoreError: a file is missing, of another kind or empty.
+        PeftcoreError: a file is missing or empty, or is not a .jsonl file.
     """
 
     def __init__(self, paths: Sequence[str], task: str, columns: Mapping[str, str] | None) -> None:
         self.files, self.task, self.columns = files_of(paths), registered.find(task), columns
         self.begins, self.sizes = array("q"), array("I")
-        self.ends: list[int] = []  # number of rows up to and including each file
+        self.ends: list[int] = []  # cumulative number of rows at the end of each file
         for file in self.files:
             self._index(file)
         if not self.begins:
@@ -94,7 +94,7 @@ class Lines:
         """Return a row.
 
         Raises:
-            PeftcoreError: the line is not an example of the task; the message names the file and the line.
+            PeftcoreError: the line is not an example of the task. The message names the file and the line.
         """
         which = bisect.bisect_right(self.ends, index)
         where = str(self.files[which])
@@ -111,7 +111,9 @@ class Lines:
         try:
             text = line.decode("utf-8-sig")
         except UnicodeDecodeError as error:
-            raise PeftcoreError(f"{where}: not UTF-8 text: {error.reason} at byte {error.start}") from error
+            raise PeftcoreError(
+                f"{where}: the line is not valid UTF-8: {error.reason} at byte {error.start}. Save the file as UTF-8"
+            ) from error
         where, fields = rename_columns(check_header(object_of(where, text)), self.columns or {})
         return row_reading.row_of(where, fields, self.task)
 
@@ -122,13 +124,13 @@ class Lines:
 
 
 class EncodedLines(Dataset[Example]):
-    """Examples of lines, tokenized on demand.
+    """Examples tokenized on demand, one per line.
 
-    A line without a token to learn within the maximum length is replaced by the next line that has one.
+    If a line has no token to learn within the maximum length, the next line that has one takes its place.
 
     Args:
         lines: the rows.
-        encode: (rows) -> examples. The first is used; there are none if there is nothing to learn.
+        encode: (rows) -> examples. Only the first example is used. The list is empty if the row has no token to learn.
         held_out: indices of rows to exclude.
     """
 
@@ -146,7 +148,7 @@ class EncodedLines(Dataset[Example]):
         return place + bisect.bisect_right(self.before, place)
 
     def size(self, place: int) -> int:
-        """Return the size of an example's line in bytes, as a stand-in for its number of tokens."""
+        """Return the size of an example's line in bytes, a proxy for its number of tokens."""
         return self.lines.sizes[self.index(place)]
 
     def __getitem__(self, place: int) -> Example:
@@ -154,11 +156,11 @@ class EncodedLines(Dataset[Example]):
             examples = self.encode([self.lines[self.index((place + step) % len(self))]])
             if examples:
                 return examples[0]
-        raise PeftcoreError("no line has a token to learn within --max-length. Increase it")
+        raise PeftcoreError("no line has a token to learn within --max-length. Increase --max-length")
 
 
 class BlockSampler(Sampler[int]):
-    """Yields all indices of a dataset block by block, so that the order takes little memory.
+    """Yields all indices of a dataset block by block, so that no permutation of all indices is kept in memory.
 
     Args:
         examples: the dataset.
@@ -209,10 +211,10 @@ def choose_held_out(lines: Lines, count: int, seed: int) -> list[int]:
     """Return the indices of the lines to hold out.
 
     Raises:
-        PeftcoreError: nothing would be left.
+        PeftcoreError: no line would be left to train on.
     """
     if count >= len(lines):
         raise PeftcoreError(
-            f"--holdout {count} leaves nothing to train on: there are {len(lines):,} lines. Hold out fewer"
+            f"--holdout {count} leaves no lines to train on: the files have {len(lines):,}. Hold out fewer"
         )
     return sorted(random.Random(seed).sample(range(len(lines)), count))

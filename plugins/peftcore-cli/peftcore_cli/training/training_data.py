@@ -1,4 +1,4 @@
-"""The examples of a run: reading, the split into training and held-out examples, and encoding by data set."""
+"""The examples of a run: read them, split them into training and held-out examples, and encode each data set."""
 
 from __future__ import annotations
 
@@ -23,9 +23,10 @@ from peftcore_cli.tasks.encoded_examples import Example
 
 @dataclass(frozen=True)
 class DataSet:
-    """Figures of one of several data sets: its training examples and tokens, and its held-out loss.
+    """Figures of one data set in a mixture: its training examples and tokens, and its held-out loss.
 
-    `before` and `after` are the loss before and after training, or None without held-out examples of this data set.
+    `before` and `after` are the held-out loss before and after training; None if no example of the data set is held
+    out.
     """
 
     path: str
@@ -40,7 +41,7 @@ class DataSet:
         return asdict(self)
 
     def cells(self) -> tuple[str, ...]:
-        """Return a row of the table with the columns `TITLES`."""
+        """Return the row of a table with the columns `TITLES`."""
         losses = ("-" if loss is None else f"{loss:.4f}" for loss in (self.before, self.after))
         name = os.path.basename(self.path) or self.path
         return (name, f"{self.weight:g}", f"{self.rows:,}", f"{self.tokens:,}", f"{self.held_out:,}", *losses)
@@ -49,7 +50,7 @@ class DataSet:
 TITLES = ("data set", "weight", "examples", "tokens", "held out", "loss before", "loss after")
 
 
-_FIRST_LINES = 100  # streamed examples that are read before training, to choose operators
+_FIRST_LINES = 100  # streamed examples read before training, to choose fused operators
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class Rows:
     """Examples of a run before encoding.
 
     Attributes:
-        train: training examples; with --streaming, the first ones.
+        train: training examples; with --streaming, the first `_FIRST_LINES` of them.
         held_out: examples for evaluation.
         validation: examples set aside to choose among runs.
         lines: all lines, with --streaming.
@@ -77,8 +78,8 @@ class Examples:
 
     Attributes:
         sets: training examples by the index of their data set.
-        rows: examples to train on, packed with --pack; with --streaming, the first ones.
-        dataset: dataset of the trainer: `rows`, or streamed lines.
+        rows: examples to train on, packed with --pack; with --streaming, the first `_FIRST_LINES` of them.
+        dataset: the trainer's dataset: `rows`, or streamed lines.
         parts: (number of examples, weight) of each data set in `dataset`.
         sizes: number of tokens of each row.
         longest: maximum number of tokens of a row.
@@ -108,7 +109,7 @@ class Examples:
 
 
 def read(settings: Settings) -> Rows:
-    """Read the examples of a run without `--streaming`, see `split`."""
+    """Read and split the examples of a run without `--streaming`."""
     names = parse_columns(settings.columns)
     rows = row_reading.read_rows(settings.data, settings.task, names)
     held_out = None
@@ -123,7 +124,7 @@ def split(settings: Settings, rows: list[Row] | streamed.Lines, held_out: list[R
     Args:
         settings: settings of the run.
         rows: the examples of `--data`.
-        held_out: the examples of `--eval-data`, or None to hold some of `rows` out.
+        held_out: the examples of `--eval-data`, or None to hold out some of `rows`.
 
     Raises:
         PeftcoreError: there are too few examples to hold some out.
@@ -157,7 +158,7 @@ def encode(rows: Rows, settings: Settings, tokenizer: Any, labels: tuple[str, ..
     ]
     is_mixed = len(row_reading.sources(settings.data)) > 1 and lines is None
     if not is_mixed or settings.eval_data is not None:
-        held_out_sets = {}  # there is one data set, or the held-out examples have their own files
+        held_out_sets = {}  # held-out examples cannot be attributed to data sets
     rows_to_train, parts = rows_and_parts(sets, settings)
     if settings.pack:
         summary = f"{number(sum(map(len, sets.values())), 'example')} into {number(len(rows_to_train), 'row')}"
@@ -190,14 +191,14 @@ def encode(rows: Rows, settings: Settings, tokenizer: Any, labels: tuple[str, ..
 
 
 def other_rows(settings: Settings) -> list[Row]:
-    """Return the texts of --other-data, whose loss measures forgetting; empty without the option."""
+    """Return the texts of --other-data, whose loss measures forgetting; an empty list without --other-data."""
     return [] if settings.other_data is None else row_reading.read_rows(settings.other_data, settings.task)
 
 
 def encode_examples(
     label: str, rows: Sequence[Row], settings: Settings, tokenizer: Any, labels: tuple[str, ...]
 ) -> list[Example]:
-    """Encode rows; `label` names them in warnings."""
+    """Encode rows into one list. `label` describes the rows in warnings."""
     parts = encode_parts(label, rows, settings, tokenizer, labels)
     return [example for part in parts.values() for example in part]
 
@@ -205,7 +206,7 @@ def encode_examples(
 def encode_parts(
     label: str, rows: Sequence[Row], settings: Settings, tokenizer: Any, labels: tuple[str, ...]
 ) -> dict[int, list[Example]]:
-    """Encode rows by data set, as {index of the data set: examples}; `label` names them in warnings."""
+    """Encode rows as {index of the data set: examples}. `label` describes the rows in warnings."""
     examples_by_set, task = {}, registered.find(settings.task)
     truncated = left_out = 0
     for source, group in itertools.groupby(rows, key=lambda row: row.source):
@@ -214,18 +215,18 @@ def encode_parts(
         truncated, left_out = truncated + encoded.truncated, left_out + encoded.left_out
     if truncated:
         warn(
-            f"{truncated:,} of {len(rows):,} {label} examples are longer than {settings.max_length} "
-            "tokens (--max-length) and were truncated or split"
+            f"{truncated:,} of {len(rows):,} {label} examples were truncated or split, because they are longer than "
+            f"{settings.max_length} tokens (--max-length)"
         )
     if left_out:
-        warn(f"{left_out:,} of them have no token to learn within that length and are left out")
+        warn(f"{left_out:,} {label} examples were dropped, because they have no token to learn within --max-length")
     return examples_by_set
 
 
 def rows_and_parts(
     parts: dict[int, list[Example]], settings: Settings
 ) -> tuple[list[Example], list[tuple[int, float]]]:
-    """Return the rows to train on, and the (number of rows, weight) of each data set.
+    """Return the rows to train on, and (number of rows, weight) for each data set.
 
     Packed rows mix data sets only if all weights are equal.
     """
@@ -250,7 +251,7 @@ def facts(
     before: dict[int, float],
     after: dict[int, float],
 ) -> list[DataSet]:
-    """Return the figures of each of several data sets; none for a single one."""
+    """Return the figures of each data set in a mixture; an empty list for a single data set."""
     if not examples.is_mixed:
         return []
     data_sets, task = [], registered.find(settings.task)
@@ -263,25 +264,25 @@ def facts(
 
 
 def fit_max_length(settings: Settings) -> Settings:
-    """With --streaming, where the longest text is unknown, reduce --max-length to the model's positions."""
+    """Reduce --max-length to the model's number of positions if --streaming hides the lengths of the texts."""
     if not settings.streaming:
         return settings
     try:
         model = models.empty_model(settings.model, settings.task)
-    except PeftcoreError:  # models with their own code; `check_positions` compares later
+    except PeftcoreError:  # a model with its own code, which `check_positions` checks after it is loaded
         return settings
     limit = positions.number_of_positions(model)
     if limit is None or settings.max_length <= limit:
         return settings
     warn(
-        f"{type(model).__name__} has positions for {limit:,} tokens, so texts are truncated there, not at --max-length "
-        f"{settings.max_length}"
+        f"{type(model).__name__} only has positions for {limit:,} tokens, so --max-length {settings.max_length} is "
+        f"reduced to {limit}"
     )
     return replace(settings, max_length=limit)
 
 
 def check_positions(model: nn.Module, settings: Settings, examples: Examples) -> None:
-    """Raise a PeftcoreError if the model has fewer positions than an example has tokens, before packing."""
+    """Raise a PeftcoreError if an example, before packing, has more tokens than the model has positions."""
     if not registered.find(settings.task).has_positions:
         return
     lengths = [len(example["input_ids"]) for example in examples.train] if settings.pack else []

@@ -1,4 +1,4 @@
-"""One training run: from settings to an adapter folder, checkpoints and the figures of the report.
+"""One training run: from settings to an adapter folder, checkpoints and the report's figures.
 
 OUTPUT/checkpoints/   adapter, optimizer, scheduler, RNG and trainer state
 OUTPUT/adapter/       the trained adapter, in Hugging Face PEFT's format
@@ -73,9 +73,9 @@ def run(
         output: folder of the run.
         rows: examples of the run, see `training_data.read` and `split`.
         resume: whether to continue from the latest checkpoint.
-        clock: clock with the parts of the run so far, such as reading data.
-        display: what the run shows.
-        force: whether to run even if the predicted memory is not available.
+        clock: clock that timed the steps so far, such as reading data.
+        display: options about what the run prints and logs.
+        force: whether to run even if the predicted memory exceeds the free memory.
 
     Raises:
         PeftcoreError: the data, the model or a setting is invalid, or there is not enough memory.
@@ -93,7 +93,7 @@ def run(
 
 
 class _Run:
-    """A run. Its methods are called in order, and each sets attributes that later ones need."""
+    """A run. Call its methods in order: each sets attributes that later methods read."""
 
     processor: Any
     about: AdapterTask
@@ -129,7 +129,7 @@ class _Run:
         self.task.check_examples(self.examples.held_out, "held-out")
 
     def predict_memory(self, *, force: bool) -> None:
-        """Choose the base's dtype, and refuse a run that does not fit into memory unless `force`."""
+        """Choose the base's dtype, and refuse a run that does not fit into memory, unless `force` is set."""
         labels = self.about.labels
         with self.clock.part("forecast"):
             self.settings, prediction = forecasts.with_memory(
@@ -150,7 +150,7 @@ class _Run:
         say(str(self.summary))
 
     def evaluate_before(self) -> None:
-        """Evaluate the base, or the adapter that training continues from."""
+        """Evaluate the base or the existing adapter before training."""
         held_out, is_new = self.rows.held_out, self.settings.adapter is None
         self.evaluate = Evaluator(self.settings, self.processor, self.about, self.examples, held_out, self.clock)
         is_base = self.settings.method != FULL and is_new
@@ -163,7 +163,7 @@ class _Run:
         say(f"before training, on {number(len(held_out), 'held-out example')}: {self.before.held_out}", "bold")
 
     def optimize(self) -> None:
-        """Fuse operators, shard the base and compute the loss without logits, according to the options."""
+        """Fuse operators, shard the base and enable the loss without logits, as the options require."""
         light_step.fuse(self.model, self.settings)
         if self.settings.parallel == "fsdp2":
             peftcore.shard(self.model)
@@ -172,7 +172,7 @@ class _Run:
         self.summary = replace(self.summary, fused=summary.fused, without_logits=summary.without_logits)
 
     def train(self, *, resume: bool) -> None:
-        """Train, with `resume` from the latest checkpoint, and find the best step if it is kept."""
+        """Train, from the latest checkpoint if `resume` is set, and find the best step if the options ask for it."""
         self.meter, self.trace, stop = progress.Meter(), MemoryTrace(self.model), progress.OrderlyStop()
         keeper, task_writer = best_checkpoint.of_run(self.settings), progress.TaskWriter(self._record)
         trainer = self.trainer = self._trainer(
@@ -191,7 +191,7 @@ class _Run:
         self.best = None if keeper is None else keeper.best(trainer.state)
 
     def save(self) -> None:
-        """Evaluate and save the adapter, the best or the last."""
+        """Evaluate and save the best or last adapter, as the options require."""
         held_out = _final_metrics(self.trainer, self.model, self.evaluate, self.best)
         self._answer_sample("with the adapter")
         _save(self.model, self.adapter, self.settings, self.processor, self._record)
@@ -236,7 +236,7 @@ class _Run:
 
     @property
     def _record(self) -> AdapterTask | None:
-        """The record to save with the adapter; None for `--method full`."""
+        """The task record to save with the adapter; None for `--method full`."""
         return None if self.settings.method == FULL else self.about
 
     def _trainer(self, callbacks: list[Any]) -> Measuring:
@@ -257,7 +257,7 @@ class _Run:
         return trainer
 
     def _answer_sample(self, writer: str) -> None:
-        """Store the model's answer to `--sample`, if it was passed."""
+        """Store the model's answer to the prompt of `--sample`, if there is one."""
         if self.display.sample is None:
             return
         is_chat, limit, sample = bool(self.about.chat), self.display.sample_tokens, self.display.sample
@@ -268,10 +268,10 @@ class _Run:
 
 
 def prepare(settings: Settings, rows: training_data.Rows) -> tuple[Any, AdapterTask]:
-    """Return the tokenizer or processor of a run, and the record of what its adapter is trained for.
+    """Return the run's tokenizer or processor, and the task record of its adapter.
 
     Raises:
-        PeftcoreError: the base has no tokenizer for the task, or a setting does not fit it.
+        PeftcoreError: the base has no tokenizer for the task, or a setting does not fit the task.
     """
     task = registered.find(settings.task)
     start = Path(settings.adapter) if settings.adapter is not None else None
@@ -347,7 +347,7 @@ def _check_metric(settings: Settings, metrics: Metrics) -> None:
 
 
 def _final_metrics(trainer: Measuring, model: Any, evaluate: Evaluator, best: best_checkpoint.Best | None) -> Metrics:
-    """Return the held-out metrics of the adapter to save, the best or the last."""
+    """Return the held-out metrics of the adapter to save (the best or the last)."""
     if best is not None:
         say(f"saving the adapter of {best}")
         with precision.own(model):
@@ -358,7 +358,7 @@ def _final_metrics(trainer: Measuring, model: Any, evaluate: Evaluator, best: be
 
 
 def _save(model: Any, folder: Path, settings: Settings, processor: Any, record: AdapterTask | None) -> None:
-    """Save the adapter with the record of its task, or the whole model with `--method full`."""
+    """Save the adapter with its task record, or the whole model with `--method full`."""
     if record is None:
         model.save_pretrained(folder)
         return
@@ -395,7 +395,7 @@ def _checkpoint_to_resume(output: Path) -> str | None:
     for warning in caught:
         warn(str(warning.message))
     if checkpoint is None:
-        warn(f"'{output}' has no complete checkpoint, so training starts from the beginning")
+        warn(f"'{output}' has no complete checkpoint, so training starts from scratch")
     else:
         say(f"resuming from {checkpoint}")
     return checkpoint

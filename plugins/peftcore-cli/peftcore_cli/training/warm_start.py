@@ -1,7 +1,7 @@
 """`train --adapter`: start a run from an existing adapter, and refuse options that contradict it.
 
-The adapter determines the base, with its quantization, the method and the task. If the method prepares its base, its
-name is taken from the settings of the run, because the adapter's file does not record it.
+The adapter determines the base and its quantization, the method and the task. For methods that prepare the base, the
+method's name comes from the run's settings, because the adapter's files do not record it.
 """
 
 from __future__ import annotations
@@ -39,43 +39,43 @@ class Start:
     quantize: str | None = None
 
     def task_of(self, task: str | None) -> str | None:
-        """Return the task of the run: the given one, or that of the adapter; None if the data determine it.
+        """Return the run's task: `task` if it is given, otherwise the adapter's; None to infer it from the data.
 
         Raises:
-            PeftcoreError: the adapter is for another task.
+            PeftcoreError: the adapter was trained for another task.
         """
         if task is not None:
-            self.check_task(task, f"--task {task} is different")
+            self.check_task(task, f"--task is {task}")
             return task
         return None if registered.find(self.task.task).family is not None else self.task.task
 
     def completed(self, run_options: RunOptions) -> RunOptions:
-        """Return the options of a run, completed by what the adapter records: the language of recordings."""
+        """Return the run's options with the language that the adapter records, if the user passed none."""
         return replace(run_options, language=run_options.language or self.task.language)
 
     def check_task(self, task: str, problem: str) -> None:
-        """Raise a PeftcoreError, which includes `problem`, unless the adapter can be trained further for `task`."""
+        """Raise a PeftcoreError that quotes `problem` unless training for `task` can continue from the adapter."""
         adapter_task = registered.find(self.task.task)
         is_recorded = (self.folder / TASK_FILE).exists()
         if not registered.find(task).continues(adapter_task, is_recorded=is_recorded, labels=self.task.labels):
             raise PeftcoreError(
-                f"the adapter in '{self.folder}' is for {adapter_task.name}, and {problem}. To train a new adapter, "
-                "leave out --adapter"
+                f"the adapter in '{self.folder}' was trained for {adapter_task.name}, but {problem}. To train a new "
+                "adapter, remove --adapter"
             )
 
 
 def start_of(folder: Path, output: Path, *, model: str | None, method: str | None, labels: str | None) -> Start:
-    """Return what the adapter in `folder` determines about a run that continues from it and writes to `output`.
+    """Return the start of a run that continues from the adapter in `folder` and writes to `output`.
 
     Raises:
-        PeftcoreError: there is no adapter, `method` cannot read it, or it is in `output`.
+        PeftcoreError: `folder` has no adapter, `method` cannot read it, or it is inside `output`.
     """
     import peftcore
 
     if folder.resolve().is_relative_to(output.resolve()):
         raise PeftcoreError(
-            f"--adapter is the adapter of the run in '{output}' itself. To resume that run use --resume without "
-            "--adapter; to train its adapter on new data use another folder: --output FOLDER"
+            f"--adapter and --output name the same run, '{output}'. To resume the run, replace --adapter with "
+            "--resume. To train its adapter on new data, pass another folder: --output FOLDER"
         )
     task, base = adapter_folders.adapter_task(folder, labels), adapter_folders.base_of(folder, model)
     previous = settings_of_adapter(folder)
@@ -95,12 +95,12 @@ def start_of(folder: Path, output: Path, *, model: str | None, method: str | Non
 
 
 def labels_of(folder: Path, labels: str | None) -> tuple[str, ...]:
-    """Return the labels of a classifier, which stay the same; `labels` are those that the user names."""
+    """Return the classifier's labels, which training does not change. `labels` is the value of --labels."""
     return adapter_folders.adapter_task(folder, labels).labels
 
 
 def settings_of_adapter(folder: Path) -> Settings | None:
-    """Return the settings of the run that trained the adapter in `folder`, or None if there are none that can be read.
+    """Return the settings of the run that trained the adapter in `folder`, or None if they cannot be read.
 
     The file is untrusted.
     """
@@ -120,7 +120,7 @@ def load(model: PreTrainedModel, settings: Settings) -> None:
     """Load the adapter of `settings` on its base for further training.
 
     Raises:
-        PeftcoreError: it belongs to another base, or a field of --set differs from the adapter's.
+        PeftcoreError: the adapter belongs to another base, or a field of --set differs from the adapter's.
     """
     import peftcore
     from peftcore.files import config_of_folder
@@ -147,12 +147,12 @@ def load(model: PreTrainedModel, settings: Settings) -> None:
     adapter_names = [adapter.name for adapter in adapters]
     if adapter_names != ["default"]:
         shown = ", ".join(adapter_names)
-        raise PeftcoreError(f"'{folder}' contains the adapters {shown}. Pass the folder of one of them")
+        raise PeftcoreError(f"'{folder}' contains several adapters: {shown}. Pass the folder of a single adapter")
     _refuse_other_fields(folder, settings, adapters[0].config, requested)
 
 
 def _refuse_other_fields(folder: Path, settings: Settings, config: Any, requested: Any) -> None:
-    """Raise a PeftcoreError if fields of --set, in the config `requested`, differ from the adapter's `config`."""
+    """Raise a PeftcoreError if fields of --set (part of the config `requested`) differ from the adapter's `config`."""
     previous = settings_of_adapter(folder)
     recorded = previous.fields if previous is not None and previous.method == settings.method else {}
     for name, value in settings.fields.items():
@@ -161,13 +161,14 @@ def _refuse_other_fields(folder: Path, settings: Settings, config: Any, requeste
         if hasattr(config, name):
             adapter_value = getattr(config, name)
         elif previous is None or previous.method != settings.method:
-            continue  # it is not known how the base was prepared
+            continue  # the fields that the base was prepared with are unknown
         else:
             adapter_value = recorded.get(name, _default(requested, name))
         if _plain(adapter_value) not in (_plain(value), _plain(getattr(requested, name))):
             raise PeftcoreError(
                 f"--set {name}={text_of(value)} contradicts the adapter in '{folder}', which has "
-                f"{name}={text_of(_plain(adapter_value))}. Leave it out, or train a new adapter without --adapter"
+                f"{name}={text_of(_plain(adapter_value))}. Remove --set {name}, or train a new adapter without "
+                "--adapter"
             )
 
 

@@ -103,7 +103,7 @@ def test_a_run_is_continued_with_its_own_options(
 def test_an_empty_folder_is_a_run_that_has_not_begun(run: Run, llama: Path, reviews: Path, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     output = run(*train_arguments(llama, reviews, tmp_path / "run"), "--resume").output
-    assert "has no complete checkpoint, so training starts from the beginning" in output
+    assert "has no complete checkpoint, so training starts from scratch" in output
 
 
 @pytest.mark.parametrize("is_whole", [True, False])

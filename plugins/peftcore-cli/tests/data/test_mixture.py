@@ -107,5 +107,5 @@ def test_columns_of_several_data_sets(two: tuple[Path, Path], tmp_path: Path) ->
         "prompt/completion",
         "text",
     }
-    with pytest.raises(PeftcoreError, match=r"reviews.jsonl:1: --columns names the column 'sentense' for text"):
+    with pytest.raises(PeftcoreError, match=r"reviews.jsonl:1: --columns maps text to the column 'sentense'"):
         row_reading.read_rows(paths, "causal-lm", {"text": "sentense"})

@@ -40,8 +40,8 @@ def test_tsv_keeps_quotes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "task", "message"),
     [
-        ("a.jsonl", '{"text": "a"}\n{"text": \n', "causal-lm", "a.jsonl:2: not JSON: Expecting value at column"),
-        ("a.jsonl", '{"text": "a"}\n\n[1]\n', "causal-lm", "a.jsonl:3: expected a JSON object, found list"),
+        ("a.jsonl", '{"text": "a"}\n{"text": \n', "causal-lm", "a.jsonl:2: invalid JSON: Expecting value at column"),
+        ("a.jsonl", '{"text": "a"}\n\n[1]\n', "causal-lm", "a.jsonl:3: an example must be a JSON object, found list"),
         (
             "a.jsonl",
             '{"txt": "a"}\n',
@@ -73,10 +73,10 @@ def test_tsv_keeps_quotes(tmp_path: Path) -> None:
             "a.tsv",
             "good\tpos\n",
             "classification",
-            "a.tsv:1: the first line names the columns (good, pos), but no line follows",
+            "a.tsv:1: the file has a header (good, pos) but no rows",
         ),
-        ("a.tsv", "text\tlabel\na\tb\na\n", "classification", "a.tsv:3: 1 columns, but the first line names 2"),
-        ("a.xml", "<a/>", "classification", "a.xml' must be one of .jsonl, .json, .csv, .tsv, .parquet, found"),
+        ("a.tsv", "text\tlabel\na\tb\na\n", "classification", "a.tsv:3: the row has 1 value for 2 columns"),
+        ("a.xml", "<a/>", "classification", "a.xml' has the unsupported file type '.xml'. Convert it"),
     ],
 )
 def test_errors_name_file_and_line(tmp_path: Path, name: str, content: str, task: str, message: str) -> None:
@@ -96,7 +96,7 @@ def test_a_file_that_is_missing_or_no_text(tmp_path: Path) -> None:
     with pytest.raises(PeftcoreError, match="does not exist"):
         row_reading.read_rows(tmp_path / "none.jsonl", "causal-lm")
     (tmp_path / "b.jsonl").write_bytes(b'{"text": "\xff"}')
-    with pytest.raises(PeftcoreError, match=r"b.jsonl' is not UTF-8 text: invalid start byte at byte 10"):
+    with pytest.raises(PeftcoreError, match=r"b.jsonl' is not valid UTF-8: invalid start byte at byte 10"):
         row_reading.read_rows(tmp_path / "b.jsonl", "causal-lm")
     with pytest.raises(PeftcoreError, match="has no examples"):
         (tmp_path / "c.jsonl").write_text("")

@@ -53,8 +53,8 @@ def test_wrong_files(shards: Path, tmp_path: Path) -> None:
     lines = streamed.Lines([str(shards)], "causal-lm", None)
     for index, message in (
         (10, "b.jsonl:3: 'text' must be text"),
-        (11, "b.jsonl:4: not JSON"),
-        (12, "b.jsonl:5: expected"),
+        (11, "b.jsonl:4: invalid JSON"),
+        (12, "b.jsonl:5: an example must be"),
         (13, "b.jsonl:6: the line repeats the header"),
     ):
         with pytest.raises(PeftcoreError, match=message):
@@ -62,7 +62,7 @@ def test_wrong_files(shards: Path, tmp_path: Path) -> None:
     (tmp_path / "rows.csv").write_text("text\na\n")
     (tmp_path / "none.jsonl").write_text("\n")
     for path, message in (
-        ("rows.csv", "reads lines of .jsonl files"),
+        ("rows.csv", "only reads .jsonl files"),
         ("no.jsonl", "does not exist"),
         ("none.jsonl", "has no examples"),
         ("shards:2", "uses every line once"),
@@ -89,7 +89,7 @@ def test_lines_without_anything_to_learn_and_held_out_lines(shards: Path) -> Non
     assert len(set(chosen)) == 3 and chosen == streamed.choose_held_out(lines, 3, 0) != streamed.choose_held_out(
         lines, 3, 1
     )
-    with pytest.raises(PeftcoreError, match="leaves nothing to train on: there are 14 lines"):
+    with pytest.raises(PeftcoreError, match="leaves no lines to train on: the files have 14"):
         streamed.choose_held_out(lines, 14, 0)
 
 

@@ -74,7 +74,7 @@ def test_streamed_texts_are_cut_at_the_last_position(run: Run, tmp_path: Path) -
     for length, warns in ((40, True), (12, False)):
         output = tmp_path / str(length)
         printed = run("train", *options, "--steps", 5, "--max-length", length, "-o", output).output
-        assert ("positions for 12 tokens, so texts are truncated there, not at --max-length 40" in printed) is warns
+        assert ("positions for 12 tokens, so --max-length 40 is reduced to 12" in printed) is warns
         assert json.loads((output / "adapter" / "peftcore_task.json").read_text())["max_length"] == 12
     files = [(tmp_path / each / "adapter" / "adapter_model.safetensors").read_bytes() for each in ("40", "12")]
     assert files[0] == files[1]

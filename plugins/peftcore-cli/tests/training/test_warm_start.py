@@ -99,10 +99,10 @@ def test_resume_goes_on_with_such_a_run_too(run: Run, first: Path, more: Path, t
         (("--method", "ia3"), "'ia3' reads peft_type 'IA3'"),
         (("--set", "r=8"), "--set r=8 contradicts the adapter in"),
         (("--set", "target_modules=q_proj"), "which has target_modules="),
-        (("--task", "classification"), "is for causal-lm, and --task classification is different"),
+        (("--task", "classification"), "was trained for causal-lm, but --task is classification"),
         (("--model", "{other}"), "was trained on another base: the values of"),
-        (("--output", "{first}"), "--resume without --adapter; to train its adapter on new data"),
-        (("--output", "{first}", "--overwrite"), "--resume without --adapter; to train its adapter on new data"),
+        (("--output", "{first}"), "replace --adapter with --resume. To train its adapter on new data"),
+        (("--output", "{first}", "--overwrite"), "replace --adapter with --resume. To train its adapter on new data"),
         (("--data", "{labelled}"), "labelled.jsonl' is for classification. To train a new adapter"),
     ],
 )
@@ -204,7 +204,7 @@ def test_several_in_one_folder_are_none(run: Run, llama: Path, more: Path, tmp_p
         peftcore.apply(model, "lora", r=2, adapter=name)
     peftcore.save(model, tmp_path / "both")
     error = run("train", "-a", tmp_path / "both", "-d", more, "-o", tmp_path / "run", "--steps", 1, code=1).output
-    assert "contains the adapters default, other. Pass the folder of one of them" in error
+    assert "contains several adapters: default, other. Pass the folder of a single adapter" in error
 
 
 @pytest.mark.parametrize("kind", ["pipe", "nested", "list", "types", "rate"])
