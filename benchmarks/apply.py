@@ -16,8 +16,7 @@ import methods
 import torch
 
 import peftcore
-from peftcore.engine import adapter_modules
-from peftcore.plugin.registry import registry
+from peftcore.plugin import set_trainable
 
 FIELDS = {
     **methods.FIELDS,
@@ -43,19 +42,18 @@ def applied(method, layers):
     if method in COMBINED:
         for name in "ab":
             peftcore.apply(model, COMBINED[method][0], adapter=name, **COMBINED[method][1])
-            peftcore.engine.set_trainable(model, name, False)
+            set_trainable(model, name, False)
     start = time.process_time()
     peftcore.apply(model, method, **FIELDS.get(method, {}))
     seconds = time.process_time() - start
-    adapters = [adapter for _, adapter in adapter_modules(model, "default")]
-    buffers = {id(b): b.nbytes for adapter in adapters for b in adapter.buffers()}
+    (adapter,) = (a for a in peftcore.summary(model).adapters if a.name == "default")
     trained = {id(p): p.numel() for p in model.parameters() if p.requires_grad}
-    return seconds, sum(trained.values()), sum(buffers.values())
+    return seconds, sum(trained.values()), adapter.buffer_bytes
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--methods", nargs="+", default=list(registry.methods()))
+    parser.add_argument("--methods", nargs="+", default=list(peftcore.methods()))
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--times", type=int, default=3)
     options = parser.parse_args()

@@ -37,7 +37,6 @@ from torch import nn
 
 import peftcore
 from peftcore import quantization
-from peftcore.quantization.convert import speed_up_decoding
 
 logging.disable(logging.WARNING)
 warnings.simplefilter("ignore")
@@ -140,7 +139,7 @@ def models(shape, peers):
         dense = llama(shape)
         found["dense, bf16"] = dense
     packed = llama(shape, lambda layer: quantization.quantize(layer, double_quant=True))
-    speed_up_decoding(packed)  # as `quantize` does with a whole model
+    quantization.speed_up_decoding(packed)  # as `quantize` does with a whole model
     found |= {"peftcore, NF4": packed, "peftcore, NF4, LoRA": with_lora(shared_copy(packed))}
     if not SHAPES[shape]["tie_word_embeddings"]:
         whole = quantization.quantize(shared_copy(packed), skip=[])

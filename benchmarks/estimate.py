@@ -125,7 +125,7 @@ def steps(chosen, count):
     import torch
     import transformers
 
-    from peftcore.estimating import loop
+    from peftcore.estimating import make_inputs, make_optimizer
 
     torch.manual_seed(0)
     config, method = config_of(chosen), chosen["method"]
@@ -137,12 +137,12 @@ def steps(chosen, count):
         model.gradient_checkpointing_enable({"use_reentrant": False})
     inputs = {
         name: torch.randn(value.shape, dtype=value.dtype) if value.is_meta else value
-        for name, value in loop.make_inputs(model, chosen["batch_size"], chosen["length"]).items()
+        for name, value in make_inputs(model, chosen["batch_size"], chosen["length"]).items()
     }
     if "input_ids" in inputs:
         inputs["input_ids"] = torch.randint(3, 1000, inputs["input_ids"].shape)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = loop.make_optimizer(parameters, chosen["optimizer"], paged=True)
+    optimizer = make_optimizer(parameters, chosen["optimizer"], paged=True)
     measure.reset_peak()
     for _ in range(count):
         loss = model(**inputs).loss

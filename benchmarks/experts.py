@@ -24,8 +24,7 @@ import torch
 from torch.nn import functional as F
 
 from peftcore import ops
-from peftcore.model.experts import experts_forward
-from peftcore.plugin import LowRank
+from peftcore.plugin import LowRank, experts_forward
 
 logging.disable(logging.WARNING)
 warnings.simplefilter("ignore")

@@ -29,7 +29,7 @@ from measure_cuda import milliseconds, rates
 from torch.nn import functional as F
 
 from peftcore import ops
-from peftcore.model.experts import experts_forward
+from peftcore.plugin import experts_forward
 
 logging.disable(logging.WARNING)
 warnings.simplefilter("ignore")

@@ -28,6 +28,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import peftcore
 from peftcore import ops
+from peftcore.plugin import set_trainable
 
 logging.disable(logging.WARNING)
 warnings.simplefilter("ignore")
@@ -112,7 +113,7 @@ def add(options):
             row("switching to one that trains", *milliseconds(lambda: peftcore.activate(model, "a1"), 1))
             names = [f"a{i}" for i in range(target)]
             for name in names[:SAMPLES]:
-                peftcore.engine.set_trainable(model, name, False)
+                set_trainable(model, name, False)
             choosing(model, names[:SAMPLES], min(target, SAMPLES))
             peftcore.activate(model, "a0")
         with torch.no_grad():

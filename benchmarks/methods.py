@@ -52,13 +52,10 @@ def known() -> list[str]:
     """Return the installed methods that PEFT has, too."""
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
-    from peftcore.plugin.registry import registry
-
     return [
         name
-        for name in registry.methods()
-        if registry.method(name).state.peft_type in PEFT_TYPE_TO_CONFIG_MAPPING
-        and registry.method(name).recorded_as is None
+        for name, method in peftcore.methods().items()
+        if method.state.peft_type in PEFT_TYPE_TO_CONFIG_MAPPING and method.recorded_as is None
     ]
 
 

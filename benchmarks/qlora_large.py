@@ -11,7 +11,7 @@ takes next to them, base and adapters is listed: gradients, the optimizer's stat
 temporary memory. With `--in-backward` a parameter is updated and its gradient freed as soon as the gradient is
 complete, so that there are never more than a layer's gradients.
 
-gpt-oss in mxfp4 is as it is published: its experts are read from blocks (`from_blocks`), attention is dense in bf16.
+gpt-oss in mxfp4 is as it is published: its experts are in 4 bits, attention is dense in bf16.
 "file" is the size of all base tensors, which is that of the published files.
 
     llama-7b         6.7 billion parameters; LoRA r=16; fused AdamW
@@ -78,27 +78,12 @@ def say(text):
     print(f"{text}; memory at most {measure.peak_megabytes():,.0f} MB so far", flush=True)
 
 
-def pack_from_blocks(experts):
-    """Give experts on the meta device random weights in MXFP4 from tensors as gpt-oss's files have them."""
-    from peftcore.quantization.mxfp4_format import from_blocks
-    from peftcore.quantization.packed_experts import pack_parameter
-
-    for name in ("gate_up_proj", "down_proj"):
-        count, columns, rows = experts.get_parameter(name).shape
-        blocks = torch.randint(0, 256, (count, rows, columns // 32, 16), dtype=torch.uint8)
-        scales = torch.randint(118, 122, (count, rows, columns // 32), dtype=torch.uint8)
-        pack_parameter(experts, name, from_blocks(blocks, scales, torch.bfloat16, name), None)
-
-
 def decoder_layer(kind, config, index, quant_type):
     """Return a layer with weights of N(0, 0.02²), its linear layers and experts in 4 bits."""
     import peftcore
 
     with torch.device("meta"):
         layer = kind(config, index).to(torch.bfloat16)
-    published = quant_type == "mxfp4" and config.model_type == "gpt_oss"
-    if published:
-        pack_from_blocks(layer.mlp.experts)
     for module in layer.modules():
         for name, weight in module.named_parameters(recurse=False):
             if weight.is_meta:
@@ -111,7 +96,9 @@ def decoder_layer(kind, config, index, quant_type):
                 weight.zero_()
             else:
                 weight.normal_(std=0.02) if weight.dim() > 1 else weight.fill_(1)
-    return layer if published else peftcore.quantize(layer, quant_type)
+    # gpt-oss is published with dense attention.
+    skip = ["self_attn"] if quant_type == "mxfp4" and config.model_type == "gpt_oss" else None
+    return peftcore.quantize(layer, quant_type, skip=skip)
 
 
 def made(shape, layers, quant_type):

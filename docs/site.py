@@ -8,7 +8,7 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
-from peftcore.plugin.registry import registry
+import peftcore
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = "commands.md"
@@ -18,12 +18,12 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
     sections = {
         title: pages for section in config.nav or () if isinstance(section, dict) for title, pages in section.items()
     }
-    sections["Methods"].append({"Each method": [{name: f"methods/{name}.md"} for name in sorted(registry.methods())]})
+    sections["Methods"].append({"Each method": [{name: f"methods/{name}.md"} for name in sorted(peftcore.methods())]})
     return config
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    for name in registry.methods():
+    for name in peftcore.methods():
         readme = (ROOT / f"plugins/peftcore-{name}/README.md").read_text(encoding="utf-8")
         files.append(File.generated(config, f"methods/{name}.md", content=method_page(name, readme)))
     files.append(File.generated(config, COMMANDS, content=command_reference()))

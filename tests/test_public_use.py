@@ -1,4 +1,4 @@
-"""The command line, its packages and `estimate` use the public API as any other program does."""
+"""The command line, its packages, benchmarks, examples and `estimate` use the public API as any other program does."""
 
 import ast
 from collections.abc import Iterator
@@ -32,6 +32,9 @@ PROGRAMS: dict[str, set[str]] = {
     "plugins/peftcore-cli/peftcore_cli": set(),
     "plugins/peftcore-compare/peftcore_compare": set(),
     "plugins/peftcore-serve/peftcore_serve": set(),
+    "benchmarks": set(),
+    "examples": set(),
+    "docs": set(),
     # It runs a step on a copy without values, with the adapters of a model, and so needs to know how both are made.
     "peftcore/estimating": {
         "peftcore.engine.adapter_parameters",

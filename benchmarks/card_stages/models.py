@@ -45,13 +45,11 @@ def with_lora(kind: str) -> Any:
 
         return get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules=TARGETS))
     import peftcore
-    from peftcore.plugin.registry import registry
+    from peftcore.plugin import register
 
     if "lora" not in peftcore.methods():  # not installed: from the checkout
         sys.path.append(str(ROOT / "plugins" / "peftcore-lora"))
-        registry.register(
-            "lora", importlib.import_module("peftcore_lora"), distribution="peftcore-lora", version="0.1.0"
-        )
+        register("lora", importlib.import_module("peftcore_lora"), distribution="peftcore-lora", version="0.1.0")
     if "QLoRA" in kind:
         peftcore.quantize(model, "nf4")
     peftcore.apply(model, "lora", r=16, lora_alpha=32, target_modules=TARGETS)

@@ -147,10 +147,10 @@ def environment() -> dict[str, str]:
 
 def run_task(folder: Path, output: Path, task: str, size: Size, names: list[str] | None) -> None:
     """Run `peftcore compare` for one task."""
-    from peftcore.plugin.registry import registry
+    import peftcore
 
     methods = []
-    for name in names or [*registry.methods(), "full"]:
+    for name in names or [*peftcore.methods(), "full"]:
         methods += ["--method", " ".join([name, *(FIELDS[name](size.steps).split() if name in FIELDS else [])])]
     train, test = (str(data_file(folder, task, part, size)) for part in ("train", "test"))
     # fmt: off

@@ -113,18 +113,19 @@ def family(settings: dict) -> str | None:
     from peftcore_cli.bases import models
     from peftcore_cli.options import FULL
 
-    from peftcore.engine.method_placements import placements_for
-    from peftcore.errors import PeftcoreError
+    import peftcore
 
     if settings["method"] == FULL:
         return FAMILIES[4]
     base = models.empty_model(settings["model"], settings["task"], ())
     try:
-        placed = placements_for(base, settings["method"], settings["fields"])
-    except PeftcoreError:
+        plan = peftcore.plan(base, settings["method"], **settings["fields"])
+        peftcore.apply(base, settings["method"], **settings["fields"])
+    except peftcore.PeftcoreError:
         return None
-    if any(each.whole_model for group in placed.placements.values() for each in group):
+    kinds = {kind for _, kind, _, _ in plan.rows}
+    if kinds & {"SoftPrompt", "PrefixKV"}:
         return FAMILIES[2]
-    if not placed.attached:
+    if kinds == {"Train"}:
         return FAMILIES[3]
-    return FAMILIES[0] if all(each.link.is_mergeable(each.adapter) for each in placed.attached) else FAMILIES[1]
+    return FAMILIES[0] if peftcore.can_merge(base) else FAMILIES[1]

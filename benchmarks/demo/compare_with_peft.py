@@ -32,11 +32,11 @@ def peft_has(run: Path, method: str) -> bool:
     """Return whether PEFT has this method. It has QLoRA as LoRA over a base that another library has packed."""
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
-    from peftcore.plugin.registry import registry
+    import peftcore
 
     saved = run / "adapter" / "adapter_config.json"
     known = saved.exists() and json.loads(saved.read_text())["peft_type"] in PEFT_TYPE_TO_CONFIG_MAPPING
-    return known and registry.method(method).recorded_as is None
+    return known and peftcore.method(method).recorded_as is None
 
 
 def main(run: Path) -> int:

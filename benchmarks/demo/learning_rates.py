@@ -109,7 +109,7 @@ def shown(run: dict) -> str:
 
 
 def main() -> None:
-    from peftcore.plugin.registry import registry
+    import peftcore
 
     parser = argparse.ArgumentParser()
     parser.add_argument("--folder", type=Path, default=ROOT / ".demo")
@@ -123,7 +123,7 @@ def main() -> None:
     runs = [json.loads(line) for line in kept.read_text().splitlines()] if kept.exists() else []
     done = {(run["task"], run["method"], run["rate"]): run for run in runs}
     for task in chosen.task or TASKS:
-        for method in chosen.method or registry.methods():
+        for method in chosen.method or peftcore.methods():
             for rate in chosen.rate or RATES:
                 if (task, method, rate) not in done:
                     run = {"task": task, "method": method, "rate": rate, **train(chosen.folder, task, method, rate)}

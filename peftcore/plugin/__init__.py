@@ -23,7 +23,7 @@ examples. The names by subject:
                           has_forward_of_instance, modules_tied_to
     weights               weight_format, find_weight_format, quantized_format, inside_at; embed_scale, looks_up,
                           odd_embedding, own_output; quantized_layers, default_skip, PackedParameters
-    mixtures of experts   ExpertsLayout, experts_layout, expert_biases
+    mixtures of experts   ExpertsLayout, experts_layout, expert_biases, experts_forward
     the model             Architecture, Sublayer, detect, text_config; run, inputs_of, gradients_of: forward passes over
                           batches
     a call                Call, current_call, TokenCounter, cached_tokens, decoder_path,
@@ -66,7 +66,7 @@ _MODULES = {
     "peftcore.engine.state": "has_adapters other_adapter",
     "peftcore.engine.trained_parameters": "base_tensors modules_tied_to",
     "peftcore.errors": "CheckpointError PeftcoreError nearest warn",
-    "peftcore.model.experts": "ExpertsLayout expert_biases experts_layout",
+    "peftcore.model.experts": "ExpertsLayout expert_biases experts_forward experts_layout",
     "peftcore.plugin.exporter": "Exporter",
     "peftcore.exporting": "adapter_products",
     "peftcore.plugin.extensions": "Command Integration",

@@ -50,6 +50,7 @@ from peftcore.model.base_modules import (
 from peftcore.model.experts import (
     ExpertsLayout as ExpertsLayout,
     expert_biases as expert_biases,
+    experts_forward as experts_forward,
     experts_layout as experts_layout,
 )
 from peftcore.model.meta import MetaFloats as MetaFloats, meta_copy as meta_copy

@@ -1,7 +1,8 @@
 """4-bit weights: quantized linear layers, experts and models, and their files.
 
 Public names are `peftcore.quantize`, `dequantize` and `FourBitConfig`; in this package `load`, `QuantizedLinear`,
-`quantized_layers` and `quantized_experts`; and for plugins `PackedParameters`, `default_skip` and `find_type`.
+`quantized_layers`, `quantized_experts` and `speed_up_decoding` (`quantize` and `load` call it; it is for models whose
+layers were quantized one by one); and for plugins `PackedParameters`, `default_skip` and `find_type`.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from peftcore.quantization.convert import (
     quantized_experts as quantized_experts,
     quantized_layers as quantized_layers,
     release_free_memory as release_free_memory,
+    speed_up_decoding as speed_up_decoding,
 )
 from peftcore.quantization.formats import QUANT_TYPES as QUANT_TYPES
 from peftcore.quantization.linear import QuantizedLinear as QuantizedLinear

@@ -53,8 +53,8 @@ class BitFitConfig:
     Args:
         target_modules: "all": all modules with a bias, norms included. "query-intermediate": the paper's subset, the
             query projection and the feed-forward layer from the hidden to the inner size (b_q and b_m2). Otherwise
-            suffixes or a regular expression, see `peftcore.model.targets.select`.
-        exclude_modules, layers_to_transform, layers_pattern: see `peftcore.model.targets.select`.
+            suffixes or a regular expression, see `peftcore.plugin.targets.select`.
+        exclude_modules, layers_to_transform, layers_pattern: see `peftcore.plugin.targets.select`.
         add_missing: add a bias that starts at zero to selected linear layers without one (for "all": to every linear
             layer except the output head and task heads).
         modules_to_save: modules to train in full as well. None: a classifier's head.

@@ -43,7 +43,7 @@ class IA3Config:
     """Config with the field names of Hugging Face PEFT's `IA3Config`.
 
     Args:
-        target_modules, exclude_modules: see `peftcore.model.targets.select`. The paper scales keys, values and the
+        target_modules, exclude_modules: see `peftcore.plugin.targets.select`. The paper scales keys, values and the
             inner activations: for Llama `["k_proj", "v_proj", "down_proj"]`.
         feedforward_modules: selected layers whose input is scaled, by suffixes or a regular expression for whole
             paths. None: the last layers of feed-forward blocks, where they are known.

@@ -69,7 +69,7 @@ class ReftConfig:
         non_linearity: activation applied to W h + b, one of `ACTIVATIONS`, or None. An activation together with
             `subtract_projection` changes the output before training.
         target_modules: modules whose outputs to edit, instead of all layers. exclude_modules, layers_to_transform,
-            layers_pattern: see `peftcore.model.targets.select`.
+            layers_pattern: see `peftcore.plugin.targets.select`.
     """
 
     r: int = 1

@@ -39,7 +39,7 @@ class VeraConfig:
 
     Args:
         r: rank of A and B. It costs only r parameters per layer, so it is larger than LoRA's.
-        target_modules, layers_to_transform, layers_pattern: see `peftcore.model.targets.select`.
+        target_modules, layers_to_transform, layers_pattern: see `peftcore.plugin.targets.select`.
         projection_prng_key: seed of A and B.
         save_projection: save A and B; otherwise loading draws them again.
         vera_dropout: dropout probability of the inputs of A.

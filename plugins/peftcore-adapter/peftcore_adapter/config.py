@@ -55,7 +55,7 @@ class AdapterConfig:
         inv_adapter_output: False: no inverse before the output head.
         layers_to_transform: indices of the layers with bottlenecks. None: all.
         target_modules: modules to put bottlenecks after (or parallel to), instead of the known sublayers.
-        exclude_modules, layers_pattern: see `peftcore.model.targets.select`.
+        exclude_modules, layers_pattern: see `peftcore.plugin.targets.select`.
         modules_to_save: modules to train in full as well. None: a classifier's head.
     """
 

@@ -64,7 +64,7 @@ class LoraConfig:
             experts per token, at least 1, so that a token has the same total rank as in a dense layer; for experts in
             target_parameters, r.
         lora_dropout: dropout probability of the input of A.
-        target_modules, exclude_modules, layers_to_transform, layers_pattern: see `peftcore.model.targets.select`.
+        target_modules, exclude_modules, layers_to_transform, layers_pattern: see `peftcore.plugin.targets.select`.
             `all-linear` includes experts, whose weights are parameters [experts, out, in], unless target_parameters is
             given. A name that matches no layer may match a module of experts or its weight: `experts`, `gate_up_proj`.
         target_parameters: suffixes of parameters with two or three dimensions, such as `mlp.experts.down_proj`, to
