@@ -84,7 +84,7 @@ def test_the_pages_command(from_page: Any, tmp_path: Path) -> None:
     held = 2 * 2 * (32 + 32)  # layers, r, in + out
     assert invoke("count", tmp_path / "run").output.strip() == f"{held}"
     assert invoke("count", tmp_path / "run", "--thousands").output.strip() == f"{held / 1000:.1f} thousand"
-    assert "has no adapter_model.safetensors. Pass the folder of an adapter" in invoke("count", tmp_path).stderr
+    assert "has no adapter_model.safetensors. Pass an adapter's folder" in invoke("count", tmp_path).stderr
     assert "peftcore count run/adapter --thousands" in invoke("count", "--help").output
 
 

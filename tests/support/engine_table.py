@@ -103,7 +103,7 @@ def table() -> str:
             cells = [f"refused ({1 + keys.index(row[m])})" if row[m] in keys else row[m] for m in METHODS]
             lines.append(f"| {engine if number == 0 else ''} | {title} | {' | '.join(cells)} |")
     sentences = [f'{number}. "{SENTENCES[key]}"' for number, key in enumerate(keys, 1)]
-    return "\n".join([*lines, "", "Refused with these words:", "", *sentences])
+    return "\n".join([*lines, "", "The errors say:", "", *sentences])
 
 
 def of_page(text: str) -> tuple[str, str, str]:
