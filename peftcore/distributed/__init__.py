@@ -1,7 +1,8 @@
-"""Training in more than one process, on PyTorch's own engines: FSDP2 for the base, averaged or sharded adapters, DCP.
+"""Distributed training: FSDP2 for the base, replicated or sharded adapters, checkpoints with DCP.
 
-It imports `files`, `quantization` and what is below them. Public names: `peftcore.shard`, `load_sharded` and
-`TrainingState`; here `start`, `finish`, `join_stages` and `clip_grad_norm_`; and `divided` and `blocks` for `estimate`.
+It imports `files`, `quantization` and what is below them. `peftcore` exports `shard`, `load_sharded` and
+`TrainingState`. This package exports `start`, `finish`, `join_stages` and `clip_grad_norm_`, and for `estimate` also
+`divided` and `blocks`.
 """
 
 from peftcore.distributed.gradients import clip_grad_norm_ as clip_grad_norm_

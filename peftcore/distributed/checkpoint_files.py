@@ -23,11 +23,12 @@ _SINGLE = "model.safetensors"
 
 
 class CheckpointFiles:
-    """The tensors of a checkpoint, by their names in the model.
+    """The tensors of a checkpoint, looked up by their names in the model.
 
     Args:
-        keys: their names in the files. experts: (the conversion that makes a parameter of the tensors of single
-            experts, their names in the model's order by its source patterns), by the parameter's name.
+        keys: {name of a tensor in the model: its name in the files}. experts: {name of a parameter that stacks experts:
+            (transformers' conversion that stacks them, {source pattern: names of the experts' tensors in the files, in
+            order})}.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -38,7 +39,7 @@ class CheckpointFiles:
         self._stack = ExitStack()
 
     def rename(self, model: nn.Module) -> None:
-        """Take the names that transformers has for what is called otherwise in files of this class of model."""
+        """Map the names in the files to the model's names, with transformers' conversions for this class of model."""
         if not hasattr(model, "base_model_prefix"):
             return
         names = {name for name, _ in (*base_parameters(model), *model.named_buffers())}
@@ -63,19 +64,19 @@ class CheckpointFiles:
                 lists.setdefault(pattern, []).append(key)
 
     def stored(self, key: str) -> Any:
-        """Return the stored tensor with this name, to be sliced."""
+        """Return a slice object for the stored tensor `key`; indexing it reads from the file."""
         file = self.files[key]
         if file not in self._archives:
             self._archives[file] = self._stack.enter_context(safe_open(self.folder / file, framework="pt"))
         return self._archives[file].get_slice(key)
 
     def parts(self, name: str) -> dict[str, Tensor]:
-        """Return the tensors that belong to a packed parameter, other than its bytes."""
+        """Return the tensors stored beside the bytes of a packed parameter, such as its scales."""
         keys = {part: self.keys[f"{name}.{part}"] for part in PARTS if f"{name}.{part}" in self.keys}
         return {part: self.stored(key)[...] for part, key in keys.items()}
 
     def by_expert(self, model: nn.Module, name: str, start: int, stop: int) -> Iterator[Tensor]:
-        """Yield the experts [first, last) of a parameter."""
+        """Yield the tensors of the experts [start, stop) of a parameter."""
         converter, lists = self.experts[name]
         for i in range(start, stop):
             yield expert_of(converter, {p: self.stored(keys[i])[...] for p, keys in lists.items()}, name, model)
@@ -86,7 +87,7 @@ class CheckpointFiles:
 
 
 def _files(folder: Path) -> dict[str, str]:
-    """Return {tensor: file} of a checkpoint."""
+    """Return {name of a tensor: name of its file} for a checkpoint."""
     if (folder / _INDEX).is_file():
         files = json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"]
         for file in sorted(set(files.values())):

@@ -1,4 +1,4 @@
-"""Gradients of parameters that every rank has whole: their mean over the ranks, and clipping them with sharded ones.
+"""Average the gradients of replicated parameters over the ranks, and clip them together with sharded gradients.
 
 grad = 1/n · (grad of rank 0 + ... + grad of rank n-1)      one message per dtype, when a backward pass ends
 """
@@ -18,7 +18,7 @@ _AVERAGED = "_replicated_grad_hook_registered"
 
 
 def average_gradients(parameters: Iterable[nn.Parameter], groups: Sequence[distributed.ProcessGroup | None]) -> None:
-    """Average the gradients of `parameters` over the ranks of `groups` after each backward pass from now on."""
+    """Average the gradients of `parameters` over the ranks of `groups` after every backward pass from now on."""
     parameters = [parameter for parameter in parameters if not hasattr(parameter, _AVERAGED)]
     if parameters:
         GradientMean(parameters, groups)
@@ -55,7 +55,10 @@ class GradientMean:
             self._average(parameters)
 
     def _average(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Average gradients of one dtype. A 1 is sent with each, so that parameters that no rank used stay without."""
+        """Average gradients of one dtype.
+
+        Each rank also sends a flag per gradient; a parameter that no rank used keeps no gradient.
+        """
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
         is_used = torch.tensor([float(p.grad is not None) for p in parameters]).to(gradients[0])
         message = torch.cat([*(gradient.flatten() for gradient in gradients), is_used])
@@ -74,11 +77,11 @@ class GradientMean:
 def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float, norm_type: float = 2.0) -> Tensor:
     """Scale gradients so that their norm is at most `max_norm`, like `torch.nn.utils.clip_grad_norm_`. Collective.
 
-    PyTorch's function fails where some parameters are DTensors and others are not, as with adapters on experts that the
-    ranks share out and on other layers.
+    PyTorch's function fails if only some of the parameters are DTensors. That happens under expert parallelism:
+    adapters on experts are DTensors, and adapters on other layers are plain tensors.
 
     Returns:
-        The norm before, a plain tensor, equal on every rank.
+        The norm before clipping: a plain tensor with the same value on every rank.
     """
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     groups: dict[object, list[Tensor]] = {}

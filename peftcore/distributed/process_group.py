@@ -1,9 +1,9 @@
-"""Start and clean end of a distributed run.
+"""Start a distributed run, and end it cleanly.
 
 `destroy_process_group` drops the groups, but objects that still refer to one keep its threads alive: meshes, which
 PyTorch caches with the placements of sharded tensors, and functions imported after `init_process_group`, with a group
-as default argument. Such threads are running when the interpreter ends, and sometimes abort a run that has written
-everything: `terminate called without an active exception`.
+as default argument. Such threads still run when the interpreter exits, and sometimes abort a run that has already
+written its results: `terminate called without an active exception`.
 """
 
 from __future__ import annotations
@@ -31,14 +31,15 @@ def check_running() -> None:
 
 
 def start(backend: str | None = None) -> None:
-    """Join the run that torchrun started, also after `--max-restarts` has replaced lost ranks. Collective.
+    """Join the run that torchrun started; this also works after `--max-restarts` has replaced lost ranks. Collective.
 
-    `torch.distributed.init_process_group()` then waits forever: torchrun's store still has the addresses of the ranks
-    before. Here every attempt has keys of its own in the store. On several machines use `--max-restarts 0` and start
-    the whole job again: a machine that replaces another one does not know how many attempts there were.
+    After a restart `torch.distributed.init_process_group()` waits forever, because torchrun's store still has the
+    addresses of the previous ranks. This function uses separate keys in the store for each attempt. On several
+    machines, use `--max-restarts 0` and restart the whole job: a replacement machine does not know the number of
+    previous attempts.
 
     Args:
-        backend: such as `gloo` or `nccl`; None: PyTorch's choice for the devices of this machine.
+        backend: a backend such as `gloo` or `nccl`; None lets PyTorch choose by the devices of this machine.
     """
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT")
     if attempt is None:  # joined without torchrun, or by mpirun
@@ -50,11 +51,11 @@ def start(backend: str | None = None) -> None:
 
 
 def finish() -> None:
-    """End this process's part in a distributed run; the last call of a script. Collective.
+    """Leave the distributed run; make this the last call of a script. Collective.
 
-    Wait for the other ranks, destroy all process groups, and clear all attributes and defaults that refer to one, so
-    that nothing is left when Python ends. While an exception propagates, do not wait. Without a run, or after
-    `destroy_process_group`, only clear references.
+    Wait for the other ranks, destroy all process groups, and clear all attributes and default arguments that refer to a
+    process group, so that no thread of a group is left when Python exits. If an exception is propagating, do not wait.
+    Without a run, or after `destroy_process_group`, only clear the references.
     """
     if not distributed.is_available():
         return
@@ -89,6 +90,6 @@ def _elements(values: Any) -> Any:
 
 
 def _is_group(value: object) -> bool:
-    """Return whether it is a process group, or contains one invisibly, like DDP."""
+    """Return whether `value` is a process group, or holds one where Python cannot see it, as DDP does."""
     holders = (distributed.Reducer, distributed.Logger)  # type: ignore[attr-defined]  # there, and not in its stubs
     return issubclass(type(value), (distributed.ProcessGroup, *holders))

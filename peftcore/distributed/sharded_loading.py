@@ -1,4 +1,4 @@
-"""Loading of a transformers model in shards: no rank ever has more than its shards and one weight in memory."""
+"""Load a transformers model in shards: a rank's memory never holds more than its shards and one full weight."""
 
 from __future__ import annotations
 
@@ -56,20 +56,21 @@ def load_sharded(
     dtype: torch.dtype | None = None,
     model_class: Any = None,
 ) -> nn.Module:
-    """Read a model in shards onto the ranks of a distributed run. Collective.
+    """Load a model in shards onto the ranks of a distributed run. Collective.
 
-    The model is made on the meta device, sharded (`shard`), and filled tensor by tensor. Apply an adapter to it, then
-    call `shard` again, which copies the adapter to all ranks.
+    The model is created on the meta device, sharded by `shard`, and filled tensor by tensor. Apply an adapter to the
+    model, then call `shard` again, which copies the adapter to all ranks.
 
     Args:
-        path: a local folder with safetensors in the model's own names, as `save_pretrained` writes it; experts may be
-            stored one by one.
-        quant_type: None keeps the weights as they are; the name of a 4-bit format, such as `nf4`, quantizes linear
-            layers and experts as they are read. Weights stored in one keep their bits in any case.
+        path: a local folder with safetensors under the model's parameter names, as `save_pretrained` writes it; experts
+            may be stored one by one.
+        quant_type: None keeps the weights as they are stored. The name of a 4-bit format, such as `nf4`, quantizes the
+            weights of linear layers and experts as they are read. Weights that are already stored in a 4-bit format
+            keep their bits.
         mesh, mixed_precision, offload, reshard_after_forward: as in `shard`.
         double_quant, skip, compute_dtype, blocksize: as in `quantize`.
-        dtype: dtype of dense tensors; None: the checkpoint's.
-        model_class: class of the model; by default that of the checkpoint.
+        dtype: dtype of dense tensors; None keeps the checkpoint's dtype.
+        model_class: class of the model; by default the class named in the checkpoint's config.
 
     Raises:
         CheckpointError: a file or a tensor is missing, or does not fit.
@@ -114,10 +115,10 @@ def _make_quantized(
     *,
     quantizes: bool,
 ) -> None:
-    """Turn the layers that are or become 4 bits into quantized ones, on the meta device.
+    """Replace the layers with 4-bit weights, stored or requested, by quantized layers on the meta device.
 
     Args:
-        quantizes: quantize dense weights of the checkpoint, unless it has others in 4 bits.
+        quantizes: quantize dense weights, unless the checkpoint already has 4-bit weights.
     """
     packed = [name.partition(".quant_state.")[0] for name in tensors.keys if ".quant_state." in name]
     layers: set[str] = set()
@@ -203,7 +204,7 @@ def _read(model: nn.Module, tensors: CheckpointFiles) -> None:
 
 
 def _fill_dense(parameter: DTensor, tensor: Any, name: str) -> None:
-    """Read this rank's rows, and no others, from the file."""
+    """Read only this rank's rows from the file."""
     if list(tensor.get_shape()) != list(parameter.shape):
         raise CheckpointError(f"'{name}' has shape {tensor.get_shape()}, the model needs {list(parameter.shape)}")
     begin, rows = _rows(parameter)
@@ -239,7 +240,7 @@ def _finite(weight: Tensor, name: str) -> Tensor:
 
 
 def _check_shape(name: str, lists: dict[str, list[str]], shape: Sequence[int]) -> None:
-    """Raise a CheckpointError unless each of the lists has an entry for every expert."""
+    """Raise a CheckpointError unless the files have the tensors of every expert."""
     counts = {len(keys) for keys in lists.values()}
     if counts != {shape[0]}:
         raise CheckpointError(f"'{name}' has {sorted(counts)} experts in the files, the model needs {list(shape)}")

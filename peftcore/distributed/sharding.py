@@ -1,7 +1,7 @@
-"""A model with adapters over the ranks: the frozen base sharded by `fully_shard`, the adapters replicated or sharded.
+"""Shard a model with adapters: the frozen base by `fully_shard`; adapters are replicated or sharded.
 
-Packed 4-bit weights are parameters like any other and are sharded; their scales, a thirtieth of them, are buffers and
-whole on every rank. Replicated adapters are the same on every rank, and stay so because their gradients are averaged.
+Packed 4-bit weights are parameters and are sharded like any other. Their scales, a thirtieth of their size, are buffers
+and replicated. Replicated adapters stay equal on all ranks because their gradients are averaged.
 """
 
 from __future__ import annotations
@@ -43,12 +43,14 @@ def shard(
     """Shard a model over the ranks of a distributed run (FSDP2), block by block. Collective.
 
     Args:
-        mesh: a `DeviceMesh` of one dimension, or of two for replicas of shards; None: all ranks.
-        adapter_placement: "replicate" keeps adapters whole on every rank, as plain parameters for any optimizer and any
-            number of ranks to resume; "shard" also shards large adapters. Parameters that blocks share stay whole.
-        mixed_precision: a `torch.distributed.fsdp.MixedPrecisionPolicy`. 4-bit weights keep their bytes.
+        mesh: a `DeviceMesh` with one dimension, or with two for hybrid sharding (replicas of shards); None for all
+            ranks.
+        adapter_placement: "replicate" keeps the full adapters on every rank as plain parameters, so that any optimizer
+            works and training can resume on any number of ranks; "shard" shards them too. Parameters that several
+            blocks share are not sharded.
+        mixed_precision: a `torch.distributed.fsdp.MixedPrecisionPolicy`. It does not cast 4-bit weights.
         offload: keep the shards in host memory (`CPUOffloadPolicy`).
-        reshard_after_forward: free a block's whole weights after its forward; the backward pass gathers them again.
+        reshard_after_forward: free a block's full weights after its forward; the backward pass gathers them again.
 
     Returns:
         `model`, with rank 0's values in the adapters.
@@ -103,7 +105,7 @@ def _shard_blocks(
     offload: bool,
     reshard_after_forward: bool,
 ) -> None:
-    """Shard every block, then the rest of the model, but for the parameters that stay `whole`."""
+    """Shard every block, then the rest of the model, except for `full_parameters`."""
     from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
     options: dict[str, Any] = {
@@ -120,7 +122,8 @@ def _shard_blocks(
 def divided(model: nn.Module, adapter_placement: str) -> tuple[list[nn.Parameter], set[nn.Parameter]]:
     """Return (replicated adapter parameters, all unsharded parameters); the rest of the model is sharded.
 
-    What a trained parameter has replaced takes no part in any forward: to gather it would be idle work.
+    Base parameters that a trained copy has replaced are not sharded: no forward reads them, so gathering them would be
+    wasted work.
     """
     parameters_between = between_blocks(model)
     plain = [p for p in _of_adapters(model) if not sharded.is_shard(p)]
@@ -137,7 +140,7 @@ def _of_adapters(model: nn.Module) -> list[nn.Parameter]:
 
 
 def _aside(model: nn.Module) -> Iterator[nn.Parameter]:
-    """Yield adapter-owned and replaced parameters that are not in the model now."""
+    """Yield the stored counterparts of trained parameters: those that the model does not use now."""
     state = state_of(model)
     for name in state.applied if state else ():
         owned = TrainedParameters.of(model, name)

@@ -1,4 +1,4 @@
-"""Stages of a pipeline: each rank trains the adapters in its part of a model, and `save` needs all of them."""
+"""Pipeline stages: each rank trains the adapters in its stage, and `join_stages` collects them for `save`."""
 
 from __future__ import annotations
 
@@ -16,18 +16,19 @@ from peftcore.plugin import ranks
 
 @torch.no_grad()
 def join_stages(model: nn.Module, stage: nn.Module) -> nn.Module:
-    """Copy the adapters of every rank's stage to all ranks, so that `save` writes the whole adapter. Collective.
+    """Copy the adapters in every rank's stage to all ranks, so that `save` writes the complete adapter. Collective.
 
     Args:
-        model: the whole model, to which adapters were applied before it was cut; equal on all ranks but for training.
-        stage: this rank's part of it: a module with layers of `model`, in any order and under any name.
+        model: the complete model, to which adapters were applied before it was split into stages; equal on all ranks
+            except for the trained values.
+        stage: this rank's stage: a module with layers of `model`, in any order and under any names.
 
     Returns:
         `model`.
 
     Raises:
         PeftcoreError: the ranks have different models or adapters, or a parameter of an adapter is in no stage, or in
-            several. Nothing is copied then.
+            several. In these cases nothing is copied.
     """
     check_running()
     with ranks.explaining_failure("the stages could not be joined"):
@@ -54,7 +55,7 @@ def _join(model: nn.Module, stage: nn.Module) -> None:
 
 
 def _owners(tensors: Sequence[Tensor], stage: nn.Module) -> list[list[int]]:
-    """Return the ranks whose stage has each tensor. Collective."""
+    """Return {name of a tensor: the ranks whose stage has it}. Collective."""
     tensor_ids = {id(tensor) for tensor in (*stage.parameters(), *stage.buffers())}
     everyone: list[list[bool]] = [[]] * ranks.count()
     distributed.all_gather_object(everyone, [id(tensor) in tensor_ids for tensor in tensors])
@@ -62,7 +63,10 @@ def _owners(tensors: Sequence[Tensor], stage: nn.Module) -> list[list[int]]:
 
 
 def _refuse_no_or_two_owners(names: Sequence[str], owners: Sequence[list[int]]) -> None:
-    """Raise a PeftcoreError unless each parameter is in exactly one rank's stage. Buffers come after parameters."""
+    """Raise a PeftcoreError unless each parameter is in exactly one rank's stage.
+
+    `tensors` lists parameters before buffers.
+    """
     for name, ranks_with in zip(names, owners, strict=False):
         if not ranks_with:
             raise PeftcoreError(

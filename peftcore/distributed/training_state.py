@@ -1,4 +1,4 @@
-"""Adapters and optimizer as `torch.distributed.checkpoint` (DCP) saves and loads them, on any number of ranks.
+"""Adapters and optimizer state for `torch.distributed.checkpoint` (DCP), on any number of ranks.
 
 dcp.save({"training": TrainingState(model, optimizer)}, checkpoint_id=folder)
 dcp.load({"training": TrainingState(model, optimizer)}, checkpoint_id=folder)
@@ -25,15 +25,15 @@ from peftcore.plugin.registry import registry
 
 
 class TrainingState(Stateful):
-    """All that further training needs of a model with adapters: their values, and the optimizer's. Collective.
+    """State needed to resume training: the values of the adapters and the state of the optimizer. Collective.
 
     Args:
-        model: with adapters; sharded, in DDP, or plain.
-        optimizer: of its trainable parameters.
-        others: what else has `state_dict` and `load_state_dict`, such as `scheduler=...`.
+        model: a model with adapters; sharded, wrapped in DDP, or plain.
+        optimizer: the optimizer of the model's trainable parameters.
+        others: further objects with `state_dict` and `load_state_dict`, such as `scheduler=...`.
 
     Raises:
-        CheckpointError: at load, if the checkpoint was saved on another base. Nothing is changed then.
+        CheckpointError: at load, if the checkpoint was saved on another base; nothing is changed.
     """
 
     def __init__(self, model: nn.Module, optimizer: Optimizer, **others: Any) -> None:
@@ -56,7 +56,7 @@ class TrainingState(Stateful):
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """Adapters by name, optimizer state by parameter name, the base's fingerprint."""
+        """Return the adapters by name, the optimizer state by parameter name, and the base's fingerprint."""
         sharded.reshard(self.model)
         return {
             # Copies: loading fills them in place, before anything is checked.
@@ -67,7 +67,7 @@ class TrainingState(Stateful):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take what `dcp.load` read."""
+        """Restore the values that `dcp.load` has read."""
         problem = difference(self._base(), state_dict["base"])
         if problem:
             raise CheckpointError(f"the checkpoint was saved on another base: {problem}")

@@ -1,4 +1,4 @@
-"""Apply, activate, disable and remove adapters, and keep the record of them on the model.
+"""Apply, activate, disable and remove adapters, and record them on the model.
 
 It imports `model` and what is below it.
 """

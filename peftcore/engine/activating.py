@@ -1,4 +1,4 @@
-"""Activation of adapters, also for each sample of a batch: `activate`, `disabled`, `call_arguments`, and what trains.
+"""Activate adapters for a whole batch or per sample (`activate`, `disabled`, `call_arguments`), and choose which train.
 
 A combiner is an adapter that calls other adapters of its module as branches (`Placement.branches`). While a combiner
 is active, its branches act only through it. Applying it freezes them; `set_trainable` lets them train with it.
@@ -47,19 +47,19 @@ def activate(model: Model, adapters: str | Sequence[str | None], *, per_sample: 
     """Activate `adapters`, in this order, and make them trainable; deactivate and freeze all others.
 
     Args:
-        model: the model the adapters are on.
-        adapters: name or names of adapters; an empty list for the base alone. With `per_sample`, an adapter or None
-            for each sample of a batch.
-        per_sample: pass each sample through its own adapter. The batch, dimension 0 of every input, must be as long as
-            `adapters`; `generate` may repeat samples for beams and for several answers. For inference: the fused
-            operator is used without gradients.
+        model: a model with adapters.
+        adapters: one or several names of adapters; an empty list for the base alone. With `per_sample`, one entry per
+            sample of the batch: the name of an adapter, or None for the base alone.
+        per_sample: pass each sample through its own adapter. The batch (dimension 0 of every input) must have
+            `len(adapters)` samples; `generate` may repeat them for beams and for several answers. Meant for inference:
+            the fused operator runs only without gradients.
 
     Returns:
-        The model. A forward pre-hook must not return it: PyTorch would take it for the new input.
+        The model. A forward pre-hook must not return it, because PyTorch would use it as the new input.
 
     Raises:
         PeftcoreError: a name is unknown, two adapters train the same parameter, or the model is merged. With
-            per_sample, an adapter acts on a whole batch: prompts, prefixes and parameters of the base.
+            per_sample, also if an adapter acts on the whole batch (prompts, prefixes, trained base parameters).
 
     Examples:
         >>> peftcore.activate(model, ["style", "domain"])                     # both, in this order
@@ -89,13 +89,13 @@ def activate(model: Model, adapters: str | Sequence[str | None], *, per_sample: 
 
 @contextmanager
 def disabled(model: Model) -> Iterator[Model]:
-    """Compute with the base alone inside the block; its adapters are active again afterwards.
+    """Disable all adapters inside the block; the active ones act again afterwards.
 
     As with `torch.no_grad`, this affects only the thread (and asyncio task) that entered the block. If active adapters
-    train parameters of the base, the block puts the original ones back, and calls of other threads wait until it ends.
+    train base parameters, the block restores the original values, and calls from other threads wait until it ends.
 
     Raises:
-        PeftcoreError: no adapter is applied, the model is merged, or another thread keeps changing it.
+        PeftcoreError: no adapter is applied, the model is merged, or another thread keeps changing the model.
 
     Examples:
         >>> with peftcore.disabled(model):
@@ -125,7 +125,7 @@ def disabled(model: Model) -> Iterator[Model]:
 
 
 def _in_place_of_base(model: nn.Module, state: State) -> Iterator[TrainedParameters]:
-    """Yield the records of adapters whose own tensors are in the place of the base's now."""
+    """Yield the trained parameters of adapters that currently replace base tensors in the model."""
     for name in state.applied:
         tensors = TrainedParameters.of(model, name)
         if tensors is not None and (tensors.active or tensors.held):
@@ -151,14 +151,14 @@ def set_active(
     *,
     base_exchanged: bool = False,
 ) -> None:
-    """Activate `names` in order, with the branches that combiners among them use, and let them train.
+    """Activate `names` in order, together with the branches of combiners among them, and make them trainable.
 
-    Adapters that stay inactive are not visited. If `names` starts with all active adapters, only the modules of the new
-    ones are visited. After an error the adapters act as before.
+    Adapters that stay inactive are not visited. If `names` starts with all active adapters, only the modules of the
+    added adapters are visited. After an error, the previous adapters are active.
 
     Args:
-        base_exchanged: the base's tensors have been exchanged since the chains were built, so how each module stores
-            its weight is looked up again.
+        base_exchanged: base tensors were replaced since the chains were built, so the weight format of each module is
+            looked up again.
     """
     state = require_state(model)
     _refuse_stopped_merge(state)
@@ -212,7 +212,7 @@ def _change_active(
 
 
 def _with_deactivated(state: State, names: Sequence[str]) -> tuple[str, ...]:
-    """Return the adapters that are deactivated, and then `names`."""
+    """Return the names of adapters that `names` deactivates, followed by `names`."""
     # In this order: a new adapter may train a parameter that a deactivated one has trained.
     deactivated = [name for name in state.active if name not in names]
     return tuple(dict.fromkeys([*deactivated, *names]))
@@ -221,19 +221,19 @@ def _with_deactivated(state: State, names: Sequence[str]) -> tuple[str, ...]:
 def _exchange_own_tensors(
     model: nn.Module, own_tensors: Mapping[str, TrainedParameters], names: Iterable[str], *, active: bool
 ) -> None:
-    """Put the own tensors of the adapters `names` into the model, or the base's tensors back."""
+    """Put the trained parameters of `names` into the model, and restore the base's other parameters."""
     for name in names:
         own_tensors[name].activate(model, active)
 
 
 def _extends_active(state: State, names: tuple[str, ...]) -> bool:
-    """Return whether `names` are the active adapters and more around them, none of which combines others."""
+    """Return whether `names` only adds adapters around the active ones, none of them a combiner."""
     count = len(state.active)
     return len(names) > count and names[:count] == state.active and not branches_of(state, names)
 
 
 def _own_tensors(model: nn.Module, names: Iterable[str]) -> dict[str, TrainedParameters]:
-    """Return the adapters' own copies of base tensors, by adapter; adapters without copies are left out."""
+    """Return {adapter: its copies of base tensors} for the adapters that have some."""
     own_tensors: dict[str, TrainedParameters] = {}
     for name in names:
         tensors = TrainedParameters.of(model, name)
@@ -243,7 +243,7 @@ def _own_tensors(model: nn.Module, names: Iterable[str]) -> dict[str, TrainedPar
 
 
 def _extend_chains(model: nn.Module, state: State, names: Sequence[str]) -> None:
-    """Put the adapters `names` around the chains of their modules."""
+    """Append the adapters `names` to the chains of their modules, as the outermost links."""
     for name in names:
         for _, module in modules_with(model, state, name):
             adapted.activate_outermost(module, name)
@@ -264,7 +264,7 @@ def _build_chains(model: nn.Module, state: State, changed_names: Sequence[str] |
 
 
 def _choose_by_sample(model: nn.Module, state: State) -> None:
-    """Make all modules look up each sample's adapter when they are called."""
+    """Make all modules look up the adapter of each sample at every call."""
     snapshot = current_snapshot(model, state)
     if snapshot is not None and snapshot.per_sample:
         return
@@ -302,7 +302,7 @@ def _set_requires_grad(model: nn.Module, state: State, touched: Iterable[str], t
 
 
 def _parameters(model: nn.Module, state: State, name: str) -> list[nn.Parameter]:
-    """Return the parameters of an adapter, like `adapter_parameters` without names, three times faster."""
+    """Return the parameters of an adapter, like `adapter_parameters` but without names and three times faster."""
     parameters: list[nn.Parameter] = []
     for _, module in modules_with(model, state, name):
         for part in parts(adapted.adapters_at(module)[name]):
@@ -316,7 +316,7 @@ def _parameters(model: nn.Module, state: State, name: str) -> list[nn.Parameter]
 
 
 def _check_names(names: object, per_sample: bool) -> tuple[str | None, ...]:
-    """Return the names that `activate` was called with as a tuple, or raise a PeftcoreError."""
+    """Return the argument `adapters` of `activate` as a tuple of names; raise a PeftcoreError if it is invalid."""
     names = (names,) if isinstance(names, str) else names
     if not isinstance(names, Sequence) or not all(name is None or isinstance(name, str) for name in names):
         raise PeftcoreError(f"activate takes a name or a list of names, found {names!r}. Pass [] to activate none")
@@ -332,8 +332,8 @@ def _check_names(names: object, per_sample: bool) -> tuple[str | None, ...]:
 def call_arguments(model: nn.Module, **values: Any) -> Iterator[None]:
     """Pass `values`, such as task_ids, to the adapters in each call of `model` inside the block.
 
-    `model(..., task_ids=t)` does it for one call, and takes precedence. The block affects the thread (and asyncio task)
-    that entered it. `generate` repeats tensors for the beams of each row.
+    `model(..., task_ids=t)` passes them for one call, and takes precedence. The block affects the thread (and asyncio
+    task) that entered it. `generate` repeats tensors for the beams of each row.
 
     Raises:
         PeftcoreError: no adapter is applied, or none reads an argument of that name.
@@ -352,7 +352,7 @@ def call_arguments(model: nn.Module, **values: Any) -> Iterator[None]:
 
 
 def update_call_context(state: State) -> None:
-    """Track calls of the model if an adapter, active or not, reads them, or if each sample has its own adapter."""
+    """Track calls of the model if any adapter, active or not, reads the call, or if activation is per sample."""
     reads = [entry.reads for entry in state.applied.values() if entry.reads is not None]
     if not reads and state.samples is None:
         state.lock.context = None
@@ -369,13 +369,13 @@ def freeze_branches(state: State, adapter: str) -> None:
 
 
 def release_branches(state: State, adapter: str) -> None:
-    """Make the branches trainable again that `adapter` froze."""
+    """Make the branches that `adapter` froze trainable again."""
     for name in state.applied[adapter].froze & state.applied.keys():
         state.applied[name].trainable = True
 
 
 def with_branches(state: State, names: Sequence[str]) -> tuple[str, ...]:
-    """Return `names` with the branches of each combiner before it, unless they are named themselves."""
+    """Return `names` with the missing branches of each combiner inserted before the combiner."""
     all_names: list[str] = []
     for name in names:
         all_names += [branch for branch in state.applied[name].branches if branch not in names]
@@ -384,12 +384,12 @@ def with_branches(state: State, names: Sequence[str]) -> tuple[str, ...]:
 
 
 def branches_of(state: State, names: Sequence[str]) -> set[str]:
-    """Return the branches of the combiners among the active `names`, which are not active by themselves."""
+    """Return the branches of the combiners among `names`; branches are not active by themselves."""
     return set(chain.from_iterable(state.applied[name].branches for name in names))
 
 
 def refuse_needed(state: State, adapter: str) -> None:
-    """Raise a PeftcoreError if `adapter`, which is to be removed, is a branch of another adapter."""
+    """Raise a PeftcoreError if `adapter` cannot be removed because another adapter combines it."""
     combiner = next((name for name, entry in state.applied.items() if adapter in entry.branches), None)
     if combiner is not None:
         raise PeftcoreError(
@@ -401,7 +401,7 @@ _BASE = "__base__"  # PEFT's name for no adapter
 
 
 def observe_rows(model: nn.Module, state: State) -> None:
-    """Record at each module with adapters which entries of its tensors belong to which sample."""
+    """Record for each module with adapters which rows of its tensors belong to which sample."""
     modules = modules_by_sample(model, state)
     rows_by_path = {} if all(ROWS in module.__dict__ for _, module in modules) else rows_of(model)
     for path, module in modules:
@@ -424,10 +424,10 @@ def modules_by_sample(model: nn.Module, state: State) -> list[tuple[str, nn.Modu
 
 
 class OwnParameters(nn.Module):
-    """Values that an adapter trains for one module's parameters, used for the samples that have the adapter.
+    """Trained values of one module's parameters, used for the samples that have the adapter.
 
     Args:
-        tensors: the adapter's own parameters.
+        tensors: the adapter's trained parameters.
         names: {name of a parameter in the module: its name in `tensors`}.
     """
 
@@ -446,7 +446,7 @@ class OwnParameters(nn.Module):
 
 
 def place_own_parameters(model: nn.Module, state: State, names: Iterable[str]) -> None:
-    """Make modules compute with each sample's own values of the parameters that the adapters `names` train."""
+    """Make modules use, for each sample, the parameter values that its adapter trains."""
     for name in names:
         tensors = TrainedParameters.of(model, name)
         for path, keys in ({} if tensors is None else tensors.by_module()).items():
@@ -480,7 +480,7 @@ def refuse_whole_batch(model: nn.Module, names: Iterable[str]) -> None:
 
 
 def _why_not_by_sample(model: nn.Module, tensors: TrainedParameters, adapted_paths: Collection[str]) -> str | None:
-    """Return why trained parameters cannot differ between the samples of a batch; None if they can."""
+    """Return the reason why trained parameters cannot differ between samples of a batch; None if they can."""
     if tensors.has_moved(model):
         return "it has buffers of its own, such as statistics"
     if not tensors.slots:
@@ -533,7 +533,7 @@ adapter_names_given.subscribe(_activate_for_call)
 
 
 def require_call_context(state: State) -> CallContext:
-    """Return the context through which adapters read the model's calls; create it if there is none."""
+    """Return the context through which adapters read the model's calls, and create it if there is none."""
     if state.lock.context is None:
         state.lock.context = CallContext()
     return state.lock.context

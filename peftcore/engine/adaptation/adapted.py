@@ -1,4 +1,4 @@
-"""The one mechanism: a module's class is swapped for a cached subclass whose `forward` runs adapters around its own.
+"""Swap the class of a module for a cached subclass whose `forward` runs adapters around the original forward.
 
     Linear                       Linear (adapted)
       forward(x)         =>        forward(x) = chain(x)
@@ -6,8 +6,8 @@
                                      default: ...
                                    chain: After(Around(... own forward))
 
-No module is replaced or renamed: base keys of `state_dict()` stay, `isinstance` holds, hooks and tied
-weights survive. The chain is built when the set of active adapters changes, not in `forward`.
+No module is replaced or renamed: base keys of `state_dict()` stay the same, `isinstance` checks pass, and hooks and
+tied weights survive. The chain is built when the set of active adapters changes, not in `forward`.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ _ACTIVE = "_peftcore_active"  # names; None: each sample of a batch has its own,
 
 
 class Adapters(nn.Module):
-    """The adapters of one module by name. Not a `ModuleDict`, which refuses names such as `keys`."""
+    """The adapters of one module, by name. It is not a `ModuleDict`, which rejects names such as `keys`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ class Adapters(nn.Module):
         return len(self._modules)
 
     def forward(self, x: Any) -> Any:
-        """Return `x`: an `nn.Sequential` calls all its children in turn, including this one."""
+        """Return `x`, since an `nn.Sequential` also calls this child."""
         return x
 
 
@@ -78,15 +78,15 @@ def attach(
     branches: Sequence[str] = (),
     lock: ModelLock | None = None,
 ) -> None:
-    """Attach an inactive adapter to `module`, whose class is swapped for the first one.
+    """Attach an inactive adapter to `module`; the first adapter swaps the module's class.
 
     Args:
         module: the module.
         name: name of the adapter.
         adapter: the adapter.
-        link: how it takes part in calls of the module.
+        link: the link that runs the adapter in the module's chain.
         branches: names of other adapters of the module that this one combines.
-        lock: lock of the model; None if the module is a model itself.
+        lock: the model's lock; None if the module is itself the model.
     """
     if not is_adapted(module):
         with restoring_on_error(module):
@@ -133,8 +133,8 @@ def activate(module: nn.Module, names: Sequence[str] | None, *, same_base: bool 
 
     Args:
         module: the adapted module.
-        names: adapters from the innermost to the outermost; None if each sample of a batch has its own, which the lock
-            of the model knows at every call.
+        names: adapters from the innermost to the outermost; None for per-sample adapters, which are read from the
+            model's lock at every call.
         same_base: the module is unchanged since its chain was last built.
     """
     base = module.__dict__[_BASE] if same_base else _base_of(module)
@@ -144,17 +144,17 @@ def activate(module: nn.Module, names: Sequence[str] | None, *, same_base: bool 
 
 
 def rebuild(module: nn.Module) -> None:
-    """Build the chain of an adapted module again, after its own forward has changed."""
+    """Rebuild the chain of an adapted module after its original forward has changed."""
     activate(module, module.__dict__[_ACTIVE])
 
 
 def is_per_sample(module: nn.Module) -> bool:
-    """Return whether each sample of a batch has its own adapter at this adapted module."""
+    """Return whether this adapted module looks up an adapter for each sample."""
     return module.__dict__[_ACTIVE] is None
 
 
 def activate_outermost(module: nn.Module, name: str) -> None:
-    """Activate `name`, which combines no other adapters, around the active ones."""
+    """Activate `name`, which is not a combiner, around the active adapters."""
     if OWN_FORWARD in module.__dict__ or module._forward_pre_hooks:  # the layer may be divided over ranks
         activate(module, (*module.__dict__[_ACTIVE], name), same_base=True)
         return
@@ -163,7 +163,7 @@ def activate_outermost(module: nn.Module, name: str) -> None:
 
 
 def inside(module: nn.Module) -> Any:
-    """Return the `Base` of an adapter that is placed at `module` next: its forward with the active adapters."""
+    """Return the `Base` that a new adapter on `module` would get: the forward with all active adapters."""
     chain = module.__dict__[_CHAIN] if is_adapted(module) else _base_of(module)
     if isinstance(chain, DividedChain):
         return chain.chain
@@ -172,7 +172,7 @@ def inside(module: nn.Module) -> Any:
 
 
 def inside_at(model: nn.Module, path: str) -> Any:
-    """Return the `Base` at a path, which may be that of one expert's layer (`experts.3.down_proj`)."""
+    """Return the `Base` at a path, which may name the layer of a single expert (`experts.3.down_proj`)."""
     expert_path = split_expert_path(model, path)
     if expert_path is None:
         return inside(model.get_submodule(path))
@@ -207,7 +207,7 @@ def _chain_of(module: nn.Module, base: OwnForward) -> Any:
 
 
 def _parts(adapters: Adapters, names: Sequence[str], base: OwnForward, division: Division) -> Any:
-    """Return the forward of the adapters on this rank's shard of a layer, or None if one needs the full layer."""
+    """Return the forward of the adapters on this rank's shard of a layer; None if one needs the full layer."""
     chain: Any = local_forward(base, division)
     for name in names:
         adapter: Any = adapters._modules[name]
@@ -247,11 +247,11 @@ def _link(adapters: Adapters, name: str, inside: Any) -> Link:
 
 
 def rebind(copy: nn.Module, *, builds: bool = True) -> None:
-    """Make a shallow copy of an adapted module run its own chain, and any module the forward of its class.
+    """Make a shallow copy of a module independent: it runs a chain of its own if adapted, and else its class's forward.
 
     Args:
         copy: the copy.
-        builds: build its chain. If False, it has none until `activate`.
+        builds: build the chain of the copy. If False, the copy has no chain until `activate`.
     """
     copy.__dict__.pop("forward", None)
     copy.__dict__.pop(OWN_FORWARD, None)
@@ -267,8 +267,8 @@ def rebind(copy: nn.Module, *, builds: bool = True) -> None:
 def has_forward_of_instance(module: nn.Module) -> bool:
     """Return whether `module` has its own `forward` on the instance.
 
-    accelerate's hooks, and transformers' dispatch of tokens to the ranks' experts, do not count: they call the forward
-    of the module's class.
+    accelerate's hooks and transformers' dispatch of tokens to experts on other ranks do not count, since they call the
+    forward of the module's class.
     """
     return has_own_forward(module) and followed_plan(module) is None
 
@@ -279,7 +279,7 @@ def adapters_of(module: nn.Module) -> Adapters | None:
 
 
 def adapters_at(module: nn.Module) -> Adapters:
-    """Return the adapters of a module that has some."""
+    """Return the adapters of a module that has at least one."""
     return module._modules[CHILD]  # type: ignore[return-value]
 
 
@@ -295,7 +295,7 @@ def changes_at(module: nn.Module, name: str) -> Mapping[str, Any]:
 
 
 def is_active(module: nn.Module) -> bool:
-    """Return whether an adapter of `module` itself would be active in a call made by this context."""
+    """Return whether an adapter attached to `module` itself would be active in a call from this context."""
     names = module.__dict__.get(_ACTIVE, ())
     if not is_adapted(module):
         return False
@@ -325,7 +325,7 @@ def is_adapted(module: nn.Module) -> bool:
 
 
 def is_outermost(module: nn.Module) -> bool:
-    """Return whether the adapted class is the class of `module` itself, not a base of another (`fully_shard`'s)."""
+    """Return whether the class of `module` is an adapted class, not a subclass of one (as under `fully_shard`)."""
     return "_peftcore_original" in type(module).__dict__
 
 

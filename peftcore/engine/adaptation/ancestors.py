@@ -1,8 +1,8 @@
-"""Ancestors of adapted modules, whose calls take the model's lock.
+"""Ancestors of adapted modules: their calls take the model's lock, and their `forward` is unchanged.
 
-Their `forward` stays their own. A call of any of them is one call of the model: until it ends, adapters do not change,
-and adapters see its arguments. That holds for a part that is called alone too, so every ancestor that can be called has
-a swapped class; only the outermost call does something.
+A call of an ancestor counts as a call of the model: until it ends, adapters cannot change, and they see its arguments.
+Since a submodule may be called alone, the class of every callable ancestor is swapped; only the outermost call takes
+the lock.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ NAMES = "adapter_names"  # PEFT's argument of a call: the adapter of each sample
 
 
 def enclose(module: nn.Module, lock: ModelLock, *, root: bool = False) -> None:
-    """Make calls of `module`, an ancestor of adapted modules, take the model's `lock`.
+    """Swap the class of `module`, an ancestor of adapted modules, so that its calls take the model's `lock`.
 
     Args:
         root: `module` is the model itself.
@@ -43,7 +43,10 @@ def enclose(module: nn.Module, lock: ModelLock, *, root: bool = False) -> None:
 
 
 def release(module: nn.Module) -> None:
-    """Restore the class of an ancestor; under the class of `fully_shard` it stays, which does no harm."""
+    """Restore the class of an ancestor.
+
+    If `fully_shard` has subclassed the swapped class, leave it, which is harmless.
+    """
     if is_enclosing(module) and not hasattr(module, "unshard"):
         restore_class(module, "_peftcore_enclosed")
         del module.__dict__[LOCK]
@@ -54,7 +57,7 @@ def release(module: nn.Module) -> None:
 
 
 def _is_called(module: nn.Module) -> bool:
-    """Return whether `module` may be called: not a list or dictionary, unless its class has a forward."""
+    """Return whether `module` can be called: an `nn.ModuleList` cannot, unless its class defines a forward."""
     is_container = isinstance(module, (nn.ModuleList, nn.ModuleDict))
     return not is_container or original_class(module).forward is not nn.Module.forward
 
@@ -65,18 +68,18 @@ def is_enclosing(module: nn.Module) -> bool:
 
 
 def lock_of(module: nn.Module) -> ModelLock | None:
-    """Return the lock of the model with adapters that `module` is, or is a part of, or None."""
+    """Return the lock of the model with adapters that contains `module`; None if there is none."""
     return module.__dict__.get(LOCK)
 
 
 def takes_adapter_names(module: Any, kwargs: dict[str, Any]) -> bool:
-    """Return whether a call passes a per-sample adapter argument that the module's forward does not accept."""
+    """Return whether a call passes `adapter_names`, which the module's forward does not accept."""
     return NAMES in kwargs and NAMES not in module._peftcore_arguments
 
 
 @contextmanager
 def adapter_for_each_sample(module: nn.Module, kwargs: dict[str, Any]) -> Iterator[int]:
-    """Remove PEFT's `adapter_names` from the arguments of a call of the model, and use them in the block.
+    """Remove PEFT's `adapter_names` from the arguments of a call, and activate these adapters per sample in the block.
 
     Yields:
         The number of samples.

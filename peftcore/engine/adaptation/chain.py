@@ -1,4 +1,4 @@
-"""Chain of an adapted module: its own forward innermost, then the links of adapters (`peftcore.plugin.link`)."""
+"""Chain of an adapted module: its original forward, wrapped in one link per adapter (`peftcore.plugin.link`)."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ EXPERTS_ARGUMENTS = {"hidden_states", "top_k_index", "top_k_weights"}  # of tran
 
 
 class OwnForward(ChainLink):
-    """The innermost link: the module's own forward."""
+    """The innermost link: the module's original forward."""
 
     __slots__ = ("_changes", "_forward", "_operands", "_weights")
 
@@ -86,7 +86,7 @@ class OwnForward(ChainLink):
     def _expert_changes(
         self, forward: Any, arguments: Mapping[str, Any]
     ) -> dict[str, list[LowRank | ExpertAdapters]] | None:
-        """Return the changes of experts' weights, or None if the forward must read changed copies of all weights."""
+        """Return the changes of the experts' weights, or None if the forward needs changed copies of all weights."""
         if not has_interface_forward(self.module, forward) or not arguments.keys() <= EXPERTS_ARGUMENTS:
             return None
         return expert_changes(self.module, self._changes)
@@ -113,7 +113,7 @@ class OwnForward(ChainLink):
 
 
 def own_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """Call the forward of this instance with the module as an object of its class without adapters."""
+    """Call this instance's forward while the module has its original class."""
     instance_forward = module.__dict__[OWN_FORWARD]
     if getattr(instance_forward, "__self__", None) is not module:
         return instance_forward(*args, **kwargs)
@@ -123,7 +123,7 @@ def own_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 
 class Branched(ChainLink):
-    """`BranchedBase` of a combiner: the links inside, and the adapters that it combines, each alone around `own`."""
+    """`BranchedBase` of a combiner: the inner links, and each combined adapter as a branch directly around `own`."""
 
     __slots__ = ("_base", "_branches", "own")
 
@@ -137,7 +137,7 @@ class Branched(ChainLink):
         return self._base(*args, **kwargs)
 
     def branch(self, name: str) -> Link:
-        """Return the link of the adapter `name`, alone around the module's own forward."""
+        """Return the link of the adapter `name` directly around the module's original forward."""
         if name not in self._branches:
             raise PeftcoreError(
                 f"'{name}' is not a branch here: this placement combines {', '.join(self._branches)}. Add it: "
@@ -172,7 +172,7 @@ class Branched(ChainLink):
 
 
 def with_changes(layer: nn.Linear, changes: Sequence[Any], expert: int) -> Any:
-    """Return the chain of an expert's layer with changes, the first innermost."""
+    """Wrap the layer of one expert in links for `changes`, the first innermost."""
     link: Any = OwnForward(layer, type(layer).forward, ONE_EXPERT if isinstance(layer, PackedExpert) else DENSE)
     for change in changes:
         adapter = adapter_of_expert(change, expert)
@@ -182,13 +182,13 @@ def with_changes(layer: nn.Linear, changes: Sequence[Any], expert: int) -> Any:
 
 
 def expert_link(module: nn.Module, base: Any, name: str, expert: int) -> Any:
-    """Return the `Base` of an adapter of one expert's layer: the layer with the adapters that `base` has inside.
+    """Return the `Base` for an adapter of one expert's layer: this layer with the inner adapters of `base`.
 
     Args:
-        module: the module of experts.
+        module: the module that holds the experts.
         base: its chain.
         name: name of the stacked weight.
-        expert: number of the expert.
+        expert: index of the expert.
     """
     changes_inside: list[Mapping[str, Any]] = []
     while not isinstance(base, OwnForward):
@@ -212,7 +212,7 @@ def expert_link(module: nn.Module, base: Any, name: str, expert: int) -> Any:
 def _changed(
     module: nn.Module, changes: Sequence[Mapping[str, Change]], weights: WeightFormat | None = None
 ) -> nn.Module:
-    """Return a shallow copy of `module` with changed parameters; other threads and graphs read the original ones."""
+    """Return a shallow copy of `module` with changed parameters; other threads and graphs still read the original."""
     copy: nn.Module = object.__new__(type(module))
     parameters: dict[str, Any] = dict(module._parameters)  # a changed one need not be a parameter
     modules: dict[str, Any] = dict(module._modules)
@@ -250,7 +250,7 @@ _OF_COPY = ("_parameters", "_modules")
 
 
 def keep_attributes(module: nn.Module, copy: nn.Module) -> None:
-    """Copy attributes that the forward has set on `copy`, on which it ran, to the module (a router's logits)."""
+    """Copy attributes that the forward has set on `copy`, such as a router's logits, to the module."""
     attributes = module.__dict__
     for name, value in copy.__dict__.items():
         if name not in _OF_COPY and (name not in attributes or attributes[name] is not value):
@@ -263,7 +263,7 @@ _DENSE = (Tensor, nn.Parameter)
 def _operands_of(module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any] | None:
     """Return `linear_operands` of the class whose forward this is, or `nn.Linear`.
 
-    A subclass that overrides the forward computes something else.
+    A subclass that overrides the forward may compute something else, so it has none.
     """
     cls: Any
     for cls in original_class(module).__mro__:

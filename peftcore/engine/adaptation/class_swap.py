@@ -1,7 +1,7 @@
-"""Class swap: a module's class is replaced by a subclass of it, and later restored.
+"""Swap the class of a module for a subclass of it, and restore it later.
 
-The subclass has the name of the original, since transformers writes it into `config.json` and accelerate finds blocks
-by it. Each class has one subclass, shared by all modules.
+The subclass keeps the original name, because transformers writes the class name into `config.json` and accelerate finds
+blocks by class name. All modules of a class share one subclass.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ BUILT = ("_peftcore_chain", "_peftcore_base")  # attributes that a copy rebuilds
 
 
 def one_for_each_class(make: Maker) -> Maker:
-    """Make `make` return one subclass for each class, whenever it is called."""
+    """Cache `make`, so that it returns the same subclass whenever it is called with the same class."""
     return functools.cache(make)  # type: ignore[return-value]  # to mypy a class is not hashable
 
 
@@ -31,8 +31,9 @@ def subclass(
 
     Args:
         cls: the class.
-        maker: function that makes this subclass of `cls`, importable by name and decorated by `one_for_each_class`.
-        namespace: attributes that the subclass overrides.
+        maker: the function that makes this subclass of `cls`; importable by name and decorated with
+            `one_for_each_class`.
+        namespace: attributes of the subclass.
         mixins: classes between the subclass and `cls`.
     """
 
@@ -75,7 +76,7 @@ def _rebuild(cls: type[nn.Module], *makers: Maker) -> nn.Module:
 
 
 def restore_class(module: nn.Module, marker: str) -> None:
-    """Remove the swapped class that has `marker`; classes above it (parametrizations) stay."""
+    """Remove the swapped class that has the attribute `marker`; its subclasses (parametrizations) stay."""
 
     def without(cls: Any) -> Any:
         if marker in cls.__dict__:

@@ -1,11 +1,11 @@
-"""Threads: a call sees one set of adapters from start to end, and a change of adapters excludes calls.
+"""Thread safety: a call sees one set of adapters from start to end, and changes of adapters wait for calls to end.
 
     call        of the model, or of a part of it: any number at once
     change      activate, apply, remove, merge, ...: waits for the calls of other threads, and new calls wait for it
     disabled    affects only the context that entered it (a thread, an asyncio task)
 
 One `ModelLock`, a readers-writer lock, is shared by all modules of a model that are adapted or contain adapted ones. It
-also watches outputs: a backward pass after a change of adapters would lose gradients, so it raises.
+also hooks outputs: a backward pass after a change of adapters would lose gradients, so it raises an error.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ _ALONE = "Let one thread change adapters while no other runs the model, or run t
 
 @dataclass(frozen=True)
 class Activation:
-    """Active adapters in order, the adapter of each sample (`per_sample`), and the adapters that train.
+    """Active adapters in order, the adapter of each sample (`per_sample`), and the adapters being trained.
 
-    The modules of a model read it at their calls, so a new choice for each sample needs only a new object.
+    Modules read it at each call, so other adapters per sample need only a new object.
 
     Attributes:
         cache: values that modules derive from it.
@@ -49,7 +49,7 @@ class Activation:
 
     @cached_property
     def mixed(self) -> tuple[str, ...]:
-        """Adapters that at least one sample has, once each."""
+        """The distinct adapters that the samples use."""
         return tuple(name for name in dict.fromkeys(self.samples or ()) if name is not None)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -72,16 +72,17 @@ _THREAD = threading.local()
 
 
 def disabled_in_thread(lock: ModelLock) -> bool:
-    """Return whether this thread is in a `disabled` block of the model, in code that torch.compile traces."""
+    """Return whether this thread is in a `disabled` block of the model, in a form that torch.compile can trace."""
     return any(block.lock is lock and block.open for block in getattr(_THREAD, "blocks", ()))
 
 
 class ModelLock:
     """Readers-writer lock of one model.
 
-    `calls` has an entry for every thread inside the model: whether adapters are inactive for it (`disabled`). The
-    outermost call creates the entry (`enter`) and removes it (`leave`); inner calls only read it. A thread writes its
-    entry before it looks for a change, and a change announces itself before it looks for entries: one sees the other.
+    `calls` has an entry for every thread inside the model: whether adapters are disabled for this thread. The outermost
+    call creates the entry (`enter`) and removes it (`leave`); nested calls only read it. A calling thread writes its
+    entry before it checks for a change, and a change announces itself before it checks for entries, so at least one of
+    them sees the other.
     """
 
     def __init__(self, activation: Activation = Activation(), context: CallContext | None = None) -> None:
@@ -109,7 +110,7 @@ class ModelLock:
         return ModelLock, (self.activation, self.context)
 
     def for_replica(self) -> ModelLock:
-        """Return the lock of a module's replica of `nn.DataParallel`, which is called once, in its own thread."""
+        """Return the lock for an `nn.DataParallel` replica of the module, which is called once, in its own thread."""
         return ModelLock(self.activation, self.context and self.context.for_replica())
 
     @partial(untraced, within=True)
@@ -134,7 +135,7 @@ class ModelLock:
 
     @contextmanager
     def calling(self) -> Iterator[None]:
-        """Prevent changes of the model by other threads in the block, which may make many calls."""
+        """Prevent other threads from changing the model in the block, which may make many calls."""
         thread = get_ident()
         if thread in self.calls:
             yield
@@ -147,7 +148,7 @@ class ModelLock:
 
     @contextmanager
     def choosing_by_sample(self, activation: Activation) -> Iterator[None]:
-        """Use `activation`, with an adapter for each sample, in calls of this thread in the block."""
+        """Use `activation`, which has an adapter for each sample, for this thread's calls in the block."""
         outer_choices = getattr(_THREAD, "choices", ())
         _THREAD.choices = (*outer_choices, (self, activation))
         with self._condition:
@@ -168,11 +169,11 @@ class ModelLock:
 
     @contextmanager
     def changing(self, what: str, *, base: bool = False) -> Iterator[None]:
-        """Prevent calls and changes of the model by other threads in the block.
+        """Prevent other threads from calling or changing the model in the block.
 
         Args:
-            what: name of the change in messages, such as `merge`.
-            base: the change affects what `disabled` blocks see, so wait for those of other threads.
+            what: name of the change for error messages, such as `merge`.
+            base: the change affects base tensors, so also wait for the `disabled` blocks of other threads.
         """
         thread = get_ident()
         if self._changer == thread and self._held is None:  # a part of a larger change
@@ -188,9 +189,9 @@ class ModelLock:
             self._release(turn)
 
     def open_block(self, block: Block) -> None:
-        """Enter `disabled` in this context; it also affects calls in this thread that have begun.
+        """Enter a `disabled` block in this context; it also affects calls of this thread that have begun.
 
-        Make sure that `close_block` follows whatever it raises.
+        Call `close_block` afterwards, even if this raises.
         """
         with self._condition:
             if not self.is_disabled() and not (self._changer == get_ident() and self._held is None):
@@ -202,7 +203,7 @@ class ModelLock:
         self._show(block)
 
     def close_block(self, block: Block) -> None:
-        """Leave `disabled`, from any context."""
+        """Leave a `disabled` block, from any context."""
         block.open = False
         _BLOCKS.set(tuple(other for other in _BLOCKS.get() if other is not block))
         _THREAD.blocks = tuple(other for other in getattr(_THREAD, "blocks", ()) if other is not block)
@@ -214,14 +215,14 @@ class ModelLock:
         self._release(block)
 
     def hold(self, block: Block) -> None:
-        """Exclude all calls that are not made in the open `block`."""
+        """Wait for all calls outside the open `block`, and prevent new ones."""
         with self._condition:
             self._blocks.discard(block)
             self._condition.notify_all()
         self._acquire("disable adapters that train parameters of the base", base=True, turn=block)
 
     def is_disabled(self) -> bool:
-        """Return whether the adapters are inactive in this context; in a backward pass, whether its forward's were."""
+        """Return whether adapters are disabled in this context; in a backward pass, as they were in its forward."""
         if not (_BLOCKS.get() or self._backward):
             return False
         task = torch._C._current_graph_task_id()
@@ -234,7 +235,7 @@ class ModelLock:
 
     @partial(untraced, within=True)
     def watch(self, output: Any) -> None:
-        """Record the adapters of a forward, so that its backward pass does not lose their gradients."""
+        """Register a hook on the output of a forward, so that no gradient of its adapters is lost silently."""
         nodes = {tensor.grad_fn for tensor in tensors_of(output) if tensor.grad_fn is not None}
         if nodes:
             watch = _Watch(self)
@@ -250,7 +251,7 @@ class ModelLock:
     def _acquire(self, what: str, base: bool, turn: object) -> None:
         """Wait until only this thread may call and change the model.
 
-        Make sure that `_release` of `turn`, a `Block` or another new object, follows whatever it raises.
+        `turn` is a `Block` or another new object. Call `_release` with it afterwards, even if this raises.
         """
         thread = get_ident()
         in_call = thread in self.calls
@@ -310,7 +311,7 @@ class ModelLock:
     def _refuse_own_hold(self, what: str) -> None:
         """Raise a PeftcoreError if another asyncio task or generator of this thread holds the model.
 
-        Waiting for it would take forever.
+        Waiting would deadlock.
         """
         if self._held is not None and self._changer == get_ident():
             raise PeftcoreError(
@@ -319,7 +320,7 @@ class ModelLock:
             )
 
     def _wait(self, ready: Callable[[], bool], what: str) -> None:
-        """Wait, with the condition held, until `ready`."""
+        """Wait until `ready()` is true; the caller holds the condition."""
         end = time.monotonic() + PATIENCE
         while not ready():
             if not self._condition.wait(end - time.monotonic()) and not ready():
@@ -330,7 +331,7 @@ class ModelLock:
 
 
 class _Watch:
-    """Hook that compares the adapters of a forward with the current ones when a backward pass reaches its output."""
+    """Hook on the output of a forward: its backward pass checks that the same adapters are still active."""
 
     def __init__(self, lock: ModelLock) -> None:
         self._lock, self._activation, self._task = lock, lock.activation, -1

@@ -1,8 +1,8 @@
-"""Experts of which each rank has some, under transformers' expert parallelism, and low-rank adapters of them.
+"""Low-rank adapters of experts under transformers' expert parallelism, where each rank holds some of the experts.
 
-The plan replaces the forward of a module of experts: it sends tokens to the ranks of their experts, each of which
-computes its experts' outputs, and back. An adapter's factors `[experts, .., ..]` are divided as the experts' weights
-are: DTensors, of which a rank trains its part and no other rank computes with it. So their gradients need no message:
+The plan replaces the forward of a module of experts: it sends each token to the rank of its experts, which computes
+their outputs and sends them back. An adapter's factors `[experts, .., ..]` are sharded like the experts' weights. They
+are DTensors, and only the rank that has a shard computes with it, so gradients need no communication:
 
     y = plan(x; experts' forward on this rank's weights and factors)
 """
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 
 def plan_of_experts(module: nn.Module) -> dict[str, Any] | None:
-    """Return the closure of the forward that dispatches tokens to the ranks' experts; None without one."""
+    """Return the closure of the forward that dispatches tokens to experts on other ranks, or None."""
     forward: Any = module.__dict__.get(OWN_FORWARD, module.__dict__.get("forward"))
     if not inspect.isfunction(forward) or forward.__name__ != "ep_forward":
         return None
@@ -46,7 +46,7 @@ def plan_of_experts(module: nn.Module) -> dict[str, Any] | None:
 
 
 def followed_plan(module: nn.Module) -> dict[str, Any] | None:
-    """Return the plan that divides the experts of `module` over a mesh, if adapters can follow it; else None."""
+    """Return the plan that shards the experts of `module`; None without a plan that adapters can follow."""
     plan, layout = plan_of_experts(module), experts_layout(module)
     if plan is None or layout is None or not has_interface_forward(module, original_forward(module)):
         return None
@@ -64,7 +64,7 @@ def followed_plan(module: nn.Module) -> dict[str, Any] | None:
 
 
 def follows_experts(module: nn.Module, changes: Mapping[str, Any]) -> bool:
-    """Return whether each of `changes`, by the parameter's name, has a part for every expert of a divided module."""
+    """Return whether `module` is sharded by experts and each of `changes` has a slice per expert."""
     layout = experts_layout(module)
     return layout is not None and all(
         name in layout.names
@@ -76,7 +76,7 @@ def follows_experts(module: nn.Module, changes: Mapping[str, Any]) -> bool:
 
 
 def divide_factors(module: nn.Module, changes: Mapping[str, nn.Module]) -> None:
-    """Leave this rank's experts' factors of adapters, which are whole, as DTensors."""
+    """Shard full factors of adapters by experts, as DTensors."""
     from torch.distributed.tensor import Shard, distribute_tensor
 
     plan = followed_plan(module)
@@ -91,7 +91,7 @@ def divide_factors(module: nn.Module, changes: Mapping[str, nn.Module]) -> None:
 
 
 class ExpertsForward(OwnForward):
-    """Own forward of a module whose experts are divided over the ranks; changes act on this rank's experts."""
+    """Original forward of a module whose experts are sharded; changes act on this rank's experts."""
 
     __slots__ = ("_plan",)
 
@@ -123,10 +123,10 @@ class ExpertsForward(OwnForward):
 
 
 def _local(change: LowRank | ExpertAdapters, batches: int) -> LowRank:
-    """Return this rank's part of a change.
+    """Return this rank's shard of a change.
 
-    The gradients of experts are sums over all batches on which the ranks train: they are divided by the number of
-    `batches`, which gives the gradient of the mean loss.
+    An expert's gradient is a sum over the batches of all ranks. Dividing it by the number of `batches` gives the
+    gradient of the mean loss.
     """
     if not isinstance(change, LowRank) or not sharded.is_dtensor(change.a) or not sharded.is_dtensor(change.b):
         raise PeftcoreError("experts that ranks share out can be changed by low-rank products of single experts only")
@@ -140,7 +140,7 @@ def _local(change: LowRank | ExpertAdapters, batches: int) -> LowRank:
 
 
 class _DividedGradient(torch.autograd.Function):
-    """Identity whose gradient, a sum over batches, is divided by their number."""
+    """Identity in the forward; the backward pass divides the gradient by the number of batches."""
 
     @staticmethod
     def forward(ctx: Any, factor: Tensor, batches: int) -> Tensor:
@@ -153,7 +153,7 @@ class _DividedGradient(torch.autograd.Function):
 
 
 def _called(plan: Mapping[str, Any], forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Return the plan's forward with another forward of this rank's experts."""
+    """Return the plan's forward with `forward` in place of the local experts' forward."""
     style, implementation = plan["self"], copy.copy(plan["implementation"])
     implementation.experts_forward = forward
     for name, inner in vars(implementation).items():  # those that it chooses from

@@ -1,7 +1,7 @@
-"""PyTorch's fused paths of `nn.TransformerEncoder`, which read the weights of the modules inside without calling them.
+"""Disable PyTorch's fused paths of `nn.TransformerEncoder`, which read the weights of submodules without calling them.
 
-In evaluation without gradients a layer, or all of them at once, would bypass adapters inside, and read the bytes of
-quantized weights as dense ones. Both check an attribute of the module first, which is False while a module inside is
+In evaluation mode without gradients, the fused path of a layer or of the encoder would bypass adapters and read packed
+bytes as dense weights. Both paths check an attribute of the module first, which is set to False while a submodule is
 adapted or quantized.
 """
 
@@ -23,7 +23,7 @@ _PARTS = (nn.Linear, nn.LayerNorm, nn.Dropout, nn.MultiheadAttention)
 
 
 def guard(model: nn.Module) -> None:
-    """Disable fused paths around adapters and quantized layers in `model`; restore the flags where none is left."""
+    """Disable fused paths in modules that contain adapters or quantized layers, and restore the flags of all others."""
     for _, module in base_modules(model):
         for kind, flag in _FLAGS.items():
             if not isinstance(module, kind) or flag not in module.__dict__:
@@ -38,7 +38,7 @@ def guard(model: nn.Module) -> None:
 
 
 def _guard_part(model: nn.Module) -> None:
-    """Give a part that is adapted or quantized alone a forward hook: a layer with hooks inside calls all its parts."""
+    """Add a hook to adapted or quantized submodules: a layer whose submodules have hooks calls all of them."""
     hooks = model._forward_hooks
     for key in [key for key, hook in hooks.items() if hook is _keep_output]:
         del hooks[key]

@@ -1,13 +1,13 @@
-"""Frozen dense linear layers without adapters, multiplied by `ops.dense_linear` where that is faster than PyTorch.
+"""Run frozen dense linear layers without adapters by `ops.dense_linear` where it is faster than PyTorch.
 
-The output head, on every machine. PyTorch computes `F.linear` of a slice of the hidden states, `[batch, kept, hidden]`,
-as one product per sample if the weight requires no gradient, and copies the weight for it (`should_fold` in ATen's
-LinearAlgebra.cpp): the first token of `generate`, and the losses of TRL's trainers, wait for a copy of the whole head.
-With a weight that requires gradients it is one product. Here it is one product as well, as before the model was frozen,
-bit for bit. The few rows of a decoded token are multiplied at twice PyTorch's rate in bf16.
+Two kinds of layers gain. First the output head, on every machine. If the weight requires no gradient, PyTorch computes
+`F.linear` of a slice of the hidden states, `[batch, kept, hidden]`, as one product per sample, and copies the weight
+for it (`should_fold` in ATen's LinearAlgebra.cpp). So the first token of `generate` and the losses of TRL's trainers
+wait for a copy of the whole head. `ops.dense_linear` computes one product, bit for bit as PyTorch does with a weight
+that requires gradients. In bf16 it multiplies the few rows of a decoded token twice as fast as PyTorch.
 
-Every linear layer, on CPUs without instructions for bf16 or fp16 (`ops.WIDENED`): at the speed of fp32, where PyTorch
-is 20 to 60 times slower.
+Second every linear layer, on CPUs without bf16 or fp16 instructions (`ops.WIDENED`): it runs at the speed of fp32, and
+PyTorch is 20 to 60 times slower.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ FOLDS = "_peftcore_folds"
 
 
 def fold(layer: nn.Module) -> None:
-    """Make a linear layer (also transformers' Conv1D) multiply this way, unless it has its own forward."""
+    """Make a linear layer or Conv1D run by `ops.dense_linear`, unless its instance has a forward of its own."""
     conv1d = sys.modules.get("transformers.pytorch_utils")
     plain: Any = (nn.Linear.forward, *([] if conv1d is None else [conv1d.Conv1D.forward]))
     if original_forward(layer) in plain and "forward" not in layer.__dict__ and not _folds(layer):
@@ -38,7 +38,7 @@ def fold(layer: nn.Module) -> None:
 
 
 def fold_frozen(model: nn.Module, head: str | None) -> None:
-    """Fold the output head at path `head`, and every linear layer whose dtype PyTorch multiplies slowly here.
+    """Fold the output head at path `head`, and every linear layer whose dtype is slow in PyTorch on this CPU.
 
     Where bf16 is slow, fp32 layers are folded as well: autocast may use bf16 later.
     """
@@ -51,7 +51,10 @@ def fold_frozen(model: nn.Module, head: str | None) -> None:
 
 
 def unfold(module: nn.Module) -> None:
-    """Restore the class of a folded layer; under the class of `fully_shard` it stays, which does no harm."""
+    """Restore the class of a folded layer.
+
+    If `fully_shard` has subclassed the swapped class, leave it, which is harmless.
+    """
     if _folds(module) and not hasattr(module, "unshard"):
         restore_class(module, FOLDS)
 
@@ -61,7 +64,7 @@ def _folds(module: nn.Module) -> bool:
 
 
 def _for_operator(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Return whether `ops.dense_linear` computes this product, and faster than PyTorch."""
+    """Return whether `ops.dense_linear` supports this product and is faster than PyTorch."""
     if x.device.type != "cpu" or type(weight) is not nn.Parameter or weight.device.type != "cpu":
         return False
     if is_exporting():  # for programs that have no operators of ours

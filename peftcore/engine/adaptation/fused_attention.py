@@ -1,7 +1,7 @@
-"""Attention of transformers' modules, computed by `ops.attention`.
+"""Run the attention of transformers' modules by `ops.attention`.
 
-transformers looks attention functions up by name in a table, `AttentionInterface`. Its entry "sdpa" is replaced by one
-that calls the function that was there before, except for calls of fused modules that the kernel supports.
+transformers looks attention functions up by name in a table, `AttentionInterface`. The entry "sdpa" is replaced by a
+function that runs `ops.attention` for supported calls of fused modules and the original function otherwise.
 """
 
 from __future__ import annotations
@@ -42,7 +42,10 @@ def calls_attention(module: nn.Module) -> bool:
 
 
 def replace_entry() -> bool:
-    """Replace transformers' "sdpa" function once. Return whether fused modules now reach `ops.attention`."""
+    """Replace transformers' "sdpa" function once.
+
+    Return whether transformers' "sdpa" entry now leads to `ops.attention`.
+    """
     table: Any = getattr(sys.modules.get("transformers.modeling_utils"), "AttentionInterface", None)
     original = None if table is None else table._global_mapping.get(_ENTRY)
     if original is None:
@@ -83,7 +86,7 @@ def _attention(
     output_attentions: bool | None = None,
     **_: Any,
 ) -> Tensor | None:
-    """Return the attention `[batch, queries, heads, size]`, or None if transformers must compute it, or refuse it."""
+    """Return the attention `[batch, queries, heads, size]`; None if transformers must compute or reject it."""
     if position_bias is not None or softcap is not None or output_attentions or not 0 <= dropout < 1:
         return None
     if cache is not None:  # a paged one, which transformers' function updates
@@ -100,7 +103,7 @@ def _attention(
 
 
 def _has_fused_kernel(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
-    """Return whether `ops.attention` computes this attention, and not more slowly than PyTorch."""
+    """Return whether `ops.attention` supports this attention and is at least as fast as PyTorch."""
     if torch.is_autocast_enabled("cpu") or (mask is not None and type(mask) is not Tensor):
         return False
     if not plain(query, key) or not plain(value, query) or not has_attention_kernel(query, key, value, mask):

@@ -1,11 +1,11 @@
-"""Modules whose `forward` is computed by one operator: norms, MLPs with a gated activation, activations, dropout.
+"""Run norms, gated MLPs, activations and dropout by one fused operator each.
 
     LlamaMLP                                  LlamaMLP (fused)
       down(act(gate(x)) * up(x))        =>      down(ops.gated(gate(x), up(x)))
 
-The class is swapped below all of peftcore's other classes, so hooks, adapters, copies and pickles work as before. The
-children of an MLP are still called. The module's own `forward` computes every call that the operator does not support,
-or would compute more slowly: other dtypes, devices and tensor subclasses, compiled and transformed calls.
+The fused class is inserted below peftcore's other swapped classes, so hooks, adapters, copies and pickles work as
+before. A fused MLP still calls its children. The original `forward` runs calls that the operator does not support or
+would compute more slowly: other dtypes, devices and tensor subclasses, compiled and transformed calls.
 
 Attention is fused in fused_attention.py, since it is a call inside a module. recomputation.py explains how layers avoid
 saving the outputs of fused modules for the backward pass.
@@ -42,7 +42,7 @@ _PLAIN = (Tensor, nn.Parameter, FakeTensor)
 
 @dataclass(frozen=True)
 class FusedForward:
-    """What a fused module computes.
+    """Description of the computation of a fused module.
 
     Args:
         recompute: whether layers save the module's input instead of its output, and recompute the output.
@@ -52,7 +52,7 @@ class FusedForward:
     recompute: bool = field(default=True, kw_only=True)
 
     def __call__(self, module: Any, x: Any) -> Tensor | None:
-        """Return the module's output, or None if its own forward must compute it."""
+        """Return the module's output, or None if the original forward must compute it."""
         raise NotImplementedError
 
 
@@ -63,7 +63,7 @@ class FusedNorm(FusedForward):
     Args:
         weight, eps: names of the attributes.
         offset, rounded: as in `ops.rms_norm`.
-        dtypes: pairs of dtypes of x and weight for which the results agree.
+        dtypes: (dtype of x, dtype of the weight) for which operator and module agree.
     """
 
     kind = "RMSNorm"
@@ -74,7 +74,7 @@ class FusedNorm(FusedForward):
     dtypes: frozenset[tuple[torch.dtype, torch.dtype]]
 
     def __call__(self, module: Any, x: Any) -> Tensor | None:
-        """Return the module's output, or None if its own forward must compute it."""
+        """Return the module's output, or None if the original forward must compute it."""
         weight = getattr(module, self.weight)
         if not plain(x, weight) or (x.dtype, weight.dtype) not in self.dtypes:
             return None
@@ -89,12 +89,12 @@ class FusedNorm(FusedForward):
 
 @dataclass(frozen=True)
 class RecomputedLayerNorm(FusedForward):
-    """PyTorch's LayerNorm, computed by PyTorch, whose output is recomputed in the backward pass."""
+    """PyTorch's LayerNorm, still computed by PyTorch; its output is recomputed in the backward pass."""
 
     kind = "LayerNorm"
 
     def __call__(self, module: Any, x: Any) -> Tensor | None:
-        """Return the module's output, or None if its own forward must compute it."""
+        """Return the module's output, or None if the original forward must compute it."""
         # Autocast computes LayerNorm in fp32, and the backward pass runs outside of it.
         if not torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or not plain(x, x):
             return None
@@ -108,13 +108,13 @@ def _layer_norm(shape: list[int], eps: float, x: Tensor, weight: Tensor | None, 
 
 @dataclass(frozen=True)
 class FusedMLP(FusedForward):
-    """down(act(gate(x)) * up(x)), whose product is recomputed for the gradient of `down`.
+    """A gated MLP, down(act(gate(x)) * up(x)); the input of `down` is recomputed for its gradient.
 
     Args:
         gate, up, down, act: names of the children.
         activation: as in `ops.gated`.
         act_class: class of `act`.
-        dtypes: dtypes for which the results agree.
+        dtypes: dtypes for which operator and module agree.
     """
 
     kind = "gated MLP"
@@ -127,7 +127,7 @@ class FusedMLP(FusedForward):
     dtypes: frozenset[torch.dtype]
 
     def __call__(self, module: Any, x: Any) -> Tensor | None:
-        """Return the module's output, or None if its own forward must compute it."""
+        """Return the module's output, or None if the original forward must compute it."""
         children: dict[str, Any] = module._modules
         gate_proj, up_proj, down_proj = children.get(self.gate), children.get(self.up), children.get(self.down)
         act = children.get(self.act)
@@ -146,7 +146,7 @@ class FusedMLP(FusedForward):
         return output
 
     def _is_plain(self, act: nn.Module | None) -> bool:
-        """Return whether `act` is the activation that was checked, and a call does nothing but its forward."""
+        """Return whether `act` is still the activation that was checked, without hooks or adapters."""
         return (
             type(act) is self.act_class
             and not (act._forward_hooks or act._forward_pre_hooks or act._backward_hooks or act._backward_pre_hooks)
@@ -156,11 +156,11 @@ class FusedMLP(FusedForward):
 
 @dataclass(frozen=True)
 class FusedActivation(FusedForward):
-    """An activation as `ops.activated` computes it.
+    """An activation that `ops.activated` computes.
 
     Args:
         activation: as in `ops.activated`.
-        dtypes: dtypes for which the results agree.
+        dtypes: dtypes for which operator and module agree.
     """
 
     kind = "activation"
@@ -168,7 +168,7 @@ class FusedActivation(FusedForward):
     dtypes: frozenset[torch.dtype]
 
     def __call__(self, module: Any, x: Any) -> Tensor | None:
-        """Return the module's output, or None if its own forward must compute it."""
+        """Return the module's output, or None if the original forward must compute it."""
         if not plain(x, x) or x.dtype not in self.dtypes:
             return None
         compute = functools.partial(ops.activated, activation=self.activation)
@@ -183,7 +183,7 @@ class FusedDropout(FusedForward):
     kind = "dropout"
 
     def __call__(self, module: Any, x: Any) -> Tensor | None:
-        """Return the module's output, or None if its own forward must compute it."""
+        """Return the module's output, or None if the original forward must compute it."""
         if not module.training or module.inplace or type(module.p) is not float or not 0 < module.p < 1:
             return None
         if not plain(x, x) or x.dtype not in DTYPES or x.dim() == 0:
@@ -192,12 +192,12 @@ class FusedDropout(FusedForward):
 
 
 def untransformed() -> bool:
-    """Return whether the call is neither compiled, traced nor transformed, so that our operators support it."""
+    """Return whether the call is eager: neither compiled, traced nor transformed."""
     return not (torch.compiler.is_compiling() or torch._C._is_tracing() or has_active_transform())
 
 
 def plain(x: Any, other: Any) -> bool:
-    """Return whether our operators accept both tensors and have a kernel for them."""
+    """Return whether the fused operators accept both tensors and have a kernel for them."""
     return (
         type(x) in _PLAIN
         and type(other) in _PLAIN
@@ -209,7 +209,7 @@ def plain(x: Any, other: Any) -> bool:
 
 
 def fuse_module(module: nn.Module, fused_forward: FusedForward) -> None:
-    """Swap the class of `module`, below the other classes of peftcore."""
+    """Swap the class of `module`, below peftcore's other swapped classes."""
     classes = _swapped(module)
     module.__dict__[FUSED_FORWARD] = fused_forward
     module.__class__ = _rebuilt(_fused_class(classes[-1].__bases__[-1] if classes else type(module)), classes)
@@ -229,13 +229,13 @@ def is_fused(module: nn.Module) -> bool:
 
 
 def is_outermost(module: nn.Module) -> bool:
-    """Return whether no other library has swapped the class of `module` over peftcore's classes."""
+    """Return whether peftcore's swapped classes are on top, with no other library's subclass over them."""
     classes = _swapped(module)
     return not classes or classes[0] is type(module)
 
 
 def _swapped(module: nn.Module) -> list[Any]:
-    """Return peftcore's classes of `module`, the innermost last."""
+    """Return the classes that peftcore swapped in for `module`, the innermost last."""
     return [cls for cls in type(module).__mro__ if "_peftcore_maker" in cls.__dict__]
 
 

@@ -1,4 +1,4 @@
-"""Modes in which a model, or a check of one of its modules, runs."""
+"""Context managers for evaluation mode and for numeric checks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import nn
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Put `model` into evaluation mode within the block; afterwards each module has the mode that it had."""
+    """Put `model` into evaluation mode within the block, and restore the mode of each module afterwards."""
     training = [module for module in model.modules() if module.training]
     for module in training:
         module.training = False
@@ -25,7 +25,7 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def numeric_check() -> Iterator[None]:
-    """Compute on the CPU with gradients and a fixed seed, whatever modes the caller is in; warnings are ignored."""
+    """Compute on the CPU with gradients, a fixed seed and no warnings, whatever modes the caller has set."""
     with (
         warnings.catch_warnings(),
         torch.random.fork_rng(devices=[]),

@@ -1,15 +1,15 @@
-"""Several adapters in one batch: sample i passes through the adapter of the i-th name, or through none.
+"""Several adapters in one batch: each sample passes through its own adapter, or through none.
 
-The module runs once for each adapter, on the samples that have it. An adapter's class that can do better has
+The module runs once per adapter, on the samples that have it. An adapter class can define a faster way:
 
     @staticmethod
     per_sample(adapters, index, base, *args, **kwargs) -> output, or NotImplemented
 
-Samples are then in dimension 0 of the first tensor, and `index`, int64 `[x.shape[0]]`, is the number among `adapters`
-(of this class) of the one that a row passes through; -1 for none.
+Samples are in dimension 0 of the first tensor, and `index`, int64 `[x.shape[0]]`, gives for each row the index of its
+adapter in `adapters`; -1 for none.
 
-The dimension of a module's samples was observed before (`rows.py`). The call shows which sample each row belongs to:
-`generate` repeats samples for beams, and repeats their numbers (`SAMPLES`) with them.
+The dimension of a module's samples was observed before (`rows.py`). The call records which sample each row belongs to:
+when `generate` repeats samples for beams, it also repeats their indices (`SAMPLES`).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from peftcore.plugin.outputs import first_of, with_first
 
 
 class Group:
-    """Samples of a batch that have the same adapter, by their numbers."""
+    """The indices of the samples in a batch that have the same adapter."""
 
     def __init__(self, numbers: tuple[int, ...], device: torch.device) -> None:
         self.numbers = numbers
@@ -43,7 +43,7 @@ class Group:
 
 
 class Chosen:
-    """Adapters of one module that the samples of an activation have, and the adapter of each sample.
+    """The adapters that samples use at one module, and the adapter of each sample.
 
     Args:
         adapters: all adapters of the module, by name.
@@ -62,13 +62,13 @@ class Chosen:
         self._index: Tensor | None = None
 
     def index(self, device: torch.device) -> Tensor:
-        """Return int64 `[samples]`: which of the adapters a sample has; -1 for none."""
+        """Return the index of each sample's adapter, int64 `[samples]`; -1 for none."""
         if self._index is None or self._index.device != device:
             self._index = torch.tensor(self.samples, device=device)
         return self._index
 
     def groups(self, device: torch.device) -> list[tuple[int, Group]]:
-        """Return (adapter or -1, the samples that have it)."""
+        """Return pairs of (index of an adapter or -1 for none, the samples that have it)."""
         return [
             (number, Group(tuple(i for i, sample_number in enumerate(self.samples) if sample_number == number), device))
             for number in sorted(set(self.samples))
@@ -129,7 +129,7 @@ class PerSample:
         return join_samples(parts, rows.output, [len(group) for _, group in groups], order)
 
     def _chosen(self, call: Call | None) -> Chosen:
-        """Return the adapters that the current activation gives to samples here."""
+        """Return this module's adapters for the current activation."""
         activation = self._lock.choice() or self._lock.activation
         sample_numbers = call.samples if call is not None else None
         samples = activation.samples or ()
@@ -145,7 +145,7 @@ class PerSample:
     def _rows(
         self, samples: int, call: Call | None, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Tensor, Rows]:
-        """Return the first tensor argument, and the place of the samples, whose number is checked."""
+        """Return (first tensor argument, position of the samples in it), after checking the number of samples."""
         first_tensor = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
         rows = self.module.__dict__.get(ROWS, "it was not observed")
         kind = type(self.module).__name__
@@ -173,7 +173,7 @@ class PerSample:
     def _taken(
         self, rows: Rows, first: Tensor, samples: Group, count: int, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[list[Any], dict[str, Any]]:
-        """Return the arguments as they would be with only some of the samples."""
+        """Return the arguments restricted to some of the samples."""
         names: tuple[str, ...] = type(self.module)._peftcore_arguments
 
         def part(name: str, value: Any) -> Any:
@@ -184,7 +184,7 @@ class PerSample:
         return named, {name: part(name, value) for name, value in kwargs.items()}
 
     def _together(self, chosen: Chosen, where: Samples, first: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Run all adapters in one pass by their class; return NotImplemented if it cannot."""
+        """Run all adapters in one pass by their class's `per_sample`; return NotImplemented if that is not possible."""
         together, index = cast(Callable[..., Any], chosen.together), chosen.index(first.device)
         entries_per_sample = first.shape[where.dim] // len(chosen.samples)
         index = index if entries_per_sample == 1 else index.repeat_interleave(entries_per_sample)
@@ -196,7 +196,7 @@ class PerSample:
         return output if output is NotImplemented else output.transpose(0, where.dim).contiguous()
 
     def _after(self, chosen: Chosen, rows: Rows, frame: Frame | None, *args: Any, **kwargs: Any) -> Any:
-        """Run adapters that are all after the module, which runs once, on the whole batch."""
+        """Run adapters that all follow the module: the module runs once on the whole batch."""
         output = self._base(*args, **kwargs)
         first_output, location, count = first_of(output), first_placement(rows.output), len(chosen.samples)
         parts, groups = [], chosen.groups(first_output.device)
@@ -209,11 +209,11 @@ class PerSample:
 
 
 class _CallOfSamples(Call):
-    """A call of the model as it would be with only some of its samples; each of its rows belongs to one of them.
+    """View of a model call restricted to some of its samples.
 
     Args:
-        call: the call with all samples.
-        where: place of the samples in the model's arguments, as in `Rows.arguments`.
+        call: the full call.
+        where: position of the samples in the model's arguments, as in `Rows.arguments`.
         samples: the samples.
         count: number of samples in the batch.
     """
@@ -240,7 +240,7 @@ _OF_SAMPLES = (
 
 
 def _narrowed(frame: Frame | None, samples: Group, count: int) -> Call | None:
-    """Return the call that adapters of only some samples see."""
+    """Return the call restricted to some samples, for the adapters of these samples."""
     if frame is None:
         return None
     rows = frame.module.__dict__.get(ROWS)

@@ -1,10 +1,10 @@
-"""Outputs that are computed again in the backward pass instead of being saved for it.
+"""Recompute outputs in the backward pass instead of saving them.
 
     norm(x) -> q, k, v            act(gate) * up -> down            act(x) -> dense
 
-A fused module saves its input for its own gradient. The layers that read its output do not save the output: it is
-computed again from the input in the backward pass, once for all of them. The output carries its `Source`, which adapted
-layers and fused MLPs look for.
+A fused module saves its input for its own gradient. The layers that read its output do not save that output: the
+backward pass recomputes it from the input, once for all layers. The output carries its `Source`, which adapted layers
+and fused MLPs look for.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ class Source:
 
     Args:
         compute: function that computes the output, without random numbers.
-        inputs: its inputs, which the operator that computed the output saves anyway.
-        settings: its other inputs, a few numbers. They are copied, since ranks may free a sharded weight.
+        inputs: inputs of the function, which the operator saves anyway.
+        settings: small further inputs. They are copied, since FSDP may free a sharded weight.
         output: the output, contiguous.
     """
 
@@ -58,9 +58,9 @@ class Source:
         return set, ()
 
     def instead(self) -> AbstractContextManager[Any]:
-        """Save the inputs instead of the output for the gradient of operators that are called in the block.
+        """Within the block, operators save the inputs instead of the output for their gradients.
 
-        Inside other hooks for saved tensors, such as those of gradient checkpointing, nothing changes.
+        Inside other saved-tensor hooks, such as gradient checkpointing's, nothing changes.
         """
         if not _keeps_tensors():
             return contextlib.nullcontext()
@@ -97,18 +97,18 @@ class Source:
 def with_source(
     output: Tensor, compute: Callable[..., Tensor], inputs: tuple[Tensor, ...], settings: tuple[Tensor | None, ...] = ()
 ) -> Tensor:
-    """Return `output` with its `Source`, if a layer may save the output for a gradient."""
+    """Return `output` with its `Source` attached if a layer may save it for a gradient."""
     if output.requires_grad and output.is_contiguous() and _keeps_tensors():
         setattr(output, SOURCE, Source(compute, inputs, settings, output))
     return output
 
 
 def inputs_instead(x: Any) -> AbstractContextManager[Any]:
-    """Save the source of x instead of x in the block, if it is known."""
+    """Within the block, save the source of x instead of x, if x has one."""
     source = getattr(x, SOURCE, None)
     return source.instead() if isinstance(source, Source) else contextlib.nullcontext()
 
 
 def _keeps_tensors() -> bool:
-    """Return whether autograd saves tensors as they are, without hooks."""
+    """Return whether autograd saves tensors without saved-tensor hooks."""
     return torch._C._autograd._top_saved_tensors_default_hooks(False) is None

@@ -1,9 +1,8 @@
-"""Layers that tensor parallelism divides over the ranks: which, and how.
+"""Detect how tensor parallelism shards a layer over the ranks. tensor_parallel_forward.py runs adapters on such layers.
 
-tensor_parallel_forward.py runs adapters on them.
-
-A plan of transformers (`tp_plan`) replaces the forward of a layer's instance; PyTorch's `parallelize_module` gives it
-hooks, between which the layer maps DTensors. Its weight is a DTensor, and from outside it maps plain tensors:
+A plan of transformers (`tp_plan`) replaces the forward of the layer instance. PyTorch's `parallelize_module` adds
+hooks, between which the layer takes and returns DTensors. In both cases the weight is a DTensor, and callers pass and
+get plain tensors:
 
     column-wise   weight [out / n, in]   x whole -> y this rank's part, or gathered
     row-wise      weight [out, in / n]   x this rank's part, or whole -> y whole, summed over the ranks
@@ -31,16 +30,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Division:
-    """How a plan divides one layer over the ranks of a mesh.
+    """How a plan shards one layer over the ranks of a mesh.
 
     Args:
-        mesh: mesh of one dimension.
-        by_rows: the weight is divided along its inputs (row-wise); else along its outputs (column-wise).
-        input_in_parts: each rank's input is its part of the last dimension.
-        output_in_parts: each rank's output is its part of the last dimension.
-        inputs: width of the whole input.
-        outputs: width of the whole output.
-        dtensors: the layer maps DTensors, between hooks of PyTorch's `parallelize_module`.
+        mesh: one-dimensional device mesh.
+        by_rows: the weight is sharded along its inputs (row-wise); else along its outputs (column-wise).
+        input_in_parts: each rank's input is its shard of the last dimension.
+        output_in_parts: each rank's output is its shard of the last dimension.
+        inputs: width of the full input.
+        outputs: width of the full output.
+        dtensors: the layer takes and returns DTensors, between the hooks of PyTorch's `parallelize_module`.
     """
 
     mesh: DeviceMesh
@@ -52,7 +51,7 @@ class Division:
     dtensors: bool = False
 
     def part(self, whole: Tensor, dim: int = -1) -> Tensor:
-        """Return this rank's part of a tensor that is equal on all ranks; its gradient is the whole one."""
+        """Return this rank's shard of a replicated tensor; the backward pass gathers the full gradient."""
         from torch.distributed.tensor import DTensor, Replicate, Shard
 
         dim %= whole.dim()
@@ -60,13 +59,13 @@ class Division:
         return replicated.redistribute(placements=[Shard(dim)]).to_local()
 
     def gathered(self, part: Tensor, width: int) -> Tensor:
-        """Return the whole of which each rank has its part of the last dimension, `width` in all."""
+        """All-gather a tensor that is sharded along its last dimension; its full width is `width`."""
         from torch.distributed.tensor import Replicate
 
         return self._dtensor(part, width).redistribute(placements=[Replicate()]).to_local()
 
     def _dtensor(self, tensor: Tensor, width: int | None) -> DTensor:
-        """Return a DTensor of a whole tensor, or of parts of the last dimension, `width` in all."""
+        """Return a DTensor made from a full tensor, or from shards of the last dimension with full width `width`."""
         from torch.distributed.tensor import DTensor, Replicate, Shard
 
         if width is None:
@@ -77,15 +76,15 @@ class Division:
         return DTensor.from_local(tensor, self.mesh, placements, run_check=False, shape=shape, stride=stride)
 
     def input_of(self, local: Tensor) -> DTensor:
-        """Return the input of a layer that maps DTensors."""
+        """Return the input as the DTensor that the layer takes."""
         return self._dtensor(local, self.inputs if self.input_in_parts else None)
 
     def output_of(self, local: Tensor) -> DTensor:
-        """Return the output of a layer that maps DTensors."""
+        """Return the output as the DTensor that the layer returns."""
         return self._dtensor(local, self.outputs if self.output_in_parts else None)
 
     def local_input(self, x: Any) -> Tensor:
-        """Return this rank's tensor of the input of a layer that maps DTensors."""
+        """Return this rank's local tensor of a DTensor input."""
         from torch.distributed.tensor import Replicate, Shard
 
         expected = Shard(x.dim() - 1) if self.input_in_parts else Replicate()
@@ -98,21 +97,21 @@ class Division:
         return x.to_local()
 
     def local_output(self, y: DTensor) -> Tensor:
-        """Return this rank's tensor of the output of a layer that maps DTensors, with the ranks' terms summed."""
+        """Return this rank's local tensor of a DTensor output, after summing partial results of all ranks."""
         from torch.distributed.tensor import Replicate, Shard
 
         placement = Shard(y.dim() - 1) if self.output_in_parts else Replicate()
         return y.redistribute(placements=[placement]).to_local()
 
     def summed(self, term: Tensor) -> Tensor:
-        """Return the sum of all ranks' terms."""
+        """All-reduce: return the sum over all ranks."""
         from torch.distributed.tensor import DTensor, Partial, Replicate
 
         terms = DTensor.from_local(term, self.mesh, [Partial()], run_check=False)
         return terms.redistribute(placements=[Replicate()]).to_local()
 
     def shared(self, whole: Tensor) -> Tensor:
-        """Return `whole`, equal on all ranks, which use it for different outputs: their gradients are summed."""
+        """Return the replicated tensor `whole`; the backward pass sums its gradients over the ranks."""
         from torch.distributed.tensor import DTensor, Partial, Replicate
 
         replicated = DTensor.from_local(whole, self.mesh, [Replicate()], run_check=False)
@@ -120,12 +119,12 @@ class Division:
 
 
 def has_plan(module: nn.Module) -> bool:
-    """Return whether a parallel plan of transformers or `parallelize_module` divides the work of `module`."""
+    """Return whether a plan of transformers or `parallelize_module` shards `module`."""
     return plan_of(module) is not None or mesh_of_hooks(module) is not None
 
 
 def mesh_of_norm(module: nn.Module) -> DeviceMesh | None:
-    """Return the mesh over which a plan sums the gradients of a norm of single heads; None for any other module."""
+    """Return the mesh over which a plan sums the gradients of a per-head norm; None for any other module."""
     plan = plan_of(module)
     reduce: Any = None if plan is None else plan.get("_all_reduce_grad")
     if reduce is None:
@@ -135,7 +134,7 @@ def mesh_of_norm(module: nn.Module) -> DeviceMesh | None:
 
 
 def division_of(module: nn.Module) -> Division | None:
-    """Return how a plan divides the layer `module`; None if none does, or in a way that adapters cannot follow."""
+    """Return how a plan shards the layer `module`; None if none does, or in a way that adapters cannot follow."""
     if not (module._forward_pre_hooks or module._forward_hooks or _own_forward(module) is not None):
         return None  # the ordinary case
     by_hooks = style_of_hooks(module)
@@ -146,7 +145,7 @@ def division_of(module: nn.Module) -> Division | None:
 
 
 def _division_by_hooks(module: nn.Module, by_rows: bool, mesh: DeviceMesh) -> Division | None:
-    """Return how `parallelize_module` divides a layer; between its hooks the layer maps DTensors."""
+    """Return how `parallelize_module` shards a layer, which takes and returns DTensors between the hooks."""
     from torch.distributed.tensor import Shard
 
     placement = _placement_of_weight(module, mesh)
@@ -160,7 +159,7 @@ def _division_by_hooks(module: nn.Module, by_rows: bool, mesh: DeviceMesh) -> Di
 
 
 def _division_by_plan(module: nn.Module, plan: dict[str, Any]) -> Division | None:
-    """Return how a plan of transformers divides a layer, whose forward it replaces."""
+    """Return how a plan of transformers, which replaces a layer's forward, shards the layer."""
     from torch.distributed.tensor import Placement, Replicate, Shard
     from transformers.distributed import tensor_parallel as plans
 
@@ -209,7 +208,7 @@ def _division(
     output_in_parts: bool = False,
     dtensors: bool = False,
 ) -> Division:
-    """Return the division of a linear layer or an embedding."""
+    """Return the `Division` of a linear layer or an embedding."""
     is_embedding = isinstance(module, nn.Embedding)
     return Division(
         mesh=mesh,
@@ -223,9 +222,9 @@ def _division(
 
 
 def _placement_of_weight(module: nn.Module, mesh: DeviceMesh) -> Any:
-    """Return how a mesh of one dimension divides the weight of a linear layer or an embedding; None for other layers.
+    """Return how a one-dimensional mesh shards the weight of a linear layer or an embedding.
 
-    Weights that another library has quantized are not followed.
+    None for other layers, and for weights that another library has quantized.
     """
     stored = module._parameters.get("weight")
     if mesh.ndim != 1 or stored is None or not isinstance(module, (nn.Linear, nn.Embedding)):
@@ -236,16 +235,16 @@ def _placement_of_weight(module: nn.Module, mesh: DeviceMesh) -> Any:
 
 
 def mesh_of(module: nn.Module) -> DeviceMesh | None:
-    """Return the mesh over which a plan or a parallel style divides the work of `module`; None if none does."""
+    """Return the mesh over which a plan or a parallel style shards `module`; None if none does."""
     plan = plan_of(module)
     return mesh_of_hooks(module) if plan is None else plan["mesh"] or mesh_of_norm(module)
 
 
 def _placement(module: nn.Module, weight: Tensor, mesh: DeviceMesh) -> Any:
-    """Return how `mesh` divides the base's weight, also where an adapter's own is in its place; None if it does not.
+    """Return how `mesh` shards the base's weight, even while an adapter's copy replaces it; None if it is not sharded.
 
-    FSDP2 divides a weight over other dimensions of a larger mesh, of which `mesh` is the last, and gathers these parts
-    before the layer's forward.
+    FSDP2 shards a weight over the other dimensions of a larger mesh, whose last dimension is `mesh`, and gathers those
+    shards before the layer's forward.
     """
     if not sharded.is_dtensor(weight):
         shard: Any = getattr(module, "weight_shard", None)
@@ -265,10 +264,10 @@ def _own_forward(module: nn.Module) -> Any:
 
 
 def plan_of(module: nn.Module) -> dict[str, Any] | None:
-    """Return the closure of a plan's forward: `self` (the style), `mesh` and `original_forward`; None without one.
+    """Return the closure variables of a plan's forward (`self`, the style; `mesh`; `original_forward`), or None.
 
-    transformers keeps the style and the mesh of a layer nowhere else: `model.tp_plan` has the styles of a whole model,
-    not those that `apply_tensor_parallelism` was called with.
+    transformers stores the style and mesh of a layer only there: `model.tp_plan` has the styles of the whole model, not
+    those passed to `apply_tensor_parallelism`.
     """
     forward = _own_forward(module)
     forward = getattr(forward, "planned", forward)  # inside a `TrainedForward`
@@ -280,12 +279,12 @@ def plan_of(module: nn.Module) -> dict[str, Any] | None:
 
 
 def is_hook(hook: Any) -> bool:
-    """Return whether a forward hook is that of a parallel style."""
+    """Return whether a forward hook belongs to a parallel style."""
     return inspect.isfunction(hook) and str(hook.__module__).startswith("torch.distributed.tensor")
 
 
 def mesh_of_hooks(module: nn.Module) -> DeviceMesh | None:
-    """Return the mesh over which a parallel style divides the work of `module`, or None if none does."""
+    """Return the mesh over which a parallel style shards `module`; None if none does."""
     return next((variables["device_mesh"] for variables in _closures(module) if "device_mesh" in variables), None)
 
 
@@ -304,7 +303,7 @@ def style_of_hooks(module: nn.Module) -> tuple[bool, DeviceMesh] | None:
 
 
 def divides_tokens(model: nn.Module) -> bool:
-    """Return whether a style divides activations along another dimension than the last (sequence parallelism)."""
+    """Return whether a style shards activations along a dimension other than the last (sequence parallelism)."""
     for module in model.modules():
         for variables in _closures(module):
             if any(map(_is_of_tokens, variables.values())):
@@ -329,9 +328,9 @@ def without_hooks(module: nn.Module) -> Iterator[None]:
 
 
 def _closures(module: nn.Module) -> Iterator[Mapping[str, Any]]:
-    """Yield the variables of each hook: a layer's style, its layouts and mesh are nowhere else.
+    """Yield the closure variables of each hook: only there are a layer's style, layouts and mesh stored.
 
-    The placements of its weight do not show how its inputs and outputs are divided (`input_layouts=Shard(1)`).
+    The placements of the weight do not show how inputs and outputs are sharded (`input_layouts=Shard(1)`).
     """
     for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):
         if is_hook(hook):

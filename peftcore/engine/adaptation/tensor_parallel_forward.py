@@ -1,18 +1,17 @@
-"""Forward of layers that tensor parallelism divides over the ranks (tensor_parallel.py), with adapters.
+"""Run adapters on layers that tensor parallelism shards over the ranks (tensor_parallel.py).
 
-An adapter's parameters are full and equal on every rank, and so must be their gradients. An adapter with
+An adapter's parameters are replicated on all ranks, so their gradients must be equal. An adapter with
 `Adapter.on_parts` computes with this rank's shards. Any other adapter gets full inputs and outputs:
 
     y = part(adapter(x -> gathered(layer(part(x))), gathered(x)))
 
-Full tensors have full gradients: where ranks use different parts of a tensor, the backward pass joins their gradients.
-
-That also holds for parameters of the base that an adapter trains (biases, `modules_to_save`): the plan's forward
-computes with this rank's part of the adapter's whole parameter:
+Where ranks use different shards of a full tensor, the backward pass gathers the full gradient. The same holds for base
+parameters that an adapter trains (biases, `modules_to_save`): the plan's forward computes with this rank's shard of the
+adapter's full parameter:
 
     y = layer(x; part(trained parameter), frozen rest)
 
-The ranks must be given the same batch and draw the same random numbers, which the first training call checks.
+All ranks must get the same batch and draw the same random numbers; the first training call checks this.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ if TYPE_CHECKING:
 
 
 def local_forward(own: OwnForward, division: Division) -> Callable[..., Any]:
-    """Return the own forward of a divided layer on local tensors: `base` of `Adapter.on_parts`."""
+    """Return the original forward of a sharded layer on local tensors: `base` of `Adapter.on_parts`."""
     if not division.dtensors:
         return own
 
@@ -51,9 +50,9 @@ def local_forward(own: OwnForward, division: Division) -> Callable[..., Any]:
 
 
 class WholeForward(OwnForward):
-    """Own forward of a divided layer, for adapters that read whole inputs and outputs.
+    """Original forward of a sharded layer, for adapters that read full inputs and outputs.
 
-    Where they change a weight, every rank gathers it and computes the whole layer.
+    If an adapter changes the weight, every rank gathers the weight and computes the full layer.
     """
 
     __slots__ = ("_division", "_local", "_own")
@@ -76,14 +75,17 @@ class WholeForward(OwnForward):
         return WholeForward(self._own, self._division, (changes, *self._changes))
 
     def linear_operands(self, x: Tensor) -> None:
-        """Return None: this rank has only a part of the weight."""
+        """Return None, since this rank has only a shard of the weight."""
 
     def weight_and_bias(self) -> tuple[Tensor, Tensor | None]:
-        """Return the whole weight and bias, see `ChainLink.weight_and_bias`. Collective."""
+        """Return the full weight and bias, see `ChainLink.weight_and_bias`. Collective."""
         return self._whole().weight_and_bias()
 
     def _whole(self) -> OwnForward:
-        """Return the forward of the layer's class, with changes, on gathered parameters. Collective."""
+        """Return the output of the layer's class forward on gathered parameters with the changes applied.
+
+        Collective.
+        """
         module = self.module
         copy: nn.Module = object.__new__(type(module))
         parameters: dict[str, Any] = {
@@ -105,12 +107,12 @@ def _whole(parameter: Tensor) -> Tensor:
 
 
 class DividedChain:
-    """Chain of a divided layer: takes and returns what its plan does, and gives the adapters what they need.
+    """Chain of a sharded layer: converts between the tensors that the plan passes and those that the adapters need.
 
     Args:
-        division: how the layer is divided.
-        chain: the adapters around a `WholeForward`.
-        parts: (base, x) -> y of the adapters on this rank's part, or None if one of them needs the whole.
+        division: how the layer is sharded.
+        chain: the adapters around a `WholeForward`, for full tensors.
+        parts: (base, x) -> y, the adapters on this rank's shards; None if an adapter needs full tensors.
     """
 
     __slots__ = ("_checked", "_division", "_parts", "chain", "module")
@@ -137,7 +139,7 @@ class DividedChain:
 
 
 def has_on_parts(adapter: nn.Module) -> bool:
-    """Return whether `adapter` computes with this rank's part: its class has `on_parts` of its `forward`."""
+    """Return whether `adapter` can compute with this rank's shard: its class defines `on_parts` for its `forward`."""
     if not implements(adapter, Adapter.on_parts) or adapter._forward_hooks or adapter._forward_pre_hooks:
         return False
     return _definer(type(adapter), "forward") is _definer(type(adapter), "on_parts")
@@ -148,7 +150,7 @@ def _definer(kind: type, name: str) -> type:
 
 
 def trains_in_parts(module: nn.Module, name: str) -> bool:
-    """Return whether an adapter can train the parameter `name` of a layer that a plan divides, or leaves whole."""
+    """Return whether an adapter can train the parameter `name` of a layer under tensor parallelism."""
     parameter = module._parameters.get(name)
     if parameter is None or not sharded.is_dtensor(original_parameter := sharded.original(parameter)):
         return True
@@ -157,7 +159,7 @@ def trains_in_parts(module: nn.Module, name: str) -> bool:
 
 
 def follow_trained(modules: Iterable[nn.Module]) -> None:
-    """Make the forward of divided layers read whole parameters where an adapter's own are in the base's place."""
+    """Make the forward of sharded layers read an adapter's full parameters while these replace the base's shards."""
     for module in modules:
         slot = _slot(module)
         planned = module.__dict__.get(slot)
@@ -176,11 +178,11 @@ def unfollow_trained(modules: Iterable[nn.Module]) -> None:
 
 
 class TrainedForward:
-    """Forward of a plan's layer that gives the plan's own forward this rank's parts of trained parameters.
+    """Forward of a sharded layer that passes this rank's shards of trained parameters to the plan's forward.
 
     Args:
         module: the layer, with the base's parameters.
-        planned: the plan's forward of this instance.
+        planned: the forward that the plan has set on this instance.
     """
 
     def __init__(self, module: nn.Module, planned: Any) -> None:
@@ -229,9 +231,10 @@ def _slot(module: nn.Module) -> str:
 
 
 def watch_batches(model: nn.Module) -> RemovableHandle | None:
-    """Raise a PeftcoreError in a training call of `model` unless all ranks of its plan are given the same batch.
+    """Raise a PeftcoreError in a training call of `model` unless all ranks of its plan get the same batch.
 
-    The first call that passes ends the check. An embedding that is divided by its vocabulary would mix their tokens.
+    The check stops after the first call that passes it. With different batches, an embedding sharded by vocabulary
+    would mix their tokens.
     """
     mesh = next((mesh for module in model.modules() if (mesh := mesh_of(module)) is not None), None)
     if mesh is None:
@@ -246,7 +249,7 @@ def watch_batches(model: nn.Module) -> RemovableHandle | None:
 
 
 def check_batch(inputs: Any, mesh: DeviceMesh) -> bool:
-    """Return whether `inputs` hold values; raise a PeftcoreError unless the ranks have equal ones. Collective."""
+    """Return whether `inputs` contain values; raise a PeftcoreError if they differ between ranks. Collective."""
     tensors = [tensor for tensor in tree_leaves(inputs) if isinstance(tensor, Tensor) and tensor.numel()]
     if not tensors:
         return False

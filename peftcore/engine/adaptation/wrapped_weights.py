@@ -1,7 +1,7 @@
-"""Weights that another library quantized and stores in a tensor of its own class, such as torchao's and quanto's.
+"""Weights quantized by another library and stored in its own tensor class, such as torchao's and quanto's.
 
-The layer remains that library's: its forward runs with adapters around it, and code that asks for the dense weight gets
-a dequantized one.
+The layer's forward is unchanged and runs inside the adapters; code that asks for the dense weight gets a dequantized
+copy.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def _refuse_to_write(module: nn.Module, weight: Tensor) -> dict[str, Tensor]:
 
 
 def _sync_config(model: Any) -> None:
-    """Record in a transformers model's config which layers are dense after merging; loading depends on it."""
+    """Record in a transformers config which layers are dense after merging, since loading reads it."""
     config: Any = getattr(model, "config", None)
     original, quantizer = model.__dict__.get(_ORIGINAL) or (
         getattr(config, "quantization_config", None),
