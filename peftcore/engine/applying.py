@@ -46,14 +46,14 @@ def apply(
     """Freeze the parameters of `model` and attach a trainable, active adapter of `method`.
 
     Args:
-        method: name of an installed method, with the fields of its config as keywords, or a config object of the method
-            or of Hugging Face PEFT, which means what it would mean in a file.
+        method: name of an installed method, with the fields of its config as keyword arguments; or a config object of
+            the method or of Hugging Face PEFT, which is read as if loaded from a file.
         adapter: name of the new adapter. Existing adapters stay active and trainable.
         dtype: dtype of the adapter's parameters; by default float32 on a 16-bit or quantized base, so that small
-            updates are not rounded away, else the dtype of the layer.
-        batches: data for methods that initialise from data. Each batch is a mapping of keyword arguments for the model
-            (with `labels` if the method needs gradients), a tuple of positional arguments, or a tensor. The model
-            runs them with the adapters that are already active, without the new one.
+            updates are not rounded away, and otherwise the dtype of the layer.
+        batches: data, for methods that initialise the adapter from data. Each batch is a mapping of keyword arguments
+            for the model (with `labels` if the method needs gradients), a tuple of positional arguments, or a tensor.
+            The model runs on the batches with the adapters that are already active, without the new one.
 
     Returns:
         `model`, changed in place.
@@ -61,7 +61,7 @@ def apply(
     Raises:
         PluginError: the method is not installed or broken.
         PeftcoreError: a field, pattern or name is wrong, or the adapter cannot be initialised. The model is then
-            unchanged except for what the method has prepared, such as a base in 4 bits.
+            unchanged, except for preparation by the method, such as quantizing the base to 4 bits.
 
     Examples:
         >>> peftcore.apply(model, "lora", r=16, target_modules=["q_proj", "v_proj"])
@@ -84,16 +84,16 @@ def add_adapter(
     active: bool = True,
     trainable: bool = True,
 ) -> Model:
-    """Attach an adapter as `apply` does, whose values may come from elsewhere, such as a file.
+    """Attach an adapter like `apply`; its values may come from elsewhere, such as a file.
 
     Args:
         model: the model.
-        method: name of a method, a config, or `AdapterAttachments` on the meta device that were checked. Their tensors
-            are then allocated without values.
+        method: name of a method, a config, or checked `AdapterAttachments` on the meta device, whose tensors are then
+            allocated but not filled.
         fields: fields of the config, if `method` is a name.
         adapter, dtype, batches: as in `apply`.
-        fill: sets the values of the new adapter, in place of the method's `initialize`.
-        active: activate the adapter. If False, the active adapters stay as they are, also if each sample has its own.
+        fill: sets the values of the new adapter; it replaces the method's `initialize`.
+        active: activate the adapter. If False, the active adapters stay active, including per-sample ones.
         trainable: whether the adapter trains, as in `set_trainable`.
     """
     check_request(model, adapter, dtype, activates=active)
@@ -155,7 +155,7 @@ def _attach(
     *,
     is_first: bool,
 ) -> None:
-    """Attach the recorded `adapter` to `modules`, inactive; the first one freezes the base."""
+    """Attach the recorded `adapter` to `modules` as inactive; the model's first adapter freezes the base."""
     if is_first:  # before other classes are swapped in, inside which the folding class stays
         frozen_linear.fold_frozen(model, attachments.architecture.output_head)
     for path in enclosing_paths(model, modules, attachments.trained):
@@ -192,7 +192,7 @@ def _record(attachments: AdapterAttachments, method: Method, config: Any, *, tra
 
 
 def _broadcast_values(model: nn.Module, adapter: str, attachments: AdapterAttachments, *, initialized: bool) -> None:
-    """Copy rank 0's adapter to all ranks, which may have drawn different random numbers."""
+    """Copy rank 0's adapter to all ranks, since their random initial values may differ."""
     tensors: list[Tensor] = []
     for attachment in attachments.attached:
         tensors += [*attachment.adapter.parameters(), *attachment.adapter.buffers()]
@@ -218,10 +218,10 @@ def _settle(
     training: bool,
     new_parameters: dict[nn.Parameter, nn.Parameter],
 ) -> None:
-    """Do `adapter.to(device, dtype).train(training).requires_grad_(False)`, but only what changes something.
+    """Do `adapter.to(device, dtype).train(training).requires_grad_(False)`, but skip steps that would change nothing.
 
-    Tensors on the meta device are allocated without values. `new_parameters` maps them to the new ones, since adapters
-    may share tensors.
+    Tensors on the meta device are allocated but not filled. `new_parameters` maps old parameters to new ones, since
+    adapters may share tensors.
     """
     fits = has_mode = True
     for module in parts(adapter):

@@ -1,6 +1,6 @@
-"""Attachments of a method: its adapters, one for each module, and the parameters of the base that it trains.
+"""Attachments of a method: one adapter per module, and the base parameters that the method trains.
 
-Adapters of several parameters, or of single experts (`experts.3.down_proj`), are joined into one adapter of the module.
+Adapters of several parameters of a module, or of single experts (`experts.3.down_proj`), are joined into one.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class OfExpert:
     Args:
         path: path of the layer, such as `experts.3.down_proj`.
         name: name of the stacked weight in the module of experts.
-        expert: number of the expert.
+        expert: index of the expert.
     """
 
     path: str
@@ -46,7 +46,7 @@ class OfExpert:
 
 
 class ExpertLink(WeightLink):
-    """Link of `WeightChanges` that have one `ExpertAdapters` for each weight."""
+    """Link of `WeightChanges` with one `ExpertAdapters` per weight."""
 
     __slots__ = ()
     merges_by = "merged"
@@ -61,10 +61,10 @@ class ExpertLink(WeightLink):
 
 
 def each_expert(model: nn.Module, method: str, path: str, adapters: Sequence[OfExpert]) -> WeightChanges:
-    """Join the adapters of single experts into one adapter of their module, which is at `path`.
+    """Join the adapters of single experts into one adapter for the module of experts at `path`.
 
     Raises:
-        PeftcoreError: some experts of a weight have none, or an adapter must know which sample a row belongs to.
+        PeftcoreError: some experts of a weight have no adapter, or an adapter needs to know the sample of each row.
     """
     layout = experts_layout(model.get_submodule(path))
     assert layout is not None
@@ -92,7 +92,7 @@ def each_expert(model: nn.Module, method: str, path: str, adapters: Sequence[OfE
 
 
 def _refuse_unfit(method: str, path: str, attachment: OfExpert) -> None:
-    """Raise a PeftcoreError if the adapter reads the call, mixes the rows of a call, or combines others."""
+    """Raise a PeftcoreError if the adapter reads the call, mixes the rows of a call, or combines other adapters."""
     if arguments_read([attachment.adapter]) is not None:
         reason = "reads the call of the model"
     elif any(part.whole_batch for part in attachment.adapter.modules() if isinstance(part, Adapter)):
@@ -112,15 +112,15 @@ _PREFIX = ("layers", "2", "kv_heads", "tokens", "head_dim")
 
 @dataclass(frozen=True, slots=True)
 class Attachment:
-    """One adapter as it is attached to a module.
+    """One adapter and the module that it is attached to.
 
     Args:
         path: path of the module.
-        adapter: the adapter; it may join several.
-        placements: the placements of the method that it carries out.
-        link: how the adapter takes part in calls, and how it is merged.
+        adapter: the adapter, possibly several joined into one.
+        placements: the method's placements that it implements.
+        link: class that runs the adapter in calls and merges it.
         branches: names of other adapters of the module that it combines.
-        parts: the adapters that it joins.
+        parts: the adapters that were joined.
     """
 
     path: str
@@ -135,17 +135,17 @@ class Attachment:
 class AdapterAttachments:
     """Adapters and trained parameters of a method on `model`: the `Attachments` of the contract.
 
-    Each `Placement.attach` adds to it.
+    `Placement.attach` adds to it.
 
     Args:
         model: the model, which is not changed.
         architecture: facts about the model.
         method: the method.
-        config: config of the method, with every choice explicit.
+        config: config of the method, with all defaults resolved.
         attached: the adapters, one for each module.
-        trained: names of trained parameters of the base.
-        apart: names of those that are trained separately from the parameters they are tied to.
-        names_modules: the config names modules, rather than selecting all of a kind.
+        trained: names of trained base parameters.
+        apart: names of trained parameters that are untied: trained separately from the parameters they are tied to.
+        names_modules: the config lists modules by name, rather than selecting all modules of a kind.
     """
 
     model: nn.Module
@@ -206,7 +206,7 @@ class AdapterAttachments:
 
     @property
     def placements(self) -> dict[str, tuple[Placement, ...]]:
-        """Placements of the method, by the path of the module that carries them."""
+        """Placements of the method, by the path of the adapted module."""
         return {attachment.path: attachment.placements for attachment in self.attached}
 
     @property
@@ -216,10 +216,10 @@ class AdapterAttachments:
 
 
 def _joined(model: nn.Module, method: str, path: str, changes: Sequence[tuple[str, nn.Module]]) -> WeightChanges:
-    """Join adapters of parameters, (name, adapter), into one adapter of the module at `path`.
+    """Join (parameter name, adapter) pairs into one adapter of the module at `path`.
 
     Raises:
-        PeftcoreError: the module or parameter does not exist, no format reads it, or two adapters are on one parameter.
+        PeftcoreError: the module or parameter does not exist, no weight format reads it, or it has two adapters.
     """
     modules = dict(base_modules(model))
     if path not in modules:

@@ -1,4 +1,4 @@
-"""Checkpoints of the base, loaded by `load_state_dict` into a model with adapters."""
+"""Load checkpoints of the base by `load_state_dict` into a model with adapters."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from peftcore.model.base_modules import CHILD
 
 
 def accept_base_checkpoints(model: nn.Module) -> RemovableHandle:
-    """Make `model.load_state_dict` accept a state dict of the base, also with `strict`; adapters stay as they are."""
+    """Make `model.load_state_dict` accept a state dict of the base, also with `strict=True`; adapters are unchanged."""
     return model.register_load_state_dict_pre_hook(_add_adapters)
 
 
 def _add_adapters(model: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Add the adapters' present values to a checkpoint that has none.
+    """Add the adapters' current values to a checkpoint without adapters.
 
-    Nothing is added while merged or trained weights are in the place of the base's, since the checkpoint would
-    overwrite them: PyTorch then reports the adapters' keys as missing.
+    While merged or trained weights replace the base's, nothing is added: the checkpoint would overwrite these weights,
+    so PyTorch is left to report the adapters' keys as missing.
     """
     state = state_of(model)
     if state is None or state.merged is not None or any(entry.trained for entry in state.applied.values()):

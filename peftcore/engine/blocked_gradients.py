@@ -1,4 +1,4 @@
-"""Checks for adapters that would get no gradient, or a wrong one, because of how the frozen model computes."""
+"""Detect adapters that would get no gradient or a wrong one from the frozen model."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ def refuse_without_gradient(model: nn.Module, attachments: AdapterAttachments, t
     """Raise a PeftcoreError if adapters would get no gradient, or a wrong one.
 
     Args:
-        trains: whether the adapters are to be trained; if not, a blocked gradient only causes a warning.
+        trains: whether the adapters will be trained; if not, a blocked gradient only causes a warning.
 
     Raises:
-        PeftcoreError: adapters would be inside a `torch.autograd.Function` whose input requires no gradient; the
-            product with a weight that another library has wrapped or packed passes no gradient to its input; or the
-            model runs an adapted module under `torch.no_grad`.
+        PeftcoreError: an adapter would be inside a `torch.autograd.Function` whose input requires no gradient; another
+            library's linear layer passes no gradient to its input; or the model runs an adapted module under
+            `torch.no_grad`.
     """
     if trains:
         _refuse_no_grad(model, attachments)
@@ -49,7 +49,7 @@ def refuse_without_gradient(model: nn.Module, attachments: AdapterAttachments, t
 def _refuse_no_grad(model: nn.Module, attachments: AdapterAttachments) -> None:
     """Refuse adapters at modules that the model runs under `torch.no_grad` (indexers of DeepSeek's sparse attention).
 
-    For base parameters there is only a warning, since methods choose them by kind, such as all biases.
+    Trained base parameters there only cause a warning, since methods select them by kind, such as all biases.
     """
     idle = modules_without_gradients(model)
     reason = f"{type(model).__name__} runs it under torch.no_grad, so it gets no gradient"
@@ -66,7 +66,7 @@ def _refuse_no_grad(model: nn.Module, attachments: AdapterAttachments) -> None:
 
 
 def _refuse_in_function(model: nn.Module, attachments: AdapterAttachments) -> None:
-    """Refuse layers inside a `torch.autograd.Function` (Reformer's), unless its input requires gradients."""
+    """Refuse layers inside a `torch.autograd.Function` (as in Reformer) unless its input requires gradients."""
     function_paths = observe(model).in_function
     if not function_paths or getattr(model, "_require_grads_hooks", None):
         return
@@ -84,10 +84,10 @@ def _refuse_in_function(model: nn.Module, attachments: AdapterAttachments) -> No
 
 
 def _keep_gradients_of_bitsandbytes(model: nn.Module) -> None:
-    """Keep bitsandbytes' 4-bit layers on the CPU from packing their weight for a kernel without a derivative.
+    """Prevent bitsandbytes' 4-bit layers on the CPU from packing their weight for a kernel without a backward pass.
 
-    bitsandbytes 0.49 and later packs it in the first call in eval mode on a CPU with AVX512-BF16, and then uses that
-    kernel in training too: adapters before the layer would learn from a part of the gradient.
+    On a CPU with AVX512-BF16, bitsandbytes 0.49 and later packs the weight in the first call in eval mode and then uses
+    that kernel in training too: adapters before the layer would miss a part of the gradient.
     """
     for _, module in base_modules(model):
         if module.__dict__.get("support_avx512bf16_for_cpu") and is_bitsandbytes(module):
@@ -95,9 +95,9 @@ def _keep_gradients_of_bitsandbytes(model: nn.Module) -> None:
 
 
 def _blocking_product(model: nn.Module) -> tuple[str, str] | None:
-    """Return (path, class of the weight or layer) of a product that passes no gradient or a wrong one, or None.
+    """Return (path, class of the weight or layer) of a linear layer with a missing or wrong input gradient, or None.
 
-    One layer of each kind is run: linear layers whose weight another library has wrapped, packed or scaled.
+    One layer of each kind is run, among linear layers whose weight another library has wrapped, packed or scaled.
     """
     checked_kinds: set[tuple[type, type, bool]] = set()
     for path, module in base_modules(model):
@@ -112,7 +112,7 @@ def _blocking_product(model: nn.Module) -> tuple[str, str] | None:
 
 
 def _foreign_product(path: str, module: nn.Module) -> tuple[str, str] | None:
-    """Return (path, class) of a linear layer, or of its weight, that another library multiplies; else None."""
+    """Return (path, class of the weight or layer) if another library computes this linear layer, else None."""
     weight: Any = module._parameters.get("weight")
     is_plain = weight is None or (type(weight) is nn.Parameter and weight.itemsize > 1)
     if is_plain and (isinstance(module, nn.Linear) or not hasattr(module, "in_features")):
@@ -133,7 +133,7 @@ def _is_packed(weight: Any) -> bool:
 
 
 def _passes_gradient(model: nn.Module, module: nn.Module) -> bool:
-    """Return whether the gradient of a layer's input agrees with finite differences."""
+    """Return whether the input gradient of a layer agrees with finite differences."""
     forward, weight = partial(original_forward(module), module), module._parameters.get("weight")
     dtype = torch.float32 if weight is None else weight.dtype
     if not dtype.is_floating_point or dtype.itemsize == 1:

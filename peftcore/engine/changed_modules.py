@@ -1,6 +1,6 @@
-"""Detection of modules that were replaced, resized or parametrized after adapters were applied.
+"""Detect modules that were replaced, resized or parametrized after adapters were applied.
 
-The adapter of such a module is not called any more, or does not fit it. Nothing is repaired: functions that read or
+The adapter of such a module is no longer called, or no longer fits. peftcore repairs nothing: functions that read or
 change adapters raise an error that names the module, and `remove` detaches the adapters that are still attached.
 """
 
@@ -25,11 +25,11 @@ _shape = attrgetter("shape")
 
 @dataclass
 class Site:
-    """A module that has adapters.
+    """A module with adapters.
 
     Args:
-        shapes: shapes of its parameters before the first adapter.
-        adapters: number of its adapters.
+        shapes: shapes of the module's parameters before the first adapter.
+        adapters: number of adapters on the module.
     """
 
     shapes: Shapes
@@ -37,7 +37,7 @@ class Site:
 
 
 def parameter_shapes(module: nn.Module) -> Shapes:
-    """Return the shape of each of the module's own parameters by name; empty for a parametrized one."""
+    """Return {name: shape} of the module's own parameters; empty for a parametrized module."""
     # Parameters of other classes, such as bitsandbytes' or DTensor, may change shape when they change device, so their
     # shapes are left empty. ZeRO-3 empties its parameters.
     shapes: dict[str, tuple[int, ...]] = {}
@@ -58,12 +58,12 @@ def find_changes(
     adapter: str | None = None,
     shapes: bool = True,
 ) -> Iterator[tuple[str, str]]:
-    """Yield (path, how it changed) for every module of `sites` that has changed.
+    """Yield (path, description of the change) for every module in `sites` that has changed.
 
     Args:
-        lock: the lock of the model.
+        lock: the model's lock.
         adapter: the adapter that must still be attached; None for all adapters.
-        shapes: also compare the shapes of parameters; False while the model is merged.
+        shapes: also compare parameter shapes; False while the model is merged.
     """
     for path, site in sites:
         module = module_at(model, path)
@@ -80,7 +80,7 @@ def find_changes(
 
 
 def find_changes_of_trained(model: nn.Module, adapter: str, lock: ModelLock) -> Iterator[tuple[str, str]]:
-    """Yield (path, how it changed) for the parameters that `adapter` trains and the modules that own them."""
+    """Yield (path, description of the change) for the base parameters that `adapter` trains and for their modules."""
     tensors = TrainedParameters.of(model, adapter)
     if tensors is None:
         return
@@ -94,7 +94,7 @@ def find_changes_of_trained(model: nn.Module, adapter: str, lock: ModelLock) -> 
 def modules_with_adapter(
     model: nn.Module, adapter: str, paths: Iterable[str], lock: ModelLock
 ) -> list[tuple[str, nn.Module]]:
-    """Return (path, module) where `adapter` is still attached."""
+    """Return (path, module) for each module that `adapter` is still attached to."""
     modules: list[tuple[str, nn.Module]] = []
     for path in paths:
         module = module_at(model, path)
@@ -114,14 +114,14 @@ def with_adapter(model: nn.Module, adapter: str, paths: Iterable[str]) -> Iterat
 
 
 def moved_with_adapter(model: nn.Module, adapter: str, lock: ModelLock) -> Iterator[nn.Module]:
-    """Yield the modules that have `adapter`, at any path: deleting a child of a `Sequential` moves the later ones."""
+    """Yield the modules with `adapter` at any path: deleting a child of a `Sequential` moves the later children."""
     for _, module in base_modules(model):
         if module.__dict__.get(LOCK) is lock and CHILD in module._modules and adapter in adapters_at(module):
             yield module
 
 
 def _replacement_text(module: nn.Module | None) -> str:
-    """Say what is in the place of an adapted module of this model."""
+    """Describe the module that has replaced an adapted module of this model."""
     if module is None:
         return "is gone"
     kind = type(module).__name__
@@ -145,13 +145,13 @@ def _shape_change(module: nn.Module, shapes_before: Shapes) -> str | None:
 
 
 def submodule(model: nn.Module, path: str) -> nn.Module:
-    """Return the module at `path`, like `get_submodule` and usually five times faster."""
+    """Return the module at `path`, like `get_submodule` but usually five times faster."""
     module = module_at(model, path)
     return model.get_submodule(path) if module is None else module
 
 
 def module_at(model: nn.Module, path: str) -> nn.Module | None:
-    """Return the module at `path`, like `submodule`, or None if the model has none there."""
+    """Return the module at `path`, like `submodule`; None if there is no module."""
     module = model
     for name in path.split(".") if path else ():
         child = module._modules.get(name)
@@ -165,16 +165,16 @@ def module_at(model: nn.Module, path: str) -> nn.Module | None:
 
 
 class Snapshot:
-    """Snapshot of the modules that have adapters, while they are unchanged.
+    """Snapshot of the modules with adapters.
 
-    `matches` compares objects without a walk in Python. `find_changes`, which finds out how a module changed, takes
-    longer than everything else in a change of adapters, so it runs only if this check fails.
+    `matches` compares objects without a Python loop over the modules. `find_changes`, which describes each change,
+    would dominate the time of changing adapters, so it runs only if this check fails.
 
     Args:
-        sites, modules: by path of the module.
+        sites, modules: {path of a module: value}.
 
     Attributes:
-        per_sample: whether all modules look up the adapter of each sample.
+        per_sample: whether the modules look up an adapter for each sample.
     """
 
     def __init__(self, model: nn.Module, sites: Mapping[str, Site], modules: Mapping[str, nn.Module], lock: ModelLock):
@@ -203,7 +203,7 @@ class Snapshot:
 
     @staticmethod
     def take(model: nn.Module, sites: Mapping[str, Site], lock: ModelLock) -> Snapshot | None:
-        """Return a snapshot of the modules `sites`; None if one has changed or is not found by its path."""
+        """Return a snapshot of the modules `sites`; None if a module has changed or its path does not exist."""
         modules = {path: _child_at(model, path) for path in sites}
         known_modules = {path: module for path, module in modules.items() if module is not None}
         if not sites or len(known_modules) < len(sites):
@@ -213,7 +213,7 @@ class Snapshot:
         return Snapshot(model, sites, known_modules, lock)
 
     def matches(self, sites: Mapping[str, Site]) -> bool:
-        """Return whether `sites` are exactly these modules, unchanged, and no parameter of the base is trained."""
+        """Return whether `sites` are exactly these modules, unchanged, and no base parameter is trained."""
         return (
             len(sites) == len(self.sites)
             and TRAINED not in self._model
@@ -225,7 +225,7 @@ class Snapshot:
         )
 
     def _types_and_shapes(self) -> tuple[list[type], list[Any]]:
-        """Return (class of each parameter, shapes of the plain ones)."""
+        """Return (class of each parameter, shapes of the plain parameters)."""
         parameters = [table.get(name) for table, name in self._slots]
         return list(map(type, parameters)), [
             _shape(parameter) for parameter in parameters if type(parameter) is nn.Parameter
@@ -233,7 +233,7 @@ class Snapshot:
 
 
 def _steps_to(model: nn.Module, path: str) -> list[tuple[dict[str, Any], str, nn.Module]]:
-    """Return (children of a module, name of a child, the child) for each step on the way to `path`."""
+    """Return (children of a module, name of a child, the child) for each step along `path`."""
     steps = []
     module: Any = model
     for name in path.split(".") if path else ():
@@ -243,7 +243,7 @@ def _steps_to(model: nn.Module, path: str) -> list[tuple[dict[str, Any], str, nn
 
 
 def _child_at(model: nn.Module, path: str) -> nn.Module | None:
-    """Return the module at `path`; None if a step on the way is an attribute that a wrapper forwards, not a child."""
+    """Return the module at `path`; None if a step along it is an attribute of a wrapper rather than a child."""
     module: nn.Module | None = model
     for name in path.split(".") if path else ():
         module = None if module is None else module._modules.get(name)

@@ -1,7 +1,4 @@
-"""Configs of methods, by the name of the method or from a config object of Hugging Face PEFT.
-
-PEFT's objects are read like the fields of a file.
-"""
+"""Make a method's config from its name and fields, or from a config object of Hugging Face PEFT."""
 
 from __future__ import annotations
 
@@ -29,7 +26,7 @@ def config(method: str, /, **fields: Any) -> Any:
 
     Args:
         method: name of the method.
-        fields: fields of its config; the others have their defaults.
+        fields: fields of the config; all other fields have their defaults.
 
     Raises:
         PluginError: the method is not installed or broken.
@@ -53,7 +50,7 @@ def config(method: str, /, **fields: Any) -> Any:
 
 
 def _habit(name: str, value: object) -> str:
-    """Return a hint for an argument of PEFT that is not a config field here, or an empty string."""
+    """Return a hint for an argument of PEFT that is not a config field in peftcore; empty if there is none."""
     if name == "adapter_name":
         return f". The name of the adapter is the argument adapter={value!r} of apply and load"
     if name in COMMON:
@@ -70,13 +67,13 @@ def is_of_peft(config: Any) -> bool:
 
 
 def config_of_peft(model: nn.Module, config: Any) -> tuple[Method, Any]:
-    """Return (method, config) for an object of PEFT, as if read from an `adapter_config.json`.
+    """Return (method, config) for a config object of PEFT, as if read from an `adapter_config.json`.
 
-    PEFT fills in what it fills in for a model type, such as `target_modules`.
+    Defaults for the type of model, such as `target_modules`, are filled in by PEFT.
 
     Raises:
-        PluginError: no installed method reads it, or several do.
-        PeftcoreError: it has a field or value that the method does not support.
+        PluginError: no installed method reads the config, or several do.
+        PeftcoreError: the config has a field or value that the method does not support.
     """
     where = f"peft.{type(config).__name__}"
     peft_type = _plain(getattr(config, "peft_type", None))
@@ -95,7 +92,7 @@ def config_of_peft(model: nn.Module, config: Any) -> tuple[Method, Any]:
 
 
 def _with_peft_defaults(where: str, model: nn.Module, config: Any) -> Any:
-    """Return a copy with the fields that PEFT fills in from its tables of models."""
+    """Return a copy with defaults from PEFT's tables of model types."""
     config = copy.deepcopy(config)
     if getattr(config, "modules_to_save", None):
         heads = detect(model).task_heads if _plain(config.task_type) in _WITH_HEADS else ()
@@ -108,9 +105,9 @@ def _with_peft_defaults(where: str, model: nn.Module, config: Any) -> Any:
 
 
 def _fill_in_targets(where: str, model: nn.Module, config: Any) -> None:
-    """Replace None in fields of module names by PEFT's defaults for the type of model.
+    """Replace None in fields of module names by PEFT's default for the type of model.
 
-    PEFT has a table for each `peft_type` and field. If it has none, the method's own default for None applies.
+    PEFT has a table for each `peft_type` and field. Without a table, the method's own meaning of None applies.
     """
     tables = vars(importlib.import_module("peft.utils.constants"))
     peft_type = _plain(config.peft_type).replace("_", "")
@@ -129,10 +126,10 @@ def _fill_in_targets(where: str, model: nn.Module, config: Any) -> None:
 
 
 def _name_experts(where: str, model: nn.Module, config: Any) -> None:
-    """Make `target_modules` select layers that transformers 5 stacked into `[experts, out, in]`, as PEFT does.
+    """Make `target_modules` select expert layers that transformers 5 stacks into `[experts, out, in]`, as PEFT does.
 
-    PEFT has a table of models: `gate_proj` and `up_proj` together become `gate_up_proj` with twice the rank, and
-    `all-linear` includes them and the router. For other models `all-linear` leaves experts out.
+    For the models in PEFT's table, `gate_proj` and `up_proj` together become `gate_up_proj` with twice the rank, and
+    `all-linear` includes experts and the router. For other models `all-linear` excludes experts.
     """
     try:
         conversion: Any = importlib.import_module("peft.utils.transformers_weight_conversion")
@@ -146,7 +143,7 @@ def _name_experts(where: str, model: nn.Module, config: Any) -> None:
 
 
 def _refuse_experts(where: str, model: nn.Module, config: Any) -> None:
-    """Reject an entry that PEFT ignores (it matches no module) but that would select experts here."""
+    """Reject an entry that would select experts in peftcore but that PEFT ignores, since it matches no module."""
     entries = getattr(config, "target_modules", None)
     if not entries or isinstance(entries, str) or hasattr(config, "target_parameters"):
         return
@@ -166,14 +163,14 @@ def _refuse_experts(where: str, model: nn.Module, config: Any) -> None:
 
 
 def ends_within_a_name(model: nn.Module, modules_to_save: Iterable[str]) -> list[str]:
-    """Return paths that only PEFT matches, by a suffix within a name: its `norm` also matches `input_layernorm`."""
+    """Return paths that only PEFT matches, because it also compares inside names: `norm` matches `input_layernorm`."""
     names = tuple(modules_to_save)
     whole_names = tuple(f".{name}" for name in names)
     return [path for path, _ in base_modules(model) if path.endswith(names) and not f".{path}".endswith(whole_names)]
 
 
 def _plain(value: Any) -> Any:
-    """Return a value in types of JSON."""
+    """Convert a value to JSON types."""
     if isinstance(value, Enum):
         return value.value
     if isinstance(value, (set, frozenset)):
@@ -199,7 +196,7 @@ def _is_as_made(config: Any, name: str, value: Any) -> bool:
 
 
 def _as_fresh(where: str, method: Method, config: Any) -> Any:
-    """Return the config with the defaults of fields that are not saved; reading a file sets other values."""
+    """Reset the fields that are not saved to their defaults: reading from a file has set other values."""
     on_disk = method.state.write_fields(dataclasses.asdict(config))
     for field in dataclasses.fields(config):
         if field.name in on_disk or field.default is dataclasses.MISSING:

@@ -1,4 +1,4 @@
-"""The optimizer that has just stepped, for methods whose `after_step` resets its state."""
+"""The optimizer that has just stepped, for methods whose `after_step` resets optimizer state."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _OPTIMIZER: ContextVar[tuple[Optimizer | None, ...]] = ContextVar("peftcore_opti
 
 
 def unwrapped(optimizer: Any) -> Optimizer | None:
-    """Return the PyTorch optimizer that accelerate may have wrapped; None for None.
+    """Return the PyTorch optimizer inside accelerate's wrapper, if there is one; None for None.
 
     Raises:
-        PeftcoreError: it is not an optimizer.
+        PeftcoreError: `optimizer` is not an optimizer.
     """
     while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
         optimizer = inner
@@ -61,19 +61,19 @@ def current_optimizer() -> Optimizer:
 def reset_optimizer_state(parameters: Iterable[nn.Parameter], *, keep: float = 0.0) -> None:
     """Reset the state of `parameters` in the optimizer that has just stepped; for a method's `after_step`.
 
-    The optimizer's next step treats them as its first: moments are zero, and steps are counted from the start. Learning
-    rates, groups and the state of other parameters stay.
+    For these parameters the next step is like the first one: moments are zero, and the step count starts again.
+    Learning rates, groups and the state of other parameters do not change.
 
     Args:
         parameters: parameters that the optimizer trains.
-        keep: share of the moments to keep, in [0, 1]; if it is above 0, the count of steps also stays. An element keeps
-            its moments if each of them is among this share of largest magnitudes. Otherwise all its moments become
-            zero: a first moment over a second moment of zero would be a huge step. 1 changes nothing, but raises the
-            same errors.
+        keep: fraction of the moments to keep, in [0, 1]; above 0, the step count is kept too. An element keeps its
+            moments if each moment is within this fraction of the largest magnitudes. Otherwise all its moments are set
+            to zero, since a first moment divided by a second moment of zero would give a huge step. With 1 nothing
+            changes, but errors are still raised.
 
     Raises:
-        PeftcoreError: as for `current_optimizer`; or the optimizer does not have these parameters, cannot make
-            state again, or has state of which no part can be kept.
+        PeftcoreError: as for `current_optimizer`; or the optimizer does not have these parameters, cannot recreate its
+            state, or has state that cannot be kept in part.
     """
     optimizer = current_optimizer()
     kind = type(optimizer).__name__

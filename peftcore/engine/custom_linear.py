@@ -2,9 +2,8 @@
 
     y = forward(x; adapter.merged(W, b))
 
-Most adapters add to an output `[..., out]`. At a layer with another output, the layer's own forward runs instead on the
-weight into which the adapter would be merged, if that computes the same in training as well. Otherwise `apply` refuses
-the layer.
+Most adapters add to an output `[..., out]`. For a layer with another output, the layer's original forward runs on the
+merged weight instead, if that is also correct in training. Otherwise `apply` refuses the layer.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ _MOST_GROUPS = 256
 
 
 class MergedLink(Link):
-    """Link of an adapter that is not called: the module's own forward runs on the weight and bias of `merged`."""
+    """Link of an adapter that is not called: the module's original forward runs on the weight and bias of `merged`."""
 
     __slots__ = ()
     calls_adapter = False
@@ -42,7 +41,7 @@ class MergedLink(Link):
         return self.on_weights({})(*args, **kwargs)
 
     def on_weights(self, changes: Mapping[str, Change]) -> Any:
-        """Return the module's own forward on the merged weight, to which an outer adapter's `changes` are applied."""
+        """Return the output of the original forward on the merged weight, after an outer adapter's `changes`."""
         weight, bias = self.weight_and_bias()
         forward = self._base
         while not isinstance(forward, OwnForward):
@@ -55,7 +54,7 @@ class MergedLink(Link):
 
 
 def adapt_custom_linear(model: nn.Module, method: str, attachments: Sequence[Attachment]) -> list[Attachment]:
-    """Return the attachments, with a `MergedLink` where an adapter does not fit the output of a linear layer.
+    """Return the attachments with a `MergedLink` for each adapter that does not fit a linear layer's output.
 
     Raises:
         PeftcoreError: an adapter cannot run at such a layer.
@@ -85,7 +84,7 @@ def adapt_custom_linear(model: nn.Module, method: str, attachments: Sequence[Att
 
 
 def _custom_output(module: nn.Linear) -> Any:
-    """Return an output of a layer that does not return `[..., out]`; None if it does, or if it runs on no input."""
+    """Return an example output if a layer does not return `[..., out]`; None if it does, or fails on all inputs."""
     weight, forward = module.weight, original_forward(module)
     if forward is nn.Linear.forward or not weight.is_floating_point() or weight.itemsize < 2:
         return None
@@ -102,13 +101,13 @@ def _custom_output(module: nn.Linear) -> Any:
 
 
 def _leading_sizes(out_features: int) -> Iterator[tuple[int, ...]]:
-    """Yield leading sizes of inputs to try: rows, and then each number of groups that the outputs may have."""
+    """Yield leading dimensions of inputs to try: rows only, then rows and each possible number of groups."""
     yield (2,)
     yield from ((1, groups) for groups in range(1, _MOST_GROUPS + 1) if out_features % groups == 0)
 
 
 def _leaves_output(module: nn.Linear, adapter: nn.Module) -> bool:
-    """Return whether an adapter returns the layer's output unchanged, as changes of the weight or the input do."""
+    """Return whether an adapter only changes the weight or the input, and returns the layer's output unchanged."""
     output = object()
     try:
         return _try_adapter(module, adapter, lambda _: output) is output
@@ -117,7 +116,7 @@ def _leaves_output(module: nn.Linear, adapter: nn.Module) -> bool:
 
 
 def _why_not_after(adapter: nn.Module, output: Any) -> str | None:
-    """Return why an adapter cannot follow a layer with this output, or None."""
+    """Return the reason why an adapter does not support a layer with this output, or None."""
     shape = getattr(first_of(output), "shape", None)
     if shape is None:
         return "changes outputs that are tensors"
@@ -130,7 +129,7 @@ def _why_not_after(adapter: nn.Module, output: Any) -> str | None:
 
 
 def _why_not_merged(module: nn.Linear, adapter: nn.Module) -> str | None:
-    """Return why the module's own forward on the merged weight would compute something else, or None."""
+    """Return the reason why the original forward on the merged weight would compute something else, or None."""
     if not implements(adapter, Adapter.merged):
         return "changes outputs, not the weight"
     if arguments_read([adapter]) is not None or any(getattr(part, "whole_batch", False) for part in adapter.modules()):
@@ -172,7 +171,7 @@ def _device(adapter: nn.Module) -> torch.device | None:
 
 
 class _StandIn(OwnForward):
-    """`Base` of an adapter that is tried: calls a function, also with changed weights."""
+    """`Base` for testing an adapter: it calls a given function, which also accepts changed weights."""
 
     __slots__ = ()
 

@@ -1,4 +1,4 @@
-"""Initialisation of an adapter from the base's weights or from data: `Method.initialize`."""
+"""Initialise an adapter from the base's weights or from data: `Method.initialize`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Initialize = Callable[[nn.Module, AdapterModules, Any, Iterable[Any] | None], An
 def initializer(method: Method, config: Any) -> tuple[Initialize | None, Any]:
     """Return (`initialize`, config) of `method`, or of the method that it is recorded as.
 
-    `initialize` is None if it would do nothing.
+    `initialize` is None if it would do nothing with this config.
     """
     if method.initialize is None:
         method, config = recorded_as(method, config)
@@ -46,7 +46,7 @@ def takes_batches(method: str, fields: dict[str, Any]) -> bool:
 def initialize_adapter(
     model: nn.Module, adapter: str, initialize: Initialize, method: str, config: Any, batches: Iterable[Any] | None
 ) -> None:
-    """Initialise the inactive `adapter`, and check that nothing else in the model changes.
+    """Initialise the inactive `adapter`, and check that nothing else in the model has changed.
 
     Raises:
         PluginError: `initialize` changed the base.
@@ -88,8 +88,8 @@ def initialize_adapter(
 def in_evaluation_mode(model: nn.Module, adapters: Iterable[str]) -> Iterator[None]:
     """Put the base and `adapters` into evaluation mode inside the block.
 
-    The block's end restores their mode, their gradients, moving buffers, the problem type in the model's config, and
-    PyTorch's random state.
+    At its end, restore their mode and gradients, the buffers that training updates, the problem type in the model's
+    config, and PyTorch's random state.
     """
     modules = [module for _, module in base_modules(model)]
     for name in adapters:
@@ -139,7 +139,7 @@ def _without_gradients(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
 
 @contextmanager
 def _same_problem_types(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Restore the problem type in configs, which transformers' classifiers set in the first call with labels."""
+    """Restore `problem_type` in configs, which transformers' classifiers set in the first call with labels."""
     configs: list[Any] = [vars(module).get("config") for module in modules]
     problem_types = [(config, config.problem_type) for config in configs if hasattr(config, "problem_type")]
     try:
@@ -151,7 +151,7 @@ def _same_problem_types(modules: Iterable[nn.Module]) -> Iterator[None]:
 
 
 def _base(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """Return {name: (id, version)} of the base's tensors, except for buffers that training moves."""
+    """Return {name: (id, version)} of the base's tensors, except for buffers that training updates."""
     moving = {id(buffer) for _, buffer in moving_buffers(model)}
     versions: dict[str, tuple[int, int]] = {}
     for path, module in base_modules(model):

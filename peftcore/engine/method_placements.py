@@ -1,4 +1,4 @@
-"""The placements of a method on a model: resolve its config, call `place`, and check the result."""
+"""Place a method on a model: resolve its config, call `place`, and check the result."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ from peftcore.plugin.validation import check_types
 def placements_for(
     model: nn.Module, method: str | Any, fields: dict[str, Any], building: AbstractContextManager[Any] | None = None
 ) -> AdapterAttachments:
-    """Return the attachments of a method on `model`, checked; the model is not changed.
+    """Return the checked attachments of a method on `model`, without changing the model.
 
     Args:
         model: the model.
         method: name of a method, or a config.
         fields: fields of the config, if `method` is a name.
-        building: context in which the adapters are built, such as `torch.device("meta")`.
+        building: context manager in which the adapters are created, such as `torch.device("meta")`.
 
     Raises:
         PluginError: the method is not installed or broken.
@@ -76,8 +76,8 @@ def _placements_of(method: Method, model: nn.Module, config: Any, architecture: 
     """Return the placements that the method's `place` returns.
 
     Raises:
-        PluginError: `place` fails, or returns something else. If it misses a module in a model with experts, the
-            message says how a method reads the layer of one expert.
+        PluginError: `place` fails, or returns something else. If `place` does not find a module in a model with
+            experts, the message tells how to read the layer of one expert.
     """
     try:
         with registry.naming(method.name, "place"):
@@ -105,7 +105,7 @@ def _placements_of(method: Method, model: nn.Module, config: Any, architecture: 
 
 
 def adapted_paths(placements: Mapping[str, Sequence[Placement]]) -> list[str]:
-    """Return the paths of modules, and full names of parameters, whose adapters have parameters."""
+    """Return the paths of modules and full names of parameters that have an adapter with parameters."""
     paths: list[str] = []
     for path, placed in placements.items():
         for placement in placed:
@@ -115,7 +115,7 @@ def adapted_paths(placements: Mapping[str, Sequence[Placement]]) -> list[str]:
 
 
 def coverage_of(model: nn.Module, attachments: AdapterAttachments) -> Coverage:
-    """Return the share of the weight in layers that has an adapter or a trained parameter."""
+    """Return the fraction of layer weights that have an adapter or are trained."""
     paths = adapted_paths(attachments.placements)
     paths += dict.fromkeys(f"{name.rpartition('.')[0]}." for name in attachments.trained)
     reason = "not selected" if attachments.attached else "without a trained parameter"
@@ -123,7 +123,7 @@ def coverage_of(model: nn.Module, attachments: AdapterAttachments) -> Coverage:
 
 
 def warn_of_little(model: nn.Module, attachments: AdapterAttachments) -> None:
-    """Warn if a config that selects everything misses most of the weight, or experts that it does not exclude."""
+    """Warn if a config without a selection misses most weights, or experts that it does not exclude."""
     if attachments.names_modules:
         return
     share_text, adapted = coverage_of(model, attachments), set(adapted_paths(attachments.placements))
@@ -141,9 +141,9 @@ def warn_of_little(model: nn.Module, attachments: AdapterAttachments) -> None:
 
 
 def with_memory(model: nn.Module) -> AbstractContextManager[Any]:
-    """Return a context in which adapters are allocated, even if the caller is under `torch.device("meta")`.
+    """Return a context manager in which adapters get memory, even under the caller's `torch.device("meta")`.
 
-    Adapters of a model that is itself on the meta device are made there, and no random numbers are drawn.
+    Adapters of a model on the meta device are also created there, without drawing random numbers.
     """
     if next(model.parameters(), torch.empty(0, device="cpu")).is_meta and all(p.is_meta for p in model.parameters()):
         return torch.device("meta")
@@ -153,9 +153,9 @@ def with_memory(model: nn.Module) -> AbstractContextManager[Any]:
 def _saved_modules(
     model: nn.Module, config: Any, architecture: Architecture
 ) -> tuple[Any, Sequence[str], tuple[str, ...]]:
-    """Return (config with explicit `modules_to_save`, their parameters, those of them that are trained separately).
+    """Return (config with explicit `modules_to_save`, names of their parameters, names of the untied parameters).
 
-    A module that is tied to one of them (the head to the embedding) is trained with it, as one parameter, unless the
+    A module tied to one of `modules_to_save` (the head to the embedding) shares the trained parameter, unless the
     config has `ensure_weight_tying=False`.
     """
     module_names = getattr(config, "modules_to_save", ())
@@ -211,7 +211,7 @@ def _own_copy(config: Any) -> Any:
 
 
 def recorded_as(method: Method, config: Any) -> tuple[Method, Any]:
-    """Return the method that an adapter of `method` with this config is recorded as, and its config."""
+    """Return (method, config) to record for an adapter of `method` with this config."""
     if method.recorded_as is None:
         return method, config
     with registry.naming(method.name, "recorded_as"):

@@ -1,4 +1,4 @@
-"""Models whose layers or experts a parallel plan of transformers or PyTorch divides over the ranks."""
+"""Models whose layers or experts are sharded by a parallel plan of transformers or PyTorch."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from peftcore.plugin.placements.on_weight import WeightLink
 
 
 def is_divided(model: nn.Module) -> bool:
-    """Return whether tensor parallelism has divided layers of `model` over the ranks."""
+    """Return whether tensor parallelism shards layers of `model` over the ranks."""
     return ranks.count() > 1 and any(has_plan(module) for _, module in base_modules(model))
 
 
 def follows_plan(model: nn.Module) -> bool:
-    """Return whether only a parallel plan divides `model`, and adapters can follow it at every adapted module."""
+    """Return whether `model` is sharded only by a parallel plan that adapters can follow at every adapted module."""
     if not is_divided(model) or any(fsdp for fsdp, _ in sharded.modules_with_fsdp(model)):
         return False
     return all(
@@ -35,7 +35,7 @@ def follows_plan(model: nn.Module) -> bool:
 
 
 def divide_experts(model: nn.Module, attachments: AdapterAttachments) -> None:
-    """Shard adapters of experts as expert parallelism shards the experts: each rank keeps its experts' factors."""
+    """Shard adapters of experts under expert parallelism: each rank keeps the factors of its experts."""
     for attachment in attachments.attached:
         if attachment.link is WeightLink:
             divide_factors(model.get_submodule(attachment.path), WeightLink.changes_of(attachment.adapter))

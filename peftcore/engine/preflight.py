@@ -1,11 +1,11 @@
-"""Checks of `apply`, `load` and `plan` before anything changes: every refusal is here.
+"""All checks that `apply`, `load` and `plan` make before the model changes.
 
     check_request       the arguments, and the adapters that the model has already
     check_base          the model, before `place` of the method, which reads it
     check_placements    the adapters and trained parameters that the method has placed
     check_new_adapter   the adapter's name and branches, gradients, sharded layers
 
-They run in this order. `plan` changes nothing, so it needs only the two in the middle.
+They run in this order. `plan` changes nothing, so it runs only `check_base` and `check_placements`.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ CHANGE = "apply another adapter"  # as messages name it
 
 
 def check_request(model: nn.Module, adapter: str, dtype: torch.dtype | None, *, activates: bool) -> None:
-    """Raise a PeftcoreError if an adapter of this name cannot be applied to `model` now, whatever its method."""
+    """Raise a PeftcoreError if no adapter with this name can be applied to `model` now, for any method."""
     state = state_of(model) or State()
     check_name(adapter)
     refuse_taken_name(state, adapter)
@@ -69,7 +69,7 @@ def check_base(model: nn.Module) -> None:
 
 
 def check_placements(model: nn.Module, attachments: AdapterAttachments) -> None:
-    """Raise an error if `attachments` cannot be attached to `model`, or would do nothing."""
+    """Raise a PeftcoreError or PluginError if `attachments` cannot be attached to `model` or would have no effect."""
     for check in _PLACEMENTS:
         check(model, attachments)
 
@@ -86,9 +86,9 @@ def check_new_adapter(
     """Raise a PeftcoreError if `attachments` cannot become the adapter named `adapter`.
 
     Args:
-        trains: the adapter is to be trained; a loaded one may only be used.
-        initializes: the method initialises the adapter.
-        has_batches: data was given for that.
+        trains: the adapter will be trained; a loaded adapter may be for inference only.
+        initializes: the method has an `initialize`.
+        has_batches: data for `initialize` was passed.
     """
     if has_batches and not initializes:
         method = attachments.method
@@ -101,7 +101,7 @@ def check_new_adapter(
 
 
 def check_name(adapter: object) -> None:
-    """Raise a PeftcoreError unless `adapter` can be the name of an adapter, a part of keys and paths."""
+    """Raise a PeftcoreError unless `adapter` is a valid adapter name, usable in keys and paths."""
     if not isinstance(adapter, str) or not adapter:
         raise PeftcoreError(f"an adapter's name is a non-empty string, found {adapter!r}")
     for character in "./\\\0":
@@ -143,7 +143,7 @@ def refuse_compiled(model: nn.Module) -> None:
 
 
 def refuse_scripted(model: nn.Module) -> None:
-    """Raise a PeftcoreError if a part of the model is compiled by torch.jit, which hides its code and parameters."""
+    """Raise a PeftcoreError if a submodule is compiled by torch.jit, which hides its code and parameters."""
     for path, module in base_modules(model):
         if isinstance(module, torch.jit.ScriptModule):
             raise PeftcoreError(
@@ -154,7 +154,7 @@ def refuse_scripted(model: nn.Module) -> None:
 
 
 def refuse_lazy(model: nn.Module) -> None:
-    """Raise a PeftcoreError if a parameter has no shape yet."""
+    """Raise a PeftcoreError if a lazy parameter has no shape yet."""
     for name, parameter in base_parameters(model):
         if isinstance(parameter, nn.parameter.UninitializedParameter):
             raise PeftcoreError(f"'{name}' has no shape yet (a lazy module). Run the model once before apply")
@@ -166,7 +166,7 @@ def _is_of_peft(cls: type) -> bool:
 
 
 def refuse_adapters_of_others(model: nn.Module) -> None:
-    """Raise a PeftcoreError if the model, a part or an ancestor of it has adapters of another library or model."""
+    """Raise a PeftcoreError if the model has another library's adapters, or a submodule or parent has adapters."""
     state = state_of(model)
     modules = base_modules(model)
     is_of_peft: Callable[[type], bool] = _is_of_peft  # to mypy a class is not hashable
@@ -219,9 +219,9 @@ _BASE = (
 
 
 def refuse_unregistered_class(model: nn.Module, attachments: AdapterAttachments) -> None:
-    """Raise a PluginError if an adapter has members of `Adapter` but is none, so that they would not be called.
+    """Raise a PluginError if an adapter defines methods of `Adapter` without inheriting from it.
 
-    Also if an adapter has registered a module or tensor of the base.
+    The same error is raised if an adapter has registered a module or tensor of the base.
     """
     method = attachments.method.name
     placements = list(chain.from_iterable(attachment.placements for attachment in attachments.attached))
@@ -308,7 +308,7 @@ def _refuse_registered(model: nn.Module, method: str, placement: Placement, regi
 
 
 def refuse_unknown_paths(model: nn.Module, attachments: AdapterAttachments) -> None:
-    """Raise a PeftcoreError if an adapter is placed at no module, or two are placed at one."""
+    """Raise a PeftcoreError if an adapter has no module, or if a module has two adapters."""
     method, modules = attachments.method.name, dict(base_modules(model))
     paths: set[str] = set()
     for path in attachments.paths:
@@ -327,7 +327,7 @@ def refuse_uncalled(model: nn.Module, attachments: AdapterAttachments) -> None:
 
 
 def refuse_complex(model: nn.Module, attachments: AdapterAttachments) -> None:
-    """Raise a PeftcoreError if an adapter would be at a module with complex parameters, which no method supports."""
+    """Raise a PeftcoreError if an adapted module has complex parameters, which no method supports."""
     for path in attachments.paths:
         for name, parameter in submodule(model, path)._parameters.items():
             if parameter is not None and parameter.is_complex():
@@ -338,9 +338,9 @@ def refuse_complex(model: nn.Module, attachments: AdapterAttachments) -> None:
 
 
 def refuse_more_arguments(model: nn.Module, attachments: AdapterAttachments) -> None:
-    """Raise a PeftcoreError if the model calls a linear layer with more arguments than x: adapters do not pass them on.
+    """Raise a PeftcoreError if the model calls a linear layer with more arguments than x, which adapters would drop.
 
-    Adapters that change the weight are no problem: the layer's own forward runs.
+    Adapters that change the weight are allowed, because the layer's original forward runs.
     """
     custom_paths = set()
     for attachment in attachments.attached:
@@ -364,7 +364,7 @@ def refuse_nothing(model: nn.Module, attachments: AdapterAttachments) -> None:
 
 
 def refuse_untrainable(model: nn.Module, attachments: AdapterAttachments) -> None:
-    """Raise a PeftcoreError if a parameter of the base that is to be trained is missing or has no gradient."""
+    """Raise a PeftcoreError if a base parameter to be trained does not exist or cannot have a gradient."""
     method, parameters = attachments.method.name, dict(base_parameters(model))
     for name in attachments.trained:
         if name not in parameters:
@@ -380,14 +380,14 @@ def refuse_untrainable(model: nn.Module, attachments: AdapterAttachments) -> Non
 
 
 def refuse_trained_twice(model: nn.Module, attachments: AdapterAttachments) -> None:
-    """Raise a PeftcoreError if an active adapter trains a parameter that the new one would train."""
+    """Raise a PeftcoreError if an active adapter already trains a parameter of the new adapter."""
     state = state_of(model) or State()
     record = Applied(attachments.method.name, None, trained=attachments.trained)  # it is active with the others
     refuse_shared(State({**state.applied, "(new)": record}), (*state.active, "(new)"))
 
 
 def refuse_shared(state: State, active: Sequence[str]) -> None:
-    """Raise a PeftcoreError if two of the adapters `active` train the same parameter."""
+    """Raise a PeftcoreError if two of the `active` adapters train the same parameter."""
     owner: dict[str, str] = {}
     for name in active:
         for parameter in state.applied[name].trained:
@@ -439,10 +439,10 @@ def refuse_missing_branches(model: nn.Module, adapter: str, attachments: Adapter
 
 
 def refuse_divided(model: nn.Module, attachments: AdapterAttachments) -> None:
-    """Raise a PeftcoreError if tensor parallelism splits a layer that an adapter would change and cannot follow.
+    """Raise a PeftcoreError if an adapter cannot follow the tensor parallelism of its layer.
 
     Adapters around and after linear layers follow a plan of transformers (see `adaptation.tensor_parallel`). Any other
-    layer must have full parameters, and their gradients, as in one process.
+    layer must have full parameters and gradients on every rank.
     """
     if ranks.count() == 1 and not sharded.is_sharded(model):
         return
@@ -486,10 +486,10 @@ def _divided_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def _follows_division(module: nn.Module, attachment: Attachment, method: str) -> bool:
-    """Return whether an adapter follows the plan that divides its module.
+    """Return whether an adapter can follow the plan that shards its module.
 
     Raises:
-        PeftcoreError: the ranks share out the module's experts, and the adapter is not one of single experts.
+        PeftcoreError: the module's experts are sharded, and the adapter is not made of single experts' adapters.
     """
     if attachment.link.follows_division and division_of(module) is not None:
         return True
@@ -507,7 +507,7 @@ def _follows_division(module: nn.Module, attachment: Attachment, method: str) ->
 def _shared_out(
     module: nn.Module, attachment: Attachment, divided: dict[str, nn.Parameter], *, shards_tokens: bool
 ) -> str | None:
-    """Name, for an error, what is sharded of a module whose adapter needs all of it; None if nothing is."""
+    """Describe, for an error, the sharded part of a module whose adapter needs the full module; None without one."""
     path = attachment.path
     if has_plan(module):
         return f"the work of '{path}'"

@@ -4,7 +4,7 @@ products   adapters with `low_rank` (adapter.py), module by module; an adapter a
 tensors    adapters whose change is linear in their tensors (`neutral`), and trained parameters of the base:
            t = t0 + Σ w_i (t_i - t0), where t0 is the value at which the adapter changes nothing
 
-The sums come from the literature on model merging:
+The weighted sums come from the literature on model merging:
 
 task arithmetic   Σ w_i t_i                                            (Ilharco et al. 2023, arXiv 2212.04089)
 ties              trim, elect a sign, average the values that have it   (Yadav et al. 2023, arXiv 2306.01708)
@@ -43,10 +43,10 @@ class Pruning:
     """Options of `pruned_sum`.
 
     Args:
-        random: drop entries at random and rescale the rest; otherwise keep the entries of largest magnitude.
-        elects: for each entry, average only the tensors that have the majority sign.
+        random: drop random entries and rescale the rest; otherwise keep the entries with the largest magnitudes.
+        elects: average, for each entry, only the tensors with the majority sign.
         density: fraction of entries kept, in (0, 1].
-        majority: how the majority sign is found: "total" sums values, "frequency" sums signs.
+        majority: how the majority sign is determined: "total" sums values, "frequency" sums signs.
         generator: random generator for dropping entries; None for PyTorch's default.
     """
 
@@ -124,7 +124,7 @@ def combine(
     r: int | None = None,
     generator: torch.Generator | None = None,
 ) -> Model:
-    """Add a new, inactive adapter that is a weighted sum of others, like PEFT's `add_weighted_adapter`.
+    """Add a new, inactive adapter that is a weighted sum of existing ones, like PEFT's `add_weighted_adapter`.
 
     If adapter i adds ΔW_i = s_i B_i A_i to a weight, with scale s_i and weight w_i, the new adapter adds
 
@@ -137,19 +137,19 @@ def combine(
         "ties_svd", ...
                   prunes and sums the ΔW_i themselves, then takes the nearest matrix of rank `r`.
 
-    Adapters whose change is linear in their tensors, and trained parameters of the base, are summed directly by "cat"
-    and "linear", and both are exact.
+    "cat" and "linear" sum trained base parameters, and adapters whose change is linear in their tensors, directly; the
+    result is exact.
 
     Args:
-        model: the model the adapters are on.
-        adapters: names of applied adapters, active or not. A module that only some of them change gets their sum.
+        model: a model with the adapters.
+        adapters: names of applied adapters, active or not. In a module that only some of them change, these are summed.
         adapter: name of the new adapter.
-        weights: one number of any sign for each adapter; 1 by default.
-        how: how the sum is formed, see above.
-        density: fraction of entries kept by pruning, in (0, 1].
+        weights: one number per adapter, of any sign; 1 by default.
+        how: the method of summing, see above.
+        density: fraction of entries that pruning keeps, in (0, 1].
         majority_sign_method: "total" (of values) or "frequency" (of signs), for "ties".
         r: rank for "svd" and "..._svd"; by default the largest rank among the adapters.
-        generator: random generator for "dare"; PyTorch's default if None.
+        generator: random generator for "dare"; None for PyTorch's default.
 
     Returns:
         The model.
@@ -216,7 +216,7 @@ def _combine_products(
 
 
 def _method_of_products(model: nn.Module, names: Sequence[str]) -> tuple[Method, Any]:
-    """Return (method, config) of the first of the adapters whose method makes low-rank adapters."""
+    """Return (method, config) of the first adapter whose method makes low-rank adapters."""
     entries = [engine.applied(model, name) for name in names]
     for entry in entries:
         method = registry.method(entry.method)
@@ -230,7 +230,7 @@ def _method_of_products(model: nn.Module, names: Sequence[str]) -> tuple[Method,
 
 
 def _shapes_of_factors(factors: Sequence[LowRank]) -> tuple[tuple[torch.Size, int, bool], ...]:
-    """Return the shapes of products without their rank."""
+    """Return the shapes of low-rank products, without the rank."""
     return tuple((f.a.shape[1:], f.b.shape[0], f.transposed) for f in factors)
 
 
@@ -238,7 +238,7 @@ def _shapes_of_factors(factors: Sequence[LowRank]) -> tuple[tuple[torch.Size, in
 def _product(
     path: str, factors: Sequence[LowRank], weights: Sequence[float], how: str, pruning: Pruning | None, r: int
 ) -> tuple[Tensor, Tensor]:
-    """Return the combined (b, a) of one weight, fp32, in the shapes of its factors."""
+    """Return the combined factors (b, a) of one weight in fp32, in the shapes of the given factors."""
     template = factors[0]
     a, b = [f.a.float().flatten(1) for f in factors], [f.b.float().flatten(1) for f in factors]
     coefficients = [weight * f.scale for f, weight in zip(factors, weights, strict=True)]
@@ -301,7 +301,7 @@ def _combine_tensors(model: nn.Module, names: list[str], weights: list[float], a
 
 
 def _different_constant(constants: Mapping[tuple[str, str], Tensor], expected: Mapping[tuple[str, str], Tensor]) -> str:
-    """Return how the buffers of two adapters differ, or an empty string."""
+    """Describe how the buffers of two adapters differ; return an empty string if they do not."""
     for (path, name), tensor in constants.items():
         if (path, name) not in expected or not torch.equal(tensor, expected[path, name].to(tensor.device)):
             return f"different values of the buffer '{name}' at '{path}'"

@@ -1,6 +1,6 @@
-"""Compatibility of two adapters: whether they compute the same from the same tensors.
+"""Check whether two adapters compute the same from the same tensors.
 
-Modules are compared, not configs, because fields that differ need not matter.
+Modules are compared rather than configs, because not every field that differs affects the computation.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ def difference(one: nn.Module, other: nn.Module, *, numbers: bool = True) -> str
     values are compared.
 
     Args:
-        one: the adapter on the model.
-        other: the adapter compared with it.
-        numbers: also compare attributes that are numbers, such as a scale, a rank, or a probability.
+        one: an adapter on the model.
+        other: the adapter to compare with.
+        numbers: also compare numeric attributes, such as a scale, a rank or a probability.
     """
     if type(one) is not type(other):
         return f"a {type(other).__name__} is not a {type(one).__name__}"
@@ -45,7 +45,7 @@ def _different_attribute(one: nn.Module, other: nn.Module, *, numbers: bool) -> 
 
 
 def _different_tensors(one: nn.Module, other: nn.Module) -> str | None:
-    """Describe a difference between the names of tensors, or between the values of non-persistent buffers."""
+    """Describe a difference in the names of tensors or in the values of non-persistent buffers."""
     for kind in ("_parameters", "_buffers"):
         names = {name for name, tensor in vars(one)[kind].items() if tensor is not None}
         other_names = {name for name, tensor in vars(other)[kind].items() if tensor is not None}

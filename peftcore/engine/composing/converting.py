@@ -1,4 +1,4 @@
-"""`convert`: a low-rank approximation of any adapter's change of weights.
+"""`convert`: approximate the weight changes of any adapter by low-rank products.
 
 B A = the matrix of rank r nearest to W' - W, where (W', b) = merged(W, b)
 """
@@ -33,19 +33,20 @@ def convert(
 ) -> dict[str, float]:
     """Add a new, inactive adapter of `method` that approximates `source` with rank `r`.
 
-    The approximation is exact if `r` is at least the rank of the change, and so if it is the smaller width of the
-    layer.
+    The approximation is exact if `r` is at least the rank of the change; the smaller width of the layer always
+    suffices.
 
     Args:
-        model: the model the adapter is on.
+        model: a model with the adapter.
         source: name of the adapter to approximate.
         method: a method with low-rank adapters: one whose entry in `peftcore.methods()` has `low_rank`.
-        r: rank; None for the smallest rank in each layer that keeps 99 % of the change.
-        adapter: name of the new adapter, by default `SOURCE-METHOD`.
+        r: rank; None for the smallest rank that keeps 99 % of the change, chosen per layer.
+        adapter: name of the new adapter; by default `SOURCE-METHOD`.
 
     Returns:
         The fraction of each weight's change that is kept, |B A| / |W' - W| (Frobenius norm; over all experts of a
-        layer), by path. Where it is k, the relative error is sqrt(1 - k²). It is 1 where nothing is changed.
+        layer), by path. A fraction k means a relative error of sqrt(1 - k²). It is 1 for a weight that the adapter does
+        not change.
 
     Raises:
         PeftcoreError: the adapter does more than change weights (prompts, bottlenecks, biases, `modules_to_save`).
@@ -84,7 +85,7 @@ def convert(
 
 @torch.no_grad()
 def _nearest(changes: Sequence[Change], r: int | None) -> list[Approximation]:
-    """Return the nearest product to each change, all of one rank: `r`, or the largest that any of them needs."""
+    """Return the nearest product to each change, all with the same rank: `r`, or the largest required rank."""
 
     def nearest(change: Change, r: int | None) -> Approximation:
         return nearest_to_matrix(change, r) if isinstance(change, Tensor) else nearest_to_product(*change, r)
@@ -98,10 +99,10 @@ def _nearest(changes: Sequence[Change], r: int | None) -> list[Approximation]:
 def _changes(
     model: nn.Module, adapter: str, path: str, adapter_module: nn.Module, checked_kinds: set[Hashable]
 ) -> dict[str, list[Change]]:
-    """Return the changes that an adapter makes to the weights at `path`, by path; one for each expert.
+    """Return {path: change} of the weights at `path`, with an entry per expert for stacked weights.
 
     Args:
-        checked_kinds: kinds of adapters that were checked before; see `low_rank.why_not`.
+        checked_kinds: kinds of adapters that were already checked; see `low_rank.why_not`.
     """
     module, method = model.get_submodule(path), engine.applied(model, adapter).method
 
@@ -135,10 +136,10 @@ def _exact_products(
     checked_kinds: set[Hashable],
     method: str,
 ) -> dict[str, list[Change]] | None:
-    """Return the changes as the adapters' own low-rank products, by path; None if they are not just products.
+    """Return {path: the adapter's own low-rank product}; None if the adapter does more than add products.
 
     Args:
-        by_name: the adapters of single parameters, by the parameter's name; empty if the adapter acts on the layer.
+        by_name: {name of a parameter: its adapter}; empty if the adapter acts on the whole layer.
     """
     sites = {_joined(path, name): (low_rank.Site(module, name), change) for name, change in by_name.items()}
     sites = sites or {path: (low_rank.Site(module), adapter_module)}

@@ -1,6 +1,6 @@
-"""Adapters that add low-rank products to weights: read their factors, check them, and make new adapters from them.
+"""Read the factors of adapters that add low-rank products, check them, and make new adapters from factors.
 
-The product B A of rank r nearest to a matrix M, or to another product, is given by Eckart and Young (1936). It keeps
+The nearest product B A of rank r to a matrix M is its truncated SVD (Eckart and Young, 1936). It keeps
 
     kept = |B A| / |M|      (Frobenius), so |M - B A| / |M| = sqrt(1 - kept²)
 """
@@ -31,14 +31,14 @@ ENOUGH = 0.99  # fraction of a change to keep if no rank is given
 
 
 class Approximation(NamedTuple):
-    """A low-rank product, B `[out, r]` and A `[r, in]`, and the fraction of the original matrix that it keeps."""
+    """Low-rank factors B `[out, r]` and A `[r, in]`, and the fraction of the original matrix that B A keeps."""
 
     product: LowRank
     kept: float
 
 
 def dense(product: LowRank) -> Tensor:
-    """Return the product times its scale, `[out, in]`, fp32."""
+    """Return the scaled product, fp32 `[out, in]`."""
     return (product.scale * product.b.detach().flatten(1).float()) @ product.a.detach().flatten(1).float()
 
 
@@ -60,7 +60,7 @@ def nearest_to_product(b: Tensor, a: Tensor, r: int | None) -> Approximation:
 
 
 def fraction_kept(approximations: Sequence[Approximation]) -> float:
-    """Return the fraction of the original matrices that several products keep together."""
+    """Return the fraction of all original matrices, taken together, that the products keep."""
     pairs = [(approximation.product.a, approximation.product.b) for approximation in approximations]
     norms = [((b.T @ b) * (a @ a.T)).sum().clamp(min=0).sqrt().item() for a, b in pairs]
     original_norms = [norm / approximation.kept for norm, approximation in zip(norms, approximations, strict=True)]
@@ -79,20 +79,20 @@ def _truncate(u: Tensor, s: Tensor, v: Tensor, r: int | None) -> Approximation:
 
 
 class Site(NamedTuple):
-    """Module an adapter is attached to, and the name of the parameter if it changes a single one."""
+    """A module with an adapter, and the name of the parameter if the adapter changes only one."""
 
     module: nn.Module
     name: str | None = None
 
 
 def has_factors(model: nn.Module, adapter: str) -> bool:
-    """Return whether every adapter with this name exposes `low_rank()`."""
+    """Return whether the adapter defines `low_rank()` on all its modules."""
     adapters = [placed_adapter for _, _, placed_adapter in sites(model, adapter)]
     return bool(adapters) and all(implements(placed_adapter, Adapter.low_rank) for placed_adapter in adapters)
 
 
 def sites(model: nn.Module, adapter: str) -> Iterator[tuple[str, Site, nn.Module]]:
-    """Yield (path, site, adapter); changes of a parameter have the parameter's path."""
+    """Yield (path of the module or of the single changed parameter, site, adapter) for an applied adapter."""
     for path, module_adapter in engine.adapter_modules(model, adapter):
         module = model.get_submodule(path)
         changes = changes_at(module, adapter)
@@ -103,15 +103,15 @@ def sites(model: nn.Module, adapter: str) -> Iterator[tuple[str, Site, nn.Module
 
 
 def factors_of(model: nn.Module, adapter: str, action: str) -> dict[str, list[LowRank]]:
-    """Return the factors of an applied adapter, by path.
+    """Return {path: factors} of an applied adapter.
 
     Args:
         model: the model.
         adapter: name of the adapter.
-        action: what the caller does, for messages, such as `be combined`.
+        action: the operation, for error messages, such as `be combined`.
 
     Raises:
-        PeftcoreError: at some module the adapter does more than add a low-rank product to a weight.
+        PeftcoreError: the adapter of some module does more than add a low-rank product to a weight.
     """
     entry = engine.applied(model, adapter)
     refuse_trained(model, adapter, action)
@@ -133,14 +133,14 @@ def factors_of(model: nn.Module, adapter: str, action: str) -> dict[str, list[Lo
 
 
 def why_not(site: Site, adapter: nn.Module, checked_kinds: set[Hashable], method: str) -> str:
-    """Explain why an adapter is not just the low-rank products of its `low_rank()`; empty if it is.
+    """Return the reason why an adapter is more than the product of its `low_rank()`; empty if it is not.
 
     Args:
         site: where the adapter is attached.
         adapter: the adapter.
-        checked_kinds: kinds of adapters, by class and shapes, whose `merged` was compared with their factors already.
-            The kind of this one is added.
-        method: name of the adapter's method, for messages.
+        checked_kinds: kinds of adapters (class and shapes) whose `merged` has been compared with their factors; updated
+            with this adapter's kind.
+        method: name of the adapter's method, for error messages.
     """
     if not implements(adapter, Adapter.low_rank):
         return "is not a low-rank product added to a weight"
@@ -157,7 +157,7 @@ def why_not(site: Site, adapter: nn.Module, checked_kinds: set[Hashable], method
 
 
 def conversion_hint(call: str, possible: bool = True) -> str:
-    """Return a sentence with the call that makes a low-rank adapter."""
+    """Return a hint that tells how to make a low-rank adapter."""
     able = [f"'{name}'" for name, method in registry.methods().items() if method.low_rank is not None]
     if not possible or not able:
         return "It does not change a weight, so it cannot be converted to a low-rank adapter"
@@ -165,7 +165,7 @@ def conversion_hint(call: str, possible: bool = True) -> str:
 
 
 def refuse_trained(model: nn.Module, adapter: str, action: str) -> None:
-    """Raise a PeftcoreError if an adapter also trains parameters of the base or has its own copies of them."""
+    """Raise a PeftcoreError if an adapter trains base parameters or has its own copies of base tensors."""
     entry, tensors = engine.applied(model, adapter), TrainedParameters.of(model, adapter)
     refuse_saved(model, adapter, action)
     if entry.trained:
@@ -201,19 +201,20 @@ def add(
     *,
     of_weights: bool = False,
 ) -> None:
-    """Apply an inactive adapter made of the products b `[out, r, ...]` · a `[r, ...]`, by path.
+    """Apply a new, inactive adapter made of the products b `[out, r, ...]` · a `[r, ...]`.
 
     Args:
         model: the model.
         name: name of the new adapter.
         method: its method.
-        template: a config of the method whose fields are kept, except those that depend on modules and ranks; or None.
+        template: a config of the method to copy fields from, except those that depend on modules and ranks; or None.
         products: (b, a) of each weight, by path.
-        dtype: of the new adapter's parameters; None for the method's default.
-        of_weights: the products have the shape of the weights, `[rows, r]` · `[r, ...]`, not of the method's factors.
+        dtype: dtype of the new adapter's parameters; None for the method's default.
+        of_weights: the products are given in the shape of the weights, `[rows, r]` · `[r, ...]`, rather than in the
+            shape of the method's factors.
 
     Raises:
-        PeftcoreError: the method does not place the products as asked. The model is left unchanged.
+        PeftcoreError: the method does not place adapters at exactly these paths. The model is left unchanged.
     """
     assert method.low_rank is not None
     ranks = {path: pairs[0][0].shape[1] for path, pairs in products.items()}
@@ -245,7 +246,7 @@ def add(
 
 @contextmanager
 def inactive(model: nn.Module, name: str, config: Any, dtype: torch.dtype | None) -> Iterator[None]:
-    """Apply a new adapter and keep all adapters inactive within the block; activate as before afterwards.
+    """Apply a new adapter and disable all adapters within the block; restore the active adapters afterwards.
 
     If the block raises, the new adapter is removed.
     """
@@ -283,7 +284,7 @@ def _fill(factors: LowRank, b: Tensor, a: Tensor, name: str, path: str) -> None:
 
 
 def _extra_tensor(adapter: nn.Module, factors: Sequence[LowRank]) -> str:
-    """Name a tensor that an adapter has besides its factors; empty if there is none, or if factors are computed."""
+    """Return the name of a tensor that is not a factor; empty if there is none, or if factors are computed."""
     tensors = dict(chain(adapter.named_parameters(), adapter.named_buffers()))
     if _are_computed(tensors.values(), factors):
         return ""
@@ -293,7 +294,7 @@ def _extra_tensor(adapter: nn.Module, factors: Sequence[LowRank]) -> str:
 
 
 def _are_computed(tensors: Iterable[Tensor], factors: Sequence[LowRank]) -> bool:
-    """Return whether a factor is computed rather than one of the tensors in `own`."""
+    """Return whether a factor is computed, rather than one of the adapter's tensors `own`."""
     return not _owners(factors) <= set(map(id, tensors))
 
 
@@ -313,10 +314,7 @@ def _owners(factors: Sequence[LowRank]) -> set[int]:
 
 
 def _difference_from_products(site: Site, adapter: Any, factors: Sequence[LowRank], method: str) -> str:
-    """Describe how the adapter's change of a weight differs from its products; empty if it does not.
-
-    The two are compared on a random weight.
-    """
+    """Describe how the adapter's change differs from its products on a random weight; empty if it does not."""
     device = factors[0].a.device
     if site.name is not None:
         shape, bias = torch.Size(shape_of(site.module, site.name)), None
@@ -343,6 +341,6 @@ def _difference_from_products(site: Site, adapter: Any, factors: Sequence[LowRan
 
 
 def as_weight(factors: Sequence[LowRank], shape: torch.Size) -> Tensor:
-    """Return the change of a weight of this shape by the products, fp32."""
+    """Return the change that the products make to a weight of this shape, in fp32."""
     changes = [dense(product).T if product.transposed else dense(product) for product in factors]
     return torch.cat(changes).reshape(shape)

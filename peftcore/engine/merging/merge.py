@@ -1,10 +1,12 @@
-"""Merging: one loop for every method and every weight format.
+"""Merge adapters into weights, by one loop for every method and weight format.
 
 The weight is read through its format in fp32, each active adapter's pure `merged(weight, bias)` is applied, and the
 result is rounded once to the stored dtype. The base's parameters are kept, not overwritten, so `unmerge` is bit exact.
-Before anything is written, each layer is run with the adapters and with the merged weight (merge_check.py).
+Before anything is written, the outputs of each layer with the adapters and with the merged weight are compared
+(merge_check.py).
 
-The error of merging into a quantized weight is measured per layer (merged_layers.py), and refused above a limit.
+The error of merging into a quantized weight is measured per layer (merged_layers.py); above a limit, merging is
+refused.
 """
 
 from __future__ import annotations
@@ -45,23 +47,23 @@ def merge(
     Args:
         model: the model.
         undo: keep the adapters, and a copy of each weight that changes, for `unmerge`. By default the adapters are
-            removed, and the model is a plain model with new weights, as after PEFT's `merge_and_unload`.
+            removed, which leaves a plain model with new weights, as after PEFT's `merge_and_unload`.
         untie: merge into a weight that another module shares (tied embeddings) by giving the adapted module its own
-            copy. By default such a weight is an error, because merging would change the other module too.
-        dtype: replace quantized weights that adapters change by dense ones of this dtype. Without `undo` the whole
-            model is cast to it. By default they are quantized again, see `max_error`.
-        max_error: largest fraction of the adapters' change that quantizing again may lose in any layer, see
-            `merge_error`; None for no limit.
+            copy. By default such a weight raises an error, because merging would also change the other module.
+        dtype: replace quantized weights that adapters change by dense weights of this dtype. Without `undo` the whole
+            model is cast to it. By default changed weights are quantized again, see `max_error`.
+        max_error: largest fraction of the adapters' change that requantizing may lose in any layer, see `merge_error`;
+            None for no limit.
 
     Returns:
         The model.
 
     Raises:
         PeftcoreError: an adapter cannot be merged, or the merged weight would not compute the same; a weight is tied; a
-            result is NaN or Inf; or quantizing again would lose more than `max_error`. The model is left unchanged.
+            result is NaN or Inf; or requantizing would lose more than `max_error`. The model is left unchanged.
 
-    Everything is checked before the first weight is written. After Ctrl-C the model is unchanged as well; without
-    `undo` only until the first layer is written. From then on the model computes the same as before, and other
+    Everything is checked before the first weight is written. Ctrl-C also leaves the model unchanged; without `undo`,
+    only until the first layer is written. After that, an interrupted model still computes the same outputs, but other
     functions refuse it.
 
     Examples:
@@ -176,7 +178,7 @@ def _remove_merged(
     dtype: torch.dtype | None,
     unpacked: dict[str, WeightFormat],
 ) -> None:
-    """Remove the merged adapters, and make modules with unpacked weights plain."""
+    """Remove the merged adapters, and restore the plain class of modules whose weights were unpacked."""
     engine.set_active(model, (), base_exchanged=True)
     # A weight that was packed has another shape now, which is no change by the user.
     for path, site in state.sites.items():
@@ -196,8 +198,8 @@ def _write(layer: MergedLayer, alike: list[list[str]], shared: dict[str, Tensor]
     """Put a merged layer's tensors into the model.
 
     Args:
-        alike: names of shared parameters that the same adapters change; they stay shared.
-        shared: merged parameters of `alike` so far, by the first name; updated.
+        alike: names of tied parameters that the same adapters change; they stay tied.
+        shared: {first name of a parameter in `alike`: its merged value}; updated.
     """
     first_slots = {slot: slots[0] for slots in alike for slot in slots}
     for name, tensor in layer.named():
@@ -207,7 +209,7 @@ def _write(layer: MergedLayer, alike: list[list[str]], shared: dict[str, Tensor]
 
 
 def _require_mergeable(model: nn.Module, action: str) -> engine.State:
-    """Return the record of a model whose adapters can be merged; `action` names the operation in messages."""
+    """Return the record of a model whose adapters can be merged; `action` names the operation in errors."""
     state = engine.require_state(model)
     engine.refuse_merged(state, action)
     engine.refuse_changed(model)
@@ -219,10 +221,9 @@ def _require_mergeable(model: nn.Module, action: str) -> engine.State:
 
 @engine.exclusive("measure the error of merging")
 def merge_error(model: nn.Module) -> dict[str, float]:
-    """Return the fraction of the active adapters' change that `merge` would lose in each quantized layer, by path.
+    """Return {path: fraction of the adapters' change that `merge` would lose} for the quantized layers.
 
-    0 means no loss, 1 means that the error is as large as the change itself. Dense layers are not listed. The model is
-    not changed.
+    0 means no loss; 1 means that the error is as large as the change itself. The model is not changed.
     """
     state = _require_mergeable(model, "measure the error of merging")
     refuse_unmergeable(model, state.active)
@@ -234,13 +235,13 @@ def merge_error(model: nn.Module) -> dict[str, float]:
 def unmerge(model: Model) -> Model:
     """Restore the original weights, bit for bit, and activate the merged adapters again.
 
-    If the model was moved or cast since, the weights are moved and cast with it.
+    If the model has been moved or cast since, the restored weights are moved and cast too.
 
     Returns:
         The model.
 
     Raises:
-        PeftcoreError: nothing is merged, or a merged weight has a different size now. The model is left unchanged.
+        PeftcoreError: nothing is merged, or the size of a merged weight has changed. The model is left unchanged.
 
     Examples:
         >>> peftcore.merge(model, undo=True)
@@ -333,7 +334,7 @@ def _check_lost(losses: dict[str, float], max_error: float | None) -> None:
 
 
 def _merge_trained(model: nn.Module, names: tuple[str, ...], exchange: Exchange) -> None:
-    """Merge the adapters' own copies of base tensors: put a copy of their values into the base's slots."""
+    """Merge the adapters' copies of base tensors: write the copied values into the base."""
     for name in names:
         tensors = TrainedParameters.of(model, name)
         if tensors is None:
@@ -356,10 +357,10 @@ def _put_own_aside(model: nn.Module, names: Iterable[str]) -> None:
 
 
 def tied_weights(model: nn.Module, names: tuple[str, ...], alike: list[list[str]]) -> list[tuple[str, str]]:
-    """Return (adapted module, another name of its parameter) for every adapted weight that is shared.
+    """Return (adapted module, another name of its parameter) for every adapted weight that is tied.
 
     Args:
-        alike: names of shared parameters to leave out.
+        alike: names of tied parameters to skip.
     """
     shared = [slots for slots in _shared(model) if slots not in alike]
     paths = {path for name in names for path in _changed_modules(model, name)} if shared else ()
@@ -373,7 +374,7 @@ def tied_weights(model: nn.Module, names: tuple[str, ...], alike: list[list[str]
 
 
 def _shared(model: nn.Module) -> list[list[str]]:
-    """Return the names of each parameter that has several."""
+    """Return the names of each tied parameter."""
     by_parameter: dict[int, list[str]] = {}
     for name, parameter in base_parameters(model):
         by_parameter.setdefault(id(parameter), []).append(name)
@@ -381,7 +382,7 @@ def _shared(model: nn.Module) -> list[list[str]]:
 
 
 def parameters_changed_alike(model: nn.Module, names: tuple[str, ...]) -> list[list[str]]:
-    """Return the names of shared parameters that the same adapters change under each name; they stay shared."""
+    """Return the names of tied parameters that the same adapters change under each name; they stay tied."""
     changed_by: dict[str, list[int]] = {}
     for name in names:
         for path, adapter in engine.adapter_modules(model, name):
@@ -416,7 +417,7 @@ def _trained_apart(model: nn.Module, names: tuple[str, ...]) -> Iterator[tuple[s
 
 
 def untie_config(model: nn.Module, tied: list[tuple[str, str]]) -> None:
-    """Warn that `tied` weights are not tied any more, and record it in the model's config."""
+    """Warn that the weights `tied` are no longer tied, and record it in the model's config."""
     warn(f"merge untied '{tied[0][0]}' from '{tied[0][1]}', so the model has one more weight")
     config: Any = getattr(model, "config", None)
     if getattr(config, "tie_word_embeddings", None):
@@ -459,7 +460,7 @@ class Exchange:
         table[attribute] = tensor
 
     def undo(self) -> None:
-        """Put the tensors back that were there before."""
+        """Restore the original tensors."""
         for table, attribute, tensor in reversed(self._before):
             table[attribute] = tensor
 

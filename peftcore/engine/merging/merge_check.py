@@ -1,12 +1,12 @@
-"""Check that a merged weight computes what the adapters compute, by running both on random input in float32.
+"""Check a merged weight against its adapters, by running both on random input in float32.
 
     chain(x; W)  =  forward(x; merged W)        within 1e-4 of each output feature's largest value
 
-One check covers adapters and layers that nobody listed: an adapter that changes a bias, two that do not commute, a
-subclass that scales, clips, or normalises. The module is not changed: a shallow copy runs in evaluation mode, without
-hooks, with its own float32 parameters.
+One check covers all adapters and layers, without a list: an adapter that changes a bias, two adapters that do not
+commute, a subclass that scales, clips or normalises. The module is not changed: a shallow copy runs in evaluation mode,
+without hooks, with its own float32 parameters.
 
-It is also observed here whether an embedding only looks up its input, since there are many classes of embeddings.
+This module also observes whether an embedding is a plain lookup, since there are many classes of embeddings.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ _LARGE = 1000.0  # scale of half of the input, for layers that clip
 def refuse_inexact(
     path: str, module: nn.Module, names: Sequence[str], base: nn.Module, merged: nn.Module, changed: Iterable[str]
 ) -> None:
-    """Raise a PeftcoreError unless `merged` computes what the adapters compute around `base`.
+    """Raise a PeftcoreError unless `merged` and `base` with its adapters give the same outputs.
 
     Args:
         path: path of the module.
-        module: the module that `base` and `merged` are evaluated copies of. Must not run under autocast.
+        module: the original of the evaluated copies `base` and `merged`. Must not run under autocast.
         names: the adapters, in order of activation.
         base: copy with the original parameters.
         merged: copy with the merged parameters.
@@ -89,7 +89,7 @@ def refuse_inexact(
 
 
 def own_output(module: nn.Module, *inputs: Tensor, weight: Tensor | None = None) -> Any:
-    """Return the output of the class's own forward in evaluation mode; None if it does not take such inputs.
+    """Return the output of the class's forward in evaluation mode; None if it rejects the inputs.
 
     Args:
         module: the module.
@@ -109,12 +109,12 @@ def evaluated(
 ) -> nn.Module:
     """Return a shallow copy of `module` in evaluation mode, without hooks, with floating tensors cast to `floats`.
 
-    The caller builds the chain of the copy by `adapted.activate`; the chains of modules inside are built here.
+    The caller builds the chain of the copy by `adapted.activate`; this function builds the chains of submodules.
 
     Args:
         module: the module.
-        floats: dtype of floating tensors; None to keep their own.
-        adapters: also copy the adapters of the module itself.
+        floats: dtype of floating-point tensors; None keeps each tensor's dtype.
+        adapters: also copy the adapters attached to the module itself.
         is_root: whether `module` is the outermost one that is copied.
     """
     copy: nn.Module = object.__new__(type(module))
@@ -213,9 +213,9 @@ def _floating(output: Any) -> list[Tensor]:
 
 
 def _difference(output: Tensor, expected: Tensor, module: nn.Module) -> float:
-    """Return the largest difference relative to its feature's largest value.
+    """Return the largest difference of two outputs, relative to the largest value of the feature.
 
-    The first half of the rows has small inputs, the second half large ones; each is compared by itself.
+    The first half of the rows has small inputs and the second half large ones; the halves are compared separately.
     """
     if isinstance(module, _ConvNd):
         output, expected = output.movedim(1, -1), expected.movedim(1, -1)
@@ -233,7 +233,7 @@ def _relative(error_size: Tensor, size: Tensor) -> float:
 
 
 def embed_scale(module: nn.Embedding) -> Tensor | float:
-    """Return the factor by which an embedding scales its output, in the dtype of the multiplication; 1.0 if none."""
+    """Return the factor that an embedding multiplies its output by, in the dtype of the product; 1.0 by default."""
     scale = getattr(module, "embed_scale", None)
     if scale is None:
         return 1.0
@@ -241,7 +241,7 @@ def embed_scale(module: nn.Embedding) -> Tensor | float:
 
 
 def odd_embedding(path: str, module: nn.Module) -> str | None:
-    """Return the error message for an embedding that a method cannot adapt as PEFT does, or None."""
+    """Return an error message if a method cannot adapt this embedding as PEFT does, or None."""
     if not isinstance(module, nn.Embedding):
         return None
     kind, scale = original_class(module).__name__, embed_scale(module)
@@ -255,7 +255,7 @@ def odd_embedding(path: str, module: nn.Module) -> str | None:
 
 
 def looks_up(module: nn.Embedding) -> bool:
-    """Return whether the module's output is rows of its weight times `embed_scale`."""
+    """Return whether the module returns rows of its weight times `embed_scale`."""
     if module.max_norm is not None or len(list(base_modules(module))) > 1:
         return False
     if original_class(module).forward is nn.Embedding.forward or module.weight.is_meta:

@@ -1,4 +1,4 @@
-"""Adapted modules merged one by one: the merged parameters, checked, and the error of quantizing them again.
+"""Merge adapted modules one by one: compute and check merged parameters, and measure the requantization error.
 
     error = |stored weight - merged weight| / |merged weight - original weight|     (Frobenius norms)
 
@@ -36,8 +36,8 @@ class MergedLayer:
 
     Args:
         tensors: tensors to store, by name in the module.
-        lost: fraction of the change that quantizing again loses; None if nothing is quantized.
-        unpacked: format of the quantized weight that a dense one replaces.
+        lost: fraction of the change that requantizing loses; None if nothing is quantized.
+        unpacked: format of the quantized weight that a dense weight replaces.
     """
 
     path: str
@@ -53,12 +53,13 @@ class MergedLayer:
 
 @dataclass
 class MergedCopies:
-    """Two float32 copies of a module: one with the base's parameters, one with merged parameters.
+    """Two float32 copies of a module, with the base's and with merged parameters.
 
     Args:
         changed: names of the parameters that may differ.
-        packed: formats of the module's own quantized parameters, by name.
-        weight, bias: merged weight and bias in the layout of the module's format, if adapters of the layer gave them.
+        packed: {name of a quantized parameter: its format}.
+        weight, bias: merged weight and bias in the layout of the module's format, if adapters of the layer changed
+            them.
     """
 
     base: nn.Module
@@ -98,13 +99,13 @@ def refuse_unmergeable(model: nn.Module, names: tuple[str, ...]) -> None:
 
 
 def is_mergeable(module: nn.Module, name: str) -> bool:
-    """Return whether the adapter `name` of a module does nothing but change weights."""
+    """Return whether the adapter `name` of a module only changes weights."""
     adapters = adapters_at(module)
     return adapters.links.get(name, Link).is_mergeable(adapters[name])
 
 
 def can_merge(model: nn.Module) -> bool:
-    """Return whether `merge` can write all active adapters into weights: whether they change nothing else.
+    """Return whether `merge` supports all active adapters, because they only change weights.
 
     Raises:
         PeftcoreError: the model has no adapters.
@@ -122,13 +123,13 @@ def merged_layers(
     *,
     checked: bool = False,
 ) -> Iterator[MergedLayer]:
-    """Yield every adapted module, merged and checked: values are finite, and outputs are those of the adapters.
+    """Yield the merged parameters of every adapted module, after checking values and outputs.
 
     Args:
         model: the model.
         names: the adapters, in order of activation.
-        dtype: dtype of a dense weight that replaces a quantized one; None to quantize again.
-        checked: outputs were compared before, so they are not compared again.
+        dtype: dtype of dense weights that replace quantized ones; None to requantize.
+        checked: skip the comparison of outputs, because it was done before.
     """
     entries = {name: engine.applied(model, name) for name in names}
     paths = dict.fromkeys(path for entry in entries.values() for path in entry.paths)
@@ -157,9 +158,9 @@ def merged_layers(
 
 
 def _refuse_read_elsewhere(model: nn.Module, path: str, changed: Iterable[str]) -> None:
-    """Raise a PeftcoreError if code outside of the module at `path` reads a parameter that merging changes.
+    """Raise a PeftcoreError if code outside the module at `path` reads a parameter that merging changes.
 
-    The adapters act only on calls of the module; merged, they would also act on that code (a tied autoencoder).
+    Adapters act only on calls of the module; after merging they would also affect that code (a tied autoencoder).
     """
     reads = external_reads(model)
     for name in changed:
@@ -176,13 +177,13 @@ def _refuse_read_elsewhere(model: nn.Module, path: str, changed: Iterable[str]) 
 def merged_copies(
     path: str, module: nn.Module, methods: Mapping[str, str], layout: WeightFormat | None
 ) -> MergedCopies:
-    """Merge adapters of a module into a copy of it. The module's own tensors are not changed.
+    """Merge adapters of a module into a copy; the module is not changed.
 
     Args:
         path: path of the module.
         module: the module.
         methods: {adapter name: method name}, in order of activation.
-        layout: the module's weight format, or None if it has none.
+        layout: the module's weight format, or None.
 
     Raises:
         PluginError: `merged` of an adapter fails.
@@ -243,7 +244,7 @@ def _merge_change(
 
 
 def _checked(path: str, name: str, result: Any, shape: torch.Size, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Check that the result of `merged` is a weight and bias that can replace the old ones, and return them."""
+    """Check that `merged` has returned a valid weight and bias, and return them."""
     is_pair = isinstance(result, tuple) and len(result) == 2
     weight, new_bias = result if is_pair else (result, None)
     function = f"'merged' of the adapter '{name}' at '{path}'"
@@ -267,7 +268,7 @@ def _shown(value: Any) -> str:
 
 
 def _stored(module: nn.Module, copies: MergedCopies, layout: WeightFormat | None) -> dict[str, Tensor]:
-    """Return the tensors to store for an unquantized module, in their dtypes."""
+    """Return the tensors to store for a dense module, in their original dtypes."""
     tensors: dict[str, Tensor] = {}
     layout_tensors = {} if copies.weight is None or layout is None else layout.write(module, copies.weight)
     for name in copies.changed:
@@ -280,7 +281,7 @@ def _stored(module: nn.Module, copies: MergedCopies, layout: WeightFormat | None
 
 
 def _packed(path: str, module: nn.Module, copies: MergedCopies, dtype: torch.dtype | None) -> MergedLayer:
-    """Merge a module with quantized parameters; its error is that of the worst parameter."""
+    """Merge a module with quantized parameters; its error is the largest error of its parameters."""
     tensors: dict[str, Tensor] = {}
     losses: list[float] = []
     for name in copies.changed:
@@ -329,12 +330,12 @@ def _is_finite(tensor: Tensor) -> bool:
 
 
 def measured_error(model: nn.Module, names: tuple[str, ...], dtype: torch.dtype | None) -> dict[str, float]:
-    """Return the error of merging into each quantized layer, by path."""
+    """Return {path: error of merging} for the quantized layers."""
     return {layer.path: layer.lost for layer in merged_layers(model, names, dtype) if layer.lost is not None}
 
 
 def changes_nothing(model: nn.Module, adapter: str) -> bool:
-    """Return whether merging `adapter` leaves every weight unchanged; False if it does more than change weights."""
+    """Return whether merging `adapter` leaves all weights unchanged; False if it does not only change weights."""
     own_tensors = TrainedParameters.of(model, adapter)
     if own_tensors is not None:
         pairs = zip(own_tensors.values(model), own_tensors.originals(model), strict=True)
