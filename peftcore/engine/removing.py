@@ -1,4 +1,4 @@
-"""`remove`: detach adapters, and restore the base after the last one."""
+"""`remove`: detach adapters, and restore the base when the last one is removed."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from peftcore.plugin.method import Model
 @with_argument_hints
 @exclusive("remove adapters", base=True)
 def remove(model: Model, adapter: str | None = None) -> Model:
-    """Remove one adapter, or all. Removing the last one restores the model bit for bit to what it was before `apply`.
+    """Remove one adapter, or all. Removing the last one restores the model bit for bit to its state before `apply`.
 
     Args:
         model: the model.
@@ -56,7 +56,7 @@ def detach_adapter(model: nn.Module, adapter: str) -> dict[str, str]:
     """Detach an adapter, and restore the base if it was the last one.
 
     Returns:
-        {path: how the module was changed after `apply`}, for the modules that are left as they are.
+        {path: description of the change} for modules that were changed after `apply`; these are left unchanged.
     """
     state = require_state(model)
     refuse_needed(state, adapter)

@@ -1,4 +1,4 @@
-"""Adapters of a model that is replicated or sharded over ranks: the same on all ranks, and sharded block by block."""
+"""Keep adapters equal on all ranks, and find the blocks in which a model is sharded."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ from peftcore.plugin import ranks
 
 
 def broadcast_adapters(model: nn.Module) -> None:
-    """Copy rank 0's adapters and their buffers to every rank, since they may be initialised randomly. Collective."""
+    """Copy rank 0's adapters and their buffers to every rank, since their random initial values may differ.
+
+    Collective.
+    """
     state = state_of(model)
     tensors: list[Tensor] = []
     for name in state.applied if state is not None else ():
@@ -27,7 +30,7 @@ def broadcast_adapters(model: nn.Module) -> None:
 
 
 def check_ranks(model: nn.Module) -> None:
-    """Raise a PeftcoreError on every rank unless all have the same model with the same adapters. Collective."""
+    """Raise a PeftcoreError on every rank unless all ranks have the same model with the same adapters. Collective."""
     base = {id(p): (name, p) for name, p in base_parameters(model)}.values()
     facts = {"base": f"{type(model).__name__} with {_digest(base)}"}
     if (state := state_of(model)) is not None:
@@ -38,7 +41,7 @@ def check_ranks(model: nn.Module) -> None:
 
 
 def blocks(model: nn.Module) -> Iterator[nn.Module]:
-    """Yield the repeated blocks of a model: the members of its outermost `ModuleList`s."""
+    """Yield the blocks of a model: the members of its outermost `ModuleList`s."""
     outer: list[str] = []
     for path, module in base_modules(model):
         if isinstance(module, nn.ModuleList) and not any(path.startswith(f"{other}.") for other in outer):
@@ -47,13 +50,13 @@ def blocks(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def between_blocks(model: nn.Module) -> set[nn.Parameter]:
-    """Return the parameters that several blocks share, as adapters in them may. `fully_shard` must not shard them."""
+    """Return the parameters that several blocks share, such as shared adapters. `fully_shard` must not shard them."""
     counts = Counter(chain.from_iterable(block.parameters() for block in blocks(model)))
     return {parameter for parameter, count in counts.items() if count > 1}
 
 
 def refuse_between_blocks(model: nn.Module) -> None:
-    """Raise a PeftcoreError if blocks share a trained parameter, since each block would be sharded by itself."""
+    """Raise a PeftcoreError if blocks share a trained parameter, since blocks are sharded separately."""
     shared = {parameter for parameter in between_blocks(model) if parameter.requires_grad}
     state = state_of(model)
     for adapter, entry in state.applied.items() if state is not None else ():

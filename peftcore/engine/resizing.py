@@ -1,7 +1,7 @@
-"""Refusal to resize a vocabulary while adapters are attached to its embedding or head.
+"""Refuse to resize a vocabulary while adapters are attached to its embedding or head.
 
-transformers replaces the head by a new module, so `forward` would no longer call its adapter. An adapter of the
-embedding would have the old number of rows.
+transformers would replace the head by a new module without its adapter, and an adapter of the embedding would keep the
+old number of rows.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ def refuse_resize(model: nn.Module, modules: Iterable[nn.Module]) -> None:
     """Raise a PeftcoreError if an adapter is attached to one of `modules` or trains its parameters.
 
     Args:
-        model: the model, or the part of it that `modules` are in.
-        modules: modules whose number of rows is about to change; modules that are tied to them change as well.
+        model: the model, or the submodule that contains `modules`.
+        modules: modules whose number of rows is about to change, along with modules tied to them.
     """
     state = state_of(model)
     if state is not None and state.merged is not None:

@@ -1,4 +1,4 @@
-"""`scale`: multiply an adapter's change by a factor, which its modules and its record keep as `multiplier`."""
+"""`scale`: multiply an adapter's change by a factor, stored as `multiplier` on its modules and its record."""
 
 from __future__ import annotations
 
@@ -23,10 +23,11 @@ from peftcore.plugin.registry import registry
 
 @exclusive("scale an adapter")
 def scale(model: Model, adapter: str, factor: float) -> Model:
-    """Multiply the change that `adapter` makes by `factor`, which replaces an earlier factor.
+    """Multiply the change that `adapter` makes by `factor`, replacing any earlier factor.
 
-    The factor applies in forward, training, `merge`, batches with `per_sample`, copies, and files, whose config
-    includes it as Hugging Face PEFT reads it. `scale(model, adapter, 1.0)` restores the original output bit for bit.
+    The factor applies in forward, training, `merge`, per-sample batches, copies and files. The config in a file
+    includes it in a form that Hugging Face PEFT reads. `scale(model, adapter, 1.0)` restores the original output bit
+    for bit.
 
     Raises:
         PeftcoreError: the adapter cannot be scaled (prompts, parameters of the base), or is merged.
@@ -42,7 +43,7 @@ def scale(model: Model, adapter: str, factor: float) -> Model:
 
 
 def set_multiplier(model: nn.Module, adapter: str, factor: float) -> None:
-    """Set the factor of an adapter, like `scale` without its checks."""
+    """Set the factor of an adapter, without the checks of `scale`."""
     entry = applied(model, adapter)
     if entry.multiplier == factor:
         return

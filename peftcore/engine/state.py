@@ -1,4 +1,4 @@
-"""Record of a model's adapters. It is an attribute of the model, so that deep copies and pickles include it."""
+"""Record of a model's adapters. The record is an attribute of the model, so that deep copies and pickles include it."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 @dataclass
 class Applied:
-    """One adapter of a model: its method, its config with every choice explicit, and its placements.
+    """One adapter of a model: its method, its resolved config, and its placements.
 
     Args:
-        placements: placements of the method, by the path of the module that carries them. A prompt has several modules,
-            and one module may carry several changes of parameters.
-        trained: names of trained parameters of the base.
-        multiplier: factor of its change, set by `peftcore.scale`.
-        reads: names of the call's arguments that its modules read, or None.
-        whole_batch: whether one of its modules mixes the samples of a batch.
-        frozen: whether `requires_grad` has been cleared on all its parameters.
-        froze: branches that it froze, which become trainable again when it is removed.
-        missed_steps: number of optimizer steps without `after_step`. None if the method does not need it, if it has
-            been called, or after the warning.
+        placements: {path of the adapted module: placements of the method}. A prompt has several modules, and one module
+            may have changes of several parameters.
+        trained: names of trained base parameters.
+        multiplier: factor of the adapter's change, set by `peftcore.scale`.
+        reads: names of the call arguments that the adapter's modules read, or None.
+        whole_batch: whether a module of the adapter mixes the samples of a batch.
+        frozen: whether `requires_grad` has been cleared on all the adapter's parameters.
+        froze: branches that this adapter froze; removing it makes them trainable again.
+        missed_steps: number of optimizer steps without `after_step`. None if the method has no `after_step`, once it
+            has been called, and after the warning.
     """
 
     method: str
@@ -59,12 +59,12 @@ class Applied:
 
     @property
     def paths(self) -> tuple[str, ...]:
-        """Paths of the modules to which it is attached."""
+        """Paths of the modules to which the adapter is attached."""
         return tuple(self.placements)
 
     @cached_property
     def branches(self) -> tuple[str, ...]:
-        """Names of the adapters that it combines."""
+        """Names of the adapters that this one combines."""
         names: list[str] = []
         for placement in chain.from_iterable(self.placements.values()):
             names += placement.branches
@@ -76,12 +76,12 @@ class Merged:
     """State for `unmerge`.
 
     Attributes:
-        active: the adapters that were active.
+        active: the adapters that were active before merging.
         aside: the original tensors, by name.
         tied: the model config's tie_word_embeddings, if merging untied them.
-        lost: fraction of the change that quantizing again lost, by path of the layer.
-        written: (shape, dtype) of the merged tensors, by name.
-        unpacked: formats of quantized weights that dense ones replace.
+        lost: {path of a layer: fraction of the change that requantizing lost}.
+        written: {name: (shape, dtype)} of the merged tensors.
+        unpacked: formats of quantized weights that were replaced by dense ones.
         stopped: progress of a merge that cannot be undone and was interrupted, such as `3 of 12`.
     """
 
@@ -95,7 +95,7 @@ class Merged:
 
     @property
     def reason(self) -> str:
-        """Reason why other functions refuse the model, and what to do."""
+        """Reason why other functions refuse a merged model, and what to do about it."""
         if not self.stopped:
             return "adapters are merged into the base. First peftcore.unmerge(model)"
         return (
@@ -106,9 +106,9 @@ class Merged:
 
 @dataclass
 class State:
-    """Adapters of a model, the active ones in the order of their chain, and the original state of the base.
+    """Adapters of a model, the active ones in chain order, and the original state of the base.
 
-    Thanks to `sites`, a change of one adapter does not visit the modules of all others.
+    `sites` allows changing one adapter without visiting the modules of all others.
     """
 
     applied: dict[str, Applied] = field(default_factory=dict)
@@ -166,7 +166,7 @@ def applied(model: nn.Module, adapter: str) -> Applied:
 
 
 def adapter_modules(model: nn.Module, adapter: str) -> list[tuple[str, nn.Module]]:
-    """Return (path of the adapted module, adapter) for every placement of `adapter` that is still attached."""
+    """Return (path of the adapted module, adapter module) for every placement of `adapter` that is still attached."""
     applied(model, adapter)
     return [
         (path, adapted.adapter_at(module, adapter))
@@ -175,7 +175,7 @@ def adapter_modules(model: nn.Module, adapter: str) -> list[tuple[str, nn.Module
 
 
 def placements(model: nn.Module, adapter: str) -> list[Placement]:
-    """Return each placement of `adapter` that is still attached, once, in the order of placing."""
+    """Return the distinct placements of `adapter` that are still attached, in the order of placing."""
     entry = applied(model, adapter)
     by_id: dict[int, Placement] = {}
     for path, _ in adapter_modules(model, adapter):
@@ -184,7 +184,7 @@ def placements(model: nn.Module, adapter: str) -> list[Placement]:
 
 
 def adapter_parameters(model: nn.Module, adapter: str) -> Iterator[tuple[str, nn.Parameter]]:
-    """Yield (name, parameter) of everything that `adapter` trains, including parameters of the base."""
+    """Yield (name, parameter) of all parameters that `adapter` trains, including base parameters."""
     for path, module in adapter_modules(model, adapter):
         for name, parameter in module.named_parameters():
             yield (f"{path}.{name}" if path else name), parameter
@@ -194,7 +194,7 @@ def adapter_parameters(model: nn.Module, adapter: str) -> Iterator[tuple[str, nn
 
 
 def changed_paths(model: nn.Module) -> dict[str, str]:
-    """Return {path: how it changed} of modules with adapters that changed after `apply`."""
+    """Return {path: description of the change} for modules with adapters that changed after `apply`."""
     state = state_of(model)
     if state is None:
         return {}
@@ -221,7 +221,7 @@ def refuse_changed(model: nn.Module) -> None:
 
 
 def current_snapshot(model: nn.Module, state: State) -> Snapshot | None:
-    """Return the snapshot of the modules with adapters; None if one has changed or an adapter owns base parameters."""
+    """Return the snapshot of the modules with adapters; None if one has changed or base parameters are trained."""
     if state.snapshot is None or not state.snapshot.matches(state.sites):
         state.snapshot = None
         if TRAINED not in model._modules and state.merged is None:
@@ -230,7 +230,7 @@ def current_snapshot(model: nn.Module, state: State) -> Snapshot | None:
 
 
 def changes_of(model: nn.Module, state: State, adapter: str) -> Iterator[tuple[str, str]]:
-    """Yield (path, how it changed) of the modules of `adapter` that changed."""
+    """Yield (path, description of the change) for the modules of `adapter` that changed."""
     sites = ((path, state.sites[path]) for path in state.applied[adapter].paths)
     yield from find_changes(model, sites, state.lock, adapter=adapter, shapes=state.merged is None)
     yield from find_changes_of_trained(model, adapter, state.lock)
@@ -245,19 +245,19 @@ def modules_with(model: nn.Module, state: State, adapter: str) -> list[tuple[str
 
 
 def as_text(changes: dict[str, str], limit: int = 3) -> str:
-    """Return the first `limit` changes as text."""
+    """Format the first `limit` changes as text."""
     parts = [f"'{path}' {change}" for path, change in list(changes.items())[:limit]]
     return "; ".join(parts) + (f"; and {len(changes) - limit} more" if len(changes) > limit else "")
 
 
 def refuse_merged(state: State, action: str) -> None:
-    """Raise a PeftcoreError if adapters are merged; `action`: what is refused, such as `save`."""
+    """Raise a PeftcoreError if adapters are merged; `action` names the refused operation, such as `save`."""
     if state.merged is not None:
         raise PeftcoreError(f"cannot {action}: {state.merged.reason}")
 
 
 def refuse_per_sample(state: State, action: str) -> None:
-    """Raise a PeftcoreError if each sample of a batch has its own adapter; `action`: what is refused."""
+    """Raise a PeftcoreError if activation is per sample; `action` names the refused operation."""
     if state.samples is not None:
         raise PeftcoreError(
             f"cannot {action} while each sample has its own adapter. First call peftcore.activate(model, [...])"
@@ -274,11 +274,11 @@ def check_model(model: object) -> None:
 def exclusively(model: nn.Module, action: str, *, base: bool = False) -> Iterator[None]:
     """Change `model` inside the block, while no other thread calls or changes it.
 
-    A model without adapters tracks no calls: apply before you start threads.
+    A model without adapters does not track calls, so apply adapters before starting threads.
 
     Args:
-        action: what the block does, for messages, such as `merge`.
-        base: the base changes as well, so the block waits for open `disabled` blocks of other threads.
+        action: name of the operation for error messages, such as `merge`.
+        base: the base also changes, so wait for `disabled` blocks of other threads to end.
     """
     check_model(model)
     state = state_of(model)
@@ -290,7 +290,7 @@ def exclusively(model: nn.Module, action: str, *, base: bool = False) -> Iterato
 
 
 def exclusive(action: str, *, base: bool = False) -> Callable[[Function], Function]:
-    """Decorate a function of a model, its first argument, to run inside `exclusively`."""
+    """Decorate a function whose first argument is a model to run inside `exclusively`."""
 
     def decorate(function: Function) -> Function:
         @functools.wraps(function)
@@ -305,12 +305,12 @@ def exclusive(action: str, *, base: bool = False) -> Callable[[Function], Functi
 
 @dataclass(frozen=True)
 class OtherAdapter:
-    """An adapter of a model, with its modules by the path of the adapted module.
+    """An adapter of a model and its modules.
 
     Args:
         name: name of the adapter.
         method: name of its method.
-        config: config of its method, with all choices explicit.
+        config: config of its method, with all defaults resolved.
         modules: {path of the adapted module: the adapter there}. They are the adapter's own modules, not copies.
     """
 
@@ -326,7 +326,7 @@ def has_adapters(model: nn.Module) -> bool:
 
 
 def other_adapter(model: nn.Module, name: str) -> OtherAdapter:
-    """Return the adapter `name` of `model`, for a method that builds on it: a router, a fusion, a second stage.
+    """Return the adapter `name` of `model`, for a method that builds on an existing adapter (a router, a fusion).
 
     Raises:
         PeftcoreError: `model` has no adapter with this name.

@@ -1,4 +1,4 @@
-"""Summaries of a model with adapters (`summary`) and of what `apply` would do (`plan`)."""
+"""Summarize a model with adapters (`summary`), and preview what `apply` would do (`plan`)."""
 
 from __future__ import annotations
 
@@ -42,16 +42,16 @@ from peftcore.plugin.placements.placement import Placement
 
 @dataclass(frozen=True, kw_only=True)
 class Mixture:
-    """The experts of a model, whose weights are parameters `[experts, out, in]`.
+    """Facts about the experts of a model whose weights are stacked, `[experts, out, in]`.
 
     Args:
         modules: number of modules of experts.
         count: number of experts in each module; the largest if they differ.
         per_token: number of experts that a token passes through.
         weights: number of weights of all experts.
-        packed, adapted, idle: how many of them are in 4 bits, have an adapter, and are not used for a token.
-        unfused: why experts with an adapter or in 4 bits run on dense copies of their weights, if some do.
-        one_by_one: whether some experts have their own adapters, so that experts run one after the other.
+        packed, adapted, idle: number of expert weights that are in 4 bits, have an adapter, are not used for a token.
+        unfused: reason why some experts with an adapter or 4-bit weights run on dense copies; empty if none do.
+        one_by_one: whether experts run one after the other because some have individual adapters.
     """
 
     modules: int
@@ -65,7 +65,7 @@ class Mixture:
     one_by_one: bool = False
 
     def describe(self, base_parameters: int) -> str:
-        """Describe the experts in a line; `base_parameters`: number of parameters of the base."""
+        """Describe the experts in one line; `base_parameters` is the number of parameters of the base."""
         execution = ""
         if self.packed or self.adapted:
             execution = "; one expert after the other" if self.one_by_one else "; fused"
@@ -84,9 +84,8 @@ def mixture_of(
     """Return facts about the experts of `model`; None if it has none.
 
     Args:
-        reached: paths of modules and full names of parameters that have adapters.
-        copied: full names of parameters whose change is not a low-rank product.
-        one_by_one: whether some experts have their own adapters.
+        reached: paths of modules and full names of parameters that have adapters. copied: full names of parameters
+            whose change is not a low-rank product. one_by_one: whether some experts have individual adapters.
     """
     names_by_path = expert_weights(model)
     if not names_by_path:
@@ -128,7 +127,7 @@ def mixture_of(
 
 
 def bits_of(module: nn.Module) -> dict[str, tuple[int, int]]:
-    """Return {name: (weights, bytes with scales)} of the module's own parameters that are in 4 bits."""
+    """Return {name: (number of weights, bytes with scales)} of the module's 4-bit parameters."""
     sizes_by_name: dict[str, tuple[int, int]] = {}
     for name, packing in getattr(module, "packings", {}).items():  # `quantization.parameters.PackedParameters`
         parameter = module._parameters[name]
@@ -144,10 +143,10 @@ class Plan:
     """The placements that `apply` would make, and their size.
 
     Args:
-        rows: (path or parameter name, kind, parameters, bytes) of every placement; shared parameters count once.
+        rows: (path or parameter name, kind, number of parameters, bytes) per placement; shared parameters count once.
         matches: number of modules that each resolved pattern of `target_modules` matches.
-        coverage: share of the weight in layers that has an adapter, and the layers without one.
-        buffers, buffer_bytes: number of untrained values in the adapters, and their size.
+        coverage: fraction of layer weights with an adapter, and the layers without one.
+        buffers, buffer_bytes: number of untrained values in the adapters, and their size in bytes.
         experts: facts about the model's experts, if it has any.
     """
 
@@ -185,12 +184,12 @@ class Plan:
 
 @dataclass(frozen=True)
 class AdapterSummary:
-    """One adapter: its method, the number of its modules, and its size, with shared parameters counted once.
+    """One adapter: its method, number of modules, and size; shared parameters count once.
 
     Args:
         config: the method's config.
-        trained: how many parameters of the base it trains.
-        buffers, buffer_bytes: its untrained numbers.
+        trained: number of base parameters that it trains.
+        buffers, buffer_bytes: number of untrained values in it, and their size in bytes.
     """
 
     name: str
@@ -211,12 +210,12 @@ class Summary:
 
     Args:
         trainable_parameters: number of parameters with `requires_grad`.
-        base_bytes: size of the base in bytes, with the scales of 4-bit weights.
-        changed: by path, modules with adapters that were replaced, resized or parametrized since `apply`.
+        base_bytes: size of the base in bytes, including the scales of 4-bit weights.
+        changed: {path: description of the change} of adapted modules that were replaced, resized or parametrized.
         experts: facts about the model's experts, if it has any.
-        packed_parameters, packed_bytes: number of parameters of the base in 4 bits, and their size with scales.
-        without_logits: whether the loss is computed without logits in training (`loss_without_logits`).
-        fused: number of modules of each kind that one operator computes (`fuse`).
+        packed_parameters, packed_bytes: number of 4-bit weights in the base, and their size in bytes with scales.
+        without_logits: whether training computes the loss without logits (`loss_without_logits`).
+        fused: number of fused modules of each kind (`fuse`).
     """
 
     adapters: tuple[AdapterSummary, ...]
@@ -260,7 +259,7 @@ class Summary:
 def plan(model: nn.Module, method: str | Any, /, *, dtype: torch.dtype | None = None, **fields: Any) -> Plan:
     """Return the placements that `apply` would make with these arguments, and their size.
 
-    The model is not changed. The adapters are made on the meta device, so nothing is allocated.
+    The model is not changed. The adapters are created on the meta device and take no memory.
 
     Examples:
         >>> print(peftcore.plan(model, "lora", r=16))   # the model is not changed
@@ -305,7 +304,7 @@ def plan(model: nn.Module, method: str | Any, /, *, dtype: torch.dtype | None = 
 
 
 def _copied_by(placements: Mapping[str, Sequence[Placement]]) -> list[str]:
-    """Return the full names of parameters whose change is not a low-rank product, so adapters copy them."""
+    """Return the names of parameters whose change is not a low-rank product, so that calls copy the parameter."""
     names: list[str] = []
     for path, placements_at in placements.items():
         weights = (placement.copied_weight(path) for placement in placements_at)
@@ -314,7 +313,7 @@ def _copied_by(placements: Mapping[str, Sequence[Placement]]) -> list[str]:
 
 
 def _one_by_one(placements: Mapping[str, Sequence[Placement]]) -> bool:
-    """Return whether some of the placements are at single experts."""
+    """Return whether a placement adapts a single expert."""
     return any(
         any(placement.is_of_expert(path) for placement in placements_at) for path, placements_at in placements.items()
     )
@@ -362,7 +361,7 @@ def _summary(model: nn.Module) -> Summary:
 
 
 def _packed_sizes(model: nn.Module) -> list[tuple[int, int]]:
-    """Return (weights, bytes with scales) of each of the base's parameters that is in 4 bits."""
+    """Return {name: (number of weights, bytes with scales)} of the base's 4-bit parameters."""
     sizes: dict[int, tuple[int, int]] = {}  # a shared parameter counts once
     for _, module in base_modules(model):
         for name, size in bits_of(module).items():
@@ -388,7 +387,7 @@ def _adapter_summary(model: nn.Module, name: str, entry: Applied, *, active: boo
 
 
 def _put_base_back(base: dict[int, tuple[nn.Parameter, int]], model: nn.Module, adapter: str) -> None:
-    """Replace an adapter's own parameters that are in the model now by the base's original ones, in `base`."""
+    """Replace, in `base`, trained parameters that are in the model now by the base's original parameters."""
     tensors = TrainedParameters.of(model, adapter)
     for _, value, original in tensors.in_model(model) if tensors is not None else ():
         if isinstance(original, nn.Parameter):
@@ -397,7 +396,7 @@ def _put_base_back(base: dict[int, tuple[nn.Parameter, int]], model: nn.Module, 
 
 
 def expert_lines(summary: Plan | Summary) -> list[str]:
-    """Return the line about experts, if there are any."""
+    """Return the line of the report about experts; empty if there are none."""
     return [] if summary.experts is None else [summary.experts.describe(summary.base_parameters)]
 
 
@@ -412,7 +411,7 @@ def counted(kinds: dict[str, int]) -> str:
 
 
 def share(part: int, total: int) -> str:
-    """Return a percentage such as `1.23 %`, or `-` of nothing."""
+    """Return a percentage such as `1.23 %`, or `-` if the total is 0."""
     return f"{100 * part / total:.2f} %" if total else "-"
 
 
@@ -422,7 +421,7 @@ def megabytes(count: float) -> str:
 
 
 def _base_of(model: nn.Module) -> dict[int, tuple[nn.Parameter, int]]:
-    """Return {id: (parameter of the base, number of weights that it represents)}."""
+    """Return {id: (base parameter, number of weights that it represents)}."""
     return {
         id(parameter): (parameter, math.prod(shape_of(module, name)))
         for _, module in base_modules(model)

@@ -1,6 +1,6 @@
-"""Parts of training that methods contribute: loss terms, parameter groups, and `after_step`.
+"""Hooks of methods into training: loss terms, parameter groups, schedules and `after_step`.
 
-PyTorch can call a hook after each step of any optimizer. This module registers one while an adapter waits for its first
+PyTorch can call a hook after each step of any optimizer. This module registers such a hook until an adapter's first
 `after_step`, and warns once, at the second optimizer step without it.
 """
 
@@ -35,7 +35,7 @@ from peftcore.plugin.registry import registry
 
 
 def method_modules(model: nn.Module, adapter: str) -> AdapterModules:
-    """Return the modules of `adapter` that are still attached, each once, and the base parameters that it trains.
+    """Return the distinct modules of `adapter` that are still attached, and the base parameters that it trains.
 
     Raises:
         PeftcoreError: no such adapter is applied, or its method placed two at one path.
@@ -59,17 +59,18 @@ def method_modules(model: nn.Module, adapter: str) -> AdapterModules:
 
 
 def after_step(model: nn.Module, step: int, total_steps: int, *, optimizer: Any = None) -> None:
-    """Run the `after_step` of the methods of the active adapters; trainers call this after each optimizer step.
+    """Run the `after_step` of the active adapters' methods; training loops call it after each optimizer step.
 
-    Call it between `optimizer.step()` and `optimizer.zero_grad()`, while the gradients exist.
+    Call it between `optimizer.step()` and `optimizer.zero_grad()`, while gradients exist.
 
     Args:
-        step: number of the step, from 1.
+        step: 1-based number of the step.
         total_steps: total number of steps.
-        optimizer: the optimizer that has stepped; methods that reset its state need it.
+        optimizer: the optimizer that has stepped; required by methods that reset its state.
 
     Raises:
-        PeftcoreError: no adapter is applied, the numbers are invalid, `optimizer` is not one, or a method needs it.
+        PeftcoreError: no adapter is applied, `step` or `total_steps` is invalid, or `optimizer` is not an optimizer or
+            is missing although a method needs it.
         PluginError: a method has changed the base.
 
     Examples:
@@ -101,7 +102,7 @@ def after_step(model: nn.Module, step: int, total_steps: int, *, optimizer: Any 
 
 
 def _refuse_changed_base(method: Method, before: Mapping[str, int], after: Mapping[str, int]) -> None:
-    """Raise a PluginError if versions of the base's parameters have changed in a method's `after_step`."""
+    """Raise a PluginError if a method's `after_step` has modified base parameters in place."""
     for name, version in after.items():
         if before.get(name, version) != version:
             raise PluginError(
@@ -112,7 +113,7 @@ def _refuse_changed_base(method: Method, before: Mapping[str, int], after: Mappi
 
 
 def set_trained_fields(entry: Applied, method: Method, config: Any) -> None:
-    """Copy `Method.trained_fields` of `config`, which has their values after training, to the adapter's config.
+    """Copy the values of `Method.trained_fields` after training from `config` to the adapter's config.
 
     Raises:
         PluginError: `config` is not a config of the method.
@@ -125,7 +126,7 @@ def set_trained_fields(entry: Applied, method: Method, config: Any) -> None:
 
 
 def scheduled(model: nn.Module, step: int, total_steps: int) -> float:
-    """Return the factor of the learning rate at a step, counted from 1: the product of the methods' schedules."""
+    """Return the learning rate factor at a 1-based step: the product of the methods' schedules."""
     factor = 1.0
     for _, entry, method in _training(model):
         if method.schedule is not None:
@@ -135,19 +136,20 @@ def scheduled(model: nn.Module, step: int, total_steps: int) -> float:
 
 
 def has_schedule(model: nn.Module) -> bool:
-    """Return whether the method of an adapter that trains has its own schedule of the learning rate."""
+    """Return whether the method of a trainable adapter has a learning rate schedule."""
     return any(method.schedule for _, _, method in _training(model))
 
 
 def extra_loss(model: nn.Module) -> Tensor:
-    """Return the sum of the loss terms of the adapters that train: a scalar, 0 if there are none.
+    """Return the sum of the loss terms of all trainable adapters: a scalar, 0 if there are none.
 
-    In your own loop, add it once per optimizer step; with gradient accumulation, add 1/n of it for each of n batches:
+    In a custom training loop, add it once per optimizer step; with gradient accumulation over n batches, add 1/n of it
+    to the loss of each batch:
 
         (model(**batch).loss + peftcore.extra_loss(model)).backward()
 
-    It is computed from the current values of the adapters, so call it after each forward pass. `Trainer`, its
-    subclasses and the command line add it themselves. Collective if adapters are sharded.
+    The loss terms depend on the current values of the adapters, so call this after each forward pass. `Trainer`, its
+    subclasses and the command line add the terms automatically. Collective if adapters are sharded.
 
     Raises:
         PeftcoreError: no adapter is applied, or a method's term is not a scalar or has no gradient.
@@ -166,7 +168,7 @@ def extra_loss(model: nn.Module) -> Tensor:
 
 
 def loss_terms(model: nn.Module) -> dict[str, Tensor]:
-    """Return the terms that `extra_loss` sums, by the adapter's name; adapters without a term are left out."""
+    """Return {adapter: loss term} for the adapters with a term; `extra_loss` sums them."""
     terms: dict[str, Tensor] = {}
     for name, entry, method in _training(model):
         if method.loss is None:
@@ -193,7 +195,7 @@ def _term(term: Any, method: str) -> Tensor | None:
     """Check the result of a method's loss, and return it in float32 or wider.
 
     Raises:
-        PeftcoreError: it is not a scalar, or has no gradient.
+        PeftcoreError: the result is not a scalar, or has no gradient.
     """
     if term is None:
         return None
@@ -215,7 +217,7 @@ def has_loss(model: nn.Module) -> bool:
 
 
 def has_parameter_groups(model: nn.Module) -> bool:
-    """Return whether the method of an adapter that trains has its own parameter groups."""
+    """Return whether the method of a trainable adapter defines parameter groups."""
     return any(method.parameter_groups for _, _, method in _training(model))
 
 
@@ -229,12 +231,12 @@ NOTHING_TRAINS = (
 def parameter_groups(model: nn.Module, lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
     """Return all trainable parameters in groups: `AdamW(peftcore.parameter_groups(model, lr=2e-4, weight_decay=0.01))`.
 
-    The groups of methods come first. All other parameters have `lr`. Matrices also have `weight_decay`; vectors, such
-    as biases, norms and scales, have none.
+    The groups of methods come first. All other parameters get the learning rate `lr`. Matrices also get `weight_decay`;
+    vectors, such as biases, norms and scales, get none.
 
     Raises:
-        PeftcoreError: the model has no adapter, or nothing trains; two groups contain the same parameter, or one
-            contains a tensor that is not a parameter of the model.
+        PeftcoreError: the model has no adapter or no trainable parameter; two groups contain the same parameter; or a
+            group contains a tensor that is not a parameter of the model.
 
     Examples:
         >>> groups = peftcore.parameter_groups(model, lr=2e-4, weight_decay=0.01)
@@ -253,7 +255,7 @@ def parameter_groups(model: nn.Module, lr: float, weight_decay: float = 0.0) -> 
 
 
 def method_groups(model: nn.Module, lr: float, weight_decay: float) -> list[dict[str, Any]]:
-    """Return the parameter groups of the methods whose adapters train, each with `lr` and `weight_decay`."""
+    """Return the parameter groups of the trainable adapters' methods, each with `lr` and `weight_decay`."""
     if state_of(model) is None:
         return []
     names = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -276,7 +278,7 @@ def method_groups(model: nn.Module, lr: float, weight_decay: float) -> list[dict
 
 
 def _parameters_of_group(group: Any, owner: str) -> list[nn.Parameter]:
-    """Return the parameters of a group as torch's optimizers take them: one, several, or (name, parameter) pairs."""
+    """Return the parameters of a group, given as in torch: one parameter, several, or (name, parameter) pairs."""
     params = group["params"] if isinstance(group, dict) and "params" in group else None
     if isinstance(params, Tensor):
         params = [params]
@@ -288,13 +290,13 @@ def _parameters_of_group(group: Any, owner: str) -> list[nn.Parameter]:
 def _record_owner(
     parameters: Iterable[nn.Parameter], owner: str, names: dict[int, str], owners: dict[int, str]
 ) -> None:
-    """Record in `owners` that the groups `owner` contain `parameters`.
+    """Record `owner` as the group of `parameters` in `owners`.
 
     Args:
         names: {id of a parameter of the model: its name}.
 
     Raises:
-        PeftcoreError: one is not a parameter of the model, or is in a group already.
+        PeftcoreError: a tensor is not a parameter of the model, or is already in a group.
     """
     for parameter in parameters:
         name = names.get(id(parameter))
@@ -306,7 +308,7 @@ def _record_owner(
 
 
 def not_in(groups: Iterable[dict[str, Any]], parameters: Iterable[tuple[str, nn.Parameter]]) -> dict[str, nn.Parameter]:
-    """Return the trainable ones of `parameters` that are in no group, by name."""
+    """Return {name: parameter} of the trainable `parameters` that are in no group."""
     grouped = set(map(id, chain.from_iterable(group["params"] for group in groups)))
     return {name: p for name, p in parameters if p.requires_grad and id(p) not in grouped}
 
@@ -321,10 +323,10 @@ def _training(model: nn.Module) -> Iterator[tuple[str, Applied, Method]]:
 
 
 def _base_versions(model: nn.Module, entry: Applied, trained: Iterable[nn.Parameter]) -> dict[str, int]:
-    """Return {name: version} of the frozen base parameters of the modules that an adapter is attached to.
+    """Return {name: version} of the frozen base parameters in the modules that an adapter is attached to.
 
     Args:
-        trained: the adapter's parameters, which are left out: a method may have frozen some for the next steps.
+        trained: the adapter's parameters, to exclude: a method may have frozen some of them for the next steps.
     """
     versions: dict[str, int] = {}
     adapter_ids = {id(parameter) for parameter in trained}
@@ -352,7 +354,7 @@ _handles: list[RemovableHandle] = []  # the hook's handle while it is registered
 
 
 def watch(model: nn.Module) -> None:
-    """Count the optimizer steps on the adapter that was applied last to `model`, if its method needs `after_step`."""
+    """Count the optimizer steps of the adapter last applied to `model`, if its method has an `after_step`."""
     state = state_of(model)
     entry = next(reversed(state.applied.values()), None) if state is not None else None
     if entry is None:
@@ -383,7 +385,7 @@ def _after_optimizer_step(optimizer: Optimizer, _args: tuple[Any, ...], _kwargs:
 
 
 def _has_stepped(model: nn.Module, adapter: str, stepped_ids: set[int]) -> bool:
-    """Return whether the optimizer has stepped a parameter of the adapter that is not on the meta device."""
+    """Return whether the optimizer has updated a parameter of the adapter, ignoring meta tensors."""
     parameters = (parameter for _, parameter in adapter_parameters(model, adapter))
     return any(id(parameter) in stepped_ids and not parameter.is_meta for parameter in parameters)
 
@@ -412,14 +414,14 @@ adapter_applied.subscribe(watch)
 def _term_of_full(modules: Sequence[nn.Module], compute: Callable[[], Tensor | None], method: str) -> Tensor | None:
     """Return `compute()`, run while the sharded parameters of `modules` are gathered. Collective.
 
-    The gradient is equal on every rank. At its end, after the work of `fully_shard`, the backward pass adds each
-    shard's part. Parameters partitioned by ZeRO-3 get the gradient like any other.
+    The gradient is equal on all ranks. Each rank's shard of the gradient is added at the end of the backward pass,
+    after the hooks of `fully_shard`. Parameters partitioned by ZeRO-3 get the gradient like any other.
 
     Args:
-        method: name of the method, for messages.
+        method: name of the method, for error messages.
 
     Raises:
-        PeftcoreError: the result depends on tensors with gradients other than parameters of these modules.
+        PeftcoreError: the result depends on tensors with gradients that are not parameters of these modules.
     """
     parameters = _all_parameters(modules)
     with ExitStack() as stack:
@@ -445,7 +447,7 @@ def _term_of_full(modules: Sequence[nn.Module], compute: Callable[[], Tensor | N
 
 
 def _all_parameters(modules: Iterable[nn.Module]) -> list[nn.Parameter]:
-    """Return the parameters of `modules`, shared ones repeatedly."""
+    """Return the parameters of `modules`; a shared parameter occurs several times."""
     parameters: list[nn.Parameter] = []
     for module in modules:
         parameters += [parameter for _, parameter in module.named_parameters(remove_duplicate=False)]
@@ -453,7 +455,7 @@ def _all_parameters(modules: Iterable[nn.Module]) -> list[nn.Parameter]:
 
 
 def _with_gradients(value: Tensor, gradients: list[tuple[nn.Parameter, Tensor]]) -> Tensor:
-    """Return `value` with these gradients of full parameters; its backward pass adds them to the shards' gradients."""
+    """Attach these gradients of full parameters to `value`; its backward pass adds them to the shards' gradients."""
     parameters = [parameter for parameter, _ in gradients]
     if any(map(sharded.is_zero3, parameters)):
         with sharded.gathered(parameters):  # autograd records the shapes of inputs
@@ -463,7 +465,7 @@ def _with_gradients(value: Tensor, gradients: list[tuple[nn.Parameter, Tensor]])
 
 
 class _ShardGradients(torch.autograd.Function):
-    """A value with known gradients, which `backward` adds to the parameters' gradients at the very end."""
+    """A value with precomputed gradients, which are added at the very end of the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, anchor: Tensor, value: Tensor, shares: list[tuple[nn.Parameter, Tensor]]) -> Tensor:
@@ -488,7 +490,7 @@ class _ShardGradients(torch.autograd.Function):
 
 
 class _KnownGradients(torch.autograd.Function):
-    """A value with known gradients, for ZeRO-3, which takes a parameter's gradient once autograd has summed it."""
+    """A value with precomputed gradients, for ZeRO-3, which reads a gradient once autograd has summed it."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, gradients: list[Tensor], *parameters: Tensor) -> Tensor:
@@ -501,7 +503,7 @@ class _KnownGradients(torch.autograd.Function):
 
 
 def _leaves(value: Tensor) -> Iterator[Tensor]:
-    """Yield the tensors with gradients that `value` was computed from."""
+    """Yield the leaf tensors with gradients that `value` was computed from."""
     nodes = [value.grad_fn]
     visited: set[Node] = set()
     while nodes:

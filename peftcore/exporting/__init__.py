@@ -1,7 +1,7 @@
-"""Models and adapters for other programs: vLLM and SGLang, PEFT, ONNX, and the formats of plugins.
+"""Export models and adapters to other programs: vLLM and SGLang, PEFT, ONNX, and formats added by plugins.
 
-It imports `files`, `quantization` and what is below them. Public names: `peftcore.export`; for plugins
-`adapter_products`; `formats`, `find`, `options_of` and `model_file`: what installed formats have.
+It imports `files`, `quantization` and what is below them. Public names: `peftcore.export`, and `adapter_products` for
+plugins. `formats`, `find`, `options_of` and `model_file` describe the installed formats to the command line.
 """
 
 from peftcore.exporting.export import (

@@ -1,4 +1,4 @@
-"""`export`: a model or an adapter as files for other programs."""
+"""`export`: write a model or an adapter as files for other programs."""
 
 from __future__ import annotations
 
@@ -58,12 +58,13 @@ def export(
         path: file or folder to write.
         format: name of the format. "vllm" writes a folder with the adapter for vLLM and SGLang, with one rank and scale
             for all modules; "peft" a folder for PEFT, as `save` does; "onnx" a file with the model in evaluation mode
-            and its active adapters, merged or not. "gguf", of the package peftcore-gguf, writes a file for llama.cpp
-            and Ollama: the adapter if `adapter` is given, otherwise the model with its current weights, so merge first.
-            Other packages add formats; `peftcore export` lists all.
-        adapter: name of the adapter to write. Formats without models need it only if the model has several.
-        options: options of the format. "gguf" has `tokenizer`, which a model needs (a transformers tokenizer, or the
-            path of a GGUF file that has one), `gguf_type` and `chat_template`.
+            and its active adapters, merged or not. "gguf" (from the package peftcore-gguf) writes a file for llama.cpp
+            and Ollama: the adapter if `adapter` is given, otherwise the model with its current weights, so merge
+            adapters first. Other packages can add formats; `peftcore export` lists all of them.
+        adapter: name of the adapter to write. Formats that only write adapters need it only if the model has several
+            adapters.
+        options: options of the format. "gguf" has `tokenizer` (a transformers tokenizer, or the path of a GGUF file
+            that contains one; required for a model), `gguf_type` and `chat_template`.
 
     Returns:
         The path.
@@ -99,10 +100,12 @@ def export(
 
 
 def formats() -> dict[str, Exporter]:
-    """Return the installed formats by name, sorted. A PluginError of their functions names the plugin.
+    """Return the installed formats by name, sorted.
+
+    Errors in their functions are raised as a PluginError that names the plugin.
 
     Raises:
-        PluginError: two packages offer formats of one name.
+        PluginError: two packages define a format with the same name.
     """
     return {name: _naming_plugin(plugin, exporter) for name, (plugin, exporter) in sorted(registry.exporters().items())}
 
@@ -132,7 +135,7 @@ def find(format: str) -> Exporter:
     """Return a format by its name.
 
     Raises:
-        PeftcoreError: it is not installed.
+        PeftcoreError: the format is not installed.
     """
     known = formats()
     if format in known:
@@ -150,10 +153,10 @@ def find(format: str) -> Exporter:
 
 
 def options_of(exporter: Exporter, options: dict[str, Any]) -> Any:
-    """Return the options of a format from keyword arguments.
+    """Convert keyword arguments to the options of a format.
 
     Raises:
-        PeftcoreError: the format has no such option, or its value has another type.
+        PeftcoreError: the format has no such option, or a value has the wrong type.
     """
     known = [field.name for field in dataclasses.fields(exporter.options)]
     for name in options:
@@ -171,7 +174,7 @@ def model_file(exporter: Exporter, options: dict[str, Any]) -> str:
 
     Raises:
         PeftcoreError: as in `options_of`.
-        PluginError: the format's name has a field that is none of its options.
+        PluginError: the format's file name contains a field that is not one of its options.
     """
     values = options_of(exporter, options)
     fields = {field.name: getattr(values, field.name) for field in dataclasses.fields(values)}
@@ -196,7 +199,7 @@ def _folder_of(path: Path) -> Iterator[None]:
 
 
 def _refuse(model: nn.Module, exporter: Exporter) -> None:
-    """Raise a PeftcoreError if the file would lack a part of the model."""
+    """Raise a PeftcoreError if the file would miss a part of the model."""
     sharded.refuse_sharded(model, "export")
     state = engine.state_of(model)
     if state is not None and state.active and not exporter.with_adapters:

@@ -1,4 +1,4 @@
-"""An adapter as one low-rank product per module, as other programs store it: W + scale · B A."""
+"""Convert an adapter to one low-rank product per module, as other programs store it: W + scale · B A."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from peftcore.plugin.adapter import LowRank
 
 
 def adapter_products(model: nn.Module, adapter: str, what: str) -> dict[str, LowRank]:
-    """Return the products of an applied adapter by the path of their module.
+    """Return {path of a module: low-rank product} of an applied adapter.
 
     Args:
         model: the model.
         adapter: name of the adapter.
-        what: what the caller does, for messages, such as `be written as an adapter of llama.cpp`.
+        what: the operation, for error messages, such as `be written as an adapter of llama.cpp`.
 
     Raises:
         PeftcoreError: the adapter does more than add low-rank products, or contains NaN or Inf.
@@ -46,7 +46,7 @@ def _one(model: nn.Module, adapter: str, path: str, factors: list[LowRank], what
 
 
 def padded(product: LowRank, rank: int, scale: float) -> LowRank:
-    """Return an equal product with this rank, padded with zeros, and this scale."""
+    """Return an equal product with this scale and rank, by padding with zeros."""
     missing = rank - len(product.a)
     b = torch.nn.functional.pad(product.b * (product.scale / scale), (0, missing))
     return LowRank(torch.nn.functional.pad(product.a, (0, 0, 0, missing)), b, scale)

@@ -1,4 +1,4 @@
-"""Write a text model as ONNX with PyTorch's exporter. Active adapters are part of the graph, merged or not."""
+"""Write a text model as ONNX with PyTorch's exporter. The graph includes active adapters, merged or not."""
 
 from __future__ import annotations
 
@@ -26,9 +26,10 @@ PROTOBUF_BYTES = 1_900_000_000  # a protobuf holds at most two gigabytes; larger
 
 
 def write(model: nn.Module, path: Path, _options: NoOptions) -> None:
-    """Write the file: a graph from `input_ids` and `attention_mask`, `[batch, length]` of any size, to logits.
+    """Write a graph from `input_ids` and `attention_mask`, `[batch, length]` of any size, to logits.
 
-    A model without a head returns its last hidden state. There is no cache: each call computes the whole text.
+    The graph of a model without a head returns the last hidden state. It has no cache: each call processes the complete
+    text.
 
     Raises:
         PeftcoreError: the packages `onnx` and `onnxscript` are not installed, or the model cannot be exported.
@@ -70,7 +71,7 @@ _QUIET = RLock()
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Drop warnings, such as those about operators of missing libraries, within the block, of one thread at a time."""
+    """Suppress warnings, such as those about missing libraries, within the block; one thread at a time."""
     with _QUIET, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         verbosity = logging.root.manager.disable
@@ -83,9 +84,9 @@ def _quiet() -> Iterator[None]:
 
 @contextmanager
 def _placed(path: Path) -> Iterator[Path]:
-    """Yield a path of the same name in a new folder; move the files that the block writes there to that of `path`.
+    """Yield a path with the same file name in a temporary folder, and move the files written there next to `path`.
 
-    Files that are at `path` stay as they are until the new ones are complete.
+    Existing files are replaced only when the new ones are complete.
     """
     with TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
         yield Path(folder) / path.name

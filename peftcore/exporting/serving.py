@@ -1,9 +1,9 @@
-"""An adapter's folder for vLLM and SGLang.
+"""Write an adapter folder for vLLM and SGLang.
 
-They read a subset of PEFT's format (vLLM's vllm/lora/peft_helper.py and lora_model.py, SGLang's srt/lora/lora_config.py
-and lora.py): no DoRA, no biases, no whole modules. Older versions silently ignore `rank_pattern`, `alpha_pattern` and,
-in SGLang, `use_rslora`. So the file avoids these: it has one rank, smaller ones padded with zeros, and one scale, by
-which B is multiplied.
+Both read a subset of PEFT's format (vLLM's vllm/lora/peft_helper.py and lora_model.py, SGLang's srt/lora/lora_config.py
+and lora.py), without DoRA, biases and `modules_to_save`. Older versions silently ignore `rank_pattern`, `alpha_pattern`
+and, in SGLang, `use_rslora`. The file does not use these fields: factors are padded with zeros to one rank, and B is
+multiplied so that all modules have one scale.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def write(model: nn.Module, folder: Path, adapter: str, _options: NoOptions) -> 
     """Write the folder.
 
     Raises:
-        PeftcoreError: vLLM and SGLang do not support what the adapter does.
+        PeftcoreError: vLLM and SGLang do not support this kind of adapter.
     """
     if _has_experts(model, adapter):
         low_rank.refuse_trained(model, adapter, WHAT)
@@ -62,7 +62,7 @@ def commands(folder: Path, base: str, _part: str = "adapter") -> list[str]:
 
 
 def remarks(folder: Path, base: str, _part: str = "adapter") -> list[str]:
-    """Return sentences about what may not work there with a folder that `write` wrote."""
+    """Return notes on possible limitations of vLLM and SGLang with a folder that `write` wrote."""
     fields, tensors = fields_of_folder(folder)[0], read_tensors(folder)[0]
     rank, sentences = fields["r"], []
     if base.endswith(".gguf"):

@@ -1,6 +1,6 @@
-"""The backbone of a model for soft prompts and prefixes: where it is, how it is called, how mask and positions grow.
+"""Find a model's backbone for soft prompts and prefixes, read its call, and extend its mask and positions.
 
-In a row into which several texts are packed, positions start again at each text, as transformers expects them.
+In a row with several packed texts, positions restart at each text, as transformers expects.
 """
 
 from __future__ import annotations
@@ -29,12 +29,13 @@ SOFT = "soft_prompt"  # attribute of a call with a soft prompt before the input
 
 
 class Backbone(Adapter):
-    """Adapter around a backbone that reads the call by the backbone's argument names.
+    """Adapter around a backbone that reads the arguments of the call by name.
 
     Args:
-        tokens: number of tokens that the adapter puts before the input.
+        tokens: number of tokens that the adapter inserts before the input.
         cache_argument: name of the backbone's argument for the attention cache.
-        causal: compute positions for padded batches, as `generate` does; an encoder counts from its start.
+        causal: compute positions for padded batches, as `generate` does; an encoder numbers positions from its first
+            column.
     """
 
     whole_batch = True
@@ -71,13 +72,13 @@ class Backbone(Adapter):
         return call
 
     def _cached(self, call: dict[str, Any]) -> tuple[Any, int]:
-        """Return (cache or None, number of tokens in it without prefixes)."""
+        """Return (cache or None, number of tokens in the cache, excluding prefixes)."""
         cache = call.get(self._cache_argument) if self._cache_argument else None
         length = 0 if cache is None else tokens_in(cache)
         return cache, length - getattr(cache, IN_CACHE, 0) if length else 0
 
     def _make_room(self, call: dict[str, Any], past: int) -> int:
-        """Extend the mask by the adapter's tokens and shift the positions after them; return the number of inputs."""
+        """Make room for the adapter's tokens in mask and positions, and return the number of input tokens."""
         length = self._input_length(call, past)
         mask, positions = call.get("attention_mask"), call.get("position_ids")
         if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
@@ -98,7 +99,7 @@ class Backbone(Adapter):
         return length
 
     def _input_length(self, call: dict[str, Any], past: int) -> int:
-        """Return the number of tokens of a call, before the adapter adds its own.
+        """Return the number of tokens of a call, excluding the adapter's tokens.
 
         Raises:
             PeftcoreError: the call has no tokens, or more than the model has positions for.
@@ -123,7 +124,7 @@ class Backbone(Adapter):
 class Positions(Backbone):
     """Adapter around a backbone that computes the decoder's positions from the input and the length of the cache.
 
-    It counts neither padding nor prefixes: the adapter around the decoder adds its own tokens.
+    Padding and prefixes are not counted, because the adapter around the decoder adds its own tokens.
     """
 
     def forward(self, base: Base, *args: Any, **kwargs: Any) -> Any:
@@ -146,14 +147,15 @@ def checked_shape(
     dimensions: Sequence[str],
     known_shape: tuple[int, ...] | None = None,
 ) -> tuple[int, ...]:
-    """Return the shape of the result of a placement's adapter, which has these dimensions.
+    """Return the shape of the tensor that a placement's adapter returns, after checking its dimensions.
 
     Args:
-        dimensions: their names, one of which is "tokens".
-        known_shape: the shape, if the adapter cannot be called now to find out.
+        dimensions: names of the dimensions; one is "tokens".
+        known_shape: the shape, if the adapter cannot be called now to determine it.
 
     Raises:
-        PeftcoreError: the model has no token embedding, the dimensions differ, or no position is left for input.
+        PeftcoreError: the model has no token embedding, the number of dimensions differs, or no position is left for
+            the input.
     """
     kind = type(placement).__name__
     if architecture.embedding is None:
@@ -178,10 +180,10 @@ def checked_shape(
 
 
 def decoder_path(model: nn.Module, architecture: Architecture) -> str:
-    """Return the path of the module that is called with tokens, at prefill and at each step.
+    """Return the path of the module that is called with tokens, both at prefill and at each decoding step.
 
-    Heads of some models (OPT, models with images) call a decoder inside the backbone instead of the backbone, and some
-    models do not declare their backbone.
+    Some models with heads (OPT, vision-language models) call a decoder inside the backbone, and some models do not
+    declare a backbone.
     """
     if architecture.is_encoder_decoder:
         return stacks(model, architecture)[1]
@@ -214,12 +216,12 @@ def stacks(model: nn.Module, architecture: Architecture) -> tuple[str, str]:
 
 
 def arguments_by_name(names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments of a call by name."""
+    """Return {name: value} of a call's arguments."""
     return {**dict(zip(names, args)), **kwargs}  # noqa: B905  # PyTorch 2.9 traces strict=False as True
 
 
 def forward_arguments(module: nn.Module) -> tuple[str, ...]:
-    """Return the names of the module's arguments."""
+    """Return the argument names of the module's forward."""
     return tuple(inspect.signature(original_forward(module)).parameters)[1:]
 
 
@@ -229,7 +231,7 @@ def cache_argument(module: nn.Module) -> str | None:
 
 
 def is_causal(backbone: nn.Module, architecture: Architecture) -> bool:
-    """Return whether the backbone is causal: by its attention modules, its config, or because it takes a cache."""
+    """Return whether the backbone is causal, according to its attention modules, its config, or its cache argument."""
     config = language_config(backbone)
     declared = [getattr(module, "is_causal", None) for module in backbone.modules()] + [getattr(config, "causal", None)]
     if hasattr(config, "add_cross_attention"):  # encoder families that can be decoders
@@ -254,7 +256,7 @@ def input_embedding(module: Any) -> Any:
 
 
 def learned_context(backbone: nn.Module) -> int | None:
-    """Return the size of the table of learned positions; None if positions are computed."""
+    """Return the size of the learned position embedding; None if positions are computed."""
     context = getattr(language_config(backbone), "max_position_embeddings", None)
     tokens = input_embedding(backbone)
     if not isinstance(context, int) or tokens is None:
@@ -269,14 +271,14 @@ def learned_context(backbone: nn.Module) -> int | None:
 
 
 def first_position(backbone: nn.Module) -> int:
-    """Return the position of the first token; in families derived from RoBERTa it follows padding's position."""
+    """Return the position of the first token; in models derived from RoBERTa it follows the position of padding."""
     roberta_embeddings = (m for m in backbone.modules() if hasattr(m, "create_position_ids_from_input_ids"))
     padding = next((getattr(module, "padding_idx", None) for module in roberta_embeddings), None)
     return 0 if padding is None else padding + 1
 
 
 def tokens_in(cache: Any) -> int:
-    """Return the number of tokens in a cache; for a cache of recurrent states only, 1 or 0: whether it has any."""
+    """Return the number of tokens in a cache; with recurrent states only, 1 if the cache is filled and else 0."""
     if not hasattr(cache, "get_seq_length"):
         count = getattr(cache, "seqlen_offset", None)  # xLSTM's
         if count is None:
@@ -292,19 +294,19 @@ def tokens_in(cache: Any) -> int:
 
 
 def prepend(tensor: Tensor, fill: Any, tokens: int) -> Tensor:
-    """Return `tensor [batch, n]` after `tokens` columns made by `fill` (torch.ones, torch.zeros)."""
+    """Prepend `tokens` columns made by `fill` (torch.ones, torch.zeros) to `tensor [batch, n]`."""
     head = fill(tensor.shape[0], tokens, dtype=tensor.dtype, device=tensor.device)
     return torch.cat([head, tensor], dim=-1)
 
 
 def text_starts(call: Mapping[str, Any]) -> Tensor | None:
-    """Return at which tokens texts begin, bool `[batch or 1, tokens]`; None if each row is one text.
+    """Return a mask of the tokens where texts begin, bool `[batch or 1, tokens]`; None if each row is one text.
 
     In a call with a mask `[batch, tokens]`, rows are not packed. Without a mask, a text begins where `position_ids` do
-    not increase by one, or, if these are missing, at the offsets in `cu_seq_lens_q`.
+    not increase by one, or without `position_ids`, at the offsets in `cu_seq_lens_q`.
 
     Args:
-        call: arguments of the model or its backbone by name.
+        call: {name: value} of the arguments of the model or its backbone.
     """
     mask, positions, ends = (call.get(name) for name in ("attention_mask", "position_ids", "cu_seq_lens_q"))
     if isinstance(mask, Tensor) and mask.dim() == 2:
@@ -320,14 +322,14 @@ def text_starts(call: Mapping[str, Any]) -> Tensor | None:
 
 
 def refuse_packed(call: Mapping[str, Any], why: str) -> None:
-    """Raise an error if rows of this call have several texts; a compiled graph contains an assertion instead.
+    """Raise an error if a row contains several texts; a compiled graph gets an assertion instead.
 
     Args:
-        call: arguments of the model or its backbone by name.
-        why: the consequence of a packed row, as a clause.
+        call: {name: value} of the arguments of the model or its backbone.
+        why: the consequence of a packed row, as a clause of the error message.
 
     Raises:
-        PeftcoreError: a row has several texts.
+        PeftcoreError: a row contains several texts.
     """
     message = (
         f"a row packs several examples, as its position_ids or cu_seq_lens say, and {why}. Give each example its own "

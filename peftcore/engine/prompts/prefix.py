@@ -42,7 +42,7 @@ _COUNTS_PADDING = ("mpt", "cpmant", "roformer")
 def place_prefix(
     model: nn.Module, architecture: Architecture, adapter: nn.Module, shape: tuple[int, ...]
 ) -> list[tuple[str, nn.Module]]:
-    """Return (path, adapter) of the backbone and of its attention modules, for a prefix of this shape.
+    """Return (path, adapter) for the backbone and its attention modules, for a prefix of this shape.
 
     Raises:
         PeftcoreError: the cache of the model cannot hold the prefix.
@@ -98,7 +98,7 @@ def place_prefix(
 
 
 def _refuse_reading(model: nn.Module, path: str) -> None:
-    """Raise a PeftcoreError if the backbone at `path` reads tokens in a way that a filled cache does not allow."""
+    """Raise a PeftcoreError if the backbone at `path` reads tokens in a way that does not work with a filled cache."""
     backbone = model.get_submodule(path)
     config = language_config(backbone)
     if isinstance(input_embedding(backbone), nn.ModuleList):
@@ -122,7 +122,7 @@ def _refuse_cache(model: nn.Module, cache_layers: Sequence[Any], *, count: int) 
     """Raise a PeftcoreError unless the model's cache has keys and values for each of the prefix's `count` layers.
 
     Args:
-        cache_layers: the layers of an empty cache; none if the cache makes them when it is filled.
+        cache_layers: the layers of an empty cache; an empty list if layers are created when the cache is filled.
     """
     from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
@@ -163,14 +163,13 @@ def _refuse_widths(model: nn.Module, attentions: dict[str, Any], *, heads: int, 
 
 
 class PrefixAround(Backbone):
-    """Adapter `adapter() -> [layers, 2, kv_heads, tokens, head_dim]` whose result fills the empty cache at prefill.
+    """Adapter around a backbone: `adapter() -> [layers, 2, kv_heads, tokens, head_dim]` fills the cache at prefill.
 
     Args:
-        window: number of tokens that the layer with the smallest window attends to; None for all.
-        blocks: images attend in both directions if the cache is empty.
-        crosses: the backbone is the decoder of an encoder-decoder, whatever its config says.
-        division: how tensor parallelism divides the projections of keys and values, by whole heads; None if it does
-            not.
+        window: smallest attention window of the layers, in tokens; None without one.
+        blocks: with an empty cache, attention within an image is bidirectional.
+        crosses: the backbone is the decoder of an encoder-decoder, even if its config does not declare it.
+        division: how tensor parallelism shards the projections of keys and values by heads; None if it does not.
     """
 
     def __init__(
@@ -238,7 +237,7 @@ class PrefixAround(Backbone):
             )
 
     def _refuse_longer_mask(self, module: nn.Module, mask: Any, length: int) -> None:
-        """Raise a PeftcoreError if a bidirectional backbone, which keeps no cache, is asked for the next token."""
+        """Raise a PeftcoreError if a bidirectional backbone, which has no cache, is called to generate."""
         if not self._causal and mask is not None and mask.shape[1] != length + self.tokens:
             raise PeftcoreError(
                 f"{type(module).__name__} is bidirectional and keeps no cache, but was called with {length} "
@@ -265,7 +264,7 @@ class PrefixAround(Backbone):
         setattr(cache, IN_CACHE, earlier_prefix + self.tokens)
 
     def _refuse_padding(self, module: nn.Module, mask: Any) -> None:
-        """Raise a PeftcoreError if padding between prefix and input would change distances."""
+        """Raise a PeftcoreError if padding between prefix and input would change relative positions."""
         if not isinstance(mask, Tensor) or mask.dim() != 2:
             return
         narrow = self._window is not None and mask.shape[1] + self.tokens > self._window
@@ -285,13 +284,14 @@ class PrefixAround(Backbone):
 
 
 class PrefixLayer(Adapter):
-    """Adapter around one attention module, for activation checkpointing, which calls its layer without the cache.
+    """Adapter around one attention module, for activation checkpointing, which calls the layer without a cache.
 
     The layer runs again in the backward pass, so it must not write into a cache. This adapter passes it a cache that
-    stores nothing and contains this layer's part of the prefix, computed again so that every run has its own graph.
+    does not store anything and that starts with this layer's slice of the prefix, recomputed so that each run has its
+    own graph.
 
     Args:
-        window: number of tokens that the layer attends to, including the token itself; None for all.
+        window: attention window of the layer in tokens, including the token itself; None without one.
     """
 
     whole_batch = True
@@ -321,8 +321,8 @@ class _Stateless:
     """Cache of one layer that stores nothing: it returns keys and values after the prefix.
 
     Args:
-        window: window of the layer. As in transformers' cache and mask, no token sees more than the last `window - 1`
-            tokens of the prefix; None for all.
+        window: attention window of the layer, or None. As in transformers' cache and mask, a token sees at most the
+            last `window - 1` tokens of the prefix.
     """
 
     is_compileable = False
@@ -345,16 +345,17 @@ class _Stateless:
 
 
 def _of_rank(adapter: nn.Module, division: Division | None) -> Tensor:
-    """Return `adapter()`, `[layers, 2, kv_heads, tokens, head_dim]`, with only the heads that this rank computes."""
+    """Return `adapter()`, `[layers, 2, kv_heads, tokens, head_dim]`, sliced to the heads of this rank."""
     key_values: Tensor = adapter()
     return key_values if division is None else division.part(key_values, 2)
 
 
 def _heads_division(attentions: dict[str, Any], heads: int) -> Division | None:
-    """Return how tensor parallelism divides the projections of keys and values in all layers; None if it does not.
+    """Return how tensor parallelism shards the projections of keys and values in all layers; None if it does not.
 
     Raises:
-        PeftcoreError: layers are divided in different ways, or other parts of attention are, or not by whole heads.
+        PeftcoreError: layers are sharded in different ways, other submodules of attention are sharded, or shards split
+            a head.
     """
     if not any(sharded.has_divided(module) for module in attentions.values()):
         return None
@@ -374,7 +375,7 @@ def _heads_division(attentions: dict[str, Any], heads: int) -> Division | None:
 
 
 def _attentions(backbone: nn.Module, prefix: str) -> dict[str, Any]:
-    """Return the innermost modules that take a cache and know their layer, by path: the attention modules."""
+    """Return {path: module} of the attention modules: the innermost modules with a cache argument and a layer index."""
     modules = {
         path: module
         for path, module in base_modules(backbone, prefix)
@@ -388,7 +389,7 @@ def _attentions(backbone: nn.Module, prefix: str) -> dict[str, Any]:
 
 
 def _layer(module: nn.Module) -> int | None:
-    """Return the index of the layer whose part of the cache an attention module uses, or None."""
+    """Return the index of the cache layer that an attention module uses, or None."""
     # GPT-Neo calls it `layer_id`, which is something else in Flaubert.
     is_gpt_neo = getattr(getattr(module, "config", None), "model_type", None) == "gpt_neo"
     index = getattr(module, "layer_idx", getattr(module, "layer_id", None) if is_gpt_neo else None)
@@ -407,15 +408,15 @@ def _new_cache(backbone: Any, crosses: bool) -> Any:
 def _is_shared(layer: Any) -> bool:
     """Return whether a layer of the model shares the keys and values of an earlier one (Gemma 3n).
 
-    It then also shares its prefix, and its own part of the prefix has no effect.
+    Such a layer shares the prefix too, and its own slice of the prefix has no effect.
     """
     return type(layer).__name__ == "DummyLayer"
 
 
 class _DeepCopy:
-    """Deep copy of a cache's layer that keeps the prefix's graph, for models that run layers again on a copy.
+    """`__deepcopy__` of a cache layer that keeps the prefix's autograd graph, for models that rerun layers on a copy.
 
-    It is the layer's `__deepcopy__`, and refers to the layer weakly, or its keys would outlive a step.
+    It refers to the layer weakly, since otherwise the keys would outlive a training step.
     """
 
     def __init__(self, layer: Any) -> None:

@@ -1,13 +1,13 @@
 """A soft prompt: vectors before the embedded input of a decoder, an encoder, or the encoder of an encoder-decoder.
 
-Stand-in tokens precede the input, and the token embedding replaces them by the prompt's vectors:
+Placeholder tokens precede the input, and the token embedding replaces them with the prompt's vectors:
 
     input_ids   s …  s   x_1 …        s is an ordinary token
     embedded    p_1 … p_n  E(x_1) …
 
-So everything else that a model computes from its tokens fits the prompt: masks and positions of images, tables for each
-layer, routing, the place of padding. A compiled graph, which cannot express this, puts the prompt before the embedded
-input if that is equivalent.
+Everything else that a model computes from its tokens then includes the prompt: masks and positions of images, per-layer
+embeddings, routing, the detection of padding. A compiled graph cannot express this; it puts the prompt before the
+embedded input if that is equivalent.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _ADDS_SOUND = ("voxtral_realtime", "voxtral_realtime_text")  # families that pai
 def place_soft_prompt(
     model: nn.Module, architecture: Architecture, adapter: nn.Module, tokens: int, hidden: int
 ) -> list[tuple[str, nn.Module]]:
-    """Return (path, adapter) of the backbone, or of encoder and decoder, for a prompt `[tokens, hidden]`."""
+    """Return (path, adapter) for the backbone, or for encoder and decoder, for a prompt `[tokens, hidden]`."""
     embedding = model.get_submodule(architecture.embedding or "")
     width = getattr(embedding, "embedding_dim", hidden)
     if hidden != width:
@@ -89,7 +89,7 @@ def place_soft_prompt(
 
 
 def _refuse_unreadable(model: nn.Module, path: str, names: Sequence[str]) -> None:
-    """Raise a PeftcoreError if the backbone at `path`, with arguments `names`, cannot take vectors as tokens."""
+    """Raise a PeftcoreError if the backbone at `path`, with arguments `names`, does not support embedded inputs."""
     backbone = model.get_submodule(path)
     if "input_ids" not in names and "inputs_embeds" not in names:
         raise PeftcoreError(
@@ -104,7 +104,7 @@ def _refuse_unreadable(model: nn.Module, path: str, names: Sequence[str]) -> Non
 
 
 def _entry(model: nn.Module, architecture: Architecture) -> tuple[str, bool]:
-    """Return the path of the module that is called with tokens, and whether it also gets images or sound."""
+    """Return the path of the module that is called with tokens, and whether it also takes images or audio."""
     path = decoder_path(model, architecture)
     backbone = model.get_submodule(architecture.backbone)
     other_arguments = set(forward_arguments(backbone)) - set(forward_arguments(model.get_submodule(path)))
@@ -116,9 +116,9 @@ def _entry(model: nn.Module, architecture: Architecture) -> tuple[str, bool]:
 
 
 def _reads_tokens(backbone: nn.Module, embedding: nn.Module) -> bool:
-    """Return whether the backbone has other tables indexed by token (Gemma 4, DeepSeek-V4), or positions with padding.
+    """Return whether the backbone reads token ids for more than the embedding: further tables, or padding.
 
-    RoBERTa finds padding by token and does not count it in positions.
+    Gemma 4 and DeepSeek-V4 have further tables; RoBERTa detects padding by its token and skips it in positions.
     """
     config = language_config(backbone)
     sizes = {value for name, value in config_fields(config).items() if name.startswith("vocab_size")}
@@ -129,15 +129,15 @@ def _reads_tokens(backbone: nn.Module, embedding: nn.Module) -> bool:
 
 
 class SoftPromptAround(Backbone):
-    """Adapter `adapter() -> [tokens, hidden]` or `[batch or 1, tokens, hidden]` whose vectors precede the input.
+    """Adapter that inserts vectors, `adapter() -> [tokens, hidden]` or `[batch or 1, tokens, hidden]`.
 
     Args:
         hidden: width of the vectors.
-        keeps: leave the vectors in the output, for an encoder.
-        stand_in: token that stands in for the vectors until the embedding, if the call has tokens.
+        keeps: keep the vectors in the output, as for an encoder.
+        stand_in: placeholder token for the vectors until the embedding, if the call has tokens.
         embedding: the token embedding.
-        needs_tokens: use stand-ins also in a compiled graph, which otherwise puts vectors before the embedded input.
-        counts: compute positions for padded batches, if causal.
+        needs_tokens: use placeholders also in a compiled graph, which otherwise puts vectors before the embedded input.
+        counts: compute positions for padded batches if causal.
     """
 
     def __init__(
@@ -191,7 +191,7 @@ class SoftPromptAround(Backbone):
         return _without_prompt(output, 0, self.tokens + length, back)
 
     def _refuse_other_state(self, module: nn.Module, call: dict[str, Any]) -> None:
-        """Raise a PeftcoreError if earlier calls have left state that is not in the cache."""
+        """Raise a PeftcoreError if earlier calls left state outside the cache."""
         for name, value in call.items():
             if value is not None and name.startswith("past_") and name != self._cache_argument:
                 raise PeftcoreError(
@@ -209,13 +209,13 @@ class SoftPromptAround(Backbone):
         return length
 
     def _move_behind_padding(self, call: dict[str, Any], mask: Tensor, *, prefixes: int) -> tuple[Tensor, Tensor]:
-        """Move the prompt's columns of the grown mask behind each row's left padding; return `orders`.
+        """Move the prompt's columns of the extended mask behind each row's left padding, and return `orders`.
 
-        Padding must not separate prompt and input: windows and ALiBi count it, recurrences read it.
+        Padding must not separate prompt and input, because attention windows, ALiBi and recurrences include it.
 
         Args:
             mask: the mask of the call, without the prompt.
-            prefixes: how many of its first columns belong to prefixes.
+            prefixes: number of leading columns that belong to prefixes.
         """
         order, back = orders(mask[:, prefixes:], self.tokens)
         extended_mask = call["attention_mask"]
@@ -261,7 +261,7 @@ class SoftPromptAround(Backbone):
             return base(**call)
 
     def _grow(self, call: dict[str, Any], order: Tensor | None) -> None:
-        """Extend positions, and all other arguments that have an entry per token, by entries for the prompt."""
+        """Extend positions and all other per-token arguments by entries for the prompt."""
         positions = call.get("position_ids")
         if positions is not None:
             prompt_entries = torch.arange(-self.tokens, 0, device=positions.device, dtype=positions.dtype)
@@ -279,7 +279,7 @@ class SoftPromptAround(Backbone):
 
 
 class CrossMask(Backbone):
-    """Adapter around a decoder whose encoder output begins with a prompt: extends the cross-attention mask."""
+    """Adapter around a decoder that extends the cross-attention mask by the prompt in the encoder's output."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__(None, module)
@@ -300,14 +300,14 @@ _OF_IMAGES = re.compile("pixel|image_(sizes|attention)|grid|aspect_ratio|shapes|
 
 
 def _is_per_token(name: str, value: Tensor) -> bool:
-    """Return whether an argument of the tokens' size really has an entry per token: a type, a box, or a mask."""
+    """Return whether an argument has one entry per token by its meaning, not only by its size: types, boxes, masks."""
     if value.dim() > 2:
         return name.endswith(("bbox", "attention_mask", "token_type_ids"))
     return name.removeprefix("encoder_").removeprefix("decoder_") not in _NOT_GROWN and not _OF_IMAGES.search(name)
 
 
 def orders(mask: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
-    """Return indices that move a prompt behind each row's left padding, and the input tokens' places after it."""
+    """Return indices that move a prompt behind each row's left padding, and the new positions of the input tokens."""
     padding = (mask.cumsum(-1) == 0).sum(-1, keepdim=True)  # [batch, 1]
     place = torch.arange(tokens + mask.shape[-1], device=mask.device)
     order = torch.where(place < padding, place + tokens, torch.where(place < padding + tokens, place - padding, place))
@@ -330,11 +330,11 @@ def _taken(states: Tensor, order: Tensor) -> Tensor:
 
 
 def _without_prompt(output: Any, tokens: int, columns: int, back: Tensor | None = None) -> Any:
-    """Return the output at the input's tokens: after the prompt, or at the places `back`.
+    """Return the output at the input's tokens: after the prompt, or at the indices `back`.
 
     Args:
-        tokens: number of the prompt's vectors.
-        columns: number of all tokens.
+        tokens: number of vectors in the prompt.
+        columns: number of tokens including the prompt.
     """
 
     def cut(states: Tensor) -> Tensor:
@@ -367,7 +367,7 @@ _ENTERED = threading.local()  # {id of a backbone: prompts waiting for its token
 
 @dataclass
 class Waiting:
-    """Prompts between a backbone's call and its token embedding, and the number of columns they are in."""
+    """Prompts that wait between the backbone's call and the token embedding, and the number of columns with them."""
 
     prompts: list[tuple[Tensor, Tensor]]  # places [batch, tokens], vectors [tokens, hidden] or [batch or 1, ...]
     columns: int = 0
@@ -378,7 +378,7 @@ def entering(backbone: nn.Module) -> Iterator[Waiting]:
     """Make the token embedding of `backbone` insert the prompts added within the block; blocks may be nested.
 
     Raises:
-        PeftcoreError: the token embedding was not called with the expected columns.
+        PeftcoreError: the token embedding was not called with the expected number of columns.
     """
     waiting_prompts: dict[Any, Waiting] = _ENTERED.__dict__
     if id(backbone) in waiting_prompts:
@@ -397,7 +397,7 @@ def entering(backbone: nn.Module) -> Iterator[Waiting]:
 
 
 class StandIns(Adapter):
-    """Adapter around the token embedding that replaces stand-ins by the vectors of waiting prompts."""
+    """Adapter around the token embedding that replaces placeholders with the vectors of waiting prompts."""
 
     whole_batch = True
 
@@ -419,7 +419,7 @@ class StandIns(Adapter):
 
 
 def ordinary_token(config: Any) -> int:
-    """Return the first token id that no config inside `config` names, such as padding or an image."""
+    """Return the first token id that `config` and its nested configs do not name as special (padding, image, ...)."""
     special: set[int] = set()
     queue = [config]
     while queue:
@@ -432,6 +432,6 @@ def ordinary_token(config: Any) -> int:
 
 
 def places(order: Tensor | None, tokens: int, batch: int, device: torch.device) -> Tensor:
-    """Return `[batch, tokens]`: where the first `tokens` columns are in rows of the order `order`."""
+    """Return the indices `[batch, tokens]` of the first `tokens` columns after reordering each row by `order`."""
     columns = torch.arange(tokens, device=device).expand(batch, -1)
     return columns if order is None else order.argsort(-1)[:, :tokens]

@@ -1,11 +1,11 @@
-"""Positions of a call's tokens in their texts: padding and prefixes do not count, cached tokens do.
+"""Count the positions of tokens in their texts: cached tokens count, padding and prefixes do not.
 
     Around(path, TokenCounter(...))      around the model, or a stack of an encoder-decoder: sees a call before any
                                          layer adds to its cache
     counter.places(y)                    for an adapter behind a layer, y [batch, tokens, width]
 
-A recurrent cache contains no tokens, so the counter stores the count on the cache. If a call has neither a mask nor a
-cache, its positions show where texts begin.
+A recurrent cache does not contain tokens, so the counter stores the count as an attribute of the cache. If a call has
+neither a mask nor a cache, its `position_ids` show where texts begin.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ class Places(NamedTuple):
     """Positions of tokens in their texts, `[batch, tokens]` each.
 
     Args:
-        place: position of each token in its text, from 1.
+        place: 1-based position of each token in its text.
         is_text: False for padding.
-        length: number of the text's tokens in this call; 0 for a text that began in an earlier call.
-        begins: whether another text begins at a token; without the first column. None if each row is one text.
+        length: number of tokens of the text in this call; 0 for a text that began in an earlier call.
+        begins: whether a new text begins at a token, without the first column. None if each row is one text.
     """
 
     place: Tensor
@@ -52,12 +52,12 @@ class Places(NamedTuple):
     begins: Tensor | None
 
     def packed(self) -> bool:
-        """Return whether a row has several texts."""
+        """Return whether a row contains several texts."""
         return self.begins is not None and bool(self.begins.any())
 
 
 class _TokenCounts(NamedTuple):
-    """Number of tokens that a cache has read: of a row with padding, and of each text without padding, `[batch]`."""
+    """Number of tokens in a cache: per row including padding, and per text without padding, `[batch]`."""
 
     tokens: int
     text: Tensor
@@ -68,8 +68,8 @@ class _InputFacts(NamedTuple):
 
     Args:
         starts: where packed texts begin, as `text_starts` returns it.
-        past: number of tokens that the cache has read; None if unknown.
-        counts: counts that an earlier call stored on the cache.
+        past: number of tokens in the cache; None if unknown.
+        counts: counts stored on the cache by an earlier call.
     """
 
     mask: Any
@@ -80,12 +80,12 @@ class _InputFacts(NamedTuple):
 
 
 class TokenCounter(Adapter):
-    """Adapter that changes nothing and counts tokens.
+    """Adapter that counts tokens and returns the output unchanged.
 
     Args:
-        module: the module it is around.
-        stack: "encoder" or "decoder", to read that stack's arguments; "" to read those of the whole call.
-        subject: the method that asks, for errors.
+        module: the module that the adapter is around.
+        stack: "encoder" or "decoder" to read the arguments of that stack; "" to read the arguments of the model's call.
+        subject: name of the method, for error messages.
     """
 
     needs_call = True
@@ -117,10 +117,10 @@ class TokenCounter(Adapter):
         return output
 
     def places(self, y: Tensor) -> Places:
-        """Return the positions of the tokens of `y [batch, tokens, width]`, an output of a layer inside.
+        """Return the positions of the tokens in `y [batch, tokens, width]`, the output of a layer inside the module.
 
         Raises:
-            PeftcoreError: a prompt is before the input, or the call does not show which of its tokens are text.
+            PeftcoreError: a prompt precedes the input, or the call does not show which tokens are text.
         """
         call = current_call()
         self._require(
@@ -140,7 +140,7 @@ class TokenCounter(Adapter):
         return places_by_size[key]
 
     def _facts_of(self, call: Mapping[str, Any]) -> _InputFacts:
-        """Return the arguments of a call of the model, or of a stack, that describe its tokens."""
+        """Return the arguments that describe the tokens of a call of the model or of a stack."""
         cache = None if self.stack == "encoder" else _cache(call.values())
         past, counts = (0, None) if cache is None else (cached_tokens(cache), getattr(cache, _COUNTS, None))
         if any(call.get(name) is not None and call[name] is not cache for name in OTHER_CACHES):
@@ -208,7 +208,7 @@ class TokenCounter(Adapter):
 
 
 def cached_tokens(cache: Any) -> int | None:
-    """Return how many tokens a cache has read, without prefixes; None for a recurrence that did not count them."""
+    """Return the number of tokens in a cache, excluding prefixes; None for a recurrent cache without a count."""
     try:
         length = int(cache.get_seq_length())
     except (ValueError, AttributeError):  # only recurrent layers
