@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -77,9 +76,10 @@ def _refuse_averages(trainer: Trainer) -> None:
 
 
 def _refuse_bypassed_head(trainer: Trainer, model: nn.Module) -> None:
-    # TRL's forward that multiplies by the head's weight in tiles; Liger's does the same.
+    # TRL gives the model a forward that multiplies by the head's weight in tiles; Liger's does the same. Its name and
+    # parameters differ between TRL's versions, but not the package that defines it.
     forward = getattr(model.__dict__.get("forward"), "__func__", None)
-    fused = forward is not None and "fused_lm_head" in inspect.signature(forward, follow_wrapped=False).parameters
+    fused = getattr(forward, "__globals__", {}).get("__name__", "").startswith("trl.")
     if not fused and not getattr(trainer.args, "use_liger_kernel", False):
         return
     head = getattr(model, "get_output_embeddings", lambda: None)()
