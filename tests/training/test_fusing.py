@@ -10,6 +10,7 @@ import pytest
 import torch
 from support import tiny
 from support.counted_dropout import CountedDropout
+from support.releases import BEFORE_5_24
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -85,6 +86,8 @@ def classes(model: nn.Module) -> list[type]:
 )
 def test_a_step(name: str, kinds: dict[str, int], dtype: torch.dtype) -> None:
     model = lora(family(name, dtype))
+    if name == "gemma2" and BEFORE_5_24:  # gives its attention to PyTorch, without the cap
+        kinds = {**kinds, "attention": 2}
     own, wanted = classes(model), step(model)
     assert peftcore.fuse(model) is model
     assert fused_modules(model) == kinds

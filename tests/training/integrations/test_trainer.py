@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from support import quantized, tiny
+from support.releases import TORCH_2_9
 from torch.utils.data import Dataset
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer, TrainerCallback, TrainingArguments
 from transformers.utils.generic import can_return_loss, find_labels
@@ -314,8 +315,18 @@ class FullDisk(TrainerCallback):
             (folder / self.name).symlink_to("/dev/full")
 
 
+small_file = pytest.mark.skipif(TORCH_2_9, reason="torch.save of PyTorch 2.9 ignores failed writes below 8 KB")
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
-@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "trainer_state.json", ".complete.json.tmp"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(pytest.param(name, marks=small_file) for name in ("optimizer.pt", "scheduler.pt")),
+        "trainer_state.json",
+        ".complete.json.tmp",
+    ],
+)
 def test_training_goes_on_when_the_disk_is_full_at_a_checkpoint(toys: None, tmp_path: Path, name: str) -> None:
     losses = iter([3.0, 1.0, 2.0, 4.0])
     changes = {"load_best_model_at_end": True, "metric_for_best_model": "grade", "greater_is_better": False}
