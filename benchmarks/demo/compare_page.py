@@ -60,8 +60,8 @@ def ten(tasks: dict) -> list[str]:
 def made_with(found: dict) -> list[str]:
     made = found["made"]
     facts = "; ".join(f"{name} {value}" for name, value in made["machine"])
-    times = " Other programs used the machine at the same time, so step times are left out." if made["shared"] else ""
-    return [f"Made with `{made['command']}`, each run in a process and a thread of its own, on {facts}.{times}", ""]
+    times = " Other programs used the machine at the same time, so step times are omitted." if made["shared"] else ""
+    return [f"Made with `{made['command']}`, each run in its own process with one thread. Environment: {facts}.{times}", ""]
 
 
 def tables(found: dict) -> list[list[str]]:
@@ -71,18 +71,18 @@ def tables(found: dict) -> list[list[str]]:
 def table(task: str, found: dict, shared: bool) -> list[str]:
     """Return the table of a task, the best method first."""
     size, metric = found["size"], MAIN[task]
-    rates = f"the rates {size['rates'].replace(',', ', ')}" if size["rates"] else "each method's own rate"
+    rates = f"learning rates {size['rates'].replace(',', ', ')}" if size["rates"] else "each method's default rate"
     seeds = f"{size['seeds']} seeds" if size["seeds"] > 1 else "one seed"
     lines = [
         f"## {TITLES[task]}",
         "",
-        f"{size['steps']} steps in batches of {size['batch_size']}, {size['test']} held out, {seeds}; {rates}.",
+        f"{size['steps']} steps, batch size {size['batch_size']}, {size['test']} test examples, {seeds}, {rates}.",
         "",
     ]
     names = ["method", "rate", *(["accuracy", "macro F1"] if task == "classifier" else ["loss", "forgetting"])]
     names += ["trained", "file", "peak memory", *([] if shared else ["step"]), "merges"]
     is_beside = any(row.get("peft") for row in found["rows"])
-    names += ["PEFT", "its peak"] if is_beside else []
+    names += ["PEFT", "PEFT's peak"] if is_beside else []
     rows = [tuple(names), ("---",) * len(names)]
     blank = [""] * (len(names) - 4)
     rows.append(("before training", "", shown([found["before"][metric]], metric), "", *blank))
@@ -143,9 +143,9 @@ def tried(found: dict) -> list[str]:
     if not rates:
         return []
     lines = [
-        "<details markdown><summary>What each rate gave</summary>",
+        "<details markdown><summary>Validation loss at each rate</summary>",
         "",
-        "Validation loss of the first seed.",
+        "The losses are those of the first seed.",
         "",
         "| method | " + " | ".join(f"{float(rate):g}" for rate in rates) + " |",
         "|" + "---|" * (len(rates) + 1),
@@ -174,7 +174,7 @@ def failures(found: dict) -> list[str]:
     if not reasons:
         return []
     lines = [f"- `{name}` ({' and '.join(where)}): {reason}" for (name, reason), where in reasons.items()]
-    return ["## Not run", "", *lines, ""]
+    return ["## Methods that could not run", "", *lines, ""]
 
 
 def panel(task: str, found: dict) -> Panel:
