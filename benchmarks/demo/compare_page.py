@@ -61,7 +61,8 @@ def made_with(found: dict) -> list[str]:
     made = found["made"]
     facts = "; ".join(f"{name} {value}" for name, value in made["machine"])
     times = " Other programs used the machine at the same time, so step times are omitted." if made["shared"] else ""
-    return [f"Made with `{made['command']}`, each run in its own process with one thread. Environment: {facts}.{times}", ""]
+    command = f"Made with `{made['command']}`, each run in its own process with one thread."
+    return [f"{command} Environment: {facts}.{times}", ""]
 
 
 def tables(found: dict) -> list[list[str]]:
