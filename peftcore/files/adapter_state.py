@@ -1,7 +1,8 @@
 """`state_dict` and `set_state_dict`: read and replace the values of an applied adapter.
 
 Tensors are filled in place, and no attribute of a module is set, so a compiled model is not recompiled. If the other
-adapter has another scale, B absorbs the ratio. If its rank is smaller, the last rows of A and columns of B are zero.
+adapter has another scale, B absorbs the ratio. If the other rank is smaller, the last rows of A and columns of B are
+zero.
 """
 
 from __future__ import annotations
@@ -65,30 +66,30 @@ def state_dict(model: nn.Module, adapter: str) -> OrderedDict[str, Tensor]:
 def set_state_dict(model: Model, adapter: str, source: _Source, *, check_base: bool = True) -> Model:
     """Replace the values of an applied adapter by another's, in place. A compiled model is not recompiled.
 
-    `adapter` then computes what the other adapter would compute if it was loaded. It keeps its name and dtype, and a
-    multiplier set by `scale` is reset to 1. The other adapter of a low-rank method may have another scale and a smaller
-    rank, and may lack modules; there, B becomes 0.
+    `adapter` then computes what the other adapter would compute if it were loaded. Its name and dtype stay, and a
+    multiplier set by `scale` is reset to 1. With a low-rank method, the other adapter may have a different scale, a
+    smaller rank, or fewer modules. In modules that it lacks, B becomes 0.
 
     Args:
         model: the model the adapter is on.
         adapter: name of the adapter whose values are replaced.
-        source: a local folder that `load` accepts, or a dictionary from `state_dict`. Any other dictionary of tensors
-            by their names on disk must come from an adapter with the same config.
+        source: a local folder that `load` accepts, or a dictionary from `state_dict`. A plain dictionary of tensors by
+            their names on disk must come from an adapter with the same config.
         check_base: compare fingerprints of the base, as in `load`. Dictionaries have none.
 
     Returns:
         The model.
 
     Raises:
-        CheckpointError: the source has another method, a larger rank or further modules, or cannot be read. Nothing is
-            changed.
+        CheckpointError: the source has another method, a larger rank or additional modules, or cannot be read. Nothing
+            is changed.
     """
     state, entry = engine.require_state(model), engine.applied(model, adapter)
     engine.refuse_merged(state, f"set the values of '{adapter}'")
     engine.refuse_changed(model)
     sharded.refuse_sharded(model, f"set the values of '{adapter}'")
     previous = entry.multiplier
-    set_multiplier(model, adapter, 1.0)  # the other adapter's values are converted to the config's scale
+    set_multiplier(model, adapter, 1.0)  # the other adapter's values are converted to this config's scale
     try:
         _set(model, adapter, source, check_base)
     except BaseException:
@@ -102,8 +103,8 @@ class _Values:
     """Values for an applied adapter.
 
     Args:
-        where: the source, for messages.
-        config: config of the adapter that the values come from.
+        where: the source, for error messages.
+        config: config of the source adapter.
         tensors: tensors by their names on disk.
         partly_tied: the source may have a tied parameter under only one of its names.
     """
@@ -126,7 +127,7 @@ def _set(model: nn.Module, adapter: str, source: _Source, check_base: bool) -> N
 
 
 def _values_from_dictionary(model: nn.Module, adapter: str, source: Mapping[str, Tensor]) -> _Values:
-    """Read the values from a dictionary of `state_dict`, or from one without a config, whose shapes must match."""
+    """Read the values from a dictionary. Without the config that `state_dict` adds, the shapes must match."""
     entry, where = engine.applied(model, adapter), Path("state_dict")
     method, config = registry.method(entry.method), entry.config
     recorded = getattr(source, "_metadata", {}).get(_METADATA_KEY)
@@ -154,8 +155,8 @@ def _values_from_folder(model: nn.Module, adapter: str, folder: Path, check_base
 def _refuse_other(method: Method, other: Method, adapter: str, where: Path) -> None:
     if other.name != method.name:
         raise CheckpointError(
-            f"'{where}' is an adapter of {other.name}, but '{adapter}' is of {method.name}. Load it as another "
-            f"adapter (peftcore.load(model, folder, adapter=...)), then activate it and remove '{adapter}'"
+            f"'{where}' is an adapter of method {other.name}, but '{adapter}' uses {method.name}. Load it under "
+            f"another name (peftcore.load(model, folder, adapter=...)), then activate it and remove '{adapter}'"
         )
 
 
@@ -164,8 +165,8 @@ def _refuse_other_shapes(model: nn.Module, adapter: str, tensors: Mapping[str, T
         if name in tensors and tensors[name].shape != applied_tensor.shape:
             raise CheckpointError(
                 f"'{name}' has shape {list(tensors[name].shape)}, but the applied adapter has "
-                f"{list(applied_tensor.shape)}. Tensors of another shape need their config: pass the adapter's folder, "
-                "or a dictionary from peftcore.state_dict"
+                f"{list(applied_tensor.shape)}. To change the shapes, pass values with a config: the adapter's "
+                "folder, or a dictionary from peftcore.state_dict"
             )
 
 
@@ -193,7 +194,7 @@ def _fit_tensors(model: nn.Module, adapter: str, values: _Values) -> dict[str, T
 
     def refuse(reason: str) -> CheckpointError:
         return CheckpointError(
-            f"'{adapter}' cannot take the values of '{values.where}': {reason}. Load it as another adapter: "
+            f"'{adapter}' cannot take the values of '{values.where}': {reason}. Load them under another name: "
             "peftcore.load(model, folder, adapter=...)"
         )
 
@@ -223,13 +224,16 @@ def _fit_tensors(model: nn.Module, adapter: str, values: _Values) -> dict[str, T
 
 
 def _why_fixed(entry: engine.Applied, method: Method, config: Any) -> str | None:
-    """Return why the adapter cannot take the values of an adapter with another config, or None."""
+    """Return the reason why the adapter cannot take values from an adapter with another config, or None."""
     for name in method.trained_fields:
         value, other_value = getattr(entry.config, name), getattr(config, name)
         if other_value != value:
-            return f"training has changed {name}, and with it the shapes, to {other_value} there and to {value} here"
+            return (
+                f"training has changed {name}, which determines the shapes, to {other_value} in the source and to "
+                f"{value} in the applied adapter"
+            )
     if entry.trained:
-        return f"it trains parameters of the base, such as '{entry.trained[0]}', and the configs differ"
+        return f"the applied adapter trains base parameters, such as '{entry.trained[0]}', and the configs differ"
     return None
 
 
@@ -244,7 +248,7 @@ def _build_attachments(model: nn.Module, method: Method, values: _Values) -> Ada
 
 
 def _why_different(adapter: nn.Module, other: nn.Module | None, is_low_rank: bool) -> str | None:
-    """Return how two adapters differ, ignoring the rank and scale of low-rank ones, or None."""
+    """Describe how two adapters differ, ignoring rank and scale of low-rank adapters; None if they do not."""
     if other is not None:
         return difference(adapter, other, numbers=not is_low_rank)
     return None if is_low_rank else "nothing is there"

@@ -33,8 +33,8 @@ _TOLERANCE = 0.02
 def fingerprint(tensors: Mapping[str, Tensor], important: Collection[str] = ()) -> str:
     """Return JSON with the shapes and some values of all floating-point tensors.
 
-    Collective if tensors are sharded. Then only 16 tensors and the `important` ones are sampled, because each of them
-    is all-gathered.
+    Collective if tensors are sharded. In that case only 16 tensors and the `important` ones are sampled, because each
+    sampled tensor is all-gathered.
     """
     names = _with_values(tensors)
     sampled_names: Collection[str] = names
@@ -67,12 +67,12 @@ def difference(tensors: Mapping[str, Tensor], expected: str) -> str | None:
             continue
         shape_here = getattr(tensor, "ds_shape", tensor.shape)  # `sharded.shape_of`
         if list(shape_here) != shape:
-            return f"'{name}' has shape {list(shape_here)}, the adapter's base {shape}"
+            return f"'{name}' has shape {list(shape_here)}, but {shape} in the adapter's base"
         if not values:
             continue
         positions = _positions(math.prod(shape_here))
         if len(values) != len(positions):
-            return f"'{name}' has {len(positions)} sampled values, the adapter's base {len(values)}"
+            return f"'{name}' has {len(positions)} sampled values, but {len(values)} in the adapter's base"
         samples_to_read[name] = tensor, positions
     for name, values_here in _samples(samples_to_read).items():
         values_of_base = records[name][1]
@@ -97,7 +97,7 @@ def _with_values(tensors: Mapping[str, Tensor]) -> list[str]:
 
 
 def _parse(text: str) -> dict[str, tuple[list[int], list[float]]]:
-    """Parse a fingerprint, perhaps from an untrusted file, into {name: (shape, values)}."""
+    """Parse a fingerprint, which may come from an untrusted file, into {name: (shape, values)}."""
     try:
         record = json.loads(text)
         version = record["version"]
@@ -107,7 +107,7 @@ def _parse(text: str) -> dict[str, tuple[list[int], list[float]]]:
     if version != _VERSION:
         raise CheckpointError(
             f"the fingerprint of the base (peftcore_base) has version {shown(version)}, but this peftcore reads "
-            f"{_VERSION}. Upgrade peftcore, or load without it: check_base=False"
+            f"version {_VERSION}. Upgrade peftcore, or skip the check of the base: check_base=False"
         )
     return tensors
 
@@ -143,6 +143,6 @@ def _samples(positions_by_name: Mapping[str, tuple[Tensor, tuple[int, ...]]]) ->
     return {name: values_by_name[name] for name in positions_by_name}
 
 
-@lru_cache(1024)  # many layers have the same size
+@lru_cache(1024)  # cached because many layers have the same size
 def _index(positions: tuple[int, ...]) -> Tensor:
     return torch.tensor(positions, dtype=torch.long, device="cpu")

@@ -40,8 +40,8 @@ class Fit:
     """An adapter from a file that fits the model.
 
     Args:
-        to_fill: argument of `engine.add_adapter`: the placements on the meta device if the file has all tensors,
-            otherwise the config.
+        to_fill: argument for `engine.add_adapter`: placements on the meta device if the file has all tensors, otherwise
+            the config.
         multiplier: the multiplier set by `scale`.
         trained: names of base parameters that the adapter trains.
     """
@@ -76,21 +76,21 @@ def config_on(
 ) -> Any:
     """Restrict a file's config to the modules of `model`, and add the heads that the file's tensors contain.
 
-    In files of other libraries, `target_modules` does not select experts.
+    In other libraries' files, `target_modules` does not select experts.
     """
     changes: dict[str, Any] = {}
     for name in ("target_modules", "modules_to_save", "exclude_modules"):
         value = getattr(config, name, None)
         if isinstance(value, (list, tuple)) and value:
             changes[name] = drop_unmatched(model, value, experts=VERSION in metadata)
-    if hasattr(config, "modules_to_save"):  # None would add heads that the file does not have
+    if hasattr(config, "modules_to_save"):  # None would add heads that are missing from the file
         modules_to_save = changes.get("modules_to_save", config.modules_to_save) or []
         changes["modules_to_save"] = [*modules_to_save, *_heads_in_file(model, method, modules_to_save, tensors)]
     all_saved = changes.get("modules_to_save")
     if all_saved and getattr(config, "ensure_weight_tying", False) and VERSION not in metadata:
         changes["ensure_weight_tying"] = is_tied_in(
             model, method, all_saved, tensors
-        )  # PEFT ties by names, and not always
+        )  # PEFT ties parameters by name, and only in some cases
     return dataclasses.replace(config, **changes)
 
 
@@ -101,14 +101,14 @@ def refuse_other_base(model: nn.Module, folder: Path, metadata: dict[str, str], 
         model: the model.
         folder: the adapter's folder, for the message.
         metadata: metadata of the file, with the fingerprint.
-        call: start of the call that loads the adapter anyway, for the message.
+        call: beginning of the call that loads the adapter without the check, for the message.
     """
     reason = difference(base_tensors(model), metadata[BASE]) if BASE in metadata else None
     if reason:
         raise CheckpointError(
-            f"'{folder}' was trained on another base: {reason}. If each load of the base re-initializes this tensor (a "
-            "head, new rows of a vocabulary), train its module as well: modules_to_save=[...]. To load the adapter "
-            f"anyway: {call}, check_base=False)"
+            f"'{folder}' was trained on another base: {reason}. If each load of the base initializes this tensor at "
+            "random (a head, new rows of a vocabulary), train and save its module with the adapter: "
+            f"modules_to_save=[...]. To load the adapter anyway: {call}, check_base=False)"
         )
 
 
@@ -142,16 +142,16 @@ def _has_every_tensor(attachments: AdapterAttachments, tensors: Mapping[str, Ten
         CheckpointError: the adapters are much larger than the file.
     """
     rules = attachments.method.state
-    sizes: dict[int, int] = {}  # by id: shared tensors count once
+    sizes: dict[int, int] = {}  # by id, so that shared tensors count once
     is_incomplete = False
     for placement in {id(each): each for each in chain.from_iterable(attachments.placements.values())}.values():
         for name, tensor in own_tensors(placement.adapter).items():
             sizes[id(tensor)] = tensor.numel()
             is_incomplete = is_incomplete or rules.tensor_name(placement, name) not in tensors
     size_needed, size_in_file = sum(sizes.values()), sum([tensor.numel() for tensor in tensors.values()])
-    if size_needed > 2 * size_in_file + 1_000_000:  # a small difference is reported tensor by tensor
+    if size_needed > 2 * size_in_file + 1_000_000:  # smaller differences are reported tensor by tensor
         raise CheckpointError(
-            f"'{folder / CONFIG}' describes an adapter of {size_needed:,} values, but '{TENSORS}' has "
+            f"'{folder / CONFIG}' describes an adapter with {size_needed:,} values, but '{TENSORS}' has "
             f"{size_in_file:,}. Copy the folder again"
         )
     if is_incomplete:
@@ -161,7 +161,7 @@ def _has_every_tensor(attachments: AdapterAttachments, tensors: Mapping[str, Ten
 
 
 def _has_no_other_tensors(module: nn.Module, known_ids: Container[int]) -> bool:
-    """Return whether a module has no tensors, also in plain attributes, whose ids are not in `known_ids`."""
+    """Return whether all tensors of a module, including those in plain attributes, have ids in `known_ids`."""
     tensors = [tensor for tensor in (*module._parameters.values(), *module._buffers.values()) if tensor is not None]
     attributes = [value for name, value in module.__dict__.items() if name not in _MODULE_ATTRIBUTES]
     return all(id(tensor) in known_ids for tensor in tensors) and all(map(_is_plain, attributes))
@@ -202,7 +202,7 @@ def _is_plain(value: object) -> bool:
 def _heads_in_file(
     model: nn.Module, method: Method, modules_to_save: Sequence[str], tensors: Mapping[str, Tensor]
 ) -> list[str]:
-    """Return the heads, and modules that PEFT matches by suffix, that the file's tensors have but its config lacks."""
+    """Return the heads and suffix-matched modules that a PEFT file has tensors for but does not list in its config."""
 
     def in_file(path: str) -> bool:
         names = [f"{path}.{name}" for name, _ in base_parameters(model.get_submodule(path))]

@@ -6,9 +6,9 @@
 
 A save writes every file under a temporary name, then renames them, starting with the tensors. Renaming the first
 tensors' file completes the save. The metadata of the tensors contains the hash of their config and, if several adapters
-are saved, the id of the save. With these, a reader finds the other files under their temporary names until they are
-renamed. So a process that is killed at any point leaves either the old adapter or the new one. A reader that finds
-files of two saves reads again. Folders of other libraries have no hash and are read as they are.
+are saved, the id of the save. A reader uses them to find the other files under their temporary names until these are
+renamed. A process that is killed at any point therefore leaves either the old adapter or the new one. A reader that
+finds files of two saves reads again. Folders of other libraries have no hash and are read as they are.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from peftcore.plugin.safe_reading import (
 )
 
 CARD = "README.md"
-LOCK = ".peftcore.lock"  # exists while a save runs
+LOCK = ".peftcore.lock"  # lock file, which exists during a save
 CONFIG_HASH = "peftcore_config_hash"  # metadata of the tensors: hash of their config
 SAVE = "peftcore_save"  # metadata of the tensors: id of a save of several adapters
 PATIENCE = 120.0  # seconds to wait for another process that saves to the same folder
@@ -57,7 +57,7 @@ T = TypeVar("T")
 
 
 class TwoSavesError(CheckpointError):
-    """The files of a folder are from two saves. While another process saves, reading again helps."""
+    """The files of a folder are from two saves. If another process is saving, reading again helps."""
 
 
 @dataclass(frozen=True)
@@ -134,11 +134,11 @@ class Folder:
         return os.path.exists(self.path / name) or (name == TENSORS and os.path.exists(self._tensors_file()))
 
     def content(self, name: str, limit: int | None = None) -> bytearray:
-        """Return a file's bytes. Of `adapter_config.json`, return the version that belongs to the tensors.
+        """Return a file's bytes. For `adapter_config.json`, return the version that belongs to the tensors.
 
         Raises:
             FileNotFoundError: the file does not exist.
-            CheckpointError: the file cannot be read, or is from another save than the tensors.
+            CheckpointError: the file cannot be read, or is not from the same save as the tensors.
         """
         file = self.path / name
         if file not in self.read:
@@ -154,7 +154,7 @@ class Folder:
         """Return the fields of `adapter_config.json`.
 
         Raises:
-            CheckpointError: the file is missing, from another save than the tensors, or not an adapter's config.
+            CheckpointError: the file is missing, not from the same save as the tensors, or not an adapter's config.
         """
         file = self.path / CONFIG
         try:
@@ -168,9 +168,9 @@ class Folder:
         if not isinstance(fields.get("peft_type"), str):
             names = ", ".join(list(fields)[:8]) or "none"
             raise CheckpointError(
-                f"'{file}' has no field peft_type (its fields: {names}), so it is not an adapter in PEFT's format, and "
-                "no installed plugin reads it as another library's. Save the adapter in PEFT's format, or install the "
-                "plugin that reads it"
+                f"'{file}' has no field peft_type (its fields: {names}), so it is not an adapter in PEFT's format, "
+                "and no installed plugin recognizes it as another library's format. Save the adapter in PEFT's "
+                "format, or install a plugin that reads its format"
             )
         return dict(fields)
 
@@ -185,12 +185,12 @@ class Folder:
         """Return (tensors, metadata) of `adapter_model.safetensors`, or of another file in the folder.
 
         Raises:
-            CheckpointError: the file is missing, incomplete, or from another save than the files read before.
+            CheckpointError: the file is missing, incomplete, or not from the same save as the files read before.
         """
-        reason = "a pickle, which can run any code and is never read here"
+        reason = "a pickle, which can run arbitrary code, so peftcore never reads it"
         file = self.path / name
         if name.endswith(_PICKLES):
-            raise CheckpointError(f"'{file}' is {reason}. Have its author save it as safetensors")
+            raise CheckpointError(f"'{file}' is {reason}. Ask its author to save it as safetensors")
         try:
             if file not in self.parsed:
                 tensors, metadata = parse_tensors(self.content(name), file)
@@ -203,8 +203,8 @@ class Folder:
             pickles = sorted(path.name for path in self.path.glob("*") if path.name.endswith(_PICKLES))
             if pickles:
                 raise CheckpointError(
-                    f"'{self.path}' contains '{pickles[0]}', {reason}. "
-                    f"Have its author save it as {name}, or convert it where you trust it"
+                    f"'{self.path}' contains '{pickles[0]}', {reason}. Ask its author to save it as {name}, or "
+                    "convert it yourself if you trust it"
                 ) from None
             raise CheckpointError(
                 f"'{self.path}' does not contain an adapter: {name} is missing{self._describe_contents()}"
@@ -224,24 +224,25 @@ class Folder:
         return metadata
 
     def _header(self) -> Path:
-        """Return the key in `parsed` of the metadata, which may be read without the tensors."""
+        """Return the metadata's key in `parsed`. Metadata can be read without the tensors."""
         return self.path / TENSORS / "metadata"
 
     def _check_save(self, metadata: dict[str, str]) -> None:
-        """Record the tensors' metadata, and raise a TwoSavesError if it is from another save than earlier reads."""
+        """Record the tensors' metadata. Raise a TwoSavesError if earlier reads were from another save."""
         saved_alone = metadata.get(SAVE) is None
         if not (self.save is None or saved_alone or metadata[SAVE] == self.save):
             raise TwoSavesError(
-                f"'{self.path / TENSORS}' and the adapters saved together with it are from two different saves. Copy "
-                "the folder again, or save all adapters again"
+                f"'{self.path / TENSORS}' and the other adapters of the folder are from different saves. Copy the "
+                "folder again, or save all adapters again"
             )
         if self.parsed.setdefault(self._header(), metadata) != metadata:
             raise TwoSavesError(
-                f"another process saved to '{self.path}' while it was read. Load it when no process saves to it"
+                f"another process kept saving to '{self.path}' while it was being read. Load the adapter when no "
+                "process is saving to the folder"
             )
 
     def _tensors_file(self) -> Path:
-        """Return the file with the tensors, which a save of several adapters may not have renamed yet."""
+        """Return the tensors' file, under its temporary name if a save of several adapters has not renamed it yet."""
         file = self.path / TENSORS
         if self.save is not None and re.fullmatch("[0-9a-f]{16}", self.save):
             waiting = _temporary_name(file, self.save)
@@ -249,7 +250,7 @@ class Folder:
         return file
 
     def _config_of_tensors(self) -> tuple[Path, bytearray]:
-        """Return (file, content) of the config that belongs to the tensors; it may not have been renamed yet."""
+        """Return (file, content) of the config that belongs to the tensors, even if it has not been renamed yet."""
         file = self.path / CONFIG
         expected_hash = self.metadata().get(CONFIG_HASH)
         content = None
@@ -264,14 +265,14 @@ class Folder:
         if content is None:
             raise FileNotFoundError(CONFIG)
         raise TwoSavesError(
-            f"'{file}' and '{TENSORS}' are from two different saves: the tensors were saved with another config. Copy "
-            "the folder again, or save the adapter again. If you edited the config, undo it; only "
+            f"'{file}' and '{TENSORS}' are from different saves: the tensors were saved with another config. Copy "
+            "the folder again, or save the adapter again. If you edited the config, undo the edit; only "
             f"{', '.join(_EDITABLE)} may be edited"
         )
 
     @staticmethod
     def _read(file: Path, final: Path, limit: int | None, read: Callable[..., bytearray] = read_bytes) -> bytearray:
-        """Read a file that another process may rename to `final` meanwhile."""
+        """Read a file that another process may rename to `final` in the meantime."""
         arguments = () if read is read_header else (limit,)
         try:
             return read(file, *arguments)
@@ -279,30 +280,33 @@ class Folder:
             return read(final, *arguments)
 
     def _describe_contents(self) -> str:
-        """Return the end of a message: what the folder contains instead of an adapter, and what to do."""
+        """Return the end of an error message: what the folder contains instead of an adapter, and what to do."""
         names = self.list_names()
         others = [name for name in names if name.endswith(".safetensors") and name != TENSORS]
         if others and not {"config.json", CONFIG} & {*names}:
-            return f". If '{others[0]}' is one, pass that file: '{self.path / others[0]}'"
+            return f". If '{others[0]}' is an adapter, pass that file: '{self.path / others[0]}'"
         inside = next((name for name in ("adapter", *names) if os.path.isfile(self.path / name / CONFIG)), None)
         if inside is not None:
-            return f". Its subfolder contains one: pass '{self.path / inside}'"
+            return f". Its subfolder contains an adapter: pass '{self.path / inside}'"
         if "config.json" in names:
-            return ", and config.json belongs to a model. Pass the folder that `save` wrote; this one is a base"
+            return (
+                ", and its config.json belongs to a model, so this is the folder of a base model. Pass the folder "
+                "that `save` wrote"
+            )
         content = "is empty"
         if names:
             content = f"contains {', '.join(names[:5])}" + (", ..." if len(names) > 5 else "")
         return f"; it {content}. Pass the folder that `save` wrote, or copy the missing file into it"
 
     def write(self, adapters: Mapping[str, Content], card: str | None = None) -> None:
-        """Write adapters, all or none, to subfolders of their names. The adapter "" is written to the folder itself.
+        """Write adapters to subfolders with their names, all or none. The adapter "" is written to the folder itself.
 
         Args:
             adapters: content by name.
             card: text of README.md, or None to leave that file unchanged.
 
         Raises:
-            CheckpointError: the adapters cannot be written. The message tells the state of the folder.
+            CheckpointError: the adapters cannot be written. The message describes the state of the folder.
         """
         folders = {name: self.path / name for name in sorted(adapters)}
         with _naming_errors(self.path):
@@ -318,7 +322,7 @@ class Folder:
                 self._write(adapters, card)
 
     def _refuse_mixture(self, adapters: Mapping[str, Content]) -> None:
-        """Raise a CheckpointError if the folder has adapters of another save, which `load` would find as well."""
+        """Raise a CheckpointError if the folder has adapters of another save, since `load` would load them as well."""
         other = self.path if self.has(TENSORS) or self.has(CONFIG) else None
         for name in self.subfolders():
             with contextlib.suppress(CheckpointError):
@@ -326,12 +330,12 @@ class Folder:
                     other = self.path / name
         if other is not None:
             raise CheckpointError(
-                f"the adapters {', '.join(adapters)} were not saved: '{other}' contains an adapter of an earlier save, "
-                f"which `load` would load together with them. Save to another folder, or delete it"
+                f"the adapters {', '.join(adapters)} were not saved: '{other}' contains an adapter of an earlier "
+                f"save, which `load` would load together with them. Save to another folder, or delete '{other}'"
             )
 
     def _finish_renames(self, adapters: Mapping[str, Content]) -> None:
-        """Rename the temporary files of an earlier save that was complete, but was killed before renaming them."""
+        """Rename the temporary files of an earlier save that was killed after completion but before renaming them."""
         with contextlib.suppress(CheckpointError):
             save = Folder(self.path).metadata().get(SAVE)
             for name in adapters:
@@ -367,7 +371,7 @@ class Folder:
             for path in dict.fromkeys(final.parent for _, final in files):
                 _delete_temporary(path, {temporary for temporary, _ in files})
                 _sync(path)
-            os.replace(*files[0])  # from here on, readers find the new adapters
+            os.replace(*files[0])  # from now on, readers find the new adapters
         except BaseException:
             if files and os.path.lexists(files[0][0]):
                 for temporary, _ in (*files, *configs):
@@ -381,12 +385,12 @@ class Folder:
         except OSError as error:
             raise CheckpointError(
                 f"the adapter is saved in '{self.path}' and peftcore can load it, but a file could not be renamed "
-                f"({error.strerror or error}), so other programs will not find it. Save again"
+                f"({error.strerror or error}), so other programs will not find the adapter. Save it again"
             ) from error
 
 
 def read_folder(folder: Path, look: Callable[[Folder], T]) -> T:
-    """Return `look(folder)`, retrying a few times if it finds files of two saves.
+    """Return `look(folder)`, retried a few times if the files are from two saves.
 
     Raises:
         CheckpointError: files are missing, damaged, or from two saves.
@@ -424,7 +428,7 @@ def write_file(file: Path, content: bytes) -> None:
 
 @contextlib.contextmanager
 def created_folders(*folders: Path) -> Iterator[None]:
-    """Create `folders` and their parents. If the block raises, remove those that were created and are empty."""
+    """Create `folders` and their parents. If the block raises, remove the folders that were created and are empty."""
     paths = chain.from_iterable((folder, *folder.parents) for folder in folders)
     new = {path for path in paths if not path.exists()}
     try:
@@ -433,7 +437,7 @@ def created_folders(*folders: Path) -> Iterator[None]:
         yield
     except BaseException:
         for path in sorted(new, key=lambda path: -len(path.parts)):
-            with contextlib.suppress(OSError):  # it is not empty
+            with contextlib.suppress(OSError):  # the folder is not empty
                 path.rmdir()
         raise
 
@@ -452,7 +456,7 @@ def lock_folders(*folders: Path) -> Iterator[None]:
             except Timeout:
                 raise CheckpointError(
                     f"the adapter was not saved: another process has been saving to '{folder}' for {PATIENCE:g} s. "
-                    "The folder has that process's files. Save to another folder"
+                    "Save to another folder"
                 ) from None
             # Delete the file before it is unlocked. A process that waits for the deleted file creates a new one.
             locks.callback(_delete_lock, folder / LOCK)
@@ -465,7 +469,10 @@ def _delete_lock(file: Path) -> None:
 
 
 def to_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
-    """Return the bytes of a safetensors file with sorted metadata, whose order is not deterministic otherwise."""
+    """Return the bytes of a safetensors file.
+
+    The metadata is sorted, since its order is not deterministic otherwise.
+    """
     content = serialized(dict(tensors), dict(metadata))
     size = int.from_bytes(content[:8], "little")
     header = json.loads(content[8 : 8 + size])
@@ -516,15 +523,15 @@ def _naming_errors(path: Path) -> Iterator[None]:
             f"the adapter could not be saved to '{path}': {error.strerror or error}. Existing files are unchanged"
         ) from error
     except ValueError as error:
-        raise CheckpointError(f"the adapter could not be saved: {str(path)!a} cannot be a path ({error})") from error
+        raise CheckpointError(f"the adapter could not be saved: {str(path)!a} is not a valid path ({error})") from error
 
 
 def _refuse_link(folder: Path) -> None:
     """Raise a CheckpointError if an adapter's subfolder is a link to another place."""
     if os.path.islink(folder):
         raise CheckpointError(
-            f"'{folder}' is a link to '{os.path.realpath(folder)}', which is outside of the folder to save to. Delete "
-            "the link, or save to another folder"
+            f"'{folder}' is a link to '{os.path.realpath(folder)}', outside the folder to save to. Delete the link, "
+            "or save to another folder"
         )
 
 
@@ -541,7 +548,7 @@ def _refuse_special(file: Path) -> None:
 
 
 def _advice_for_missing(path: Path) -> str:
-    """Return advice for a path that does not exist: similar names next to it, and what can be passed instead."""
+    """Return advice for a path that does not exist: sibling folders with similar names, and what to pass instead."""
     hints = []
     try:
         if not path.is_absolute():
@@ -550,10 +557,10 @@ def _advice_for_missing(path: Path) -> str:
             similar = nearest(path.name, [entry.name for entry in entries if entry.is_dir()])
         hints.append(f"'{path.parent}' contains other folders{similar}. " if similar else "")
     except FileNotFoundError:
-        hints.append(f"'{path.parent}' does not exist either. ")
+        hints.append(f"Its parent '{path.parent}' does not exist either. ")
     except (OSError, ValueError):  # the parent cannot be listed, or the text cannot be a path
         pass
-    return f"{''.join(hints)}Pass the folder that `save` wrote, or an id of Hugging Face's hub as a string, 'ORG/NAME'"
+    return f"{''.join(hints)}Pass the folder that `save` wrote, or a Hugging Face Hub id as a string, 'ORG/NAME'"
 
 
 def _sync(folder: Path) -> None:

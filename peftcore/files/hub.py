@@ -34,10 +34,10 @@ def folder_of(path: str | os.PathLike[str], revision: str | None = None) -> Path
     if isinstance(path, str) and not os.path.lexists(folder) and _ID.fullmatch(path):
         return _download(path, revision)
     if revision is not None:
-        problem = "is a local folder" if os.path.isdir(folder) else "is not an id ORG/NAME of the hub"
+        problem = "is a local folder" if os.path.isdir(folder) else "is not a hub id (ORG/NAME)"
         raise CheckpointError(
-            f"revision={revision!r} only works with adapters on Hugging Face's hub, but '{path}' {problem}. Leave it "
-            "out"
+            f"revision={revision!r} only works with adapters on the Hugging Face Hub, but '{path}' {problem}. Remove "
+            "the argument"
         )
     return folder
 
@@ -49,14 +49,14 @@ def _download(name: str, revision: str | None) -> Path:
         folder = _snapshot(name, revision, [*files, *_SUBFOLDER_FILES])
         if any(os.path.exists(folder / file) for file in files) or any(folder.glob(f"*/{CONFIG}")):
             return folder
-        raise CheckpointError(f"'{name}' on Hugging Face's hub does not contain an adapter: {CONFIG} is missing")
+        raise CheckpointError(f"'{name}' on the Hugging Face Hub does not contain an adapter: {CONFIG} is missing")
     further_files = _further_files(folder)
     # Request all files in one call, so that they come from the same commit.
     return _snapshot(name, revision, [*_ADAPTER_FILES, *further_files]) if further_files else folder
 
 
 def _further_files(folder: Path) -> list[str]:
-    """Return further files to download: those of adapters saved together, or of another library's format."""
+    """Return additional files to download: files of adapters saved together, or of another library's format."""
     try:
         folder_files = Folder.open(folder)
         if TOGETHER in folder_files.metadata():
@@ -74,9 +74,9 @@ def _snapshot(name: str, revision: str | None, files: Sequence[str]) -> Path:
         from huggingface_hub import snapshot_download
     except ImportError:
         raise CheckpointError(
-            f"the folder '{name}' does not exist, and downloading an adapter of this name from Hugging Face's hub "
-            "needs the library huggingface_hub, which is not installed (it comes with transformers). Install it, or "
-            "pass the folder into which you have downloaded the adapter"
+            f"the folder '{name}' does not exist, and downloading it from the Hugging Face Hub needs the library "
+            "huggingface_hub, which is not installed. Install it (pip install huggingface_hub), or download the "
+            "adapter and pass its folder"
         ) from None
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=list(files)))
@@ -84,7 +84,8 @@ def _snapshot(name: str, revision: str | None, files: Sequence[str]) -> Path:
         reason = " ".join(str(error).split())
         revision_text = f" (revision {revision!r})" if revision is not None else ""
         raise CheckpointError(
-            f"the folder '{name}' does not exist, and Hugging Face's hub does not provide an adapter of this name"
-            f"{revision_text}: {type(error).__name__}: {reason[:400]}. Check the path if you mean a local folder; log "
-            "in for a private or gated adapter; without a network, only adapters in the cache can be loaded"
+            f"the folder '{name}' does not exist, and no adapter with this name{revision_text} could be downloaded "
+            f"from the Hugging Face Hub: {type(error).__name__}: {reason[:400]}. For a local folder, check the path. "
+            "For a private or gated adapter, log in. Without a network connection, only cached adapters can be "
+            "loaded"
         ) from error

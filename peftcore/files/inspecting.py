@@ -1,4 +1,4 @@
-"""`inspect`: facts about an adapter from its files alone, without the base model."""
+"""`inspect`: describe an adapter from its files alone, without the base model."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ class AdapterInfo:
         format: "peft", or the name of another library's format or of a single-file format.
         peft_type: PEFT's name of the method, in capitals.
         method: name of the installed method that reads the adapter, or None.
-        problem: the error that `load` would raise, as far as it is known without the base; None if there is none.
+        problem: the error that `load` would raise, as far as it can be known without the base, or None.
         base: hub id or path of the base, if the files contain it.
         task_type: PEFT's name of the task, such as "CAUSAL_LM", if the files contain it.
         fields: fields of the config by PEFT's names, and fields that only peftcore has.
         writer: program that wrote the files, such as "PEFT 0.20.0", if they contain it.
         base_is_checked: whether the files have a fingerprint of the base, with which `load` compares the model.
-        parts: tensors by name, for each model that a single file has a part for. A folder has one part, "". The
-            tensors are on the meta device.
+        parts: tensors by name, for each model in a single file. A folder has one part, "". The tensors are on the meta
+            device.
     """
 
     path: Path
@@ -99,7 +99,7 @@ class AdapterInfo:
 
 
 def _set_fields(fields: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Return rows for the fields that are set and have no row above."""
+    """Return rows for the remaining fields that are set."""
     rows: list[tuple[str, str]] = []
     for name, value in sorted(fields.items()):
         if name not in _FIELDS_WITH_ROWS and value not in (None, False, "", [], {}):
@@ -111,8 +111,8 @@ def inspect(path: str | os.PathLike[str], *, method: str | None = None, revision
     """Return facts about an adapter from its files alone, without the base model.
 
     Args:
-        path: folder or single file of an adapter in any format that `load` reads, or an id on Hugging Face's hub.
-        method: the installed method that reads it. Only needed if several methods can.
+        path: folder or single file of an adapter in any format that `load` reads, or a Hugging Face Hub id.
+        method: the installed method that reads the adapter. Only needed if several methods can read it.
         revision: branch, tag or commit on the hub.
 
     Raises:
@@ -155,7 +155,7 @@ def _info_of_folder(folder: Folder, method_name: str | None) -> AdapterInfo:
     try:
         fields, foreign = reading.fields_and_format(folder, method_name)
     except CheckpointError:
-        folder.tensors()  # `load` reads them first, so that a folder without them has the same error
+        folder.tensors()  # `load` also reads the tensors first, so a folder without tensors raises the same error
         raise
     tensors, metadata = folder.tensors(foreign.tensors if foreign else TENSORS)
     own_field_values = own_fields(folder.path, metadata)
@@ -224,7 +224,7 @@ def _experts(fields: dict[str, Any], tensors: dict[str, Tensor]) -> list[tuple[s
             counts.add(tensor.shape[0] // r)
     if not modules or counts == {1}:
         return []
-    of_experts = f" of {', '.join(map(str, sorted(counts)))}" if counts else ""
+    of_experts = f" with {', '.join(map(str, sorted(counts)))}" if counts else ""
     share = 100 * parameters / sum(tensor.numel() for tensor in tensors.values())
     return [("experts", f"{len(modules)} modules{of_experts}, {parameters:,} of the parameters ({share:.3g} %)")]
 

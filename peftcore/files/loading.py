@@ -1,4 +1,4 @@
-"""Strict loading of adapters: anything that does not fit the model is an error."""
+"""Strict loading of adapters: every mismatch with the model is an error."""
 
 from __future__ import annotations
 
@@ -43,20 +43,20 @@ def load(
 ) -> Models:
     """Load the adapter in the folder `path`, or all adapters that were saved there together, and apply it.
 
-    peftcore, PEFT or another library whose format a plugin reads wrote the folder. If there is no such folder, `path`
-    may be an id on Hugging Face's hub, `ORG/NAME`. It may also be a single file with parts for one or several models
-    (`FileFormat`), or a folder that contains one; a model gets its part.
+    The folder was written by peftcore, PEFT, or another library whose format a plugin reads. If there is no such
+    folder, `path` may be a Hugging Face Hub id, `ORG/NAME`. `path` may also be a single file with parts for one or
+    several models (`FileFormat`), or a folder that contains one. Each model gets its part.
 
     Args:
         model: the model, or models by name, such as `pipe.components`, each of which gets its part of a single file.
         path: folder, hub id or single file.
-        adapter: name of the adapter on this model. By default `default`; adapters that were saved together keep their
-            names.
+        adapter: name of the adapter on this model. The default is `default`; adapters that were saved together keep
+            their names.
         trainable: whether the adapter trains. By default its parameters are frozen, as for inference.
         dtype: dtype of the adapter's parameters, as in `apply`.
         check_base: compare the model with the fingerprint of the base that the adapter was trained on, if the file has
             one.
-        method: the installed method that reads the adapter. Only needed if several methods can.
+        method: the installed method that reads the adapter. Only needed if several methods can read it.
         revision: branch, tag or commit on the hub.
 
     Raises:
@@ -66,9 +66,9 @@ def load(
     Examples:
         >>> model = AutoModelForCausalLM.from_pretrained("HuggingFaceTB/SmolLM2-135M-Instruct")
         >>> peftcore.load(model, "my-adapter")                                    # for inference
-        >>> peftcore.load(model, "my-adapter", adapter="second", trainable=True)  # to train it further
+        >>> peftcore.load(model, "my-adapter", adapter="second", trainable=True)  # trainable, to continue its training
     """
-    # A download may take long. It runs before the lock is taken, so that the model can be called meanwhile.
+    # A download may take long. It runs before the lock is taken, so that the model can be called in the meantime.
     folder = folder_of(path, revision)
     options = _Options(adapter=adapter, trainable=trainable, dtype=dtype, check_base=check_base, method=method)
     if isinstance(model, nn.Module):
@@ -136,8 +136,8 @@ def restore(model: nn.Module, path: str | os.PathLike[str], *, adapter: str = "d
     stored = read_adapter(folder, model, applied=entry.method)
     if stored.method.name != entry.method:
         raise CheckpointError(
-            f"'{folder}' contains an adapter of {stored.method.name}, but '{adapter}' is of {entry.method}. Pass the "
-            "folder that it was saved to"
+            f"'{folder}' contains an adapter of method {stored.method.name}, but '{adapter}' uses {entry.method}. Pass "
+            f"the folder that '{adapter}' was saved to"
         )
     multiplier = read_multiplier(stored.metadata)
     grown = grown_buffers(model, adapter, stored.tensors) if stored.method.trained_fields else []

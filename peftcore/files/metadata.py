@@ -37,5 +37,5 @@ def own_fields(folder: Path, metadata: Metadata) -> dict[str, Any]:
 
 
 def ties_partly(metadata: Metadata) -> bool:
-    """Return whether an early peftcore wrote the file, which stored tied parameters under one of their names only."""
+    """Return whether the file was written by an early peftcore, which stored tied parameters under only one name."""
     return VERSION in metadata and TIED not in metadata

@@ -1,9 +1,9 @@
 """Model card of an adapter folder: `README.md` with the metadata that model hubs read.
 
 Every save rewrites the text between two marks and the metadata keys `base_model`, `library_name`, `pipeline_tag` and
-`peftcore`, and adds missing tags. The rest belongs to the card's author. A card without the marks is not changed.
-Equal adapters get equal cards, without dates or local paths. Text from configs or data is in one-line code spans, which
-it cannot close (see `code_span`).
+`peftcore`, and adds missing tags. The rest belongs to the card's author, and a card without the marks is not changed.
+Equal adapters get equal cards, without dates or local paths. Text from configs or data is put into one-line code spans
+that it cannot close (see `code_span`).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from peftcore.plugin.safe_reading import read_bytes
 from peftcore.version import installed_version
 
 FILE = CARD
-BEGIN = "<!-- peftcore: written by each save; text outside of these two marks is kept -->"
+BEGIN = "<!-- peftcore: rewritten by each save; text outside these two marks is preserved -->"
 END = "<!-- peftcore: end -->"
 _OWN_KEYS = ("base_model", "library_name", "pipeline_tag", "peftcore")
 _TASKS = {  # PEFT's task types by the hub's names
@@ -43,7 +43,7 @@ _TASKS = {  # PEFT's task types by the hub's names
 _PLAIN = re.compile(r"[A-Za-z][\w./-]*(:[\w./-]+)*")  # YAML text that needs no quotes, except the reserved words
 _RESERVED = ("null", "true", "false", "yes", "no", "on", "off", "y", "n")
 _ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-_LONGEST = 200  # characters of a field's value; longer ones are truncated
+_LONGEST = 200  # maximum length of a field's value; longer values are truncated
 _BYTES = 1 << 24  # largest card that is read
 _ESCAPES = {ord("<"): r"\u003c", ord("`"): r"\u0060", ord("\x7f"): r"\u007f"}
 _ESCAPES |= {control: f"\\u{control:04x}" for control in (*range(0x20), *range(0x80, 0xA0), 0x2028, 0x2029)}
@@ -63,7 +63,7 @@ def card(model: nn.Module, adapters: Sequence[str], task_type: str | None) -> tu
     metadata["tags"] = tags
     metadata["peftcore"] = {"method": methods[0] if len(methods) == 1 else methods, "version": installed_version()}
     base_name = base or type(model).__name__
-    lines = [f"# Adapter{'s' * (len(adapters) > 1)} of {base_name}", ""]
+    lines = [f"# Adapter{'s' * (len(adapters) > 1)} for {base_name}", ""]
     for name in adapters:
         lines += [*([f"## {code_span(name)}", ""] if len(adapters) > 1 else []), *_table(_facts(model, name)), ""]
     lines += ["```python", "import peftcore", ""]
@@ -172,7 +172,7 @@ def update_header(head: str, about: Mapping[str, Any]) -> str:
     for key, lines in blocks:
         if key not in _OWN_KEYS:
             new_lines.append(lines)
-        elif key in values:  # one of peftcore's keys that is not in `values` any more is dropped
+        elif key in values:  # a peftcore key that is no longer in `values` is dropped
             new_lines.append(_yaml(key, values.pop(key)))
     return "".join([*new_lines, *(_yaml(key, value) for key, value in values.items())])
 
@@ -215,7 +215,7 @@ def _yaml(key: str, value: object) -> str:
 
 
 def _scalar(value: object) -> str:
-    """Return a value as YAML, of which JSON is a subset."""
+    """Return a value as YAML, using its subset JSON."""
     if isinstance(value, str) and _PLAIN.fullmatch(value) and value.lower() not in _RESERVED:
         return value
     return json.dumps(value, ensure_ascii=False)

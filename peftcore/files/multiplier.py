@@ -1,7 +1,7 @@
 """Storage of the multiplier set by `scale`.
 
 The config on disk describes the scaled adapter, so that any library can read it. The file's metadata has the multiplier
-and the unscaled fields, from which `load` restores both.
+and the unscaled fields, from which `load` restores the unscaled adapter and its multiplier.
 
     {"multiplier": 0.5, "fields": {name: value without the multiplier}}
 """
@@ -37,13 +37,13 @@ def read_multiplier(metadata: dict[str, str]) -> float:
     """Return the multiplier in the metadata, by default 1.
 
     Raises:
-        CheckpointError: it is not a finite number.
+        CheckpointError: the multiplier is not a finite number.
     """
     return _parse(metadata)[0]
 
 
 def remove_multiplier(method: Method, config: Any, metadata: dict[str, str]) -> tuple[Any, float]:
-    """Return (config without the multiplier, multiplier); if the config was edited, return it unchanged, and 1."""
+    """Return (config without the multiplier, multiplier), or (unchanged config, 1) if the config was edited."""
     multiplier, fields = _parse(metadata)
     if multiplier == 1.0 or method.state.peft.scaled is None:
         return config, 1.0

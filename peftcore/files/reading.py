@@ -60,14 +60,14 @@ def read_adapter(folder: Path, model: nn.Module, method: str | None = None, appl
         folder: the adapter's folder.
         model: the model to read it for.
         method: the method to read it with; None for the method that wrote the file.
-        applied: the method of the applied adapter that gets the values; it reads files that do not name a method.
+        applied: the method of the applied adapter that gets the values. It reads files that do not name a method.
     """
     return read_folder(folder, lambda opened: _read(opened, model, method, applied))
 
 
 @dataclass(frozen=True)
 class _SavedTogether:
-    """Adapters that were saved in one call: their names, the active ones, and the id of the save."""
+    """Adapters that were saved in one call: their names, the names of the active ones, and the id of the save."""
 
     names: list[str]
     active: list[str]
@@ -109,11 +109,11 @@ def _saved_together(folder: Folder) -> _SavedTogether | None:
     save = metadata.get(SAVE)
     missing_names = [name for name in names if not _folder_of_adapter(folder, name, save).has(TENSORS)]
     if len(missing_names) == len([name for name in names if name_inside(name)]):
-        return None  # a copy of one of them, in a folder of its own
+        return None  # one of the adapters, copied to its own folder
     if missing_names:
         raise CheckpointError(
             f"'{folder.path}' lacks the adapter '{missing_names[0]}', which was saved together with the others. Copy "
-            "the folder again, or load a single one: peftcore.load(model, FOLDER, adapter='NAME')"
+            "the folder again, or load a single adapter: peftcore.load(model, FOLDER, adapter='NAME')"
         )
     return _SavedTogether(names, active, save)
 
@@ -132,9 +132,9 @@ def _names_and_active(text: str, folder: Path) -> tuple[list[str], list[str]]:
         if not names:
             raise ValueError("no names are given")
         for name in (*names, *active):
-            engine.check_name(name)  # the name becomes a part of a path
+            engine.check_name(name)  # the name becomes part of a path
         if not set(active) <= set(names) or len({*names}) < len(names) or len({*active}) < len(active):
-            raise ValueError(f"{active} are active, but the folder has {names}")
+            raise ValueError(f"the active adapters are {active}, but the folder contains {names}")
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise CheckpointError(f"the list of adapters in '{folder}' ({TOGETHER}) is invalid: {error}") from error
     return names, active
@@ -214,7 +214,7 @@ def fields_and_format(folder: Folder, method: str | None = None) -> tuple[dict[s
 
 
 def vocabulary_rows(model: nn.Module, folder: Path) -> int | None:
-    """Return the number of rows of the embedding or output head in an adapter's file; None if it has neither."""
+    """Return the vocabulary size of the embedding or output head in an adapter's file, or None if it has neither."""
     names = set(embedding_parameters(model))
 
     def rows(opened: Folder) -> int | None:
@@ -273,8 +273,8 @@ def _find_foreign(folder: Folder, method_name: str | None = None) -> _ForeignFol
     if len(matches) > 1:
         names = ", ".join(f"'{name}' ({m.plugin.distribution} {m.plugin.version})" for name, m in matches.items())
         raise PluginError(
-            f"'{folder.path}' may be read by any of {len(matches)} installed methods: {names}. Choose one: "
-            f"method='NAME' (in commands: --method NAME); or restrict the plugins: PEFTCORE_PLUGINS=NAME,NAME"
+            f"{len(matches)} installed methods can read '{folder.path}': {names}. Choose one with method='NAME' "
+            "(--method NAME on the command line), or restrict the plugins with PEFTCORE_PLUGINS=NAME,NAME"
         )
     return next(iter(matches.values()), None)
 
@@ -297,7 +297,7 @@ def _matching_formats(folder: Folder, required_method: Method | None) -> dict[st
 
 
 def _is_peft_folder(folder: Folder) -> bool:
-    """Return whether the folder's config is in PEFT's format. Then no other format is tried."""
+    """Return whether the folder's config is in PEFT's format, in which case no other format is tried."""
     try:
         fields = folder.json(CONFIG)
     except TwoSavesError:
@@ -322,5 +322,5 @@ def _read_foreign(folder: Folder, model: nn.Module, foreign: _ForeignFolder) -> 
         with guarded(foreign.method, f"'{folder.path}'"):
             config, tensors = foreign.format.read(model, foreign.fields, tensors)
     except PeftcoreError as error:
-        raise CheckpointError(f"'{folder.path}', of {foreign.format.name}, cannot be read: {error}") from error
+        raise CheckpointError(f"'{folder.path}' (format: {foreign.format.name}) cannot be read: {error}") from error
     return Stored(foreign.method, config, tensors, {})

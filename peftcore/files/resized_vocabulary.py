@@ -1,4 +1,7 @@
-"""Detection of a resized vocabulary. Every load of the base initializes its new rows at random, so files store them."""
+"""Detection of a resized vocabulary.
+
+Files store its new rows, since every load of the base initializes them at random.
+"""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ from peftcore.plugin.registry import registry
 from peftcore.version import installed_version
 
 PEFT = "peft"  # the default format
-# Arguments that PEFT's wrappers for text pass to the model: all of them, and further ones by task type.
+# Arguments that PEFT's wrappers for text pass to the model: common to all task types, and additional ones by task type.
 _TEXT_ARGUMENTS = (
     "input_ids",
     "attention_mask",
@@ -69,18 +69,18 @@ def save(
 ) -> Path:
     """Save one or all of a model's adapters to the folder `path`.
 
-    In a distributed run, rank 0 writes. If the model is sharded, every rank must call this function, and it returns
-    once the files exist. Otherwise the other ranks return immediately.
+    In a distributed run, rank 0 writes. If the model is sharded, every rank must call this function, which returns once
+    the files exist. Otherwise the other ranks return immediately.
 
     Args:
         model: the model. Single-file formats also take models by name, such as `pipe.components`, and save those with
             adapters.
         path: folder to save to, or a file that ends in `.safetensors` for a single-file format.
         adapter: name of the adapter to save; by default all. If there are several, `default` is saved to the folder
-            itself and the others to subfolders with their names, as in PEFT. `load` loads them together and restores
+            itself and all others to subfolders with their names, as in PEFT. `load` loads them together and restores
             which were active.
-        dtype: dtype of the floating-point tensors on disk; by default their own.
-        resumable: False leaves out tensors that only further training needs (`StateRules.export`).
+        dtype: dtype of the floating-point tensors on disk; by default their current dtype.
+        resumable: False omits tensors that are only needed for further training (`StateRules.export`).
         format: "peft", or another format of the method. "per_expert" stores the factors of experts one by one, as vLLM
             and SGLang read them. "diffusers" and "kohya" write a single file into the folder, or to `path` itself.
             `load` reads all formats.
@@ -102,7 +102,7 @@ def save(
         return _save_single(model, Path(path), adapter, dtype, format)
     if not isinstance(model, nn.Module):
         raise PeftcoreError(
-            f"format={format!r} takes one model, found {type(model).__name__}. Save each model to its own folder, or "
+            f"format={format!r} saves one model, found {type(model).__name__}. Save each model to its own folder, or "
             f"use a single-file format: {', '.join(single_file.formats()) or 'none is installed'}"
         )
     names = _names(model, adapter)
@@ -166,7 +166,7 @@ def _only_adapter(model: nn.Module, adapter: str | None, format: str) -> str:
     names = _names(model, adapter)
     if len(names) != 1:
         raise PeftcoreError(
-            f"format={format!r} takes one adapter of a model, found {', '.join(names)}. Pass adapter='NAME'"
+            f"format={format!r} saves one adapter per model, found {', '.join(names)}. Pass adapter='NAME'"
         )
     _check_savable(model)
     method = registry.method(engine.applied(model, names[0]).method)
@@ -176,7 +176,7 @@ def _only_adapter(model: nn.Module, adapter: str | None, format: str) -> str:
 
 
 def save_each(model: nn.Module, path: str | os.PathLike[str], adapters: Sequence[str]) -> Path:
-    """Save these adapters to the folder `path` and its subfolders, all or none, for `restore`."""
+    """Save these adapters to the folder `path` and its subfolders, all or none, to be read by `restore`."""
     return _save(model, Path(path), {name_inside(name): name for name in adapters})
 
 
@@ -195,7 +195,9 @@ def _save(
     is_sharded = sharded.is_sharded(model)
     if not names_by_subfolder or (not is_sharded and ranks.rank() != 0):
         return folder
-    failure = f"the adapter could not be saved by all ranks ('{folder}' is whole: as it was before, or as saved now)"
+    failure = (
+        f"not all ranks could save the adapter ('{folder}' is consistent: it has either the old adapter or the new one)"
+    )
     with ranks.explaining_failure(failure) if is_sharded else nullcontext():
         if is_sharded:
             for name in names_by_subfolder.values():
@@ -237,17 +239,17 @@ def _refuse_drifted(model: nn.Module, adapter: str) -> None:
     if drift is not None:
         name, rank, difference = drift
         raise PeftcoreError(
-            f"adapter '{adapter}' was not saved: '{name}' on rank {rank} differs by {difference:.2g} from rank 0. The "
-            "ranks have trained without averaging their gradients. Call peftcore.shard(model) after apply, which "
-            "averages them in every backward pass"
+            f"adapter '{adapter}' was not saved: '{name}' on rank {rank} differs by {difference:.2g} from rank 0, "
+            "because the ranks trained without averaging their gradients. Call peftcore.shard(model) after apply; "
+            "it averages the gradients in every backward pass"
         )
     drift = ranks.find_unequal(_buffers(model, adapter))
     if drift is not None:
         name, rank, difference = drift
         raise PeftcoreError(
             f"adapter '{adapter}' was not saved: the buffer '{name}' on rank {rank} differs by {difference:.2g} from "
-            f"rank 0. The method '{engine.applied(model, adapter).method}' computes it from each rank's batches, and "
-            "must average it over the ranks in after_step"
+            f"rank 0. The method '{engine.applied(model, adapter).method}' computes the buffer from each rank's "
+            "batches, and must average it over the ranks in after_step"
         )
 
 
@@ -280,7 +282,7 @@ def _content(
         tensors = _for_disk({**own_tensors_on_disk, **kept}, adapter, own_tensors_on_disk, dtype)
         base = base_tensors(model)
         if kept or own_slots(model, adapter):
-            # Tensors that the adapter owns do not identify the base: every load initializes a new head at random.
+            # Tensors that the adapter owns do not identify the base: each load initializes a new head at random.
             on_disk = names_of_base(model, adapter, base)
             base = {name: tensor for name, tensor in base.items() if on_disk[name] not in tensors}
         plugin = registry.plugin_of(method.name)
@@ -308,7 +310,7 @@ def _content(
 def _fields_of_config(model: nn.Module, method: Method, adapter: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return an applied adapter's config as (fields of `adapter_config.json`, fields that PEFT does not have).
 
-    The latter only contain values other than the default. If PEFT cannot read the adapter, there is a warning.
+    The latter contain only values other than the default. Warns if PEFT cannot read the adapter.
     """
     # asdict keeps tuples, and JSON has no sets, tuples or dtypes.
     own_fields = dataclasses.asdict(scaled_config(model, adapter))
@@ -357,9 +359,9 @@ def _task_type(model: nn.Module, adapter: str) -> str | None:
         names = sorted({".".join(path.split(".")[-2:]) for path in paths})
         advice = f"exclude_modules={names}" if hasattr(entry.config, "exclude_modules") else f"adapt none of {names}"
         warn(
-            f"Hugging Face PEFT cannot read this file: in a {type(model).__name__} it refuses the adapters of "
-            f"{len(paths)} modules, such as '{paths[0]}', or matches them to other modules. To save a file for PEFT, "
-            f"leave them out: {advice}",
+            f"Hugging Face PEFT cannot read this file: in a {type(model).__name__}, PEFT rejects the adapters of "
+            f"{len(paths)} modules, such as '{paths[0]}', or assigns them to other modules. To save a file for PEFT, "
+            f"exclude these modules: {advice}",
         )
     return task_type
 
@@ -412,7 +414,7 @@ def _refuse_unreadable(
     written: dict[str, Tensor],
     fields: dict[str, Any],
 ) -> None:
-    """Raise a PluginError unless the method's `read` restores the tensors that its `write` got, in their shapes."""
+    """Raise a PluginError unless the method's `read` restores all tensors passed to its `write`, in their shapes."""
     method = registry.method(engine.applied(model, adapter).method)
     fields = {**fields, "peft_version": peft_version()}
     with registry.naming(method.name, "read"), sharded.gathered_when_read(model):
@@ -422,9 +424,9 @@ def _refuse_unreadable(
         if name not in read_tensors or read_tensors[name].shape != tensors[name].shape:
             result = f"with shape {list(read_tensors[name].shape)}" if name in read_tensors else "not at all"
             raise PluginError(
-                f"adapter '{adapter}' was not saved, since it could not be loaded: '{name}' with shape "
-                f"{list(tensors[name].shape)} comes back {result}. `write` of {method.name} must keep it in a form "
-                "that `read` reads"
+                f"adapter '{adapter}' was not saved, because it could not be loaded again: '{name}' with shape "
+                f"{list(tensors[name].shape)} comes back {result}. `write` of {method.name} must return tensors that "
+                "its `read` restores"
             )
 
 
@@ -441,7 +443,9 @@ def _in_format(model: nn.Module, adapter: str, format: str, content: Content) ->
 
 def _format_error(adapter: str, method: Method, format: str) -> PeftcoreError:
     known = ", ".join(map(repr, [PEFT, *method.state.layouts, *method.state.files]))
-    return PeftcoreError(f"'{adapter}' ({method.name}) has no format {format!r}. Choose one of: {known}")
+    return PeftcoreError(
+        f"'{adapter}' ({method.name}) cannot be saved in the format {format!r}. Choose one of: {known}"
+    )
 
 
 def _important(model: nn.Module, names: Iterable[str]) -> set[str]:
@@ -466,7 +470,7 @@ def _for_disk(
         tensor = sharded.whole(tensor) if is_sharded else tensor.detach()
         if name in own_names and tensor.is_floating_point() and not bool(tensor.float().isfinite().all()):
             raise CheckpointError(
-                f"adapter '{adapter}' was not saved: '{name}' contains NaN or Inf, because training has diverged. "
+                f"adapter '{adapter}' was not saved: '{name}' contains NaN or Inf, so training has diverged. "
                 "Continue from an earlier checkpoint, with a smaller learning rate or a dtype with a larger range"
             )
         if dtype and tensor.is_floating_point():
@@ -474,7 +478,7 @@ def _for_disk(
         full_tensors[name] = tensor.cpu().contiguous()
     memory_addresses: set[int] = set()
     for name, tensor in full_tensors.items():
-        if tensor.data_ptr() in memory_addresses:  # a tied parameter, under another of its names
+        if tensor.data_ptr() in memory_addresses:  # a tied parameter, under another name
             full_tensors[name] = tensor.clone()
         memory_addresses.add(tensor.data_ptr())
     return full_tensors
@@ -485,6 +489,7 @@ def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     cast = tensor.to(dtype)
     if not bool((cast.isfinite() | ~tensor.isfinite()).all()):
         raise CheckpointError(
-            f"'{name}' contains {tensor.abs().max().item():.3g}, which is too large for {dtype}. Choose another dtype"
+            f"'{name}' contains {tensor.abs().max().item():.3g}, which is too large for {dtype}. Choose a dtype with "
+            "a larger range"
         )
     return cast

@@ -23,14 +23,14 @@ from peftcore.plugin.peft_fields import guarded
 from peftcore.plugin.registry import registry
 from peftcore.plugin.safe_reading import CONFIG, TENSORS, parse_json
 
-_METADATA_KEYS = (BASE,)  # other metadata is for training, or wrong once another tool has changed the file
+_METADATA_KEYS = (BASE,)  # all other metadata is for training, or becomes wrong once another tool changes the file
 SUFFIX = ".safetensors"
 
 
 def formats() -> dict[str, tuple[FileFormat, Method]]:
     """Return the single-file formats of all installed methods: {name for `save`: (format, method)}.
 
-    If several methods have the same format, the method without a flag in PEFT's config has it.
+    If several methods have the same format, it belongs to the method without a flag in PEFT's config.
     """
     formats_by_name: dict[str, tuple[FileFormat, Method]] = {}
     for method in sorted(registry.methods().values(), key=lambda method: method.state.peft.flag is not None):
@@ -58,7 +58,7 @@ def find_file(folder: Folder) -> str | None:
     if known_files and (folder.has(CONFIG) or folder.has(TENSORS)):
         raise CheckpointError(
             f"'{folder.path}' contains two adapters, '{TENSORS}' and '{known_files[0]}', which may differ. Pass the "
-            f"file itself, '{folder.path / known_files[0]}', or move it into a folder of its own"
+            f"file itself, '{folder.path / known_files[0]}', or move it to a separate folder"
         )
     return known_files[0] if known_files else None
 
@@ -98,8 +98,8 @@ def read(
     remaining = {part: len(names) for part, names in parts.items() if part not in matching}
     if remaining and model_name is None:
         warn(
-            f"'{source}' also contains {_describe_parts(remaining)}, which belong to other models. Load them as well, "
-            "or all at once: peftcore.load(pipe.components, ...)",
+            f"'{source}' also contains {_describe_parts(remaining)}, which belong to other models. Load these parts "
+            "as well, or load all parts at once: peftcore.load(pipe.components, ...)",
         )
     metadata_of_parts = parse_json(metadata.get(PARTS, "{}").encode(errors="surrogatepass"), f"{source}: {PARTS}")
     about = metadata_of_parts.get(matching[0], {}) if isinstance(metadata_of_parts, dict) else {}
@@ -143,8 +143,8 @@ def require_models_by_name(models: object) -> Mapping[str, Any]:
     """Return `models` if it maps names to models, else raise a PeftcoreError."""
     if not isinstance(models, Mapping):
         raise PeftcoreError(
-            f"expected a model or models by name, found a {type(models).__name__}. For a pipeline pass its components: "
-            "peftcore.save(pipe.components, ...), peftcore.load(pipe.components, ...)"
+            f"expected a model or a dictionary of models by name, found a {type(models).__name__}. For a pipeline, "
+            "pass its components: peftcore.save(pipe.components, ...), peftcore.load(pipe.components, ...)"
         )
     return models
 
@@ -159,7 +159,8 @@ def owners(file: Path, models: Mapping[str, Any]) -> dict[str, nn.Module]:
     name = find_file(folder)
     if name is None:
         raise CheckpointError(
-            f"'{file}' contains one adapter, but {len(models)} models were passed. Pass one: load(model, ...)"
+            f"'{file}' contains one adapter, but {len(models)} models were passed. Pass a single model: load(model, "
+            "...)"
         )
     tensors, _ = folder.tensors(name)
     form, _ = _format_of(folder.path / name, tensors)
@@ -173,9 +174,9 @@ def owners(file: Path, models: Mapping[str, Any]) -> dict[str, nn.Module]:
     if parts:
         description = _describe_parts({part: len(names) for part, names in parts.items()})
         raise CheckpointError(
-            f"'{folder.path / name}' contains {description}, but no model for it was passed (found: "
-            f"{', '.join(models)}). "
-            "Pass it under its name in the pipeline, or load the others one by one: peftcore.load(model, ...)"
+            f"'{folder.path / name}' contains {description}, but no model for it was passed (passed: "
+            f"{', '.join(models)}). Pass that model under its name in the pipeline, or load the other parts one by "
+            "one: peftcore.load(model, ...)"
         )
     return models_with_parts
 
@@ -208,7 +209,8 @@ def write(format: str, path: Path, contents: Mapping[str | None, tuple[nn.Module
         if len(names) != 1:
             example = f"peftcore.save({{'{names[0]}': model}}, ..., format='{format}')"
             raise PeftcoreError(
-                f"a {type(model).__name__} may be {' or '.join(map(repr, names))} of a pipeline. Name it: {example}"
+                f"a {type(model).__name__} can be {' or '.join(map(repr, names))} of a pipeline. Pass it under its "
+                f"name: {example}"
             )
         parts[names[0]] = model, content
     file = path if path.suffix == SUFFIX and not path.is_dir() else path / form.file
@@ -233,12 +235,12 @@ def _refuse_loss(file: Path, path: Path, parts: Mapping[str, Any]) -> None:
         existing_parts = _format_of(file, names)[0].split(names)
     except CheckpointError as error:
         raise CheckpointError(
-            f"the existing file '{file}' is not in a known format: {error}. Save elsewhere, or delete it"
+            f"the existing file '{file}' is not in a known format: {error}. Save elsewhere, or delete the file"
         ) from error
     lost_parts = {part: len(names) for part, names in existing_parts.items() if part not in parts}
     if lost_parts:
         raise CheckpointError(
-            f"'{file}' also contains {_describe_parts(lost_parts)}, which saving would delete. Save all models "
+            f"'{file}' also contains {_describe_parts(lost_parts)}, which this save would delete. Save all models "
             "together (peftcore.save(pipe.components, ...)), save elsewhere, or delete the file"
         )
 
@@ -248,11 +250,11 @@ def _format_of(source: Path, tensors: Mapping[str, Tensor]) -> tuple[FileFormat,
     matching = {name: entry for name, entry in known_formats.items() if entry[0].matches(tensors.keys())}
     if len(matching) != 1:
         names = ", ".join(f"'{name}'" for name in list(tensors)[:3]) or "none"
-        problem = "is in no format that is known"
+        problem = "is not in a known format"
         if matching:
-            problem = f"may be in any of these formats: {', '.join(matching)}"
+            problem = f"matches several formats: {', '.join(matching)}"
         raise CheckpointError(
-            f"'{source}' {problem} (known: {', '.join(known_formats) or 'none'}). Its tensors: {names}, ..."
+            f"'{source}' {problem} (known formats: {', '.join(known_formats) or 'none'}). Its tensors: {names}, ..."
         )
     return next(iter(matching.values()))
 
@@ -262,9 +264,11 @@ def _part_problem(
 ) -> str:
     if matching:
         example = f"peftcore.load({{'{matching[0]}': model}}, ...)"
-        return f"it contains {' and '.join(matching)}, and a {type(model).__name__} may be either. Say which: {example}"
+        return (
+            f"it contains {' and '.join(matching)}, and a {type(model).__name__} can be either. Choose one: {example}"
+        )
     description = _describe_parts({part: len(names) for part, names in parts.items()})
-    return f"it contains {description}, and nothing for a {type(model).__name__} ({' or '.join(parts_of_model)})"
+    return f"it contains {description}, but no part for a {type(model).__name__} ({' or '.join(parts_of_model)})"
 
 
 def _describe_parts(parts: Mapping[str, int]) -> str:

@@ -1,4 +1,4 @@
-"""Tensors of an applied adapter by their names on disk: which to write, and how to fill them from a file.
+"""Tensors of an applied adapter by their names on disk: which to save, and how to fill them from a file.
 
 own        the tensors that the adapter trains, once each
 exported   tensors for other libraries: other forms of the own tensors, and every name of a tied parameter
@@ -49,7 +49,7 @@ def tensors_on_disk(model: nn.Module, adapter: str, *, own: bool = True, exporte
         for on_disk, tensor in named:
             if tensors.setdefault(on_disk, tensor) is not tensor:
                 raise PeftcoreError(
-                    f"{entry.method} gives two tensors the name '{on_disk}'. {function} must return different names"
+                    f"{entry.method} gives two tensors the name '{on_disk}'. {function} must return unique names"
                 )
 
     with registry.naming(entry.method, "tensor_name"):
@@ -77,8 +77,8 @@ def tensors_on_disk(model: nn.Module, adapter: str, *, own: bool = True, exporte
 def kept_on_disk(model: nn.Module, adapter: str) -> dict[str, Tensor]:
     """Return the kept tensors to write: values that another load of the base would not have.
 
-    They are tensors that differ from the base, buffers in modules that are trained as a whole, and the embedding of a
-    resized vocabulary.
+    These are tensors that differ from the base, buffers in fully trained modules, and the embedding of a resized
+    vocabulary.
     """
     entry = engine.applied(model, adapter)
     rules, base = registry.method(entry.method).state, base_tensors(model)
@@ -122,7 +122,7 @@ def fill(model: nn.Module, adapter: str, tensors: dict[str, Tensor], folder: Pat
         partly_tied: the file may have a tied parameter under only one of its names.
 
     Raises:
-        CheckpointError: a tensor is missing, unexpected or of another shape, or cannot be represented.
+        CheckpointError: a tensor is missing, unexpected or of another shape, or its values cannot be represented.
     """
     sharded.reshard(model)
     tensors = dict(tensors)
@@ -182,7 +182,7 @@ def _refuse_other_names(missing: Sequence[str], unexpected: Sequence[str], folde
 
 
 def for_training(model: nn.Module, adapter: str) -> set[str]:
-    """Return the names of own tensors that a file may lack, because only further training needs them."""
+    """Return the names of own tensors that a file may lack, because they are only needed for further training."""
     rules = registry.method(engine.applied(model, adapter).method).state
     names: set[str] = set()
     if rules.export is None:
@@ -200,21 +200,24 @@ def _refuse_unfit(value: _Value, folder: Path, model: str) -> None:
     name, tensor, target = value.name, value.tensor, value.target
     if tensor.shape != target.shape:
         raise CheckpointError(
-            f"'{folder}' does not fit {model}: '{name}' has shape {list(tensor.shape)}, the model needs "
+            f"'{folder}' does not fit {model}: '{name}' has shape {list(tensor.shape)}, but the model needs "
             f"{list(target.shape)}"
         )
     floating = target.is_floating_point()
     if tensor.is_floating_point() != floating or not (floating or tensor.dtype is target.dtype):
-        raise CheckpointError(f"'{folder}': '{name}' is {tensor.dtype}, the model needs {target.dtype}")
+        raise CheckpointError(
+            f"'{folder}' does not fit {model}: '{name}' is {tensor.dtype}, but the model needs {target.dtype}"
+        )
     if floating and tensor.numel():
         cast = tensor.to(target.dtype)
         # PyTorch cannot compare 8-bit floats.
         low, high = torch.aminmax(cast.float() if cast.dtype.itemsize == 1 else cast)
         if not (math.isfinite(low.item()) and math.isfinite(high.item())):
             finite = bool(tensor.double().isfinite().all())
-            problem = "values too large for it" if finite else "values that are not finite"
+            problem = "values that are too large for it" if finite else "values that are not finite"
             raise CheckpointError(
-                f"'{folder}': '{name}' ({tensor.dtype}, in the model {target.dtype}) contains {problem}"
+                f"'{folder}' cannot be loaded: '{name}' ({tensor.dtype}; {target.dtype} in the model) contains "
+                f"{problem}"
             )
 
 
@@ -264,7 +267,7 @@ def _untie(
         lacking = next((alias for alias in group if alias not in tensors), None)
         differing = next((alias for alias in present if not torch.equal(tensors[alias], tensors[present[0]])), None)
         if differing is not None or (lacking is not None and not partly_tied):
-            problem = f"'{lacking}' is missing next to" if differing is None else f"'{differing}' differs from"
+            problem = f"the file lacks '{lacking}' but has" if differing is None else f"'{differing}' differs from"
             raise CheckpointError(
                 f"'{folder}' does not fit {model}: {problem} '{present[0]}', but this model ties the two. The adapter "
                 "was trained with separate parameters: load it on an untied model (tie_word_embeddings=False)"
@@ -297,8 +300,8 @@ def _take_embeddings(
         tied = next((other_name for other_name in resized if base[other_name] is base[name]), None)
         if tied is not None and not torch.equal(resized[tied], value):
             raise CheckpointError(
-                f"'{folder}' has different values for '{tied}' and '{name}', but this model ties the two. Load it on "
-                "an untied model (tie_word_embeddings=False)"
+                f"'{folder}' has different values for '{tied}' and '{name}', but this model ties the two. Load the "
+                "adapter on an untied model (tie_word_embeddings=False)"
             )
         if tied is None and not _is_copy_of_base(values_of_base, on_disk, value):
             resized[name] = value
@@ -306,24 +309,25 @@ def _take_embeddings(
     lacking = [name for name in lacking if id(base[name]) not in written]
     if resized and lacking:
         raise CheckpointError(
-            f"'{folder}' has '{next(iter(resized))}' of a resized vocabulary but lacks '{lacking[0]}', whose new rows "
-            "would be random. Ask the author to save both (in PEFT: save_embedding_layers=True)"
+            f"'{folder}' was trained with a resized vocabulary and has '{next(iter(resized))}', but '{lacking[0]}' "
+            "is missing, so its new rows would be random. Ask the author to save both tensors (in PEFT: "
+            "save_embedding_layers=True)"
         )
     return resized
 
 
 def _refuse_other_vocabulary(model: nn.Module, name: str, value: Tensor, weight: Tensor, folder: Path) -> None:
-    """Raise a CheckpointError if the embedding or head of a file has another shape than the model's."""
+    """Raise a CheckpointError if the shape of a file's embedding or head differs from the model's."""
     if value.shape != weight.shape:
         raise CheckpointError(
-            f"'{folder}' does not fit {type(model).__name__}: '{name}' has shape {list(value.shape)}, the model "
-            f"{list(weight.shape)}. The adapter's vocabulary was resized. Resize the model's before loading: "
-            f"model.resize_token_embeddings({len(value)})"
+            f"'{folder}' does not fit {type(model).__name__}: '{name}' has shape {list(value.shape)}, but "
+            f"{list(weight.shape)} in the model. The adapter was trained with a resized vocabulary, so resize the "
+            f"model before loading: model.resize_token_embeddings({len(value)})"
         )
 
 
 def _take_kept(model: nn.Module, adapter: str, tensors: dict[str, Tensor]) -> list[_Value]:
-    """Remove kept tensors from `tensors`, and return their values. Missing ones get the base's values."""
+    """Remove kept tensors from `tensors`, and return their values. A missing tensor gets the base's value."""
     entry, owned = engine.applied(model, adapter), TrainedParameters.of(model, adapter)
     if owned is None:
         return []
@@ -342,7 +346,7 @@ def _values_of_base(model: nn.Module) -> Callable[[], Mapping[str, Tensor]]:
 
 
 def _is_copy_of_base(base: Callable[[], Mapping[str, Tensor]], name: str, tensor: Tensor) -> bool:
-    """Return whether a tensor of a file is a copy of the base's; PEFT's files contain the embedding's weight."""
+    """Return whether a file's tensor is a copy of the base's. PEFT's files contain the embedding's weight."""
     base_tensor = base().get(name_in_base(name))
     if base_tensor is None or base_tensor.shape != tensor.shape:
         return False
@@ -350,13 +354,13 @@ def _is_copy_of_base(base: Callable[[], Mapping[str, Tensor]], name: str, tensor
 
 
 def own_slots(model: nn.Module, adapter: str) -> set[str]:
-    """Return the names of the base's tensors of which `adapter` owns a copy."""
+    """Return the names of the base tensors that `adapter` owns a copy of."""
     owned = TrainedParameters.of(model, adapter)
     return set(chain.from_iterable(owned.slots.values())) if owned is not None else set()
 
 
 def names_of_base(model: nn.Module, adapter: str, names: Iterable[str]) -> dict[str, str]:
-    """Return {name of a base tensor: name on disk of the adapter-owned copy}."""
+    """Return {name of a base tensor: name on disk of the adapter's copy}."""
     entry = engine.applied(model, adapter)
     rules = registry.method(entry.method).state
     return {name: _base_name(rules, entry, name) for name in names}

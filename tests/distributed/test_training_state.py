@@ -64,7 +64,7 @@ def test_a_rank_that_dies_in_a_save_is_named(how: str, tmp_path: Path) -> None:
         None if how == "fsdp2" else str(tmp_path),
         dying=[1],
     )
-    assert "is whole: as it was before, or as saved now): " in message
+    assert "is consistent: it has either the old adapter or the new one): " in message
     assert "If another rank has ended, read its output" in message
     peftcore.load(base or work.model(), tmp_path / "adapter")
 

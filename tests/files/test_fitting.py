@@ -55,6 +55,6 @@ def test_a_config_far_larger_than_its_file_is_refused_before_anything_is_made(tm
     config = folder / "adapter_config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "r": 10**7}))
     with pytest.raises(
-        peftcore.CheckpointError, match=r"describes an adapter of [0-9,]{11,} values, but .* has [0-9,]+"
+        peftcore.CheckpointError, match=r"describes an adapter with [0-9,]{11,} values, but .* has [0-9,]+"
     ):
         peftcore.load(tiny.llama(), folder)

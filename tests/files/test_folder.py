@@ -197,9 +197,7 @@ def test_no_adapter_is_written_through_a_link_out_of_the_folder(tmp_path: Path) 
     outside.mkdir()
     folder.mkdir()
     (folder / "b").symlink_to(outside)
-    with pytest.raises(
-        CheckpointError, match=rf"'{folder}/b' is a link to '{outside}', which is outside of the folder"
-    ):
+    with pytest.raises(CheckpointError, match=rf"'{folder}/b' is a link to '{outside}', outside the folder"):
         Folder(folder).write(contents(1))
     assert not files(outside) and not files(folder)
 
@@ -255,10 +253,10 @@ def test_files_of_two_saves_are_refused(tmp_path: Path, monkeypatch) -> None:
     for value in (1, 2):
         Folder(tmp_path / f"{value}").write(contents(value))
     os.replace(tmp_path / "2" / "b" / ONE[0], tmp_path / "1" / "b" / ONE[0])
-    with pytest.raises(CheckpointError, match=r"b/adapter_config.json' and '.*' are from two different saves: the"):
+    with pytest.raises(CheckpointError, match=r"b/adapter_config.json' and '.*' are from different saves: the"):
         read_folder(tmp_path / "1", values)
     os.replace(tmp_path / "2" / "b" / ONE[1], tmp_path / "1" / "b" / ONE[1])
-    with pytest.raises(CheckpointError, match=r"and the adapters saved together with it are from two different saves"):
+    with pytest.raises(CheckpointError, match=r"and the other adapters of the folder are from different saves"):
         read_folder(tmp_path / "1", values)
     assert read_folder(tmp_path / "1" / "b", lambda opened: values(opened, [""])) == {2.0}
 

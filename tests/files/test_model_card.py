@@ -41,7 +41,7 @@ def test_what_a_card_says(tmp_path: Path) -> None:
     peftcore.save(model(r=2, target_modules=["q_proj"]), tmp_path)
     card = read(tmp_path)
     assert card.startswith(f"{HEAD}  version: ")
-    assert "# Adapter of org/base\n" in card and 'peftcore.load(model, "ADAPTER")' in card
+    assert "# Adapter for org/base\n" in card and 'peftcore.load(model, "ADAPTER")' in card
     rows = [line for line in card.splitlines() if line.startswith("| ")]
     assert rows[:3] == ["| | |", "| method | lora |", "| trained parameters | 256 |"]
     assert "| `r` | `2` |" in rows and '| `target_modules` | `["q_proj"]` |' in rows
@@ -65,7 +65,7 @@ def test_a_folder_is_not_named_as_the_base(tmp_path: Path) -> None:
     found = model(r=2)
     found.config._name_or_path = str(tmp_path)
     card = read(peftcore.save(found, tmp_path / "saved"))
-    assert "base_model" not in card and str(tmp_path) not in card and "# Adapter of LlamaForCausalLM" in card
+    assert "base_model" not in card and str(tmp_path) not in card and "# Adapter for LlamaForCausalLM" in card
 
 
 def test_methods_that_peft_does_not_have(tmp_path: Path) -> None:
@@ -78,7 +78,7 @@ def test_several_adapters(tmp_path: Path) -> None:
     assert '  method: ["lora", "ia3"]\n' in card and "## `default`\n" in card and "## `second`\n" in card
     assert not (tmp_path / "second" / "README.md").exists()
     peftcore.save(found, tmp_path / "second", adapter="second")
-    assert read(tmp_path) == card and "# Adapter of org/base" in read(tmp_path / "second")
+    assert read(tmp_path) == card and "# Adapter for org/base" in read(tmp_path / "second")
 
 
 def test_equal_adapters_are_equal_files(tmp_path: Path) -> None:

@@ -71,7 +71,9 @@ def test_new_rows_are_saved_and_belong_to_the_adapter(make, method: str, tmp_pat
 
 def test_the_error_for_a_base_that_was_not_resized_names_the_way(make, tmp_path: Path) -> None:
     peftcore.save(peftcore.apply(make(1), "around"), tmp_path)
-    with pytest.raises(peftcore.CheckpointError, match=r"vocabulary was resized.*model.resize_token_embeddings\(100\)"):
+    with pytest.raises(
+        peftcore.CheckpointError, match=r"resized vocabulary, so resize.*model.resize_token_embeddings\(100\)"
+    ):
         peftcore.load(make(1, 96), tmp_path)
 
 

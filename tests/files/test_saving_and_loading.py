@@ -136,7 +136,10 @@ def test_one_of_several_whose_folder_was_deleted(tmp_path: Path) -> None:
     ("told", "message"),
     [
         ('{"adapters": ["../outside"], "active": []}', r"the adapter name '../outside' contains '.'"),
-        ('{"adapters": ["default"], "active": ["other"]}', r"\['other'\] are active, but the folder has \['default'\]"),
+        (
+            '{"adapters": ["default"], "active": ["other"]}',
+            r"the active adapters are \['other'\], but the folder contains \['default'\]",
+        ),
         ('{"adapters": 3}', r"the list of adapters in"),
         ('{"adapters": [], "active": []}', r"list of adapters in .*: no names are given"),
         ("nonsense", r"the list of adapters in"),
@@ -169,7 +172,9 @@ def test_restore_fills_an_applied_adapter(saved: Path) -> None:
     restore(model, saved)
     assert {p.item() for _, p in adapter_parameters(model, "default")} == {3.0}
     other = peftcore.apply(tiny.llama(), "after")
-    with pytest.raises(peftcore.CheckpointError, match="contains an adapter of around, but 'default' is of after"):
+    with pytest.raises(
+        peftcore.CheckpointError, match="contains an adapter of method around, but 'default' uses after"
+    ):
         restore(other, saved)
 
 
@@ -209,7 +214,7 @@ def test_a_missing_folder_says_what_to_pass(tmp_path: Path, monkeypatch: pytest.
             peftcore.load(tiny.llama(), path)
         return str(found.value)
 
-    what = "Pass the folder that `save` wrote, or an id of Hugging Face's hub as a string, 'ORG/NAME'"
+    what = "Pass the folder that `save` wrote, or a Hugging Face Hub id as a string, 'ORG/NAME'"
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter.txt").write_text("")
     near = f"'{tmp_path}' contains other folders (nearest: 'adapter'). "

@@ -33,7 +33,7 @@ def test_each_model_takes_its_part(tmp_path: Path) -> None:
         peftcore.CheckpointError, match=r"contains text_encoder_2 \(16 tensors\), but no model for it was passed"
     ):
         peftcore.load({"unet": pipeline("sdxl").unet, "text_encoder": pipe_to_load.text_encoder}, tmp_path)
-    with pytest.raises(peftcore.CheckpointError, match=r"nothing for a FluxTransformer2DModel \(transformer\)"):
+    with pytest.raises(peftcore.CheckpointError, match=r"no part for a FluxTransformer2DModel \(transformer\)"):
         peftcore.load(pipeline("flux").transformer, tmp_path)
     assert peftcore.state_dict(pipe_to_load.unet, "default") and not has_adapters(pipe_to_load.text_encoder)
 
@@ -57,7 +57,7 @@ def test_no_part_is_lost(tmp_path: Path) -> None:
     peftcore.save(pipe.components, tmp_path / "a", format="diffusers")
     for layout in ("diffusers", "kohya"):
         with pytest.raises(
-            peftcore.CheckpointError, match=r"also contains text_encoder \(16 tensors\), which saving would de"
+            peftcore.CheckpointError, match=r"also contains text_encoder \(16 tensors\), which this save would de"
         ):
             peftcore.save(pipe.unet, tmp_path / "a", format=layout)
     peftcore.save(pipe.components, tmp_path / "a", format="kohya")
@@ -75,7 +75,7 @@ def test_what_has_no_place_is_refused(tmp_path: Path) -> None:
         peftcore.save(pipe.components, tmp_path, format="diffusers")
     peftcore.apply(pipe.text_encoder, "lora", target_modules=["q_proj", "text_projection"], modules_to_save=())
     with pytest.raises(
-        peftcore.PeftcoreError, match=r"may be 'text_encoder' or 'text_encoder_2' of a pipeline. Name it"
+        peftcore.PeftcoreError, match=r"can be 'text_encoder' or 'text_encoder_2' of a pipeline. Pass it under its name"
     ):
         peftcore.save(pipe.text_encoder, tmp_path, format="diffusers")
     with pytest.raises(peftcore.PeftcoreError, match="text encoder's attention but without out_proj"):
@@ -88,12 +88,12 @@ def test_what_has_no_place_is_refused(tmp_path: Path) -> None:
     unet = peftcore.apply(pipelines.unet(), "lora", target_modules=["to_q"], modules_to_save=["conv_norm_out"])
     with pytest.raises(peftcore.PeftcoreError, match=r"'conv_norm_out.weight' cannot be in a file for pipelines"):
         peftcore.save(unet, tmp_path, format="diffusers")
-    with pytest.raises(peftcore.PeftcoreError, match=r"format='peft' takes one model, found dict"):
+    with pytest.raises(peftcore.PeftcoreError, match=r"format='peft' saves one model, found dict"):
         peftcore.save({"unet": unet}, tmp_path)
     dora = peftcore.apply(pipelines.unet(), "dora", target_modules=["to_q"])
     with pytest.raises(peftcore.PeftcoreError, match="has DoRA, which diffusers does not read from a kohya file"):
         peftcore.save(dora, tmp_path, format="kohya")
-    with pytest.raises(peftcore.PeftcoreError, match="'default' \\(ia3\\) has no format 'kohya'"):
+    with pytest.raises(peftcore.PeftcoreError, match="'default' \\(ia3\\) cannot be saved in the format 'kohya'"):
         peftcore.save(peftcore.apply(pipelines.text_encoder(), "ia3"), tmp_path, format="kohya")
     assert not list(tmp_path.iterdir())
 
@@ -118,8 +118,8 @@ STEM = "lora_unet_down_blocks_1_attentions_0_proj_in"
             {"lora_unet_nothing.lora_down.weight": torch.ones(2, 2)},
             r"are not layers of UNet2DConditionModel: 'nothing'",
         ),
-        ({"conv_in.weight": torch.ones(2)}, "is in no format that is known"),
-        ({"unet.conv_in.lora_A.weight": torch.ones(2)}, "is in no format that is known"),
+        ({"conv_in.weight": torch.ones(2)}, "is not in a known format"),
+        ({"unet.conv_in.lora_A.weight": torch.ones(2)}, "is not in a known format"),
     ],
 )
 def test_hostile_files(change: dict[str, Tensor | None], message: str, tmp_path: Path) -> None:

@@ -105,7 +105,7 @@ def test_values_of_another_round_are_refused(steps: tuple[int, int], tmp_path: P
     peftcore.save(source, tmp_path)
     before = tiny.logits(relora_model)
     there, here = (number // EVERY + 1 for number in steps)
-    wrong = rf"training has changed rounds, and .* to {there} there and to {here} here.*Load it as another adapter"
+    wrong = rf"training has changed rounds, which .* to {there} in the source and to {here} in .*Load them under"
     for values in (tmp_path, peftcore.state_dict(source, "default")):
         with pytest.raises(peftcore.CheckpointError, match=wrong):
             peftcore.set_state_dict(relora_model, "default", values)
@@ -166,7 +166,7 @@ def test_a_checkpoint_that_does_not_fit_changes_nothing(tmp_path: Path) -> None:
     peftcore.save(train_steps(model(r=3)), tmp_path / "other")
     relora_model = train_steps(model())
     before = tiny.logits(relora_model)
-    with pytest.raises(peftcore.CheckpointError, match=r"has shape \[3, 32\], the model needs \[2, 32\]"):
+    with pytest.raises(peftcore.CheckpointError, match=r"has shape \[3, 32\], but the model needs \[2, 32\]"):
         restore(relora_model, tmp_path / "other")
     assert torch.equal(tiny.logits(relora_model), before)
 

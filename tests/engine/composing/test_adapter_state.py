@@ -85,7 +85,7 @@ def test_it_takes_the_folders_of_peft(tmp_path: Path) -> None:
     torch.testing.assert_close(output(peftcore.set_state_dict(same, "a", tensors)), output(theirs), rtol=0, atol=1e-5)
     with pytest.raises(
         peftcore.CheckpointError,
-        match=r"has shape \[3, 32\], but the applied adapter has \[4, 32\].* need their config",
+        match=r"has shape \[3, 32\], but the applied adapter has \[4, 32\].* values with a config",
     ):
         peftcore.set_state_dict(adapted(target_modules=["q_proj"]), "a", tensors)
 
@@ -204,7 +204,10 @@ def test_other_methods_bases_and_damaged_values_are_refused_and_nothing_changes(
         other.model.embed_tokens.weight.mul_(2)
     peftcore.save(adapted(make=lambda: other, seed=2), tmp_path)
     cases: list[tuple[Any, str]] = [
-        (prompt, r"is an adapter of prompt-tuning, but 'a' is of lora. Load it as another adapter \(peftcore.load\("),
+        (
+            prompt,
+            r"is an adapter of method prompt-tuning, but 'a' uses lora. Load it under another name \(peftcore.load\(",
+        ),
         ({**state, last: state[last] * float("nan")}, "not finite"),
         ({name: tensor for name, tensor in state.items() if name != last}, "1 tensors are missing"),
         ({**state, "more": state[last]}, "1 tensors are unexpected, such as 'more'"),
@@ -226,7 +229,7 @@ def test_other_methods_bases_and_damaged_values_are_refused_and_nothing_changes(
 def test_configs_that_compute_otherwise_are_refused() -> None:
     model = adapted("adapter", non_linearity="relu", reduction_factor=4)
     other = adapted("adapter", non_linearity="gelu", reduction_factor=4)
-    with pytest.raises(peftcore.CheckpointError, match=r"it differs at '.*': .*as another adapter: peftcore\.load"):
+    with pytest.raises(peftcore.CheckpointError, match=r"it differs at '.*': .*under another name: peftcore\.load"):
         peftcore.set_state_dict(model, "a", peftcore.state_dict(other, "a"))
 
 
