@@ -15,7 +15,7 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_iter
 
-from peftcore.ops import _extension
+from peftcore.ops import _extension, _triton
 
 library = torch.library.Library("peftcore", "DEF")
 
@@ -124,12 +124,17 @@ class Call(Protocol):
         """Return uninitialized tensors with the results' shapes and dtypes."""
 
 
-def define_by(schema: str, call: type[Call]) -> None:
+def define_by(schema: str, call: type[Call], *, triton: str = "") -> None:
     """Define an operator whose reference and shape rule are methods of one class, with the same arguments and checks.
 
     An operator with a `seed` is also defined as `NAME_seeded`, which CUDA graphs do not capture. A compiled model calls
     it if the seed is on the CPU. Without a seed, or with a seed on the GPU, CUDA graphs can capture the operator
     itself.
+
+    Args:
+        schema: the operator's schema, without namespace.
+        call: the class.
+        triton: module of `peftcore.ops.triton` with a kernel for CUDA tensors (see `_triton.add_kernel`).
     """
 
     def reference(*args: Any, **kwargs: Any) -> Any:
@@ -141,9 +146,14 @@ def define_by(schema: str, call: type[Call]) -> None:
         return call(*args, **kwargs).empty()
 
     define(schema, reference, fake)
+    name, _, arguments = schema.partition("(")
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key(f"peftcore::{name}", "CUDA")
+    if triton and _triton.AVAILABLE:
+        kernel = _refuse_missing_tensors(schema, _without_autocast(_triton.add_kernel(name, triton, call)))
+        if not has_kernel:
+            library.impl(name, kernel, "CUDA")
     if "Tensor? seed" not in schema:
         return
-    name, _, arguments = schema.partition("(")
 
     def seeded(*args: Any, **kwargs: Any) -> Any:
         return getattr(torch.ops.peftcore, name).default(*args, **kwargs)

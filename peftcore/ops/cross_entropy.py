@@ -178,6 +178,7 @@ define_by(
     "cross_entropy_rows_(Tensor(a!) logits, Tensor labels, Tensor? class_weight, Tensor? grad_scale, float[] settings, "
     "int ignore_index, bool gradient=True) -> Tensor",
     CrossEntropyRows,
+    triton="cross_entropy",
 )
 
 

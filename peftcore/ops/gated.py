@@ -19,7 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from peftcore.ops._extension import KERNEL_DEVICES
+from peftcore.ops import _triton
 from peftcore.ops._library import define_by
 from peftcore.ops.calling import differentiable_gradients, has_active_transform
 from peftcore.ops.weight import check_dtype, check_strided, require
@@ -110,10 +110,11 @@ class GatedBackward:
         return self.gate.new_empty(self.gate.shape), self.gate.new_empty(self.gate.shape)
 
 
-define_by("gated(Tensor gate, Tensor up, float linear, float cubic) -> Tensor", Gated)
+define_by("gated(Tensor gate, Tensor up, float linear, float cubic) -> Tensor", Gated, triton="gates")
 define_by(
     "gated_backward(Tensor grad, Tensor gate, Tensor up, float linear, float cubic) -> (Tensor dgate, Tensor dup)",
     GatedBackward,
+    triton="gates",
 )
 
 
@@ -147,7 +148,7 @@ def gated(gate: Tensor, up: Tensor, activation: Activation = "silu") -> Tensor:
         A tensor with gate's shape and dtype, and gradients for gate and up.
     """
     coefficients = ACTIVATIONS[activation]
-    if gate.device.type not in KERNEL_DEVICES or gate.dtype is torch.float64 or has_active_transform():
+    if gate.device.type not in _triton.DEVICES or gate.dtype is torch.float64 or has_active_transform():
         return _formula(gate, up, *coefficients)
     if torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad):
         return _Gated.apply(gate, up, *coefficients)  # type: ignore[no-untyped-call]

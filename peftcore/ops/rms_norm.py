@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftcore.ops._extension import KERNEL_DEVICES
+from peftcore.ops import _triton
 from peftcore.ops._library import define_by
 from peftcore.ops.calling import differentiable_gradients, has_active_transform
 from peftcore.ops.weight import DTYPES, check_dtype, check_gradient, check_strided, require
@@ -101,11 +101,14 @@ class RmsNormBackward:
 
 
 _NAMES = "float offset, bool rounded"
-define_by(f"rms_norm(Tensor x, Tensor weight, float eps, {_NAMES}) -> (Tensor y, Tensor scale)", RmsNorm)
+define_by(
+    f"rms_norm(Tensor x, Tensor weight, float eps, {_NAMES}) -> (Tensor y, Tensor scale)", RmsNorm, triton="norms"
+)
 define_by(
     f"rms_norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor scale, {_NAMES}, bool[2] needs)"
     " -> (Tensor dx, Tensor dweight)",
     RmsNormBackward,
+    triton="norms",
 )
 
 
@@ -154,7 +157,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, offset: float = 0.0, roun
         A tensor with x's shape and dtype, and gradients for x and weight.
     """
     wide = torch.float64 in (x.dtype, weight.dtype)
-    if wide or x.device.type not in KERNEL_DEVICES or has_active_transform():
+    if wide or x.device.type not in _triton.DEVICES or has_active_transform():
         return _formula(x, weight, eps, offset, rounded)
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         return _RmsNorm.apply(x, weight, eps, offset, rounded)  # type: ignore[no-untyped-call]

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from peftcore.ops._extension import KERNEL_DEVICES
+from peftcore.ops import _triton
 from peftcore.ops._library import define_by
 from peftcore.ops.weight import check_dtype, check_like, check_strided, require
 
@@ -71,8 +71,8 @@ class SwigluBackward:
         return self.x.new_empty(self.x.shape)
 
 
-define_by("swiglu(Tensor x) -> Tensor", Swiglu)
-define_by("swiglu_backward(Tensor grad, Tensor x) -> Tensor", SwigluBackward)
+define_by("swiglu(Tensor x) -> Tensor", Swiglu, triton="gates")
+define_by("swiglu_backward(Tensor grad, Tensor x) -> Tensor", SwigluBackward, triton="gates")
 
 
 class _Swiglu(torch.autograd.Function):
@@ -98,7 +98,7 @@ def swiglu(x: Tensor) -> Tensor:
     Returns:
         `[.., n]` in the dtype of x, with a gradient.
     """
-    if x.device.type not in KERNEL_DEVICES or x.dtype is torch.float64:
+    if x.device.type not in _triton.DEVICES or x.dtype is torch.float64:
         gate, up = x.chunk(2, -1)
         return F.silu(gate) * up
     if torch.is_grad_enabled() and x.requires_grad:
