@@ -49,19 +49,20 @@ test-newest:
 	rm -rf build/newest && git clone --quiet . build/newest
 	$(MAKE) -C build/newest test PIP_CONSTRAINT=
 
-# uv resolves for all Pythons and processors at once. PyTorch brings its own pins for CUDA, which a CPU build has not.
+# uv resolves for all Pythons and processors at once. PyTorch brings its own pins for CUDA, which a CPU build has not;
+# triton is the exception, whose interpreter runs kernels in tests.
 UV := --quiet --no-annotate --no-header --no-emit-index-url
 TORCH := 2.13.0
 lock: $(VENV)/uv.stamp
 	(echo "torch==$(TORCH)"; $(PY) plugins/requirements.py) > build/requirements.in
 	$(VENV)/bin/uv pip compile $(UV) --universal --python-version 3.10 --upgrade build/requirements.in \
-		| grep -vE '^(nvidia-|cuda-|triton)' > build/$(LOCK)
+		| grep -vE '^(nvidia-|cuda-)' > build/$(LOCK)
 	(echo "# Renewed by: make lock"; cat build/$(LOCK)) > $(LOCK)
 
 build/oldest.txt: pyproject.toml $(PLUGINS:%=%/pyproject.toml) | $(VENV)/uv.stamp
 	$(PY) plugins/requirements.py > build/requirements.in
 	$(VENV)/bin/uv pip compile $(UV) --resolution lowest-direct --python $$($(PYTHON) -c "import sys; print(sys.executable)") \
-		build/requirements.in | grep -vE '^(nvidia-|cuda-|triton)' > $@.part
+		build/requirements.in | grep -vE '^(nvidia-|cuda-)' > $@.part
 	mv $@.part $@
 
 # Without the folders that try all levels themselves, and those that compute nothing with kernels.

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from peftcore.ops import _extension
+from peftcore.ops import _extension, _triton
 
 # Ratios measured by benchmarks/quant4.py on two AVX-512 cores, 4096 x 4096.
 COSTS = {
@@ -19,6 +19,10 @@ COSTS = {
         "passes over memory instead of one"
     ),
     "openmp": "kernels run on a single thread",
+    "triton": (
+        "triton is not installed, so norms, gated activations and cross-entropy of CUDA tensors run in PyTorch, which "
+        "computes the same values in several passes over memory"
+    ),
 }
 
 
@@ -54,13 +58,16 @@ def build_info() -> BuildInfo:
     Missing CUDA kernels are listed as a cost only if PyTorch sees a GPU.
     """
     record, module = _extension.record, _extension.extension
+    no_triton = (COSTS["triton"],) if torch.cuda.is_available() and not _triton.AVAILABLE else ()
     if module is None:
-        return BuildInfo(False, _extension.missing_because, costs=(COSTS["extension"],))
+        return BuildInfo(False, _extension.missing_because, costs=(COSTS["extension"], *no_triton))
     facts = module.build_facts()
     architectures = tuple(facts["cuda_architectures"])
     note = "" if architectures else str(record.get("cuda_note") or "it was built without CUDA")
     openmp_note = str(record.get("openmp_note") or "")
-    costs: tuple[str, ...] = (COSTS["cuda"],) if note and torch.cuda.is_available() else ()
+    costs: tuple[str, ...] = no_triton
+    if note and torch.cuda.is_available():
+        costs += (COSTS["cuda"],)
     if openmp_note:
         costs += (f"{COSTS['openmp']}: {openmp_note}",)
     return BuildInfo(

@@ -265,7 +265,8 @@ def has_blocks(dtype: torch.dtype, device: torch.device) -> bool:
     return extension is not None and device.type == "cpu" and bool(extension.has_cross_entropy(str(dtype)))
 
 
-_PIECE = 1 << 18  # number of logits processed at a time, few enough for their fp32 copy to stay in cache
+# Number of logits processed at a time: on the CPU few enough for their fp32 copy to stay in cache, on GPUs 256 MiB of it.
+_PIECE = {"cpu": 1 << 18, "cuda": 1 << 26}
 
 
 class _Losses(torch.autograd.Function):
@@ -295,7 +296,8 @@ class _Losses(torch.autograd.Function):
 
 def _pieces(logits: Tensor, labels: Tensor, ignore_index: int) -> Iterator[slice | Tensor]:
     classes = logits.shape[1]
-    return labelled_pieces(labels, ignore_index, classes, max(1, _PIECE // classes), "cross_entropy")
+    size = _PIECE.get(logits.device.type, _PIECE["cuda"]) // classes
+    return labelled_pieces(labels, ignore_index, classes, max(1, size), "cross_entropy")
 
 
 def _losses_and_gradient(rows: Tensor, labels: Tensor, ignore_index: int, gradient: bool) -> tuple[Tensor, Tensor]:

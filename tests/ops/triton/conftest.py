@@ -23,7 +23,7 @@ def pytest_runtest_setup() -> None:
         pytest.skip("no triton")
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 def device() -> Iterator[torch.device]:
     if torch.cuda.is_available():
         yield torch.device("cuda")

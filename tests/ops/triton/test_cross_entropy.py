@@ -9,6 +9,10 @@ from torch.nn import functional as F
 from peftcore import ops
 from peftcore.ops.cross_entropy import CrossEntropyRows
 
+# NumPy warns in the interpreter: of infinite values, and of how Triton before 3.6 reads an integer.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*encountered in:RuntimeWarning", "ignore:Conversion of an array:DeprecationWarning"
+)
 _OPS = torch.ops.peftcore
 DTYPES = {torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 INF = float("inf")

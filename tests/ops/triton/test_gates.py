@@ -13,6 +13,10 @@ from peftcore import ops
 from peftcore.ops.gated import ACTIVATIONS
 from peftcore.ops.swiglu import swiglu
 
+# NumPy warns in the interpreter: of infinite values, and of how Triton before 3.6 reads an integer.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*encountered in:RuntimeWarning", "ignore:Conversion of an array:DeprecationWarning"
+)
 _OPS = torch.ops.peftcore
 STEP = {torch.float32: 2**-21, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 PYTORCH = {
@@ -63,7 +67,6 @@ def test_swiglu(device: torch.device, shape: tuple[int, ...], dtype: torch.dtype
     torch.testing.assert_close(dx.double(), of_float64, rtol=2 * step, atol=1e-5)
 
 
-@pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # by NumPy, in the interpreter
 @pytest.mark.parametrize("name", list(ACTIVATIONS))
 def test_extreme_values(device: torch.device, name: Any) -> None:
     numbers = [-3e38, -1e30, -1e4, -200.0, -88.5, 0.0, 88.5, 1e4, 1e30, float("inf"), float("nan")]

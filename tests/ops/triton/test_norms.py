@@ -9,6 +9,10 @@ from torch import Tensor
 from peftcore import ops
 from peftcore.ops.rms_norm import RmsNormBackward, _formula
 
+# NumPy warns in the interpreter: of infinite values, and of how Triton before 3.6 reads an integer.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*encountered in:RuntimeWarning", "ignore:Conversion of an array:DeprecationWarning"
+)
 _OPS = torch.ops.peftcore
 STEP = {torch.float32: 2**-21, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 EPS = 1e-5
@@ -55,7 +59,6 @@ def test_rounds_as_models_do(device: torch.device, dtype: torch.dtype, rounded: 
     torch.testing.assert_close(dweight, normalized.sum(0), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # by NumPy, in the interpreter
 def test_extreme_rows(device: torch.device) -> None:
     rows = [[0.0] * 20, [1e-30] * 20, [1e25] * 20, [float("inf")] + [1.0] * 19, [float("nan")] + [1.0] * 19]
     x, weight = torch.tensor(rows, device=device), torch.ones(20, device=device)
