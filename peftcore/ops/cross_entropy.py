@@ -265,7 +265,7 @@ def has_blocks(dtype: torch.dtype, device: torch.device) -> bool:
     return extension is not None and device.type == "cpu" and bool(extension.has_cross_entropy(str(dtype)))
 
 
-# Number of logits processed at a time: on the CPU few enough for their fp32 copy to stay in cache, on GPUs 256 MiB of it.
+# Number of logits processed at a time: on the CPU few enough for their fp32 copy to stay in cache, on GPUs 256 MiB.
 _PIECE = {"cpu": 1 << 18, "cuda": 1 << 26}
 
 
