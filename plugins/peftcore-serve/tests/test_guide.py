@@ -49,9 +49,9 @@ def test_the_guide(
             thread.join()
 
     monkeypatch.setattr(command, "run", serve_the_code)
-    for line in commands.splitlines():
-        words = shlex.split(line)
+    for line in commands.replace("\\\n", " ").splitlines():
+        words = shlex.split(line, comments=True)
         if words[0] == "peftcore":
-            more = ["--port", "0"] if words[1] == "serve" else []
+            more = {"serve": ["--port", "0"], "train": ["--steps", "2"]}[words[1]]
             result = invoke(*words[1:], "--chat-template", "chatml", *more)
             assert result.exit_code == 0, result.output
