@@ -163,7 +163,7 @@ def test_a_folder_that_names_no_base(tmp_path: Path) -> None:
     from peftcore_cli.bases import adapter_folders
 
     assert adapter_folders.base_of(FOLDERS / "bert-seq_bn", "some/base") == "some/base"
-    with pytest.raises(peftcore.PeftcoreError, match="does not name the base it was trained on"):
+    with pytest.raises(peftcore.PeftcoreError, match="does not record its base"):
         adapter_folders.base_of(FOLDERS / "bert-seq_bn", None)
     shutil.copytree(FOLDERS / "bert-seq_bn", tmp_path / "a")
     fields = json.loads((tmp_path / "a" / "adapter_config.json").read_text())

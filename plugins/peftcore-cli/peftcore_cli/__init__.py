@@ -1,6 +1,7 @@
-"""The command `peftcore`, and the names that packages with commands or tasks of their own import.
+"""The command `peftcore`, and the public names for packages that add commands or tasks.
 
-A package that adds a task subclasses `Task`. One that adds a command imports what it shares with the others:
+A package that adds a task subclasses `Task`. A package that adds a command can import the modules that peftcore's own
+commands share:
 
     modules of options      options, completion, config_file, settings
     modules of output       console, amounts, chart
@@ -19,7 +20,7 @@ import sys
 from importlib import import_module
 from typing import Any
 
-import peftcore_cli.start  # noqa: F401  # the time from here on is the run's
+import peftcore_cli.start  # noqa: F401  # the clock of a run starts here
 
 # {module: its public names}. `__init__.pyi` has them for type checkers; `tests/test_public_use.py` compares them.
 _PUBLIC = {

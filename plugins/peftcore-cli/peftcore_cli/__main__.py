@@ -1,4 +1,4 @@
-"""`python -m peftcore_cli` is the command `peftcore`."""
+"""`python -m peftcore_cli` runs the command `peftcore`."""
 
 from peftcore_cli import main
 

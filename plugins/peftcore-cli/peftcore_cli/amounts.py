@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 
 def megabytes(size: float) -> str:
-    """Return a size in bytes as `12.3 MB` (decimal), or in kB below 1 MB."""
+    """Format bytes like `12.3 MB` (decimal), or in kB below 1 MB."""
     return f"{size / 1e6:.1f} MB" if size >= 1e6 else f"{size / 1e3:.1f} kB"
 
 
@@ -21,5 +21,5 @@ def share(part: int, whole: int) -> str:
 
 
 def counted(kinds: Mapping[str, int]) -> str:
-    """Return how many there are of each kind, such as `2 x norm, 1 x MLP`."""
+    """Format counts by kind, such as `2 x norm, 1 x MLP`."""
     return ", ".join(f"{count} x {kind}" for kind, count in kinds.items())

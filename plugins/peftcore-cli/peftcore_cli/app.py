@@ -1,7 +1,7 @@
-"""The typer application: the commands of the core and those of plugins, all from the hook `peftcore_commands`.
+"""The typer application. The core and plugins register their commands through the hook `peftcore_commands`.
 
-No command imports torch before it runs, and plugins are imported for the list of commands only if their source
-mentions the hook, so that `peftcore --help` answers at once.
+To keep `peftcore --help` fast, commands import torch when they run, and a plugin is only imported to list its commands
+if its source mentions the hook.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ builtin(core_commands)
 PACKAGES = {
     "compare": "peftcore-compare",
     "serve": "peftcore-serve",
-}  # commands in packages of their own, which may not be installed
+}  # commands in separate packages, which may not be installed
 
 
 def run(words: list[str] | None = None) -> None:
-    """Run the command that `words` (by default those of the process) name."""
+    """Run a command line; `words` defaults to the arguments of the process."""
     warnings.showwarning = show_warning
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # hides its warning about kernels on import
     words = sys.argv[1:] if words is None else words
@@ -49,13 +49,13 @@ def run(words: list[str] | None = None) -> None:
 
 
 def show_warning(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:
-    """Print a warning. FutureWarnings are left out: they are for the callers of a library, such as TRL at each step."""
+    """Print a warning. FutureWarnings are dropped: they address developers, and TRL raises one at each step."""
     if not issubclass(category, FutureWarning):
         warn(str(message))
 
 
 def build(words: list[str]) -> typer.Typer:
-    """Return the application. Plugins are imported unless `words` name a command of the core.
+    """Return the application. Plugins are not imported if `words` start with a command of the core.
 
     Raises:
         PluginError: the command is in a package that is not installed, or two commands have the same name.
@@ -76,11 +76,12 @@ def build(words: list[str]) -> typer.Typer:
         )
         if broken is not None:
             raise PluginError(
-                f"'peftcore {command_name}' cannot run: {package} {broken.version} is not usable: {broken.error}"
+                f"'peftcore {command_name}' cannot run, because the package {package} {broken.version} is broken: "
+                f"{broken.error}"
             )
         raise PluginError(
-            f"'peftcore {command_name}' is in a package that is not installed. Run in a copy of peftcore's repository: "
-            f"pip install ./plugins/{package}"
+            f"'peftcore {command_name}' is in a package that is not installed. Run in a copy of peftcore's "
+            f"repository: pip install ./plugins/{package}"
         )
     for command in commands.values():
         app.command(
@@ -98,7 +99,7 @@ def _unwrapped(text: str) -> str:
 
 
 def _with_clear_errors(command: Callable[..., object]) -> Callable[..., None]:
-    """Return `command` as typer reads it; a PeftcoreError ends it with the message alone, without a traceback."""
+    """Return the function that typer runs for `command`. It prints a PeftcoreError as a message without a traceback."""
     command = signatures.expand(command)
 
     @functools.wraps(command)
@@ -123,7 +124,9 @@ def _with_clear_errors(command: Callable[..., object]) -> Callable[..., None]:
                 raise
             fail(message)
         except BaseException as error:
-            if type(error).__name__ != "PanicException":  # of a library in Rust: no Exception
+            if (
+                type(error).__name__ != "PanicException"
+            ):  # raised by libraries in Rust; a BaseException, but no Exception
                 raise
             fail(f"the tokenizer cannot read the text: {str(error)[:400]}")
 
@@ -131,7 +134,7 @@ def _with_clear_errors(command: Callable[..., object]) -> Callable[..., None]:
 
 
 def _epilog(examples: Sequence[str]) -> str:
-    """Return the examples as typer prints them: one paragraph each, with markup escaped."""
+    """Return the examples as text for typer: one paragraph each, with markup escaped."""
     return "\n\n".join(["Examples:", *(escape(example) for example in examples)])
 
 
@@ -147,7 +150,9 @@ def _show_versions(is_requested: bool) -> None:
 def _options(
     version: Annotated[
         bool,
-        typer.Option("--version", is_eager=True, callback=_show_versions, help="Show versions and the SIMD level."),
+        typer.Option(
+            "--version", is_eager=True, callback=_show_versions, help=("Show versions and the SIMD level, and exit.")
+        ),
     ] = False,
 ) -> None:
     pass

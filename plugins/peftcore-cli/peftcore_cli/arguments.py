@@ -1,4 +1,4 @@
-"""Checks on the options of every command, and messages for errors of the operating system."""
+"""Checks of option values for all commands, and error messages for OSErrors."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ _WITHOUT_A_FILE = (errno.ENOSPC, errno.EDQUOT)
 
 
 def check(options: Mapping[str, Any]) -> None:
-    """Raise a PeftcoreError for a value that no command can use.
+    """Raise a PeftcoreError for values that no command can use.
 
-    That is a number that is not finite or too large, a seed outside 32 bits, or text that cannot be a file name.
+    These are numbers that are not finite or too large, seeds outside 32 bits, and text that cannot be a file name.
     """
     for name, value in options.items():
         option = f"--{name.replace('_', '-')}"
@@ -28,12 +28,12 @@ def check(options: Mapping[str, Any]) -> None:
                 raise PeftcoreError(f"{option} must be a finite number, found {item}")
             if isinstance(item, int) and not -_LARGEST < item < _LARGEST:
                 raise PeftcoreError(
-                    f"{option} must be below {_LARGEST:.2g}, found a number of {item.bit_length()} bits"
+                    f"{option} must be below {_LARGEST:.2g}, found a number with {item.bit_length()} bits"
                 )
             if isinstance(item, (str, Path)):
                 _check_text(option, str(item))
         if name == "seed" and isinstance(value, int) and not 0 <= value < _SEEDS:
-            raise PeftcoreError(f"--seed must be in 0 to {_SEEDS - 1}, found {value}")
+            raise PeftcoreError(f"--seed must be between 0 and {_SEEDS - 1}, found {value}")
 
 
 def _check_text(option: str, text: str) -> None:
@@ -43,7 +43,7 @@ def _check_text(option: str, text: str) -> None:
         os.fsencode(text)
     except UnicodeEncodeError:
         raise PeftcoreError(
-            f"{option} contains half a surrogate pair, which is not valid text: {text[:80]!a}"
+            f"{option} contains an unpaired surrogate, which is not valid Unicode: {text[:80]!a}"
         ) from None
 
 
@@ -52,7 +52,7 @@ def refusal(error: OSError) -> str | None:
     if error.errno == errno.EPIPE or (error.filename is None and error.errno not in _WITHOUT_A_FILE):
         return None
     if error.filename is None:
-        return f"{error.strerror}. Make room, or give another folder"
+        return f"{error.strerror}. Free some space, or pass another folder"
     name = os.fsdecode(error.filename) if isinstance(error.filename, (str, bytes)) else str(error.filename)
     shown = name if len(name) <= 200 else f"{name[:200]}..."
-    return f"'{shown}' cannot be used: {error.strerror or error}. Give another path"
+    return f"cannot use '{shown}': {error.strerror or error}. Pass another path"

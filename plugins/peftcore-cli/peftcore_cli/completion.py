@@ -9,7 +9,7 @@ from pathlib import Path
 from peftcore.plugin import method_names
 
 _DEPTH = 3  # depth of folders searched
-_MAX_FOLDERS = 2000  # searched at most, so that completion is instant
+_MAX_FOLDERS = 2000  # maximum number of folders searched, so that completion is instant
 
 
 def methods(incomplete: str) -> list[str]:
@@ -27,7 +27,7 @@ def adapters(incomplete: str) -> list[str]:
 
 
 def _folders_of_adapters(start: Path) -> Iterator[Path]:
-    """Yield folders of adapters below `start`; of a run, the run's folder, because every command accepts it."""
+    """Yield folders of adapters below `start`; for the adapter of a run, the run's folder, which commands accept."""
     level, visited = [start], 0
     for _ in range(_DEPTH):
         next_level: list[Path] = []
@@ -35,7 +35,7 @@ def _folders_of_adapters(start: Path) -> Iterator[Path]:
             try:
                 with os.scandir(folder) as entries:
                     names = sorted(entry.name for entry in entries if not entry.name.startswith(".") and entry.is_dir())
-            except OSError:  # another user's, or deleted
+            except OSError:  # the folder was deleted, or belongs to another user
                 continue
             for child in (folder / name for name in names):
                 visited += 1
@@ -49,7 +49,7 @@ def _folders_of_adapters(start: Path) -> Iterator[Path]:
 
 
 def _as_typed(folder: Path, path: str) -> str:
-    """Return the folder with the prefix that the user typed, `~/` or `./`, which the shell compares."""
+    """Return the folder with the prefix that the user typed (`~/` or `./`), because the shell compares it literally."""
     text = str(folder)
     if path.startswith("~/"):
         text = text.replace(str(Path.home()), "~", 1)

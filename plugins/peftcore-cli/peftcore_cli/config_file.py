@@ -1,7 +1,7 @@
 """`--config run.toml`: read the options of a command from a file, and write such a file for each run.
 
-Keys are option names, `batch_size` or `batch-size`; the table `[set]` has fields of the method's config. The command
-line takes precedence over the file, for `[set]` field by field.
+Keys are option names, `batch_size` or `batch-size`; the table `[set]` has fields of the method's config. Options on the
+command line take precedence over the file; in `[set]`, field by field.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ RUN_FILE = "run.json"
 _FIELDS = "peftcore_cli.fields"  # key in the context: the file's `[set]`
 _RESUMED = "peftcore_cli.resumed"  # key in the context: values of --output and --resume
 _NOT_IN_FILES = {"config", "help"}
-# If the command line sets the first option, the second option of the file is ignored, because it would take precedence.
+# If the first option is on the command line, the second one in the file is ignored, because it would take precedence.
 _OVERRIDES = {"epochs": "steps", "holdout": "eval_data"}
 _Options = TypeVar("_Options", bound=Any)  # a dataclass
 
@@ -45,7 +45,7 @@ def use(context: typer.Context, _param: typer.CallbackParam, file: Path | None) 
     for name, value in _read(file).items():
         key = name.replace("-", "_")
         if key not in options:
-            raise typer.BadParameter(f"{file}: there is no option '{name}'{nearest(key, options)}")
+            raise typer.BadParameter(f"{file}: unknown option '{name}'{nearest(key, options)}")
         option = options[key]
         if key == "set" and isinstance(value, dict):
             context.meta[_FIELDS] = {field: text_of(field_value) for field, field_value in value.items()}
@@ -58,7 +58,7 @@ def use(context: typer.Context, _param: typer.CallbackParam, file: Path | None) 
 def use_of_run(context: typer.Context, param: typer.CallbackParam, value: Any) -> Any:
     """Use the options of the run in `--output` as defaults with `--resume` (callback of both options).
 
-    A file passed as `--config` takes precedence. An empty folder counts as a run that has not begun, so that a job can
+    A file passed as `--config` takes precedence. An empty folder counts as a run that has not started, so that jobs can
     always be submitted with `--resume`.
 
     Raises:
@@ -80,14 +80,14 @@ def use_of_run(context: typer.Context, param: typer.CallbackParam, value: Any) -
         problem = f"has no {RUN_FILE}" if output.exists() else "does not exist"
         raise typer.BadParameter(
             f"there is no run to resume: '{output}' {problem}{nearest(output.name, siblings)}. Correct --output, or "
-            "leave out --resume. If a job may be restarted with the same command, create the folder first: mkdir -p "
-            f"{shlex.quote(str(output))}"
+            "remove --resume. To submit a job that can be restarted with the same command, create the folder first: "
+            f"mkdir -p {shlex.quote(str(output))}"
         )
     return value
 
 
 def fields(context: typer.Context, settings: list[str] | None) -> list[str]:
-    """Return the NAME=VALUE settings of `--set`, with those of the file that the command line does not set."""
+    """Return the NAME=VALUE settings of `--set`, and those of the file that the command line does not override."""
     settings = settings or []
     names_on_command_line = {setting.partition("=")[0].strip() for setting in settings}
     from_file: dict[str, str] = context.meta.get(_FIELDS, {})
@@ -95,7 +95,7 @@ def fields(context: typer.Context, settings: list[str] | None) -> list[str]:
 
 
 def in_force(context: typer.Context, options: _Options) -> _Options:
-    """Return `options` without those of the file that the command line overrides through another option."""
+    """Return `options` without file options that are overridden by a different option on the command line."""
 
     def source(name: str) -> str:
         return getattr(context.get_parameter_source(name), "name", "")
@@ -109,7 +109,7 @@ def in_force(context: typer.Context, options: _Options) -> _Options:
 
 
 def text(options: Mapping[str, Any]) -> str:
-    """Format options as TOML for `--config`, leaving out those that are None. `set` becomes a table."""
+    """Format options as TOML for `--config`, without options that are None. `set` becomes a table."""
     scalars = {name: value for name, value in options.items() if value is not None and name != "set"}
     lines = [f"{name} = {_toml(value)}" for name, value in scalars.items()]
     if options.get("set"):
@@ -122,7 +122,7 @@ def write(file: Path, options: Mapping[str, Any]) -> None:
     try:
         content = text(options).encode()
     except UnicodeEncodeError as error:  # a path that is not UTF-8, which TOML cannot represent
-        warn(f"'{file}' is not written: {error.object[error.start : error.end]!r} is not UTF-8")
+        warn(f"cannot write '{file}': {error.object[error.start : error.end]!r} is not valid UTF-8")
         return
     file.write_bytes(content)
 
@@ -133,25 +133,25 @@ def _read(file: Path) -> dict[str, Any]:
         tomllib = importlib.import_module(name)
     except ModuleNotFoundError as error:
         raise typer.BadParameter(
-            f"TOML files need '{name}' before Python 3.11. Install it: pip install {name}"
+            f"reading TOML files needs '{name}' on Python versions before 3.11. Install it: pip install {name}"
         ) from error
     try:
         return tomllib.loads(file.read_text(encoding="utf-8-sig"))
     except OSError as error:
-        raise typer.BadParameter(f"'{file}' cannot be read: {error.strerror or error}") from error
+        raise typer.BadParameter(f"cannot read '{file}': {error.strerror or error}") from error
     except RecursionError as error:
-        raise typer.BadParameter(f"'{file}' cannot be used: it is nested too deeply") from error
+        raise typer.BadParameter(f"cannot read '{file}': the file is nested too deeply") from error
     except ValueError as error:  # not TOML, or not UTF-8
-        raise typer.BadParameter(f"'{file}' is not TOML: {error}") from error
+        raise typer.BadParameter(f"'{file}' is not valid TOML: {error}") from error
 
 
 def _key(option: Any) -> str:
-    """Return the option's long name, as a file spells it."""
+    """Return the option's long name, as it is written in a file."""
     return max(option.opts, key=len).lstrip("-").replace("-", "_")
 
 
 def _default(where: str, context: typer.Context, option: Any, value: Any) -> Any:
-    """Convert a value of the file to the option's type through text, so that 8.5 is refused as an integer."""
+    """Convert a value of the file to text and then to the option's type, so that 8.5 is refused as an integer."""
     scalar: tuple[type, ...] = (bool,) if option.is_flag else (str, int, float)
     values = value if option.multiple and isinstance(value, list) else [value]
     for item in values:

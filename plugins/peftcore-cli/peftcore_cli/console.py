@@ -32,16 +32,16 @@ _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\u
 def printable(text: str) -> str:
     r"""Return `text` with its control characters escaped, such as ESC as `\x1b`.
 
-    Names and texts from a file may contain sequences that move the cursor, rename the window or hide what was printed.
+    Names and texts from files may contain escape sequences that move the cursor, rename the window or hide output.
     """
     return _CONTROLS.sub(lambda match: ascii(match[0])[1:-1], text)
 
 
 class Console(RichConsole):
-    """Console that escapes control characters in everything it prints, except for its own colours."""
+    """Console that escapes all control characters in its output, except for its own colours."""
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
-        """Yield the segments of what is printed."""
+        """Yield the segments of the text, with control characters escaped."""
         for segment in super().render(renderable, options):
             yield segment if segment.control else segment._replace(text=printable(segment.text))
 
@@ -56,11 +56,14 @@ class LogFormatter(logging.Formatter):
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
 
-NO_METHOD = "no method is installed. Methods are separate packages; install one from plugins/ of the repository"
+NO_METHOD = (
+    "no method is installed. Methods are separate packages: install one from the folder plugins/ of peftcore's "
+    "repository"
+)
 
 RANK_0_TIMEOUT = 10.0  # seconds to wait for rank 0 to print an error
 
-_prefix = ""  # of errors, to name this process if there are several
+_prefix = ""  # prefix of error messages; names this process if there are several
 
 
 def silence(name: str) -> None:
@@ -85,7 +88,7 @@ def say(message: str, style: str | None = None) -> None:
 
 
 def print_answer(text: str, end: str = "\n") -> None:
-    """Print a model's answer, escaped on a terminal and unchanged to a file or pipe."""
+    """Print a model's answer, with control characters escaped on a terminal and unchanged in a file or pipe."""
     if out.is_terminal:
         out.print(_plain(text), end=end, soft_wrap=True)
     else:
@@ -94,7 +97,7 @@ def print_answer(text: str, end: str = "\n") -> None:
 
 
 def print_json(document: object) -> None:
-    """Print the document of `--json` to standard output. JSON has no NaN or infinity: they become null."""
+    """Print the document of `--json` to standard output, with null for NaN and infinity, which JSON lacks."""
     sys.stdout.write(json.dumps(_finite(document), indent=2, allow_nan=False, default=str) + "\n")
 
 
@@ -113,16 +116,16 @@ def warn(message: str) -> None:
 
 
 def note(message: str) -> None:
-    """Print a remark to standard error, to keep it out of the output."""
+    """Print a note to standard error, to keep it out of the command's output."""
     if not out.quiet:
         err.print(_plain(message, "dim"), soft_wrap=True)
 
 
 def leave_to_first_rank() -> None:
-    """Wait before printing an error on any torchrun rank but 0, so that an error on all ranks is printed once.
+    """On torchrun ranks other than 0, wait before printing an error, so that an error on all ranks is printed once.
 
-    torchrun ends the other ranks when rank 0 fails. The function returns at once on rank 0, and on another rank if rank
-    0 does not fail meanwhile.
+    torchrun ends the other ranks when rank 0 fails. The function returns immediately on rank 0, and after the wait on
+    ranks where rank 0 did not fail.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("RANK", "0") != "0":
         with suppress(ValueError):  # outside the main thread
@@ -163,14 +166,14 @@ def table(rows: Iterable[Iterable[Any]], columns: Iterable[str] = ("", ""), titl
 
 
 def require(*modules: str, extra: str | None = None) -> None:
-    """Import libraries, so that a missing one is an error before the work begins.
+    """Import libraries, so that a missing library is reported before the work begins.
 
     Args:
-        modules: names of their modules.
-        extra: the extra of peftcore that installs them; None if a module has the name of its package.
+        modules: names of the modules.
+        extra: extra of peftcore that installs the modules; None if each module is named like its package.
 
     Raises:
-        PeftcoreError: one is not installed; the message says how to install it.
+        PeftcoreError: a module is not installed. The message contains the command that installs it.
     """
     for module in modules:
         try:
@@ -178,5 +181,5 @@ def require(*modules: str, extra: str | None = None) -> None:
         except ModuleNotFoundError as error:
             package = error.name if extra is None else f"peftcore[{extra}]"
             raise PeftcoreError(
-                f"'{error.name}' is needed and not installed. Install it: pip install {package}"
+                f"'{error.name}' is required but not installed. Install it: pip install {package}"
             ) from error

@@ -1,4 +1,4 @@
-"""The commands of the core, which go through the hook of packages that add commands."""
+"""The commands of the core, registered through the same hook as the commands of plugins."""
 
 from __future__ import annotations
 

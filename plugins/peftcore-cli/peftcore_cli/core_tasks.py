@@ -1,4 +1,4 @@
-"""The tasks of peftcore, which go through the hook of packages that add tasks."""
+"""The built-in tasks, registered through the same hook as the tasks of plugins."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 @hookimpl
 def peftcore_tasks() -> list[Task]:
-    """Return the tasks, in the order of messages."""
+    """Return the tasks, in the order in which messages list them."""
     from peftcore_cli.tasks import (
         asr,
         audio_text,

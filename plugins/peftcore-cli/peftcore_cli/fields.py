@@ -1,8 +1,8 @@
-"""`--set NAME=VALUE`: parse fields of a method's config, guided by the types of its dataclass.
+"""`--set NAME=VALUE`: parse fields of a method's config by the types of its dataclass.
 
 `none`, `true`, `false` and numbers are converted if the type allows them. Sequences are separated by commas
-(`q_proj,v_proj`) and mappings are `name:value` pairs; both may also be JSON. If a field takes text or a sequence, text
-with special characters of a regular expression stays text, and a bare name becomes a sequence of one.
+(`q_proj,v_proj`), and mappings are `name:value` pairs. Both may also be JSON. If a field takes text or a sequence, a
+value with special characters of regular expressions is text, and a bare name is a sequence with one element.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ _WORDS = {"none": None, "null": None, "true": True, "false": False}
 
 
 def parse(config_class: type, settings: list[str], option: str = "--set") -> dict[str, Any]:
-    """Parse `NAME=VALUE` settings into fields of `config_class`; errors name the `option`.
+    """Parse `NAME=VALUE` settings into fields of `config_class`. Errors name `option`.
 
     Raises:
-        PeftcoreError: a setting has no `=`, names no field, is given twice, or has the wrong type.
+        PeftcoreError: a setting has no `=`, an unknown field or the wrong type, or a field is set twice.
     """
     hints = typing.get_type_hints(config_class)
     field_names = [field.name for field in dataclasses.fields(config_class) if field.init]
@@ -41,7 +41,7 @@ def parse(config_class: type, settings: list[str], option: str = "--set") -> dic
                 f"Its fields: {', '.join(field_names)}"
             )
         if name in values:
-            raise PeftcoreError(f"{option} {setting}: '{name}' is given twice")
+            raise PeftcoreError(f"{option} {setting}: '{name}' is set twice. Remove one of the settings")
         try:
             values[name] = convert(text.strip(), hints[name])
         except (ValueError, RecursionError):
@@ -51,7 +51,7 @@ def parse(config_class: type, settings: list[str], option: str = "--set") -> dic
 
 
 def convert(text: str, hint: Any) -> Any:
-    """Convert `text` to the type `hint`: the most specific interpretation that fits.
+    """Convert `text` to the type `hint`, with the most specific interpretation that fits.
 
     Raises:
         ValueError: no interpretation fits.
@@ -70,7 +70,7 @@ def text_of(value: Any) -> str:
 
 
 def describe(hint: Any) -> str:
-    """Describe the type `hint` in words, with the notation of lists and tables."""
+    """Describe the type `hint` in words, including the notation of lists and tables."""
     words = in_words(hint)
     hints = [notation for kind, notation in (("a list", "a,b"), ("a table", "name:value,...")) if kind in words]
     return f"{words} (written {' or '.join(hints)})" if hints else words
@@ -95,7 +95,7 @@ def _interpretations(text: str, hint: Any) -> Iterator[Any]:
 
 
 def _scalars(text: str) -> Iterator[Any]:
-    """Yield the possible scalar values of `text`, other than text."""
+    """Yield the possible scalar values of `text`, except for `text` itself."""
     if text.lower() in _WORDS:
         yield _WORDS[text.lower()]
     for kind in (int, float):
@@ -108,7 +108,7 @@ def _scalar(text: str) -> Any:
 
 
 def _looks_like_names(text: str) -> bool:
-    """Return whether `text` is a list of names, for fields that take text or a list."""
+    """Return whether a value for a field that takes text or a list is a list of names."""
     if re.search(r"[\\()\[\]{}*+?|^$]", text):
         return False
     return "," in text or re.fullmatch(r"[A-Za-z_][\w.]*", text) is not None

@@ -1,7 +1,7 @@
-"""Groups of options in the help of commands with many.
+"""Groups of options in the help of commands with many options.
 
-`--help` shows the options without a group, which are the most used; `--help-all` shows all of them. The group of an
-option is its `rich_help_panel`. A command with few options shows them in one list.
+`--help` shows the most used options, which have no group. `--help-all` shows all options. The group of an option is its
+`rich_help_panel`. A command with few options shows them in a single list.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _FEW = 12  # options that fit into one list
 
 
 class GroupedCommand(TyperCommand):
-    """Command whose `--help` leaves options with a group to `--help-all`."""
+    """Command whose `--help` hides options with a group, which `--help-all` shows."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -41,7 +41,7 @@ class GroupedCommand(TyperCommand):
         self._grouped_options = []
 
     def get_help_option_names(self, ctx: Any) -> list[str]:
-        return sorted(super().get_help_option_names(ctx))  # click has them in a set
+        return sorted(super().get_help_option_names(ctx))  # click stores the names in a set
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         self._shows_all = _ALL in args
@@ -51,7 +51,7 @@ class GroupedCommand(TyperCommand):
         if self._shows_all or not self._grouped_options:
             super().format_help(ctx, formatter)
             return
-        for option in self._grouped_options:  # hidden while the help is printed: the shell completes them
+        for option in self._grouped_options:  # hidden only while the help is printed, so that the shell completes them
             option.hidden = True
         super().format_help(ctx, formatter)
         for option in self._grouped_options:

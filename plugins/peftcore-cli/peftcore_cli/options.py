@@ -14,18 +14,18 @@ from peftcore.errors import PluginError
 from peftcore_cli import completion, config_file, option_groups
 from peftcore_cli.data import mixture
 
-FULL = "full"  # in place of a method: full fine-tuning, as the reference of a comparison
+FULL = "full"  # value of --method for full fine-tuning, the reference of a comparison
 
 
 def in_run(folder: Path | None) -> Path | None:
-    """Return the adapter's folder; `folder` may be the run that made it."""
+    """Return the adapter's folder. `folder` may also be the folder of a run."""
     from peftcore_cli.bases.adapter_folders import adapter_folder
 
     return None if folder is None else adapter_folder(folder)
 
 
 def adapter_argument(help: str) -> Any:
-    """Return the declaration of the argument ADAPTER: the folder of an adapter or a run."""
+    """Return the declaration of the argument ADAPTER, the folder of an adapter or a run."""
     return typer.Argument(metavar="ADAPTER", callback=in_run, autocompletion=completion.adapters, help=help)
 
 
@@ -35,12 +35,16 @@ MaybeModel = Annotated[
     typer.Option(
         "--model",
         "-m",
-        help="Base model: hub id, folder, or .gguf file. With --adapter, needed only if the base has moved.",
+        help="Base model: hub id, folder, or .gguf file; default: the adapter's base with --adapter.",
     ),
 ]
 BaseModel = Annotated[
     str | None,
-    typer.Option("--model", "-m", help="Base model; default: the one that the adapter was trained on."),
+    typer.Option(
+        "--model",
+        "-m",
+        help=("Base model: hub id, folder, or .gguf file; default: the base that the adapter was trained on."),
+    ),
 ]
 Adapter = Annotated[
     Path,
@@ -48,9 +52,7 @@ Adapter = Annotated[
         "Folder of an adapter or a run, in the format of peftcore, PEFT, or a library that a plugin supports."
     ),
 ]
-MaybeAdapter = Annotated[
-    Path | None, adapter_argument("Folder of an adapter or a run; leave it out to use the base alone.")
-]
+MaybeAdapter = Annotated[Path | None, adapter_argument("Folder of an adapter or a run; default: the base alone.")]
 Continued = Annotated[
     Path | None,
     typer.Option(
@@ -59,7 +61,7 @@ Continued = Annotated[
         callback=in_run,
         autocompletion=completion.adapters,
         rich_help_panel=option_groups.MODEL,
-        help="Folder of an adapter or a run to continue training from, as a new run.",
+        help="Folder of an adapter or a run to continue training from, in a new run.",
     ),
 ]
 Data = Annotated[
@@ -67,8 +69,10 @@ Data = Annotated[
     typer.Option(
         "--data",
         "-d",
-        help="Examples: a .jsonl, .json, .csv, .tsv or .parquet file, a folder of them, or a dataset's hub id "
-        "(ORG/NAME@SPLIT). Repeatable; in training, FILE:2 gives a file twice the weight.",
+        help=(
+            "Examples: a data file (.jsonl, .json, .csv, .tsv, .parquet), a folder of data files, or a hub dataset "
+            "(ORG/NAME@SPLIT). Repeatable. For training, FILE:2 doubles the weight of a file."
+        ),
     ),
 ]
 Config = Annotated[
@@ -77,7 +81,7 @@ Config = Annotated[
         is_eager=True,
         callback=config_file.use,
         rich_help_panel=option_groups.OUTPUT,
-        help="TOML file of options, such as RUN/run.toml; the command line takes precedence.",
+        help="TOML file with options, such as RUN/run.toml; options on the command line take precedence.",
     ),
 ]
 Columns = Annotated[
@@ -92,7 +96,7 @@ ChatTemplate = Annotated[
     str | None,
     typer.Option(
         rich_help_panel=option_groups.DATA,
-        help="Chat template: chatml or a file; default: the tokenizer's.",
+        help="Chat template: chatml or a template file; default: the tokenizer's template.",
     ),
 ]
 MethodName = Annotated[
@@ -105,7 +109,7 @@ MethodName = Annotated[
 ]
 Fields = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="NAME=VALUE", help="Field of the method's config, such as r=16. Repeatable."),
+    typer.Option("--set", metavar="NAME=VALUE", help="Set a field of the method's config, such as r=16. Repeatable."),
 ]
 Dtype = Annotated[
     str,
@@ -149,7 +153,7 @@ Quantize = Annotated[
     str | None,
     typer.Option(
         "--quantize",
-        help="4-bit format of the base, such as nf4, or none for a dense base; default: as in training.",
+        help="4-bit format of the base, such as nf4, or none for a dense base; default: the format used in training.",
     ),
 ]
 TrustRemoteCode = Annotated[
@@ -157,8 +161,10 @@ TrustRemoteCode = Annotated[
     typer.Option(
         "--trust-remote-code",
         rich_help_panel=option_groups.MODEL,
-        help="Run the Python code in the model's repository, for models that are not in transformers. It runs with "
-        "your permissions: read it first.",
+        help=(
+            "Run Python code from the model's repository, for models that are not in transformers. The code runs "
+            "with your permissions, so read it first."
+        ),
     ),
 ]
 Device = Annotated[str, typer.Option(rich_help_panel=option_groups.MEMORY, help="Device: cpu, cuda, cuda:1, or auto.")]
@@ -166,9 +172,11 @@ Task = Annotated[
     str | None,
     typer.Option(
         rich_help_panel=option_groups.TASK,
-        help="causal-lm, seq2seq, classification, regression, multi-label, tags, image, image-text, audio-text, pairs, "
-        "asr, dpo, image-dpo, kto, orpo, reward, grpo, or a task of another package; default: recognised by the "
-        "columns of the examples.",
+        help=(
+            "Task: causal-lm, seq2seq, classification, regression, multi-label, tags, image, image-text, audio-text, "
+            "pairs, asr, dpo, image-dpo, kto, orpo, reward, grpo, or a task from a plugin (`peftcore plugins` lists "
+            "all); default: inferred from the columns of the examples."
+        ),
     ),
 ]
 Labels = Annotated[
@@ -176,38 +184,40 @@ Labels = Annotated[
     typer.Option(
         metavar="A,B,...",
         rich_help_panel=option_groups.TASK,
-        help="Labels of a classifier trained with PEFT, in the order of its outputs.",
+        help="Class labels of a classifier trained with PEFT, in the order of its outputs.",
     ),
 ]
 PlannedLabels = Annotated[
     str | None,
-    typer.Option("--labels", metavar="A,B,...", rich_help_panel=option_groups.TASK, help="Labels of a classifier."),
+    typer.Option(
+        "--labels", metavar="A,B,...", rich_help_panel=option_groups.TASK, help=("Class labels of a classifier.")
+    ),
 ]
 PlannedData = Annotated[
     list[str] | None,
     typer.Option(
         "--data",
         "-d",
-        help="Examples, to find the task, the sizes of images and audio, and the number of texts. Repeatable.",
+        help="Examples from which to infer the task, image and audio sizes, and the number of texts. Repeatable.",
     ),
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 MaxLength = Annotated[
     int | None,
-    typer.Option(min=2, metavar="N", help="Maximum number of tokens per example; default: as in training."),
+    typer.Option(min=2, metavar="N", help="Maximum number of tokens per example; default: the value used in training."),
 ]
 
 
 def names_of(labels: str | None) -> tuple[str, ...]:
-    """Return the names in `--labels`, separated by commas."""
+    """Split the names in `--labels` at commas."""
     return tuple(part.strip() for part in labels.split(",")) if labels else ()
 
 
 def planned_task(task: str | None, data: Sequence[str] | None, labels: str | None) -> tuple[str, tuple[str, ...]]:
-    """Return the task and the labels of a planned run, for which there may be no examples yet.
+    """Return the task and the labels of a planned run, which may have no examples yet.
 
     Raises:
-        PeftcoreError: the task is not known, or a file of examples is wrong.
+        PeftcoreError: the task is unknown, or a data file is invalid.
     """
     from peftcore_cli.data import row_reading
     from peftcore_cli.tasks import registered
@@ -220,10 +230,10 @@ def planned_task(task: str | None, data: Sequence[str] | None, labels: str | Non
 def resolve_method(
     name: str | None, settings: list[str] | None, *, adapter_fields: Mapping[str, Any] | None = None
 ) -> tuple[str, dict[str, Any]]:
-    """Return the method's name and its fields: those of `--set`, and those of an adapter that training continues.
+    """Return the method's name, and its fields from `--set` and the adapter that training continues from.
 
     Raises:
-        PeftcoreError: the method is not installed, several are installed and none is named, or a field is wrong.
+        PeftcoreError: the method is not installed, no method is named and several are installed, or a field is invalid.
     """
     import peftcore
     from peftcore_cli.fields import parse
@@ -244,7 +254,7 @@ def resolve_method(
 
 
 def absolute_data(paths: Sequence[str]) -> str | list[str]:
-    """Make the paths of `--data` absolute and keep their weights; return one as a string, several as a list."""
+    """Make the paths of `--data` absolute. Return a single path as a string, several as a list, with their weights."""
     absolute_paths = []
     for text in paths:
         path = mixture.parse(text).path
@@ -253,7 +263,7 @@ def absolute_data(paths: Sequence[str]) -> str | list[str]:
 
 
 def absolute(path: str) -> str:
-    """Make an existing path absolute; return anything else (a hub id, `chatml`) unchanged."""
+    """Make an existing path absolute. Anything else (a hub id, `chatml`) is returned unchanged."""
     if "{" in path:  # the text of a template
         return path
     expanded = Path(os.path.expanduser(path))

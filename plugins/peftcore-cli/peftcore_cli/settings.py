@@ -1,4 +1,4 @@
-"""Settings that determine a run, and the run's folder, which stores them.
+"""Settings that determine a run, stored in the run's folder.
 
 OUTPUT/run.json       the settings; --resume refuses different ones
 OUTPUT/.train.lock    locked while a process trains or compares there
@@ -24,7 +24,7 @@ from peftcore_cli import config_file, option_groups, options
 from peftcore_cli.data import mixture
 
 RUN_FILE = config_file.RUN_FILE
-LOCK = ".train.lock"  # in the folder while a process trains or compares there
+LOCK = ".train.lock"  # locked while a process trains or compares in the folder
 _OF_RANKS = ("ranks", "parallel", "grad_accum")  # may change together, see `for_these_ranks`
 _NOT_THE_SAME = (
     ". --resume continues an interrupted run in --output; --adapter starts a new run from an existing adapter"
@@ -33,27 +33,30 @@ _NOT_THE_SAME = (
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
-    """Command-line options that determine a run, as given by the user.
+    """Command-line options that determine a run, as passed by the user.
 
-    An option is defined here and nowhere else: `train` has an option for each field; `compare`, `plan` and `suggest`
-    have those that they name; `run.json`, `run.toml` and `--resume` follow. `training/trainer_arguments.py` passes
+    Each option is defined once, here: `train` has an option for every field, and `compare`, `plan` and `suggest` select
+    fields. `run.json`, `run.toml` and `--resume` are derived from the fields. `training/trainer_arguments.py` passes
     values on to Trainer, and `training/option_checks.py` refuses options that a task ignores.
     """
 
     eval_data: Annotated[
         str | None,
         typer.Option(
-            rich_help_panel=option_groups.DATA, help="Held-out examples to evaluate on, in the formats of --data."
+            rich_help_panel=option_groups.DATA, help="Examples to evaluate on, in the same formats as --data."
         ),
     ] = None
     holdout: Annotated[
         float,
         typer.Option(
             rich_help_panel=option_groups.DATA,
-            help="Fraction of the examples to hold out, or their number if 1 or more, without --eval-data.",
+            help=(
+                "Examples of --data to hold out for evaluation, without --eval-data: a fraction, or a number if 1 or "
+                "more."
+            ),
         ),
     ] = 0.1
-    epochs: Annotated[float, typer.Option(help="Passes over the examples.")] = 3.0
+    epochs: Annotated[float, typer.Option(help="Number of passes over the examples.")] = 3.0
     steps: Annotated[
         int | None,
         typer.Option(
@@ -66,9 +69,14 @@ class RunOptions:
     batch_size: Annotated[int, typer.Option(min=1, metavar="N", help="Examples per batch and process.")] = 8
     grad_accum: Annotated[
         int,
-        typer.Option(min=1, metavar="N", rich_help_panel=option_groups.TRAINING, help="Batches per optimizer step."),
+        typer.Option(
+            min=1,
+            metavar="N",
+            rich_help_panel=option_groups.TRAINING,
+            help=("Gradient accumulation: batches per optimizer step."),
+        ),
     ] = 1
-    lr: Annotated[float | None, typer.Option(help="Learning rate; default: the method's.")] = None
+    lr: Annotated[float | None, typer.Option(help="Learning rate; default: the method's learning rate.")] = None
     scheduler: Annotated[
         str,
         typer.Option(
@@ -82,7 +90,7 @@ class RunOptions:
             min=0,
             metavar="X",
             rich_help_panel=option_groups.TRAINING,
-            help="Warmup steps, as a fraction of all steps, or a number of steps if 1 or more.",
+            help="Warmup: a fraction of all steps, or a number of steps if 1 or more.",
         ),
     ] = 0.03
     weight_decay: Annotated[
@@ -95,7 +103,7 @@ class RunOptions:
             min=0,
             metavar="X",
             rich_help_panel=option_groups.TRAINING,
-            help="Maximum gradient norm for clipping; 0 disables clipping.",
+            help="Maximum gradient norm; 0 disables clipping.",
         ),
     ] = 1.0
     max_length: Annotated[int, typer.Option(min=2, metavar="N", help="Maximum number of tokens per example.")] = 512
@@ -112,7 +120,7 @@ class RunOptions:
         typer.Option(
             "--pack",
             rich_help_panel=option_groups.DATA,
-            help="Pack several examples into a row of --max-length tokens; they do not attend to each other.",
+            help="Pack several examples into each row of --max-length tokens, without attention between examples.",
         ),
     ] = False
     beta: Annotated[
@@ -139,14 +147,14 @@ class RunOptions:
         str | None,
         typer.Option(
             rich_help_panel=option_groups.TASK,
-            help="Language of the recordings (asr), such as english; multilingual models need it.",
+            help="Language of the recordings (asr), such as english; required by multilingual models.",
         ),
     ] = None
     pooling: Annotated[
         str,
         typer.Option(
             rich_help_panel=option_groups.TASK,
-            help="Pooling of token embeddings (pairs): auto (the base's), mean, cls, or last.",
+            help="Pooling of token embeddings (pairs): auto (the base's pooling), mean, cls, or last.",
         ),
     ] = "auto"
     reward: Annotated[
@@ -182,14 +190,17 @@ class RunOptions:
         float,
         typer.Option(
             rich_help_panel=option_groups.TASK,
-            help="Weight of the distillation loss, from 0 to 1; the loss on the examples has the rest.",
+            help=(
+                "Weight w of the distillation loss, above 0 and at most 1; the loss on the examples has the weight 1 "
+                "- w."
+            ),
         ),
     ] = 0.5
     labels: options.Labels = None
     columns: options.Columns = None
     chat_template: options.ChatTemplate = None
     quantize: Annotated[
-        str | None, typer.Option(help="4-bit format of the frozen base, such as nf4; default: dense.")
+        str | None, typer.Option(help="4-bit format of the frozen base, such as nf4; default: not quantized.")
     ] = None
     trust_remote_code: options.TrustRemoteCode = False
     dtype: options.Dtype = "auto"
@@ -197,7 +208,7 @@ class RunOptions:
         str,
         typer.Option(
             rich_help_panel=option_groups.MEMORY,
-            help="Compute dtype: auto (the base's), fp32, or bf16 or fp16 for mixed precision over an fp32 base.",
+            help="Compute dtype: auto (the base's dtype), fp32, or bf16 or fp16 (mixed precision with an fp32 base).",
         ),
     ] = "auto"
     device: options.Device = "auto"
@@ -214,7 +225,7 @@ class RunOptions:
         typer.Option(
             "--gradient-checkpointing",
             rich_help_panel=option_groups.MEMORY,
-            help="Recompute activations in backward: less memory, more time.",
+            help="Recompute activations in the backward pass, to save memory at the cost of time.",
         ),
     ] = False
     without_logits: Annotated[
@@ -236,8 +247,10 @@ class RunOptions:
         str,
         typer.Option(
             rich_help_panel=option_groups.MEMORY,
-            help="What to recompute in backward: auto (the outputs of fused norms and activations, for less memory "
-            "and the same gradients) or none.",
+            help=(
+                "What fused operators recompute in the backward pass, to save memory: auto (the outputs of norms and "
+                "activations) or none."
+            ),
         ),
     ] = "auto"
     optim: Annotated[
@@ -288,8 +301,10 @@ class RunOptions:
         str | None,
         typer.Option(
             rich_help_panel=option_groups.EVALUATION,
-            help="Held-out metric that decides which evaluation is best: loss (default), accuracy, "
-            "exact_match, rouge_l, ..., or FILE.py:FUNCTION, called with the answers and the expected texts.",
+            help=(
+                "Held-out metric that selects the best evaluation: loss (default), accuracy, exact_match, rouge_l, "
+                "..., or FILE.py:FUNCTION, called with the answers and the expected texts."
+            ),
         ),
     ] = None
     eval_answers: Annotated[
@@ -298,8 +313,10 @@ class RunOptions:
             min=1,
             metavar="N",
             rich_help_panel=option_groups.EVALUATION,
-            help="Number of held-out prompts to answer in each evaluation, for exact match and "
-            "ROUGE-L; default: 100 if --metric needs answers, otherwise none.",
+            help=(
+                "Number of held-out prompts to answer in each evaluation, for exact match and ROUGE-L; default: 100 "
+                "if --metric needs answers, otherwise 0."
+            ),
         ),
     ] = None
     answer_tokens: Annotated[
@@ -327,7 +344,7 @@ SWITCH = ("auto", "on", "off")
 
 @dataclass(frozen=True, kw_only=True)
 class Display:
-    """Options that change what a run shows but not what it learns."""
+    """Options that change the output of a run, but not its training."""
 
     sample: Annotated[
         str | None,
@@ -348,20 +365,19 @@ class Display:
         str | None,
         typer.Option(
             rich_help_panel=option_groups.OUTPUT,
-            help="Services that receive the training log, separated by commas: tensorboard, wandb, mlflow, ...",
+            help="Services to log the training to, separated by commas: tensorboard, wandb, mlflow, ...",
         ),
     ] = None
 
 
 @dataclass(frozen=True)
 class Settings(RunOptions):
-    """Everything that determines a run: its options with all defaults resolved.
+    """The settings that determine a run: its options with all defaults resolved.
 
-    `data`: a path or a dataset's id, or several, whose examples are read together.
-    `fields`: fields of the method's config.
-    `adapter`: folder of the adapter that training continues from; `labels` are the labels of its classifier.
-    `validation`: fraction of the training examples that is set aside to choose among runs.
-    `other_data`: texts from another domain; their loss before and after training measures forgetting.
+    `data`: a path or dataset id, or a list of these. `fields`: fields of the method's config. `adapter`: folder of the
+    adapter that training continues from. `labels`: labels of that adapter's classifier. `validation`: fraction of the
+    training examples to set aside for choosing among runs. `other_data`: texts from another domain, whose loss before
+    and after training measures forgetting.
     """
 
     model: str
@@ -377,15 +393,15 @@ class Settings(RunOptions):
 
     @classmethod
     def from_options(cls, run_options: RunOptions, **resolved: Any) -> Settings:
-        """Return the settings of a run: the user's options, overridden and completed by `resolved`."""
+        """Return the settings of a run: the user's options, overridden by `resolved`."""
         values = {**vars(run_options), **resolved}
         if values["lr"] is None:  # nothing is trained
             del values["lr"]
         for name in ("eval_data", "other_data"):
             if values.get(name) and mixture.parse(values[name]).weight != 1:
                 raise PeftcoreError(
-                    f"--{name.replace('_', '-')} is measured once per example, found the weight in '{values[name]}'. "
-                    "Leave out the weight"
+                    f"--{name.replace('_', '-')} cannot be weighted, because each of its examples is measured once, "
+                    f"found '{values[name]}'. Remove the weight"
                 )
         for name in ("eval_data", "chat_template", "other_data"):
             if values.get(name):
@@ -397,14 +413,14 @@ class Settings(RunOptions):
         return cls(**values)
 
     def __post_init__(self) -> None:
-        """Raise a PeftcoreError unless all numbers are finite and the learning rate and number of epochs positive."""
+        """Raise a PeftcoreError unless all numbers are finite, and the learning rate and epochs are positive."""
         for name, value in vars(self).items():
             if isinstance(value, float) and not math.isfinite(value):
-                raise PeftcoreError(f"{name} must be a finite number, found {value}")
+                raise PeftcoreError(f"{name} must be finite, found {value}")
         for option, chosen in (("--without-logits", self.without_logits), ("--fuse", self.fuse)):
             if chosen not in SWITCH:
                 raise PeftcoreError(f"{option} must be one of {', '.join(SWITCH)}, found '{chosen}'")
-        from peftcore.training import RECOMPUTE  # with PyTorch, which --help does without
+        from peftcore.training import RECOMPUTE  # imports PyTorch, which --help must not
 
         if self.recompute not in RECOMPUTE:
             raise PeftcoreError(f"--recompute must be one of {', '.join(RECOMPUTE)}, found '{self.recompute}'")
@@ -412,11 +428,11 @@ class Settings(RunOptions):
             raise PeftcoreError(f"lr and epochs must be above 0, found lr={self.lr:g}, epochs={self.epochs:g}")
 
     def to_json(self) -> dict[str, Any]:
-        """Return the settings as JSON stores them."""
+        """Return the settings as JSON values."""
         return json.loads(json.dumps(asdict(self)))
 
     def rows(self) -> list[tuple[str, str]]:
-        """Return (name, value) of options that differ from their defaults; the last row lists those that do not."""
+        """Return (name, value) of options that differ from their defaults, and a row that lists the other options."""
         leading = ("model", "data", "other_data", "task", "method", "adapter")
         chosen: dict[str, Any] = {name: getattr(self, name) for name in leading}
         chosen |= {f"set {name}": value for name, value in self.fields.items()}
@@ -437,7 +453,7 @@ def _shown(value: Any) -> str:
 
 
 def for_these_ranks(output: Path, settings: Settings) -> Settings:
-    """Return settings that resume the run in `output` on another number of ranks.
+    """Return settings that resume the run in `output` on the current number of ranks.
 
     `grad_accum` is changed so that the number of batches per optimizer step stays the same. The sampler draws batches
     of `batch_size` in an order that does not depend on the number of ranks, so every step takes the same examples.
@@ -454,17 +470,17 @@ def for_these_ranks(output: Path, settings: Settings) -> Settings:
 
     if ranks != settings.ranks and registered.find(settings.task).fixed_ranks:
         raise PeftcoreError(
-            f"the run in '{output}' samples answers on {ranks} ranks, each with its own random numbers, and cannot be "
-            f"resumed on {settings.ranks}. Resume on {ranks} ranks, or start again: --overwrite"
+            f"the run in '{output}' cannot be resumed on {settings.ranks} ranks, because it samples answers with one "
+            f"random state per rank, on {ranks} ranks. Resume on {ranks} ranks, or start again: --overwrite"
         )
     if ranks == settings.ranks or settings.grad_accum != grad_accum:
         return settings
     if batches % settings.ranks:
         fitting = ", ".join(str(n) for n in range(1, batches + 1) if batches % n == 0)
         raise PeftcoreError(
-            f"the run in '{output}' takes {batches} batches per optimizer step (ranks={ranks}, grad_accum="
-            f"{grad_accum}), and {settings.ranks} ranks cannot share them equally. Resume on a number of ranks that "
-            f"divides them: {fitting}; or start again: --overwrite"
+            f"the run in '{output}' has {batches} batches per optimizer step (ranks={ranks}, "
+            f"grad_accum={grad_accum}), which {settings.ranks} ranks cannot share equally. Resume on {fitting} "
+            "ranks, or start again: --overwrite"
         )
     return replace(settings, grad_accum=batches // settings.ranks)
 
@@ -477,16 +493,16 @@ def _read(run_file: Path) -> dict[str, Any]:
     try:
         settings: dict[str, Any] = json.loads(run_file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise PeftcoreError(f"'{run_file}' cannot be read: {error}. Start again: --overwrite") from error
+        raise PeftcoreError(f"cannot read '{run_file}': {error}. Start again: --overwrite") from error
     return settings
 
 
 @contextlib.contextmanager
 def only_process(output: Path) -> Iterator[None]:
-    """Create the folder and lock it inside the block, so that no other process trains or compares in it.
+    """Create the folder, and lock it inside the block against other processes that train or compare in it.
 
     Raises:
-        PeftcoreError: another process trains or compares in it.
+        PeftcoreError: another process trains or compares in the folder.
     """
     output.mkdir(parents=True, exist_ok=True)
     try:
@@ -499,15 +515,15 @@ def only_process(output: Path) -> Iterator[None]:
 
 
 def check_folder(output: Path, *, overwrite: bool) -> None:
-    """Raise a PeftcoreError unless a run may begin in this folder: it is empty, or its run is to be overwritten."""
+    """Raise a PeftcoreError unless the folder is empty, or has a run that is to be overwritten."""
     if output.exists() and not output.is_dir():
         raise PeftcoreError(f"'{output}' is a file. Pass a folder: --output FOLDER")
-    # A folder with nothing but settings is left by a run that failed before it wrote anything.
+    # A run that failed before it wrote anything leaves a folder that only contains settings.
     files_of_new_run = {RUN_FILE, config_file.NAME, LOCK}
     if not output.is_dir() or all(path.name in files_of_new_run for path in output.iterdir()):
         return
     if not (output / RUN_FILE).exists():
-        raise PeftcoreError(f"'{output}' contains files that are not a run's. Pass another folder")
+        raise PeftcoreError(f"'{output}' contains files that do not belong to a run. Pass another folder")
     if not overwrite:
         raise PeftcoreError(
             f"'{output}' already contains a run. Use --resume to continue it, or --overwrite to start again"
@@ -524,15 +540,19 @@ def prepare_folder(output: Path, settings: Settings, *, resume: bool, overwrite:
     if resume and run_file.exists():
         saved, current = _read(run_file), settings.to_json()
         defaults = {option.name: option.default for option in fields(settings) if option.default is not MISSING}
-        saved = {**defaults, "fuse": "off", **saved}  # a run from before an option existed had its default
+        saved = {
+            **defaults,
+            "fuse": "off",
+            **saved,
+        }  # an option that did not exist when the run started has its default
         if _batches_per_step(saved) == _batches_per_step(current):
             current |= {name: saved[name] for name in _OF_RANKS}
         for name in sorted(saved.keys() | current.keys(), key=lambda name: (name != "adapter", name)):
             if saved.get(name) != current.get(name):
                 raise PeftcoreError(
-                    f"the run in '{output}' had {name}={saved.get(name)!r}, now it is {current.get(name)!r}. "
-                    "Resume with the same settings, or start again: --overwrite"
-                    f"{_NOT_THE_SAME if name == 'adapter' else ''}"
+                    f"the run in '{output}' has {name}={saved.get(name)!r}, but {current.get(name)!r} was passed. "
+                    "Resume with the same settings, or start again: "
+                    f"--overwrite{(_NOT_THE_SAME if name == 'adapter' else '')}"
                 )
         return
     check_folder(output, overwrite=overwrite)

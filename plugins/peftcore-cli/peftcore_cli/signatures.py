@@ -1,4 +1,4 @@
-"""Turn the fields of a dataclass into options of a command, so that each option is defined once.
+"""Convert the fields of a dataclass to options of a command, so that each option is defined once.
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
@@ -40,7 +40,7 @@ class _Group:
 
 
 def expand(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Return `command` with each dataclass parameter replaced by one parameter per field, as typer needs it."""
+    """Return `command` with each dataclass parameter replaced by one parameter per field, for typer."""
     hints = get_type_hints(command, include_extras=True)
     groups: dict[str, _Group] = {}
     parameters: list[inspect.Parameter] = []

@@ -10,7 +10,7 @@ STARTED = time.perf_counter()
 
 
 class Clock:
-    """Time spent in the parts of a run, in seconds by name."""
+    """Seconds spent in each part of a run, by name."""
 
     def __init__(self) -> None:
         self.parts: dict[str, float] = {}
@@ -25,9 +25,9 @@ class Clock:
             self.parts[name] = self.parts.get(name, 0.0) + time.perf_counter() - began
 
     def other(self) -> float:
-        """Return the seconds since the command began that belong to no part."""
+        """Return the seconds since the start of the command that belong to no part."""
         return max(0.0, time.perf_counter() - STARTED - sum(self.parts.values()))
 
     def all(self) -> dict[str, float]:
-        """Return the parts so far and the remaining time as `other`, which add up to the time since the start."""
+        """Return the seconds of each part, and the remaining time since the start as `other`."""
         return {**self.parts, "other": self.other()}

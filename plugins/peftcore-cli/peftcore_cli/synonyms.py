@@ -1,4 +1,4 @@
-"""Suggestions for options by their names in other programs."""
+"""Suggest options for the names that they have in other programs."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ OPTIONS = {
 
 
 def of_option(name: str, options: Iterable[str]) -> str | None:
-    """Return the option that another program calls `name`, or None; both names have leading dashes."""
+    """Return the option that another program calls `name`, or None. Both names include the leading dashes."""
     bare_name = name.lstrip("-").replace("_", "-")
     our_name = OPTIONS.get(bare_name)
     if our_name is None and bare_name.partition("-")[0] in completion.methods(""):  # such as lora-r
@@ -62,7 +62,7 @@ def of_option(name: str, options: Iterable[str]) -> str | None:
 
 
 class SuggestingCommand(GroupedCommand):
-    """Command that suggests an option in place of an unknown one, and prints the error on one rank."""
+    """Command that suggests options for unknown ones, and prints errors on one rank only."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         try:

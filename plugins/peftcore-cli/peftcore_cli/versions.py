@@ -1,4 +1,4 @@
-"""Versions of libraries, the extension with its SIMD level, and the machine."""
+"""Versions of the libraries and the extension, and facts about the machine."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ LIBRARIES = ("peftcore", "torch", "transformers")
 
 
 def versions() -> list[tuple[str, str]]:
-    """Return (name, version) of the libraries, and of the extension with its SIMD level."""
+    """Return (name, version) of the libraries, and of the extension including its SIMD level."""
     from peftcore.ops.build_info import build_info
 
     build = build_info()
@@ -24,7 +24,7 @@ def versions() -> list[tuple[str, str]]:
 
 
 def machine() -> list[tuple[str, str]]:
-    """Return (name, value) of Python and its system, the processor, and CUDA devices."""
+    """Return (name, value) for Python and the operating system, the processor and the CUDA devices."""
     import torch
 
     counts = ((os.cpu_count(), "CPU"), (torch.get_num_threads(), "thread"))
@@ -49,7 +49,7 @@ def _version(name: str) -> str:
 
 
 def _processor() -> str:
-    """Return the processor's name from the system; Python's own is often empty."""
+    """Return the processor's name from the system, because `platform.processor()` is often empty."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:

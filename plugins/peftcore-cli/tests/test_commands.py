@@ -64,7 +64,7 @@ def test_methods_for_a_model(run: Run, llama: Path, monkeypatch: pytest.MonkeyPa
     assert f"{trained.trainable_parameters:,}" in lines["lora"]
     assert "lacks biases to train" in lines["bitfit"] and lines["bitfit"].split()[1] == "-"
     both = run("methods", "lora", "--for", str(llama), code=1).output
-    assert "--for tries every method. Leave out 'lora'" in both
+    assert "--for tries every method. Remove 'lora'" in both
 
 
 def test_doctor(run: Run) -> None:
@@ -99,7 +99,10 @@ def test_doctor_says_what_is_missing_and_what_it_costs(run: Run, monkeypatch: py
     monkeypatch.setitem(sys.modules, "gguf", None)
     output = run("doctor").output
     assert "missing: no C++ compiler" in output and "costs: operators are slow" in output
-    assert "'gguf' is missing; it is required for .gguf files as base models. Install it: pip install gguf" in output
+    assert (
+        "'gguf' is not installed, but is required for .gguf files as base models. Install it: pip install gguf"
+        in output
+    )
     assert "pip install --no-build-isolation" in output
 
 
@@ -265,7 +268,7 @@ def test_commands_of_another_type_are_refused(register: Any, answer: Any) -> Non
         ),
         (
             "import os; os.environ['PEFTCORE_PLUGINS'] = 'none'",
-            "peftcore: error: 'peftcore compare' cannot run: peftcore-compare 0.1.0 is not usable: "
+            "peftcore: error: 'peftcore compare' cannot run, because the package peftcore-compare 0.1.0 is broken: "
             "it is switched off by PEFTCORE_PLUGINS=none",
         ),
     ],
@@ -363,7 +366,7 @@ def test_without_transformers_train_says_what_to_install(
 
     monkeypatch.setitem(sys.modules, "accelerate", None)
     error = run("train", "-m", "x", "-d", reviews, "-o", tmp_path / "run", code=1).output
-    assert "'accelerate' is needed and not installed. Install it: pip install accelerate" in error
+    assert "'accelerate' is required but not installed. Install it: pip install accelerate" in error
 
 
 def test_which_method_must_be_said_where_there_are_several(run: Run, llama: Path, toys: None) -> None:

@@ -77,7 +77,7 @@ def test_values(setting: str, value: Any) -> None:
     [
         (["rank"], "--set rank: expected NAME=VALUE"),
         (["rnak=3"], "Config has no field 'rnak' (nearest: 'rank'"),
-        (["rank=3", "rank=4"], "'rank' is given twice"),
+        (["rank=3", "rank=4"], "'rank' is set twice"),
         (["rank=3.5"], "'rank' takes a whole number, found '3.5'"),
         (["rank="], "'rank' takes a whole number, found ''"),
         (["rate=fast"], "'rate' takes a finite number, found 'fast'"),

@@ -61,7 +61,7 @@ def test_info(document: Any, llama: Path, tmp_path: Path) -> None:
     AdapterTask("causal-lm", 9).write(tmp_path / "saved")
     assert document("info", tmp_path / "saved")["trained_for"]["max_length"] == 9
     (tmp_path / "saved" / TASK_FILE).write_text("{}")
-    assert "it lacks 'task'" in document("info", tmp_path / "saved")["problem"]
+    assert "the field 'task' is missing" in document("info", tmp_path / "saved")["problem"]
 
 
 def test_plan(document: Any, llama: Path) -> None:

@@ -29,7 +29,7 @@ def test_a_run_that_samples_answers_resumes_on_as_many_ranks(tmp_path: Path) -> 
     one = replace(SETTINGS, task="grpo")
     prepare_folder(tmp_path, one, resume=False, overwrite=False)
     assert for_these_ranks(tmp_path, one) == one
-    with pytest.raises(peftcore.PeftcoreError, match=r"samples answers on 1 ranks.*cannot be resumed on 2"):
+    with pytest.raises(peftcore.PeftcoreError, match=r"cannot be resumed on 2 ranks.*Resume on 1 ranks"):
         for_these_ranks(tmp_path, replace(one, ranks=2))
 
 
@@ -98,6 +98,6 @@ def test_the_first_start_of_a_run_that_is_to_be_resumed_keeps_its_settings(tmp_p
 
 def test_examples_that_are_measured_have_no_weight() -> None:
     named = {"model": "m", "data": "d", "task": "causal-lm", "method": "lora"}
-    with pytest.raises(peftcore.PeftcoreError, match=r"--eval-data is measured once per example, .* 'e.jsonl:2'"):
+    with pytest.raises(peftcore.PeftcoreError, match=r"--eval-data cannot be weighted, .* 'e.jsonl:2'"):
         Settings.from_options(RunOptions(eval_data="e.jsonl:2"), **named)
     assert Settings.from_options(RunOptions(eval_data="e.jsonl:1"), **named).eval_data == "e.jsonl:1"

@@ -48,10 +48,10 @@ def test_a_folder_without_a_model(run: Run, tmp_path: Path) -> None:
     (tmp_path / "odd" / "notes.txt").write_text("")
     arguments = ("-d", data, "--method", "lora", "-o", tmp_path / "run")
     output = run("train", "-m", tmp_path / "odd", *arguments, code=1).output
-    assert "has no model: config.json is missing, found notes.txt." in " ".join(output.split())
+    assert "has no config.json, so it is not a model, found notes.txt." in " ".join(output.split())
     (tmp_path / "odd" / "adapter_config.json").write_text("{}")
     output = run("train", "-m", tmp_path / "odd", *arguments, code=1).output
-    assert "is an adapter, not a base. Pass the base it was trained on, and the adapter as" in " ".join(output.split())
+    assert "is an adapter. Pass its base as --model, and the adapter as" in " ".join(output.split())
 
 
 @pytest.mark.parametrize("command", ["chat", "eval", "export", "generate", "info", "merge", "predict"])

@@ -61,7 +61,9 @@ class ComparedOptions(RunOptions):
 
     other_data: Annotated[
         str | None,
-        typer.Option(help="Texts of another domain; the rise of their loss measures forgetting (causal-lm)."),
+        typer.Option(
+            help=("Texts from another domain; the increase of the loss on them measures forgetting (causal-lm).")
+        ),
     ] = None
     dtype: options.WrittenDtype = "auto"
 
@@ -94,31 +96,37 @@ def compare(
         typer.Option(
             metavar="'NAME FIELD=VALUE ...'",
             autocompletion=completion.methods,
-            help="A method, fields of its config, and lr=RATE. Repeatable; default: every installed method.",
+            help=(
+                "Method to compare, with fields of its config and lr=RATE. Repeatable; default: every installed method."
+            ),
         ),
     ] = None,
-    full: Annotated[bool, typer.Option(help="Also train the full model if it fits in memory.")] = True,
+    full: Annotated[bool, typer.Option(help="Also run full fine-tuning if it fits into memory.")] = True,
     seeds: Annotated[int, typer.Option(min=1, help="Number of runs of each method, with seeds 0, 1, ...")] = 3,
     search: Annotated[
         str | None,
         typer.Option(
             metavar="lr=RATE,RATE,...",
-            help="Learning rates to try for each method with the first seed. The rate with the lowest loss on a "
-            "validation part of the training examples (--holdout) is chosen.",
+            help=(
+                "Learning rates to try for each method, with the first seed. The rate with the lowest loss on a "
+                "validation split of the training examples (--holdout) is used."
+            ),
         ),
     ] = None,
     task: options.Task = None,
     run_options: Annotated[ComparedOptions, _OPTIONS],
-    resume: Annotated[bool, typer.Option("--resume", help="Continue the comparison, keeping finished runs.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help=("Continue the comparison in --output, keeping finished runs."))
+    ] = False,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Start again, replacing the comparison in --output.")
+        bool, typer.Option("--overwrite", help="Replace the comparison in --output and start again.")
     ] = False,
 ) -> None:
     """Compare methods: held-out accuracy or loss, parameters, size on disk, peak memory and time per step.
 
-    Each run is one of `peftcore train`. Its learning rate is the method's default, lr=RATE, or the best of --search,
-    which tries the same rates for all methods. A run that fails is listed with its reason. `--method full` is full
-    fine-tuning.
+    Each method is trained with `peftcore train`. Its learning rate is the method's default, lr=RATE, or the best rate
+    of --search, which tries the same rates for all methods. Failed runs are listed with the reason. `--method full` is
+    full fine-tuning.
     """
     from peftcore_cli import base_files, data_files, registered, row_reading
 
@@ -131,7 +139,7 @@ def compare(
         raise PeftcoreError(f"--epochs must be above 0, found {run_options.epochs:g}")
     if run_options.other_data is not None and not registered.find(task).learns_texts:
         tasks = registered.names_with("learns_texts")
-        raise PeftcoreError(f"--other-data is for {tasks}, found task {task}. Leave it out")
+        raise PeftcoreError(f"--other-data only works with {tasks} (the task is {task}). Remove --other-data")
     if run_options.other_data is not None:
         row_reading.read_rows(run_options.other_data, task)
     rates = parse_search(search, method)
@@ -187,7 +195,7 @@ def parse_search(text: str | None, methods: list[str] | None) -> list[float]:
     with_rate = next((method for method in methods or () if re.search(r"(^|\s)lr=", method)), None)
     if with_rate is not None:
         raise PeftcoreError(
-            f"--search tries the same rates for every method. Leave out the rate of --method '{with_rate}'"
+            f"--search tries the same rates for every method. Remove the rate of --method '{with_rate}'"
         )
     return rates
 
@@ -210,7 +218,7 @@ def parse_candidates(texts: list[str] | None, full: bool) -> list[Candidate]:
     folders = Counter(candidate.folder for candidate in candidates)
     for candidate in candidates:
         if folders[candidate.folder] > 1:
-            raise PeftcoreError(f"--method '{candidate.label}' is given twice. Leave one out")
+            raise PeftcoreError(f"--method '{candidate.label}' is passed twice. Remove one of them")
     return candidates
 
 
@@ -218,9 +226,9 @@ def _candidate(text: str) -> Candidate:
     try:
         name, *settings = shlex.split(text) or [""]
     except ValueError as error:
-        raise PeftcoreError(f"--method '{text}': expected 'NAME FIELD=VALUE ...' ({error})") from None
+        raise PeftcoreError(f"--method must be 'NAME FIELD=VALUE ...', found '{text}' ({error})") from None
     if not name:
-        raise PeftcoreError("--method '': expected 'NAME FIELD=VALUE ...'")
+        raise PeftcoreError("--method must be 'NAME FIELD=VALUE ...', found ''")
     rates = [setting.partition("=")[2] for setting in settings if setting.startswith("lr=")]
     settings = [setting for setting in settings if not setting.startswith("lr=")]
     try:
@@ -228,11 +236,11 @@ def _candidate(text: str) -> Candidate:
     except ValueError:
         lr = 0.0
     if lr is not None and not 0 < lr < float("inf"):
-        raise PeftcoreError(f"--method '{text}': lr must be a number above 0, found '{rates[-1]}'")
+        raise PeftcoreError(f"lr must be a number above 0 in --method '{text}', found '{rates[-1]}'")
     label = " ".join([name, *settings])
     if name == options.FULL:
         if settings:
-            raise PeftcoreError(f"--method '{text}': full fine-tuning only takes lr, found '{settings[0]}'")
+            raise PeftcoreError(f"full fine-tuning only takes lr in --method '{text}', found '{settings[0]}'")
         return Candidate(label, name, lr or FULL_LEARNING_RATE)
     name, fields = options.resolve_method(name, settings)
     return Candidate(label, name, lr or peftcore.methods()[name].learning_rate, fields)
@@ -249,7 +257,9 @@ def _check_folder(output: Path, resume: bool, overwrite: bool) -> None:
                 "start again"
             )
     elif output.is_dir() and any(path.name != LOCK for path in output.iterdir()):
-        raise PeftcoreError(f"'{output}' already contains something else. Pass another folder: --output FOLDER")
+        raise PeftcoreError(
+            f"'{output}' contains files that do not belong to a comparison. Pass another folder: --output FOLDER"
+        )
 
 
 def _run_all(common: Settings, candidates: list[Candidate], seeds: int, rates: Sequence[float], output: Path) -> None:
@@ -278,7 +288,7 @@ def _run_all(common: Settings, candidates: list[Candidate], seeds: int, rates: S
                     result = training_process.run(folder, settings, show)
             except KeyboardInterrupt:
                 report.write_picture(output)
-                say(f"stopped; finished runs are in {output}. To continue:\n  {command(resume=True)}", "bold")
+                say(f"stopped; the finished runs are in {output}. To continue:\n  {command(resume=True)}", "bold")
                 raise typer.Exit(130) from None
             report.add(candidate.label, seed, result, lr)
             report.write(output)

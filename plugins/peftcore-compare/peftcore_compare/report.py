@@ -194,13 +194,13 @@ class ComparisonReport:
         """Return the table as Markdown, with the reasons of failures and each classifier's confusion matrix."""
         parts = [_markdown([self.columns(), *self.cells()])]
         if self.rates:
-            parts += ["Validation loss at each learning rate, first seed:", _markdown(self.search_cells())]
+            parts += ["Validation loss at each learning rate (first seed):", _markdown(self.search_cells())]
         parts += [f"{label} failed: {reason}" for label, reason in self.failures()]
         for method in self.methods:
             classified = [run for run in method.finished if run.get("confusion")]
             if classified:
                 confusion = torch.tensor([run["confusion"] for run in classified]).sum(0).tolist()
-                title = f"Answers of {method.label} (across) for each label (down), all seeds together:"
+                title = f"Predictions of {method.label} (columns) for each true label (rows), summed over seeds:"
                 parts.append(f"{title}\n\n{_markdown(metrics.confusion_rows(confusion, classified[0]['labels']))}")
         return "\n\n".join(parts) + "\n"
 

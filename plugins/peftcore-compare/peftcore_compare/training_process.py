@@ -106,9 +106,9 @@ def _failure(folder: Path, status: int) -> str:
     if (folder / _ERROR).exists():
         return (folder / _ERROR).read_text(encoding="utf-8").strip()
     if status == -signal.SIGKILL:
-        return "it was killed, probably because memory ran out"
+        return "the process was killed, probably because memory ran out"
     last_line = (folder / "log.txt").read_text(encoding="utf-8").strip().rpartition("\n")[2]
-    return f"it ended with status {status}: {last_line}"
+    return f"the process ended with status {status}: {last_line}"
 
 
 def main(folder: Path) -> int:

@@ -70,7 +70,7 @@ def test_rows_failures_and_what_is_kept(
     table = (output / "table.md").read_text()
     assert "| adapter bottleneck_size=64 | 0.003 | failed |" in table and "| accuracy | macro F1 |" in table
     assert "| most frequent label |  | 50.0 % |" in table
-    answers = [row for row in table.partition("Answers of lora r=2 ")[2].splitlines() if row.startswith("|")][2:4]
+    answers = [row for row in table.partition("Predictions of lora r=2 ")[2].splitlines() if row.startswith("|")][2:4]
     assert sum(int(cell) for row in answers for cell in row.split("|")[2:-1]) == 32, "sixteen examples, two seeds"
     assert (output / "runs" / "lora r=2" / "seed-0" / "adapter" / "adapter_model.safetensors").exists()
 
@@ -79,7 +79,7 @@ def test_rows_failures_and_what_is_kept(
     run(*arguments, "--method", "lora r=2 lr=1e-2", "--method", "bitfit", "--no-full", "--seeds", 2, "--resume")
     assert in_this_process == ["bitfit/seed-0", "bitfit/seed-1"]
     changed = run(*arguments, "--method", "lora r=2 lr=2e-2", "--no-full", "--resume", code=1).output
-    assert "had lr=0.01, now it is 0.02" in changed
+    assert "has lr=0.01, but 0.02 was passed" in changed
     run(*arguments, "--method", "lora r=2 lr=2e-2", "--no-full", "--seeds", 1, "--overwrite")
     assert [path.name for path in (output / "runs").iterdir()] == ["lora r=2"]
 
@@ -140,7 +140,7 @@ def test_a_search_tries_the_same_rates_for_all_and_chooses_by_examples_that_none
         ("lr=", None, "must be different numbers above 0, found ''"),
         ("lr=1e-3,nan", None, "must be different numbers above 0, found '1e-3,nan'"),
         ("lr=1e-3,0.001", None, "must be different numbers above 0, found '1e-3,0.001'"),
-        ("lr=1e-3", ["lora r=4", "ia3 lr=1e-2"], "Leave out the rate of --method 'ia3 lr=1e-2'"),
+        ("lr=1e-3", ["lora r=4", "ia3 lr=1e-2"], "Remove the rate of --method 'ia3 lr=1e-2'"),
     ],
 )
 def test_wrong_searches(search: str, methods: list[str] | None, message: str) -> None:
@@ -179,7 +179,7 @@ def test_what_a_language_model_forgets(
     assert f" | {after - before:+.3f} | yes |" in table and table.count(" | no |") == 1
     assert f'other_data = "{other}"' in (output / "compare.toml").read_text(), "a repeated comparison measures it, too"
     classes = ("compare", "-m", llama, "-d", labelled, "-o", tmp_path / "no", "--other-data", other)
-    assert "--other-data is for causal-lm" in run(*classes, code=1).output
+    assert "--other-data only works with causal-lm" in run(*classes, code=1).output
 
 
 def test_a_cut_off_comparison_goes_on(
@@ -269,13 +269,13 @@ def test_every_installed_method_and_the_whole_model_by_default() -> None:
         (["lorra"], "no PEFT method 'lorra' is installed"),
         (["lora rank=4"], "LoraConfig has no field 'rank'"),
         (["lora r=four"], "'r' takes a whole number, found 'four'"),
-        (["lora lr=fast"], "lr must be a number above 0, found 'fast'"),
-        (["lora lr=-1"], "lr must be a number above 0, found '-1'"),
-        (["lora lr=inf"], "lr must be a number above 0, found 'inf'"),
-        (["lora r=4", "lora r=4"], "'lora r=4 lr=0.001' is given twice"),
-        (["full r=4"], "full fine-tuning only takes lr, found 'r=4'"),
-        (["lora 'r=4"], "expected 'NAME FIELD=VALUE ...' .No closing quotation"),
-        ([""], "expected 'NAME FIELD=VALUE ...'"),
+        (["lora lr=fast"], "lr must be a number above 0 in --method 'lora lr=fast', found 'fast'"),
+        (["lora lr=-1"], "lr must be a number above 0 in --method 'lora lr=-1', found '-1'"),
+        (["lora lr=inf"], "lr must be a number above 0 in --method 'lora lr=inf', found 'inf'"),
+        (["lora r=4", "lora r=4"], "'lora r=4 lr=0.001' is passed twice"),
+        (["full r=4"], "full fine-tuning only takes lr in --method 'full r=4', found 'r=4'"),
+        (["lora 'r=4"], "must be 'NAME FIELD=VALUE ...', found .*No closing quotation"),
+        ([""], "must be 'NAME FIELD=VALUE ...', found ''"),
     ],
 )
 def test_wrong_methods(methods: list[str], message: str) -> None:

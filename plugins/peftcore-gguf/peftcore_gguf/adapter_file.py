@@ -37,9 +37,9 @@ def write_adapter(model: nn.Module, path: Path, adapter: str, _options: GgufOpti
         tied = modules_tied_to(model, module_path)
         if tied:
             raise PeftcoreError(
-                f"cannot write '{adapter}' as an adapter of llama.cpp: it changes '{module_path}', which shares its "
-                f"weight with '{tied[0]}', and llama.cpp has one tensor for both. Merge it (untie=True) and export the "
-                "model"
+                f"cannot write '{adapter}' as an adapter of llama.cpp: it changes '{module_path}', whose weight is "
+                f"tied to '{tied[0]}', and llama.cpp stores one tensor for both. Merge the adapter (untie=True) and "
+                "export the model"
             )
     any_product = next(iter(products.values()))
     alpha = any_product.scale * len(any_product.a) or 1.0  # llama.cpp takes an alpha of 0 as a scale of 1

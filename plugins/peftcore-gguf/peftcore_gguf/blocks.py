@@ -91,11 +91,11 @@ def is_exact(blocks: Blocks) -> bool:
 def _incompatibilities(weight: PackedWeight) -> Iterator[str]:
     """Yield the reasons why no GGUF type can represent a weight up to rounding its scales to fp16."""
     if weight.quant_type == "nvfp4":
-        yield "is in nvfp4 with a scale of the whole weight"
+        yield "is in nvfp4 with a per-tensor scale"
     elif weight.quant_type not in ("mxfp4", "affine4"):
         yield f"is in {weight.quant_type}"
     elif weight.permutation is not None:
-        yield "has groups of inputs that are not neighbours (act-order)"
+        yield "has non-contiguous groups of inputs (act-order)"
     elif weight.quant_type == "affine4":
         for numbers in _scales_and_offsets(weight):
             if ((numbers.half().double() - numbers).abs() > _FP16_ERROR * numbers.abs()).any():

@@ -40,7 +40,7 @@ def gguf_writer(path: Path, architecture: str) -> Iterator[Any]:
         import gguf
     except ModuleNotFoundError as error:
         raise PeftcoreError(
-            f"exporting to GGUF needs '{error.name}', which is not installed: pip install gguf"
+            f"exporting to GGUF needs '{error.name}', which is not installed. Install it: pip install gguf"
         ) from error
     temporary = path.with_name(f"{path.name}.part")
     writer = gguf.GGUFWriter(temporary, architecture)
@@ -50,8 +50,8 @@ def gguf_writer(path: Path, architecture: str) -> Iterator[Any]:
         temporary.replace(path)
     except OSError as error:
         # NumPy raises an OSError without an error number when the disk is full.
-        reason = error.strerror or f"a write stopped early ({error}), as on a full disk"
-        raise PeftcoreError(f"'{path}' cannot be written: {reason}. Choose another path, or free space") from error
+        reason = error.strerror or f"a write was incomplete ({error}), as on a full disk"
+        raise PeftcoreError(f"cannot write '{path}': {reason}. Choose another path, or free some space") from error
     finally:
         writer.close()
         temporary.unlink(missing_ok=True)

@@ -83,9 +83,11 @@ def _unsupported_features(config: Any, family: Family, head: int) -> Iterator[st
     if getattr(config, "use_sliding_window", False) and "sliding_attention" in types:
         yield "some of the model's layers have a sliding window"
     if family.architecture == "qwen2" and head * config.num_attention_heads != config.hidden_size:
-        yield f"the model's {config.num_attention_heads} heads of {head} dimensions do not add up to hidden_size"
+        yield (
+            f"the model has {config.num_attention_heads} heads of {head} dimensions, which do not add up to hidden_size"
+        )
     if family.experts and not config.norm_topk_prob:
-        yield "the weights of a token's experts do not sum to one (norm_topk_prob)"
+        yield "the model does not normalise the weights of the top-k experts (norm_topk_prob)"
 
 
 def _unsupported_in_gemma(config: Any, family: Family, head: int) -> Iterator[str]:
@@ -99,7 +101,7 @@ def _unsupported_in_gemma(config: Any, family: Family, head: int) -> Iterator[st
     scale = config.hidden_size // config.num_attention_heads if is_27b else head
     has_softcapping = config.attn_logit_softcapping is not None
     if list(config.layer_types) != types:
-        yield f"the model's layers with full attention are not every {interval}th"
+        yield f"the layers with full attention are not every {interval}th layer"
     if config.query_pre_attn_scalar != scale:
         yield f"the model has query_pre_attn_scalar={config.query_pre_attn_scalar}, not {scale}"
     if config.attention_bias or getattr(config, "use_bidirectional_attention", False):

@@ -39,7 +39,7 @@ def quantize(source: Path, path: Path, gguf_type: str) -> None:
     parameters.ftype = FILE_TYPES[gguf_type]
     try:
         if llama.llama_model_quantize(str(source).encode(), str(temporary).encode(), parameters) != 0:
-            raise PeftcoreError(f"llama.cpp could not quantize the model to {gguf_type}. See its output above")
+            raise PeftcoreError(f"llama.cpp failed to quantize the model to {gguf_type}. See llama.cpp's output above")
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

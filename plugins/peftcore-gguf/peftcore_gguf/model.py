@@ -59,7 +59,7 @@ def write_model(model: nn.Module, path: Path, options: GgufOptions) -> None:
         if packed:
             raise PeftcoreError(
                 f"gguf_type='{gguf_type}' needs dense weights, but '{next(iter(packed))}' is in 4 bits. Call "
-                "peftcore.dequantize(model) first, or choose f16, which keeps the codes of 4-bit weights"
+                "peftcore.dequantize(model) first, or choose f16, which preserves the codes of 4-bit weights"
             )
         k_quants.library(gguf_type)  # an error now, not after the unquantized file has been written
         unquantized_file = path.with_name(f"{path.name}.whole")
@@ -108,8 +108,8 @@ def _block_entries(names: Names, packed: Mapping[str, PackedWeight]) -> list[Ent
             entries.append(Entry(key, byte_shape, blocks.kind, make))
     if rounded_names:
         warn(
-            f"scales and zero points of {len(rounded_names)} matrices ('{rounded_names[0]}') are rounded to fp16, the "
-            "dtype of GGUF's blocks. The 4-bit codes do not change",
+            f"the scales and zero points of {len(rounded_names)} matrices (such as '{rounded_names[0]}') are rounded "
+            "to fp16, the dtype of GGUF's blocks. The 4-bit codes do not change",
         )
     return entries
 

@@ -31,7 +31,7 @@ def _metaspace(scheme: str) -> dict[str, Any]:
 
 
 _AT_SPACES = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False}
-_SPACES = "llama.cpp puts a space before a text that begins with one, and"
+_SPACES = "llama.cpp adds a space before a text that begins with one, and"
 _ALWAYS_DIFFERS = f"{_SPACES} before a part of it after a special token that does. This tokenizer does not"
 _FIRST_DIFFERS = (
     f'{_SPACES} after each special token in it. This tokenizer does not (set "legacy": true in the base\'s '
@@ -79,7 +79,7 @@ def prepends_space(parts: dict[str, Any]) -> bool:
     for added_token in parts["added_tokens"]:
         if normalizer and added_token["normalized"] and (prepends or {" ", SPACE} & set(added_token["content"])):
             raise ValueError(
-                f"its token {added_token['content']!r} is searched for after normalization. Add it as AddedToken(..., "
+                f"its token {added_token['content']!r} is matched after normalization. Add it as AddedToken(..., "
                 "normalized=False)"
             )
     return prepends
@@ -128,7 +128,7 @@ def _refuse_missing_merges(parts: dict[str, Any], vocabulary: dict[str, int], ra
         for i in range(1, len(token)):
             pair = token[:i], token[i:]
             if pair not in ranks and all(len(part) == 1 or part in vocabulary for part in pair):
-                raise ValueError(f"{pair[0]!r} and {pair[1]!r} are not a merge, though {token!r} is a token")
+                raise ValueError(f"it has the token {token!r}, but no merge of {pair[0]!r} and {pair[1]!r}")
 
 
 def _groups(merges: list[Merge]) -> list[list[Merge]]:

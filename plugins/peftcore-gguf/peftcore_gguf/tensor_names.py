@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from peftcore.plugin import PeftcoreError, original_class
 
 ALTERNATIVE = (
-    "llama.cpp's convert_hf_to_gguf.py supports more models: run it on the output of `peftcore merge` or "
+    "Run llama.cpp's convert_hf_to_gguf.py, which supports more models, on the output of `peftcore merge` or "
     "save_pretrained"
 )
 
@@ -50,7 +50,7 @@ def family_of(model: nn.Module) -> Family:
     """
     name = original_class(model).__name__
     if name not in FAMILIES:
-        raise PeftcoreError(f"{name} cannot be exported to GGUF. Supported: {', '.join(FAMILIES)}. {ALTERNATIVE}")
+        raise PeftcoreError(f"{name} cannot be exported to GGUF (supported: {', '.join(FAMILIES)}). {ALTERNATIVE}")
     return FAMILIES[name]
 
 

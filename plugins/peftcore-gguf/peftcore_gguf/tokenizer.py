@@ -208,12 +208,12 @@ def _copy_tokenizer(writer: Any, file: Path, rows: int, template: str | None) ->
         fields = gguf.GGUFReader(file).fields
     except (OSError, ValueError) as error:
         raise PeftcoreError(
-            f"the tokenizer '{file}' cannot be read as a GGUF file ({error}). Pass the path of one, or a transformers "
+            f"cannot read the tokenizer '{file}' as a GGUF file ({error}). Pass a GGUF file, or a transformers "
             "tokenizer: AutoTokenizer.from_pretrained(NAME)"
         ) from error
     tokens = fields.get(gguf.Keys.Tokenizer.LIST)
     if tokens is None:
-        raise PeftcoreError(f"'{file}' has no tokenizer. Pass a transformers tokenizer")
+        raise PeftcoreError(f"the GGUF file '{file}' has no tokenizer. Pass a transformers tokenizer")
     _check_size(len(tokens.data), rows)
     if len(tokens.data) < rows:
         raise PeftcoreError(f"the vocabulary of '{file}' has {len(tokens.data)} tokens, but the model's has {rows}")
@@ -236,6 +236,6 @@ def _check_size(tokens: int, rows: int) -> None:
 
 def _unsupported(reason: str) -> PeftcoreError:
     return PeftcoreError(
-        f"cannot write the tokenizer as GGUF: {reason}. Supported are byte-level BPE that splits texts like "
-        f"{', '.join(PRE_TOKENIZERS)}, and SentencePiece BPE with byte fallback. {ALTERNATIVE}"
+        f"cannot write the tokenizer as GGUF: {reason} (supported: byte-level BPE with the pre-tokenizers of "
+        f"{', '.join(PRE_TOKENIZERS)}, and SentencePiece BPE with byte fallback). {ALTERNATIVE}"
     )

@@ -74,7 +74,7 @@ def test_a_scale_of_nothing_is_no_scale_of_one(tmp_path: Path) -> None:
         (lambda: apply(llama(), "prompt-tuning", num_virtual_tokens=3), "does not change a weight"),
         (
             lambda: apply(llama(tie_word_embeddings=True), r=4, target_modules=["lm_head"]),
-            r"changes 'lm_head', which shares its weight with 'model.embed_tokens'.*untie=True",
+            r"changes 'lm_head', whose weight is tied to 'model.embed_tokens'.*untie=True",
         ),
         (lambda: apply(mixture("mixtral"), r=4), "MixtralForCausalLM cannot be exported to GGUF"),
     ],

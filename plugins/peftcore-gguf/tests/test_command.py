@@ -81,7 +81,7 @@ def test_parts_of_gguf_and_what_is_made_thin(run: Run, base: Path, tmp_path: Pat
     assert "adapter.gguf was not written. --convert RANK writes" in output
     assert [file.name for file in (tmp_path / "merged").iterdir()] == ["model-f16.gguf"]
     output = run(*arguments, tmp_path / "thin", "--only", "adapter", "--convert", 64).output
-    assert "rank 64 keeps at least 100.0% of the adapter's change" in output
+    assert "rank 64 preserves at least 100.0% of the norm of the adapter's change" in output
     assert tensors(tmp_path / "thin/adapter.gguf")["blk.0.attn_q.weight.lora_a"].shape == (64, 64)
 
 
@@ -105,7 +105,7 @@ def test_asked_for_wrongly(run: Run, base: Path, tmp_path: Path) -> None:
     )
     wrong = run(*arguments, "--set", "type=f16", code=1).output
     assert "GgufOptions has no field 'type'" in wrong and "gguf_type" in wrong
-    assert "Pass its folder" in run("export", "--format", "gguf", code=1).output
+    assert "Pass the folder of one" in run("export", "--format", "gguf", code=1).output
     tiny.gpt2().save_pretrained(tmp_path / "gpt2")
     exported.tokenizer().save_pretrained(tmp_path / "gpt2")
     saved_run(tmp_path / "gpt2", tmp_path / "other", r=4)

@@ -64,6 +64,6 @@ def test_without_llama_cpp_or_where_it_fails_what_was_there_stays(
     with pytest.raises(PeftcoreError, match=r"llama-quantize model-f16\.gguf model\.gguf q4_k_m"):
         write(file, llama(), "q4_k_m")
     monkeypatch.setitem(sys.modules, "llama_cpp", Library(fails=True))
-    with pytest.raises(PeftcoreError, match="could not quantize the model to q4_k_m"):
+    with pytest.raises(PeftcoreError, match="failed to quantize the model to q4_k_m"):
         write(file, llama(), "q4_k_m")
     assert file.read_text() == "what was there" and len(list(tmp_path.iterdir())) == 1

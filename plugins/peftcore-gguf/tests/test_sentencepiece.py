@@ -153,7 +153,7 @@ def test_transformers_reads_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize("legacy", [False, True])
 def test_where_llama_cpp_puts_other_spaces_is_said(legacy: bool, tmp_path: Path) -> None:
     tokenizer = llama_tokenizer(legacy=legacy)
-    with pytest.warns(UserWarning, match="llama.cpp puts a space .* after each special" if not legacy else "that does"):
+    with pytest.warns(UserWarning, match="llama.cpp adds a space .* after each special" if not legacy else "that does"):
         facts = write(tokenizer, tmp_path / "model.gguf")
     same = {
         text: llama_cpp(facts, text) == tokenizer(text)["input_ids"] for text in ("ab a", " ab", "a</s>b", "a</s> b")
@@ -208,14 +208,14 @@ def with_backend(**changes: Any) -> Any:
     ("make", "message"),
     [
         (lambda: other(ignore_merges=True), "its BPE sets ignore_merges"),
-        (lambda: without(["b", "a"]), "'b' and 'a' are not a merge, though 'ba' is a token"),
+        (lambda: without(["b", "a"]), "it has the token 'ba', but no merge of 'b' and 'a'"),
         (in_turn, "its merges of 'bab' have an order that scores cannot express"),
         (lambda: with_backend(normalizer=normalizers.NFKC()), r"handles spaces differently .*\(NFKC\)"),
         (
             lambda: with_backend(normalizer=None, pre_tokenizer=pre_tokenizers.Metaspace(split=True)),
             r"handles spaces differently .*\(Metaspace\)",
         ),
-        (lambda: added(AddedToken("word", normalized=True)), r"its token 'word' is searched for .*normalized=False"),
+        (lambda: added(AddedToken("word", normalized=True)), r"its token 'word' is matched after .*normalized=False"),
         (lambda: added(plain("xab"), plain("abcd")), "its tokens 'xab' and 'abcd' may overlap"),
         (no_end, "no end-of-text token"),
     ],

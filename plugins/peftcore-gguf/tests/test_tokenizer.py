@@ -115,7 +115,7 @@ def greedy() -> Any:
     [
         (
             words,
-            "its model is WordLevel. Supported are byte-level BPE that splits texts like "
+            r"its model is WordLevel \(supported: byte-level BPE with the pre-tokenizers of "
             "gpt-2, smollm, qwen2, llama-bpe",
         ),
         (lowercase, "it has a normalizer, Lowercase"),
@@ -129,8 +129,8 @@ def greedy() -> Any:
         (lambda: tokenizer(sequence(pre_tokenizers.Split(Regex("x"), "isolated"))), "splits texts differently"),
         (lambda: tokenizer(eos_token=None), "no end-of-text token"),
         (object, "object has no tokenizer.json"),
-        (lambda: "org/name", "the tokenizer 'org/name' cannot be read as a GGUF file .*or a transformers tokenizer"),
-        (lambda: __file__, "test_tokenizer.py' cannot be read as a GGUF file"),
+        (lambda: "org/name", "cannot read the tokenizer 'org/name' as a GGUF file .*or a transformers tokenizer"),
+        (lambda: __file__, "test_tokenizer.py' as a GGUF file"),
     ],
 )
 def test_a_tokenizer_that_llama_cpp_has_no_name_for_is_refused(make: Any, message: str, tmp_path: Path) -> None:

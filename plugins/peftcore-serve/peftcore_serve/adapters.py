@@ -96,7 +96,7 @@ class Adapters:
         if rows is not None and rows != base_rows:
             raise PeftcoreError(
                 f"the adapter '{folder.name}' has a vocabulary of {rows:,} tokens, but the base has {base_rows:,}. "
-                "Merge it (peftcore merge) and serve the merged model"
+                "Merge the adapter (peftcore merge) and serve the merged model"
             )
         self._count += 1
         key = f"{folder.name.replace('.', '_')} {self._count}"

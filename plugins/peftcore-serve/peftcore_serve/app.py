@@ -192,7 +192,7 @@ class Server:
         unknown_token = next((token for token in prompt if not 0 <= token < self._vocabulary), None)
         if unknown_token is not None:
             raise ProtocolError(
-                f"'prompt' has the token {unknown_token}, but the model has tokens 0 to {self._vocabulary - 1}",
+                f"'prompt' contains the token {unknown_token}, but the model's tokens are 0 to {self._vocabulary - 1}",
                 param="prompt",
             )
         max_tokens = request.sampling.max_tokens
@@ -220,12 +220,12 @@ class Server:
         except PeftcoreError as error:
             raise ProtocolError(str(error), 500) from error
         if name == self.name and folder is not None:
-            raise ProtocolError(f"'{name}' is the name of the base and of an adapter. Rename the adapter's folder")
+            raise ProtocolError(f"'{name}' names both the base and an adapter. Rename the adapter's folder")
         if folder is None and name != self.name:
             remainder = f" and {len(names) - _LISTED} more (GET /v1/models)" if len(names) > _LISTED else ""
             listed = f"{', '.join(names[:_LISTED])}{remainder}"
             raise ProtocolError(
-                f"there is no model '{name}'{nearest(name, names)}. There are: {listed}",
+                f"there is no model '{name}'{nearest(name, names)}. The models are: {listed}",
                 404,
                 "model",
                 "model_not_found",
@@ -249,8 +249,8 @@ class _KnownHosts:
             host = header.rpartition(":")[0] if _PORT.search(header) else header
             if host.lower() not in self._hosts:
                 error = ProtocolError(
-                    f"the request is for the host '{host}', which this server does not answer for. Start it with "
-                    f"--allowed-host NAME to allow the name; allowed are {', '.join(sorted(self._hosts))}",
+                    f"the host '{host}' of the request is not allowed (allowed: {', '.join(sorted(self._hosts))}). "
+                    "Start the server with --allowed-host NAME to allow another name",
                     403,
                 )
                 await JSONResponse(error.body, error.status)(scope, receive, send)
@@ -370,19 +370,21 @@ async def _json(http: HttpRequest) -> Any:
     kind = http.headers.get("content-type", "")
     if kind.partition(";")[0].strip().lower() != "application/json":
         # Browsers send other types across origins without a preflight request.
-        raise ProtocolError(f"the body must be sent as content-type application/json, found '{kind}'", 415)
+        raise ProtocolError(f"the content type of the request must be application/json, found '{kind}'", 415)
     body = b""
     async for part in http.stream():
         body += part
         if len(body) > _BODY_BYTES:
-            raise ProtocolError(f"the body has more than {_BODY_BYTES >> 20} MiB", 413)
+            raise ProtocolError(
+                (f"the body of the request exceeds {_BODY_BYTES >> 20} MiB. Send several smaller requests"), 413
+            )
     try:
         content = json.loads(body)
         json.dumps(content, ensure_ascii=False).encode()
     except UnicodeEncodeError:
-        raise ProtocolError("the body contains half a surrogate pair, which is not valid text") from None
+        raise ProtocolError("the body contains an unpaired surrogate, which is not valid Unicode") from None
     except (ValueError, RecursionError) as error:
-        raise ProtocolError(f"the body is not JSON: {error}") from None
+        raise ProtocolError(f"the body is not valid JSON: {error}") from None
     return content
 
 

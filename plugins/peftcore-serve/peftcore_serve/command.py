@@ -40,44 +40,49 @@ def serve(
     trust_remote_code: options.TrustRemoteCode = False,  # the application reads it
     adapters: Annotated[
         Path | None,
-        typer.Option(help="Folder of adapters or runs. Each is a model named like its folder. Read at every request."),
+        typer.Option(
+            help=(
+                "Folder of adapters or runs, read at every request. Each adapter is served as a model named after its "
+                "folder."
+            )
+        ),
     ] = None,
     host: Annotated[str, typer.Option(help="Address to listen on. There is no authentication.")] = "127.0.0.1",
     port: Annotated[
-        int, typer.Option(min=0, max=65535, metavar="N", help="Port to listen on; 0: any free port.")
+        int, typer.Option(min=0, max=65535, metavar="N", help="Port to listen on; 0 means any free port.")
     ] = 8000,
     limit: Annotated[
         int,
         typer.Option(
-            min=1, metavar="N", help="Maximum number of adapters in memory; the least recently used is removed."
+            min=1, metavar="N", help="Maximum number of adapters in memory; the least recently used adapter is evicted."
         ),
     ] = 16,
     batch_size: Annotated[
-        int, typer.Option(min=1, metavar="N", help="Maximum number of answers decoded together.")
+        int, typer.Option(min=1, metavar="N", help="Maximum number of answers decoded in one batch.")
     ] = 16,
     max_new_tokens: Annotated[
-        int, typer.Option(min=1, metavar="N", help="Maximum length of an answer in tokens if the request sets none.")
+        int, typer.Option(min=1, metavar="N", help="Maximum number of tokens per answer, if the request sets none.")
     ] = 512,
     chat_template: options.ChatTemplate = None,
     trust_adapter_templates: Annotated[
         bool,
         typer.Option(
             "--trust-adapter-templates",
-            help="Render chat templates that came with adapters. A template can loop forever and block the server.",
+            help="Render the chat templates of adapters. A template can loop forever and block the server.",
         ),
     ] = False,
     allowed_host: Annotated[
         list[str] | None,
-        typer.Option(help="Host name that clients may use for this server, besides its address. Repeatable."),
+        typer.Option(help="Host name, besides the server's address, that requests may be sent to. Repeatable."),
     ] = None,
     quantize: options.Quantize = None,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
 ) -> None:
-    """Answer OpenAI's chat and completion requests with a model and the adapters in a folder.
+    """Serve a model and a folder of adapters through OpenAI's chat and completions API.
 
-    Requests for different adapters are decoded in one batch. The server is for local use and evaluation: there is no
-    authentication.
+    Requests for different adapters are decoded in one batch. The server is for local use and evaluation, because it has
+    no authentication.
     """
     listening = listen(host, port)
     with listening:
@@ -150,7 +155,7 @@ def make(
     values = {field: getattr(generation_config, field, None) for field in _IGNORED}
     ignored = [f"{field}={value}" for field, value in values.items() if value not in (None, _IGNORED[field])]
     if ignored:
-        note(f"{', '.join(ignored)} in the base model's generation config is ignored")
+        note(f"the server ignores these fields of the base's generation config: {', '.join(ignored)}")
     server = Server(
         base_model,
         base,
@@ -166,7 +171,7 @@ def make(
     )
     if not server.scheduler.adapters.batches:
         note(
-            f"answers are generated one after the other, since {type(base_model).__name__} gives different results "
+            f"answers are generated one at a time, because {type(base_model).__name__} computes different results "
             "for prompts of different lengths in one batch"
         )
     return server
@@ -190,7 +195,8 @@ def listen(host: str, port: int) -> socket.socket:
         listening = socket.socket(family, kind, number)
     except OSError as error:
         raise PeftcoreError(
-            f"--host '{host}' is not an address of this machine: {error.strerror}. Pass one, such as 127.0.0.1"
+            f"--host '{host}' is not an address of this machine: {error.strerror}. Pass one of its addresses, such "
+            "as 127.0.0.1"
         ) from error
     try:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

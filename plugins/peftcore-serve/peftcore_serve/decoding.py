@@ -219,4 +219,4 @@ def generate_alone(model: nn.Module, sequence: Sequence, is_closed: Callable[[],
         stopping_criteria=StoppingCriteriaList([Done()]),
     )
     if not sequence.is_done and not is_closed():  # `generate` stopped by a criterion of the model's own
-        sequence.fail("generation ended without a reason")
+        sequence.fail("generation ended without reporting an error")

@@ -64,7 +64,7 @@ def _names(root: Path | None) -> list[str]:
         with os.scandir(root) as entries:
             names = [entry.name for entry in entries if not entry.name.startswith(".") and entry.is_dir()]
     except OSError as error:
-        raise PeftcoreError(f"the folder of adapters '{root}' cannot be read: {error.strerror or error}") from error
+        raise PeftcoreError(f"cannot read the folder of adapters '{root}': {error.strerror or error}") from error
     return sorted(name for name in names if _is_utf8(name))
 
 
@@ -73,7 +73,10 @@ def _is_utf8(name: str) -> bool:
     try:
         name.encode()
     except UnicodeEncodeError:
-        warn(f"the adapter in {name!r} is not served: the name of its folder is not UTF-8. Rename the folder")
+        warn(
+            f"the adapter in {name!r} is not served, because the name of its folder is not valid UTF-8. Rename the "
+            "folder"
+        )
         return False
     return True
 
@@ -132,8 +135,8 @@ class Text:
     def _refuse_long(self, text: str) -> None:
         if self._max_characters is not None and len(text) > self._max_characters:
             raise TooLong(
-                f"the prompt has {len(text):,} characters, but at most {self._max_characters:,} are read for the "
-                f"model's context of {self._context:,} tokens. Shorten the prompt"
+                f"the prompt has {len(text):,} characters, but the limit for the model's context of "
+                f"{self._context:,} tokens is {self._max_characters:,}. Shorten the prompt"
             )
 
     def decode(self, tokens: list[int]) -> str:
@@ -217,9 +220,9 @@ class Texts:
             return self._text(tokenizer)
         return self._text(
             tokenizer,
-            f"the adapter '{folder.name}' came with a chat template of its own, which this server does not render. "
-            "Start it with --chat-template to use one template for all, or with --trust-adapter-templates if you trust "
-            "the adapters; or write the prompt as text: /v1/completions",
+            f"the adapter '{folder.name}' has its own chat template, which this server does not render. Start the "
+            "server with --chat-template to use one template for all adapters, or with --trust-adapter-templates if "
+            "you trust them, or send the prompt as text to /v1/completions",
         )
 
     def _text(self, tokenizer: Any, refusal: str = "") -> Text:

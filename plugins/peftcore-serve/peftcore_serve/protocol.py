@@ -113,7 +113,7 @@ def completion(body: Any) -> Request:
     max_tokens = COMPLETION_TOKENS if max_tokens is None else max_tokens
     request = replace(_request(fields, prompts, max_tokens, logprobs, is_chat=False), echo=echo)
     if fields.get("best_of") not in (None, request.n):
-        raise ProtocolError("best_of is not supported. Leave it out, or set n", param="best_of")
+        raise ProtocolError("best_of is not supported. Remove the field, or set n", param="best_of")
     return request
 
 
@@ -144,11 +144,11 @@ def _request(
     elif isinstance(stop, str):
         stop = [stop]
     if not isinstance(stop, list) or len(stop) > 4 or not all(isinstance(text, str) and text for text in stop):
-        raise _wrong("stop", "a text that is not empty, or a list of at most 4", stop)
+        raise _wrong("stop", "a non-empty text, or a list of at most 4", stop)
     n, stream = _integer(fields, "n", 1, SEQUENCES) or 1, _flag(fields, "stream")
     if n * len(prompts) > SEQUENCES:
         raise ProtocolError(
-            f"the request asks for {n * len(prompts):,} answers, but at most {SEQUENCES} are allowed. Lower n, or send "
+            f"the request asks for {n * len(prompts):,} answers, but the limit is {SEQUENCES}. Lower n, or send "
             "several requests",
             param="n",
         )
@@ -179,9 +179,9 @@ def _fields(body: Any, names: Several[str]) -> dict[str, Any]:
         if value is None or name in names or name in _WITHOUT_EFFECT:
             continue
         if name not in _NEUTRAL:
-            raise ProtocolError(f"unknown field '{name}'{nearest(name, names)}. Leave it out", param=name)
+            raise ProtocolError(f"unknown field '{name}'{nearest(name, names)}. Remove the field", param=name)
         if value not in _NEUTRAL[name]:
-            raise ProtocolError(f"{name} is not supported by this server. Leave it out", param=name)
+            raise ProtocolError(f"this server does not support {name}. Remove the field", param=name)
     return {name: value for name, value in body.items() if value is not None}
 
 
@@ -190,7 +190,7 @@ def _message(message: Any, path: str) -> dict[str, str]:
         raise _wrong(path, "an object with role and content", message)
     unknown = next((name for name in message if name not in ("role", "content", "name", "refusal")), None)
     if unknown is not None and message[unknown]:
-        raise ProtocolError(f"{path}.{unknown} is not supported by this server. Leave it out", param=path)
+        raise ProtocolError(f"this server does not support {path}.{unknown}. Remove the field", param=path)
     role, content = message.get("role"), message.get("content")
     if role not in _ROLES:
         raise _wrong(f"{path}.role", f"one of {', '.join(_ROLES)}", role)

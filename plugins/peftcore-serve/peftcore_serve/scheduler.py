@@ -55,7 +55,9 @@ class Scheduler:
             if self._is_closed:
                 raise Busy(ENDING)
             if len(self._waiting) + len(submitted) > _WAITING:
-                raise Busy(f"{len(self._waiting):,} sequences are waiting, and at most {_WAITING:,} may. Try later")
+                raise Busy(
+                    f"the queue is full ({len(self._waiting):,} of at most {_WAITING:,} sequences). Try again later"
+                )
             self._waiting.extend(submitted)
             self._changed.notify_all()
 

@@ -54,8 +54,8 @@ def test_roles_and_parts_of_messages() -> None:
         ("n", HUGE, "'n' must be a whole number from 1 to 256, found 9999"),
         ("n", 300, "'n' must be a whole number from 1 to 256, found 300"),
         ("seed", True, "'seed' must be a whole number from -9223372036854775808 to 9223372036854775807, found True"),
-        ("stop", ["a"] * 5, "'stop' must be a text that is not empty, or a list of at most 4, found ['a', 'a'"),
-        ("stop", "", "'stop' must be a text that is not empty, or a list of at most 4, found ['']"),
+        ("stop", ["a"] * 5, "'stop' must be a non-empty text, or a list of at most 4, found ['a', 'a'"),
+        ("stop", "", "'stop' must be a non-empty text, or a list of at most 4, found ['']"),
         ("stream", 1, "'stream' must be true or false, found 1"),
         (
             "stream_options",
@@ -63,10 +63,10 @@ def test_roles_and_parts_of_messages() -> None:
             "'stream_options' must be such as {\"include_usage\": true}, with stream: true, found {}",
         ),
         ("logprobs", 6, "'logprobs' must be a whole number from 0 to 5, found 6"),
-        ("best_of", 2, "best_of is not supported. Leave it out, or set n"),
+        ("best_of", 2, "best_of is not supported. Remove the field, or set n"),
         ("echo", 1, "'echo' must be true or false, found 1"),
-        ("logit_bias", {"1": 2}, "logit_bias is not supported by this server. Leave it out"),
-        ("temprature", 1, "unknown field 'temprature' (nearest: 'temperature'). Leave it out"),
+        ("logit_bias", {"1": 2}, "this server does not support logit_bias. Remove the field"),
+        ("temprature", 1, "unknown field 'temprature' (nearest: 'temperature'). Remove the field"),
     ],
 )
 def test_wrong_fields_of_completions(field: str, value: Any, message: str) -> None:
@@ -90,10 +90,10 @@ def test_wrong_fields_of_completions(field: str, value: Any, message: str) -> No
         ),
         (
             {"messages": [{"role": "assistant", "content": "a", "tool_calls": [{}]}]},
-            "messages[0].tool_calls is not supported by this server. Leave it out",
+            "this server does not support messages[0].tool_calls. Remove the field",
         ),
-        ({"tools": [{}]}, "tools is not supported by this server. Leave it out"),
-        ({"response_format": {"type": "json_object"}}, "response_format is not supported by this server"),
+        ({"tools": [{}]}, "this server does not support tools. Remove the field"),
+        ({"response_format": {"type": "json_object"}}, "this server does not support response_format"),
         ({"top_logprobs": 2}, "top_logprobs needs logprobs: true"),
         ({"logprobs": 2}, "'logprobs' must be true or false, found 2"),
         ({"prompt": "a"}, "unknown field 'prompt'"),

@@ -198,7 +198,7 @@ def test_a_prompt_can_be_scored_without_an_answer(shared: tuple[Server, TestClie
 def test_an_unknown_model_names_those_that_there_are(client: TestClient) -> None:
     status, error = refused(client, "/v1/completions", model="onne", prompt="a")
     assert status == 404 and error["code"] == "model_not_found" and error["param"] == "model"
-    assert error["message"].startswith("there is no model 'onne' (nearest: 'one'). There are: llama")
+    assert error["message"].startswith("there is no model 'onne' (nearest: 'one'). The models are: llama")
     assert error["message"].endswith("broken, classifier, one, prefix, scaled, two, wide")
     assert refused(client, "/v1/completions", model="../one", prompt="a")[0] == 404
     assert refused(client, "/v1/completions", model="notes", prompt="a")[0] == 404
@@ -238,7 +238,7 @@ def test_a_prompt_must_fit_the_context(client: TestClient, shared: tuple[Server,
         "the prompt has 1 tokens and the answer may have 2,048, but the model's context has 2,048" in error["message"]
     )
     status, error = refused(client, "/v1/completions", model="one", prompt=[99999])
-    assert status == 400 and "the token 99999, but the model has tokens 0 to 22" in error["message"]
+    assert status == 400 and "the token 99999, but the model's tokens are 0 to 22" in error["message"]
 
 
 def test_folders_that_change_while_the_server_runs(llama: Path, saved: Path, tmp_path: Path) -> None:
@@ -257,7 +257,7 @@ def test_folders_that_change_while_the_server_runs(llama: Path, saved: Path, tmp
         assert refused(client, "/v1/completions", model="first", prompt="a")[0] == 404
         shutil.copytree(saved / "one", tmp_path / server.name)
         error = refused(client, "/v1/completions", model=server.name, prompt="a")[1]
-        assert "the name of the base and of an adapter" in error["message"]
+        assert "names both the base and an adapter" in error["message"]
 
 
 def test_a_sequence_waits_until_an_adapter_can_leave(llama: Path, saved: Path) -> None:
@@ -348,4 +348,4 @@ def test_adapters_with_a_tokenizer_or_a_vocabulary_of_their_own(llama: Path, sav
         assert status == 400 and "has no chat template" in error["message"]
         status, error = refused(client, "/v1/completions", model="larger", prompt="a")
         assert status == 400
-        assert "'larger' has a vocabulary of 25 tokens, but the base has 23. Merge it" in error["message"]
+        assert "'larger' has a vocabulary of 25 tokens, but the base has 23. Merge the adapter" in error["message"]

@@ -1,1 +1,1 @@
-"""Base models: where they are, loading and quantizing them, and the adapters and tokenizers that belong to them."""
+"""Base models: locate, load and quantize them, with their adapters and tokenizers."""

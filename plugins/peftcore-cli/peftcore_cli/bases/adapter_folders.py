@@ -1,4 +1,4 @@
-"""Adapter folders of commands: what the adapter was trained for, and on which base."""
+"""Adapter folders: the task that an adapter was trained for, and its base."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from peftcore import AdapterInfo
 
 TASK_FILE = "peftcore_task.json"
-_LABELS = 1_000  # with more labels, the adapter must have a head of that size before the base gets one
+_LABELS = 1_000  # above this number of labels, the adapter must have a head of that size
 _MODULES = 1_000
 TEMPLATE_CHARACTERS = 1_000_000  # limit for the chat template of an adapter; the longest known have 30,000
 
@@ -45,20 +45,22 @@ class Quantization:
 
 @dataclass(frozen=True)
 class AdapterTask:
-    """Record of what an adapter was trained for, stored with it as `peftcore_task.json`, which PEFT ignores."""
+    """Task of an adapter, stored with it as `peftcore_task.json`, which PEFT ignores."""
 
     task: str
     max_length: int
     labels: tuple[str, ...] = ()
     chat: bool | None = None  # whether it was trained on conversations; None if unknown
     chat_template: str | None = None  # if it differs from the tokenizer's
-    beta: float | None = None  # of preferences, if it is not the default
-    weights: tuple[float, float] | None = None  # of good and bad answers, if they are not 1
+    beta: float | None = None  # beta of preference tasks, if not the default
+    weights: tuple[float, float] | None = None  # weights of good and bad answers, if not 1
     dtype: str | None = None  # of the base in training
-    seed: int | None = None  # of a classifier's new head
+    seed: int | None = None  # seed of a classifier's new head
     language: str | None = None  # of recordings
-    pooling: str | None = None  # of hidden states into a text embedding
-    quantized: Quantization | None = None  # of the base in training; None if its weights were loaded unchanged
+    pooling: str | None = None  # pooling of hidden states into a text embedding
+    quantized: Quantization | None = (
+        None  # quantization of the base in training; None if its weights were loaded unchanged
+    )
 
     def write(self, folder: Path) -> None:
         """Write the file into the adapter's folder, replacing a link."""
@@ -68,15 +70,15 @@ class AdapterTask:
 
 
 def adapter_task(folder: Path, labels: str | None = None) -> AdapterTask:
-    """Return what the adapter in `folder` was trained for, from its task file or else from the adapter itself.
+    """Return the task of the adapter in `folder`, from its task file or, without one, from the adapter itself.
 
     Args:
         folder: folder of the adapter.
-        labels: labels of a classifier in the order of its outputs, separated by commas. With labels, an adapter in
-            another library's format is taken for a classifier.
+        labels: labels of a classifier in the order of its outputs, separated by commas. If given, an adapter in another
+            library's format is treated as a classifier.
 
     Raises:
-        PeftcoreError: the folder has no adapter, or one for a task that no command runs.
+        PeftcoreError: the folder has no adapter, or its task is not supported by any command.
     """
     import peftcore
 
@@ -87,13 +89,17 @@ def adapter_task(folder: Path, labels: str | None = None) -> AdapterTask:
         task = _parse_task(safe_reading.parse_json(safe_reading.read_bytes(file, safe_reading.JSON_BYTES), file))
         _refuse_labels_without_outputs(info, task)
     except FileNotFoundError:
-        if info.format != "peft":  # other formats name no task, and have no heads
+        if info.format != "peft":  # other formats record no task and have no heads
             return AdapterTask(registered.default_name(names), 512, names)
         task = _task_of_peft(info)
     except KeyError as error:
-        raise CheckpointError(f"'{file}' cannot be read: it lacks {error}. It can be deleted") from error
+        raise CheckpointError(
+            f"cannot read '{file}': the field {error} is missing. Delete the file to use the adapter without it"
+        ) from error
     except (OSError, ValueError, TypeError) as error:
-        raise CheckpointError(f"'{file}' cannot be read: {error}. It can be deleted") from error
+        raise CheckpointError(
+            f"cannot read '{file}': {error}. Delete the file to use the adapter without it"
+        ) from error
     if names and len(names) != len(task.labels):
         raise PeftcoreError(f"--labels names {len(names)} labels, but the adapter has {len(task.labels)}")
     return replace(task, labels=names or task.labels)
@@ -108,13 +114,13 @@ def _parse_task(record: Any) -> AdapterTask:
         ValueError: a field has an invalid value.
     """
     if not isinstance(record, dict):
-        raise TypeError(f"it must be a JSON object, found {validation.shown(record)}")
+        raise TypeError(f"the file must contain a JSON object, found {validation.shown(record)}")
     optional = {name: record.get(name) for name in ("beta", "dtype", "seed", "pooling", "language")}
     task = AdapterTask(
         record["task"],
         record["max_length"],
         tuple(record["labels"]),
-        chat=record.get("chat", False),  # files without it are older than conversations
+        chat=record.get("chat", False),  # old files do not have this field
         chat_template=record.get("chat_template"),
         quantized=_quantization(record.get("quantized")),
         weights=None if record.get("weights") is None else tuple(record["weights"]),
@@ -133,14 +139,14 @@ def _parse_task(record: Any) -> AdapterTask:
 def _check_template(template: str | None) -> None:
     if template is None:
         return
-    # A path would let the file of a stranger read files of the user.
+    # With a path, an untrusted adapter could read files of the user.
     if "{" not in template and template != "chatml":
         raise ValueError(
-            f"chat_template={validation.shown(template)} is neither a template nor 'chatml', and is not opened as a "
-            "path (to use a file, pass --chat-template FILE)"
+            f"chat_template={validation.shown(template)} must be a template or 'chatml' (pass --chat-template FILE "
+            "to use a file)"
         )
     if len(template) > TEMPLATE_CHARACTERS:
-        raise ValueError(f"chat_template has {len(template):,} characters; at most {TEMPLATE_CHARACTERS:,} are read")
+        raise ValueError(f"chat_template has {len(template):,} characters, but the limit is {TEMPLATE_CHARACTERS:,}")
 
 
 def _quantization(stored: Any) -> Quantization | None:
@@ -153,7 +159,9 @@ def _quantization(stored: Any) -> Quantization | None:
     if stored is None:
         return None
     if not isinstance(stored, dict) or not all(isinstance(name, str) for name in stored.get("skip") or ()):
-        raise TypeError(f"quantized must be a JSON object with names to skip, found {validation.shown(stored)}")
+        raise TypeError(
+            f"quantized must be a JSON object with a list of names to skip, found {validation.shown(stored)}"
+        )
     skip = stored.get("skip")
     record = Quantization(**{**stored, "skip": None if skip is None else tuple(skip)})
     validation.check_types(record)
@@ -165,27 +173,27 @@ def _quantization(stored: Any) -> Quantization | None:
 
 
 def _refuse_labels_without_outputs(info: AdapterInfo, task: AdapterTask) -> None:
-    """Raise a ValueError for very many labels if the adapter has no head of that size, before the base gets one."""
+    """Raise a ValueError for a very large number of labels without a head of that size, before a head is allocated."""
     count = len(task.labels)
     has_head = any(tensor.shape[:1] == (count,) for tensor in info.tensors)
     if count > _LABELS and not has_head and registered.find(task.task).has_labels:
-        raise ValueError(f"it names {count:,} labels, but no tensor of the adapter has as many rows")
+        raise ValueError(f"the file has {count:,} labels, but no tensor of the adapter has {count:,} rows")
 
 
 def refuse_without_prompts(name: str, task: str) -> None:
-    """Raise a PeftcoreError, with the command to use instead, if the task of the adapter `name` answers no texts."""
+    """Raise a PeftcoreError that names the command to use for an adapter whose task does not answer prompts."""
     adapter_task = registered.find(task)
     if not adapter_task.answers_texts:
         raise PeftcoreError(f"'{name}' {adapter_task.no_chat}")
 
 
 def base_of(folder: Path, model: str | None) -> str:
-    """Return `model`, or else the base that the adapter names."""
+    """Return `model`, or by default the base that the adapter records."""
     import peftcore
 
     base = model or peftcore.inspect(folder).base
     if not base:
-        raise PeftcoreError(f"'{folder}' does not name the base it was trained on. Pass it: --model MODEL")
+        raise PeftcoreError(f"the adapter in '{folder}' does not record its base. Pass the base: --model MODEL")
     return base
 
 
@@ -198,25 +206,26 @@ def adapter_folder(folder: Path) -> Path:
 
 
 def refuse_other_folders(folder: Path) -> None:
-    """Raise a PeftcoreError for an unfinished run or an empty folder, with what to do instead."""
+    """Raise a PeftcoreError for an unfinished run or an empty folder."""
     if not os.path.isdir(folder) or os.path.exists(folder / "adapter_config.json"):
         return  # other files may be an adapter in another library's format, whose reader reports what is missing
     checkpoints = sorted(
         (folder / "checkpoints").glob("checkpoint-*"), key=lambda checkpoint: (len(checkpoint.name), checkpoint.name)
     )
     if os.path.exists(folder / "run.json"):
-        more = f", or use its newest checkpoint: {checkpoints[-1]}" if checkpoints else ""
+        more = f", or pass its newest checkpoint: {checkpoints[-1]}" if checkpoints else ""
         raise PeftcoreError(
-            f"the run in '{folder}' has no adapter yet, because it has not ended. Continue it with --resume{more}"
+            f"the run in '{folder}' has not finished, so it has no adapter yet. Continue the run with --resume{more}"
         )
     if not os.listdir(folder):
         raise PeftcoreError(
-            f"'{folder}' is empty. Pass the folder of a run (--output of peftcore train) or one that `save` wrote"
+            f"the folder '{folder}' is empty. Pass the folder of a run (--output of peftcore train) or of a saved "
+            "adapter"
         )
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """Return whether a tokenizer is saved with the adapter; it may have more tokens than the base's."""
+    """Return whether a tokenizer was saved with the adapter. Its vocabulary may be larger than the base's."""
     return os.path.exists(folder / "tokenizer_config.json")
 
 
@@ -224,13 +233,14 @@ def _task_of_peft(info: AdapterInfo) -> AdapterTask:
     record = next(filter(None, (task.from_peft(info) for task in registered.tasks())), None)
     if record is None:
         raise PeftcoreError(
-            f"'{info.path}' is for the task {info.task_type}, which no command supports. Use the library"
+            f"the adapter in '{info.path}' is for the task {info.task_type}, which no command supports. Load it in "
+            "Python: peftcore.load"
         )
     return record
 
 
 def outputs_of_peft(info: AdapterInfo) -> int:
-    """Return the number of outputs of the classification head in a folder of PEFT.
+    """Return the number of outputs of the classification head in a PEFT adapter folder.
 
     Raises:
         CheckpointError: it has no head.
@@ -242,12 +252,12 @@ def outputs_of_peft(info: AdapterInfo) -> int:
         or not all(isinstance(name, str) for name in module_names)
     ):
         raise CheckpointError(
-            f"'{info.path}': modules_to_save must be a list of names, found {validation.shown(module_names)}"
+            f"modules_to_save in '{info.path}' must be a list of names, found {validation.shown(module_names)}"
         )
     tensors = [
         tensor for name, tensor in info.parts[""].items() if any(f".{module}." in name for module in module_names)
     ]
     heads = [tensor for tensor in tensors if tensor.dim()]
     if not heads:
-        raise CheckpointError(f"'{info.path}' has no classification head among its tensors")
+        raise CheckpointError(f"the adapter in '{info.path}' has no classification head")
     return int(heads[-1].shape[0])

@@ -1,4 +1,4 @@
-"""The tokenizer saved with an adapter, which is untrusted: transformers reads it without running its code.
+"""Load the tokenizer that is saved with an adapter. The files are untrusted, so their code is never run.
 
 Trainers save a tokenizer with the adapter because it may have tokens that the base's tokenizer lacks.
 """
@@ -18,17 +18,17 @@ from peftcore_cli.bases.adapter_folders import TEMPLATE_CHARACTERS
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_MAX_BYTES = 1 << 28  # of a file; the largest known vocabularies have 40 MB
+_MAX_BYTES = 1 << 28  # maximum size of a file; the largest known vocabularies have 40 MB
 _TABLES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.json")
 _READ = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".vocab", ".bpe", ".spm")
 _PROBE = "A text, 1 or 2."
 
 
 def load(folder: Path) -> PreTrainedTokenizerBase:
-    """Load the tokenizer in an adapter's folder; without a padding token, the end-of-text token is used.
+    """Load the tokenizer in an adapter's folder. If it has no padding token, padding uses the end-of-text token.
 
     Raises:
-        PeftcoreError: a file is invalid, or needs code that came with it.
+        PeftcoreError: a file is invalid, or needs the adapter's own code.
     """
     from transformers import AutoTokenizer
 
@@ -55,13 +55,14 @@ def _check_files(folder: Path) -> None:
             status = os.stat(file)
             safe_reading.require_regular(file, status.st_mode)
             if status.st_size > _MAX_BYTES:
-                raise CheckpointError(f"'{file}' has {status.st_size:,} bytes; at most {_MAX_BYTES:,} are read")
+                raise CheckpointError(f"'{file}' has {status.st_size:,} bytes, but the limit is {_MAX_BYTES:,}")
     except OSError as error:
-        raise CheckpointError(f"'{folder}' cannot be read: {error.strerror or error}") from error
+        raise CheckpointError(f"cannot read '{folder}': {error.strerror or error}") from error
     for name in _TABLES:
         if os.path.lexists(folder / name) and not isinstance(_value(folder / name), dict):
             raise CheckpointError(
-                f"'{folder / name}' is not a JSON object. Delete the tokenizer's files to use the base's"
+                f"'{folder / name}' is not a JSON object. To use the base's tokenizer, delete the adapter's "
+                "tokenizer files"
             )
 
 
@@ -69,18 +70,18 @@ def _value(file: Path) -> Any:
     try:
         return safe_reading.parse_json(safe_reading.read_bytes(file, safe_reading.JSON_BYTES), file)
     except FileNotFoundError as error:  # a broken link
-        raise CheckpointError(f"'{file}' cannot be read: it is a broken link") from error
+        raise CheckpointError(f"cannot read '{file}', which is a broken link") from error
 
 
 def _check(tokenizer: Any) -> None:
-    """Raise a ValueError for attributes of the wrong type, which the files may set."""
+    """Raise a ValueError for attributes of the wrong type, which the files can set."""
     template = getattr(tokenizer, "chat_template", None)
     texts = template.values() if isinstance(template, dict) else [] if template is None else [template]
     for text in texts:
         if not isinstance(text, str):
             raise ValueError(f"chat_template must be text, found {type(text).__name__}")
         if len(text) > TEMPLATE_CHARACTERS:
-            raise ValueError(f"chat_template has {len(text):,} characters; at most {TEMPLATE_CHARACTERS:,} are read")
+            raise ValueError(f"chat_template has {len(text):,} characters, but the limit is {TEMPLATE_CHARACTERS:,}")
     if not isinstance(tokenizer.model_max_length, (int, float)):
         raise ValueError(f"model_max_length must be a number, found {type(tokenizer.model_max_length).__name__}")
 
@@ -93,10 +94,12 @@ def _explaining_errors(folder: Path) -> Iterator[None]:
     except (KeyboardInterrupt, SystemExit, GeneratorExit, PeftcoreError):
         raise
     except BaseException as error:  # tokenizers' Rust code panics with a BaseException
-        message = "it is nested too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())[:400]
+        message = (
+            ("a file is nested too deeply") if isinstance(error, RecursionError) else " ".join(str(error).split())[:400]
+        )
         asks_for_code = "trust_remote_code" in str(error)
-        reason = "it asks for code that came with it, which is never run" if asks_for_code else message
+        reason = "the tokenizer requires the adapter's own code, which is never run" if asks_for_code else message
         raise PeftcoreError(
-            f"the tokenizer in '{folder}' cannot be loaded: {reason or type(error).__name__}. "
-            "Delete the tokenizer's files there to use the base's"
+            f"cannot load the tokenizer in '{folder}': {reason or type(error).__name__}. To use the base's "
+            "tokenizer, delete the adapter's tokenizer files"
         ) from error

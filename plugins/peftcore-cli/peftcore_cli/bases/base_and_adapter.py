@@ -1,4 +1,4 @@
-"""An adapter on its base: fitting the vocabulary, loading and merging."""
+"""Load an adapter on its base, fit the base's vocabulary to the adapter, and merge."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ NEW_ROWS = "the adapter's vocabulary is larger than its base's, so the base has 
 def load_base(
     base: str, task: AdapterTask, adapter: Path | None, *, quantize: str | None, dtype: str, device: str
 ) -> PreTrainedModel:
-    """Load the base of an adapter for `task`, in the dtype and format of the options or of its training."""
+    """Load the base of an adapter for `task`, in the dtype and format of the options, by default those of training."""
     dtype = dtype_choice.of_base(base, task.task, dtype, device, task.labels, task.dtype).say()
     quantization = base_quantization.of_adapter(quantize, adapter, task)
     return models.load_model(base, task.task, dtype=dtype, device=device, labels=task.labels, quantize=quantization)
 
 
 def fit_vocabulary(model: PreTrainedModel, folder: Path) -> bool:
-    """Resize the base's vocabulary to that of the adapter in `folder`. Return whether it changed.
+    """Resize the base's vocabulary to the vocabulary of the adapter in `folder`. Return whether the size changed.
 
     Raises:
-        PeftcoreError: the adapter's tokenizer has tokens without rows.
+        PeftcoreError: the adapter's tokenizer has tokens without embeddings.
     """
     from peftcore.files import vocabulary_rows
 
@@ -46,15 +46,14 @@ def fit_vocabulary(model: PreTrainedModel, folder: Path) -> bool:
         base = str(getattr(model.config, "_name_or_path", ""))
         if tokens > _tokens(load_tokenizer(base)):
             raise PeftcoreError(
-                f"the tokenizer in '{folder}' has {tokens:,} tokens, but the model has {rows:,} rows and the "
-                "adapter has no embedding for the others. Ask its author to save it with its embedding (in PEFT: "
-                "save_embedding_layers=True)"
+                f"the tokenizer in '{folder}' has {tokens:,} tokens, but the base has embeddings for {rows:,} and "
+                "the adapter stores none. Save the adapter with its embedding (in PEFT: save_embedding_layers=True)"
             )
     return rows != base_rows
 
 
 def vocabulary(model: PreTrainedModel) -> int | None:
-    """Return the number of rows of the token embedding, or None for models without one, such as character models."""
+    """Return the number of rows of the token embedding, or None for models without one (such as character models)."""
     try:
         weight = getattr(model.get_input_embeddings(), "weight", None)
     except NotImplementedError:
@@ -77,7 +76,7 @@ def load_adapter(model: PreTrainedModel, folder: Path, name: str | None = None) 
 def merge_adapter(
     model: PreTrainedModel, *, untie: bool, quantize: str | Quantization | None, dtype: str, device: str
 ) -> PreTrainedModel:
-    """Merge the adapter permanently; 4-bit weights become dense. Warnings are printed as those of commands."""
+    """Merge the adapter permanently, and dequantize 4-bit weights. Warnings are printed as those of commands."""
     import peftcore
 
     dense = torch_dtype(dtype, device) if quantize or _is_packed(model) or _is_read_only(model) else None
@@ -88,7 +87,7 @@ def merge_adapter(
         except PeftcoreError as error:
             if not quantize:
                 raise
-            raise type(error)(f"{error}. To merge into the dense base, pass --quantize none") from error
+            raise type(error)(f"{error}. Pass --quantize none to merge into the dense base") from error
     if dense is not None:
         peftcore.quantization.dequantize(model, dense)  # layers without adapters
     for warning in caught:
@@ -104,7 +103,7 @@ def _is_packed(model: PreTrainedModel) -> bool:
 
 
 def _is_read_only(model: PreTrainedModel) -> bool:
-    """Return whether layers have a weight format of a plugin that cannot store changed values."""
+    """Return whether a layer has a plugin's weight format that cannot store changed values."""
     from peftcore.plugin import base_modules, find_weight_format
 
     formats = (find_weight_format(module) for _, module in base_modules(model))

@@ -1,4 +1,4 @@
-"""Locate a base, which is a folder, a .gguf file or a hub id, and load it with transformers."""
+"""Locate a base (a folder, a .gguf file or a hub id), and load it with transformers."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from peftcore_cli.bases import gguf_file
 from peftcore_cli.bases.adapter_folders import adapter_folder
 from peftcore_cli.console import require
 
-_trusts = False  # --trust-remote-code of the command that runs
+_trusts = False  # value of --trust-remote-code
 
 
 def trust_remote_code(is_trusted: bool) -> None:
-    """Set whether to run the code in models' repositories from now on."""
+    """Set whether this process may run code from model repositories."""
     global _trusts
     _trusts = is_trusted
 
 
 def remote_code() -> dict[str, Any]:
-    """Return the argument with which transformers' loaders run code, if `--trust-remote-code` was passed."""
+    """Return the argument that makes transformers' loaders run repository code, if `--trust-remote-code` was passed."""
     return {"trust_remote_code": True} if _trusts else {}
 
 
 def resolve(model: str) -> str:
-    """Make a path absolute, so that an adapter finds its base from anywhere; return a hub id unchanged.
+    """Make a path absolute, so that an adapter finds its base from any directory. Hub ids are returned unchanged.
 
     Raises:
         PeftcoreError: the path does not exist, or the folder has no model.
@@ -46,19 +46,19 @@ def _refuse_folder(path: Path, model: str) -> None:
     """Raise the PeftcoreError for a folder without config.json."""
     if os.path.exists(adapter_folder(path) / "adapter_config.json"):
         raise PeftcoreError(
-            f"--model '{model}' is an adapter, not a base. Pass the base it was trained on, and the adapter as "
-            "--adapter of train or as the argument of other commands"
+            f"--model '{model}' is an adapter. Pass its base as --model, and the adapter as --adapter (train) or as "
+            "the argument of the command (others)"
         )
     names = sorted(os.listdir(path))
     shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "") or "nothing"
     raise PeftcoreError(
-        f"'{model}' has no model: config.json is missing, found {shown}. Pass a folder that save_pretrained wrote, "
-        "a hub id, or a .gguf file"
+        f"the folder '{model}' has no config.json, so it is not a model, found {shown}. Pass a folder that "
+        "save_pretrained wrote, a hub id, or a .gguf file"
     )
 
 
 def quiet_transformers() -> None:
-    """Import transformers and turn off its progress bars and notices, because commands print their own.
+    """Import transformers and turn off its progress bars and notices, because commands print their own messages.
 
     Raises:
         PeftcoreError: it is not installed.
@@ -76,9 +76,9 @@ def quiet_transformers() -> None:
 
 
 def _check_reachable(model: str) -> None:
-    """Request the config of a model that is not in the hub's cache, once.
+    """Request the config of a model that is not in the hub's cache, without retries.
 
-    transformers would retry for a minute and print a line for each request.
+    transformers would retry for a minute, and print a line for each attempt.
 
     Raises:
         PeftcoreError: the hub does not answer.
@@ -91,9 +91,9 @@ def _check_reachable(model: str) -> None:
             get_hf_file_metadata(hf_hub_url(model, "config.json"))
     except (HfHubHTTPError, HFValidationError):
         return  # the hub answered, or the id is invalid: transformers' own errors are clear
-    except Exception as error:  # of an HTTP library that depends on the release
+    except Exception as error:  # the HTTP library depends on the release of huggingface_hub
         raise PeftcoreError(
-            f"'{model}' is not a folder and not in the hub's cache, and the hub cannot be reached: "
+            f"'{model}' is neither a folder nor in the hub's cache, and the hub cannot be reached: "
             f"{str(error).rstrip('.')}. Pass the folder of a model, or connect to the network"
         ) from error
 
@@ -108,7 +108,7 @@ def pretrained(loader: Any, model: str, label: str, **options: Any) -> Any:
         options: arguments of the function.
 
     Raises:
-        PeftcoreError: it cannot be loaded; the message has transformers' reason.
+        PeftcoreError: loading fails. The message contains transformers' reason.
     """
     if not os.path.exists(model):
         _check_reachable(model)
@@ -134,8 +134,8 @@ def pretrained(loader: Any, model: str, label: str, **options: Any) -> Any:
         reason = " ".join(lines)[:400] if lines[0].endswith(":") else lines[0]  # a list follows a colon
         if "trust_remote_code" in str(error):
             reason = (
-                "it has its own code, which is not run by default. Read that code, and pass --trust-remote-code to run "
-                "it with your permissions"
+                "the model's repository has its own code, which is not run by default. Read the code, and pass "
+                "--trust-remote-code to run it with your permissions"
             )
         reason = "its tensors and its config have different shapes" if mismatched else reason
-        raise PeftcoreError(f"the {label} of '{model}' cannot be loaded: {reason}") from error
+        raise PeftcoreError(f"cannot load the {label} of '{model}': {reason}") from error

@@ -1,4 +1,4 @@
-"""Quantization of an adapter's base: as recorded in training, unless --quantize says otherwise."""
+"""Quantization of an adapter's base: the format used in training, unless --quantize overrides it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ DENSE = "none"
 
 
 def of_adapter(requested: str | None, folder: Path | None, task: AdapterTask) -> str | Quantization | None:
-    """Return how to quantize the base of an adapter, as `models.load_model` takes it.
+    """Return the quantization of an adapter's base, as `models.load_model` takes it.
 
     Args:
         requested: value of --quantize.
@@ -38,14 +38,14 @@ def of_adapter(requested: str | None, folder: Path | None, task: AdapterTask) ->
 
 
 def of_adapters(requested: str | None, tasks: Mapping[str, AdapterTask]) -> str | Quantization | None:
-    """Return how to quantize the base that several adapters share, as `models.load_model` takes it.
+    """Return the quantization of a base that several adapters share, as `models.load_model` takes it.
 
     Args:
         requested: value of --quantize.
-        tasks: what each was trained for, by its name or folder.
+        tasks: tasks of the adapters by name or folder.
 
     Raises:
-        PeftcoreError: `requested` contradicts a record, or records differ and nothing is requested.
+        PeftcoreError: `requested` contradicts a record, or the records differ and `requested` is None.
     """
     if requested == DENSE:
         return None
@@ -56,8 +56,8 @@ def of_adapters(requested: str | None, tasks: Mapping[str, AdapterTask]) -> str 
     if len(choices) > 1:
         (first, first_record), (second, second_record) = _different(tasks)
         raise PeftcoreError(
-            f"the adapter '{first}' was trained on a base {_describe(first_record)}, '{second}' on a base "
-            f"{_describe(second_record)}. Use them one at a time, or pass --quantize {DENSE} for the dense base"
+            f"the adapter '{first}' was trained on a base {_describe(first_record)}, but '{second}' on a base "
+            f"{_describe(second_record)}. Use one adapter at a time, or pass --quantize {DENSE} for the dense base"
         )
     return choices.pop() if choices else requested
 
@@ -67,16 +67,16 @@ def refuse_other(requested: str | None, record: Quantization, name: str, hint: s
     if requested not in (None, record.quant_type):
         raise PeftcoreError(
             f"--quantize {requested} contradicts the adapter '{name}', which was trained on a base quantized as "
-            f"{record}. Leave it out{hint}"
+            f"{record}. Remove --quantize{hint}"
         )
 
 
 def refuse_late(requested: str | None, base: str | Quantization | None, name: str, task: AdapterTask) -> None:
-    """Raise a PeftcoreError if an adapter loaded after the base was trained on a base in another format.
+    """Raise a PeftcoreError if an adapter does not fit the format of the loaded base.
 
     Args:
         requested: value of --quantize.
-        base: how the base is quantized, as `of_adapters` returned it.
+        base: quantization of the base, as `of_adapters` returned it.
         name: name of the adapter.
         task: what it was trained for.
     """
@@ -85,8 +85,8 @@ def refuse_late(requested: str | None, base: str | Quantization | None, name: st
         return
     raise PeftcoreError(
         f"the adapter '{name}' was trained on a base {_describe(record)}, but the base in memory is "
-        f"{'dense' if current is None else f'quantized as {current}'}. Start again with adapters of one kind, or with "
-        f"--quantize {DENSE} for the dense base"
+        f"{('dense' if current is None else f'quantized as {current}')}. Start again with adapters of one base "
+        f"format, or with --quantize {DENSE} for the dense base"
     )
 
 
@@ -103,10 +103,10 @@ def _describe(record: Quantization | None) -> str:
 
 
 def of_run(settings: Settings, labels: tuple[str, ...]) -> Quantization | None:
-    """Return how a run or its method quantizes the base, or None if the base is loaded unchanged.
+    """Return the quantization of a run's base by --quantize or its method, or None if the base is loaded unchanged.
 
     Raises:
-        PeftcoreError: fields of the run contradict how the adapter that it continues was trained.
+        PeftcoreError: fields of the run contradict the adapter that training continues from.
     """
     record = requested_by(settings)
     if settings.method not in peftcore.methods() or peftcore.method(settings.method).prepare is None:
@@ -129,14 +129,14 @@ def of_run(settings: Settings, labels: tuple[str, ...]) -> Quantization | None:
             if by_fields is not None and getattr(by_fields, name) != getattr(record, name):
                 raise PeftcoreError(
                     f"--set {name}={text_of(settings.fields[name])} contradicts the adapter in '{settings.adapter}', "
-                    f"which has {name}={text_of(getattr(record, name))}. Leave it out, or train a new adapter "
+                    f"which has {name}={text_of(getattr(record, name))}. Remove --set {name}, or train a new adapter "
                     "without --adapter"
                 )
     return record
 
 
 def requested_by(settings: Settings) -> Quantization | None:
-    """Return the quantization of the base before the method prepares it: that of the adapter, or of --quantize."""
+    """Return the quantization of the base before the method prepares it: the adapter's, or the one of --quantize."""
     recorded = None if settings.adapter is None else adapter_task(Path(settings.adapter)).quantized
     return recorded or (None if settings.quantize is None else Quantization(settings.quantize))
 
@@ -146,7 +146,8 @@ def by_method(
 ) -> Quantization | None:
     """Return how a method quantizes the base before placing adapters, or None.
 
-    To find out, the method prepares a base on the meta device. Loading never materializes the dense base.
+    The method prepares a base on the meta device, whose quantization is then read. Loading never materializes the dense
+    base.
     """
     from peftcore.plugin import base_modules, find_weight_format
     from peftcore.quantization import quantizable, quantized_experts, quantized_layers

@@ -1,4 +1,4 @@
-"""Devices and dtypes, as options name them."""
+"""Convert the values of --device and --dtype."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def torch_device(device: str) -> torch.device:
     try:
         found_device = torch.device(device)
     except RuntimeError as error:
-        raise PeftcoreError(f"device '{device}' is not known. Use auto, cpu, cuda, or cuda:1") from error
+        raise PeftcoreError(f"unknown device '{device}'. Use auto, cpu, cuda, or cuda:1") from error
     if found_device.type == "cuda" and not torch.cuda.is_available():
         raise PeftcoreError(f"device '{device}' is not available: PyTorch {torch.__version__} finds no CUDA device")
     if (
@@ -36,7 +36,9 @@ def torch_device(device: str) -> torch.device:
     ):
         raise PeftcoreError(f"device '{device}' is not available. Use one of cuda:0 to cuda:{count - 1}")
     if found_device.type == "meta":
-        raise PeftcoreError("device 'meta' has no values to compute with. Use auto, cpu, cuda, or cuda:1")
+        raise PeftcoreError(
+            "device 'meta' cannot compute, because its tensors have no values. Use auto, cpu, cuda, or cuda:1"
+        )
     if found_device.type not in ("cpu", "cuda"):
         try:
             torch.empty(0, device=found_device)
@@ -59,11 +61,11 @@ def torch_dtype(dtype: str, device: str) -> torch.dtype:
 
 
 def without_instructions(dtype: str) -> str | None:
-    """Return a message if this processor has no instructions for products in a dtype (`fp32`, `bf16`, `fp16`)."""
+    """Return a message if this processor has no matrix instructions for a dtype (`fp32`, `bf16`, `fp16`)."""
     import torch
 
     from peftcore.ops.processor import has_instructions
 
     if dtype not in HALVES or has_instructions(getattr(torch, HALVES[dtype])):
         return None
-    return f"this processor has no instructions for products in {dtype}, which PyTorch computes slowly without them"
+    return f"this processor has no {dtype} instructions, so matrix products in {dtype} are slow"

@@ -1,12 +1,12 @@
-"""`--dtype`: the dtype of a base, and the message about it.
+"""`--dtype`: choose the dtype of a base, and explain the choice.
 
     CUDA    auto is bf16 if the GPU supports it, otherwise fp32
     CPU     auto is the dtype in `config.json`, or bf16 for a .gguf file in fewer bits. It is fp32 instead of 16 bits if
             this processor has no instructions for them, if parameters of the base are trained, because bf16 would round
             away small updates, and instead of fp16, because gradients underflow unless they are scaled
 
-A message names the dtype that auto uses instead of the checkpoint's, and what a dtype costs on a processor without
-instructions for it. Commands that write weights (`merge`, `export`) or compare methods use fp32 for auto on a CPU.
+A message names the dtype that auto uses instead of the checkpoint's, and the cost of a dtype that the processor has no
+instructions for. Commands that write weights (`merge`, `export`) or compare methods use fp32 for auto on a CPU.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from peftcore_cli.settings import Settings
 from peftcore_cli.tasks import registered
 
 AUTO, WIDE = "auto", "fp32"
-_TRAINS_BASE = "parameters of the base are trained, and {dtype} would round away small updates"
-_TRAINED_IN_FP32 = "its adapter was trained with the base in fp32"
+_TRAINS_BASE = "the run trains parameters of the base, and {dtype} would round away small updates"
+_TRAINED_IN_FP32 = "the adapter was trained with the base in fp32"
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,9 @@ class Choice:
 
     Args:
         dtype: the dtype as in `--dtype`, never auto.
-        instead_of: the checkpoint's 16-bit dtype that auto avoids; None if the dtype is the checkpoint's or the user's.
+        instead_of: the checkpoint's 16-bit dtype that auto replaced, or None if auto replaced nothing.
         line: message about the choice, or None.
-        is_warning: whether the message is about a dtype that the user chose.
+        is_warning: whether the message is a warning about the user's choice.
     """
 
     dtype: str
@@ -60,9 +60,9 @@ def choose(dtype: str, device: str, stored: str | None, *, needs_fp32: str | Non
 
     Args:
         dtype: value of `--dtype`.
-        device: where the base runs.
-        stored: the checkpoint's dtype, see `stored_dtype`; None, if unknown, counts as fp32.
-        needs_fp32: reason why auto must be fp32, if there is one; `{dtype}` is replaced by `stored`.
+        device: device of the base.
+        stored: the checkpoint's dtype, see `stored_dtype`; None means fp32.
+        needs_fp32: reason why auto must be fp32, or None; `{dtype}` is replaced by `stored`.
 
     Raises:
         PeftcoreError: dtype or device is unknown.
@@ -75,7 +75,7 @@ def choose(dtype: str, device: str, stored: str | None, *, needs_fp32: str | Non
     if stored in (None, WIDE):
         return Choice(WIDE)
     if stored == "fp16":
-        reason: str | None = "gradients underflow in {dtype} unless they are scaled, which PyTorch does on CUDA only"
+        reason: str | None = "gradients underflow in {dtype} without loss scaling, which PyTorch only supports on CUDA"
     else:
         reason = device_choice.without_instructions(str(stored)) or needs_fp32
     if reason is None:
@@ -96,7 +96,7 @@ def slow_line(dtype: str, otherwise: str = "--dtype auto") -> str | None:
 
 
 def stored_dtype(config: Any) -> str | None:
-    """Return the dtype of a checkpoint by its transformers config, as in `--dtype`, or None."""
+    """Return the dtype in a checkpoint's transformers config, as in `--dtype`, or None."""
     from peftcore.plugin import text_config
 
     dtype = getattr(config, "dtype", None) or getattr(text_config(config), "dtype", None)
@@ -113,9 +113,9 @@ def of_base(
         model: folder or hub id.
         task: its task.
         dtype: value of `--dtype`.
-        device: where it runs.
+        device: device of the base.
         labels: a classifier's labels.
-        trained_in: the base's dtype when its adapter was trained, if the adapter's task file has it.
+        trained_in: the base's dtype in training, if the adapter's task file records it.
     """
     needs_fp32 = (
         _TRAINED_IN_FP32 if trained_in == WIDE or (trained_in is None and registered.find(task).new_head) else None
@@ -124,7 +124,7 @@ def of_base(
 
 
 def of_run(settings: Settings, labels: tuple[str, ...]) -> Choice:
-    """Choose the dtype of the base of a training run; of several processes the first chooses. Collective."""
+    """Choose the dtype of a training run's base. Rank 0 chooses for all processes. Collective."""
     choices: list[Choice] = []
     ranks.once(lambda: choices.append(_of_run(settings, labels)), together=True)
     (choice,) = ranks.of_first(choices)

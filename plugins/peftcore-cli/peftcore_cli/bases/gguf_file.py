@@ -1,4 +1,4 @@
-"""Base models in a .gguf file: its header, and its tensors read one by one."""
+"""Base models in .gguf files: read the header, and read tensors one at a time."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ _STRING, _ARRAY = 8, 9
 
 @dataclass(frozen=True)
 class Entry:
-    """Where a tensor is in the file, and how it is stored.
+    """Location and storage of a tensor in the file.
 
     Attributes:
-        shape: in PyTorch's order.
-        kind: number of its GGML type.
-        start: its first byte in the file.
+        shape: shape in PyTorch's order.
+        kind: number of the GGML type.
+        start: offset of the first byte in the file.
     """
 
     shape: tuple[int, ...]
@@ -45,7 +45,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Header:
-    """What a file says of its tensors: `fields` has numbers and texts, without arrays."""
+    """What a file says of its tensors: `fields` contains numbers and strings, but no arrays."""
 
     fields: dict[str, Any]
     tensors: dict[str, Entry]
@@ -56,10 +56,10 @@ class Header:
 
 
 def header(path: str) -> Header:
-    """Read the header of a file, without the seconds in which the `gguf` package makes objects of its vocabulary.
+    """Read the header of a file, skipping the vocabulary, for which the `gguf` package takes seconds.
 
     Raises:
-        PeftcoreError: the file is not GGUF of version 2 or 3, or is cut off.
+        PeftcoreError: the file is not GGUF version 2 or 3, or is truncated.
     """
     try:
         with (
@@ -69,11 +69,11 @@ def header(path: str) -> Header:
         ):
             return _Reader(view).header()
     except (ValueError, struct.error, UnicodeDecodeError, KeyError, IndexError, OverflowError) as error:
-        raise PeftcoreError(f"the model of '{path}' cannot be loaded: {error}. Download it again") from error
+        raise PeftcoreError(f"cannot load the model of '{path}': {error}. Download it again") from error
 
 
 class _Reader:
-    """Reader of the values of a file, one after the other."""
+    """Sequential reader of a file's values."""
 
     def __init__(self, data: memoryview, place: int = 0) -> None:
         self.data, self.place = data, place
@@ -88,11 +88,11 @@ class _Reader:
         start = self.place
         self.place += length
         if self.place > len(self.data):
-            raise ValueError("a text goes past its end")
+            raise ValueError("a string extends past the end of the file")
         return bytes(self.data[start : self.place]).decode()
 
     def value(self, kind: int) -> Any:
-        """Return the next value, of an array only None."""
+        """Return the next value, or None for an array."""
         if kind == _STRING:
             return self.text()
         if kind != _ARRAY:
@@ -109,11 +109,11 @@ class _Reader:
 
     def header(self) -> Header:
         if bytes(self.data[:4]) != b"GGUF":
-            raise ValueError("it does not begin with GGUF")
+            raise ValueError("the file does not begin with GGUF")
         self.place = 4
         version = self.number("I")
         if version not in (2, 3):
-            raise ValueError(f"it is GGUF of version {version}, and versions 2 and 3 are read")
+            raise ValueError(f"the file has GGUF version {version}, but only versions 2 and 3 are supported")
         tensors, fields = self.number("Q"), {}
         for _ in range(self.number("Q")):
             name = self.text()
@@ -129,22 +129,22 @@ class _Reader:
 
 
 def check_blocks(path: str) -> None:
-    """Raise PeftcoreError if the file has tensors of fewer blocks than its header counts.
+    """Raise a PeftcoreError if the file has tensors of fewer blocks than its header promises.
 
-    transformers would build every block first, which takes it minutes for a few hundred.
+    transformers would build every block first, which takes minutes for a few hundred.
     """
     found = header(path)
     blocks = {block for name in found.tensors for block in re.findall(r"\bblk\.(\d+)\.", name)}
     count = next((value for key, value in found.fields.items() if key.endswith(".block_count")), 0)
     if count > len(blocks):
         raise PeftcoreError(
-            f"the model of '{path}' cannot be loaded: its header counts {count} blocks, and it has tensors of "
+            f"cannot load the model of '{path}': the header promises {count} blocks, but the file has tensors of "
             f"{len(blocks)}. Download it again"
         )
 
 
 def stored_dtype(path: str) -> str:
-    """Return the dtype that holds what the file's matrices hold: fp32, fp16, or bf16 for bf16 and fewer bits.
+    """Return the dtype that fits the file's matrices: fp32, fp16, or bf16 (for bf16 and fewer bits).
 
     Raises:
         PeftcoreError: the file cannot be read.
@@ -156,10 +156,10 @@ def stored_dtype(path: str) -> str:
 
 @contextmanager
 def reading() -> Iterator[None]:
-    """Let transformers read files without a progress bar, and headers without the strings of the vocabulary.
+    """Patch transformers to read files without a progress bar, and headers without the vocabulary's strings.
 
-    transformers reads the header for the config, and again for the tokenizer's class. It uses the number of tokens
-    alone, and `gguf.GGUFReader` makes two arrays of each of 100,000 tokens and merges, which takes seconds.
+    transformers reads the header for the config, and again for the tokenizer's class. Only the number of tokens is
+    used, but `gguf.GGUFReader` creates two arrays for each of 100,000 tokens and merges, which takes seconds.
     """
     from unittest.mock import patch
 
@@ -188,7 +188,7 @@ def reading() -> Iterator[None]:
 
 
 class LazyTensor:
-    """A tensor of the file, which is read and dequantized when the loader of transformers takes it by `[...]`."""
+    """A lazy tensor of the file, which is read and dequantized when transformers' loader indexes it with `[...]`."""
 
     def __init__(self, data: numpy.memmap[Any, Any], entry: Entry, read: Any, dtype: torch.dtype) -> None:
         self._data, self._entry, self._read, self._dtype = data, entry, read, dtype
@@ -210,7 +210,7 @@ class LazyTensor:
 def load(folder: str, *, gguf_file: str, model_class: Any, config: Any, **options: Any) -> Any:
     """Return a model of one of the architectures `ONE_BY_ONE`, as `model_class.from_pretrained` does.
 
-    Memory holds the model and one dense tensor at a time, or with a `quantization_config` the model in 4 bits.
+    Peak memory is the model (in 4 bits with a `quantization_config`) and a single dense tensor.
     """
     import numpy
     import torch
@@ -233,7 +233,7 @@ def load(folder: str, *, gguf_file: str, model_class: Any, config: Any, **option
 
 
 def _names(model: Any, architecture: str) -> dict[str, str]:
-    """Return the names of the model's parameters by those in a file, as llama.cpp's table has them."""
+    """Return {name in the file: name of the model's parameter}, from llama.cpp's table."""
     import gguf
 
     kind = next(kind for kind, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 def load_tokenizer(model: str, adapter: Path | None = None) -> PreTrainedTokenizerBase:
-    """Load the adapter's tokenizer, or else the base's; without a padding token, the end-of-text token is used.
+    """Load the adapter's tokenizer, or the base's. If it has no padding token, padding uses the end-of-text token.
 
     Raises:
         PeftcoreError: the tokenizer cannot be loaded.
@@ -37,11 +37,13 @@ def load_tokenizer(model: str, adapter: Path | None = None) -> PreTrainedTokeniz
     if adapter is not None and has_tokenizer(adapter):
         return adapter_tokenizer.load(adapter)
     tokenizer = pretrained(AutoTokenizer.from_pretrained, model, "tokenizer")
-    if type(tokenizer).__name__ == conversations.MISTRAL:  # transformers prefers it if mistral-common is installed
+    if (
+        type(tokenizer).__name__ == conversations.MISTRAL
+    ):  # transformers prefers this class if mistral-common is installed
         converted = pretrained(AutoTokenizer.from_pretrained, model, "tokenizer", mistral_format=False)
         tokenizer = (
             tokenizer if converted.eos_token is None else converted
-        )  # it has no tokens if the folder only has tekken.json
+        )  # an empty tokenizer, if the folder only has tekken.json
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     return tokenizer
@@ -63,7 +65,7 @@ def image_processor(model: str, task: str) -> Any:
 
 
 def chat_processor(model: str, task: str, *, hears: bool) -> Any:
-    """Load the processor of a model for conversations with images, or, if it `hears`, with audio.
+    """Load the processor of a model for conversations with images, or with audio if `hears` is set.
 
     Raises:
         PeftcoreError: it cannot be loaded.
@@ -86,7 +88,7 @@ def _refuse_gguf(model: str, task: str) -> None:
 
 
 def _with_torchvision(kind: Any, model: str, label: str) -> Any:
-    """Load a processor that may need torchvision.
+    """Load a processor, which may need torchvision.
 
     Raises:
         PeftcoreError: it cannot be loaded, or torchvision is not installed.
@@ -98,19 +100,19 @@ def _with_torchvision(kind: Any, model: str, label: str) -> Any:
         is_named = isinstance(error, AttributeError) or "torchvision" in str(error).lower()
         if is_named and importlib.util.find_spec("torchvision") is None:
             raise PeftcoreError(
-                f"the {label} of '{model}' needs torchvision, which is not installed. Install the release that fits "
-                "your PyTorch: pip install torchvision"
+                f"the {label} of '{model}' needs torchvision, which is not installed. Install the release for your "
+                "version of PyTorch: pip install torchvision"
             ) from error
         if isinstance(error, PeftcoreError):
             raise
-        raise PeftcoreError(f"the {label} of '{model}' cannot be loaded: {error}") from error
+        raise PeftcoreError(f"cannot load the {label} of '{model}': {error}") from error
 
 
 def speech_processor(model: str, task: str, adapter: Path | None) -> tuple[Any, PretrainedConfig]:
     """Load the processor and the config of a Whisper model.
 
     Raises:
-        PeftcoreError: it cannot be loaded, or the model is of another kind.
+        PeftcoreError: the processor cannot be loaded, or the model is not a Whisper model.
     """
     quiet_transformers()
     from transformers import AutoFeatureExtractor, WhisperProcessor
@@ -177,7 +179,7 @@ def load_model(
         own_code.complete(base)
     if registered.find(task).reads_tokens:
         _set_padding(base, model)
-    release_free_memory()  # freed by loading, but still held by the allocator
+    release_free_memory()  # return memory that loading has freed to the system
     return base.to(torch_device(device)).eval()
 
 
@@ -210,7 +212,7 @@ def _load_gguf(
 
 
 def _packing_of(config: PretrainedConfig) -> dict[str, Any] | None:
-    """Return arguments of `quantization.load` that keep a 4-bit checkpoint in 4 bits, or None for others."""
+    """Return arguments of `quantization.load` that keep a 4-bit checkpoint in 4 bits, or None for other checkpoints."""
     from peftcore.quantization import is_packed
 
     quantization_config = getattr(config, "quantization_config", None)
@@ -224,7 +226,7 @@ def _packing_of(config: PretrainedConfig) -> dict[str, Any] | None:
 
 
 def _refuse_unknown_quantization(quantization_config: Any) -> None:
-    """Raise a PeftcoreError for a quantization that transformers would ignore and load random weights instead.
+    """Raise a PeftcoreError for a quantization that transformers does not know, because it would load random weights.
 
     Args:
         quantization_config: the field of the model's config.
@@ -247,7 +249,7 @@ def _refuse_unknown_quantization(quantization_config: Any) -> None:
 
 @contextlib.contextmanager
 def quantize_advice(quant_type: str | None) -> Iterator[None]:
-    """Extend errors that suggest arguments of `peftcore.quantize` by their command-line options.
+    """Inside the block, extend errors that suggest arguments of `peftcore.quantize` with the matching options.
 
     Args:
         quant_type: 4-bit type of the base; with None, errors stay unchanged.
@@ -261,25 +263,25 @@ def quantize_advice(quant_type: str | None) -> Iterator[None]:
         if quant_type is None or method is None or not any(f"{name}=" in str(error) for name in ("skip", "blocksize")):
             raise
         raise type(error)(
-            f"{error}. `peftcore train` takes skip and blocksize as fields of a method: --method {method} --set "
-            f"quant_type={quant_type} --set skip=NAME,NAME; other commands then use the values that the adapter records"
+            f"{error}. For `peftcore train`, skip and blocksize are fields of a method: --method {method} --set "
+            f"quant_type={quant_type} --set skip=NAME,NAME. Other commands use the values that the adapter records"
         ) from error
 
 
 def _quantizes(config_class: Any) -> bool:
-    """Return whether a method's config has fields for the quantization of the base."""
+    """Return whether the method's config has fields for the quantization of the base."""
     return {"quant_type", "skip", "blocksize"} <= {config_field.name for config_field in fields(config_class)}
 
 
-_CODE_NOT_RUN = ". Its repository has its own code, which was not run: read it, and pass --trust-remote-code"
+_CODE_NOT_RUN = ". The repository's own code was not run: read the code, and pass --trust-remote-code"
 
 
 def _check_whole(base: PreTrainedModel, missing: Collection[str], model: str, task: str) -> None:
-    """Warn about weights that are missing from the checkpoint and were initialised at random; refuse a .gguf file.
+    """Warn about weights that are missing from the checkpoint and thus random; raise for a .gguf file.
 
     Args:
         base: the model.
-        missing: names of the missing weights. A classifier's head is expected among them.
+        missing: names of the missing weights. A classifier's head may be among them.
         model: name of the model, for messages.
         task: the task.
     """
@@ -290,27 +292,31 @@ def _check_whole(base: PreTrainedModel, missing: Collection[str], model: str, ta
         return
     lacks = f"lacks {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
     if model.endswith(".gguf"):
-        raise PeftcoreError(f"the model of '{model}' cannot be loaded: the file {lacks}. Download it again")
+        raise PeftcoreError(f"cannot load the model of '{model}': the file {lacks}. Download it again")
     code = "" if remote_code() or not getattr(base.config, "auto_map", None) else _CODE_NOT_RUN
-    warn(f"checkpoint '{model}' {lacks}: these weights are initialised at random{code}")
+    warn(f"the checkpoint '{model}' {lacks}, so these weights are initialised at random{code}")
 
 
 def _check_shapes(base: PreTrainedModel, mismatched: Collection[Any], model: str) -> None:
-    """Print that a head for other labels was replaced; refuse other weights whose shapes differ from the config."""
+    """Print a notice if a head for other labels was replaced, and refuse other weights with unexpected shapes."""
     names = [entry if isinstance(entry, str) else entry[0] for entry in mismatched]
     backbone = f"{base.base_model_prefix}."
     wrong = next((name for name in names if name.startswith(backbone)), None)
     if wrong is not None:
-        raise PeftcoreError(f"the model of '{model}' cannot be loaded: '{wrong}' does not have the shape of its config")
+        raise PeftcoreError(
+            f"cannot load the model of '{model}': the weight '{wrong}' does not have the shape that its config requires"
+        )
     if names:
-        note(f"the head of '{model}' is for other labels and was replaced by a new one for {base.config.num_labels}")
+        note(
+            f"the head of '{model}' is for other labels, so it was replaced by a new head for "
+            f"{base.config.num_labels} labels"
+        )
 
 
 def _compute_in_fp32(base: PreTrainedModel, device: str) -> None:
-    """Make a 4-bit checkpoint compute in fp32 if this processor has no instructions for its compute dtype.
+    """Compute a 4-bit checkpoint in fp32 if this processor has no instructions for its compute dtype.
 
-    The compute dtype of a checkpoint is chosen for a GPU; layers of bitsandbytes and peftcore have it as
-    `compute_dtype`.
+    Checkpoints choose a compute dtype for GPUs, which bitsandbytes and peftcore store in the layers as `compute_dtype`.
     """
     import torch
 
@@ -321,7 +327,7 @@ def _compute_in_fp32(base: PreTrainedModel, device: str) -> None:
         modules: list[Any] = [module for module in packed if module.compute_dtype == getattr(torch, full_name)]
         reason = without_instructions(name)
         if modules and reason is not None:
-            note(f"4-bit weights are multiplied in fp32, not in {name} as the checkpoint says: {reason}")
+            note(f"4-bit weights are multiplied in fp32 instead of {name}, the dtype of the checkpoint: {reason}")
             for module in modules:
                 module.compute_dtype = torch.float32
 
@@ -344,7 +350,7 @@ def _empty_from_config(config: PretrainedConfig, model: str, task: str) -> Any:
     try:
         return auto_class.from_config(config, **remote_code())
     except Exception as error:  # the model's code may not support the meta device
-        raise PeftcoreError(f"the code of '{model}' cannot make a model without weights: {error}") from error
+        raise PeftcoreError(f"the code of '{model}' cannot create a model on the meta device: {error}") from error
 
 
 def load_config(model: str, task: str, labels: tuple[str, ...] = ()) -> PretrainedConfig:
@@ -365,8 +371,8 @@ def load_config(model: str, task: str, labels: tuple[str, ...] = ()) -> Pretrain
         raise PeftcoreError(f"--task {task} needs {config_task.needed_model.format(description)}")
     if auto_class is transformers.AutoModelForCausalLM and _is_encoder(config):
         raise PeftcoreError(
-            f"--task {task} needs a decoder, found {description}, an encoder, which would see the words that it has "
-            "to predict. Use it for classification, tags or pairs, or pass another model"
+            f"--task {task} needs a decoder, found the encoder {description}, which attends to the tokens it has to "
+            "predict. Use the encoder for classification, tags or pairs, or pass another model"
         )
     config_task.check_config(model, config)
     if type(config) in model_classes:
@@ -378,7 +384,7 @@ def load_config(model: str, task: str, labels: tuple[str, ...] = ()) -> Pretrain
 
 @functools.lru_cache(maxsize=1)
 def _gguf_config(model: str, modified: int, task: str, labels: tuple[str, ...]) -> PretrainedConfig:
-    """Return the config of a .gguf file, cached, because transformers takes seconds and a run needs it three times."""
+    """Return the config of a .gguf file, cached because reading takes seconds and a run needs it three times."""
     from transformers import AutoConfig
 
     config: PretrainedConfig = pretrained(AutoConfig.from_pretrained, model, "configuration", **_head(task, labels))
@@ -386,7 +392,7 @@ def _gguf_config(model: str, modified: int, task: str, labels: tuple[str, ...]) 
 
 
 def has_code(config: PretrainedConfig, task: str) -> bool:
-    """Return whether to use a class of the model's own code instead of one of transformers."""
+    """Return whether the model's class comes from its own code instead of transformers."""
     return bool(remote_code()) and _auto_class(task).__name__ in (getattr(config, "auto_map", None) or {})
 
 
@@ -415,11 +421,11 @@ def _auto_class(task: str) -> Any:
 
 
 def _head(task: str, labels: tuple[str, ...]) -> dict[str, Any]:
-    """Return the config fields that give the head its outputs and its loss."""
+    """Return the config fields that determine the head's outputs and loss."""
     return registered.find(task).head(labels)
 
 
 def _set_padding(base: PreTrainedModel, model: str) -> None:
-    """Set the padding token in the config, from which classifiers on decoders find the last token."""
+    """Set the padding token in the config, which classifiers on decoders use to find the last token."""
     if getattr(base.config, "pad_token_id", None) is None:
         base.config.pad_token_id = load_tokenizer(model).pad_token_id

@@ -1,4 +1,4 @@
-"""Models with code of their own repository: add the methods that commands call."""
+"""Models with their own code: add missing methods that commands call."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from peftcore.errors import PeftcoreError
 
 
 def complete(model: nn.Module) -> None:
-    """Add a loss to the class of a language model, and an error if it has no `generate`.
+    """Add a loss to the class of a language model, and a clear error if the class has no `generate`.
 
     Classes written for transformers 4 inherited `generate` from `PreTrainedModel`, and some return only logits.
     """

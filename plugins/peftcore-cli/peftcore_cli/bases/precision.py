@@ -1,8 +1,8 @@
 """`--precision`: the compute dtype of training.
 
-auto is the base's dtype, and fp32 uses fp32 for base and computation. bf16 and fp16 are mixed precision: the base is in
-fp32 unless `--dtype` says otherwise, and PyTorch's autocast computes in 16 bits (Micikevicius et al. 2018, arXiv
-1710.03740).
+auto computes in the base's dtype, and fp32 uses fp32 for the base and the computation. bf16 and fp16 are mixed
+precision: PyTorch's autocast computes in 16 bits over a base in fp32, or in the dtype of `--dtype` (Micikevicius et al.
+2018, arXiv 1710.03740).
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 
 
 def check(precision: str, dtype: str, device: str) -> None:
-    """Raise a PeftcoreError unless the device exists and supports the precision, and the dtype fits it."""
+    """Raise a PeftcoreError if the device is missing, or the device or --dtype contradicts the precision."""
     kind = device_choice.torch_device(device).type
     if precision not in PRECISIONS:
         raise PeftcoreError(f"--precision must be one of {', '.join(PRECISIONS)}, found '{precision}'")
     if precision == "fp32" and dtype == "bf16":
-        raise PeftcoreError("--precision fp32 contradicts a base in bf16. Leave out --dtype bf16")
+        raise PeftcoreError("--precision fp32 contradicts --dtype bf16. Remove --dtype bf16")
     if precision == "fp16" and kind != "cuda":
         raise PeftcoreError(
-            "--precision fp16 scales gradients, which PyTorch does on CUDA only. On a CPU use --precision bf16"
+            "--precision fp16 needs loss scaling, which PyTorch only supports on CUDA. Use --precision bf16 on a CPU"
         )
 
 
@@ -45,7 +45,7 @@ def arguments(precision: str) -> dict[str, bool]:
 
 
 def autocast(precision: str, device: str) -> AbstractContextManager[object]:
-    """Return the autocast context of a training step, or a context that does nothing."""
+    """Return the autocast context of a training step, or a null context."""
     import torch
 
     if precision not in ("bf16", "fp16"):
@@ -55,10 +55,10 @@ def autocast(precision: str, device: str) -> AbstractContextManager[object]:
 
 @contextlib.contextmanager
 def own(model: nn.Module) -> Iterator[None]:
-    """Make the model compute in its own dtype inside the block.
+    """Inside the block, compute in the model's own dtype.
 
-    accelerate puts a mixed-precision `forward` on the instance, which would make metrics differ from those before
-    training and those of `peftcore eval`.
+    accelerate patches the instance with a mixed-precision `forward`, with which metrics would differ from `peftcore
+    eval` and from the metrics before training.
     """
     mixed_forward = model.__dict__.pop("forward", None) if "_original_forward" in model.__dict__ else None
     try:

@@ -1,1 +1,1 @@
-"""Commands of the core, one file each; code shared by several is one folder up."""
+"""Commands of the core, one file each. Code that commands share is in the parent folder."""

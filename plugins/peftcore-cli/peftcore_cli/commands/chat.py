@@ -21,11 +21,11 @@ EXAMPLES = (
 )
 
 BASE = "base"
-HELP = """/use NAME       answer with this adapter; /use base for the base
-/adapters       list the loaded adapters
-/system TEXT    set the system message and start again
-/reset          start again
-/quit           end (also Ctrl-D)"""
+HELP = (
+    "/use NAME       switch to this adapter, or to the base (/use base)\n/adapters       list the loaded "
+    "adapters\n/system TEXT    set the system message and start again\n/reset          start again\n/quit           "
+    "end the chat (also Ctrl-D)"
+)
 
 
 def chat(
@@ -34,19 +34,17 @@ def chat(
         typer.Argument(
             metavar="[NAME=]ADAPTER",
             autocompletion=completion.adapters,
-            help="Folders of adapters or runs that share a base; leave them out to chat with the base.",
+            help="Folders of adapters or runs that share a base; default: chat with the base alone.",
         ),
     ] = None,
     model: options.BaseModel = None,
     trust_remote_code: options.TrustRemoteCode = False,  # the application reads it
-    system: Annotated[str | None, typer.Option(help="System message.")] = None,
-    max_new_tokens: Annotated[
-        int, typer.Option(min=1, metavar="N", help="Maximum number of tokens in an answer.")
-    ] = 512,
+    system: Annotated[str | None, typer.Option(help="System message of the conversation.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Maximum number of tokens per answer.")] = 512,
     temperature: Annotated[
-        float, typer.Option(min=0, metavar="X", help="Sampling temperature; 0: greedy decoding.")
+        float, typer.Option(min=0, metavar="X", help="Sampling temperature; 0 means greedy decoding.")
     ] = 0.0,
-    seed: Annotated[int, typer.Option(help="Random seed for a temperature above 0.")] = 0,
+    seed: Annotated[int, typer.Option(help="Random seed for sampling.")] = 0,
     chat_template: options.ChatTemplate = None,
     quantize: options.Quantize = None,
     dtype: options.Dtype = "auto",
@@ -54,7 +52,7 @@ def chat(
 ) -> None:
     """Chat with a model; inside the chat, /help lists its commands.
 
-    Several adapters of one base can be loaded; /use NAME switches between them.
+    You can load several adapters of one base and switch between them with /use NAME.
     """
     import peftcore
     from peftcore_cli.bases import base_and_adapter, base_files, base_quantization, dtype_choice, models
@@ -79,7 +77,7 @@ def chat(
     tokenizers = {name: models.load_tokenizer(base, folder) for name, folder in folders.items()}
     for name, tokenizer in tokenizers.items():
         conversations.set_template(tokenizer, chat_template, about[name].chat_template)
-    if not is_resized:  # a resized base has untrained rows, so it cannot answer alone
+    if not is_resized:  # the base alone cannot answer, because its new rows are untrained
         tokenizers[BASE] = models.load_tokenizer(base)
         templates = [task.chat_template for task in about.values() if task.chat_template]
         conversations.set_template(tokenizers[BASE], chat_template, templates[0] if templates else None)
@@ -87,17 +85,17 @@ def chat(
     conversations.render(tokenizers[start], [{"role": "user", "content": "."}])  # raises without a template
     session = ChatSession(loaded_model, tokenizers, system, max_new_tokens, temperature, seed)
     session.use(start)
-    say("/help lists the commands; Ctrl-D ends", "dim")
+    say("Type /help for commands, Ctrl-D to end", "dim")
     while (line := _read()) is not None:
         if line.strip() and not session.handle(line.strip()):
             break
 
 
 def _adapter_tasks(folders: dict[str, Path]) -> dict[str, AdapterTask]:
-    """Return what each adapter was trained for.
+    """Return the task of each adapter.
 
     Raises:
-        PeftcoreError: one of them cannot chat.
+        PeftcoreError: an adapter is for a task that cannot chat.
     """
     from peftcore_cli.bases import adapter_folders
     from peftcore_cli.tasks import registered
@@ -111,10 +109,10 @@ def _adapter_tasks(folders: dict[str, Path]) -> dict[str, AdapterTask]:
 
 
 def _common_base(folders: dict[str, Path], model: str | None) -> str:
-    """Return `model`, or else the base that all adapters were trained on.
+    """Return `model`, or by default the base that all adapters were trained on.
 
     Raises:
-        PeftcoreError: they were trained on different bases.
+        PeftcoreError: the adapters were trained on different bases.
     """
     from peftcore_cli.bases import adapter_folders
 
@@ -125,14 +123,14 @@ def _common_base(folders: dict[str, Path], model: str | None) -> str:
     for name, other_base in bases.items():
         if other_base != base:
             raise PeftcoreError(
-                f"'{name}' was trained on '{other_base}', but '{first}' on '{base}'. Name one base for all: "
-                "--model MODEL"
+                f"the adapter '{name}' was trained on '{other_base}', but '{first}' on '{base}'. Pass one base for "
+                "all adapters: --model MODEL"
             )
     return base
 
 
 class ChatSession:
-    """A conversation and the adapter that answers.
+    """A conversation with the base or one of the adapters.
 
     `tokenizers`: the tokenizer of each adapter and of the base, by name.
     """
@@ -163,7 +161,7 @@ class ChatSession:
             names = list(self.tokenizers)
             reason = f"no adapter '{name}' is loaded{nearest(name, names)}"
             if name == BASE:
-                reason = "the base has no rows for the new tokens of the adapter's vocabulary"
+                reason = "the base has no embeddings for the new tokens of the adapter's vocabulary"
             warn(f"{reason}. Loaded: {', '.join(names)}")
             return
         if self.tokenizers.keys() != {BASE}:
@@ -217,7 +215,7 @@ class ChatSession:
 
 
 def _fit_vocabulary(model: Any, folders: dict[str, Path]) -> bool:
-    """Resize the model's vocabulary for the adapters, and return whether that changed it."""
+    """Resize the model's vocabulary for the adapters, and return whether the size changed."""
     from peftcore.files import vocabulary_rows
     from peftcore_cli.bases import base_and_adapter
 
@@ -240,7 +238,7 @@ def _folders_by_name(texts: list[str]) -> dict[str, Path]:
         folder = Path(path if is_named else text)
         name = name if is_named else folder.resolve().name
         if name in folders or name == BASE:
-            raise PeftcoreError(f"two adapters have the name '{name}'. Name them: NAME=FOLDER")
+            raise PeftcoreError(f"two adapters have the name '{name}'. Give each a name: NAME=FOLDER")
         folders[name] = adapter_folder(folder)
     return folders
 

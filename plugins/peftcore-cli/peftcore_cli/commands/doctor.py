@@ -1,4 +1,4 @@
-"""`peftcore doctor`: check the installation, and print what is missing and how to install it."""
+"""`peftcore doctor`: check the installation, and print missing packages with the commands that install them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from peftcore_cli.console import NO_METHOD, out, say, table, warn
 
 EXAMPLES = ("peftcore doctor",)
 
-# Optional libraries, and what needs them.
+# Optional libraries, and the features that need them.
 LIBRARIES = {
     "transformers": "train, eval, generate, merge and plan",
     "accelerate": "train",
@@ -23,7 +23,7 @@ LIBRARIES = {
 
 
 def doctor(as_json: options.Json = False) -> object:
-    """Check the installation; nothing is changed."""
+    """Check the installation, without changing anything."""
     import torch
 
     from peftcore.ops.build_info import build_info
@@ -65,7 +65,9 @@ def doctor(as_json: options.Json = False) -> object:
         except Exception as error:  # a library that fails to import counts as missing, whatever it raises
             libraries[name] = None
             rows.append((name, f"missing: {error}"))
-            problems.append(f"'{name}' is missing; it is required for {used_for}. Install it: pip install {name}")
+            problems.append(
+                f"'{name}' is not installed, but is required for {used_for}. Install it: pip install {name}"
+            )
     methods = _methods(problems)
     rows += [("experts", _experts(build.available, build.cpu_level)), ("methods", ", ".join(methods) or "none")]
     problems += [f"costs: {cost}" for cost in build.costs]
@@ -106,11 +108,11 @@ def _has_bf16() -> bool:
 
 
 def _experts(has_kernels: bool, level: str | None) -> str:
-    """Describe how mixtures of experts run here."""
+    """Describe how mixtures of experts are computed in this installation."""
     try:
         importlib.import_module("transformers.integrations.moe").ALL_EXPERTS_FUNCTIONS  # noqa: B018
     except Exception:
-        return "not fused (transformers 5 is needed). Each model runs its own forward on adapted weights"
+        return "not fused (transformers 5 is required). Each model's own forward runs on the adapted weights"
     return f"fused, {level} kernels" if has_kernels else "one at a time in PyTorch, because the extension is missing"
 
 
@@ -119,7 +121,7 @@ def _methods(problems: list[str]) -> list[str]:
     import peftcore
 
     installed = peftcore.plugins()
-    problems += [f"plugin '{p.name}' ({p.distribution}) is broken: {p.error}" for p in installed if p.error]
+    problems += [f"the plugin '{p.name}' ({p.distribution}) is broken: {p.error}" for p in installed if p.error]
     if not any(p.methods for p in installed):
         problems.append(NO_METHOD)
     return [name for plugin in installed for name in plugin.methods]

@@ -36,8 +36,8 @@ def evaluate(
 ) -> object:
     """Evaluate a base model with and without its adapter on a file of examples.
 
-    For a classifier, the base has a randomly initialised head, so its figures show chance level. It is the head that
-    training started with if the adapter records the seed.
+    The base of a classifier has a randomly initialised head, so its metrics are at chance level. If the adapter records
+    the seed, this is the head that training started from.
     """
     from peftcore_cli.bases import adapter_folders, base_and_adapter
     from peftcore_cli.data import row_reading
@@ -48,8 +48,8 @@ def evaluate(
     for source in row_reading.sources(data):
         if source.weight != 1:
             raise PeftcoreError(
-                f"eval measures every example once, found the weight {source.weight:g} for --data {source.path}. "
-                "Leave out the weight"
+                f"eval measures every example once, so --data {source.path} cannot have the weight "
+                f"{source.weight:g}. Remove the weight"
             )
     about = adapter_folders.adapter_task(adapter, labels)
     about = replace(about, max_length=max_length or about.max_length)
@@ -61,13 +61,13 @@ def evaluate(
     )
     if run_options.metric is not None and not is_of_answers:
         raise PeftcoreError(
-            f"eval shows every metric of {task.name}; --metric only adds metrics of answers "
-            f"({', '.join(generations.FIGURES)}, FILE.py:FUNCTION), found '{run_options.metric}'. Leave it out"
+            f"eval shows every metric of {task.name}, and --metric only adds metrics of answers "
+            f"({', '.join(generations.FIGURES)}, FILE.py:FUNCTION), found '{run_options.metric}'. Remove --metric"
         )
     if ("reward" in task.options) != (run_options.reward is not None):
         raise PeftcoreError(
-            f"eval needs --reward FILE.py:FUNCTION for {registered.names_with_option('reward')}, and for no other task "
-            f"(the task is {task.name})"
+            f"--reward FILE.py:FUNCTION is required for {registered.names_with_option('reward')}, and refused for "
+            f"other tasks (the task is {task.name})"
         )
     base = adapter_folders.base_of(adapter, model)
     processor = task.load_processor(base, adapter)

@@ -30,22 +30,31 @@ EXAMPLES = (
 
 
 def export(
-    format: Annotated[str | None, typer.Option(help="Format to write; leave it out to list the formats.")] = None,
+    format: Annotated[
+        str | None, typer.Option(help=("Format to write; without --format, the available formats are listed."))
+    ] = None,
     adapter: options.MaybeAdapter = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="New folder; default: one next to the adapter.")
+        Path | None,
+        typer.Option("--output", "-o", help=("New folder to write to; default: a folder next to the adapter.")),
     ] = None,
     model: options.BaseModel = None,
     trust_remote_code: options.TrustRemoteCode = False,  # the application reads it
     settings: Annotated[
-        list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Option of the format. Repeatable.")
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="NAME=VALUE", help=("Set an option of the format, such as gguf_type=q8_0. Repeatable.")
+        ),
     ] = None,
     only: Annotated[
-        str | None, typer.Option(help="Part to write, if the format supports both: adapter, or model (merged).")
+        str | None,
+        typer.Option(
+            help=("What to write, for formats that support both: adapter, or model (with the adapter merged).")
+        ),
     ] = None,
     convert: Annotated[
         int | None,
-        typer.Option(metavar="RANK", help="Write a low-rank approximation of the adapter, of this rank."),
+        typer.Option(metavar="RANK", help="Write a low-rank approximation of the adapter with this rank."),
     ] = None,
     untie: Annotated[bool, typer.Option("--untie", help="Untie an adapted embedding from the output head.")] = False,
     quantize: options.Quantize = None,
@@ -54,8 +63,8 @@ def export(
 ) -> None:
     """Export an adapter or a merged model for another program.
 
-    A format holds adapters, models or both. If the other program would compute something else, the error explains why.
-    Without an adapter, the base itself is exported.
+    Some formats hold adapters, some hold models, and some both. If the other program would compute different outputs,
+    the export fails with the reason. Without an adapter, the base itself is exported.
     """
     from peftcore import exporting
     from peftcore_cli.bases import adapter_folders, base_and_adapter, base_files, base_quantization, models
@@ -91,7 +100,7 @@ def export(
 
 @dataclass
 class _Work:
-    """The files of one export, and the report that is printed when all are written."""
+    """The files of one export, and the report that is printed at the end."""
 
     exporter: Exporter
     options: dict[str, Any]
@@ -99,10 +108,10 @@ class _Work:
     model: PreTrainedModel
     base: str
     report: list[str] = field(default_factory=list)
-    paths: list[Path] = field(default_factory=list)  # of all files, also of those that could not be written
+    paths: list[Path] = field(default_factory=list)  # reports of all files, including files that could not be written
 
     def write_adapter(self, adapter: str, required: bool) -> None:
-        """Write the adapter. If the format cannot represent it, warn, or raise if the adapter is required."""
+        """Write the adapter. If the format cannot represent the adapter, warn, or raise if the adapter is required."""
         import peftcore
 
         path = self.folder / self.exporter.adapter_file
@@ -137,7 +146,7 @@ class _Work:
 
 
 def _list_formats() -> None:
-    """Print the installed formats, their parts and options."""
+    """Print the installed formats with their parts and options."""
     from peftcore import exporting
 
     def options(exporter: Exporter) -> str:
@@ -149,7 +158,7 @@ def _list_formats() -> None:
     table(rows, ("format", "for", "writes", "options (--set)"))
 
 
-_FROM_THE_RUN = ("tokenizer", "chat_template")  # options that are taken from the run
+_FROM_THE_RUN = ("tokenizer", "chat_template")  # options with defaults from the run
 
 
 def _options(exporter: Exporter, settings: list[str] | None) -> dict[str, Any]:
@@ -172,7 +181,7 @@ def _add_tokenizer(
 def _refuse_part(
     exporter: Exporter, part: str | None, adapter: Path | None, model: str | None, convert: int | None
 ) -> None:
-    """Raise a PeftcoreError if the format cannot hold the part to write, or an adapter is needed and missing."""
+    """Raise a PeftcoreError if the format does not support the part to write, or a required adapter is missing."""
     from peftcore import exporting
 
     if part is not None and part not in exporter.parts:
@@ -183,12 +192,13 @@ def _refuse_part(
         return
     model_formats = [name for name, other in exporting.formats().items() if "model" in other.parts]
     raise PeftcoreError(
-        f"no adapter was given. Pass its folder, or export a model alone (--model) to {' or '.join(model_formats)}"
+        "no adapter was given. Pass the folder of one, or export a model alone (--model) to "
+        f"{' or '.join(model_formats)}"
     )
 
 
 def _tokenizer(base: str, adapter: Path | None, task: AdapterTask) -> tuple[Any, str | None]:
-    """Return the tokenizer and a chat template that overrides its own. Training may save both with the adapter."""
+    """Return the tokenizer, and the chat template that overrides its own; training may save both."""
     from peftcore_cli.bases import adapter_folders, models
     from peftcore_cli.tasks import registered
 
@@ -204,7 +214,7 @@ def _tokenizer(base: str, adapter: Path | None, task: AdapterTask) -> tuple[Any,
 
 
 def _default_folder(adapter: Path | None, model: str, format: str) -> Path:
-    """Return `run/gguf` for the adapter of a run, otherwise a folder next to the exported one."""
+    """Return `run/gguf` for the adapter of a run, or a folder next to any other adapter or model."""
     if adapter is None:
         return Path(f"{Path(model).name.removesuffix('.gguf')}-{format}")
     return adapter.with_name(format) if adapter.name == "adapter" else adapter.with_name(f"{adapter.name}-{format}")
@@ -218,12 +228,11 @@ def _check_new(folder: Path) -> Path:
 
 @contextmanager
 def complete_or_removed(folder: Path, paths: list[Path]) -> Iterator[None]:
-    """If an error ends the block, remove what it wrote to `folder`, which was new or empty, and nothing else.
+    """If the block raises, remove the files that it wrote to `folder`, which was new or empty, and nothing else.
 
     Args:
         folder: the folder.
-        paths: files and folders that the block has begun to write. Files whose names continue with a dot belong to
-            them.
+        paths: files and folders that the block writes. Files named `PATH.*` are also removed.
     """
     created = [parent for parent in (folder, *folder.parents) if not parent.exists()]
     try:
@@ -244,11 +253,16 @@ def _adapter_to_write(model: PreTrainedModel, rank: int | None) -> str:
 
     names = [adapter.name for adapter in peftcore.summary(model).adapters]
     if len(names) != 1:
-        raise PeftcoreError(f"the folder contains the adapters {', '.join(names)}. Pass the folder of one of them")
+        raise PeftcoreError(
+            f"the folder contains several adapters: {', '.join(names)}. Pass the folder of a single adapter"
+        )
     (name,) = names
     if rank is None:
         return name
     method = next(key for key, candidate in peftcore.methods().items() if candidate.low_rank is not None)
     kept_norm = peftcore.convert(model, name, method=method, r=rank, adapter="converted")
-    say(f"rank {rank} keeps at least {min(kept_norm.values()):.1%} of the adapter's change in every layer")
+    say(
+        f"rank {rank} preserves at least {min(kept_norm.values()):.1%} of the norm of the adapter's change in every "
+        "layer"
+    )
     return "converted"

@@ -15,39 +15,41 @@ EXAMPLES = ('peftcore generate run -p "Is it good?" --compare',)
 
 def generate(
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="Text of the prompt.")],
-    pair: Annotated[str | None, typer.Option(help="Second text, for a classifier trained on pairs.")] = None,
+    pair: Annotated[str | None, typer.Option(help="Second text, for classifiers of text pairs.")] = None,
     adapter: options.MaybeAdapter = None,
     model: options.BaseModel = None,
     trust_remote_code: options.TrustRemoteCode = False,  # the application reads it
     chat: Annotated[
         bool | None,
-        typer.Option(help="Format the prompt with the chat template; default: as in training."),
+        typer.Option(help="Format the prompt with the chat template; default: if the adapter was trained on chats."),
     ] = None,
     chat_template: options.ChatTemplate = None,
-    compare: Annotated[bool, typer.Option("--compare", help="Also show the answer of the base model.")] = False,
+    compare: Annotated[bool, typer.Option("--compare", help="Also show the base model's answer.")] = False,
     max_new_tokens: Annotated[
         int, typer.Option(min=1, metavar="N", help="Maximum number of tokens in the answer.")
     ] = 64,
     temperature: Annotated[
-        float, typer.Option(min=0, metavar="X", help="Sampling temperature; 0: greedy decoding.")
+        float, typer.Option(min=0, metavar="X", help="Sampling temperature; 0 means greedy decoding.")
     ] = 0.0,
-    seed: Annotated[int, typer.Option(help="Random seed for a temperature above 0.")] = 0,
+    seed: Annotated[int, typer.Option(help="Random seed for sampling.")] = 0,
     labels: options.Labels = None,
     quantize: options.Quantize = None,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
 ) -> None:
-    """Answer a prompt with an adapter, and with --compare also without it."""
+    """Answer a prompt with an adapter, a base model, or (with --compare) both."""
     import peftcore
     from peftcore_cli.bases import adapter_folders, base_and_adapter, base_files, models
     from peftcore_cli.tasks import conversations, registered
 
     if adapter is None and model is None:
         raise PeftcoreError(
-            "nothing to generate with. Pass an adapter (peftcore generate FOLDER), a model (--model MODEL), or both"
+            "no model was given. Pass an adapter (peftcore generate FOLDER), a model (--model MODEL), or both"
         )
     if adapter is None and (compare or labels is not None):
-        raise PeftcoreError(f"{'--compare' if compare else '--labels'} needs an adapter. Pass one, or leave it out")
+        raise PeftcoreError(
+            f"{('--compare' if compare else '--labels')} needs an adapter. Pass one, or remove the option"
+        )
     if adapter is None:
         about, base = adapter_folders.AdapterTask(registered.default_name(), 512), base_files.resolve(str(model))
     else:
@@ -56,7 +58,7 @@ def generate(
     if not task.generates:
         adapter_folders.refuse_without_prompts(str(adapter), about.task)
     if pair is not None and not task.takes_pairs:
-        raise PeftcoreError(f"--pair only works with a classifier (the task is {about.task}). Leave it out")
+        raise PeftcoreError(f"--pair only works with a classifier (the task is {about.task}). Remove --pair")
     loaded_model = base_and_adapter.load_base(base, about, adapter, quantize=quantize, dtype=dtype, device=device)
     peftcore.fuse(loaded_model)
     tokenizer = models.load_tokenizer(base, adapter)

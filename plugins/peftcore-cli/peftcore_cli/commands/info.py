@@ -1,4 +1,4 @@
-"""`peftcore info`: describe an adapter folder in any supported format; the base is not needed."""
+"""`peftcore info`: describe an adapter folder in any supported format, without loading the base."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def _document(adapter_info: AdapterInfo) -> dict[str, object]:
 
 
 def _base_in_training(folder: Path) -> list[tuple[str, str]]:
-    """Return a row with the quantization of the base in training, if the folder records it."""
+    """Return a row with the base's quantization in training, if the folder records it."""
     from peftcore_cli.bases.adapter_folders import TASK_FILE, adapter_task
 
     if not (folder / TASK_FILE).is_file():

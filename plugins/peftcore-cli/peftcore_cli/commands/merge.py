@@ -17,7 +17,7 @@ EXAMPLES = ("peftcore merge run -o merged",)
 
 def merge(
     adapter: options.Adapter,
-    output: Annotated[Path, typer.Option("--output", "-o", help="New folder for the merged model.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="New folder to write the merged model to.")],
     model: options.BaseModel = None,
     trust_remote_code: options.TrustRemoteCode = False,  # the application reads it
     labels: options.Labels = None,
@@ -29,14 +29,16 @@ def merge(
 ) -> None:
     """Merge an adapter into its base and write a folder that transformers loads without peftcore.
 
-    A tokenizer that was saved with the adapter is written instead of the base's.
+    If the adapter was saved with a tokenizer, that tokenizer is written instead of the base's.
 
     With --quantize, the adapter is merged into the dequantized 4-bit weights.
     """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise PeftcoreError(f"'{output}' exists already. Pass a new folder: --output FOLDER")
     if not re.fullmatch(r"\d+(\.\d+)?\s*[KMGT]B", shard_size.strip().upper()):
-        raise PeftcoreError(f"--shard-size must be a number with KB, MB, GB or TB, such as 5GB, found '{shard_size}'")
+        raise PeftcoreError(
+            f"--shard-size must be a number with a unit (KB, MB, GB, TB), such as 5GB, found '{shard_size}'"
+        )
     from peftcore_cli.bases import adapter_folders, base_and_adapter, base_quantization, models
     from peftcore_cli.tasks import conversations, registered, text_generation
 
@@ -49,7 +51,7 @@ def merge(
     base_and_adapter.merge_adapter(loaded_model, untie=untie, quantize=base_as, dtype=dtype, device=device)
     if (
         adapter_folders.has_tokenizer(adapter) and loaded_model.can_generate()
-    ):  # its answers may end with a token of its own
+    ):  # the adapter's answers may end with a token of its own
         loaded_model.generation_config.eos_token_id = text_generation.end_tokens(
             loaded_model, conversations.tokenizer_of(tokenizer)
         )
@@ -58,6 +60,6 @@ def merge(
         tokenizer.save_pretrained(output)
         registered.find(task.task).write_merged(output, loaded_model, task, base)
     except OSError as error:
-        raise PeftcoreError(f"the merged model could not be saved to '{output}': {error.strerror or error}") from error
+        raise PeftcoreError(f"cannot save the merged model to '{output}': {error.strerror or error}") from error
     size = sum(file.stat().st_size for file in output.iterdir())
     say(f"{output} ({size / 1e6:.1f} MB): {type(loaded_model).__name__} with the adapter merged in")

@@ -24,25 +24,25 @@ EXAMPLES = (
 
 def methods(
     name: Annotated[
-        str | None, typer.Argument(help="Show the config fields of this method.", autocompletion=completion.methods)
+        str | None, typer.Argument(help="Method whose config fields to show.", autocompletion=completion.methods)
     ] = None,
     for_: Annotated[
         str | None,
         typer.Option(
             "--for",
             metavar="MODEL",
-            help="Try every method on this model, and show what it would train or why it cannot.",
+            help="Try every method on this model, and show what it would train, or the reason why it fails.",
         ),
     ] = None,
     task: options.Task = None,
     trust_remote_code: options.TrustRemoteCode = False,  # the application reads it
     as_json: options.Json = False,
 ) -> object:
-    """List the installed methods, try them on a model, or show the fields that --set takes for one."""
+    """List the installed methods, try them on a model, or show the config fields of one method."""
     import peftcore
 
     if name is not None and for_ is not None:
-        fail(f"--for tries every method. Leave out '{name}', or use `peftcore plan` for a single method")
+        fail(f"--for tries every method. Remove '{name}', or use `peftcore plan` for a single method")
     if name is not None:
         document = _config_of(name)
         if as_json:
@@ -94,7 +94,7 @@ def _show_config(document: dict[str, Any]) -> None:
 
 
 def _try_methods(folder: str, task: str | None, names: list[str]) -> Iterator[dict[str, Any]]:
-    """Yield what each method would train with its defaults, or the error."""
+    """Yield the parameters that each method would train with its defaults, or the error."""
     import peftcore
     from peftcore_cli.bases import base_files, models
     from peftcore_cli.tasks import registered

@@ -1,4 +1,4 @@
-"""`peftcore new-plugin`: write the package of a new method, complete with a passing test.
+"""`peftcore new-plugin`: create a package for a new method, with a passing test.
 
 The files are templates of the standard library in `plugin_template/`.
 """
@@ -54,9 +54,9 @@ def new_plugin(
             "or to parameters of the base.",
         ),
     ] = Kind.around,
-    folder: Annotated[Path, typer.Option("--folder", help="Folder to create the package in.")] = Path("."),
+    folder: Annotated[Path, typer.Option("--folder", help="Parent folder of the package.")] = Path("."),
 ) -> None:
-    """Write the package of a new method: pyproject.toml, README.md, a module and its test."""
+    """Create a package for a new method: pyproject.toml, README.md, a module and its test."""
     package = write(name, kind, folder)
     say(f"wrote {package}. Next:")
     for command in commands(package):
@@ -64,7 +64,7 @@ def new_plugin(
 
 
 def commands(package: Path) -> list[str]:
-    """Return the command lines that install and test the written package, in any environment with peftcore."""
+    """Return the command lines that install and test the new package in an environment with peftcore."""
     return [
         f"python -m pip install -e {shlex.quote(f'{package}[test]')}",
         f"python -m pytest {shlex.quote(str(package))}",
@@ -72,13 +72,15 @@ def commands(package: Path) -> list[str]:
 
 
 def write(name: str, kind: Kind, folder: Path) -> Path:
-    """Write the package `peftcore-NAME` to `folder`, and return its folder.
+    """Write the package `peftcore-NAME` into `folder`, and return the package's folder.
 
     Raises:
         PeftcoreError: the name is not valid, or the folder exists.
     """
     if not re.fullmatch(r"[a-z][a-z0-9]*(-[a-z0-9]+)*", name):
-        raise PeftcoreError(f"a method's name must be lowercase letters, digits and single hyphens, found '{name}'")
+        raise PeftcoreError(
+            f"a method's name must consist of lowercase letters, digits and single hyphens, found '{name}'"
+        )
     package = folder / f"peftcore-{name}"
     if package.exists():
         raise PeftcoreError(f"'{package}' exists already. Choose another name or folder")

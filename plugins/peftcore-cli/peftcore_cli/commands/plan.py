@@ -47,7 +47,7 @@ def plan(
     device: Annotated[
         str, typer.Option(help="Device: cpu (this machine), or a GPU: t4, rtx4090, a100, h100, ...")
     ] = "cpu",
-    full: Annotated[bool, typer.Option("--full", help="Also list every placement.")] = False,
+    full: Annotated[bool, typer.Option("--full", help="Also list every adapted module.")] = False,
     as_json: options.Json = False,
 ) -> object:
     """Show what would be trained and how much memory a training step would take, without training."""
@@ -55,7 +55,7 @@ def plan(
     from peftcore.estimating import NotFollowed
     from peftcore_cli.amounts import megabytes
     from peftcore_cli.bases import base_files, models
-    from peftcore_cli.training import forecast, training_run  # noqa: F401  # counts the memory of the modules that `train` imports
+    from peftcore_cli.training import forecast, training_run  # noqa: F401  # imported so that the forecast counts the memory of the modules that `train` imports
 
     task, names = options.planned_task(task, data, labels)
     step_fields = forecast.step_options(task, run_options.precision, run_options.parallel, ranks, tp_size)

@@ -1,4 +1,4 @@
-"""`peftcore plugins`: list the installed plugins, their hooks, and the errors of broken ones."""
+"""`peftcore plugins`: list the installed plugins, their hooks, the errors of broken ones, and all tasks."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ EXAMPLES = ("peftcore plugins",)
 
 
 def plugins(as_json: options.Json = False) -> object:
-    """List the installed plugins, and why any of them is broken."""
+    """List the installed plugins with the errors of broken ones, and all tasks."""
     import peftcore
+    from peftcore_cli.tasks import registered
 
     installed = peftcore.plugins()
     if as_json:
-        return {"plugins": [asdict(plugin) for plugin in installed]}
+        tasks = [task.name for task in registered.tasks()]
+        return {"plugins": [asdict(plugin) for plugin in installed], "tasks": tasks}
     if not installed:
         say(NO_METHOD)
         return None
@@ -27,4 +29,5 @@ def plugins(as_json: options.Json = False) -> object:
         ),
         ("plugin", "distribution", "version", "hooks", "state"),
     )
+    say(f"\ntasks: {', '.join(task.name for task in registered.tasks())}")
     return None

@@ -24,12 +24,12 @@ def predict(
     data: Annotated[
         list[str],
         typer.Option(
-            "--data", "-d", help="Unlabelled examples: a file, a folder of files, an image, or a folder of images."
+            "--data", "-d", help="Examples without labels: a data file, an image, or a folder of data files or images."
         ),
     ],
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", help="New .jsonl file to write the answers to; default: print them."),
+        typer.Option("--output", "-o", help="New .jsonl file to write the answers to; default: standard output."),
     ] = None,
     model: options.BaseModel = None,
     trust_remote_code: options.TrustRemoteCode = False,  # the application reads it
@@ -37,17 +37,17 @@ def predict(
     columns: options.Columns = None,
     max_length: options.MaxLength = None,
     answer_tokens: Annotated[
-        int, typer.Option(min=1, metavar="N", help="Maximum number of tokens of an answer (image-text, audio-text).")
+        int, typer.Option(min=1, metavar="N", help="Maximum number of tokens per answer (image-text, audio-text).")
     ] = 64,
     chat_template: options.ChatTemplate = None,
     quantize: options.Quantize = None,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
 ) -> None:
-    """Run an adapter on new examples: classification, tagging, images, image or audio chats, embeddings or speech.
+    """Run an adapter on new examples: classification, tagging, image and audio chats, embeddings or transcription.
 
-    The output has one JSON object per example, in order. A model of pairs writes the unit-length embedding of each
-    text, a speech model the transcript of each recording.
+    The output has one JSON object per example, in order. Models trained on pairs output a unit-length embedding of each
+    text, speech models a transcript of each recording.
 
     Labels in the data are ignored. To measure the adapter on labelled examples, use peftcore eval.
     """
@@ -82,5 +82,5 @@ def predict(
     try:
         output.write_text("\n".join(lines) + "\n", encoding="utf-8")
     except OSError as error:
-        raise PeftcoreError(f"'{output}' cannot be written: {error.strerror or error}") from error
+        raise PeftcoreError(f"cannot write '{output}': {error.strerror or error}") from error
     say(f"{output}: {number(len(lines), 'answer')}")

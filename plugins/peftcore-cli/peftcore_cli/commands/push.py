@@ -12,10 +12,10 @@ from peftcore_cli import completion, options
 from peftcore_cli.console import require, say
 
 EXAMPLES = ("peftcore push run ORG/NAME", "peftcore push run ORG/NAME --update --message 'Two more epochs'")
-# Pickles, which nobody should load, and files of a checkpoint that only resuming on this machine needs.
+# Pickles, which are unsafe to load, and checkpoint files that are only used to resume training.
 NOT_UPLOADED = ["*.bin", "*.pt", "*.pth", "*.pkl", "*.tmp", "checkpoint-*", "runs/*", "complete.json"]
 NOT_UPLOADED += ["trainer_state.json", "reference.safetensors"]
-_LOG_IN = "Log in with `hf auth login`, or set HF_TOKEN to a token that may write"
+_LOG_IN = "Log in with `hf auth login`, or set HF_TOKEN to a token with write access"
 
 
 def push(
@@ -39,7 +39,9 @@ def push(
 
     peftcore.inspect(adapter)  # raises a CheckpointError if it is not an adapter
     if public and update:
-        raise PeftcoreError("--public is for a new repository. Change who sees an existing one in its settings")
+        raise PeftcoreError(
+            "--public only works for new repositories. Change the visibility of an existing repository in its settings"
+        )
     require("huggingface_hub", extra="hub")
     from huggingface_hub import HfApi
 
@@ -47,7 +49,7 @@ def push(
     _call_hub(lambda: api.whoami(), repository)
     if update:
         if not _call_hub(lambda: api.repo_exists(repository), repository):
-            raise PeftcoreError(f"repository '{repository}' was not found on the hub. Leave --update out to create it")
+            raise PeftcoreError(f"the repository '{repository}' was not found on the hub. Remove --update to create it")
     else:
         _call_hub(lambda: api.create_repo(repository, private=not public, exist_ok=False), repository)
     commit: Any = _call_hub(
@@ -62,26 +64,26 @@ def push(
 
 
 def _call_hub(call: Any, repository: str, next_step: str = "") -> Any:
-    """Call the hub's client, and turn its errors into PeftcoreErrors that tell the user what to do."""
+    """Call the hub's client, and convert its errors to PeftcoreErrors."""
     from huggingface_hub import errors
 
     try:
         return call()
     except errors.LocalTokenNotFoundError as error:
-        raise PeftcoreError(f"'{repository}' was not uploaded: no token of the hub was found. {_LOG_IN}") from error
+        raise PeftcoreError(f"the upload to '{repository}' failed: no token of the hub was found. {_LOG_IN}") from error
     except errors.HFValidationError as error:
-        raise PeftcoreError(f"'{repository}' is not a name on the hub: {error}. Pass ORG/NAME") from error
+        raise PeftcoreError(f"'{repository}' is not a valid repository name: {error}. Pass ORG/NAME") from error
     except errors.HfHubHTTPError as error:
         status = getattr(error.response, "status_code", None)
         problem = {
-            401: f"the hub does not accept the token. {_LOG_IN}",
-            403: f"the token may not write there. {_LOG_IN}, or choose another ORG",
-            409: "the repository exists already. Choose another name, or pass --update to upload to it",
+            401: f"the hub rejects the token. {_LOG_IN}",
+            403: f"the token has no write access to the repository. {_LOG_IN}, or choose another ORG",
+            409: "the repository exists already. Choose another name, or pass --update to upload to the existing one",
         }.get(status or 0, f"the hub answered {status}: {' '.join(str(error).split())[:400]}. Try again later")
-        raise PeftcoreError(f"'{repository}' was not uploaded: {problem}.{next_step}") from error
+        raise PeftcoreError(f"the upload to '{repository}' failed: {problem}.{next_step}") from error
     except Exception as error:
         reason = " ".join(str(error).split())[:400]
         raise PeftcoreError(
-            f"'{repository}' was not uploaded: the hub was not reached ({type(error).__name__}: {reason}). Check the "
-            f"network, HF_ENDPOINT and HF_HUB_OFFLINE.{next_step}"
+            f"the upload to '{repository}' failed: the hub cannot be reached ({type(error).__name__}: {reason}). "
+            f"Check the network, HF_ENDPOINT and HF_HUB_OFFLINE.{next_step}"
         ) from error

@@ -26,7 +26,7 @@ def suggest(
     memory: Annotated[
         str | None,
         typer.Option(
-            help="Memory budget, such as 24GB; default: the memory of the device, or what is free on this machine."
+            help="Memory budget, such as 24GB; default: the memory of the GPU, or the free memory of this machine."
         ),
     ] = None,
     device: Annotated[
@@ -34,7 +34,7 @@ def suggest(
     ] = "cpu",
     method: Annotated[
         list[str] | None,
-        typer.Option("--method", help="Method to consider. Repeatable."),
+        typer.Option("--method", help="Method to consider. Repeatable; optional if only one is installed."),
     ] = None,
     rank: Annotated[
         list[int] | None, typer.Option("--rank", min=1, help="Rank to consider. Repeatable; default: 16.")
@@ -50,7 +50,7 @@ def suggest(
     ranks: options.Ranks = 1,
     as_json: options.Json = False,
 ) -> object:
-    """Suggest settings that train a model within a memory budget, and print their commands.
+    """Suggest settings that fit training into a memory budget, and print the commands.
 
     Each suggestion is checked by simulating a training step, which allocates no memory.
     """
@@ -69,7 +69,7 @@ def suggest(
     config = models.load_config(base, task, names)
     if models.has_code(config, task):
         raise PeftcoreError(
-            f"suggest only supports models of transformers, and '{model}' has its own code. Estimate one method with "
+            f"suggest only supports models in transformers, but '{model}' has its own code. Estimate one method with "
             "peftcore plan --trust-remote-code"
         )
     suggestion = peftcore.suggest(
@@ -122,7 +122,7 @@ def suggest(
             "ways": ways,
         }
     say(str(suggestion))
-    say("\nto train in the first of these ways:", "bold")
+    say("\nto train with the first suggestion:", "bold")
     say(f"  {commands[0]}")
     return None
 

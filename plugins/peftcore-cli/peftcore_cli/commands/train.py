@@ -53,7 +53,7 @@ def train(
             "-o",
             is_eager=True,
             callback=config_file.use_of_run,
-            help="Folder to write the run and its adapter to.",
+            help="Folder for the run and its adapter.",
         ),
     ],
     *,
@@ -77,7 +77,7 @@ def train(
     overwrite: Annotated[
         bool,
         typer.Option(
-            "--overwrite", rich_help_panel=option_groups.OUTPUT, help="Start again, replacing the run in --output."
+            "--overwrite", rich_help_panel=option_groups.OUTPUT, help="Replace the run in --output and start again."
         ),
     ] = False,
     fit: Annotated[
@@ -93,7 +93,7 @@ def train(
         typer.Option(
             "--force",
             rich_help_panel=option_groups.MEMORY,
-            help="Train even if the run is predicted not to fit into free memory.",
+            help="Train even if the predicted memory exceeds the free memory.",
         ),
     ] = False,
     display: Display,
@@ -102,11 +102,10 @@ def train(
 
     The columns of the examples determine the task: {"messages": [...]} trains a chat model, {"prompt": ...,
     "completion": ...} or {"text": ...} a language model, {"text": ..., "label": ...} a classifier, and {"prompt": ...,
-    "chosen": ..., "rejected": ...} preferences. docs/data.md lists all formats, also those with images and
-    audio.
+    "chosen": ..., "rejected": ...} preferences. docs/data.md describes all formats, including images and audio.
 
-    With --adapter, training continues from an existing adapter, on its base and with its method. The adapter before
-    training is the baseline of the results, and the reference model for preferences.
+    With --adapter, training continues from an existing adapter, with its base and method. Results are compared with
+    that adapter, which is also the reference model for training on preferences.
     """
     from peftcore_cli.training import forecast, torchrun, trainer_arguments
 
@@ -148,8 +147,8 @@ def _start(
         )
     if run_options.labels is not None:
         raise PeftcoreError(
-            "--labels names the outputs of an existing adapter (--adapter); a new adapter takes its labels from the "
-            "examples. Leave it out"
+            "--labels only works with an existing adapter (--adapter), because a new adapter takes its labels from "
+            "the examples. Remove --labels"
         )
     return None
 
@@ -161,8 +160,8 @@ class _Rows:
     Attributes:
         paths: values of --data.
         task: name of the task.
-        read: the examples; empty with --streaming.
-        held_out: the examples of --eval-data, or None to split them off.
+        read: the training examples; empty with --streaming.
+        held_out: the examples of --eval-data, or None to hold out some of `read`.
         lines: the lines of the files, with --streaming.
     """
 
@@ -193,7 +192,7 @@ def _checked(run_options: RunOptions, display: Display, rows: _Rows, *, continue
     """Check the options, resolve the teacher's path, and index the lines of --streaming.
 
     Raises:
-        PeftcoreError: an option contradicts another or the task, or a library is not installed.
+        PeftcoreError: an option contradicts another option or the task, or a library is not installed.
     """
     from peftcore_cli.bases import base_files, precision as precisions
     from peftcore_cli.data import streamed
@@ -237,14 +236,14 @@ def _check_quantize(run_options: RunOptions, start: Start | None, method: str) -
     if peftcore.method(method).prepare is not None:
         raise PeftcoreError(
             f"--method {method} prepares the base itself, so it cannot be combined with --quantize "
-            f"{run_options.quantize}. Leave it out, or pass another method"
+            f"{run_options.quantize}. Remove --quantize, or pass another method"
         )
 
 
 def _settings(
     run_options: RunOptions, start: Start | None, *, model: str | None, rows: _Rows, method: str, fields: dict[str, Any]
 ) -> Settings:
-    """Return everything that determines the run."""
+    """Return the settings that determine the run."""
     import peftcore
     from peftcore.plugin import ranks
     from peftcore_cli.bases import base_files
@@ -287,7 +286,7 @@ def _run(
     overwrite: bool,
     force: bool,
 ) -> None:
-    """Lock the run's folder, train in it, and show the result."""
+    """Lock the run's folder, train, and show the result."""
     from peftcore.plugin import ranks
     from peftcore.training import latest_checkpoint
     from peftcore_cli.training import run_result, torchrun, training_data, training_run
@@ -329,7 +328,7 @@ def _show(settings: Settings, result: Result, output: Path, prompt: str | None) 
     confusion: list[tuple[str, Any]] = []
     if result.after.confusion is not None:
         cells = metrics.confusion_rows(result.after.confusion, result.labels)
-        confusion = [("Predicted label (across) by true label (down), after training", cells)]
+        confusion = [("True labels (rows) and predicted labels (columns), after training", cells)]
     (output / "result.json").write_text(json.dumps(result.to_json(), indent=2) + "\n", encoding="utf-8")
     rows = metrics.rows(result.before, result.after)
     sets = [data_set.cells() for data_set in result.data_sets]
@@ -369,7 +368,7 @@ def _show(settings: Settings, result: Result, output: Path, prompt: str | None) 
 
 
 def _add_to_card(settings: Settings, result: Result, rows: list[tuple[str, str, str]]) -> None:
-    """Add the data, metrics and command to the adapter's model card, with file names but without their folders."""
+    """Add the data, metrics and command to the adapter's model card, with file names instead of paths."""
     from peftcore.files import add_to_card, code_span
 
     files = [settings.data] if isinstance(settings.data, str) else settings.data
@@ -387,7 +386,7 @@ def _add_to_card(settings: Settings, result: Result, rows: list[tuple[str, str, 
 
 
 def _without_folders(word: str) -> str:
-    """Replace a path in a word of the command line by the name of its file or folder."""
+    """Replace a path in a command-line argument by the name of its file or folder."""
     starts = [0, *(match.end() for match in re.finditer("=", word))]  # a path may contain `=` as well
     for start in starts:
         path = word[start:]

@@ -1,1 +1,1 @@
-"""Files of examples, read and checked as rows."""
+"""Read and check files of examples."""

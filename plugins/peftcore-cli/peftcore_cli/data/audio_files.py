@@ -1,4 +1,4 @@
-"""Read recordings as arrays of samples.
+"""Decode recordings to arrays of samples.
 
 The standard library reads WAV files, soundfile other formats, and soxr resamples to the model's rate.
 """
@@ -16,7 +16,7 @@ import numpy as np
 from peftcore.errors import PeftcoreError
 from peftcore_cli.data.labels import short
 
-_UNKNOWN = 0x7FFF0000  # a header with at least this size was written before the length was known
+_UNKNOWN = 0x7FFF0000  # written to the header by programs that do not know the length in advance
 SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3")
 
 
@@ -31,17 +31,19 @@ def samples(path: str, rate: int, longest: int | None = None) -> Any:
         longest: maximum number of samples; None for no limit.
 
     Raises:
-        PeftcoreError: it is damaged, empty or too long, or it must be resampled and soxr is not installed.
+        PeftcoreError: the file is damaged, empty or too long, or soxr is not installed and the file must be resampled.
     """
     values, file_rate = _of_wave(path) if path.lower().endswith(".wav") else _of_soundfile(path)
     if not len(values):
-        raise PeftcoreError(f"'{path}' has no samples. Replace it, or remove it")
+        raise PeftcoreError(f"the recording '{path}' has no samples. Replace the file, or remove its row")
     if not np.isfinite(values).all():
-        raise PeftcoreError(f"'{path}' has samples that are NaN or infinite. Replace it, or remove it")
+        raise PeftcoreError(
+            f"the recording '{path}' has samples that are NaN or infinite. Replace the file, or remove its row"
+        )
     if longest is not None and len(values) * rate > longest * file_rate:
         raise PeftcoreError(
-            f"'{path}' has {len(values) / file_rate:.1f} seconds, but the model reads at most {longest / rate:g}. "
-            "Split the recording and its transcript"
+            f"the recording '{path}' is {len(values) / file_rate:.1f} seconds long, but the model reads at most "
+            f"{longest / rate:g}. Split the recording and its transcript"
         )
     mono = values.mean(1)
     return mono if file_rate == rate else _resample(path, mono, file_rate, rate)
@@ -52,12 +54,16 @@ def _resample(path: str, values: Any, file_rate: int, rate: int) -> Any:
         soxr: Any = importlib.import_module("soxr")
     except ImportError as error:
         raise PeftcoreError(
-            f"'{path}' has {file_rate:,} samples per second, but the model reads {rate:,}. Install soxr to "
-            f"resample it: pip install peftcore[audio]; or convert it: ffmpeg -i IN -ar {rate} -ac 1 OUT.wav"
+            f"the recording '{path}' has a sampling rate of {file_rate:,} Hz, but the model needs {rate:,} Hz. "
+            "Install soxr to resample recordings (pip install peftcore[audio]), or convert the file: ffmpeg -i IN "
+            f"-ar {rate} -ac 1 OUT.wav"
         ) from error
     result = soxr.resample(values, file_rate, rate, quality="HQ")
     if not len(result):
-        raise PeftcoreError(f"'{path}' has {len(values)} samples, too few to resample. Replace it, or remove it")
+        raise PeftcoreError(
+            f"the recording '{path}' has too few samples to resample ({len(values)}). Replace the file, or remove "
+            "its row"
+        )
     return result
 
 
@@ -67,16 +73,19 @@ def _of_wave(path: str) -> tuple[Any, int]:
             channels, width, rate, count = file.getparams()[:4]
             data = file.readframes(count)
     except (wave.Error, EOFError, OSError, ValueError) as error:
-        if "unknown format" in str(error):  # floating point, or the extended header of more than 16 bits
+        if "unknown format" in str(error):  # floating point, or the extended header for more than 16 bits
             return _of_soundfile(path)
         reason = str(error) or "it ends too early"
-        raise PeftcoreError(f"'{path}' cannot be read as WAV: {reason}. Replace it, or remove it") from error
+        raise PeftcoreError(f"cannot read '{path}' as WAV: {reason}. Replace the file, or remove its row") from error
     if rate < 1:
-        raise PeftcoreError(f"'{path}' cannot be read as WAV: its header has {rate} samples per second. Replace it")
+        raise PeftcoreError(
+            f"cannot read '{path}' as WAV: the header has a sampling rate of {rate} Hz. Replace the file"
+        )
     frames = len(data) // (width * channels)
     if frames < count and count * width * channels < _UNKNOWN:
         raise PeftcoreError(
-            f"'{path}' is truncated: it has {frames:,} of the {count:,} samples in its header. Replace it, or remove it"
+            f"the recording '{path}' is truncated: the file has {frames:,} samples, but its header says {count:,}. "
+            "Replace the file, or remove its row"
         )
     raw = np.frombuffer(data[: frames * width * channels], dtype=np.uint8).reshape(-1, width)
     if width == 1:  # unsigned, unlike wider samples
@@ -93,34 +102,39 @@ def _of_soundfile(path: str) -> tuple[Any, int]:
         soundfile: Any = importlib.import_module("soundfile")
     except ImportError as error:
         raise PeftcoreError(
-            f"'{path}' is not a WAV file of integers, and other formats need soundfile. Install it: pip install "
-            "peftcore[audio]; or convert it: ffmpeg -i IN -ar 16000 -ac 1 -c:a pcm_s16le OUT.wav"
+            f"'{path}' is not an integer WAV file, and other formats need soundfile. Install soundfile (pip install "
+            "peftcore[audio]), or convert the file: ffmpeg -i IN -ar 16000 -ac 1 -c:a pcm_s16le OUT.wav"
         ) from error
     try:
         values, rate = soundfile.read(path, dtype="float32", always_2d=True)
     except Exception as error:  # libsndfile raises errors of several classes
-        raise PeftcoreError(f"'{path}' cannot be read as a recording: {error}. Replace it, or remove it") from error
+        raise PeftcoreError(
+            f"cannot read the recording '{path}': {error}. Replace the file, or remove its row"
+        ) from error
     return values, int(rate)
 
 
 def path_of(where: str, key: str, value: Any) -> str:
-    """Return the path of a recording in a row, which is relative to the folder of the data file.
+    """Return the path of a row's recording, which may be relative to the folder of the data file.
 
     Raises:
-        PeftcoreError: the file does not exist; the message begins with `where`.
+        PeftcoreError: the file does not exist. The message begins with `where`.
     """
     source = value.get("path") if isinstance(value, dict) else value
     if not isinstance(source, str):
         raise PeftcoreError(f"{where}: '{key}' must be the path of a recording, found {short(value)}")
     if source.startswith(("http://", "https://")):
-        raise PeftcoreError(f"{where}: '{source[:80]}' is not a local file. Download it and pass the path")
+        raise PeftcoreError(f"{where}: '{source[:80]}' is not a local file. Download the file and pass its path")
     path = os.path.join(os.path.dirname(where.rpartition(":")[0]), os.path.expanduser(source))
     if not os.path.isfile(path):
         problem = "is a folder" if os.path.isdir(path) else "does not exist"
         raise PeftcoreError(
-            f"{where}: the recording '{path}' {problem}. Pass paths of local files, relative to the folder of the data "
-            "file"
+            f"{where}: the recording '{path}' {problem}. Pass the path of a local file, relative to the folder of "
+            "the data file"
         )
     if Path(path).suffix.lower() not in SUFFIXES:
-        raise PeftcoreError(f"{where}: '{path}' must be one of {', '.join(SUFFIXES)}. Convert it with ffmpeg")
+        raise PeftcoreError(
+            f"{where}: the recording '{path}' has an unsupported file type. Convert it with ffmpeg (supported: "
+            f"{', '.join(SUFFIXES)})"
+        )
     return path

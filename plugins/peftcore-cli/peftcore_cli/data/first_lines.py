@@ -1,4 +1,4 @@
-"""The first lines of files, from which the task is recognised."""
+"""The first lines of data files, from which the task is inferred."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class FirstLines:
         self._rest = rows
         self.rows = list(itertools.islice(rows, _MAX_LINES))
         if not self.rows:
-            raise PeftcoreError(f"'{', '.join(paths)}' has no examples")
+            raise PeftcoreError(f"'{', '.join(paths)}' has no examples. Add some, or pass other data")
         self.names = self.rows[0].keys()
 
     def have(self, *names: str) -> bool:
@@ -47,6 +47,6 @@ class FirstLines:
 
     @functools.cached_property
     def labels(self) -> list[Any]:
-        """The labels of all lines; this reads the files to their end."""
+        """The labels of all lines. Reads the files to the end."""
         lines = itertools.chain(self.rows, self._rest)
         return [fields.get("label", fields.get("labels")) for fields in lines]

@@ -1,4 +1,4 @@
-"""Random split of examples into training and held-out ones, per data set."""
+"""Split each data set at random into training and held-out examples."""
 
 from __future__ import annotations
 
@@ -13,28 +13,31 @@ def check(holdout: float) -> None:
     """Raise a PeftcoreError unless `holdout` is a fraction in (0, 1) or an integer of at least 1."""
     if holdout <= 0 or (holdout > 1 and not float(holdout).is_integer()):
         raise PeftcoreError(
-            "--holdout must be a fraction between 0 and 1, such as 0.1, or a whole number of examples, "
-            f"found {holdout:g}. To evaluate on other examples: --eval-data FILE"
+            "--holdout must be a fraction between 0 and 1, such as 0.1, or a whole number of examples, found "
+            f"{holdout:g}. To evaluate on separate examples, pass --eval-data FILE"
         )
 
 
 def split(rows: Sequence[Row], holdout: float, seed: int) -> tuple[list[Row], list[Row]]:
-    """Split rows at random, by `seed`, into (training, held-out) rows.
+    """Split rows at random into (training, held-out) rows, with a generator seeded by `seed`.
 
     A fraction is held out of each data set with at least two examples. A number of examples is divided among the data
-    sets by size, with at least one from each if there are enough.
+    sets in proportion to their sizes, with at least one from each if possible.
 
     Raises:
-        PeftcoreError: `holdout` is neither a fraction in (0, 1) nor a number below that of `rows`, or there are
-            fewer than two rows.
+        PeftcoreError: `holdout` is neither a fraction in (0, 1) nor a number below `len(rows)`, or there are fewer than
+            two rows.
     """
     check(holdout)
     if len(rows) < 2:
-        raise PeftcoreError("a single example cannot be split. Pass a file to evaluate on: --eval-data FILE")
+        raise PeftcoreError(
+            "cannot split a single example into training and held-out examples. Pass examples to evaluate on: "
+            "--eval-data FILE"
+        )
     if holdout >= len(rows):
         raise PeftcoreError(
-            f"--holdout {holdout:g} leaves nothing to train on: there are {len(rows):,} examples. Hold out fewer, or "
-            "pass a file to evaluate on: --eval-data FILE"
+            f"--holdout {holdout:g} leaves no examples to train on: the data has {len(rows):,}. Hold out fewer, or "
+            "pass examples to evaluate on: --eval-data FILE"
         )
     indices_by_source: dict[int, list[int]] = {}
     for index, row in enumerate(rows):
@@ -46,7 +49,7 @@ def split(rows: Sequence[Row], holdout: float, seed: int) -> tuple[list[Row], li
         counts = _divide(int(holdout), [len(index_set) for index_set in index_sets])
     else:
         counts = [_fraction(len(index_set), holdout) for index_set in index_sets]
-        if not any(counts):  # data sets of one example each
+        if not any(counts):  # data sets with a single example
             counts[0] = 1
     held_out: set[int] = set()
     for indices, count in zip(index_sets, counts, strict=True):

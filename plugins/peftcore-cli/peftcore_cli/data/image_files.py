@@ -1,4 +1,4 @@
-"""Folders of images with one subfolder per label, and decoding of images."""
+"""Read folders of images with one subfolder per label, and decode images."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def labelled(path: str) -> Iterator[tuple[str, str]]:
     """Yield (file, label) of each image in a folder with one subfolder per label, in alphabetical order.
 
     Raises:
-        PeftcoreError: the folder has another structure.
+        PeftcoreError: the folder does not have one subfolder of images per label.
     """
     root = Path(os.path.expanduser(path))
     if not os.path.isdir(root):
@@ -34,19 +34,24 @@ def labelled(path: str) -> Iterator[tuple[str, str]]:
     entries = _entries_of(root)
     stray = next((entry for entry in entries if not entry.is_dir()), None)
     if stray is not None:
-        raise PeftcoreError(f"'{stray}' is not in a subfolder named for its label. Move it to one, or remove it")
+        raise PeftcoreError(
+            f"the image '{stray}' is not in a subfolder named after its label. Move the image to one, or remove it"
+        )
     if not entries:
-        raise PeftcoreError(f"folder '{path}' is empty. --task image needs one subfolder of images per label")
+        raise PeftcoreError(f"the folder '{path}' is empty. --task image needs one subfolder of images per label")
     if {entry.name.lower() for entry in entries} <= _SPLITS:
         first = entries[0].name
         raise PeftcoreError(
-            f"'{path}' has the subfolders {', '.join(entry.name for entry in entries)}, which are splits, not labels. "
-            f"Pass the splits: --data {os.path.join(path, first)} and another as --eval-data"
+            f"the subfolders of '{path}' are splits instead of labels: "
+            f"{', '.join(entry.name for entry in entries)}. Pass --data {os.path.join(path, first)}, and another "
+            "split as --eval-data"
         )
     for folder in entries:
         files = _entries_of(folder)
         if not files:
-            raise PeftcoreError(f"'{folder}' has no images. Remove it, or add images with this label")
+            raise PeftcoreError(
+                f"the folder '{folder}' has no images. Remove the folder, or add images with this label"
+            )
         label = class_name(str(folder), "label", folder.name)
         for file in files:
             yield _image_path(file), label
@@ -56,7 +61,7 @@ def unlabelled(path: str) -> list[str]:
     """Return the paths of the images in a folder and its subfolders, or of a single image.
 
     Raises:
-        PeftcoreError: there are none, or a file is not an image.
+        PeftcoreError: there are no images, or a file is not an image.
     """
     root = Path(os.path.expanduser(path))
     if not os.path.exists(root):
@@ -69,7 +74,7 @@ def unlabelled(path: str) -> list[str]:
         for file in (unlabelled(str(entry)) if entry.is_dir() else [_image_path(entry)])
     ]
     if not files:
-        raise PeftcoreError(f"folder '{path}' has no images ({', '.join(SUFFIXES)})")
+        raise PeftcoreError(f"the folder '{path}' has no images. Pass a folder with images ({', '.join(SUFFIXES)})")
     return files
 
 
@@ -83,10 +88,10 @@ def is_labelled(path: str) -> bool:
 
 
 def open_image(path: str) -> Image:
-    """Decode an image to upright RGB, as transformers' pipelines do; transparency is dropped.
+    """Decode an image to upright RGB without transparency, as transformers' pipelines do.
 
     Raises:
-        PeftcoreError: it is damaged, animated, too large, or has more than 8 bits per channel.
+        PeftcoreError: the image is damaged, animated, too large, or has more than 8 bits per channel.
     """
     require("PIL", extra="images")
     from PIL import Image, ImageOps
@@ -98,12 +103,13 @@ def open_image(path: str) -> Image:
                 if getattr(image, "is_animated", False) and image.format != "MPO":  # MPO: photos with a preview
                     count = getattr(image, "n_frames", 0)
                     raise PeftcoreError(
-                        f"'{path}' has {count} frames, but models read single images. Save one frame as an image"
+                        f"the image '{path}' has {count} frames, but models read single images. Save one frame as an "
+                        "image"
                     )
                 if image.mode.startswith(_WIDE):
                     raise PeftcoreError(
-                        f"'{path}' has more than 8 bits per channel (mode {image.mode}), of unknown range. "
-                        "Convert it to 8 bits"
+                        f"the image '{path}' has more than 8 bits per channel (mode {image.mode}), and the range of "
+                        "its values is unknown. Convert it to 8 bits"
                     )
                 upright = ImageOps.exif_transpose(image)
                 if "transparency" in upright.info:
@@ -113,22 +119,22 @@ def open_image(path: str) -> Image:
         raise
     except Exception as error:  # decoders raise many kinds of errors on damaged files
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise PeftcoreError(f"'{path}' cannot be read as an image: {reason}. Replace it, or remove it") from error
+        raise PeftcoreError(f"cannot read the image '{path}': {reason}. Replace the file, or remove its row") from error
 
 
 def _entries_of(folder: Path) -> list[Path]:
-    """Return the entries of a folder in alphabetical order, except hidden files and those of file managers."""
+    """Return the entries of a folder in alphabetical order, without hidden files and files of file managers."""
     try:
         entries = sorted(folder.iterdir())
     except OSError as error:
-        raise PeftcoreError(f"'{folder}' cannot be read: {error.strerror or error}") from error
+        raise PeftcoreError(f"cannot read the folder '{folder}': {error.strerror or error}") from error
     return [entry for entry in entries if not entry.name.startswith(".") and entry.name.lower() not in _SYSTEM_FILES]
 
 
 def _image_path(file: Path) -> str:
-    """Return the path of a file after checking that its suffix is that of an image."""
+    """Return the path of a file after checking that it has the suffix of an image."""
     if file.is_dir():
-        raise PeftcoreError(f"'{file}' is a folder in a label's folder. Move its images to the label's folder")
+        raise PeftcoreError(f"'{file}' is a subfolder in the folder of a label. Move its images to the label's folder")
     if file.suffix.lower() not in SUFFIXES:
         raise PeftcoreError(
             f"'{file}' must be an image ({', '.join(SUFFIXES)}), found '{file.suffix}'. Convert it, or remove it"

@@ -1,10 +1,10 @@
-"""Conversations with images or audio, in the formats of common data sets.
+"""Read conversations with images or audio, in the formats of common data sets.
 
 An image can be a part of a turn's content: `{"type": "image", "path": FILE}`, also with the key `image` or `url`, or
 OpenAI's `{"type": "image_url", "image_url": {"url": FILE}}`. Or the row lists its images, `{"images": [FILE, ...],
-"messages": ...}` (also `image`), and turns have `{"type": "image"}` or the text `<image>` where each belongs. Audio,
-for `--task audio-text` only, works the same way with `audio`, `audios` and `<audio>`. Paths are relative to the folder
-of the data file.
+"messages": ...}` (also `image`), and turns have `{"type": "image"}` or the text `<image>` in the place of each image.
+Audio, for `--task audio-text` only, works the same way with `audio`, `audios` and `<audio>`. Paths are relative to the
+folder of the data file.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from peftcore.errors import PeftcoreError
 from peftcore_cli.data import audio_files, labels, turns
 from peftcore_cli.data.row import Row
 
-IMAGE_MARK, AUDIO_MARK = "<image>", "<audio>"  # in the text of rows that list their images or audio
-IMAGE_PART, AUDIO_PART = {"type": "image"}, {"type": "audio"}  # as chat templates take them
+IMAGE_MARK, AUDIO_MARK = "<image>", "<audio>"  # placeholders in the text of rows that list their images or audio
+IMAGE_PART, AUDIO_PART = {"type": "image"}, {"type": "audio"}  # content parts that chat templates take
 _SOURCES = ("path", "image", "audio", "url", "image_url", "audio_url")
 
 
@@ -43,7 +43,7 @@ def has_audio(fields: Mapping[str, Any]) -> bool:
 
 
 def _part_types(messages: list[Any]) -> set[Any]:
-    """Return the types of all parts of messages, which may be anything that a file has."""
+    """Return the types of all content parts in messages, which are not validated yet."""
     types: set[Any] = set()
     for message in messages:
         if isinstance(message, dict):
@@ -52,7 +52,7 @@ def _part_types(messages: list[Any]) -> set[Any]:
 
 
 def row_of(where: str, fields: dict[str, Any], *, hears: bool = False) -> Row:
-    """Return a conversation with parts as chat templates take them, and the paths of its images and audio.
+    """Return a conversation with the content parts that chat templates take, and the paths of its images and audio.
 
     Args:
         where: file and line, for messages.
@@ -60,7 +60,7 @@ def row_of(where: str, fields: dict[str, Any], *, hears: bool = False) -> Row:
         hears: whether the model takes audio.
 
     Raises:
-        PeftcoreError: the fields are not lists of messages, or an image is missing or not a local file; the message
+        PeftcoreError: the fields are not lists of messages, or an image is missing or not a local file. The message
             begins with `where`.
     """
     images = _MediaReader(where, _files_of(fields), _files_of(fields, "audio") if hears else None)
@@ -78,22 +78,23 @@ def row_of(where: str, fields: dict[str, Any], *, hears: bool = False) -> Row:
         raise PeftcoreError(f"{where}: {requirement} of messages, found {labels.short(fields[key])}")
     images.check_all_used()
     for i, message in enumerate(row.messages or []):
-        content = message.get("content") or ()  # a turn of tool calls may have none
+        content = message.get("content") or ()  # tool calls may have no content
         if message["role"] == "assistant" and (IMAGE_PART in content or AUDIO_PART in content):
             raise PeftcoreError(
-                f"{where}: messages[{i}] is an assistant turn with an image or audio, but models only write text. "
+                f"{where}: messages[{i}] is an assistant turn with an image or audio, but models only generate text. "
                 "Remove the row"
             )
     return replace(row, images=tuple(images.paths), sounds=tuple(images.sounds))
 
 
 def preference(where: str, fields: dict[str, Any]) -> Row:
-    """Return a conversation with images and two answers, each a text, a message or a list of one message.
+    """Return a conversation with images and two answers. An answer is a text, a message or a list with one message.
 
-    In a prompt that is text without `<image>`, the images come first.
+    If the prompt is text without `<image>`, the images precede the text.
 
     Raises:
-        PeftcoreError: an image is missing, or an answer is not one of the assistant; the message begins with `where`.
+        PeftcoreError: an image is missing, or an answer is not a single assistant turn. The message begins with
+            `where`.
     """
     answers = {key: _turns(where, key, fields[key], "assistant") for key in ("chosen", "rejected")}
     key = next((key for key in ("prompt", "conversations") if fields.get(key) is not None), None)
@@ -114,9 +115,9 @@ def preference(where: str, fields: dict[str, Any]) -> Row:
         answer_turns[name] = _MediaReader(where, []).with_placeholders(name, answer)
         if [message["role"] for message in answer_turns[name]] != ["assistant"]:
             roles = ", ".join(message["role"] for message in answer_turns[name])
-            raise PeftcoreError(f"{where}: '{name}' must be one assistant answer to the same prompt, found {roles}")
+            raise PeftcoreError(f"{where}: '{name}' must be a single assistant answer to the prompt, found {roles}")
     if answer_turns["chosen"] == answer_turns["rejected"]:
-        raise PeftcoreError(f"{where}: 'chosen' and 'rejected' are the same")
+        raise PeftcoreError(f"{where}: 'chosen' and 'rejected' are the same answer. Remove the row")
     for answer in answer_turns.values():
         conversation = turns.conversation(where, [*prompt, *answer], len(prompt), fields)
     chosen, rejected = map(turns.without_marks, answer_turns.values())
@@ -135,7 +136,7 @@ def _turns(where: str, key: str, value: Any, role: str) -> list[dict[str, Any]]:
 
 
 def row_to_answer(where: str, fields: dict[str, Any], task: str, *, hears: bool = False) -> Row:
-    """Return a conversation to answer; an existing answer is removed.
+    """Return a conversation to answer, without its existing answer.
 
     Args:
         where: file and line, for messages.
@@ -144,11 +145,11 @@ def row_to_answer(where: str, fields: dict[str, Any], task: str, *, hears: bool 
         hears: whether the model takes audio.
 
     Raises:
-        PeftcoreError: the conversation has no turn to answer, or an image is missing; the message begins with `where`.
+        PeftcoreError: the conversation has no turn to answer, or an image is missing. The message begins with `where`.
     """
     key = next((key for key in ("messages", "conversations", "prompt") if isinstance(fields.get(key), list)), None)
     if key is None:
-        raise PeftcoreError(f"{where}: predict needs the key messages for {task}, found {', '.join(fields)}")
+        raise PeftcoreError(f"{where}: predict needs the key 'messages' for {task}, found {', '.join(fields)}")
     messages_to_answer = turns.messages_of_sharegpt(where, fields[key]) if key == "conversations" else fields[key]
     while (
         isinstance(messages_to_answer, list)
@@ -164,7 +165,7 @@ def row_to_answer(where: str, fields: dict[str, Any], task: str, *, hears: bool 
 
 
 class _MediaReader:
-    """Collects the images and audio of a row while reading its messages; without audio, `audio_files` is None."""
+    """Collects the images and audio of a row from its messages; `audio_files` is None for models without audio."""
 
     def __init__(self, where: str, image_files: list[Any], audio_files_of_row: list[Any] | None = None) -> None:
         self.where, self.image_files, self.paths = where, image_files, list[str]()
@@ -204,7 +205,7 @@ class _MediaReader:
             yield dict(AUDIO_PART)
         else:
             supported = "text or image" if self.audio_files is None else "text, image or audio"
-            hint = ". Audio is read by --task audio-text" if kind in ("audio", "audio_url") else ""
+            hint = ". Use --task audio-text for audio" if kind in ("audio", "audio_url") else ""
             raise PeftcoreError(
                 f"{self.where}: {place} has a part that is not {supported}, found {labels.short(part)}{hint}"
             )
@@ -213,8 +214,9 @@ class _MediaReader:
         if source is None:
             if len(self.sounds) >= len(self.audio_files or ()):
                 raise PeftcoreError(
-                    f"{self.where}: {place} has recording {len(self.sounds) + 1}, but the row lists "
-                    f'{len(self.audio_files or ())}. Pass it as {{"type": "audio", "path": FILE}} or in "audios": [...]'
+                    f"{self.where}: {place} refers to recording {len(self.sounds) + 1}, but the row lists "
+                    f'{len(self.audio_files or ())}. Pass the recording as {{"type": "audio", "path": FILE}} or in '
+                    '"audios": [...]'
                 )
             source = (self.audio_files or [])[len(self.sounds)]
         self.sounds.append(audio_files.path_of(self.where, place, source))
@@ -223,8 +225,9 @@ class _MediaReader:
         if source is None:
             if len(self.paths) >= len(self.image_files):
                 raise PeftcoreError(
-                    f"{self.where}: {place} shows image {len(self.paths) + 1}, but the row lists "
-                    f'{len(self.image_files)}. Pass it as {{"type": "image", "path": FILE}} or in "images": [FILE, ...]'
+                    f"{self.where}: {place} refers to image {len(self.paths) + 1}, but the row lists "
+                    f'{len(self.image_files)}. Pass the image as {{"type": "image", "path": FILE}} or in "images": '
+                    "[FILE, ...]"
                 )
             source = self.image_files[len(self.paths)]
         self.paths.append(self._image_path(place, source))
@@ -232,44 +235,45 @@ class _MediaReader:
     def _image_path(self, place: str, source: Any) -> str:
         if not isinstance(source, str):
             raise PeftcoreError(
-                f"{self.where}: {place} has an image that is not the path of a file, found {type(source).__name__}. "
-                "Save it to a file and pass the path"
+                f"{self.where}: the image in {place} must be the path of a file, found {type(source).__name__}. Save "
+                "the image to a file and pass its path"
             )
         if source.startswith(("http://", "https://", "data:")):
             raise PeftcoreError(
-                f"{self.where}: {place} has the image '{source[:60]}', which is not a local file. Download it and pass "
-                "the path"
+                f"{self.where}: the image '{source[:60]}' in {place} is not a local file. Download the image and "
+                "pass its path"
             )
         folder = os.path.dirname(self.where.rpartition(":")[0])
         path = os.path.join(folder, os.path.expanduser(source.removeprefix("file://")))
         if not os.path.isfile(path):
             raise PeftcoreError(
-                f"{self.where}: the image '{path}' does not exist. Paths are relative to the folder of the data file"
+                f"{self.where}: the image '{path}' does not exist. Pass a path relative to the folder of the data file"
             )
         return path
 
     def check_all_used(self) -> None:
         if self.image_files and len(self.paths) != len(self.image_files):
             raise PeftcoreError(
-                f"{self.where}: the row lists {len(self.image_files)} images, but its turns show {len(self.paths)}. "
-                f'Put {{"type": "image"}} or the text {IMAGE_MARK} where each belongs'
+                f"{self.where}: the row lists {len(self.image_files)} images, but its turns refer to "
+                f'{len(self.paths)}. Mark the place of each image with {{"type": "image"}} or the text {IMAGE_MARK}'
             )
         if self.audio_files and len(self.sounds) != len(self.audio_files):
             raise PeftcoreError(
-                f"{self.where}: the row lists {len(self.audio_files)} recordings, but its turns have "
-                f'{len(self.sounds)}. Put {{"type": "audio"}} or the text {AUDIO_MARK} where each belongs'
+                f"{self.where}: the row lists {len(self.audio_files)} recordings, but its turns refer to "
+                f'{len(self.sounds)}. Mark the place of each recording with {{"type": "audio"}} or the text '
+                f"{AUDIO_MARK}"
             )
 
 
 def _parts(content: Any) -> list[dict[str, Any]]:
-    """Return content as a list of parts; text becomes one part."""
+    """Return content as a list of parts. Text becomes a single part."""
     if isinstance(content, str):
         return [{"type": "text", "text": content}]
     return [part if isinstance(part, dict) else {"type": type(part).__name__} for part in content or ()]
 
 
 def _files_of(fields: Mapping[str, Any], kind: str = "image") -> list[Any]:
-    """Return the images or audio that a row lists for all its turns."""
+    """Return the images or audio that a row lists outside its turns."""
     value = fields.get(f"{kind}s") if fields.get(f"{kind}s") is not None else fields.get(kind)
     if value is None:
         return []

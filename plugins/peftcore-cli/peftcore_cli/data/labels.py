@@ -15,15 +15,15 @@ def class_name(where: str, key: str, text: str) -> str:
     """Return the name of a class, tag or image folder without surrounding spaces.
 
     Raises:
-        PeftcoreError: it is empty or NaN; the message begins with `where`.
+        PeftcoreError: the name is empty or NaN. The message begins with `where`.
     """
-    label = text.strip()  # otherwise "good" and "good " would be two classes
+    label = text.strip()  # otherwise "good" and "good " would be different classes
     if not label:
         raise PeftcoreError(f"{where}: '{key}' is empty")
     if label.lower() == "nan":
         raise PeftcoreError(
-            f"{where}: '{key}' is {label}, which stands for a missing value in tables. Remove the row, or rename "
-            "the class"
+            f"{where}: '{key}' is {label}, which usually stands for a missing value. Remove the row, or rename the "
+            "class"
         )
     return label
 
@@ -61,7 +61,7 @@ def text_of(where: str, key: str, value: Any) -> str:
     """Return the value of a text field.
 
     Raises:
-        PeftcoreError: it is not; the message begins with `where`.
+        PeftcoreError: the value is not text. The message begins with `where`.
     """
     if not isinstance(value, str):
         raise PeftcoreError(f"{where}: '{key}' must be text, found {short(value)}")

@@ -1,7 +1,7 @@
 """Mixtures of data sets: `--data A:2 --data B` samples A's examples twice as often as B's.
 
-A weight is the number of times that an example is used per epoch: with 2 every example is used twice, with 0.5 a random
-half, a different one in each epoch.
+The weight of a data set is how often its examples are used per epoch. With a weight of 2, every example is used twice.
+With 0.5, each epoch uses a different random half.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Source:
 
 
 def parse(text: str) -> Source:
-    """Parse `PATH:WEIGHT`; an existing file or folder is a path even if its name has colons.
+    """Parse `PATH:WEIGHT`. The name of an existing file or folder may contain colons.
 
     Raises:
         PeftcoreError: the weight is not a finite number above 0.
@@ -38,8 +38,8 @@ def parse(text: str) -> Source:
         return Source(text)
     if not math.isfinite(weight) or weight <= 0:
         raise PeftcoreError(
-            f"the weight in --data {text} must be a number above 0, the number of times that an example is "
-            "used per epoch. To leave out the data set, remove its --data"
+            f"the weight in --data {text} must be a number above 0: how often each example is used per epoch. To "
+            "exclude the data set, remove its --data"
         )
     return Source(path, weight)
 
@@ -54,7 +54,7 @@ def sample_epoch(parts: Sequence[tuple[int, float]], generator: random.Random) -
 
     Args:
         parts: (number of examples, weight) of each data set, in the order of the examples.
-        generator: random generator; not used if every weight is an integer.
+        generator: random generator, which is only used for weights that are not integers.
     """
     order: list[int] = []
     begin = 0

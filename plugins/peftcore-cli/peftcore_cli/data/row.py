@@ -20,16 +20,16 @@ class Row:
     Attributes:
         where: `FILE:LINE`, for messages.
         text: the text; the prompt if there is a completion.
-        completion: the answer to learn, or the chosen answer of a preference pair; a list of one message in a
-            conversation.
+        completion: the answer to learn, or the chosen answer of a preference pair. In a conversation, a list with one
+            message.
         rejected: the rejected answer of a preference pair.
         label: the label of a classifier, the score of a scored pair, or the tags of `words`.
-        messages: a conversation in the format of chat templates; for a preference pair or a marked answer, the prompt.
-        learned_from: index of the first message whose assistant turns are learned.
+        messages: a conversation in the format of chat templates. For preferences, the conversation is the prompt.
+        learned_from: index of the first message from which assistant turns are learned.
         not_learned: indices of later turns that are not learned.
         tools: tools that the conversation may call.
         source: index of the data set.
-        is_good: whether a marked answer is good.
+        is_good: whether the answer is good (KTO).
         pair: the second text of a pair to classify or to embed.
         negative: the third text of a triplet.
         tokens: (ids, labels) of a row that is already tokenized.
@@ -38,7 +38,7 @@ class Row:
         images: paths of a conversation's images.
         sounds: paths of a conversation's recordings.
         audio: path of the recording to transcribe.
-        columns: fields for a reward function.
+        columns: fields that are passed to a reward function.
     """
 
     where: str
@@ -64,7 +64,7 @@ class Row:
 
     @property
     def kind(self) -> str:
-        """Name of the set of fields that the example has."""
+        """Names of the example's fields, for messages."""
         if self.messages is not None:
             return "messages"
         if self.negative is not None:
@@ -78,7 +78,7 @@ class Row:
 
 @contextmanager
 def naming(where: str | None) -> Iterator[None]:
-    """Prefix a PeftcoreError inside the block with `where`, if it is given."""
+    """Inside the block, prefix a PeftcoreError with `where`, unless it is None."""
     try:
         yield
     except PeftcoreError as error:

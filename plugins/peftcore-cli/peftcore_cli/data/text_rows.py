@@ -13,10 +13,10 @@ from peftcore_cli.data.token_rows import tokens_of
 
 
 def row_of(where: str, fields: dict[str, Any], keys: tuple[str, ...]) -> Row:
-    """Return the row of a line with the fields `keys`.
+    """Return the row of a line that has the fields `keys`.
 
     Raises:
-        PeftcoreError: a field is invalid; the message begins with `where`.
+        PeftcoreError: a field is invalid. The message begins with `where`.
     """
     if keys == ("messages",):
         return turns.conversation(where, turns.messages_of(where, "messages", fields["messages"]), 0, fields)
@@ -31,10 +31,10 @@ def row_of(where: str, fields: dict[str, Any], keys: tuple[str, ...]) -> Row:
 
 
 def plain(where: str, fields: dict[str, Any], keys: tuple[str, ...]) -> Row:
-    """Return the row of a text, or of a prompt with its completion, also in Alpaca's format.
+    """Return the row of a text, or of a prompt with its completion. Alpaca's format is also read.
 
     Raises:
-        PeftcoreError: a field is not text, or the last one is empty; the message begins with `where`.
+        PeftcoreError: a field is not text, or the last field is empty. The message begins with `where`.
     """
     if keys == ("instruction", "output"):
         prompt = alpaca_prompt(text_of(where, "instruction", fields["instruction"]), fields.get("input"))

@@ -1,4 +1,4 @@
-"""Rows that another program has tokenized: `{"input_ids": [...], "labels": [...]}`."""
+"""Rows that are already tokenized: `{"input_ids": [...], "labels": [...]}`."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ IGNORED = -100
 
 
 def tokens_of(where: str, fields: Mapping[str, Any]) -> tuple[list[int], list[int]]:
-    """Return (ids, labels) of a row without the padding in `attention_mask`; labels default to the ids.
+    """Return (ids, labels) of a row, without the tokens that `attention_mask` excludes. Labels default to the ids.
 
     Raises:
-        PeftcoreError: a list is missing, too long or short, or has invalid values; the message begins with `where`.
+        PeftcoreError: a list is missing, has the wrong length or has invalid values. The message begins with `where`.
     """
     ids = _integers(where, "input_ids", fields["input_ids"])
     values_by_name = {name: fields.get(name) for name in ("labels", "attention_mask")}
@@ -33,11 +33,11 @@ def tokens_of(where: str, fields: Mapping[str, Any]) -> tuple[list[int], list[in
     )
     if mismatch is not None:
         raise PeftcoreError(
-            f"{where}: labels[{mismatch}] must be input_ids[{mismatch}]={ids[mismatch]} or {IGNORED} (ignored), found "
-            f"{labels[mismatch]}. The model shifts labels itself"
+            f"{where}: labels[{mismatch}] must be input_ids[{mismatch}]={ids[mismatch]} or {IGNORED} (ignored), "
+            f"found {labels[mismatch]}. Pass unshifted labels, because the model shifts them"
         )
     if all(label == IGNORED for label in labels[1:]):
-        raise PeftcoreError(f"{where}: the labels ignore every token. Leave out 'labels' to learn all of them")
+        raise PeftcoreError(f"{where}: the labels ignore every token. Remove 'labels' to learn all tokens")
     return ids, labels
 
 
@@ -47,7 +47,7 @@ def check_vocabulary(where: str, ids: Sequence[int], size: int) -> None:
     if unknown is not None:
         raise PeftcoreError(
             f"{where}: 'input_ids' has the token {unknown}, but the model's tokenizer has {size:,} tokens. Tokenize "
-            "with the tokenizer of --model"
+            "the data with the tokenizer of --model"
         )
 
 

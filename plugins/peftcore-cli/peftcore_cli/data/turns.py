@@ -1,4 +1,4 @@
-"""Conversations in rows: checks of messages, and which turns are learned."""
+"""Read conversations: check the messages, and determine the turns to learn."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _MARKS = ("weight", "train")  # keys that mark whether a turn is learned
 
 
 def conversation(where: str, messages: Messages, learned_from: int, fields: dict[str, Any]) -> Row:
-    """Return the row of a conversation whose assistant turns from `learned_from` on are learned.
+    """Return the row of a conversation. Assistant turns from index `learned_from` on are learned.
 
     Raises:
         PeftcoreError: no turn is learned, a learned turn is empty, or `tools` is not a list.
@@ -26,27 +26,27 @@ def conversation(where: str, messages: Messages, learned_from: int, fields: dict
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant" and i >= learned_from]
     learned_turns = [i for i in turns if i not in not_learned]
     if not learned_turns:
-        raise PeftcoreError(f"{where}: there is no assistant turn to learn. Add one, or remove the row")
+        raise PeftcoreError(f"{where}: the conversation has no assistant turn to learn. Add one, or remove the row")
     empty_turn = next((i for i in learned_turns if not _says_something(messages[i])), None)
     if empty_turn is not None:
         raise PeftcoreError(
-            f"{where}: messages[{empty_turn}] is an empty assistant turn, which would teach the model to say "
-            'nothing. Remove it, or exclude it from learning: "weight": 0'
+            f"{where}: messages[{empty_turn}] is an empty assistant turn, which would teach the model to answer "
+            'nothing. Remove the turn, or exclude it from the loss: "weight": 0'
         )
     tools = fields.get("tools")
-    if isinstance(tools, str):  # datasets stores fields that differ between rows as JSON text
+    if isinstance(tools, str):  # the library datasets stores fields that differ between rows as JSON text
         try:
             tools = json.loads(tools)
         except (ValueError, RecursionError) as error:
-            problem = "it is nested too deeply" if isinstance(error, RecursionError) else error
-            raise PeftcoreError(f"{where}: 'tools' is not JSON: {problem}") from error
+            problem = "the value is nested too deeply" if isinstance(error, RecursionError) else error
+            raise PeftcoreError(f"{where}: 'tools' is not valid JSON: {problem}") from error
     if tools is not None and not isinstance(tools, list):
         raise PeftcoreError(f"{where}: 'tools' must be a list, found {type(tools).__name__}")
     return Row(where, "", messages=messages, learned_from=learned_from, not_learned=not_learned, tools=tools or None)
 
 
 def _is_learned(place: str, message: Mapping[str, Any]) -> bool:
-    """Return whether a turn is learned; `"weight": 0` (OpenAI) or `"train": false` excludes it."""
+    """Return whether a turn is learned: not if it has `"weight": 0` (OpenAI) or `"train": false`."""
     weight, train = message.get("weight", 1), message.get("train", True)
     if not isinstance(weight, (int, float)) or weight not in (0, 1):
         raise PeftcoreError(f"{place}: 'weight' must be 0 or 1, found {labels.short(weight)}")
@@ -56,7 +56,7 @@ def _is_learned(place: str, message: Mapping[str, Any]) -> bool:
 
 
 def without_marks(messages: Messages) -> Messages:
-    """Remove the marks of learned turns, which chat templates do not know."""
+    """Remove the keys `weight` and `train`, which chat templates do not know."""
     return [{name: value for name, value in message.items() if name not in _MARKS} for message in messages]
 
 
@@ -66,7 +66,7 @@ def _says_something(message: Mapping[str, Any]) -> bool:
 
 
 def messages_of(where: str, key: str, messages: Any, *, has_images: bool = False) -> Messages:
-    """Check messages and join text parts; with `has_images`, content in parts is left as it is."""
+    """Check messages and join text parts. With `has_images`, content in parts is not changed."""
     if not isinstance(messages, list) or not messages:
         kind = "an empty list" if messages == [] else type(messages).__name__
         raise PeftcoreError(f"{where}: '{key}' must be a list of messages, found {kind}")
@@ -82,8 +82,8 @@ def messages_of(where: str, key: str, messages: Any, *, has_images: bool = False
             content = message["content"] = text
         if isinstance(content, list):
             raise PeftcoreError(
-                f"{place} has content parts other than text. If they are images, use --task image-text with a "
-                "vision-language model; other parts are not supported"
+                f"{place} has content parts other than text. Use --task image-text for images, with a "
+                "vision-language model, or remove these parts"
             )
         if not isinstance(content, str) and not (content is None and message.get("tool_calls")):
             raise PeftcoreError(f"{place} has no text content, found {str(content)[:80]}")
@@ -92,7 +92,7 @@ def messages_of(where: str, key: str, messages: Any, *, has_images: bool = False
 
 
 def _joined_parts(parts: list[Any]) -> str | None:
-    """Join the text of {"type": "text", "text": ...} parts; return None if there are other parts."""
+    """Join the texts of {"type": "text", "text": ...} parts, or return None if there are other parts."""
     texts: list[str] = []
     for part in parts:
         text = part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None

@@ -103,8 +103,8 @@ class Transcripts(Task):
             tokens = list(processor.tokenizer(str(row.text))["input_ids"])
             if len(tokens) > longest:
                 raise PeftcoreError(
-                    f"{row.where}: the transcript has {len(tokens):,} tokens; at most {longest:,} fit (--max-length, "
-                    "and the model's limit). Split the recording"
+                    f"{row.where}: the transcript has {len(tokens):,} tokens, but the limit is {longest:,} "
+                    "(--max-length, or the model's positions). Split the recording"
                 )
             examples.append({"audio": row.audio, "labels": tokens})
         return Encoded(examples, 0)
@@ -183,12 +183,13 @@ def set_language(processor: Any, language: str | None, generation: Any) -> None:
         return
     if not is_multilingual or not hasattr(processor.tokenizer, "set_prefix_tokens"):
         raise PeftcoreError(
-            f"--language {language} only works with multilingual models, and this one is not. Leave it out"
+            f"--language {language} only works with multilingual models, but this model knows one language. Remove "
+            "--language"
         )
     try:
         processor.tokenizer.set_prefix_tokens(language=language, task="transcribe")
     except ValueError as error:
-        raise PeftcoreError(f"--language {language} is not known: {str(error)[:300]}") from error
+        raise PeftcoreError(f"the model does not support --language {language}: {str(error)[:300]}") from error
 
 
 def _read(processor: Any, path: Any, where: str | None = None) -> Any:

@@ -14,8 +14,8 @@ class AudioText(MediaChats):
     shown_keys = "messages with audio"
     model_class = "AutoModelForMultimodalLM"
     needed_model = (
-        "a model that takes audio and texts, such as Qwen2-Audio or Gemma 3n, found {}. For transcripts use --task asr "
-        "with a Whisper model"
+        "a model that takes audio and text, such as Qwen2-Audio or Gemma 3n, found {}. For transcripts use --task "
+        "asr with a Whisper model"
     )
     hears = True
 

@@ -47,7 +47,8 @@ def set_template(processor: Any, template: str | None, of_adapter: str | None = 
     tokenizer = tokenizer_of(processor)
     if template is not None and type(tokenizer).__name__ == MISTRAL:
         raise PeftcoreError(
-            "--chat-template does not work with the tokenizer of mistral-common, which has no templates. Leave it out"
+            "--chat-template does not work with mistral-common's tokenizer, which has no templates. Remove "
+            "--chat-template"
         )
     if template is None or template == of_adapter:
         if of_adapter is not None:
@@ -59,9 +60,7 @@ def set_template(processor: Any, template: str | None, of_adapter: str | None = 
         try:
             template = Path(os.path.expanduser(template)).read_text(encoding="utf-8")
         except (OSError, ValueError) as error:
-            raise PeftcoreError(
-                f"--chat-template '{template}' cannot be read: {error}. Pass a file, or chatml"
-            ) from error
+            raise PeftcoreError(f"cannot read --chat-template '{template}': {error}. Pass a file, or chatml") from error
     tokenizer.chat_template = template
 
 
@@ -81,14 +80,15 @@ def render(
     """
     if type(tokenizer).__name__ == MISTRAL:
         raise PeftcoreError(
-            "the tokenizer of mistral-common has no chat template to turn messages into text. Add tokenizer.json and "
-            "tokenizer_config.json in transformers' format to the model's folder, or pass prompt and completion"
+            "mistral-common's tokenizer has no chat template to format messages with. Add tokenizer.json and "
+            "tokenizer_config.json in transformers' format to the model's folder, or use examples with prompt and "
+            "completion"
         )
     if not has_template(tokenizer):
         name = os.path.basename(str(tokenizer.name_or_path))
         raise PeftcoreError(
-            f"the tokenizer of '{name}' has no chat template to turn messages into text. Pass one: "
-            "--chat-template chatml, or a file"
+            f"the tokenizer of '{name}' has no chat template to format messages with. Pass one: --chat-template "
+            "chatml, or a file"
         )
     try:
         text = tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=begins_answer)
@@ -96,14 +96,18 @@ def render(
         text.encode()
     except UnicodeEncodeError as error:
         raise PeftcoreError(
-            "the chat template writes half a surrogate pair, which is not text. Pass another: --chat-template chatml"
+            "the chat template writes an unpaired surrogate, which is not valid Unicode. Pass another template: "
+            "--chat-template chatml"
         ) from error
     except RecursionError as error:
-        raise PeftcoreError("the chat template is nested too deeply. Pass another: --chat-template chatml") from error
+        raise PeftcoreError(
+            "the chat template is nested too deeply. Pass another template: --chat-template chatml"
+        ) from error
     except Exception as error:  # a template may raise anything
         reason = str(error)[:400] or type(error).__name__
         raise PeftcoreError(
-            f"the chat template rejects the conversation: {reason}. Pass another: --chat-template chatml, or a file"
+            f"the chat template rejects the conversation: {reason}. Pass another template: --chat-template chatml, "
+            "or a file"
         ) from error
     return text
 
@@ -140,7 +144,8 @@ def _refuse_what_vanishes(tokenizer: PreTrainedTokenizerBase, row: Row, full_tex
     messages = row.messages or []
     if row.tools and render(tokenizer, messages) == full_text:
         raise PeftcoreError(
-            "the chat template does not write the tools. Pass one that does: --chat-template FILE; or remove 'tools'"
+            "the chat template ignores tools. Pass a template that writes them (--chat-template FILE), or remove "
+            "'tools'"
         )
     for index, message in enumerate(messages):
         if not message.get("tool_calls"):
@@ -148,8 +153,8 @@ def _refuse_what_vanishes(tokenizer: PreTrainedTokenizerBase, row: Row, full_tex
         stripped = {"content": "", **{name: value for name, value in message.items() if name != "tool_calls"}}
         if render(tokenizer, [*messages[:index], stripped, *messages[index + 1 :]], row.tools) == full_text:
             raise PeftcoreError(
-                f"the chat template does not write the tool_calls of messages[{index}]. Pass one that does: "
-                "--chat-template FILE; or write the calls as content"
+                f"the chat template ignores the tool_calls of messages[{index}]. Pass a template that writes them "
+                "(--chat-template FILE), or write the calls as content"
             )
 
 
@@ -157,7 +162,7 @@ def _span(tokenizer: PreTrainedTokenizerBase, row: Row, turn: int) -> tuple[str,
     """Return (text up to and including `turn`, index of the character where the turn begins)."""
     messages = row.messages or []
     if turn == 0:
-        raise PeftcoreError("the first turn is the assistant's. Start with a user or system turn")
+        raise PeftcoreError("the conversation starts with an assistant turn. Start with a user or system turn")
     text = render(tokenizer, messages[: turn + 1], row.tools)
     prefix = render(tokenizer, messages[:turn], row.tools, begins_answer=True)
     begin = next(
@@ -166,8 +171,8 @@ def _span(tokenizer: PreTrainedTokenizerBase, row: Row, turn: int) -> tuple[str,
     begin = min(begin, len(text))
     if begin < len(prefix) and begin < len(render(tokenizer, messages[:turn], row.tools)):
         raise PeftcoreError(
-            f"the chat template changes the text before messages[{turn}] when that turn follows, so the learned "
-            "part cannot be determined. Pass another: --chat-template chatml, or a file"
+            f"the chat template rewrites earlier turns when messages[{turn}] is added, so the tokens to learn cannot "
+            "be located. Pass another template: --chat-template chatml, or a file"
         )
     return text, begin
 

@@ -66,8 +66,8 @@ def answer_count(task: Task, metric: str | None, requested: int | None) -> int:
     if not task.writes:
         if requested is not None or is_user_function(metric):
             raise PeftcoreError(
-                f"--eval-answers and --metric FILE.py:FUNCTION only work with {registered.names_with('writes')} "
-                f"(the task is {task.name}). Leave them out"
+                f"--eval-answers and --metric FILE.py:FUNCTION only work with {registered.names_with('writes')} (the "
+                f"task is {task.name}). Remove these options"
             )
         return 0
     if requested is not None:
@@ -93,7 +93,9 @@ def load_function(text: str, option: str = "--metric") -> Callable[..., Any]:
     try:
         spec.loader.exec_module(module)
     except Exception as error:
-        raise PeftcoreError(f"{option} {text}: '{path}' fails with {type(error).__name__}: {error}") from error
+        raise PeftcoreError(
+            f"{option} {text}: importing '{path}' fails with {type(error).__name__}: {error}"
+        ) from error
     function = getattr(module, name, None)
     if not callable(function):
         raise PeftcoreError(f"{option} {text}: '{path}' has no function '{name}'")
@@ -116,8 +118,8 @@ def load_reward(text: str) -> Reward:
             found = function(**columns)
         except Exception as error:
             raise PeftcoreError(
-                f"--reward {text} fails with {type(error).__name__}: {error}. It is called with prompts, completions, "
-                "completion_ids and the columns of the rows as keyword arguments: accept **kwargs"
+                f"--reward {text} fails with {type(error).__name__}: {error}. The function is called with prompts, "
+                "completions, completion_ids and the columns of the rows as keyword arguments, so accept **kwargs"
             ) from error
         count = len(columns["completions"])
         values = list(found) if isinstance(found, (list, tuple)) else []
@@ -152,13 +154,13 @@ def cases(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_length: i
             ids, expected = tokenizer(row.text)["input_ids"], row.completion
         else:
             raise PeftcoreError(
-                f"{row.where}: {row.kind} has no prompt to answer. Metrics of answers need prompt/completion, messages "
-                "or source/target. Leave out --eval-answers, or pass --metric loss"
+                f"{row.where}: the row has {row.kind}, which has no prompt to answer. Metrics of answers need "
+                "prompt/completion, messages or source/target. Remove --eval-answers, or pass --metric loss"
             )
         if not 0 < len(ids) <= max_length:
             raise PeftcoreError(
-                f"{row.where}: a prompt to answer must have 1 to {max_length:,} tokens (--max-length), found "
-                f"{len(ids):,}. Increase --max-length, or remove the example"
+                f"{row.where}: the prompt must have 1 to {max_length:,} tokens (--max-length), found {len(ids):,}. "
+                "Increase --max-length, or remove the example"
             )
         prompts.append(Case(list(ids), expected))
     return prompts
@@ -214,8 +216,8 @@ def _of_user(metric: str, function: Metric, answers: list[str], expected: list[s
         value = function(answers, expected)
     except Exception as error:
         raise PeftcoreError(
-            f"--metric {metric} fails with {type(error).__name__}: {error}. It is called with two lists of texts, the "
-            "answers and the expected texts"
+            f"--metric {metric} fails with {type(error).__name__}: {error}. The function is called with two lists of "
+            "texts: the answers and the expected texts"
         ) from error
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         raise PeftcoreError(f"--metric {metric} must return a finite number, where higher is better, found {value!r}")

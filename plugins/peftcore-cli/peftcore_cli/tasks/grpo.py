@@ -47,13 +47,13 @@ class GRPO(Judged):
     counts_tokens = False
     fixed_ranks = True
     figures = ("reward",)
-    unpredicted = "the memory of sampling answers is not known"
+    unpredicted = "the memory for sampling answers is unknown"
 
     def read_row(self, where: str, fields: dict[str, Any], keys: tuple[str, ...]) -> Row:
         """Return a prompt to answer, with the other fields of its line."""
         columns = {name: value for name, value in fields.items() if name != "prompt"}
         if columns.get("tools"):
-            raise PeftcoreError(f"{where}: tools are not supported by --task grpo. Remove 'tools'")
+            raise PeftcoreError(f"{where}: --task grpo does not support tools. Remove 'tools'")
         if isinstance(fields["prompt"], list):
             messages = turns.without_marks(turns.messages_of(where, "prompt", fields["prompt"]))
             if messages[-1]["role"] == "assistant":
@@ -68,15 +68,16 @@ class GRPO(Judged):
         size = run_options.batch_size * run_options.grad_accum
         if size % run_options.generations:
             raise PeftcoreError(
-                f"--batch-size times --grad-accum is a number of answers and must be a multiple of --generations "
-                f"{run_options.generations}, found {size}. Use --batch-size {run_options.generations}"
+                "--batch-size times --grad-accum counts answers in --task grpo, so it must be a multiple of "
+                f"--generations {run_options.generations}, found {size}. Use --batch-size {run_options.generations}"
             )
         if run_options.temperature <= 0:
             raise PeftcoreError(f"--temperature must be above 0 to sample answers, found {run_options.temperature:g}")
         weighted_path = next((path for path in data if mixture.parse(path).weight != 1), None)
         if weighted_path is not None:
             raise PeftcoreError(
-                f"--task grpo draws every prompt once per epoch, found --data {weighted_path}. Leave out the weight"
+                "--task grpo uses every prompt once per epoch, so data sets cannot be weighted, found --data "
+                f"{weighted_path}. Remove the weight"
             )
         generations.load_reward(run_options.reward)
 
@@ -106,7 +107,8 @@ class GRPO(Judged):
                 ]
             if not 0 < len(ids) <= max_length:
                 raise PeftcoreError(
-                    f"{row.where}: a prompt must have 1 to {max_length:,} tokens (--max-length), found {len(ids):,}"
+                    f"{row.where}: the prompt must have 1 to {max_length:,} tokens (--max-length), found "
+                    f"{len(ids):,}. Increase --max-length, or remove the row"
                 )
             examples.append({**row.columns, "prompt": prompt, _IDS: list(ids)})
         return Encoded(examples, 0)

@@ -52,7 +52,7 @@ class Images(Classification):
     ) -> list[list[Row]]:
         if columns:
             raise PeftcoreError(
-                "--columns maps the fields of rows, which a folder of images does not have. Leave it out"
+                "--columns does not work with folders of images, which have no columns. Remove --columns"
             )
         images = [list(image_files.labelled(path)) for path in paths]
         return [[Row(file, "", label=label, image=file) for file, label in folder] for folder in images]
@@ -66,7 +66,7 @@ class Images(Classification):
 
     def check_options(self, run_options: RunOptions, data: Sequence[str], *, continues: bool) -> None:
         if run_options.chat_template is not None or run_options.columns is not None:
-            raise PeftcoreError("--chat-template and --columns do not work with --task image. Leave them out")
+            raise PeftcoreError("--chat-template and --columns do not work with --task image. Remove these options")
 
     def encode(
         self,

@@ -83,8 +83,8 @@ class ImageDPO(Judged, MediaChats):
             chosen, rejected = pair  # one example per answer, because one turn is learned
             if chosen["input_ids"] == rejected["input_ids"] and not was_cut:
                 raise PeftcoreError(
-                    f"{row.where}: 'chosen' and 'rejected' have the same tokens, so there is nothing to prefer. Remove "
-                    "the row, or use a model whose tokenizer knows their words"
+                    f"{row.where}: 'chosen' and 'rejected' have the same tokens, so neither can be preferred. Remove "
+                    "the row, or use a model whose tokenizer distinguishes them"
                 )
             truncated += was_cut > 0
             if chosen["input_ids"] == rejected["input_ids"] or not all(_learns(example) for example in pair):
@@ -92,7 +92,7 @@ class ImageDPO(Judged, MediaChats):
             else:
                 examples.append(dict(zip(SIDES, pair, strict=True)))
         if not examples:
-            raise PeftcoreError(f"no pair of answers differs within {max_length} tokens. Increase --max-length")
+            raise PeftcoreError(f"no two answers differ within {max_length} tokens. Increase --max-length")
         return Encoded(examples, truncated, left_out)
 
     def as_texts(self, examples: Sequence[Example]) -> list[Example]:

@@ -6,7 +6,7 @@ from peftcore_cli.data.first_lines import FirstLines
 from peftcore_cli.tasks.media_chats import MediaChats
 
 NEEDED = (
-    "a model that reads images and texts, such as SmolVLM, Qwen2.5-VL or LLaVA, found {}. For texts use --task "
+    "a model that takes images and text, such as SmolVLM, Qwen2.5-VL or LLaVA, found {}. For texts use --task "
     "causal-lm or dpo"
 )
 

@@ -71,7 +71,7 @@ class KTO(Judged):
         prompt_turns, answer_turns = (turns.messages_of(where, key, fields[key]) for key in ("prompt", "completion"))
         if [message["role"] for message in answer_turns] != ["assistant"]:
             roles = ", ".join(message["role"] for message in answer_turns)
-            raise PeftcoreError(f"{where}: 'completion' must be one assistant answer, found {roles}")
+            raise PeftcoreError(f"{where}: 'completion' must be a single assistant answer, found {roles}")
         conversation = turns.conversation(where, [*prompt_turns, *answer_turns], len(prompt_turns), fields)
         answer_turns = turns.without_marks(answer_turns)
         return Row(
@@ -86,7 +86,7 @@ class KTO(Judged):
     def check_options(self, run_options: RunOptions, data: Sequence[str], *, continues: bool) -> None:
         if run_options.batch_size < self.least_batch:
             raise PeftcoreError(
-                "--task kto compares the answers of a batch, so --batch-size 1 is too small. Use --batch-size 2 or more"
+                "--task kto compares the answers in a batch, so --batch-size 1 is too small. Use --batch-size 2 or more"
             )
 
     def check_rows(self, rows: Sequence[Row]) -> None:
@@ -95,8 +95,8 @@ class KTO(Judged):
         if len(marks) < 2:
             mark, missing = ("true", "false") if True in marks else ("false", "true")
             raise PeftcoreError(
-                f"{rows[0].where}: every answer has the label {mark}, and --task kto needs both. Add answers with "
-                f"{missing}, or train on the good answers alone, as prompts and completions"
+                f"{rows[0].where}: every answer has the label {mark}, but --task kto needs good and bad answers. Add "
+                f"answers with the label {missing}, or train on the good answers alone, as prompts and completions"
             )
 
     def encode(

@@ -204,7 +204,9 @@ def given_fields(where: str, fields: dict[str, Any], keys: Sequence[str], task: 
     values = {key: fields[key] for key in keys if fields.get(key) is not None}
     null_key = next((key for key in keys if key in fields), None)
     if not values and null_key is not None:
-        raise PeftcoreError(f"{where}: '{null_key}' is null, and predict needs a value. Fill it in, or remove the line")
+        raise PeftcoreError(
+            f"{where}: '{null_key}' is null, but predict needs a value. Fill in the value, or remove the line"
+        )
     if not values:
         raise missing_key(where, fields, keys[0], task)
     return values
@@ -214,5 +216,5 @@ def missing_key(where: str, fields: dict[str, Any], key: str, task: Task) -> Pef
     """Return the error for a line to answer that lacks a field."""
     return PeftcoreError(
         f"{where}: predict needs the key {key} for {task.name}, found {data_files.listed(fields) or 'none'}. If the "
-        f"column has another name: --columns {key}=NAME"
+        f"column has another name, map it: --columns {key}=NAME"
     )

@@ -85,9 +85,7 @@ class MediaChats(Task):
             truncated += truncated_examples
             left_out += len(encoded) - len(learnable)
         if not examples:
-            raise PeftcoreError(
-                f"no answer begins within {max_length} tokens in any conversation. Increase --max-length"
-            )
+            raise PeftcoreError(f"no conversation has an answer within {max_length} tokens. Increase --max-length")
         return Encoded(examples, truncated, left_out)
 
     def collate(self, examples: Sequence[Example], processor: Any) -> dict[str, Any]:
@@ -136,8 +134,8 @@ def encode_row(row: Row, processor: Any, max_length: int) -> tuple[list[Example]
                 media = {"images": example["images"], "recordings": example["sounds"]}
                 shown = " and ".join(f"{len(paths)} {name}" for name, paths in media.items() if paths)
                 raise PeftcoreError(
-                    f"{row.where}: the conversation has {len(ids):,} tokens, {count:,} of them for {shown}, which "
-                    f"cannot be truncated to --max-length {max_length:,}. Increase --max-length"
+                    f"{row.where}: the conversation has {len(ids):,} tokens ({count:,} for {shown}) and cannot be "
+                    f"truncated to --max-length {max_length:,}. Increase --max-length"
                 )
             truncated += 1
             example |= {"input_ids": ids[:max_length], "labels": labels[:max_length]}
@@ -162,7 +160,9 @@ def _sizes(row: Row, processor: Any) -> dict[str, list[list[int]]]:
             continue
         token = getattr(processor, f"{kind}_token", None)
         if token is None:
-            raise PeftcoreError(f"{row.where}: {type(processor).__name__} takes no {NAMES[kind]}. Use another model")
+            raise PeftcoreError(
+                f"{row.where}: {type(processor).__name__} does not support {NAMES[kind]}. Use another model"
+            )
         images = [[image] for image in _open_images(paths, row.where)] if kind == "image" else [[] for _ in paths]
         sounds = _read_recordings(paths, processor, row.where) if kind == "audio" else []
         token_ids = _process(processor, [token] * len(paths), images, sounds, add_special_tokens=False)["input_ids"]
@@ -187,7 +187,7 @@ def _example(
         if ids.count(place) != shown[kind]:
             raise PeftcoreError(
                 f"{row.where}: the chat template writes {ids.count(place)} {name}, but the conversation has "
-                f"{shown[kind]}. Pass a template that writes them: --chat-template FILE"
+                f"{shown[kind]}. Pass a template that writes all of them: --chat-template FILE"
             )
         inserted[place] = iter(sizes[kind])
         whole = getattr(processor, f"full_{kind}_sequence", None)
@@ -249,8 +249,8 @@ def collate(examples: Sequence[Example], processor: Any) -> dict[str, Any]:
     for row, example in zip(batch["input_ids"].tolist(), examples, strict=True):
         if row[: len(example["input_ids"])] != example["input_ids"]:
             raise PeftcoreError(
-                f"{type(processor).__name__} writes other tokens for a conversation in a batch than for the "
-                "conversation alone, so the learned part cannot be determined. Use --batch-size 1"
+                f"{type(processor).__name__} tokenizes a conversation differently in a batch than alone, so the "
+                "tokens to learn cannot be located. Use --batch-size 1"
             )
     tensors = {
         name: value[:, :length] if value.shape[:2] == shape and not name.startswith(_OF_MEDIA) else value
@@ -330,13 +330,13 @@ def check_processor(processor: Any, model: str, *, hears: bool = False) -> Any:
     if getattr(processor, "image_processor", None) is None or getattr(processor, "tokenizer", None) is None:
         name = os.path.basename(model)
         raise PeftcoreError(
-            f"'{name}' has no processor for texts with images (preprocessor_config.json and a tokenizer). Copy these "
+            f"'{name}' has no processor for images and text (preprocessor_config.json and a tokenizer). Copy these "
             "files from the model's original folder, or use --task causal-lm for texts"
         )
     if getattr(processor, "image_token", None) is None:
         raise PeftcoreError(
-            f"{type(processor).__name__} has no token for images, so the learned part cannot be determined. Use a "
-            "model such as SmolVLM, Qwen2.5-VL or LLaVA"
+            f"{type(processor).__name__} has no image token, so the tokens to learn cannot be located. Use a model "
+            "such as SmolVLM, Qwen2.5-VL or LLaVA"
         )
     return _with_template(processor)
 
@@ -347,13 +347,13 @@ def _check_audio_processor(processor: Any, model: str) -> Any:
     kind = type(processor).__name__
     if getattr(processor, "feature_extractor", None) is None or getattr(processor, "tokenizer", None) is None:
         raise PeftcoreError(
-            f"'{os.path.basename(model)}' has no processor for texts with audio, found {kind}. Use a model such as "
+            f"'{os.path.basename(model)}' has no processor for audio and text, found {kind}. Use a model such as "
             "Qwen2-Audio or Gemma 3n, or --task asr for transcripts"
         )
     writes = getattr(type(processor), "replace_audio_token", None)
     if getattr(processor, "audio_token", None) is None or writes in (None, ProcessorMixin.replace_audio_token):
         raise PeftcoreError(
-            f"{kind} does not put audio into a chat template's text, so the learned part cannot be determined. Use a "
+            f"{kind} does not write audio tokens into the chat, so the tokens to learn cannot be located. Use a "
             "model such as Qwen2-Audio or Gemma 3n"
         )
     return _with_template(processor)

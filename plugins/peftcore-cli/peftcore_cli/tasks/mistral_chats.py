@@ -38,12 +38,12 @@ def check_processor(processor: Any) -> Any:
     missing_modules = [name for name in ("mistral_common", "soundfile") if importlib.util.find_spec(name) is None]
     if missing_modules:
         raise PeftcoreError(
-            f"{_PROCESSOR} tokenizes conversations with mistral-common, and '{missing_modules[0]}' is not installed. "
-            "Install both: pip install 'mistral-common[audio]'"
+            f"{_PROCESSOR} tokenizes conversations with mistral-common, but '{missing_modules[0]}' is not installed. "
+            "Install it: pip install 'mistral-common[audio]'"
         )
     if type(processor.tokenizer).__name__ != MISTRAL:
         raise PeftcoreError(
-            f"{_PROCESSOR} has a {type(processor.tokenizer).__name__}, not mistral-common's tokenizer. Copy "
+            f"{_PROCESSOR} needs mistral-common's tokenizer, found {type(processor.tokenizer).__name__}. Copy "
             "tekken.json from the model's original folder"
         )
     return processor
@@ -57,9 +57,9 @@ def examples(row: Row, processor: Any) -> list[Example]:
     """
     messages = row.messages or []
     if row.images:
-        raise PeftcoreError(f"{row.where}: {_PROCESSOR} takes no images. Use another model")
+        raise PeftcoreError(f"{row.where}: {_PROCESSOR} does not support images. Use another model")
     if row.tools:
-        raise PeftcoreError(f"{row.where}: {_PROCESSOR} does not write the tools. Remove 'tools', or use another model")
+        raise PeftcoreError(f"{row.where}: {_PROCESSOR} does not support tools. Remove 'tools', or use another model")
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant" and i >= row.learned_from]
     turns = [i for i in turns if i not in row.not_learned]
     turn_examples = [_turn(row, turn, processor) for turn in turns]
@@ -79,14 +79,16 @@ def _turn(row: Row, turn: int, processor: Any) -> Example:
     """Encode the conversation up to an assistant's turn, which is learned."""
     messages = row.messages or []
     if turn == 0:
-        raise PeftcoreError(f"{row.where}: the first turn is the assistant's. Start with a user or system turn")
+        raise PeftcoreError(
+            f"{row.where}: the conversation starts with an assistant turn. Start with a user or system turn"
+        )
     prefix = _process(messages[:turn], row.sounds, processor, row.where)["input_ids"][0].tolist()
     ids = _process(messages[: turn + 1], row.sounds, processor, row.where)["input_ids"][0].tolist()
     ids.append(processor.tokenizer.eos_token_id)
     if ids[: len(prefix)] != prefix:
         raise PeftcoreError(
-            f"{row.where}: {_PROCESSOR} changes the tokens before messages[{turn}] when that turn follows, so the "
-            "learned part cannot be determined. Remove the turn"
+            f"{row.where}: {_PROCESSOR} rewrites earlier turns when messages[{turn}] is added, so the tokens to "
+            "learn cannot be located. Remove the turn"
         )
     conversation = messages[: turn + 1]
     return {

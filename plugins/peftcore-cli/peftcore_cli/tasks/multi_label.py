@@ -41,8 +41,8 @@ class MultiLabel(Labelled):
         duplicate = next((name for name in labels if labels.count(name) > 1), None)
         if duplicate is not None:
             raise PeftcoreError(
-                f"{where}: '{key}' names {duplicate} twice: {short}. List the labels that apply, not a zero or one for "
-                "every label"
+                f"{where}: '{key}' names {duplicate} twice: {short}. List only the labels that apply, instead of a "
+                "zero or one for every label"
             )
         return labels
 

@@ -73,7 +73,7 @@ def check(model: nn.Module, examples: Sequence[Example], subject: str) -> None:
     """
     first, second = examples[0], examples[min(1, len(examples) - 1)]
     changed_first = {**first, "input_ids": first["input_ids"][::-1][1:] + second["input_ids"][:1]}
-    reason = "it rejects positions that restart"
+    reason = "the model rejects positions that restart"
     try:
         with perturbed(model):
             separate = torch.cat([_logits(model, [example]) for example in (first, second)])
@@ -87,8 +87,10 @@ def check(model: nn.Module, examples: Sequence[Example], subject: str) -> None:
         close = CLOSE.get(next(model.parameters()).dtype, 3e-2)
         if difference <= close and leak <= close:
             return
-        reason = f"their outputs differ from those of single examples by {100 * max(difference, leak):.2g} %"
-    raise PeftcoreError(f"--pack: {subject} does not separate the examples of a row: {reason}. Leave out --pack")
+        reason = f"packed outputs differ from unpacked outputs by {100 * max(difference, leak):.2g} %"
+    raise PeftcoreError(
+        f"--pack does not work with {subject}, which does not separate packed examples: {reason}. Remove --pack"
+    )
 
 
 def _join(examples: Sequence[Example]) -> Example:

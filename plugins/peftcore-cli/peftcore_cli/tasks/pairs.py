@@ -89,7 +89,8 @@ class Pairs(Task):
             if score is None or not -1 <= score <= 1:
                 raise PeftcoreError(
                     f"{where}: 'score' must be a number from -1 to 1, like a cosine, found "
-                    f"{data_labels.short(fields['score'])}. Divide scores by the largest, such as 5"
+                    f"{data_labels.short(fields['score'])}. Divide all scores by the highest possible score, such as "
+                    "5"
                 )
         return Row(where, texts[0], pair=texts[1], negative=texts[2] if len(texts) > 2 else None, label=score)
 
@@ -114,7 +115,7 @@ class Pairs(Task):
     def check_options(self, run_options: RunOptions, data: Sequence[str], *, continues: bool) -> None:
         if run_options.pooling != "auto" and continues:
             raise PeftcoreError(
-                f"--pooling {run_options.pooling} cannot change the pooling of an existing adapter. Leave it out"
+                f"--pooling {run_options.pooling} cannot change the pooling of an existing adapter. Remove --pooling"
             )
 
     def check_examples(self, examples: Sequence[Example], subset: str, batch_size: int | None = None) -> None:
@@ -129,13 +130,13 @@ class Pairs(Task):
             return
         if batch_size == 1 and len(examples[0]["texts"]) == 2:
             raise PeftcoreError(
-                "--task pairs learns from the other rows of a batch, so --batch-size 1 needs rows with a negative. "
-                "Use --batch-size 2 or more, or add negatives"
+                "--task pairs uses the other rows of a batch as negatives, so --batch-size 1 needs rows with a "
+                "negative. Use --batch-size 2 or more, or add negatives"
             )
         if len({tuple(ids) for example in examples for ids in example["texts"][1:]}) < 2:
             raise PeftcoreError(
-                f"all {len(examples):,} {subset} examples have the same positive and no other text as a wrong answer. "
-                "Add rows, or hold out several: --holdout 2, or --eval-data FILE"
+                f"all {len(examples):,} {subset} examples have the same positive, so there are no negatives. Add "
+                "rows, or hold out several: --holdout 2, or --eval-data FILE"
             )
 
     def encode(
@@ -294,8 +295,8 @@ def pooling_of(model: str, pooling: str = "auto") -> str:
     unsupported = next((kind for kind in kinds if kind not in ("Transformer", "Pooling", "Normalize")), None)
     if unsupported is not None:
         raise PeftcoreError(
-            f"the base '{model}' computes embeddings with a module {unsupported}, which --task pairs does not support. "
-            "Pass another base, or --pooling to leave the module out"
+            f"the base '{model}' computes embeddings with a module {unsupported}, which --task pairs does not "
+            "support. Pass another base, or pass --pooling to skip the module"
         )
     folder = next(
         (module.get("path") for module in modules if str(module.get("type", "")).endswith("Pooling")), "1_Pooling"
@@ -309,7 +310,7 @@ def pooling_of(model: str, pooling: str = "auto") -> str:
     if len(poolings) > 1 or poolings[0] not in POOLINGS:
         raise PeftcoreError(
             f"the base '{model}' uses {' and '.join(poolings)} pooling, but --task pairs only supports "
-            f"{', '.join(POOLINGS)}. Choose one of these, such as --pooling mean"
+            f"{', '.join(POOLINGS)}. Choose one, such as --pooling mean"
         )
     return poolings[0]
 

@@ -42,6 +42,6 @@ def generation_within(model: nn.Module, option: str) -> Iterator[None]:
         if limit is None or "out of range" not in str(error):
             raise
         raise PeftcoreError(
-            f"{type(model).__name__} has positions for {limit:,} tokens, which a prompt and its answer exceed. Reduce "
-            f"{option}, or pass shorter prompts"
+            f"{type(model).__name__} has positions for {limit:,} tokens, but a prompt and its answer exceed them. "
+            f"Reduce {option}, or pass shorter prompts"
         ) from error

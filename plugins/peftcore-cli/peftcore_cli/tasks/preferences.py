@@ -35,12 +35,10 @@ class Preferences(Judged):
             PeftcoreError: an answer is empty or both are equal; the message begins with `where`.
         """
         if image_turns.has_images(fields):
-            raise PeftcoreError(
-                f"{where}: the row has images, which --task {self.name} does not read. Use --task image-dpo"
-            )
+            raise PeftcoreError(f"{where}: --task {self.name} does not support images. Use --task image-dpo")
         row = _compared_turns(where, fields) if isinstance(fields["chosen"], list) else _compared_texts(where, fields)
         if row.completion == row.rejected:
-            raise PeftcoreError(f"{where}: 'chosen' and 'rejected' are the same")
+            raise PeftcoreError(f"{where}: 'chosen' and 'rejected' are the same answer. Remove the row")
         return row
 
     def encode(
@@ -68,8 +66,8 @@ class Preferences(Judged):
             pair = (learned_tokens(chosen, prompt), learned_tokens(rejected, prompt))
             if pair[0] == pair[1]:
                 raise PeftcoreError(
-                    f"{row.where}: 'chosen' and 'rejected' have the same tokens, so there is nothing to prefer. Remove "
-                    "the row, or use a model whose tokenizer knows their words"
+                    f"{row.where}: 'chosen' and 'rejected' have the same tokens, so neither can be preferred. Remove "
+                    "the row, or use a model whose tokenizer distinguishes them"
                 )
             truncated += prompt + max(map(len, pair)) > max_length
             pair = (pair[0][: max_length - 1], pair[1][: max_length - 1])
@@ -82,7 +80,7 @@ class Preferences(Judged):
                 raise PeftcoreError(f"{row.where}: the prompt has no tokens")
             examples.append({"prompt_ids": prompt_ids, "chosen_ids": pair[0], "rejected_ids": pair[1]})
         if not examples:
-            raise PeftcoreError(f"no pair of answers differs within {max_length} tokens. Increase --max-length")
+            raise PeftcoreError(f"no two answers differ within {max_length} tokens. Increase --max-length")
         return Encoded(examples, truncated, left_out)
 
     def as_texts(self, examples: Sequence[Example]) -> list[Example]:
@@ -111,11 +109,13 @@ def _compared_turns(where: str, fields: dict[str, Any]) -> Row:
         prompt = [turn for turn, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)]
         answers = {key: messages[len(prompt) :] for key, messages in answers.items()}
         if not prompt:
-            raise PeftcoreError(f"{where}: 'chosen' and 'rejected' must begin with the same prompt")
+            raise PeftcoreError(
+                f"{where}: 'chosen' and 'rejected' begin with different prompts. Use the same prompt for both"
+            )
     for key, answer in answers.items():
         if [message["role"] for message in answer] != ["assistant"]:
             roles = ", ".join(message["role"] for message in answer) or "nothing"
-            raise PeftcoreError(f"{where}: '{key}' must be one assistant answer to the same prompt, found {roles}")
+            raise PeftcoreError(f"{where}: '{key}' must be a single assistant answer to the prompt, found {roles}")
     answers = {key: turns.without_marks(answer) for key, answer in answers.items()}
     row = turns.conversation(where, [*prompt, *answers["chosen"]], len(prompt), fields)
     return Row(where, "", answers["chosen"], answers["rejected"], messages=turns.without_marks(prompt), tools=row.tools)

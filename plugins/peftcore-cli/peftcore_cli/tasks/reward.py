@@ -39,7 +39,7 @@ class Reward(Preferences):
     figures = ("preference_accuracy", "margin")
     sequences = 2
     answers_texts = generates = False
-    no_chat = "is a reward model, which writes no answers. Measure it: peftcore eval"
+    no_chat = "is a reward model, which generates no text. Use peftcore eval"
 
     def head(self, labels: tuple[str, ...]) -> dict[str, Any]:
         return {"num_labels": 1, "problem_type": "regression"}

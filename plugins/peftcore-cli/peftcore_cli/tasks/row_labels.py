@@ -19,7 +19,7 @@ def labels_of(rows: list[Row]) -> list[str]:
     if isinstance(rows[0].label, float):
         if len({row.label for row in rows}) < 2:
             raise PeftcoreError(
-                f"{rows[0].where}: every training example has the number {rows[0].label:g}, so there is nothing to "
+                f"{rows[0].where}: every training example has the label {rows[0].label:g}, so there is nothing to "
                 "learn. Add examples with other numbers"
             )
         return []
@@ -32,11 +32,12 @@ def labels_of(rows: list[Row]) -> list[str]:
     if len(names) < 2 and (isinstance(rows[0].label, str) or rows[0].words):
         subject = "word has the tag" if rows[0].words else "training example has the label"
         raise PeftcoreError(
-            f"{rows[0].where}: every {subject} '{', '.join(names)}', and a classifier needs at least two. Add examples "
-            "with another, or, if all of them were held out, choose the held-out examples: --eval-data FILE"
+            f"{rows[0].where}: every {subject} '{', '.join(names)}', but a classifier needs at least two labels. Add "
+            "examples with another label, or, if all of these were held out, choose the held-out examples: "
+            "--eval-data FILE"
         )
     if not names:
-        raise PeftcoreError(f"{rows[0].where}: no example has a label")
+        raise PeftcoreError(f"{rows[0].where}: no example has a label. Add labels")
     are_integers = all(name.removeprefix("-").isdecimal() for name in names)
     return sorted(names, key=int) if are_integers else sorted(names)
 
@@ -57,7 +58,7 @@ def counts_of(rows: list[Row]) -> str:
     # Every word has one tag, but an example of several labels may have any number of them.
     total, unit = (counts.total(), "tags") if rows[0].words else (len(rows), "examples")
     share = counts.most_common(1)[0][1] / total
-    return f"labels: {', '.join(shown)}. {share:.1%} of the {unit} have the most frequent one"
+    return f"labels: {', '.join(shown)}. {share:.1%} of the {unit} have the most frequent label"
 
 
 def targets(rows: list[Row], labels: list[str]) -> list[int] | list[float] | list[tuple[float, ...]]:
@@ -71,7 +72,7 @@ def targets(rows: list[Row], labels: list[str]) -> list[int] | list[float] | lis
         for name in row.label if isinstance(row.label, tuple) else (row.label,):
             if isinstance(name, str) and name not in index:
                 raise PeftcoreError(
-                    f"{row.where}: label '{name}' is unknown{nearest(name, labels)}. The model knows: "
+                    f"{row.where}: unknown label '{name}'{nearest(name, labels)}. The model's labels are "
                     f"{', '.join(labels)}. Correct the label, or train with examples of it"
                 )
     if isinstance(rows[0].label, float):

@@ -26,13 +26,13 @@ class Seq2Seq(Task):
     streams = writes = True
     model_class = "AutoModelForSeq2SeqLM"
     needed_model = (
-        "an encoder-decoder model such as T5 or BART, found {}. For others use --task causal-lm, with rows "
+        "an encoder-decoder model such as T5 or BART, found {}. For other models use --task causal-lm, with "
         "prompt/completion"
     )
     peft_task_type = "SEQ_2_SEQ_LM"
     divides_by_tokens = False
     figures = ("perplexity", *generations.FIGURES)
-    no_chat = "answers texts, not conversations. Use peftcore generate"
+    no_chat = "answers single texts instead of conversations. Use peftcore generate"
 
     def recognises(self, lines: FirstLines) -> bool:
         return not lines.are_labelled and lines.have("source", "target")

@@ -83,8 +83,8 @@ class Tags(Headed):
             unknown = next((tag for tag in tags if tag not in index), None)
             if unknown is not None:
                 raise PeftcoreError(
-                    f"{row.where}: tag '{unknown}' is unknown{nearest(unknown, labels)}. The model knows: "
-                    f"{', '.join(labels)}"
+                    f"{row.where}: unknown tag '{unknown}'{nearest(unknown, labels)}. The model's tags are "
+                    f"{', '.join(labels)}. Correct the tag, or train with examples of it"
                 )
             with naming(row.where):
                 ids, firsts = tokens_of(row.words, processor, max_length)
@@ -93,7 +93,7 @@ class Tags(Headed):
             for place, tag in zip(firsts, tags, strict=False):
                 targets[place] = index[tag]
             if not firsts:
-                raise PeftcoreError(f"{row.where}: no word fits into --max-length {max_length}")
+                raise PeftcoreError(f"{row.where}: no word fits into --max-length {max_length}. Increase --max-length")
             examples.append({"input_ids": ids, "labels": targets})
         return Encoded(examples, truncated)
 
@@ -168,7 +168,8 @@ def tagged_words(where: str, keys: tuple[str, str], words: Any, tags: Any) -> tu
     word_list, tag_list = lists
     if len(word_list) != len(tag_list):
         raise PeftcoreError(
-            f"{where}: '{keys[0]}' has {len(word_list)} words, but '{keys[1]}' has {len(tag_list)} tags"
+            f"{where}: '{keys[0]}' has {len(word_list)} words, but '{keys[1]}' has {len(tag_list)} tags. Pass one "
+            "tag per word"
         )
     return word_list, tuple(data_labels.class_name(where, keys[1], tag) for tag in tag_list)
 
@@ -197,7 +198,7 @@ def tokens_of(words: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_leng
         if begin >= last_end:
             break
         if begin not in token_at:
-            raise PeftcoreError(f"no token begins where the word '{word}' begins. Join it to the word before")
+            raise PeftcoreError(f"no token starts at the start of the word '{word}'. Join it to the word before")
         firsts.append(token_at[begin])
         begin += len(word) + 1
     return list(encoded["input_ids"]), firsts

@@ -122,7 +122,7 @@ class Task:
     streams: ClassVar[bool] = False
 
     model_class: ClassVar[str] = "AutoModelForCausalLM"
-    needed_model: ClassVar[str | None] = "a model of texts, found {}. Pass another model"
+    needed_model: ClassVar[str | None] = "a text model, found {}. Pass another model"
     new_head: ClassVar[bool] = False
     has_labels: ClassVar[bool] = False
     reads_tokens: ClassVar[bool] = True

@@ -42,9 +42,9 @@ def encode(
         parts.append(encode_group(list(group), tokenizer, max_length))
     examples = [example for part in parts for example in part.examples]
     if not examples and not may_be_empty:
-        subject = "answer begins" if rows[0].messages is not None else "token to learn is"
+        subject = "an answer" if rows[0].messages is not None else "a token to learn"
         unit = "conversation" if rows[0].messages is not None else "row"
-        raise PeftcoreError(f"no {subject} within {max_length} tokens in any {unit}. Increase --max-length")
+        raise PeftcoreError(f"no {unit} has {subject} within {max_length} tokens. Increase --max-length")
     return Encoded(examples, sum(part.truncated for part in parts), sum(part.left_out for part in parts))
 
 

@@ -74,4 +74,4 @@ def first_token(tokenizer: PreTrainedTokenizerBase) -> int:
     for token in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id):
         if token is not None:
             return token
-    raise PeftcoreError("the prompt is empty, and the tokenizer has no token to begin with. Pass a prompt")
+    raise PeftcoreError("the prompt is empty, and the tokenizer has no beginning-of-text token. Pass a prompt")

@@ -53,13 +53,16 @@ def check(run_options: RunOptions, task: str) -> None:
     run_task = registered.find(task)
     answer_count = run_task.answer_count(run_options.metric, run_options.eval_answers)
     if answer_count and run_options.parallel == "fsdp2":
-        raise PeftcoreError("a sharded model cannot generate answers, found --parallel fsdp2. Use --parallel ddp")
+        raise PeftcoreError(
+            "answers cannot be generated with --parallel fsdp2, which shards the model. Use --parallel ddp"
+        )
     if generations.is_user_function(run_options.metric):
         generations.load_function(str(run_options.metric))
     elif run_options.metric is not None:
         if not keeps_best(run_options) and not answer_count:
             raise PeftcoreError(
-                "--metric chooses the best checkpoint, which needs --load-best or --patience N. Add one of them"
+                "--metric selects the best checkpoint, so it needs --load-best or --patience N. Add one of these "
+                "options"
             )
         names = ("loss", *run_task.figures)
         if run_options.metric not in names:
@@ -74,7 +77,7 @@ def check(run_options: RunOptions, task: str) -> None:
     ):
         raise PeftcoreError(
             "--load-best and --patience write a checkpoint at every evaluation, so --save-every "
-            f"{run_options.save_every} contradicts --eval-every {run_options.eval_every or '(the default)'}. Leave out "
+            f"{run_options.save_every} contradicts --eval-every {run_options.eval_every or '(the default)'}. Remove "
             "--save-every"
         )
 
@@ -120,7 +123,7 @@ class BestCheckpoint(TrainerCallback):
             if is_complete(folder):
                 state.best_model_checkpoint = str(folder)
             else:
-                warn(f"the best checkpoint so far, '{folder}', is not complete, so only later ones are compared")
+                warn(f"the best checkpoint so far, '{folder}', is not complete, so only later checkpoints are compared")
                 state.best_model_checkpoint = state.best_metric = state.best_global_step = None
         self._stop_if_due(state, control)
 
@@ -138,7 +141,7 @@ class BestCheckpoint(TrainerCallback):
         if ranks.any_of(due):  # all ranks must stop at the same step
             if not self.stopped:
                 name = metrics.title(self.metric)
-                say(f"training stops: {name} has not improved in {evaluations_since_best} evaluations")
+                say(f"training stops, because {name} has not improved in {evaluations_since_best} evaluations")
             self.stopped = control.should_training_stop = True
 
     def best(self, state: TrainerState) -> Best | None:

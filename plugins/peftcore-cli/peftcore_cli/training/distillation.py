@@ -38,12 +38,14 @@ def check_teacher(run_options: RunOptions, task: str) -> str:
     teacher = str(run_options.teacher)
     if not registered.find(task).learns_texts:
         raise PeftcoreError(
-            f"--teacher only works with {registered.names_with('learns_texts')} (the task is {task}). Leave it out"
+            f"--teacher only works with {registered.names_with('learns_texts')} (the task is {task}). Remove --teacher"
         )
     if not 0 < run_options.teacher_weight <= 1:
         raise PeftcoreError(f"--teacher-weight must be above 0 and at most 1, found {run_options.teacher_weight:g}")
     if run_options.without_logits == "on":
-        raise PeftcoreError("--teacher compares logits, which --without-logits on does not compute. Leave one out")
+        raise PeftcoreError(
+            "--teacher needs logits, which --without-logits on does not compute. Remove one of the options"
+        )
     folder = Path(os.path.expanduser(teacher))
     if not (folder / "config.json").exists() and (adapter_folder(folder) / "adapter_config.json").exists():
         raise PeftcoreError(
@@ -71,8 +73,9 @@ def of_run(
     different = [token for token, id_ in vocabulary.items() if teacher_vocabulary.get(token) != id_]
     if different:
         raise PeftcoreError(
-            f"the teacher '{name}' has another tokenizer than the model: {len(different):,} of {len(vocabulary):,} "
-            f"tokens differ, such as {min(different, key=vocabulary.__getitem__)!r}. Pass another teacher"
+            f"the teacher '{name}' and the model have different tokenizers: {len(different):,} of "
+            f"{len(vocabulary):,} tokens differ, such as {min(different, key=vocabulary.__getitem__)!r}. Pass a "
+            "teacher with the model's tokenizer"
         )
     say(f"loading {name} as the teacher")
     teacher = models.load_model(name, settings.task, dtype=settings.dtype, device=settings.device)

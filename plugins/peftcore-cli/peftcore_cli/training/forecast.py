@@ -32,6 +32,8 @@ from peftcore_cli.training.progress import current_memory
 if TYPE_CHECKING:
     from peftcore_cli.training.training_data import Examples
 
+_SHOWN_PARTS = 4  # the largest parts of the memory at the peak
+
 
 @dataclass(frozen=True)
 class Forecast:
@@ -67,14 +69,14 @@ class Forecast:
         return self.estimate.beyond_libraries.plus(self.libraries)
 
     def __str__(self) -> str:
-        parts = sorted(self.estimate.parts.items(), key=lambda part: -part[1])
-        largest = ", ".join(f"{kind} {gigabytes(size)}" for kind, size in parts[:4])
         ranks = self.estimate.step.ranks
         per_process = f" in each of {ranks} processes" if ranks > 1 else ""
-        return (
-            f"predicted peak: {self.peak}{per_process}, {gigabytes(self.libraries)} of it Python and its libraries "
-            f"({largest}); {gigabytes(self.room)} free"
-        )
+        lines = [f"predicted peak: {self.peak}{per_process}; {gigabytes(self.room)} are free"]
+        if not self.on_card:
+            lines.append(f"  {gigabytes(self.libraries)}  Python and its libraries")
+        parts = sorted(self.estimate.parts.items(), key=lambda part: -part[1])
+        lines += [f"  {gigabytes(size)}  {purpose}" for purpose, size in parts[:_SHOWN_PARTS]]
+        return "\n".join(lines)
 
 
 def step_options(task: str, precision: str, parallel: str | None, processes: int, tp_size: int = 1) -> dict[str, Any]:
@@ -88,7 +90,7 @@ def step_options(task: str, precision: str, parallel: str | None, processes: int
     if parallel is not None and parallel not in torchrun.WAYS:
         raise PeftcoreError(f"--parallel must be one of {', '.join(torchrun.WAYS)}, found '{parallel}'")
     if parallel is None and processes > tp_size:
-        raise PeftcoreError(f"{processes} processes need a kind of parallelism. Pass --parallel ddp, or fsdp2")
+        raise PeftcoreError(f"{processes} processes need --parallel. Pass --parallel ddp or --parallel fsdp2")
     return {
         "loss": registered.find(task).step_loss,
         "mixed_precision": precision if precision in MIXED else None,
@@ -111,7 +113,7 @@ def step_data(settings: Settings, rows: Sequence[Row] | None = None) -> dict[str
     """
     task = registered.find(settings.task)
     if not settings.data and task.needs_examples:
-        raise NotFollowed(f"the memory of --task {task.name} depends on the examples. Pass some: --data FILE")
+        raise NotFollowed(f"the memory of --task {task.name} depends on the examples. Pass examples: --data FILE")
     if not settings.data or not task.examples_count:
         return {}
     processor = task.load_processor(settings.model)
@@ -252,8 +254,8 @@ def refuse_if_too_large(prediction: Forecast, settings: Settings) -> None:
         *prediction.lighter,
     ]
     raise PeftcoreError(
-        f"this run needs about {gigabytes(prediction.needed)}, but {gigabytes(prediction.room)} are free. Use less "
-        f"with {' or '.join(options) or 'a smaller model'}, or run anyway with --force"
+        f"this run needs about {gigabytes(prediction.needed)} of memory, but only {gigabytes(prediction.room)} are "
+        f"free. Save memory with {' or '.join(options) or 'a smaller model'}, or run anyway with --force"
     )
 
 
@@ -277,18 +279,19 @@ def fit(settings: Settings, rows: Sequence[Row]) -> Settings:
 
 def _fit(settings: Settings, rows: Sequence[Row]) -> Settings:
     if device_choice.torch_device(settings.device).type != "cpu":
-        raise PeftcoreError("--fit is for training on a CPU. For a GPU: peftcore suggest --device NAME --memory 24GB")
+        raise PeftcoreError(
+            "--fit only works for training on a CPU. For a GPU use peftcore suggest --device NAME --memory 24GB"
+        )
     reason = _why_not(settings)
     if reason is not None:
         raise PeftcoreError(f"--fit cannot choose: {reason}")
     if settings.quantize is not None:
         raise PeftcoreError(
-            "--fit only works with a dense base. Leave it out, or see what fits: peftcore suggest --model MODEL"
+            "--fit only works with a dense base. Remove --fit, or find settings that fit: peftcore suggest --model "
+            "MODEL"
         )
     if settings.optim != PLAIN:
-        raise PeftcoreError(
-            f"--fit chooses the optimizer itself ({PLAIN} or {PAGED}). Leave out --optim {settings.optim}"
-        )
+        raise PeftcoreError(f"--fit chooses the optimizer ({PLAIN} or {PAGED}). Remove --optim {settings.optim}")
     dtype = dtype_choice.of_run(settings, ()).dtype  # `train` prints it
     config = models.load_config(settings.model, settings.task)
     step = peftcore.Step(
@@ -319,7 +322,7 @@ def _fit_whole_batch(settings: Settings, config: Any, fixed: dict[str, Any]) -> 
         if estimate.fits:
             return _with_way(settings, settings.batch_size, optimizer, gradient_checkpointing=checkpointing)
     raise PeftcoreError(
-        f"--fit cannot divide a batch of --task {settings.task}, whose texts are compared with each other, and "
+        f"--fit cannot reduce the batch size of --task {settings.task}, which compares the texts of a batch, and "
         f"--batch-size {settings.batch_size} needs {gigabytes(estimate.needed)}. Pass a smaller --batch-size"
     )
 
@@ -336,8 +339,9 @@ def _with_way(settings: Settings, batch_size: int, optimizer: str, *, gradient_c
     divisors = [n for n in range(smallest, largest + 1) if examples % n == 0]
     if not divisors:
         raise PeftcoreError(
-            f"--fit finds no batch size for --task {settings.task}, which must be at least 2 and divide the {examples} "
-            f"examples of a step; {largest} fit into memory. Pass an even --batch-size, or a smaller --max-length"
+            f"--fit finds no batch size for --task {settings.task}: it must be at least 2 and divide the {examples} "
+            f"examples per step, but only {largest} fit into memory. Pass an even --batch-size, or a smaller "
+            "--max-length"
         )
     batch_size = max(divisors)
     fitting = replace(
@@ -348,7 +352,10 @@ def _with_way(settings: Settings, batch_size: int, optimizer: str, *, gradient_c
         optim=optimizer,
     )
     checkpointing = " --gradient-checkpointing" if fitting.gradient_checkpointing else ""
-    say(f"--fit: --batch-size {batch_size} --grad-accum {fitting.grad_accum} --optim {fitting.optim}{checkpointing}")
+    say(
+        f"--fit chooses --batch-size {batch_size} --grad-accum {fitting.grad_accum} --optim "
+        f"{fitting.optim}{checkpointing}"
+    )
     return fitting
 
 
@@ -363,7 +370,7 @@ def _why_not(settings: Settings) -> str | None:
     if (reason := unknown(settings.task)) is not None:
         return reason
     if settings.teacher is not None:
-        return "the memory of a teacher is not known"
+        return "the memory of a teacher is unknown"
     if settings.optim not in OPTIMIZERS:
-        return f"the state of --optim {settings.optim} is not known"
+        return f"the state size of --optim {settings.optim} is unknown"
     return None

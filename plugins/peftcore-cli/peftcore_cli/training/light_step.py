@@ -46,7 +46,7 @@ def use_loss_without_logits(
     except PeftcoreError as error:
         if settings.without_logits == "on":
             raise
-        say(f"logits are computed in full: {error}")
+        say(f"the full logits are computed, because {error}")
     else:
         say(f"the loss is computed without the logits of a batch (--without-logits {settings.without_logits})")
 

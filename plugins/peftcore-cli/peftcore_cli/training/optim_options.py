@@ -33,5 +33,5 @@ def arguments(optim_args: str | None) -> dict[str, Any]:
                 others.append(setting)
         except (ValueError, SyntaxError, TypeError):
             example = "(0.9,0.999)" if name == "betas" else "1e-8"
-            raise PeftcoreError(f"--optim-args {name} must be like {name}={example}, found '{text}'") from None
+            raise PeftcoreError(f"--optim-args {name} must have the form {name}={example}, found '{text}'") from None
     return {"optim_args": ",".join(others) or None, **trainer_arguments}

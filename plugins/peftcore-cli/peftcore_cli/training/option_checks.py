@@ -24,17 +24,17 @@ def check(run_options: RunOptions, display: Display, name: str, data: Sequence[s
     task, defaults = registered.find(name), RunOptions()
     _refuse_options_of_others(run_options, task)
     if display.sample is not None and not task.answers_texts:
-        raise PeftcoreError(f"--sample only works with tasks that answer texts (the task is {name}). Leave it out")
+        raise PeftcoreError(f"--sample only works with tasks that generate text (the task is {name}). Remove --sample")
     if run_options.pack and not task.learns_texts:
         raise PeftcoreError(
-            f"--pack only works with {registered.names_with('learns_texts')} (the task is {name}). Leave it out"
+            f"--pack only works with {registered.names_with('learns_texts')} (the task is {name}). Remove --pack"
         )
     task.check_options(run_options, data, continues=continues)
     _check_beta(run_options, task)
     if run_options.teacher is None and run_options.teacher_weight != defaults.teacher_weight:
         raise PeftcoreError(
             f"--teacher-weight {run_options.teacher_weight:g} has no effect without --teacher. Pass a teacher, or "
-            "leave it out"
+            "remove --teacher-weight"
         )
     if run_options.epochs <= 0 or (run_options.lr is not None and run_options.lr <= 0):
         raise PeftcoreError(f"--lr and --epochs must be above 0, found {run_options.lr} and {run_options.epochs:g}")
@@ -49,7 +49,7 @@ def _refuse_options_of_others(run_options: RunOptions, task: Task) -> None:
     for name in dict.fromkeys(name for other in registered.tasks() for name in other.options):
         if name not in task.options and getattr(run_options, name) != getattr(defaults, name):
             option, names = f"--{name.replace('_', '-')}", registered.names_with_option(name)
-            raise PeftcoreError(f"{option} only works with {names} (the task is {task.name}). Leave it out")
+            raise PeftcoreError(f"{option} only works with {names} (the task is {task.name}). Remove {option}")
 
 
 def _check_beta(run_options: RunOptions, task: Task) -> None:
@@ -60,7 +60,7 @@ def _check_beta(run_options: RunOptions, task: Task) -> None:
     zero = registered.join_names([name for name, least in betas.items() if least == 0])
     raise PeftcoreError(
         f"--beta only works with {registered.join_names([*betas])} and must be above 0 ({zero} also allows 0), found "
-        f"{run_options.beta:g} for {task.name}. Leave it out, or pass a number above 0"
+        f"{run_options.beta:g} for {task.name}. Remove --beta, or pass a number above 0"
     )
 
 
@@ -68,12 +68,15 @@ def _check_streaming(run_options: RunOptions, task: Task) -> None:
     """Raise a PeftcoreError for options that do not work with --streaming."""
     if not task.streams:
         raise PeftcoreError(
-            f"--streaming only works with {registered.names_with('streams')} (the task is {task.name}). Leave it out"
+            f"--streaming only works with {registered.names_with('streams')} (the task is {task.name}). Remove "
+            "--streaming"
         )
     if run_options.pack:
-        raise PeftcoreError("--pack needs the lengths of all examples, which --streaming does not know. Leave one out")
+        raise PeftcoreError(
+            "--pack needs the lengths of all examples, which --streaming does not know. Remove one of the options"
+        )
     if run_options.eval_data is None and run_options.holdout < 1:
         raise PeftcoreError(
-            "--streaming needs a number of held-out lines, because a fraction of large data takes long to evaluate. "
-            "Pass --holdout 500, or --eval-data FILE"
+            "--streaming needs --holdout as a number, because evaluating a fraction of large data takes long. Pass "
+            "--holdout 500, or --eval-data FILE"
         )

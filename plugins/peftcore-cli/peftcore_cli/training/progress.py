@@ -99,8 +99,8 @@ class Meter(TrainerCallback):
             self._extra = [value for name, value in logs.items() if name.startswith("extra_loss/")]
             if not math.isfinite(self._loss):
                 raise PeftcoreError(
-                    f"the loss is {self._loss} at step {state.global_step}: training has diverged. Start again "
-                    "with a lower learning rate: --lr LR --overwrite"
+                    f"training has diverged: the loss is {self._loss} at step {state.global_step}. Start again with "
+                    "a lower learning rate: --lr LR --overwrite"
                 )
             every = max(1, state.max_steps // 20)  # steps between lines, if the output is not a terminal
             if self._progress is None and state.global_step % every == 0:
@@ -141,7 +141,7 @@ class OrderlyStop(TrainerCallback):
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True
-        warn("stopping after this step, with a checkpoint; press Ctrl-C again to stop immediately")
+        warn("writing a checkpoint and stopping after this step; press Ctrl-C again to stop immediately")
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.requested = ranks.any_of(self.requested)  # the signal may reach ranks at different steps

@@ -17,7 +17,10 @@ def services(text: str | None) -> list[str]:
     known = integration_utils.INTEGRATION_TO_CALLBACK
     for name in names:
         if name not in known:
-            raise PeftcoreError(f"--report-to {name}: unknown service{nearest(name, known)}. Known: {', '.join(known)}")
+            raise PeftcoreError(
+                f"--report-to must name installed services, found '{name}'{nearest(name, known)}. Choose from "
+                f"{', '.join(known)}"
+            )
         try:
             known[name]()  # before a model is loaded
         except (RuntimeError, ImportError) as error:

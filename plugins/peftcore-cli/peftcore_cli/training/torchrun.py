@@ -24,15 +24,13 @@ def join(parallel: str | None, device: str) -> None:
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if parallel is None:
         if started > 1:
-            raise PeftcoreError(
-                f"torchrun has started {started} processes, which need a kind of parallelism. Pass --parallel ddp"
-            )
+            raise PeftcoreError(f"torchrun has started {started} processes, which need --parallel. Pass --parallel ddp")
         return
     if parallel not in WAYS:
         raise PeftcoreError(f"--parallel must be one of {', '.join(WAYS)}, found '{parallel}'")
     if "RANK" not in os.environ:
         raise PeftcoreError(
-            "--parallel needs several processes: torchrun --nproc-per-node 2 -m peftcore_cli "
+            "--parallel needs several processes. Start them with torchrun --nproc-per-node 2 -m peftcore_cli "
             f"{' '.join(sys.argv[1:2])} ..."
         )
     own_device = torch_device(device)
@@ -50,13 +48,13 @@ def _local_gpu(device: torch.device) -> int:
     """Return the index of this process's GPU."""
     if device.index is not None:
         raise PeftcoreError(
-            f"--parallel uses one GPU per process, so --device {device} cannot choose a single one. Pass --device "
-            "cuda, and choose GPUs with CUDA_VISIBLE_DEVICES"
+            f"--parallel uses one GPU per process, so --device {device} cannot select a single GPU. Pass --device "
+            "cuda, and select GPUs with CUDA_VISIBLE_DEVICES"
         )
     card, cards = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
     if card >= cards:
         raise PeftcoreError(
-            f"--parallel uses one GPU per process, but this is process {card + 1} of a machine with {cards} GPUs. "
+            f"--parallel uses one GPU per process, but this is process {card + 1} on a machine with {cards} GPUs. "
             f"Start fewer processes: torchrun --nproc-per-node {cards}"
         )
     return card

@@ -73,8 +73,8 @@ def check(settings: Settings, output: Path) -> None:
         get_scheduler(arguments.lr_scheduler_type, optimizer, num_warmup_steps=0, num_training_steps=1)
     except (ValueError, TypeError, KeyError) as error:
         raise PeftcoreError(
-            f"--scheduler {settings.scheduler} needs arguments that no option sets: {error}. Use another "
-            "schedule, such as linear, cosine or constant"
+            f"--scheduler {settings.scheduler} needs arguments that the command line cannot set: {error}. Use "
+            "another schedule, such as linear, cosine or constant"
         ) from error
 
 

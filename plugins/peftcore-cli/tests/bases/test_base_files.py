@@ -14,6 +14,6 @@ def test_a_model_of_the_hub_without_a_network(tmp_path: Path) -> None:
     line = done.stderr.splitlines()[-1]
     assert "Retrying" not in done.stderr
     assert (
-        "PeftcoreError: 'nothere' is not a folder and not in the hub's cache, and the hub cannot be reached: " in line
+        "PeftcoreError: 'nothere' is neither a folder nor in the hub's cache, and the hub cannot be reached: " in line
     )
     assert line.endswith("Pass the folder of a model, or connect to the network")

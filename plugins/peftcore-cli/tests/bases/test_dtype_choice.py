@@ -18,7 +18,7 @@ from peftcore import ops
 from peftcore.ops import processor
 
 AVX2, ZEN4 = frozenset[torch.dtype](), frozenset({torch.bfloat16})  # the 16-bit dtypes with instructions
-SLOW = "this processor has no instructions for products in bf16, which PyTorch computes slowly without them"
+SLOW = "this processor has no bf16 instructions, so matrix products in bf16 are slow"
 INSTEAD = f"--dtype auto: fp32, not bf16: {SLOW}. Dense weights take twice the memory of bf16"
 NAMED = f"{SLOW}. --dtype auto would choose fp32"
 METHOD = ("--method", "lora", "--set", "r=4")
@@ -145,7 +145,7 @@ def test_a_run_and_what_uses_it(
     assert [task["dtype"] for task in tasks] == ["fp32", "bf16"]
     assert json.loads((tmp_path / "slow/run.json").read_text())["dtype"] == "auto"
     shown = run("eval", tmp_path / "slow", "-d", reviews).output
-    assert "its adapter was trained with the base in fp32" in said(shown)
+    assert "the adapter was trained with the base in fp32" in said(shown)
     after = json.loads((tmp_path / "slow/result.json").read_text())["after"]["loss"]
     assert f"{after:.4f}" in shown
     run("generate", tmp_path / "fast", "-p", "the film is")
@@ -180,7 +180,7 @@ def test_what_is_trained_of_the_base_is_in_fp32(
     settings = dtype_choice.Settings(str(in_bf16), "", chosen[1], chosen[0], chosen[2], device="cpu")
     found = dtype_choice.of_run(settings, ("down", "up"))
     assert (found.dtype, found.instead_of) == ("fp32", "bf16")
-    assert "parameters of the base are trained" in str(found.line)
+    assert "the run trains parameters of the base" in str(found.line)
     plain = dtype_choice.Settings(str(in_bf16), "", "causal-lm", "lora", {}, device="cpu")
     assert dtype_choice.of_run(plain, ()) == dtype_choice.Choice("bf16")
 
@@ -233,7 +233,7 @@ def test_4_bit_weights_of_a_checkpoint_compute_in_what_is_fast(
     on(AVX2)
     assert computes_in("bf16") == {torch.bfloat16} and capsys.readouterr().err == ""
     assert computes_in("fp32") == {torch.float32}
-    line = f"4-bit weights are multiplied in fp32, not in bf16 as the checkpoint says: {SLOW}"
+    line = f"4-bit weights are multiplied in fp32 instead of bf16, the dtype of the checkpoint: {SLOW}"
     assert capsys.readouterr().err.strip() == line
 
 

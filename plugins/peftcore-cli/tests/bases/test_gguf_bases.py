@@ -47,7 +47,7 @@ def count_more_blocks(content: Content) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (count_more_blocks, "its header counts 255 blocks, and it has tensors of 2. Download it again"),
+        (count_more_blocks, "the header promises 255 blocks, but the file has tensors of 2. Download it again"),
         (drop, r"the file lacks model\.layers\.0\.self_attn\.v_proj\.weight\. Download it again"),
         (rename, r"the file lacks model\.layers\.1\..*, .*, .* and 1 more\. Download it again"),
         (reshape, "its tensors and its config have different shapes"),
@@ -59,7 +59,7 @@ def test_what_is_not_whole_is_refused(
     content = Content(file)
     change(content)
     (tmp_path / "changed.gguf").write_bytes(content.written())
-    with pytest.raises(PeftcoreError, match=f"the model of '.*changed.gguf' cannot be loaded: {message}"):
+    with pytest.raises(PeftcoreError, match=f"cannot load the model of '.*changed.gguf': {message}"):
         models.load_model(str(tmp_path / "changed.gguf"), "causal-lm", dtype="fp32", device="cpu")
 
 
@@ -111,7 +111,7 @@ def test_config_and_tokenizer_are_those_that_transformers_reads(in_8_bits: Path)
 
 @pytest.mark.parametrize(
     ("data", "message"),
-    [(b"GGML" + bytes(40), "does not begin with GGUF"), (b"GGUF\x01\0\0\0" + bytes(40), "is GGUF of version 1")],
+    [(b"GGML" + bytes(40), "does not begin with GGUF"), (b"GGUF\x01\0\0\0" + bytes(40), "has GGUF version 1")],
 )
 def test_files_with_another_header_are_refused(tmp_path: Path, data: bytes, message: str) -> None:
     (tmp_path / "other.gguf").write_bytes(data)

@@ -24,7 +24,9 @@ def test_a_folder_without_an_adapter(tmp_path: Path, run: Run) -> None:
     (tmp_path / "run" / "checkpoints" / "checkpoint-10").mkdir()
     (tmp_path / "run" / "run.json").write_text("{}")
     said = run("eval", tmp_path / "run", "--data", "a.jsonl", code=1).output
-    assert "has no adapter yet" in said and "--resume, or use its newest checkpoint" in said and "checkpoint-10" in said
+    assert (
+        "has no adapter yet" in said and "--resume, or pass its newest checkpoint" in said and "checkpoint-10" in said
+    )
 
 
 def test_a_task_file_that_names_no_task_is_refused(tmp_path: Path) -> None:
@@ -34,7 +36,7 @@ def test_a_task_file_that_names_no_task_is_refused(tmp_path: Path) -> None:
     (tmp_path / TASK_FILE).write_text(json.dumps(fields))
     assert adapter_task(tmp_path) == AdapterTask("classification", 7, ("a", "b"), chat=False)
     (tmp_path / TASK_FILE).write_text(json.dumps({**fields, "task": "chat"}))
-    with pytest.raises(CheckpointError, match=r"task must be one of causal-lm, .*, found 'chat'. It can be deleted"):
+    with pytest.raises(CheckpointError, match=r"task must be one of causal-lm, .*, found 'chat'. Delete the file"):
         adapter_task(tmp_path)
 
 
@@ -45,8 +47,7 @@ def test_a_task_file_of_other_types_is_refused(tmp_path: Path, told: Any) -> Non
     (tmp_path / TASK_FILE).write_text(json.dumps(told))
     with pytest.raises(
         CheckpointError,
-        match=rf"{TASK_FILE}' cannot be read: it (must be a JSON object|lacks "
-        r"').*It can be",
+        match=rf"{TASK_FILE}': the (file must contain a JSON object|field '.*' is missing).*Delete the file",
     ):
         adapter_task(tmp_path)
 
@@ -57,7 +58,7 @@ def test_thousands_of_labels_need_a_head_of_as_many_rows(tmp_path: Path) -> None
     labels = [str(i) for i in range(2_000)]
     (tmp_path / TASK_FILE).write_text(json.dumps({"task": "classification", "max_length": 7, "labels": labels}))
     save_file({"score.weight": torch.ones(1_999, 1)}, tmp_path / "adapter_model.safetensors")
-    with pytest.raises(CheckpointError, match=r"names 2,000 labels, but no tensor of the adapter has as many rows"):
+    with pytest.raises(CheckpointError, match=r"has 2,000 labels, but no tensor of the adapter has 2,000 rows"):
         adapter_task(tmp_path)
     save_file({"score.weight": torch.ones(2_000, 1)}, tmp_path / "adapter_model.safetensors")
     assert adapter_task(tmp_path).labels == tuple(labels)
@@ -67,12 +68,12 @@ def test_a_config_of_other_types_says_what_is_wrong(tmp_path: Path) -> None:
     fields = {"peft_type": "LORA", "task_type": "SEQ_CLS", "modules_to_save": 3, "base_model_name_or_path": ["x"]}
     (tmp_path / "adapter_config.json").write_text(json.dumps(fields))
     save_file({"a.classifier.weight": torch.tensor(1.0)}, tmp_path / "adapter_model.safetensors")
-    with pytest.raises(CheckpointError, match="modules_to_save must be a list of names, found 3"):
+    with pytest.raises(CheckpointError, match=r"modules_to_save in '.*' must be a list of names, found 3"):
         adapter_task(tmp_path)
-    with pytest.raises(PeftcoreError, match="does not name the base it was trained on"):
+    with pytest.raises(PeftcoreError, match="does not record its base"):
         base_of(tmp_path, None)
     (tmp_path / "adapter_config.json").write_text(json.dumps({**fields, "modules_to_save": None}))
-    with pytest.raises(CheckpointError, match="has no classification head among its tensors"):
+    with pytest.raises(CheckpointError, match="has no classification head"):
         adapter_task(tmp_path)
 
 
@@ -88,7 +89,7 @@ def test_weights_that_a_checkpoint_lacks_are_named(llama: Path, tmp_path: Path, 
             load_model(str(folder), task, dtype="fp32", device="cpu", labels=("a", "b"))
             shown = " ".join("".join(capsys.readouterr()).split())
             assert (
-                "lacks model.layers.1.mlp.up_proj.weight: these weights are initialised at random" in shown
+                "lacks model.layers.1.mlp.up_proj.weight, so these weights are initialised at random" in shown
             ) is warned
 
 
@@ -96,7 +97,7 @@ def test_a_model_of_another_kind_is_refused(llama: Path, bert: Path) -> None:
     for folder, task, message in (
         (llama, "seq2seq", r"needs an encoder-decoder model .*\(llama\)"),
         (llama, "image", "needs a model that classifies images"),
-        (bert, "causal-lm", "needs a decoder, found .* an encoder"),
+        (bert, "causal-lm", "needs a decoder, found the encoder"),
         (bert, "dpo", "needs a decoder"),
     ):
         with pytest.raises(PeftcoreError, match=message):
@@ -113,5 +114,8 @@ def test_code_of_a_model_is_not_run(tmp_path: Path, run: Run) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "own.py").write_text("raise SystemError('was run')\n")
     output = " ".join(run("generate", "-m", tmp_path, "-p", "the", code=1).output.split())
-    assert "it has its own code, which is not run by default. Read that code, and pass --trust-remote-code" in output
+    assert (
+        "repository has its own code, which is not run by default. Read the code, and pass --trust-remote-code"
+        in output
+    )
     assert dynamic_module_utils.TIME_OUT_REMOTE_CODE == 0

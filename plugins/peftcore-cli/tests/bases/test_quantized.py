@@ -153,8 +153,8 @@ def test_skip_is_a_field_of_qlora(run: Run, llama: Path, reviews: Path, tmp_path
         shutil.copy(file, odd)
     arguments = ("train", "-m", odd, "-d", reviews, "-o", tmp_path / "run", "--steps", 1)
     output = " ".join(run(*arguments, "--method", "lora", "--quantize", "mxfp4", code=1).output.split())
-    assert "skip=['lm_head', 'down_proj'], or choose nf4. `peftcore train` takes skip" in output
-    assert "--method qlora --set quant_type=mxfp4 --set skip=NAME,NAME; other commands then use the values" in output
+    assert "skip=['lm_head', 'down_proj'], or choose nf4. For `peftcore train`, skip" in output
+    assert "--method qlora --set quant_type=mxfp4 --set skip=NAME,NAME. Other commands use the values" in output
     method = ("--method", "qlora", "--set", "quant_type=mxfp4", "--set", "skip=lm_head,down_proj")
     run(*arguments, "--eval-data", reviews, *method)
     found = json.loads((tmp_path / "run" / "result.json").read_text())
@@ -227,7 +227,7 @@ def test_commands_quantize_as_the_record_says(
     output = run("eval", moved, "-d", reviews, "--quantize", "fp4", code=1).output
     assert (
         f"--quantize fp4 contradicts the adapter '{moved}', which was trained on a base quantized as nf4 "
-        "(blocksize=128, double_quant=False, 3 weights dense). Leave it out, or pass --quantize none"
+        "(blocksize=128, double_quant=False, 3 weights dense). Remove --quantize, or pass --quantize none"
     ) in " ".join(output.split())
 
 
@@ -274,8 +274,8 @@ def test_adapters_of_different_bases_are_not_mixed(skipping: Path) -> None:
 @pytest.mark.parametrize(
     ("record", "message"),
     [
-        ("nf4", "quantized must be a JSON object with names to skip, found 'nf4'"),
-        ({"quant_type": "nf4", "skip": [1]}, "quantized must be a JSON object with names to skip"),
+        ("nf4", "quantized must be a JSON object with a list of names to skip, found 'nf4'"),
+        ({"quant_type": "nf4", "skip": [1]}, "quantized must be a JSON object with a list of names to skip"),
         ({"quant_type": "nf4", "blocksize": "64"}, "blocksize must be a whole number, found '64'"),
         ({"quant_type": "nf4", "compute_dtype": "Tensor"}, "compute_dtype must be float32, bfloat16 or float16"),
         ({"blocksize": 64}, "quant_type"),

@@ -109,7 +109,7 @@ def test_train_and_use(run: Run, own: Path, reviews: Path, tmp_path: Path) -> No
     output, trust = tmp_path / "run", "--trust-remote-code"
     given = ("train", "-m", own, "-d", reviews, "--eval-data", reviews, "-o", output, "--steps", 2, "--lr", "0.02")
     method = ("--method", "lora", "--set", "target_modules=up,down", "--set", "r=4")
-    refused = "is not run by default. Read that code, and pass --trust-remote-code"
+    refused = "is not run by default. Read the code, and pass --trust-remote-code"
     assert refused in " ".join(run(*given, *method, code=1).output.split())
     printed = run(*given, *method, trust).output
     assert sum(printed.count(f"{trust} --{option}") for option in ("data", "prompt", "output")) == 3
@@ -160,7 +160,7 @@ def test_a_class_of_transformers_that_the_weights_do_not_fit(
     plain = models.load_model(str(tmp_path / "base"), "causal-lm", device="cpu")
     assert type(plain).__module__.startswith("transformers.models.dbrx")
     said = " ".join("".join(capsys.readouterr()).split())
-    assert "lacks transformer.blocks.0" in said and "its own code, which was not run" in said
+    assert "lacks transformer.blocks.0" in said and "own code was not run" in said
     monkeypatch.setattr(base_files, "_trusts", True)
     model = models.load_model(str(tmp_path / "base"), "causal-lm", device="cpu")
     assert model.get_submodule("transformer.blocks.1.ffn.experts.mlp.3.w2").out_features == 32
@@ -181,11 +181,11 @@ def test_plan(run: Run, own: Path, tmp_path: Path) -> None:
     assert "768" in output  # 2 layers, 4 (32 + 64)
     assert "is not run by default" in " ".join(run("plan", "-m", own, *method, code=1).output.split())
     output = " ".join(run("plan", "-m", own, *method, "--task", "tags", "--trust-remote-code", code=1).output.split())
-    assert f"--task tags needs a model of texts, found '{own}' (own). Pass another model" in output
+    assert f"--task tags needs a text model, found '{own}' (own). Pass another model" in output
 
 
 def test_code_that_needs_weights_is_an_error(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(base_files, "_trusts", True)
     folder = written(tmp_path / "reads", llama, MODEL.replace("self.post_init()", "self.words.weight.tolist()"))
-    with pytest.raises(PeftcoreError, match=r"the code of '.*/reads' cannot make a model without weights: "):
+    with pytest.raises(PeftcoreError, match=r"the code of '.*/reads' cannot create a model on the meta device: "):
         models.empty_model(str(folder), "causal-lm")

@@ -98,7 +98,7 @@ def test_chat_with_one_of_them(run: Run, theirs: Any, tmp_path: Path, monkeypatc
     said = iter(["ab", "/use base", "/adapters", "/quit"])
     monkeypatch.setattr("builtins.input", lambda _prompt: next(said))
     result = run("chat", folder, "--max-new-tokens", 3)
-    assert "the base has no rows for the new tokens" in result.stderr and "tuned\n" in result.stdout
+    assert "the base has no embeddings for the new tokens" in result.stderr and "tuned\n" in result.stdout
     assert "tuned, base" not in result.stdout
 
 
@@ -139,5 +139,5 @@ def test_vocabularies_that_do_not_go_together(run: Run, base: Path, theirs: Any,
     for file in folder.glob("*token*"):
         shutil.copy(file, tmp_path / "plain")
     error = run("merge", tmp_path / "plain", "-o", tmp_path / "merged", code=1).output
-    assert "has 263 tokens, but the model has 262 rows and the adapter has no embedding for the others" in error
+    assert "has 263 tokens, but the base has embeddings for 262 and the adapter stores none" in error
     assert "save_embedding_layers=True" in error and not (tmp_path / "merged").exists()

@@ -72,7 +72,7 @@ def test_chat_answers_with_the_adapter_or_the_base(trained: Path, run: Run, monk
         ([], "Pass an adapter (peftcore chat FOLDER), a model (--model MODEL), or both"),
         (["{run}", "{run}"], "two adapters have the name 'run'"),
         (["base={run}"], "two adapters have the name 'base'"),
-        (["--model", "{llama}"], "has no chat template to turn messages into text"),
+        (["--model", "{llama}"], "has no chat template to format messages with"),
     ],
 )
 def test_what_cannot_be_talked_with(trained: Path, llama: Path, run: Run, arguments: list[str], message: str) -> None:
@@ -82,7 +82,7 @@ def test_what_cannot_be_talked_with(trained: Path, llama: Path, run: Run, argume
 
 def test_an_encoder_decoder_answers_no_conversation(run: Run, llama: Path, tmp_path: Path) -> None:
     model = peftcore.apply(AutoModelForCausalLM.from_pretrained(llama), "lora", r=2)
-    for task, message in (("seq2seq", "answers texts, not conversations"), ("reward", "is a reward model")):
+    for task, message in (("seq2seq", "answers single texts"), ("reward", "is a reward model")):
         adapter = peftcore.save(model, tmp_path / task)
         AdapterTask(task, 512).write(adapter)
         assert message in run("chat", adapter, code=1).output

@@ -58,7 +58,7 @@ def test_asked_for_wrongly(run: Run, base: Path, tmp_path: Path) -> None:
     wrong = run(*given, "vllm", "--only", "model", code=1).output
     assert "--only must be adapter for the format 'vllm', found 'model'" in wrong
     assert "NoOptions has no field 'rank'" in run(*given, "peft", "--set", "rank=8", code=1).output
-    assert "Pass its folder" in run("export", "--format", "vllm", "--model", base, code=1).output
+    assert "Pass the folder of one" in run("export", "--format", "vllm", "--model", base, code=1).output
     assert "exists already" in run(*given, "peft", "--output", tmp_path / "run", code=1).output
 
 

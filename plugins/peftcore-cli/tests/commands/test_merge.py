@@ -16,7 +16,9 @@ def test_the_chat_template_of_the_training(run: Run, llama: Path, tmp_path: Path
     adapter = peftcore.save(model, tmp_path / "adapter")
     AdapterTask("causal-lm", 512, chat=True, chat_template="chatml").write(adapter)
     words = ("merge", adapter, "-m", llama, "-o", tmp_path / "merged")
-    assert "--shard-size must be a number with KB, MB, GB or TB" in run(*words, "--shard-size", "5", code=1).output
+    assert (
+        "--shard-size must be a number with a unit (KB, MB, GB, TB)" in run(*words, "--shard-size", "5", code=1).output
+    )
     run(*words)
     talk = [{"role": "user", "content": "a"}]
     assert "<|im_start|>user\na" in AutoTokenizer.from_pretrained(tmp_path / "merged").apply_chat_template(

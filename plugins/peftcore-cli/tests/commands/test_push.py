@@ -128,22 +128,22 @@ def test_public_and_update(hub: Hub, adapter: Path) -> None:
     (adapter / "README.md").write_text("# Mine\n")
     assert printed("push", adapter, "org/mine", "--update", "--message", "Words")[0] == 0
     assert hub.files["org/mine"]["README.md"] == b"# Mine\n" and hub.messages[1] == "Words"
-    refused("--public is for a new repository", "push", adapter, "org/mine", "--update", "--public")
+    refused("--public only works for new repositories", "push", adapter, "org/mine", "--update", "--public")
 
 
 @pytest.mark.parametrize(
     ("arguments", "refuses", "match"),
     [
         (["org/taken"], {}, "the repository exists already. Choose another name, or pass --update"),
-        (["org/none", "--update"], {}, "repository 'org/none' was not found on the hub. Leave --update out"),
-        (["org/mine"], {"whoami": 401}, "the hub does not accept the token. Log in with `hf auth login`"),
-        (["org/mine"], {"create": 403}, "the token may not write there. .*, or choose another ORG"),
+        (["org/none", "--update"], {}, "repository 'org/none' was not found on the hub. Remove --update"),
+        (["org/mine"], {"whoami": 401}, "the hub rejects the token. Log in with `hf auth login`"),
+        (["org/mine"], {"create": 403}, "the token has no write access to the repository. .*, or choose another ORG"),
         (
             ["org/mine"],
             {"commit": 507},  # the client does not try again
             "the hub answered 507.*'org/mine' was created and is empty: continue with --update",
         ),
-        (["org/mine/more"], {}, "'org/mine/more' is not a name on the hub: .*Pass ORG/NAME"),
+        (["org/mine/more"], {}, "'org/mine/more' is not a valid repository name: .*Pass ORG/NAME"),
     ],
 )
 def test_what_the_hub_refuses(arguments: list[str], refuses: Any, match: str, hub: Hub, adapter: Path) -> None:
@@ -158,7 +158,7 @@ def test_without_a_token_or_a_network(hub: Hub, adapter: Path, monkeypatch: pyte
     (tmp_path / "empty").mkdir()
     refused("is missing", "push", tmp_path / "empty", "org/mine")
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
-    refused("the hub was not reached .* Check the network, HF_ENDPOINT", "push", adapter, "org/mine")
+    refused("the hub cannot be reached .* Check the network, HF_ENDPOINT", "push", adapter, "org/mine")
     monkeypatch.delenv("HF_TOKEN")
     monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "none"))
     refused("no token of the hub was found. Log in with `hf auth login`", "push", adapter, "org/mine")

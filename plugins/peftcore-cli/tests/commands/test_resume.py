@@ -97,7 +97,7 @@ def test_a_run_is_continued_with_its_own_options(
     assert "resuming from" in run("train", "--resume", "--output", parted).output
     assert same_tensors(whole, parted)
     error = run("train", "-o", parted, "--resume", "--batch-size", 4, code=1).output
-    assert "had batch_size=2, now it is 4" in error
+    assert "has batch_size=2, but 4 was passed" in error
 
 
 def test_an_empty_folder_is_a_run_that_has_not_begun(run: Run, llama: Path, reviews: Path, tmp_path: Path) -> None:
@@ -133,4 +133,6 @@ def test_a_folder_that_is_no_run_is_left_alone(run: Run, llama: Path, reviews: P
     other.mkdir()
     (other / "precious").write_text("here")
     error = run(*train_arguments(llama, reviews, other), "--overwrite", code=1).output
-    assert "contains files that are not a run's" in error and [file.name for file in other.iterdir()] == ["precious"]
+    assert "contains files that do not belong to a run" in error and [file.name for file in other.iterdir()] == [
+        "precious"
+    ]

@@ -79,7 +79,7 @@ def test_configs_that_cannot_be_followed(run: Run, tmp_path: Path, config: dict[
 def test_train_takes_the_fastest_that_fits(run: Run, llama: Path, reviews: Path, tmp_path: Path) -> None:
     arguments = ("-m", llama, "-d", reviews, "--method", "lora", "--set", "r=4", "--steps", 1, "--max-length", 12)
     output = run("train", *arguments, "-o", tmp_path / "run", "--fit", "--batch-size", 2, "--grad-accum", 3).output
-    assert "--fit: --batch-size 2 --grad-accum 3 --optim adamw_torch" in output
+    assert "--fit chooses --batch-size 2 --grad-accum 3 --optim adamw_torch" in output
     settings = json.loads((tmp_path / "run/run.json").read_text())
     assert (settings["batch_size"], settings["grad_accum"], settings["gradient_checkpointing"]) == (2, 3, False)
     other = run("train", *arguments, "-o", tmp_path / "other", "--fit", "--optim", "lion_32bit", code=1).output
@@ -117,7 +117,7 @@ def test_fit_keeps_the_examples_of_a_step(llama: Path, monkeypatch: pytest.Monke
     settings = Settings(model=str(llama), data="d", task="causal-lm", method="lora", batch_size=6)
     found = forecast.fit(settings, [])
     assert (found.batch_size, found.grad_accum) == (3, 2)
-    with pytest.raises(peftcore.PeftcoreError, match=r"divide the 7 examples of a step; 4 fit into memory"):
+    with pytest.raises(peftcore.PeftcoreError, match=r"divide the 7 examples per step, but only 4 fit into memory"):
         forecast.fit(replace(settings, task="kto", batch_size=7), [])
     assert forecast.fit(replace(settings, task="kto"), []).batch_size == 3
 

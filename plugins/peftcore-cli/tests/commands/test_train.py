@@ -144,13 +144,15 @@ def test_classifier_end_to_end(run: Run, bert: Path, labelled: Path, tmp_path: P
     output = tmp_path / "run"
     arguments = ("--batch-size", 4, "--lr", "0.01", "--steps", 40, "--save-every", 40, *METHOD)
     shown = run("train", "-m", bert, "-d", labelled, "--eval-data", labelled, "-o", output, *arguments).output
-    assert "labels: up (8), down (8). 50.0% of the examples have the most frequent one" in shown
+    assert "labels: up (8), down (8). 50.0% of the examples have the most frequent label" in shown
     found = result_of(output)
     assert found["after"]["accuracy"] == 1.0 and found["before"]["accuracy"] < 1.0
     assert json.loads((output / "adapter" / "peftcore_task.json").read_text())["labels"] == ["down", "up"]
     assert found["baseline"] == ["most frequent label", 0.5] and found["confusion"] == [[8, 0], [0, 8]]
     report = (output / "report.html").read_text()
-    assert all(shown in report for shown in ("accuracy", "macro F1", "most frequent label", "Predicted label (across)"))
+    assert all(
+        shown in report for shown in ("accuracy", "macro F1", "most frequent label", "predicted labels (columns)")
+    )
     for word, label in (("good", "up"), ("bad", "down")):
         answer = run("generate", output / "adapter", "-p", f"the story is {word}").output
         assert answer.startswith(label)
@@ -160,8 +162,8 @@ def test_classifier_end_to_end(run: Run, bert: Path, labelled: Path, tmp_path: P
 
     strange = write_jsonl(tmp_path / "strange.jsonl", [{"text": "a", "label": "up"}, {"text": "a", "label": "upp"}])
     error = run("eval", output / "adapter", "-d", strange, code=1).output
-    assert f"{strange}:2: label 'upp' is unknown (nearest: 'up')" in error
-    assert "The model knows: down, up" in error
+    assert f"{strange}:2: unknown label 'upp' (nearest: 'up')" in error
+    assert "The model's labels are down, up" in error
 
 
 @pytest.mark.parametrize("seed", [0, 7])
@@ -258,7 +260,7 @@ def test_a_file_that_is_missing_is_named_before_an_absent_device(
 def test_resume_with_other_settings_is_refused(run: Run, writer: Path, llama: Path, reviews: Path) -> None:
     same = ("train", "-m", llama, "-d", reviews, "-o", writer, "--eval-data", reviews, *METHOD, "--epochs", 9)
     error = run(*same, *STEPS, "--seed", 1, "--resume", code=1).output
-    assert "had seed=0, now it is 1" in error
+    assert "has seed=0, but 1 was passed" in error
     error = run(*same, *STEPS, code=1).output
     assert "already contains a run. Use --resume to continue it, or --overwrite to start again" in error
     run(*same, *STEPS, "--overwrite")
@@ -351,16 +353,16 @@ def test_bf16_and_optimizer_passthrough(run: Run, llama: Path, reviews: Path, tm
         (("--method", "lorra"), "no PEFT method 'lorra' is installed"),
         (("--dtype", "fp8"), "--dtype must be one of auto, fp32, bf16, found 'fp8'"),
         (("--precision", "bf8"), "--precision must be one of auto, fp32, bf16, fp16, found 'bf8'"),
-        (("--precision", "fp16", "--device", "cpu"), "PyTorch does on CUDA only. On a CPU use --precision bf16"),
-        (("--precision", "fp32", "--dtype", "bf16"), "Leave out --dtype bf16"),
+        (("--precision", "fp16", "--device", "cpu"), "PyTorch only supports on CUDA. Use --precision bf16 on a CPU"),
+        (("--precision", "fp32", "--dtype", "bf16"), "Remove --dtype bf16"),
         (("--optim", "adamm"), "adamm"),
         (("--scheduler", "cosin"), "cosin is not a valid SchedulerType, please select one of"),
-        (("--scheduler", "cosine_with_min_lr"), "needs arguments that no option sets"),
+        (("--scheduler", "cosine_with_min_lr"), "needs arguments that the command line cannot set"),
         (
             ("--holdout", "1.5"),
             "--holdout must be a fraction between 0 and 1, such as 0.1, or a whole number of examples",
         ),
-        (("--holdout", "14"), "--holdout 14 leaves nothing to train on: there are 14 examples. Hold out fewer"),
+        (("--holdout", "14"), "--holdout 14 leaves no examples to train on: the data has 14. Hold out fewer"),
         (("--lr", "0"), "--lr and --epochs must be above 0"),
         (("--lr", "1e30", "--warmup", "0", "--steps", "9"), "the loss is nan at step"),
         (
@@ -368,7 +370,7 @@ def test_bf16_and_optimizer_passthrough(run: Run, llama: Path, reviews: Path, tm
             ", grpo, found 'poetry'",
         ),
         (("--model", "./nowhere"), "the path './nowhere' does not exist"),
-        (("--device", "tpu9"), "device 'tpu9' is not known"),
+        (("--device", "tpu9"), "unknown device 'tpu9'"),
     ],
 )
 def test_wrong_settings(

@@ -196,7 +196,7 @@ def test_json_in_a_field_that_is_nested_too_deeply(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     deep = "[" * 50_000 + "]" * 50_000
     path.write_text(json.dumps({"messages": [{"role": "assistant", "content": "x"}], "tools": deep}))
-    with pytest.raises(PeftcoreError, match=r"rows.jsonl:1: 'tools' is not JSON: it is nested too deeply"):
+    with pytest.raises(PeftcoreError, match=r"rows.jsonl:1: 'tools' is not valid JSON: the value is nested too deeply"):
         row_reading.read_rows(path, "causal-lm")
     path.write_text(json.dumps({"text": "x", "labels": deep}))
     with pytest.raises(PeftcoreError, match=r"rows.jsonl:1: 'labels' must be a list of names"):

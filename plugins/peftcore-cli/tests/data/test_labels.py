@@ -43,7 +43,7 @@ def test_the_task_is_read_off_all_labels(tmp_path: Path, labels: tuple[Any, ...]
     ("task", "label", "message"),
     [
         ("classification", 2.5, "'label' must be text, found 2.5"),
-        ("classification", "NaN", "'label' is NaN, which stands for a missing value in tables"),
+        ("classification", "NaN", "'label' is NaN, which usually stands for a missing value"),
         ("regression", "high", "'label' must be a number, found \"high\""),
         ("regression", True, "'label' must be a number, found true"),
         ("regression", float("nan"), "'label' must be a number, found NaN"),
@@ -55,10 +55,10 @@ def test_the_task_is_read_off_all_labels(tmp_path: Path, labels: tuple[Any, ...]
         (
             "multi-label",
             [0, 1, 1],
-            "'label' names 1 twice: [0, 1, 1]. List the labels that apply, not a zero",
+            "'label' names 1 twice: [0, 1, 1]. List only the labels that apply, instead of a zero",
         ),
         ("multi-label", ["a", " "], "'label' must be a list of names"),
-        ("multi-label", ["a", " nan"], "'label' is nan, which stands for a missing value in tables"),
+        ("multi-label", ["a", " nan"], "'label' is nan, which usually stands for a missing value"),
     ],
 )
 def test_errors_name_file_and_line(tmp_path: Path, task: str, label: Any, message: str) -> None:
@@ -73,7 +73,7 @@ def test_targets(tmp_path: Path) -> None:
     rows = row_reading.read_rows(file_of(tmp_path, ["b", "a"], [], ["c"], name="labels"), "multi-label")
     assert row_labels.labels_of(rows) == ["a", "b", "c"]
     assert row_labels.targets(rows, ["a", "b", "c"]) == [(1.0, 1.0, 0.0), (0.0, 0.0, 0.0), (0.0, 0.0, 1.0)]
-    with pytest.raises(PeftcoreError, match=r":3: label 'c' is unknown"):
+    with pytest.raises(PeftcoreError, match=r":3: unknown label 'c'"):
         row_labels.targets(rows, ["a", "b"])
     rows = row_reading.read_rows(file_of(tmp_path, 1.5, 2), "regression")
     assert row_labels.labels_of(rows) == [] and row_labels.targets(rows, []) == [1.5, 2.0]
@@ -157,7 +157,7 @@ def test_batches_that_make_one_step_weigh_as_one_batch(run: Run, bert: Path, lab
 )
 def test_counts_of_labels_are_described(tmp_path: Path, task: str, labels: tuple[Any, ...], said: str) -> None:
     rows = row_reading.read_rows(file_of(tmp_path, *labels), task)
-    assert row_labels.counts_of(rows) == f"labels: {said} have the most frequent one"
+    assert row_labels.counts_of(rows) == f"labels: {said} have the most frequent label"
 
 
 def test_numbers_have_no_counts(tmp_path: Path) -> None:

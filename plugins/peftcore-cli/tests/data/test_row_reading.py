@@ -108,15 +108,15 @@ def test_labels() -> None:
     assert row_labels.labels_of(rows) == ["9", "10"]
     assert row_labels.targets(rows, ["9", "10"]) == [1, 0, 0]
     assert row_labels.labels_of([Row("f", "t", label=label) for label in ("pos", "neg")]) == ["neg", "pos"]
-    with pytest.raises(PeftcoreError, match=r"f:0: label '10' is unknown"):
+    with pytest.raises(PeftcoreError, match=r"f:0: unknown label '10'"):
         row_labels.targets(rows, ["9", "11"])
     with pytest.raises(
-        PeftcoreError, match="every training example has the label '9', and a classifier needs at least two"
+        PeftcoreError, match="every training example has the label '9', but a classifier needs at least two"
     ):
         row_labels.labels_of(rows[1:])
     numbers = [Row(f"f:{i}", "t", label=label) for i, label in enumerate((1.5, 1.5, 2.0))]
     assert row_labels.labels_of(numbers) == []
-    with pytest.raises(PeftcoreError, match=r"f:0: every training example has the number 1.5"):
+    with pytest.raises(PeftcoreError, match=r"f:0: every training example has the label 1.5"):
         row_labels.labels_of(numbers[:2])
 
 
@@ -150,8 +150,8 @@ def test_conversations(fields: dict[str, object], learned_from: int, tmp_path: P
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"messages": MESSAGES[:1]}, "there is no assistant turn"),
-        ({"prompt": MESSAGES, "completion": MESSAGES[:1]}, "there is no assistant turn"),
+        ({"messages": MESSAGES[:1]}, "the conversation has no assistant turn to learn"),
+        ({"prompt": MESSAGES, "completion": MESSAGES[:1]}, "the conversation has no assistant turn to learn"),
         ({"messages": "hi"}, "'messages' must be a list of messages, found str"),
         ({"messages": []}, "'messages' must be a list of messages, found an empty list"),
         ({"messages": [{"content": "hi"}]}, r"messages\[0\] must be"),
@@ -162,7 +162,7 @@ def test_conversations(fields: dict[str, object], learned_from: int, tmp_path: P
             r"conversations\[0\] has from="
             r"'bot', expected one of human",
         ),
-        ({"messages": MESSAGES, "tools": "{"}, "'tools' is not JSON"),
+        ({"messages": MESSAGES, "tools": "{"}, "'tools' is not valid JSON"),
         ({"messages": MESSAGES, "tools": {}}, "'tools' must be a list, found dict"),
     ],
 )
@@ -217,7 +217,7 @@ def test_turns_that_are_marked_are_not_learned(tmp_path: Path, key: str, mark: d
     row = conversation(tmp_path, {}, mark, {}, {"weight": 1}, key=key)
     assert row.not_learned == (1,) and row.messages == TURNS  # without the marks
     assert conversation(tmp_path, {}, {"weight": None}, {}, {"train": True}, key=key).not_learned == ()
-    with pytest.raises(PeftcoreError, match=r"rows.jsonl:1: there is no assistant turn to learn"):
+    with pytest.raises(PeftcoreError, match=r"rows.jsonl:1: the conversation has no assistant turn to learn"):
         conversation(tmp_path, {}, mark, {}, mark, key=key)
 
 
@@ -227,7 +227,7 @@ def test_turns_that_are_marked_are_not_learned(tmp_path: Path, key: str, mark: d
         ({"weight": 0.5}, r"messages\[1\]: 'weight' must be 0 or 1, found 0.5"),
         ({"weight": "0"}, r"messages\[1\]: 'weight' must be 0 or 1, found \"0\""),
         ({"train": 0}, r"messages\[1\]: 'train' must be true or false, found 0"),
-        ({"content": " "}, r"messages\[1\] is an empty assistant turn, .*exclude it from learning: \"weight\": 0"),
+        ({"content": " "}, r"messages\[1\] is an empty assistant turn, .*exclude it from the loss: \"weight\": 0"),
     ],
 )
 def test_marks_and_turns_that_mean_nothing(tmp_path: Path, mark: dict[str, object], message: str) -> None:

@@ -40,7 +40,7 @@ def test_tokens(tmp_path: Path, tokenizer: Any) -> None:
     found = find("causal-lm").encode(rows, tokenizer, 3)
     assert found.examples == [{"input_ids": [4, 5], "labels": [-100, 5]}]
     assert (found.truncated, found.left_out) == (1, 1)
-    with pytest.raises(PeftcoreError, match="no token to learn is within 3 tokens in any row"):
+    with pytest.raises(PeftcoreError, match="no row has a token to learn within 3 tokens"):
         find("causal-lm").encode(rows[1:], tokenizer, 3)
     with pytest.raises(PeftcoreError, match=r"'input_ids' has the token 99, but the model's tokenizer has 23"):
         find("causal-lm").encode([read(tmp_path, {"input_ids": [4, 99]})], tokenizer, 8)

@@ -58,7 +58,7 @@ def test_rows(chats: Path) -> None:
     place = {"type": "audio"}
     assert rows[1].messages[0]["content"] == [{"type": "text", "text": "the film"}, place, place]
     assert rows[4].messages[0]["content"] == [place, {"type": "text", "text": "is it"}]
-    with pytest.raises(PeftcoreError, match=r"chats.jsonl:1: .* not text or image.* read by --task audio-text"):
+    with pytest.raises(PeftcoreError, match=r"chats.jsonl:1: .* not text or image.*Use --task audio-text"):
         row_reading.read_rows(chats, "image-text")
 
 
@@ -120,9 +120,12 @@ def test_gemmas_recordings_take_a_fixed_number_of_tokens(chats: Path) -> None:
         ({"messages": [{"role": "user", "content": [{**HEARD, "path": "no.wav"}]}, SAID]}, "'.*no.wav' does not exist"),
         (
             {"messages": [{"role": "user", "content": [{"type": "audio"}]}, SAID]},
-            "has recording 1, but the row lists",
+            "refers to recording 1, but the row lists",
         ),
-        ({"audio": "clips/0.wav", "messages": [{"role": "user", "content": "is it"}, SAID]}, "1 recordings, .* have 0"),
+        (
+            {"audio": "clips/0.wav", "messages": [{"role": "user", "content": "is it"}, SAID]},
+            "1 recordings, .* refer to 0",
+        ),
         (
             {"messages": [{"role": "user", "content": [HEARD]}, {"role": "assistant", "content": [HEARD]}]},
             "assistant turn with an image",
@@ -140,16 +143,16 @@ def test_wrong_rows(chats: Path, fields: dict[str, Any], message: str) -> None:
 def test_what_does_not_fit_is_an_error(chats: Path, qwen: Path, llama: Path, tmp_path: Path) -> None:
     processor = find("audio-text").load_processor(str(qwen))
     rows = row_reading.read_rows(chats, "audio-text")
-    with pytest.raises(PeftcoreError, match=r"tokens, 12 of them for 1 recordings, which cannot be truncated"):
+    with pytest.raises(PeftcoreError, match=r"tokens \(12 for 1 recordings\) and cannot be truncated"):
         find("audio-text").encode(rows, processor, 8)
     audio_models.save_tone(tmp_path / "clips/0.wav", 1.5)
-    with pytest.raises(PeftcoreError, match=r"chats.jsonl:1: .* has 1.5 seconds, but the model reads at most 1"):
+    with pytest.raises(PeftcoreError, match=r"chats.jsonl:1: .* is 1.5 seconds long, but the model reads at most 1"):
         find("audio-text").encode(rows, processor, 400)
     row = {"images": ["a.png"], "messages": [{"role": "user", "content": "<image>"}, SAID]}
     (tmp_path / "a.png").touch()
-    with pytest.raises(PeftcoreError, match="Qwen2AudioProcessor takes no images"):
+    with pytest.raises(PeftcoreError, match="Qwen2AudioProcessor does not support images"):
         find("audio-text").encode([row_reading.row_of(f"{chats}:1", row, find("audio-text"))], processor, 400)
-    with pytest.raises(PeftcoreError, match="needs a model that takes audio and texts, such as Qwen2-Audio"):
+    with pytest.raises(PeftcoreError, match="needs a model that takes audio and text, such as Qwen2-Audio"):
         find("audio-text").load_processor(str(llama))
 
 

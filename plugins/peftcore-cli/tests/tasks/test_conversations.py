@@ -77,7 +77,7 @@ def test_a_template_without_a_mark_at_the_end_is_given_one(tokenizer: Any) -> No
 
 
 def test_a_template_that_rewrites_what_came_before_is_refused(tokenizer: Any) -> None:
-    with pytest.raises(PeftcoreError, match=r"f:1: the chat template changes the text before messages\[1\]"):
+    with pytest.raises(PeftcoreError, match=r"f:1: the chat template rewrites earlier turns when messages\[1\]"):
         learned(tokenizer, REWRITES)
 
 
@@ -105,7 +105,7 @@ def test_tools_reach_the_template(tokenizer: Any) -> None:
 def test_no_template_is_an_error_that_names_one(tokenizer: Any) -> None:
     with pytest.raises(PeftcoreError, match=r"f:1: the tokenizer of '.*' has no chat template.*--chat-template chatml"):
         conversations.encode(Row("f:1", "", messages=TALK), tokenizer)
-    with pytest.raises(PeftcoreError, match=re.escape("--chat-template 'nowhere.jinja' cannot be read")):
+    with pytest.raises(PeftcoreError, match=re.escape("cannot read --chat-template 'nowhere.jinja'")):
         conversations.set_template(tokenizer, "nowhere.jinja")
 
 
@@ -123,7 +123,7 @@ def test_a_conversation_too_long_is_cut_or_left_out(tokenizer: Any) -> None:
     assert len(found.examples[0]["input_ids"]) == 60
     with pytest.raises(
         PeftcoreError,
-        match=r"no answer begins within 8 tokens in any conversation\. Increase "
+        match=r"no conversation has an answer within 8 tokens\. Increase "
         r"--max-length",
     ):
         find("causal-lm").encode(rows, tokenizer, 8)
@@ -144,7 +144,7 @@ KNOWS = (
 
 def test_tools_that_a_template_does_not_write_are_refused(tokenizer: Any) -> None:
     assert learned(tokenizer, KNOWS, tools=CALL) == ["Hello, you.<|im_end|>Fine.<|im_end|>"]
-    with pytest.raises(PeftcoreError, match=r"f:1: the chat template does not write the tools\. Pass one that does"):
+    with pytest.raises(PeftcoreError, match=r"f:1: the chat template ignores tools\. Pass a template"):
         learned(tokenizer, "chatml", tools=CALL)
 
 
@@ -157,7 +157,5 @@ def test_calls_of_tools_that_a_template_does_not_write_are_refused(tokenizer: An
         text = tokenizer.decode([token for token in example["labels"] if token >= 0])
         assert text.startswith('[{"type": "function"') and text.endswith("<|im_end|>")
         conversations.set_template(tokenizer, "{% for m in messages %}{{ m['role'] }}{{ m['content'] }}{% endfor %}")
-        with pytest.raises(
-            PeftcoreError, match=r"f:1: the chat template does not write the tool_calls of messages\[1\]"
-        ):
+        with pytest.raises(PeftcoreError, match=r"f:1: the chat template ignores the tool_calls of messages\[1\]"):
             conversations.encode(row, tokenizer)

@@ -53,12 +53,15 @@ def test_how_files_have_them(tmp_path: Path) -> None:
         ({"prompt": "a", "chosen": "b", "rejected": 3}, "'rejected' must be text, found 3"),
         ({"chosen": "b", "rejected": "c"}, "'prompt' must be text, found null"),
         ({"prompt": ASKED, "chosen": [GOOD], "rejected": "c"}, "'rejected' must be a list of messages, found str"),
-        ({"chosen": [GOOD], "rejected": [BAD]}, "'chosen' and 'rejected' must begin with the same prompt"),
+        ({"chosen": [GOOD], "rejected": [BAD]}, "'chosen' and 'rejected' begin with different prompts"),
         (
             {"prompt": ASKED, "chosen": [GOOD, *ASKED], "rejected": [BAD]},
-            "'chosen' must be one assistant answer",
+            "'chosen' must be a single assistant answer",
         ),
-        ({"chosen": [*ASKED, GOOD], "rejected": ASKED}, "'rejected' must be one assistant answer .* found nothing"),
+        (
+            {"chosen": [*ASKED, GOOD], "rejected": ASKED},
+            "'rejected' must be a single assistant answer .* found nothing",
+        ),
     ],
 )
 def test_errors_name_file_and_line(tmp_path: Path, fields: dict[str, Any], message: str) -> None:
@@ -86,7 +89,7 @@ def test_answers_that_differ_beyond_the_length_are_left_out(tmp_path: Path, toke
     ]
     found = find("dpo").encode(rows, tokenizer, 4)
     assert (len(found.examples), found.truncated, found.left_out) == (1, 2, 1)
-    with pytest.raises(PeftcoreError, match="no pair of answers differs within 4 tokens"):
+    with pytest.raises(PeftcoreError, match="no two answers differ within 4 tokens"):
         find("dpo").encode(rows[1:], tokenizer, 4)
     with pytest.raises(PeftcoreError, match="'chosen' and 'rejected' have the same tokens"):
         find("dpo").encode([read(tmp_path, {"prompt": "the", "chosen": "x", "rejected": "y"})], tokenizer, 8)

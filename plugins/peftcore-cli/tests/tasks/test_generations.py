@@ -77,9 +77,9 @@ def test_cases(llama: Path) -> None:
     found = generations.cases(rows, tokenizer, 8)
     wanted = [tokenizer(text)["input_ids"] for text in ("the film", "is it good a film")]
     assert found == [Case(wanted[0], "is good"), Case(wanted[1], "bad")]
-    with pytest.raises(PeftcoreError, match="f:1: text has no prompt to answer"):
+    with pytest.raises(PeftcoreError, match="f:1: the row has text, which has no prompt to answer"):
         generations.cases([Row("f:1", "the film")], tokenizer, 8)
-    with pytest.raises(PeftcoreError, match=r"f:2: a prompt to answer must have 1 to 4 tokens"):
+    with pytest.raises(PeftcoreError, match=r"f:2: the prompt must have 1 to 4 tokens"):
         generations.cases(rows, tokenizer, 4)
 
 

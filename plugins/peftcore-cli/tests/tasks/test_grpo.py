@@ -42,13 +42,13 @@ def test_rows(tmp_path: Path, llama: Path) -> None:
     (example,) = find("grpo").encode(rows, tokenizer, 8).examples
     assert example == {**ROWS[0], "prompt_ids": tokenizer("the film is")["input_ids"]}
     assert find("grpo").columns([example]) == ROWS[:1] and find("grpo").lengths([example]) == [3]
-    with pytest.raises(PeftcoreError, match=r"rows.jsonl:1: a prompt must have 1 to 2 tokens .* found 3"):
+    with pytest.raises(PeftcoreError, match=r"rows.jsonl:1: the prompt must have 1 to 2 tokens .* found 3"):
         find("grpo").encode(rows, tokenizer, 2)
     turn = {"role": "assistant", "content": "a"}
     for row, message in (
         ({"question": "a"}, "grpo needs the keys prompt, found question"),
         ({"prompt": [turn]}, "'prompt' must end with a turn to answer"),
-        ({"prompt": "a", "tools": [{}]}, "tools are not supported"),
+        ({"prompt": "a", "tools": [{}]}, "does not support tools"),
     ):
         with pytest.raises(PeftcoreError, match=message):
             row_reading.read_rows(write_jsonl(tmp_path / "wrong.jsonl", [row]), "grpo")
@@ -129,5 +129,5 @@ def test_end_to_end(run: Run, llama: Path, judges: Path, tmp_path: Path) -> None
     found = json.loads((output / "result.json").read_text())
     assert found["after"]["reward"] > found["before"]["reward"] + 0.3
     assert f"{found['after']['reward']:.4f}" in run("eval", output, "-d", path, *reward).output
-    assert "eval needs --reward FILE.py:FUNCTION for grpo" in run("eval", output, "-d", path, code=1).output
+    assert "--reward FILE.py:FUNCTION is required for grpo" in run("eval", output, "-d", path, code=1).output
     assert "good" in run("generate", output, "-p", "the film is", "--max-new-tokens", 4).output

@@ -69,7 +69,7 @@ def test_rows_of_every_form_are_the_same(pairs: Path) -> None:
     assert [len(row.images) for row in rows[4:]] == [2, 0]
     for task in ("dpo", "orpo", "reward"):
         for line in pairs.read_text().splitlines()[:4]:
-            with pytest.raises(PeftcoreError, match=r"the row has images, which .* Use --task image-dpo"):
+            with pytest.raises(PeftcoreError, match=r"does not support images. Use --task image-dpo"):
                 row_reading.row_of("a.jsonl:1", json.loads(line), find(task))
 
 
@@ -77,9 +77,9 @@ def test_rows_of_every_form_are_the_same(pairs: Path) -> None:
     ("fields", "message"),
     [
         ({"prompt": ASKED, "chosen": [GOOD], "rejected": [GOOD]}, "are the same"),
-        ({"prompt": ASKED, "chosen": [GOOD, BAD], "rejected": [BAD]}, "'chosen' must be one assistant answer"),
+        ({"prompt": ASKED, "chosen": [GOOD, BAD], "rejected": [BAD]}, "'chosen' must be a single assistant answer"),
         ({"prompt": ASKED, "chosen": "", "rejected": "bad"}, "empty assistant turn"),
-        ({"images": ["1.png", "0.png"], "prompt": "<image> it", **PAIR}, "lists 2 images, but its turns show 1"),
+        ({"images": ["1.png", "0.png"], "prompt": "<image> it", **PAIR}, "lists 2 images, but its turns refer to 1"),
         ({"images": ["none.png"], "prompt": "it", **PAIR}, "'.*none.png' does not exist"),
     ],
 )
@@ -105,7 +105,7 @@ def test_answers_alone_are_compared(pairs: Path, kind: str, tmp_path: Path) -> N
     assert batch["attention_mask"].shape == batch["completion_mask"].shape and "labels" not in batch
     found = find("image-dpo").lengths(examples)
     assert found == [max(len(e["chosen"]["labels"]), len(e["rejected"]["labels"])) for e in examples]
-    with pytest.raises(PeftcoreError, match=r"for [12] images, which cannot be truncated"):
+    with pytest.raises(PeftcoreError, match=r"for [12] images\) and cannot be truncated"):
         find("image-dpo").encode(row_reading.read_rows(pairs, "image-dpo"), processor, 6)
 
 

@@ -80,7 +80,7 @@ def test_reward_end_to_end(run: Run, llama: Path, tmp_path: Path) -> None:
     found = json.loads((output / "result.json").read_text())
     assert found["after"]["preference_accuracy"] == 1.0 and found["after"]["loss"] < found["before"]["loss"]
     assert f"{found['after']['loss']:.4f}" in run("eval", output, "-d", path).output
-    assert "which writes no answers" in run("generate", output, "-p", "the", code=1).output
+    assert "which generates no text" in run("generate", output, "-p", "the", code=1).output
     assert "Use peftcore generate" not in run("predict", output, "-d", path, code=1).output
     wrong = run("train", *arguments, "--task", "reward", "--beta", 0.2, "-o", tmp_path / "no", code=1).output
     assert "--beta only works with dpo, image-dpo, kto, orpo and grpo" in wrong

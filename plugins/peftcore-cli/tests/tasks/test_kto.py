@@ -61,7 +61,7 @@ def test_how_files_have_them(tmp_path: Path) -> None:
         ({"prompt": "a", "completion": " ", "label": True}, "'completion' is empty"),
         (
             {"prompt": ASKED, "completion": ASKED, "label": True},
-            "'completion' must be one assistant answer, found user",
+            "'completion' must be a single assistant answer, found user",
         ),
     ],
 )
@@ -73,7 +73,9 @@ def test_errors_name_file_and_line(tmp_path: Path, fields: dict[str, Any], messa
 @pytest.mark.parametrize(("mark", "other"), [(True, "false"), (False, "true")])
 def test_answers_of_one_mark_are_refused(mark: bool, other: str) -> None:
     rows = [Row(f"file:{number}", "a", completion="b", is_good=mark) for number in (1, 2)]
-    with pytest.raises(PeftcoreError, match=rf"file:1: every answer has the label .* Add answers with {other}"):
+    with pytest.raises(
+        PeftcoreError, match=rf"file:1: every answer has the label .* Add answers with the label {other}"
+    ):
         find("kto").check_rows(rows)
 
 
@@ -133,7 +135,7 @@ def test_kto_end_to_end(run: Run, llama: Path, tmp_path: Path) -> None:
     assert found["after"]["loss"] < 0.45 and found["after"]["accuracy"] >= 0.75 and found["after"]["margin"] > 0.3
     assert f"{found['after']['loss']:.4f}" in run("eval", output, "-d", path).output
     wrong = run("train", *arguments, "-o", tmp_path / "no", "--batch-size", 1, code=1).output
-    assert "--task kto compares the answers of a batch, so --batch-size 1" in wrong
+    assert "--task kto compares the answers in a batch, so --batch-size 1" in wrong
 
 
 def test_a_batch_of_one_has_the_answer_of_another_example(llama: Path) -> None:

@@ -128,18 +128,21 @@ def test_the_loss_of_a_batch_is_that_of_its_examples(chats: Path, made: Made) ->
         ({"messages": [{"role": "user", "content": [{"type": "image", "path": "no.png"}]}, SAID]}, "does not exist"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image", "url": "https://a.b/c.png"}]}, SAID]},
-            "Download it",
+            "Download the image",
         ),
-        ({"messages": [{"role": "user", "content": [{"type": "image"}]}, SAID]}, "shows image 1, but the row lists 0"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image"}]}, SAID]},
+            "refers to image 1, but the row lists 0",
+        ),
         (
             {"images": ["photos/1.png"], "messages": [{"role": "user", "content": "is it"}, SAID]},
-            "lists 1 images, but its turns show 0",
+            "lists 1 images, but its turns refer to 0",
         ),
         ({"messages": [{"role": "user", "content": [{"type": "audio", "path": "a"}]}, SAID]}, "not text or image"),
         ({"messages": [{"role": "user", "content": [SHOWN]}, {"role": "assistant", "content": [SHOWN]}]}, "assistant"),
         (
             {"images": [{"bytes": "PNG"}], "messages": [{"role": "user", "content": "<image>"}, SAID]},
-            "not the path of a file",
+            "must be the path of a file",
         ),
     ],
 )
@@ -153,15 +156,15 @@ def test_wrong_rows(chats: Path, fields: dict[str, Any], message: str) -> None:
 def test_wrong_images_models_and_lengths(chats: Path, smolvlm: Path, llama: Path, run: Run) -> None:
     processor = find("image-text").load_processor(str(smolvlm))
     rows = row_reading.read_rows(chats, "image-text")
-    with pytest.raises(PeftcoreError, match=r"chats.jsonl:2: the conversation has .* which cannot be truncated"):
+    with pytest.raises(PeftcoreError, match=r"chats.jsonl:2: the conversation has .* and cannot be truncated"):
         find("image-text").encode(rows, processor, 50)
     (chats.parent / "photos" / "1.png").write_bytes(b"\x89PNG")
-    with pytest.raises(PeftcoreError, match=r"chats.jsonl:1: .*1.png' cannot be read as an image"):
+    with pytest.raises(PeftcoreError, match=r"chats.jsonl:1: cannot read the image '.*1.png'"):
         find("image-text").encode(rows, processor, 400)
     arguments = ("--data", chats, "--method", "lora", "--output", chats.parent / "run")
     said = run("train", "--model", llama, *arguments, code=1)
-    assert "needs a model that reads images and texts" in said.output.replace("\n", " ")
-    with pytest.raises(PeftcoreError, match="use --task image-text"):
+    assert "needs a model that takes images and text" in said.output.replace("\n", " ")
+    with pytest.raises(PeftcoreError, match="Use --task image-text"):
         row_reading.read_rows(chats, "causal-lm")
 
 
@@ -170,7 +173,7 @@ def test_a_model_without_a_processor_of_images(chats: Path, smolvlm: Path, tmp_p
     folder.mkdir()
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         (folder / name).write_bytes((smolvlm / name).read_bytes())
-    with pytest.raises(PeftcoreError, match=r"processor.*(Copy|loaded)"):
+    with pytest.raises(PeftcoreError, match=r"processor"):
         find("image-text").load_processor(str(folder))
 
 

@@ -104,15 +104,15 @@ def test_what_it_does_not_take_is_an_error(chats: Path, voxtral: Path) -> None:
     tool = {"type": "function", "function": {"name": "f", "description": "d", "parameters": {}}}
     for fields, message in (
         ({"messages": [system, asked(heard(0)), said("yes")]}, "mistral-common rejects .* system messages .*Change"),
-        ({"messages": [said("yes"), asked(heard(0)), said("no")]}, "first turn is the assistant's"),
-        ({"messages": [asked(heard(0)), said("yes")], "tools": [tool]}, "does not write the tools. Remove 'tools'"),
+        ({"messages": [said("yes"), asked(heard(0)), said("no")]}, "starts with an assistant turn"),
+        ({"messages": [asked(heard(0)), said("yes")], "tools": [tool]}, "does not support tools. Remove 'tools'"),
         ({"messages": [asked(heard(0)), said("yes")]}, "has 383 tokens, 375 of them for 1 recordings, which"),
     ):
         row = row_reading.row_of(f"{chats}:1", fields, find("audio-text"))
         with pytest.raises(PeftcoreError, match=f"chats.jsonl:1: .*{message}"):
             find("audio-text").encode([row], processor, 100)
     with pytest.raises(
-        PeftcoreError, match=r"--chat-template does not work with the tokenizer of mistral-common, .* Leave it out"
+        PeftcoreError, match=r"--chat-template does not work with mistral-common's tokenizer, .* Remove --chat-template"
     ):
         conversations.set_template(processor, "chatml")
 
@@ -121,7 +121,7 @@ def test_an_error_names_the_missing_package(voxtral: Path, monkeypatch: pytest.M
     own = importlib.util.find_spec
     hidden = lambda name, *rest: None if name == "mistral_common" else own(name, *rest)  # noqa: E731
     monkeypatch.setattr("importlib.util.find_spec", hidden)
-    with pytest.raises(PeftcoreError, match=r"with mistral-common, and 'mistral_common' is not installed. .*\[audio\]"):
+    with pytest.raises(PeftcoreError, match=r"with mistral-common, but 'mistral_common' is not installed. .*\[audio\]"):
         find("audio-text").load_processor(str(voxtral))
 
 
@@ -131,7 +131,7 @@ def test_texts_are_tokens_of_transformers_where_the_folder_has_them(voxtral: Pat
     row = row_reading.row_of("x:1", {"messages": [{"role": "user", "content": "hi"}, said("yo")]}, find("causal-lm"))
     tokenizer = models.load_tokenizer(str(voxtral))
     assert tokenizer.eos_token == "</s>"
-    with pytest.raises(PeftcoreError, match=r"x:1: the tokenizer of mistral-common has .* Add tokenizer.json"):
+    with pytest.raises(PeftcoreError, match=r"x:1: mistral-common's tokenizer has .* Add tokenizer.json"):
         conversations.encode(row, tokenizer)
     shutil.copytree(voxtral, tmp_path, dirs_exist_ok=True)
     image_models.tokenizer([]).save_pretrained(tmp_path)

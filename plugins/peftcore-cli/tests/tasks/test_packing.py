@@ -99,7 +99,9 @@ def test_the_loss_of_packed_rows_is_that_of_the_examples(model: Any, attention: 
 @pytest.mark.parametrize("kind", ["a state", "biases of distance"])
 def test_a_model_that_cannot_is_refused(kind: str) -> None:
     torch.manual_seed(0)
-    with pytest.raises(peftcore.PeftcoreError, match="--pack: Model does not separate the examples of a row"):
+    with pytest.raises(
+        peftcore.PeftcoreError, match="--pack does not work with Model, which does not separate packed examples"
+    ):
         packing.check(models()[kind](), EXAMPLES, "Model")
 
 
@@ -124,7 +126,7 @@ def test_a_method_that_acts_on_a_whole_row_is_refused(method: str) -> None:
     made = models()["rotary"]()
     peftcore.apply(made, method)
     before = {name: parameter.clone() for name, parameter in made.named_parameters()}
-    with pytest.raises(peftcore.PeftcoreError, match=f"--pack: {method} does not separate"):
+    with pytest.raises(peftcore.PeftcoreError, match=f"--pack does not work with {method}"):
         packing.check(made, EXAMPLES, method)
     assert all(torch.equal(before[name], parameter) for name, parameter in made.named_parameters())
     assert made.training

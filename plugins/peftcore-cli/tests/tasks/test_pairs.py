@@ -75,8 +75,8 @@ def test_rows(tmp_path: Path) -> None:
         ([{"anchor": "a", "positive": " "}], "'positive' is empty"),
         ([{"anchor": "a", "positive": 3}], "'positive' must be text"),
         ([{"sentence1": "a", "sentence2": "b", "score": 4.5}], "from -1 to 1.*Divide"),
-        ([PAIRS[0], TRIPLETS[1]], "Split the file in two"),
-        ([PAIRS[0], SCORED[1]], "Split the file in two"),
+        ([PAIRS[0], TRIPLETS[1]], "Use one format per file"),
+        ([PAIRS[0], SCORED[1]], "Use one format per file"),
     ],
 )
 def test_wrong_rows(tmp_path: Path, rows: list[dict[str, Any]], message: str) -> None:

@@ -62,7 +62,7 @@ def test_commands_report_texts_that_are_too_long(run: Run, tmp_path: Path) -> No
     assert "has positions for 12 tokens, found a text with 17. Pass --max-length 12" in found
     run(*options, "--max-length", 12)
     assert "found a text with 17" in run("eval", tmp_path / "run", "-d", path, "--max-length", 40, code=1).output
-    assert "which a prompt and its answer exceed" in run("generate", tmp_path / "run", "-p", "a", code=1).output
+    assert "but a prompt and its answer exceed them" in run("generate", tmp_path / "run", "-p", "a", code=1).output
 
 
 def test_streamed_texts_are_cut_at_the_last_position(run: Run, tmp_path: Path) -> None:

@@ -62,7 +62,7 @@ def test_numbers_are_names_and_other_keys(tmp_path: Path) -> None:
 
 def test_counts_are_those_of_the_words(tmp_path: Path) -> None:
     row = read(tmp_path, {"tokens": ["a", "nan", "b", "c"], "tags": ["O", " B-A", "B-A ", "B-A"]})
-    assert row_labels.counts_of([row]) == "labels: B-A (3), O (1). 75.0% of the tags have the most frequent one"
+    assert row_labels.counts_of([row]) == "labels: B-A (3), O (1). 75.0% of the tags have the most frequent label"
 
 
 @pytest.mark.parametrize(
@@ -72,7 +72,7 @@ def test_counts_are_those_of_the_words(tmp_path: Path) -> None:
         ({"tokens": ["a", "b"], "tags": ["O"]}, "'tokens' has 2 words, but 'tags' has 1 tags"),
         ({"tokens": "a b", "tags": ["O"]}, "'tokens' must be a list of words without spaces, found \"a b\""),
         ({"tokens": ["a b"], "tags": ["O"]}, "'tokens' must be a list of words without spaces"),
-        ({"tokens": ["nan"], "tags": ["NaN"]}, "'tags' is NaN, which stands for a missing value in tables"),
+        ({"tokens": ["nan"], "tags": ["NaN"]}, "'tags' is NaN, which usually stands for a missing value"),
     ],
 )
 def test_wrong_rows(tmp_path: Path, fields: dict[str, Any], message: str) -> None:
@@ -82,7 +82,7 @@ def test_wrong_rows(tmp_path: Path, fields: dict[str, Any], message: str) -> Non
 
 def test_unknown_tags_and_a_single_one(tmp_path: Path, letters: Any) -> None:
     row = read(tmp_path, {"tokens": ["a", "b"], "tags": ["B-B", "B-B"]})
-    with pytest.raises(PeftcoreError, match=r"rows.jsonl:1: tag 'B-B' is unknown \(nearest: 'B-A'"):
+    with pytest.raises(PeftcoreError, match=r"rows.jsonl:1: unknown tag 'B-B' \(nearest: 'B-A'"):
         find("tags").encode([row], letters, 8, NAMES)
     with pytest.raises(PeftcoreError, match="every word has the tag"):
         row_labels.labels_of([row])

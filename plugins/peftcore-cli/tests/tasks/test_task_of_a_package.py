@@ -63,6 +63,7 @@ def test_what_its_class_says_holds_for_options(run: Run, llama: Path, tmp_path: 
     wrong = write_jsonl(tmp_path / "wrong.jsonl", [{"text": "the film"}])
     refused = run("train", "-m", llama, "-d", wrong, "-o", tmp_path / "run", "--task", "titles", code=1).output
     assert "titles needs the keys body/title, found text" in refused and "--columns body=article" in refused
+    assert "titles" in run("plugins").output.partition("tasks: ")[2]
 
 
 def test_a_task_that_no_package_has() -> None:

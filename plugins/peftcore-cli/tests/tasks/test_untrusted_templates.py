@@ -44,7 +44,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
         ("{% for i in range(10**6) %}{% endfor %}", "rejects the conversation: Range too big"),
         ("{% include '/etc/passwd' %}", "rejects the conversation: no loader"),
         ("{{", "rejects the conversation: "),
-        ("{{ '\\ud800' }}", "writes half a surrogate pair, which is not text"),
+        ("{{ '\\ud800' }}", "writes an unpaired surrogate, which is not valid Unicode"),
     ],
     ids=lambda value: value[:30],
 )
@@ -59,13 +59,13 @@ def test_a_template_of_more_than_a_million_characters_is_not_read(tmp_path: Path
     long = "{# " + "x" * 2_000_000 + " #}"
     save_tokenizer(tmp_path)
     (tmp_path / "chat_template.jinja").write_text(long)
-    with pytest.raises(PeftcoreError, match=r"chat_template has 2,000,006 characters; at most 1,000,000 are read"):
+    with pytest.raises(PeftcoreError, match=r"chat_template has 2,000,006 characters, but the limit is 1,000,000"):
         models.load_tokenizer("base", tmp_path)
     (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
     save_file({}, tmp_path / "adapter_model.safetensors")
     task = {"task": "causal-lm", "max_length": 7, "labels": [], "chat_template": long}
     (tmp_path / TASK_FILE).write_text(json.dumps(task))
-    with pytest.raises(CheckpointError, match=r"chat_template has 2,000,006 characters; at most 1,000,000 are read"):
+    with pytest.raises(CheckpointError, match=r"chat_template has 2,000,006 characters, but the limit is 1,000,000"):
         adapter_task(tmp_path)
 
 
@@ -92,7 +92,7 @@ def test_a_folder_names_no_file_as_its_template(tmp_path: Path, template: Any) -
     save_file({}, tmp_path / "adapter_model.safetensors")
     fields = {"task": "causal-lm", "max_length": 7, "labels": [], "chat_template": template}
     (tmp_path / TASK_FILE).write_text(json.dumps(fields))
-    with pytest.raises(CheckpointError, match=rf"{TASK_FILE}' cannot be read: chat_template.*It can be deleted"):
+    with pytest.raises(CheckpointError, match=rf"cannot read '.*{TASK_FILE}': chat_template.*Delete the file"):
         adapter_task(tmp_path)
     for right in (None, "chatml", "{{ 1 }}"):
         (tmp_path / TASK_FILE).write_text(json.dumps({**fields, "chat_template": right}))

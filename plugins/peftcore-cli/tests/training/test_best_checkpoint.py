@@ -151,12 +151,12 @@ def test_count_of_evaluations_without_improvement() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"metric": "loss"}, "which needs --load-best or --patience N"),
+        ({"metric": "loss"}, "it needs --load-best or --patience N"),
         (
             {"metric": "perplexty", "patience": 2},
             r"must be one of loss, perplexity, exact_match, .*, found 'perplexty' \(nearest: 'perplexity'\)",
         ),
-        ({"load_best": True, "save_every": 4}, "so --save-every 4 contradicts --eval-every .the default.\\. Leave out"),
+        ({"load_best": True, "save_every": 4}, "so --save-every 4 contradicts --eval-every .the default.\\. Remove"),
     ],
 )
 def test_contradictions(options: dict[str, Any], message: str) -> None:

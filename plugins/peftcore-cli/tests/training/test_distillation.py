@@ -153,7 +153,7 @@ def test_a_student_comes_closer_to_its_teacher(llama: Path, teacher: Path, rows:
     ("options", "message"),
     [
         (("--teacher-weight", "1.5"), "above 0 and at most 1, found 1.5"),
-        (("--without-logits", "on"), "--teacher compares logits"),
+        (("--without-logits", "on"), "--teacher needs logits"),
     ],
 )
 def test_options_that_do_not_fit(
@@ -185,7 +185,7 @@ def test_teachers_that_do_not_fit(llama: Path, teacher: Path, rows: Path, tmp_pa
     swapped = (teacher / "tokenizer.json").read_text().replace('"film"', '"x"').replace('"story"', '"film"')
     (other / "tokenizer.json").write_text(swapped.replace('"x"', '"story"'))
     output = run("train", *arguments, "--teacher", other, code=1).output.replace("\n", " ")
-    assert "has another tokenizer than the model: 2 of 23 tokens differ, such as 'film'" in output
+    assert "and the model have different tokenizers: 2 of 23 tokens differ, such as 'film'" in output
     (other / "config.json").unlink()
     (other / "adapter_config.json").write_text("{}")
     assert "is an adapter, but the teacher must be a model" in run(

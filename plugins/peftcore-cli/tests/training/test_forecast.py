@@ -64,7 +64,7 @@ def test_what_will_not_fit_is_refused_before_it_loads(
 def test_what_is_not_known_is_said(run: Run, llama: Path, reviews: Path, tmp_path: Path) -> None:
     arguments = ("train", "-m", llama, "-d", reviews, "-o", tmp_path / "run", *METHOD, "--steps", 1)
     output = run(*arguments, "--optim", "adafactor").output
-    assert "memory is not predicted: the state of --optim adafactor is not known" in output
+    assert "memory is not predicted: the state size of --optim adafactor is unknown" in output
 
 
 def test_a_wrong_field_is_one_error(run: Run, llama: Path, reviews: Path, tmp_path: Path) -> None:
@@ -114,7 +114,7 @@ def test_plan_of_several_processes_and_mixed_precision(run: Run, llama: Path) ->
     several = run(*arguments, "--parallel", "fsdp2", "--ranks", 4, "--precision", "bf16").output
     assert "batch 2 x 12, mixed bf16, one of 4 ranks (FSDP2)" in several and "gathered weights" in several
     assert "batch 2 x 12, dpo" in run(*arguments, "--task", "dpo").output
-    assert "2 processes need a kind of parallelism. Pass --parallel ddp" in run(*arguments, "--ranks", 2, code=1).output
+    assert "2 processes need --parallel. Pass --parallel ddp" in run(*arguments, "--ranks", 2, code=1).output
     assert "one of ddp, fsdp2, found 'tp'" in run(*arguments, "--parallel", "tp", code=1).output
     assert (
         "--precision must be one of auto, fp32, bf16, fp16, found 'fp8'"
@@ -232,7 +232,9 @@ def test_plan_suggest_and_fit_of_examples(run: Run, llama: Path, bert: Path, tmp
     planned = run("plan", *seen, "--batch-size", 2).output
     assert "a training step of Idefics3ForConditionalGeneration, lora, batch 2 x 77, fused operators" in planned
     without = run("plan", *seen[:4], "--task", "image-text").output
-    assert "not predicted: the memory of --task image-text depends on the examples. Pass some: --data FILE" in without
+    assert (
+        "not predicted: the memory of --task image-text depends on the examples. Pass examples: --data FILE" in without
+    )
     assert "twice the batch" in run("suggest", *seen, "--memory", "8GB").output
     texts = write_jsonl(
         tmp_path / "texts.jsonl",
@@ -242,4 +244,4 @@ def test_plan_suggest_and_fit_of_examples(run: Run, llama: Path, bert: Path, tmp
     assert "a training step of BertModel, lora, batch 8 x 16, pairs" in run("plan", *pairs).output
     assert "--batch-size 1 " not in run("suggest", *pairs, "--memory", "8GB").output
     trained = run("train", *pairs, "-o", tmp_path / "run", "--fit", "--steps", 1, "--batch-size", 6).output
-    assert "--fit: --batch-size 6 --grad-accum 1" in trained and "predicted peak" in trained
+    assert "--fit chooses --batch-size 6 --grad-accum 1" in trained and "predicted peak" in trained

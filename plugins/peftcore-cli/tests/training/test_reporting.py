@@ -31,7 +31,10 @@ def test_the_log_goes_to_a_service_too(
     monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "wandb", gone)
     arguments = ("train", "-m", llama, "-d", reviews, "-o", tmp_path / "run", *METHOD, *STEPS, "--report-to")
     assert "--report-to wandb: it requires wandb to be installed. Run" in run(*arguments, "wandb", code=1).output
-    assert "--report-to wandbb: unknown service (nearest: 'wandb'" in run(*arguments, "wandbb", code=1).output
+    assert (
+        "--report-to must name installed services, found 'wandbb' (nearest: 'wandb'"
+        in run(*arguments, "wandbb", code=1).output
+    )
     run(*arguments, "none,tensorboard")
     assert [entry["step"] for entry in logged if "loss" in entry] == [1, 2, 3, 4, 5, 6]
     assert [entry["step"] for entry in logged if "eval_loss" in entry] == [3, 6]

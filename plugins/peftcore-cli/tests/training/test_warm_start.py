@@ -129,7 +129,7 @@ def test_what_is_missing(run: Run, llama: Path, more: Path, tmp_path: Path) -> N
         "Pass a model (--model MODEL), or an adapter" in run("train", "-d", more, "-o", tmp_path / "a", code=1).output
     )
     labels = run("train", "-m", llama, "-d", more, "-o", tmp_path / "a", "--labels", "a,b", code=1).output
-    assert "--labels names the outputs of an existing adapter" in labels
+    assert "--labels only works with an existing adapter" in labels
     other = run("train", "-m", llama, "-d", more, "-o", tmp_path / "a", "--precision", "bf8", code=1)
     assert "--precision must be one of auto" in other.output
 
@@ -145,7 +145,7 @@ def test_a_classifier_keeps_its_labels(run: Run, bert: Path, labelled: Path, tmp
     assert found["before"] == pytest.approx(result_of(tmp_path / "a")["after"]) and found["labels"] == ["down", "up"]
     strange = write_jsonl(tmp_path / "strange.jsonl", [{"text": "a", "label": "upp"}] * 2)
     error = run("train", "-a", tmp_path / "a", "-d", strange, "-o", tmp_path / "c", code=1).output
-    assert "label 'upp' is unknown (nearest: 'up'). The model knows: down, up" in error
+    assert "unknown label 'upp' (nearest: 'up'). The model's labels are down, up" in error
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # read by peft
