@@ -74,7 +74,7 @@ def test_each_model_is_given_its_part(tmp_path: Path) -> None:
         assert peftcore.load(models, path) is models
         assert (gains(models["left"]), gains(models["right"])) == ({2.0}, {3.0})
     one = tiny.llama()
-    with pytest.raises(peftcore.CheckpointError, match="contains left and right, and a LlamaForCausalLM may be either"):
+    with pytest.raises(peftcore.CheckpointError, match="contains left and right, and a LlamaForCausalLM can be either"):
         peftcore.load(one, tmp_path)
     with pytest.raises(
         peftcore.CheckpointError, match=r"contains right \(\d+ tensors\), but no model for it was passed"
@@ -98,21 +98,21 @@ def test_what_a_save_would_lose(tmp_path: Path) -> None:
     saved(tmp_path)
     before = (tmp_path / FILE).read_bytes()
     one = peftcore.apply(tiny.llama(), "filed")
-    with pytest.raises(peftcore.PeftcoreError, match=r"may be 'left' or 'right' of a pipeline. Name it"):
+    with pytest.raises(peftcore.PeftcoreError, match=r"can be 'left' or 'right' of a pipeline. Pass it under its name"):
         peftcore.save(one, tmp_path, format="toys")
     with pytest.raises(
-        peftcore.CheckpointError, match=r"also contains right \(\d+ tensors\), which saving would delete"
+        peftcore.CheckpointError, match=r"also contains right \(\d+ tensors\), which this save would delete"
     ):
         peftcore.save({"left": one}, tmp_path, format="toys")
     assert (tmp_path / FILE).read_bytes() == before
     (tmp_path / FILE).write_bytes(b"what")
     with pytest.raises(peftcore.CheckpointError, match="is not in a known format"):
         peftcore.save({"left": one}, tmp_path, format="toys")
-    with pytest.raises(peftcore.PeftcoreError, match="format='peft' takes one model"):
+    with pytest.raises(peftcore.PeftcoreError, match="format='peft' saves one model"):
         peftcore.save({"left": one}, tmp_path)
     peftcore.apply(one, "filed", adapter="b")
     with pytest.raises(
-        peftcore.PeftcoreError, match=r"takes one adapter of a model, found default, b. Pass adapter='NAME'"
+        peftcore.PeftcoreError, match=r"saves one adapter per model, found default, b. Pass adapter='NAME'"
     ):
         peftcore.save({"left": one}, tmp_path / "new", format="toys")
     peftcore.save({"left": one}, tmp_path / "new.safetensors", adapter="b", format="toys")
@@ -123,11 +123,11 @@ def test_what_is_no_such_file(tmp_path: Path) -> None:
     model = tiny.llama()
     save_file({"weight": next(model.parameters()).detach()}, tmp_path / "model.safetensors")
     with pytest.raises(
-        peftcore.CheckpointError, match=r"in no format that is known \(known: .*toys.*\). Its tensors: 'w"
+        peftcore.CheckpointError, match=r"not in a known format \(known formats: .*toys.*\). Its tensors: 'w"
     ):
         peftcore.load(model, tmp_path / "model.safetensors")
     (tmp_path / "adapter.bin").write_bytes(b"a pickle")
-    with pytest.raises(peftcore.CheckpointError, match=r"adapter.bin' is a pickle, which can run any code"):
+    with pytest.raises(peftcore.CheckpointError, match=r"adapter.bin' is a pickle, which can run arbitrary code"):
         peftcore.load(model, tmp_path / "adapter.bin")
     folder = peftcore.save(peftcore.apply(tiny.llama(), "filed"), tmp_path / "folder")
     with pytest.raises(peftcore.CheckpointError, match=r"is one of an adapter's files. Pass its folder"):
@@ -136,11 +136,13 @@ def test_what_is_no_such_file(tmp_path: Path) -> None:
         peftcore.load({"left": model, "right": model}, folder)
     (tmp_path / "adapter.bin").unlink()
     with pytest.raises(
-        peftcore.CheckpointError, match=r"If 'model.safetensors' is one, pass that file: '.*model.safeten"
+        peftcore.CheckpointError, match=r"If 'model.safetensors' is an adapter, pass that file: '.*model.safeten"
     ):
         peftcore.load(model, tmp_path)
     for call in (lambda: peftcore.load(object(), folder), lambda: peftcore.save(object(), folder, format="toys")):
-        with pytest.raises(peftcore.PeftcoreError, match="expected a model or models by name, found a object"):
+        with pytest.raises(
+            peftcore.PeftcoreError, match="expected a model or a dictionary of models by name, found a object"
+        ):
             call()
 
 
