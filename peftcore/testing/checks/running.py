@@ -138,7 +138,9 @@ def threads(case: Case) -> None:
         with turns.of(number):
             return logits(model, calls[number])
 
-    with ThreadPoolExecutor(len(calls)) as pool:
+    # Whether a mode is active is a global of PyTorch, which each mode restores to what it was. Without a mode around
+    # all threads it could stay set, and PyTorch 2.9 then compiles nothing.
+    with _EachOperation(lambda: None), ThreadPoolExecutor(len(calls)) as pool:
         outputs = [future.result() for future in [pool.submit(run, number) for number in range(len(calls))]]
     for number, output in enumerate(outputs):
         close(output, expected[number], f"thread {number}, while another one called the model with other inputs")

@@ -12,8 +12,9 @@ from typing import Any
 import peft
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
-from transformers import DoryConfig, Llama4TextConfig, PhimoeConfig
+from transformers import Llama4TextConfig, PhimoeConfig
 
 import peftcore
 from peftcore.engine import adapter_modules
@@ -152,11 +153,11 @@ def test_what_is_refused(case: tuple[Callable[[], nn.Module], str]) -> None:
 
 def test_what_acts_as_in_peft_and_does_not_merge(tmp_path: Path) -> None:
     """A head that scales its logits, and tokens that an embedding replaces: PEFT adds B A behind that."""
-    sizes = DoryConfig(hidden_size=8, vocab_size=6, initializer_range=0.02)
-    for make, inputs in (
-        (lambda: model_of("dory", "DoryLMHead", sizes), ROWS),
-        (lambda: model_of("t5gemma2", "T5Gemma2TextScaledWordEmbedding", 20, 8, 0, 3.0, 5), IDS),
-    ):
+    cases = [(lambda: model_of("t5gemma2", "T5Gemma2TextScaledWordEmbedding", 20, 8, 0, 3.0, 5), IDS)]
+    if hasattr(transformers, "DoryConfig"):  # not in transformers 5.20
+        sizes = transformers.DoryConfig(hidden_size=8, vocab_size=6, initializer_range=0.02)
+        cases.append((lambda: model_of("dory", "DoryLMHead", sizes), ROWS))
+    for make, inputs in cases:
         model = adapted(make())
         peftcore.save(model, tmp_path)
         with warnings.catch_warnings():

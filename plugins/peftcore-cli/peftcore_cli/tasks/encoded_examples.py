@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.torch_version import TorchVersion
 
 Example = dict[str, Any]
+_MIXES_DTYPES = TorchVersion(torch.__version__) >= "2.12"  # in the gradient of `mse_loss`
 
 
 @dataclass(frozen=True)
@@ -35,9 +37,12 @@ def is_encoder_decoder(model: nn.Module) -> bool:
 
 
 def in_dtype(inputs: dict[str, Any], model: nn.Module) -> dict[str, Any]:
-    """Cast pixels and spectrograms to the dtype of the model."""
+    """Cast pixels and spectrograms to the dtype of the model, and with PyTorch before 2.12 a regression's labels."""
+    names = {"pixel_values", "input_features"}
+    if not _MIXES_DTYPES and getattr(getattr(model, "config", None), "problem_type", None) == "regression":
+        names.add("labels")
     dtype = getattr(model, "dtype", torch.float32)
-    floats = {name: value.to(dtype) for name, value in inputs.items() if name in ("pixel_values", "input_features")}
+    floats = {name: value.to(dtype) for name, value in inputs.items() if name in names}
     return {**inputs, **floats}
 
 

@@ -148,7 +148,7 @@ def test_images_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         ):
             image_files.open_image(str(tmp_path / name))
     Image.new("I;16", (4, 4), 40_000).save(tmp_path / "deep.png")
-    with pytest.raises(PeftcoreError, match=r"has more than 8 bits per channel \(mode I;16\)"):
+    with pytest.raises(PeftcoreError, match=r"has more than 8 bits per channel \(mode I(;16)?\)"):
         image_files.open_image(str(tmp_path / "deep.png"))
     frames = [Image.new("L", (4, 4), value) for value in (0, 200)]
     frames[0].save(tmp_path / "moving.gif", save_all=True, append_images=frames[1:])
