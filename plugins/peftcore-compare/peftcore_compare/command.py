@@ -70,7 +70,7 @@ class ComparedOptions(RunOptions):
 
 @dataclass(frozen=True)
 class Candidate:
-    """A method with its settings. `label` is the user's text; it includes lr only where labels would be equal."""
+    """A method with its settings; `label` is the user's text, without lr unless two labels would be equal."""
 
     label: str
     method: str
@@ -169,17 +169,17 @@ def compare(
 
 
 def _common_dtype(dtype: str, device: str) -> str:
-    """Return one dtype for all runs, whatever each method would choose: for auto, bf16 on CUDA and else fp32."""
+    """Return the dtype of all runs. For auto, this is bf16 on CUDA and fp32 otherwise, regardless of the method."""
     from peftcore_cli import dtype_choice
 
     return dtype_choice.choose(dtype, device, None).dtype
 
 
 def parse_search(text: str | None, methods: list[str] | None) -> list[float]:
-    """Return the sorted rates of `--search lr=RATE,RATE,...`, or none without it.
+    """Return the sorted rates of `--search lr=RATE,RATE,...`; empty without --search.
 
     Raises:
-        PeftcoreError: the text does not have this form, a rate is wrong or repeated, or a method has its own rate.
+        PeftcoreError: the text does not have this form, a rate is invalid or repeated, or a method has its own rate.
     """
     if text is None:
         return []
@@ -201,12 +201,12 @@ def parse_search(text: str | None, methods: list[str] | None) -> list[float]:
 
 
 def parse_candidates(texts: list[str] | None, full: bool) -> list[Candidate]:
-    """Return the candidates of `--method`, each `NAME FIELD=VALUE ...`; by default every installed method.
+    """Return the candidates of `--method` ('NAME FIELD=VALUE ...'), by default every installed method.
 
     With `full`, full fine-tuning comes last.
 
     Raises:
-        PeftcoreError: a method is not installed, a field or rate is wrong, or two candidates are equal.
+        PeftcoreError: a method is not installed, a field or rate is invalid, or two candidates are equal.
     """
     candidates = [_candidate(text) for text in (texts or peftcore.methods())]
     if full and not any(candidate.method == options.FULL for candidate in candidates):
@@ -247,7 +247,7 @@ def _candidate(text: str) -> Candidate:
 
 
 def _check_folder(output: Path, resume: bool, overwrite: bool) -> None:
-    """Raise a PeftcoreError unless a comparison may begin or continue in this folder."""
+    """Raise a PeftcoreError unless a comparison may start or continue in this folder."""
     if output.exists() and not output.is_dir():
         raise PeftcoreError(f"'{output}' is a file. Pass a folder: --output FOLDER")
     if (output / "runs").is_dir():
@@ -293,7 +293,7 @@ def _run_all(common: Settings, candidates: list[Candidate], seeds: int, rates: S
             report.add(candidate.label, seed, result, lr)
             report.write(output)
             say(f"{name}: {report.sentence(result)}")
-    report.write_picture(output)  # only now, since it takes a second
+    report.write_picture(output)  # imported late, because the import takes a second
     out.print()
     report.show()
     for label, reason in report.failures():
@@ -306,7 +306,7 @@ def _runs(
 ) -> Iterator[tuple[Candidate, int, float]]:
     """Yield (candidate, seed, rate) of each run: all candidates with the first seed, then with the next, and so on.
 
-    The first results thus already compare all methods. Later seeds use the rate that the first found.
+    This order compares all methods as early as possible. Later seeds use the best rate of the first seed.
     """
     for seed in range(seeds):
         for candidate in candidates:
@@ -319,7 +319,7 @@ def _runs(
 
 
 def _does_not_fit(common: Settings) -> str | None:
-    """Return why the full model cannot be trained (weights, gradients and AdamW's moments do not fit), or None."""
+    """Return the reason why the full model does not fit into memory with its gradients and AdamW's moments, or None."""
     import psutil
     import torch
     from peftcore_cli import device_choice, models

@@ -1,4 +1,4 @@
-"""Results of a comparison as a table, Markdown, JSON and a chart."""
+"""Results of a comparison, written as a table, Markdown, JSON and a chart."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class MethodRuns:
 
     Args:
         label: the method with its settings.
-        lr: learning rate of these runs; in a search, the one with the lowest validation loss.
+        lr: learning rate of these runs; in a search, the rate with the lowest validation loss.
         runs: results by seed.
         tried: results of the first seed by learning rate, in a search.
     """
@@ -42,13 +42,13 @@ class MethodRuns:
     tried: dict[float, dict[str, Any]] = field(default_factory=dict)
 
     def add_tried(self, lr: float, seed: int, result: dict[str, Any]) -> None:
-        """Add a run of the search, and choose the best rate so far."""
+        """Add a run of the search, and update the best rate."""
         self.tried[lr] = result
         self.lr = min(self.tried, key=self.validation_loss)
         self.runs[seed] = self.tried[self.lr]
 
     def validation_loss(self, lr: float) -> float:
-        """Return the validation loss at a learning rate of the search; infinite if the run failed."""
+        """Return the validation loss at a learning rate of the search, or infinity if the run failed."""
         if "error" in self.tried[lr]:
             return math.inf
         loss = self.tried[lr]["validation"]["loss"]
@@ -60,7 +60,7 @@ class MethodRuns:
 
     @property
     def error(self) -> str | None:
-        """Why the first failed run failed, or None."""
+        """Error of the first failed run, or None."""
         return next((run["error"] for run in self.runs.values() if "error" in run), None)
 
     def values(self, metric: str, stage: str = "after") -> list[float]:
@@ -68,13 +68,13 @@ class MethodRuns:
         return [run[stage][metric] for run in self.finished]
 
     def median(self, name: str) -> float:
-        """Return the median of a figure over the seeds; "peak" is the device's peak memory."""
+        """Return the median of a figure over the seeds. "peak" is the peak memory of the device."""
         values = [run[name] if name != "peak" else list(run["peak"].values())[-1] for run in self.finished]
         return statistics.median(values)
 
 
 class ComparisonReport:
-    """Results of all runs so far, by method in the order of the command."""
+    """Results of all runs so far, by method, in the order of the command line."""
 
     files = ("report.json", "table.md", "compare.png")
 
@@ -96,14 +96,14 @@ class ComparisonReport:
             row.runs[seed] = result
 
     def sentence(self, result: dict[str, Any]) -> str:
-        """Summarize one run in a few words."""
+        """Summarize a run in a few words."""
         if "error" in result:
             return f"failed: {result['error']}"
         value = self.format_metric([result["after"][self.metric]])
         return f"{metrics.title(self.metric)} {value}, {result['seconds']:.0f} s"
 
     def format_metric(self, values: Sequence[float], name: str | None = None) -> str:
-        """Return the mean ± standard deviation of a figure over seeds; by default the task's main figure."""
+        """Return the mean ± standard deviation of a figure over seeds, by default of the task's main figure."""
         is_share = (name or self.metric) in metrics.SHARES
         scale, digits, unit = (100, 1, " %") if is_share else (1, 3, "")
         mean = f"{scale * statistics.mean(values):.{digits}f}"
@@ -115,7 +115,7 @@ class ComparisonReport:
         return [(method.label, method.error) for method in self.methods if method.error]
 
     def figures(self) -> list[str]:
-        """Return the names of the figures, with the task's main one first."""
+        """Return the names of the figures, starting with the task's main figure."""
         measured = self.finished_runs()[0]["after"] if self.finished_runs() else {}
         return [self.metric, *(name for name in measured if name not in (self.metric, "loss", "perplexity"))]
 
@@ -175,7 +175,7 @@ class ComparisonReport:
     def baseline(self) -> tuple[str, float] | None:
         """Return (name, value) of the baseline's main figure, or None if there is no baseline.
 
-        The value is a mean over seeds, which may have different held-out examples.
+        The value is a mean over seeds, because each seed may hold out different examples.
         """
         baselines = [run["baseline"] for run in self.finished_runs() if run.get("baseline")]
         if not baselines:
@@ -183,7 +183,7 @@ class ComparisonReport:
         return baselines[0][0], statistics.mean(value for _, value in baselines)
 
     def before(self, name: str | None = None) -> list[float]:
-        """Return a figure of the untrained model, one value per seed. By default it is the main figure."""
+        """Return a figure of the untrained model, one value per seed. The default is the main figure."""
         return max((method.values(name or self.metric, "before") for method in self.methods), key=len, default=[])
 
     def show(self) -> None:
@@ -191,7 +191,7 @@ class ComparisonReport:
         table(self.cells(), self.columns())
 
     def markdown(self) -> str:
-        """Return the table as Markdown, with the reasons of failures and each classifier's confusion matrix."""
+        """Return the table as Markdown, with the errors of failed runs and each classifier's confusion matrix."""
         parts = [_markdown([self.columns(), *self.cells()])]
         if self.rates:
             parts += ["Validation loss at each learning rate (first seed):", _markdown(self.search_cells())]
@@ -205,7 +205,7 @@ class ComparisonReport:
         return "\n\n".join(parts) + "\n"
 
     def search_cells(self) -> list[tuple[str, ...]]:
-        """Return the rows of the learning rate search; the lowest loss is bold."""
+        """Return the rows of the learning-rate search, with the lowest loss in bold."""
 
         def cell(method: MethodRuns, rate: float) -> str:
             if rate not in method.tried:
@@ -235,7 +235,7 @@ class ComparisonReport:
         (folder / "table.md").write_text(self.markdown(), encoding="utf-8")
 
     def write_picture(self, folder: Path) -> None:
-        """Write the chart if there is anything to draw."""
+        """Write the chart, if there are results to draw."""
         if any(method.finished for method in self.methods):
             (folder / "compare.png").write_bytes(self.picture())
 

@@ -1,4 +1,4 @@
-"""One training run in its own process, to measure its peak memory and to survive its failure.
+"""One training run in its own process, to measure its peak memory and survive its failure.
 
 FOLDER/run.json       the settings; run.toml has them as options
 FOLDER/log.txt        its output
@@ -32,15 +32,15 @@ STOPPED = 130  # exit status of a run that Ctrl-C has stopped
 def run(folder: Path, settings: Settings, show: Callable[[str], None]) -> dict[str, Any]:
     """Return the result of a run as in `run_result.Result.to_json`, or {"error": reason}.
 
-    A finished run is not repeated, and an interrupted one continues from its checkpoint. `show` gets each line of its
-    output.
+    A finished run is not repeated, and an interrupted one continues from its checkpoint. `show` is called with each
+    line of the run's output.
 
     Raises:
         PeftcoreError: the folder contains a run with different settings.
-        KeyboardInterrupt: Ctrl-C. The run has stopped and saved a checkpoint.
+        KeyboardInterrupt: Ctrl-C. The user has stopped the run, which has saved a checkpoint.
     """
     prepare_folder(folder, settings, resume=True, overwrite=False)
-    if settings.method != FULL:  # `peftcore train` has no full fine-tuning
+    if settings.method != FULL:  # `peftcore train` does not offer full fine-tuning
         write_options(folder, settings, Display())
     if not (folder / _RESULT).exists():
         status = run_child(folder, show)
@@ -57,9 +57,9 @@ def run_child(folder: Path, show: Callable[[str], None]) -> int:
 
 
 def in_process(work: Callable[[Path], int], folder: Path, show: Callable[[str], None]) -> int:
-    """Run `work(folder)`, a module-level function, in its own process; return its exit status, or minus a signal.
+    """Run a module-level function in its own process, and return its exit status, or the negative signal number.
 
-    Its output is appended to FOLDER/log.txt, and `show` gets each line.
+    The output is appended to FOLDER/log.txt, and `show` is called with each line.
     """
     child: Any = _context().Process(target=_work, args=(work, folder))
     with open(folder / "log.txt", "a+", encoding="utf-8", errors="replace") as log:
@@ -83,7 +83,7 @@ def in_process(work: Callable[[Path], int], folder: Path, show: Callable[[str], 
 
 
 def _context() -> Any:
-    """Return the multiprocessing context: a fork server with the libraries imported, which saves seconds, or spawn."""
+    """Return the multiprocessing context: spawn, or a fork server with imported libraries, which saves seconds."""
     if sys.platform != "linux" or torch.cuda.is_available():  # CUDA does not work in forked processes
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
@@ -93,7 +93,7 @@ def _context() -> Any:
 
 def _work(work: Callable[[Path], int], folder: Path) -> None:
     if hasattr(os, "setsid"):
-        os.setsid()  # Ctrl-C only reaches the parent process, which then asks this one to stop
+        os.setsid()  # ignore Ctrl-C: the parent process handles it, and then asks this process to stop
     with open(folder / "log.txt", "a", encoding="utf-8") as log:
         for stream in (sys.stdout, sys.stderr):
             os.dup2(log.fileno(), stream.fileno())

@@ -1,8 +1,8 @@
 """Writes a low-rank adapter as a GGUF file, for llama.cpp's `--lora` and Ollama's `ADAPTER`.
 
-llama.cpp computes W x + (alpha / r) B (A x), with one alpha per file and the rank r of each pair
-(src/llama-adapter.cpp). To get the scale s of each pair, the file has B' = (s r / alpha) B. A of an embedding is
-transposed.
+llama.cpp computes W x + (alpha / r) B (A x), with one alpha per file, and r the rank of each pair
+(src/llama-adapter.cpp). The file stores B' = (s r / alpha) B, so that each pair has the scale s. The matrix A of an
+embedding is transposed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from peftcore_gguf.tensor_names import Names
 
 
 def command(model: str | Path, adapter: Path | None = None) -> str:
-    """Return the command that runs a GGUF file, with an adapter if one is given."""
+    """Return the command that runs a GGUF file, optionally with an adapter."""
     lora = [] if adapter is None else ["--lora", str(adapter)]
     return shlex.join(["llama-cli", "-m", str(model), *lora])
 
@@ -28,7 +28,7 @@ def write_adapter(model: nn.Module, path: Path, adapter: str, _options: GgufOpti
     """Write the adapter in fp32. It fits GGUF files of the base in any type.
 
     Raises:
-        PeftcoreError: the adapter does more than add low-rank products to weights, or changes modules that llama.cpp
+        PeftcoreError: the adapter does not just add low-rank products to weights, or changes modules that llama.cpp
             cannot adapt.
     """
     names = Names(model)
@@ -42,7 +42,7 @@ def write_adapter(model: nn.Module, path: Path, adapter: str, _options: GgufOpti
                 "export the model"
             )
     any_product = next(iter(products.values()))
-    alpha = any_product.scale * len(any_product.a) or 1.0  # llama.cpp takes an alpha of 0 as a scale of 1
+    alpha = any_product.scale * len(any_product.a) or 1.0  # llama.cpp interprets an alpha of 0 as a scale of 1
     with gguf_writer(path, names.family.architecture) as writer:
         import gguf
 

@@ -1,12 +1,12 @@
-"""Converts 4-bit weights to GGUF's blocks of 32 values, without changing their codes.
+"""Convert 4-bit weights to GGUF's blocks of 32 values, without changing the codes.
 
 MXFP4   E8M0 byte e, 16 bytes of codes; 2^(e - 127) E2M1
 Q4_0    fp16 d, 16 bytes of codes;      d (q - 8)
 Q4_1    fp16 d, fp16 m, 16 bytes;       d q + m
 
-Byte i of a block has the code of value i in its low nibble, and of value i + 16 in its high nibble (ggml-common.h).
-affine4, scale (q - zero), becomes Q4_0 if all zero points are 8, and otherwise Q4_1 with m = -scale zero. Groups larger
-than a block repeat their scale.
+Byte i of a block has the code of value i in its low nibble, and the code of value i + 16 in its high nibble
+(ggml-common.h). affine4, scale (q - zero), becomes Q4_0 if all zero points are 8, and otherwise Q4_1 with m = -scale
+zero. Groups larger than a block repeat their scale.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Blocks(NamedTuple):
         codes = torch.stack((pairs >> 4, pairs & 15), -1).view(count, 2, BLOCK // 2)
         parts = list(_scale_bytes(weight))
         parts.append(codes[:, 0] | codes[:, 1] << 4)
-        # Scales have a row per group, codes a row per block.
+        # Scales have one row per group, codes one row per block.
         columns = [part.repeat_interleave(count // len(part), 0) for part in parts]
         return torch.cat(columns, 1).view(self.shape)
 
@@ -82,14 +82,14 @@ def pack_blocks(weight: PackedWeight, name: str) -> Blocks:
 
 
 def is_exact(blocks: Blocks) -> bool:
-    """Return whether the blocks represent the weight's values bit for bit."""
+    """Return whether the blocks represent the weight's values exactly."""
     if blocks.weight.quant_type == "mxfp4":
         return True
     return all(torch.equal(numbers.half().double(), numbers) for numbers in _scales_and_offsets(blocks.weight))
 
 
 def _incompatibilities(weight: PackedWeight) -> Iterator[str]:
-    """Yield the reasons why no GGUF type can represent a weight up to rounding its scales to fp16."""
+    """Yield the reasons why no GGUF type can represent a weight, even if its scales are rounded to fp16."""
     if weight.quant_type == "nvfp4":
         yield "is in nvfp4 with a per-tensor scale"
     elif weight.quant_type not in ("mxfp4", "affine4"):
@@ -103,7 +103,7 @@ def _incompatibilities(weight: PackedWeight) -> Iterator[str]:
 
 
 def _scales_and_offsets(weight: PackedWeight) -> tuple[Tensor, ...]:
-    """Return d of each group, and m if there are zero points, in float64."""
+    """Return d of each group, and m if the weight has zero points, in float64."""
     scales = weight.absmax.double()
     return (scales,) if weight.zeros is None else (scales, -scales * weight.zeros.double())
 

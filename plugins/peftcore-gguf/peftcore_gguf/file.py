@@ -1,4 +1,4 @@
-"""Writes a GGUF file atomically, one tensor at a time."""
+"""Write a GGUF file atomically, one tensor at a time."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Entry(NamedTuple):
 
 @contextmanager
 def gguf_writer(path: Path, architecture: str) -> Iterator[Any]:
-    """Yield a writer for `path`. The file is replaced when the block ends; after an error the old file is unchanged.
+    """Yield a writer for `path`. The file is replaced when the block ends. After an error, the old file is unchanged.
 
     Raises:
         PeftcoreError: the package `gguf` is not installed, or the file cannot be written.
@@ -58,7 +58,7 @@ def gguf_writer(path: Path, architecture: str) -> Iterator[Any]:
 
 
 def write_tensors(writer: Any, entries: list[Entry]) -> None:
-    """Write the list of tensors, and then their values. All keys must have been added before."""
+    """Write the list of tensors, and then their values. All keys must be added before."""
     import gguf
     import numpy as np
 

@@ -1,4 +1,4 @@
-"""Writes a model's hyperparameters as GGUF keys, and refuses models that llama.cpp would compute differently.
+"""Write a model's hyperparameters as GGUF keys, and refuse models that llama.cpp would compute differently.
 
 Source: llama.cpp's conversion/base.py and src/models.
 """
@@ -21,7 +21,7 @@ ROPE = {  # supported keys by type
     "llama3": {"rope_theta", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
 }
 ROPE_FREQUENCIES = "rope_freqs.weight"
-# Number of layers by which llama.cpp recognizes models with another attention scale.
+# llama.cpp recognizes models with a different attention scale by their number of layers.
 LAYERS_OF_27B = {"gemma2": 46, "gemma3": 62}
 
 
@@ -34,7 +34,7 @@ def write_hyperparameters(writer: Any, model: nn.Module, rows: int) -> dict[str,
         rows: size of the vocabulary.
 
     Raises:
-        PeftcoreError: llama.cpp would compute another output for this model.
+        PeftcoreError: llama.cpp would compute different outputs for this model.
     """
     config: Any = model.config
     family = family_of(model)
@@ -42,7 +42,7 @@ def write_hyperparameters(writer: Any, model: nn.Module, rows: int) -> dict[str,
     for problem in [*_unsupported_features(config, family, head), *_unsupported_in_gemma(config, family, head)]:
         raise PeftcoreError(f"{problem}, which llama.cpp's '{family.architecture}' does not support. {ALTERNATIVE}")
     length, window = config.max_position_embeddings, getattr(config, "sliding_window", None)
-    # llama.cpp gives such a model full attention, which is the same only for texts that fit into the window.
+    # llama.cpp gives such a model full attention, which is only equal for texts that fit into the window.
     is_limited = window and not family.full_attention_interval
     writer.add_context_length(min(length, window) if is_limited else length)
     writer.add_block_count(config.num_hidden_layers)
@@ -130,7 +130,7 @@ def _write_rope(writer: Any, model: nn.Module, parameters: dict[str, Any], lengt
         writer.add_rope_scaling_type(gguf.RopeScalingType(kind))
         writer.add_rope_scaling_factor(parameters["factor"])
     if kind == "yarn":
-        # Keys may be present with None, which means transformers' default.
+        # Keys may be None, which means transformers' default.
         original = parameters.get("original_max_position_embeddings")
         beta_fast, beta_slow = parameters.get("beta_fast"), parameters.get("beta_slow")
         writer.add_rope_scaling_orig_ctx_len(length if original is None else original)

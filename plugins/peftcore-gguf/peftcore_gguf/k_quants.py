@@ -28,7 +28,7 @@ def library(gguf_type: str) -> Any:
 
 
 def quantize(source: Path, path: Path, gguf_type: str) -> None:
-    """Quantize the file at `source` and write `path`; after an error the old file is unchanged.
+    """Quantize the file at `source` and write `path`. After an error, the old file is unchanged.
 
     Raises:
         PeftcoreError: llama.cpp reported an error.

@@ -1,4 +1,4 @@
-"""Writes a model and its tokenizer as a GGUF file for llama.cpp."""
+"""Write a model and its tokenizer as a GGUF file for llama.cpp."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from peftcore_gguf.tensor_names import Names
 from peftcore_gguf.tokenizer import write_tokenizer
 
 TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")  # types that the package `gguf` can write
-FEW_BITS = ("q5_1", "q5_0", "q4_1", "q4_0")  # with these the head is kept in 8 bits, as in llama.cpp
+FEW_BITS = ("q5_1", "q5_0", "q4_1", "q4_0")  # types whose head is kept in 8 bits, as in llama.cpp
 HEAD, EMBEDDING = "output.weight", "token_embd.weight"
 ROUTER = ".ffn_gate_inp.weight"
 
@@ -35,8 +35,8 @@ class GgufOptions:
         gguf_type: type of the matrices: f32, f16, bf16, q8_0, q5_1, q5_0, q4_1 or q4_0; with llama-cpp-python also
             q6_k, q5_k_m, q5_k_s, q4_k_m, q4_k_s, q3_k_m or q2_k, which need temporary disk space for an unquantized
             file. With 4 and 5 bits the head has 8. Vectors and routers of experts are fp32. Matrices whose rows are not
-            a multiple of the block size are f16. Weights in mxfp4 and affine4 keep their codes whatever the type, as
-            blocks of MXFP4, Q4_0 or Q4_1.
+            a multiple of the block size are f16. Weights in mxfp4 and affine4 always keep their codes, as blocks of
+            MXFP4, Q4_0 or Q4_1.
         chat_template: chat template to write instead of the tokenizer's.
     """
 
@@ -49,7 +49,7 @@ def write_model(model: nn.Module, path: Path, options: GgufOptions) -> None:
     """Write the model with its current weights.
 
     Raises:
-        PeftcoreError: an option is wrong, or llama.cpp would compute another output.
+        PeftcoreError: an option is invalid, or llama.cpp would compute different outputs.
     """
     if options.tokenizer is None:
         raise PeftcoreError("a GGUF model file contains the tokenizer. Pass export(..., tokenizer=tokenizer)")
@@ -61,7 +61,7 @@ def write_model(model: nn.Module, path: Path, options: GgufOptions) -> None:
                 f"gguf_type='{gguf_type}' needs dense weights, but '{next(iter(packed))}' is in 4 bits. Call "
                 "peftcore.dequantize(model) first, or choose f16, which preserves the codes of 4-bit weights"
             )
-        k_quants.library(gguf_type)  # an error now, not after the unquantized file has been written
+        k_quants.library(gguf_type)  # fail before the unquantized file is written
         unquantized_file = path.with_name(f"{path.name}.whole")
         try:
             write_model(model, unquantized_file, replace(options, gguf_type=_exact_type(model)))
@@ -84,7 +84,7 @@ def write_model(model: nn.Module, path: Path, options: GgufOptions) -> None:
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         tensors = {**write_hyperparameters(writer, model, rows), **tensors}
         write_tokenizer(writer, options.tokenizer, rows, options.chat_template)
-        head = HEAD if HEAD in tensors else EMBEDDING  # a tied embedding is also the head
+        head = HEAD if HEAD in tensors else EMBEDDING  # a tied embedding is also the output head
         dense = [
             Entry(name, tensor, _type_of(name, tensor, gguf_type, name == head)) for name, tensor in tensors.items()
         ]
@@ -115,7 +115,7 @@ def _block_entries(names: Names, packed: Mapping[str, PackedWeight]) -> list[Ent
 
 
 def _dense_tensors(model: nn.Module, names: Names, packed: Mapping[str, PackedWeight]) -> dict[str, Tensor]:
-    """Return all dense tensors with the file's names and row order; shared tensors appear once."""
+    """Return all dense tensors with the file's names and row order. Shared tensors appear once."""
     disk_tensors: dict[str, Tensor] = {}
     seen_ids: set[int] = set()
     for name, tensor in base_tensors(model).items():

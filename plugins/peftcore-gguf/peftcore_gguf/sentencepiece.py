@@ -1,8 +1,8 @@
 """SentencePiece BPE as GGUF keys: texts are not split, spaces are ▁, unknown characters are bytes (Llama 2, Gemma).
 
 transformers merges the pair with the lowest rank. llama.cpp merges the pair whose token has the highest score, and the
-first of equals (src/llama-vocab.cpp, llm_tokenizer_spm). Both agree if every pair that forms a token is a merge and the
-ranks of a token's pairs are contiguous; the score of a token is then -rank.
+first of equal pairs (src/llama-vocab.cpp, llm_tokenizer_spm). The two agree if every pair that forms a token is a
+merge, and the ranks of a token's pairs are contiguous. The score of a token is then -rank.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def byte_of(token: str) -> str | None:
 
 
 def prepends_space(parts: dict[str, Any]) -> bool:
-    """Return whether a space is prepended to a text; llama.cpp then also puts one after special tokens.
+    """Return whether a space is prepended to texts. llama.cpp then also adds a space after special tokens.
 
     Raises:
         ValueError: llama.cpp handles spaces differently. The message is the reason.
@@ -108,7 +108,7 @@ def merge_scores(parts: dict[str, Any], vocabulary: dict[str, int]) -> dict[str,
 
 
 def _as_steps(component: dict[str, Any] | None, key: str) -> Steps:
-    """Return the steps of a normalizer or pre-tokenizer; None has none, and a Sequence has them under `key`."""
+    """Return the steps of a normalizer or pre-tokenizer. None has no steps, and a Sequence has a list under `key`."""
     if not component:
         return []
     return list(component[key]) if component["type"] == "Sequence" else [component]
@@ -132,7 +132,7 @@ def _refuse_missing_merges(parts: dict[str, Any], vocabulary: dict[str, int], ra
 
 
 def _groups(merges: list[Merge]) -> list[list[Merge]]:
-    """Group the merges in order, so that all pairs that form a token are in one group, which shares a score."""
+    """Group the merges in order, so that all pairs that form a token are in one group with one score."""
     last_ranks = {left + right: rank for rank, (left, right) in enumerate(merges)}
     groups: list[list[Merge]] = []
     end = -1
@@ -160,7 +160,7 @@ def _refuse_ambiguous(groups: list[list[Merge]], ranks: dict[Merge, int], token_
 
 
 def _merge(text: str, token_scores: dict[str, float], ranks: dict[Merge, int]) -> list[str]:
-    """Return the tokens of a short text, merged by scores or by ranks; the other mapping is empty."""
+    """Return the tokens of a short text, merged by scores or by ranks. The unused mapping is empty."""
     tokens = list(text)
     while True:
         pairs = list(enumerate(pairwise(tokens)))

@@ -1,7 +1,8 @@
-"""Writes a tokenizer as GGUF keys: byte-level BPE, SentencePiece BPE, or a copy from another GGUF file.
+"""Write a tokenizer as GGUF keys: byte-level BPE, SentencePiece BPE, or a copy from another GGUF file.
 
-A GGUF file only names the way in which llama.cpp splits texts before byte-level merges (src/llama-vocab.cpp). The
-tokenizer must split texts in exactly the same way, so its tokenizer.json is compared with the known ones.
+A GGUF file only names the pre-tokenizer that llama.cpp uses before byte-level merges (src/llama-vocab.cpp). The
+tokenizer must split texts in exactly the same way, so its tokenizer.json is compared with those of known
+pre-tokenizers.
 """
 
 from __future__ import annotations
@@ -97,10 +98,10 @@ def _vocabulary(parts: dict[str, Any]) -> dict[str, int]:
 
 
 def _pre_tokenizer(parts: dict[str, Any]) -> str:
-    """Return llama.cpp's name of the tokenizer's pre-tokenizer.
+    """Return llama.cpp's name for the tokenizer's pre-tokenizer.
 
     Raises:
-        PeftcoreError: llama.cpp has none that splits texts in the same way.
+        PeftcoreError: llama.cpp has no pre-tokenizer that splits texts in the same way.
     """
     model, pre_tokenizer = parts["model"], parts["pre_tokenizer"]
     defaults = {"dropout": None, "continuing_subword_prefix": None, "end_of_word_suffix": None}
@@ -127,10 +128,10 @@ def _pre_tokenizer(parts: dict[str, Any]) -> str:
 
 
 def _refuse_added(added: list[dict[str, Any]]) -> None:
-    """Raise a PeftcoreError if llama.cpp could find other added tokens in a text than transformers.
+    """Raise a PeftcoreError if llama.cpp and transformers could find different added tokens in a text.
 
-    llama.cpp searches the text for the longest token first. transformers goes from left to right, and takes the longest
-    token at each position.
+    llama.cpp searches the whole text for the longest token first. transformers scans from left to right, and takes the
+    longest token at each position.
     """
     stripping = [
         added_token["content"]
@@ -145,7 +146,7 @@ def _refuse_added(added: list[dict[str, Any]]) -> None:
     for token in (added_token["content"] for added_token in added):
         for i in range(1, len(token)):
             overlapping = longest.get(token[i:], "")
-            # With runs of one character both searches give the same result.
+            # For runs of a single character, both searches give the same result.
             if len(overlapping) > len(token) and len(set(token + overlapping)) > 1:
                 raise _unsupported(f"its tokens {token!r} and {overlapping!r} may overlap")
 
@@ -181,7 +182,7 @@ def _write_special(writer: Any, tokenizer: Any) -> None:
     ids = {name: getattr(tokenizer, f"{name}_token_id") for name in SPECIAL}
     if ids["eos"] is None:
         raise _unsupported("it has no end-of-text token, and llama.cpp would choose one")
-    if ids["pad"] == ids["eos"]:  # users set it so to pad batches; it is not a token of its own
+    if ids["pad"] == ids["eos"]:  # users set this token to pad batches; it is not a separate token
         ids["pad"] = None
     for name, i in ids.items():
         if i is not None:

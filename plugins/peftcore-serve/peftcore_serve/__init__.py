@@ -1,4 +1,4 @@
-"""The command `peftcore serve`: a base and a folder of adapters behind OpenAI's HTTP protocol."""
+"""The command `peftcore serve`, which serves a base and a folder of adapters over OpenAI's HTTP protocol."""
 
 from __future__ import annotations
 

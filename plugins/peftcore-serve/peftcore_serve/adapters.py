@@ -1,4 +1,4 @@
-"""The adapters in memory: requests load them, and the least recently used are removed at the limit."""
+"""The adapters in memory. Requests load adapters, and the least recently used adapter is evicted at the limit."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class LoadedAdapter:
     """An adapter in memory.
 
     Args:
-        key: its name on the model.
-        stamp: state of its files when they were read.
-        by_sample: whether single samples of a batch can use it.
+        key: name of the adapter in the model.
+        stamp: state of the adapter's files when they were read.
+        by_sample: whether each sample of a batch can use a different adapter.
     """
 
     key: str
@@ -32,7 +32,7 @@ class LoadedAdapter:
 
 
 class Adapters:
-    """Adapters of a model, at most `limit` of them in memory. Not thread-safe.
+    """The adapters of a model, at most `limit` in memory. Not thread-safe.
 
     Args:
         model: the model, without adapters.
@@ -44,24 +44,25 @@ class Adapters:
         self.loaded: dict[str, LoadedAdapter] = {}  # the last one is the most recently used
         self._count = 0
         self._active: object = None
-        self._can_batch: dict[bytes, bool] = {}  # {adapter_config.json: whether such adapters can be in a batch}
+        # {content of adapter_config.json: whether such adapters can be batched}
+        self._can_batch: dict[bytes, bool] = {}
         self.batches = can_batch(model, self.activate, self.activate_alone, None)
 
     def ensure_loaded(self, folder: Folder, used: Collection[str]) -> LoadedAdapter | None:
-        """Return the adapter in `folder`, loading it if necessary; None while adapters in use leave no room for it.
+        """Return the adapter in `folder`, loading it if necessary, or None while adapters in use leave no room.
 
         Args:
             folder: the adapter on disk.
             used: names of the adapters that running sequences use.
 
         Raises:
-            PeftcoreError: the adapter cannot be loaded. The others are unchanged.
+            PeftcoreError: the adapter cannot be loaded. Other adapters are unchanged.
         """
         loaded = self.loaded.get(folder.name)
         if loaded is not None and loaded.stamp == folder.stamp:
             self.loaded[folder.name] = self.loaded.pop(folder.name)
             return loaded
-        if loaded is not None:  # its files have changed since
+        if loaded is not None:  # the files have changed since they were read
             if folder.name in used:
                 return None
             self._remove(folder.name)
@@ -100,7 +101,7 @@ class Adapters:
             )
         self._count += 1
         key = f"{folder.name.replace('.', '_')} {self._count}"
-        # peftcore.load refuses while each sample has an adapter of its own.
+        # peftcore.load raises while samples have separate adapters.
         self.activate_alone(None)
         self._active = None
         peftcore.load(self.model, folder.path, adapter=key, trainable=False)

@@ -1,4 +1,4 @@
-"""The Starlette application: its routes, and answers made from the events of sequences."""
+"""The Starlette application: routes, and answers built from the events of sequences."""
 
 from __future__ import annotations
 
@@ -40,16 +40,16 @@ class Server:
 
     Args:
         model: the loaded base model.
-        base: its folder or hub id.
-        name: its name for clients.
+        base: folder or hub id of the base.
+        name: name of the base for clients.
         root: the folder of adapters.
         limit: maximum number of adapters in memory.
         batch_size: maximum number of sequences decoded together.
-        max_new_tokens: tokens of a chat's answer if the request sets no limit.
-        chat_template: the template of all conversations, as `--chat-template` takes it.
-        trust_templates: render chat templates that came with adapters.
+        max_new_tokens: default maximum number of tokens of a chat answer.
+        chat_template: chat template of all conversations, as in `--chat-template`.
+        trust_templates: whether to render the chat templates of adapters.
         hosts: host names that requests may be sent to, without ports. None: any.
-        refuse: called with the name and the task of each adapter; raises an error if it does not fit the base model.
+        refuse: function of an adapter's name and task that raises an error if the adapter does not fit the base model.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class Server:
         self.texts = Texts(model, base, chat_template, trust_templates, refuse)
         self._vocabulary = model.get_input_embeddings().weight.shape[0]
         self._context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        # The base model's penalties and filters would only affect sequences that run alone, by `generate`.
+        # The base's penalties and filters would only affect sequences that run alone through `generate`.
         model.generation_config = GenerationConfig(
             eos_token_id=getattr(model.generation_config, "eos_token_id", None),
             pad_token_id=self.texts.of_base.tokenizer.pad_token_id,
@@ -131,7 +131,7 @@ class Server:
         loop = asyncio.get_running_loop()
 
         def put(index: int, event: Event) -> None:
-            with suppress(RuntimeError):  # the loop is closed, so nobody waits for the event
+            with suppress(RuntimeError):  # the event loop is closed, so no request waits for the event
                 loop.call_soon_threadsafe(events.put_nowait, (index, event))
 
         text, sequences = await run_in_threadpool(self._sequences, request, put)
@@ -157,7 +157,7 @@ class Server:
         return await _collect(running, first_event, answer)
 
     def _sequences(self, request: Request, put: Callable[[int, Event], None]) -> tuple[Text, list[Sequence]]:
-        """Return the tokenizer of the request's model and a sequence for each answer."""
+        """Return the tokenizer of the request's model, and a sequence for each answer."""
         folder = self._folder(request.model)
         try:
             text = self.texts.of_base if folder is None else self.texts.for_adapter(folder)
@@ -188,7 +188,7 @@ class Server:
         return text, sequences
 
     def _limit_tokens(self, request: Request, prompt: list[int]) -> Sampling:
-        """Return the sampling for a prompt, with a number of tokens that fits the model's context."""
+        """Return the sampling settings of a prompt, with a number of tokens that fits the model's context."""
         unknown_token = next((token for token in prompt if not 0 <= token < self._vocabulary), None)
         if unknown_token is not None:
             raise ProtocolError(
@@ -234,10 +234,10 @@ class Server:
 
 
 class _KnownHosts:
-    """Middleware that refuses requests to other host names, against DNS rebinding.
+    """Middleware that refuses requests to other host names, to prevent DNS rebinding.
 
-    A web page can use a host name of its own that resolves to this machine's loopback address. The browser would then
-    let the page read the answers.
+    A web page can have a host name that resolves to this machine's loopback address. The browser would then let the
+    page read the answers.
     """
 
     def __init__(self, app: ASGIApp, hosts: frozenset[str]) -> None:
@@ -369,7 +369,7 @@ def _is_tokens(prompt: Any) -> bool:
 async def _json(http: HttpRequest) -> Any:
     kind = http.headers.get("content-type", "")
     if kind.partition(";")[0].strip().lower() != "application/json":
-        # Browsers send other types across origins without a preflight request.
+        # Browsers send other content types across origins without a preflight request.
         raise ProtocolError(f"the content type of the request must be application/json, found '{kind}'", 415)
     body = b""
     async for part in http.stream():

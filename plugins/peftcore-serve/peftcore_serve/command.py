@@ -1,4 +1,4 @@
-"""`peftcore serve`: serve a base model and a folder of adapters by OpenAI's HTTP protocol."""
+"""`peftcore serve`: serve a base model and a folder of adapters over OpenAI's HTTP protocol."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ EXAMPLES = (
     "peftcore serve -m MODEL --adapters runs --port 8080 --limit 64 --batch-size 32",
 )
 
-_BACKLOG = 2048  # connections that may wait to be accepted
-_SHUTDOWN_SECONDS = 5  # for answers under way
+_BACKLOG = 2048  # maximum number of connections that wait to be accepted
+_SHUTDOWN_SECONDS = 5  # time for running answers to end
 # Fields of a generation config that the server ignores, and the values at which they have no effect.
 _IGNORED = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "min_new_tokens": None, "min_length": 0}
 
@@ -100,7 +100,7 @@ def serve(
             dtype=dtype,
             device=device,
         )
-        # Listen before the address is printed, since a client may connect as soon as it reads it.
+        # Listen before the address is printed, because a client may connect as soon as it reads the address.
         listening.listen(_BACKLOG)
         address, port_number = listening.getsockname()[:2]
         count = len(server.adapters())
@@ -124,10 +124,11 @@ def make(
     dtype: str = "auto",
     device: str = "auto",
 ) -> Server:
-    """Load the base model and return the server. The arguments are the command's options or those of `Server`.
+    """Load the base model and return the server. The arguments are options of the command or arguments of `Server`.
 
     Raises:
-        PeftcoreError: the base model cannot be loaded, or the folder of adapters cannot be read or is an adapter.
+        PeftcoreError: the base model cannot be loaded, or the folder of adapters cannot be read or is itself an
+            adapter.
     """
     from peftcore_cli import base_files, base_quantization, dtype_choice, models, registered
 
@@ -189,7 +190,7 @@ def _tasks(folders: Mapping[str, Folder]) -> dict[str, AdapterTask]:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Return a bound socket. Binding before the model is loaded reports a used port at once."""
+    """Bind a socket before the model is loaded, so that a port in use is reported at once."""
     try:
         family, kind, number, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listening = socket.socket(family, kind, number)
@@ -210,12 +211,12 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def known_hosts(host: str, address: str, extra_names: Sequence[str]) -> set[str] | None:
-    """Return the host names that requests may be sent to, in the form of the Host header; None for any.
+    """Return the allowed host names, in the form of the Host header, or None to allow any name.
 
     Args:
-        host: the option `--host`.
-        address: the address that the server is bound to.
-        extra_names: names of `--allowed-host`. Without them, a server that other machines can reach accepts any name.
+        host: value of `--host`.
+        address: address that the server is bound to.
+        extra_names: names of `--allowed-host`. Without them, a server that other machines can reach allows any name.
     """
     is_loopback = ipaddress.ip_address(address.partition("%")[0]).is_loopback
     if not is_loopback and not extra_names:
@@ -225,7 +226,7 @@ def known_hosts(host: str, address: str, extra_names: Sequence[str]) -> set[str]
 
 
 def run(server: Server, listening: socket.socket) -> None:
-    """Serve until SIGINT or SIGTERM, then end running answers with an error."""
+    """Serve until SIGINT or SIGTERM, and then end running answers with an error."""
     import uvicorn
 
     class Uvicorn(uvicorn.Server):

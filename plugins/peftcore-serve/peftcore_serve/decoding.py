@@ -1,8 +1,8 @@
-"""Continuous batching: sequences join and leave the batch between two steps.
+"""Continuous batching: sequences join and leave the batch between steps.
 
-A sequence's prompt runs by itself, without padding. Its keys and values then join those of the batch, padded on the
-left, where the attention mask is 0. Each step runs one token of every sequence, with the same arithmetic as `generate`
-on a left-padded batch.
+The prompt of each sequence is prefilled alone, without padding. Its keys and values are then added to the batch with
+left padding, where the attention mask is 0. Each step computes one token of every sequence, with the same arithmetic as
+`generate` on a left-padded batch.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _PROBE_TOKEN = 4  # follows both
 
 
 class Batch:
-    """Sequences that are decoded together, with their keys and values.
+    """Sequences that are decoded in one batch, with their keys and values.
 
     Args:
         model: a causal language model of transformers whose layers all cache keys and values.
@@ -38,11 +38,11 @@ class Batch:
     def prefill(self, prompt: list[int], *, whole: bool = False) -> tuple[Tensor, Any]:
         """Run a prompt, and return the logits `[V]` of the next token and the prompt's cache.
 
-        With `whole` the logits are `[tokens, V]`; the last row is that of the next token.
+        With `whole`, the logits are `[tokens, V]`, and the last row predicts the next token.
         """
         from transformers import DynamicCache
 
-        # Without the config, layers with a sliding window cache all tokens, and only their mask has the window.
+        # Without the config, layers with a sliding window cache all tokens, and only the mask applies the window.
         cache = DynamicCache()
         ids = torch.tensor([prompt], device=self.model.device)
         logits = self._run(ids, cache, keep=None if whole else 1)[0]
@@ -66,7 +66,7 @@ class Batch:
         return True
 
     def step(self) -> Tensor:
-        """Run the last token of each sequence; return the logits `[sequences, V]` of the next."""
+        """Run the last token of each sequence, and return the logits `[sequences, V]` of the next token."""
         ids = torch.tensor([[sequence.tokens[-1]] for sequence in self.sequences], device=self.model.device)
         longest = max(self._lengths)
         mask = positions = None
@@ -97,7 +97,7 @@ class Batch:
 
 
 def _join(caches: Several[Any]) -> Any:
-    """Return one cache with the rows of all, padded on the left."""
+    """Concatenate caches along the batch dimension, with left padding."""
 
     def concatenate(parts: Several[Tensor | None]) -> Tensor | None:
         tensors = [part for part in parts if part is not None]
@@ -110,7 +110,7 @@ def _join(caches: Several[Any]) -> Any:
 
 
 def _select(cache: Any, rows: list[int], padding: int) -> Any:
-    """Return a cache of some rows, with `padding` tokens fewer on the left."""
+    """Return a cache with some of the rows, and with `padding` tokens removed on the left."""
 
     def select(parts: Several[Tensor | None]) -> Tensor | None:
         (tensor,) = parts
@@ -120,7 +120,7 @@ def _select(cache: Any, rows: list[int], padding: int) -> Any:
 
 
 def _rebuild(layers: Any, change: Callable[[Several[Tensor | None]], Tensor | None]) -> Any:
-    """Return a cache whose layers are the changed keys and values of `layers`, tuples of one layer of each cache."""
+    """Return a cache whose layers are computed from `layers`, tuples with one layer of each cache."""
     from transformers import DynamicCache
 
     pairs = []
@@ -138,16 +138,16 @@ def can_batch(
     alone: Callable[[str | None], None],
     key: str | None,
 ) -> bool:
-    """Return whether decoding a sequence in a batch gives the same logits as a forward of the sequence by itself.
+    """Return whether decoding in a batch gives the same logits as a forward pass of each sequence alone.
 
-    It does not for models with state other than keys and values (Mamba) or without support for padding, and for
+    The logits differ for models with state other than keys and values (Mamba) or without support for padding, and for
     adapters that act on a whole batch or on a module whose arguments cannot be split into samples.
 
     Args:
         model: the model.
         by_sample: activates an adapter for each sample of a batch.
         alone: activates an adapter for whole batches.
-        key: name on the model of the adapter to try in a batch with the base model. None: only the base model.
+        key: name in the model of the adapter to test in a batch with the base model. None: only the base model.
     """
     batch, keys = Batch(model), [key, None]
     try:
@@ -164,20 +164,20 @@ def can_batch(
             output = batch.model(input_ids=torch.tensor([[*prompt, _PROBE_TOKEN]], device=row.device), use_cache=False)
             if not _near(row, output.logits[0, -1].float()):
                 return False
-    except Exception:  # remote code of a model may not support being called like this
+    except Exception:  # a model's own code may not support this call
         return False
     return True
 
 
 class _Probe:
-    """A sequence with fixed tokens, for `can_batch`."""
+    """A sequence with fixed tokens, used by `can_batch`."""
 
     def __init__(self, tokens: list[int]) -> None:
         self.tokens = tokens
 
 
 def _near(row: Tensor, expected: Tensor) -> bool:
-    """Return whether two rows of logits agree up to rounding; a wrong mask or position changes them by their spread."""
+    """Return whether two rows of logits agree up to rounding. A wrong mask or position would change them much more."""
     return bool((row - expected).abs().max() <= 0.1 * expected.std())
 
 
@@ -186,14 +186,14 @@ def prompt_logits(model: nn.Module, prompt: list[int]) -> Tensor:
     """Return the logits `[tokens, V]` of a prompt, for models and adapters that cannot be batched."""
     causal_model: Any = model
     output = causal_model(input_ids=torch.tensor([prompt], device=causal_model.device), use_cache=False)
-    logits: Tensor = output.logits[0, -len(prompt) :]  # those of a soft prompt come first
+    logits: Tensor = output.logits[0, -len(prompt) :]  # the states of a soft prompt come first
     return logits
 
 
 def generate_alone(model: nn.Module, sequence: Sequence, is_closed: Callable[[], bool]) -> None:
-    """Generate the rest of a sequence by the model's `generate`, unless `is_closed()` becomes true before.
+    """Generate the rest of a sequence with the model's `generate`, until `is_closed()` becomes true.
 
-    This is for models and adapters that cannot be batched, such as prefixes.
+    Used for models and adapters that cannot be batched, such as prefixes.
     """
     from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
@@ -218,5 +218,5 @@ def generate_alone(model: nn.Module, sequence: Sequence, is_closed: Callable[[],
         logits_processor=LogitsProcessorList([Chooser()]),
         stopping_criteria=StoppingCriteriaList([Done()]),
     )
-    if not sequence.is_done and not is_closed():  # `generate` stopped by a criterion of the model's own
+    if not sequence.is_done and not is_closed():  # `generate` was stopped by the model's own stopping criterion
         sequence.fail("generation ended without reporting an error")

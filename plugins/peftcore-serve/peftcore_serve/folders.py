@@ -1,4 +1,4 @@
-"""The folder of adapters: the adapters in it now, and their tokenizers."""
+"""The folder of adapters: its current adapters, and their tokenizers."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from peftcore_cli.console import warn
 
 from peftcore import PeftcoreError
 
-_TOKENIZERS = 32  # maximum number in memory
+_TOKENIZERS = 32  # maximum number of tokenizers in memory
 # Maximum number of characters per token of the context. Text has 3 to 5. The longest tokens of a vocabulary are runs of
 # 128 spaces or dashes; with that limit, a context of 128k tokens would accept 16 MB, which take minutes to tokenize.
 _CHARACTERS = 16
@@ -41,7 +41,7 @@ class Folder:
 
 
 def find(root: Path | None) -> dict[str, Folder]:
-    """Return the adapters in the folder `root`, also in folders of runs, by name and sorted."""
+    """Return the adapters in the folder `root`, including adapters of runs, as a dict sorted by name."""
     folders = (_folder(root / name) for name in _names(root)) if root is not None else ()
     return {folder.name: folder for folder in folders if folder is not None}
 
@@ -68,7 +68,7 @@ def _names(root: Path | None) -> list[str]:
     return sorted(name for name in names if _is_utf8(name))
 
 
-@functools.lru_cache(maxsize=1024)  # to warn about each name once
+@functools.lru_cache(maxsize=1024)  # names that were warned about
 def _is_utf8(name: str) -> bool:
     try:
         name.encode()
@@ -91,35 +91,35 @@ def _stamp(path: Path) -> Stamp:
 
 
 class TooLong(PeftcoreError):
-    """A text has more characters than the model's context can need."""
+    """A text has more characters than can fit into the model's context."""
 
 
 class Text:
-    """A tokenizer with its chat template; threads may share it.
+    """A thread-safe tokenizer with its chat template.
 
     Args:
         tokenizer: tokenizer of the base model or of an adapter.
         ends: tokens that end an answer.
         context: number of positions of the model. None: no limit.
-        refusal: why conversations are refused; empty if they are not.
+        refusal: reason why conversations are refused, or an empty string.
     """
 
     def __init__(self, tokenizer: Any, ends: frozenset[int], context: int | None = None, refusal: str = "") -> None:
         self.tokenizer, self.ends, self._context, self._refusal = tokenizer, ends, context, refusal
-        self.special = frozenset(tokenizer.all_special_ids)  # `decode` leaves them out
+        self.special = frozenset(tokenizer.all_special_ids)  # `decode` skips these tokens
         longest = max(map(len, tokenizer.get_vocab()), default=1)
         self._max_characters = None if context is None else context * min(longest, _CHARACTERS)
-        # The first call turns off truncation and padding that the file may ask for. Later calls change nothing in the
-        # tokenizer, so threads can call it at the same time, and a long text keeps nobody waiting.
+        # The first call turns off truncation and padding, which the file may enable. Later calls do not change the
+        # tokenizer, so threads can call it concurrently, and a long text does not block other requests.
         tokenizer("")
 
     def tokens(self, prompt: str | Messages) -> list[int]:
         """Return the tokens of a text, or of a conversation up to the beginning of the answer.
 
         Raises:
-            TooLong: the text has more characters than the context can need.
-            PeftcoreError: there is no chat template, or it rejects the conversation or may not be rendered; or the text
-                is empty and the tokenizer has no token to begin with.
+            TooLong: the text has more characters than can fit into the context.
+            PeftcoreError: there is no chat template, the template rejects the conversation or may not be rendered, or
+                the text is empty and the tokenizer has no beginning-of-text token.
         """
         if isinstance(prompt, str):
             self._refuse_long(prompt)
@@ -149,13 +149,13 @@ class Text:
 
 
 class Texts:
-    """Tokenizers of the base model and of adapters. Adapters without a tokenizer share the base model's.
+    """Tokenizers of the base model and of adapters. Adapters without a tokenizer share the base model's tokenizer.
 
     Args:
         model: the loaded base model.
         base: its folder or hub id.
-        chat_template: the user's template for all conversations, as `--chat-template` takes it.
-        trust_templates: render chat templates that came with adapters. They may loop forever.
+        chat_template: chat template of all conversations, as in `--chat-template`.
+        trust_templates: render chat templates that came with adapters. Templates may loop forever.
         refuse: called with the name and the task of each adapter; raises an error if it does not fit the base model.
     """
 
@@ -182,15 +182,15 @@ class Texts:
         """Return the tokenizer of an adapter.
 
         Raises:
-            PeftcoreError: the adapter is a classifier's, its tokenizer has more tokens than the base model, or its
-                files are broken.
+            PeftcoreError: the adapter is a classifier, its tokenizer has more tokens than the base model, or its files
+                are damaged.
         """
         key = folder.stamp, folder.name
         with self._lock:
             if key in self._texts:
                 self._texts.move_to_end(key)
                 return self._texts[key]
-        text = self._load(folder)  # without the lock, so that a large file keeps nobody waiting
+        text = self._load(folder)  # without the lock, so that a large file does not block other requests
         with self._lock:
             self._texts[key] = text
             if len(self._texts) > _TOKENIZERS:

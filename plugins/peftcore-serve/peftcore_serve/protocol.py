@@ -1,4 +1,4 @@
-"""OpenAI's protocol: checked requests, errors, and the bodies of answers."""
+"""OpenAI's protocol: validated requests, errors, and the bodies of answers."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from typing import Any
 from peftcore.plugin import nearest
 from peftcore_serve.sequence import Piece, Sampling, TokenLogprob
 
-SEQUENCES = 256  # maximum of one request: prompts times n
+SEQUENCES = 256  # maximum number of answers to a request: prompts times n
 COMPLETION_TOKENS = 16  # the protocol's default
 _SEEDS = 1 << 63
-_TOKENS = (1 << 31) - 1  # maximum of an answer
+_TOKENS = (1 << 31) - 1  # maximum number of tokens of an answer
 _MIN_TEMPERATURE = 1e-5  # lowest temperature above 0
 _WITHOUT_EFFECT = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key")
 # Unsupported fields, and the values at which they have no effect.
@@ -47,12 +47,12 @@ _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant"
 
 
 class ProtocolError(Exception):
-    """An error in the protocol's form.
+    """An error in the format of the protocol.
 
     Args:
-        message: what is wrong and what to do.
+        message: the problem, and what to do.
         status: HTTP status.
-        param: name of the wrong field.
+        param: name of the invalid field.
         code: the protocol's error code.
     """
 
@@ -69,14 +69,15 @@ class Request:
 
     Args:
         model: name of the base model or of an adapter.
-        prompts: texts, lists of tokens, or conversations. Each gets `n` answers.
+        prompts: texts, lists of tokens, or conversations. Each prompt gets `n` answers.
         n: number of answers to each prompt.
-        sampling: how to choose tokens; `max_tokens` is 0 if the request sets no limit.
+        sampling: sampling settings. `max_tokens` is 0 if the request sets no limit.
         stop: texts that end an answer.
-        stream: send answers while they grow.
-        include_usage: end the stream with the token counts.
-        is_chat: the prompt is a conversation.
-        echo: begin each answer with its prompt, and with the prompt's log probabilities if they are requested.
+        stream: whether to stream answers.
+        include_usage: whether to end the stream with the token counts.
+        is_chat: whether the prompt is a conversation.
+        echo: whether to begin each answer with its prompt, including the prompt's log probabilities if they are
+            requested.
     """
 
     model: str
@@ -172,7 +173,7 @@ def _request(
 
 
 def _fields(body: Any, names: Several[str]) -> dict[str, Any]:
-    """Return the fields that have a value; refuse unknown and unsupported ones."""
+    """Return the fields that have a value, and refuse unknown and unsupported fields."""
     if not isinstance(body, dict):
         raise ProtocolError(f"the body must be a JSON object, found {type(body).__name__}")
     for name, value in body.items():
@@ -240,9 +241,9 @@ class Answer:
 
     Args:
         request: the request.
-        name: (token) -> its text.
+        name: (token) -> text of the token.
         prompt_tokens: number of tokens of all prompts.
-        special: tokens that are not part of the text, such as the begin token.
+        special: tokens that are not part of the text, such as the beginning-of-text token.
     """
 
     def __init__(

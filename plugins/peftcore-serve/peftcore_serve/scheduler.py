@@ -1,4 +1,4 @@
-"""The thread that owns the model: sequences wait, join the batch between two steps, and leave it at their end."""
+"""The thread that runs the model: sequences wait, join the batch between steps, and leave it when they end."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ _WAITING = 4096
 
 
 class Busy(Exception):
-    """Too many sequences wait."""
+    """Too many sequences are waiting."""
 
 
 class Scheduler:
-    """Runs sequences on a model, several of them with their adapters in one batch.
+    """Runs sequences on a model, batching sequences with different adapters.
 
     Args:
-        model: the base, without adapters. Only the scheduler's thread calls it.
-        find: (name) -> the adapter on disk, or None.
-        limit: number of adapters in memory.
-        batch_size: number of sequences that are decoded together.
+        model: the base, without adapters. Only the scheduler's thread calls the model.
+        find: (name) -> adapter on disk, or None.
+        limit: maximum number of adapters in memory.
+        batch_size: maximum number of sequences in a batch.
     """
 
     def __init__(self, model: nn.Module, find: Callable[[str], Folder | None], limit: int, batch_size: int) -> None:
@@ -68,7 +68,7 @@ class Scheduler:
             return bool(self._waiting or self._batch.sequences)
 
     def close(self, wait: bool = True) -> None:
-        """End all sequences with an error after the current step, and end the thread."""
+        """End all sequences with an error after the current step, and stop the thread."""
         with self._changed:
             self._is_closed = True
             self._changed.notify_all()
@@ -87,13 +87,13 @@ class Scheduler:
             try:
                 self._admit()
                 self._step()
-            except Exception as error:  # the thread must survive for other requests
+            except Exception as error:  # the thread must survive, to serve other requests
                 for sequence in self._batch.sequences:
                     sequence.fail(error_message(error))
                 self._batch = Batch(self.adapters.model)
 
     def _admit(self) -> None:
-        """Start waiting sequences in order while there is room."""
+        """Start waiting sequences, in order, while the batch has room."""
         while len(self._batch.sequences) < self.batch_size and not self._is_closed:
             with self._changed:
                 if not self._waiting:
@@ -102,7 +102,7 @@ class Scheduler:
             try:
                 if not sequence.is_done and not self._start(sequence):
                     return  # wait until an adapter in use is free; later sequences do not overtake
-            except Exception as error:  # concerns only this sequence
+            except Exception as error:  # the error concerns only this sequence
                 sequence.fail(error_message(error), is_users=isinstance(error, PeftcoreError))
             if self._is_closed:
                 return
@@ -110,7 +110,7 @@ class Scheduler:
                 self._waiting.popleft()
 
     def _start(self, sequence: Sequence) -> bool:
-        """Run the prompt of a sequence; return False if its adapter cannot be loaded yet."""
+        """Run the prompt of a sequence, or return False if its adapter cannot be loaded yet."""
         loaded: LoadedAdapter | None = None
         if sequence.adapter is not None:
             folder = self._find(sequence.adapter)
@@ -162,7 +162,7 @@ class Scheduler:
         batch.drop_done()
 
     def _run_separately(self) -> None:
-        """Run the sequences of a failed batch to their ends one after the other, so that only the cause fails."""
+        """Finish the sequences of a failed batch one at a time, so that only the cause of the error fails."""
         for sequence in self._batch.sequences:
             try:
                 self._run_alone(sequence, self._key(sequence))

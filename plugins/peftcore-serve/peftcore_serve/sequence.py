@@ -1,4 +1,4 @@
-"""A sequence that the model continues: sampling, stopping, and the growing text."""
+"""A sequence that the model continues: sampling, stopping, and its text."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ _NAN = "the model's logits contain NaN. Check the adapter, or serve the base in 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to choose tokens.
+    """Settings of sampling.
 
     Args:
-        max_tokens: maximum number of tokens; 0 only for a sequence that echoes its prompt.
-        temperature: 0: greedy decoding.
+        max_tokens: maximum number of tokens. 0 is only allowed if the prompt is echoed.
+        temperature: sampling temperature; 0 means greedy decoding.
         top_p: sample from the most likely tokens that together have this probability.
-        seed: seed of this sequence. None: a random one.
-        logprobs: number of most likely tokens to report for each token. None: no log probabilities.
+        seed: random seed of this sequence, or None for a random seed.
+        logprobs: number of most likely tokens to report for each token, or None for no log probabilities.
     """
 
     max_tokens: int
@@ -35,7 +35,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """Log probability of a token, and the most likely tokens at its position with theirs.
+    """Log probability of a token, and the log probabilities of the most likely tokens at its position.
 
     The first token of a prompt has no log probability.
     """
@@ -55,7 +55,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Finished:
-    """The end of a sequence: its last piece, the reason, and the number of generated tokens."""
+    """The end of a sequence, with its last piece, the reason, and the number of generated tokens."""
 
     last: Piece
     reason: str
@@ -64,7 +64,7 @@ class Finished:
 
 @dataclass(frozen=True)
 class Failed:
-    """The error that ended a sequence. `is_users`: the request is at fault, not the server."""
+    """The error that ended a sequence. `is_users`: whether the request caused the error."""
 
     message: str
     is_users: bool
@@ -79,14 +79,14 @@ class Sequence:
 
     Args:
         prompt: tokens, at least one.
-        adapter: name of the adapter in the folder of adapters. None: the base model.
-        sampling: how to choose tokens.
+        adapter: name of the adapter in the folder of adapters, or None for the base model.
+        sampling: sampling settings.
         ends: tokens that end the sequence.
         decode: (tokens) -> text.
-        notify: receives the events, in the scheduler's thread.
+        notify: function that receives the events, in the scheduler's thread.
         stop: texts that end the sequence and are not part of it.
-        streams: send pieces while the sequence grows.
-        echo: the prompt's text, to send as the first piece. None: do not send it.
+        streams: whether to send pieces while the sequence grows.
+        echo: text of the prompt, sent as the first piece, or None.
     """
 
     prompt: list[int]
@@ -111,7 +111,7 @@ class Sequence:
             self._generator.manual_seed(self.sampling.seed)
 
     def cancel(self) -> None:
-        """End the sequence without an event; the scheduler drops it before its next step."""
+        """End the sequence without an event. The scheduler drops it before the next step."""
         self.is_done = True
 
     def fail(self, message: str, *, is_users: bool = False) -> None:
@@ -126,7 +126,7 @@ class Sequence:
         return self.echo is not None and self.sampling.logprobs is not None
 
     def begin(self, logits: Tensor | None) -> None:
-        """Send the prompt if `echo` is set; `logits` `[tokens, V]` are the prompt's if `scores_prompt`."""
+        """Send the prompt if `echo` is set; `logits` `[tokens, V]` are those of the prompt if `scores_prompt`."""
         if self.is_done or self.echo is None:
             return
         logprobs: list[TokenLogprob] = []
@@ -146,7 +146,7 @@ class Sequence:
             self.notify(Finished(Piece(""), LENGTH, 0))
 
     def extend(self, logits: Tensor) -> None:
-        """Choose the next token from `logits` `[V]`, and send an event for what it adds."""
+        """Choose the next token from `logits` `[V]`, and send an event for the text that it adds."""
         if self.is_done:
             return
         logits = logits.float()

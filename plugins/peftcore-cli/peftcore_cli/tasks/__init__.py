@@ -1,1 +1,1 @@
-"""Tasks: how rows become tensors, and what is measured. Each task with inputs or a loss of its own has a module."""
+"""Tasks: encode rows as tensors, train and evaluate. A task with its own inputs or loss has its own module."""

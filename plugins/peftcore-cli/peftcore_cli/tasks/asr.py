@@ -1,9 +1,9 @@
-"""Speech recognition with models of Whisper's kind (`--task asr`).
+"""Speech recognition with Whisper models (`--task asr`).
 
-Recordings are read batch by batch, so that a data set need not fit into memory.
+Recordings are decoded batch by batch, so the data set does not have to fit into memory.
 
-The word error rate is the number of substitutions, deletions and insertions of words, divided by the number of words in
-the reference transcripts; case and punctuation are ignored.
+The word error rate is the number of substituted, deleted and inserted words, divided by the number of words in the
+reference transcripts. Case and punctuation are ignored.
 """
 
 from __future__ import annotations
@@ -66,13 +66,13 @@ class Transcripts(Task):
         return Row(where, "", audio=audio_files.path_of(where, "audio", fields["audio"]))
 
     def load_processor(self, model: str, adapter: Path | None = None) -> Any:
-        """Return the processor; its attribute `longest_text` is the maximum number of tokens of a transcript."""
+        """Return the processor, with the maximum number of tokens of a transcript as its attribute `longest_text`."""
         processor, config = models.speech_processor(model, self.name, adapter)
         processor.longest_text = int(config.max_target_positions)
         return processor
 
     def check_config(self, model: str, config: PretrainedConfig) -> None:
-        """Raise a PeftcoreError unless the model is a Whisper."""
+        """Raise a PeftcoreError unless the model is a Whisper model."""
         if config.model_type != "whisper":
             raise PeftcoreError(
                 f"--task asr needs a Whisper model with its feature extractor and tokenizer, found '{model}' "
@@ -112,7 +112,7 @@ class Transcripts(Task):
     def collate(self, examples: Sequence[Example], processor: Any) -> dict[str, Any]:
         """Return a batch of `input_features` and `labels` [batch, length].
 
-        The model puts its start token before the labels, so a start token in the labels is removed.
+        The model prepends its start token to the labels, so a start token in the labels is removed.
         """
         start = getattr(processor.tokenizer, "prefix_tokens", [None])[0]
         labels = [example["labels"][1:] if example["labels"][0] == start else example["labels"] for example in examples]
@@ -159,12 +159,12 @@ class Transcripts(Task):
         )
 
     def tokens_of_step(self, length: int, config: PretrainedConfig) -> int:
-        return min(length, int(config.max_target_positions))  # the model writes no longer transcripts
+        return min(length, int(config.max_target_positions))  # the model cannot generate longer transcripts
 
     def predict(
         self, model: PreTrainedModel, rows: Sequence[Row], processor: Any, about: AdapterTask, *, answer_tokens: int
     ) -> list[dict[str, Any]]:
-        """Return each recording with its transcript."""
+        """Return the path of each recording with its transcript."""
         paths = [row.audio for row in rows]
         transcripts = transcribe(model, paths, processor, processor.longest_text)
         return [{"audio": path, "text": text} for path, text in zip(paths, transcripts, strict=True)]
@@ -174,7 +174,7 @@ def set_language(processor: Any, language: str | None, generation: Any) -> None:
     """Make the tokenizer begin transcripts with the tokens of `language`.
 
     Raises:
-        PeftcoreError: a multilingual model has no language, or the model does not know it.
+        PeftcoreError: `language` is missing for a multilingual model, or not supported.
     """
     is_multilingual = getattr(generation, "is_multilingual", None) is True
     if language is None:
@@ -226,7 +226,7 @@ def transcribe(model: Any, paths: Sequence[Any], processor: Any, max_new_tokens:
 
 
 def word_error_rate(answers: Sequence[str], references: Sequence[str]) -> float:
-    """Return the word error rate of `answers`; if the references have no words, the number of words in them."""
+    """Return the word error rate of `answers`, or their number of words if the references have none."""
     pairs = [
         (_words(answer_words), _words(reference_words))
         for answer_words, reference_words in zip(answers, references, strict=True)

@@ -8,7 +8,7 @@ from peftcore_cli.tasks.media_chats import MediaChats
 
 
 class AudioText(MediaChats):
-    """A model that takes audio and text, and writes text."""
+    """A model with audio and text as input, and text as output."""
 
     name = "audio-text"
     shown_keys = "messages with audio"

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class CausalLM(Task):
-    """A language model; the fallback for rows that no other task recognises."""
+    """A causal language model. This task is the fallback for rows that no other task recognises."""
 
     name = "causal-lm"
     shown_keys = "text, prompt/completion, messages, conversations, instruction/output or input_ids"

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class Classification(Labelled):
-    """One class for each text."""
+    """A classifier with one class per text."""
 
     name = "classification"
     figures = ("accuracy", "macro_f1")
@@ -63,6 +63,6 @@ class Classification(Labelled):
 
 
 def names_of(labels: Sequence[str]) -> dict[str, Any]:
-    """Return the config fields that name the outputs of a head, or none if there are no labels."""
+    """Return the config fields that name the outputs of a head; empty without labels."""
     names = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
     return names if labels else {}

@@ -1,9 +1,10 @@
-"""Encoding of conversations with the tokenizer's chat template; the assistant's turns are learned.
+"""Encode conversations with the tokenizer's chat template. The assistant's turns are learned.
 
-A turn is located by difference: it is what the conversation up to the turn adds to the conversation before it with the
-generation prompt (`add_generation_prompt`). So the learned tokens are those that the model has to write, including the
-end of its turn. If a template changes earlier turns once later ones follow (Qwen3 removes their thinking), each turn
-becomes an example of its own, with the text that the model would see when it answers.
+A turn is located by rendering the conversation twice: up to and including the turn, and up to the generation prompt
+before it (`add_generation_prompt`). The difference is the text of the turn. The learned tokens are thus exactly the
+tokens that the model has to generate, including the end-of-turn token. Some templates change earlier turns when later
+turns follow (Qwen3 removes their thinking). Then each turn becomes an example of its own, with the text that the model
+sees when it answers.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def set_template(processor: Any, template: str | None, of_adapter: str | None = 
     Args:
         processor: the tokenizer, or a processor with one.
         template: the user's template: `chatml`, a file, or text.
-        of_adapter: the adapter's template, used if the user passes none: `chatml` or text.
+        of_adapter: the adapter's template, the default of `template`: `chatml` or text.
 
     Raises:
         PeftcoreError: the file does not exist, or the tokenizer has no templates.
@@ -71,12 +72,13 @@ def has_template(tokenizer: PreTrainedTokenizerBase) -> bool:
 def render(
     tokenizer: PreTrainedTokenizerBase, messages: Messages, tools: Any = None, *, begins_answer: bool = False
 ) -> str:
-    """Render a conversation with the chat template, with a generation prompt if `begins_answer`.
+    """Render a conversation with the chat template, followed by a generation prompt if `begins_answer` is set.
 
-    transformers renders it in Jinja's sandbox: a template can read no file and reach no Python code, but it may loop.
+    transformers renders templates in Jinja's sandbox: they cannot read files or call Python code, but they can loop
+    forever.
 
     Raises:
-        PeftcoreError: there is no template, or it rejects the conversation.
+        PeftcoreError: there is no template, or the template rejects the conversation.
     """
     if type(tokenizer).__name__ == MISTRAL:
         raise PeftcoreError(
@@ -103,7 +105,7 @@ def render(
         raise PeftcoreError(
             "the chat template is nested too deeply. Pass another template: --chat-template chatml"
         ) from error
-    except Exception as error:  # a template may raise anything
+    except Exception as error:  # a template may raise any exception
         reason = str(error)[:400] or type(error).__name__
         raise PeftcoreError(
             f"the chat template rejects the conversation: {reason}. Pass another template: --chat-template chatml, "
@@ -113,7 +115,7 @@ def render(
 
 
 def encode(row: Row, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
-    """Encode a conversation as `input_ids` and `labels`, in one example or one per turn.
+    """Encode a conversation as `input_ids` and `labels`, in one example, or in one example per turn.
 
     Raises:
         PeftcoreError: the template rejects it, or turns cannot be separated from what came before.
@@ -140,7 +142,7 @@ def texts_and_spans(row: Row, tokenizer: PreTrainedTokenizerBase) -> list[tuple[
 
 
 def _refuse_what_vanishes(tokenizer: PreTrainedTokenizerBase, row: Row, full_text: str) -> None:
-    """Raise a PeftcoreError if the template leaves the tools or a tool call out of `full_text`."""
+    """Raise a PeftcoreError if `full_text` does not contain the tools or a tool call."""
     messages = row.messages or []
     if row.tools and render(tokenizer, messages) == full_text:
         raise PeftcoreError(
@@ -159,7 +161,7 @@ def _refuse_what_vanishes(tokenizer: PreTrainedTokenizerBase, row: Row, full_tex
 
 
 def _span(tokenizer: PreTrainedTokenizerBase, row: Row, turn: int) -> tuple[str, int]:
-    """Return (text up to and including `turn`, index of the character where the turn begins)."""
+    """Return (text up to and including `turn`, index of the turn's first character)."""
     messages = row.messages or []
     if turn == 0:
         raise PeftcoreError("the conversation starts with an assistant turn. Start with a user or system turn")
@@ -178,11 +180,11 @@ def _span(tokenizer: PreTrainedTokenizerBase, row: Row, turn: int) -> tuple[str,
 
 
 def example(tokenizer: PreTrainedTokenizerBase, text: str, spans: list[tuple[int, int]]) -> dict[str, Any]:
-    """Tokenize `text`; the tokens in the spans are learned, up to the end-of-turn token of each."""
+    """Tokenize `text`. The tokens in each span are learned, up to its end-of-turn token."""
     if tokenizer.is_fast:
         encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         ids, offsets = list(encoded["input_ids"]), [begin for begin, _ in encoded["offset_mapping"]]
-    else:  # tokenize piece by piece, so that no token crosses the edge of a span
+    else:  # tokenize the pieces separately, so that no token crosses the boundary of a span
         ids, offsets, edges = [], [], sorted({0, len(text), *(edge for span in spans for edge in span)})
         for begin, end in itertools.pairwise(edges):
             piece = tokenizer(text[begin:end], add_special_tokens=False)["input_ids"]
@@ -197,6 +199,8 @@ def example(tokenizer: PreTrainedTokenizerBase, text: str, spans: list[tuple[int
             if not marks or i <= marks[-1]:
                 labels[i] = ids[i]
         if not marks and end == len(text) and tokenizer.eos_token_id is not None:
-            ids.append(tokenizer.eos_token_id)  # the template writes no end of turn, but the model must learn to stop
+            ids.append(
+                tokenizer.eos_token_id
+            )  # without an end-of-turn token in the template, the model must still learn to stop
             labels.append(tokenizer.eos_token_id)
     return {"input_ids": ids, "labels": labels}

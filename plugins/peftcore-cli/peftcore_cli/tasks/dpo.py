@@ -27,7 +27,7 @@ from peftcore_cli.tasks.preferences import Preferences
 
 
 class DPO(Preferences):
-    """Preference pairs, compared by their likelihoods relative to a reference."""
+    """Preference pairs, trained on likelihoods relative to a reference model."""
 
     name = "dpo"
     has_reference = True
@@ -41,7 +41,7 @@ class DPO(Preferences):
     def likelihoods(
         self, model: nn.Module, examples: Sequence[Example], processor: Any, batch_size: int = 8
     ) -> Likelihoods:
-        """Return the log-likelihoods of the chosen and then the rejected answers, per batch of similar lengths."""
+        """Return the log-likelihoods of the chosen and rejected answers, for each batch of similar lengths."""
         ordered = sorted(examples, key=lambda example: sum(map(len, example.values())))  # to reduce padding
         batches = []
         with evaluating(model):
@@ -58,7 +58,7 @@ class DPO(Preferences):
 
 
 def margins(policy: Likelihoods, reference: Likelihoods, count: int, beta: float) -> Metrics:
-    """Return the loss over all pairs, the accuracy and the mean margin, from the likelihoods of model and reference."""
+    """Return the loss over all pairs, the accuracy and the mean margin, from likelihoods of model and reference."""
     batches = []
     for policy_batch, reference_batch in zip(policy, reference, strict=True):
         chosen, rejected = (policy_batch - reference_batch).chunk(2)

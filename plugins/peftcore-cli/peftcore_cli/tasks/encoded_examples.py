@@ -1,4 +1,4 @@
-"""Encoded examples: their lengths, batches of similar lengths, and casting to the model's dtype."""
+"""Encoded examples: lengths, batches of similar lengths, and casts to the model's dtype."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _MIXES_DTYPES = TorchVersion(torch.__version__) >= "2.12"  # in the gradient of 
 
 @dataclass(frozen=True)
 class Encoded:
-    """Examples as token ids, with the number of truncated rows and of rows left without a token to learn."""
+    """Examples as token ids, with the numbers of truncated rows and of dropped rows without a token to learn."""
 
     examples: list[Example]
     truncated: int
@@ -24,7 +24,7 @@ class Encoded:
 
 
 def length(example: Example) -> int:
-    """Return the number of tokens of an example: of its longest text, or of its source or target; 1 for an image."""
+    """Return the number of tokens of an example's longest text (of source and target, the longer); 1 for an image."""
     if "texts" in example:
         return max(map(len, example["texts"]))
     labels = example.get("labels")
@@ -32,7 +32,7 @@ def length(example: Example) -> int:
 
 
 def is_encoder_decoder(model: nn.Module) -> bool:
-    """Return whether the model reads a source and writes a target."""
+    """Return whether the model is an encoder-decoder."""
     return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
@@ -47,7 +47,7 @@ def in_dtype(inputs: dict[str, Any], model: nn.Module) -> dict[str, Any]:
 
 
 def batches_of(examples: Sequence[Example], batch_size: int, tokens: int | None = None) -> Iterator[list[Example]]:
-    """Yield batches of similar lengths, with at most `tokens` tokens including padding, or a single longer example."""
+    """Yield batches of similar lengths, with at most `tokens` tokens including padding or a single longer example."""
     batch: list[Example] = []
     for example in sorted(examples, key=length):
         is_full = len(batch) == batch_size or (tokens is not None and (len(batch) + 1) * length(example) > tokens)

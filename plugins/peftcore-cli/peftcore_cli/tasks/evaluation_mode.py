@@ -1,4 +1,4 @@
-"""Evaluation mode and batching, shared by all evaluations on held-out examples."""
+"""Evaluation mode and batching for evaluation on held-out examples."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ T = TypeVar("T")
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put `model` into evaluation mode without gradients within the block."""
+    """Inside the block, put `model` into evaluation mode without gradients."""
     with evaluation_mode(model), torch.no_grad():
         yield
 
 
 def batched(examples: Sequence[T], size: int) -> Iterator[Sequence[T]]:
-    """Yield `examples` in their order, `size` at a time."""
+    """Yield batches of `size` examples in order."""
     for start in range(0, len(examples), size):
         yield examples[start : start + size]

@@ -1,4 +1,4 @@
-"""Generate answers to held-out examples and score them: exact match, ROUGE-L, or a function of the user.
+"""Generate answers to held-out examples, and score them by exact match, ROUGE-L or a function of the user.
 
 Answers are generated greedily. Prompts of the same length form a batch, so no padding is needed.
 
@@ -41,7 +41,7 @@ Reward = Callable[..., list[float | None]]
 
 @dataclass(frozen=True)
 class Case:
-    """A prompt as token ids, and the expected answer."""
+    """A prompt as token ids, with the expected answer."""
 
     ids: list[int]
     expected: str
@@ -58,10 +58,10 @@ def name_of(metric: str) -> str:
 
 
 def answer_count(task: Task, metric: str | None, requested: int | None) -> int:
-    """Return how many held-out examples to answer in each evaluation, given --metric and --eval-answers.
+    """Return the number of held-out examples to answer in each evaluation, given --metric and --eval-answers.
 
     Raises:
-        PeftcoreError: models of this task write no answers.
+        PeftcoreError: models of this task generate no answers.
     """
     if not task.writes:
         if requested is not None or is_user_function(metric):
@@ -138,7 +138,7 @@ def _is_reward(value: Any) -> bool:
 
 
 def cases(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Case]:
-    """Return the prompts and expected answers of rows; for a conversation, the last learned turn is the answer.
+    """Return the prompts and expected answers of rows. The answer of a conversation is its last learned turn.
 
     Raises:
         PeftcoreError: a row has no prompt, or its prompt is longer than `max_length` tokens.
@@ -169,7 +169,7 @@ def cases(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_length: i
 def answer(
     model: Any, cases: Sequence[Case], tokenizer: PreTrainedTokenizerBase, max_new_tokens: int, batch_size: int = 8
 ) -> list[str]:
-    """Return the model's answers in the order of the cases; no random numbers are drawn."""
+    """Return the model's answers in the order of the cases, without drawing random numbers."""
     device = next(model.parameters()).device
     by_length: dict[int, list[int]] = {}
     for i, case in enumerate(cases):
@@ -196,7 +196,7 @@ def answer(
 def figures(
     answers: Sequence[str], cases: Sequence[Case], metric: str | None, user_metric: Metric | None
 ) -> dict[str, float]:
-    """Return the metrics of answers: the user's, exact match and ROUGE-L.
+    """Return the metrics of answers: exact match, ROUGE-L and the user's metric.
 
     Raises:
         PeftcoreError: the user's function fails, or returns something other than a finite number.
@@ -273,5 +273,5 @@ class Answering:
 
 
 def with_answers(metrics: Metrics, answering: Answering, model: nn.Module) -> Metrics:
-    """Return the metrics of a language model, extended by those of its answers."""
+    """Return the metrics of a language model with the metrics of its answers."""
     return replace(metrics, figures={**answering.figures(model), "perplexity": metrics.perplexity})

@@ -1,8 +1,8 @@
-"""Reinforcement learning from a reward function of the user (`--task grpo --reward FILE.py:FUNCTION`).
+"""Reinforcement learning with a user-defined reward function (`--task grpo --reward FILE.py:FUNCTION`).
 
 The model is trained with TRL's GRPOTrainer (Shao et al. 2024, arXiv 2402.03300). As in TRL, the function takes
 `prompts`, `completions`, `completion_ids` and the other columns as keyword arguments, and returns a number for each
-answer. Held-out prompts are answered greedily; the reported loss is the negative mean reward.
+answer. Held-out prompts are answered greedily. The reported loss is the negative mean reward.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _IDS = "prompt_ids"  # column that reward functions do not see
 
 
 class GRPO(Judged):
-    """Prompts that the model answers, and a function that scores the answers."""
+    """Prompts to answer, and a function that scores the answers."""
 
     name = "grpo"
     keys = (("prompt",),)
@@ -171,7 +171,7 @@ class GRPO(Judged):
         answers: bool = True,
         reference: Any = None,
     ) -> Metrics:
-        """Return the mean reward of greedy answers; the loss is its negative.
+        """Return the mean reward of greedy answers, and its negative as the loss.
 
         Raises:
             PeftcoreError: no answer has a reward.

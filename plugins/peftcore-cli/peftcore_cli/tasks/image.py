@@ -1,6 +1,6 @@
 """Image classification (`--task image`).
 
-Images are decoded batch by batch, so that a data set need not fit into memory.
+Images are decoded batch by batch, so the data set does not have to fit into memory.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Images(Classification):
     model_class = "AutoModelForImageClassification"
     needed_model = "a model that classifies images, such as a ViT, found {}. Pass another model"
     peft_task_type = None
-    replaces_head = True  # image models usually have the head of another data set
+    replaces_head = True  # image checkpoints usually have a head for another data set
     reads_tokens = has_positions = generates = takes_pairs = counts_tokens = False
     no_chat = "classifies images. Use peftcore predict --data IMAGES"
 

@@ -1,7 +1,7 @@
 """Direct preference optimization on conversations with images (`--task image-dpo`).
 
-The loss is that of `dpo`. Each answer is encoded as a conversation with images of its own (`media_chats`): images are
-decoded batch by batch, and the processor makes the tokens.
+The loss is the same as in `dpo`. Each answer is encoded as a separate conversation with images (`media_chats`). Images
+are decoded batch by batch, and the processor creates the tokens.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ SIDES = ("chosen", "rejected")
 
 
 class ImageDPO(Judged, MediaChats):
-    """Preference pairs with images, compared by their likelihoods relative to a reference."""
+    """Preference pairs with images, trained on likelihoods relative to a reference model."""
 
     name = "image-dpo"
     keys = dpo.DPO.keys
@@ -65,11 +65,11 @@ class ImageDPO(Judged, MediaChats):
         *,
         may_be_empty: bool = False,
     ) -> Encoded:
-        """Encode rows as {"chosen": example, "rejected": example}; long answers are truncated at the end.
+        """Encode rows as {"chosen": example, "rejected": example}. Long answers are truncated at the end.
 
         Raises:
-            PeftcoreError: an image cannot be read or is beyond `max_length` tokens, both answers have the same tokens,
-                or in every row they first differ beyond `max_length`.
+            PeftcoreError: an image cannot be read or lies beyond `max_length` tokens, the two answers of a row have the
+                same tokens, or no row has answers that differ within `max_length` tokens.
         """
         examples, truncated, left_out = [], 0, 0
         for row in rows:
@@ -80,7 +80,7 @@ class ImageDPO(Judged, MediaChats):
                 encoded, truncated_examples = media_chats.encode_row(conversation, processor, max_length)
                 pair += encoded
                 was_cut += truncated_examples
-            chosen, rejected = pair  # one example per answer, because one turn is learned
+            chosen, rejected = pair  # a single example, because only the answer is learned
             if chosen["input_ids"] == rejected["input_ids"] and not was_cut:
                 raise PeftcoreError(
                     f"{row.where}: 'chosen' and 'rejected' have the same tokens, so neither can be preferred. Remove "
@@ -106,7 +106,7 @@ class ImageDPO(Judged, MediaChats):
     def likelihoods(
         self, model: nn.Module, examples: Sequence[Example], processor: Any, batch_size: int = 8
     ) -> Likelihoods:
-        """Return the log-likelihoods of the chosen and then the rejected answers, per batch."""
+        """Return the log-likelihoods of the chosen and rejected answers, for each batch."""
         device = next(model.parameters()).device
         batches = []
         with evaluating(model):
@@ -142,7 +142,7 @@ def _learns(example: Example) -> bool:
 
 
 def trl_collator(processor: Any) -> Callable[[list[Example]], dict[str, Any]]:
-    """Return the collator of TRL's DPOTrainer, with the chosen conversations first and then the rejected ones."""
+    """Return a collator for TRL's DPOTrainer, whose batches have the chosen conversations before the rejected ones."""
 
     def batch(pairs: list[Example]) -> dict[str, Any]:
         tensors = media_chats.collate([pair[side] for side in SIDES for pair in pairs], processor)

@@ -12,7 +12,7 @@ NEEDED = (
 
 
 class ImageText(MediaChats):
-    """A model that takes images and text, and writes text."""
+    """A model with images and text as input, and text as output."""
 
     name = "image-text"
     shown_keys = "messages with images"

@@ -1,4 +1,4 @@
-"""Base class of tasks that TRL trains on judged answers, some against a reference model."""
+"""Base class of tasks that TRL trains on preferences (DPO, KTO, ORPO and reward models)."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ Likelihoods = list[Tensor]
 
 
 class Judged(Task):
-    """A task whose answers are judged, trained by TRL.
+    """A task on preferences, trained by TRL.
 
     Attributes:
         trl_name: prefix of the names of TRL's trainer and config.
-        has_reference: whether the loss compares with a reference, the model before training.
+        has_reference: whether the loss uses a reference, the model before training.
     """
 
     requires = (("trl", "dpo"),)
@@ -41,7 +41,7 @@ class Judged(Task):
     def likelihoods(
         self, model: nn.Module, examples: Sequence[Example], processor: Any, batch_size: int = 8
     ) -> Likelihoods:
-        """Return the log-likelihoods of answers that the loss needs, in batches."""
+        """Return the log-likelihoods that the loss needs, for each batch."""
         raise NotImplementedError
 
     def figures_of(
@@ -77,10 +77,10 @@ class Judged(Task):
         return self.figures_of(likelihoods, reference, examples, evaluation.about.beta or BETA)
 
     def trl_classes(self) -> tuple[Any, Any]:
-        """Return (trainer, config) of TRL.
+        """Return TRL's (trainer, config) classes.
 
         Raises:
-            PeftcoreError: TRL is not installed, or this release has no such trainer.
+            PeftcoreError: TRL is not installed, or its release does not have the trainer.
         """
         require("trl", extra="dpo")
         import trl
@@ -98,7 +98,7 @@ class Judged(Task):
         return self.trl_classes()[1], options
 
     def trainer_class(self) -> Any:
-        """Return TRL's trainer, changed to take examples that are already tokenized."""
+        """Return a subclass of TRL's trainer that takes tokenized examples."""
         from peftcore_cli.training.trainers import Measuring
 
         task = self
@@ -117,7 +117,7 @@ class Judged(Task):
         return MeasuringComparison
 
     def inputs_of(self, batch: Any, model: nn.Module) -> Any:
-        """Convert a batch to what the model takes."""
+        """Convert a batch to model inputs."""
         return batch
 
     def trainer(
@@ -125,7 +125,7 @@ class Judged(Task):
     ) -> Measuring:
         """Return TRL's trainer.
 
-        The reference is the current model; no second one is loaded (`peftcore.reference_model`).
+        The reference is derived from the current model (`peftcore.reference_model`), so no second model is loaded.
         """
         require("trl", extra="dpo")
         import datasets
@@ -136,13 +136,13 @@ class Judged(Task):
             arguments[name] = datasets.Dataset.from_list(self.columns(arguments[name]))
         if self.has_reference and has_adapters(
             arguments["model"]
-        ):  # without adapters all weights train, and TRL loads its own reference
+        ):  # without adapters, all weights are trained, so TRL loads its own reference
             arguments["ref_model"] = peftcore.reference_model(arguments["model"])
         return self.trainer_class()(**arguments, processing_class=processor)
 
 
 def measuring_batch_size(evaluation: Evaluation) -> int:
-    """Return how many pairs to evaluate per batch: fewer than in training, because evaluation needs full logits."""
+    """Return the number of pairs per evaluation batch: fewer than in training, because evaluation needs full logits."""
     return (
         evaluation.batch_size
         if evaluation.longest is None

@@ -7,7 +7,8 @@ Ethayarajh et al. 2024, arXiv 2402.01306, where w is --desirable-weight or --und
 
 p is the model with its adapter; q is the frozen base, or the initial adapter if training continues from one. The
 mismatched answer of an example is the answer of the previous example, in the batch during training, and among all
-examples during evaluation. In a batch of one, such as the last of an epoch, it is also taken from all examples.
+examples during evaluation. A batch with a single example, such as the last batch of an epoch, also takes it from all
+examples.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 
 
 class KTO(Judged):
-    """Answers marked as good or bad, compared with a reference.
+    """Answers marked as good or bad, trained on likelihoods relative to a reference model.
 
     `likelihoods` are the log-likelihoods of the answers and of the mismatched answers.
     """
@@ -58,7 +59,7 @@ class KTO(Judged):
         return lines.media is None and lines.have("prompt", "completion", "label")
 
     def read_row(self, where: str, fields: dict[str, Any], keys: tuple[str, ...]) -> Row:
-        """Return an answer and whether it is good; the label is true or false, as a boolean, text, or 1 and 0."""
+        """Return an answer that is marked as good or bad. The label is a boolean, "true" or "false", or 1 or 0."""
         marks = {"true": True, "1": True, "false": False, "0": False}
         is_good = marks.get(str(fields["label"]).strip().lower())
         if is_good is None:
@@ -108,7 +109,7 @@ class KTO(Judged):
         *,
         may_be_empty: bool = False,
     ) -> Encoded:
-        """Encode rows as `prompt_ids`, `completion_ids` and `label`; long prompts are truncated at the beginning.
+        """Encode rows as `prompt_ids`, `completion_ids` and `label`. Long prompts are truncated at the beginning.
 
         Raises:
             PeftcoreError: a row has no tokens.
@@ -162,7 +163,7 @@ class KTO(Judged):
     def figures_of(
         self, policy: Likelihoods, reference: Likelihoods, examples: Sequence[Example], beta: float
     ) -> Metrics:
-        """Return the loss, the fraction of answers on the right side of `k`, `k`, and the margin between the labels."""
+        """Return the loss, the fraction of answers on the correct side of `k`, `k`, and the margin of good over bad."""
         rewards = beta * (policy[0] - reference[0])
         divergence = beta * (policy[1] - reference[1]).mean().clamp(min=0)
         good = torch.tensor([bool(example["label"]) for example in examples])
@@ -189,13 +190,13 @@ class KTO(Judged):
 
 
 def with_weights(examples: Sequence[Example], weights: Sequence[float] | None) -> list[Example]:
-    """Return the examples with weights, given (weight of good answers, weight of bad ones); None for 1."""
+    """Return the examples with their weights, given (weight of good answers, weight of bad answers); None means 1."""
     good, bad = weights or (1.0, 1.0)
     return [{**example, "weight": good if example["label"] else bad} for example in examples]
 
 
 def with_mismatched_answers(examples: Sequence[Example]) -> list[Example]:
-    """Return the examples, each with the previous example's answer as `KL_completion_ids`."""
+    """Return the examples with the previous example's answer as `KL_completion_ids`."""
     previous = [examples[-1], *examples[:-1]]
     pairs = zip(examples, previous, strict=True)
     return [{**example, "KL_completion_ids": previous_example["completion_ids"]} for example, previous_example in pairs]
@@ -213,9 +214,9 @@ def _log_likelihoods(
 
 
 def trl_collator(tokenizer: Any) -> Any:
-    """Return TRL's collator, which first takes mismatched answers from the batch.
+    """Return a collator for TRL, which takes mismatched answers from the batch.
 
-    In a batch of one, the example keeps its `KL_completion_ids`.
+    In a batch with a single example, the example keeps its `KL_completion_ids`.
     """
     from trl.trainer.kto_trainer import DataCollatorForUnpairedPreference
 

@@ -1,4 +1,4 @@
-"""Base classes of classification, regression, multi-label and tags: texts or pairs of texts with labels."""
+"""Base classes of classification, regression, multi-label and tags, which learn labels of texts or text pairs."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def keys_with(label: str) -> tuple[tuple[str, ...], ...]:
 
 
 class Headed(Task):
-    """A base with a new head, which answers each example with labels."""
+    """A base with a new head that predicts labels."""
 
     new_head = has_labels = predicts = True
     answers_texts = False
@@ -52,7 +52,7 @@ class Headed(Task):
 
         Args:
             scores: logits of one example.
-            targets: its labels in the batch, which mark the words for a tagger.
+            targets: labels of the example in the batch, which mark the words for a tagger.
             row: the example.
             labels: names of the outputs.
         """
@@ -97,7 +97,7 @@ class Headed(Task):
 
 
 class Labelled(Headed):
-    """A base that reads a text, or a pair of texts."""
+    """A base with a new head on texts or pairs of texts."""
 
     keys = keys_with("label")
     shown_keys: ClassVar[str | None] = "text/label"
@@ -109,16 +109,16 @@ class Labelled(Headed):
         """Convert the value of a file to a label.
 
         Raises:
-            PeftcoreError: it is not a label; the message begins with `where`.
+            PeftcoreError: the value is not a label. The message begins with `where`.
         """
         raise NotImplementedError
 
     def any_label(self, labels: Sequence[str]) -> Label:
-        """Return any label of the model, as a placeholder for the one to predict."""
+        """Return any label of the model, as a placeholder for the label to predict."""
         raise NotImplementedError
 
     def format_answer(self, logits: Tensor, labels: Sequence[str]) -> str:
-        """Format the answer to one text for `peftcore generate`."""
+        """Format the answer to a text for `peftcore generate`."""
         raise NotImplementedError
 
     def read_row(self, where: str, fields: dict[str, Any], keys: tuple[str, ...]) -> Row:
@@ -143,7 +143,7 @@ class Labelled(Headed):
         *,
         may_be_empty: bool = False,
     ) -> Encoded:
-        """Encode rows as `input_ids`, `labels` and, for pairs, `token_type_ids`; texts are truncated at the end.
+        """Encode rows as `input_ids`, `labels` and, for pairs, `token_type_ids`. Texts are truncated at the end.
 
         Raises:
             PeftcoreError: a row has no tokens, or its label is unknown.
@@ -196,10 +196,10 @@ class Labelled(Headed):
 
 
 def given_fields(where: str, fields: dict[str, Any], keys: Sequence[str], task: Task) -> dict[str, Any]:
-    """Return those of the known fields that a line to answer has.
+    """Return the fields with the text to classify.
 
     Raises:
-        PeftcoreError: it has none of them, or only with the value null; the message begins with `where`.
+        PeftcoreError: the line has no such field, or a null value. The message begins with `where`.
     """
     values = {key: fields[key] for key in keys if fields.get(key) is not None}
     null_key = next((key for key in keys if key in fields), None)
@@ -213,7 +213,7 @@ def given_fields(where: str, fields: dict[str, Any], keys: Sequence[str], task: 
 
 
 def missing_key(where: str, fields: dict[str, Any], key: str, task: Task) -> PeftcoreError:
-    """Return the error for a line to answer that lacks a field."""
+    """Return the error for a line without the required field."""
     return PeftcoreError(
         f"{where}: predict needs the key {key} for {task.name}, found {data_files.listed(fields) or 'none'}. If the "
         f"column has another name, map it: --columns {key}=NAME"

@@ -1,8 +1,8 @@
-"""Base class of tasks on conversations with images or audio; the assistant's turns are learned.
+"""Base class of tasks on conversations with images or audio. The assistant's turns are learned.
 
-The chat template writes the text, as for conversations without images. The processor replaces each image in it by the
-tokens that the model reads for it, or by one that a cross-attention mask refers to (Llama 3.2); these tokens are never
-learned. Images are decoded batch by batch, so that a data set need not fit into memory.
+The chat template writes the text, as for conversations without images. The processor replaces each image in the text
+with image tokens, or with a single token for cross-attention (Llama 3.2). These tokens are never learned. Images are
+decoded batch by batch, so that a data set need not fit into memory.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ from peftcore_cli.tasks.task import Keys, Task
 if TYPE_CHECKING:
     from peftcore_cli.bases.adapter_folders import AdapterTask
 
-NAMES = {"image": "images", "audio": "recordings"}  # by the type of a message's part
+NAMES = {"image": "images", "audio": "recordings"}  # by the type of a content part
 _OF_MEDIA = ("pixel", "input_features", "feature_")  # tensors whose second dimension is not the length
-_WINDOW = 30  # seconds of audio that a model reads if its feature extractor names no limit
+_WINDOW = 30  # maximum length in seconds if the feature extractor has no limit
 
 
 class MediaChats(Task):
-    """Conversations whose turns have images or audio.
+    """Conversations with images or audio in their turns.
 
     Attributes:
-        hears: whether the model takes audio.
+        hears: whether the model takes audio as input.
     """
 
     keys: ClassVar[Keys] = (("messages",), ("conversations",), ("prompt", "completion"))
@@ -74,7 +74,7 @@ class MediaChats(Task):
         """Encode rows as `text`, `images` and `sounds` for the processor, and its `input_ids` and `labels`.
 
         Raises:
-            PeftcoreError: an image cannot be read, the template does not write it, or it is beyond `max_length` tokens.
+            PeftcoreError: an image cannot be read, is ignored by the template, or lies beyond `max_length` tokens.
         """
         examples: list[Example] = []
         truncated = left_out = 0
@@ -92,14 +92,14 @@ class MediaChats(Task):
         return collate(examples, processor)
 
     def step_of(self, examples: Sequence[Example], processor: Any) -> dict[str, Any]:
-        """Return the longest example as a batch, which determines the memory of a step."""
+        """Return the tensors of the longest example as a batch, which determine the memory of a step."""
         return {"example": collate([max(examples, key=encoded_examples.length)], processor)}
 
     @torch.no_grad()
     def predict(
         self, model: PreTrainedModel, rows: Sequence[Row], processor: Any, about: AdapterTask, *, answer_tokens: int
     ) -> list[dict[str, Any]]:
-        """Return the images and the last turn of each conversation with the model's greedy answer."""
+        """Return the images and last turn of each conversation, with the model's greedy answer."""
         tokenizer, answers = processor.tokenizer, []
         device = next(model.parameters()).device
         generate: Any = model.generate
@@ -119,7 +119,7 @@ class MediaChats(Task):
 
 
 def encode_row(row: Row, processor: Any, max_length: int) -> tuple[list[Example], int]:
-    """Return the examples of a row, also those without a token to learn, and how many of them were truncated.
+    """Return the examples of a row, including examples without a token to learn, and the number of truncated examples.
 
     Raises:
         PeftcoreError: see `encode`.
@@ -152,8 +152,8 @@ def _examples(row: Row, processor: Any) -> list[Example]:
 
 
 def _sizes(row: Row, processor: Any) -> dict[str, list[list[int]]]:
-    """Return the tokens that the processor inserts for each image and recording of a row, by kind."""
-    begin = processor.tokenizer.bos_token_id  # the processor of Llama 3.2 begins every text with it
+    """Return {kind: token ids that the processor inserts for each image or recording of a row}."""
+    begin = processor.tokenizer.bos_token_id  # the processor of Llama 3.2 adds it to every text
     sizes: dict[str, list[list[int]]] = {"image": [], "audio": []}
     for kind, paths in (("image", row.images), ("audio", row.sounds)):
         if not paths:
@@ -173,12 +173,12 @@ def _sizes(row: Row, processor: Any) -> dict[str, list[list[int]]]:
 def _example(
     row: Row, part: tuple[str, list[tuple[int, int]], int], sizes: dict[str, list[list[int]]], processor: Any
 ) -> dict[str, Any]:
-    """Return the example of one result of `conversations.texts_and_spans`, with the tokens of its media."""
+    """Return the example for a result of `conversations.texts_and_spans`, with the tokens of its images and audio."""
     text, spans, count = part
     tokenizer = processor.tokenizer
     ids, parts = list(tokenizer(text, add_special_tokens=False)["input_ids"]), _parts_of(row, count)
     expanded, shown = text, {}
-    inserted: dict[int, Iterator[list[int]]] = {}  # tokens to insert, by the placeholder token
+    inserted: dict[int, Iterator[list[int]]] = {}  # {placeholder token: tokens to insert}
     for kind, name in NAMES.items():
         token, shown[kind] = getattr(processor, f"{kind}_token", None), parts.count({"type": kind})
         if token is None:
@@ -191,12 +191,12 @@ def _example(
             )
         inserted[place] = iter(sizes[kind])
         whole = getattr(processor, f"full_{kind}_sequence", None)
-        if whole:  # Gemma's has line breaks that merge with neighbouring ones into a token
+        if whole:  # Gemma's placeholders have line breaks, which merge with adjacent ones into a single token
             expanded, spans = _expand_marks(expanded, spans, token, whole)
             inserted[place] = itertools.repeat([place])
     plain = conversations.example(tokenizer, expanded, spans)
     bare = list(tokenizer(expanded, add_special_tokens=False)["input_ids"])
-    if len(plain["input_ids"]) > len(bare):  # the template writes no end of turn
+    if len(plain["input_ids"]) > len(bare):  # the template writes no end-of-turn token
         text, expanded, bare = text + tokenizer.eos_token, expanded + tokenizer.eos_token, plain["input_ids"]
     whole = list(tokenizer(expanded, add_special_tokens=_adds_special(text, tokenizer))["input_ids"])
     front = next((i for i in range(len(whole) - len(bare) + 1) if whole[i : i + len(bare)] == bare), 0)
@@ -216,14 +216,14 @@ def _example(
 
 
 def _parts_of(row: Row, count: int) -> list[Any]:
-    """Return the parts of the first `count` messages of a row in order."""
+    """Return the content parts in the first `count` messages of a row, in order."""
     return [part for message in (row.messages or [])[:count] for part in message.get("content") or ()]
 
 
 def _expand_marks(
     text: str, spans: list[tuple[int, int]], mark: str, replacement: str
 ) -> tuple[str, list[tuple[int, int]]]:
-    """Replace each `mark` in the text, and return the text with its moved spans."""
+    """Replace each `mark` in the text, and return the text with the shifted spans."""
     growth = len(replacement) - len(mark)
     moved_spans = [
         (begin + growth * text[:begin].count(mark), end + growth * text[:end].count(mark)) for begin, end in spans
@@ -235,7 +235,7 @@ def collate(examples: Sequence[Example], processor: Any) -> dict[str, Any]:
     """Return a batch of the processor's tensors, such as `pixel_values`, with `labels` [batch, length].
 
     Raises:
-        PeftcoreError: the tokens of the processor depend on the batch.
+        PeftcoreError: the processor's tokens depend on the batch.
     """
     if mistral_chats.is_used_by(processor):
         return mistral_chats.collate(examples, processor)
@@ -293,7 +293,7 @@ def _process(
 
 
 def _read_recordings(paths: Sequence[str], processor: Any, where: str | None = None) -> list[Any]:
-    """Return the samples of recordings at the model's rate; one that is longer than the model reads is refused."""
+    """Return the samples of recordings at the model's rate, and refuse recordings that are too long for the model."""
     if not paths:
         return []
     extractor = processor.feature_extractor
@@ -308,22 +308,22 @@ def _open_images(paths: Sequence[str], where: str | None = None) -> list[Any]:
 
 
 def _adds_special(text: str, tokenizer: Any) -> bool:
-    """Return whether the tokenizer adds special tokens, by the rule of `ProcessorMixin.apply_chat_template`."""
+    """Return whether the tokenizer adds special tokens to a chat, as in `ProcessorMixin.apply_chat_template`."""
     return not (tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token))
 
 
 def _media_token_ids(processor: Any) -> set[int]:
-    """Return the ids of the tokens for images and audio, in templates and in model inputs."""
+    """Return the token ids of images and audio, as templates write them and as the model reads them."""
     holders = itertools.product((processor, processor.tokenizer), NAMES)
     tokens = [getattr(holder, f"{kind}_token", None) for holder, kind in holders]
     return {processor.tokenizer.convert_tokens_to_ids(token) for token in tokens if token is not None}
 
 
 def check_processor(processor: Any, model: str, *, hears: bool = False) -> Any:
-    """Return the processor of `model` after giving its chat template to its tokenizer.
+    """Return the processor of `model`, with the processor's chat template set on its tokenizer.
 
     Raises:
-        PeftcoreError: it does not support images, or, if it `hears`, audio.
+        PeftcoreError: the processor does not support images, or audio if `hears` is set.
     """
     if hears:
         return _check_audio_processor(processor, model)

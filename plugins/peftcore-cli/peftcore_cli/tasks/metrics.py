@@ -1,8 +1,8 @@
-"""Metrics on held-out examples: the mean loss and the task's figures.
+"""Metrics on held-out examples: the mean loss and the task's own metrics.
 
-F1 of a label is 2 TP / (2 TP + FP + FN). Macro F1 is its mean over the labels that occur or are predicted; micro F1
-uses the counts of all labels together (van Rijsbergen 1979; Yang 1999). Spearman's correlation is Pearson's on ranks,
-where equal values share their mean rank.
+F1 of a label is 2 TP / (2 TP + FP + FN). Macro F1 is the mean F1 over the labels that occur or are predicted. Micro F1
+uses the summed counts of all labels (van Rijsbergen 1979; Yang 1999). Spearman's correlation is Pearson's correlation
+of ranks, where equal values share their mean rank.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ TITLES = {
     "wer": "word error rate",
     "preference_accuracy": "preference accuracy",
 }
-# Figures that are shown as percentages.
+# Metrics that are shown as percentages.
 SHARES = ("accuracy", "macro_f1", "micro_f1", "entity_f1", "exact_match", "preference_accuracy", "recall_at_1", "wer")
 
 
 @dataclass(frozen=True)
 class Metrics:
-    """Mean loss over `count` predictions (tokens or examples), and the task's other figures.
+    """Mean loss over `count` predictions (tokens or examples), and the task's other metrics.
 
     Args:
         figures: other metrics by name, such as `accuracy`; empty for a language model.
         baseline: (name, accuracy) of a constant answer; for regression (name, loss).
-        confusion: confusion[label][answer] is a number of examples, for classification.
+        confusion: confusion[label][answer] is the number of examples, for classification.
     """
 
     loss: float
@@ -51,7 +51,7 @@ class Metrics:
         return math.exp(min(self.loss, 700.0))
 
     def as_dict(self) -> dict[str, float]:
-        """Return `loss`, and `perplexity` or the task's figures."""
+        """Return `loss`, and `perplexity` or the task's metrics, as a dict."""
         return {"loss": self.loss, **(self.figures or {"perplexity": self.perplexity})}
 
     def __str__(self) -> str:
@@ -87,9 +87,9 @@ def confusion_rows(confusion: list[list[int]], names: Sequence[str]) -> list[tup
 
 
 def of_classes(answers: Tensor, labels: Tensor, classes: int) -> Metrics:
-    """Return the metrics of predicted classes `answers` [n] against `labels` [n]; the loss is zero.
+    """Return the metrics of predicted classes `answers` [n] against `labels` [n], with a loss of zero.
 
-    The baseline always answers the most frequent class.
+    The baseline always predicts the most frequent class.
     """
     confusion = torch.bincount(labels * classes + answers, minlength=classes * classes).view(classes, classes)
     correct, label_counts, answer_counts = confusion.diagonal(), confusion.sum(1), confusion.sum(0)
@@ -99,7 +99,7 @@ def of_classes(answers: Tensor, labels: Tensor, classes: int) -> Metrics:
 
 
 def of_label_sets(answers: Tensor, labels: Tensor) -> Metrics:
-    """Return the metrics of sets of labels, [n, labels] of zeros and ones; each label counts separately."""
+    """Return the metrics of label sets, [n, labels] of zeros and ones. Each label counts separately."""
     answers, labels = answers.bool(), labels.bool()
     correct, label_counts, answer_counts = (answers & labels).sum(0), labels.sum(0), answers.sum(0)
     total = int(label_counts.sum() + answer_counts.sum())
@@ -112,7 +112,7 @@ def of_label_sets(answers: Tensor, labels: Tensor) -> Metrics:
 
 
 def of_numbers(answers: Tensor, labels: Tensor) -> Metrics:
-    """Return the metrics of numbers [n]; the loss is the mean squared error, the baseline always answers the mean."""
+    """Return the metrics of numbers [n]. The loss is the mean squared error; the baseline always predicts the mean."""
     answers, labels = answers.double(), labels.double()
     error = float((answers - labels).square().mean())
     figures = {"pearson": pearson(answers, labels), "spearman": pearson(ranks(answers), ranks(labels))}
@@ -127,7 +127,7 @@ def pearson(a: Tensor, b: Tensor) -> float:
 
 
 def ranks(values: Tensor) -> Tensor:
-    """Return 0-based ranks; equal values share their mean rank."""
+    """Return 0-based ranks, where equal values share their mean rank."""
     _, group, counts = values.unique(return_inverse=True, return_counts=True)
     return (counts.cumsum(0) - (counts + 1) / 2)[group].double()
 

@@ -1,7 +1,7 @@
 """Conversations for Mistral's audio models (Voxtral), whose processor uses mistral-common.
 
-Such a processor has no chat template: it turns a conversation into tokens and audio features. The tokens that an
-assistant's turn adds to those before it are learned, with the token that ends the turn.
+This processor has no chat template. It converts a conversation to tokens and audio features. The learned tokens are
+those of the assistant's turns, including the token that ends each turn.
 """
 
 from __future__ import annotations
@@ -50,10 +50,10 @@ def check_processor(processor: Any) -> Any:
 
 
 def examples(row: Row, processor: Any) -> list[Example]:
-    """Encode a conversation as one example, or one per turn if later turns change the tokens of earlier ones.
+    """Encode a conversation as one example, or one per turn if later turns change the tokens of earlier turns.
 
     Raises:
-        PeftcoreError: the processor rejects it, or turns cannot be separated from what came before.
+        PeftcoreError: the processor rejects the conversation, or a turn cannot be separated from the tokens before it.
     """
     messages = row.messages or []
     if row.images:
@@ -66,7 +66,7 @@ def examples(row: Row, processor: Any) -> list[Example]:
     last_ids = turn_examples[-1]["input_ids"] if turn_examples else []
     if any(example["input_ids"] != last_ids[: len(example["input_ids"])] for example in turn_examples):
         return turn_examples
-    # Every turn is a prefix of the last, which can therefore learn all of them.
+    # Every turn is a prefix of the last one, so a single example can learn all turns.
     for example in turn_examples[:-1]:
         labels = turn_examples[-1]["labels"]
         for i, label in enumerate(example["labels"]):
@@ -76,7 +76,7 @@ def examples(row: Row, processor: Any) -> list[Example]:
 
 
 def _turn(row: Row, turn: int, processor: Any) -> Example:
-    """Encode the conversation up to an assistant's turn, which is learned."""
+    """Encode a conversation up to and including an assistant turn, which is learned."""
     messages = row.messages or []
     if turn == 0:
         raise PeftcoreError(
@@ -111,7 +111,7 @@ def _count_recordings(messages: Messages) -> int:
 
 
 def _process(messages: Messages, sounds: Sequence[str], processor: Any, where: str | None = None) -> dict[str, Any]:
-    """Return the inputs of one conversation, [1, length] and [windows, bins, frames]; a final answer is left open."""
+    """Return the inputs of a conversation, [1, length] and [windows, bins, frames]; a final answer stays open."""
     paths, prepared = iter(sounds), []
     for message in messages:
         content = message.get("content")
@@ -126,7 +126,7 @@ def _process(messages: Messages, sounds: Sequence[str], processor: Any, where: s
     options = {"continue_final_message": is_open, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
     try:
         return dict(processor.apply_chat_template(prepared, **options))
-    except Exception as error:  # mistral-common raises errors of many classes, also of pydantic
+    except Exception as error:  # mistral-common raises errors of many classes, including pydantic's
         begin = f"{where}: " if where else ""
         text = " ".join(str(error).split())[:400]
         raise PeftcoreError(f"{begin}mistral-common rejects the conversation: {text}. Change the row") from error
@@ -145,10 +145,10 @@ def _audio_part(path: str, processor: Any, where: str | None) -> dict[str, Any]:
 
 
 def collate(examples: Sequence[Example], processor: Any) -> dict[str, Any]:
-    """Return a batch padded on the right, with the `input_features` [windows, bins, frames] of its recordings.
+    """Return a right-padded batch with the `input_features` [windows, bins, frames] of its recordings.
 
     Raises:
-        PeftcoreError: a recording can no longer be read.
+        PeftcoreError: a recording cannot be read.
     """
     length = max(len(example["input_ids"]) for example in examples)
     padding = processor.tokenizer.pad_token_id or 0

@@ -1,11 +1,11 @@
-"""Text embeddings, trained on pairs, triplets or pairs with a score (`--task pairs`).
+"""Text embeddings, trained on pairs, triplets or scored pairs (`--task pairs`).
 
 The embedding of a text is pooled from the last hidden states and normalised, so that dot products are cosines. For
 pairs and triplets (van den Oord et al. 2018, arXiv 1807.03748; sentence-transformers' MultipleNegativesRankingLoss):
 
     loss = mean over anchors of -log softmax(20 cos(anchor, candidate))[its own positive]
 
-where the candidates are the positives and negatives of the whole batch, except those with the same text as the anchor's
+where the candidates are all positives and negatives of the batch, except candidates with the same text as the anchor's
 positive. For scored pairs the loss is the mean of (cos(a, b) - score)^2 (CosineSimilarityLoss there).
 """
 
@@ -43,11 +43,12 @@ if TYPE_CHECKING:
 SCALE = 20.0
 POOLINGS = ("mean", "cls", "last")
 _FLAG = "pooling_mode_"
-_FILES = {"mean_tokens": "mean", "cls_token": "cls", "lasttoken": "last"}  # by names in sentence-transformers' files
+# {name in sentence-transformers' files: pooling}
+_FILES = {"mean_tokens": "mean", "cls_token": "cls", "lasttoken": "last"}
 
 
 class Pairs(Task):
-    """A base whose hidden states are pooled to one embedding per text."""
+    """A base whose hidden states are pooled to a text embedding."""
 
     name = "pairs"
     keys = (
@@ -76,7 +77,7 @@ class Pairs(Task):
         """Return a pair, a triplet or a scored pair.
 
         Raises:
-            PeftcoreError: a text is empty, or the score is not a number from -1 to 1; the message begins with `where`.
+            PeftcoreError: a text is empty, or the score is not a number from -1 to 1. The message begins with `where`.
         """
         names = [key for key in keys if key != "score"]
         texts = [text_of(where, key, fields[key]) for key in names]
@@ -119,11 +120,11 @@ class Pairs(Task):
             )
 
     def check_examples(self, examples: Sequence[Example], subset: str, batch_size: int | None = None) -> None:
-        """Raise a PeftcoreError if an anchor would have no candidate but its positive.
+        """Raise a PeftcoreError if an anchor's only candidate is its positive.
 
         Args:
             examples: pairs, triplets or scored pairs.
-            subset: how messages call them, such as "training".
+            subset: name of the examples in messages, such as "training".
             batch_size: batch size of training; None for evaluation, where all examples are candidates.
         """
         if examples[0]["labels"] is not None:
@@ -169,8 +170,8 @@ class Pairs(Task):
     def collate(self, examples: Sequence[Example], processor: PreTrainedTokenizerBase) -> dict[str, Any]:
         """Return one batch of all texts: first the anchors, then the positives, then the negatives.
 
-        `labels` [examples] are scores, or without scores the indices of the positives; `same` [examples, candidates]
-        marks other candidates with the same text as the positive.
+        `labels` [examples] are the scores, or without scores the indices of the positives. `same` [examples,
+        candidates] marks other candidates with the same text as the positive.
         """
         columns = list(zip(*(example["texts"] for example in examples), strict=True))
         tensors = as_batch([ids for column in columns for ids in column], processor.pad_token_id or 0)
@@ -198,9 +199,9 @@ class Pairs(Task):
 
     @contextlib.contextmanager
     def with_loss(self, model: nn.Module, about: AdapterTask) -> Iterator[None]:
-        """Inside the block, make `model` take batches of `collate` and add the loss to its output.
+        """Inside the block, let `model` take batches of `collate` and add the loss to its output.
 
-        Methods that initialise from data call the model itself, which has no loss for embeddings.
+        Methods that initialise from data call the model directly, and the model has no loss for embeddings.
         """
         pending: list[dict[str, Any]] = []
 
@@ -252,7 +253,7 @@ class Pairs(Task):
             }
             return Metrics(value, len(examples), figures)
         scores = (anchors @ candidates.T).masked_fill(is_same_text, float("-inf"))
-        # Candidates with an equal score count half, so that a constant model has the middle rank.
+        # Candidates with an equal score count half, so that a constant model gets the middle rank.
         own_scores = scores[torch.arange(len(labels)), labels][:, None]
         ranks = 1 + (scores > own_scores).sum(1) + ((scores == own_scores).sum(1) - 1) / 2
         figures = {"recall_at_1": float((ranks == 1).double().mean()), "mrr": float((1 / ranks).mean())}
@@ -281,10 +282,10 @@ class Pairs(Task):
 
 
 def pooling_of(model: str, pooling: str = "auto") -> str:
-    """Return the pooling: the one given, or that of the base's sentence-transformers files, or the mean.
+    """Return `pooling`, or with `auto` the pooling in the base's sentence-transformers files, by default the mean.
 
     Raises:
-        PeftcoreError: the pooling is unknown, or the base has layers after it.
+        PeftcoreError: the pooling is unknown, or the base has layers after the pooling.
     """
     if pooling != "auto":
         if pooling not in POOLINGS:
@@ -316,7 +317,7 @@ def pooling_of(model: str, pooling: str = "auto") -> str:
 
 
 def _load_json(model: str, name: str) -> Any:
-    """Return the contents of a base's JSON file (folder or hub), or None if there is none."""
+    """Return the contents of a JSON file of a base (a folder or a hub id), or None if it does not exist."""
     from transformers.utils import cached_file
 
     try:
@@ -379,7 +380,7 @@ def loss(embeddings: Tensor, labels: Tensor, is_same_text: Tensor | None) -> Ten
 
 
 def embed(model: nn.Module, texts: Sequence[Sequence[int]], padding: int, pooling: str, batch_size: int = 32) -> Tensor:
-    """Return the embeddings of texts in order, on the CPU, computed in batches of similar lengths."""
+    """Return the embeddings of texts in order, on the CPU; batches have texts of similar lengths."""
     device = next(model.parameters()).device
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
     parts = []

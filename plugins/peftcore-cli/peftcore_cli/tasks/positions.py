@@ -1,4 +1,4 @@
-"""Limits on the number of tokens, for models with a table of positions."""
+"""Check the number of tokens for models with a table of positions."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def check(model: nn.Module, tokens: int, advice: str = "Pass --max-length {}") -
     Args:
         model: the model.
         tokens: number of tokens of the longest text.
-        advice: what to do; `{}` is replaced by the number of positions.
+        advice: what the user can do; `{}` is replaced by the number of positions.
     """
     limit = number_of_positions(model)
     if limit is not None and tokens > limit:
@@ -29,11 +29,11 @@ def check(model: nn.Module, tokens: int, advice: str = "Pass --max-length {}") -
 
 @contextlib.contextmanager
 def generation_within(model: nn.Module, option: str) -> Iterator[None]:
-    """Turn the IndexError of an answer that exceeds the model's positions into a PeftcoreError.
+    """Inside the block, convert the IndexError of an answer that exceeds the model's positions to a PeftcoreError.
 
     Args:
         model: the model.
-        option: the option that limits answers, for the message.
+        option: option that limits answers, for the message.
     """
     try:
         yield

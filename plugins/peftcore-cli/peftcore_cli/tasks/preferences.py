@@ -1,4 +1,4 @@
-"""Base class of tasks on preference pairs, which say which of two answers to a prompt is better."""
+"""Base class of tasks on preference pairs: prompts with a chosen and a rejected answer."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Preferences(Judged):
         """Return a prompt with a chosen and a rejected answer.
 
         Raises:
-            PeftcoreError: an answer is empty or both are equal; the message begins with `where`.
+            PeftcoreError: an answer is empty, or both answers are equal. The message begins with `where`.
         """
         if image_turns.has_images(fields):
             raise PeftcoreError(f"{where}: --task {self.name} does not support images. Use --task image-dpo")
@@ -50,18 +50,18 @@ class Preferences(Judged):
         *,
         may_be_empty: bool = False,
     ) -> Encoded:
-        """Encode rows as `prompt_ids`, `chosen_ids` and `rejected_ids`; long prompts are truncated at the beginning.
+        """Encode rows as `prompt_ids`, `chosen_ids` and `rejected_ids`. Long prompts are truncated at the beginning.
 
         Raises:
-            PeftcoreError: a row has no tokens, both answers have the same tokens, or in every row they first differ
-                beyond `max_length`.
+            PeftcoreError: a row has no tokens, the two answers of a row have the same tokens, or no row has answers
+                that differ within `max_length` tokens.
         """
         examples, truncated, left_out = [], 0, 0
         for row in rows:
             chosen, rejected = (with_answer(row, answer, processor) for answer in (row.completion, row.rejected))
             begin = min(first_learned_index(chosen), first_learned_index(rejected))
             ids, rejected_ids = chosen["input_ids"], rejected["input_ids"]
-            # Tokens may merge across the end of the prompt, so the answers can differ before they begin.
+            # Tokens may merge across the end of the prompt, so the token sequences can differ before the answers start.
             prompt = next((i for i in range(begin) if ids[i] != rejected_ids[i]), begin)
             pair = (learned_tokens(chosen, prompt), learned_tokens(rejected, prompt))
             if pair[0] == pair[1]:
@@ -128,7 +128,7 @@ def log_likelihoods(model: nn.Module, examples: list[Example], tokenizer: PreTra
     inputs = {name: batch[name].to(device) for name in ("input_ids", "attention_mask", "labels")}
     logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits[:, :-1]
     targets = inputs["labels"][:, 1:]
-    # Row by row, because a training step makes no copies of the logits, and evaluation must not need more memory.
+    # One row at a time: a training step does not copy logits, and evaluation must not need more memory than training.
     rows = zip(logits, targets, strict=True)
     return -torch.stack([F.cross_entropy(x.float(), y, ignore_index=IGNORED, reduction="sum") for x, y in rows]).cpu()
 
@@ -149,7 +149,7 @@ def first_learned_index(example: Example) -> int:
 
 
 def learned_tokens(example: Example, begin: int) -> list[int]:
-    """Return the tokens from `begin` to the last learned one, without what the template writes after the answer."""
+    """Return the tokens from `begin` to the last learned token, without the template's text after the answer."""
     end = max(i for i, label in enumerate(example["labels"]) if label != IGNORED)
     return list(example["input_ids"][begin : end + 1])
 

@@ -1,4 +1,4 @@
-"""Registry of tasks: peftcore's own and those of plugins, all from the hook `peftcore_tasks`."""
+"""Registry of tasks: built-in tasks and tasks of plugins, from the hook `peftcore_tasks`."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ builtin(core_tasks)
 
 
 def tasks() -> list[Task]:
-    """Return all tasks, peftcore's own first.
+    """Return all tasks, built-in tasks first.
 
-    The first is the fallback for rows that no other task recognises.
+    The first task is the fallback for rows that no other task recognises.
     """
     from peftcore_cli.tasks.task import Task
 
@@ -28,7 +28,7 @@ def find(name: str) -> Task:
     """Return the task of this name.
 
     Raises:
-        PeftcoreError: there is none.
+        PeftcoreError: there is no such task.
     """
     known = {task.name: task for task in tasks()}
     if name not in known:
@@ -37,7 +37,7 @@ def find(name: str) -> Task:
 
 
 def names_with(attribute: str) -> str:
-    """Return the names of the tasks for which an attribute is true, for messages."""
+    """Return the names of the tasks whose attribute is true, for messages."""
     return join_names([task.name for task in tasks() if getattr(task, attribute)])
 
 

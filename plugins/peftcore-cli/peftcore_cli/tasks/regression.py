@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class Regression(Labelled):
-    """One output, trained with the squared error."""
+    """A base with a single output, trained with the squared error."""
 
     name = "regression"
     figures = ("pearson", "spearman")

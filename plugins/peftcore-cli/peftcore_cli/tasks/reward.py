@@ -26,7 +26,7 @@ from peftcore_cli.tasks.preferences import Preferences
 
 
 class Reward(Preferences):
-    """A base with one output, the reward of an answer.
+    """A base with a single output, the reward of an answer.
 
     `likelihoods` are the rewards of chosen and rejected answers, [examples, 2] per batch.
     """
@@ -65,14 +65,14 @@ class Reward(Preferences):
     def figures_of(
         self, policy: Likelihoods, reference: Likelihoods, examples: Sequence[Example], beta: float
     ) -> Metrics:
-        """Return the loss over all pairs, the accuracy and the mean margin; `reference` and `beta` are not used."""
+        """Return the loss over all pairs, the accuracy and the mean margin. `reference` and `beta` are not used."""
         chosen, rejected = torch.cat(policy).unbind(1)
         margin = chosen - rejected
         figures = {"preference_accuracy": float((margin > 0).double().mean()), "margin": float(margin.mean())}
         return Metrics(float(-F.logsigmoid(margin).mean()), len(examples), figures)
 
     def columns(self, examples: Sequence[Example]) -> list[Example]:
-        """Return the examples with the columns of TRL's RewardTrainer, prompts with answers."""
+        """Return the examples with the columns of TRL's RewardTrainer, which have the prompt before each answer."""
         return [
             {name: example["prompt_ids"] + example[name] for name in ("chosen_ids", "rejected_ids")}
             for example in examples

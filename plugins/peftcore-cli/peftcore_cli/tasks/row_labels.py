@@ -1,4 +1,4 @@
-"""The labels of rows, and the targets that a classifier learns."""
+"""Labels of rows, and the targets of a classifier."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ _MAX_SHOWN = 20  # labels listed by name
 
 
 def labels_of(rows: list[Row]) -> list[str]:
-    """Return the distinct labels, sorted as numbers if they are, otherwise alphabetically; none for regression.
+    """Return the distinct labels, in numerical order if all are numbers, otherwise alphabetically; none for regression.
 
     Raises:
-        PeftcoreError: all examples have one label or number, or no row has any.
+        PeftcoreError: all examples have the same label or number, or no row has a label.
     """
     if isinstance(rows[0].label, float):
         if len({row.label for row in rows}) < 2:
@@ -43,7 +43,7 @@ def labels_of(rows: list[Row]) -> list[str]:
 
 
 def counts_of(rows: list[Row]) -> str:
-    """Describe the counts of labels or tags, most frequent first; empty for regression."""
+    """Describe the counts of labels or tags, most frequent first; an empty text for regression."""
     counts: Counter[str] = Counter()
     for row in rows:
         if isinstance(row.label, str):
@@ -65,7 +65,7 @@ def targets(rows: list[Row], labels: list[str]) -> list[int] | list[float] | lis
     """Return the target of each row: the index of its label, its number, or a zero or one for every label.
 
     Raises:
-        PeftcoreError: a label is not known.
+        PeftcoreError: a label is unknown.
     """
     index = {label: i for i, label in enumerate(labels)}
     for row in rows:

@@ -17,7 +17,7 @@ from peftcore_cli.tasks.task import Task
 
 
 class Seq2Seq(Task):
-    """A model that reads a source and writes a target."""
+    """An encoder-decoder model."""
 
     name = "seq2seq"
     keys = (("source", "target"), ("prompt", "completion"), ("instruction", "output"))
@@ -49,7 +49,7 @@ class Seq2Seq(Task):
         *,
         may_be_empty: bool = False,
     ) -> Encoded:
-        """Encode rows as `input_ids` and `labels`, both truncated at the end.
+        """Encode rows as `input_ids` (source) and `labels` (target), both truncated at the end.
 
         The model derives the decoder's input from the labels. A target that is not truncated ends with the
         end-of-text token.

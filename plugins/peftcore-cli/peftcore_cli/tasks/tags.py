@@ -1,9 +1,9 @@
 """Token classification: a tag per word, such as named entities or parts of speech (`--task tags`).
 
-The tag of a word is learned, predicted and measured at its first token. If tags are `B-X` and `I-X`, optionally with
-`E-X` (last word of an entity) and `S-X` (entity of one word), entities are counted as in conlleval (Tjong Kim Sang and
-Buchholz 2000) and seqeval: an entity is correct if its type, beginning and end are, and `I-X` after another type or `O`
-begins one.
+The tag of a word is learned, predicted and measured at the word's first token. Entities are marked by `B-X` and `I-X`,
+optionally with `E-X` (last word of an entity) and `S-X` (entity with one word). They are counted as in conlleval (Tjong
+Kim Sang and Buchholz 2000) and seqeval: an entity is correct if its type, beginning and end are correct, and `I-X`
+after another type or `O` starts an entity.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _MARKS = ("B-", "I-", "E-", "S-")
 
 
 class Tags(Headed):
-    """A base that classifies every token."""
+    """A base with a new head that classifies every token."""
 
     name = "tags"
     keys = (("tokens", "tags"), ("tokens", "ner_tags"), ("words", "tags"))
@@ -57,7 +57,7 @@ class Tags(Headed):
         values = given_fields(where, fields, ("tokens", "words"), self)
         words = data_labels.names(next(iter(values.values()))) or ()
         row = row_of(where, {**values, "tags": ["O"] * len(words)}, self)
-        return replace(row, label=(about.labels[0],) * len(words))  # placeholders for the tags to predict
+        return replace(row, label=(about.labels[0],) * len(words))  # placeholder tags, which are predicted
 
     def head(self, labels: tuple[str, ...]) -> dict[str, Any]:
         return names_of(labels)
@@ -71,7 +71,7 @@ class Tags(Headed):
         *,
         may_be_empty: bool = False,
     ) -> Encoded:
-        """Encode rows as `input_ids` and `labels`; words beyond `max_length` tokens are dropped.
+        """Encode rows as `input_ids` and `labels`. Words beyond `max_length` tokens are dropped.
 
         Raises:
             PeftcoreError: a tag is unknown, or the tokenizer cannot map tokens to words.
@@ -122,7 +122,7 @@ class Tags(Headed):
 
     def answer_of(self, scores: Tensor, targets: Tensor, row: Row, labels: Sequence[str]) -> dict[str, Any]:
         tags = [labels[i] for i in scores[targets != IGNORED].argmax(-1).tolist()]
-        return {"tags": tags + [None] * (len(row.words) - len(tags))}  # words beyond the length have none
+        return {"tags": tags + [None] * (len(row.words) - len(tags))}  # words beyond the length have no tag
 
     @torch.no_grad()
     def answer(
@@ -155,7 +155,7 @@ def tagged_words(where: str, keys: tuple[str, str], words: Any, tags: Any) -> tu
     """Return (words, tags) of a row.
 
     Raises:
-        PeftcoreError: they are not lists of the same length, or a tag is NaN; the message begins with `where`.
+        PeftcoreError: the fields are not lists of the same length, or a tag is NaN. The message begins with `where`.
     """
     lists: list[tuple[str, ...]] = []
     for key, value in zip(keys, (words, tags), strict=True):
@@ -175,10 +175,10 @@ def tagged_words(where: str, keys: tuple[str, str], words: Any, tags: Any) -> tu
 
 
 def tokens_of(words: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_length: int) -> tuple[list[int], list[int]]:
-    """Return (tokens, index of the first token of each word) for as many words as fit.
+    """Return (tokens, index of the first token of each word) for the words that fit.
 
     Raises:
-        PeftcoreError: the tokenizer has no offsets, or no token begins with a word.
+        PeftcoreError: the tokenizer has no offsets, or no token starts at a word.
     """
     if not tokenizer.is_fast:
         raise PeftcoreError(
@@ -187,7 +187,7 @@ def tokens_of(words: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_leng
         )
     text = " ".join(words)
     encoded = tokenizer(text, truncation=True, max_length=max_length, return_offsets_mapping=True)
-    token_at: dict[int, int] = {}  # token by the character where it begins
+    token_at: dict[int, int] = {}  # {index of the first character: token}
     for i, (begin, end) in enumerate(encoded["offset_mapping"]):
         begin += len(text[begin:end]) - len(text[begin:end].lstrip())
         if begin < end:
@@ -205,7 +205,7 @@ def tokens_of(words: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_leng
 
 
 def figures(answers: Sequence[Tensor], tags: Sequence[Tensor], names: Sequence[str]) -> Metrics:
-    """Return accuracy and macro F1 over words, and the F1 of entities if tags mark any; the loss is zero.
+    """Return accuracy and macro F1 over words, and the F1 of entities if tags mark entities, with a loss of zero.
 
     Args:
         answers: predicted tags, per sentence.

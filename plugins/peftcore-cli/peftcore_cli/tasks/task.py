@@ -1,4 +1,4 @@
-"""The base class of tasks: reading rows, encoding, the trainer, evaluation and answers.
+"""Base class of tasks: how to read and encode rows, train, evaluate and answer.
 
 Each task is a subclass of `Task` in its own module, and `registered` finds it by name. The defaults are those of a
 causal language model; a task overrides what differs.
@@ -38,7 +38,7 @@ Keys = tuple[tuple[str, ...], ...]
 
 @dataclass(frozen=True)
 class Evaluation:
-    """How to evaluate examples, in a run or in `peftcore eval`.
+    """Settings of an evaluation, in a run or in `peftcore eval`.
 
     Attributes:
         processor: the tokenizer or processor.
@@ -47,7 +47,7 @@ class Evaluation:
         longest: tokens of the longest training example, so that evaluation takes no more memory than training; None
             for no limit.
         answer_count: number of held-out examples to answer.
-        answering: the prompts to answer, for tasks whose answers are compared with references.
+        answering: prompts to answer, for tasks whose answers are compared with references.
         answer_tokens: maximum number of tokens of an answer.
         reward: function that scores answers, or None.
     """
@@ -63,48 +63,48 @@ class Evaluation:
 
 
 class Task:
-    """A task; by default, training a causal language model.
+    """A task. The defaults describe training a causal language model.
 
     Attributes:
-        name: value of `--task`, also stored in run.json and peftcore_task.json.
+        name: value of `--task`, which run.json and peftcore_task.json also store.
         keys: the sets of fields that a row may have.
-        shown_keys: these sets as messages show them; None if rows are not lines of files.
-        columns_example: value of --columns for messages.
+        shown_keys: `keys` as messages show them; None if rows are not lines of files.
+        columns_example: example value of --columns, for messages.
         one_kind: whether all rows must have the same set of fields.
         streams: whether the task supports --streaming.
         model_class: name of the transformers class that loads the base.
-        needed_model: the base that the task needs, for messages; `{}` is replaced by the one found. None if
-            `check_config` raises the error.
-        new_head: whether the base gets a new head, which is trained.
+        needed_model: kind of base that the task needs, for messages. `{}` is replaced by the base that was found. None
+            if `check_config` raises the error.
+        new_head: whether the base gets a new, trained head.
         has_labels: whether the outputs of the head are named by labels.
         reads_tokens: whether the base has a tokenizer.
         replaces_head: whether checkpoints have a head for other labels, which is replaced.
-        has_positions: whether the number of tokens is limited by the base's positions.
+        has_positions: whether the base's positions limit the number of tokens.
         peft_task_type: `task_type` of PEFT's adapters for the task.
-        options: options that only this task, and other tasks that list them, take.
+        options: options that only apply to tasks that list them.
         least_beta: the smallest --beta; None if the task has no --beta.
         least_batch: the smallest --batch-size.
-        divides_batches: whether a batch can be divided by gradient accumulation without a change of the loss.
+        divides_batches: whether a batch can be split for gradient accumulation without changing the loss.
         learns_texts: whether the task is next-token prediction, with --pack, --teacher, --other-data and the loss
             without logits.
-        divides_by_tokens: whether the loss of a step is averaged over its tokens, across accumulated batches.
+        divides_by_tokens: whether the loss of a step is averaged over all tokens of the accumulated batches.
         counts_tokens: whether the number of tokens of a step is known.
         fixed_ranks: whether a run can only be resumed on the same number of ranks.
         requires: (package, extra of peftcore) of the libraries that training imports.
-        family: tasks of one family can continue each other's adapters.
+        family: name of a family of tasks that can continue each other's adapters.
         figures: names of the metrics besides the loss.
-        main_figure: the metric by which methods are compared.
-        writes: whether answers are compared with references (--eval-answers).
+        main_figure: metric that methods are compared by.
+        writes: whether the model generates answers that can be compared with references (--eval-answers).
         step_loss: `loss` of `peftcore.Step`, to estimate the memory of a step.
         sequences: number of sequences per example in a step.
         examples_count: whether the memory of a step depends on the examples.
         needs_examples: whether the memory of a step can only be estimated from examples.
-        unpredicted: why the memory of a step cannot be estimated, or None.
+        unpredicted: reason why the memory of a step cannot be estimated, or None.
         answers_texts: whether the model answers a text (--sample).
         generates: whether `peftcore generate` supports the task.
         takes_pairs: whether the model takes a second text.
         predicts: whether `peftcore predict` supports the task.
-        no_chat: why `peftcore chat` does not support the task, and the command to use; None if it does.
+        no_chat: reason why `peftcore chat` does not support the task, with the command to use; None if it does.
     """
 
     name: ClassVar[str]
@@ -160,11 +160,11 @@ class Task:
     # Rows
 
     def reads_files(self, paths: Sequence[str]) -> bool:
-        """Return whether these files belong to the task by their kind, whatever their content."""
+        """Return whether the task claims these files by their kind, without reading them."""
         return False
 
     def recognises(self, lines: FirstLines) -> bool:
-        """Return whether files that begin with these lines belong to the task; the last task that matches wins."""
+        """Return whether the task claims files that start with these lines. The last task that claims them wins."""
         return False
 
     def read(
@@ -178,7 +178,7 @@ class Task:
         Args:
             paths: the data sets.
             columns: {field: column of the files}.
-            records: the lines of each data set, if they have been read already.
+            records: lines of each data set, if they were already read.
 
         Raises:
             PeftcoreError: a file is missing or of another kind, or a line is invalid.
@@ -195,12 +195,12 @@ class Task:
             keys: the set of `keys` that the line matches.
 
         Raises:
-            PeftcoreError: a field is invalid; the message begins with `where`.
+            PeftcoreError: a field is invalid. The message begins with `where`.
         """
         return text_rows.row_of(where, fields, keys)
 
     def read_questions(self, paths: Sequence[str], columns: Mapping[str, str] | None, about: AdapterTask) -> list[Row]:
-        """Return examples to answer; their labels and answers are ignored.
+        """Return examples to answer, ignoring their labels and answers.
 
         Raises:
             PeftcoreError: a file is missing, empty or of another kind, or a line is invalid.
@@ -239,27 +239,27 @@ class Task:
         return True
 
     def from_peft(self, info: AdapterInfo) -> AdapterTask | None:
-        """Return the record of an adapter that PEFT wrote, if it is for this task."""
+        """Return the task record of an adapter that PEFT wrote, or None if the adapter is for another task."""
         from peftcore_cli.bases.adapter_folders import AdapterTask
 
         matches = self.peft_task_type is not None and info.task_type == self.peft_task_type
         return AdapterTask(self.name, 512) if matches else None
 
     def continues(self, other: Task, *, is_recorded: bool = True, labels: Sequence[str] = ()) -> bool:
-        """Return whether an adapter of another task can be trained further for this one.
+        """Return whether training for this task can continue from another task's adapter.
 
         Args:
             other: the adapter's task.
-            is_recorded: whether the folder records the task; folders of PEFT do not.
+            is_recorded: whether the folder records the task, which PEFT's folders do not.
             labels: labels of the adapter.
         """
         return other.name == self.name or (self.family is not None and self.family == other.family)
 
     def prepare(self, processor: Any, about: AdapterTask, base: str) -> AdapterTask:
-        """Set up the processor as the record says, and return the record completed from the base.
+        """Set up the processor according to the task record, and return the record completed from the base.
 
         Raises:
-            PeftcoreError: they contradict each other.
+            PeftcoreError: the record contradicts the processor or the base.
         """
         return about
 
@@ -282,7 +282,7 @@ class Task:
 
         Args:
             examples: encoded examples.
-            subset: how messages call them, such as "training".
+            subset: name of the examples in messages, such as "training".
             batch_size: batch size of training; None for evaluation.
         """
 
@@ -302,7 +302,7 @@ class Task:
             processor: the tokenizer or processor.
             max_length: maximum number of tokens of an example.
             labels: names of the base's outputs.
-            may_be_empty: whether the result may have no token to learn.
+            may_be_empty: whether to allow a result without a token to learn.
 
         Raises:
             PeftcoreError: a row has no tokens, or there is no token to learn.
@@ -321,7 +321,7 @@ class Task:
         return [length(each) for each in examples]
 
     def as_texts(self, examples: Sequence[Example]) -> Sequence[Example]:
-        """Return the examples as the base takes them, for methods that initialise from data."""
+        """Return the examples as inputs of the base, for methods that initialise from data."""
         return examples
 
     # Training
@@ -329,7 +329,7 @@ class Task:
     def trainer(
         self, arguments: dict[str, Any], settings: Settings, processor: Any, about: AdapterTask, teacher: Any = None
     ) -> Measuring:
-        """Return the trainer; `arguments` are those that all trainers take."""
+        """Return the trainer. `arguments` are the arguments that all trainers take."""
         from peftcore_cli.training.trainers import MeasuringTrainer
 
         collate = self.collator(processor)
@@ -340,13 +340,13 @@ class Task:
         return lambda examples: self.collate(examples, processor)
 
     def arguments(self, settings: Settings) -> tuple[type[TrainingArguments], dict[str, Any]]:
-        """Return the class of the training arguments, and the arguments that only this task passes."""
+        """Return the class of the training arguments, and the arguments that are specific to this task."""
         from transformers import TrainingArguments
 
         return TrainingArguments, {}
 
     def examples_per_epoch(self, examples: int, settings: Settings) -> int:
-        """Return the number of examples per epoch, given the number of encoded ones."""
+        """Return the number of examples per epoch, given the number of encoded examples."""
         return examples
 
     @contextlib.contextmanager
@@ -365,7 +365,7 @@ class Task:
         return generations.answer_count(self, metric, requested)
 
     def reference(self, model: nn.Module, examples: Sequence[Example], evaluation: Evaluation) -> Any:
-        """Return the outputs before training that `measure` compares with, or None."""
+        """Return the outputs of the model before training that `measure` compares with, or None."""
         return None
 
     def measure(
@@ -377,14 +377,14 @@ class Task:
         answers: bool = True,
         reference: Any = None,
     ) -> Metrics:
-        """Return the metrics of `model` on `examples`, independent of batching; no random numbers are drawn.
+        """Return the metrics of `model` on `examples`, independent of batching and without drawing random numbers.
 
         Args:
             model: the model.
             examples: encoded examples.
-            evaluation: how to evaluate them.
-            answers: whether to also answer them, as for the held-out examples.
-            reference: result of `reference`; None to compare with the base.
+            evaluation: settings of the evaluation.
+            answers: whether to also generate answers, as for the held-out examples.
+            reference: result of the method `reference`; None to compare with the base.
         """
         loss_metrics = text_examples.measure(model, examples, self, evaluation)
         if evaluation.answering is None or not answers:
@@ -431,7 +431,7 @@ class Task:
     def predict(
         self, model: PreTrainedModel, rows: Sequence[Row], processor: Any, about: AdapterTask, *, answer_tokens: int
     ) -> list[dict[str, Any]]:
-        """Return the answer to each row of `read_questions` as a JSON object, for a task that `predicts`."""
+        """Return the answer to each row of `read_questions` as a JSON object, for tasks with `predicts`."""
         raise NotImplementedError
 
     def write_merged(self, folder: Path, model: PreTrainedModel, about: AdapterTask, base: str) -> None:

@@ -1,4 +1,4 @@
-"""Encoding of texts and conversations as token ids with labels, batches of them, and their loss."""
+"""Encode texts and conversations as token ids with labels, collate them, and compute their loss."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def encode(
     end.
 
     Raises:
-        PeftcoreError: a row has no tokens, or no token is left to learn and not `may_be_empty`.
+        PeftcoreError: a row has no tokens, or no token is left to learn and `may_be_empty` is False.
     """
     parts = []
     for is_chat, group in itertools.groupby(rows, key=lambda row: row.messages is not None):
@@ -97,7 +97,7 @@ def _encode_conversations(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBas
 
 
 def collate(examples: Sequence[Example], padding: int) -> dict[str, Any]:
-    """Return a padded batch; `packing` collates packed rows.
+    """Return a padded batch. Packed rows are collated by `packing`.
 
     `input_ids` and `attention_mask` are [batch, length]. `labels` are [batch, length] if each token has one, [batch]
     for classes or numbers, or [batch, labels] of zeros and ones.
@@ -116,7 +116,7 @@ def collate(examples: Sequence[Example], padding: int) -> dict[str, Any]:
             [[1] * len(e["input_ids"]) + [0] * (length - len(e["input_ids"])) for e in examples]
         ),
     }
-    if any("token_type_ids" in example for example in examples):  # which text of a pair a token is of
+    if any("token_type_ids" in example for example in examples):  # marks the second text of a pair
         segments = [example.get("token_type_ids", [0] * len(example["input_ids"])) for example in examples]
         tensors["token_type_ids"] = torch.tensor([segment + [0] * (length - len(segment)) for segment in segments])
     if isinstance(examples[0]["labels"], list):
@@ -129,10 +129,10 @@ def outputs(
 ) -> Iterator[tuple[Tensor, Any]]:
     """Yield (labels, output of the model) for batches of similar lengths.
 
-    With `evaluation.longest`, a batch has no more tokens, including padding, than a training batch.
+    With `evaluation.longest`, a batch has at most as many tokens, including padding, as a training batch.
 
     Raises:
-        PeftcoreError: the model has no position for a token.
+        PeftcoreError: a text has more tokens than the model has positions.
     """
     if task.has_positions and "position_ids" not in examples[0]:
         positions.check(model, max(task.lengths(examples)))
@@ -150,8 +150,8 @@ def outputs(
 
 
 def measure(model: nn.Module, examples: Sequence[Example], task: Task, evaluation: Evaluation) -> Metrics:
-    """Return the mean loss over all predicted tokens, independent of batching; no random numbers are drawn."""
-    begin = 0 if is_encoder_decoder(model) else 1  # a causal model does not predict the first token
+    """Return the mean loss over all predicted tokens, independent of batching and without drawing random numbers."""
+    begin = 0 if is_encoder_decoder(model) else 1  # causal models do not predict the first token
     loss, count = 0.0, 0
     with evaluated_without_logits(model):
         for labels, output in outputs(model, examples, task, evaluation):

@@ -25,7 +25,7 @@ def generate_text(
     seed: int = 0,
     streamer: Any = None,
 ) -> str:
-    """Return the answer of a language model to `prompt`: greedy, or sampled at a temperature above 0.
+    """Return a language model's answer to `prompt`: greedy, or sampled at a temperature above 0.
 
     Args:
         model: the model.
@@ -63,7 +63,7 @@ def generate_text(
 
 
 def end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int] | None:
-    """Return the tokens that end an answer: those of the tokenizer and of the generation config (end of turn)."""
+    """Return the tokens that end an answer, from the tokenizer and the generation config."""
     config_tokens = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     tokens = [tokenizer.eos_token_id, *(config_tokens if isinstance(config_tokens, list) else [config_tokens])]
     return sorted({token for token in tokens if token is not None}) or None

@@ -1,1 +1,1 @@
-"""Training runs: the forecast before a run, the run itself, and what it reports."""
+"""Training runs: the memory forecast, the run and its report."""

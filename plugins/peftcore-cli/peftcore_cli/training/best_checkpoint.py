@@ -1,6 +1,6 @@
 """The best checkpoint by a held-out metric (`--load-best`, `--metric`), and early stopping (`--patience`).
 
-Both are derived from Trainer's log, which every checkpoint contains, so a resumed run continues with them.
+Both are derived from Trainer's log. Every checkpoint contains the log, so they survive resuming.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Best:
 
 
 def keeps_best(run_options: RunOptions) -> bool:
-    """Return whether to save the best adapter instead of the last."""
+    """Return whether to save the best adapter instead of the last one."""
     return run_options.load_best or run_options.patience is not None
 
 
@@ -83,7 +83,7 @@ def check(run_options: RunOptions, task: str) -> None:
 
 
 def arguments(run_options: RunOptions, default_interval: int) -> dict[str, Any]:
-    """Return Trainer's arguments for keeping the best checkpoint; `often`: steps between evaluations by default."""
+    """Return Trainer's arguments for keeping the best checkpoint. `often` is the default of --eval-every."""
     if not keeps_best(run_options):
         return {}
     metric = generations.name_of(run_options.metric or "loss")
@@ -96,7 +96,7 @@ def arguments(run_options: RunOptions, default_interval: int) -> dict[str, Any]:
 
 
 def of_run(run_options: RunOptions) -> BestCheckpoint | None:
-    """Return the callback that keeps the best checkpoint, or None to save the last one."""
+    """Return the callback that tracks the best checkpoint, or None to save the last one."""
     return (
         BestCheckpoint(generations.name_of(run_options.metric or "loss"), run_options.patience)
         if keeps_best(run_options)
@@ -109,7 +109,7 @@ class BestCheckpoint(TrainerCallback):
 
     Args:
         metric: name of the metric.
-        patience: number of evaluations without improvement after which to stop; None to never stop early.
+        patience: number of evaluations without improvement after which to stop, or None.
     """
 
     def __init__(self, metric: str = "loss", patience: int | None = None) -> None:
@@ -118,7 +118,7 @@ class BestCheckpoint(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if state.best_global_step:  # the folder of the run may have been moved
+        if state.best_global_step:  # the run's folder may have been moved
             folder = Path(args.output_dir) / f"checkpoint-{state.best_global_step}"
             if is_complete(folder):
                 state.best_model_checkpoint = str(folder)
@@ -169,7 +169,7 @@ def evaluations(history: Sequence[dict[str, Any]], metric: str) -> list[float]:
 
 
 def without_improvement(values: Sequence[float], *, is_lower_better: bool) -> int:
-    """Return the number of values since the best one; NaN is never the best."""
+    """Return the number of values after the best one. NaN is never the best."""
     best, count = float("inf"), 0
     for value in values:
         value = value if is_lower_better else -value

@@ -21,7 +21,7 @@ class Panel:
         title: name of the measure, with its unit.
         values: one number per row.
         texts: label next to each value.
-        spreads: half the length of each row's error bar; with error bars, rows are points instead of bars.
+        spreads: half the length of each row's error bar. Rows with error bars are points instead of bars.
         lines: (value, name) of vertical reference lines.
         log: whether the axis is logarithmic.
     """
@@ -35,7 +35,7 @@ class Panel:
 
 
 def small_multiples(labels: Sequence[str], panels: Sequence[Panel], reference: str, title: str) -> bytes:
-    """Draw panels side by side as a PNG, with rows from the top; the row `reference` is grey."""
+    """Draw panels side by side as a PNG. The first row is at the top, and the row `reference` is grey."""
     from matplotlib.figure import Figure
 
     height = 1.3 + 0.38 * len(labels)
@@ -47,7 +47,7 @@ def small_multiples(labels: Sequence[str], panels: Sequence[Panel], reference: s
     colours = [GREY if label == reference else BLUE for label in labels]
     for axes, panel in zip(grid, panels, strict=True):
         axes.set_title(panel.title, fontsize=10, color=INK, loc="left")
-        if panel.log:  # a bar needs a zero
+        if panel.log:  # bars start at zero
             axes.scatter(panel.values, rows, color=colours, s=36)
         elif panel.spreads is None:
             axes.barh(rows, panel.values, height=0.55, color=colours)
@@ -71,7 +71,7 @@ def small_multiples(labels: Sequence[str], panels: Sequence[Panel], reference: s
                 va="top",
                 fontsize=8.5,
                 color=ORANGE,
-                bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},  # another line may pass behind it
+                bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},  # keeps the label readable
             )
         axes.spines[["top", "right", "left"]].set_visible(False)
         axes.spines["bottom"].set_color(GREY)
@@ -86,7 +86,7 @@ def small_multiples(labels: Sequence[str], panels: Sequence[Panel], reference: s
 
 
 def _limits(axes: Axes, panel: Panel) -> None:
-    """Set the limits of the axis, with space for the labels on the right."""
+    """Set the axis limits, with space for the labels on the right."""
     if panel.log:
         axes.set_xscale("log")
         low, high = min(panel.values), max(panel.values)

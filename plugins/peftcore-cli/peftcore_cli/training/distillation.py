@@ -26,7 +26,7 @@ from peftcore_cli.tasks.conversations import IGNORED
 from peftcore_cli.tasks.encoded_examples import Example
 from peftcore_cli.training.trainers import MeasuringTrainer
 
-_ROWS = 1024  # tokens compared at once, in fp32
+_ROWS = 1024  # number of tokens compared at a time, in fp32
 
 
 def check_teacher(run_options: RunOptions, task: str) -> str:
@@ -61,7 +61,7 @@ def of_run(
     """Return the frozen teacher of a run, or None if it has none.
 
     Raises:
-        PeftcoreError: its tokenizer differs from the model's, or it cannot separate packed examples.
+        PeftcoreError: the teacher's tokenizer differs from the model's, or the teacher cannot separate packed examples.
     """
     if settings.teacher is None:
         return None
@@ -87,7 +87,7 @@ def of_run(
 def divergence(logits: Tensor, teacher_logits: Tensor, labels: Tensor) -> Tensor:
     """Return the sum of KL(teacher || model) over the learned tokens.
 
-    Logits that only one of the models has, from a padded embedding, are ignored.
+    Logits that only one of the models has (from a padded embedding) are ignored.
 
     Args:
         logits: logits of the model, [batch, length, vocabulary].

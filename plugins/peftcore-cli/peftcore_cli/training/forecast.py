@@ -1,4 +1,4 @@
-"""Forecast of a run's peak memory, printed before anything is loaded and compared with the measured peak."""
+"""Forecast of a run's peak memory, printed before the model is loaded and compared with the measured peak."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ class Forecast:
     Args:
         libraries: resident bytes of the process when the forecast was made; 0 on a GPU.
         room: free bytes at that time.
-        together: number of processes of the run that share this memory.
-        lighter: further options that would reduce the memory of this run.
+        together: number of the run's processes that share this memory.
+        lighter: additional options that would reduce the memory of this run.
     """
 
     estimate: peftcore.Estimate
@@ -55,7 +55,7 @@ class Forecast:
 
     @property
     def needed(self) -> float:
-        """Bytes that the run needs beyond what its processes have."""
+        """Bytes that the run needs in addition to the current memory of its processes."""
         estimate = self.estimate
         if self.on_card:
             return estimate.reserved - (estimate.peak - estimate.least)
@@ -101,7 +101,7 @@ def step_options(task: str, precision: str, parallel: str | None, processes: int
 
 
 def step_data(settings: Settings, rows: Sequence[Row] | None = None) -> dict[str, Any]:
-    """Return the arguments of `peftcore.Step` that depend on the data; without data, those for texts.
+    """Return the arguments of `peftcore.Step` that depend on the data. Without data, assume texts.
 
     Args:
         settings: settings of the run.
@@ -150,7 +150,7 @@ def dtype_of_base(settings: Settings, labels: tuple[str, ...] = ()) -> torch.dty
 def forecast(
     settings: Settings, length: int, labels: tuple[str, ...], examples: Sequence[Example], processor: Any
 ) -> Forecast | None:
-    """Return the forecast of a run, or print why there is none and return None.
+    """Return the forecast of a run, or print the reason why the memory is not predicted and return None.
 
     Args:
         settings: settings of the run.
@@ -199,7 +199,7 @@ def _estimate(
             length=tokens_of_step(length, settings.task, base.config),
             optimizer=settings.optim,
             gradient_checkpointing=settings.gradient_checkpointing,
-            gradient_accumulation=min(2, settings.grad_accum),  # from the second batch on, each takes the same memory
+            gradient_accumulation=min(2, settings.grad_accum),  # the memory is the same from the second batch on
             without_logits=is_without_logits(settings),
             fused=is_fused(settings),
             recompute=settings.recompute,
@@ -212,19 +212,19 @@ def _estimate(
 def with_memory(
     settings: Settings, processor: Any, labels: tuple[str, ...], examples: Examples, *, force: bool
 ) -> tuple[Settings, Forecast | str | None]:
-    """Return the settings with the base's dtype, and the forecast; a reason if there is none, or None if it is printed.
+    """Return the settings with the base's dtype, and the forecast, a reason for its absence, or None if it was printed.
 
-    Print a returned reason only after the model has its adapter, because it may turn out to be an error of the run.
+    Print a returned reason only after applying the adapter, because it may turn out to be an error of the run.
 
     Args:
         settings: settings of the run.
         processor: the tokenizer or processor.
         labels: labels of a classifier.
         examples: encoded examples.
-        force: whether to run even if the predicted memory is not available.
+        force: whether to run even if the predicted memory exceeds the free memory.
 
     Raises:
-        PeftcoreError: the predicted memory is not available, unless `force`.
+        PeftcoreError: the predicted memory exceeds the free memory and `force` is False.
     """
     choice = dtype_choice.of_run(settings, labels)
     settings = replace(settings, dtype=choice.say())
@@ -238,13 +238,13 @@ def with_memory(
         predicted = replace(predicted, lighter=("--dtype bf16",))
     say(str(predicted))
     if not force:
-        checked = predicted  # of several processes the first decides, because free memory changes
+        checked = predicted  # rank 0 decides for all ranks, because free memory changes over time
         ranks.once(lambda: refuse_if_too_large(checked, settings), together=True)
     return settings, predicted
 
 
 def refuse_if_too_large(prediction: Forecast, settings: Settings) -> None:
-    """Raise a PeftcoreError if a run needs more memory than is free, with options that reduce it."""
+    """Raise a PeftcoreError that suggests lighter options if a run needs more memory than is free."""
     if prediction.needed <= prediction.room:
         return
     options = [
@@ -262,8 +262,7 @@ def refuse_if_too_large(prediction: Forecast, settings: Settings) -> None:
 def fit(settings: Settings, rows: Sequence[Row]) -> Settings:
     """Choose a batch size, gradient checkpointing and optimizer that fit into memory.
 
-    Gradient accumulation keeps the number of examples per step. Of several processes the first chooses for all.
-    Collective.
+    Gradient accumulation keeps the number of examples per step constant. Rank 0 chooses for all ranks. Collective.
 
     Raises:
         PeftcoreError: nothing fits, or the memory of the run cannot be predicted.
@@ -312,7 +311,7 @@ def _fit(settings: Settings, rows: Sequence[Row]) -> Settings:
 
 
 def _fit_whole_batch(settings: Settings, config: Any, fixed: dict[str, Any]) -> Settings:
-    """Choose as `fit` does, but keep the batch whole, because its texts are compared with each other."""
+    """Choose like `fit`, but keep the batch size, because the task compares the texts of a batch."""
     method = None if settings.method == FULL else settings.method
     for checkpointing, optimizer in ((False, PLAIN), (True, PLAIN), (True, PAGED)):
         step = replace(
@@ -328,7 +327,7 @@ def _fit_whole_batch(settings: Settings, config: Any, fixed: dict[str, Any]) -> 
 
 
 def _with_way(settings: Settings, batch_size: int, optimizer: str, *, gradient_checkpointing: bool) -> Settings:
-    """Return the settings with this batch size and optimizer, and the same number of examples per step.
+    """Return the settings with this batch size and optimizer, but the same number of examples per step.
 
     Raises:
         PeftcoreError: the task needs at least two examples per batch, and no such batch fits and divides the step.
@@ -360,7 +359,7 @@ def _with_way(settings: Settings, batch_size: int, optimizer: str, *, gradient_c
 
 
 def unknown(task: str) -> str | None:
-    """Return why the memory of a step of this task cannot be predicted, or None if it can."""
+    """Return the reason why the memory of this task's steps cannot be predicted, or None."""
     return registered.find(task).unpredicted
 
 

@@ -1,4 +1,4 @@
-"""What makes a run's steps lighter: fused operators, and the loss without logits, which is checked on a few rows."""
+"""Lighter training steps: fused operators, and the loss without logits, which is tested on a few rows first."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def fuse(model: PreTrainedModel, settings: Settings) -> None:
 def use_loss_without_logits(
     model: PreTrainedModel, settings: Settings, rows: list[Example], tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    """Compute the loss without logits according to `settings`; `auto` tests on a few rows that the loss is the same.
+    """Compute the loss without logits according to `settings`; `auto` tests it on a few rows first.
 
     Raises:
         PeftcoreError: the setting is `on`, and the loss needs the logits.

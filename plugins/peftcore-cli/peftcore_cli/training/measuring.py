@@ -1,4 +1,4 @@
-"""Evaluation of a run's model: on held-out examples, on each data set, and on other domains."""
+"""Evaluate a run's model on held-out examples, on each data set, and on texts from another domain."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ class Evaluator:
         processor: the tokenizer or processor.
         about: what the adapter is trained for.
         examples: encoded examples of the run.
-        rows: the held-out rows; the first are answered.
-        clock: clock of the run, whose part `evaluation` is updated.
+        rows: the held-out rows. The first rows are answered.
+        clock: clock of the run, whose part `evaluation` counts the time.
     """
 
     def __init__(
@@ -87,13 +87,13 @@ def evaluation_of(
     longest: int | None = None,
     batch_size: int | None = None,
 ) -> Evaluation:
-    """Return how to evaluate examples, according to options.
+    """Return the settings of an evaluation, according to options.
 
     Args:
         run_options: --metric, --eval-answers, --answer-tokens, --reward, and --batch-size unless it is passed.
         processor: the tokenizer or processor.
         about: what the adapter is trained for.
-        rows: the examples; the first are answered.
+        rows: the examples. The first rows are answered.
         longest: tokens of the longest training example; None for no limit.
         batch_size: examples per batch.
     """

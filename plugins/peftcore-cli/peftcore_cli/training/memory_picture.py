@@ -1,4 +1,4 @@
-"""Picture of memory over a training step: predicted by purpose, and measured."""
+"""Plot of memory over a training step: predicted, by purpose, and measured."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 _PURPOSES = tuple(Purpose)
 
-# The layers of the picture from bottom to top: their purposes and colour.
+# The layers of the plot from bottom to top: their purposes and colour.
 _LAYERS = {
     "weights": ((Purpose.BASE, Purpose.GATHERED), "#c9d3e3"),
     "adapters": ((Purpose.ADAPTERS,), "#7c9ccb"),
@@ -33,13 +33,13 @@ _LAYERS = {
 
 
 def stack(estimate: Estimate) -> tuple[list[float], dict[str, list[int]]]:
-    """Return (positions in the step, bytes of each layer of the picture at these positions).
+    """Return (positions in the step, bytes of each layer of the plot at these positions).
 
-    A position counts completed phases: 1.5 is the middle of the second phase, measured in floating-point operations.
+    Positions count completed phases: 1.5 is the middle of the second phase, in floating-point operations.
     """
     phase_starts = [first_operation for first_operation, _ in estimate.phases]
     count = len(estimate.operations)
-    # Every call counts as a million operations at least, so that phases without matrix products have a width.
+    # Every call counts as at least a million operations, so that phases without matrix products have a width.
     flops_before = [0.0, *itertools.accumulate(operation.cost.flops + 1e6 for operation in estimate.operations)]
     positions: list[float] = []
     for number, _ in estimate.timeline:
@@ -69,7 +69,7 @@ def picture(forecast: Forecast, trace: Trace | None, width: float = 9.0) -> byte
     axes = figure.add_subplot()
     _draw_layers(axes, forecast)
     low, high = forecast.peak.low / 1e9, forecast.peak.high / 1e9
-    # A range of one value would have no height.
+    # A range with a single value would have no height.
     axes.axhspan(low, max(high, 1.002 * low), color=INK, alpha=0.25, linewidth=0, label="predicted peak")
     phases = [name for _, name in forecast.estimate.phases]
     measured = [] if trace is None else trace.by_phase(len(phases))

@@ -1,4 +1,4 @@
-"""Trace of memory during a training step: samples, and the ends of phases."""
+"""Trace of memory during a training step: samples, and the times at which phases end."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Trace:
     """Samples of one step.
 
     Args:
-        samples: (seconds since any origin, bytes).
+        samples: (seconds since an arbitrary origin, bytes).
         ends: the start of the step, then the end of each phase: forward and backward of each batch, then the optimizer.
     """
 
@@ -38,8 +38,8 @@ class Trace:
         """Return (position, bytes) of each sample; position 1.5 is the middle of the second phase.
 
         Args:
-            count: number of phases to return. If a step had more, from more batches, the first two and the last ones
-                are returned; if it had fewer, none.
+            count: number of phases to return. If a step had more phases (from more batches), the first two and the last
+                ones are returned. If it had fewer, the result is empty.
         """
         surplus = len(self.ends) - 1 - count
         if surplus < 0:
@@ -54,10 +54,10 @@ class Trace:
 
 
 class MemoryTrace(TrainerCallback):
-    """Keeps the trace of the step with the highest peak, except the first, which creates the optimizer's state.
+    """Keeps the trace of the step with the highest peak, except the first step, which creates the optimizer's state.
 
     Args:
-        model: the trained model; the end of its forward ends a phase.
+        model: the trained model. The end of its forward pass ends a phase.
         memory: function that returns the bytes in use.
     """
 

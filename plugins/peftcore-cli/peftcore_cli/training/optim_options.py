@@ -1,4 +1,4 @@
-"""`--optim-args`: optimizer arguments, some of which are arguments of Trainer itself."""
+"""`--optim-args`: optimizer arguments, and arguments of Trainer for the optimizer."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from peftcore.errors import PeftcoreError
 
 
 def arguments(optim_args: str | None) -> dict[str, Any]:
-    """Convert `optim_args` to arguments of Trainer, which has separate ones for `betas` and `eps`.
+    """Convert `optim_args` to arguments of Trainer, which has separate arguments for `betas` and `eps`.
 
-    Trainer itself would split `optim_args` at every comma, including the one in betas=(0.9,0.95).
+    Trainer would split `optim_args` at every comma, including the comma in betas=(0.9,0.95).
 
     Raises:
-        PeftcoreError: it is not a list of NAME=VALUE, or the value of `betas` or `eps` is invalid.
+        PeftcoreError: the text is not a list of NAME=VALUE, or the value of `betas` or `eps` is invalid.
     """
     trainer_arguments: dict[str, Any] = {}
     others = []

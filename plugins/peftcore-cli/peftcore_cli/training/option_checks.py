@@ -1,4 +1,4 @@
-"""Checks that the options of `train` fit the task and each other, before anything is loaded."""
+"""Check that the options of `train` fit the task and each other, before anything is loaded."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from peftcore_cli.tasks.task import Task
 
 
 def check(run_options: RunOptions, display: Display, name: str, data: Sequence[str], *, continues: bool) -> None:
-    """Raise a PeftcoreError for options that contradict the task or each other.
+    """Raise a PeftcoreError for options that contradict the task or other options.
 
     Args:
         run_options: options of the run.
-        display: options of what the run shows.
+        display: options about what the run prints and logs.
         name: name of the task.
         data: values of `--data`.
         continues: whether the run starts from an adapter.

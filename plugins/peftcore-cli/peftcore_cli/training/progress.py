@@ -1,6 +1,7 @@
 """Progress of a training run: a bar with loss, tokens per second and memory, and a line per evaluation.
 
-The first Ctrl-C (or SIGTERM) stops the run after the current step with a checkpoint, the second one immediately.
+The first Ctrl-C (or SIGTERM) stops the run after the current step and writes a checkpoint. The second one stops it
+immediately.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class TaskWriter(TrainerCallback):
-    """Writes the record of the task into each checkpoint, so that commands can read it like an adapter."""
+    """Writes the task record into each checkpoint, so that commands can read checkpoints like adapters."""
 
     def __init__(self, task: AdapterTask | None) -> None:
         self.task = task
@@ -43,7 +44,7 @@ class TaskWriter(TrainerCallback):
 
 
 class Meter(TrainerCallback):
-    """Measures and shows training time and tokens, from the start of this process."""
+    """Measures and shows training time and tokens since the start of this process."""
 
     def __init__(self) -> None:
         self.steps: list[float] = []  # duration of each step in seconds
@@ -51,7 +52,7 @@ class Meter(TrainerCallback):
         self._tokens_before = 0
         self._began = 0.0
         self._loss = float("nan")
-        self._extra: list[float] = []  # the method's additional loss
+        self._extra: list[float] = []  # additional loss of the method
         self._progress: Progress | None = None
         self._bar: Any = None
 
@@ -102,7 +103,7 @@ class Meter(TrainerCallback):
                     f"training has diverged: the loss is {self._loss} at step {state.global_step}. Start again with "
                     "a lower learning rate: --lr LR --overwrite"
                 )
-            every = max(1, state.max_steps // 20)  # steps between lines, if the output is not a terminal
+            every = max(1, state.max_steps // 20)  # steps between progress lines, if the output is not a terminal
             if self._progress is None and state.global_step % every == 0:
                 say(f"step {state.global_step}/{state.max_steps}  {self._facts()}")
 
@@ -129,7 +130,9 @@ class OrderlyStop(TrainerCallback):
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> OrderlyStop:
-        if threading.current_thread() is threading.main_thread():  # Python allows handlers in the main thread only
+        if (
+            threading.current_thread() is threading.main_thread()
+        ):  # Python only allows signal handlers in the main thread
             self._before = {number: signal.signal(number, self._request) for number in _SIGNALS}
         return self
 
@@ -144,7 +147,7 @@ class OrderlyStop(TrainerCallback):
         warn("writing a checkpoint and stopping after this step; press Ctrl-C again to stop immediately")
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.requested = ranks.any_of(self.requested)  # the signal may reach ranks at different steps
+        self.requested = ranks.any_of(self.requested)  # ranks may receive the signal at different steps
         if self.requested:
             control.should_save = args.save_strategy != "no"
             control.should_training_stop = True
@@ -156,7 +159,7 @@ def _on_cards(counter: Callable[[int], int]) -> int:
 
 
 def current_memory() -> int:
-    """Return allocated bytes on CUDA, if this process has used any; otherwise its resident bytes."""
+    """Return the allocated bytes on CUDA if this process uses CUDA, otherwise its resident bytes."""
     if _on_cards(torch.cuda.max_memory_allocated):
         return _on_cards(torch.cuda.memory_allocated)
     import psutil
@@ -166,7 +169,7 @@ def current_memory() -> int:
 
 def peak_memory() -> dict[str, int]:
     """Return the peak resident bytes of this process, and on CUDA the peak allocated bytes."""
-    if sys.platform == "linux":  # ru_maxrss would include the parent's memory
+    if sys.platform == "linux":  # ru_maxrss would include the memory of the parent process
         status = Path("/proc/self/status").read_text()
         (peak,) = re.findall(r"^VmHWM:\s*(\d+) kB", status, re.MULTILINE)
         memory = 1024 * int(peak)

@@ -6,7 +6,7 @@ from peftcore.errors import PeftcoreError, nearest
 
 
 def services(text: str | None) -> list[str]:
-    """Return the names in `text`, separated by commas.
+    """Split service names at commas.
 
     Raises:
         PeftcoreError: transformers does not know a service, or its library is not installed.

@@ -1,4 +1,4 @@
-"""The result of a run, or the exception that stops it."""
+"""The result of a run, and the exception of a stopped run."""
 
 from __future__ import annotations
 
@@ -16,16 +16,13 @@ from peftcore_cli.training.memory_trace import Trace
 class Result:
     """Results of a finished run.
 
-    `samples`: (writer, text) of the answers to --sample.
-    `predicted`: the memory forecast, or None; `trace`: the step with the highest peak.
-    `validation`: metrics on the examples set aside to choose among runs.
-    `other`: metrics on texts from another domain, before and after.
-    `spent`: seconds since the command began, by what they were spent on.
-    `tokens_per_second`: 0 for images.
-    `merges`: whether the adapter can be merged; None for full training.
-    `data_sets`: figures of each of several data sets.
-    `best`: the evaluation whose adapter was saved, or None for the last one.
-    `is_chat`: whether examples are conversations; `labels`: names of the model's outputs, in their order.
+    `samples`: (writer, text) of the answers to --sample. `predicted`: the memory forecast, or None; `trace`: the step
+    with the highest peak. `validation`: metrics on the examples set aside to choose among runs. `other`: metrics on
+    texts from another domain, before and after. `spent`: seconds since the start of the command, by activity.
+    `tokens_per_second`: throughput; 0 for images. `merges`: whether the adapter can be merged; None for full
+    fine-tuning. `data_sets`: figures of each data set in a mixture. `best`: the evaluation whose adapter was saved, or
+    None for the last one. `is_chat`: whether examples are conversations; `labels`: names of the model's outputs, in
+    their order.
     """
 
     before: Metrics
@@ -56,7 +53,7 @@ class Result:
     data_sets: list[training_data.DataSet] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
-        """Return the figures as JSON, without the history, which the checkpoints have."""
+        """Return the figures as JSON, without the history, which is in the checkpoints."""
         return {
             "before": self.before.as_dict(),
             "after": self.after.as_dict(),
@@ -87,7 +84,7 @@ class Result:
 
 
 class Stopped(Exception):
-    """Raised when the user stops a run, which can be resumed from its checkpoint."""
+    """Raised when the user stops a run. The run can be resumed from its checkpoint."""
 
     def __init__(self, step: int, steps: int) -> None:
         super().__init__(f"stopped at step {step} of {steps}")

@@ -1,4 +1,4 @@
-"""Random sampler that groups examples of similar length, to reduce padding."""
+"""Random sampler that groups examples of similar lengths, to reduce padding."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _BATCHES = 50  # batches whose examples are sorted by length together
 
 
 class LengthGroupedSampler(Sampler[int]):
-    """Yields indices in an order that depends only on the seed and the epoch, so resuming is exact.
+    """Yields indices in an order that only depends on the seed and the epoch, so that resuming is exact.
 
     Args:
         lengths: number of tokens of each example.

@@ -1,4 +1,4 @@
-"""A command on several processes started by torchrun: rank 0 prints, and every rank can end them all."""
+"""Commands on several processes that torchrun starts: rank 0 prints, and a failure of any rank ends all ranks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ WAYS = ("ddp", "fsdp2")
 
 
 def join(parallel: str | None, device: str) -> None:
-    """Join the run that torchrun started, if any.
+    """Join the process group of torchrun, if torchrun started this process.
 
     Raises:
         PeftcoreError: `parallel` is unknown, or does not fit the number of processes.
@@ -61,7 +61,7 @@ def _local_gpu(device: torch.device) -> int:
 
 
 def leave() -> None:
-    """Leave the distributed run, if there is one."""
+    """Leave the process group, if there is one."""
     if distributed.is_available() and distributed.is_initialized():
         from peftcore.distributed import finish
 

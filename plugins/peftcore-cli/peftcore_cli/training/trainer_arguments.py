@@ -46,7 +46,9 @@ def of_run(settings: Settings, output: Path, examples: int, report_to: Sequence[
             eval_steps=settings.eval_every or often,
             save_strategy="no" if settings.method == FULL else "steps",  # checkpoints only contain adapters
             **{"save_steps": settings.save_every or often, **best_checkpoint.arguments(settings, often)},
-            save_total_limit=max(2, settings.keep),  # so that a complete one exists while the next is written
+            save_total_limit=max(
+                2, settings.keep
+            ),  # so that a complete checkpoint exists while the next one is written
             logging_steps=max(1, steps // 100),
             logging_nan_inf_filter=False,  # show NaN and infinite losses
             include_num_input_tokens_seen="non_padding" if task.counts_tokens else "no",
@@ -79,13 +81,13 @@ def check(settings: Settings, output: Path) -> None:
 
 
 def checkpointing_name() -> str:
-    """Return the name of Trainer's argument for gradient checkpointing, which depends on the release."""
+    """Return the name of Trainer's argument for gradient checkpointing, which depends on transformers' release."""
     names = {argument.name for argument in fields(TrainingArguments)}
     return "activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"
 
 
 def _gradient_checkpointing(is_on: bool) -> dict[str, Any]:
-    """Return Trainer's arguments for gradient checkpointing, with the names of this release."""
+    """Return Trainer's arguments for gradient checkpointing."""
     if not is_on:
         return {}
     name = checkpointing_name()

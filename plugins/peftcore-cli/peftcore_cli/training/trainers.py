@@ -17,7 +17,7 @@ from peftcore_cli.tasks import encoded_examples
 from peftcore_cli.tasks.metrics import Metrics
 from peftcore_cli.training.sampler import LengthGroupedSampler
 
-_Base: Any = Trainer if TYPE_CHECKING else object  # a mixin of several trainers
+_Base: Any = Trainer if TYPE_CHECKING else object  # shared by several trainers
 
 
 class Measuring(_Base):
@@ -69,13 +69,13 @@ class MeasuringTrainer(Measuring, Trainer):
     """Trainer on examples with `input_ids` and `labels`.
 
     Args:
-        divides_by_tokens: whether the loss of a step is averaged over its tokens, across accumulated batches.
+        divides_by_tokens: whether the loss of a step is averaged over all tokens of the accumulated batches.
     """
 
     def __init__(self, *args: Any, divides_by_tokens: bool = True, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if not divides_by_tokens or not isinstance(self.train_dataset[0]["labels"], list):
-            # The model returns a mean over its batch, so Trainer has to average over accumulated batches.
+            # The model returns the mean over its batch, so Trainer must average over accumulated batches.
             self.model_accepts_loss_kwargs = False
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:

@@ -69,7 +69,7 @@ def write(
 
 
 def _picture(alt: str, draw: Callable[[float], bytes]) -> str:
-    """Return the HTML of a picture in two widths, of which the browser shows the one that fits."""
+    """Return the HTML of an image in two widths. The browser shows the one that fits."""
     wide, narrow = (base64.b64encode(draw(inches)).decode() for inches in (WIDE, NARROW))
     return (
         f'<picture><source media="(max-width: 40rem)" srcset="data:image/png;base64,{narrow}">'
