@@ -1,4 +1,5 @@
-"""Kernels and layers next to cuBLAS, peft's formula, torch._grouped_mm and bitsandbytes, and to their floors.
+"""Kernels and layers next to cuBLAS, peft's formula, torch._grouped_mm, bitsandbytes, torch.compile and Liger, and to
+their floors.
 
     python -m card_stages.timings --results FILE --until SECONDS
 
@@ -9,11 +10,13 @@ cuBLAS, both measured in this run.
 from __future__ import annotations
 
 import argparse
-import importlib.util
+import importlib
 import sys
 import time
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -101,7 +104,7 @@ def layer(rows: int) -> Iterator[Row]:
     ):
         weight = kinds[kind] * N * N
         yield Row(group, label, make, (weight + wide) * passes, products, weight)
-    if importlib.util.find_spec("bitsandbytes") and not back:
+    if find_spec("bitsandbytes") and not back:
         import bitsandbytes as bnb
 
         def bitsandbytes() -> Call:
@@ -175,18 +178,37 @@ def entropy() -> Iterator[Row]:
         settings = [0.0, 1.0, 0.0, 0.0]
         return lambda: torch.ops.peftcore.cross_entropy_rows_(logits, labels, None, None, settings, -100, True)
 
-    def pytorch() -> Call:
-        logits = normal(rows, classes).requires_grad_()
-        return lambda: torch.autograd.grad(F.cross_entropy(logits.float(), labels), logits)
+    def formula(logits: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(logits.float(), labels)
+
+    def peer(loss: Callable[[Tensor, Tensor], Tensor]) -> Callable[[], Call]:
+        def make() -> Call:
+            logits = normal(rows, classes).requires_grad_()
+            return lambda: torch.autograd.grad(loss(logits, labels), logits)
+
+        return make
 
     size = 2 * rows * classes
     yield Row(group, "peftcore", ours, 2 * size, 0, size)
-    yield Row(group, "F.cross_entropy", pytorch, 2 * size, 0, size)
+    yield Row(group, "F.cross_entropy", peer(formula), 2 * size, 0, size)
+    yield Row(group, "torch.compile of F.cross_entropy", peer(torch.compile(formula)), 2 * size, 0, size)
+    if liger := liger_kernels():
+        yield Row(group, "Liger", peer(liger.liger_cross_entropy), 2 * size, 0, size)
+
+
+def liger_kernels() -> ModuleType | None:
+    """Return Liger's functions, or None if it is not installed."""
+    return importlib.import_module("liger_kernel.transformers.functional") if find_spec("liger_kernel") else None
 
 
 def norms() -> Iterator[Row]:
     """Yield RMSNorms with a frozen weight and gated activations: forward, and forward and backward."""
     size = 2 * MANY * N  # bytes of a matrix
+    liger = liger_kernels()
+
+    def silu(gate: Tensor, up: Tensor) -> Tensor:
+        return F.silu(gate) * up
+
     for back in (False, True):
         passes = "forward and backward" if back else "forward"
         grad = normal(MANY, N)
@@ -210,9 +232,15 @@ def norms() -> Iterator[Row]:
         yield Row(group, "peftcore", step(lambda x, w=weight: ops.rms_norm(x, w, 1e-5), 1), moved, 0, moved)
         yield Row(group, "F.rms_norm", step(lambda x, w=weight: F.rms_norm(x, (N,), w, 1e-5), 1), moved, 0, moved)
         yield Row(group, "Llama's formula", step(llama, 1), moved, 0, moved)
+        yield Row(group, "torch.compile of Llama's formula", step(torch.compile(llama), 1), moved, 0, moved)
+        if liger:
+            yield Row(group, "Liger", step(lambda x, w=weight: liger.liger_rms_norm(x, w, 1e-5), 1), moved, 0, moved)
         group, moved = f"silu(g) u of {MANY} x {N}, bf16, {passes}", (8 if back else 3) * size
         yield Row(group, "peftcore", step(ops.gated, 2), moved, 0, moved)
-        yield Row(group, "F.silu(g) * u", step(lambda g, u: F.silu(g) * u, 2), moved, 0, moved)
+        yield Row(group, "F.silu(g) * u", step(silu, 2), moved, 0, moved)
+        yield Row(group, "torch.compile of F.silu(g) * u", step(torch.compile(silu), 2), moved, 0, moved)
+        if liger:
+            yield Row(group, "Liger", step(liger.liger_swiglu, 2), moved, 0, moved)
 
 
 def steps() -> Iterator[Row]:

@@ -38,23 +38,4 @@ static __device__ __forceinline__ void store_vector(T* to, const Vector<T, kCoun
     *reinterpret_cast<Vector<T, kCount>*>(to) = values;
 }
 
-// The first `count` of a vector's values, which may be all, and zeros.
-template <int kCount, typename T>
-static __device__ __forceinline__ Vector<T, kCount> load_some(const T* from, int64_t count) {
-    if (count >= kCount) return load_vector<kCount>(from);
-    Vector<T, kCount> values = {};
-#pragma unroll
-    for (int i = 0; i < kCount; ++i)
-        if (i < count) values.item[i] = from[i];
-    return values;
-}
-
-template <typename T, int kCount>
-static __device__ __forceinline__ void store_some(T* to, const Vector<T, kCount>& values, int64_t count) {
-    if (count >= kCount) return store_vector(to, values);
-#pragma unroll
-    for (int i = 0; i < kCount; ++i)
-        if (i < count) to[i] = values.item[i];
-}
-
 }  // namespace peftcore

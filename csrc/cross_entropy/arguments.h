@@ -1,4 +1,4 @@
-// Argument checks of cross_entropy_rows_ and linear_cross_entropy_rows, shared by all backends. Schema: peftcore/ops/cross_entropy.py.
+// Argument checks of cross_entropy_rows_ and linear_cross_entropy_rows. Schema: peftcore/ops/cross_entropy.py.
 #pragma once
 
 #include <ATen/core/Tensor.h>

@@ -1,4 +1,4 @@
-// Argument checks of gated, swiglu and activated, the same for every backend.
+// Argument checks of gated, swiglu and activated.
 #pragma once
 
 #include "weight/linear_arguments.h"

@@ -1,4 +1,4 @@
-// Argument checks of rms_norm, the same for every backend.
+// Argument checks of rms_norm. Schema: peftcore/ops/rms_norm.py.
 #pragma once
 
 #include "weight/linear_arguments.h"

@@ -147,11 +147,9 @@ def define_by(schema: str, call: type[Call], *, triton: str = "") -> None:
 
     define(schema, reference, fake)
     name, _, arguments = schema.partition("(")
-    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key(f"peftcore::{name}", "CUDA")
     if triton and _triton.AVAILABLE:
-        kernel = _refuse_missing_tensors(schema, _without_autocast(_triton.add_kernel(name, triton, call)))
-        if not has_kernel:
-            library.impl(name, kernel, "CUDA")
+        kernel = _without_autocast(_triton.add_kernel(name, triton, call))
+        library.impl(name, _refuse_missing_tensors(schema, kernel), "CUDA")
     if "Tensor? seed" not in schema:
         return
 

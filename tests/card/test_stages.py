@@ -48,6 +48,7 @@ def stages(monkeypatch: pytest.MonkeyPatch) -> Iterator[Stages]:
         monkeypatch.setattr(module, "by_events", once)
     monkeypatch.setattr(found.timings, "in_graph", once)
     monkeypatch.setattr(found.timings, "second_cache", lambda: 0)
+    monkeypatch.setattr(torch, "compile", lambda function: function)
     monkeypatch.setattr(found.decoding, "captured", captured)
     for name in ("reset_peak_memory_stats", "synchronize", "max_memory_allocated", "empty_cache"):
         monkeypatch.setattr(torch.cuda, name, lambda: 0)

@@ -4,7 +4,6 @@
 //   sanitized linear SEED   linear_4bit's kernels likewise, compared with sums in double
 //   sanitized lora SEED     LoRA's kernels likewise
 //   sanitized grouped SEED   those of experts (sanitized_grouped.cpp)
-//   sanitized norms SEED    those of rms_norm and of gates (sanitized_norms.cpp)
 //   sanitized optim SEED    the optimizer's, compared with the CPU's (sanitized_optim.cpp)
 //   sanitized read LIMIT    a toy that reads beyond 100 values when LIMIT is more
 //   sanitized shared INDEX  a toy that writes values[INDEX] of 32 in shared memory
@@ -335,7 +334,6 @@ int main(int argc, char** argv) {
     if (what == "linear") return run_linear(uint64_t(number));
     if (what == "lora") return run_lora(uint64_t(number));
     if (what == "grouped") return run_grouped(uint64_t(number));
-    if (what == "norms") return run_norms(uint64_t(number));
     if (what == "optim") return run_optim(uint64_t(number));
     if (what == "read") {
         Array<int> in(100), out(100);
@@ -346,7 +344,6 @@ int main(int argc, char** argv) {
         Array<int> out(32);
         return report(toy_shared(out.data, number, nullptr));
     }
-    fprintf(stderr,
-            "usage: sanitized quant4|linear|lora|grouped|norms|optim SEED | read LIMIT | shared INDEX\n");
+    fprintf(stderr, "usage: sanitized quant4|linear|lora|grouped|optim SEED | read LIMIT | shared INDEX\n");
     return 2;
 }

@@ -28,4 +28,3 @@ struct Array {
 
 int run_optim(uint64_t seed);
 int run_grouped(uint64_t seed);
-int run_norms(uint64_t seed);

@@ -44,7 +44,7 @@ def _store_statistics(out, rows, loss, lse, entropy):
     tl.store(out + rows + rows, entropy)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "ignore_index"])
 def _cross_entropy_kernel(
     logits,
     labels,

@@ -40,7 +40,7 @@ def _store(y, value, row, column, rows, columns):
     tl.store(y + row * columns + column, value.to(y.dtype.element_ty), (row < rows) & (column < columns))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _rms_norm_kernel(
     x, weight, y, scale, rows, columns, eps, offset, rounded: tl.constexpr, height: tl.constexpr, width: tl.constexpr
 ):
@@ -68,8 +68,8 @@ def _store_normed(y, value, r, weight, offset, row, column, rows, columns, round
     _store(y, normed * _load_gain(weight, offset, column, columns), row, column, rows, columns)
 
 
-@triton.jit
-def _dx_kernel(x, weight, grad, scale, dx, rows, columns, offset, height: tl.constexpr, width: tl.constexpr):
+@triton.jit(do_not_specialize=["rows"])
+def _rms_norm_dx_kernel(x, weight, grad, scale, dx, rows, columns, offset, height: tl.constexpr, width: tl.constexpr):
     row = tl.program_id(0).to(tl.int64) * height + tl.arange(0, height).to(tl.int64)[:, None]
     column = tl.arange(0, width).to(tl.int64)[None, :]
     r = tl.load(scale + row, row < rows, 0.0)
@@ -87,8 +87,8 @@ def _dx_kernel(x, weight, grad, scale, dx, rows, columns, offset, height: tl.con
         _store(dx, r * (slope - normed * mean), row, start + column, rows, columns)
 
 
-@triton.jit
-def _dweight_kernel(
+@triton.jit(do_not_specialize=["rows", "rows_of_group"])
+def _rms_norm_dweight_kernel(
     x,
     grad,
     scale,
@@ -142,7 +142,9 @@ def rms_norm_backward(call: RmsNormBackward) -> tuple[Tensor, Tensor]:
         height, width, warps = _tile(columns)
         grid = (triton.cdiv(len(x), height),)
         sizes = len(x), columns, float(call.offset), height, width
-        _dx_kernel[grid](x, call.weight.contiguous(), grad, scale, dx, *sizes, num_warps=warps, enable_fp_fusion=True)
+        _rms_norm_dx_kernel[grid](
+            x, call.weight.contiguous(), grad, scale, dx, *sizes, num_warps=warps, enable_fp_fusion=True
+        )
     if call.needs[1]:
         dweight = _weight_gradient(x, grad, scale, call.rounded).to(call.weight.dtype)
     return dx, dweight
@@ -157,7 +159,7 @@ def _weight_gradient(x: Tensor, grad: Tensor, scale: Tensor, rounded: bool) -> T
     width = min(triton.next_power_of_2(columns), 128)
     grid = (triton.cdiv(columns, width), groups)
     height = min(_VALUES // width, _ROWS_OF_GROUP)
-    _dweight_kernel[grid](
+    _rms_norm_dweight_kernel[grid](
         x, grad, scale, sums, rows, columns, rows_of_group, rounded, height, width, enable_fp_fusion=True
     )
     return sums.sum(0)

@@ -22,8 +22,8 @@ def test_every_kernel_compiles_and_moves_16_bytes_at_a_time(tmp_path: Path, capa
     kernels = json.loads(completed.stdout)
     assert {name.split()[0] for name in kernels} == {
         "_rms_norm_kernel",
-        "_dx_kernel",
-        "_dweight_kernel",
+        "_rms_norm_dx_kernel",
+        "_rms_norm_dweight_kernel",
         "_gated_kernel",
         "_gated_backward_kernel",
         "_cross_entropy_kernel",
@@ -31,5 +31,5 @@ def test_every_kernel_compiles_and_moves_16_bytes_at_a_time(tmp_path: Path, capa
     for name, ptx in kernels.items():
         assert "ld.global.v4.b32" in ptx, name
         # The weight's gradient ends in sums of one value for each thread.
-        assert "st.global.v4.b32" in ptx or name.startswith("_dweight"), name
+        assert "st.global.v4.b32" in ptx or name.startswith("_rms_norm_dweight"), name
         assert not re.search(r"\b(ld|st)\.local", ptx), f"{name} keeps values outside of registers"
