@@ -1,6 +1,6 @@
 """4-bit weights: quantized linear layers, experts and models, and their files.
 
-Public names are `peftcore.quantize`, `dequantize` and `FourBitConfig`; in this package `load`, `QuantizedLinear`,
+`peftcore` exports `quantize`, `dequantize` and `FourBitConfig`. This package exports `load`, `QuantizedLinear`,
 `quantized_layers`, `quantized_experts` and `speed_up_decoding` (`quantize` and `load` call it; it is for models whose
 layers were quantized one by one); and for plugins `PackedParameters`, `default_skip` and `find_type`.
 """
@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from peftcore.errors import PeftcoreError
-from peftcore.quantization import weight_formats  # noqa: F401  # it registers the 4-bit formats
+from peftcore.quantization import weight_formats  # noqa: F401  # the import registers the 4-bit formats
 from peftcore.quantization.checkpoint_layouts import build_empty as build_empty, is_packed as is_packed
 from peftcore.quantization.convert import (
     dequantize as dequantize,
@@ -35,8 +35,8 @@ from peftcore.quantization.quantizable import default_skip as default_skip, quan
 def load(path: str | os.PathLike[str], quant_type: str = "nf4", **options: Any) -> nn.Module:
     """Load a transformers model from a folder or hub id, quantizing each weight as it is read.
 
-    At any time, memory holds the quantized model and one dense weight. Quantized checkpoints keep their bits:
-    bitsandbytes' 4-bit format and MXFP4, and with the package peftcore-checkpoints also int4 by GPTQ, AutoAWQ and
+    At any time, memory holds the quantized part of the model and one dense weight. Quantized checkpoints keep their
+    bits: bitsandbytes' 4-bit format and MXFP4, and with the package peftcore-checkpoints also int4 by GPTQ, AutoAWQ and
     compressed-tensors (the layers become `affine4`) and NVFP4 by ModelOpt and compressed-tensors.
 
     Args:
@@ -44,7 +44,7 @@ def load(path: str | os.PathLike[str], quant_type: str = "nf4", **options: Any) 
         quant_type: as for `quantize`. For a plugin's format, the whole dense model is loaded first.
         options: `double_quant`, `skip`, `compute_dtype` and `blocksize` as for `quantize`; `dtype` of the weights that
             stay dense (default: the checkpoint's); `model_class` (default: the class that the checkpoint's config
-            names). Other options are passed to its `from_pretrained`.
+            names). All other options are passed to `from_pretrained`.
 
     Returns:
         The model.
@@ -57,7 +57,8 @@ def load(path: str | os.PathLike[str], quant_type: str = "nf4", **options: Any) 
         raise PeftcoreError("loading a model needs transformers. Install it: pip install transformers")
     if torch.get_default_device().type == "meta":
         raise PeftcoreError(
-            "cannot load a model under torch.device('meta'), where tensors have no values. Load it outside that block"
+            "cannot load a model under torch.device('meta'), where tensors have no values. Load the model outside "
+            "that block"
         )
     from peftcore.quantization import huggingface
 

@@ -43,8 +43,8 @@ def _settings(double_quant: bool, blocksize: int) -> tuple[bool, int]:
 def _quantize(weight: Tensor, blocksize: int, double_quant: bool) -> PackedWeight:
     if weight.shape[-1] % blocksize:
         raise PeftcoreError(
-            f"affine4 needs rows that are multiples of {blocksize} values, found a weight of shape "
-            f"{list(weight.shape)}. Choose a smaller blocksize, or leave the layer dense: skip=[...]"
+            f"affine4 with blocksize={blocksize} needs rows whose length is a multiple of {blocksize}, found a "
+            f"weight of shape {list(weight.shape)}. Choose a smaller blocksize, or leave the layer dense: skip=[...]"
         )
     return ops.quantize_affine4(weight, blocksize)
 
@@ -66,7 +66,7 @@ def from_tensors(codes: Tensor, tensors: Mapping[str, Tensor], name: str) -> Pac
     """Build the weight `name` from its codes and tensors, and check that they are consistent.
 
     Raises:
-        CheckpointError: a tensor is missing or does not fit; the file is damaged or has another format.
+        CheckpointError: a tensor is missing or inconsistent, because the file is damaged or has another format.
     """
     metadata, shape, dtype, is_transposed = check_state(codes, tensors, _STATE, name)
     blocksize: Any = metadata.get("blocksize")
@@ -75,7 +75,7 @@ def from_tensors(codes: Tensor, tensors: Mapping[str, Tensor], name: str) -> Pac
     except PeftcoreError as error:
         raise damaged_error(name, f"cannot be read from '{_STATE}': {error}") from error
     if not shape or shape[-1] % blocksize:
-        raise damaged_error(name, f"has shape={list(shape)}, whose rows are not multiples of {blocksize} values")
+        raise damaged_error(name, f"has shape={list(shape)}, whose row length is not a multiple of {blocksize}")
     blocks, dtypes = math.prod(shape) // blocksize, {part: t.dtype for part, t in tensors.items()}
     scales, zeros = dtypes.get("absmax"), dtypes.get("zeros")
     expected = {"absmax": (scales if scales in (torch.float16, torch.bfloat16) else torch.float32, blocks)}
@@ -105,7 +105,9 @@ def _check_permutation(permutation: Tensor, shape: tuple[int, ...], name: str) -
         return
     if len(shape) != 2 or not torch.equal(permutation.sort().values.cpu(), torch.arange(shape[-1])):
         values = shown(permutation.tolist())
-        raise damaged_error(name, f"has permutation={values}, which does not permute the inputs of shape {list(shape)}")
+        raise damaged_error(
+            name, (f"has permutation={values}, which is not a permutation of the inputs of shape {list(shape)}")
+        )
 
 
 AFFINE4 = FourBitFormat(

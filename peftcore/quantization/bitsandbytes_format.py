@@ -32,7 +32,7 @@ from peftcore.quantization.four_bit_format import (
 )
 
 STATE_KEY = "quant_state.bitsandbytes__"
-_STORAGE = (  # values of bitsandbytes' quant_storage: the dtypes as which packed bytes may be stored
+_STORAGE = (  # values of bitsandbytes' quant_storage: dtypes in which packed bytes may be stored
     torch.uint8,
     torch.int8,
     torch.float16,
@@ -65,7 +65,7 @@ def from_tensors(codes: Tensor, tensors: Mapping[str, Tensor], name: str, quant_
     """Build the weight `name` from its codes and tensors, and check that they are consistent.
 
     Raises:
-        CheckpointError: a tensor is missing or does not fit; the file is damaged or has another format.
+        CheckpointError: a tensor is missing or inconsistent, because the file is damaged or has another format.
     """
     key = STATE_KEY + quant_type
     try:

@@ -1,4 +1,4 @@
-"""Conversions that transformers calls while loading, from a checkpoint's 4-bit tensors to 4-bit parameters."""
+"""Conversions from a checkpoint's 4-bit tensors to 4-bit parameters, called by transformers while loading."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _FAILURES: ContextVar[list[PeftcoreError] | None] = ContextVar("failures", defau
 
 
 def exact_name_patterns(names: Iterable[str]) -> list[str]:
-    """Return source patterns for a WeightConverter that match exactly these names."""
+    """Return source patterns for a WeightConverter that match these names exactly."""
     return [f"{_START}{name}{_END}" for name in names]
 
 
@@ -109,7 +109,7 @@ class Deserialize(_PackingConversion):
         tensors, attribute = _tensors_by_pattern(by_pattern), name.rpartition(".")[2]
         if attribute not in tensors:
             raise CheckpointError(
-                f"the checkpoint has the 4-bit state of '{name}' but not its weight. Download it again"
+                f"the checkpoint has the 4-bit state of '{name}' but not its weight. Download the checkpoint again"
             )
         parts = {part.removeprefix(f"{attribute}."): t for part, t in tensors.items() if part != attribute}
         packed = from_tensors(tensors[attribute], parts, name)
@@ -123,7 +123,7 @@ class FromBlocks(_PackingConversion):
         tensors = {f"_{pattern.rpartition('_')[2]}": t for pattern, t in _tensors_by_pattern(by_pattern).items()}
         missing_parts = [part for part in (BLOCKS, SCALES) if part not in tensors]
         if missing_parts:
-            raise CheckpointError(f"the checkpoint lacks '{name}{missing_parts[0]}'. Download it again")
+            raise CheckpointError(f"the checkpoint lacks '{name}{missing_parts[0]}'. Download the checkpoint again")
         blocks = tensors[BLOCKS]
         if (
             blocks.untyped_storage().filename is not None
@@ -145,12 +145,12 @@ class FromLayout(_PackingConversion):
         if not is_linear(module):
             raise PeftcoreError(
                 f"'{path}' ({type(module).__name__}) is stored as {self.layout.kind} by {self.layout.tool}, but only "
-                "linear layers and experts can be read. Use a checkpoint where it is dense"
+                f"linear layers and experts can be read in this format. Use a checkpoint in which '{path}' is dense"
             )
         if name in model.all_tied_weights_keys:
             raise PeftcoreError(
                 f"'{path}' is stored as {self.layout.kind}, but the model ties its weight to "
-                f"'{model.all_tied_weights_keys[name]}'. Set tie_word_embeddings=false in its config"
+                f"'{model.all_tied_weights_keys[name]}'. Set tie_word_embeddings=false in the model's config"
             )
         layout = self.layout
         return layout.pack(layout.read(_tensors_by_pattern(by_pattern), path), module.weight.dtype, path)
@@ -161,7 +161,7 @@ class FromLayoutOfExperts(_PackingConversion):
 
     Args:
         layout: layout of each expert.
-        sources: name pattern of each projection of an expert, without its last part. Projections are concatenated
+        sources: name pattern of each projection of an expert, without the last component. Projections are concatenated
             along their outputs in this order.
     """
 
@@ -177,8 +177,9 @@ class FromLayoutOfExperts(_PackingConversion):
             name_pattern = pattern.removesuffix(_END)
             if len(tensors) != count and not name_pattern.endswith(self.layout.ignored):
                 raise CheckpointError(
-                    f"the checkpoint has {len(tensors)} tensors '{name_pattern}' for '{name}', but the model has "
-                    f"{count} experts. Use a checkpoint where all experts are in {self.layout.kind}, or the dense one"
+                    f"'{name}' has {count} experts, but the checkpoint stores '{name_pattern}' of only "
+                    f"{len(tensors)} experts as {self.layout.kind}. Use a checkpoint that stores all experts as "
+                    f"{self.layout.kind}, or the dense checkpoint"
                 )
         parts = []
         for i in range(count):
@@ -193,7 +194,10 @@ class FromLayoutOfExperts(_PackingConversion):
 
 
 def layout_converter(layout: CheckpointLayout, hf_quantizer: Quantizer) -> WeightConverter:
-    """Return the converter of linear layers' weights. It adds the names it finds to `hf_quantizer.layout_names`."""
+    """Return the converter of linear layers' weights.
+
+    The converter adds the weights' names to `hf_quantizer.layout_names`.
+    """
     names = hf_quantizer.layout_names
 
     class Converter(WeightConverter):
@@ -211,7 +215,7 @@ def layout_converter(layout: CheckpointLayout, hf_quantizer: Quantizer) -> Weigh
 
 
 class RenamePackedWeight(WeightRenaming):
-    """Renaming of packed weights that have the names of dense ones in the checkpoint (ModelOpt)."""
+    """Renaming of packed weights whose names in the checkpoint are the names of dense weights (ModelOpt)."""
 
     __slots__ = ("codes", "packed")
 
@@ -279,7 +283,7 @@ def experts_converters(
 
 
 def _converter_of_layers(stem: str, name: str, layers: Sequence[str]) -> WeightConverter:
-    """Return a converter from single experts' dense layers, concatenated along their outputs, to one parameter."""
+    """Return a converter that concatenates the dense layers of single experts along their outputs."""
     operations: list[ConversionOps] = [MergeModulelist(dim=0)]
     if len(layers) > 1:
         operations.append(Concatenate(dim=1))
@@ -296,7 +300,7 @@ def _tensors_by_pattern(by_pattern: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 class _Unchanged(ConversionOps):
-    """Conversion for saving that changes nothing, because the state dict already has the format's keys."""
+    """Identity conversion for saving, because the state dict already has the format's keys."""
 
     def convert(self, input_dict: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
         return input_dict

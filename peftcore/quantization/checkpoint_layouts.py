@@ -1,4 +1,4 @@
-"""4-bit checkpoints written by other tools: the layout that a config describes, and empty models in that layout."""
+"""4-bit checkpoints from other tools: find the layout that a config describes, and build empty models in it."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def find_quantization_config(config: PretrainedConfig) -> Mapping[str, Any] | No
 
 
 def layout_of(config: PretrainedConfig) -> CheckpointLayout | None:
-    """Return the layout of the checkpoint of a transformers config; None if it is dense or no plugin handles it.
+    """Return the layout of a transformers config's checkpoint, or None if it is dense or no plugin handles it.
 
     Raises:
         PeftcoreError: the layout is not supported, or only by a package that is not installed.
@@ -93,8 +93,8 @@ def build_empty(config: Any, build: Callable[[Any], nn.Module]) -> nn.Module:
 
     Args:
         config: a transformers config.
-        build: (config) -> model, such as `AutoModelForCausalLM.from_config`. Its argument is `config` without the
-            quantization.
+        build: (config) -> model, such as `AutoModelForCausalLM.from_config`. It is called with a copy of `config`
+            without the quantization.
 
     Raises:
         PeftcoreError: as in `is_packed`.
@@ -111,7 +111,7 @@ def without_quantization(config: PretrainedConfig) -> PretrainedConfig:
     """Return a copy of a transformers config that describes the dense model."""
     config = copy.deepcopy(config)
     config.__dict__.pop("quantization_config", None)
-    config._name_or_path = ""  # else `find_quantization_config` finds ModelOpt's file in the folder
+    config._name_or_path = ""  # otherwise `find_quantization_config` would find ModelOpt's file in the folder
     return config
 
 
@@ -142,7 +142,7 @@ def pack_empty(model: nn.Module, layout: CheckpointLayout) -> None:
 def _path_matcher(pattern: str) -> Callable[[str], bool]:
     """Return a function that tests whether a pattern of a `quantization_config` matches a path.
 
-    A pattern is a part of a path, a wildcard with asterisks, or a regular expression after `re:`.
+    A pattern is part of a path, a wildcard with asterisks, or a regular expression after `re:`.
     """
     if "*" in pattern and not pattern.startswith("re:"):
         anything = re.escape(pattern).replace(r"\*", ".*")

@@ -34,7 +34,7 @@ def packed_names(model: nn.Module) -> Iterator[tuple[str, PackedParameters, str]
 def config_fields(model: nn.Module) -> dict[str, Any] | None:
     """Return the `quantization_config` for loading the model; None if the model is dense.
 
-    It names bitsandbytes' quantizer, or peftcore's if a weight is in a format that bitsandbytes cannot read.
+    The quantizer is bitsandbytes', or peftcore's if a weight is in a format that bitsandbytes cannot read.
     """
     packed = list(packed_names(model))
     if not packed:
@@ -93,7 +93,7 @@ def sync_config(model: nn.Module) -> None:
 def _sync_conversions(model: PreTrainedModel) -> None:
     """Make `save_pretrained` write 4-bit weights under their names in the model.
 
-    By default, transformers splits or joins them as it does dense weights, such as experts into one tensor each.
+    By default, transformers would split or merge them like dense weights, for example into one tensor per expert.
     """
     if _OWN_CONVERSIONS in model.__dict__:
         _restore_conversions(model)
@@ -109,7 +109,7 @@ def _sync_conversions(model: PreTrainedModel) -> None:
         reverse = conversion.reverse_transform()
         return any(reverse.rename_source_key(name)[1] is not None for name in packed)
 
-    # The conversions that transformers uses for a model that it did not load.
+    # The conversions that transformers uses for a model that was not loaded from a checkpoint.
     mapping = get_model_conversion_mapping(model, add_legacy=False)
     default_conversions = [conversion for conversion in mapping if not isinstance(conversion, loading.PrefixChange)]
     model_conversions = getattr(model, _CONVERSIONS, None)
@@ -117,8 +117,8 @@ def _sync_conversions(model: PreTrainedModel) -> None:
         return
     conversions = default_conversions if model_conversions is None else model_conversions
     remaining = [conversion for conversion in conversions if not splits(conversion)]
-    # A checkpoint with the model's names was loaded without the conversions that split, but saving a dense model needs
-    # them once the model is dequantized.
+    # A checkpoint with the model's own names is loaded without the splitting conversions, but the dequantized model
+    # needs them to be saved.
     if model_conversions is not None:
         model_conversions = [*remaining, *filter(splits, default_conversions)]
     model.__dict__[_OWN_CONVERSIONS] = model_conversions

@@ -58,7 +58,7 @@ from peftcore.quantization.sharded_linear import (
     shard_quantized,
 )
 
-_RELEASE_THRESHOLD = 16 << 20  # bytes; below this, returning freed memory to the system is not worth the time
+_RELEASE_THRESHOLD = 16 << 20  # bytes; returning less freed memory to the system is not worth the time
 Layer = TypeVar("Layer", bound=nn.Module)
 
 
@@ -74,26 +74,28 @@ def quantize(
 ) -> Model:
     """Quantize the weights of linear layers (including transformers' Conv1D) and experts to 4 bits (arXiv 2305.14314).
 
-    Layers become `QuantizedLinear`, a subclass of `nn.Linear`, in place; modules with experts as parameters
-    `[experts, .., ..]` get a subclass with `PackedParameters`. Embeddings, weights shared with them (a tied output
-    head) and experts' biases stay dense. Subclasses of `nn.Linear` that compute something else,
-    `nn.MultiheadAttention`, and layers whose weight or dtype other code reads or changes
-    (`peftcore.model.bypassed_layers`, `rewritten_layers`) also stay dense, with a warning. Layers that are already
-    quantized, also by bitsandbytes, keep their bits.
+    Layers become `QuantizedLinear`, a subclass of `nn.Linear`, in place; modules with experts as parameters `[experts,
+    .., ..]` get a subclass with `PackedParameters`. Embeddings, weights shared with them (a tied output head) and
+    experts' biases stay dense. The following also stay dense, with a warning: subclasses of `nn.Linear` that compute
+    something else, `nn.MultiheadAttention`, and layers whose weight or dtype is read or changed by other code
+    (`peftcore.model.bypassed_layers`, `rewritten_layers`). Layers that are already quantized, by peftcore or
+    bitsandbytes, keep their bits.
 
     Args:
         model: the model.
         quant_type: `nf4`, `fp4`, `mxfp4` (4.25 bits per weight), `nvfp4` (4.5), `affine4` (4.375), or the name of a
             plugin's weight format that can quantize.
-        double_quant: store the scales in 8 bits: 4.127 bits per weight instead of 4.5. For nf4 and fp4.
-        skip: paths, or last parts of paths, of modules to leave dense with their children, or of experts' parameters.
-            None for the output head, task heads, routers, and modules that the model class keeps in float32.
-        compute_dtype: dtype of the products; None for the input's.
+        double_quant: store the scales in 8 bits, for 4.127 bits per weight instead of 4.5 (nf4 and fp4 only).
+        skip: paths, or last components of paths, of experts' parameters or of modules to leave dense with their
+            children. None skips the output head, task heads, routers, and modules that the model class keeps in
+            float32.
+        compute_dtype: dtype of the products. None means the dtype of the input.
         blocksize: number of weights that share a scale, a power of two from 32 to 4096. mxfp4 always has 32, nvfp4 16.
-            Experts that do not divide into blocks get smaller ones or stay dense, with a warning.
+            Experts that do not divide into such blocks get smaller blocks or stay dense, with a warning.
         batches: calibration batches (mappings, tuples or tensors) for rounding to affine4 by GPTQ (arXiv 2210.17323);
-            16 to 128 texts of a few hundred tokens are usual. Each layer costs a forward pass up to it. Experts and
-            layers that no batch reaches are rounded to nearest, with a warning. None: round everything to nearest.
+            16 to 128 texts of a few hundred tokens are usual. Each layer costs a forward pass through the layers before
+            it. Experts and layers that no batch reaches are rounded to nearest, with a warning. None rounds all weights
+            to nearest.
 
     Returns:
         The model, changed in place. The config of a transformers model gets the fields that bitsandbytes needs to load
@@ -101,8 +103,8 @@ def quantize(
 
     Raises:
         PeftcoreError: an argument is wrong, a weight is not floating point or contains NaN or Inf, or adapters are
-            applied. The model stays unchanged. If GPTQ finds inputs that are not finite, or after any other exception
-            (KeyboardInterrupt), some layers are quantized and others dense; the same call quantizes the rest.
+            applied. The model stays unchanged. If GPTQ gets non-finite inputs, or after any other exception
+            (KeyboardInterrupt), some layers are quantized and others dense. The same call then quantizes the rest.
 
     Examples:
         >>> peftcore.quantize(model, "nf4")
@@ -110,7 +112,10 @@ def quantize(
     """
     plugin, weight_format = find_type(quant_type)
     if batches is not None and quant_type != "affine4":
-        raise PeftcoreError(f"batches only work with quant_type='affine4', found {shown(quant_type)}. Leave them out")
+        raise PeftcoreError(
+            f"batches only work with quant_type='affine4', found quant_type={shown(quant_type)}. Remove the "
+            "argument, or choose 'affine4'"
+        )
     settings = FourBitSettings(quant_type, double_quant, blocksize, compute_dtype)
     if plugin is CORE:
         settings = settings.resolved()
@@ -132,7 +137,7 @@ def quantize(
             quantize_by_plugin(plugin, weight_format, selection.layers)
         else:
             _convert_all(model, selection, settings, None if batches is None else list(batches))
-    finally:  # an error may leave some layers quantized, whose config must match
+    finally:  # after an error some layers may be quantized, and the config must match
         (weight_format.update_config or sync_config)(model)
         fast_path.guard(model)
     speed_up_decoding(model)
@@ -199,7 +204,7 @@ def _select(
 def _check_blocks(
     model: nn.Module, selection: _Selection, settings: FourBitSettings, skip: Sequence[str] | None
 ) -> None:
-    """Raise a PeftcoreError for weights, or shards of them, that do not divide into the format's blocks."""
+    """Raise a PeftcoreError if a weight or its shard does not divide into the format's blocks."""
     for path, module in selection.layers.items():
         shard = shard_of(module)
         if shard is not None:
@@ -223,7 +228,7 @@ def _convert_all(model: nn.Module, selection: _Selection, settings: FourBitSetti
             convert_dense(module, settings)
         elif isinstance(source, QuantizedShard):
             install_shard(module, source.packed, source.weight_shard, settings.compute_dtype)
-        else:  # a layer converted before has the same weight
+        else:  # an earlier layer has the same weight
             convert(module, cast(QuantizedLinear, source).packed, settings.compute_dtype)
     for path, blocksizes in selection.experts.items():
         pack_experts(model.get_submodule(path), blocksizes, settings)
@@ -236,7 +241,7 @@ def _refuse_compiled_or_adapted(model: nn.Module) -> None:
     # The lock is also set if adapters are applied to a submodule, or to a model that contains this one.
     if any(map(lock_of, model.modules())):
         state = state_of(model)
-        adapters = ", ".join(state.applied) if state is not None else "to a part of the model"
+        adapters = ", ".join(state.applied) if state is not None else "to part of the model"
         raise PeftcoreError(
             f"cannot quantize a model with adapters, found {adapters}. Remove them with peftcore.remove, or quantize "
             "before apply"
@@ -244,7 +249,7 @@ def _refuse_compiled_or_adapted(model: nn.Module) -> None:
 
 
 def speed_up_decoding(model: nn.Module) -> None:
-    """Speed up products of few rows: move weights to huge pages, and give the dense output head its own kernel."""
+    """Speed up products with few rows: move weights to huge pages, and give the dense output head its own kernel."""
     with caching_base_modules(model):
         head = detect(model).output_head
     fold_frozen(model, head)
@@ -274,7 +279,7 @@ def _parameter_bytes(model: nn.Module) -> int:
 
 
 def release_free_memory() -> None:
-    """Return freed memory to the system. By default, glibc keeps free blocks that lie between weights."""
+    """Return freed memory to the operating system. By default, glibc keeps free blocks that lie between weights."""
     if sys.platform.startswith("linux"):
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # musl does not have malloc_trim
         if trim is not None:
@@ -318,7 +323,7 @@ def dequantize(model: Model, dtype: torch.dtype | None = None) -> Model:
                 make_plain(module, module.dense_parameter(dtype))
             else:
                 make_plain(module, cast(nn.Parameter, source.weight))
-    finally:  # an error may leave some layers dense, and the config must match
+    finally:  # after an error some layers may be dense, and the config must match
         fast_path.guard(model)
         sync_config(model)
     return model
@@ -347,7 +352,7 @@ def convert(module: Any, weight: PackedWeight, compute_dtype: torch.dtype | None
             module.weight = weight.codes
         module.set_packed_parameter("weight", weight._replace(codes=weight.codes.detach()))
         mark_as_loaded(module.weight, dense)
-        module._is_hf_initialized = True  # transformers must not initialise it again
+        module._is_hf_initialized = True  # transformers must not initialize it again
     return module
 
 
@@ -381,9 +386,9 @@ def quantized_experts(model: nn.Module) -> Iterator[tuple[str, PackedParameters]
 
 
 def _with_source(modules: Iterable[Layer]) -> list[tuple[Layer, Layer]]:
-    """Pair each module with the first one that has the same weight.
+    """Pair each module with the first module that has the same weight.
 
-    The result is a list, because ids of weights are only valid until the first of them is freed.
+    The result is a list, because the ids of weights are only valid until the first weight is freed.
     """
     modules = list(modules)
     sources: dict[int, Layer] = {}
@@ -419,8 +424,8 @@ def _check_parameter(path: str, module: nn.Module, parameter: str, shard: Weight
         )
     if "forward" in module.__dict__ and shard is None:
         raise PeftcoreError(
-            f"'{path}' has its own `forward` (such as accelerate's hooks), which reads the dense weight. "
-            "Quantize before the model is dispatched"
+            f"'{path}' has its own `forward` (as set by accelerate's hooks), which reads the dense weight. Quantize "
+            "the model before it is dispatched"
         )
     if weight.is_meta:
         return
@@ -435,7 +440,8 @@ def _read_bitsandbytes_weight(module: nn.Module, path: str) -> PackedWeight:
     parts = {name.removeprefix("weight."): t for name, t in module.state_dict().items() if name.startswith("weight.")}
     if not parts:
         raise PeftcoreError(
-            f"'{path}' is a bitsandbytes layer that has not been quantized yet. Move it to its device first"
+            f"'{path}' is a bitsandbytes layer that has not been quantized yet. Move the model to its device first, "
+            "which quantizes the layer"
         )
     return from_tensors(module.get_parameter("weight").detach(), parts, f"{path}.weight")
 

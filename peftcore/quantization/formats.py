@@ -27,7 +27,7 @@ PARTS = tuple(dict.fromkeys(chain.from_iterable(form.parts for form in FORMATS.v
 def check_quant_type(quant_type: Any) -> None:
     """Raise a PeftcoreError unless the type is one of `QUANT_TYPES`."""
     if quant_type not in QUANT_TYPES:
-        raise PeftcoreError(f"quant_type={shown(quant_type)} is not known. Choose one of: {', '.join(QUANT_TYPES)}")
+        raise PeftcoreError(f"unknown quant_type {shown(quant_type)}. Choose one of: {', '.join(QUANT_TYPES)}")
 
 
 @dataclass(frozen=True)
@@ -64,11 +64,11 @@ def from_tensors(codes: Tensor, tensors: Mapping[str, Tensor], name: str) -> Pac
     """Build the weight `name` from its codes and tensors, and check that they are consistent.
 
     Raises:
-        CheckpointError: a tensor is missing or does not fit; the file is damaged or has another format.
+        CheckpointError: a tensor is missing or inconsistent, because the file is damaged or has another format.
     """
     formats = [form for form in FORMATS.values() if form.state in tensors]
     states = [key for key in tensors if key.startswith("quant_state.")]
     if len(formats) != 1 or len(states) != 1:
         states_of_formats = [f"'{name}.{form.state}'" for form in FORMATS.values()]
-        raise damaged_error(name, f"needs one tensor {' or '.join(states_of_formats)}, found {states or 'none'}")
+        raise damaged_error(name, f"must be one tensor {' or '.join(states_of_formats)}, found {states or 'none'}")
     return formats[0].from_tensors(codes, tensors, name)

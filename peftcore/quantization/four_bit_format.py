@@ -30,8 +30,8 @@ class FourBitFormat:
 
     Args:
         name: the `quant_type`.
-        settings: (double_quant, blocksize) of the user -> the values that the format applies. Raises PeftcoreError for
-            values that it does not support.
+        settings: (double_quant, blocksize) as passed by the user -> the values that the format applies. Raises
+            PeftcoreError for unsupported values.
         quantize: (weight, blocksize, double_quant) -> packed weight.
         state: suffix, after `X.`, of the tensor of JSON metadata that is stored with a weight `X`.
         parts: suffixes, after `X.`, of all tensors that are stored with a weight `X`.
@@ -39,8 +39,8 @@ class FourBitFormat:
         from_tensors: (codes of X, tensors by suffix, X) -> packed weight. Raises CheckpointError if the tensors are not
             consistent.
         quant_method: `quantization_config["quant_method"]` of a model in this format.
-        rows_are_blocks: True if blocks run along rows, whose length must be a multiple of the block size; False if
-            they run over the flattened weight.
+        rows_are_blocks: True if blocks run along rows, whose length must then be a multiple of the block size; False if
+            blocks run over the flattened weight.
         quantize_shard: (rows or columns of a weight, function that all-reduces a tensor by MAX over the ranks) ->
             packed weight, for a format whose scales depend on the full weight; None if blocks are independent.
     """
@@ -96,7 +96,7 @@ def shape_and_dtype(metadata: Mapping[str, Any], name: str) -> tuple[tuple[int, 
     """
     shape, dtype = metadata.get("shape"), metadata.get("dtype")
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise damaged_error(name, f"has dtype={shown(dtype)}, expected one of {', '.join(DTYPES)}")
+        raise damaged_error(name, f"has dtype={shown(dtype)}, but it must be one of {', '.join(DTYPES)}")
     if not isinstance(shape, list) or not all(type(size) is int and 0 <= size < 1 << 31 for size in shape):
         raise damaged_error(name, f"has shape={shown(shape)}, which is not the shape of a weight")
     return tuple(shape), DTYPES[dtype]
@@ -114,10 +114,10 @@ def check_state(
     """Check the codes of a weight against its state, which `state_metadata` wrote.
 
     Returns:
-        Metadata, shape, dtype, and whether the experts are stored transposed.
+        (metadata, shape, dtype, whether the experts are stored transposed)
 
     Raises:
-        CheckpointError: the state is invalid, or the codes do not have its size.
+        CheckpointError: the state is invalid, or its shape does not match the size of the codes.
     """
     try:
         metadata = decode_json(tensors[state], f"{name}.{state}")

@@ -27,10 +27,10 @@ from peftcore.model.batches import run
 from peftcore.ops import PackedWeight
 from peftcore.plugin.layers import is_conv1d
 
-_DAMP = 0.01  # dampening, relative to the mean of H's diagonal
+_DAMP = 0.01  # damping, relative to the mean of H's diagonal
 Convert: TypeAlias = "Callable[[nn.Module, PackedWeight], object]"
 
-_COLUMNS_AT_ONCE = 32  # columns whose errors are applied to the remaining columns in one product
+_COLUMNS_AT_ONCE = 32  # number of columns whose errors are applied to the remaining columns in one product
 
 
 @torch.no_grad()
@@ -68,14 +68,14 @@ def round_weight(weight: Tensor, upper: Tensor, blocksize: int) -> PackedWeight:
 
 
 def inverse_factor(hessian: Tensor) -> Tensor:
-    """Return the upper Cholesky factor of the inverse of Xᵀ X, fp64 `[in, in]`, with dampening.
+    """Return the upper Cholesky factor of the inverse of Xᵀ X, fp64 `[in, in]`, with damping.
 
     Raises:
         PeftcoreError: Xᵀ X is not finite.
     """
     hessian = hessian.clone()
     diagonal = hessian.diagonal()
-    # Inputs that are always zero would make H singular. With 1 their columns are rounded to nearest.
+    # Inputs that are always zero would make H singular. With 1 on the diagonal, their columns are rounded to nearest.
     diagonal[diagonal == 0] = 1
     diagonal += _DAMP * diagonal.mean()
     lower, info = torch.linalg.cholesky_ex(hessian)
@@ -89,7 +89,7 @@ class _Group:
     """Weights that are rounded together because their layers get the same input.
 
     Args:
-        weights: for each weight, the paths of the layers that have it; more than one if they share it.
+        weights: for each weight, the paths of the layers that use it; several if the weight is shared.
         calls: number of calls of these layers in one forward pass.
     """
 
@@ -116,16 +116,18 @@ def round_layers(
         layers: the layers, by path.
         batches: calibration batches, passed to the model. Tokens that an `attention_mask` excludes are ignored.
         blocksize: number of inputs in a group.
-        convert: (layer, packed weight) -> None: convert one layer in place.
+        convert: (layer, packed weight) -> None, converts one layer in place.
 
     Returns:
         Paths of layers that no batch reaches, which are not converted.
 
     Raises:
-        PeftcoreError: `batches` is empty, or a layer's inputs are not finite. The layers before it are converted.
+        PeftcoreError: `batches` is empty, or a layer's inputs are not finite. The layers before it have been converted.
     """
     if not batches:
-        raise PeftcoreError("`batches` is empty. If it is an iterator that has been read, pass a list or a DataLoader")
+        raise PeftcoreError(
+            "`batches` is empty. If it is an iterator that has already been consumed, pass a list or a DataLoader"
+        )
     training = [module for module in model.modules() if module.training]
     try:
         model.eval()
@@ -159,9 +161,10 @@ def _convert(layers: Mapping[str, Any], paths: list[str], upper: Tensor, blocksi
 
 @dataclass(frozen=True)
 class _Call:
-    """Last call of a layer: its input, the input's version, which in-place operators increment, and the leader.
+    """Last call of a layer: the input, the input's version counter (incremented by in-place operators), and the leader.
 
-    Weights that get the same input in consecutive calls, such as query, key and value, have the first as their leader.
+    The leader is the first of several weights that get the same input in consecutive calls, such as query, key and
+    value.
     """
 
     x: Tensor
@@ -175,7 +178,7 @@ def _groups_in_call_order(
     """Group weights by their input, in the order of their first calls.
 
     Returns:
-        The groups, and the paths that no batch reaches.
+        The groups, and the paths of layers that no batch reaches.
     """
     weights = {path: id(layer.weight) for path, layer in layers.items()}
     paths_of: dict[int, list[str]] = {}  # by weight
@@ -193,7 +196,7 @@ def _groups_in_call_order(
         version = None if x.is_inference() else x._version
         is_same_input = last_call is not None and last_call.x is x and last_call.version == version
         leader = last_call.leader if last_call is not None and is_same_input else weight
-        # A weight whose input is another layer's only in some calls forms a group of its own.
+        # A weight that shares another layer's input only in some calls forms its own group.
         if leaders.setdefault(weight, leader) != leader:
             leaders[weight] = leader = weight
         last_call = _Call(x, version, leader)
@@ -259,7 +262,7 @@ def _hessian(model: nn.Module, group: _Group, batches: Sequence[Any]) -> Tensor 
 
 
 def warn_of_nearest(unreached: Sequence[str], experts: Sequence[str]) -> None:
-    """Warn about weights that are rounded to nearest because GPTQ has no inputs for them."""
-    for names, reason in ((unreached, "no batch reaches them"), (experts, "they are weights of experts")):
+    """Warn about weights that are rounded to nearest because GPTQ has no calibration inputs for them."""
+    for names, reason in ((unreached, "no batch reaches them"), (experts, "GPTQ does not support weights of experts")):
         if names:
             warn(f"{len(names)} weights ('{names[0]}') are rounded to nearest instead of by GPTQ, because {reason}")

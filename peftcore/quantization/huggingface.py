@@ -1,8 +1,8 @@
 """4-bit loading for transformers: `from_pretrained(..., quantization_config=FourBitConfig())`, and `load`.
 
-transformers reads a checkpoint tensor by tensor and passes each weight to the quantizer below. So memory holds the
-quantized model and one dense weight at a time, or the weights of one expert if the checkpoint stores experts one by
-one. Importing this module registers the quantizer.
+transformers reads a checkpoint tensor by tensor and passes each weight to the quantizer below. Memory therefore holds
+the quantized part of the model and one dense weight, or the weights of one expert if the checkpoint stores experts one
+by one. Importing this module registers the quantizer.
 """
 
 from __future__ import annotations
@@ -67,8 +67,8 @@ from peftcore.quantization.quantizable import expert_parameters, select_experts,
 class FourBitConfig(QuantizationConfigMixin):
     """Config for quantizing a dense checkpoint in `from_pretrained`, with the arguments of `peftcore.quantize`.
 
-    For a checkpoint that bitsandbytes quantized, transformers raises a ValueError unless the config is bitsandbytes'.
-    Load such a checkpoint with `peftcore.quantization.load`.
+    For checkpoints quantized by bitsandbytes, use `peftcore.quantization.load`: `from_pretrained` only accepts
+    bitsandbytes' config for them and raises a ValueError otherwise.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class FourBitConfig(QuantizationConfigMixin):
         settings = FourBitSettings(quant_type, double_quant, blocksize).resolved()
         compute_dtype = str(compute_dtype).removeprefix("torch.") if compute_dtype is not None else None
         if compute_dtype is not None and compute_dtype not in DTYPES:
-            raise PeftcoreError(f"compute_dtype must be one of {', '.join(DTYPES)} or None, found {compute_dtype!r}")
+            raise PeftcoreError(f"compute_dtype must be {', '.join(DTYPES)} or None, found {compute_dtype!r}")
         self.quant_method = METHOD
         self.quant_type = quant_type
         self.double_quant = settings.double_quant
@@ -106,7 +106,7 @@ class FourBitQuantizer(HfQuantizer):
     """transformers' quantizer for `FourBitConfig`: quantizes dense checkpoints and reads 4-bit ones while loading."""
 
     quantization_config: FourBitConfig
-    # Without this, Trainer refuses a quantized model that is not wrapped by PEFT.
+    # Without this attribute, Trainer refuses a quantized model that is not wrapped by PEFT.
     is_qat_trainable = True
     is_trainable = True
     quantized_element_size = 0.5
@@ -170,7 +170,7 @@ class FourBitQuantizer(HfQuantizer):
         return model
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: nn.Module | None = None) -> list[Any]:
-        """Return converters that fill the model's 4-bit weights; transformers before 5.21 passes no model."""
+        """Return converters that fill the model's 4-bit weights. transformers before 5.21 passes no model."""
         model = model or self.model
         assert model is not None
         if not self.pre_quantized:
@@ -259,7 +259,7 @@ class _Quantize(ConversionOps):
 
 
 class _ByExpert(WeightConverter):
-    """Converter that builds a quantized experts' parameter from one expert's tensors at a time."""
+    """Converter that builds a quantized experts' parameter expert by expert."""
 
     __slots__ = ()
 
@@ -285,7 +285,7 @@ class _ByExpert(WeightConverter):
 
 
 def _convert_by_expert(converter: WeightConverter) -> WeightConverter:
-    """Return a `_ByExpert` copy of a converter that treats experts separately, or the converter itself."""
+    """Return a `_ByExpert` copy of a converter that handles experts separately, or the converter itself."""
     if not is_by_expert(converter):
         return converter
     by_expert = copy.copy(converter)
@@ -354,13 +354,16 @@ def _read_as_ours(
     if layout is None:
         refuse_plugin_checkpoint(stored_config, checkpoint)
         raise PeftcoreError(
-            f"'{checkpoint}' is quantized with {quant_method!r}, which is not supported. Use a dense "
-            "checkpoint, or one in bitsandbytes' 4-bit format, MXFP4, GPTQ, AWQ, NVFP4 or compressed-tensors' W4A16"
+            f"'{checkpoint}' is quantized with {quant_method!r}, which is not supported. Use a dense checkpoint, or "
+            "a checkpoint in bitsandbytes' 4-bit format, MXFP4, GPTQ, AWQ, NVFP4 or compressed-tensors' W4A16"
         )
     if layout.warning:
         warn(layout.warning)
     if stored_config.get("kv_cache_scheme"):
-        warn(f"'{checkpoint}' specifies a quantized KV cache, which is not supported; it stays in the model's dtype")
+        warn(
+            f"'{checkpoint}' specifies a quantized KV cache, which is not supported. The cache stays in the model's "
+            "dtype"
+        )
     layout_config = FourBitConfig(
         layout.quant_type,
         skip=quantization_config.skip,
@@ -373,7 +376,7 @@ def _read_as_ours(
 
 @contextlib.contextmanager
 def _raising_read_errors(checkpoint: str) -> Iterator[None]:
-    """Raise the errors of conversions, which transformers only logs, and name the checkpoint in read errors."""
+    """Raise the conversion errors that transformers only logs, and name the checkpoint in read errors."""
     failures: list[PeftcoreError] = []
     try:
         with collecting_failures(failures):
@@ -429,7 +432,7 @@ def _refuse_missing(model: PreTrainedModel, missing_names: Iterable[str], checkp
 
     Args:
         model: the loaded model.
-        missing_names: names of the weights that the checkpoint lacks. Those of a new task head are accepted.
+        missing_names: names of the weights that the checkpoint lacks. Weights of a new task head may be missing.
         checkpoint: folder or hub id, for the message.
     """
     if model.get_output_embeddings() is not None:  # the head of a language model must be in the checkpoint
@@ -441,8 +444,8 @@ def _refuse_missing(model: PreTrainedModel, missing_names: Iterable[str], checkp
     if names:
         suffix = f" and {len(names) - 3} more" if len(names) > 3 else ""
         raise CheckpointError(
-            f"'{checkpoint}' lacks {', '.join(names[:3])}{suffix}, which would be random. The checkpoint is "
-            "incomplete or of another model: download it again, or pass its model_class"
+            f"'{checkpoint}' lacks {', '.join(names[:3])}{suffix}, which would be initialized at random. The "
+            "checkpoint is incomplete or belongs to another model class: download it again, or pass model_class"
         )
 
 
@@ -463,14 +466,14 @@ def _check_blocks(model: nn.Module, checkpoint: str) -> None:
         problem = f"no blocks of '{dense[0]}'" if dense else "no experts in blocks"
         raise CheckpointError(
             f"'{checkpoint}' is quantized with 'mxfp4', but has {problem}. Only experts in gpt-oss's format can be "
-            "read: use a dense checkpoint"
+            "read. Use a dense checkpoint"
         )
 
 
 def _check_layout(
     model: PreTrainedModel, layout: CheckpointLayout, unexpected_keys: Iterable[str], checkpoint: str
 ) -> None:
-    """Raise a PeftcoreError unless every weight that the checkpoint stores in the layout has been read."""
+    """Raise a PeftcoreError unless all of the checkpoint's weights in the layout have been read."""
     unread_names = sorted(model.hf_quantizer.layout_names.intersection(unexpected_keys))
     if unread_names:
         raise PeftcoreError(
@@ -479,7 +482,7 @@ def _check_layout(
         )
     if next(quantized_layers(model), None) is None and next(quantized_experts(model), None) is None:
         raise CheckpointError(
-            f"the config of '{checkpoint}' says that {layout.tool} quantized it, but it has no "
+            f"according to its config, '{checkpoint}' was quantized by {layout.tool}, but it has no "
             f"'{layout.known_by or layout.parts[0]}'. The checkpoint is damaged or has another format"
         )
 
@@ -489,8 +492,8 @@ def _warn_of_dense_experts(model: nn.Module, checkpoint: str, skipped_paths: Seq
     dense = _dense_experts(model, skipped_paths)
     if dense:
         warn(
-            f"{len(dense)} weights of experts ('{dense[0]}') are dense in '{checkpoint}'. peftcore.quantize(model) "
-            "quantizes them as well",
+            f"{len(dense)} weights of experts ('{dense[0]}') are dense in '{checkpoint}'. To quantize them as well, "
+            "call peftcore.quantize(model)",
         )
 
 
@@ -500,7 +503,7 @@ _Change = Callable[[], contextlib.AbstractContextManager[None]]
 def _shared_by_threads(change: _Change) -> _Change:
     """Apply a process-wide change when the first thread enters its block, and undo it when the last one leaves.
 
-    If every thread applied the change, overlapping threads would save and restore each other's changed value.
+    If each thread applied the change itself, overlapping threads would save and restore each other's changed value.
     """
     lock, active_blocks, undo = threading.Lock(), set[object](), contextlib.ExitStack()
 
@@ -526,7 +529,7 @@ def _shared_by_threads(change: _Change) -> _Change:
 @_shared_by_threads
 @contextlib.contextmanager
 def reading_synchronously() -> Iterator[None]:
-    """Make transformers read each tensor when it is converted, instead of ahead in threads.
+    """Make transformers read each tensor when it is converted, instead of prefetching it in threads.
 
     The allocator does not reuse the threads' memory for converted weights, so loading would take twice the checkpoint's
     size.
@@ -549,7 +552,7 @@ def reading_without_mmap() -> Iterator[None]:
     """Make transformers read weights with pread instead of memory-mapping files.
 
     Pages of a mapped file stay resident until it is closed, so at the end of loading, the whole dense checkpoint would
-    be in memory in addition to the quantized model. Threads that load other models at the same time are not disturbed.
+    be in memory in addition to the quantized model. Threads that load other models at the same time are not affected.
     """
     import transformers.modeling_utils as reader
 

@@ -17,10 +17,11 @@ from peftcore.quantization.parameters import PackedParameters, double_quant_text
 
 
 class QuantizedLinear(PackedParameters, nn.Linear):
-    """Linear layer with a 4-bit weight, made by `peftcore.quantize`, or empty and filled by `load_state_dict`.
+    """Linear layer with a 4-bit weight, created by `peftcore.quantize` or filled by `load_state_dict`.
 
     Args:
-        compute_dtype: dtype of the product; the input is cast to it and the output back. None for the input's dtype.
+        compute_dtype: dtype of the product. The input is cast to it and the output is cast back. None means the input's
+            dtype.
     """
 
     def __init__(
@@ -47,7 +48,7 @@ class QuantizedLinear(PackedParameters, nn.Linear):
 
     @property
     def is_quantized(self) -> bool:
-        """Whether the weight is quantized; False after a merge has replaced it by a dense one."""
+        """Whether the weight is quantized; False after a merge has replaced it with a dense weight."""
         return self.weight.dtype is torch.uint8
 
     @property
@@ -101,14 +102,14 @@ class QuantizedLinear(PackedParameters, nn.Linear):
             return F.linear(x.to(weight.dtype), weight, bias).to(x.dtype)
         if not x.is_floating_point():
             raise PeftcoreError(
-                f"a 4-bit layer [{self.out_features}, {self.in_features}] got an input in {x.dtype}: the model casts "
-                "inputs to the dtype of the weight, which is packed. Leave the layer dense: add its path to `skip` of "
-                "peftcore.quantize"
+                f"a 4-bit layer [{self.out_features}, {self.in_features}] got an input in {x.dtype}, because the "
+                "model casts inputs to the dtype of the packed weight. Leave the layer dense: add its path to "
+                "`skip` of peftcore.quantize"
             )
         if sharded.is_dtensor(x):
             raise PeftcoreError(
                 "a 4-bit layer was sharded after it was quantized, which splits its blocks. Call "
-                "peftcore.quantize(model) again, to give each rank its blocks"
+                "peftcore.quantize(model) again to assign whole blocks to each rank"
             )
         dtype = self.compute_dtype
         if dtype is None or dtype is x.dtype:

@@ -5,7 +5,7 @@ X.weight.absmax                       uint8 [blocks], E8M0: 2^(e - 127)
 X.weight.quant_state.peftcore__mxfp4  uint8, the bytes of a JSON text: shape and dtype, and for experts stored as
                                       [experts, out, in], while the parameter is [experts, in, out], turned: true
 
-Experts of gpt-oss as they are published (`from_blocks`):
+Experts of gpt-oss in their published format (`from_blocks`):
 
 X_blocks    uint8 [experts, out, in / 32, 16], the even element in the low nibble
 X_scales    uint8 [experts, out, in / 32], E8M0
@@ -41,14 +41,16 @@ _LARGEST = 252  # largest E8M0 byte: the code 6 times 2^125 is still finite in f
 def _settings(double_quant: bool, blocksize: int) -> tuple[bool, int]:
     """Return the format's fixed settings. NF4's defaults (True, 64) are accepted, because `quantize` passes them."""
     if blocksize not in (64, BLOCKSIZE):
-        raise PeftcoreError(f"mxfp4 has blocks of {BLOCKSIZE} values, found blocksize={shown(blocksize)}. Leave it out")
+        raise PeftcoreError(
+            f"mxfp4 only supports blocksize={BLOCKSIZE}, found blocksize={shown(blocksize)}. Omit the argument"
+        )
     return False, BLOCKSIZE
 
 
 def _quantize(weight: Tensor, blocksize: int, double_quant: bool) -> PackedWeight:
     if weight.shape[-1] % BLOCKSIZE:
         raise PeftcoreError(
-            f"mxfp4 needs rows that are multiples of {BLOCKSIZE} values, found a weight of shape "
+            f"mxfp4 needs rows whose length is a multiple of {BLOCKSIZE}, found a weight of shape "
             f"{list(weight.shape)}. Leave the layer dense: skip=[...]"
         )
     return ops.quantize_mxfp4(weight)
@@ -63,11 +65,11 @@ def from_tensors(codes: Tensor, tensors: Mapping[str, Tensor], name: str) -> Pac
     """Build the weight `name` from its codes and tensors, and check that they are consistent.
 
     Raises:
-        CheckpointError: a tensor is missing or does not fit; the file is damaged or has another format.
+        CheckpointError: a tensor is missing or inconsistent, because the file is damaged or has another format.
     """
     _, shape, dtype, is_transposed = check_state(codes, tensors, _STATE, name)
     if not shape or shape[-1] % BLOCKSIZE:
-        raise damaged_error(name, f"has shape={list(shape)}, whose rows are not multiples of {BLOCKSIZE} values")
+        raise damaged_error(name, f"has shape={list(shape)}, whose row length is not a multiple of {BLOCKSIZE}")
     check_parts(tensors, {"absmax": (torch.uint8, math.prod(shape) // BLOCKSIZE)}, name)
     _check_scales(tensors["absmax"], name)
     return _packed(codes.detach().contiguous(), tensors["absmax"].detach().clone(), shape, dtype, is_transposed)
@@ -79,7 +81,7 @@ def from_blocks(blocks: Tensor, scales: Tensor, dtype: torch.dtype, name: str) -
     Args:
         blocks: uint8 `[experts, out, in / 32, 16]`, changed in place.
         scales: uint8 `[experts, out, in / 32]`.
-        dtype: dtype of the experts when dequantized.
+        dtype: dtype of the dequantized experts.
 
     Returns:
         Packed weight `[experts, out, in]` of a parameter `[experts, in, out]`.

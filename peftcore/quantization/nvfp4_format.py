@@ -39,7 +39,9 @@ _STATE, _GLOBAL, _MAP = "quant_state.peftcore__nvfp4", "nested_absmax", "nested_
 def _settings(double_quant: bool, blocksize: int) -> tuple[bool, int]:
     """Return the format's fixed settings. NF4's defaults (True, 64) are accepted, because `quantize` passes them."""
     if blocksize not in (64, BLOCKSIZE):
-        raise PeftcoreError(f"nvfp4 has blocks of {BLOCKSIZE} values, found blocksize={shown(blocksize)}. Leave it out")
+        raise PeftcoreError(
+            f"nvfp4 only supports blocksize={BLOCKSIZE}, found blocksize={shown(blocksize)}. Omit the argument"
+        )
     return False, BLOCKSIZE
 
 
@@ -51,9 +53,9 @@ def _quantize(weight: Tensor, blocksize: int, double_quant: bool) -> PackedWeigh
 
 def _check_shape(shape: tuple[int, ...], problem: str) -> None:
     if shape[-1] % BLOCKSIZE:
-        raise PeftcoreError(f"nvfp4 needs rows of a multiple of {BLOCKSIZE} values, {problem}")
+        raise PeftcoreError(f"nvfp4 needs rows whose length is a multiple of {BLOCKSIZE}, {problem}")
     if len(shape) > 2 and math.prod(shape[-2:]) % EXPERT_VALUES:
-        raise PeftcoreError(f"nvfp4 needs experts of a multiple of {EXPERT_VALUES} values, {problem}")
+        raise PeftcoreError(f"nvfp4 needs experts whose size is a multiple of {EXPERT_VALUES} values, {problem}")
 
 
 def to_tensors(weight: PackedWeight) -> dict[str, Tensor]:
@@ -72,7 +74,7 @@ def from_tensors(codes: Tensor, tensors: Mapping[str, Tensor], name: str) -> Pac
     """Build the weight `name` from its codes and tensors, and check that they are consistent.
 
     Raises:
-        CheckpointError: a tensor is missing or does not fit; the file is damaged or has another format.
+        CheckpointError: a tensor is missing or inconsistent, because the file is damaged or has another format.
     """
     _, shape, dtype, is_transposed = check_state(codes, tensors, _STATE, name)
     if not shape:
@@ -97,7 +99,7 @@ def from_tensors(codes: Tensor, tensors: Mapping[str, Tensor], name: str) -> Pac
     try:
         weight = nvfp4_weight(codes.detach().contiguous(), scales, outer, shape, dtype, scale_map)
     except ValueError as error:
-        raise damaged_error(name, f"has parts that do not fit: {error}") from error
+        raise damaged_error(name, f"has inconsistent tensors: {error}") from error
     if reason := not_finite(weight):
         raise damaged_error(name, reason)
     return weight._replace(turned=is_transposed)

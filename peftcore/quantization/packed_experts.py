@@ -48,7 +48,7 @@ def pack_experts(module: nn.Module, blocksizes: Mapping[str, int], settings: Fou
 
 
 def packs_transpose(module: nn.Module, quant_type: str) -> bool:
-    """Return whether the format packs the transpose of a module's experts, so that its blocks run along the inputs."""
+    """Return whether the format packs the transpose of the module's experts, so that blocks run along the inputs."""
     layout = experts_layout(module)
     return FORMATS[quant_type].rows_are_blocks and layout is not None and layout.transposed
 
@@ -65,7 +65,7 @@ def unpack_experts(module: PackedParameters, dtype: torch.dtype | None = None) -
 
 
 def drop_dense_packings(module: PackedParameters) -> None:
-    """Forget the packings of parameters that are dense again; after the last, restore the module's class."""
+    """Remove the packings of parameters that are dense again; once none is left, restore the module's class."""
     for name in list(module.packings):
         if module.packed_parameter(name) is None:
             module.forget_packing(name)
@@ -100,7 +100,8 @@ def _copy_with_dense_parameters(module: PackedParameters, dtype: torch.dtype) ->
     copy: nn.Module = object.__new__(type(module))
     parameters: dict[str, Any] = dict(module._parameters)
     for name in module.packings:
-        parameter = parameters[name]  # may be dense: an adapter puts a weight with gradients there
+        # May be dense, because an adapter replaces it with a weight that requires gradients
+        parameter = parameters[name]
         parameters[name] = (
             parameter.to(dtype) if parameter.is_floating_point() else module.dequantized_parameter(name, dtype)
         )

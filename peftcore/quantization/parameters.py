@@ -23,7 +23,7 @@ from peftcore.ops import PackedWeight
 from peftcore.quantization.formats import FORMATS, PARTS, FourBitSettings, from_tensors, quantize_weight, to_tensors
 
 BUFFERS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", "nested_offset", "zeros", "permutation")
-_BY_EXPERT = ("codes", "absmax", "nested_absmax", "zeros")  # parts of a packed weight that experts do not share
+_BY_EXPERT = ("codes", "absmax", "nested_absmax", "zeros")  # tensors of a packed weight that differ between experts
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,9 @@ class Packing:
         blocksize: number of weights that share a scale.
         dtype: original dtype.
         quant_type: name of the format.
-        nested_blocksize: number of scales that share a scale.
+        nested_blocksize: number of scales that share a nested scale.
         buffers: names of the buffers, in the order of `BUFFERS`.
-        turned: the packed weight is the transpose of each expert of the parameter.
+        turned: whether the packed weight is the transpose of each expert of the parameter.
     """
 
     shape: tuple[int, ...]
@@ -58,7 +58,8 @@ class PackedParameters(nn.Module):
     """Mixin for modules with 4-bit parameters. `packings` has every parameter that is or was quantized, by name.
 
     Args:
-        compute_dtype: dtype of the products; the input is cast to it and the output back. None for the input's dtype.
+        compute_dtype: dtype of the products. The input is cast to it and the output is cast back. None means the
+            input's dtype.
     """
 
     packings: Mapping[str, Packing] = {}
@@ -246,7 +247,7 @@ def packed_codes(model: nn.Module) -> list[nn.Parameter]:
 
 
 class _AnyPath:
-    """Object that has every attribute, since there are no modules behind keys such as `weight.absmax`."""
+    """Placeholder object with every attribute, since there are no modules behind keys such as `weight.absmax`."""
 
     def __getattr__(self, name: str) -> _AnyPath:
         if name.startswith("_"):
@@ -261,7 +262,7 @@ def double_quant_text(quant_type: str, nested_absmax: Tensor | None) -> str:
 
 
 def swap_last_dims(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Return the shape with its last two sizes exchanged."""
+    """Return the shape with its last two dimensions swapped."""
     return (*shape[:-2], shape[-1], shape[-2])
 
 
@@ -271,7 +272,9 @@ def parameter_shape(weight: PackedWeight) -> tuple[int, ...]:
 
 
 def quantize_by_expert(weight: Tensor, settings: FourBitSettings, turned: bool = False) -> PackedWeight:
-    """Quantize `[experts, .., ..]` with temporary memory for one expert only, bit for bit as in one piece.
+    """Quantize `[experts, .., ..]` expert by expert to save memory.
+
+    The result is bit-identical to quantizing in one call.
 
     Args:
         turned: quantize the transpose of each expert.
@@ -292,7 +295,7 @@ def quantize_experts(
     """Quantize experts as an iterator yields them, and concatenate their codes and scales.
 
     Args:
-        experts: dense weights of one expert each, of a multiple of the block size in elements.
+        experts: dense weights of one expert each, whose sizes are multiples of the block size.
         shape: shape `[experts, .., ..]` of the parameter.
         settings: how to quantize.
         turned: quantize the transpose of each expert.
@@ -324,7 +327,7 @@ def check_shape(weight: PackedWeight, shape: tuple[int, ...], name: str) -> None
 
 
 def check_experts(weight: PackedWeight, name: str) -> None:
-    """Raise a CheckpointError if a block of the experts `name` straddles two experts, which no kernel supports."""
+    """Raise a CheckpointError if a block of the weight `name` straddles two experts, which no kernel supports."""
     if len(weight.shape) == 3 and weight.shape[1] * weight.shape[2] % weight.blocksize:
         raise CheckpointError(
             f"'{name}' has blocks of {weight.blocksize} values that straddle experts of shape "
@@ -343,7 +346,7 @@ def refuse_non_finite(weight: Tensor, name: str) -> None:
 
 
 def _move_bytes(tensor: Tensor, fn: Callable[[Tensor], Tensor]) -> Tensor:
-    """Apply a move or cast of `nn.Module._apply` to the bytes of `tensor`: follow a move, but ignore a cast."""
+    """Apply a function of `nn.Module._apply` to the bytes of `tensor`: follow a change of device, but ignore a cast."""
     flat = tensor.detach().reshape(-1).view(torch.uint8)
     moved = fn(flat)
     if moved is flat:

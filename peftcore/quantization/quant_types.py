@@ -21,8 +21,8 @@ from peftcore.quantization.formats import FORMATS, QUANT_TYPES, FourBitSettings
 from peftcore.quantization.packed_experts import packs_transpose
 from peftcore.quantization.quantizable import extend_skip
 
-_TYPE_PACKAGES = {"8da4w": "peftcore-8da4w"}  # by the name of a type, without its group
-# Packages that read checkpoints, by their `quant_method`. AQLM's makes transformers read them.
+_TYPE_PACKAGES = {"8da4w": "peftcore-8da4w"}  # by the name of a format, without its group size
+# Packages that read checkpoints, by `quant_method`. The AQLM package makes transformers read them.
 _READER_PACKAGES = {
     "aqlm": "peftcore-aqlm",
     **dict.fromkeys(("gptq", "awq", "compressed-tensors", "modelopt"), "peftcore-checkpoints"),
@@ -44,7 +44,7 @@ def find_type(quant_type: Any) -> tuple[Plugin, WeightFormat]:
         plugin, weight_format = formats[quant_type]
         if weight_format.decode is None or weight_format.plain is None:
             raise PluginError(
-                f"the weight format '{quant_type}' of {plugin} has `quantize`, but not `decode` and `plain`. Add both"
+                f"the weight format '{quant_type}' of {plugin} has `quantize`, but lacks `decode` or `plain`. Add both"
             )
         return plugin, weight_format
     if isinstance(quant_type, str) and (package := _TYPE_PACKAGES.get(quant_type.partition("-")[0])):
@@ -55,10 +55,11 @@ def find_type(quant_type: Any) -> tuple[Plugin, WeightFormat]:
             )
         if plugin_of_type.error:
             raise PeftcoreError(
-                f"quant_type='{quant_type}' is of {plugin_of_type}, which is not usable: {plugin_of_type.error}"
+                f"quant_type='{quant_type}' is provided by {plugin_of_type}, which cannot be used: "
+                f"{plugin_of_type.error}"
             )
     names = ", ".join([*QUANT_TYPES, *sorted(name for name in formats if name not in QUANT_TYPES)])
-    raise PeftcoreError(f"quant_type={shown(quant_type)} is not known. Choose one of: {names}")
+    raise PeftcoreError(f"unknown quant_type {shown(quant_type)}. Choose one of: {names}")
 
 
 def _how_to_install(package: str) -> str:
@@ -70,11 +71,11 @@ def _find_plugin(package: str) -> Plugin | None:
 
 
 def find_reader_package(quantization_config: Mapping[str, Any], checkpoint: str) -> str | None:
-    """Return the package that reads a quantized checkpoint, or None if the core does or nothing can.
+    """Return the package that reads a quantized checkpoint, or None if the core or no package reads it.
 
     Args:
-        quantization_config: that of the checkpoint.
-        checkpoint: its name, for messages.
+        quantization_config: the checkpoint's `quantization_config`.
+        checkpoint: name of the checkpoint, for error messages.
 
     Raises:
         PeftcoreError: the package is not installed or not usable.
@@ -90,28 +91,31 @@ def find_reader_package(quantization_config: Mapping[str, Any], checkpoint: str)
             f"{_how_to_install(package)}"
         )
     if plugin.error:
-        raise PeftcoreError(f"'{checkpoint}' is quantized with '{method}', which {plugin} reads: {plugin.error}")
+        raise PeftcoreError(
+            f"'{checkpoint}' is quantized with '{method}', which is read by {plugin}, but that plugin cannot be "
+            f"used: {plugin.error}"
+        )
     return package
 
 
 def refuse_plugin_checkpoint(quantization_config: Mapping[str, Any], checkpoint: str) -> None:
-    """Raise a PeftcoreError if transformers loads such a checkpoint through a plugin, so that it stays as it is."""
+    """Raise a PeftcoreError if a checkpoint is quantized in a format that transformers loads through a plugin."""
     package = find_reader_package(quantization_config, checkpoint)
     if package is not None:
         raise PeftcoreError(
-            f"'{checkpoint}' is already quantized, with '{quantization_config['quant_method']}'. Load it by "
-            f"transformers' from_pretrained after `import {package.replace('-', '_')}`, or on the command line without "
-            "--quantize and with a method that does not quantize the base"
+            f"'{checkpoint}' is already quantized with '{quantization_config['quant_method']}'. Load it with "
+            f"transformers' from_pretrained after `import {package.replace('-', '_')}`. On the command line, omit "
+            "--quantize and choose a method that does not quantize the base"
         )
 
 
 def refuse_options(settings: FourBitSettings) -> None:
-    """Raise a PeftcoreError for options that plugins' formats do not take."""
+    """Raise a PeftcoreError for options that plugins' formats do not support."""
     if settings != FourBitSettings(settings.quant_type):
         raise PeftcoreError(
-            f"quant_type='{settings.quant_type}' takes no double_quant, blocksize or compute_dtype, found "
-            f"{settings.double_quant}, {shown(settings.blocksize)} and {settings.compute_dtype}. Leave them out, or "
-            f"choose one of: {', '.join(QUANT_TYPES)}"
+            f"quant_type='{settings.quant_type}' does not support double_quant, blocksize and compute_dtype, found "
+            f"{settings.double_quant}, {shown(settings.blocksize)} and {settings.compute_dtype}. Omit these "
+            f"arguments, or choose one of: {', '.join(QUANT_TYPES)}"
         )
 
 
@@ -126,7 +130,7 @@ def check_rows(
 
     Args:
         model: the model.
-        settings: settings of a type of the core.
+        settings: settings of one of the core's formats.
         layers: linear layers to quantize, by path.
         experts: experts' parameters to quantize, by the module's path.
         skip: as in `peftcore.quantize`, for the message.
@@ -159,7 +163,7 @@ def _suggestions(
     """Return the advice of the error about weights whose rows do not divide into blocks."""
     suggestions: list[str] = []
     divisor = math.gcd(*inputs.values())
-    blocksize = divisor & -divisor  # the largest power of two that divides all
+    blocksize = divisor & -divisor  # the largest power of two that divides all input sizes
     if MIN_BLOCKSIZE <= blocksize < settings.blocksize:
         suggestions.append(f"choose blocksize={blocksize}")
     if len(misfits) < len(inputs):
@@ -170,9 +174,9 @@ def _suggestions(
 
 
 def _try_one_expert(model: nn.Module, settings: FourBitSettings, experts: Mapping[str, Mapping[str, int]]) -> None:
-    """Quantize one expert of each parameter on the meta device, so that the format raises its errors early.
+    """Quantize one expert of each parameter on the meta device, so that the format raises its errors before any change.
 
-    For example, NVFP4 needs experts of a multiple of 512 values.
+    For example, NVFP4 needs experts whose size is a multiple of 512 values.
     """
     for path, names in experts.items():
         module = model.get_submodule(path)
@@ -206,12 +210,13 @@ def quantize_by_plugin(plugin: Plugin, weight_format: WeightFormat, layers: Mapp
                 weight_format.quantize(layer)
         except PeftcoreError as error:
             raise type(error)(
-                f"'{path}': {error}. The layers before it are quantized already, so load the model again"
+                f"'{path}' cannot be quantized: {error}. The layers before it have already been quantized, so load "
+                "the model again"
             ) from error
         if not weight_format.matches(layer):
             raise PluginError(
-                f"quantize of {plugin} left '{path}' in another format. `matches` of '{weight_format.name}' must "
-                "return True for a layer that it has quantized"
+                f"`quantize` of {plugin} left '{path}' in another format: `matches` of '{weight_format.name}' "
+                "returned False. It must return True for a layer that `quantize` has converted"
             )
 
 

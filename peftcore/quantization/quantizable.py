@@ -40,8 +40,8 @@ def expert_parameters(model: nn.Module, path: str, module: nn.Module) -> tuple[s
     is_packed = any(module._parameters[name].dtype is torch.uint8 for name in names)  # type: ignore[union-attr]
     if not names or is_packed or experts_layout(module) is not None:
         return names
-    # In a family that `experts_layout` does not know, other modules may read the parameters, and would get packed bytes
-    # (DBRX).
+    # In a model family that `experts_layout` does not know (DBRX), other modules may read the parameters and would get
+    # packed bytes.
     observation, full_names = observe(model), {f"{path}.{name}" if path else name for name in names}
     if path in observation.called and not full_names <= observation.own_reads:
         return ()
@@ -49,7 +49,10 @@ def expert_parameters(model: nn.Module, path: str, module: nn.Module) -> tuple[s
 
 
 def select_layers(model: nn.Module, skip: Sequence[str] | None) -> dict[str, nn.Module]:
-    """Return the layers that `quantize` converts, by path. Layers that share a weight are selected together or not."""
+    """Return the layers that `quantize` converts, by path.
+
+    Either all or none of the layers that share a weight are selected.
+    """
     modules, dense_paths = dict(base_modules(model)), _paths_left_dense(model, skip)
     owners = _owner_paths(model)
     layers = {}
@@ -77,10 +80,10 @@ def quantizable(model: nn.Module) -> list[str]:
 def warn_of_dense(model: nn.Module, skip: Sequence[str] | None) -> None:
     """Warn about linear layers that are neither skipped nor quantized, with the reasons.
 
-    The warning omits layers that share their weight with one that stays dense, such as a tied head.
+    The warning omits layers that share their weight with a module that stays dense, such as a tied head.
     """
     skipped_paths, modules = _skipped_paths(model, skip), dict(base_modules(model))
-    reason_by_path = dict.fromkeys(layers_read_for_dtype(model), "other code reads the dtype of the weight")
+    reason_by_path = dict.fromkeys(layers_read_for_dtype(model), "other code reads the weight's dtype")
     reason_by_path |= {**rewritten_layers(model), **bypassed_layers(model)}
     dense: dict[str, list[str]] = {}
     for path, module in modules.items():
@@ -93,12 +96,12 @@ def warn_of_dense(model: nn.Module, skip: Sequence[str] | None) -> None:
         parts = [f"{_summarize_paths(paths)}, because {reason}" for reason, paths in dense.items()]
         warn(
             f"quantize leaves layers of {type(model).__name__} dense: {'; '.join(parts)}. To silence this warning, "
-            "name them in skip",
+            "add them to skip",
         )
 
 
 def _why_dense(path: str, module: nn.Module, reason_by_path: Mapping[str, str]) -> str | None:
-    """Return why a module's weight stays dense; None if it is quantized, or has no dense weight."""
+    """Return the reason why a module's weight stays dense, or None if it will be quantized or is not dense."""
     if isinstance(module, nn.MultiheadAttention):
         reads_weights = _has_plain_weight(module.out_proj)
         return "nn.MultiheadAttention reads the weights of its layers itself" if reads_weights else None
@@ -139,17 +142,17 @@ def select_experts(model: nn.Module, skip: Sequence[str] | None, blocksize: int)
 
 
 def _warn_of_other_sizes(names_by_size: Mapping[int, Sequence[str]], blocksize: int) -> None:
-    """Warn about experts' weights that get a block size other than `blocksize`, or stay dense (0)."""
+    """Warn about experts' weights that get a different block size than `blocksize`, or stay dense (0)."""
     for size, names in names_by_size.items():
         treatment = f"quantized in blocks of {size}" if size else "left dense"
         warn(
-            f"{len(names)} weights of experts ('{names[0]}') are {treatment}, because an expert is not a multiple of "
-            f"{blocksize if size else min(blocksize, MIN_BLOCKSIZE)} values",
+            f"{len(names)} weights of experts ('{names[0]}') are {treatment}, because the size of an expert is not a "
+            f"multiple of {(blocksize if size else min(blocksize, MIN_BLOCKSIZE))} values",
         )
 
 
 def _dividing_blocksize(count: int, blocksize: int) -> int:
-    """Return the largest power of two up to `blocksize` that divides `count`; 0 if it is below the minimum."""
+    """Return the largest power of two up to `blocksize` that divides `count`, or 0 if it is below the minimum."""
     smallest = min(blocksize, MIN_BLOCKSIZE)
     while blocksize >= smallest:
         if count % blocksize == 0:
@@ -159,7 +162,7 @@ def _dividing_blocksize(count: int, blocksize: int) -> int:
 
 
 def _owner_paths(model: nn.Module) -> dict[int, set[str]]:
-    """Return the paths of the modules that have each parameter, by the parameter's id."""
+    """Return the paths of the modules that use each parameter, by the parameter's id."""
     owners: dict[int, set[str]] = {}
     for name, parameter in base_parameters(model):
         owners.setdefault(id(parameter), set()).add(name.rpartition(".")[0])
@@ -167,7 +170,7 @@ def _owner_paths(model: nn.Module) -> dict[int, set[str]]:
 
 
 def _is_in_attention(modules: Mapping[str, nn.Module], path: str) -> bool:
-    """Return whether the layer is in an `nn.MultiheadAttention`, which reads its weight instead of calling it."""
+    """Return whether the layer belongs to an `nn.MultiheadAttention`, which reads its weight without calling it."""
     return bool(path) and isinstance(modules.get(path.rpartition(".")[0]), nn.MultiheadAttention)
 
 
@@ -180,7 +183,7 @@ def _has_plain_weight(module: nn.Module) -> bool:
 def is_dense_linear(module: nn.Module) -> bool:
     """Return whether `module` is dense and computes x Wᵀ + b: an `nn.Linear`, a Conv1D, or an equivalent subclass.
 
-    Falcon's linear layer is such a subclass, with its own forward.
+    For example, Falcon's linear layer is a subclass with its own, equivalent forward.
     """
     if module._parameters.get("weight") is None:
         return False
@@ -232,7 +235,7 @@ def _computes_linear(module: nn.Module) -> bool:
         try:
             with torch.no_grad():
                 output = original_class(module).forward(probe, x.to(dtype))
-        except Exception:  # a forward that needs anything else is not a plain linear layer
+        except Exception:  # a forward that needs other attributes is not a plain linear layer
             return False
         if not isinstance(output, Tensor) or output.dtype != dtype or output.shape != reference.shape:
             return False
@@ -271,7 +274,7 @@ def _skipped_paths(model: nn.Module, skip: Sequence[str] | None) -> list[str]:
 
 
 def _names(model: nn.Module) -> list[str]:
-    """Return the paths that `skip` selects from: modules and experts' parameters."""
+    """Return the paths that `skip` can select: modules and experts' parameters."""
     names = []
     for path, module in base_modules(model):
         names += [path, *(f"{path}.{name}" if path else name for name in expert_parameters(model, path, module))]
@@ -279,7 +282,10 @@ def _names(model: nn.Module) -> list[str]:
 
 
 def extend_skip(model: nn.Module, skip: Sequence[str] | None, dense: Collection[str]) -> list[str]:
-    """Return `skip` extended by the paths in `dense`, shortened to their last parts where these match nothing else."""
+    """Return `skip` plus the paths in `dense`.
+
+    A path is shortened to its last component if that matches nothing else.
+    """
     names, patterns = _names(model), list(default_skip(model) if skip is None else skip)
     for path in dense:
         part = path.rpartition(".")[2]

@@ -3,7 +3,7 @@
     column-wise   consecutive rows of the weight                 codes [rows · in / 2], one scale per block
     row-wise      some columns of every row, in full blocks      codes [out · columns / 2], one scale per block
 
-The concatenated shards have the same bits as a weight that one process quantizes. Therefore each shard must start at a
+The concatenated shards have the same bits as a weight that one process quantizes. For this, each shard must start at a
 block boundary, and nested scales are computed from the scales of all ranks. A shard that does not start at a boundary
 of the nested blocks stores its scales decoded, in float32.
 """
@@ -38,10 +38,10 @@ class WeightShard:
 
     Args:
         mesh: one-dimensional device mesh.
-        placement: the sharded dimension: 0 for column-wise, 1 for row-wise.
+        placement: the sharded dimension, 0 for column-wise and 1 for row-wise.
         shape: shape of the full weight.
-        takes_dtensors: the layer maps DTensors to DTensors, between the hooks of `parallelize_module`.
-        double_quant: the scales have been rounded by double quantization.
+        takes_dtensors: whether the layer maps DTensors to DTensors, between the hooks of `parallelize_module`.
+        double_quant: whether the scales have been rounded by double quantization.
     """
 
     mesh: DeviceMesh
@@ -54,13 +54,13 @@ class WeightShard:
         return self  # a mesh cannot be copied
 
     def bounds(self, rank: int | None = None) -> tuple[int, int]:
-        """Return (start, stop) of the rows or columns of a rank, by default this one."""
+        """Return (start, stop) of a rank's rows or columns, by default this rank's."""
         size = self.shape[self.placement.dim]
         step, rank = -(-size // self.mesh.size()), self.mesh.get_local_rank() if rank is None else rank
         return min(rank * step, size), min((rank + 1) * step, size)
 
     def shape_of(self, rank: int | None = None) -> tuple[int, int]:
-        """Return the shape of a rank's shard, by default this one's."""
+        """Return the shape of a rank's shard, by default this rank's."""
         start, stop = self.bounds(rank)
         return (stop - start, self.shape[1]) if self.placement.dim == 0 else (self.shape[0], stop - start)
 
@@ -75,7 +75,7 @@ class WeightShard:
         blocksize = self.shape_of()[1] // shard.shape[1]
         shapes = [self.shape_of(rank) for rank in range(self.mesh.size())]
         shapes = [(rows, columns // blocksize) for rows, columns in shapes]
-        # all_gather needs tensors of one size, but the last ranks may have less.
+        # all_gather needs tensors of equal size, but the last ranks may have smaller shards.
         longest = max(map(math.prod, shapes))
         padded = F.pad(shard.detach().reshape(-1), (0, longest - shard.numel()))
         gathered = [torch.empty_like(padded) for _ in shapes]
@@ -117,7 +117,7 @@ class QuantizedShard(QuantizedLinear):
         return self.dequantized_parameter("weight", dtype)
 
     def dense_parameter(self, dtype: torch.dtype | None) -> nn.Parameter:
-        """Return the frozen dense weight, sharded as it is now."""
+        """Return the frozen dense weight with its current sharding."""
         weight = self.get_parameter("weight")
         if not self.is_quantized:
             return weight if dtype is None else nn.Parameter(weight.detach().to(dtype), requires_grad=False)
@@ -131,7 +131,7 @@ class QuantizedShard(QuantizedLinear):
         if not self.is_quantized:
             return super().forward(x)
         if not sharded.is_dtensor(x):
-            # Under a plan of transformers, x and the bias are this rank's, and the plan reduces the output.
+            # Under a transformers plan, x and the bias are this rank's shards, and the plan reduces the output.
             return self.full_forward(x) if self.weight_shard.takes_dtensors else super().forward(x)
         from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
@@ -155,7 +155,10 @@ class QuantizedShard(QuantizedLinear):
         return ops.linear_4bit(x.to(dtype), self.packed, bias).to(x.dtype)
 
     def full_forward(self, x: Tensor) -> Tensor:
-        """Return the full layer's output for unsharded inputs, outside a plan. Collective."""
+        """Return the full layer's output for unsharded inputs, when called outside a tensor-parallel plan.
+
+        Collective.
+        """
         bias, weight = self.bias, self.dequantized(self.compute_dtype or x.dtype)
         y = F.linear(x.to(weight.dtype), weight, None if bias is None else bias.to(weight.dtype))
         return y.to(x.dtype)
@@ -174,7 +177,7 @@ class QuantizedShard(QuantizedLinear):
 
 
 def shard_of(module: nn.Module) -> WeightShard | None:
-    """Return this rank's shard of a linear layer's weight; None unless tensor parallelism shards it."""
+    """Return this rank's shard of a linear layer's weight, or None if tensor parallelism does not shard it."""
     shard = getattr(module, "weight_shard", None)
     if shard is not None:
         return cast(WeightShard, shard)
@@ -203,8 +206,8 @@ def check_shard_blocks(name: str, shard: WeightShard, settings: FourBitSettings)
     starts = [shard.bounds(rank)[0] for rank in range(world_size)]
     if shard.bounds(world_size - 1)[0] == shard.bounds(world_size - 1)[1]:
         raise PeftcoreError(
-            f"'{name}' has {shard.shape[by_columns]} {unit}, so some of the {world_size} ranks would have none. "
-            "Leave it dense: skip=[...]"
+            f"'{name}' has {shard.shape[by_columns]} {unit}, so some of the {world_size} ranks would have an empty "
+            "shard. Leave the layer dense: skip=[...]"
         )
     if by_columns:
         fits = columns % blocksize == 0 and all(start % blocksize == 0 for start in starts)
@@ -270,7 +273,7 @@ def install_shard(
     module.__class__ = QuantizedShard
     module.weight_shard, module.compute_dtype = shard, compute_dtype
     module.set_packed_parameter("weight", packed)
-    module._is_hf_initialized = True  # transformers must not initialise it again
+    module._is_hf_initialized = True  # transformers must not initialize it again
     renew_plan(module)
     return cast(QuantizedShard, module)
 
@@ -284,7 +287,7 @@ def renew_plan(module: nn.Module) -> None:
 
 
 def _quantize_shard(weight: Tensor, settings: FourBitSettings, shard: WeightShard) -> PackedWeight:
-    """Quantize a shard to the bits that it has in the quantized full weight. Collective."""
+    """Quantize a shard to the same bits as in the quantized full weight. Collective."""
     quantize_shard = FORMATS[settings.quant_type].quantize_shard
     if quantize_shard is not None:
         return quantize_shard(weight, lambda t: t if t.is_meta else _all_reduce_max(t, shard))
@@ -302,7 +305,7 @@ def _quantize_shard(weight: Tensor, settings: FourBitSettings, shard: WeightShar
 
 
 def _all_reduce_max(t: Tensor, shard: WeightShard) -> Tensor:
-    """Return the maximum over all ranks, in place. Collective."""
+    """Replace the tensor by its maximum over all ranks, and return it. Collective."""
     distributed.all_reduce(t, distributed.ReduceOp.MAX, group=shard.mesh.get_group())
     return t
 
@@ -317,7 +320,7 @@ def _all_gather_scales(packed: PackedWeight, shard: WeightShard) -> Tensor:
 
 
 def _take_nested_scales(packed: PackedWeight, full_weight: PackedWeight, shard: WeightShard) -> PackedWeight:
-    """Return a shard with its scales taken from the full weight's nested ones."""
+    """Return a shard with its scales taken from the nested scales of the full weight."""
     start, blocks = shard.bounds()[0], -(-math.prod(packed.shape) // packed.blocksize)
     first_block, step = start * shard.shape[1] // packed.blocksize, full_weight.nested_blocksize
     if shard.placement.dim == 0 and first_block % step == 0:
@@ -356,9 +359,7 @@ def _shard_packed(full_weight: PackedWeight, shard: WeightShard) -> PackedWeight
     packed = full_weight._replace(codes=codes.reshape(-1, 1).clone(), shape=shape, **scales)
     if not full_weight.double_quant:
         return packed
-    if (
-        FORMATS[full_weight.quant_type].quantize_shard is not None
-    ):  # the scale of the scales is that of the whole weight
+    if FORMATS[full_weight.quant_type].quantize_shard is not None:  # the nested scale is shared by the full weight
         nested = full_weight.nested_absmax
         assert nested is not None and packed.absmax is not None
         blocks = -(-packed.absmax.numel() // full_weight.nested_blocksize)

@@ -239,7 +239,7 @@ def test_draws_nothing() -> None:
         ({"example": {"input_ids": torch.ones(2, 3)}}, r"input_ids \[1, length\], found \[2, 3\]"),
         ({"example": {"pixel_values": torch.ones(1, 3)}}, r"input_ids \[1, length\], found None"),
         ({"example": {"input_ids": torch.ones(1, 3)}, "loss": "pairs"}, "loss='pairs' only works with texts"),
-        ({"quantize": "int3"}, "quant_type='int3' is not known"),
+        ({"quantize": "int3"}, "unknown quant_type 'int3'"),
     ],
 )
 def test_wrong_arguments(arguments: dict[str, Any], message: str) -> None:

@@ -131,7 +131,7 @@ def test_a_layer_that_its_parent_asks_for_its_dtype_stays_dense():
         def forward(self, x):
             return self.last(self.first(x).to(self.last.weight.dtype))
 
-    with pytest.warns(UserWarning, match="of Parent dense: 'last', because other code reads the dtype of the weight"):
+    with pytest.warns(UserWarning, match="of Parent dense: 'last', because other code reads the weight's dtype"):
         model = peftcore.quantize(Parent())
     assert isinstance(model.first, QuantizedLinear) and not isinstance(model.last, QuantizedLinear)
     assert model(torch.randn(2, 32)).isfinite().all()
@@ -252,7 +252,7 @@ def of_dtype(dtype):
     [
         (lambda: of_dtype(torch.int8), {}, r"'0.weight' is torch.int8; only float32"),
         (lambda: of_dtype(torch.float64), {}, r"'0.weight' is torch.float64"),
-        (llama, {"quant_type": "nf3"}, r"quant_type='nf3' is not known. Choose one of: nf4, fp4"),
+        (llama, {"quant_type": "nf3"}, r"unknown quant_type 'nf3'. Choose one of: nf4, fp4"),
         (llama, {"blocksize": 48}, r"a power of two from 32 to 4096, found 48"),
         (llama, {"blocksize": 8192}, r"found 8192"),
         (llama, {"blocksize": 64.0}, r"found 64.0"),

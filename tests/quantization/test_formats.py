@@ -225,15 +225,15 @@ DAMAGES: list[tuple[Format, Callable[[dict[str, Tensor]], Any], str]] = [
     (
         AFFINE4,
         lambda t: t.update(permutation=torch.zeros(64, dtype=torch.int64)),
-        "which does not permute the inputs",
+        "which is not a permutation of the inputs",
     ),
 ]
 for each in (MXFP4, NVFP4, AFFINE4):
     state = f"quant_state.peftcore__{each.quant_type}"
     DAMAGES += [
         (each, lambda t: t.pop("absmax"), "lacks 'w.absmax'"),
-        (each, lambda t: t.update({"quant_state.bitsandbytes__nf4": t["absmax"]}), "needs one tensor"),
-        (each, lambda t, state=state: t.pop(state), "needs one tensor 'w.quant_state.bitsandbytes__nf4' or"),
+        (each, lambda t: t.update({"quant_state.bitsandbytes__nf4": t["absmax"]}), "must be one tensor"),
+        (each, lambda t, state=state: t.pop(state), "must be one tensor 'w.quant_state.bitsandbytes__nf4' or"),
         (each, lambda t, state=state: t[state].fill_(0), "cannot be read"),
     ]
 
@@ -250,8 +250,8 @@ def test_damaged_parts_are_refused(form: Format, change: Callable[[dict[str, Ten
 @pytest.mark.parametrize(
     ("quant_type", "blocksize", "message"),
     [
-        ("mxfp4", 128, "mxfp4 has blocks of 32 values, found blocksize=128"),
-        ("nvfp4", 32, "nvfp4 has blocks of 16 values, found blocksize=32"),
+        ("mxfp4", 128, "mxfp4 only supports blocksize=32, found blocksize=128"),
+        ("nvfp4", 32, "nvfp4 only supports blocksize=16, found blocksize=32"),
         ("affine4", 96, "blocksize must be a power of two from 32 to 4096, found 96"),
     ],
 )

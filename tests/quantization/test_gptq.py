@@ -144,7 +144,9 @@ def test_after_an_interruption_the_same_call_rounds_the_rest(error: Any, monkeyp
 
 
 def test_asked_for_wrongly() -> None:
-    with pytest.raises(peftcore.PeftcoreError, match="batches only work with quant_type='affine4', found 'nf4'"):
+    with pytest.raises(
+        peftcore.PeftcoreError, match="batches only work with quant_type='affine4', found quant_type='nf4'"
+    ):
         peftcore.quantize(llama(), "nf4", batches=[INPUTS])
     with pytest.raises(peftcore.PeftcoreError, match="`batches` is empty"):
         peftcore.quantize(llama(), "affine4", blocksize=32, batches=[])

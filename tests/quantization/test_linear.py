@@ -171,14 +171,14 @@ def broken(change):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda s, f: s.pop(f"weight.{STATE_KEY}nf4"), "needs one tensor 'weight.quant_state.bitsandbytes__nf4'"),
+        (lambda s, f: s.pop(f"weight.{STATE_KEY}nf4"), "must be one tensor 'weight.quant_state.bitsandbytes__nf4'"),
         (lambda s, f: s.pop("weight.absmax"), "lacks 'weight.absmax'"),
         (lambda s, f: s.pop("weight.nested_quant_map"), "lacks 'weight.nested_quant_map'"),
         (lambda s, f: f.update(shape=[48, 64]), r"has 'absmax' torch.uint8 \[96\], expected torch.uint8 \[48\]"),
         (lambda s, f: f.update(shape=[128, 48]), r"has shape \[128, 48\], but the layer needs \[48, 128\]"),
         (lambda s, f: f.update(blocksize=48), "blocksize must be a power of two from 32 to 4096, found 48"),
         (lambda s, f: f.update(quant_type="nf5"), "has quant_type='nf5' in 'quant_state"),
-        (lambda s, f: f.update(dtype="float8"), "has dtype='float8', expected one of float32, float16, bfloat16"),
+        (lambda s, f: f.update(dtype="float8"), "has dtype='float8', but it must be one of float32, float16, bfloat16"),
         (lambda s, f: f.update(dtype=["float32"]), "has dtype="),
         (lambda s, f: f.update(nested_offset=float("nan")), "it contains NaN, which is not a JSON number"),
         (lambda s, f: f.update(nested_offset=10**400), "has nested_offset=1000"),

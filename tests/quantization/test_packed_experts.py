@@ -151,7 +151,7 @@ def test_blocks_that_would_straddle_experts():
     with pytest.warns(UserWarning) as told:
         model = peftcore.quantize(mixture("qwen3_moe", moe_intermediate_size=4, hidden_size=36))
     none, small = sorted(str(each.message) for each in told)
-    assert "down_proj') are left dense, because an expert is not a multiple of 32 values" in none
+    assert "down_proj') are left dense, because the size of an expert is not a multiple of 32 values" in none
     assert "gate_up_proj') are quantized in blocks of 32" in small
     assert all(set(module.packings) == {"gate_up_proj"} for _, module in quantized_experts(model))
     model(**INPUTS)

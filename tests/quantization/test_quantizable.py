@@ -186,7 +186,7 @@ def test_attention_of_pytorch_stays_dense_with_a_warning() -> None:
     assert str(found[-1].message) == (
         "quantize leaves layers of ModuleDict dense: 'attention', because nn.MultiheadAttention reads the "
         "weights of its "
-        "layers itself. To silence this warning, name them in skip"
+        "layers itself. To silence this warning, add them to skip"
     )
 
 

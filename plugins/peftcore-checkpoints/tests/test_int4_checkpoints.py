@@ -140,7 +140,7 @@ def test_one_scale_for_each_row(tmp_path: Path) -> None:
         (lambda s: [s.pop(k) for k in [*s] if k.endswith("q_proj.qweight")], "lacks '.*q_proj.qweight'"),
         (
             lambda s: [s.pop(k) for k in [*s] if k.endswith(("qweight", "qzeros", "scales"))],
-            "says that GPTQ quantized it, but it has no 'qweight'",
+            "was quantized by GPTQ, but it has no 'qweight'",
         ),
         (
             lambda s: s.update({k.replace("layers.0", "layers.7"): s.pop(k) for k in [*s] if "layers.0.mlp" in k}),
@@ -203,10 +203,10 @@ def test_experts_stored_one_by_one_become_one_parameter(family: str, case: str, 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda s: s.pop("model.layers.0.mlp.experts.2.up_proj.qzeros"), "has 3 tensors .*up_proj.qzeros'"),
+        (lambda s: s.pop("model.layers.0.mlp.experts.2.up_proj.qzeros"), "stores '.*up_proj.qzeros' of only 3 experts"),
         (
             lambda s: s.update({"model.layers.0.mlp.experts.1.down_proj.g_idx": torch.arange(32).int()}),
-            "has 1 tensors .*down_proj.g_idx'",
+            "stores '.*down_proj.g_idx' of only 1 experts",
         ),
         (
             lambda s: s.update(

@@ -161,7 +161,7 @@ CHANGES: list[tuple[str, Callable[[dict[str, Tensor]], Any], str]] = [
     (
         "modelopt",
         lambda s: [s.pop(k) for k in [*s] if k.endswith(("_scale", "_scale_2")) or s[k].dtype is torch.uint8],
-        "ModelOpt quantized it, but it has no 'weight_scale_2'",
+        "was quantized by ModelOpt, but it has no 'weight_scale_2'",
     ),
     (
         "modelopt",

@@ -61,7 +61,7 @@ def test_a_wrong_config_leaves_the_base_dense() -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"quant_type": "int4"}, "quant_type='int4' is not known. Choose one of: nf4, fp4"),
+        ({"quant_type": "int4"}, "unknown quant_type 'int4'. Choose one of: nf4, fp4"),
         ({"blocksize": 100}, "a power of two from 32 to 4096, found 100"),
         ({"compute_dtype": "int8"}, "compute_dtype must be None, 'float32', 'bfloat16' or 'float16', found 'int8'"),
         ({"r": 0}, "r must be a positive whole number"),

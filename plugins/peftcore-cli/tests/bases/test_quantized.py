@@ -132,7 +132,7 @@ def test_any_method_on_a_base_in_4_bits(run: Run, llama: Path, reviews: Path, tm
             ("--method", "qlora", "--quantize", "nf4"),
             "--method qlora prepares the base itself, so it cannot be combined with --quantize nf4",
         ),
-        (("--method", "lora", "--quantize", "nf3"), "quant_type='nf3' is not known. Choose one of: nf4, fp4"),
+        (("--method", "lora", "--quantize", "nf3"), "unknown quant_type 'nf3'. Choose one of: nf4, fp4"),
         (("--method", "lora", "--quantize", "nf4", "--fit"), "--fit only works with a dense base"),
     ],
 )
@@ -165,7 +165,7 @@ def test_skip_is_a_field_of_qlora(run: Run, llama: Path, reviews: Path, tmp_path
 
 def test_an_unknown_4_bit_type(run: Run, llama: Path, tmp_path: Path) -> None:
     output = run("generate", "-m", llama, "--quantize", "int4", "-p", "the", code=1).output
-    assert "quant_type='int4' is not known. Choose one of: nf4, fp4" in " ".join(output.split())
+    assert "unknown quant_type 'int4'. Choose one of: nf4, fp4" in " ".join(output.split())
 
 
 def test_a_classifier(run: Run, bert: Path, labelled: Path, tmp_path: Path) -> None:
