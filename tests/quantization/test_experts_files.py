@@ -68,9 +68,7 @@ def test_what_bitsandbytes_leaves_dense_is_reported(tmp_path):
     config = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", quantization_config=config)
     theirs.save_pretrained(tmp_path / "theirs")
-    with pytest.warns(
-        UserWarning, match=r"4 weights of experts .* are dense in .*call peftcore.quantize\(model\)"
-    ):
+    with pytest.warns(UserWarning, match=r"4 weights of experts .* are dense in .*call peftcore.quantize\(model\)"):
         found = peftcore.quantization.load(tmp_path / "theirs")
     assert not list(quantized_experts(found))
     same(peftcore.quantize(found, double_quant=False), peftcore.quantize(theirs, double_quant=False))

@@ -118,7 +118,7 @@ def test_what_is_refused(int4: ModuleType) -> None:
         with pytest.raises(PeftcoreError, match=rf"unknown quant_type '{name}'\. Choose one of: nf4, fp4"):
             peftcore.load_sharded("folder", name)
     model = llama(num_hidden_layers=1)  # intermediate_size=96
-    who = r"'model.layers.0.mlp.down_proj': `quantize` of the plugin 'int4' \(peftcore-int4 1.0\) failed: RuntimeError"
+    who = r"'model.layers.0.mlp.down_proj' cannot be quantized: `quantize` of the plugin 'int4' \(peftcore-int4 1.0\) failed: RuntimeError"
     with pytest.raises(peftcore.PluginError, match=who):
         peftcore.quantize(model, "int4")
 
@@ -164,7 +164,7 @@ def test_a_format_that_leaves_the_layer_as_it_was_is_refused(int4: ModuleType) -
             peftcore.PluginError, match=r"`quantize` of the plugin 'idle' .* left '.*' in another format"
         ):
             peftcore.quantize(llama(**WIDE), "idle")
-        with pytest.raises(peftcore.PluginError, match=r"'one way' of the plugin 'idle' .* not `decode` and `plain`"):
+        with pytest.raises(peftcore.PluginError, match=r"'one way' of the plugin 'idle' .* lacks `decode` or `plain`"):
             peftcore.quantize(llama(**WIDE), "one way")
     finally:
         registry.unregister("idle")
