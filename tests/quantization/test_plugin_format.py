@@ -118,7 +118,7 @@ def test_what_is_refused(int4: ModuleType) -> None:
         with pytest.raises(PeftcoreError, match=rf"unknown quant_type '{name}'\. Choose one of: nf4, fp4"):
             peftcore.load_sharded("folder", name)
     model = llama(num_hidden_layers=1)  # intermediate_size=96
-    who = r"'model.layers.0.mlp.down_proj' cannot be quantized: `quantize` of the plugin 'int4' \(peftcore-int4 1.0\) failed"
+    who = r"'model.layers.0.mlp.down_proj' cannot be quantized: `quantize` of the plugin 'int4' .* failed"
     with pytest.raises(peftcore.PluginError, match=who):
         peftcore.quantize(model, "int4")
 
