@@ -1,4 +1,4 @@
-"""A training loop of your own: python examples/own_loop.py MODEL TEXTS.jsonl OUTPUT"""
+"""A plain PyTorch training loop: python examples/own_loop.py MODEL TEXTS.jsonl OUTPUT"""
 
 import json
 import math
@@ -26,10 +26,10 @@ for epoch in range(epochs):
         batch = tokenizer(texts[start : start + batch_size], return_tensors="pt", padding=True)
         labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
         loss = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=labels).loss
-        (loss + peftcore.extra_loss(model)).backward()  # the method's own term of the loss, 0 for LoRA
+        (loss + peftcore.extra_loss(model)).backward()  # the method's loss term, 0 for LoRA
         optimizer.step()
         step += 1
-        peftcore.after_step(model, step, total_steps, optimizer=optimizer)  # before the gradients are cleared
+        peftcore.after_step(model, step, total_steps, optimizer=optimizer)  # before gradients are cleared
         optimizer.zero_grad()
     print(f"epoch {epoch}: loss {loss.item():.4f}")
 

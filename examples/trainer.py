@@ -31,5 +31,5 @@ trainer = Trainer(
     train_dataset=rows,
     data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),
 )
-trainer.train(resume_from_checkpoint=latest_checkpoint(output))  # the newest whole one, if there is any
+trainer.train(resume_from_checkpoint=latest_checkpoint(output))  # the newest complete checkpoint, or None
 trainer.save_model(f"{output}/adapter")

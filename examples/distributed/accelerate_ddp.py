@@ -15,7 +15,7 @@ import peftcore
 source, data, output = sys.argv[1:]
 tokenizer = AutoTokenizer.from_pretrained(source)
 texts = [json.loads(line)["text"] for line in Path(data).read_text().splitlines()]
-accelerator = Accelerator(split_batches=True)  # 4 texts a step, whatever the number of ranks
+accelerator = Accelerator(split_batches=True)  # 4 texts per step for any number of ranks
 
 torch.manual_seed(0)  # the same adapter on every rank
 model = AutoModelForCausalLM.from_pretrained(source)
@@ -26,7 +26,7 @@ spread, optimizer, loader = accelerator.prepare(model, optimizer, loader)
 state = {"training": peftcore.TrainingState(model, optimizer.optimizer)}
 
 done = max((int(file.parent.name) for file in Path(output, "state").glob("*/.metadata")), default=0)
-if done:  # of any number of ranks; `.metadata` is written last
+if done:  # a checkpoint of any number of ranks; `.metadata` is written last
     dcp.load(state, checkpoint_id=f"{output}/state/{done}")
 for step, batch in enumerate(accelerator.skip_first_batches(loader, done), done + 1):
     labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)

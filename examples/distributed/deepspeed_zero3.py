@@ -19,13 +19,13 @@ rank, world = distributed.get_rank(), distributed.get_world_size()
 tokenizer = AutoTokenizer.from_pretrained(source)
 texts = [json.loads(line)["text"] for line in Path(data).read_text().splitlines()]
 
-partitions = HfDeepSpeedConfig(config)  # while it lives, from_pretrained partitions: no rank holds the whole base
+partitions = HfDeepSpeedConfig(config)  # keep it alive: from_pretrained then partitions the base
 model = AutoModelForCausalLM.from_pretrained(source)
 peftcore.apply(model, "lora", r=8).train()
 optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-3)
 engine = deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
-if Path(output, "state", "latest").exists():  # of the same number of ranks
-    engine.load_checkpoint(f"{output}/state", load_module_strict=False)  # the base is not in it
+if Path(output, "state", "latest").exists():  # needs the same number of ranks
+    engine.load_checkpoint(f"{output}/state", load_module_strict=False)  # it does not contain the base
 
 for step in range(engine.global_steps, len(texts) // (2 * world)):
     mine = texts[2 * world * step + rank : 2 * world * (step + 1) : world]
@@ -33,5 +33,5 @@ for step in range(engine.global_steps, len(texts) // (2 * world)):
     engine.backward(engine(**batch, labels=batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)).loss)
     engine.step()
     engine.save_checkpoint(f"{output}/state", exclude_frozen_parameters=True)
-peftcore.save(model, f"{output}/adapter")  # every rank calls it, rank 0 writes
+peftcore.save(model, f"{output}/adapter")  # call it on every rank; rank 0 writes
 distributed.destroy_process_group()

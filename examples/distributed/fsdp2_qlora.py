@@ -1,4 +1,4 @@
-"""FSDP2, a base in 4 bits: torchrun --nproc-per-node 2 examples/distributed/fsdp2_qlora.py MODEL TEXTS.jsonl OUTPUT"""
+"""FSDP2 with a 4-bit base: torchrun --nproc-per-node 2 examples/distributed/fsdp2_qlora.py MODEL TEXTS.jsonl OUTPUT"""
 
 import json
 import sys
@@ -19,11 +19,11 @@ if torch.cuda.is_available():
 device = "cuda" if torch.cuda.is_available() else "cpu"
 tokenizer = AutoTokenizer.from_pretrained(source)
 texts = [json.loads(line)["text"] for line in Path(data).read_text().splitlines()]
-texts = texts[: len(texts) // (2 * world) * 2 * world][rank::world]  # every rank takes as many steps
+texts = texts[: len(texts) // (2 * world) * 2 * world][rank::world]  # the same number of steps on every rank
 
-model = peftcore.load_sharded(source, "nf4")  # no rank ever holds the whole model
+model = peftcore.load_sharded(source, "nf4")  # no rank loads the whole model
 peftcore.apply(model, "lora", r=8)
-peftcore.shard(model)  # the adapter: rank 0's, on every rank
+peftcore.shard(model)  # copies rank 0's adapter to every rank
 optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-3)
 
 for start in range(0, len(texts), 2):

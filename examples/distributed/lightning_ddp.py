@@ -16,7 +16,7 @@ import peftcore
 class Tuned(lightning.LightningModule):
     def __init__(self, model):
         super().__init__()
-        self.model, self.strict_loading = model, False  # checkpoints have the adapter only
+        self.model, self.strict_loading = model, False  # checkpoints contain only the adapter
 
     def training_step(self, batch):
         return self.model(**batch, labels=batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)).loss
@@ -35,5 +35,5 @@ loader = DataLoader(texts, batch_size=2, collate_fn=lambda rows: read(rows, retu
 saved = ModelCheckpoint(output, every_n_train_steps=1, save_last=True)
 trainer = lightning.Trainer(devices=2, strategy="ddp", max_epochs=1, callbacks=[saved], default_root_dir=output)
 tuned = Tuned(peftcore.apply(AutoModelForCausalLM.from_pretrained(source), "lora", r=8).train())
-trainer.fit(tuned, loader, ckpt_path="last")  # goes on from OUTPUT/last.ckpt, if it is there
+trainer.fit(tuned, loader, ckpt_path="last")  # continues from OUTPUT/last.ckpt if it exists
 peftcore.save(tuned.model, f"{output}/adapter")  # rank 0 writes

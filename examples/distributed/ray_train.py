@@ -17,13 +17,13 @@ def work():
     read = AutoTokenizer.from_pretrained(source)
     texts = [json.loads(line)["text"] for line in Path(data).read_text().splitlines()]
     model = peftcore.apply(AutoModelForCausalLM.from_pretrained(source), "lora", r=8).train()
-    spread = ray.train.torch.prepare_model(model)  # DDP: rank 0's adapter on every rank
+    spread = ray.train.torch.prepare_model(model)  # DDP copies rank 0's adapter to every rank
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-3)
     state = {"training": peftcore.TrainingState(model, optimizer), "step": torch.tensor(0)}
-    if checkpoint := ray.train.get_checkpoint():  # the newest one, with the files of all workers, of any number
+    if checkpoint := ray.train.get_checkpoint():  # the newest one, with the files of all workers
         dcp.load(state, checkpoint_id=checkpoint.to_directory())
-    for step in range(int(state["step"]), len(texts) // 4):  # 4 texts a step, whatever the number of workers
+    for step in range(int(state["step"]), len(texts) // 4):  # 4 texts per step for any number of workers
         batch = read(texts[4 * step + rank : 4 * step + 4 : world], return_tensors="pt", padding=True).to(model.device)
         spread(**batch, labels=batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)).loss.backward()
         optimizer.step()

@@ -20,14 +20,14 @@ texts = [json.loads(line)["text"] for line in Path(data).read_text().splitlines(
 
 model = AutoModelForCausalLM.from_pretrained(source).to(device)
 peftcore.apply(model, "lora", r=8).train()
-spread = torch.nn.parallel.DistributedDataParallel(model)  # rank 0's adapter, on every rank
+spread = torch.nn.parallel.DistributedDataParallel(model)  # copies rank 0's adapter to every rank
 optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-3)
 state = {"training": peftcore.TrainingState(model, optimizer)}
 
 done = max((int(file.parent.name) for file in Path(output, "state").glob("*/.metadata")), default=0)
-if done:  # of any number of ranks; `.metadata` is written last
+if done:  # a checkpoint of any number of ranks; `.metadata` is written last
     dcp.load(state, checkpoint_id=f"{output}/state/{done}")
-for step in range(done, len(texts) // 4):  # 4 texts a step, whatever the number of ranks
+for step in range(done, len(texts) // 4):  # 4 texts per step for any number of ranks
     batch = tokenizer(texts[4 * step + rank : 4 * step + 4 : world], return_tensors="pt", padding=True).to(device)
     spread(**batch, labels=batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)).loss.backward()
     optimizer.step()

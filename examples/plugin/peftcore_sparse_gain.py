@@ -1,8 +1,8 @@
-"""Sparse gain: y = (1 + m g) · base(x) + m b, of whose gains and shifts few are left at the end of training.
+"""Sparse gain: y = (1 + m g) · base(x) + m b, where training prunes most gains and shifts.
 
-g, b [out]    trained, zero at the start; b where the layer has a bias, which it is merged into
-m [out]       1 for the outputs that are left: of all layers' those of the largest |g|
-              all at the first step, the share `keep` from step `until` · total on, linearly between
+g, b [out]    trained, initially zero; b only if the layer has a bias, into which it merges
+m [out]       mask: 1 for the outputs with the largest |g| over all layers, 0 for pruned outputs
+schedule      the share of kept outputs falls linearly from 1 to `keep` until step `until` · total_steps
 loss          penalty · mean of g²
 """
 
@@ -34,12 +34,13 @@ peftcore_api = ">=3.0,<4"
 
 @dataclass(frozen=True)
 class SparseGainConfig:
-    """Which layers, and how much of them is left.
+    """Config of sparse gain.
 
     Args:
         target_modules: suffixes, a regular expression for whole paths, or all-linear.
-        keep: the share of all outputs that is left. until: the share of training after which no more are.
-        penalty: of the mean of g², added to the loss.
+        keep: share of all outputs that remain after pruning.
+        until: share of the training steps after which pruning ends.
+        penalty: factor of the mean of g² in the loss.
     """
 
     target_modules: str | list[str] = "all-linear"
@@ -56,27 +57,27 @@ class SparseGainConfig:
 
 
 class SparseGain(Adapter):
-    """g and b of one layer, and m."""
+    """Gain g, shift b and mask m of one layer."""
 
-    left: Tensor
+    mask: Tensor
 
     def __init__(self, size: int, has_bias: bool) -> None:
         super().__init__()
         self.gain = nn.Parameter(torch.zeros(size))
         self.shift = nn.Parameter(torch.zeros(size)) if has_bias else None
-        self.register_buffer("left", torch.ones(size))
+        self.register_buffer("mask", torch.ones(size))
 
     def forward(self, base: Base, x: Tensor) -> Tensor:
         y: Tensor = base(x)
-        y = y * (1 + self.left * self.gain).to(y.dtype)
-        return y if self.shift is None else y + (self.left * self.shift).to(y.dtype)
+        y = y * (1 + self.mask * self.gain).to(y.dtype)
+        return y if self.shift is None else y + (self.mask * self.shift).to(y.dtype)
 
     @override
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        factor = 1 + self.left * self.gain
+        factor = 1 + self.mask * self.gain
         if bias is not None:
             bias = bias * factor
-            bias = bias if self.shift is None else bias + self.left * self.shift
+            bias = bias if self.shift is None else bias + self.mask * self.shift
         return weight * factor[:, None], bias
 
 
@@ -96,11 +97,11 @@ def loss(adapters: Mapping[str, Any], config: SparseGainConfig) -> Tensor | None
 @torch.no_grad()
 def after_step(adapters: Mapping[str, Any], config: SparseGainConfig, step: int, total_steps: int) -> None:
     progress = min(1.0, step / (config.until * total_steps))
-    sizes = torch.cat([(adapter.left * adapter.gain).abs() for adapter in adapters.values()])
+    sizes = torch.cat([(adapter.mask * adapter.gain).abs() for adapter in adapters.values()])
     count = max(1, round(len(sizes) * (1 - (1 - config.keep) * progress)))
     limit = sizes.kthvalue(len(sizes) - count + 1)[0]
     for adapter in adapters.values():
-        adapter.left.copy_((adapter.left * adapter.gain).abs() >= limit)
+        adapter.mask.copy_((adapter.mask * adapter.gain).abs() >= limit)
 
 
 @hookimpl
