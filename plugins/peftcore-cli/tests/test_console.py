@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import warnings
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,8 @@ from peftcore_cli import console
 from peftcore_cli.app import run as run_app
 from safetensors.torch import save_file
 from support.commands import Run
+
+import peftcore
 
 RENAME = "\x1b]0;title\x07"  # renames the window of a terminal
 ESCAPED = "\\x1b]0;title\\x07"
@@ -51,6 +54,13 @@ def test_what_a_model_writes_reaches_a_file_as_it_is(capsys: pytest.CaptureFixtu
     assert capsys.readouterr().out == "a\r\n\x1b\n"
 
 
+def test_a_model_s_answer_is_escaped_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    file = io.StringIO()
+    monkeypatch.setattr(console, "out", console.Console(file=file, force_terminal=True, color_system=None))
+    console.print_answer(RENAME)
+    assert file.getvalue() == f"{ESCAPED}\n"
+
+
 def test_a_log_is_escaped() -> None:
     record = logging.LogRecord("peftcore", logging.ERROR, "", 0, "%s", (RENAME,), None)
     assert console.LogFormatter().format(record) == ESCAPED
@@ -81,6 +91,27 @@ def test_an_error_that_no_command_expects(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr("peftcore_cli.versions.versions", fails)
     with pytest.raises(SystemExit, match=r"RuntimeError: \\x1b\]0;title\\x07"):
         run_app(["--version"])
+
+
+def test_an_error_of_a_plugin(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(_words: list[str]) -> None:
+        raise peftcore.PluginError(RENAME)
+
+    monkeypatch.setattr("peftcore_cli.app.build", fails)
+    with pytest.raises(SystemExit, match=r"peftcore: error: \\x1b\]0;title\\x07"):
+        run_app(["--version"])
+
+
+def test_a_warning_is_escaped(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def warns() -> list[tuple[str, str]]:
+        warnings.warn(RENAME, stacklevel=1)
+        return []
+
+    monkeypatch.setattr("peftcore_cli.versions.versions", warns)
+    with warnings.catch_warnings(), pytest.raises(SystemExit):
+        warnings.simplefilter("always")
+        run_app(["--version"])
+    assert capsys.readouterr().err == f"warning: {ESCAPED}\n"
 
 
 @pytest.mark.parametrize("ranks, program", [("1", "peftcore"), ("2", "torchrun --nproc-per-node 2 -m peftcore_cli")])
