@@ -148,6 +148,18 @@ def test_a_field_cannot_end_its_code_span_or_the_card(tmp_path: Path) -> None:
     assert read(tmp_path) == card
 
 
+def test_text_in_a_code_span_cannot_close_it() -> None:
+    assert model_card.code_span("a`b<i>\n\x85") == r"`a\u0060b\u003ci>\u000a\u0085`"
+
+
+def test_a_command_cannot_end_its_block_or_the_card(tmp_path: Path) -> None:
+    peftcore.save(model(r=2), tmp_path)
+    fences = read(tmp_path).count("```")
+    model_card.add_to_card(tmp_path, "Training", [], f"peftcore train '\n```\n<b>{model_card.END}'")
+    card = read(tmp_path)
+    assert card.count("```") == fences + 2 and card.count(model_card.END) == 1 and "<b>" not in card
+
+
 @pytest.mark.parametrize(
     ("before", "after"),
     [
