@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -89,6 +90,23 @@ def test_weights_are_quantized_as_they_are_read(in_8_bits: Path) -> None:
     wanted = peftcore.quantize(models.load_model(str(in_8_bits), "causal-lm", dtype="fp32", device="cpu")).state_dict()
     assert loaded.state_dict().keys() == wanted.keys()
     assert all(torch.equal(tensor, wanted[name]) for name, tensor in loaded.state_dict().items())
+
+
+def test_quantizing_holds_few_dense_weights_at_a_time(in_8_bits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights, largest = [], 0
+
+    def read(tensor: gguf_file.LazyTensor, item: object) -> torch.Tensor:
+        nonlocal largest
+        weight = read_tensor(tensor, item)
+        if weight.ndim == 2:
+            weights.append(weakref.ref(weight))
+        largest = max(largest, sum(weight() is not None for weight in weights))
+        return weight
+
+    read_tensor = gguf_file.LazyTensor.__getitem__
+    monkeypatch.setattr(gguf_file.LazyTensor, "__getitem__", read)
+    models.load_model(str(in_8_bits), "causal-lm", dtype="fp32", device="cpu", quantize="nf4")
+    assert len(weights) == 16 and largest <= 4  # the embedding, which stays dense, and weights that are being read
 
 
 def test_the_header_has_what_the_gguf_package_reads(in_8_bits: Path) -> None:
