@@ -254,6 +254,10 @@ def test_adapters_with_factors_and_without_a_method_of_products_are_summed_by_th
             peftcore.apply(model, "projected", adapter=name, value=float(seed))
             with torch.no_grad():
                 next(parameter for _, parameter in adapter_parameters(model, name)).fill_(value)
+                for _, module in adapter_modules(model, name):
+                    module.out.add_(1)  # the new adapter cannot draw such a vector: its buffers are copied
+        with pytest.raises(peftcore.PeftcoreError, match=r"cannot be scaled: .*peftcore\.combine\(model, \['a'\]"):
+            peftcore.scale(model, "a", 0.5)
         peftcore.combine(model, ["a", "b"], weights=[2, -1], adapter="d")
         ((_, first),), ((_, made),) = adapter_modules(model, "a"), adapter_modules(model, "d")
         assert made.scaling.item() == 1.0 and torch.equal(made.out, first.out)

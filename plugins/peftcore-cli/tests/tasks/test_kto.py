@@ -79,6 +79,12 @@ def test_answers_of_one_mark_are_refused(mark: bool, other: str) -> None:
         find("kto").check_rows(rows)
 
 
+def test_training_with_answers_of_one_mark_is_refused(run: Run, llama: Path, tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "rows.jsonl", [row for row in ROWS if row["label"]])
+    arguments = ("-m", llama, "-d", path, "-o", tmp_path / "run", "--method", "lora", "--steps", 1, "--task", "kto")
+    assert "every answer has the label true" in run("train", *arguments, code=1).output
+
+
 def test_tokens(tmp_path: Path, tokenizer: Any) -> None:
     row = read(tmp_path, {"prompt": "the film is", "completion": "very good", "label": True})
     (example,) = find("kto").encode([row], tokenizer, 32).examples
