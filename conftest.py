@@ -7,18 +7,12 @@ whole files, and one of them would end alone with it.
 from __future__ import annotations
 
 import gc
-import os
 import sys
 from pathlib import Path
 
 import hypothesis
 import pytest
-import torch
 from support.whole_run import WHOLE
-
-# Without a GPU, Triton's interpreter runs kernels (tests/ops/triton). Triton reads this when it is imported.
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # The same examples in every run, however slow the machine is.
 hypothesis.settings.register_profile(

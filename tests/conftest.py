@@ -1,10 +1,12 @@
 """Fixtures of all tests: the toy methods, installed, and plugins that are found."""
 
+import os
 import sys
 import types
 from collections.abc import Callable, Iterator
 
 import pytest
+import torch
 from support.entry_points import entry
 from support.toys import toys
 
@@ -12,6 +14,10 @@ from peftcore.plugin import discovery as plugin_discovery
 from peftcore.plugin.registry import Registry
 
 __all__ = ["toys"]
+
+# Without a GPU, Triton's interpreter runs kernels (tests/ops/triton). Triton reads this when it is imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 """`device`: where operators run Triton's kernels, a GPU, or the CPU by Triton's interpreter.
 
-The root's `conftest.py` selects the interpreter where there is no GPU, before triton is imported.
+`tests/conftest.py` selects the interpreter where there is no GPU, before triton is imported.
 """
 
 from __future__ import annotations
