@@ -37,9 +37,9 @@ class Operators(TorchDispatchMode):
 
 def test_functions_call_the_operators_for_cuda_tensors() -> None:
     with FakeTensorMode():
-        x = torch.empty(4, 6, device="cuda")
+        x, weight = torch.empty(4, 6, device="cuda"), torch.empty(6, device="cuda")
         with Operators() as operators:
-            results = ops.gated(x, x), ops.rms_norm(x, x[0], 1e-5), swiglu(x)
+            results = ops.gated(x, x), ops.rms_norm(x, weight, 1e-5), swiglu(x)
     assert [result.device.type for result in results] == ["cuda"] * 3
     called = [name for name in operators.names if "peftcore" in name]
     assert called == ["peftcore.gated.default", "peftcore.rms_norm.default", "peftcore.swiglu.default"]
