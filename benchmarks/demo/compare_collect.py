@@ -79,14 +79,14 @@ def collect(output: Path, sizes: dict, *, shared: bool) -> dict:
 
 
 def of_task(rows: list[Row], size) -> dict:
-    first = next(run for row in rows for run in row.finished)
+    first = next(run for row in rows for run in row.finished_runs)
     figures = [of_row(row) for row in rows]
     return {"size": asdict(size), "before": first["before"], "baseline": first["baseline"], "rows": figures}
 
 
 def of_row(row: Row) -> dict:
     """Return the figures of a method; lists have a value for each seed."""
-    runs = row.finished
+    runs = row.finished_runs
     tried = {f"{rate:g}": run.get("error") or run["validation"]["loss"] for rate, run in row.tried.items()}
     named = {name: row.settings[name] for name in ("method", "fields", "lr")}
     found = named | {"tried": tried, "family": family(row.settings)}

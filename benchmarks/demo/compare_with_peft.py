@@ -19,7 +19,11 @@ def against_peft(output: Path) -> None:
     from peftcore_compare import training_process
 
     for row in rows_of(output):
-        if not row.finished or (row.first / PEFT_RESULT).exists() or not peft_has(row.first, row.settings["method"]):
+        if (
+            not row.finished_runs
+            or (row.first / PEFT_RESULT).exists()
+            or not peft_has(row.first, row.settings["method"])
+        ):
             continue
         status = training_process.in_process(main, row.first, lambda line: None)
         if status != 0:

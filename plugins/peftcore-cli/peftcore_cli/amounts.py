@@ -15,11 +15,11 @@ def gigabytes(count: float) -> str:
     return f"{count / 1e9:.2f} GB"
 
 
-def share(part: int, whole: int) -> str:
+def share(count: int, total: int) -> str:
     """Return a percentage such as `1.23 %`."""
-    return f"{100 * part / whole:.2f} %" if whole else "-"
+    return f"{100 * count / total:.2f} %" if total else "-"
 
 
-def counted(kinds: Mapping[str, int]) -> str:
+def format_counts(kinds: Mapping[str, int]) -> str:
     """Format counts by kind, such as `2 x norm, 1 x MLP`."""
     return ", ".join(f"{count} x {kind}" for kind, count in kinds.items())

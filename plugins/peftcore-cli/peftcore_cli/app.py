@@ -71,13 +71,13 @@ def build(words: list[str]) -> typer.Typer:
     commands = known_commands(command_name)
     if command_name in PACKAGES and command_name not in commands:
         package = PACKAGES[command_name]
-        broken = next(
+        broken_plugin = next(
             (plugin for plugin in peftcore.plugins() if plugin.distribution == package and plugin.error), None
         )
-        if broken is not None:
+        if broken_plugin is not None:
             raise PluginError(
-                f"'peftcore {command_name}' cannot run, because the package {package} {broken.version} is broken: "
-                f"{broken.error}"
+                f"'peftcore {command_name}' cannot run, because the package {package} {broken_plugin.version} is "
+                f"broken: {broken_plugin.error}"
             )
         raise PluginError(
             f"'peftcore {command_name}' is in a package that is not installed. Run in a copy of peftcore's "
@@ -87,13 +87,13 @@ def build(words: list[str]) -> typer.Typer:
         app.command(
             command.name,
             cls=SuggestingCommand,
-            help=_unwrapped(inspect.getdoc(command.function) or ""),
+            help=_unwrap(inspect.getdoc(command.function) or ""),
             epilog=_epilog(command.examples),
         )(_with_clear_errors(command.function))
     return app
 
 
-def _unwrapped(text: str) -> str:
+def _unwrap(text: str) -> str:
     """Return a docstring with each paragraph on one line, because typer keeps line breaks."""
     return "\n\n".join(" ".join(paragraph.split()) for paragraph in text.split("\n\n"))
 

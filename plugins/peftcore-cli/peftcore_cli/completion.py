@@ -28,7 +28,7 @@ def adapters(incomplete: str) -> list[str]:
 
 def _folders_of_adapters(start: Path) -> Iterator[Path]:
     """Yield folders of adapters below `start`; for the adapter of a run, the run's folder, which commands accept."""
-    level, visited = [start], 0
+    level, folder_count = [start], 0
     for _ in range(_DEPTH):
         next_level: list[Path] = []
         for folder in level:
@@ -38,8 +38,8 @@ def _folders_of_adapters(start: Path) -> Iterator[Path]:
             except OSError:  # the folder was deleted, or belongs to another user
                 continue
             for child in (folder / name for name in names):
-                visited += 1
-                if visited > _MAX_FOLDERS:
+                folder_count += 1
+                if folder_count > _MAX_FOLDERS:
                     return
                 if (child / "adapter_config.json").exists() or (child / "adapter" / "adapter_config.json").exists():
                     yield child

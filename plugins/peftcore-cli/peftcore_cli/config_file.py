@@ -25,7 +25,7 @@ from peftcore_cli.fields import text_of
 NAME = "run.toml"
 RUN_FILE = "run.json"
 _FIELDS = "peftcore_cli.fields"  # key in the context: the file's `[set]`
-_RESUMED = "peftcore_cli.resumed"  # key in the context: values of --output and --resume
+_RESUME_VALUES = "peftcore_cli.resumed"  # key in the context: values of --output and --resume
 _NOT_IN_FILES = {"config", "help"}
 # If the first option is on the command line, the second one in the file is ignored, because it would take precedence.
 _OVERRIDES = {"epochs": "steps", "holdout": "eval_data"}
@@ -66,7 +66,7 @@ def use_of_run(context: typer.Context, param: typer.CallbackParam, value: Any) -
     """
     if context.resilient_parsing:
         return value
-    resume_values = context.meta.setdefault(_RESUMED, {})
+    resume_values = context.meta.setdefault(_RESUME_VALUES, {})
     resume_values[param.name] = value
     if not resume_values.get("resume") or resume_values.get("output") is None:
         return value
@@ -179,13 +179,13 @@ def _toml(value: Any) -> str:
         return "{" + ", ".join(f"{_toml_key(key)} = {_toml(item)}" for key, item in value.items()) + "}"
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join(map(_toml, value)) + "]"
-    return _quoted("none" if value is None else str(value))
+    return _quote("none" if value is None else str(value))
 
 
 def _toml_key(key: Any) -> str:
-    return key if isinstance(key, str) and re.fullmatch(r"[A-Za-z0-9_-]+", key) else _quoted(str(key))
+    return key if isinstance(key, str) and re.fullmatch(r"[A-Za-z0-9_-]+", key) else _quote(str(key))
 
 
-def _quoted(text: str) -> str:
-    escaped = text.replace("\\", "\\\\").replace('"', '\\"')
-    return '"' + re.sub(r"[\x00-\x1f\x7f]", lambda match: f"\\u{ord(match[0]):04x}", escaped) + '"'
+def _quote(text: str) -> str:
+    escaped_text = text.replace("\\", "\\\\").replace('"', '\\"')
+    return '"' + re.sub(r"[\x00-\x1f\x7f]", lambda match: f"\\u{ord(match[0]):04x}", escaped_text) + '"'

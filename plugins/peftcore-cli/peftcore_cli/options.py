@@ -53,7 +53,7 @@ Adapter = Annotated[
     ),
 ]
 MaybeAdapter = Annotated[Path | None, adapter_argument("Folder of an adapter or a run; default: the base alone.")]
-Continued = Annotated[
+ContinuedAdapter = Annotated[
     Path | None,
     typer.Option(
         "--adapter",
@@ -266,5 +266,5 @@ def absolute(path: str) -> str:
     """Make an existing path absolute. Anything else (a hub id, `chatml`) is returned unchanged."""
     if "{" in path:  # the text of a template
         return path
-    expanded = Path(os.path.expanduser(path))
-    return str(expanded.resolve()) if os.path.exists(expanded) else path
+    expanded_path = Path(os.path.expanduser(path))
+    return str(expanded_path.resolve()) if os.path.exists(expanded_path) else path

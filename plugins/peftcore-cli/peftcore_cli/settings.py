@@ -392,9 +392,9 @@ class Settings(RunOptions):
     lr: float = field(default=2e-4, kw_only=True)
 
     @classmethod
-    def from_options(cls, run_options: RunOptions, **resolved: Any) -> Settings:
+    def from_options(cls, run_options: RunOptions, **resolved_values: Any) -> Settings:
         """Return the settings of a run: the user's options, overridden by `resolved`."""
-        values = {**vars(run_options), **resolved}
+        values = {**vars(run_options), **resolved_values}
         if values["lr"] is None:  # nothing is trained
             del values["lr"]
         for name in ("eval_data", "other_data"):
@@ -417,9 +417,9 @@ class Settings(RunOptions):
         for name, value in vars(self).items():
             if isinstance(value, float) and not math.isfinite(value):
                 raise PeftcoreError(f"{name} must be finite, found {value}")
-        for option, chosen in (("--without-logits", self.without_logits), ("--fuse", self.fuse)):
-            if chosen not in SWITCH:
-                raise PeftcoreError(f"{option} must be one of {', '.join(SWITCH)}, found '{chosen}'")
+        for option, choice in (("--without-logits", self.without_logits), ("--fuse", self.fuse)):
+            if choice not in SWITCH:
+                raise PeftcoreError(f"{option} must be one of {', '.join(SWITCH)}, found '{choice}'")
         from peftcore.training import RECOMPUTE  # imports PyTorch, which --help must not
 
         if self.recompute not in RECOMPUTE:
@@ -434,16 +434,16 @@ class Settings(RunOptions):
     def rows(self) -> list[tuple[str, str]]:
         """Return (name, value) of options that differ from their defaults, and a row that lists the other options."""
         leading = ("model", "data", "other_data", "task", "method", "adapter")
-        chosen: dict[str, Any] = {name: getattr(self, name) for name in leading}
-        chosen |= {f"set {name}": value for name, value in self.fields.items()}
+        options_to_show: dict[str, Any] = {name: getattr(self, name) for name in leading}
+        options_to_show |= {f"set {name}": value for name, value in self.fields.items()}
         defaults: dict[str, Any] = {}
         for option in fields(self):
             if option.name not in (*leading, "fields"):
                 value = getattr(self, option.name)
-                (defaults if value == option.default and option.name != "lr" else chosen)[option.name] = value
-        rows = [(name, _shown(value)) for name, value in chosen.items() if value is not None]
-        unchanged = (f"{name} {_shown(value)}" for name, value in defaults.items() if value is not None)
-        return [*rows, ("defaults", ", ".join(unchanged))]
+                (defaults if value == option.default and option.name != "lr" else options_to_show)[option.name] = value
+        rows = [(name, _shown(value)) for name, value in options_to_show.items() if value is not None]
+        default_options = (f"{name} {_shown(value)}" for name, value in defaults.items() if value is not None)
+        return [*rows, ("defaults", ", ".join(default_options))]
 
 
 def _shown(value: Any) -> str:
@@ -464,8 +464,9 @@ def for_these_ranks(output: Path, settings: Settings) -> Settings:
     run_file = output / RUN_FILE
     if not run_file.exists():
         return settings
-    saved = _read(run_file)
-    ranks, grad_accum, batches = saved.get("ranks", 1), saved.get("grad_accum", 1), _batches_per_step(saved)
+    saved_settings = _read(run_file)
+    ranks, grad_accum = saved_settings.get("ranks", 1), saved_settings.get("grad_accum", 1)
+    batches = _batches_per_step(saved_settings)
     from peftcore_cli.tasks import registered
 
     if ranks != settings.ranks and registered.find(settings.task).fixed_ranks:
@@ -549,10 +550,10 @@ def prepare_folder(output: Path, settings: Settings, *, resume: bool, overwrite:
             current |= {name: saved[name] for name in _OF_RANKS}
         for name in sorted(saved.keys() | current.keys(), key=lambda name: (name != "adapter", name)):
             if saved.get(name) != current.get(name):
+                hint = _NOT_THE_SAME if name == "adapter" else ""
                 raise PeftcoreError(
-                    f"the run in '{output}' has {name}={saved.get(name)!r}, but {current.get(name)!r} was passed. "
-                    "Resume with the same settings, or start again: "
-                    f"--overwrite{(_NOT_THE_SAME if name == 'adapter' else '')}"
+                    f"the run in '{output}' has {name}={saved.get(name)!r}, but this command has "
+                    f"{name}={current.get(name)!r}. Resume with the same settings, or start again: --overwrite{hint}"
                 )
         return
     check_folder(output, overwrite=overwrite)
@@ -564,7 +565,7 @@ def prepare_folder(output: Path, settings: Settings, *, resume: bool, overwrite:
 
 def write_options(output: Path, settings: Settings, display: Display) -> None:
     """Write `run.toml`."""
-    names = ("model", "data", "task", "method", "adapter", *(each.name for each in fields(RunOptions)))
+    names = ("model", "data", "task", "method", "adapter", *(option_field.name for option_field in fields(RunOptions)))
     values = {name: getattr(settings, name) for name in names}
     further = {"set": settings.fields, "output": str(output.resolve()), **vars(display)}
     config_file.write(output / config_file.NAME, {**values, **further})

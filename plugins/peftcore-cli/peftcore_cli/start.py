@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-STARTED = time.perf_counter()
+START_TIME = time.perf_counter()
 
 
 class Clock:
@@ -26,7 +26,7 @@ class Clock:
 
     def other(self) -> float:
         """Return the seconds since the start of the command that belong to no part."""
-        return max(0.0, time.perf_counter() - STARTED - sum(self.parts.values()))
+        return max(0.0, time.perf_counter() - START_TIME - sum(self.parts.values()))
 
     def all(self) -> dict[str, float]:
         """Return the seconds of each part, and the remaining time since the start as `other`."""

@@ -314,7 +314,7 @@ def _runs(
                 yield from ((candidate, seed, rate) for rate in rates)
             elif not rates:
                 yield candidate, seed, candidate.lr
-            elif (method_runs := report.row(candidate.label)).finished:
+            elif (method_runs := report.row(candidate.label)).finished_runs:
                 yield candidate, seed, method_runs.lr
 
 
@@ -327,8 +327,10 @@ def _does_not_fit(common: Settings) -> str | None:
     device = device_choice.torch_device(common.device)
     size = device_choice.torch_dtype(common.dtype, common.device).itemsize
     parameters = sum(p.numel() for p in models.empty_model(common.model, common.task).parameters())
-    required = 4 * size * parameters  # weight, gradient and two moments
+    required_bytes = 4 * size * parameters  # weight, gradient and two moments
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-    if required <= free:
+    if required_bytes <= free:
         return None
-    return f"weights, gradients and AdamW's moments need {required / 1e9:.1f} GB, but {free / 1e9:.1f} GB are free"
+    return (
+        f"weights, gradients and AdamW's moments need {required_bytes / 1e9:.1f} GB, but {free / 1e9:.1f} GB are free"
+    )

@@ -55,7 +55,7 @@ class MethodRuns:
         return math.inf if math.isnan(loss) else loss
 
     @property
-    def finished(self) -> list[dict[str, Any]]:
+    def finished_runs(self) -> list[dict[str, Any]]:
         return [run for run in self.runs.values() if "error" not in run]
 
     @property
@@ -65,11 +65,11 @@ class MethodRuns:
 
     def values(self, metric: str, stage: str = "after") -> list[float]:
         """Return a held-out metric, one value per seed."""
-        return [run[stage][metric] for run in self.finished]
+        return [run[stage][metric] for run in self.finished_runs]
 
     def median(self, name: str) -> float:
         """Return the median of a figure over the seeds. "peak" is the peak memory of the device."""
-        values = [run[name] if name != "peak" else list(run["peak"].values())[-1] for run in self.finished]
+        values = [run[name] if name != "peak" else list(run["peak"].values())[-1] for run in self.finished_runs]
         return statistics.median(values)
 
 
@@ -116,12 +116,12 @@ class ComparisonReport:
 
     def figures(self) -> list[str]:
         """Return the names of the figures, starting with the task's main figure."""
-        measured = self.finished_runs()[0]["after"] if self.finished_runs() else {}
-        return [self.metric, *(name for name in measured if name not in (self.metric, "loss", "perplexity"))]
+        metrics = self.finished_runs()[0]["after"] if self.finished_runs() else {}
+        return [self.metric, *(name for name in metrics if name not in (self.metric, "loss", "perplexity"))]
 
     def finished_runs(self) -> list[dict[str, Any]]:
         """Return the results of all methods' finished runs."""
-        return list(itertools.chain.from_iterable(method.finished for method in self.methods))
+        return list(itertools.chain.from_iterable(method.finished_runs for method in self.methods))
 
     def optional_columns(self) -> list[str]:
         """Return the columns that only some comparisons have."""
@@ -135,12 +135,12 @@ class ComparisonReport:
     def _optional_cells(self, method: MethodRuns) -> Iterator[str]:
         for name in self.optional_columns():
             if name == _MERGES:
-                yield {True: "yes", False: "no", None: ""}[method.finished[0]["merges"]]
+                yield {True: "yes", False: "no", None: ""}[method.finished_runs[0]["merges"]]
                 continue
             rises = []
-            for run in method.finished:
-                before, after = run["other"]
-                rises.append(after["loss"] - before["loss"])
+            for run in method.finished_runs:
+                loss_before, loss_after = run["other"]
+                rises.append(loss_after["loss"] - loss_before["loss"])
             yield ("+" if statistics.mean(rises) >= 0 else "") + self.format_metric(rises, "loss")
 
     def cells(self) -> list[tuple[str, ...]]:
@@ -148,13 +148,13 @@ class ComparisonReport:
         names = self.figures()
         costs = ("",) * (len(_COSTS) + len(self.optional_columns()))
         rows: list[tuple[str, ...]] = []
-        if self.before():
-            values = (self.format_metric(self.before(name), name) for name in names)
+        if self.values_before():
+            values = (self.format_metric(self.values_before(name), name) for name in names)
             rows.append(("before training", "", *values, *costs))
         if (baseline := self.baseline()) is not None:
             rows.append((baseline[0], "", self.format_metric([baseline[1]]), *("" for _ in names[1:]), *costs))
         for method in self.methods:
-            if not method.finished:
+            if not method.finished_runs:
                 failed_row = (method.label, f"{method.lr:g}", "failed", *("" for _ in names[1:]), *costs)
                 rows += [failed_row] if method.error else []
                 continue
@@ -163,7 +163,7 @@ class ComparisonReport:
                     method.label,
                     f"{method.lr:g}",
                     *(self.format_metric(method.values(name), name) for name in names),
-                    f"{method.finished[0]['trainable_parameters']:,}",
+                    f"{method.finished_runs[0]['trainable_parameters']:,}",
                     megabytes(method.median("adapter_bytes")),
                     gigabytes(method.median("peak")),
                     f"{1e3 * method.median('step_seconds'):,.0f} ms",
@@ -182,7 +182,7 @@ class ComparisonReport:
             return None
         return baselines[0][0], statistics.mean(value for _, value in baselines)
 
-    def before(self, name: str | None = None) -> list[float]:
+    def values_before(self, name: str | None = None) -> list[float]:
         """Return a figure of the untrained model, one value per seed. The default is the main figure."""
         return max((method.values(name or self.metric, "before") for method in self.methods), key=len, default=[])
 
@@ -197,11 +197,11 @@ class ComparisonReport:
             parts += ["Validation loss at each learning rate (first seed):", _markdown(self.search_cells())]
         parts += [f"{label} failed: {reason}" for label, reason in self.failures()]
         for method in self.methods:
-            classified = [run for run in method.finished if run.get("confusion")]
-            if classified:
-                confusion = torch.tensor([run["confusion"] for run in classified]).sum(0).tolist()
+            classifier_runs = [run for run in method.finished_runs if run.get("confusion")]
+            if classifier_runs:
+                confusion = torch.tensor([run["confusion"] for run in classifier_runs]).sum(0).tolist()
                 title = f"Predictions of {method.label} (columns) for each true label (rows), summed over seeds:"
-                parts.append(f"{title}\n\n{_markdown(metrics.confusion_rows(confusion, classified[0]['labels']))}")
+                parts.append(f"{title}\n\n{_markdown(metrics.confusion_rows(confusion, classifier_runs[0]['labels']))}")
         return "\n\n".join(parts) + "\n"
 
     def search_cells(self) -> list[tuple[str, ...]]:
@@ -236,20 +236,20 @@ class ComparisonReport:
 
     def write_picture(self, folder: Path) -> None:
         """Write the chart, if there are results to draw."""
-        if any(method.finished for method in self.methods):
+        if any(method.finished_runs for method in self.methods):
             (folder / "compare.png").write_bytes(self.picture())
 
     def picture(self) -> bytes:
         """Return the chart as a PNG."""
-        methods = [method for method in self.methods if method.finished]
+        methods = [method for method in self.methods if method.finished_runs]
         scale = 100 if self.metric in metrics.SHARES else 1
         values = [[scale * value for value in method.values(self.metric)] for method in methods]
         seeds = max(map(len, values))
-        untrained = scale * statistics.mean(self.before())
-        lines = [(untrained, "before training")]
+        baseline_value = scale * statistics.mean(self.values_before())
+        lines = [(baseline_value, "before training")]
         if (baseline := self.baseline()) is not None:
             lines.append((scale * baseline[1], baseline[0]))
-        parameter_counts = [method.finished[0]["trainable_parameters"] for method in methods]
+        parameter_counts = [method.finished_runs[0]["trainable_parameters"] for method in methods]
         peak = [method.median("peak") / 1e6 for method in methods]
         step = [1e3 * method.median("step_seconds") for method in methods]
         heading = f"held-out {metrics.title(self.metric)}"

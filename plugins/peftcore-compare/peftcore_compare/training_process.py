@@ -26,7 +26,7 @@ from peftcore_cli.settings import RUN_FILE, Display, Settings, prepare_folder, w
 from peftcore import PeftcoreError
 
 _RESULT, _ERROR = "result.json", "error.txt"
-STOPPED = 130  # exit status of a run that Ctrl-C has stopped
+STOPPED_STATUS = 130  # exit status of a run that Ctrl-C has stopped
 
 
 def run(folder: Path, settings: Settings, show: Callable[[str], None]) -> dict[str, Any]:
@@ -44,7 +44,7 @@ def run(folder: Path, settings: Settings, show: Callable[[str], None]) -> dict[s
         write_options(folder, settings, Display())
     if not (folder / _RESULT).exists():
         status = run_child(folder, show)
-        if status == STOPPED:
+        if status == STOPPED_STATUS:
             raise KeyboardInterrupt
         if status != 0:
             return {"error": _failure(folder, status)}
@@ -73,7 +73,7 @@ def in_process(work: Callable[[Path], int], folder: Path, show: Callable[[str], 
                 for line in log.readlines():
                     show(line.strip())
                 if has_ended:
-                    return STOPPED if stopping else child.exitcode
+                    return STOPPED_STATUS if stopping else child.exitcode
             except KeyboardInterrupt:
                 if stopping:
                     child.kill()
@@ -121,7 +121,7 @@ def main(folder: Path) -> int:
         rows = training_data.read(settings)
         result = training_run.run(settings, folder, rows, resume=(folder / "checkpoints").is_dir())
     except run_result.Stopped:
-        return STOPPED
+        return STOPPED_STATUS
     except Exception as error:
         reason = str(error) if isinstance(error, PeftcoreError) else f"{type(error).__name__}: {error}"
         (folder / _ERROR).write_text(reason.strip().partition("\n")[0] + "\n", encoding="utf-8")

@@ -79,7 +79,7 @@ def test_rows_failures_and_what_is_kept(
     run(*arguments, "--method", "lora r=2 lr=1e-2", "--method", "bitfit", "--no-full", "--seeds", 2, "--resume")
     assert in_this_process == ["bitfit/seed-0", "bitfit/seed-1"]
     changed = run(*arguments, "--method", "lora r=2 lr=2e-2", "--no-full", "--resume", code=1).output
-    assert "has lr=0.01, but 0.02 was passed" in changed
+    assert "has lr=0.01, but this command has lr=0.02" in changed
     run(*arguments, "--method", "lora r=2 lr=2e-2", "--no-full", "--seeds", 1, "--overwrite")
     assert [path.name for path in (output / "runs").iterdir()] == ["lora r=2"]
 
@@ -190,7 +190,7 @@ def test_a_cut_off_comparison_goes_on(
     methods = ("--method", "lora r=2", "--method", "bitfit")
 
     def stopped(folder: Path, show: Any) -> int:
-        return run_child(folder, show) if "lora" in str(folder) else training_process.STOPPED
+        return run_child(folder, show) if "lora" in str(folder) else training_process.STOPPED_STATUS
 
     monkeypatch.setattr(training_process, "run_child", stopped)
     shown = run(*arguments, *methods, code=130).output

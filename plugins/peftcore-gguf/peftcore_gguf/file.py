@@ -64,10 +64,10 @@ def write_tensors(writer: Any, entries: list[Entry]) -> None:
 
     for name, tensor, kind, blocks in entries:
         shape: tuple[int, ...] = tuple(tensor.shape)
-        quantized = kind not in (gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.F16)
-        disk_shape = gguf.quant_shape_to_byte_shape(shape, kind) if quantized and blocks is None else shape
+        is_quantized = kind not in (gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.F16)
+        disk_shape = gguf.quant_shape_to_byte_shape(shape, kind) if is_quantized and blocks is None else shape
         dtype: np.dtype[Any] = np.dtype(np.uint8)
-        if not quantized:
+        if not is_quantized:
             dtype = np.dtype(np.float16 if kind.name == "F16" else np.float32)
         writer.add_tensor_info(name, disk_shape, dtype, int(np.prod(disk_shape)) * dtype.itemsize, raw_dtype=kind)
     writer.write_header_to_file()

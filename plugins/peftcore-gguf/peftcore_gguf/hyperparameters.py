@@ -114,9 +114,13 @@ def _unsupported_in_gemma(config: Any, family: Family, head: int) -> Iterator[st
 
 def _refuse_rope(parameters: dict[str, Any], kinds: tuple[str, ...]) -> None:
     kind = parameters.get("rope_type", "default")
-    ignored = {"rope_type"} | ({"partial_rotary_factor"} if parameters.get("partial_rotary_factor") == 1.0 else set())
-    unsupported = {key for key, value in parameters.items() if value is not None} - ignored - ROPE.get(kind, set())
-    if unsupported or kind not in kinds:
+    ignored_keys = {"rope_type"} | (
+        {"partial_rotary_factor"} if parameters.get("partial_rotary_factor") == 1.0 else set()
+    )
+    unsupported_keys = (
+        {key for key, value in parameters.items() if value is not None} - ignored_keys - ROPE.get(kind, set())
+    )
+    if unsupported_keys or kind not in kinds:
         raise PeftcoreError(f"llama.cpp does not support the model's rotary embedding {parameters}. {ALTERNATIVE}")
 
 

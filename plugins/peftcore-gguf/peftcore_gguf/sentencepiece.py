@@ -92,17 +92,19 @@ def merge_scores(parts: dict[str, Any], vocabulary: dict[str, int]) -> dict[str,
         ValueError: llama.cpp would merge in another order. The message is the reason.
     """
     model = parts["model"]
-    unsupported = [key for key, value in DEFAULTS.items() if (model.get(key) or value) != value]
-    if unsupported:
-        raise ValueError(f"its BPE sets {', '.join(unsupported)}")
-    missing = set(BYTES) - vocabulary.keys()
-    if missing:
-        raise ValueError(f"it has no token for {len(missing)} of the 256 bytes, such as {min(missing)}")
+    unsupported_keys = [key for key, value in DEFAULTS.items() if (model.get(key) or value) != value]
+    if unsupported_keys:
+        raise ValueError(f"its BPE sets {', '.join(unsupported_keys)}")
+    missing_bytes = set(BYTES) - vocabulary.keys()
+    if missing_bytes:
+        raise ValueError(f"it has no token for {len(missing_bytes)} of the 256 bytes, such as {min(missing_bytes)}")
     merges = [_as_pair(each) for each in model["merges"]]
     ranks = {merge: rank for rank, merge in enumerate(merges)}
     _refuse_missing_merges(parts, vocabulary, ranks)
     groups = _groups(merges)
-    token_scores = {left + right: -float(i) for i, group in enumerate(groups) for left, right in group}
+    token_scores = {
+        left_token + right_token: -float(i) for i, group in enumerate(groups) for left_token, right_token in group
+    }
     _refuse_ambiguous(groups, ranks, token_scores)
     return token_scores
 
@@ -115,8 +117,8 @@ def _as_steps(component: dict[str, Any] | None, key: str) -> Steps:
 
 
 def _as_pair(merge: str | list[str]) -> Merge:
-    left, right = merge.split(" ", 1) if isinstance(merge, str) else merge
-    return left, right
+    left_token, right_token = merge.split(" ", 1) if isinstance(merge, str) else merge
+    return left_token, right_token
 
 
 def _refuse_missing_merges(parts: dict[str, Any], vocabulary: dict[str, int], ranks: dict[Merge, int]) -> None:
@@ -133,14 +135,14 @@ def _refuse_missing_merges(parts: dict[str, Any], vocabulary: dict[str, int], ra
 
 def _groups(merges: list[Merge]) -> list[list[Merge]]:
     """Group the merges in order, so that all pairs that form a token are in one group with one score."""
-    last_ranks = {left + right: rank for rank, (left, right) in enumerate(merges)}
+    last_ranks = {left_token + right_token: rank for rank, (left_token, right_token) in enumerate(merges)}
     groups: list[list[Merge]] = []
     end = -1
-    for rank, (left, right) in enumerate(merges):
+    for rank, (left_token, right_token) in enumerate(merges):
         if rank > end:
             groups.append([])
-        groups[-1].append((left, right))
-        end = max(end, last_ranks[left + right])
+        groups[-1].append((left_token, right_token))
+        end = max(end, last_ranks[left_token + right_token])
     return groups
 
 
@@ -148,13 +150,13 @@ def _refuse_ambiguous(groups: list[list[Merge]], ranks: dict[Merge, int], token_
     """Raise a ValueError if merging by equal scores and merging by ranks give different tokens."""
     for group in groups:
         right_parts: defaultdict[str, list[str]] = defaultdict(list)
-        for left, right in group:
-            right_parts[left].append(right)
-        for left, middle in group:
-            for right in right_parts[middle]:
-                if ranks[middle, right] >= ranks[left, middle]:
+        for left_token, right_token in group:
+            right_parts[left_token].append(right_token)
+        for left_token, middle in group:
+            for right_token in right_parts[middle]:
+                if ranks[middle, right_token] >= ranks[left_token, middle]:
                     continue
-                text = left + middle + right
+                text = left_token + middle + right_token
                 if _merge(text, token_scores, {}) != _merge(text, {}, ranks):
                     raise ValueError(f"its merges of {text!r} have an order that scores cannot express")
 

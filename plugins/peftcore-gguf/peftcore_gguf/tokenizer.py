@@ -52,7 +52,7 @@ def write_tokenizer(writer: Any, tokenizer: Any, rows: int, template: str | None
         _copy_tokenizer(writer, Path(tokenizer), rows, template)
         return
     if getattr(tokenizer, "backend_tokenizer", None) is None:
-        raise _unsupported(f"{type(tokenizer).__name__} has no tokenizer.json")
+        raise _unsupported_tokenizer(f"{type(tokenizer).__name__} has no tokenizer.json")
     parts = json.loads(tokenizer.backend_tokenizer.to_str())
     _refuse_added(parts["added_tokens"])
     if sentencepiece.is_sentencepiece(parts):
@@ -70,7 +70,7 @@ def _write_byte_level(writer: Any, parts: dict[str, Any], rows: int) -> None:
     pre_tokenizer = _pre_tokenizer(parts)
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in parts["model"]["merges"]]
     if not merges:
-        raise _unsupported("it has no merges")
+        raise _unsupported_tokenizer("it has no merges")
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(pre_tokenizer)
     _write_tokens(writer, parts, rows)
@@ -82,7 +82,7 @@ def _write_sentencepiece(writer: Any, parts: dict[str, Any], rows: int, tokenize
     try:
         prepends_space, scores = sentencepiece.prepends_space(parts), sentencepiece.merge_scores(parts, vocabulary)
     except ValueError as odd:
-        raise _unsupported(str(odd)) from odd
+        raise _unsupported_tokenizer(str(odd)) from odd
     writer.add_tokenizer_model("llama")
     writer.add_tokenizer_pre("default")
     tokens = _write_tokens(writer, parts, rows, unknown=tokenizer.unk_token_id)
@@ -105,29 +105,29 @@ def _pre_tokenizer(parts: dict[str, Any]) -> str:
     """
     model, pre_tokenizer = parts["model"], parts["pre_tokenizer"]
     defaults = {"dropout": None, "continuing_subword_prefix": None, "end_of_word_suffix": None}
-    unsupported = [key for key, value in defaults.items() if (model.get(key) or value) != value]
-    if model["type"] != "BPE" or unsupported:
-        suffix = f" with {', '.join(unsupported)}" if unsupported else ""
-        raise _unsupported(f"its model is {model['type']}{suffix}")
+    unsupported_keys = [key for key, value in defaults.items() if (model.get(key) or value) != value]
+    if model["type"] != "BPE" or unsupported_keys:
+        suffix = f" with {', '.join(unsupported_keys)}" if unsupported_keys else ""
+        raise _unsupported_tokenizer(f"its model is {model['type']}{suffix}")
     if parts["normalizer"] not in (None, {"type": "NFC"}):
-        raise _unsupported(f"it has a normalizer, {parts['normalizer']['type']}")
+        raise _unsupported_tokenizer(f"it has a normalizer, {parts['normalizer']['type']}")
     steps = (
         pre_tokenizer["pretokenizers"]
         if pre_tokenizer and pre_tokenizer["type"] == "Sequence"
         else [pre_tokenizer or {"type": "none"}]
     )
     if any(step.get("add_prefix_space") for step in steps):
-        raise _unsupported("it prepends a space to texts")
+        raise _unsupported_tokenizer("it prepends a space to texts")
     splits = [{k: v for k, v in s.items() if k not in ("add_prefix_space", "trim_offsets")} for s in steps]
     name = next((name for name, known_steps in PRE_TOKENIZERS.items() if splits == known_steps), None)
     if name is None:
-        raise _unsupported(f"it splits texts differently ({', '.join(step['type'] for step in steps)})")
+        raise _unsupported_tokenizer(f"it splits texts differently ({', '.join(step['type'] for step in steps)})")
     if bool(model.get("ignore_merges")) != (name in WHOLE_WORDS_FIRST):
-        raise _unsupported(f"it has ignore_merges={model.get('ignore_merges')}")
+        raise _unsupported_tokenizer(f"it has ignore_merges={model.get('ignore_merges')}")
     return name
 
 
-def _refuse_added(added: list[dict[str, Any]]) -> None:
+def _refuse_added(added_tokens: list[dict[str, Any]]) -> None:
     """Raise a PeftcoreError if llama.cpp and transformers could find different added tokens in a text.
 
     llama.cpp searches the whole text for the longest token first. transformers scans from left to right, and takes the
@@ -135,20 +135,20 @@ def _refuse_added(added: list[dict[str, Any]]) -> None:
     """
     stripping = [
         added_token["content"]
-        for added_token in added
+        for added_token in added_tokens
         if added_token["lstrip"] or added_token["rstrip"] or added_token["single_word"]
     ]
     if stripping:
-        raise _unsupported(f"its token {stripping[0]!r} strips adjacent spaces")
+        raise _unsupported_tokenizer(f"its token {stripping[0]!r} strips adjacent spaces")
     longest: dict[str, str] = {}
-    for token in sorted((added_token["content"] for added_token in added), key=len):
+    for token in sorted((added_token["content"] for added_token in added_tokens), key=len):
         longest.update((token[:i], token) for i in range(1, len(token)))
-    for token in (added_token["content"] for added_token in added):
+    for token in (added_token["content"] for added_token in added_tokens):
         for i in range(1, len(token)):
             overlapping = longest.get(token[i:], "")
             # For runs of a single character, both searches give the same result.
             if len(overlapping) > len(token) and len(set(token + overlapping)) > 1:
-                raise _unsupported(f"its tokens {token!r} and {overlapping!r} may overlap")
+                raise _unsupported_tokenizer(f"its tokens {token!r} and {overlapping!r} may overlap")
 
 
 def _write_tokens(writer: Any, parts: dict[str, Any], rows: int, unknown: int | None = None) -> list[str]:
@@ -167,10 +167,10 @@ def _write_tokens(writer: Any, parts: dict[str, Any], rows: int, unknown: int | 
         kinds[added_token["id"]] = gguf.TokenType.CONTROL if added_token["special"] else gguf.TokenType.USER_DEFINED
     if unknown is not None:
         kinds[unknown] = gguf.TokenType.UNKNOWN
-    missing = vocabulary.keys() - set(tokens)  # overwritten above by another token with the same id
-    duplicates = {token for token in missing if sentencepiece.byte_of(token) != tokens[vocabulary[token]]}
+    missing_tokens = vocabulary.keys() - set(tokens)  # overwritten above by another token with the same id
+    duplicates = {token for token in missing_tokens if sentencepiece.byte_of(token) != tokens[vocabulary[token]]}
     if duplicates:
-        raise _unsupported(
+        raise _unsupported_tokenizer(
             f"its tokens {min(duplicates)!r} and {tokens[vocabulary[min(duplicates)]]!r} have the same id"
         )
     writer.add_token_list(tokens)
@@ -181,7 +181,7 @@ def _write_tokens(writer: Any, parts: dict[str, Any], rows: int, unknown: int | 
 def _write_special(writer: Any, tokenizer: Any) -> None:
     ids = {name: getattr(tokenizer, f"{name}_token_id") for name in SPECIAL}
     if ids["eos"] is None:
-        raise _unsupported("it has no end-of-text token, and llama.cpp would choose one")
+        raise _unsupported_tokenizer("it has no end-of-text token, and llama.cpp would choose one")
     if ids["pad"] == ids["eos"]:  # users set this token to pad batches; it is not a separate token
         ids["pad"] = None
     for name, i in ids.items():
@@ -192,7 +192,7 @@ def _write_special(writer: Any, tokenizer: Any) -> None:
     adds_bos = full_ids[:1] == [ids["bos"]] and full_ids[:1] != plain_ids[:1]
     adds_eos = full_ids[-1:] == [ids["eos"]] and full_ids[-1:] != plain_ids[-1:]
     if full_ids != [ids["bos"]] * adds_bos + plain_ids + [ids["eos"]] * adds_eos:
-        raise _unsupported(f"with special tokens it returns {full_ids} for {plain_ids}")
+        raise _unsupported_tokenizer(f"with special tokens it returns {full_ids} for {plain_ids}")
     writer.add_add_bos_token(adds_bos)
     writer.add_add_eos_token(adds_eos)
 
@@ -235,7 +235,7 @@ def _check_size(tokens: int, rows: int) -> None:
         )
 
 
-def _unsupported(reason: str) -> PeftcoreError:
+def _unsupported_tokenizer(reason: str) -> PeftcoreError:
     return PeftcoreError(
         f"cannot write the tokenizer as GGUF: {reason} (supported: byte-level BPE with the pre-tokenizers of "
         f"{', '.join(PRE_TOKENIZERS)}, and SentencePiece BPE with byte fallback). {ALTERNATIVE}"

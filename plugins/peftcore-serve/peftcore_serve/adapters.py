@@ -41,33 +41,33 @@ class Adapters:
 
     def __init__(self, model: nn.Module, limit: int) -> None:
         self.model, self.limit = model, limit
-        self.loaded: dict[str, LoadedAdapter] = {}  # the last one is the most recently used
+        self.by_name: dict[str, LoadedAdapter] = {}  # the last one is the most recently used
         self._count = 0
         self._active: object = None
         # {content of adapter_config.json: whether such adapters can be batched}
         self._can_batch: dict[bytes, bool] = {}
         self.batches = can_batch(model, self.activate, self.activate_alone, None)
 
-    def ensure_loaded(self, folder: Folder, used: Collection[str]) -> LoadedAdapter | None:
+    def ensure_loaded(self, folder: Folder, names_in_use: Collection[str]) -> LoadedAdapter | None:
         """Return the adapter in `folder`, loading it if necessary, or None while adapters in use leave no room.
 
         Args:
             folder: the adapter on disk.
-            used: names of the adapters that running sequences use.
+            names_in_use: names of the adapters that running sequences use.
 
         Raises:
             PeftcoreError: the adapter cannot be loaded. Other adapters are unchanged.
         """
-        loaded = self.loaded.get(folder.name)
-        if loaded is not None and loaded.stamp == folder.stamp:
-            self.loaded[folder.name] = self.loaded.pop(folder.name)
-            return loaded
-        if loaded is not None:  # the files have changed since they were read
-            if folder.name in used:
+        adapter = self.by_name.get(folder.name)
+        if adapter is not None and adapter.stamp == folder.stamp:
+            self.by_name[folder.name] = self.by_name.pop(folder.name)
+            return adapter
+        if adapter is not None:  # the files have changed since they were read
+            if folder.name in names_in_use:
                 return None
             self._remove(folder.name)
-        while len(self.loaded) >= self.limit:
-            oldest = next((name for name in self.loaded if name not in used), None)
+        while len(self.by_name) >= self.limit:
+            oldest = next((name for name in self.by_name if name not in names_in_use), None)
             if oldest is None:
                 return None
             self._remove(oldest)
@@ -82,7 +82,7 @@ class Adapters:
         self._activate(("alone", key))
 
     def _activate(self, selection: tuple[str | None, ...]) -> None:
-        if self._active == selection or not self.loaded:
+        if self._active == selection or not self.by_name:
             return
         self._active = None
         kind, *keys = selection
@@ -105,7 +105,7 @@ class Adapters:
         self.activate_alone(None)
         self._active = None
         peftcore.load(self.model, folder.path, adapter=key, trainable=False)
-        adapter = self.loaded[folder.name] = LoadedAdapter(key, folder.stamp, False)
+        adapter = self.by_name[folder.name] = LoadedAdapter(key, folder.stamp, False)
         config = bytes(safe_reading.read_bytes(folder.path / safe_reading.CONFIG, safe_reading.JSON_BYTES))
         if self.batches and config not in self._can_batch:
             self._can_batch[config] = can_batch(self.model, self.activate, self.activate_alone, key)
@@ -114,4 +114,4 @@ class Adapters:
 
     def _remove(self, name: str) -> None:
         self._active = None
-        peftcore.remove(self.model, self.loaded.pop(name).key)
+        peftcore.remove(self.model, self.by_name.pop(name).key)

@@ -31,7 +31,7 @@ from peftcore_serve.scheduler import ENDING, Busy, Scheduler
 from peftcore_serve.sequence import Event, Failed, Finished, Piece, Sampling, Sequence
 
 _BODY_BYTES = 16 << 20
-_LISTED = 20  # maximum number of names in an error
+_MAX_NAMES = 20  # maximum number of names in an error
 _PORT = re.compile(r":\d*$")
 
 
@@ -79,7 +79,7 @@ class Server:
             pad_token_id=self.texts.of_base.tokenizer.pad_token_id,
         )
         self.scheduler = Scheduler(model, lambda name: folders.find_one(root, name), limit, batch_size)
-        self._created = int(time.time())
+        self._creation_time = int(time.time())
         self.app = Starlette(
             routes=[
                 Route("/health", self._health),
@@ -116,7 +116,7 @@ class Server:
         return JSONResponse(self._describe(name))
 
     def _describe(self, name: str) -> dict[str, Any]:
-        body = {"id": name, "object": "model", "created": self._created, "owned_by": "peftcore"}
+        body = {"id": name, "object": "model", "created": self._creation_time, "owned_by": "peftcore"}
         return body if name == self.name else {**body, "parent": self.name}
 
     async def _completions(self, request: HttpRequest) -> Response:
@@ -143,7 +143,7 @@ class Server:
             raise ProtocolError(str(error), 503 if str(error) == ENDING else 429) from None
         running = _Running(sequences, events, http)
         try:
-            first_event = await running.next()
+            first_event = await running.next_event()
         except BaseException:
             running.end()
             raise
@@ -222,10 +222,10 @@ class Server:
         if name == self.name and folder is not None:
             raise ProtocolError(f"'{name}' names both the base and an adapter. Rename the adapter's folder")
         if folder is None and name != self.name:
-            remainder = f" and {len(names) - _LISTED} more (GET /v1/models)" if len(names) > _LISTED else ""
-            listed = f"{', '.join(names[:_LISTED])}{remainder}"
+            remainder = f" and {len(names) - _MAX_NAMES} more (GET /v1/models)" if len(names) > _MAX_NAMES else ""
+            shown_names = f"{', '.join(names[:_MAX_NAMES])}{remainder}"
             raise ProtocolError(
-                f"there is no model '{name}'{nearest(name, names)}. The models are: {listed}",
+                f"there is no model '{name}'{nearest(name, names)}. The models are: {shown_names}",
                 404,
                 "model",
                 "model_not_found",
@@ -266,7 +266,7 @@ class _Running:
         self._disconnect = asyncio.ensure_future(_wait_for_disconnect(http))
         self._disconnect.add_done_callback(lambda _: self._cancel())
 
-    async def next(self) -> tuple[int, Event] | None:
+    async def next_event(self) -> tuple[int, Event] | None:
         """Return the next event, or None when all sequences have ended or the client has disconnected."""
         if self._open == 0:
             return None
@@ -312,8 +312,8 @@ async def _collect(running: _Running, first_event: tuple[int, Event], answer: An
                 raise _failure(event)
             if isinstance(event, Finished):
                 reasons[index], token_count = event.reason, token_count + event.tokens
-            texts[index].append(event.last if isinstance(event, Finished) else event)
-            item = await running.next()
+            texts[index].append(event.last_piece if isinstance(event, Finished) else event)
+            item = await running.next_event()
         if not running.is_over:
             return Response(status_code=499)
         return JSONResponse(answer.full(texts, reasons, token_count))
@@ -330,16 +330,16 @@ async def _stream(running: _Running, first_event: tuple[int, Event], answer: Ans
             if isinstance(event, Failed):
                 yield _server_sent_event(_failure(event).body)
                 return
-            if index not in begun and (chunk := answer.first(index)) is not None:
+            if index not in begun and (chunk := answer.first_chunk(index)) is not None:
                 yield _server_sent_event(chunk)
             begun.add(index)
-            piece = event.last if isinstance(event, Finished) else event
+            piece = event.last_piece if isinstance(event, Finished) else event
             if piece.text or piece.logprobs:
                 yield _server_sent_event(answer.piece(index, piece))
             if isinstance(event, Finished):
                 token_count += event.tokens
                 yield _server_sent_event(answer.end(index, event.reason))
-            item = await running.next()  # type: ignore[assignment]
+            item = await running.next_event()  # type: ignore[assignment]
         if running.is_over:
             if answer.request.include_usage:
                 yield _server_sent_event(answer.usage(token_count))

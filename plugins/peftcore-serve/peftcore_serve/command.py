@@ -32,7 +32,7 @@ EXAMPLES = (
 _BACKLOG = 2048  # maximum number of connections that wait to be accepted
 _SHUTDOWN_SECONDS = 5  # time for running answers to end
 # Fields of a generation config that the server ignores, and the values at which they have no effect.
-_IGNORED = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "min_new_tokens": None, "min_length": 0}
+_NEUTRAL_VALUES = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "min_new_tokens": None, "min_length": 0}
 
 
 def serve(
@@ -153,10 +153,12 @@ def make(
     base_model = models.load_model(base, task, dtype=dtype, device=device, quantize=base_as)
     peftcore.fuse(base_model)
     generation_config: Any = base_model.generation_config
-    values = {field: getattr(generation_config, field, None) for field in _IGNORED}
-    ignored = [f"{field}={value}" for field, value in values.items() if value not in (None, _IGNORED[field])]
-    if ignored:
-        note(f"the server ignores these fields of the base's generation config: {', '.join(ignored)}")
+    values = {field: getattr(generation_config, field, None) for field in _NEUTRAL_VALUES}
+    ignored_fields = [
+        f"{field}={value}" for field, value in values.items() if value not in (None, _NEUTRAL_VALUES[field])
+    ]
+    if ignored_fields:
+        note(f"the server ignores these fields of the base's generation config: {', '.join(ignored_fields)}")
     server = Server(
         base_model,
         base,

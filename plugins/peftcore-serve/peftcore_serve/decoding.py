@@ -88,10 +88,12 @@ class Batch:
         keep: int | None = 1,
     ) -> Tensor:
         options: dict[str, Any] = {"attention_mask": mask, "position_ids": positions, "logits_to_keep": keep}
-        supported = {name: value for name, value in options.items() if value is not None and name in self._arguments}
+        supported_options = {
+            name: value for name, value in options.items() if value is not None and name in self._arguments
+        }
         if self._cache_argument is not None:
-            supported[self._cache_argument] = cache
-        output = self.model(input_ids=ids, use_cache=True, **supported)
+            supported_options[self._cache_argument] = cache
+        output = self.model(input_ids=ids, use_cache=True, **supported_options)
         logits: Tensor = output.logits
         return logits
 
@@ -134,8 +136,8 @@ def _rebuild(layers: Any, change: Callable[[Several[Tensor | None]], Tensor | No
 @torch.no_grad()
 def can_batch(
     model: nn.Module,
-    by_sample: Callable[[list[str | None]], None],
-    alone: Callable[[str | None], None],
+    activate_by_sample: Callable[[list[str | None]], None],
+    activate_alone: Callable[[str | None], None],
     key: str | None,
 ) -> bool:
     """Return whether decoding in a batch gives the same logits as a forward pass of each sequence alone.
@@ -145,22 +147,22 @@ def can_batch(
 
     Args:
         model: the model.
-        by_sample: activates an adapter for each sample of a batch.
-        alone: activates an adapter for whole batches.
+        activate_by_sample: activates an adapter for each sample of a batch.
+        activate_alone: activates an adapter for whole batches.
         key: name in the model of the adapter to test in a batch with the base model. None: only the base model.
     """
     batch, keys = Batch(model), [key, None]
     try:
         caches = []
         for prompt, sample_key in zip(_PROBE_PROMPTS, keys, strict=True):
-            by_sample([sample_key])
+            activate_by_sample([sample_key])
             caches.append(batch.prefill(list(prompt))[1])
         batch._cache, batch._lengths = _join(caches), [len(prompt) for prompt in _PROBE_PROMPTS]
         batch.sequences = [_Probe([_PROBE_TOKEN]) for _ in keys]  # type: ignore[misc]
-        by_sample(keys)
+        activate_by_sample(keys)
         rows = batch.step().float()
         for row, prompt, sample_key in zip(rows, _PROBE_PROMPTS, keys, strict=True):
-            alone(sample_key)
+            activate_alone(sample_key)
             output = batch.model(input_ids=torch.tensor([[*prompt, _PROBE_TOKEN]], device=row.device), use_cache=False)
             if not _near(row, output.logits[0, -1].float()):
                 return False
@@ -200,9 +202,9 @@ def generate_alone(model: nn.Module, sequence: Sequence, is_closed: Callable[[],
     class Chooser(LogitsProcessor):
         def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
             sequence.extend(scores[0])
-            chosen = torch.full_like(scores, -torch.inf)
-            chosen[0, sequence.tokens[-1] if sequence.tokens else 0] = 0
-            return chosen
+            forced_scores = torch.full_like(scores, -torch.inf)
+            forced_scores[0, sequence.tokens[-1] if sequence.tokens else 0] = 0
+            return forced_scores
 
     class Done(StoppingCriteria):
         def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:

@@ -269,7 +269,7 @@ class Answer:
             choices.append({"index": i, **content, "logprobs": self._logprobs(i, piece), "finish_reason": reason})
         return {**self._head, "choices": choices, "usage": self._usage(token_count)}
 
-    def first(self, index: int) -> dict[str, Any] | None:
+    def first_chunk(self, index: int) -> dict[str, Any] | None:
         """Return the chunk that begins a sequence's stream, or None."""
         return self._chunk(index, {"role": "assistant", "content": ""}, None) if self.request.is_chat else None
 
@@ -304,8 +304,8 @@ class Answer:
             content = []
             for token_logprob in piece.logprobs:
                 top = [self._chat_logprob(token, logprob) for token, logprob in token_logprob.top]
-                chosen = self._chat_logprob(token_logprob.token, token_logprob.logprob)
-                content.append({**chosen, "top_logprobs": top})
+                entry = self._chat_logprob(token_logprob.token, token_logprob.logprob)
+                content.append({**entry, "top_logprobs": top})
             return {"content": content, "refusal": None}
         offsets, offset = [], self._offsets.get(index, 0)
         for token_logprob in piece.logprobs:

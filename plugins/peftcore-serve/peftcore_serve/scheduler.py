@@ -38,7 +38,7 @@ class Scheduler:
         self.batch_size, self._find = batch_size, find
         self._batch = Batch(model)
         self._waiting: deque[Sequence] = deque()
-        self._changed = threading.Condition()
+        self._condition = threading.Condition()
         self._is_closed = False
         self.steps = 0
         self._thread = threading.Thread(target=self._run, name="peftcore-serve", daemon=True)
@@ -50,36 +50,36 @@ class Scheduler:
         Raises:
             Busy: too many sequences are waiting.
         """
-        submitted = list(sequences)
-        with self._changed:
+        new_sequences = list(sequences)
+        with self._condition:
             if self._is_closed:
                 raise Busy(ENDING)
-            if len(self._waiting) + len(submitted) > _WAITING:
+            if len(self._waiting) + len(new_sequences) > _WAITING:
                 raise Busy(
                     f"the queue is full ({len(self._waiting):,} of at most {_WAITING:,} sequences). Try again later"
                 )
-            self._waiting.extend(submitted)
-            self._changed.notify_all()
+            self._waiting.extend(new_sequences)
+            self._condition.notify_all()
 
     @property
     def is_busy(self) -> bool:
         """Whether sequences are running or waiting."""
-        with self._changed:
+        with self._condition:
             return bool(self._waiting or self._batch.sequences)
 
     def close(self, wait: bool = True) -> None:
         """End all sequences with an error after the current step, and stop the thread."""
-        with self._changed:
+        with self._condition:
             self._is_closed = True
-            self._changed.notify_all()
+            self._condition.notify_all()
         if wait:
             self._thread.join()
 
     def _run(self) -> None:
         while True:
-            with self._changed:
+            with self._condition:
                 while not (self._waiting or self._batch.sequences or self._is_closed):
-                    self._changed.wait()
+                    self._condition.wait()
                 if self._is_closed:
                     for sequence in (*self._batch.sequences, *self._waiting):
                         sequence.fail(ENDING)
@@ -95,7 +95,7 @@ class Scheduler:
     def _admit(self) -> None:
         """Start waiting sequences, in order, while the batch has room."""
         while len(self._batch.sequences) < self.batch_size and not self._is_closed:
-            with self._changed:
+            with self._condition:
                 if not self._waiting:
                     return
                 sequence = self._waiting[0]
@@ -106,22 +106,22 @@ class Scheduler:
                 sequence.fail(error_message(error), is_users=isinstance(error, PeftcoreError))
             if self._is_closed:
                 return
-            with self._changed:
+            with self._condition:
                 self._waiting.popleft()
 
     def _start(self, sequence: Sequence) -> bool:
         """Run the prompt of a sequence, or return False if its adapter cannot be loaded yet."""
-        loaded: LoadedAdapter | None = None
+        adapter: LoadedAdapter | None = None
         if sequence.adapter is not None:
             folder = self._find(sequence.adapter)
             if folder is None:
                 raise PeftcoreError(f"the folder of the adapter '{sequence.adapter}' no longer exists")
-            used = {running.adapter for running in self._batch.sequences if running.adapter}
-            loaded = self.adapters.ensure_loaded(folder, used)
-            if loaded is None:
+            names_in_use = {running.adapter for running in self._batch.sequences if running.adapter}
+            adapter = self.adapters.ensure_loaded(folder, names_in_use)
+            if adapter is None:
                 return False
-        key = None if loaded is None else loaded.key
-        if not (self.adapters.batches if loaded is None else loaded.by_sample):
+        key = None if adapter is None else adapter.key
+        if not (self.adapters.batches if adapter is None else adapter.by_sample):
             self._run_alone(sequence, key)
             return True
         self.adapters.activate([key])
@@ -170,4 +170,4 @@ class Scheduler:
                 sequence.fail(error_message(error))
 
     def _key(self, sequence: Sequence) -> str | None:
-        return None if sequence.adapter is None else self.adapters.loaded[sequence.adapter].key
+        return None if sequence.adapter is None else self.adapters.by_name[sequence.adapter].key

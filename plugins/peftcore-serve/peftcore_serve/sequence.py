@@ -57,7 +57,7 @@ class Piece:
 class Finished:
     """The end of a sequence, with its last piece, the reason, and the number of generated tokens."""
 
-    last: Piece
+    last_piece: Piece
     reason: str
     tokens: int
 
@@ -100,7 +100,7 @@ class Sequence:
     echo: str | None = None
     tokens: list[int] = field(default_factory=list)
     is_done: bool = False
-    _sent: int = 0
+    _sent_length: int = 0
     _logprobs: list[TokenLogprob] = field(default_factory=list)
     _generator: torch.Generator = field(default_factory=torch.Generator)
 
@@ -162,7 +162,7 @@ class Sequence:
         if at_end or at_stop or is_full:
             self.is_done = True
             self.notify(Finished(self._piece(text), STOP if at_end or at_stop else LENGTH, len(self.tokens)))
-        elif self.streams and len(text) > self._sent:
+        elif self.streams and len(text) > self._sent_length:
             self.notify(self._piece(text))
 
     def _choose(self, logits: Tensor) -> int:
@@ -190,8 +190,8 @@ class Sequence:
         return text[: len(text) - overlap], False
 
     def _piece(self, text: str) -> Piece:
-        piece = Piece(text[self._sent :], tuple(self._logprobs))
-        self._sent, self._logprobs = max(self._sent, len(text)), []
+        piece = Piece(text[self._sent_length :], tuple(self._logprobs))
+        self._sent_length, self._logprobs = max(self._sent_length, len(text)), []
         return piece
 
 

@@ -69,4 +69,4 @@ def test_a_family(family: str, tmp_path: Path) -> None:
     for number, (name, prompt) in enumerate(requested):
         event, folder = events_by_number[number], tmp_path / "adapters" / name if name else None
         assert isinstance(event, Finished)
-        assert event.last.text == written(tmp_path / "base", folder, prompt, 4 + number), (name, prompt)
+        assert event.last_piece.text == written(tmp_path / "base", folder, prompt, 4 + number), (name, prompt)

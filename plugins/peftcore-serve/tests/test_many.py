@@ -72,7 +72,7 @@ def test_a_hundred_adapters_behind_one_port(llama: Path, tmp_path: Path) -> None
         client.close()
         runs.should_exit = True
         thread.join()
-    assert len(server.scheduler.adapters.loaded) <= 40
+    assert len(server.scheduler.adapters.by_name) <= 40
     assert server.scheduler.steps < COUNT * 6 / 3
     expected = [written(llama, tmp_path / f"user{n}", PROMPTS[n % len(PROMPTS)], 6) for n in range(COUNT)]
     assert actual == expected and len(set(expected)) > 30
@@ -96,7 +96,7 @@ def test_adapters_of_every_method_in_one_batch(llama: Path, tmp_path: Path) -> N
     assert {name: answer["error"] for name, answer in actual.items() if "error" in answer} == {}
     expected = {name: written(llama, tmp_path / name, prompt) for name, prompt in requested}
     assert {name: answer["choices"][0]["text"] for name, answer in actual.items()} == expected
-    assert {name for name, loaded in server.scheduler.adapters.loaded.items() if not loaded.by_sample} == ALONE
+    assert {name for name, loaded in server.scheduler.adapters.by_name.items() if not loaded.by_sample} == ALONE
 
 
 @pytest.fixture

@@ -40,7 +40,7 @@ def test_no_part_of_a_stop_text_is_sent(streams: bool) -> None:
     feed(one, b"an EN EEND more")
     pieces = [event.text for event in events if isinstance(event, Piece)]
     assert isinstance(events[-1], Finished) and (events[-1].reason, events[-1].tokens) == ("stop", 10)
-    assert "".join(pieces) + events[-1].last.text == "an EN E"
+    assert "".join(pieces) + events[-1].last_piece.text == "an EN E"
     assert pieces == (["a", "n", " ", "EN ", "E"] if streams else [])
 
 
@@ -54,9 +54,9 @@ def test_log_probabilities_come_with_the_text_of_their_tokens() -> None:
     one, events = sequence(2, logprobs=1, streams=True, stop=("ab",))
     feed(one, b"ax")
     (finished,) = events
-    assert isinstance(finished, Finished) and [each.token for each in finished.last.logprobs] == list(b"ax")
+    assert isinstance(finished, Finished) and [each.token for each in finished.last_piece.logprobs] == list(b"ax")
     value = torch.nn.functional.one_hot(torch.tensor(97), 256).float().log_softmax(-1)[97].item()
-    assert finished.last.logprobs[0] == TokenLogprob(97, value, ((97, value),))
+    assert finished.last_piece.logprobs[0] == TokenLogprob(97, value, ((97, value),))
 
 
 def test_nan_is_an_error() -> None:

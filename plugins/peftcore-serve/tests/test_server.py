@@ -249,7 +249,7 @@ def test_folders_that_change_while_the_server_runs(llama: Path, saved: Path, tmp
         assert refused(client, "/v1/completions", model="later", prompt="a")[0] == 404
         shutil.copytree(saved / "wide", tmp_path / "later")
         later = ask(client, "later", "the film")["choices"][0]["text"]
-        assert [*server.scheduler.adapters.loaded] == ["later"] and later != first
+        assert [*server.scheduler.adapters.by_name] == ["later"] and later != first
         shutil.rmtree(tmp_path / "first")
         shutil.copytree(saved / "wide", tmp_path / "first")  # another adapter with the name
         assert ask(client, "first", "the film")["choices"][0]["text"] == later

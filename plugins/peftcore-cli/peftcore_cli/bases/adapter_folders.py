@@ -128,9 +128,9 @@ def _parse_task(record: Any) -> AdapterTask:
     )
     if type(record["labels"]) is not list:
         raise TypeError(f"labels must be a list, found {validation.shown(record['labels'])}")
-    known = [candidate.name for candidate in registered.tasks()]
-    if task.task not in known:
-        raise ValueError(f"task must be one of {', '.join(known)}, found {validation.shown(task.task)}")
+    task_names = [candidate.name for candidate in registered.tasks()]
+    if task.task not in task_names:
+        raise ValueError(f"task must be one of {', '.join(task_names)}, found {validation.shown(task.task)}")
     validation.check_types(task)
     _check_template(task.chat_template)
     return task
@@ -199,10 +199,10 @@ def base_of(folder: Path, model: str | None) -> str:
 
 def adapter_folder(folder: Path) -> Path:
     """Return the adapter's folder; `folder` may be the folder of a run."""
-    inside = folder / "adapter"
-    if os.path.exists(folder / "adapter_config.json") or not os.path.exists(inside / "adapter_config.json"):
+    adapter_of_run = folder / "adapter"
+    if os.path.exists(folder / "adapter_config.json") or not os.path.exists(adapter_of_run / "adapter_config.json"):
         return folder
-    return inside
+    return adapter_of_run
 
 
 def refuse_other_folders(folder: Path) -> None:
@@ -213,9 +213,10 @@ def refuse_other_folders(folder: Path) -> None:
         (folder / "checkpoints").glob("checkpoint-*"), key=lambda checkpoint: (len(checkpoint.name), checkpoint.name)
     )
     if os.path.exists(folder / "run.json"):
-        more = f", or pass its newest checkpoint: {checkpoints[-1]}" if checkpoints else ""
+        checkpoint_hint = f", or pass its newest checkpoint: {checkpoints[-1]}" if checkpoints else ""
         raise PeftcoreError(
-            f"the run in '{folder}' has not finished, so it has no adapter yet. Continue the run with --resume{more}"
+            f"the run in '{folder}' has not finished, so it has no adapter yet. Continue the run with "
+            f"--resume{checkpoint_hint}"
         )
     if not os.listdir(folder):
         raise PeftcoreError(

@@ -125,9 +125,9 @@ def pretrained(loader: Any, model: str, label: str, **options: Any) -> Any:
             return loader(source, **options)
     except Exception as error:
         # Readers of GGUF raise any kind of error on invalid bytes.
-        expected = (OSError, ValueError, KeyError, ImportError, StrictDataclassError)
-        mismatched = isinstance(error, RuntimeError) and "ignore_mismatched_sizes" in str(error)
-        if not (isinstance(error, expected) or mismatched or "gguf_file" in options):
+        loading_errors = (OSError, ValueError, KeyError, ImportError, StrictDataclassError)
+        has_mismatched_sizes = isinstance(error, RuntimeError) and "ignore_mismatched_sizes" in str(error)
+        if not (isinstance(error, loading_errors) or has_mismatched_sizes or "gguf_file" in options):
             raise
         cause = error.__cause__ if isinstance(error, StrictDataclassError) else None  # the error of the field
         lines = [line.strip() for line in str(cause or error).strip().splitlines()] or [type(error).__name__]
@@ -137,5 +137,5 @@ def pretrained(loader: Any, model: str, label: str, **options: Any) -> Any:
                 "the model's repository has its own code, which is not run by default. Read the code, and pass "
                 "--trust-remote-code to run it with your permissions"
             )
-        reason = "its tensors and its config have different shapes" if mismatched else reason
+        reason = "its tensors and its config have different shapes" if has_mismatched_sizes else reason
         raise PeftcoreError(f"cannot load the {label} of '{model}': {reason}") from error

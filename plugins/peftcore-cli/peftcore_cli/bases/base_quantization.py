@@ -23,65 +23,65 @@ if TYPE_CHECKING:
 DENSE = "none"
 
 
-def of_adapter(requested: str | None, folder: Path | None, task: AdapterTask) -> str | Quantization | None:
+def of_adapter(quantize: str | None, folder: Path | None, task: AdapterTask) -> str | Quantization | None:
     """Return the quantization of an adapter's base, as `models.load_model` takes it.
 
     Args:
-        requested: value of --quantize.
+        quantize: value of --quantize.
         folder: the adapter's folder; None for a base without an adapter.
         task: what the adapter was trained for.
 
     Raises:
-        PeftcoreError: `requested` contradicts the record.
+        PeftcoreError: `quantize` contradicts the record.
     """
-    return of_adapters(requested, {str(folder): task})
+    return of_adapters(quantize, {str(folder): task})
 
 
-def of_adapters(requested: str | None, tasks: Mapping[str, AdapterTask]) -> str | Quantization | None:
+def of_adapters(quantize: str | None, tasks: Mapping[str, AdapterTask]) -> str | Quantization | None:
     """Return the quantization of a base that several adapters share, as `models.load_model` takes it.
 
     Args:
-        requested: value of --quantize.
+        quantize: value of --quantize.
         tasks: tasks of the adapters by name or folder.
 
     Raises:
-        PeftcoreError: `requested` contradicts a record, or the records differ and `requested` is None.
+        PeftcoreError: `quantize` contradicts a record, or the records differ and `quantize` is None.
     """
-    if requested == DENSE:
+    if quantize == DENSE:
         return None
     records = {name: task.quantized for name, task in tasks.items() if task.quantized is not None}
     for name, record in records.items():
-        refuse_other(requested, record, name, f", or pass --quantize {DENSE} for the dense base")
-    choices = {*records.values()} if requested is not None else {task.quantized for task in tasks.values()}
+        refuse_other(quantize, record, name, f", or pass --quantize {DENSE} for the dense base")
+    choices = {*records.values()} if quantize is not None else {task.quantized for task in tasks.values()}
     if len(choices) > 1:
-        (first, first_record), (second, second_record) = _different(tasks)
+        (first_name, first_record), (second_name, second_record) = _different(tasks)
         raise PeftcoreError(
-            f"the adapter '{first}' was trained on a base {_describe(first_record)}, but '{second}' on a base "
-            f"{_describe(second_record)}. Use one adapter at a time, or pass --quantize {DENSE} for the dense base"
+            f"the adapter '{first_name}' was trained on a base {_describe(first_record)}, but '{second_name}' on a "
+            f"base {_describe(second_record)}. Use one adapter at a time, or pass --quantize {DENSE} for the dense base"
         )
-    return choices.pop() if choices else requested
+    return choices.pop() if choices else quantize
 
 
-def refuse_other(requested: str | None, record: Quantization, name: str, hint: str = "") -> None:
+def refuse_other(quantize: str | None, record: Quantization, name: str, hint: str = "") -> None:
     """Raise a PeftcoreError if a value of --quantize contradicts the record of the adapter `name`."""
-    if requested not in (None, record.quant_type):
+    if quantize not in (None, record.quant_type):
         raise PeftcoreError(
-            f"--quantize {requested} contradicts the adapter '{name}', which was trained on a base quantized as "
+            f"--quantize {quantize} contradicts the adapter '{name}', which was trained on a base quantized as "
             f"{record}. Remove --quantize{hint}"
         )
 
 
-def refuse_late(requested: str | None, base: str | Quantization | None, name: str, task: AdapterTask) -> None:
+def refuse_late(quantize: str | None, base: str | Quantization | None, name: str, task: AdapterTask) -> None:
     """Raise a PeftcoreError if an adapter does not fit the format of the loaded base.
 
     Args:
-        requested: value of --quantize.
+        quantize: value of --quantize.
         base: quantization of the base, as `of_adapters` returned it.
         name: name of the adapter.
         task: what it was trained for.
     """
     current, record = Quantization(base) if isinstance(base, str) else base, task.quantized
-    if requested == DENSE or record == current or (record is None and requested is not None):
+    if quantize == DENSE or record == current or (record is None and quantize is not None):
         return
     raise PeftcoreError(
         f"the adapter '{name}' was trained on a base {_describe(record)}, but the base in memory is "
@@ -91,10 +91,12 @@ def refuse_late(requested: str | None, base: str | Quantization | None, name: st
 
 
 def _different(tasks: Mapping[str, AdapterTask]) -> list[tuple[str, Quantization | None]]:
-    (first, task), *rest = tasks.items()
+    (first_name, task), *other_tasks = tasks.items()
     return [
-        (first, task.quantized),
-        next((name, other_task.quantized) for name, other_task in rest if other_task.quantized != task.quantized),
+        (first_name, task.quantized),
+        next(
+            (name, other_task.quantized) for name, other_task in other_tasks if other_task.quantized != task.quantized
+        ),
     ]
 
 
@@ -121,9 +123,13 @@ def of_run(settings: Settings, labels: tuple[str, ...]) -> Quantization | None:
     shared = {option.name for option in fields(record)} & names
     set_fields = sorted(shared & settings.fields.keys())
     if set_fields:
-        recorded = {name: getattr(record, name) for name in shared - {"skip"}}
+        recorded_fields = {name: getattr(record, name) for name in shared - {"skip"}}
         by_fields = by_method(
-            settings.method, {**saved_fields, **recorded, **settings.fields}, settings.model, settings.task, labels
+            settings.method,
+            {**saved_fields, **recorded_fields, **settings.fields},
+            settings.model,
+            settings.task,
+            labels,
         )
         for name in set_fields:
             if by_fields is not None and getattr(by_fields, name) != getattr(record, name):
@@ -137,8 +143,8 @@ def of_run(settings: Settings, labels: tuple[str, ...]) -> Quantization | None:
 
 def requested_by(settings: Settings) -> Quantization | None:
     """Return the quantization of the base before the method prepares it: the adapter's, or the one of --quantize."""
-    recorded = None if settings.adapter is None else adapter_task(Path(settings.adapter)).quantized
-    return recorded or (None if settings.quantize is None else Quantization(settings.quantize))
+    record = None if settings.adapter is None else adapter_task(Path(settings.adapter)).quantized
+    return record or (None if settings.quantize is None else Quantization(settings.quantize))
 
 
 def by_method(

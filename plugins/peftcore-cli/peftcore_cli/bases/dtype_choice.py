@@ -55,33 +55,37 @@ class Choice:
         return self.dtype
 
 
-def choose(dtype: str, device: str, stored: str | None, *, needs_fp32: str | None = None) -> Choice:
+def choose(dtype: str, device: str, checkpoint_dtype: str | None, *, needs_fp32: str | None = None) -> Choice:
     """Choose the dtype of a base.
 
     Args:
         dtype: value of `--dtype`.
         device: device of the base.
-        stored: the checkpoint's dtype, see `stored_dtype`; None means fp32.
-        needs_fp32: reason why auto must be fp32, or None; `{dtype}` is replaced by `stored`.
+        checkpoint_dtype: the checkpoint's dtype, see `stored_dtype`; None means fp32.
+        needs_fp32: reason why auto must be fp32, or None; `{dtype}` is replaced by `checkpoint_dtype`.
 
     Raises:
         PeftcoreError: dtype or device is unknown.
     """
-    chosen = "bf16" if device_choice.torch_dtype(dtype, device).itemsize == 2 else WIDE
+    dtype_name = "bf16" if device_choice.torch_dtype(dtype, device).itemsize == 2 else WIDE
     if device_choice.torch_device(device).type != "cpu":
-        return Choice(chosen)
+        return Choice(dtype_name)
     if dtype != AUTO:
-        return Choice(chosen, None, slow_line(chosen), is_warning=True) if chosen != WIDE else Choice(chosen)
-    if stored in (None, WIDE):
+        return (
+            Choice(dtype_name, None, slow_line(dtype_name), is_warning=True)
+            if dtype_name != WIDE
+            else Choice(dtype_name)
+        )
+    if checkpoint_dtype in (None, WIDE):
         return Choice(WIDE)
-    if stored == "fp16":
+    if checkpoint_dtype == "fp16":
         reason: str | None = "gradients underflow in {dtype} without loss scaling, which PyTorch only supports on CUDA"
     else:
-        reason = device_choice.without_instructions(str(stored)) or needs_fp32
+        reason = device_choice.without_instructions(str(checkpoint_dtype)) or needs_fp32
     if reason is None:
-        return Choice(str(stored))
-    line = f"--dtype auto: fp32, not {stored}: {reason.format(dtype=stored)}. "
-    return Choice(WIDE, stored, f"{line}Dense weights take twice the memory of {stored}")
+        return Choice(str(checkpoint_dtype))
+    line = f"--dtype auto: fp32, not {checkpoint_dtype}: {reason.format(dtype=checkpoint_dtype)}. "
+    return Choice(WIDE, checkpoint_dtype, f"{line}Dense weights take twice the memory of {checkpoint_dtype}")
 
 
 def slow_line(dtype: str, otherwise: str = "--dtype auto") -> str | None:
@@ -137,19 +141,19 @@ def _of_run(settings: Settings, labels: tuple[str, ...]) -> Choice:
     if on_cpu and settings.precision in MIXED:
         line = slow_line(settings.precision, "--precision auto with --dtype auto")
         return Choice(choose(dtype, device, None).dtype, None, line, is_warning=True)
-    stored = _stored(settings.model, settings.task, labels, dtype)
+    checkpoint_dtype = _stored(settings.model, settings.task, labels, dtype)
     needs_fp32 = None
-    if on_cpu and stored == "bf16" and settings.adapter is not None:
+    if on_cpu and checkpoint_dtype == "bf16" and settings.adapter is not None:
         task = adapter_folders.adapter_task(Path(settings.adapter), settings.labels)
         needs_fp32 = _TRAINED_IN_FP32 if task.dtype == WIDE or registered.find(settings.task).new_head else None
-    elif on_cpu and stored == "bf16":
+    elif on_cpu and checkpoint_dtype == "bf16":
         needs_fp32 = _TRAINS_BASE if _trains_base(settings, labels) else None
-    return _of_model(settings.model, dtype, device, stored, needs_fp32)
+    return _of_model(settings.model, dtype, device, checkpoint_dtype, needs_fp32)
 
 
-def _of_model(model: str, dtype: str, device: str, stored: str | None, needs_fp32: str | None) -> Choice:
+def _of_model(model: str, dtype: str, device: str, checkpoint_dtype: str | None, needs_fp32: str | None) -> Choice:
     """Choose the dtype of a base. For a .gguf file, which names no dtype, the choice is always printed."""
-    choice = choose(dtype, device, stored, needs_fp32=needs_fp32)
+    choice = choose(dtype, device, checkpoint_dtype, needs_fp32=needs_fp32)
     if dtype != AUTO or not model.endswith(".gguf") or choice.line is not None:
         return choice
     return replace(choice, line=f"--dtype auto: {choice.dtype} for the weights of '{Path(model).name}'")

@@ -124,8 +124,8 @@ class _Reader:
             shape = [self.number("Q") for _ in range(self.number("I"))]
             entries[name] = Entry(tuple(reversed(shape)), self.number("I"), self.number("Q"))
         alignment = fields.get("general.alignment", 32)
-        first = -(-self.place // alignment) * alignment
-        return Header(fields, {name: Entry(e.shape, e.kind, first + e.start) for name, e in entries.items()})
+        data_offset = -(-self.place // alignment) * alignment
+        return Header(fields, {name: Entry(e.shape, e.kind, data_offset + e.start) for name, e in entries.items()})
 
 
 def check_blocks(path: str) -> None:
@@ -133,9 +133,9 @@ def check_blocks(path: str) -> None:
 
     transformers would build every block first, which takes minutes for a few hundred.
     """
-    found = header(path)
-    blocks = {block for name in found.tensors for block in re.findall(r"\bblk\.(\d+)\.", name)}
-    count = next((value for key, value in found.fields.items() if key.endswith(".block_count")), 0)
+    file_header = header(path)
+    blocks = {block for name in file_header.tensors for block in re.findall(r"\bblk\.(\d+)\.", name)}
+    count = next((value for key, value in file_header.fields.items() if key.endswith(".block_count")), 0)
     if count > len(blocks):
         raise PeftcoreError(
             f"cannot load the model of '{path}': the header promises {count} blocks, but the file has tensors of "
@@ -150,8 +150,8 @@ def stored_dtype(path: str) -> str:
         PeftcoreError: the file cannot be read.
     """
     kinds = Counter(entry.kind for entry in header(path).tensors.values() if len(entry.shape) > 1)
-    most = max(kinds, key=kinds.__getitem__, default=0)
-    return {0: "fp32", 1: "fp16"}.get(most, "bf16")
+    main_kind = max(kinds, key=kinds.__getitem__, default=0)
+    return {0: "fp32", 1: "fp16"}.get(main_kind, "bf16")
 
 
 @contextmanager
@@ -203,8 +203,8 @@ class LazyTensor:
         values, size = GGML_QUANT_SIZES[kind]
         row = entry.shape[-1] // values * size
         count = prod(entry.shape[:-1]) * row
-        stored = self._data[entry.start : entry.start + count].reshape(*entry.shape[:-1], row)
-        return torch.tensor(self._read(dequantize(stored, kind)), dtype=self._dtype)
+        encoded_rows = self._data[entry.start : entry.start + count].reshape(*entry.shape[:-1], row)
+        return torch.tensor(self._read(dequantize(encoded_rows, kind)), dtype=self._dtype)
 
 
 def load(folder: str, *, gguf_file: str, model_class: Any, config: Any, **options: Any) -> Any:
@@ -217,17 +217,19 @@ def load(folder: str, *, gguf_file: str, model_class: Any, config: Any, **option
     from transformers import modeling_gguf_pytorch_utils as reading
 
     path = str(Path(folder, gguf_file))
-    found, data = header(path), numpy.memmap(path, mode="r")
-    processor = reading.TENSOR_PROCESSORS.get(found.architecture, reading.TensorProcessor)(config=config.to_dict())
+    file_header, data = header(path), numpy.memmap(path, mode="r")
+    processor = reading.TENSOR_PROCESSORS.get(file_header.architecture, reading.TensorProcessor)(
+        config=config.to_dict()
+    )
     with torch.device("meta"):
         empty = model_class._from_config(config)
-    names = _names(empty, found.architecture)
-    if found.tensors.keys() - names.keys() - _WITHOUT_PARAMETER:
+    names = _names(empty, file_header.architecture)
+    if file_header.tensors.keys() - names.keys() - _WITHOUT_PARAMETER:
         names = reading.get_gguf_hf_weights_map(empty, processor)  # takes seconds: a table of names for every module
     tensors = {}
-    for name, entry in found.tensors.items():
+    for name, entry in file_header.tensors.items():
         if name in names:
-            convert = functools.partial(_converted, processor, name)
+            convert = functools.partial(_convert, processor, name)
             tensors[names[name]] = LazyTensor(data, entry, convert, options["dtype"])
     return model_class.from_pretrained(None, config=config, state_dict=tensors, **options)
 
@@ -247,5 +249,5 @@ def _names(model: Any, architecture: str) -> dict[str, str]:
     return names
 
 
-def _converted(processor: Any, name: str, weights: numpy.ndarray[Any, Any]) -> numpy.ndarray[Any, Any]:
+def _convert(processor: Any, name: str, weights: numpy.ndarray[Any, Any]) -> numpy.ndarray[Any, Any]:
     return processor.process(weights=weights, name=name, tensor_key_mapping={}, parsed_parameters={}).weights

@@ -40,9 +40,9 @@ def load_tokenizer(model: str, adapter: Path | None = None) -> PreTrainedTokeniz
     if (
         type(tokenizer).__name__ == conversations.MISTRAL
     ):  # transformers prefers this class if mistral-common is installed
-        converted = pretrained(AutoTokenizer.from_pretrained, model, "tokenizer", mistral_format=False)
+        tokenizer_from_json = pretrained(AutoTokenizer.from_pretrained, model, "tokenizer", mistral_format=False)
         tokenizer = (
-            tokenizer if converted.eos_token is None else converted
+            tokenizer if tokenizer_from_json.eos_token is None else tokenizer_from_json
         )  # an empty tokenizer, if the folder only has tekken.json
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
@@ -276,18 +276,18 @@ def _quantizes(config_class: Any) -> bool:
 _CODE_NOT_RUN = ". The repository's own code was not run: read the code, and pass --trust-remote-code"
 
 
-def _check_whole(base: PreTrainedModel, missing: Collection[str], model: str, task: str) -> None:
+def _check_whole(base: PreTrainedModel, missing_names: Collection[str], model: str, task: str) -> None:
     """Warn about weights that are missing from the checkpoint and thus random; raise for a .gguf file.
 
     Args:
         base: the model.
-        missing: names of the missing weights. A classifier's head may be among them.
+        missing_names: names of the missing weights. A classifier's head may be among them.
         model: name of the model, for messages.
         task: the task.
     """
     base_task = registered.find(task)
     backbone = f"{base.base_model_prefix}." if base_task.new_head else ""
-    names = sorted(name for name in missing if name.startswith(backbone) and base_task.uses(name))
+    names = sorted(name for name in missing_names if name.startswith(backbone) and base_task.uses(name))
     if not names:
         return
     lacks = f"lacks {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
@@ -297,9 +297,9 @@ def _check_whole(base: PreTrainedModel, missing: Collection[str], model: str, ta
     warn(f"the checkpoint '{model}' {lacks}, so these weights are initialised at random{code}")
 
 
-def _check_shapes(base: PreTrainedModel, mismatched: Collection[Any], model: str) -> None:
+def _check_shapes(base: PreTrainedModel, mismatched_names: Collection[Any], model: str) -> None:
     """Print a notice if a head for other labels was replaced, and refuse other weights with unexpected shapes."""
-    names = [entry if isinstance(entry, str) else entry[0] for entry in mismatched]
+    names = [entry if isinstance(entry, str) else entry[0] for entry in mismatched_names]
     backbone = f"{base.base_model_prefix}."
     wrong = next((name for name in names if name.startswith(backbone)), None)
     if wrong is not None:
@@ -383,7 +383,7 @@ def load_config(model: str, task: str, labels: tuple[str, ...] = ()) -> Pretrain
 
 
 @functools.lru_cache(maxsize=1)
-def _gguf_config(model: str, modified: int, task: str, labels: tuple[str, ...]) -> PretrainedConfig:
+def _gguf_config(model: str, modification_time: int, task: str, labels: tuple[str, ...]) -> PretrainedConfig:
     """Return the config of a .gguf file, cached because reading takes seconds and a run needs it three times."""
     from transformers import AutoConfig
 

@@ -34,8 +34,8 @@ def complete(model: nn.Module) -> None:
             output.loss = ForCausalLMLoss(output.logits, labels, output.logits.shape[-1])
         return output
 
-    added = inspect.Parameter("labels", inspect.Parameter.KEYWORD_ONLY, default=None)
-    with_loss.__signature__ = signature.replace(parameters=[*parameters, added])  # type: ignore[attr-defined]
+    labels_parameter = inspect.Parameter("labels", inspect.Parameter.KEYWORD_ONLY, default=None)
+    with_loss.__signature__ = signature.replace(parameters=[*parameters, labels_parameter])  # type: ignore[attr-defined]
     kind.forward = with_loss
 
 

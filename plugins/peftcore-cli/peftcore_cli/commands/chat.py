@@ -119,12 +119,12 @@ def _common_base(folders: dict[str, Path], model: str | None) -> str:
     bases = {name: adapter_folders.base_of(folder, model) for name, folder in folders.items()}
     if not bases:
         return str(model)
-    first, base = next(iter(bases.items()))
+    first_name, base = next(iter(bases.items()))
     for name, other_base in bases.items():
         if other_base != base:
             raise PeftcoreError(
-                f"the adapter '{name}' was trained on '{other_base}', but '{first}' on '{base}'. Pass one base for "
-                "all adapters: --model MODEL"
+                f"the adapter '{name}' was trained on '{other_base}', but '{first_name}' on '{base}'. Pass one base "
+                "for all adapters: --model MODEL"
             )
     return base
 

@@ -6,9 +6,13 @@ import importlib
 import platform
 from dataclasses import asdict
 from importlib.metadata import version
+from typing import TYPE_CHECKING
 
 from peftcore_cli import options
 from peftcore_cli.console import NO_METHOD, out, say, table, warn
+
+if TYPE_CHECKING:
+    from peftcore.ops.build_info import BuildInfo
 
 EXAMPLES = ("peftcore doctor",)
 
@@ -29,47 +33,9 @@ def doctor(as_json: options.Json = False) -> object:
     from peftcore.ops.build_info import build_info
 
     build = build_info()
-    cuda = f"{torch.version.cuda}, {torch.cuda.device_count()} devices" if torch.cuda.is_available() else "no device"
-    rows = [
-        ("peftcore", version("peftcore")),
-        ("Python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
-        ("PyTorch", torch.__version__),
-        ("CUDA", cuda),
-        ("threads", torch.get_num_threads()),
-        (
-            "bf16 instructions",
-            "yes" if _has_bf16() else "no: --dtype auto uses fp32",
-        ),
-        ("extension", "works" if build.available else f"missing: {build.missing_because}"),
-    ]
-    if build.available:
-        rows += [
-            ("  built from", f"{build.version}, commit {build.commit}"),
-            ("  compiler", build.compiler),
-            ("  built with PyTorch", build.torch_built_with),
-            ("  SIMD level", f"{build.cpu_level} (this CPU can: {', '.join(build.cpu_levels)})"),
-            ("  CUDA", ", ".join(build.cuda_architectures) or f"none: {build.cuda_missing_because}"),
-            (
-                "  unavailable kernels",
-                ", ".join(build.out_of_reach) or "none: this machine runs all kernels that were built",
-            ),
-            ("  caches", ", ".join(f"{size >> 10:,} KiB" for size in build.caches)),
-        ]
     problems: list[str] = []
-    libraries: dict[str, str | None] = {}
-    for name, used_for in LIBRARIES.items():
-        try:
-            importlib.import_module(name)
-            libraries[name] = version(name)
-            rows.append((name, version(name)))
-        except Exception as error:  # a library that fails to import counts as missing, whatever it raises
-            libraries[name] = None
-            rows.append((name, f"missing: {error}"))
-            problems.append(
-                f"'{name}' is not installed, but is required for {used_for}. Install it: pip install {name}"
-            )
+    libraries, library_rows = _libraries(problems)
     methods = _methods(problems)
-    rows += [("experts", _experts(build.available, build.cpu_level)), ("methods", ", ".join(methods) or "none")]
     problems += [f"costs: {cost}" for cost in build.costs]
     if not build.available:
         problems.append(
@@ -91,13 +57,62 @@ def doctor(as_json: options.Json = False) -> object:
             "methods": methods,
             "missing": problems,
         }
-    table(rows)
+    cuda = f"{torch.version.cuda}, {torch.cuda.device_count()} devices" if torch.cuda.is_available() else "no device"
+    table(
+        [
+            ("peftcore", version("peftcore")),
+            ("Python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
+            ("PyTorch", torch.__version__),
+            ("CUDA", cuda),
+            ("threads", torch.get_num_threads()),
+            ("bf16 instructions", "yes" if _has_bf16() else "no: --dtype auto uses fp32"),
+            *_extension_rows(build),
+            *library_rows,
+            ("experts", _experts(build.available, build.cpu_level)),
+            ("methods", ", ".join(methods) or "none"),
+        ]
+    )
     out.print()
     for line in problems:
         warn(line)
     if not problems:
         say("nothing is missing", "green")
     return None
+
+
+def _extension_rows(build: BuildInfo) -> list[tuple[str, str]]:
+    """Describe the compiled extension."""
+    if not build.available:
+        return [("extension", f"missing: {build.missing_because}")]
+    unavailable_kernels = ", ".join(build.out_of_reach) or "none: this machine runs all kernels that were built"
+    return [
+        ("extension", "works"),
+        ("  built from", f"{build.version}, commit {build.commit}"),
+        ("  compiler", build.compiler),
+        ("  built with PyTorch", build.torch_built_with),
+        ("  SIMD level", f"{build.cpu_level} (this CPU can: {', '.join(build.cpu_levels)})"),
+        ("  CUDA", ", ".join(build.cuda_architectures) or f"none: {build.cuda_missing_because}"),
+        ("  unavailable kernels", unavailable_kernels),
+        ("  caches", ", ".join(f"{size >> 10:,} KiB" for size in build.caches)),
+    ]
+
+
+def _libraries(problems: list[str]) -> tuple[dict[str, str | None], list[tuple[str, str]]]:
+    """Return {library: version, or None if it is missing} and rows to show; add missing libraries to `problems`."""
+    versions: dict[str, str | None] = {}
+    rows = []
+    for name, used_for in LIBRARIES.items():
+        try:
+            importlib.import_module(name)
+            versions[name] = version(name)
+            rows.append((name, version(name)))
+        except Exception as error:  # a library that fails to import counts as missing, whatever it raises
+            versions[name] = None
+            rows.append((name, f"missing: {error}"))
+            problems.append(
+                f"'{name}' is not installed, but is required for {used_for}. Install it: pip install {name}"
+            )
+    return versions, rows
 
 
 def _has_bf16() -> bool:
@@ -120,8 +135,8 @@ def _methods(problems: list[str]) -> list[str]:
     """Return the names of the installed methods; add the errors of broken plugins to `problems`."""
     import peftcore
 
-    installed = peftcore.plugins()
-    problems += [f"the plugin '{p.name}' ({p.distribution}) is broken: {p.error}" for p in installed if p.error]
-    if not any(p.methods for p in installed):
+    plugins = peftcore.plugins()
+    problems += [f"the plugin '{p.name}' ({p.distribution}) is broken: {p.error}" for p in plugins if p.error]
+    if not any(p.methods for p in plugins):
         problems.append(NO_METHOD)
-    return [name for plugin in installed for name in plugin.methods]
+    return [name for plugin in plugins for name in plugin.methods]

@@ -190,7 +190,7 @@ def _refuse_part(
         )
     if adapter is not None or (model and "model" in exporter.parts and part != "adapter" and convert is None):
         return
-    model_formats = [name for name, other in exporting.formats().items() if "model" in other.parts]
+    model_formats = [name for name, format_exporter in exporting.formats().items() if "model" in format_exporter.parts]
     raise PeftcoreError(
         "no adapter was given. Pass the folder of one, or export a model alone (--model) to "
         f"{' or '.join(model_formats)}"
@@ -234,14 +234,14 @@ def complete_or_removed(folder: Path, paths: list[Path]) -> Iterator[None]:
         folder: the folder.
         paths: files and folders that the block writes. Files named `PATH.*` are also removed.
     """
-    created = [parent for parent in (folder, *folder.parents) if not parent.exists()]
+    new_folders = [parent for parent in (folder, *folder.parents) if not parent.exists()]
     try:
         yield
     except BaseException:
         for entry in list(folder.iterdir()) if folder.is_dir() else ():
             if any(f"{entry.name}.".startswith(f"{path.name}.") for path in paths):
                 shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
-        for parent in created:
+        for parent in new_folders:
             with suppress(OSError):  # it does not exist, or another process wrote to it
                 parent.rmdir()
         raise

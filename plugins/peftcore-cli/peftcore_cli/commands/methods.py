@@ -49,17 +49,17 @@ def methods(
             return document
         _show_config(document)
         return None
-    installed = peftcore.methods()
-    if for_ is not None and installed:
-        rows = list(_try_methods(for_, task, list(installed)))
+    installed_methods = peftcore.methods()
+    if for_ is not None and installed_methods:
+        rows = list(_try_methods(for_, task, list(installed_methods)))
         if as_json:
             return {"model": for_, "methods": rows}
         _show_plans(rows)
         return None
-    descriptions = [{"name": name, "description": _first_line(method)} for name, method in installed.items()]
+    descriptions = [{"name": name, "description": _first_line(method)} for name, method in installed_methods.items()]
     if as_json:
         return {"methods": descriptions}
-    if not installed:
+    if not installed_methods:
         say(NO_METHOD)
         return None
     table(((row["name"], row["description"]) for row in descriptions), ("method", ""))

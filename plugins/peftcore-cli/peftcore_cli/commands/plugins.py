@@ -15,17 +15,17 @@ def plugins(as_json: options.Json = False) -> object:
     import peftcore
     from peftcore_cli.tasks import registered
 
-    installed = peftcore.plugins()
+    installed_plugins = peftcore.plugins()
     if as_json:
         tasks = [task.name for task in registered.tasks()]
-        return {"plugins": [asdict(plugin) for plugin in installed], "tasks": tasks}
-    if not installed:
+        return {"plugins": [asdict(plugin) for plugin in installed_plugins], "tasks": tasks}
+    if not installed_plugins:
         say(NO_METHOD)
         return None
     table(
         (
             (p.name, p.distribution, p.version, ", ".join(p.hooks) or "-", f"broken: {p.error}" if p.error else "works")
-            for p in installed
+            for p in installed_plugins
         ),
         ("plugin", "distribution", "version", "hooks", "state"),
     )

@@ -59,7 +59,7 @@ def train(
     *,
     model: options.MaybeModel = None,
     config: options.Config = None,
-    adapter: options.Continued = None,
+    adapter: options.ContinuedAdapter = None,
     task: options.Task = None,
     method: options.MethodName = None,
     fields: options.Fields = None,
@@ -116,7 +116,7 @@ def train(
     if start is not None:
         start.check_task(rows.task, f"{', '.join(map(repr, data))} is for {rows.task}")
         run_options = start.completed(run_options)
-    run_options = _checked(run_options, display, rows, continues=start is not None, clock=clock)
+    run_options = _check_options(run_options, display, rows, continues=start is not None, clock=clock)
     torchrun.join(run_options.parallel, run_options.device)
     given_method, adapter_fields = (method, None) if start is None else (start.method, start.fields)
     name, method_fields = options.resolve_method(
@@ -127,7 +127,7 @@ def train(
     if fit:
         settings = forecast.fit(settings, rows.read)
     if resume:
-        settings = _resumed(settings, output)
+        settings = _resumed_settings(settings, output)
     trainer_arguments.check(settings, output)
     _run(settings, output, rows, display, clock=clock, resume=resume, overwrite=overwrite, force=force)
     torchrun.leave()
@@ -188,7 +188,9 @@ def _read(run_options: RunOptions, data: list[str], task: str | None, clock: Clo
     return _Rows(data, task, rows, held_out)
 
 
-def _checked(run_options: RunOptions, display: Display, rows: _Rows, *, continues: bool, clock: Clock) -> RunOptions:
+def _check_options(
+    run_options: RunOptions, display: Display, rows: _Rows, *, continues: bool, clock: Clock
+) -> RunOptions:
     """Check the options, resolve the teacher's path, and index the lines of --streaming.
 
     Raises:
@@ -263,16 +265,19 @@ def _settings(
     )
 
 
-def _resumed(settings: Settings, output: Path) -> Settings:
+def _resumed_settings(settings: Settings, output: Path) -> Settings:
     """Return the settings of a resumed run, adjusted if the number of ranks has changed."""
     from peftcore.plugin import ranks
 
-    adjusted = list[Settings]()
-    ranks.once(lambda: adjusted.append(for_these_ranks(output, settings)), together=True)
-    (resumed,) = ranks.of_first(adjusted)
-    if resumed.grad_accum != settings.grad_accum:
-        say(f"resuming with ranks={resumed.ranks}: --grad-accum {resumed.grad_accum} keeps the examples per step")
-    return resumed
+    adjusted_settings = list[Settings]()
+    ranks.once(lambda: adjusted_settings.append(for_these_ranks(output, settings)), together=True)
+    (resumed_settings,) = ranks.of_first(adjusted_settings)
+    if resumed_settings.grad_accum != settings.grad_accum:
+        say(
+            f"resuming on {resumed_settings.ranks} ranks with --grad-accum {resumed_settings.grad_accum}, which keeps "
+            "the number of examples per step"
+        )
+    return resumed_settings
 
 
 def _run(
@@ -377,7 +382,10 @@ def _add_to_card(settings: Settings, result: Result, rows: list[tuple[str, str, 
         ("data", ", ".join(code_span(Path(file).name) for file in files)),
         ("examples", f"{result.train_rows:,} for training, {result.eval_rows:,} held out"),
         ("steps", f"{result.steps:,}"),
-        *((f"held-out {name}", f"{before} before, {after} after") for name, before, after in rows),
+        *(
+            (f"held-out {name}", f"{base_value} before, {adapter_value} after")
+            for name, base_value, adapter_value in rows
+        ),
     ]
     try:
         add_to_card(result.adapter, "Training", details, shlex.join(map(_without_folders, shlex.split(command()))))
@@ -396,7 +404,7 @@ def _without_folders(word: str) -> str:
 
 
 def _facts(result: Result) -> list[tuple[str, str]]:
-    from peftcore_cli.amounts import counted, gigabytes, megabytes, share
+    from peftcore_cli.amounts import format_counts, gigabytes, megabytes, share
 
     trainable, base = result.summary.trainable_parameters, result.summary.base_parameters
     examples = f"{result.examples_per_second:,.1f} examples/s"
@@ -409,9 +417,9 @@ def _facts(result: Result) -> list[tuple[str, str]]:
         ("time", _time(result.spent)),
         ("speed", f"{result.tokens_per_second:,.0f} tokens/s" if result.tokens_per_second else examples),
         *((f"peak {name}", gigabytes(count)) for name, count in result.peak.items()),
-        *_predicted(result),
+        *_prediction_rows(result),
         *([("loss", "without the logits of a batch")] if result.summary.without_logits else []),
-        *([("fused", counted(result.summary.fused))] if result.summary.fused else []),
+        *([("fused", format_counts(result.summary.fused))] if result.summary.fused else []),
     ]
 
 
@@ -422,7 +430,7 @@ def _time(spent: dict[str, float]) -> str:
     return f"{sum(spent.values()):.0f} s: {shown}" if shown else f"{sum(spent.values()):.0f} s"
 
 
-def _predicted(result: Result) -> list[tuple[str, str]]:
+def _prediction_rows(result: Result) -> list[tuple[str, str]]:
     from peftcore_cli.amounts import gigabytes
 
     if result.predicted is None:

@@ -25,7 +25,7 @@ class FirstLines:
     """
 
     def __init__(self, paths: Sequence[str], rows: Iterator[Mapping[str, Any]]) -> None:
-        self._rest = rows
+        self._remaining_rows = rows
         self.rows = list(itertools.islice(rows, _MAX_LINES))
         if not self.rows:
             raise PeftcoreError(f"'{', '.join(paths)}' has no examples. Add some, or pass other data")
@@ -48,5 +48,5 @@ class FirstLines:
     @functools.cached_property
     def labels(self) -> list[Any]:
         """The labels of all lines. Reads the files to the end."""
-        lines = itertools.chain(self.rows, self._rest)
+        lines = itertools.chain(self.rows, self._remaining_rows)
         return [fields.get("label", fields.get("labels")) for fields in lines]

@@ -72,6 +72,6 @@ def _divide(count: int, sizes: Sequence[int]) -> list[int]:
             i for i, size in enumerate(sizes) if counts[i] < size
         ]
         empty = [i for i in free if not counts[i]]
-        chosen = max(empty or free, key=lambda i: sizes[i] / (counts[i] + 1))
-        counts[chosen] += 1
+        index = max(empty or free, key=lambda i: sizes[i] / (counts[i] + 1))
+        counts[index] += 1
     return counts

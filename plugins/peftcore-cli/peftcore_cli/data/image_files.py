@@ -21,7 +21,7 @@ _SYSTEM_FILES = {"thumbs.db", "desktop.ini"}
 _WIDE = ("I", "F")  # prefixes of the modes with more than 8 bits per channel
 
 
-def labelled(path: str) -> Iterator[tuple[str, str]]:
+def labelled_images(path: str) -> Iterator[tuple[str, str]]:
     """Yield (file, label) of each image in a folder with one subfolder per label, in alphabetical order.
 
     Raises:
@@ -40,10 +40,10 @@ def labelled(path: str) -> Iterator[tuple[str, str]]:
     if not entries:
         raise PeftcoreError(f"the folder '{path}' is empty. --task image needs one subfolder of images per label")
     if {entry.name.lower() for entry in entries} <= _SPLITS:
-        first = entries[0].name
+        first_name = entries[0].name
         raise PeftcoreError(
             f"the subfolders of '{path}' are splits instead of labels: "
-            f"{', '.join(entry.name for entry in entries)}. Pass --data {os.path.join(path, first)}, and another "
+            f"{', '.join(entry.name for entry in entries)}. Pass --data {os.path.join(path, first_name)}, and another "
             "split as --eval-data"
         )
     for folder in entries:
@@ -57,7 +57,7 @@ def labelled(path: str) -> Iterator[tuple[str, str]]:
             yield _image_path(file), label
 
 
-def unlabelled(path: str) -> list[str]:
+def image_paths(path: str) -> list[str]:
     """Return the paths of the images in a folder and its subfolders, or of a single image.
 
     Raises:
@@ -71,7 +71,7 @@ def unlabelled(path: str) -> list[str]:
     files = [
         file
         for entry in _entries_of(root)
-        for file in (unlabelled(str(entry)) if entry.is_dir() else [_image_path(entry)])
+        for file in (image_paths(str(entry)) if entry.is_dir() else [_image_path(entry)])
     ]
     if not files:
         raise PeftcoreError(f"the folder '{path}' has no images. Pass a folder with images ({', '.join(SUFFIXES)})")

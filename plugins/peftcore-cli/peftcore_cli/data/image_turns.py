@@ -18,7 +18,7 @@ from typing import Any
 
 from peftcore.errors import PeftcoreError
 from peftcore_cli.data import audio_files, labels, turns
-from peftcore_cli.data.row import Row
+from peftcore_cli.data.row import Messages, Row
 
 IMAGE_MARK, AUDIO_MARK = "<image>", "<audio>"  # placeholders in the text of rows that list their images or audio
 IMAGE_PART, AUDIO_PART = {"type": "image"}, {"type": "audio"}  # content parts that chat templates take
@@ -63,20 +63,9 @@ def row_of(where: str, fields: dict[str, Any], *, hears: bool = False) -> Row:
         PeftcoreError: the fields are not lists of messages, or an image is missing or not a local file. The message
             begins with `where`.
     """
-    images = _MediaReader(where, _files_of(fields), _files_of(fields, "audio") if hears else None)
-    if isinstance(fields.get("prompt"), list) and isinstance(fields.get("completion"), list):
-        prompt, completion = (images.with_placeholders(key, fields[key]) for key in ("prompt", "completion"))
-        row = turns.conversation(where, [*prompt, *completion], len(prompt), fields)
-    elif fields.get("messages") is not None:
-        row = turns.conversation(where, images.with_placeholders("messages", fields["messages"]), 0, fields)
-    elif fields.get("conversations") is not None:
-        messages = turns.messages_of_sharegpt(where, fields["conversations"])
-        row = turns.conversation(where, images.with_placeholders("conversations", messages), 0, fields)
-    else:
-        key = next(key for key in ("messages", "conversations", "prompt") if key in fields)
-        requirement = "'prompt' and 'completion' must be lists" if key == "prompt" else f"'{key}' must be a list"
-        raise PeftcoreError(f"{where}: {requirement} of messages, found {labels.short(fields[key])}")
-    images.check_all_used()
+    reader = _MediaReader(where, _files_of(fields), _files_of(fields, "audio") if hears else None)
+    row = _conversation_of(where, fields, reader)
+    reader.check_all_used()
     for i, message in enumerate(row.messages or []):
         content = message.get("content") or ()  # tool calls may have no content
         if message["role"] == "assistant" and (IMAGE_PART in content or AUDIO_PART in content):
@@ -84,7 +73,24 @@ def row_of(where: str, fields: dict[str, Any], *, hears: bool = False) -> Row:
                 f"{where}: messages[{i}] is an assistant turn with an image or audio, but models only generate text. "
                 "Remove the row"
             )
-    return replace(row, images=tuple(images.paths), sounds=tuple(images.sounds))
+    return replace(row, images=tuple(reader.paths), sounds=tuple(reader.sounds))
+
+
+def _conversation_of(where: str, fields: dict[str, Any], reader: _MediaReader) -> Row:
+    """Return the conversation in `prompt` and `completion`, `messages`, or `conversations`, without paths of media."""
+    if isinstance(fields.get("prompt"), list) and isinstance(fields.get("completion"), list):
+        prompt = reader.with_placeholders("prompt", fields["prompt"])
+        completion = reader.with_placeholders("completion", fields["completion"])
+        return turns.conversation(where, [*prompt, *completion], len(prompt), fields)
+    if fields.get("messages") is not None:
+        messages = reader.with_placeholders("messages", fields["messages"])
+        return turns.conversation(where, messages, 0, fields)
+    if fields.get("conversations") is not None:
+        messages = turns.messages_of_sharegpt(where, fields["conversations"])
+        return turns.conversation(where, reader.with_placeholders("conversations", messages), 0, fields)
+    key = next(key for key in ("messages", "conversations", "prompt") if key in fields)
+    requirement = "'prompt' and 'completion' must be lists" if key == "prompt" else f"'{key}' must be a list"
+    raise PeftcoreError(f"{where}: {requirement} of messages, found {labels.short(fields[key])}")
 
 
 def preference(where: str, fields: dict[str, Any]) -> Row:
@@ -98,31 +104,54 @@ def preference(where: str, fields: dict[str, Any]) -> Row:
     """
     answers = {key: _turns(where, key, fields[key], "assistant") for key in ("chosen", "rejected")}
     key = next((key for key in ("prompt", "conversations") if fields.get(key) is not None), None)
-    if key is not None:
+    if key is None:
+        prompt, answers = _split_common_prompt(answers)
+    else:
         prompt = _turns(where, key, fields[key], "user")
-    else:  # both contain the whole conversation
-        pairs = zip(answers["chosen"], answers["rejected"], strict=False)
-        prompt = [turn for turn, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)]
-        answers = {key: messages[len(prompt) :] for key, messages in answers.items()}
     image_files = _files_of(fields)
-    if isinstance(fields.get(key or ""), str) and image_files and IMAGE_MARK not in fields[key or ""]:
-        prompt = [{"role": "user", "content": [*(dict(IMAGE_PART) for _ in image_files), *_parts(fields[key or ""])]}]
-    images = _MediaReader(where, image_files)
-    prompt = images.with_placeholders(key or "chosen", prompt)
-    images.check_all_used()
-    answer_turns = {}
-    for name, answer in answers.items():
-        answer_turns[name] = _MediaReader(where, []).with_placeholders(name, answer)
-        if [message["role"] for message in answer_turns[name]] != ["assistant"]:
-            roles = ", ".join(message["role"] for message in answer_turns[name])
-            raise PeftcoreError(f"{where}: '{name}' must be a single assistant answer to the prompt, found {roles}")
-    if answer_turns["chosen"] == answer_turns["rejected"]:
+    prompt_text = fields.get(key or "")
+    if isinstance(prompt_text, str) and image_files and IMAGE_MARK not in prompt_text:
+        images = [dict(IMAGE_PART) for _ in image_files]
+        prompt = [{"role": "user", "content": [*images, *_parts(prompt_text)]}]
+    reader = _MediaReader(where, image_files)
+    prompt = reader.with_placeholders(key or "chosen", prompt)
+    reader.check_all_used()
+    chosen, rejected = (_answer_turn(where, name, answer) for name, answer in answers.items())
+    if chosen == rejected:
         raise PeftcoreError(f"{where}: 'chosen' and 'rejected' are the same answer. Remove the row")
-    for answer in answer_turns.values():
+    for answer in (chosen, rejected):
         conversation = turns.conversation(where, [*prompt, *answer], len(prompt), fields)
-    chosen, rejected = map(turns.without_marks, answer_turns.values())
-    messages = turns.without_marks(prompt)
-    return Row(where, "", chosen, rejected, messages=messages, tools=conversation.tools, images=tuple(images.paths))
+    return Row(
+        where,
+        "",
+        turns.without_marks(chosen),
+        turns.without_marks(rejected),
+        messages=turns.without_marks(prompt),
+        tools=conversation.tools,
+        images=tuple(reader.paths),
+    )
+
+
+def _split_common_prompt(conversations: dict[str, Messages]) -> tuple[Messages, dict[str, Messages]]:
+    """Split two whole conversations into the turns that they start with in common, and the remaining turns of each."""
+    pairs = zip(conversations["chosen"], conversations["rejected"], strict=False)
+    prompt = [turn for turn, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)]
+    return prompt, {name: messages[len(prompt) :] for name, messages in conversations.items()}
+
+
+def _answer_turn(where: str, name: str, answer: Messages) -> Messages:
+    """Return the answer `name` with its content in parts.
+
+    Raises:
+        PeftcoreError: the answer is not a single assistant turn, or has an image.
+    """
+    messages = _MediaReader(where, []).with_placeholders(name, answer)
+    roles = [message["role"] for message in messages]
+    if roles != ["assistant"]:
+        raise PeftcoreError(
+            f"{where}: '{name}' must be a single assistant answer to the prompt, found {', '.join(roles)}"
+        )
+    return messages
 
 
 def _turns(where: str, key: str, value: Any, role: str) -> list[dict[str, Any]]:
@@ -151,17 +180,20 @@ def row_to_answer(where: str, fields: dict[str, Any], task: str, *, hears: bool 
     if key is None:
         raise PeftcoreError(f"{where}: predict needs the key 'messages' for {task}, found {', '.join(fields)}")
     messages_to_answer = turns.messages_of_sharegpt(where, fields[key]) if key == "conversations" else fields[key]
-    while (
-        isinstance(messages_to_answer, list)
-        and messages_to_answer
-        and isinstance(messages_to_answer[-1], dict)
-        and messages_to_answer[-1].get("role") == "assistant"
-    ):
-        messages_to_answer = messages_to_answer[:-1]
-    images = _MediaReader(where, _files_of(fields), _files_of(fields, "audio") if hears else None)
-    messages = turns.without_marks(images.with_placeholders(key, messages_to_answer))
-    images.check_all_used()
-    return Row(where, "", messages=messages, images=tuple(images.paths), sounds=tuple(images.sounds))
+    reader = _MediaReader(where, _files_of(fields), _files_of(fields, "audio") if hears else None)
+    prompt = reader.with_placeholders(key, _without_answer(messages_to_answer))
+    reader.check_all_used()
+    return Row(where, "", messages=turns.without_marks(prompt), images=tuple(reader.paths), sounds=tuple(reader.sounds))
+
+
+def _without_answer(messages: Any) -> Any:
+    """Remove assistant turns at the end of `messages`, which may be anything that a file contains."""
+    if not isinstance(messages, list):
+        return messages
+    end = len(messages)
+    while end and isinstance(messages[end - 1], dict) and messages[end - 1].get("role") == "assistant":
+        end -= 1
+    return messages[:end]
 
 
 class _MediaReader:
@@ -183,32 +215,40 @@ class _MediaReader:
         return messages
 
     def _replace_media(self, place: str, part: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """Yield the parts that replace a content part, and collect its images and recordings."""
         kind = part.get("type")
         if kind == "text" and isinstance(part.get("text"), str):
-            marks = [mark for mark, paths in ((IMAGE_MARK, self.image_files), (AUDIO_MARK, self.audio_files)) if paths]
-            for piece in re.split(f"({'|'.join(marks)})", part["text"]) if marks else [part["text"]]:
-                if piece == IMAGE_MARK and self.image_files:
-                    self._add_image(place, None)
-                    yield dict(IMAGE_PART)
-                elif piece == AUDIO_MARK and self.audio_files:
-                    self._add_audio(place, None)
-                    yield dict(AUDIO_PART)
-                elif piece:
-                    yield {"type": "text", "text": piece}
+            yield from self._split_at_marks(place, part["text"])
         elif kind in ("image", "image_url"):
-            source = next((part[name] for name in _SOURCES if part.get(name) is not None), None)
-            self._add_image(place, source.get("url") if isinstance(source, dict) else source)
+            self._add_image(place, _source_of(part))
             yield dict(IMAGE_PART)
         elif kind in ("audio", "audio_url") and self.audio_files is not None:
-            source = next((part[name] for name in _SOURCES if part.get(name) is not None), None)
-            self._add_audio(place, source.get("url") if isinstance(source, dict) and "url" in source else source)
+            self._add_audio(place, _source_of(part))
             yield dict(AUDIO_PART)
         else:
-            supported = "text or image" if self.audio_files is None else "text, image or audio"
+            supported_kinds = "text or image" if self.audio_files is None else "text, image or audio"
             hint = ". Use --task audio-text for audio" if kind in ("audio", "audio_url") else ""
             raise PeftcoreError(
-                f"{self.where}: {place} has a part that is not {supported}, found {labels.short(part)}{hint}"
+                f"{self.where}: {place} has a part that is not {supported_kinds}, found {labels.short(part)}{hint}"
             )
+
+    def _split_at_marks(self, place: str, text: str) -> Iterator[dict[str, Any]]:
+        """Yield the pieces of a text, with a placeholder part for each mark of a listed image or recording."""
+        marks = []
+        if self.image_files:
+            marks.append(IMAGE_MARK)
+        if self.audio_files:
+            marks.append(AUDIO_MARK)
+        # The parentheses keep the marks in the result of `re.split`.
+        for piece in re.split(f"({'|'.join(marks)})", text) if marks else [text]:
+            if piece == IMAGE_MARK and self.image_files:
+                self._add_image(place, None)
+                yield dict(IMAGE_PART)
+            elif piece == AUDIO_MARK and self.audio_files:
+                self._add_audio(place, None)
+                yield dict(AUDIO_PART)
+            elif piece:
+                yield {"type": "text", "text": piece}
 
     def _add_audio(self, place: str, source: Any) -> None:
         if source is None:
@@ -263,6 +303,12 @@ class _MediaReader:
                 f'{len(self.sounds)}. Mark the place of each recording with {{"type": "audio"}} or the text '
                 f"{AUDIO_MARK}"
             )
+
+
+def _source_of(part: dict[str, Any]) -> Any:
+    """Return the image or recording of a content part: a path, the path in OpenAI's {"url": PATH}, or None."""
+    source = next((part[name] for name in _SOURCES if part.get(name) is not None), None)
+    return source.get("url", source) if isinstance(source, dict) else source
 
 
 def _parts(content: Any) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from peftcore.errors import PeftcoreError
 
-IGNORED = -100
+IGNORE_INDEX = -100
 
 
 def tokens_of(where: str, fields: Mapping[str, Any]) -> tuple[list[int], list[int]]:
@@ -26,17 +26,17 @@ def tokens_of(where: str, fields: Mapping[str, Any]) -> tuple[list[int], list[in
             raise PeftcoreError(f"{where}: '{name}' has {len(values)} values, but 'input_ids' has {len(ids)}")
     labels = list(ids) if labels is None else labels
     if mask is not None:
-        unpadded = [i for i, value in enumerate(mask) if value]
-        ids, labels = [ids[i] for i in unpadded], [labels[i] for i in unpadded]
+        token_indices = [i for i, value in enumerate(mask) if value]
+        ids, labels = [ids[i] for i in token_indices], [labels[i] for i in token_indices]
     mismatch = next(
-        (i for i, (id_, label) in enumerate(zip(ids, labels, strict=True)) if label not in (id_, IGNORED)), None
+        (i for i, (id_, label) in enumerate(zip(ids, labels, strict=True)) if label not in (id_, IGNORE_INDEX)), None
     )
     if mismatch is not None:
         raise PeftcoreError(
-            f"{where}: labels[{mismatch}] must be input_ids[{mismatch}]={ids[mismatch]} or {IGNORED} (ignored), "
+            f"{where}: labels[{mismatch}] must be input_ids[{mismatch}]={ids[mismatch]} or {IGNORE_INDEX} (ignored), "
             f"found {labels[mismatch]}. Pass unshifted labels, because the model shifts them"
         )
-    if all(label == IGNORED for label in labels[1:]):
+    if all(label == IGNORE_INDEX for label in labels[1:]):
         raise PeftcoreError(f"{where}: the labels ignore every token. Remove 'labels' to learn all tokens")
     return ids, labels
 

@@ -33,6 +33,12 @@ def conversation(where: str, messages: Messages, learned_from: int, fields: dict
             f"{where}: messages[{empty_turn}] is an empty assistant turn, which would teach the model to answer "
             'nothing. Remove the turn, or exclude it from the loss: "weight": 0'
         )
+    tools = _tools_of(where, fields)
+    return Row(where, "", messages=messages, learned_from=learned_from, not_learned=not_learned, tools=tools)
+
+
+def _tools_of(where: str, fields: Mapping[str, Any]) -> list[Any] | None:
+    """Return the tools of a conversation, or None if it has none."""
     tools = fields.get("tools")
     if isinstance(tools, str):  # the library datasets stores fields that differ between rows as JSON text
         try:
@@ -42,7 +48,7 @@ def conversation(where: str, messages: Messages, learned_from: int, fields: dict
             raise PeftcoreError(f"{where}: 'tools' is not valid JSON: {problem}") from error
     if tools is not None and not isinstance(tools, list):
         raise PeftcoreError(f"{where}: 'tools' must be a list, found {type(tools).__name__}")
-    return Row(where, "", messages=messages, learned_from=learned_from, not_learned=not_learned, tools=tools or None)
+    return tools or None
 
 
 def _is_learned(place: str, message: Mapping[str, Any]) -> bool:
@@ -76,33 +82,40 @@ def messages_of(where: str, key: str, messages: Any, *, has_images: bool = False
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise PeftcoreError(f'{place} must be {{"role": ..., "content": ...}}, found {str(message)[:80]}')
         content = message.get("content")
-        if has_images and isinstance(content, list) and content:
-            continue
-        if isinstance(content, list) and (text := _joined_parts(content)) is not None:
-            content = message["content"] = text
         if isinstance(content, list):
-            raise PeftcoreError(
-                f"{place} has content parts other than text. Use --task image-text for images, with a "
-                "vision-language model, or remove these parts"
-            )
-        if not isinstance(content, str) and not (content is None and message.get("tool_calls")):
+            if not (has_images and content):
+                message["content"] = _text_of_parts(place, content)
+        elif not isinstance(content, str) and not (content is None and message.get("tool_calls")):
             raise PeftcoreError(f"{place} has no text content, found {str(content)[:80]}")
-    # Tables (Parquet, datasets) fill the missing fields of a message with None.
-    return [{name: value for name, value in message.items() if value is not None} for message in messages]
+    return list(map(_without_nulls, messages))
 
 
-def _joined_parts(parts: list[Any]) -> str | None:
-    """Join the texts of {"type": "text", "text": ...} parts, or return None if there are other parts."""
-    texts: list[str] = []
-    for part in parts:
-        text = part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None
-        if not isinstance(text, str):
-            return None
-        texts.append(text)
-    return "".join(texts) if texts else None
+def _without_nulls(message: dict[str, Any]) -> dict[str, Any]:
+    """Remove fields that are None, with which tables (Parquet, datasets) fill the missing fields of a message."""
+    return {name: value for name, value in message.items() if value is not None}
+
+
+def _text_of_parts(place: str, parts: list[Any]) -> str:
+    """Join the texts of {"type": "text", "text": ...} parts.
+
+    Raises:
+        PeftcoreError: there are other parts, or none.
+    """
+    texts = [part.get("text") for part in parts if isinstance(part, dict) and part.get("type") == "text"]
+    if not parts or len(texts) != len(parts) or not all(isinstance(text, str) for text in texts):
+        raise PeftcoreError(
+            f"{place} has content parts other than text. Use --task image-text for images, with a vision-language "
+            "model, or remove these parts"
+        )
+    return "".join(map(str, texts))
 
 
 def messages_of_sharegpt(where: str, turn_list: Any) -> Messages:
+    """Convert and check a conversation in ShareGPT's format; one with roles is only checked.
+
+    Raises:
+        PeftcoreError: the value is not a list of turns. The message begins with `where`.
+    """
     if not isinstance(turn_list, list) or not all(isinstance(turn, dict) for turn in turn_list):
         raise PeftcoreError(f"{where}: 'conversations' must be a list of turns, found {type(turn_list).__name__}")
     if all("role" in turn for turn in turn_list):
@@ -112,12 +125,10 @@ def messages_of_sharegpt(where: str, turn_list: Any) -> Messages:
             raise PeftcoreError(
                 f"{where}: conversations[{index}] has from={turn.get('from')!r}, expected one of {', '.join(_ROLES)}"
             )
-    turns = [
-        {
-            "role": _ROLES[turn["from"]],
-            "content": turn.get("value"),
-            **{name: turn[name] for name in _MARKS if name in turn},
-        }
-        for turn in turn_list
-    ]
-    return messages_of(where, "conversations", turns)
+    return messages_of(where, "conversations", list(map(_message_of_sharegpt, turn_list)))
+
+
+def _message_of_sharegpt(turn: dict[str, Any]) -> dict[str, Any]:
+    """Convert {"from": ..., "value": ...} to {"role": ..., "content": ...}."""
+    marks = {name: turn[name] for name in _MARKS if name in turn}
+    return {"role": _ROLES[turn["from"]], "content": turn.get("value"), **marks}

@@ -25,7 +25,7 @@ from peftcore_cli.data.first_lines import FirstLines
 from peftcore_cli.data.labels import text_of
 from peftcore_cli.data.row import Row, naming
 from peftcore_cli.tasks import encoded_examples, generations, text_examples
-from peftcore_cli.tasks.conversations import IGNORED
+from peftcore_cli.tasks.conversations import IGNORE_INDEX
 from peftcore_cli.tasks.encoded_examples import Encoded, Example
 from peftcore_cli.tasks.evaluation_mode import batched, evaluating
 from peftcore_cli.tasks.labelled import missing_key
@@ -117,16 +117,16 @@ class Transcripts(Task):
         start = getattr(processor.tokenizer, "prefix_tokens", [None])[0]
         labels = [example["labels"][1:] if example["labels"][0] == start else example["labels"] for example in examples]
         length = max(map(len, labels))
-        labels_tensor = torch.tensor([[*example, *[IGNORED] * (length - len(example))] for example in labels])
+        labels_tensor = torch.tensor([[*example, *[IGNORE_INDEX] * (length - len(example))] for example in labels])
         return {
             "input_features": features([example["audio"] for example in examples], processor),
             "labels": labels_tensor,
         }
 
-    def answer_count(self, metric: str | None, requested: int | None) -> int:
+    def answer_count(self, metric: str | None, count: int | None) -> int:
         if generations.is_user_function(metric):
-            return super().answer_count(metric, requested)
-        return generations.DEFAULT_COUNT if requested is None else requested
+            return super().answer_count(metric, count)
+        return generations.DEFAULT_COUNT if count is None else count
 
     def measure(
         self,
@@ -238,10 +238,10 @@ def word_error_rate(answers: Sequence[str], references: Sequence[str]) -> float:
 
 def _words(text: str) -> list[str]:
     """Split a text into words of letters, marks, numbers and inner apostrophes."""
-    normalized = unicodedata.normalize("NFC", text).lower().replace("\u2019", "'")
+    normalized_text = unicodedata.normalize("NFC", text).lower().replace("\u2019", "'")
     letters = "".join(
         character if character == "'" or unicodedata.category(character)[0] in "LMN" else " "
-        for character in normalized
+        for character in normalized_text
     )
     words = [word.strip("'") for word in letters.split()]
     return [word for word in words if word]

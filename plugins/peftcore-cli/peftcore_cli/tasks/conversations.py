@@ -25,7 +25,7 @@ CHATML = (
 )
 BUILT_IN = {"chatml": CHATML}
 MISTRAL = "MistralCommonBackend"  # class of mistral-common's tokenizers, which have no chat template
-IGNORED = -100  # label that the loss ignores
+IGNORE_INDEX = -100  # label that the loss ignores
 
 
 def tokenizer_of(processor: Any) -> PreTrainedTokenizerBase:
@@ -152,8 +152,14 @@ def _refuse_what_vanishes(tokenizer: PreTrainedTokenizerBase, row: Row, full_tex
     for index, message in enumerate(messages):
         if not message.get("tool_calls"):
             continue
-        stripped = {"content": "", **{name: value for name, value in message.items() if name != "tool_calls"}}
-        if render(tokenizer, [*messages[:index], stripped, *messages[index + 1 :]], row.tools) == full_text:
+        message_without_calls = {
+            "content": "",
+            **{name: value for name, value in message.items() if name != "tool_calls"},
+        }
+        if (
+            render(tokenizer, [*messages[:index], message_without_calls, *messages[index + 1 :]], row.tools)
+            == full_text
+        ):
             raise PeftcoreError(
                 f"the chat template ignores the tool_calls of messages[{index}]. Pass a template that writes them "
                 "(--chat-template FILE), or write the calls as content"
@@ -168,7 +174,12 @@ def _span(tokenizer: PreTrainedTokenizerBase, row: Row, turn: int) -> tuple[str,
     text = render(tokenizer, messages[: turn + 1], row.tools)
     prefix = render(tokenizer, messages[:turn], row.tools, begins_answer=True)
     begin = next(
-        (i for i, (written, expected) in enumerate(zip(text, prefix, strict=False)) if written != expected), len(prefix)
+        (
+            i
+            for i, (character, prefix_character) in enumerate(zip(text, prefix, strict=False))
+            if character != prefix_character
+        ),
+        len(prefix),
     )
     begin = min(begin, len(text))
     if begin < len(prefix) and begin < len(render(tokenizer, messages[:turn], row.tools)):
@@ -182,8 +193,8 @@ def _span(tokenizer: PreTrainedTokenizerBase, row: Row, turn: int) -> tuple[str,
 def example(tokenizer: PreTrainedTokenizerBase, text: str, spans: list[tuple[int, int]]) -> dict[str, Any]:
     """Tokenize `text`. The tokens in each span are learned, up to its end-of-turn token."""
     if tokenizer.is_fast:
-        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        ids, offsets = list(encoded["input_ids"]), [begin for begin, _ in encoded["offset_mapping"]]
+        encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        ids, offsets = list(encoding["input_ids"]), [begin for begin, _ in encoding["offset_mapping"]]
     else:  # tokenize the pieces separately, so that no token crosses the boundary of a span
         ids, offsets, edges = [], [], sorted({0, len(text), *(edge for span in spans for edge in span)})
         for begin, end in itertools.pairwise(edges):
@@ -191,7 +202,7 @@ def example(tokenizer: PreTrainedTokenizerBase, text: str, spans: list[tuple[int
             ids, offsets = ids + list(piece), offsets + [begin] * len(piece)
     special = {id_ for id_, token in tokenizer.added_tokens_decoder.items() if token.special}
     end_tokens = {*tokenizer.all_special_ids, *special, tokenizer.eos_token_id}
-    labels = [IGNORED] * len(ids)
+    labels = [IGNORE_INDEX] * len(ids)
     for begin, end in spans:
         indices = [i for i, offset in enumerate(offsets) if begin <= offset < end]
         marks = [i for i in indices if ids[i] in end_tokens]

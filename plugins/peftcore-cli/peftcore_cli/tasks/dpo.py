@@ -42,13 +42,13 @@ class DPO(Preferences):
         self, model: nn.Module, examples: Sequence[Example], processor: Any, batch_size: int = 8
     ) -> Likelihoods:
         """Return the log-likelihoods of the chosen and rejected answers, for each batch of similar lengths."""
-        ordered = sorted(examples, key=lambda example: sum(map(len, example.values())))  # to reduce padding
+        sorted_examples = sorted(examples, key=lambda example: sum(map(len, example.values())))  # to reduce padding
         batches = []
         with evaluating(model):
-            for pairs in batched(ordered, batch_size):
-                chosen = [preferences.join_answer(pair, "chosen_ids") for pair in pairs]
-                rejected = [preferences.join_answer(pair, "rejected_ids") for pair in pairs]
-                batches.append(preferences.log_likelihoods(model, chosen + rejected, processor))
+            for pairs in batched(sorted_examples, batch_size):
+                chosen_texts = [preferences.join_answer(pair, "chosen_ids") for pair in pairs]
+                rejected_texts = [preferences.join_answer(pair, "rejected_ids") for pair in pairs]
+                batches.append(preferences.log_likelihoods(model, chosen_texts + rejected_texts, processor))
         return batches
 
     def figures_of(
@@ -61,8 +61,8 @@ def margins(policy: Likelihoods, reference: Likelihoods, count: int, beta: float
     """Return the loss over all pairs, the accuracy and the mean margin, from likelihoods of model and reference."""
     batches = []
     for policy_batch, reference_batch in zip(policy, reference, strict=True):
-        chosen, rejected = (policy_batch - reference_batch).chunk(2)
-        batches.append(beta * (chosen - rejected))
+        chosen_ratios, rejected_ratios = (policy_batch - reference_batch).chunk(2)
+        batches.append(beta * (chosen_ratios - rejected_ratios))
     margin = torch.cat(batches)
     figures = {"preference_accuracy": float((margin > 0).double().mean()), "margin": float(margin.mean())}
     return Metrics(float(-F.logsigmoid(margin).mean()), count, figures)

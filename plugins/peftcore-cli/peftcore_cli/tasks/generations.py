@@ -57,21 +57,21 @@ def name_of(metric: str) -> str:
     return metric.rpartition(":")[2] if is_user_function(metric) else metric
 
 
-def answer_count(task: Task, metric: str | None, requested: int | None) -> int:
+def answer_count(task: Task, metric: str | None, count: int | None) -> int:
     """Return the number of held-out examples to answer in each evaluation, given --metric and --eval-answers.
 
     Raises:
         PeftcoreError: models of this task generate no answers.
     """
     if not task.writes:
-        if requested is not None or is_user_function(metric):
+        if count is not None or is_user_function(metric):
             raise PeftcoreError(
                 f"--eval-answers and --metric FILE.py:FUNCTION only work with {registered.names_with('writes')} (the "
                 f"task is {task.name}). Remove these options"
             )
         return 0
-    if requested is not None:
-        return requested
+    if count is not None:
+        return count
     needs_answers = is_user_function(metric) or metric in FIGURES
     return DEFAULT_COUNT if needs_answers else 0
 
@@ -115,18 +115,18 @@ def load_reward(text: str) -> Reward:
     @functools.wraps(function)
     def checked(**columns: Any) -> list[float | None]:
         try:
-            found = function(**columns)
+            rewards = function(**columns)
         except Exception as error:
             raise PeftcoreError(
                 f"--reward {text} fails with {type(error).__name__}: {error}. The function is called with prompts, "
                 "completions, completion_ids and the columns of the rows as keyword arguments, so accept **kwargs"
             ) from error
         count = len(columns["completions"])
-        values = list(found) if isinstance(found, (list, tuple)) else []
+        values = list(rewards) if isinstance(rewards, (list, tuple)) else []
         if len(values) != count or not all(map(_is_reward, values)):
             raise PeftcoreError(
                 f"--reward {text} must return a list of {count} finite numbers or None, one per answer, found "
-                f"{str(found)[:80]}"
+                f"{str(rewards)[:80]}"
             )
         return [None if value is None else float(value) for value in values]
 
@@ -187,8 +187,8 @@ def answer(
                     pad_token_id=tokenizer.pad_token_id,
                     eos_token_id=end_tokens(model, tokenizer),
                 )
-                generated = tokens if model.config.is_encoder_decoder else tokens[:, size:]
-                for i, text in zip(batch, tokenizer.batch_decode(generated, skip_special_tokens=True), strict=True):
+                answer_tokens = tokens if model.config.is_encoder_decoder else tokens[:, size:]
+                for i, text in zip(batch, tokenizer.batch_decode(answer_tokens, skip_special_tokens=True), strict=True):
                     answers_in_order[i] = text
     return answers_in_order
 

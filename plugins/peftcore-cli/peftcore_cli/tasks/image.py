@@ -54,11 +54,11 @@ class Images(Classification):
             raise PeftcoreError(
                 "--columns does not work with folders of images, which have no columns. Remove --columns"
             )
-        images = [list(image_files.labelled(path)) for path in paths]
+        images = [list(image_files.labelled_images(path)) for path in paths]
         return [[Row(file, "", label=label, image=file) for file, label in folder] for folder in images]
 
     def read_questions(self, paths: Sequence[str], columns: Mapping[str, str] | None, about: AdapterTask) -> list[Row]:
-        files = [file for path in paths for file in image_files.unlabelled(path)]
+        files = [file for path in paths for file in image_files.image_paths(path)]
         return [Row(file, "", label=about.labels[0], image=file) for file in files]
 
     def load_processor(self, model: str, adapter: Path | None = None) -> Any:

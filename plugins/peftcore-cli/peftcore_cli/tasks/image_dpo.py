@@ -20,10 +20,10 @@ from peftcore_cli.data.first_lines import FirstLines
 from peftcore_cli.data.row import Row
 from peftcore_cli.settings import Settings
 from peftcore_cli.tasks import dpo, encoded_examples, media_chats
-from peftcore_cli.tasks.conversations import IGNORED
+from peftcore_cli.tasks.conversations import IGNORE_INDEX
 from peftcore_cli.tasks.encoded_examples import Encoded, Example
 from peftcore_cli.tasks.evaluation_mode import batched, evaluating
-from peftcore_cli.tasks.image_text import NEEDED
+from peftcore_cli.tasks.image_text import REQUIRED_MODEL
 from peftcore_cli.tasks.judged import Judged, Likelihoods
 from peftcore_cli.tasks.media_chats import MediaChats
 from peftcore_cli.tasks.metrics import Metrics
@@ -43,7 +43,7 @@ class ImageDPO(Judged, MediaChats):
     shown_keys = "prompt/chosen/rejected with images"
     columns_example = dpo.DPO.columns_example
     model_class = "AutoModelForImageTextToText"
-    needed_model = NEEDED
+    needed_model = REQUIRED_MODEL
     has_reference = True
     family = "seeing"
     figures = dpo.DPO.figures
@@ -71,29 +71,15 @@ class ImageDPO(Judged, MediaChats):
             PeftcoreError: an image cannot be read or lies beyond `max_length` tokens, the two answers of a row have the
                 same tokens, or no row has answers that differ within `max_length` tokens.
         """
-        examples, truncated, left_out = [], 0, 0
+        examples, truncated_count = [], 0
         for row in rows:
-            messages = row.messages or []
-            pair, was_cut = [], 0
-            for answer in (row.completion, row.rejected):
-                conversation = replace(row, messages=[*messages, *(answer or [])], learned_from=len(messages))
-                encoded, truncated_examples = media_chats.encode_row(conversation, processor, max_length)
-                pair += encoded
-                was_cut += truncated_examples
-            chosen, rejected = pair  # a single example, because only the answer is learned
-            if chosen["input_ids"] == rejected["input_ids"] and not was_cut:
-                raise PeftcoreError(
-                    f"{row.where}: 'chosen' and 'rejected' have the same tokens, so neither can be preferred. Remove "
-                    "the row, or use a model whose tokenizer distinguishes them"
-                )
-            truncated += was_cut > 0
-            if chosen["input_ids"] == rejected["input_ids"] or not all(_learns(example) for example in pair):
-                left_out += 1
-            else:
-                examples.append(dict(zip(SIDES, pair, strict=True)))
+            pair, is_truncated = _encode_pair(row, processor, max_length)
+            truncated_count += is_truncated
+            if _answers_differ(pair) and all(map(_has_learned_token, pair.values())):
+                examples.append(pair)
         if not examples:
             raise PeftcoreError(f"no two answers differ within {max_length} tokens. Increase --max-length")
-        return Encoded(examples, truncated, left_out)
+        return Encoded(examples, truncated_count, len(rows) - len(examples))
 
     def as_texts(self, examples: Sequence[Example]) -> list[Example]:
         """Return the chosen answers as conversations with images, for methods that initialise from data."""
@@ -111,11 +97,14 @@ class ImageDPO(Judged, MediaChats):
         batches = []
         with evaluating(model):
             for pairs in batched(examples, batch_size):
-                batch = media_chats.collate([pair[side] for side in SIDES for pair in pairs], processor)
-                targets = batch.pop("labels")[:, 1:].to(device)
-                inputs = encoded_examples.in_dtype({name: value.to(device) for name, value in batch.items()}, model)
-                rows = zip(model(**inputs).logits[:, :-1], targets, strict=True)
-                losses = [F.cross_entropy(x.float(), y, ignore_index=IGNORED, reduction="sum") for x, y in rows]
+                batch = media_chats.collate(_conversations(pairs), processor)
+                batch = {name: value.to(device) for name, value in batch.items()}
+                targets = batch.pop("labels")[:, 1:]
+                logits = model(**encoded_examples.in_dtype(batch, model)).logits[:, :-1]
+                losses = [
+                    F.cross_entropy(row_logits.float(), row_targets, ignore_index=IGNORE_INDEX, reduction="sum")
+                    for row_logits, row_targets in zip(logits, targets, strict=True)
+                ]
                 batches.append(-torch.stack(losses).cpu())
         return batches
 
@@ -125,7 +114,7 @@ class ImageDPO(Judged, MediaChats):
         return dpo.margins(policy, reference, len(examples), beta)
 
     def step_of(self, examples: Sequence[Example], processor: Any) -> dict[str, Any]:
-        return super().step_of([example[side] for example in examples for side in SIDES], processor)
+        return super().step_of(_conversations(examples), processor)
 
     def inputs_of(self, batch: Any, model: nn.Module) -> Any:
         return encoded_examples.in_dtype(batch, model)
@@ -137,16 +126,47 @@ class ImageDPO(Judged, MediaChats):
         return super().trainer(arguments, settings, processor, about)
 
 
-def _learns(example: Example) -> bool:
-    return any(label != IGNORED for label in example["labels"][1:])
+def _encode_pair(row: Row, processor: Any, max_length: int) -> tuple[dict[str, Example], bool]:
+    """Return {"chosen": example, "rejected": example} of a row, and whether an answer was truncated.
+
+    Raises:
+        PeftcoreError: an image cannot be read or lies beyond `max_length` tokens, or the answers have the same tokens.
+    """
+    prompt = row.messages or []
+    pair: dict[str, Example] = {}
+    is_truncated = False
+    for side, answer in zip(SIDES, (row.completion, row.rejected), strict=True):
+        conversation = replace(row, messages=[*prompt, *(answer or [])], learned_from=len(prompt))
+        # Only the answer is learned, so the conversation is encoded as a single example.
+        (pair[side],), truncated_count = media_chats.encode_row(conversation, processor, max_length)
+        is_truncated = is_truncated or truncated_count > 0
+    if not is_truncated and not _answers_differ(pair):
+        raise PeftcoreError(
+            f"{row.where}: 'chosen' and 'rejected' have the same tokens, so neither can be preferred. Remove the row, "
+            "or use a model whose tokenizer distinguishes them"
+        )
+    return pair, is_truncated
+
+
+def _answers_differ(pair: dict[str, Example]) -> bool:
+    return bool(pair["chosen"]["input_ids"] != pair["rejected"]["input_ids"])
+
+
+def _has_learned_token(example: Example) -> bool:
+    return any(label != IGNORE_INDEX for label in example["labels"][1:])
+
+
+def _conversations(pairs: Sequence[Example]) -> list[Example]:
+    """Return the chosen conversations of `pairs`, followed by the rejected ones."""
+    return [pair["chosen"] for pair in pairs] + [pair["rejected"] for pair in pairs]
 
 
 def trl_collator(processor: Any) -> Callable[[list[Example]], dict[str, Any]]:
     """Return a collator for TRL's DPOTrainer, whose batches have the chosen conversations before the rejected ones."""
 
     def batch(pairs: list[Example]) -> dict[str, Any]:
-        tensors = media_chats.collate([pair[side] for side in SIDES for pair in pairs], processor)
-        mask = tensors.pop("labels") != IGNORED
+        tensors = media_chats.collate(_conversations(pairs), processor)
+        mask = tensors.pop("labels") != IGNORE_INDEX
         return {**tensors, "completion_mask": mask.long()}
 
     return batch

@@ -5,7 +5,7 @@ from __future__ import annotations
 from peftcore_cli.data.first_lines import FirstLines
 from peftcore_cli.tasks.media_chats import MediaChats
 
-NEEDED = (
+REQUIRED_MODEL = (
     "a model that takes images and text, such as SmolVLM, Qwen2.5-VL or LLaVA, found {}. For texts use --task "
     "causal-lm or dpo"
 )
@@ -17,7 +17,7 @@ class ImageText(MediaChats):
     name = "image-text"
     shown_keys = "messages with images"
     model_class = "AutoModelForImageTextToText"
-    needed_model = NEEDED
+    needed_model = REQUIRED_MODEL
     family = "seeing"
 
     def recognises(self, lines: FirstLines) -> bool:

@@ -94,10 +94,10 @@ class KTO(Judged):
         """Raise a PeftcoreError unless there are both good and bad answers, because KTO learns from the difference."""
         marks = {row.is_good for row in rows}
         if len(marks) < 2:
-            mark, missing = ("true", "false") if True in marks else ("false", "true")
+            mark, missing_mark = ("true", "false") if True in marks else ("false", "true")
             raise PeftcoreError(
                 f"{rows[0].where}: every answer has the label {mark}, but --task kto needs good and bad answers. Add "
-                f"answers with the label {missing}, or train on the good answers alone, as prompts and completions"
+                f"answers with the label {missing_mark}, or train on the good answers alone, as prompts and completions"
             )
 
     def encode(
@@ -114,18 +114,18 @@ class KTO(Judged):
         Raises:
             PeftcoreError: a row has no tokens.
         """
-        examples, truncated = [], 0
+        examples, truncated_count = [], 0
         for row in rows:
             example = preferences.with_answer(row, row.completion, processor)
             begin = preferences.first_learned_index(example)
             answer = preferences.learned_tokens(example, begin)
-            truncated += begin + len(answer) > max_length
+            truncated_count += begin + len(answer) > max_length
             answer = answer[: max_length - 1]
             prompt = example["input_ids"][max(0, begin + len(answer) - max_length) : begin]
             if not prompt:
                 raise PeftcoreError(f"{row.where}: the prompt has no tokens")
             examples.append({"prompt_ids": prompt, "completion_ids": answer, "label": row.is_good})
-        return Encoded(examples, truncated)
+        return Encoded(examples, truncated_count)
 
     def as_texts(self, examples: Sequence[Example]) -> list[Example]:
         """Return the good answers as examples of a language model, for methods that initialise from data."""

@@ -149,21 +149,22 @@ class Labelled(Headed):
             PeftcoreError: a row has no tokens, or its label is unknown.
         """
         targets = row_labels.targets(list(rows), list(labels))
-        examples, truncated = [], 0
+        examples, truncated_count = [], 0
         rows_with_targets = zip(rows, targets, strict=True)
         for has_pair, group in itertools.groupby(rows_with_targets, key=lambda pair: pair[0].pair is not None):
-            some = list(group)
-            texts = [[row.text for row, _ in some], *([[row.pair or "" for row, _ in some]] if has_pair else [])]
-            untruncated, tokens_of_field = processor(*texts), processor(*texts, truncation=True, max_length=max_length)
-            truncated += sum(len(tokens) > max_length for tokens in untruncated["input_ids"])
-            names = [
-                name for name in ("input_ids", *(["token_type_ids"] if has_pair else [])) if name in tokens_of_field
+            batch_rows = list(group)
+            texts = [
+                [row.text for row, _ in batch_rows],
+                *([[row.pair or "" for row, _ in batch_rows]] if has_pair else []),
             ]
-            for (row, label), *values in zip(some, *(tokens_of_field[name] for name in names), strict=True):
+            full_encoding, encoding = processor(*texts), processor(*texts, truncation=True, max_length=max_length)
+            truncated_count += sum(len(tokens) > max_length for tokens in full_encoding["input_ids"])
+            names = [name for name in ("input_ids", *(["token_type_ids"] if has_pair else [])) if name in encoding]
+            for (row, label), *values in zip(batch_rows, *(encoding[name] for name in names), strict=True):
                 if not values[0]:
                     raise PeftcoreError(f"{row.where}: the text has no tokens")
                 examples.append({**dict(zip(names, values, strict=True)), "labels": label})
-        return Encoded(examples, truncated)
+        return Encoded(examples, truncated_count)
 
     def fields_of(self, row: Row) -> dict[str, Any]:
         return {"text": row.text} if row.pair is None else {"text": row.text, "text_pair": row.pair}

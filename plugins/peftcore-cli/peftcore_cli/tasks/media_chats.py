@@ -22,7 +22,7 @@ from peftcore_cli.bases.adapter_folders import has_tokenizer
 from peftcore_cli.data import audio_files, image_files, image_turns
 from peftcore_cli.data.row import Row, naming
 from peftcore_cli.tasks import conversations, encoded_examples, mistral_chats, text_generation
-from peftcore_cli.tasks.conversations import IGNORED
+from peftcore_cli.tasks.conversations import IGNORE_INDEX
 from peftcore_cli.tasks.encoded_examples import Encoded, Example
 from peftcore_cli.tasks.task import Keys, Task
 
@@ -77,16 +77,18 @@ class MediaChats(Task):
             PeftcoreError: an image cannot be read, is ignored by the template, or lies beyond `max_length` tokens.
         """
         examples: list[Example] = []
-        truncated = left_out = 0
+        truncated_count = left_out = 0
         for row in rows:
-            encoded, truncated_examples = encode_row(row, processor, max_length)
-            learnable = [example for example in encoded if any(label != IGNORED for label in example["labels"][1:])]
+            row_examples, truncated_examples = encode_row(row, processor, max_length)
+            learnable = [
+                example for example in row_examples if any(label != IGNORE_INDEX for label in example["labels"][1:])
+            ]
             examples += learnable
-            truncated += truncated_examples
-            left_out += len(encoded) - len(learnable)
+            truncated_count += truncated_examples
+            left_out += len(row_examples) - len(learnable)
         if not examples:
             raise PeftcoreError(f"no conversation has an answer within {max_length} tokens. Increase --max-length")
-        return Encoded(examples, truncated, left_out)
+        return Encoded(examples, truncated_count, left_out)
 
     def collate(self, examples: Sequence[Example], processor: Any) -> dict[str, Any]:
         return collate(examples, processor)
@@ -124,7 +126,7 @@ def encode_row(row: Row, processor: Any, max_length: int) -> tuple[list[Example]
     Raises:
         PeftcoreError: see `encode`.
     """
-    examples, truncated = [], 0
+    examples, truncated_count = [], 0
     for example in _examples(row, processor):
         ids, labels = example["input_ids"], example["labels"]
         if len(ids) > max_length:
@@ -137,10 +139,10 @@ def encode_row(row: Row, processor: Any, max_length: int) -> tuple[list[Example]
                     f"{row.where}: the conversation has {len(ids):,} tokens ({count:,} for {shown}) and cannot be "
                     f"truncated to --max-length {max_length:,}. Increase --max-length"
                 )
-            truncated += 1
+            truncated_count += 1
             example |= {"input_ids": ids[:max_length], "labels": labels[:max_length]}
         examples.append(example)
-    return examples, truncated
+    return examples, truncated_count
 
 
 def _examples(row: Row, processor: Any) -> list[Example]:
@@ -200,18 +202,18 @@ def _example(
         text, expanded, bare = text + tokenizer.eos_token, expanded + tokenizer.eos_token, plain["input_ids"]
     whole = list(tokenizer(expanded, add_special_tokens=_adds_special(text, tokenizer))["input_ids"])
     front = next((i for i in range(len(whole) - len(bare) + 1) if whole[i : i + len(bare)] == bare), 0)
-    ids, labels = whole[:front], [IGNORED] * front
+    ids, labels = whole[:front], [IGNORE_INDEX] * front
     for id_, label in zip(bare, plain["labels"], strict=True):
         tokens = next(inserted[id_]) if id_ in inserted else [id_]
         ids += tokens
-        labels += [IGNORED] * len(tokens) if id_ in inserted else [label]
+        labels += [IGNORE_INDEX] * len(tokens) if id_ in inserted else [label]
     rest = whole[front + len(bare) :]
     return {
         "text": text,
         "images": list(row.images[: shown["image"]]),
         "sounds": list(row.sounds[: shown["audio"]]),
         "input_ids": ids + rest,
-        "labels": labels + [IGNORED] * len(rest),
+        "labels": labels + [IGNORE_INDEX] * len(rest),
     }
 
 
@@ -256,7 +258,7 @@ def collate(examples: Sequence[Example], processor: Any) -> dict[str, Any]:
         name: value[:, :length] if value.shape[:2] == shape and not name.startswith(_OF_MEDIA) else value
         for name, value in batch.items()
     }
-    labels = [example["labels"] + [IGNORED] * (length - len(example["labels"])) for example in examples]
+    labels = [example["labels"] + [IGNORE_INDEX] * (length - len(example["labels"])) for example in examples]
     return {**tensors, "labels": torch.tensor(labels)}
 
 

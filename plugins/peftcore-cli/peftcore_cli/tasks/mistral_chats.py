@@ -18,7 +18,7 @@ import torch
 from peftcore.errors import PeftcoreError
 from peftcore_cli.data import audio_files
 from peftcore_cli.data.row import Messages, Row, naming
-from peftcore_cli.tasks.conversations import IGNORED, MISTRAL
+from peftcore_cli.tasks.conversations import IGNORE_INDEX, MISTRAL
 from peftcore_cli.tasks.encoded_examples import Example
 
 _PROCESSOR = "VoxtralProcessor"
@@ -70,7 +70,7 @@ def examples(row: Row, processor: Any) -> list[Example]:
     for example in turn_examples[:-1]:
         labels = turn_examples[-1]["labels"]
         for i, label in enumerate(example["labels"]):
-            if label != IGNORED:
+            if label != IGNORE_INDEX:
                 labels[i] = label
     return turn_examples[-1:]
 
@@ -96,7 +96,7 @@ def _turn(row: Row, turn: int, processor: Any) -> Example:
         "images": [],
         "sounds": list(row.sounds[: _count_recordings(conversation)]),
         "input_ids": ids,
-        "labels": [IGNORED] * len(prefix) + ids[len(prefix) :],
+        "labels": [IGNORE_INDEX] * len(prefix) + ids[len(prefix) :],
     }
 
 
@@ -112,7 +112,7 @@ def _count_recordings(messages: Messages) -> int:
 
 def _process(messages: Messages, sounds: Sequence[str], processor: Any, where: str | None = None) -> dict[str, Any]:
     """Return the inputs of a conversation, [1, length] and [windows, bins, frames]; a final answer stays open."""
-    paths, prepared = iter(sounds), []
+    paths, prepared_messages = iter(sounds), []
     for message in messages:
         content = message.get("content")
         if content and not isinstance(content, str):
@@ -121,11 +121,11 @@ def _process(messages: Messages, sounds: Sequence[str], processor: Any, where: s
             ]
             is_text = all(part["type"] == "text" for part in parts)
             content = "".join(part["text"] for part in parts) if is_text else parts
-        prepared.append({**message, "content": content})
+        prepared_messages.append({**message, "content": content})
     is_open = messages[-1]["role"] == "assistant"
     options = {"continue_final_message": is_open, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
     try:
-        return dict(processor.apply_chat_template(prepared, **options))
+        return dict(processor.apply_chat_template(prepared_messages, **options))
     except Exception as error:  # mistral-common raises errors of many classes, including pydantic's
         begin = f"{where}: " if where else ""
         text = " ".join(str(error).split())[:400]
@@ -152,7 +152,7 @@ def collate(examples: Sequence[Example], processor: Any) -> dict[str, Any]:
     """
     length = max(len(example["input_ids"]) for example in examples)
     padding = processor.tokenizer.pad_token_id or 0
-    ends = {"input_ids": padding, "labels": IGNORED, "attention_mask": 0}
+    ends = {"input_ids": padding, "labels": IGNORE_INDEX, "attention_mask": 0}
     rows = [{**example, "attention_mask": [1] * len(example["input_ids"])} for example in examples]
     batch = {key: torch.tensor([e[key] + [end] * (length - len(e[key])) for e in rows]) for key, end in ends.items()}
     features = [_process(e["messages"], e["sounds"], processor)["input_features"] for e in examples if e["sounds"]]

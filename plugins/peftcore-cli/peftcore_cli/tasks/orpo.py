@@ -61,8 +61,8 @@ class ORPO(Preferences):
         self, policy: Likelihoods, reference: Likelihoods, examples: Sequence[Example], beta: float
     ) -> Metrics:
         """Return the loss over all pairs, the accuracy and the mean log odds ratio; `reference` is not used."""
-        chosen, rejected, texts = torch.cat(policy).double().unbind(1)
-        odds = (chosen - rejected) - (torch.log1p(-chosen.exp()) - torch.log1p(-rejected.exp()))
+        chosen_logps, rejected_logps, texts = torch.cat(policy).double().unbind(1)
+        odds = (chosen_logps - rejected_logps) - (torch.log1p(-chosen_logps.exp()) - torch.log1p(-rejected_logps.exp()))
         tokens = sum(len(example["prompt_ids"]) + len(example["chosen_ids"]) - 1 for example in examples)
         loss = -float(texts.sum()) / tokens - beta * float(F.logsigmoid(odds).mean())
         figures = {"preference_accuracy": float((odds > 0).double().mean()), "log_odds": float(odds.mean())}
@@ -77,9 +77,9 @@ class ORPO(Preferences):
                 "prompt_attention_mask": [1] * len(example["prompt_ids"]),
             }
             for name in ("chosen", "rejected"):
-                joined = preferences.join_answer(example, f"{name}_ids")
-                row |= {f"{name}_{key}": value for key, value in joined.items()}
-                row[f"{name}_attention_mask"] = [1] * len(joined["input_ids"])
+                full_example = preferences.join_answer(example, f"{name}_ids")
+                row |= {f"{name}_{key}": value for key, value in full_example.items()}
+                row[f"{name}_attention_mask"] = [1] * len(full_example["input_ids"])
             rows.append(row)
         return rows
 

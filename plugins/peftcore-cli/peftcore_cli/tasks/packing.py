@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from peftcore.errors import PeftcoreError
-from peftcore_cli.tasks.conversations import IGNORED
+from peftcore_cli.tasks.conversations import IGNORE_INDEX
 from peftcore_cli.tasks.encoded_examples import Example
 from peftcore_cli.tasks.evaluation_mode import evaluating
 
@@ -37,7 +37,7 @@ def pack(examples: Sequence[Example], length: int) -> list[Example]:
     """
     rows: list[list[Example]] = []
     room: list[tuple[int, int]] = []  # (free tokens, row), sorted
-    for example in sorted(examples, key=lambda each: -len(each["input_ids"])):
+    for example in sorted(examples, key=lambda candidate: -len(candidate["input_ids"])):
         size = len(example["input_ids"])
         index = bisect.bisect_left(room, (size, -1))
         if index < len(room):
@@ -53,7 +53,7 @@ def pack(examples: Sequence[Example], length: int) -> list[Example]:
 def collate(rows: list[Example], padding: int) -> dict[str, Any]:
     """Collate packed rows without an attention mask; each padding token is an example of its own."""
     length = max(len(row["input_ids"]) for row in rows)
-    values = {"input_ids": padding, "labels": IGNORED, "position_ids": 0}
+    values = {"input_ids": padding, "labels": IGNORE_INDEX, "position_ids": 0}
     batch = {
         name: torch.tensor([row[name] + [value] * (length - len(row[name])) for row in rows])
         for name, value in values.items()
@@ -71,17 +71,23 @@ def check(model: nn.Module, examples: Sequence[Example], subject: str) -> None:
         examples: examples to test with.
         subject: subject of the message, such as `the model`.
     """
-    first, second = examples[0], examples[min(1, len(examples) - 1)]
-    changed_first = {**first, "input_ids": first["input_ids"][::-1][1:] + second["input_ids"][:1]}
+    first_example, second_example = examples[0], examples[min(1, len(examples) - 1)]
+    changed_first = {
+        **first_example,
+        "input_ids": first_example["input_ids"][::-1][1:] + second_example["input_ids"][:1],
+    }
     reason = "the model rejects positions that restart"
     try:
-        with perturbed(model):
-            separate = torch.cat([_logits(model, [example]) for example in (first, second)])
-            joint, joint_changed = _logits(model, [first, second]), _logits(model, [changed_first, second])
+        with perturb_parameters(model):
+            separate = torch.cat([_logits(model, [example]) for example in (first_example, second_example)])
+            joint, joint_changed = (
+                _logits(model, [first_example, second_example]),
+                _logits(model, [changed_first, second_example]),
+            )
     except (TypeError, PeftcoreError) as error:
         reason += f" ({str(error).partition(chr(10))[0]})"
     else:
-        begin = len(first["input_ids"])
+        begin = len(first_example["input_ids"])
         difference = distance(joint, separate)
         leak = distance(joint_changed[begin:], joint[begin:])
         close = CLOSE.get(next(model.parameters()).dtype, 3e-2)
@@ -97,7 +103,7 @@ def _join(examples: Sequence[Example]) -> Example:
     row: Example = {"input_ids": [], "labels": [], "position_ids": []}
     for example in examples:
         row["input_ids"] += example["input_ids"]
-        row["labels"] += [IGNORED, *example["labels"][1:]]
+        row["labels"] += [IGNORE_INDEX, *example["labels"][1:]]
         row["position_ids"] += range(len(example["input_ids"]))
     return row
 
@@ -116,18 +122,18 @@ def distance(a: Tensor, b: Tensor) -> float:
 
 
 @contextlib.contextmanager
-def perturbed(model: nn.Module) -> Iterator[None]:
+def perturb_parameters(model: nn.Module) -> Iterator[None]:
     """Inside the block, add noise to trained parameters, in evaluation mode without gradients."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    saved = [copy.deepcopy(parameter.data) for parameter in trained]
+    trained_parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    saved_values = [copy.deepcopy(parameter.data) for parameter in trained_parameters]
     generator = torch.Generator().manual_seed(0)
     try:
         with evaluating(model):
-            for parameter in trained:
+            for parameter in trained_parameters:
                 noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float32)
                 parameter.add_((0.05 * noise).to(parameter))
             yield
     finally:
         with torch.no_grad():
-            for parameter, value in zip(trained, saved, strict=True):
+            for parameter, value in zip(trained_parameters, saved_values, strict=True):
                 parameter.copy_(value)

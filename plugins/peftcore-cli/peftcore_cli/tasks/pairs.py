@@ -156,16 +156,16 @@ class Pairs(Task):
         Raises:
             PeftcoreError: a text has no tokens.
         """
-        examples, truncated = [], 0
+        examples, truncated_count = [], 0
         for row in rows:
             texts = [row.text, str(row.pair), *([row.negative] if row.negative is not None else [])]
-            untruncated = processor(texts)["input_ids"]
+            full_ids = processor(texts)["input_ids"]
             tokens = processor(texts, truncation=True, max_length=max_length)["input_ids"]
             if not all(tokens):
                 raise PeftcoreError(f"{row.where}: a text has no tokens")
-            truncated += any(len(ids) > max_length for ids in untruncated)
+            truncated_count += any(len(ids) > max_length for ids in full_ids)
             examples.append({"texts": [list(ids) for ids in tokens], "labels": row.label})
-        return Encoded(examples, truncated)
+        return Encoded(examples, truncated_count)
 
     def collate(self, examples: Sequence[Example], processor: PreTrainedTokenizerBase) -> dict[str, Any]:
         """Return one batch of all texts: first the anchors, then the positives, then the negatives.
@@ -293,10 +293,10 @@ def pooling_of(model: str, pooling: str = "auto") -> str:
         return pooling
     modules = _load_json(model, "modules.json") or []
     kinds = [str(module.get("type", "")).rpartition(".")[2] for module in modules if isinstance(module, dict)]
-    unsupported = next((kind for kind in kinds if kind not in ("Transformer", "Pooling", "Normalize")), None)
-    if unsupported is not None:
+    unsupported_kind = next((kind for kind in kinds if kind not in ("Transformer", "Pooling", "Normalize")), None)
+    if unsupported_kind is not None:
         raise PeftcoreError(
-            f"the base '{model}' computes embeddings with a module {unsupported}, which --task pairs does not "
+            f"the base '{model}' computes embeddings with a module {unsupported_kind}, which --task pairs does not "
             "support. Pass another base, or pass --pooling to skip the module"
         )
     folder = next(

@@ -16,7 +16,7 @@ from peftcore_cli.data import image_turns, turns
 from peftcore_cli.data.labels import text_of
 from peftcore_cli.data.row import Row
 from peftcore_cli.tasks import conversations, text_examples
-from peftcore_cli.tasks.conversations import IGNORED
+from peftcore_cli.tasks.conversations import IGNORE_INDEX
 from peftcore_cli.tasks.encoded_examples import Encoded, Example
 from peftcore_cli.tasks.judged import Judged
 
@@ -56,20 +56,22 @@ class Preferences(Judged):
             PeftcoreError: a row has no tokens, the two answers of a row have the same tokens, or no row has answers
                 that differ within `max_length` tokens.
         """
-        examples, truncated, left_out = [], 0, 0
+        examples, truncated_count, left_out = [], 0, 0
         for row in rows:
-            chosen, rejected = (with_answer(row, answer, processor) for answer in (row.completion, row.rejected))
-            begin = min(first_learned_index(chosen), first_learned_index(rejected))
-            ids, rejected_ids = chosen["input_ids"], rejected["input_ids"]
+            chosen_example, rejected_example = (
+                with_answer(row, answer, processor) for answer in (row.completion, row.rejected)
+            )
+            begin = min(first_learned_index(chosen_example), first_learned_index(rejected_example))
+            ids, rejected_ids = chosen_example["input_ids"], rejected_example["input_ids"]
             # Tokens may merge across the end of the prompt, so the token sequences can differ before the answers start.
             prompt = next((i for i in range(begin) if ids[i] != rejected_ids[i]), begin)
-            pair = (learned_tokens(chosen, prompt), learned_tokens(rejected, prompt))
+            pair = (learned_tokens(chosen_example, prompt), learned_tokens(rejected_example, prompt))
             if pair[0] == pair[1]:
                 raise PeftcoreError(
                     f"{row.where}: 'chosen' and 'rejected' have the same tokens, so neither can be preferred. Remove "
                     "the row, or use a model whose tokenizer distinguishes them"
                 )
-            truncated += prompt + max(map(len, pair)) > max_length
+            truncated_count += prompt + max(map(len, pair)) > max_length
             pair = (pair[0][: max_length - 1], pair[1][: max_length - 1])
             if pair[0] == pair[1]:
                 left_out += 1
@@ -81,7 +83,7 @@ class Preferences(Judged):
             examples.append({"prompt_ids": prompt_ids, "chosen_ids": pair[0], "rejected_ids": pair[1]})
         if not examples:
             raise PeftcoreError(f"no two answers differ within {max_length} tokens. Increase --max-length")
-        return Encoded(examples, truncated, left_out)
+        return Encoded(examples, truncated_count, left_out)
 
     def as_texts(self, examples: Sequence[Example]) -> list[Example]:
         """Return the chosen answers as examples of a language model, for methods that initialise from data."""
@@ -93,11 +95,13 @@ class Preferences(Judged):
 
 
 def _compared_texts(where: str, fields: dict[str, Any]) -> Row:
-    prompt, chosen, rejected = (text_of(where, key, fields.get(key)) for key in ("prompt", "chosen", "rejected"))
-    for key, answer in (("chosen", chosen), ("rejected", rejected)):
+    prompt, chosen_text, rejected_text = (
+        text_of(where, key, fields.get(key)) for key in ("prompt", "chosen", "rejected")
+    )
+    for key, answer in (("chosen", chosen_text), ("rejected", rejected_text)):
         if not answer.strip():
             raise PeftcoreError(f"{where}: '{key}' is empty")
-    return Row(where, prompt, completion=chosen, rejected=rejected)
+    return Row(where, prompt, completion=chosen_text, rejected=rejected_text)
 
 
 def _compared_turns(where: str, fields: dict[str, Any]) -> Row:
@@ -130,7 +134,9 @@ def log_likelihoods(model: nn.Module, examples: list[Example], tokenizer: PreTra
     targets = inputs["labels"][:, 1:]
     # One row at a time: a training step does not copy logits, and evaluation must not need more memory than training.
     rows = zip(logits, targets, strict=True)
-    return -torch.stack([F.cross_entropy(x.float(), y, ignore_index=IGNORED, reduction="sum") for x, y in rows]).cpu()
+    return -torch.stack(
+        [F.cross_entropy(x.float(), y, ignore_index=IGNORE_INDEX, reduction="sum") for x, y in rows]
+    ).cpu()
 
 
 def with_answer(row: Row, answer: Any, tokenizer: PreTrainedTokenizerBase) -> Example:
@@ -145,15 +151,15 @@ def with_answer(row: Row, answer: Any, tokenizer: PreTrainedTokenizerBase) -> Ex
 
 
 def first_learned_index(example: Example) -> int:
-    return next(i for i, label in enumerate(example["labels"]) if label != IGNORED)
+    return next(i for i, label in enumerate(example["labels"]) if label != IGNORE_INDEX)
 
 
 def learned_tokens(example: Example, begin: int) -> list[int]:
     """Return the tokens from `begin` to the last learned token, without the template's text after the answer."""
-    end = max(i for i, label in enumerate(example["labels"]) if label != IGNORED)
+    end = max(i for i, label in enumerate(example["labels"]) if label != IGNORE_INDEX)
     return list(example["input_ids"][begin : end + 1])
 
 
 def join_answer(example: Example, answer: str) -> Example:
     prompt, ids = example["prompt_ids"], example[answer]
-    return {"input_ids": prompt + ids, "labels": [IGNORED] * len(prompt) + ids}
+    return {"input_ids": prompt + ids, "labels": [IGNORE_INDEX] * len(prompt) + ids}

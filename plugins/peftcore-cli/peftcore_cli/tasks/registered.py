@@ -30,10 +30,10 @@ def find(name: str) -> Task:
     Raises:
         PeftcoreError: there is no such task.
     """
-    known = {task.name: task for task in tasks()}
-    if name not in known:
-        raise PeftcoreError(f"--task must be one of {', '.join(known)}, found '{name}'")
-    return known[name]
+    tasks_by_name = {task.name: task for task in tasks()}
+    if name not in tasks_by_name:
+        raise PeftcoreError(f"--task must be one of {', '.join(tasks_by_name)}, found '{name}'")
+    return tasks_by_name[name]
 
 
 def names_with(attribute: str) -> str:

@@ -66,8 +66,8 @@ class Reward(Preferences):
         self, policy: Likelihoods, reference: Likelihoods, examples: Sequence[Example], beta: float
     ) -> Metrics:
         """Return the loss over all pairs, the accuracy and the mean margin. `reference` and `beta` are not used."""
-        chosen, rejected = torch.cat(policy).unbind(1)
-        margin = chosen - rejected
+        chosen_rewards, rejected_rewards = torch.cat(policy).unbind(1)
+        margin = chosen_rewards - rejected_rewards
         figures = {"preference_accuracy": float((margin > 0).double().mean()), "margin": float(margin.mean())}
         return Metrics(float(-F.logsigmoid(margin).mean()), len(examples), figures)
 

@@ -57,7 +57,7 @@ class Seq2Seq(Task):
         Raises:
             PeftcoreError: a source or a target has no tokens.
         """
-        examples, truncated = [], 0
+        examples, truncated_count = [], 0
         for row in rows:
             source = list(processor(row.text)["input_ids"])
             target = list(processor(text_target=str(row.completion))["input_ids"])
@@ -66,6 +66,6 @@ class Seq2Seq(Task):
                 raise PeftcoreError(f"{row.where}: the {'source' if not source else 'target'} has no tokens")
             if end is not None and target[-1] != end:
                 target.append(end)
-            truncated += len(source) > max_length or len(target) > max_length
+            truncated_count += len(source) > max_length or len(target) > max_length
             examples.append({"input_ids": source[:max_length], "labels": target[:max_length]})
-        return Encoded(examples, truncated)
+        return Encoded(examples, truncated_count)

@@ -23,7 +23,7 @@ from peftcore_cli.data.row import Row, naming
 from peftcore_cli.data.row_reading import row_of
 from peftcore_cli.tasks import metrics, positions, text_examples
 from peftcore_cli.tasks.classification import names_of
-from peftcore_cli.tasks.conversations import IGNORED
+from peftcore_cli.tasks.conversations import IGNORE_INDEX
 from peftcore_cli.tasks.encoded_examples import Encoded, Example
 from peftcore_cli.tasks.labelled import Headed, given_fields
 from peftcore_cli.tasks.metrics import Metrics
@@ -77,7 +77,7 @@ class Tags(Headed):
             PeftcoreError: a tag is unknown, or the tokenizer cannot map tokens to words.
         """
         index = {label: i for i, label in enumerate(labels)}
-        examples, truncated = [], 0
+        examples, truncated_count = [], 0
         for row in rows:
             tags = row.label if isinstance(row.label, tuple) else ()
             unknown = next((tag for tag in tags if tag not in index), None)
@@ -88,14 +88,14 @@ class Tags(Headed):
                 )
             with naming(row.where):
                 ids, firsts = tokens_of(row.words, processor, max_length)
-            truncated += len(firsts) < len(row.words)
-            targets = [IGNORED] * len(ids)
+            truncated_count += len(firsts) < len(row.words)
+            targets = [IGNORE_INDEX] * len(ids)
             for place, tag in zip(firsts, tags, strict=False):
                 targets[place] = index[tag]
             if not firsts:
                 raise PeftcoreError(f"{row.where}: no word fits into --max-length {max_length}. Increase --max-length")
             examples.append({"input_ids": ids, "labels": targets})
-        return Encoded(examples, truncated)
+        return Encoded(examples, truncated_count)
 
     def measure(
         self,
@@ -108,10 +108,10 @@ class Tags(Headed):
     ) -> Metrics:
         loss, answers_by_sentence, tags_by_sentence = 0.0, list[Tensor](), list[Tensor]()
         for labels, output in text_examples.outputs(model, examples, self, evaluation):
-            loss += float(output.loss) * int((labels != IGNORED).sum())
-            for predicted, target in zip(output.logits.argmax(-1).cpu(), labels.cpu(), strict=True):
-                answers_by_sentence.append(predicted[target != IGNORED])
-                tags_by_sentence.append(target[target != IGNORED])
+            loss += float(output.loss) * int((labels != IGNORE_INDEX).sum())
+            for predictions, target in zip(output.logits.argmax(-1).cpu(), labels.cpu(), strict=True):
+                answers_by_sentence.append(predictions[target != IGNORE_INDEX])
+                tags_by_sentence.append(target[target != IGNORE_INDEX])
         return replace(
             figures(answers_by_sentence, tags_by_sentence, evaluation.about.labels),
             loss=loss / sum(map(len, tags_by_sentence)),
@@ -121,7 +121,7 @@ class Tags(Headed):
         return {"tokens": list(row.words)}
 
     def answer_of(self, scores: Tensor, targets: Tensor, row: Row, labels: Sequence[str]) -> dict[str, Any]:
-        tags = [labels[i] for i in scores[targets != IGNORED].argmax(-1).tolist()]
+        tags = [labels[i] for i in scores[targets != IGNORE_INDEX].argmax(-1).tolist()]
         return {"tags": tags + [None] * (len(row.words) - len(tags))}  # words beyond the length have no tag
 
     @torch.no_grad()
@@ -186,13 +186,13 @@ def tokens_of(words: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_leng
             f"{type(tokenizer).__name__}. Use a model with a tokenizer.json"
         )
     text = " ".join(words)
-    encoded = tokenizer(text, truncation=True, max_length=max_length, return_offsets_mapping=True)
+    encoding = tokenizer(text, truncation=True, max_length=max_length, return_offsets_mapping=True)
     token_at: dict[int, int] = {}  # {index of the first character: token}
-    for i, (begin, end) in enumerate(encoded["offset_mapping"]):
+    for i, (begin, end) in enumerate(encoding["offset_mapping"]):
         begin += len(text[begin:end]) - len(text[begin:end].lstrip())
         if begin < end:
             token_at.setdefault(begin, i)
-    last_end = max((end for _, end in encoded["offset_mapping"]), default=0)
+    last_end = max((end for _, end in encoding["offset_mapping"]), default=0)
     firsts, begin = [], 0
     for word in words:
         if begin >= last_end:
@@ -201,7 +201,7 @@ def tokens_of(words: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_leng
             raise PeftcoreError(f"no token starts at the start of the word '{word}'. Join it to the word before")
         firsts.append(token_at[begin])
         begin += len(word) + 1
-    return list(encoded["input_ids"]), firsts
+    return list(encoding["input_ids"]), firsts
 
 
 def figures(answers: Sequence[Tensor], tags: Sequence[Tensor], names: Sequence[str]) -> Metrics:
@@ -222,10 +222,10 @@ def entity_f1(answers: Sequence[Tensor], targets: Sequence[Tensor], names: Seque
     """Return the F1 of entities over all sentences, given the indices of tags in each."""
     correct = count = 0
     for predicted_tags, true_tags in zip(answers, targets, strict=True):
-        predicted = set(entities([names[i] for i in predicted_tags.tolist()]))
+        predicted_entities = set(entities([names[i] for i in predicted_tags.tolist()]))
         true = set(entities([names[i] for i in true_tags.tolist()]))
-        correct += len(predicted & true)
-        count += len(predicted) + len(true)
+        correct += len(predicted_entities & true)
+        count += len(predicted_entities) + len(true)
     return 2 * correct / count if count else 0.0
 
 

@@ -318,7 +318,7 @@ class Task:
 
     def lengths(self, examples: Sequence[Example]) -> list[int]:
         """Return the number of tokens of each example."""
-        return [length(each) for each in examples]
+        return [length(example) for example in examples]
 
     def as_texts(self, examples: Sequence[Example]) -> Sequence[Example]:
         """Return the examples as inputs of the base, for methods that initialise from data."""
@@ -356,13 +356,13 @@ class Task:
 
     # Measuring
 
-    def answer_count(self, metric: str | None, requested: int | None) -> int:
+    def answer_count(self, metric: str | None, count: int | None) -> int:
         """Return how many held-out examples to answer in each evaluation, given --metric and --eval-answers.
 
         Raises:
             PeftcoreError: models of this task write no answers.
         """
-        return generations.answer_count(self, metric, requested)
+        return generations.answer_count(self, metric, count)
 
     def reference(self, model: nn.Module, examples: Sequence[Example], evaluation: Evaluation) -> Any:
         """Return the outputs of the model before training that `measure` compares with, or None."""

@@ -15,7 +15,7 @@ from peftcore.training import evaluated_without_logits
 from peftcore_cli.data.row import Row
 from peftcore_cli.data.token_rows import check_vocabulary
 from peftcore_cli.tasks import conversations, packing, positions
-from peftcore_cli.tasks.conversations import IGNORED
+from peftcore_cli.tasks.conversations import IGNORE_INDEX
 from peftcore_cli.tasks.encoded_examples import Encoded, Example, batches_of, in_dtype, is_encoder_decoder
 from peftcore_cli.tasks.evaluation_mode import evaluating
 from peftcore_cli.tasks.metrics import Metrics
@@ -50,50 +50,50 @@ def encode(
 
 def _encode_texts(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoded:
     examples: list[Example] = []
-    truncated = left_out = 0
+    truncated_count = left_out = 0
     for row in rows:
         if row.tokens is not None:
             check_vocabulary(row.where, row.tokens[0], len(tokenizer))
-            truncated += len(row.tokens[0]) > max_length
+            truncated_count += len(row.tokens[0]) > max_length
             columns = [list(part[:max_length]) for part in row.tokens]
-            left_out += all(label == IGNORED for label in columns[1][1:])
-            if any(label != IGNORED for label in columns[1][1:]):
+            left_out += all(label == IGNORE_INDEX for label in columns[1][1:])
+            if any(label != IGNORE_INDEX for label in columns[1][1:]):
                 examples.append(dict(zip(("input_ids", "labels"), columns, strict=True)))
             continue
         ids = tokenizer(row.text)["input_ids"]
         end_token = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
         if row.completion is None:
             ids = ids + end_token
-            truncated += len(ids) > max_length
+            truncated_count += len(ids) > max_length
             pieces = [ids[i : i + max_length] for i in range(0, len(ids), max_length)]
             # A single token has nothing to predict.
             parts = [{"input_ids": piece, "labels": list(piece)} for piece in pieces if len(piece) > 1]
         else:
             answer = tokenizer(row.completion, add_special_tokens=False)["input_ids"] + end_token
-            truncated += len(ids) + len(answer) > max_length
+            truncated_count += len(ids) + len(answer) > max_length
             answer = answer[: max_length - 1]
             ids = ids[len(ids) - min(len(ids), max_length - len(answer)) :]
             ids = ids or (answer[:1] and [first_token(tokenizer)])
-            parts = [{"input_ids": ids + answer, "labels": [IGNORED] * len(ids) + answer}] if answer else []
+            parts = [{"input_ids": ids + answer, "labels": [IGNORE_INDEX] * len(ids) + answer}] if answer else []
         if not parts:
             raise PeftcoreError(
                 f"{row.where}: tokenizing leaves no token to learn. Remove the row, or use another model"
             )
         examples += parts
-    return Encoded(examples, truncated, left_out)
+    return Encoded(examples, truncated_count, left_out)
 
 
 def _encode_conversations(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoded:
-    examples, truncated, left_out = [], 0, 0
+    examples, truncated_count, left_out = [], 0, 0
     for row in rows:
         for example in conversations.encode(row, tokenizer):
-            truncated += len(example["input_ids"]) > max_length
-            shortened = {name: values[:max_length] for name, values in example.items()}
-            if any(label != IGNORED for label in shortened["labels"][1:]):
-                examples.append(shortened)
+            truncated_count += len(example["input_ids"]) > max_length
+            truncated_example = {name: values[:max_length] for name, values in example.items()}
+            if any(label != IGNORE_INDEX for label in truncated_example["labels"][1:]):
+                examples.append(truncated_example)
             else:
                 left_out += 1
-    return Encoded(examples, truncated, left_out)
+    return Encoded(examples, truncated_count, left_out)
 
 
 def collate(examples: Sequence[Example], padding: int) -> dict[str, Any]:
@@ -120,7 +120,7 @@ def collate(examples: Sequence[Example], padding: int) -> dict[str, Any]:
         segments = [example.get("token_type_ids", [0] * len(example["input_ids"])) for example in examples]
         tensors["token_type_ids"] = torch.tensor([segment + [0] * (length - len(segment)) for segment in segments])
     if isinstance(examples[0]["labels"], list):
-        return tensors | {"labels": padded("labels", IGNORED)}
+        return tensors | {"labels": padded("labels", IGNORE_INDEX)}
     return tensors | {"labels": torch.tensor([example["labels"] for example in examples])}
 
 
@@ -155,6 +155,6 @@ def measure(model: nn.Module, examples: Sequence[Example], task: Task, evaluatio
     loss, count = 0.0, 0
     with evaluated_without_logits(model):
         for labels, output in outputs(model, examples, task, evaluation):
-            tokens = int((labels[:, begin:] != IGNORED).sum())
+            tokens = int((labels[:, begin:] != IGNORE_INDEX).sum())
             loss, count = loss + float(output.loss) * tokens, count + tokens
     return Metrics(loss / count, count)

@@ -52,8 +52,8 @@ def small_multiples(labels: Sequence[str], panels: Sequence[Panel], reference: s
         elif panel.spreads is None:
             axes.barh(rows, panel.values, height=0.55, color=colours)
         else:
-            for y, (value, spread) in enumerate(zip(panel.values, panel.spreads, strict=True)):
-                axes.errorbar(value, y, xerr=spread or None, fmt="o", color=colours[y], capsize=3, ms=6)
+            for y, (value, error) in enumerate(zip(panel.values, panel.spreads, strict=True)):
+                axes.errorbar(value, y, xerr=error or None, fmt="o", color=colours[y], capsize=3, ms=6)
         _limits(axes, panel)
         for y, (value, text) in enumerate(zip(panel.values, panel.texts, strict=True)):
             far = value + (panel.spreads[y] if panel.spreads else 0)
@@ -94,9 +94,9 @@ def _limits(axes: Axes, panel: Panel) -> None:
     elif panel.spreads is None:
         axes.set_xlim(0, 1.5 * max(panel.values))
     else:
-        spread = panel.spreads
+        errors = panel.spreads
         shown = [*panel.values, *(value for value, _ in panel.lines)]
-        low = min(value - s for value, s in zip(panel.values, spread, strict=True))
-        low, high = min(low, *shown), max(value + s for value, s in zip(panel.values, spread, strict=True))
+        low = min(value - s for value, s in zip(panel.values, errors, strict=True))
+        low, high = min(low, *shown), max(value + s for value, s in zip(panel.values, errors, strict=True))
         room = high - low or abs(high) or 1.0
         axes.set_xlim(low - 0.08 * room, max(high, *shown) + 0.5 * room)

@@ -22,7 +22,7 @@ from peftcore_cli.bases.adapter_folders import adapter_folder
 from peftcore_cli.console import say
 from peftcore_cli.settings import RunOptions, Settings
 from peftcore_cli.tasks import packing, registered
-from peftcore_cli.tasks.conversations import IGNORED
+from peftcore_cli.tasks.conversations import IGNORE_INDEX
 from peftcore_cli.tasks.encoded_examples import Example
 from peftcore_cli.training.trainers import MeasuringTrainer
 
@@ -94,7 +94,7 @@ def divergence(logits: Tensor, teacher_logits: Tensor, labels: Tensor) -> Tensor
         teacher_logits: logits of the teacher, [batch, length, vocabulary].
         labels: labels [batch, length], with ignored tokens.
     """
-    is_learned = labels[:, 1:] != IGNORED
+    is_learned = labels[:, 1:] != IGNORE_INDEX
     width = min(logits.shape[-1], teacher_logits.shape[-1])
     student_rows, teacher_rows = logits[:, :-1][is_learned][:, :width], teacher_logits[:, :-1][is_learned][:, :width]
     total = logits.new_zeros((), dtype=torch.float32)
@@ -124,7 +124,7 @@ class DistillingTrainer(MeasuringTrainer):
             teacher_logits = self.teacher(**{name: value for name, value in inputs.items() if name != "labels"}).logits
         total = divergence(output.logits, teacher_logits, inputs["labels"])
         if num_items_in_batch is None or not self.model_accepts_loss_kwargs:  # a mean over this batch
-            distance = total / (inputs["labels"][:, 1:] != IGNORED).sum().clamp_min(1)
+            distance = total / (inputs["labels"][:, 1:] != IGNORE_INDEX).sum().clamp_min(1)
         else:
             processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
             distance = total / num_items_in_batch * processes

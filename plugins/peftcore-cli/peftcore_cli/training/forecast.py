@@ -54,7 +54,7 @@ class Forecast:
     lighter: tuple[str, ...] = ()
 
     @property
-    def needed(self) -> float:
+    def required(self) -> float:
         """Bytes that the run needs in addition to the current memory of its processes."""
         estimate = self.estimate
         if self.on_card:
@@ -229,23 +229,23 @@ def with_memory(
     choice = dtype_choice.of_run(settings, labels)
     settings = replace(settings, dtype=choice.say())
     try:
-        predicted = forecast(settings, examples.longest, labels, examples.rows, processor)
+        prediction = forecast(settings, examples.longest, labels, examples.rows, processor)
     except PeftcoreError as error:
         return settings, str(error)
-    if predicted is None:
+    if prediction is None:
         return settings, None
     if choice.instead_of == "bf16":
-        predicted = replace(predicted, lighter=("--dtype bf16",))
-    say(str(predicted))
+        prediction = replace(prediction, lighter=("--dtype bf16",))
+    say(str(prediction))
     if not force:
-        checked = predicted  # rank 0 decides for all ranks, because free memory changes over time
-        ranks.once(lambda: refuse_if_too_large(checked, settings), together=True)
-    return settings, predicted
+        prediction_to_check = prediction  # rank 0 decides for all ranks, because free memory changes over time
+        ranks.once(lambda: refuse_if_too_large(prediction_to_check, settings), together=True)
+    return settings, prediction
 
 
 def refuse_if_too_large(prediction: Forecast, settings: Settings) -> None:
     """Raise a PeftcoreError that suggests lighter options if a run needs more memory than is free."""
-    if prediction.needed <= prediction.room:
+    if prediction.required <= prediction.room:
         return
     options = [
         *(["--batch-size 1 --grad-accum " + str(settings.batch_size)] if settings.batch_size > 1 else []),
@@ -254,7 +254,7 @@ def refuse_if_too_large(prediction: Forecast, settings: Settings) -> None:
         *prediction.lighter,
     ]
     raise PeftcoreError(
-        f"this run needs about {gigabytes(prediction.needed)} of memory, but only {gigabytes(prediction.room)} are "
+        f"this run needs about {gigabytes(prediction.required)} of memory, but only {gigabytes(prediction.room)} are "
         f"free. Save memory with {' or '.join(options) or 'a smaller model'}, or run anyway with --force"
     )
 

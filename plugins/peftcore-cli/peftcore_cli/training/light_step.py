@@ -9,7 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import peftcore
 from peftcore.errors import PeftcoreError
-from peftcore_cli.amounts import counted
+from peftcore_cli.amounts import format_counts
 from peftcore_cli.bases import precision
 from peftcore_cli.console import say
 from peftcore_cli.settings import Settings
@@ -25,7 +25,7 @@ def fuse(model: PreTrainedModel, settings: Settings) -> None:
     if settings.fuse == "on" or (settings.fuse == "auto" and not settings.parallel and model.device.type == "cpu"):
         kinds = peftcore.summary(peftcore.fuse(model, recompute=settings.recompute)).fused  # type: ignore[arg-type]
         if kinds and settings.fuse == "auto":
-            say(f"fused: {counted(kinds)} (--fuse auto)")
+            say(f"fused: {format_counts(kinds)} (--fuse auto)")
 
 
 def use_loss_without_logits(

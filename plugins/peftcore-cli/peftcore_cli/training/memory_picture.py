@@ -72,12 +72,12 @@ def picture(forecast: Forecast, trace: Trace | None, width: float = 9.0) -> byte
     # A range with a single value would have no height.
     axes.axhspan(low, max(high, 1.002 * low), color=INK, alpha=0.25, linewidth=0, label="predicted peak")
     phases = [name for _, name in forecast.estimate.phases]
-    measured = [] if trace is None else trace.by_phase(len(phases))
-    if measured:
-        positions, sizes = zip(*measured, strict=True)
+    measured_points = [] if trace is None else trace.by_phase(len(phases))
+    if measured_points:
+        positions, sizes = zip(*measured_points, strict=True)
         axes.plot(positions, [size / 1e9 for size in sizes], color=BLUE, lw=1.8, label="measured")
     _label_phases(axes, phases)
-    top = max([high, *(size / 1e9 for _, size in measured)])
+    top = max([high, *(size / 1e9 for _, size in measured_points)])
     axes.set(xlim=(0, len(phases)), ylim=(0, 1.08 * top), ylabel="GB", xticks=[])
     axes.spines[["top", "right"]].set_visible(False)
     handles, names = axes.get_legend_handles_labels()

@@ -18,7 +18,7 @@ def arguments(optim_args: str | None) -> dict[str, Any]:
         PeftcoreError: the text is not a list of NAME=VALUE, or the value of `betas` or `eps` is invalid.
     """
     trainer_arguments: dict[str, Any] = {}
-    others = []
+    optimizer_settings = []
     for setting in re.findall(r"(?:[^,(]|\([^)]*\))+", optim_args or ""):
         name, equals, text = (part.strip() for part in setting.partition("="))
         if not equals:
@@ -30,8 +30,8 @@ def arguments(optim_args: str | None) -> dict[str, Any]:
             elif name == "eps":
                 trainer_arguments["adam_epsilon"] = float(text)
             else:
-                others.append(setting)
+                optimizer_settings.append(setting)
         except (ValueError, SyntaxError, TypeError):
             example = "(0.9,0.999)" if name == "betas" else "1e-8"
             raise PeftcoreError(f"--optim-args {name} must have the form {name}={example}, found '{text}'") from None
-    return {"optim_args": ",".join(others) or None, **trainer_arguments}
+    return {"optim_args": ",".join(optimizer_settings) or None, **trainer_arguments}

@@ -46,18 +46,18 @@ def check(run_options: RunOptions, display: Display, name: str, data: Sequence[s
 
 def _refuse_options_of_others(run_options: RunOptions, task: Task) -> None:
     defaults = RunOptions()
-    for name in dict.fromkeys(name for other in registered.tasks() for name in other.options):
+    for name in dict.fromkeys(name for any_task in registered.tasks() for name in any_task.options):
         if name not in task.options and getattr(run_options, name) != getattr(defaults, name):
             option, names = f"--{name.replace('_', '-')}", registered.names_with_option(name)
             raise PeftcoreError(f"{option} only works with {names} (the task is {task.name}). Remove {option}")
 
 
 def _check_beta(run_options: RunOptions, task: Task) -> None:
-    least = task.least_beta
-    if run_options.beta is None or (least is not None and run_options.beta >= least):
+    smallest_beta = task.least_beta
+    if run_options.beta is None or (smallest_beta is not None and run_options.beta >= smallest_beta):
         return
-    betas = {other.name: other.least_beta for other in registered.tasks() if other.least_beta is not None}
-    zero = registered.join_names([name for name, least in betas.items() if least == 0])
+    betas = {any_task.name: any_task.least_beta for any_task in registered.tasks() if any_task.least_beta is not None}
+    zero = registered.join_names([name for name, smallest_beta in betas.items() if smallest_beta == 0])
     raise PeftcoreError(
         f"--beta only works with {registered.join_names([*betas])} and must be above 0 ({zero} also allows 0), found "
         f"{run_options.beta:g} for {task.name}. Remove --beta, or pass a number above 0"

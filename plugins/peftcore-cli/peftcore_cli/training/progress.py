@@ -127,17 +127,17 @@ class OrderlyStop(TrainerCallback):
 
     def __init__(self) -> None:
         self.requested = False
-        self._before: dict[int, Any] = {}
+        self._previous_handlers: dict[int, Any] = {}
 
     def __enter__(self) -> OrderlyStop:
         if (
             threading.current_thread() is threading.main_thread()
         ):  # Python only allows signal handlers in the main thread
-            self._before = {number: signal.signal(number, self._request) for number in _SIGNALS}
+            self._previous_handlers = {number: signal.signal(number, self._request) for number in _SIGNALS}
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
+        for number, handler in self._previous_handlers.items():
             signal.signal(number, handler)
 
     def _request(self, number: int, frame: FrameType | None) -> None:

@@ -14,15 +14,15 @@ def services(text: str | None) -> list[str]:
     from transformers.integrations import integration_utils
 
     names = [part.strip() for part in (text or "").split(",") if part.strip() not in ("", "none")]
-    known = integration_utils.INTEGRATION_TO_CALLBACK
+    callbacks = integration_utils.INTEGRATION_TO_CALLBACK
     for name in names:
-        if name not in known:
+        if name not in callbacks:
             raise PeftcoreError(
-                f"--report-to must name installed services, found '{name}'{nearest(name, known)}. Choose from "
-                f"{', '.join(known)}"
+                f"--report-to must name installed services, found '{name}'{nearest(name, callbacks)}. Choose from "
+                f"{', '.join(callbacks)}"
             )
         try:
-            known[name]()  # before a model is loaded
+            callbacks[name]()  # before a model is loaded
         except (RuntimeError, ImportError) as error:
             raise PeftcoreError(f"--report-to {name}: {' '.join(str(error).split())}") from error
     return names

@@ -21,10 +21,12 @@ def join(parallel: str | None, device: str) -> None:
     Raises:
         PeftcoreError: `parallel` is unknown, or does not fit the number of processes.
     """
-    started = int(os.environ.get("WORLD_SIZE", "1"))
+    process_count = int(os.environ.get("WORLD_SIZE", "1"))
     if parallel is None:
-        if started > 1:
-            raise PeftcoreError(f"torchrun has started {started} processes, which need --parallel. Pass --parallel ddp")
+        if process_count > 1:
+            raise PeftcoreError(
+                f"torchrun has started {process_count} processes, which need --parallel. Pass --parallel ddp"
+            )
         return
     if parallel not in WAYS:
         raise PeftcoreError(f"--parallel must be one of {', '.join(WAYS)}, found '{parallel}'")

@@ -25,7 +25,7 @@ def of_run(settings: Settings, output: Path, examples: int, report_to: Sequence[
     per_epoch = math.ceil(math.ceil(examples / (settings.batch_size * settings.ranks)) / settings.grad_accum)
     steps = settings.steps or math.ceil(per_epoch * settings.epochs)
     often = max(1, math.ceil(steps / 5))
-    kind, more = task.arguments(settings)
+    kind, task_arguments = task.arguments(settings)
     try:
         return kind(
             output_dir=str(output / "checkpoints"),
@@ -41,7 +41,7 @@ def of_run(settings: Settings, output: Path, examples: int, report_to: Sequence[
             optim=settings.optim,
             **optim_options.arguments(settings.optim_args),
             seed=settings.seed,
-            **{**more, **_gradient_checkpointing(settings.gradient_checkpointing)},
+            **{**task_arguments, **_gradient_checkpointing(settings.gradient_checkpointing)},
             eval_strategy="steps",
             eval_steps=settings.eval_every or often,
             save_strategy="no" if settings.method == FULL else "steps",  # checkpoints only contain adapters

@@ -97,7 +97,7 @@ def test_a_run_is_continued_with_its_own_options(
     assert "resuming from" in run("train", "--resume", "--output", parted).output
     assert same_tensors(whole, parted)
     error = run("train", "-o", parted, "--resume", "--batch-size", 4, code=1).output
-    assert "has batch_size=2, but 4 was passed" in error
+    assert "has batch_size=2, but this command has batch_size=4" in error
 
 
 def test_an_empty_folder_is_a_run_that_has_not_begun(run: Run, llama: Path, reviews: Path, tmp_path: Path) -> None:

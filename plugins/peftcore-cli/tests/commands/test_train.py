@@ -260,7 +260,7 @@ def test_a_file_that_is_missing_is_named_before_an_absent_device(
 def test_resume_with_other_settings_is_refused(run: Run, writer: Path, llama: Path, reviews: Path) -> None:
     same = ("train", "-m", llama, "-d", reviews, "-o", writer, "--eval-data", reviews, *METHOD, "--epochs", 9)
     error = run(*same, *STEPS, "--seed", 1, "--resume", code=1).output
-    assert "has seed=0, but 1 was passed" in error
+    assert "has seed=0, but this command has seed=1" in error
     error = run(*same, *STEPS, code=1).output
     assert "already contains a run. Use --resume to continue it, or --overwrite to start again" in error
     run(*same, *STEPS, "--overwrite")

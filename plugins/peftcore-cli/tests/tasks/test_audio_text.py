@@ -11,7 +11,7 @@ import torch
 from peftcore_cli.bases import models
 from peftcore_cli.data import audio_files, row_reading
 from peftcore_cli.tasks import media_chats
-from peftcore_cli.tasks.conversations import IGNORED
+from peftcore_cli.tasks.conversations import IGNORE_INDEX
 from peftcore_cli.tasks.registered import find
 from support import audio_models, image_models
 from support.commands import Run, write_jsonl
@@ -72,8 +72,10 @@ def test_tokens_are_those_of_the_processor_and_answers_are_learned(chats: Path, 
         text = processor.tokenizer.apply_chat_template(row.messages, tokenize=False)
         theirs = processor(text=text, audio=sounds or None, sampling_rate=16_000)["input_ids"][0]
         assert example["input_ids"] == list(theirs)
-        learned = [id_ for id_, label in zip(theirs, example["labels"], strict=True) if label != IGNORED]
-        assert place not in learned and len(learned) == len(example["input_ids"]) - example["labels"].count(IGNORED)
+        learned = [id_ for id_, label in zip(theirs, example["labels"], strict=True) if label != IGNORE_INDEX]
+        assert place not in learned and len(learned) == len(example["input_ids"]) - example["labels"].count(
+            IGNORE_INDEX
+        )
         counts.append(list(theirs).count(place))
     assert counts == [12, 37, 5, 0, 25]  # half a second is heard as 12 tokens, and a second as 25
     batch = find("audio-text").collator(processor)(examples)

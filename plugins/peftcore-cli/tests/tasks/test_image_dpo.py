@@ -12,7 +12,7 @@ import torch
 from peftcore_cli.bases import models
 from peftcore_cli.data import row_reading
 from peftcore_cli.tasks import image_dpo, media_chats
-from peftcore_cli.tasks.conversations import IGNORED
+from peftcore_cli.tasks.conversations import IGNORE_INDEX
 from peftcore_cli.tasks.registered import find
 from PIL import Image
 from support import image_models
@@ -123,7 +123,7 @@ def test_the_figures_are_those_of_the_formula(pairs: Path, smolvlm: Path) -> Non
                 labels = batch.pop("labels")[0, 1:]
                 with torch.no_grad():
                     scores = model(**batch).logits[0, :-1].log_softmax(-1)
-                kept = labels != IGNORED
+                kept = labels != IGNORE_INDEX
                 found.append(scores[kept].gather(1, labels[kept, None]).sum())
         return torch.stack(found).view(-1, 2)
 

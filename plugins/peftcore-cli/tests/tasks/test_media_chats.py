@@ -13,7 +13,7 @@ from peftcore_cli.bases.adapter_folders import AdapterTask
 from peftcore_cli.data import row_reading
 from peftcore_cli.settings import Settings
 from peftcore_cli.tasks import media_chats
-from peftcore_cli.tasks.conversations import IGNORED
+from peftcore_cli.tasks.conversations import IGNORE_INDEX
 from peftcore_cli.tasks.registered import find
 from peftcore_cli.training import trainer_arguments
 from peftcore_cli.training.sampler import LengthGroupedSampler
@@ -101,14 +101,16 @@ def test_tokens_are_those_of_the_processor_and_answers_are_learned(chats: Path, 
         theirs = processor.apply_chat_template(messages, tokenize=True, return_dict=True)["input_ids"][0]
         ours = example["input_ids"]
         assert ours[: len(theirs)] == list(theirs) and len(ours) - len(theirs) in (0, 1)
-        learned = [id_ for id_, label in zip(ours, example["labels"], strict=True) if label != IGNORED]
+        learned = [id_ for id_, label in zip(ours, example["labels"], strict=True) if label != IGNORE_INDEX]
         assert place not in learned
         said = processor.tokenizer.decode(learned, skip_special_tokens=True).split()
         answers = [part["text"] for m in row.messages or [] if m["role"] == "assistant" for part in m["content"]]
         assert " ".join(said) == " ".join(answers)
     batch = find("image-text").collator(processor)(examples)
     assert batch["labels"].shape == batch["input_ids"].shape == batch["attention_mask"].shape
-    assert (batch["labels"] != IGNORED).sum() == sum(label != IGNORED for e in examples for label in e["labels"])
+    assert (batch["labels"] != IGNORE_INDEX).sum() == sum(
+        label != IGNORE_INDEX for e in examples for label in e["labels"]
+    )
 
 
 @pytest.mark.nightly
@@ -221,7 +223,7 @@ def test_losses_are_those_of_transformers_trainer(chats: Path, smolvlm: Path, tm
     def batch(some: list[dict[str, Any]]) -> dict[str, Any]:
         images = [[Image.open(path) for path in each["images"]] for each in some]
         found = processor(text=[e["text"] for e in some], images=images, padding=True, return_tensors="pt")
-        labels = torch.full_like(found["input_ids"], IGNORED)
+        labels = torch.full_like(found["input_ids"], IGNORE_INDEX)
         for row, each in enumerate(some):
             labels[row, : len(each["labels"])] = torch.tensor(each["labels"])
         assert not (labels == place).any()

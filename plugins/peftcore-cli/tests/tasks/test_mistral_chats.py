@@ -13,7 +13,7 @@ import torch
 from peftcore_cli.bases import models
 from peftcore_cli.data import row_reading
 from peftcore_cli.tasks import conversations
-from peftcore_cli.tasks.conversations import IGNORED
+from peftcore_cli.tasks.conversations import IGNORE_INDEX
 from peftcore_cli.tasks.registered import find
 from support import audio_models, image_models
 from support.commands import Run, write_jsonl
@@ -69,7 +69,7 @@ def test_tokens_are_mistrals_and_answers_are_learned(chats: Path, voxtral: Path)
     processor = find("audio-text").load_processor(str(voxtral))
     examples = find("audio-text").encode(row_reading.read_rows(chats, "audio-text"), processor, 1000).examples
     assert [example["input_ids"].count(AUDIO) for example in examples] == [375, 750, 0, 750]  # of each half minute
-    learned = [[label for label in example["labels"] if label != IGNORED] for example in examples]
+    learned = [[label for label in example["labels"] if label != IGNORE_INDEX] for example in examples]
     texts = ["very good</s>", "yes</s>no</s>", "ok</s>", "long</s>"]
     assert [processor.tokenizer.decode(labels) for labels in learned] == texts
     theirs = MistralTokenizer.from_file(str(voxtral / "tekken.json"), mode="finetuning")

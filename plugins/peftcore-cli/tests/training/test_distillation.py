@@ -10,7 +10,7 @@ import pytest
 import torch
 from peftcore_cli.data.row_reading import read_rows
 from peftcore_cli.settings import Settings
-from peftcore_cli.tasks.conversations import IGNORED
+from peftcore_cli.tasks.conversations import IGNORE_INDEX
 from peftcore_cli.tasks.registered import find
 from peftcore_cli.training import distillation
 from peftcore_cli.training.sampler import LengthGroupedSampler
@@ -48,14 +48,14 @@ def rows(tmp_path: Path) -> Path:
 def test_divergence() -> None:
     torch.manual_seed(0)
     logits, wanted = torch.randn(2, 5, 7), torch.randn(2, 5, 9)
-    labels = torch.tensor([[IGNORED, 3, 4, IGNORED, 5], [1, 2, IGNORED, IGNORED, IGNORED]])
+    labels = torch.tensor([[IGNORE_INDEX, 3, 4, IGNORE_INDEX, 5], [1, 2, IGNORE_INDEX, IGNORE_INDEX, IGNORE_INDEX]])
     right = 0.0
     for row, place in ((0, 0), (0, 1), (0, 3), (1, 0)):  # before the labels 3, 4, 5 and 2
         theirs, ours = wanted[row, place, :7].softmax(-1), logits[row, place].softmax(-1)
         right += float((theirs * (theirs / ours).log()).sum())
     assert float(distillation.divergence(logits, wanted, labels)) == pytest.approx(right, rel=1e-5)
     assert float(distillation.divergence(logits, logits, labels)) == pytest.approx(0, abs=1e-6)
-    assert float(distillation.divergence(logits, wanted, torch.full((2, 5), IGNORED))) == 0
+    assert float(distillation.divergence(logits, wanted, torch.full((2, 5), IGNORE_INDEX))) == 0
 
 
 def test_the_divergence_of_a_step_is_a_mean_over_the_tokens_of_all_processes(
@@ -63,7 +63,7 @@ def test_the_divergence_of_a_step_is_a_mean_over_the_tokens_of_all_processes(
 ) -> None:
     student, knowing = (AutoModelForCausalLM.from_pretrained(folder).eval() for folder in (llama, teacher))
     arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to=[])
-    row = {"input_ids": [4, 5, 6], "labels": [IGNORED, 5, 6]}
+    row = {"input_ids": [4, 5, 6], "labels": [IGNORE_INDEX, 5, 6]}
     trainer = distillation.DistillingTrainer(
         student, arguments, train_dataset=[row], measure=print, lengths=[3], teacher=knowing, weight=0.25
     )
@@ -74,16 +74,16 @@ def test_the_divergence_of_a_step_is_a_mean_over_the_tokens_of_all_processes(
         inputs = {"input_ids": tokens, "labels": torch.tensor([labels])}
         return trainer.compute_loss(student, inputs, num_items_in_batch=count).item()
 
-    labels = torch.tensor([[IGNORED, 5, 6]])
+    labels = torch.tensor([[IGNORE_INDEX, 5, 6]])
     with torch.no_grad():
         logits, wanted = student(tokens).logits, knowing(tokens).logits
     own = float(torch.nn.functional.cross_entropy(logits[0, :-1], labels[0, 1:], reduction="sum"))
     total = 0.75 * own + 0.25 * float(distillation.divergence(logits, wanted, labels))
-    assert loss([IGNORED, 5, 6], 8) == pytest.approx(total / 8 * 3)
-    assert loss([IGNORED, 5, 6], None) == pytest.approx(total / 2)
-    assert loss([IGNORED, IGNORED, IGNORED], 8) == 0
+    assert loss([IGNORE_INDEX, 5, 6], 8) == pytest.approx(total / 8 * 3)
+    assert loss([IGNORE_INDEX, 5, 6], None) == pytest.approx(total / 2)
+    assert loss([IGNORE_INDEX, IGNORE_INDEX, IGNORE_INDEX], 8) == 0
     trainer.args.average_tokens_across_devices = False
-    assert loss([IGNORED, 5, 6], 8) == pytest.approx(total / 8)
+    assert loss([IGNORE_INDEX, 5, 6], 8) == pytest.approx(total / 8)
 
 
 def test_a_teacher_of_packed_rows_is_tried_with_them(
@@ -119,10 +119,10 @@ def test_losses_are_those_of_a_loop(weight: float, llama: Path, teacher: Path, r
     for step in range(2):
         batches = [[examples[i] for i in order[begin : begin + 2]] for begin in (4 * step, 4 * step + 2)]
         total: Any = 0
-        count = sum(label != IGNORED for batch in batches for each in batch for label in each["labels"])
+        count = sum(label != IGNORE_INDEX for batch in batches for each in batch for label in each["labels"])
         for batch in map(find("causal-lm").collator(tokenizer), batches):
             labels = batch.pop("labels")
-            for row, place in (labels != IGNORED).nonzero().tolist():
+            for row, place in (labels != IGNORE_INDEX).nonzero().tolist():
                 theirs = knowing(**batch).logits[row, place - 1, : len(tokenizer)].softmax(-1).detach()
                 logs = student(**batch).logits[row, place - 1].log_softmax(-1)
                 away = (theirs * (theirs.log() - logs)).sum()

@@ -125,7 +125,7 @@ def test_plan_of_several_processes_and_mixed_precision(run: Run, llama: Path) ->
 def test_processes_that_share_memory_need_it_each() -> None:
     estimate = peftcore.estimate(tiny.llama(), "lora", batch_size=1, length=8)
     alone = forecast.Forecast(estimate, libraries=500, room=1e9)
-    assert replace(alone, together=3).needed == 3 * alone.needed == 3 * estimate.needed
+    assert replace(alone, together=3).required == 3 * alone.required == 3 * estimate.needed
 
 
 def test_what_a_task_makes_of_a_step() -> None:

@@ -120,7 +120,7 @@ def test_a_run_is_resumed_on_another_number_of_ranks(
         shutil.copytree(tmp_path / "whole", tmp_path / name)
         shutil.rmtree(tmp_path / name / "checkpoints" / "checkpoint-12")
     text = run(*common, "-o", tmp_path / "one", "--resume").output
-    assert "resuming with ranks=1: --grad-accum 2 keeps the examples per step" in text
+    assert "resuming on 1 ranks with --grad-accum 2, which keeps the number of examples per step" in text
     found = load_file(tmp_path / "one" / "adapter" / "adapter_model.safetensors")
     for name, tensor in wanted.items():
         torch.testing.assert_close(found[name], tensor, atol=1e-5, rtol=1e-4)
