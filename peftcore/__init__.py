@@ -1,13 +1,14 @@
 """peftcore: parameter-efficient fine-tuning as plugins. `peftcore.apply(model, "METHOD")` and train.
 
-Names are imported when first used, so that the command line answers before PyTorch is loaded.
+Names are imported on first use, so that the command line responds before PyTorch is loaded.
 """
 
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
-# {module: its public names}. `__init__.pyi` has them for type checkers; `tests/test_public_names.py` compares them.
+# {module: its public names}. `__init__.pyi` repeats them for type checkers; `tests/test_public_names.py` compares the
+# two.
 _PUBLIC = {
     "peftcore.files.adapter_state": ("set_state_dict", "state_dict"),
     "peftcore.engine.composing.combining": ("combine",),
@@ -42,7 +43,7 @@ _PUBLIC = {
     "peftcore.quantization.huggingface": ("FourBitConfig",),
     "peftcore.plugin.registry": ("PluginInfo", "method", "methods", "plugins"),
 }
-# What people who know PEFT look for here.
+# PEFT names that users may look for, with hints.
 _OF_PEFT = {
     "PeftModel": "peftcore.load(model, folder)",
     "add_adapter": "peftcore.apply(model, method, adapter=NAME)",

@@ -10,11 +10,11 @@ import warnings
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar, cast
 
-_COMPARED = 1_000  # names with one, which takes 0.1 s
-_LONGEST = 200  # characters of a name that is compared
-# Fields of configs by the names of other libraries: ours.
+_COMPARED = 1_000  # number of names that are compared with one name, which takes 0.1 s
+_LONGEST = 200  # maximum length of a name that is compared
+# {name of a config field in another library: name in peftcore}
 FIELD_SYNONYMS = {"rank": "r", "targets": "target_modules", "target": "target_modules"}
-# Arguments of functions by the names of other libraries: ours.
+# {name of an argument in another library: name in peftcore}
 ARGUMENT_SYNONYMS = {
     "adapter_name": "adapter",
     "adapter_names": "adapters",
@@ -35,7 +35,7 @@ class PeftcoreError(ValueError):
 
 
 class PluginError(PeftcoreError):
-    """A plugin cannot be used: missing, broken, misspelt, or two of one name."""
+    """A plugin cannot be used, because it is missing, broken, misspelt, or its name is taken twice."""
 
 
 class CheckpointError(PeftcoreError):
@@ -50,9 +50,8 @@ def warn(message: str) -> None:
 def nearest(name: str, known: Iterable[str], n: int = 3) -> str:
     """Return a hint such as ` (nearest: 'r', 'use_rslora')`, or an empty string if nothing is similar.
 
-    Case does not count, and names with the same letters come first. The work is bounded, since a file may have any
-    number of names of any length: among many names only those of similar length are compared, and long ones are
-    skipped.
+    Case is ignored, and anagrams of the name come first. The work is bounded, since a file may have any number of names
+    of any length: among many names, only names of similar length are compared, and long names are skipped.
     """
     if len(name) > _LONGEST:
         return ""
@@ -66,7 +65,7 @@ def nearest(name: str, known: Iterable[str], n: int = 3) -> str:
 
 
 def nearest_field(name: str, known: Iterable[str]) -> str:
-    """Return a hint at the field of a config that `name` means in another library, or else at the nearest ones.
+    """Return a hint: the config field that `name` corresponds to in another library, or else the nearest fields.
 
     A prefix is ignored: `method_r` means `r`, and `alpha` the only field that ends with it, `method_alpha`.
     """
@@ -79,7 +78,7 @@ def nearest_field(name: str, known: Iterable[str]) -> str:
 
 
 def with_argument_hints(function: Function) -> Function:
-    """Decorate a function to raise a PeftcoreError for an unknown argument, with a hint at the one that is meant."""
+    """Decorate a function to raise a PeftcoreError for an unknown argument, with a hint at the intended argument."""
     known = list(inspect.signature(function).parameters)
 
     @functools.wraps(function)

@@ -1,4 +1,4 @@
-"""The contract of a plugin: all that the author of a method imports, next to `peftcore` and `peftcore.ops`.
+"""The plugin API: everything that the author of a method imports, in addition to `peftcore` and `peftcore.ops`.
 
     from peftcore.plugin import Adapter, Around, Base, Method, Placement, StateRules, hookimpl, override, targets
 
@@ -38,14 +38,14 @@ examples. The names by subject:
     the conformance suite check_method, check_sharded, Family, FAMILIES, CHECKS, IDENTITY, MERGE, COMPILE, PEFT_READS,
                           PEFT_WRITES, disturb
 
-The modules of this package import `ops`; the names of higher packages in the table below are for plugins. Names are
-imported when first used, so that a package of commands needs no PyTorch before a command runs.
+The modules of this package only import `ops`. Names from higher packages in the table below are for plugins. Names are
+imported on first use, so that a package of commands does not load PyTorch before a command runs.
 """
 
 from importlib import import_module
 from typing import Any
 
-# {module: its names in the contract}. `__init__.pyi` has them for type checkers, and a test compares the two.
+# {module: its names in the plugin API}. `__init__.pyi` repeats them for type checkers, and a test compares the two.
 _MODULES = {
     "typing_extensions": "override",
     "peftcore.plugin": "ranks safe_reading validation",
@@ -111,7 +111,7 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'peftcore.plugin' has no attribute '{name}'")
     home = import_module(_HOMES[name])
-    # A name may be that of a module in the package.
+    # The name may be a module of the package.
     value = import_module(f"{home.__name__}.{name}") if name in _SUBMODULES else getattr(home, name)
     globals()[name] = value
     return value

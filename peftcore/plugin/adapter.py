@@ -1,4 +1,4 @@
-"""Types of adapters: `Adapter`, with optional members, and `Base`, which an adapter around a module calls."""
+"""`Adapter`, the base class of adapters, and `Base`, the module that an `Around` adapter wraps."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from typing_extensions import TypeIs
 if TYPE_CHECKING:
     from peftcore.ops import PackedWeight
 
-Change = Callable[[Tensor], Tensor]  # a parameter -> the value that is read instead
+Change = Callable[[Tensor], Tensor]  # maps a parameter to the value that is read instead
 
 
 @dataclass(frozen=True)
 class LowRank:
     """Low-rank change of a weight: scale · `b.flatten(1) @ a.flatten(1)`, or scale · B_e A_e for each expert e.
 
-    Where one module holds several weights, the products of several are concatenated along the output dimension.
+    If one module holds several weights, their products are concatenated along the output dimension.
 
     Args:
         a: `[r, ...]`; for experts `[experts, r, in]`.
-        b: `[out, r, ...]`; for experts `[experts, out, r]`, for any layout of the weight. Factors may be parameters
-            of the adapter, which `combine` and `load` can set, or be computed from them.
+        b: `[out, r, ...]`; for experts `[experts, out, r]`, for any layout of the weight. Factors are parameters of the
+            adapter, which `combine` and `load` can set, or are computed from parameters.
         scale: factor of the product.
-        transposed: the change of the weight is the transposed product, as for an embedding, `[vocabulary, dim]`.
+        transposed: the change of the weight is the transposed product, as for an embedding `[vocabulary, dim]`.
         dropout_p: dropout probability of the inputs of A. Only for experts.
     """
 
@@ -42,7 +42,7 @@ class Base(Protocol):
 
     @property
     def module(self) -> Any:
-        """Wrapped module. Its parameters and forward are without adapters."""
+        """Wrapped module. Its parameters and forward do not include adapters."""
 
     @property
     def adapter(self) -> nn.Module | None:
@@ -53,12 +53,12 @@ class Base(Protocol):
         """Argument `base` of the next adapter inside. Only if `adapter` is not None."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the wrapped module with the adapters inside this one."""
+        """Call the wrapped module, including the adapters inside this one."""
 
     def on_weights(self, changes: Mapping[str, Change]) -> Base:
-        """Return the same call with changed parameters: {name, such as `weight` or `out_proj.weight`: change}.
+        """Return this callable with changed parameters: {name, such as `weight` or `out_proj.weight`: change}.
 
-        For modules that read a submodule's weight without calling it, and for layers that do more than a product.
+        For modules that read a submodule's weight without calling it, and for layers that compute more than a product.
         """
 
     def linear_operands(self, x: Tensor) -> tuple[Tensor | PackedWeight, Tensor | None] | None:
@@ -67,11 +67,11 @@ class Base(Protocol):
     def weight(self) -> Tensor:
         """Return the dense weight in the layout of `WeightFormat` (`[out, in]` for a linear layer).
 
-        It includes the changes of adapters inside, in float32 with gradients. Without such adapters it has the stored
-        dtype, or float32 if it is quantized.
+        The weight includes the changes of adapters inside, in float32 with gradients. Without such adapters it has the
+        stored dtype, or float32 if it is quantized.
 
         Raises:
-            PeftcoreError: no format reads the module's weight, or an adapter inside is not a change of a weight.
+            PeftcoreError: no format reads the module's weight, or an adapter inside does not change a weight.
         """
 
     def weight_and_bias(self) -> tuple[Tensor, Tensor | None]:
@@ -90,19 +90,21 @@ class BranchedBase(Base, Protocol):
         """Whether no other adapter is inside, so that calling `base` calls `own`."""
 
     def branch(self, name: str) -> Base:
-        """Return the adapter `name` of this module, alone around the module's own forward."""
+        """Return only the adapter `name`, applied around the module's own forward."""
 
 
 class Adapter(nn.Module):
-    """Base class of adapters. All members are optional; a default means that the adapter does not support it.
+    """Base class of adapters.
 
-    Mark the members that you write with `@override` (of typing_extensions), so that a type checker finds misspelt ones.
-    A plain `nn.Module` can also be placed, if it has none of these members.
+    All members are optional. The default of a member means that the adapter does not support it.
+
+    Mark overridden members with typing_extensions' `@override`, so that a type checker finds misspelt names. A plain
+    `nn.Module` can be placed as well, if it has none of these members.
 
     Attributes:
-        needs_call: the adapter reads `current_call()`. A tuple names keyword arguments of the model's calls that are
-            only for adapters. Modules inside the adapter can also set it, if they derive from `Adapter`.
-        whole_batch: the adapter mixes samples of a batch, so it cannot run on a part of them.
+        needs_call: the adapter reads `current_call()`. A tuple contains the names of keyword arguments of the model's
+            calls that are only for adapters. Modules inside the adapter can also set it, if they derive from `Adapter`.
+        whole_batch: the adapter mixes samples of a batch, so it cannot run on a subset of them.
         multiplier: factor of the change in `forward` and `merged`, which `peftcore.scale` sets; 1.0 if the adapter
             supports it, else None. See `PeftRules.scaled`.
     """
@@ -112,9 +114,9 @@ class Adapter(nn.Module):
     multiplier: float | None = None
 
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Return the weight and the bias that compute the same without the adapter; for `Around`.
+        """Return the weight and bias that compute the same without the adapter; for `Around`.
 
-        It must be a pure function of float32 tensors in the layout of `WeightFormat`. The bias is None if the module
+        This must be a pure function of float32 tensors in the layout of `WeightFormat`. The bias is None if the module
         has none.
         """
         raise NotImplementedError
@@ -127,44 +129,47 @@ class Adapter(nn.Module):
         """Return the change of all experts' weights as one product per expert, or None; for `OnWeight`.
 
         If transformers' experts interface runs the module and all its changes have this member, the products are added
-        to those of the weights, without a copy of the weights. Only then inputs can be dropped.
+        to those of the weights, without a copy of the weights. Dropout of the inputs is only possible in this case.
         """
         raise NotImplementedError
 
     def neutral(self) -> dict[str, Tensor]:
-        """Return the value of each parameter, by name, at which the adapter changes nothing.
+        """Return values of the parameters, by name, for which the adapter is the identity.
 
         For adapters whose change is linear in their parameters: change(t0 + w (t - t0)) = w · change(t). Buffers are
-        constants: adapters can be combined if theirs are equal.
+        constants: adapters can be combined if their buffers are equal.
         """
         raise NotImplementedError
 
     def on_parts(self, base: Callable[[Tensor], Tensor], division: Any, x: Tensor) -> Tensor:
-        """Return `forward` on this rank's part of a linear layer that tensor parallelism divides; for `Around`.
+        """Compute `forward` on this rank's shard of a tensor-parallel linear layer; for `Around`.
 
-        Without it, such an adapter is called with gathered inputs and outputs, which is right, and costs a message of
-        their size. It is only used if the class that defines `forward` defines it, too.
+        Without this member, the adapter is called with gathered inputs and outputs, which is correct but communicates
+        them. It is only used if the class that defines `forward` also defines it.
 
         Args:
-            base: the layer with the adapters inside, as this rank computes it.
-            division: a `Division`, which says what is divided, and joins parts. The adapter's tensors are whole
-                and equal on all ranks, and their gradients must be.
+            base: this rank's shard of the layer, with the adapters inside.
+            division: a `Division`, which describes the sharding and has the collective operations. The adapter's
+                tensors are full tensors, equal on all ranks, and their gradients must be equal as well.
             x: this rank's input.
         """
         raise NotImplementedError
 
     def in_output(self) -> bool:
-        """Return whether the states of this soft prompt stay in the output of the backbone; asked in each call."""
+        """Return whether this soft prompt's hidden states stay in the backbone's output.
+
+        Called in each forward pass.
+        """
         return False
 
     @staticmethod
     def per_sample(adapters: Sequence[Any], index: Tensor, base: Base, *args: Any, **kwargs: Any) -> Any:
-        """Run several adapters of this class in one pass; return the output, or NotImplemented.
+        """Run several adapters of this class in one pass, and return the output, or NotImplemented.
 
         Args:
             adapters: the adapters.
-            index: int64 `[x.shape[0]]`, the adapter of each row of the first tensor; -1: none. Samples are in dimension
-                0 of the first tensor.
+            index: int64 `[x.shape[0]]`, index of the adapter for each row of the first tensor, or -1 for none.
+                Dimension 0 of the first tensor is the batch dimension.
             base: the module's own forward.
         """
         return NotImplemented
@@ -176,7 +181,7 @@ def implements(adapter: Any, member: Callable[..., Any]) -> TypeIs[Adapter]:
 
 
 def neutral_of(adapter: Any) -> dict[str, Tensor] | None:
-    """Return `adapter.neutral()`, or None if it, or an adapter that it joins, has no neutral tensors."""
+    """Return `adapter.neutral()`, or None if the adapter, or an adapter that it joins, has no neutral tensors."""
     if not implements(adapter, Adapter.neutral):
         return None
     try:
@@ -200,11 +205,11 @@ def neutral_of_joined(adapter: nn.Module) -> dict[str, Tensor]:
 
 
 def unseen_member(kind: type[nn.Module], *, inside: bool) -> str | None:
-    """Return an optional member of a class that does not derive from `Adapter`, where it is ignored, or None.
+    """Return an optional member that is ignored because the class does not derive from `Adapter`, or None.
 
     Args:
         kind: the class.
-        inside: its modules are only inside adapters, where fewer members are used.
+        inside: the class is only used inside adapters, where fewer members are used.
     """
     members = ["needs_call", "whole_batch"]
     if not inside:

@@ -1,4 +1,4 @@
-"""Facts about a model that placements need: its parts, its sizes, and the sublayers of its layers."""
+"""Description of a model for placements: its parts, its sizes, and the sublayers of its layers."""
 
 from __future__ import annotations
 
@@ -14,27 +14,28 @@ FEED_FORWARD: Final = "feed_forward"
 
 @dataclass(frozen=True)
 class Sublayer:
-    """One sublayer h = F(x) and what follows: the residual, and in post-norm models a norm.
+    """One sublayer h = F(x), followed by the residual connection and, in post-norm models, a norm.
 
         post-norm (BERT):  x --- F --- h --- (+ x) --- norm ---
         pre-norm (Llama):  s --- norm --- x --- F --- h --- (+ s) ---
 
     Args:
-        kind: which of the three it is. What mixes tokens instead of attention (a state space, a convolution,
-            a Fourier transform) counts as attention.
-        layer: index in its stack; encoder and decoder each count from 0.
-        output: path of the module whose (first) output is h, before residual and norm. Dropout may follow.
-        width: the size of h's last dimension.
+        kind: kind of the sublayer. Other token mixers (a state-space model, a convolution, a Fourier transform) count
+            as attention.
+        layer: index of the layer in its stack. Encoder and decoder each count from 0.
+        output: path of the module whose (first) output is h, before the residual connection and norm. Dropout may
+            follow.
+        width: size of h's last dimension.
         whole: path of the module that a branch from x to h runs parallel to. Its first argument is x and its (first)
-            output is h, or h with the residual added; with `adds_residual`, its arguments are (h', x) and it adds
-            them itself. None if there is no such module.
+            output is h, or h with the residual added; with `adds_residual`, its arguments are (h', x) and it adds the
+            residual itself. None if there is no such module.
         adds_residual: see `whole`.
         norm: path of the norm whose input is h + x (post-norm), else None.
         stream: path of the module whose (first) output is h + s (pre-norm), or None.
-        query: path of the layer that projects x to queries, None if keys and values share it.
+        query: path of the layer that projects x to queries, or None if that layer also projects keys and values.
         output_projection: path of the layer that projects the concatenated outputs of the heads, `[..., heads *
             head_dim]`, to the hidden size (Llama's `o_proj`), or None if there is no such layer.
-        inner: paths of the layers from the hidden to the inner size of a feed-forward.
+        inner: paths of the layers that project from the hidden to the inner size of a feed-forward.
     """
 
     kind: Kind
@@ -52,19 +53,19 @@ class Sublayer:
 
 @dataclass(frozen=True)
 class Architecture:
-    """Facts about a model that placements need; None or empty if unknown.
+    """Description of a model for placements. Unknown fields are None or empty.
 
     Args:
         task_type: PEFT's name of the task (`CAUSAL_LM`, `SEQ_2_SEQ_LM`, `SEQ_CLS`, ...).
-        is_encoder_decoder: has an encoder and a decoder (T5).
-        backbone: path of the module that embeds and runs the layers; "" is the model itself.
+        is_encoder_decoder: whether the model has an encoder and a decoder (T5).
+        backbone: path of the module that embeds tokens and runs the layers; "" is the model itself.
         encoder, decoder: paths of the two stacks of an encoder-decoder.
         embedding: path of the token embedding.
         output_head: path of the head that computes token logits.
-        task_heads: paths of the heads that pre-training did not train (a classifier's).
+        task_heads: paths of the heads that were not pre-trained (a classifier).
         cache_argument: name of the backbone's argument for the attention cache.
         hidden_size, num_layers, num_heads, num_kv_heads, head_dim: sizes.
-        sublayers: attention and feed-forward of every layer, observed on first use; empty if that fails.
+        sublayers: attention and feed-forward sublayers of all layers, observed on first use; empty if that fails.
     """
 
     task_type: str | None = None
@@ -87,17 +88,17 @@ class Architecture:
 def text_config(config: Any) -> Any:
     """Return the part of a transformers config that describes the language model, or `config` if it has no parts.
 
-    If it has two, such as MusicGen's encoder of text and decoder of sound, return the one that generates.
+    If it has two such parts, as MusicGen's text encoder and audio decoder, return the generating part.
     """
     if not hasattr(config, "get_text_config"):
         return config
     try:
         return config.get_text_config()
-    except ValueError:  # ambiguous: there are several
+    except ValueError:  # ambiguous, because there are several
         return config.get_text_config(decoder=True)
 
 
 def config_fields(config: Any) -> dict[str, Any]:
-    """Return the fields of a model's config by name; of a dictionary its items, of a value without fields none."""
+    """Return the fields of a model's config by name. For a dictionary, return its items; for other values, nothing."""
     items = config if isinstance(config, Mapping) else getattr(config, "__dict__", {})
     return {name: value for name, value in items.items() if isinstance(name, str)}

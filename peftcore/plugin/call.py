@@ -1,13 +1,13 @@
-"""Arguments of the running call of a model, for adapters that depend on them: positions, padding, task ids.
+"""Arguments of a model's current call, for adapters that depend on positions, padding or task ids.
 
     model(input_ids, task_ids=t)        outermost call: its arguments by name, `task_ids` for the adapters alone
       layer(h)                          current_call()["input_ids"], current_call().get("task_ids")
 
 An adapter's class that reads the call declares it: `needs_call = True`, or `needs_call = ("task_ids",)` with the names
-of keyword arguments that the model's forward does not take. If no class does, a call costs nothing.
+of keyword arguments that the model's forward does not take. If no class does, calls have no overhead.
 
-A checkpointed part that runs again in a backward pass sees the call of its forward: autograd numbers its nodes as they
-are made, so the number of the node that runs the part again identifies the call.
+A checkpointed module that is recomputed in a backward pass sees the call of its original forward: autograd numbers
+nodes as they are created, so the number of the node that recomputes the module identifies the call.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from peftcore.plugin.modules import parts
 
 
 def untraced(function: Callable[..., Any], *, within: bool = False) -> Callable[..., Any]:
-    """Make torch.compile begin with what `function` calls, or, with `within`, not there either.
+    """Exclude `function` from torch.compile, or, with `within`, also the functions that it calls.
 
-    Functions that are being traced already continue into it: `torch.compiler.disable` would break their graph.
+    A function that is already being traced is traced through it: `torch.compiler.disable` would break the graph.
     """
     frames = torch._C._dynamo.eval_frame
     inside = frames._FrameAction.SKIP if within else frames._FrameAction.DEFAULT
@@ -49,16 +49,17 @@ SAMPLES = "peftcore_samples"  # keyword argument of calls made by `generate`: in
 class CallState(dict[Hashable, Any]):
     """Values that adapters share during one call of their model; each key is written once.
 
-    A checkpointed part that runs again in the backward pass reads what its forward read, so a value must not change in
-    between: what each layer updates is written under a key of that layer.
+    A checkpointed module that is recomputed in the backward pass must read the same values as in its forward, so a
+    value must not change: a value that each layer updates needs a key per layer.
     """
 
     def __setitem__(self, key: Hashable, value: Any) -> None:
         if key in self and not is_dynamo_compiling() and torch._C._current_graph_task_id() < 0:
             raise PeftcoreError(
-                f"the state of this call has {key!r} already. A checkpointed part that runs again would read the new "
-                "value, and two adapters of one method would read each other's. Write each value once, under a key of "
-                "its adapter and its layer, such as (a module that the adapter's layers share, layer)"
+                f"the state of this call already has {key!r}. A recomputed checkpointed module would read the new "
+                "value, and two adapters of one method would read each other's values. Write each value once, under "
+                "a key that identifies its adapter and layer, such as (a module that the adapter's layers share, "
+                "layer)"
             )
         super().__setitem__(key, value)
 
@@ -67,24 +68,25 @@ class Call(Mapping[str, Any]):
     """Arguments of a call of the model by name, read-only, including arguments that only adapters take.
 
     Attributes:
-        state: values that adapters share during this call, such as what one layer's adapter leaves for the next. It
-            belongs to one call in one thread, and is empty at the beginning; keys are an adapter's own, such as
-            `(module that its layers share, layer)`. Where each sample of a batch has its own adapter, the samples of
-            one adapter have a state of their own.
+        state: values that adapters share during this call, such as a value passed from one layer's adapter to the next.
+            The state belongs to one call in one thread and starts empty. Keys must be unique to an adapter, such as
+            `(module that its layers share, layer)`. If each sample of a batch has its own adapter, each adapter's
+            samples have a separate state.
     """
 
     def __init__(self, values: dict[str, Any], samples: Tensor | None = None) -> None:
         self.state = CallState()
-        self.states: dict[tuple[int, ...], CallState] = {}  # of calls of some of the samples, by their numbers
+        # States of calls with a subset of the samples, by their indices
+        self.states: dict[tuple[int, ...], CallState] = {}
         self._values = values
         self._samples = samples
         self._repeated: tuple[int, ...] | None = None
 
     @property
     def samples(self) -> tuple[int, ...] | None:
-        """Sample that each row of the batch belongs to; None if rows are samples in order.
+        """Index of the sample that each row of the batch belongs to; None if row i is sample i.
 
-        `generate` repeats samples, and adapters that act on some samples see a call of those alone.
+        `generate` repeats samples, and adapters that act on some samples see a call with only these samples.
         """
         if self._repeated is None and self._samples is not None:
             self._repeated = tuple(self._samples.tolist())
@@ -110,7 +112,7 @@ class Call(Mapping[str, Any]):
 
 
 def current_call() -> Call:
-    """Return the running call: of the model itself, or of a part of it that is called alone.
+    """Return the current call of the model, or of a submodule that is called on its own.
 
     Raises:
         PeftcoreError: no call is running, or no adapter declares that it reads the call (`needs_call`).
@@ -118,14 +120,14 @@ def current_call() -> Call:
     frame = getattr(_CURRENT, "frame", None)
     if frame is None or not (is_dynamo_compiling() or frame.task == torch._C._current_graph_task_id()):
         raise PeftcoreError(
-            "current_call() is for adapters while their model is called. The adapter's class declares that it reads "
-            "the call: needs_call = True"
+            "current_call() only works in adapters while their model is being called. Declare in the adapter's class "
+            "that it reads the call: needs_call = True"
         )
     return frame.call
 
 
 class CallContext:
-    """Arguments of one model's calls that its adapters read.
+    """The call arguments that the adapters of one model read.
 
     Args:
         names: names of keyword arguments that only adapters take.
@@ -133,7 +135,7 @@ class CallContext:
 
     def __init__(self, names: frozenset[str] = frozenset()) -> None:
         self.names = names
-        self._frames: WeakSet[Frame] = WeakSet()  # of calls whose graph is alive
+        self._frames: WeakSet[Frame] = WeakSet()  # frames of calls whose graph is alive
         self._lock = threading.Lock()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -141,7 +143,7 @@ class CallContext:
 
     @partial(untraced, within=True)
     def inside(self) -> bool:
-        """Return whether this thread is in a call of the model, in the same pass."""
+        """Return whether this thread is in a call of the model, in the same forward or backward pass."""
         frame = getattr(_CURRENT, "frame", None)
         if frame is None or frame.context is not self:
             return False
@@ -151,14 +153,14 @@ class CallContext:
         """Remove keyword arguments that only adapters take from `kwargs`, and return them.
 
         Args:
-            names: arguments that the model's forward takes.
+            names: names of the arguments that the model's forward takes.
         """
         adapter_names = {*self.names, SAMPLES}
         return {name: kwargs.pop(name) for name in list(kwargs) if name in adapter_names and name not in names}
 
     @contextmanager
     def given(self, values: Mapping[str, Any]) -> Iterator[None]:
-        """Add `values` to the arguments of the calls that are made in the block."""
+        """Add `values` to the arguments of all calls in the block."""
         block = _Given(self, dict(values))
         _GIVEN.set((*_GIVEN.get(), block))
         _CURRENT.given = (*getattr(_CURRENT, "given", ()), block)
@@ -170,15 +172,15 @@ class CallContext:
 
     @contextmanager
     def generating(self, names: Sequence[str], kwargs: dict[str, Any], samples: int = 0) -> Iterator[None]:
-        """Run `generate` in the block with `kwargs`, whose tensors it repeats for the beams of each row.
+        """Run `generate` in the block with `kwargs`. It repeats their tensors for the beams of each row.
 
-        They are passed with the call of each step. Parts called alone before that, such as an encoder, get them as
-        they are.
+        The tensors are passed with the call of each step. Submodules that are called before, such as an encoder, get
+        them unrepeated.
 
         Args:
-            names: arguments of forward.
+            names: names of the arguments of forward.
             kwargs: keyword arguments of `generate`.
-            samples: number of samples, which `generate` repeats, and whose numbers each call gets; 0 for none.
+            samples: number of samples. Each call gets their indices, which `generate` repeats; 0 passes none.
         """
         if samples:
             kwargs[SAMPLES] = torch.arange(samples)
@@ -199,11 +201,11 @@ class CallContext:
         return values
 
     def for_replica(self) -> CallContext:
-        """Return the context of a replica of `nn.DataParallel`, which is called in another thread."""
+        """Return the context for a replica of `nn.DataParallel`, which is called in another thread."""
         if self.values():
             raise PeftcoreError(
-                "DataParallel splits the model's arguments among replicas, and cannot split those of call_arguments: "
-                f"{', '.join(self.values())}. Pass them to the call: model(..., name=tensor)"
+                "DataParallel only splits the arguments of the model's call among replicas, not the arguments of "
+                f"call_arguments: {', '.join(self.values())}. Pass them to the call: model(..., name=tensor)"
             )
         return self
 
@@ -213,21 +215,21 @@ class CallContext:
             self._frames.add(frame)
 
     def call_of_forward(self) -> Call:
-        """Return the call in whose forward the running node was made, in a backward pass that runs a part again."""
+        """Return the call whose forward created the current node, in a backward pass that recomputes a module."""
         node: Any = torch._C._current_autograd_node()
         number = -1 if node is None else node._sequence_nr()
         with self._lock:
             frames = [frame for frame in self._frames if frame.first <= number < frame.last]
-        # Each thread numbers its nodes from the start, so calls of other threads may match. Only calls that this
-        # backward pass has reached are kept.
+        # Each thread numbers its nodes from 0, so calls of other threads may match. Only calls that this backward pass
+        # has reached are considered.
         if len({id(frame.call) for frame in frames}) > 1:
             task = torch._C._current_graph_task_id()
             frames = [frame for frame in frames if frame.reached == task]
         if len({id(frame.call) for frame in frames}) != 1:
             raise PeftcoreError(
-                "a part of the model runs again in a backward pass, and the call of the model that it belongs to, "
-                "which an adapter needs, is not known. Checkpoint parts inside the model, not the whole model or one "
-                "part in another, with use_reentrant=False, and compute the loss from what the model returns"
+                "a module is recomputed in a backward pass, and the call that it belongs to, which an adapter needs, "
+                "cannot be identified. Checkpoint modules inside the model with use_reentrant=False, not the whole "
+                "model and not nested modules, and compute the loss from the outputs of the model"
             )
         return frames[0].call
 
@@ -244,9 +246,9 @@ _CURRENT = threading.local()
 
 
 class Frame:
-    """A call of a model, which runs in the block; keyword arguments that only adapters take are removed from `kwargs`.
+    """A call of a model, run in the block. Keyword arguments that only adapters take are removed from `kwargs`.
 
-    A frame lives as long as the graph of its call, which the watch on the call's outputs keeps.
+    A frame lives as long as the graph of its call, since the hook on the call's outputs references it.
     """
 
     def __init__(self, module: nn.Module, context: CallContext, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
@@ -258,8 +260,11 @@ class Frame:
         self.first = self.last = self.task = self.reached = -1
         if is_dynamo_compiling():
             if ROOT not in module.__dict__:
-                # The call of this part is only known outside of graphs: it may run again in a backward pass.
-                torch._dynamo.graph_break(msg="a part of a model whose adapters read its call is called alone")
+                # The call of this module is only known outside graphs, since the module may be recomputed in a backward
+                # pass.
+                torch._dynamo.graph_break(
+                    msg=("a submodule of a model whose adapters read the call is called on its own")
+                )
             self.call = Call({**context.values(), **_named(names, args), **kwargs, **own})
         else:
             self._enter(names, args, kwargs, own)
@@ -289,7 +294,7 @@ class Frame:
 
 
 class _Replaced:
-    """Frame that `current_frame` returns while adapters see another call than the running one."""
+    """Frame that `current_frame` returns while adapters see a different call than the current one."""
 
     def __init__(self, frame: Frame, call: Call) -> None:
         self.context, self.module, self.task, self.call = frame.context, frame.module, frame.task, call
@@ -297,7 +302,7 @@ class _Replaced:
 
 @contextmanager
 def as_if_called(frame: Frame | None, call: Call | None) -> Iterator[None]:
-    """Make `current_call` return `call` in the block instead of the call of `frame`; None leaves it as it is."""
+    """Make `current_call` return `call` in the block instead of the call of `frame`. None changes nothing."""
     if frame is None or call is None:
         yield
         return
@@ -314,12 +319,12 @@ for _function in (CallContext.own, CallContext.values, Frame.__init__, Frame.__e
 
 @partial(untraced, within=True)
 def current_frame() -> Frame | None:
-    """Return the frame of the thread's innermost call of a model whose adapters read calls."""
+    """Return the frame of this thread's innermost call of a model whose adapters read calls."""
     return getattr(_CURRENT, "frame", None)
 
 
 def arguments_read(adapters: Iterable[nn.Module]) -> frozenset[str] | None:
-    """Return the arguments that these adapters read of their model's calls; None if none reads calls."""
+    """Return the call arguments that these adapters read, or None if none of them reads calls."""
     needs = [
         module.needs_call
         for adapter in adapters

@@ -1,4 +1,4 @@
-"""Checkpoints that other tools stored in 4 bits, as plugins describe them."""
+"""Descriptions of other tools' 4-bit checkpoints, provided by plugins."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ class CheckpointLayout:
     """Layout of the 4-bit weights of a checkpoint.
 
     Args:
-        tool, kind: names of the tool and of the kind of weights, for messages.
-        quant_type: type of `peftcore.quantize` whose format the packed weights have, such as `affine4`.
-        parts: names of a layer's tensors, those of the layer `X` being `X.part`. The first is the codes.
-        read: (tensors by part, name of the layer) -> weight, of any type. Raises CheckpointError.
-        pack: (weight that `read` returned, dtype, name) -> packed weight that is dequantized to this dtype.
-        join: (packed projections, one expert after the other; experts; name) -> packed weight of all experts.
-        empty: (shape, dtype, name) -> packed weight without values, made on the default device.
-        dense: layers that are not in the layout: parts of their paths, regular expressions after `re:`, or paths with
-            asterisks.
-        known_by: name of a tensor that only a weight in the layout has. Default: the first part.
+        tool, kind: names of the tool and of the kind of weights, for error messages.
+        quant_type: format of the packed weights, a `quant_type` of `peftcore.quantize` such as `affine4`.
+        parts: suffixes of the names of a layer's tensors: layer `X` has `X.part`. The first contains the codes.
+        read: (tensors by part, name of the layer) -> weight, as an object of any type. Raises CheckpointError.
+        pack: (weight returned by `read`, dtype, name) -> packed weight, which is dequantized to this dtype.
+        join: (packed projections ordered by expert, number of experts, name) -> packed weight of all experts.
+        empty: (shape, dtype, name) -> uninitialized packed weight on the default device.
+        dense: layers that are not in the layout, as parts of their paths, regular expressions after `re:`, or paths
+            with asterisks.
+        known_by: name of a tensor that only weights in the layout have; by default the first part.
         ignored: names of a layer's tensors that are not read.
         packed_names: (safetensors files) -> names of the weights in the layout, if the tool gives their codes the name
-            of a dense weight. They are read as the first part.
-        warning: what is not as the checkpoint says, or "".
+            of a dense weight. Such codes are read as the first part.
+        warning: warning about a difference from what the checkpoint specifies, or "".
     """
 
     tool: str
@@ -50,12 +50,12 @@ class CheckpointLayout:
 
 @dataclass(frozen=True)
 class CheckpointFormat:
-    """Checkpoints that a plugin reads.
+    """A kind of checkpoint that a plugin reads.
 
     Args:
-        name: `quant_method` of the `quantization_config` of such models.
-        layout: (`quantization_config`, name of the checkpoint for messages) -> layout. Raises PeftcoreError if such
-            weights are not read.
+        name: `quant_method` in the `quantization_config` of such models.
+        layout: (`quantization_config`, name of the checkpoint for error messages) -> layout. Raises PeftcoreError for
+            unsupported weights.
     """
 
     name: str

@@ -13,7 +13,7 @@ import pluggy
 from peftcore.errors import PluginError, nearest
 from peftcore.plugin import hooks as hookspecs
 
-API = "3.10"  # of plugins: an addition raises the minor number, a change that breaks plugins the major number
+API = "3.10"  # version of the plugin API: an addition raises the minor number, an incompatible change the major number
 ARGUMENTS_OF_APPLY = ("adapter", "dtype", "batches")  # keywords of `apply`, which cannot be names of config fields
 
 
@@ -23,7 +23,7 @@ def canonical(name: str) -> str:
 
 
 def list_of_methods(answer: Any) -> Sequence[Any]:
-    """Return what a `peftcore_methods` hook answered, or raise a PluginError unless it is a list."""
+    """Return the result of a `peftcore_methods` hook, or raise a PluginError unless it is a list."""
     if not isinstance(answer, (list, tuple)):
         raise PluginError(
             f"peftcore_methods() must return a list of peftcore.plugin.Method objects, found {type(answer).__name__}"
@@ -45,7 +45,7 @@ def check_method(plugin: str, method: Any) -> None:
         )
     if canonical(method.name) != canonical(plugin):
         raise PluginError(
-            f"the method is named '{method.name}' but its entry point '{plugin}'. Give both the same name"
+            f"the method is named '{method.name}', but its entry point is named '{plugin}'. Give both the same name"
         )
     config_class = method.config_class
     if not (dataclasses.is_dataclass(config_class) and _is_frozen(config_class)):
@@ -60,7 +60,7 @@ def check_method(plugin: str, method: Any) -> None:
     peft_type = method.state.peft_type
     if not isinstance(peft_type, str) or not peft_type:
         raise PluginError(
-            f"StateRules.peft_type must be a non-empty string, by which load recognises the method's files, "
+            "StateRules.peft_type must be a non-empty string, because load recognizes the method's files by it, "
             f"found {peft_type!r}"
         )
     for name in method.state.peft.own_fields:
@@ -76,22 +76,24 @@ def check_requirement(distribution: Any) -> None:
     installed = version("peftcore")
     required = unmet(getattr(distribution, "requires", None) or (), installed)
     if required is not None:
-        raise PluginError(f"it needs peftcore{required}, this is {installed}. Upgrade the older of the two")
+        raise PluginError(
+            f"it needs peftcore{required}, but peftcore {installed} is installed. Upgrade the older of the two"
+        )
 
 
 def check_api(plugin: Any) -> None:
-    """Raise a PluginError unless `peftcore_api`, the range of plugin APIs that a plugin supports, has this one."""
+    """Raise a PluginError unless the plugin's `peftcore_api`, a range of plugin APIs, contains the current API."""
     declared = getattr(plugin, "peftcore_api", f"=={API}")
     try:
         supported = specifiers(declared)
     except ValueError as error:
         raise PluginError(
-            f"its peftcore_api must be the range of plugin APIs that it supports, such as {_range()!r}, found "
+            f"peftcore_api must be the range of plugin APIs that the plugin supports, such as {_range()!r}, found "
             f"{declared!r}"
         ) from error
     if API not in supported:
         raise PluginError(
-            f"it supports the plugin APIs {declared}, this peftcore has {API}. Upgrade the older of the two"
+            f"it supports the plugin APIs {declared}, but this peftcore has {API}. Upgrade the older of the two"
         )
 
 
@@ -99,8 +101,7 @@ def check_api_declared(plugin: Any) -> None:
     """Raise a PluginError if an installed plugin does not declare `peftcore_api`."""
     if not hasattr(plugin, "peftcore_api"):
         raise PluginError(
-            "it does not declare the plugin APIs that it supports. Add a line to its module: "
-            f'peftcore_api = "{_range()}"'
+            f'it does not declare which plugin APIs it supports. Add a line to its module: peftcore_api = "{_range()}"'
         )
 
 
@@ -111,7 +112,7 @@ def _range() -> str:
 
 
 def check_hook_names(manager: pluggy.PluginManager, name: str, plugin: Any) -> None:
-    """Raise a PluginError for a misspelt hook, with the nearest real one."""
+    """Raise a PluginError for a misspelt hook, naming the nearest hook."""
     hook_names = [attribute for attribute in dir(hookspecs) if attribute.startswith("peftcore_")]
     for attribute in dir(plugin):
         if manager.parse_hookimpl_opts(plugin, attribute) is not None and attribute not in hook_names:
@@ -126,9 +127,9 @@ if TYPE_CHECKING:
 
 
 def unmet(requirements: Iterable[str], version: str) -> str | None:
-    """Return the first specifier, such as `>=99`, that peftcore of this version does not meet, or None.
+    """Return the first specifier, such as `>=99`, that this version of peftcore does not meet, or None.
 
-    A pre-release counts as the release that it precedes.
+    A pre-release counts as the release that follows it.
     """
     from packaging.requirements import InvalidRequirement, Requirement
     from packaging.utils import canonicalize_name
@@ -147,13 +148,13 @@ def unmet(requirements: Iterable[str], version: str) -> str | None:
 
 
 def specifiers(text: object) -> SpecifierSet:
-    """Return the range of versions that a text such as `>=3.0,<4` names.
+    """Parse a range of versions such as `>=3.0,<4`.
 
     Raises:
-        ValueError: it is not such a text, or names no limit.
+        ValueError: the text is not a range, or has no limit.
     """
     from packaging.specifiers import SpecifierSet
 
     if not isinstance(text, str) or not text.strip():
-        raise ValueError(f"a range of versions is a text such as '>=3.0,<4', found {text!r}")
+        raise ValueError(f"expected a range of versions such as '>=3.0,<4', found {text!r}")
     return SpecifierSet(text)

@@ -1,4 +1,4 @@
-"""Installed plugins, and their entry points, which are found without importing them."""
+"""Discovery of installed plugins through their entry points, without importing them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from peftcore.plugin.checks import canonical
 
-if TYPE_CHECKING:  # imported when first used: the command line asks for commands before PyTorch is loaded
+if TYPE_CHECKING:  # imported on first use, because the command line looks up commands before PyTorch is loaded
     from peftcore.plugin.method import Method
 
 GROUP = "peftcore"
@@ -21,7 +21,7 @@ CHOSEN = "PEFTCORE_PLUGINS"  # `none`, or the names of the plugins that may be i
 
 @dataclass
 class Plugin:
-    """One installed plugin: who provides it, what it offers, or why it cannot be used."""
+    """One installed plugin: its distribution, the methods and hooks it provides, or why it cannot be used."""
 
     name: str
     distribution: str = "-"
@@ -31,7 +31,7 @@ class Plugin:
     error: str | None = None
 
     def __str__(self) -> str:
-        """Return who it is, for messages."""
+        """Return the name and version of the plugin, for error messages."""
         return self.name if self is CORE else f"the plugin '{self.name}' ({self.distribution} {self.version})"
 
 
@@ -39,19 +39,20 @@ CORE = Plugin("peftcore")  # owner of the built-in hooks
 
 
 def installed() -> dict[str, list[EntryPoint]]:
-    """Return the entry points of all plugins by canonical name, the one to use first."""
+    """Return the entry points of all plugins by canonical name; of several with one name, the first is used."""
     by_name: dict[str, list[EntryPoint]] = defaultdict(list)
     for entry_point in entry_points(group=GROUP):
         entry_points_of_name = by_name[canonical(entry_point.name)]
         if _identity(entry_point) not in map(_identity, entry_points_of_name):
             entry_points_of_name.append(entry_point)
     for candidates in by_name.values():
-        candidates.sort(key=_has_other_distribution)  # stable: then the first on sys.path, as for modules
+        # Stable sort: for equal keys the first on sys.path wins, as for modules
+        candidates.sort(key=_has_other_distribution)
     return by_name
 
 
 def chosen() -> list[str] | None:
-    """Return the names of the plugins that may be imported; None: all."""
+    """Return the names of the plugins that may be imported, or None for all."""
     value = os.environ.get(CHOSEN)
     if value is None or not value.strip():
         return None
@@ -64,7 +65,7 @@ def _identity(entry_point: EntryPoint) -> tuple[str, str, str | None]:
 
 
 def _has_other_distribution(entry_point: EntryPoint) -> bool:
-    """Return whether the distribution has another name than the documented one, `peftcore-<name>`."""
+    """Return whether the distribution does not have the documented name `peftcore-<name>`."""
     distribution = canonical(entry_point.dist.name) if entry_point.dist else ""
     return distribution != canonical(f"peftcore-{entry_point.name}")
 
@@ -77,7 +78,7 @@ def owner(entry_point: EntryPoint, name: str) -> str:
 
 def method_names() -> list[str]:
     """Return the names of installed methods, sorted, without importing their packages."""
-    # A method has the name of its entry point.
+    # A method has the same name as its entry point.
     points = entry_points(group=GROUP)
     return sorted({point.name for point in points if mentions(point, "peftcore_methods")})
 

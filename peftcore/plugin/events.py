@@ -1,4 +1,4 @@
-"""Events that lower packages announce and higher packages subscribe to, so that none imports a higher one."""
+"""Events that lower packages emit and higher packages subscribe to, so that no package imports a higher one."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from typing import Any
 
 
 class Event:
-    """A list of functions that are called, in their order, when it happens."""
+    """An event with its subscribers, which are called in the order of subscription."""
 
     def __init__(self) -> None:
         self._subscribers: list[Callable[..., Any]] = []
 
     def subscribe(self, function: Callable[..., Any]) -> None:
-        """Call `function` with the event's facts whenever it happens from now on."""
+        """Call `function` with the event's arguments each time it is emitted."""
         self._subscribers.append(function)
 
     def announce(self, *facts: Any) -> None:
-        """Call all subscribers with `facts`."""
+        """Call all subscribers with the arguments `facts`."""
         for function in self._subscribers:
             function(*facts)
 

@@ -15,12 +15,12 @@ class Command:
     """A command of the command line, `peftcore NAME`.
 
     Args:
-        name: name as it is typed.
+        name: name that the user types.
         function: function that runs the command. typer reads options from its parameters, and the help text from its
-            docstring; a parameter whose type is a dataclass becomes one option for each field. A `PeftcoreError` ends
-            the command with its message. If the function has a parameter `as_json` that is true, the object that it
-            returns is printed as JSON, and its other output goes to standard error. `peftcore --help` imports the
-            function's module, which therefore imports heavy libraries within functions.
+            docstring. A parameter whose type is a dataclass becomes one option per field. A `PeftcoreError` ends the
+            command with its message. If the function has a parameter `as_json` and it is true, the returned object is
+            printed as JSON, and all other output goes to standard error. `peftcore --help` imports the function's
+            module, so import heavy libraries inside functions.
         examples: command lines for the end of `peftcore NAME --help`.
     """
 
@@ -31,14 +31,14 @@ class Command:
 
 @dataclass(frozen=True, kw_only=True)
 class Integration:
-    """Code that makes another library work with models that have adapters. Without adapters none of it runs.
+    """Code that makes another library work with models that have adapters. It does not run without adapters.
 
     Args:
-        name: name for messages; no other integration has it.
+        name: unique name, for error messages.
         library: module of the library, such as `transformers.trainer`.
         on_import: () -> None, called once, as soon as an adapter has been applied in this process and `library` has
-            been imported, whichever comes second.
-        on_apply: (model) -> None, called after each `apply` to a model of the library: one of the model's classes is
+            been imported.
+        on_apply: (model) -> None, called after each `apply` to a model of the library, which is a model with a class
             defined in the package of `library`.
     """
 

@@ -1,6 +1,6 @@
-"""Types of config fields, as their annotations name them: whether a value fits, and the type in words.
+"""Types of config fields, from their annotations: check values, and describe types in words.
 
-Free of PyTorch, so that the command line can read and describe fields before PyTorch is loaded.
+Does not import PyTorch, so that the command line can read and describe fields before PyTorch is loaded.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import typing
 from collections.abc import Collection, Mapping
 from typing import Any, Literal, Union
 
-_ENTRIES = 100_000  # most entries of a list or table
+_ENTRIES = 100_000  # maximum number of entries of a list or table
 _WORDS = {bool: "true or false", int: "a whole number", float: "a finite number", str: "a text", type(None): "None"}
 
 
@@ -34,7 +34,7 @@ def fits(value: Any, hint: Any) -> bool:
 
 
 def _collection_fits(value: Any, kind: type[Collection[Any]], parts: tuple[Any, ...]) -> bool:
-    """Return whether a value is a list or table, as `kind` is, with entries of the types `parts`."""
+    """Return whether a value is a list or table (`kind`) with entries of the types `parts`."""
     if not isinstance(value, Collection) or isinstance(value, (str, bytes)) or len(value) > _ENTRIES:
         return False
     if issubclass(kind, Mapping) != isinstance(value, Mapping):
@@ -46,7 +46,7 @@ def _collection_fits(value: Any, kind: type[Collection[Any]], parts: tuple[Any, 
 
 
 def _entries_fit(entries: Collection[Any], hint: Any) -> bool:
-    if hint is str:  # by type at once: lists of names are long
+    if hint is str:  # compared by type at once, because lists of names are long
         return {*map(type, entries)} <= {str} or all(isinstance(entry, str) for entry in entries)
     return all(fits(entry, hint) for entry in entries)
 

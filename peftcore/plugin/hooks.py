@@ -1,6 +1,6 @@
 """Hooks of plugins. They run when a method is applied or a command starts, never in `forward`.
 
-Packages of the core implement them, too, see `registry.builtin`. A hook that returns a list is also named in
+Packages of the core implement hooks as well (see `registry.builtin`). Hooks that return lists are also listed in
 `registry.LISTS`.
 """
 
@@ -30,12 +30,12 @@ def peftcore_methods() -> list[Method]:  # type: ignore[empty-body]  # a specifi
 
 @hookspec
 def peftcore_weight_formats() -> list[WeightFormat]:  # type: ignore[empty-body]
-    """Return formats of stored weights. Each has a name of its own; those of plugins are asked before the core's."""
+    """Return formats of stored weights. Names must be unique. Plugins' formats are tried before the core's."""
 
 
 @hookspec
 def peftcore_checkpoint_formats() -> list[CheckpointFormat]:  # type: ignore[empty-body]
-    """Return formats of checkpoints in 4 bits. Each has the `quant_method` of its checkpoints as its name."""
+    """Return formats of 4-bit checkpoints. The name of each is the `quant_method` of its checkpoints."""
 
 
 @hookspec
@@ -55,7 +55,7 @@ def peftcore_commands() -> list[Command]:  # type: ignore[empty-body]
 
 @hookspec
 def peftcore_tasks() -> list[Any]:  # type: ignore[empty-body]
-    """Return tasks of `peftcore train`, `eval` and `predict`: `peftcore_cli.tasks.task.Task` objects with own names."""
+    """Return tasks of `peftcore train`, `eval` and `predict`: uniquely named `peftcore_cli.tasks.task.Task`s."""
 
 
 @hookspec

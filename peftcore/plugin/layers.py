@@ -1,4 +1,4 @@
-"""Kinds of layer: what counts as linear, and sizes."""
+"""Kinds of layers: which count as linear, and their sizes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def is_unknown_linear(module: nn.Module) -> bool:
-    """Return whether it has the sizes of a linear layer but no readable weight, as layers of HQQ, GPTQ and AWQ."""
+    """Return whether the module has the sizes of a linear layer but no readable weight (HQQ, GPTQ, AWQ)."""
     return (
         type(getattr(module, "in_features", None)) is int
         and type(getattr(module, "out_features", None)) is int
@@ -41,13 +41,13 @@ def unknown_layers(modules: Iterable[nn.Module]) -> str:
     if not kinds:
         return ""
     return (
-        f". Its layers are {' and '.join(kinds)}, whose weight cannot be read. Use a dense base (quantized by "
-        "peftcore.quantize if needed), or one whose layers are still nn.Linear, as with torchao"
+        f". Its layers are {' and '.join(kinds)}, whose weights cannot be read. Use a dense base (quantized by "
+        "peftcore.quantize if needed), or a base whose layers are still nn.Linear, as with torchao"
     )
 
 
 def is_wrapped(tensor: Tensor) -> bool:
-    """Return whether it is a tensor subclass of another library that wraps a quantized weight (torchao, quanto)."""
+    """Return whether the tensor is another library's subclass that wraps a quantized weight (torchao, quanto)."""
     return (
         type(tensor) is not nn.Parameter
         and is_traceable_wrapper_subclass(tensor)
@@ -56,7 +56,7 @@ def is_wrapped(tensor: Tensor) -> bool:
 
 
 def has_scaled_float8(module: nn.Module) -> bool:
-    """Return whether its weight is in 8-bit floats that scales multiply, as in transformers' FP8Linear."""
+    """Return whether the module stores its weight as scaled FP8, like transformers' FP8Linear."""
     weight = module._parameters.get("weight")
     return (
         weight is not None
@@ -67,15 +67,15 @@ def has_scaled_float8(module: nn.Module) -> bool:
 
 
 def is_bitsandbytes(module: nn.Module) -> bool:
-    """Return whether it is a 4-bit linear layer of bitsandbytes, adapted or not."""
+    """Return whether the module is a 4-bit linear layer of bitsandbytes, with or without adapters."""
     library = sys.modules.get("bitsandbytes.nn.modules")
     return library is not None and isinstance(module, library.Linear4bit)
 
 
 def sizes(module: nn.Module) -> tuple[int, int]:
-    """Return (input, output) sizes of a linear layer, or of another layer's weight as a linear map.
+    """Return (input, output) sizes of a linear layer, or of another layer's weight viewed as a linear map.
 
-    A convolution maps the values under its kernel, in one group, to channels; an embedding maps tokens to vectors.
+    A convolution maps the values under its kernel in one group to channels, and an embedding maps tokens to vectors.
     """
     layer: Any = module  # of whatever class
     if isinstance(module, nn.Linear):
@@ -88,7 +88,7 @@ def sizes(module: nn.Module) -> tuple[int, int]:
 
 
 def shape_of(module: nn.Module, name: str) -> tuple[int, ...]:
-    """Return the shape of the weight that the module's own parameter `name` represents, also if it is packed."""
+    """Return the shape of the weight that the module's own parameter `name` represents, even if it is packed."""
     if hasattr(type(module), "packings"):  # of `quantization.parameters.PackedParameters`
         packings: Any = module.packings
         if name in packings:

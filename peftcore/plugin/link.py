@@ -1,8 +1,9 @@
-"""Links of the chain of an adapted module: each adapter around or after the links inside.
+"""Links in the chain of an adapted module: each adapter is around or after the links inside it.
 
     After(Around(Around(Base)))
 
-A link is the `base` of the next adapter outside: it can be called, and returns the weight that adapters inside change.
+A link is the `base` of the next adapter outside. It can be called, and it returns the weight as changed by the adapters
+inside.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class ChainLink:
-    """`Base` of the next adapter outside: it computes what the module does with the adapters inside.
+    """`Base` of the next adapter outside: the module with the adapters inside this link.
 
     Attributes:
         module: the adapted module.
@@ -34,7 +35,7 @@ class ChainLink:
 
     @property
     def adapter(self) -> nn.Module | None:
-        """The outermost adapter of this link, which is the next inside for the adapter around it; None if none is."""
+        """The outermost adapter of this link, or None. For the adapter around the link, it is the next inside."""
         return None
 
     @property
@@ -53,7 +54,8 @@ class ChainLink:
     def weight(self) -> Tensor:
         """Return the dense weight in the layout of `WeightFormat` (`[out, in]` of a linear), as adapters change it.
 
-        If no adapter inside changes it, it has the stored dtype (float32 if quantized), else float32 with gradients.
+        If no adapter inside changes the weight, it has the stored dtype (float32 if quantized); otherwise it is float32
+        with gradients.
 
         Raises:
             PeftcoreError: no format reads the module's weight, or an adapter inside does not change a weight.
@@ -68,15 +70,16 @@ class ChainLink:
 class Link(ChainLink):
     """One adapter around the links inside.
 
-    A kind of placement whose adapters take part in a call, or are merged, in another way has its own subclass. What is
-    asked of the class holds whether the adapter is active or not.
+    A kind of placement has its own subclass if its adapters run in calls, or are merged, in another way. The class
+    attributes hold whether the adapter is active or not.
 
     Attributes:
-        follows: calling the link calls the links inside, and then the adapter with the first value of their output.
-        merges_by: the member of adapters that merging calls, for messages.
-        calls_adapter: a call calls the adapter, so adapters of one class may run together (`Adapter.per_sample`).
-        follows_division: at a linear layer that tensor parallelism divides, a call with whole inputs and outputs
-            (`peftcore.engine.adaptation.tensor_parallel`) computes what one process does.
+        follows: calling the link calls the links inside, then the adapter with the first value of their output.
+        merges_by: the member of adapters that merging calls, for error messages.
+        calls_adapter: a call of the link calls the adapter, so adapters of one class can run together
+            (`Adapter.per_sample`).
+        follows_division: at a tensor-parallel linear layer, a call with full inputs and outputs
+            (`peftcore.engine.adaptation.tensor_parallel`) computes the same as in one process.
     """
 
     __slots__ = ("_adapter", "_base", "_name")
@@ -87,9 +90,9 @@ class Link(ChainLink):
 
     @staticmethod
     def changes_of(adapter: Any) -> Mapping[str, Any]:
-        """Return the changes of single parameters that an attached adapter consists of, by the parameter's name.
+        """Return the parameter changes that an attached adapter consists of, by the parameter's name.
 
-        Empty if it acts on calls of the module; it is then merged by `merged`, after all changes of parameters.
+        Empty if the adapter acts on calls of the module. It is then merged by `merged`, after all parameter changes.
         """
         return {}
 
@@ -100,7 +103,7 @@ class Link(ChainLink):
 
     @staticmethod
     def merged_change(change: Any, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Return a parameter with one of `changes_of`, and the bias that belongs to it, if there is one; fp32."""
+        """Return a parameter after one of the changes in `changes_of`, and its bias if there is one, both fp32."""
         raise NotImplementedError
 
     def __init__(self, name: str, adapter: nn.Module, base: Any) -> None:
@@ -126,9 +129,10 @@ class Link(ChainLink):
     def weight_and_bias(self) -> tuple[Tensor, Tensor | None]:
         if not implements(self._adapter, Adapter.merged):
             raise PeftcoreError(
-                f"an adapter reads the weight of a {type(self.module).__name__}, around which '{self._name}' "
-                f"({type(self._adapter).__name__}) is active, which is not a change of a weight. Activate that adapter "
-                "after it, or deactivate it: peftcore.activate(model, [...])"
+                f"an adapter reads the weight of a {type(self.module).__name__}, but the active adapter "
+                f"'{self._name}' ({type(self._adapter).__name__}) around that module does not act as a change of the "
+                f"weight. Activate '{self._name}' after the adapter that reads the weight, or deactivate it: "
+                "peftcore.activate(model, [...])"
             )
         weight, bias = self._base.weight_and_bias()
         return self._adapter.merged(weight.float(), None if bias is None else bias.float())

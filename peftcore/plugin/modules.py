@@ -1,4 +1,4 @@
-"""Walks over the modules of adapters, faster than PyTorch's, for models with 250,000 of them."""
+"""Traversals of modules that are faster than PyTorch's, for models with 250,000 adapter modules."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 def parts(module: nn.Module) -> list[nn.Module]:
-    """Return a list like `module.modules()`, three times faster; shared modules are not de-duplicated."""
+    """Return a list like `module.modules()`, three times faster. Shared modules are not deduplicated."""
     modules: list[nn.Module] = []
     stack: list[nn.Module | None] = [module]
     while stack:
@@ -26,7 +26,7 @@ def own_tensors(module: nn.Module) -> dict[str, Tensor]:
     stack: list[tuple[str, nn.Module]] = [("", module)]
     while stack:
         prefix, part = stack.pop()
-        attributes, cls = part.__dict__, cast(Any, type(part))  # to mypy a class is not hashable
+        attributes, cls = part.__dict__, cast(Any, type(part))  # mypy considers classes unhashable
         if not _has_plain_state(cls) or attributes.get("_state_dict_hooks") or attributes.get("_state_dict_pre_hooks"):
             return module.state_dict(keep_vars=True)
         non_persistent = attributes.get("_non_persistent_buffers_set", ())
@@ -42,7 +42,7 @@ def own_tensors(module: nn.Module) -> dict[str, Tensor]:
 
 @cache
 def _has_plain_state(cls: type[nn.Module]) -> bool:
-    """Return whether a module of the class adds just its own parameters and buffers to `state_dict`."""
+    """Return whether modules of the class only add their own parameters and buffers to `state_dict`."""
     return (
         cls.state_dict is nn.Module.state_dict
         and cls._save_to_state_dict is nn.Module._save_to_state_dict

@@ -1,4 +1,4 @@
-"""Outputs of modules: a tensor, or several in a tuple, a list or a dict. Adapters change the first one."""
+"""Outputs of modules: a tensor, or several in a tuple, list or dict. Adapters change the first value."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from peftcore.errors import PeftcoreError
 
 
 def first_of(output: Any) -> Any:
-    """Return the first value of an output that has several, else the output."""
+    """Return the first value of an output with several values, or the output itself."""
     if isinstance(output, (tuple, list)) and output:
         return output[0]
     if isinstance(output, dict) and output:
@@ -22,15 +22,15 @@ def first_of(output: Any) -> Any:
 
 
 def with_first(output: Any, first: Any) -> Any:
-    """Return a copy of `output`, of its type, with another first value.
+    """Return a copy of `output`, with the same type and another first value.
 
     Raises:
-        PeftcoreError: the first value is a model's loss, which was computed from values that would not change.
+        PeftcoreError: the first value is a model's loss, which would not reflect the change.
     """
     if _is_loss(output):
         raise PeftcoreError(
-            "an adapter after the whole model would change its loss, not its logits. Call the model without labels and "
-            "compute the loss from what it returns, or place the adapter after the output head"
+            "an adapter after the whole model would change its loss, not its logits. Call the model without labels "
+            "and compute the loss from its logits, or place the adapter after the output head"
         )
     if isinstance(output, tuple) and output:
         values = (first, *output[1:])
@@ -45,7 +45,7 @@ def with_first(output: Any, first: Any) -> Any:
 
 
 def _is_loss(output: Any) -> bool:
-    """Return whether the first of an output's values is a loss: by its name, or in a tuple as a tensor without axes."""
+    """Return whether an output's first value is a loss: by its name, or in a tuple as a zero-dimensional tensor."""
     if isinstance(output, dict):
         return next(iter(output), None) == "loss"
     return isinstance(output, tuple) and len(output) > 1 and isinstance(output[0], Tensor) and not output[0].dim()

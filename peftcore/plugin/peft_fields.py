@@ -1,8 +1,8 @@
 """Fields of PEFT's configs: which installed method reads a file with these fields, and PEFT's defaults.
 
-A file saved by peftcore names its method. Any other has a `peft_type`, and perhaps a field that a method of this
-peft_type declares as its flag (`PeftRules.flag`): the method whose flag is set reads it, or else the method without a
-flag. If several methods remain, an error names them.
+A file saved by peftcore names its method. Any other file has a `peft_type`, and may set the flag of a method with this
+peft_type (`PeftRules.flag`). The method whose flag is set reads the file, or else the method without a flag. If several
+methods remain, an error names them.
 """
 
 from __future__ import annotations
@@ -46,20 +46,20 @@ def method_of_fields(
     written_by: str | None = None,
     plugin: str | None = None,
     method: str | None = None,
-    choose: str = "method='NAME' (in commands: --method NAME)",
+    choose: str = "method='NAME' (--method NAME on the command line)",
 ) -> Method:
     """Return the method that reads these fields.
 
     Args:
-        where: where the fields are, for messages.
-        own: fields that PEFT does not know (`PeftRules.own_fields`); each method sees its own.
-        written_by: the method that wrote them, if known; it reads them if it is installed.
-        plugin: `DISTRIBUTION VERSION` of the plugin that wrote them, if known, for messages.
-        method: the method that the user names.
-        choose: how the user chooses a method, for messages.
+        where: source of the fields, for error messages.
+        own: fields that PEFT does not have (`PeftRules.own_fields`). Each method sees only its own fields.
+        written_by: the method that wrote the fields, if known. It reads them if it is installed.
+        plugin: `DISTRIBUTION VERSION` of the plugin that wrote the fields, if known, for error messages.
+        method: the method that the user requests.
+        choose: how the user chooses a method, for error messages.
 
     Raises:
-        PluginError: no method reads them, several do, or the named one does not.
+        PluginError: no method reads the fields, several do, or the requested method does not.
     """
     peft_type, own = fields["peft_type"], own or {}
     if method is None and written_by is not None:
@@ -78,21 +78,20 @@ def method_of_fields(
     if not readers:
         flags = ", ".join(f"'{m.name}' ({p.distribution} {p.version}) {m.state.peft.flag}" for m, p in offered)
         raise PluginError(
-            f"no installed method reads {where}, {_set_in(fields, own)}, without a field that marks its method: "
-            f"{flags}. {how_to_install(plugin)}"
+            f"no installed method reads {where}, {_set_in(fields, own)}, because no field that identifies a method "
+            f"is set: {flags}. {how_to_install(plugin)}"
         )
     if len(readers) > 1:
         raise PluginError(
-            f"{where}, {_set_in(fields, own)}, may be read by any of {len(readers)} installed methods: "
-            f"{_in_words(readers)}. Choose one: {choose}; or restrict the plugins: "
-            "PEFTCORE_PLUGINS=NAME,NAME"
+            f"{len(readers)} installed methods can read {where}, {_set_in(fields, own)}: {_in_words(readers)}. "
+            f"Choose one with {choose}, or restrict the plugins with PEFTCORE_PLUGINS=NAME,NAME"
         )
     reader = readers[0][0]
     if written_by is not None:
         reason = "which is not installed" if _writer(written_by) is None else "which does not read it"
         warn(
-            f"{where} was written by the method {shown(written_by)}, {reason}. '{reader.name}' reads it as any file of "
-            f"peft_type {shown(peft_type)}",
+            f"{where} was written by the method {shown(written_by)}, {reason}. '{reader.name}' reads it like any "
+            f"other file with peft_type {shown(peft_type)}",
         )
     return reader
 
@@ -103,25 +102,25 @@ def _installed_types() -> str:
 
 
 def _by_flag(candidates: list[Offered], fields: Mapping[str, Any], own: Mapping[str, Any]) -> list[Offered]:
-    """Return the methods whose flag is set in the fields; if there is none, those that have no flag."""
+    """Return the methods whose flag is set in the fields, or else the methods without a flag."""
     flags = [_is_flagged(method, fields, own) for method, _ in candidates]
     expected = True if True in flags else None
     return [method for method, flag in zip(candidates, flags, strict=True) if flag is expected]
 
 
 def how_to_install(plugin: str | None) -> str:
-    """Return a sentence that names the package that reads a file, if the file names it as a package index does."""
+    """Return a sentence with the package that wrote a file, if the file has its distribution name and version."""
     package = re.fullmatch(r"([A-Za-z0-9][A-Za-z0-9._-]{0,99}) ([0-9][A-Za-z0-9.+!]{0,49})", plugin or "")
     if package is None:
         return HOW_TO_INSTALL
     return (
-        f"The file names {package[1]} {package[2]} as the package that wrote it. If you trust the file and that "
-        f"package: pip install {package[1]}=={package[2]}"
+        f"According to the file, it was written by the package {package[1]} {package[2]}. If you trust the file and "
+        f"that package: pip install {package[1]}=={package[2]}"
     )
 
 
 def why_unknown(method: Method, name: str, value: Any) -> str:
-    """Explain a field of PEFT's config that the method does not have: which method has it, or why it is refused."""
+    """Explain a PEFT field that the method does not have: name the method that has it, or why it is refused."""
     peft_type = method.state.peft_type
     if not says_something(peft_type, name, value):
         return ""
@@ -137,7 +136,7 @@ def why_unknown(method: Method, name: str, value: Any) -> str:
         try:
             method.state.read_fields({name: value})
         except PeftcoreError as error:
-            return f". Files of PEFT with this field are refused: {error}"
+            return f". PEFT files with this field are refused: {error}"
     return ""
 
 
@@ -145,8 +144,8 @@ def refuse_not_its_own(method: Method, fields: Mapping[str, Any], own: Mapping[s
     """Raise a PluginError if the fields written by a method lack its flag."""
     if _is_flagged(method, fields, own) is False:
         raise PluginError(
-            f"the file of '{method.name}' would not have {method.state.peft.flag!r} set, the PeftRules.flag that marks "
-            f"it, {_set_in(fields, own)}, and another method would read it. Upgrade the plugin; meanwhile the "
+            f"the file of '{method.name}' would lack its PeftRules.flag {method.state.peft.flag!r}, "
+            f"{_set_in(fields, own)}, so another method would read the file. Upgrade the plugin; until then, the "
             "adapter's values are in model.state_dict()"
         )
 
@@ -161,7 +160,7 @@ def _reads(method: Method, peft_type: str) -> bool:
 
 
 def _writer(name: str) -> Method | None:
-    """Return the installed method that a file names, in any spelling."""
+    """Return the installed method that a file names, ignoring the spelling of the name."""
     methods = registry.methods()
     if name in methods:
         return methods[name]
@@ -176,16 +175,17 @@ def _named(where: str, offered: list[Offered], fields: Mapping[str, Any], own: M
         if candidate is method:
             if _is_flagged(method, fields, own) is False:
                 raise PluginError(
-                    f"'{method.name}' reads files with {method.state.peft.flag} set, found {where}, "
+                    f"'{method.name}' only reads files with {method.state.peft.flag} set, found {where}, "
                     f"{_set_in(fields, own)}"
                 )
             return method
     if method.recorded_as is not None:
         raise PluginError(
-            f"'{method.name}' has no files: its adapters are recorded as those of another method. Name that method"
+            f"'{method.name}' has no files, because its adapters are stored as adapters of another method. Pass the "
+            "name of that method"
         )
     raise PluginError(
-        f"'{method.name}' reads peft_type {method.state.peft_type!r}, {where} has {shown(fields['peft_type'])}"
+        f"'{method.name}' reads peft_type {method.state.peft_type!r}, but {where} has {shown(fields['peft_type'])}"
     )
 
 
@@ -214,7 +214,7 @@ def config_of_fields(
     """Return the method's config for the fields.
 
     Args:
-        where: where the fields are, for messages.
+        where: source of the fields, for error messages.
         kind: the class of errors.
 
     Raises:
@@ -236,9 +236,9 @@ def config_of(
     peft_type: str,
     kind: type[PeftcoreError] = CheckpointError,
 ) -> Any:
-    """Return the method's config of the fields that `StateRules.read` returned; see `config_of_fields`."""
+    """Return the method's config for the fields that `StateRules.read` returned; see `config_of_fields`."""
     field_names = {f.name for f in dataclasses.fields(method.config_class)}
-    ignored_names = {*COMMON, "ensure_weight_tying"}  # a method may lack it: the tensors show it
+    ignored_names = {*COMMON, "ensure_weight_tying"}  # methods may lack the field, since the tensors imply it
     for name, value in read.items():
         if name not in field_names and name not in ignored_names and says_something(peft_type, name, value):
             raise _unknown(where, method, name, value, kind)
@@ -261,20 +261,20 @@ def with_own(where: str, method: Method, fields: Mapping[str, Any], own: Mapping
     """Return the fields of a config combined with those outside it (`PeftRules.own_fields`), found at `where`.
 
     Raises:
-        CheckpointError: one of the latter is not the method's, or is also in the config.
+        CheckpointError: a field outside the config does not belong to the method, or is also in the config.
     """
     for name, value in own.items():
         if name not in method.state.peft.own_fields:
             raise _unknown(where, method, name, value, CheckpointError)
         if name in fields and fields[name] != value:
-            raise CheckpointError(f"{where} has {name}={shown(value)}, but its config {name}={shown(fields[name])}")
+            raise CheckpointError(f"{where} has {name}={shown(value)}, but its config has {name}={shown(fields[name])}")
     return {**fields, **own_of(method, own)}
 
 
 def _unknown(where: str, method: Method, name: str, value: Any, kind: type[PeftcoreError]) -> PeftcoreError:
     return kind(
-        f"{where} uses {name}={shown(value)}, which the installed plugin '{method.name}' does not "
-        "support. Without it the adapter would compute something else, so it is not loaded"
+        f"{where} uses {name}={shown(value)}, which the installed plugin '{method.name}' does not support. The "
+        "adapter was not loaded, because it would compute something else without this field"
     )
 
 
@@ -307,7 +307,7 @@ def peft_version() -> str:
 
 
 def defaults(peft_type: str) -> dict[str, Any]:
-    """Return {field: PEFT's default} for non-empty defaults; nothing for a type that PEFT does not have."""
+    """Return {field: PEFT's default} for non-empty defaults, or {} for a type that PEFT does not have."""
     return dict(_content()["defaults"].get(peft_type, {}))
 
 
@@ -319,7 +319,8 @@ def is_of_peft(peft_type: str) -> bool:
 def says_something(peft_type: str, name: str, value: Any) -> bool:
     """Return whether the value of a field differs from PEFT's default and is not empty.
 
-    None, and any empty value if PEFT's default is empty, do not count. `False` or 0 count if the default is not empty.
+    None does not count as different, nor does an empty value if PEFT's default is empty. `False` or 0 count if the
+    default is not empty.
     """
     peft_defaults = defaults(peft_type)
     if name in peft_defaults:

@@ -1,11 +1,11 @@
-"""Key names of Hugging Face PEFT: what a tensor is called in `adapter_model.safetensors`.
+"""Hugging Face PEFT's names of tensors in `adapter_model.safetensors`.
 
     tensor `scale` of an adapter at `layers.0.q_proj`    base_model.model.layers.0.q_proj.scale
     trained parameter `norm.weight` of the base          base_model.model.norm.weight
     the same, if an adapter is around `norm`             base_model.model.norm.base_layer.weight
     vectors of a prompt                                  prompt_embeddings
 
-A kind of placement names its tensors by `Placement.tensor_name`, and a method by `StateRules.tensor_name`.
+`Placement.tensor_name` names the tensors of a kind of placement, and `StateRules.tensor_name` those of a method.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ PREFIX = "base_model.model."
 
 
 def key_in_model(path: str, name: str) -> str:
-    """Return the key of the tensor `name` of an adapter at `path`, which is "" for the model itself."""
+    """Return the key of the tensor `name` of an adapter at `path` ("" for the model itself)."""
     return f"{PREFIX}{path}.{name}" if path else PREFIX + name
 
 
@@ -29,25 +29,25 @@ def key_of_trained(name: str, *, adapted: bool) -> str:
 
     Args:
         name: name in the base.
-        adapted: the adapter is also attached to the parameter's module, which PEFT then keeps as `base_layer`.
+        adapted: whether the adapter is also attached to the parameter's module, which PEFT then stores as `base_layer`.
     """
     path, _, attribute = name.rpartition(".")
     return f"{path}.base_layer.{attribute}" if adapted else name
 
 
 def name_in_base(key: str) -> str:
-    """Return the name in the base of a parameter that is stored under `key`."""
+    """Return the base's name for a parameter that is stored under `key`."""
     return key.removeprefix(PREFIX).replace(".base_layer.", ".")
 
 
 def tensor_name(placement: Placement, name: str) -> str:
     """Return the name on disk of the tensor `name` of a placement, in Hugging Face PEFT's format.
 
-    `base_model.model.` + module path + name; for the vectors of a prompt only the name.
+    `base_model.model.` + module path + name; for the vectors of a prompt, only the name.
     """
     return placement.tensor_name(name)
 
 
 def prompt_tensor_name(placement: Placement, name: str) -> str:
-    """Return the name on disk like `tensor_name`, for prompts and prefixes: PEFT has one wrapper less around them."""
+    """Return the name on disk like `tensor_name`, for prompts and prefixes, where PEFT has one wrapper less."""
     return name if placement.has_adapter else f"base_model.{name}"

@@ -1,4 +1,4 @@
-"""Errors in the code of a plugin, which name it."""
+"""Errors in a plugin's code, reported with the plugin's name."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 from peftcore.errors import PeftcoreError, PluginError
 from peftcore.plugin.discovery import CHOSEN, Plugin
 
-if TYPE_CHECKING:  # imported when first used: the command line asks for commands before PyTorch is loaded
+if TYPE_CHECKING:  # imported on first use, because the command line looks up commands before PyTorch is loaded
     from peftcore.plugin.method import WeightFormat
 
 
 def _advice(plugin: Plugin) -> str:
-    return f"Upgrade or uninstall it, or list the plugins to use without '{plugin.name}': {CHOSEN}=NAME,NAME"
+    return f"Upgrade or uninstall the plugin, or list the plugins to use without '{plugin.name}': {CHOSEN}=NAME,NAME"
 
 
 def _with_plugin(hook: str, plugin: Plugin) -> str:
@@ -22,12 +22,12 @@ def _with_plugin(hook: str, plugin: Plugin) -> str:
 
 
 def failure(function: str, plugin: Plugin, error: BaseException) -> str:
-    """Return the message that a function or hook of a plugin failed."""
+    """Return the error message for a failed function or hook of a plugin."""
     return f"{_with_plugin(function, plugin)} failed: {type(error).__name__}: {error}"
 
 
 def failure_with_advice(function: str, plugin: Plugin, error: BaseException) -> str:
-    """Return the message of `failure`, and how to do without the plugin."""
+    """Return the message of `failure`, with advice on how to continue without the plugin."""
     return f"{failure(function, plugin, error)}. {_advice(plugin)}"
 
 
@@ -44,13 +44,13 @@ def all_are(kind: type, plugin: Plugin, hook: str, answers: Any) -> list[Any]:
 
 
 def is_passed_on(error: BaseException) -> bool:
-    """Return whether an error in a plugin's code stays as it is: peftcore's own, a warning, or lack of memory."""
-    # PyTorch's error of lack of memory has this name on every device.
+    """Return whether an error in a plugin's code is not wrapped: peftcore's errors, warnings, and out of memory."""
+    # PyTorch's out-of-memory error has this name on every device.
     return isinstance(error, (PeftcoreError, Warning, MemoryError)) or type(error).__name__ == "OutOfMemoryError"
 
 
 def failed_at(module: Any, name: str, weight_format: str, plugin: Plugin, error: Exception) -> PluginError:
-    """Return the error that the function `name` of a plugin's weight format failed for a module."""
+    """Return the error for a failure of the function `name` of a plugin's weight format."""
     function = f"`{name}` of the weight format '{weight_format}'"
     return PluginError(
         f"{_with_plugin(function, plugin)} failed at {type(module).__name__}: {type(error).__name__}: {error}. "
@@ -59,9 +59,9 @@ def failed_at(module: Any, name: str, weight_format: str, plugin: Plugin, error:
 
 
 def naming_plugin(plugin: Plugin, weight_format: WeightFormat) -> WeightFormat:
-    """Return a plugin's format with errors of its functions that name the plugin.
+    """Wrap the functions of a plugin's weight format, so that their errors name the plugin.
 
-    `matches` stays as it is: it runs for every module and every format, and `find_weight_format` names the plugin.
+    `matches` is not wrapped: it runs for every module and every format, and `find_weight_format` names the plugin.
     """
 
     def reporting(name: str, function: Callable[..., Any]) -> Callable[..., Any]:

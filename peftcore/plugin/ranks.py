@@ -1,7 +1,7 @@
-"""Ranks of a distributed run: messages between them, a single writer, and checks that all have the same.
+"""Ranks of a distributed run: communication, writing on one rank, and checks that all ranks agree.
 
-Without `torch.distributed` there is one rank, and every tensor is whole. Functions marked collective must be called by
-every rank. `sharded.py` reads and writes parameters of which each rank has a shard.
+Without `torch.distributed` there is one rank, and all tensors are full tensors. Functions marked collective must be
+called by every rank. `sharded.py` reads and writes sharded parameters.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor, distributed
 from torch.nn import functional
 
 from peftcore.errors import PeftcoreError
-from peftcore.plugin.sharded import (  # some are for plugins, which read them from here
+from peftcore.plugin.sharded import (  # some are re-exported for plugins
     fill as fill,
     has_divided as has_divided,
     has_process_group,
@@ -31,7 +31,7 @@ T = TypeVar("T")
 
 
 def rank() -> int:
-    """Return this process's rank, from 0."""
+    """Return this process's rank, counted from 0."""
     return distributed.get_rank() if has_process_group() else 0
 
 
@@ -41,15 +41,15 @@ def count() -> int:
 
 
 def refuse_context_parallel(subject: str) -> None:
-    """Raise a PeftcoreError inside PyTorch's `context_parallel`, where every rank has other tokens of a sequence.
+    """Raise a PeftcoreError inside PyTorch's `context_parallel`, where each rank has different tokens of a sequence.
 
     Args:
-        subject: what needs whole sequences, such as `a soft prompt`.
+        subject: the part that needs full sequences, such as `a soft prompt`.
     """
     attention = sys.modules.get("torch.distributed.tensor.experimental._context_parallel._attention")
     if attention is not None and functional.scaled_dot_product_attention in attention._replaced_functions:
         raise PeftcoreError(
-            f"{subject} needs whole sequences, and context_parallel gives each rank a part of them. Use a method that "
+            f"{subject} needs full sequences, but context_parallel splits them over the ranks. Use a method that "
             "treats all tokens alike, or call the model outside context_parallel"
         )
 
@@ -58,7 +58,8 @@ def once(action: Callable[[], object], *, together: bool) -> None:
     """Run `action` on rank 0 alone.
 
     Args:
-        together: all ranks wait for it and raise its exception (collective). If False, the others continue at once.
+        together: all ranks wait for rank 0 and raise its exception (collective). If False, the other ranks continue at
+            once.
     """
     failure: list[Exception | None] = [None]
     if rank() == 0:
@@ -76,27 +77,27 @@ def once(action: Callable[[], object], *, together: bool) -> None:
 
 @contextmanager
 def explaining_failure(failure: str) -> Iterator[None]:
-    """Explain an error of communication inside the block: what has failed, and what to do.
+    """Explain a communication error in the block: what failed, and what to do.
 
     Args:
-        failure: what has failed then, as a sentence without its full stop.
+        failure: what failed, as a sentence without its full stop.
 
     Raises:
         PeftcoreError: communication has failed.
     """
     try:
         yield
-    except RuntimeError as error:  # of gloo and NCCL
+    except RuntimeError as error:  # error types of gloo and NCCL
         if count() == 1 or isinstance(error, torch.OutOfMemoryError):
             raise
         raise PeftcoreError(
-            f"{failure}: {error}. If another rank has ended, read its output, and start the run again from its last "
+            f"{failure}: {error}. If another rank has exited, check its output, and restart the run from its last "
             "checkpoint"
         ) from error
 
 
 def of_first(value: T) -> T:
-    """Return rank 0's value, which can be pickled. Collective."""
+    """Broadcast rank 0's value, which must be picklable, and return it. Collective."""
     if count() == 1:
         return value
     message = [value]
@@ -117,10 +118,10 @@ def broadcast(tensors: Iterable[Tensor]) -> None:
 
 
 def check_equal(facts: dict[str, Any], subject: str) -> None:
-    """Raise a PeftcoreError on every rank unless all have the same `facts`. Collective.
+    """Raise a PeftcoreError on every rank unless all ranks have the same `facts`. Collective.
 
     Args:
-        subject: what the facts describe, for the message, such as `adapters`.
+        subject: what the facts describe, for the error message, such as `adapters`.
     """
     if count() == 1:
         return
@@ -132,13 +133,13 @@ def check_equal(facts: dict[str, Any], subject: str) -> None:
             value, other_value = expected.get(name, "nothing"), facts_of_rank.get(name, "nothing")
             if value != other_value:
                 raise PeftcoreError(
-                    f"ranks have different {subject}: '{name}' is {value} on rank 0, and {other_value} on rank "
-                    f"{number}. Load the same model on every rank, and apply with the same arguments"
+                    f"ranks have different {subject}: '{name}' is {value} on rank 0, but {other_value} on rank "
+                    f"{number}. On every rank, load the same model and call apply with the same arguments"
                 )
 
 
 def find_unequal(tensors: Mapping[str, Tensor]) -> tuple[str, int, float] | None:
-    """Find a tensor that should have the same values on all ranks and does not. Collective.
+    """Find a tensor that should have the same values on all ranks but differs. Collective.
 
     Sharded tensors are skipped. Rounding may differ by 1 % of the largest value.
 
@@ -157,7 +158,7 @@ def find_unequal(tensors: Mapping[str, Tensor]) -> tuple[str, int, float] | None
         expected = values.clone(memory_format=torch.contiguous_format)
         distributed.broadcast(expected, src=0)
         largest = (values - expected).abs().max().item()
-        # Every rank goes on to the last tensor: a broadcast needs all of them.
+        # Each rank continues to the last tensor, because a broadcast needs all ranks.
         if unequal is None and largest > 0.01 * expected.abs().max().item():
             unequal = name, largest
     unequal_on_ranks: list[tuple[str, float] | None] = [None] * count()
@@ -178,5 +179,5 @@ def any_of(flag: bool) -> bool:
 
 
 def message_device() -> str:
-    """Return the device of messages between ranks."""
+    """Return the device for communication between ranks."""
     return "cuda" if distributed.get_backend() == "nccl" else "cpu"

@@ -1,7 +1,9 @@
-"""Registry of installed plugins. They are found by entry point and imported one by one; a broken one breaks no other.
+"""Registry of installed plugins.
 
-pluggy's `load_setuptools_entrypoints` is not used: it imports all plugins at once, one failure stops it, and it
-silently drops a second distribution of the same name.
+Plugins are found by entry point and imported one by one, so that a broken plugin does not affect the others.
+
+pluggy's `load_setuptools_entrypoints` is not used, because it imports all plugins at once, stops at the first failure,
+and silently drops a second distribution with the same name.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from peftcore.plugin.exporter import Exporter
 from peftcore.plugin.extensions import Command, Integration
 from peftcore.plugin.plugin_errors import all_are, failure, failure_with_advice, is_passed_on, naming_plugin
 
-if TYPE_CHECKING:  # imported when first used: the command line asks for commands before PyTorch is loaded
+if TYPE_CHECKING:  # imported on first use, because the command line looks up commands before PyTorch is loaded
     from peftcore.plugin.method import Method
 
 STRICT = "PEFTCORE_STRICT_PLUGINS"
@@ -40,12 +42,14 @@ LISTS = (  # hooks that return a list, never None
     "peftcore_integrations",
 )
 
-# Never a package name derived from the name of a method: anyone can register such a package.
-HOW_TO_INSTALL = "Methods are separate packages: install the one that provides it, or run: peftcore methods"
+# Never suggest a package name derived from a method's name, since anyone can register such a package.
+HOW_TO_INSTALL = (
+    "Methods are separate packages: install the package of this method. `peftcore methods` lists the methods"
+)
 
 
 class Named(Protocol):
-    """Object that a hook returns and that is found by its name."""
+    """Object that a hook returns and that is looked up by name."""
 
     @property
     def name(self) -> str: ...
@@ -58,15 +62,15 @@ _BUILTIN: dict[str, ModuleType] = {}  # modules of the core that implement hooks
 
 
 def builtin(module: ModuleType) -> None:
-    """Register the hooks of a module of the core. It calls this when it is imported.
+    """Register the hooks of a core module. The module calls this on import.
 
-    They are implemented like those of plugins and asked after them; errors in them are raised as they are.
+    These hooks are called after the plugins' hooks, and their errors are not wrapped.
     """
     _BUILTIN[module.__name__] = module
 
 
 class Registry:
-    """The plugins of one process. Discovery runs once, at the first question."""
+    """The plugins of one process. Discovery runs once, on first use."""
 
     def __init__(self) -> None:
         self._manager = pluggy.PluginManager("peftcore")
@@ -74,12 +78,12 @@ class Registry:
         self._plugins: dict[str, Plugin] = {}  # by canonical name
         self._discovered = False
         self._built_in = 0  # number of built-ins that are registered with pluggy
-        # {hook: (number of built-ins that were asked, objects that its implementations return, by name)}
+        # cache: {hook: (number of built-ins at that time, objects from its implementations, by name)}
         self._offered: dict[str, tuple[int, dict[str, tuple[Plugin, Any]]]] = {}
 
     @property
     def hook(self) -> Any:
-        """Hook caller of pluggy, with every working plugin and the built-in hooks registered."""
+        """Hook caller of pluggy, with all working plugins and the built-in hooks registered."""
         self.plugins()
         return self._with_builtin()
 
@@ -101,10 +105,10 @@ class Registry:
         return {method.name: method for plugin in self.plugins() for method in plugin.methods}
 
     def method(self, name: str) -> Method:
-        """Return the method `name`; names are compared like package names.
+        """Return the method `name`. Names are compared like package names.
 
         Raises:
-            PluginError: it is not installed, or its plugin is broken.
+            PluginError: the method is not installed, or its plugin is broken.
         """
         methods = self.methods()
         if name in methods:
@@ -138,10 +142,10 @@ class Registry:
         )
 
     def exporters(self) -> dict[str, tuple[Plugin, Exporter]]:
-        """Return the formats that `export` writes by name, with their plugins.
+        """Return the export formats by name, with their plugins.
 
         Raises:
-            PluginError: a plugin returns something else, or a name that is taken.
+            PluginError: a plugin returns another type of object, or a name that is taken.
         """
         return self.offered("peftcore_exporters", Exporter, contain=True)
 
@@ -149,17 +153,17 @@ class Registry:
         """Return the integrations with other libraries by name, with their plugins.
 
         Raises:
-            PluginError: a plugin's hook fails or returns something else, or a name is taken.
+            PluginError: a plugin's hook fails or returns another type of object, or a name is taken.
         """
         return self.offered("peftcore_integrations", Integration)
 
     def commands(self, typed: str | None = None) -> dict[str, Command]:
         """Return the commands of the command line by name, the core's first.
 
-        Of plugins, only those whose source mentions the hook are imported; none, if `typed` is a command of the core.
+        Only plugins whose source mentions the hook are imported, and none if `typed` is a command of the core.
 
         Raises:
-            PluginError: a plugin returns something else, or a name that is taken.
+            PluginError: a plugin returns another type of object, or a name that is taken.
         """
         implementations = getattr(self._with_builtin(), COMMANDS).get_hookimpls()
         core = [
@@ -174,11 +178,11 @@ class Registry:
         return {name: objects[name][1] for name in sorted(objects, key=lambda name: objects[name][0] is not CORE)}
 
     def offered(self, hook: str, kind: type[Offered], *, contain: bool = False) -> dict[str, tuple[Plugin, Offered]]:
-        """Return what the implementations of a hook that returns lists offer, by name, with their plugins.
+        """Return the objects from all implementations of a list-returning hook, by name, with their plugins.
 
         Raises:
-            PluginError: an implementation fails (a warning with `contain`), returns something else than a list of
-                `kind`, or two have an object with the same name.
+            PluginError: an implementation fails (a warning with `contain`) or does not return a list of `kind`, or two
+                objects have the same name.
         """
         cached = self._offered.get(hook)
         if cached is not None and cached[0] == len(_BUILTIN):
@@ -189,8 +193,8 @@ class Registry:
                 if item.name in objects:
                     other_plugin, this_plugin = objects[item.name][0], plugin
                     raise PluginError(
-                        f"{hook}: {other_plugin} and {this_plugin} both offer '{item.name}'. Give one another name, or "
-                        f"list the plugins to use without one of them: {CHOSEN}=NAME,NAME"
+                        f"{hook}: {other_plugin} and {this_plugin} both provide '{item.name}'. Rename one of the "
+                        f"two, or list the plugins to use without one of them: {CHOSEN}=NAME,NAME"
                     )
                 names_plugin = hook == "peftcore_weight_formats" and plugin is not CORE
                 objects[item.name] = plugin, naming_plugin(plugin, item) if names_plugin else item
@@ -202,11 +206,11 @@ class Registry:
     ) -> Iterator[tuple[Plugin, Any]]:
         """Yield (plugin, result of its `hook`) for every plugin that has one, then for the core.
 
-        The order is pluggy's: what was registered last comes first. With `first` the core is asked only if no plugin
-        answered.
+        The order is pluggy's, last registered first. With `first`, the core's hook is only called if no plugin returned
+        a result.
 
         Raises:
-            PluginError: a plugin's hook fails. With `contain` that is a warning, and the other plugins are used.
+            PluginError: a plugin's hook fails. With `contain`, this is a warning, and the other plugins are used.
         """
         answered = False
         if hook == COMMANDS and not self._discovered:
@@ -236,16 +240,16 @@ class Registry:
                 yield plugin, answer
 
     def go_on_without(self, what: str, plugin: Plugin, error: BaseException) -> None:
-        """Warn that `what` of a plugin failed with `error`, and is left out. Where plugins are strict, raise it."""
+        """Warn that `what` of a plugin failed with `error` and is skipped. If plugins are strict, raise the error."""
         if os.environ.get(STRICT) == "1":
             raise PluginError(failure_with_advice(what, plugin, error)) from error
         warn(f"{failure(what, plugin, error)}. peftcore continues without it")
 
     @contextmanager
     def naming(self, method: str | Plugin, function: str) -> Iterator[None]:
-        """Name the plugin, or that of `method`, and its `function` in an error that the block raises.
+        """Add the plugin (or the plugin of `method`) and its `function` to errors raised in the block.
 
-        Errors of peftcore, warnings turned into errors, and lack of memory are passed on unchanged.
+        peftcore's errors, warnings turned into errors, and out-of-memory errors are passed on unchanged.
 
         Raises:
             PluginError: the block raised another exception.
@@ -275,7 +279,7 @@ class Registry:
         return entry
 
     def unregister(self, name: str) -> None:
-        """Forget the plugin `name`."""
+        """Remove the plugin `name`."""
         self.plugins()
         entry = self._plugins.pop(canonical(name), None)
         if entry is not None and self._manager.get_plugin(entry.name) is not None:
@@ -283,7 +287,7 @@ class Registry:
             self._offered.clear()
 
     def _discover(self, hook: str | None = None) -> None:
-        """Import the installed plugins; with `hook`, only those whose source mentions it."""
+        """Import the installed plugins; with `hook`, only plugins whose source mentions it."""
         by_name, allowed = plugin_discovery.installed(), plugin_discovery.chosen()
         for name in allowed or ():
             if canonical(name) not in by_name:
@@ -298,23 +302,23 @@ class Registry:
             plugin = Plugin(name, dist.name if dist else "-", dist.version if dist else "-")
             self._plugins[key] = plugin
             if allowed is not None and key not in map(canonical, allowed):
-                plugin.error = f"it is switched off by {CHOSEN}={os.environ[CHOSEN]}"
+                plugin.error = f"it is disabled by {CHOSEN}={os.environ[CHOSEN]}"
                 continue
             if len(candidates) > 1:
                 owner, *other_owners = [plugin_discovery.owner(candidate, name) for candidate in candidates]
                 problems.append(
-                    f"{len(candidates)} distributions provide the peftcore plugin '{name}': {owner} is used, "
-                    f"{', '.join(other_owners)} is ignored. Uninstall all but one"
+                    f"{len(candidates)} distributions provide the peftcore plugin '{name}': {owner} is used, and "
+                    f"{', '.join(other_owners)} is ignored. Uninstall all but one of them"
                 )
             self._load(plugin, candidates[0], problems)
-        for message in problems:  # after all others are loaded, since a warning may be turned into an error
+        for message in problems:  # after all plugins are loaded, since a warning may be turned into an error
             warn(message)
 
     def _load(self, plugin: Plugin, entry_point: EntryPoint, problems: list[str]) -> None:
-        """Import a plugin and register it. A failure is kept in `plugin.error` and added to `problems`.
+        """Import a plugin and register it. A failure is stored in `plugin.error` and added to `problems`.
 
         Raises:
-            PluginError: it failed, and plugins are strict.
+            PluginError: the import failed, and plugins are strict.
         """
         try:
             plugin_checks.check_requirement(entry_point.dist)
@@ -327,7 +331,7 @@ class Registry:
         except BaseException as error:  # an import may end in SystemExit
             plugin.error = str(error) if isinstance(error, PeftcoreError) else f"{type(error).__name__}: {error}"
             origin = f"{plugin.distribution} {plugin.version}"
-            message = f"peftcore plugin '{plugin.name}' ({origin}) is not usable: {plugin.error}"
+            message = f"the peftcore plugin '{plugin.name}' ({origin}) cannot be used: {plugin.error}"
             if os.environ.get(STRICT) == "1":
                 self._forget()
                 raise PluginError(message) from error
@@ -368,10 +372,10 @@ registry = Registry()
 
 
 def register(name: str, plugin: Any) -> None:
-    """Register a plugin that is in no package, such as one that is written in a notebook, until the process ends.
+    """Register a plugin that is not in a package, for example in a notebook, until the process ends.
 
     Args:
-        name: what the entry point of a package would be called.
+        name: name that the entry point of a package would have.
         plugin: a module, or an object whose methods are hooks, with `peftcore_api`.
 
     Raises:
@@ -386,10 +390,10 @@ def methods() -> dict[str, Method]:
 
 
 def method(name: str) -> Method:
-    """Return an installed method; `-`, `_` and capitals in its name do not matter.
+    """Return an installed method by name, ignoring case and the difference between `-` and `_`.
 
     Raises:
-        PluginError: it is not installed, or its plugin is broken.
+        PluginError: the method is not installed, or its plugin is broken.
     """
     return registry.method(name)
 
@@ -403,7 +407,7 @@ class PluginInfo:
         distribution, version: the package that provides it, "-" if unknown.
         hooks: names of the hooks that it implements.
         methods: names of its methods.
-        error: why it cannot be used; None if it works.
+        error: why the plugin cannot be used, or None if it works.
     """
 
     name: str
@@ -415,8 +419,8 @@ class PluginInfo:
 
 
 def plugins() -> list[PluginInfo]:
-    """Return all installed plugins by name, without a warning or an error for broken ones, which `error` describes."""
-    # With strict plugins the first broken one would be raised, and none listed.
+    """Return all installed plugins by name. Broken plugins have `error` set and cause no warning."""
+    # Strict plugins would raise the first error instead of listing all plugins.
     strict = os.environ.pop(STRICT, None)
     try:
         with warnings.catch_warnings():
@@ -439,28 +443,28 @@ def plugins() -> list[PluginInfo]:
 
 
 def commands(typed: str | None = None) -> dict[str, Command]:
-    """Return the commands of the command line by name; those that a module registered by `builtin` offers come first.
+    """Return the commands of the command line by name, starting with commands of modules registered by `builtin`.
 
     Args:
-        typed: name of the command to run. If a module registered by `builtin` has it, no plugin is imported.
+        typed: name of the command to run. If a module registered by `builtin` has this command, no plugin is imported.
 
     Raises:
-        PluginError: a plugin returns something else, or a name that is taken.
+        PluginError: a plugin returns another type of object, or a name that is taken.
     """
     return registry.commands(typed)
 
 
 def offered(hook: str, kind: type[Offered]) -> dict[str, Offered]:
-    """Return the objects that modules registered by `builtin`, and then plugins, offer through a hook, by name.
+    """Return the objects that a hook returns, by name, first from modules registered by `builtin`, then from plugins.
 
-    A plugin that fails is left out, with a warning.
+    A failing plugin is skipped with a warning.
 
     Args:
         hook: a hook that returns a list, such as "peftcore_commands".
         kind: class of the objects.
 
     Raises:
-        PluginError: a plugin returns something else, or a name that is taken.
+        PluginError: a plugin returns another type of object, or a name that is taken.
     """
     objects = registry.offered(hook, kind, contain=True)
     return {name: objects[name][1] for name in sorted(objects, key=lambda name: objects[name][0] is not CORE)}

@@ -1,6 +1,6 @@
-"""Reading of files with limits: a file may be a stranger's, cut off, or not a regular file.
+"""Safe reading of files that may be untrusted, truncated, or not regular files.
 
-Nothing here waits (as for a pipe) or takes more memory than the file has bytes. Errors name the file.
+No function blocks (as on a pipe) or uses more memory than the size of the file. Errors name the file.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ TENSORS = "adapter_model.safetensors"
 JSON_BYTES = 16 << 20
 _HEADER_BYTES = 100_000_000  # safetensors' own limit
 _NAME_LENGTH = 1000
-_NAMES = 200_000  # an adapter of each expert of the largest mixture known has 140,000
+_NAMES = 200_000  # an adapter for each expert of the largest known mixture has 140,000
 _DIMENSIONS = 16
 _DTYPES = {
     "F64": torch.float64,
@@ -44,22 +44,22 @@ _DTYPES = {
 
 
 def read_bytes(file: Path, limit: int | None = None) -> bytearray:
-    """Return the bytes of a regular file, also through a link.
+    """Return the bytes of a regular file, following links.
 
     Args:
         file: its path.
-        limit: the largest size in bytes that is read; None: the machine's memory.
+        limit: maximum size in bytes; None means the machine's memory.
 
     Raises:
         FileNotFoundError: the file does not exist.
-        CheckpointError: it is a pipe, a device or a folder, is too large, or cannot be read.
+        CheckpointError: the path is a pipe, a device or a folder, or the file is too large or cannot be read.
     """
     with _opened(file, _memory() if limit is None else limit) as (opened, size):
         return _first(opened, size)
 
 
 def read_header(file: Path) -> bytearray:
-    """Return the beginning of a safetensors file, without its tensors; errors are those of `read_bytes`."""
+    """Return the beginning of a safetensors file, without its tensors. Raises the errors of `read_bytes`."""
     with _opened(file, None) as (opened, size):
         length = _first(opened, 8)
         return length + _first(opened, min(int.from_bytes(length, "little"), size, _HEADER_BYTES))
@@ -75,14 +75,15 @@ def _first(opened: BufferedReader, size: int) -> bytearray:
 def _opened(file: Path, limit: int | None) -> Iterator[tuple[BufferedReader, int]]:
     """Open a regular file; yield (file, its size)."""
     try:
-        require_regular(file, os.stat(file).st_mode)  # opening a device may have an effect
+        require_regular(file, os.stat(file).st_mode)  # opening a device may have side effects
         descriptor = os.open(file, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
         with open(descriptor, "rb") as opened:
             status = os.fstat(descriptor)
             require_regular(file, status.st_mode)
             if limit is not None and status.st_size > limit:
                 raise CheckpointError(
-                    f"'{file}' has {status.st_size:,} bytes, at most {limit:,} are read. It is not a file of an adapter"
+                    f"'{file}' has {status.st_size:,} bytes, more than the limit of {limit:,}. It is not an "
+                    "adapter's file"
                 )
             yield opened, status.st_size
     except FileNotFoundError:
@@ -109,10 +110,10 @@ def _memory() -> int:
 
 
 def parse_json(content: bytes | bytearray, file: Path | str) -> Any:
-    """Return the value of a JSON file; NaN and infinity, which JSON does not have, are refused.
+    """Return the value of a JSON file. NaN and infinity are rejected, since they are not valid JSON.
 
     Raises:
-        CheckpointError: it is not JSON, is nested too deeply, or contains half a surrogate pair.
+        CheckpointError: the file is not JSON, is nested too deeply, or contains half a surrogate pair.
     """
     try:
         value = json.loads(content.decode("utf-8"), parse_constant=_no_constant)
@@ -128,7 +129,7 @@ def _no_constant(name: str) -> Any:
 
 
 def parse_tensors(content: bytearray, file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return (tensors, metadata) of a safetensors file; the tensors are views of `content`.
+    """Return (tensors, metadata) of a safetensors file. The tensors are views of `content`.
 
     The format: 8 bytes for the length of a JSON header `{name: {dtype, shape, data_offsets}, __metadata__: {...}}`, and
     the tensors' bytes, which follow one another without gap (https://github.com/huggingface/safetensors).
@@ -149,7 +150,9 @@ def parse_tensors(content: bytearray, file: Path) -> tuple[dict[str, Tensor], di
         count = math.prod(shape)
         if first_byte != end or end_byte - first_byte != count * dtype.itemsize:
             size = count * dtype.itemsize
-            problem = f"'{name}' of {size:,} bytes is at {first_byte:,} to {end_byte:,}, but byte {end:,} is next"
+            problem = (
+                f"'{name}' ({size:,} bytes) is at bytes {first_byte:,} to {end_byte:,}, but must start at byte {end:,}"
+            )
             raise _wrong(file, content, problem)
         end, at = end_byte, begin + first_byte
         if begin + end > len(content):
@@ -167,18 +170,18 @@ def parse_tensors(content: bytearray, file: Path) -> tuple[dict[str, Tensor], di
 
 
 def parse_metadata(content: bytearray, file: Path) -> dict[str, str]:
-    """Return the metadata of a safetensors file, for which its beginning suffices.
+    """Return the metadata of a safetensors file, from its beginning.
 
     Raises:
-        CheckpointError: it cannot be read.
+        CheckpointError: the metadata cannot be read.
     """
     return _header(content, file)[2]
 
 
 def _wrong(file: Path, content: bytearray, problem: str) -> CheckpointError:
     return CheckpointError(
-        f"'{file}' ({len(content):,} bytes) is not a complete safetensors file: {problem}. It may be cut off; copy it "
-        "again"
+        f"'{file}' ({len(content):,} bytes) is not a complete safetensors file: {problem}. The file may be "
+        "truncated, so copy it again"
     )
 
 
@@ -187,7 +190,7 @@ def _header(content: bytearray, file: Path) -> tuple[int, dict[str, Any], dict[s
     begin = 8 + int.from_bytes(content[:8], "little")
     if len(content) < 8 or begin > min(len(content), _HEADER_BYTES) or content[8:9] != b"{":
         raise _wrong(file, content, f"its header would end at byte {begin:,}")
-    _refuse_many(content.count(b'"data_offsets"', 8, begin), file)  # before they take memory
+    _refuse_many(content.count(b'"data_offsets"', 8, begin), file)  # checked before the entries take memory
     try:
         header = json.loads(content[8:begin].decode("utf-8"), parse_constant=_no_constant, object_pairs_hook=_distinct)
         metadata = header.pop("__metadata__", {})
@@ -196,20 +199,20 @@ def _header(content: bytearray, file: Path) -> tuple[int, dict[str, Any], dict[s
     except (ValueError, RecursionError) as error:
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
         raise _wrong(file, content, f"its header cannot be read: {reason}") from error
-    _refuse_many(len(header), file)  # with names that are written with escapes
+    _refuse_many(len(header), file)  # also finds names that are written with escapes
     return begin, header, metadata
 
 
 def _refuse_many(names: int, file: Path) -> None:
-    """Raise a CheckpointError if a header names more tensors than are read."""
+    """Raise a CheckpointError if a header has more tensors than the limit."""
     if names > _NAMES:
-        raise CheckpointError(f"'{file}' contains {names:,} tensors, at most {_NAMES:,} are read")
+        raise CheckpointError(f"'{file}' contains {names:,} tensors, more than the limit of {_NAMES:,}")
 
 
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     table = dict(pairs)
     if len(table) < len(pairs):
-        raise ValueError("a name is there twice")
+        raise ValueError("a name occurs twice")
     return table
 
 
@@ -217,18 +220,18 @@ def _spans(header: dict[str, Any]) -> list[tuple[int, int, str]]:
     """Return (first byte, byte after the last, name) of each tensor of a header.
 
     Raises:
-        ValueError: an entry is not that of a tensor.
+        ValueError: an entry does not describe a tensor.
     """
     spans: list[tuple[int, int, str]] = []
     for name, entry in header.items():
         if len(name) > _NAME_LENGTH:
-            raise ValueError(f"a name has {len(name):,} characters, at most {_NAME_LENGTH:,} are read")
+            raise ValueError(f"a name has {len(name):,} characters, more than the limit of {_NAME_LENGTH:,}")
         name.encode()  # fails for half a surrogate pair
         if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
             raise ValueError(f"{name!r} needs dtype, shape and data_offsets")
         dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
         if not isinstance(dtype, str) or dtype not in _DTYPES:
-            raise ValueError(f"{name!r} has dtype {dtype!r}; read are {', '.join(_DTYPES)}")
+            raise ValueError(f"{name!r} has dtype {dtype!r}, but only {', '.join(_DTYPES)} are supported")
         numbers = [*shape, *offsets] if isinstance(shape, list) and isinstance(offsets, list) else []
         if (
             len(numbers) > _DIMENSIONS + 2

@@ -1,7 +1,7 @@
-"""Sharded parameters: how the base is read while adapters are applied, when each rank has only its shard.
+"""Reading of sharded base parameters while adapters are applied.
 
-Two kinds of parameters are sharded: DTensors (FSDP2, tensor parallelism), and those that DeepSpeed's ZeRO-3 has
-partitioned. The latter have no elements between calls: their shape is `ds_shape`, and DeepSpeed gathers them.
+Two kinds of parameters are sharded: DTensors (FSDP2, tensor parallelism), and parameters partitioned by DeepSpeed's
+ZeRO-3. The latter have no elements between calls: their shape is `ds_shape`, and DeepSpeed gathers them.
 
 Functions marked collective must be called by every rank.
 """
@@ -26,14 +26,15 @@ if TYPE_CHECKING:
 
 
 def has_process_group() -> bool:
-    """Return whether `torch.distributed` is initialised."""
+    """Return whether `torch.distributed` is initialized."""
     return distributed.is_available() and distributed.is_initialized()
 
 
 def is_sharded(module: nn.Module) -> bool:
     """Return whether every rank holds only a shard of some parameters of `module`."""
     if not has_process_group():
-        # The process group that sharded a model may have ended. All its parameters are then shards: one shows it.
+        # The process group that sharded a model may have been destroyed. All parameters are then shards, so checking
+        # one suffices.
         return any(map(is_shard, islice(module.parameters(), 1)))
     return any(map(is_shard, module.parameters()))
 
@@ -44,7 +45,7 @@ def is_shard(tensor: Tensor) -> bool:
 
 
 def any_shards(tensors: Iterable[Tensor]) -> bool:
-    """Return whether `is_shard` holds for one of `tensors`, in one call for all of them."""
+    """Return whether `is_shard` holds for any of `tensors`, in a single call."""
     return bool([tensor for tensor in tensors if hasattr(tensor, "full_tensor") or hasattr(tensor, "ds_id")])
 
 
@@ -54,22 +55,22 @@ def is_dtensor(tensor: Tensor) -> TypeIs[DTensor]:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """Return this rank's shard of a DTensor, with its memory; any other tensor itself."""
+    """Return this rank's shard of a DTensor, sharing its memory. Any other tensor is returned unchanged."""
     return tensor._local_tensor if is_dtensor(tensor) else tensor
 
 
 def is_zero3(tensor: Tensor) -> bool:
-    """Return whether `tensor` is a parameter that DeepSpeed's ZeRO-3 has partitioned, gathered now or not."""
+    """Return whether `tensor` is a parameter partitioned by DeepSpeed's ZeRO-3, even if it is currently gathered."""
     return hasattr(tensor, "ds_id")
 
 
 def shape_of(tensor: Tensor) -> torch.Size:
-    """Return the shape of the full tensor, also where ZeRO-3 has left no elements of it on this rank."""
+    """Return the shape of the full tensor, even if ZeRO-3 left no elements of it on this rank."""
     return torch.Size(getattr(tensor, "ds_shape", tensor.shape))
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """Return the detached tensor; if it is sharded, gather the full tensor, which is collective."""
+    """Return the detached tensor. A sharded tensor is gathered, which is collective."""
     if is_zero3(tensor):
         with gathered([tensor]):
             return tensor.detach().clone()
@@ -79,13 +80,13 @@ def whole(tensor: Tensor) -> Tensor:
 
 @contextmanager
 def gathered(tensors: Iterable[Tensor], *, write: bool = False) -> Iterator[None]:
-    """Give the ZeRO-3 parameters among `tensors` all their elements within the block. Collective if there are any.
+    """Gather the ZeRO-3 parameters among `tensors` within the block. Collective if there are any.
 
     Args:
-        write: keep what rank 0 writes into them in the block, also in the optimizer's float32 copy.
+        write: whether to keep rank 0's changes to them in the block, also in the optimizer's float32 copy.
     """
     partitioned = [tensor for tensor in dict.fromkeys(tensors) if is_zero3(tensor)]
-    if not write:  # DeepSpeed keeps small parameters gathered, which is enough for reading
+    if not write:  # DeepSpeed keeps small parameters gathered, which suffices for reading
         partitioned = [tensor for tensor in partitioned if tensor.shape != shape_of(tensor)]
     if not partitioned:
         yield
@@ -100,7 +101,7 @@ def gathered(tensors: Iterable[Tensor], *, write: bool = False) -> Iterator[None
 
 
 class GatheredWhenRead(Tensor):
-    """Stand-in for a sharded parameter, with the shape of the full tensor, which an operator on it gathers."""
+    """Proxy for a sharded parameter with the shape of the full tensor. Operators on it gather the full tensor."""
 
     _is_param = True  # so that it is an instance of nn.Parameter
     shard: Tensor
@@ -122,7 +123,9 @@ class GatheredWhenRead(Tensor):
     ) -> Any:
         outputs = [arg for arg, value in zip(args, operator._schema.arguments, strict=False) if value.is_write]
         if any(isinstance(output, GatheredWhenRead) for output in outputs):
-            raise PeftcoreError("the base's weights are sharded, and cannot be changed while an adapter is applied")
+            raise PeftcoreError(
+                "cannot change the base's weights while an adapter is applied, because they are sharded"
+            )
         full_args = tree_map_only(GatheredWhenRead, _read, args)
         return operator(*full_args, **tree_map_only(GatheredWhenRead, _read, kwargs or {}))
 
@@ -132,7 +135,7 @@ def _read(stand_in: GatheredWhenRead) -> Tensor:
 
 
 def original(tensor: Tensor) -> Tensor:
-    """Return the sharded parameter behind a stand-in of `gathered_when_read`; any other tensor itself."""
+    """Return the sharded parameter behind a proxy of `gathered_when_read`. Any other tensor is returned unchanged."""
     return tensor.shard if isinstance(tensor, GatheredWhenRead) else tensor
 
 
@@ -140,8 +143,8 @@ def original(tensor: Tensor) -> Tensor:
 def gathered_when_read(model: nn.Module) -> Iterator[None]:
     """Make reads of sharded parameters inside the block return the full parameter. Collective.
 
-    Parameters are gathered one at a time, and only if their values are read. No forward pass may run inside the block
-    if some parameters stay sharded in forward passes.
+    Parameters are gathered one by one, and only if their values are read. If some parameters stay sharded in forward
+    passes, no forward pass may run inside the block.
     """
     if not is_sharded(model):
         yield
@@ -160,12 +163,12 @@ def gathered_when_read(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         for parameters, name, parameter in slots:
-            if isinstance(parameters[name], GatheredWhenRead):  # a forward of FSDP2 puts its own parameter back
+            if isinstance(parameters[name], GatheredWhenRead):  # a forward pass of FSDP2 restores its own parameter
                 parameters[name] = parameter
 
 
 def modules_with_fsdp(module: nn.Module, fsdp: bool = False) -> Iterator[tuple[bool, nn.Module]]:
-    """Yield (whether FSDP2 gathers its parameters for a forward pass, module) for `module` and all modules inside."""
+    """Yield (whether FSDP2 gathers its parameters for a forward pass, module) for `module` and all submodules."""
     fsdp = fsdp or hasattr(module, "unshard")
     yield fsdp, module
     for child in module.children():
@@ -185,14 +188,14 @@ def is_tensor_parallel(tensor: Tensor, *, fsdp: bool) -> bool:
     """Return whether `tensor` stays sharded in a forward pass, as in tensor parallelism.
 
     Args:
-        fsdp: whether FSDP2 gathers it, along one dimension of its mesh.
+        fsdp: whether FSDP2 gathers the tensor along one dimension of its mesh.
     """
     return is_dtensor(tensor) and sum(not placement.is_replicate() for placement in tensor.placements) > fsdp
 
 
 @contextmanager
 def gathered_parameters(module: nn.Module) -> Iterator[nn.Module]:
-    """Put full parameters in place of the sharded ones of `module` inside the block. Collective if there are any."""
+    """Replace the sharded parameters of `module` with full parameters inside the block. Collective if there are any."""
     slots = [
         (child, name, parameter)
         for child in module.modules()
@@ -209,7 +212,10 @@ def gathered_parameters(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def fill(parameter: Tensor, value: Tensor) -> None:
-    """Copy a full `value` into `parameter`; into a DTensor, this rank's shard. ZeRO-3 parameters must be `gathered`."""
+    """Copy a full `value` into `parameter`; for a DTensor, copy this rank's shard.
+
+    ZeRO-3 parameters must be `gathered`.
+    """
     if is_dtensor(parameter):
         parameter.to_local().copy_(sharded_like(value, parameter).to_local())
     else:
@@ -217,7 +223,7 @@ def fill(parameter: Tensor, value: Tensor) -> None:
 
 
 def sharded_like(value: Tensor, like: DTensor) -> DTensor:
-    """Shard `value`, which every rank has, as `like` is sharded; nothing is communicated."""
+    """Shard `value`, which every rank has, like `like`, without communication."""
     from torch.distributed.tensor import distribute_tensor
 
     value = value.detach().to(like.device_mesh.device_type, like.dtype)
@@ -225,11 +231,11 @@ def sharded_like(value: Tensor, like: DTensor) -> DTensor:
 
 
 def refuse_sharded(module: nn.Module, action: str) -> None:
-    """Raise a PeftcoreError if `module` is sharded. `action`: what cannot be done then, such as `merge`."""
+    """Raise a PeftcoreError if `module` is sharded. `action`: the operation that is not possible, such as `merge`."""
     if is_sharded(module):
         raise PeftcoreError(
-            f"cannot {action}: the model is sharded, and no rank has the full weight. "
-            "Save the adapter, and do it in a single process"
+            f"cannot {action}: the model is sharded, so no rank has the full weight. Save the adapter, and {action} "
+            "in a single process"
         )
 
 

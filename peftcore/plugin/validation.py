@@ -1,4 +1,4 @@
-"""Checks of config fields and of calls that several methods make. Each names what it takes and what was found."""
+"""Checks of config fields and calls that several methods share. Errors name the expected and the found value."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ _NO_DEFAULT = object()
 
 
 def check_types(config: Any, fields: Mapping[str, Any] | None = None) -> None:
-    """Check that the values of a dataclass have their annotated types; call it first in `__post_init__`.
+    """Check that the values of a dataclass have their annotated types. Call this first in `__post_init__`.
 
-    It checks bool, int, float, str, None, Literal, lists, tables and unions of these. Numbers must be finite; an int is
-    also a float, a bool is not a number, and any collection except a string is a list. Other annotations accept any
-    value.
+    Checked types are bool, int, float, str, None, Literal, lists, tables and unions of these. Numbers must be finite,
+    an int is also a float, a bool is not a number, and any collection except a string is a list. Other annotations
+    accept any value.
 
     Args:
         config: the dataclass, or its class.
-        fields: values by name, if there is no object yet.
+        fields: values by name, for checks before an object exists.
 
     Raises:
         PeftcoreError: a value has another type.
@@ -46,7 +46,7 @@ def shown(value: Any) -> str:
     """Return `repr(value)`, shortened if it is long."""
     try:
         text = repr(value)
-    except (ValueError, RecursionError):  # a number of thousands of digits
+    except (ValueError, RecursionError):  # an int may have thousands of digits
         return f"a {type(value).__name__} that is too long to show"
     return text if len(text) <= 200 else f"{text[:200]}..."
 
@@ -55,13 +55,13 @@ def shown(value: Any) -> str:
 def _hints(config_class: type) -> dict[str, Any]:
     try:
         return typing.get_type_hints(config_class)
-    except Exception:  # annotations that only a type checker understands
+    except Exception:  # annotations that only type checkers understand
         return {}
 
 
 @lru_cache(maxsize=256)
 def _defaults(config_class: type) -> dict[str, Any]:
-    """Return {field: default, or a marker for none}. Defaults need no check."""
+    """Return {field: default, or a marker if there is none}. Defaults are not checked."""
     fields = dataclasses.fields(config_class)
     return {f.name: _NO_DEFAULT if f.default is dataclasses.MISSING else f.default for f in fields}
 
@@ -76,7 +76,7 @@ def positive_whole(**fields: Any) -> None:
     """Raise a PeftcoreError unless each value is an int above 0.
 
     Raises:
-        PeftcoreError: one is not.
+        PeftcoreError: a value is not an int above 0.
     """
     for name, value in fields.items():
         if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
@@ -87,7 +87,7 @@ def probability(**fields: Any) -> None:
     """Raise a PeftcoreError unless each value is in [0, 1).
 
     Raises:
-        PeftcoreError: one is not.
+        PeftcoreError: a value is not in [0, 1).
     """
     for name, value in fields.items():
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
@@ -98,7 +98,7 @@ def one_of(allowed: Collection[Any], **fields: Any) -> None:
     """Raise a PeftcoreError unless each value is one of `allowed`.
 
     Raises:
-        PeftcoreError: one is not.
+        PeftcoreError: a value is not allowed.
     """
     for name, value in fields.items():
         if value not in allowed:
@@ -108,19 +108,19 @@ def one_of(allowed: Collection[Any], **fields: Any) -> None:
 
 
 def task_ids(given: Any, count: int, device: torch.device, *, on_card: bool) -> Tensor:
-    """Return the `task_ids` of a call as int64 `[rows]`, or `[1]` of one number.
+    """Return the `task_ids` of a call as int64 `[rows]`, or `[1]` for a single number.
 
     Args:
         count: the number of tasks.
-        device: where they are needed.
-        on_card: check the values of a tensor on CUDA as well, for which the processor waits.
+        device: device of the result.
+        on_card: whether to check the values of CUDA tensors as well, which synchronizes.
 
     Raises:
-        PeftcoreError: they are not whole numbers from 0 to count - 1.
+        PeftcoreError: the values are not whole numbers from 0 to count - 1.
     """
     index = torch.as_tensor(given).reshape(-1)
     is_integer = not (index.is_floating_point() or index.is_complex() or index.dtype == torch.bool)
-    expected = f"task_ids are whole numbers from 0 to {count - 1}"
+    expected = f"task_ids must be whole numbers from 0 to {count - 1}"
     require(
         is_integer and len(index) > 0,
         f"{expected}, found {str(index.dtype).removeprefix('torch.')} {list(index.shape)}",

@@ -13,7 +13,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "distributed.md"
 
 def cell(moment: str, said: str) -> str:
     if moment == "in save":
-        return "named" if "PeftcoreError" in said and "If another rank has ended, read its output" in said else said
+        return "named" if "PeftcoreError" in said and "If another rank has exited, check its output" in said else said
     return "raised" if said.startswith(("RuntimeError", "Dist")) and "gloo" in said else said  # by PyTorch
 
 

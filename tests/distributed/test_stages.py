@@ -24,7 +24,5 @@ def test_ranks_with_parts_of_sequences() -> None:
     for measured in run(parts.of_tokens):
         said = {name: value for name, value in measured.items() if isinstance(value, str)}
         assert said.keys() == {"prompt-tuning", "prefix-tuning", "reft", "alora"}
-        assert all(
-            "needs whole sequences, and context_parallel gives each rank a part" in text for text in said.values()
-        )
+        assert all("needs full sequences, but context_parallel splits them" in text for text in said.values())
         assert max(value for value in measured.values() if not isinstance(value, str)) < 1e-6

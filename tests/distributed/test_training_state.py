@@ -65,16 +65,16 @@ def test_a_rank_that_dies_in_a_save_is_named(how: str, tmp_path: Path) -> None:
         dying=[1],
     )
     assert "is consistent: it has either the old adapter or the new one): " in message
-    assert "If another rank has ended, read its output" in message
+    assert "If another rank has exited, check its output" in message
     peftcore.load(base or work.model(), tmp_path / "adapter")
 
 
 @pytest.mark.parametrize(
     ("what", "message"),
     [
-        ("r", r"ranks have different adapters: 'default' is lora, .*r=3.* on rank 0, and lora, .*r=4.* on rank 1"),
-        ("targets", r"'default' is lora, .*v_proj.* on rank 0, and lora, .*q_proj.* on rank 1"),
-        ("base", r"'base' is Llama.* on rank 0, and GPT2LMHeadModel with .* on rank 1"),
+        ("r", r"ranks have different adapters: 'default' is lora, .*r=3.* on rank 0, but lora, .*r=4.* on rank 1"),
+        ("targets", r"'default' is lora, .*v_proj.* on rank 0, but lora, .*q_proj.* on rank 1"),
+        ("base", r"'base' is Llama.* on rank 0, but GPT2LMHeadModel with .* on rank 1"),
     ],
 )
 def test_ranks_that_differ(what: str, message: str) -> None:

@@ -127,7 +127,7 @@ def test_errors_name_the_plugin(tmp_path: Path) -> None:
         with pytest.raises(peftcore.PluginError, match=who):
             peftcore.export(model, tmp_path / "new" / "x", format="npz")
     assert not list(tmp_path.iterdir())  # the folder that was made for it is gone
-    both = r"peftcore_exporters: the plugin 'other' \(peftcore-other 1.0\) and peftcore both offer 'onnx'"
+    both = r"peftcore_exporters: the plugin 'other' \(peftcore-other 1.0\) and peftcore both provide 'onnx'"
     with installed(one(name="onnx", write_model=broken), "other"), pytest.raises(peftcore.PluginError, match=both):
         peftcore.export(model, tmp_path / "x", format="vllm")
 

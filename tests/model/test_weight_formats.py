@@ -55,12 +55,12 @@ def test_weight_formats_of_plugins_come_before_the_cores(discover) -> None:
 
 def test_two_weight_formats_of_one_name_are_refused(discover) -> None:
     registry = discover(("one", blocks(), "peftcore-one"), ("two", blocks(), "peftcore-two"))
-    both = r"'two' \(peftcore-two 1.0\) and the plugin 'one' \(peftcore-one 1.0\) both offer 'blocks'"
-    with pytest.raises(peftcore.PluginError, match=rf"{both}. Give one another name"):
+    both = r"'two' \(peftcore-two 1.0\) and the plugin 'one' \(peftcore-one 1.0\) both provide 'blocks'"
+    with pytest.raises(peftcore.PluginError, match=rf"{both}. Rename one"):
         registry.offered("peftcore_weight_formats", WeightFormat)
     registry.unregister("two")
     assert next(iter(registry.offered("peftcore_weight_formats", WeightFormat))) == "blocks"
-    with pytest.raises(peftcore.PluginError, match=r"'dense' \(d 1.0\) and peftcore both offer 'dense'"):
+    with pytest.raises(peftcore.PluginError, match=r"'dense' \(d 1.0\) and peftcore both provide 'dense'"):
         discover(("dense", blocks("dense"), "d")).offered("peftcore_weight_formats", WeightFormat)
 
 

@@ -134,7 +134,7 @@ def test_the_call_is_read_only_and_ends() -> None:
     assert "x" in kept[0] and len(kept[0]) == 1 and list(kept[0]) == ["x"] and kept[0].get("y", 3) == 3
     with pytest.raises(TypeError):
         kept[0]["x"] = 1
-    with pytest.raises(peftcore.PeftcoreError, match="while their model is called"):
+    with pytest.raises(peftcore.PeftcoreError, match="while their model is being called"):
         current_call()
 
 
@@ -257,7 +257,7 @@ def test_a_checkpoint_around_the_model() -> None:
     torch.testing.assert_close(torch.autograd.grad(sum(outputs).sum(), x)[0], wanted)
     with peftcore.call_arguments(model, task_ids=A):
         output = checkpoint(model, x, use_reentrant=True)
-    with pytest.raises(peftcore.PeftcoreError, match=r"the call of the model that it belongs to, .* is not known"):
+    with pytest.raises(peftcore.PeftcoreError, match=r"the call that it belongs to, .* cannot be identified"):
         output.sum().backward()
 
 

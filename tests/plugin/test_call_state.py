@@ -140,5 +140,5 @@ def test_a_value_is_written_once() -> None:
     model = peftcore.apply(tiny.llama(), "ladder")
     rungs = [module for module in model.modules() if isinstance(module, Rung)]
     rungs[1].layer = 0
-    with pytest.raises(peftcore.PeftcoreError, match=r"state of this call has \('ladder', 0\) already"):
+    with pytest.raises(peftcore.PeftcoreError, match=r"state of this call already has \('ladder', 0\)"):
         model(tiny.TOKENS)

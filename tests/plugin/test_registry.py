@@ -36,7 +36,7 @@ def test_a_broken_plugin_is_a_warning_and_an_error_when_asked_for(discover) -> N
     registry = discover(
         ("scale", tiny.Plugin(tiny.method("scale")), "peftcore-scale"), ("broken", None, "peftcore-broken")
     )
-    with pytest.warns(UserWarning, match=r"plugin 'broken' \(peftcore-broken 1.0\) is not usable: AttributeError"):
+    with pytest.warns(UserWarning, match=r"plugin 'broken' \(peftcore-broken 1.0\) cannot be used: AttributeError"):
         assert list(registry.methods()) == ["scale"]
     with pytest.raises(peftcore.PluginError, match=r"'broken' \(peftcore-broken 1.0\) is broken: AttributeError"):
         registry.method("broken")
@@ -63,7 +63,9 @@ def test_a_second_distribution_of_one_name_does_not_disable_the_first(discover, 
     own, other = tiny.method("scale"), tiny.method("scale")
     entries = [("scale", tiny.Plugin(own), "peftcore-scale"), ("scale", tiny.Plugin(other), "scale")]
     registry = discover(*(entries[index] for index in order))
-    with pytest.warns(UserWarning, match=r"peftcore-scale 1.0 is used, scale 1.0 is ignored. Uninstall all but one"):
+    with pytest.warns(
+        UserWarning, match=r"peftcore-scale 1.0 is used, and scale 1.0 is ignored. Uninstall all but one"
+    ):
         assert registry.method("scale") is own
     (plugin,) = registry.plugins()
     assert (plugin.distribution, plugin.error) == ("peftcore-scale", None)
@@ -72,7 +74,7 @@ def test_a_second_distribution_of_one_name_does_not_disable_the_first(discover, 
 def test_of_two_distributions_with_other_names_the_first_found_is_used(discover) -> None:
     first, second = tiny.method("scale"), tiny.method("scale")
     registry = discover(("scale", tiny.Plugin(first), "one"), ("scale", tiny.Plugin(second), "another"))
-    with pytest.warns(UserWarning, match=r"one 1.0 is used, another 1.0 is ignored"):
+    with pytest.warns(UserWarning, match=r"one 1.0 is used, and another 1.0 is ignored"):
         assert registry.method("scale") is first
 
 
@@ -102,7 +104,9 @@ def test_names_are_compared_as_those_of_packages(discover, monkeypatch, spelling
 def test_names_that_compare_equal_are_one_name(discover) -> None:
     plugin = tiny.Plugin(tiny.method("my-method"))
     registry = discover(("my-method", plugin, "peftcore-my"), ("My_Method", plugin, "other"))
-    told = r"provide the peftcore plugin 'my-method': peftcore-my 1.0 is used, other 1.0 \(as 'My_Method'\) is ignored"
+    told = (
+        r"provide the peftcore plugin 'my-method': peftcore-my 1.0 is used, and other 1.0 \(as 'My_Method'\) is ignored"
+    )
     with pytest.warns(UserWarning, match=told):
         assert list(registry.methods()) == ["my-method"]
 
@@ -148,7 +152,9 @@ def test_an_installed_plugin_that_does_not_declare_its_api(discover) -> None:
     plugin = Answers([tiny.method("scale")])
     registry = discover(("scale", plugin, "peftcore-scale"))
     del plugin.peftcore_api
-    with pytest.warns(UserWarning, match=r"'scale' .* does not declare the plugin APIs .*peftcore_api = \">=3.10,<4\""):
+    with pytest.warns(
+        UserWarning, match=r"'scale' .* does not declare which plugin APIs .*peftcore_api = \">=3.10,<4\""
+    ):
         assert registry.methods() == {}
 
 
@@ -156,7 +162,7 @@ def test_an_installed_plugin_that_does_not_declare_its_api(discover) -> None:
     ("plugin", "message"),
     [
         (types.ModuleType("empty"), r"it has no hook. Mark its functions with @peftcore.plugin.hookimpl"),
-        (tiny.Plugin(tiny.method("other")), r"the method is named 'other' but its entry point 'named'"),
+        (tiny.Plugin(tiny.method("other")), r"the method is named 'other', but its entry point is named 'named'"),
         (tiny.Plugin("text"), r"must return peftcore.plugin.Method objects, found str"),
         (tiny.Plugin(Method("named", dict, None, StateRules("X"))), r"must be a frozen dataclass"),
         (
@@ -187,7 +193,7 @@ def test_a_plugin_that_does_not_support_this_api(discover, api: str) -> None:
     plugin.peftcore_api = api
     registry = discover(("scale", plugin, "peftcore-scale"))
     with pytest.warns(
-        UserWarning, match=rf"supports the plugin APIs {re.escape(api)}, this peftcore has 3.10. Upgrade"
+        UserWarning, match=rf"supports the plugin APIs {re.escape(api)}, but this peftcore has 3.10. Upgrade"
     ):
         assert registry.methods() == {}
 
@@ -219,7 +225,7 @@ def test_sys_exit_at_import_is_a_broken_plugin(discover, tmp_path, monkeypatch) 
     registry = discover(("scale", tiny.Plugin(tiny.method("scale")), "peftcore-scale"))
     found = [*plugin_discovery.entry_points(group="peftcore"), entry("leaving", "leaving", "peftcore-leaving")]
     monkeypatch.setattr(plugin_discovery, "entry_points", lambda group: found)
-    with pytest.warns(UserWarning, match=r"'leaving' \(peftcore-leaving 1.0\) is not usable: SystemExit: goodbye"):
+    with pytest.warns(UserWarning, match=r"'leaving' \(peftcore-leaving 1.0\) cannot be used: SystemExit: goodbye"):
         assert list(registry.methods()) == ["scale"]
 
 
@@ -325,7 +331,7 @@ def test_a_plugin_that_needs_another_peftcore(discover, monkeypatch) -> None:
     registry = discover(("scale", tiny.Plugin(tiny.method("scale")), "peftcore-scale"))
     (found,) = plugin_discovery.entry_points(group="peftcore")
     found.dist.requires = ["torch>=2", "peftcore>=99", "pytest; extra == 'test'"]
-    with pytest.warns(UserWarning, match=r"it needs peftcore>=99, this is .*Upgrade the older of the two"):
+    with pytest.warns(UserWarning, match=r"it needs peftcore>=99, but peftcore .*Upgrade the older of the two"):
         assert registry.methods() == {}
 
 
@@ -333,7 +339,7 @@ def test_the_environment_chooses_plugins(discover, monkeypatch) -> None:
     plugins = [(name, tiny.Plugin(tiny.method(name)), f"peftcore-{name}") for name in ("one", "three", "two")]
     monkeypatch.setenv("PEFTCORE_PLUGINS", "one, two")
     assert list(discover(*plugins).methods()) == ["one", "two"]
-    with pytest.raises(peftcore.PluginError, match=r"'three' .* switched off by PEFTCORE_PLUGINS=one, two"):
+    with pytest.raises(peftcore.PluginError, match=r"'three' .* disabled by PEFTCORE_PLUGINS=one, two"):
         discover(*plugins).method("three")
     monkeypatch.setenv("PEFTCORE_PLUGINS", "none")
     registry = discover(*plugins, ("broken", None, "peftcore-broken"))
@@ -359,10 +365,10 @@ def test_the_documented_hooks_are_the_real_ones() -> None:
     from peftcore.plugin import hooks as hookspecs
 
     root = pathlib.Path(__file__).parents[2]
-    text = (root / "README.md").read_text() + (root / "CONTRIBUTING.md").read_text()
+    text = "".join(path.read_text() for path in sorted((root / "docs").glob("plugin*.md")))
     for name in dir(hookspecs):
         if name.startswith("peftcore_"):
-            assert f"`{name}" in text, f"{name} is documented neither in README.md nor in CONTRIBUTING.md"
+            assert f"`{name}" in text, f"{name} is not documented in docs/plugin*.md"
 
 
 def test_plugins_are_listed_with_broken_ones_and_without_warnings(discover, monkeypatch) -> None:

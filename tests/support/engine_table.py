@@ -34,7 +34,7 @@ SAVED = "saved"  # without the others
 SENTENCES = {  # parts of errors
     "quantize first": "is sharded, so no rank has the full weight. Quantize before sharding",
     "no stage": "no stage has the adapter parameter",
-    "whole sequences": "needs whole sequences, and context_parallel gives each rank a part",
+    "whole sequences": "needs full sequences, but context_parallel splits them",
     "train before": "is sharded and cannot be trained from here on",
     "spread experts": "spread over processes (tensor or expert parallelism)",
     "as many ranks": "used a DP world size of 2 but the current world size is 1",
@@ -53,7 +53,7 @@ def as_text(found: Found) -> str:
     """A difference with one digit; the key of an error's sentence; `named` for an error that names the lost rank."""
     if not isinstance(found, str):
         return f"{found:.0e}" if found else "0"
-    if "If another rank has ended" in found:
+    if "If another rank has exited" in found:
         return NAMED
     keys = [key for key, part in SENTENCES.items() if part in found]
     assert len(keys) == 1 or found == SAVED, f"no sentence of `SENTENCES` is in: {found}"

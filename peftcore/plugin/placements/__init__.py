@@ -1,4 +1,4 @@
-"""Kinds of placements, a file each, with all that depends on the kind.
+"""Kinds of placements, one file per kind.
 
     placement       Placement, AtModule: what the core asks of a placement, and the answers of most kinds; Attachments
     around          Around      the adapter wraps a module
@@ -8,6 +8,6 @@
     soft_prompt     SoftPrompt  vectors before the input
     prefix_kv       PrefixKV    keys and values in the cache
 
-The modules are listed from the lowest up. A kind is a class that derives from `Placement` and is registered nowhere:
-the core calls its methods, and plugins can add kinds (docs/plugins.md).
+The modules are listed from the lowest up. A kind is a class that derives from `Placement`. The core calls its methods,
+so plugins can add kinds without registering them (docs/plugins.md).
 """

@@ -1,4 +1,4 @@
-"""`OnWeight`: an adapter changes what a module's forward reads as a parameter."""
+"""`OnWeight`: an adapter changes the value that a module's forward reads as a parameter."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class OnWeight(Placement):
-    """Placement on a parameter: `adapter(weight) -> weight` changes what the module's forward reads as `name`.
+    """Placement on a parameter: `adapter(weight) -> weight` changes the value that forward reads as `name`.
 
-    It works for any module: convolutions, embeddings, `nn.MultiheadAttention` (`in_proj_weight`), experts
-    `[E, out, in]`. A dotted name (`out_proj.weight`) is a parameter of a submodule whose weight is read without calling
-    the submodule. The adapter is called once in each call of the module, with the parameter as it is stored, or
-    with the dense weight if it is quantized. It is a pure function, so it merges without `merged`.
+    Supported for all modules: convolutions, embeddings, `nn.MultiheadAttention` (`in_proj_weight`), experts `[E, out,
+    in]`. A dotted name (`out_proj.weight`) is a parameter of a submodule whose weight is read without calling the
+    submodule. The adapter is called once in each call of the module, with the parameter as it is stored, or with the
+    dense weight if it is quantized. The adapter is a pure function, so it can be merged without `merged`.
 
-    An adapter of experts' weights that is a low-rank product for each expert may have `Adapter.expert_low_rank`.
+    An adapter of experts' weights that is one low-rank product per expert can define `Adapter.expert_low_rank`.
     """
 
     path: str
@@ -50,7 +50,7 @@ class OnWeight(Placement):
 
 
 class WeightChanges(Adapter):
-    """Adapters of one name on parameters of one module, by the parameter's name."""
+    """All changes of one module's parameters with the same adapter name, by the parameter's name."""
 
     def __init__(self, adapters: Mapping[str, nn.Module]) -> None:
         super().__init__()
@@ -59,12 +59,12 @@ class WeightChanges(Adapter):
 
     @property
     def changes(self) -> dict[str, Any]:
-        """Changes (parameter -> what is read in its place), by the parameter's name."""
+        """Changes (parameter -> value that is read instead), by the parameter's name."""
         return {key.replace("/", "."): adapter for key, adapter in self._modules.items()}
 
     @property
     def multiplier(self) -> float | None:
-        """Factor of all adapters inside, each of which is set by itself; None if one has none."""
+        """Common multiplier of all adapters inside, or None if one of them has no multiplier."""
         each = [adapter.multiplier if isinstance(adapter, Adapter) else None for adapter in self._modules.values()]
         return None if None in each else each[0]
 
@@ -80,7 +80,7 @@ class WeightChanges(Adapter):
 
 
 class WeightLink(Link):
-    """The link of `WeightChanges`, whose adapters are pure functions of the parameters, so they can be merged."""
+    """Link of `WeightChanges`. The adapters are pure functions of the parameters, so they can be merged."""
 
     __slots__ = ()
     merges_by = "forward"

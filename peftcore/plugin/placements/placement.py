@@ -1,4 +1,4 @@
-"""Base classes of placements: what the core asks of each kind."""
+"""Base classes of placements: the interface between the core and each kind."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 
 
 class Attachments(Protocol):
-    """What a placement attaches to a model: each kind calls one of these methods in `Placement.attach`.
+    """Collects what a placement attaches to a model. Each kind calls these methods in `Placement.attach`.
 
     Attributes:
-        model: the model, which is not changed.
-        architecture: facts about it.
+        model: the model, which must not be changed.
+        architecture: description of the model.
     """
 
     model: nn.Module
@@ -33,39 +33,39 @@ class Attachments(Protocol):
         link: type[Link] = Link,
         branches: Sequence[str] = (),
     ) -> None:
-        """Attach `adapter` to the module at `path`, which may be the layer of one expert.
+        """Attach `adapter` to the module at `path`, which may be one expert's layer.
 
         Args:
-            placement: the placement that asks for it.
+            placement: the placement that attaches the adapter.
             path: path of the module; "" for the model itself.
-            adapter: the adapter, or one that the kind of placement makes of it.
+            adapter: the adapter, or a module that the kind of placement derives from it.
             link: how the adapter takes part in calls of the module, and how it is merged.
-            branches: names of other adapters of the module that it combines.
+            branches: names of other adapters of the module that this adapter combines.
         """
 
     def change(self, placement: Placement, path: str, name: str, adapter: nn.Module) -> None:
-        """Let `adapter` change what the module at `path` reads as its parameter `name`."""
+        """Let `adapter` change the value that the module at `path` reads as its parameter `name`."""
 
     def train(self, names: Sequence[str]) -> None:
         """Train the base parameters `names`."""
 
     def prompt(self, placement: Placement, shape: tuple[int, int] | None) -> None:
-        """Put the vectors of the placement's adapter before the embedded input; `shape` if it cannot be called now."""
+        """Prepend the adapter's vectors to the embedded input. Pass `shape` if the adapter cannot be called yet."""
 
     def prefix(self, placement: Placement) -> None:
-        """Put the keys and values of the placement's adapter at the start of the cache."""
+        """Put the adapter's keys and values at the start of the cache."""
 
 
 class Placement:
-    """Where an adapter is attached to a model, and what follows from it: merging, names on disk, sharding.
+    """Where an adapter is attached to a model, which determines merging, names on disk and sharding.
 
     A kind derives from this class, or from `AtModule`, as a frozen dataclass.
 
     Attributes:
         adapter: the adapter.
         branches: names of other adapters of the module that this one combines.
-        has_adapter: False for a kind that trains parameters of the base instead.
-        whole_model: True for a kind that changes the model's input or cache instead of layers that the method chooses.
+        has_adapter: Whether the kind has an adapter; False for a kind that trains parameters of the base instead.
+        whole_model: Whether the kind changes the model's input or cache instead of layers that the method selects.
     """
 
     __slots__ = ()
@@ -75,7 +75,7 @@ class Placement:
     whole_model: ClassVar[bool] = False
 
     def attach(self, to: Attachments) -> None:
-        """Declare what is attached to the model, by any number of calls of `to.wrap`, `to.change` and `to.train`."""
+        """Attach to the model, by calling `to.wrap`, `to.change` and `to.train` any number of times."""
         raise NotImplementedError
 
     @property
@@ -84,41 +84,41 @@ class Placement:
         return None
 
     def tensor_name(self, name: str) -> str:
-        """Return the name on disk, as PEFT's files have it, of the adapter's tensor `name`."""
+        """Return the name in PEFT's files of the adapter's tensor `name`."""
         return name if self.key is None else key_in_model(self.key, name)
 
     def reached(self, path: str) -> str:
-        """Return what the adapter changes where it is attached to the module at `path`: that path, or a parameter."""
+        """Return what the adapter changes when attached to the module at `path`: that path, or a parameter's name."""
         return path
 
     def copied_weight(self, path: str) -> str | None:
-        """Return the full name of the parameter of which each call makes a changed copy, or None."""
+        """Return the full name of the parameter that is copied and changed in each call, or None."""
         return None
 
     def is_of_expert(self, path: str) -> bool:
-        """Return whether the adapter is that of one expert of the module at `path`."""
+        """Return whether the adapter belongs to a single expert of the module at `path`."""
         return False
 
     def divided(self, path: str, parameters: Sequence[str], divided: Collection[str]) -> str | None:
-        """Return a parameter that must be whole and that tensor parallelism divides over the ranks, or None.
+        """Return a parameter that the adapter needs in full although tensor parallelism shards it, or None.
 
         Args:
             path: path of a module to which the adapter is attached.
             parameters: full names of the module's own parameters.
-            divided: full names of all parameters of the model that are divided; there is at least one.
+            divided: full names of all sharded parameters of the model, at least one.
         """
         return next((name for name in parameters if name in divided), None)
 
     def peft_tasks(self, architecture: Architecture) -> Sequence[str]:
-        """Return the task types of PEFT that add the adapter to a model that has no task type of its own."""
+        """Return the task types with which PEFT adds the adapter to a model that has no task type of its own."""
         return ()
 
 
 class AtModule(Placement):
-    """Placement of an adapter at one module, in whose calls it takes part.
+    """Placement of an adapter at one module. The adapter takes part in the module's calls.
 
     Attributes:
-        path: path of the module, also of the layer of one expert; "" for the model itself.
+        path: path of the module or of one expert's layer; "" for the model itself.
         link: how the adapter takes part in a call, and whether and how it is merged.
     """
 
@@ -134,7 +134,7 @@ class AtModule(Placement):
         return self.path
 
     def reached(self, path: str) -> str:
-        return path if self.path == path else f"{path}.{self.path.rpartition('.')[2]}"  # an expert's stacked weight
+        return path if self.path == path else f"{path}.{self.path.rpartition('.')[2]}"  # stacked weight of experts
 
     def is_of_expert(self, path: str) -> bool:
         return self.path != path

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PrefixKV(Placement):
-    """Placement in the cache: `adapter() -> [layers, 2, kv_heads, tokens, head_dim]` are its first keys and values."""
+    """Placement in the cache: `adapter() -> [layers, 2, kv_heads, tokens, head_dim]` returns its first entries."""
 
     adapter: nn.Module
     whole_model = True

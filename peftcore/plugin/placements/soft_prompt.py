@@ -21,15 +21,16 @@ if TYPE_CHECKING:
 class SoftPrompt(Placement):
     """Placement before the input: `adapter() -> [tokens, hidden]` precedes the embedded input of the backbone.
 
-    An adapter that depends on the call (`Adapter.needs_call`) returns `[batch, tokens, hidden]`, or
-    `[1, tokens, hidden]` for all rows.
+    An adapter that depends on the call (`Adapter.needs_call`) returns `[batch, tokens, hidden]`, or `[1, tokens,
+    hidden]` for all rows.
 
     The output at the prompt's positions is removed. If the adapter's `in_output` returns True, the prompt comes first,
-    before padding too, and its states stay in the output of the model: an `Around("", ...)` of the method removes them.
+    even before padding, and its hidden states stay in the output of the model. The method must remove them with an
+    `Around("", ...)`.
 
     Args:
         adapter: the adapter.
-        shape: (tokens, hidden). Required if the adapter depends on the call, since it is not called without one.
+        shape: (tokens, hidden). Required if the adapter depends on the call, since it cannot be called in advance.
     """
 
     adapter: nn.Module
@@ -40,18 +41,18 @@ class SoftPrompt(Placement):
         to.prompt(self, self._known_shape())
 
     def _known_shape(self) -> tuple[int, int] | None:
-        """Return the shape of one row where the adapter cannot be called to find out."""
+        """Return the shape of one row if the adapter cannot be called to determine it."""
         if arguments_read([self.adapter]) is None:
             return None
         if self.shape is None:
             raise PeftcoreError(
-                f"{type(self.adapter).__name__} depends on the call (needs_call), so its shape is unknown beforehand. "
-                "Give it to the placement: SoftPrompt(adapter, shape=(tokens, hidden))"
+                f"{type(self.adapter).__name__} depends on the call (needs_call), so its shape cannot be determined "
+                "in advance. Pass the shape to the placement: SoftPrompt(adapter, shape=(tokens, hidden))"
             )
         return self.shape
 
     def divided(self, path: str, parameters: Sequence[str], divided: Collection[str]) -> None:
-        """Return None: the prompt is put next to the embeddings of tokens, which are whole."""
+        """Return None: the prompt is prepended to token embeddings, which are not sharded."""
 
     def peft_tasks(self, architecture: Architecture) -> Sequence[str]:
         # PEFT puts prompts into the encoder of an encoder-decoder only.

@@ -15,11 +15,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Train(Placement):
-    """Placement that trains parameters of the base themselves; `remove` restores their original values.
+    """Placement that trains parameters of the base directly. `remove` restores their original values.
 
     Args:
         names: full names of the parameters.
-        saved: only in `tensor_name`: the tensor belongs to `modules_to_save`, and was not chosen by the method.
+        saved: only used in `tensor_name`: whether the tensor belongs to `modules_to_save` and was not selected by the
+            method.
     """
 
     names: Sequence[str]

@@ -229,7 +229,7 @@ def test_a_plugin_adds_a_command(
 def test_two_commands_with_the_same_name(register: Any, taken: str, other: str) -> None:
     register("first", Adds("greet"))
     register("second", Adds(taken))
-    match = rf"the plugin 'second' \(peftcore-second 2.0\) and {other}.* both offer '{taken}'. Give one another name"
+    match = rf"the plugin 'second' \(peftcore-second 2.0\) and {other}.* both provide '{taken}'. Rename one"
     with pytest.raises(SystemExit, match=match):
         application.run(["--help"])
     application.build(["train", "--help"])  # commands of the core work
@@ -270,7 +270,7 @@ def test_commands_of_another_type_are_refused(register: Any, answer: Any) -> Non
         (
             "import os; os.environ['PEFTCORE_PLUGINS'] = 'none'",
             "peftcore: error: 'peftcore compare' cannot run, because the package peftcore-compare 0.1.0 is broken: "
-            "it is switched off by PEFTCORE_PLUGINS=none",
+            "it is disabled by PEFTCORE_PLUGINS=none",
         ),
     ],
 )

@@ -128,7 +128,7 @@ def test_tasks_come_from_the_call() -> None:
     ],
 )
 def test_tasks_that_there_are_not(tasks: Any, found: str) -> None:
-    with pytest.raises(peftcore.PeftcoreError, match=f"task_ids are whole numbers from 0 to 2, found {found}"):
+    with pytest.raises(peftcore.PeftcoreError, match=f"task_ids must be whole numbers from 0 to 2, found {found}"):
         logits(peftcore_model(), task_ids=tasks)
 
 

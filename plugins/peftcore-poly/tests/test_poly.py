@@ -99,7 +99,7 @@ def test_what_does_not_fit_is_refused() -> None:
     model = peftcore.apply(tiny.llama(), "poly", **FIELDS)
     with pytest.raises(peftcore.PeftcoreError, match="has 3 tasks, but the call names none"):
         tiny.logits(model)
-    with pytest.raises(peftcore.PeftcoreError, match=r"task_ids are whole numbers from 0 to 2, found \[0, 3\]"):
+    with pytest.raises(peftcore.PeftcoreError, match=r"task_ids must be whole numbers from 0 to 2, found \[0, 3\]"):
         logits(model, torch.tensor([0, 3]))
     with pytest.raises(peftcore.PeftcoreError, match=r"the call names 3 tasks, .*this layer's input is"):
         logits(model, torch.tensor([0, 1, 2]))

@@ -206,7 +206,10 @@ def test_an_unknown_model_names_those_that_there_are(client: TestClient) -> None
 
 @pytest.mark.parametrize(
     ("model", "message"),
-    [("broken", "It may be cut off; copy it again"), ("classifier", "is a classifier and cannot write text")],
+    [
+        ("broken", "The file may be truncated, so copy it again"),
+        ("classifier", "is a classifier and cannot write text"),
+    ],
 )
 @pytest.mark.parametrize("stream", [False, True])
 def test_an_unusable_adapter_is_an_error_for_its_request(

@@ -92,7 +92,8 @@ def test_an_adapter_inside_that_is_no_change_of_a_weight_is_named(normed: None) 
         peftcore.apply(model, "after", adapter="inner")
         peftcore.apply(model, "reads", adapter="outer")
         with pytest.raises(
-            peftcore.PeftcoreError, match=r"around which 'inner' \(Shifted\) is active, which is not a change"
+            peftcore.PeftcoreError,
+            match=r"active adapter 'inner' \(Shifted\) around that module does not act as a change",
         ):
             tiny.logits(model)
         peftcore.activate(model, ["outer"])

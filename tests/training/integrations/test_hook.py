@@ -110,7 +110,7 @@ def test_errors_of_peftcore_are_passed_on(library: str) -> None:
 
 def test_two_integrations_with_the_same_name(library: str) -> None:
     registry.register("steer", Adds(Integration(name="trainer", library=library)), "peftcore-steer", "2.0")
-    match = r"the plugin 'steer' \(peftcore-steer 2.0\) and peftcore both offer 'trainer'. Give one another name"
+    match = r"the plugin 'steer' \(peftcore-steer 2.0\) and peftcore both provide 'trainer'. Rename one"
     with pytest.raises(peftcore.PluginError, match=match):
         adapted(sequential())
 
