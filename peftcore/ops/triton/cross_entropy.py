@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from peftcore.ops.cross_entropy import CrossEntropyRows
 
 _BLOCK_BYTES = 8192  # of a row, read at once: 32 bytes for each of 256 threads
-_LOWEST = tl.constexpr(-3.0e38)
+_LOWEST = tl.constexpr(-3.4028234663852886e38)  # of fp32; with minus infinity, differences from it would be NaN
 
 
 @triton.jit

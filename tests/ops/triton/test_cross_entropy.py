@@ -89,6 +89,17 @@ def test_opcheck_and_checks_of_arguments(device: torch.device) -> None:
     assert empty.shape == (3, 0)
 
 
+def test_logits_that_are_all_the_lowest_number(device: torch.device) -> None:
+    """Models mask classes with it."""
+    logits = torch.full((1, 6), torch.finfo(torch.float32).min, device=device)
+    labels = torch.tensor([2], device=device)
+    losses, lse, entropy = _OPS.cross_entropy_rows_(logits, labels, None, None, SETTINGS["plain"], -100, True)
+    log = torch.tensor([6.0], device=device).log()
+    torch.testing.assert_close((losses, entropy), (log, log))
+    assert lse.isfinite().all()
+    torch.testing.assert_close(logits[0], torch.tensor([1, 1, -5, 1, 1, 1], device=device) / 6)
+
+
 def test_float64(device: torch.device) -> None:
     logits, labels = logits_of(2, 5).double().to(device), torch.tensor([4, 1], device=device)
     torch.testing.assert_close(ops.cross_entropy(logits, labels), F.cross_entropy(logits, labels, reduction="none"))
