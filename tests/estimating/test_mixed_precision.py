@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.releases import BEFORE_5_24
 from support.step_memory import allocated_by, predicted, real
 from support.whole_run import nightly_but
 from torch.nn import functional as F
@@ -43,6 +44,9 @@ def test_is_what_a_step_of_trainer_takes(case: str, tmp_path: Path) -> None:
 
     # States of the generator: each layer keeps one, and while a layer is computed again there is another.
     states = 5056 * (CONFIG.num_hidden_layers + 1) if step.gradient_checkpointing else 0
+    # The cache of transformers 5.20 has values in the keys' fp32. Trainer turns it off, as checkpointing does.
+    if BEFORE_5_24 and not step.gradient_checkpointing:
+        states -= CONFIG.num_hidden_layers * 3 * 40 * 32 * 4
     assert predicted(found) + states == pytest.approx(allocated_by(trainer), rel=0.005)
     assert predicted(found) != pytest.approx(predicted(peftcore.estimate(CONFIG, method, **RUN, **more, **fields)))
 
