@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from support import tiny
+from support.releases import BEFORE_5_24
 from torch import Tensor, nn
 
 import peftcore
@@ -83,6 +84,8 @@ def model(request: pytest.FixtureRequest) -> Any:
 @pytest.mark.parametrize("model", list(FAMILIES), indirect=True)
 @pytest.mark.parametrize("mask", [torch.ones_like(PADDED), PADDED], ids=["whole", "padded"])
 def test_generation_with_a_cache_and_without(model: Any, mask: Tensor) -> None:
+    if BEFORE_5_24 and mask is PADDED and type(model).__name__ == "RecurrentGemmaForCausalLM":
+        pytest.skip("refused: the cache of transformers 5.20 counts no tokens behind a recurrent layer")
     torch.testing.assert_close(
         generate_logits(model, mask), generate_logits(model, mask, use_cache=False), rtol=1e-3, atol=1e-3
     )
