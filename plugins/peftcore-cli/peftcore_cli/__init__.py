@@ -22,7 +22,8 @@ from typing import Any
 
 import peftcore_cli.start  # noqa: F401  # the clock of a run starts here
 
-# {module: its public names}. `__init__.pyi` has them for type checkers; `tests/test_public_use.py` compares them.
+# {module: its public names}. `__init__.pyi` lists the same names for type checkers, and `tests/test_public_use.py`
+# compares the two.
 _PUBLIC = {
     "peftcore_cli": "amounts completion config_file console options settings",
     "peftcore_cli.bases": "adapter_folders base_and_adapter base_files base_quantization device_choice dtype_choice "

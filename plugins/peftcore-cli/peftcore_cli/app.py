@@ -36,7 +36,7 @@ PACKAGES = {
 def run(words: list[str] | None = None) -> None:
     """Run a command line; `words` defaults to the arguments of the process."""
     warnings.showwarning = show_warning
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # hides its warning about kernels on import
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # hides bitsandbytes' warning about kernels on import
     words = sys.argv[1:] if words is None else words
     try:
         app = build(words)

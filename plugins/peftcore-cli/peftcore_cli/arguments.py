@@ -11,7 +11,7 @@ from typing import Any
 
 from peftcore.errors import PeftcoreError
 
-_LARGEST = 1 << 62  # integers are counts of steps and tokens; their sums must fit into 64 bits
+_LARGEST = 1 << 62  # integers count steps and tokens, and sums of them must fit into 64 bits
 _SEEDS = 1 << 32
 _WITHOUT_A_FILE = (errno.ENOSPC, errno.EDQUOT)
 

@@ -71,7 +71,7 @@ def use_of_run(context: typer.Context, param: typer.CallbackParam, value: Any) -
     if not resume_values.get("resume") or resume_values.get("output") is None:
         return value
     output = Path(resume_values["output"])
-    resume_values.clear()  # `use` processes --output again, as it does every option of the file
+    resume_values.clear()  # `use` processes --output again, like every option in the file
     if (output / RUN_FILE).exists():
         if (output / NAME).exists() and not context.default_map:
             use(context, param, output / NAME)

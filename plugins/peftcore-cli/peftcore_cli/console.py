@@ -78,7 +78,7 @@ def number(count: int, noun: str) -> str:
 
 
 def _plain(message: str, style: str | None = None) -> Text:
-    # `Text` drops some control characters, so they are escaped before it is made.
+    # `Text` drops some control characters, so escape them first.
     return Text(printable(message), style=style or "")
 
 
@@ -155,7 +155,7 @@ def command(*, resume: bool = False) -> str:
 def table(rows: Iterable[Iterable[Any]], columns: Iterable[str] = ("", ""), title: str | None = None) -> None:
     """Print a table. Cells are plain text."""
     if title is not None:
-        say(title)  # rich would wrap it at the width of the table
+        say(title)  # rich would wrap the title at the width of the table
     columns = list(columns)
     grid = Table(show_header=any(columns), box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for column in columns:

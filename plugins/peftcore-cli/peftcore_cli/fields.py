@@ -87,10 +87,11 @@ def _interpretations(text: str, hint: Any) -> Iterator[Any]:
             yield json.loads(text)
     parts = [part.strip() for part in text.split(",") if part.strip()]
     lists = [[_scalar(part) for part in parts], parts] if parts else []
-    pairs = [(key.strip(), value.strip()) for key, _, value in (part.rpartition(":") for part in parts)]
-    tables = (
-        [{key: _scalar(value) for key, value in pairs}, dict(pairs)] if pairs and all(key for key, _ in pairs) else []
-    )
+    table = {}
+    for part in parts:
+        key, _, value = part.rpartition(":")
+        table[key.strip()] = value.strip()
+    tables = [{key: _scalar(value) for key, value in table.items()}, table] if table and "" not in table else []
     yield from [*lists, text, *tables] if _looks_like_names(text) else [text, *tables, *lists]
 
 

@@ -22,7 +22,7 @@ OUTPUT = "Output"
 
 _ORDER = (None, DATA, MODEL, TASK, TRAINING, EVALUATION, MEMORY, OUTPUT)
 _ALL = "--help-all"
-_FEW = 12  # options that fit into one list
+_FEW = 12  # maximum number of options in a single list
 
 
 class GroupedCommand(TyperCommand):

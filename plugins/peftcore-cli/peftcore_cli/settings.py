@@ -25,7 +25,7 @@ from peftcore_cli.data import mixture
 
 RUN_FILE = config_file.RUN_FILE
 LOCK = ".train.lock"  # locked while a process trains or compares in the folder
-_OF_RANKS = ("ranks", "parallel", "grad_accum")  # may change together, see `for_these_ranks`
+_OF_RANKS = ("ranks", "parallel", "grad_accum")  # settings that may change together, see `for_these_ranks`
 _NOT_THE_SAME = (
     ". --resume continues an interrupted run in --output; --adapter starts a new run from an existing adapter"
 )

@@ -222,7 +222,7 @@ class ComparisonReport:
     def write(self, folder: Path) -> None:
         """Write the tables."""
         settings = self.settings.to_json()
-        for name in ("method", "fields", "lr", "seed"):  # they differ between runs
+        for name in ("method", "fields", "lr", "seed"):  # these settings differ between runs
             settings.pop(name, None)
         rows = []
         for method in self.methods:
@@ -242,27 +242,11 @@ class ComparisonReport:
     def picture(self) -> bytes:
         """Return the chart as a PNG."""
         methods = [method for method in self.methods if method.finished_runs]
-        scale = 100 if self.metric in metrics.SHARES else 1
-        values = [[scale * value for value in method.values(self.metric)] for method in methods]
-        seeds = max(map(len, values))
-        baseline_value = scale * statistics.mean(self.values_before())
-        lines = [(baseline_value, "before training")]
-        if (baseline := self.baseline()) is not None:
-            lines.append((scale * baseline[1], baseline[0]))
         parameter_counts = [method.finished_runs[0]["trainable_parameters"] for method in methods]
         peak = [method.median("peak") / 1e6 for method in methods]
         step = [1e3 * method.median("step_seconds") for method in methods]
-        heading = f"held-out {metrics.title(self.metric)}"
-        heading += " (%)" if scale == 100 else ""
-        heading += f", {seeds} seeds" if seeds > 1 else ""
         panels = [
-            chart.Panel(
-                heading,
-                [statistics.mean(seed_values) for seed_values in values],
-                [self.format_metric(method.values(self.metric)).removesuffix(" %") for method in methods],
-                spreads=[statistics.stdev(seed_values) if len(seed_values) > 1 else 0.0 for seed_values in values],
-                lines=lines,
-            ),
+            self._metric_panel(methods),
             chart.Panel(
                 "trained parameters", parameter_counts, [_short(count) for count in parameter_counts], log=True
             ),
@@ -273,6 +257,29 @@ class ComparisonReport:
         files = [self.settings.data] if isinstance(self.settings.data, str) else self.settings.data
         title = f"{model} on {', '.join(Path(file).name for file in files)}"
         return chart.small_multiples([method.label for method in methods], panels, FULL, title)
+
+    def _metric_panel(self, methods: Sequence[MethodRuns]) -> chart.Panel:
+        """Return the panel of the main figure: means over seeds, with error bars and the baselines as lines."""
+        is_share = self.metric in metrics.SHARES
+        scale = 100 if is_share else 1
+        values = [[scale * value for value in method.values(self.metric)] for method in methods]
+        seeds = max(map(len, values))
+        heading = f"held-out {metrics.title(self.metric)}"
+        if is_share:
+            heading += " (%)"
+        if seeds > 1:
+            heading += f", {seeds} seeds"
+        lines = [(scale * statistics.mean(self.values_before()), "before training")]
+        if (baseline := self.baseline()) is not None:
+            name, value = baseline
+            lines.append((scale * value, name))
+        return chart.Panel(
+            heading,
+            [statistics.mean(seed_values) for seed_values in values],
+            [self.format_metric(method.values(self.metric)).removesuffix(" %") for method in methods],
+            spreads=[statistics.stdev(seed_values) if len(seed_values) > 1 else 0.0 for seed_values in values],
+            lines=lines,
+        )
 
 
 def _markdown(rows: Sequence[Sequence[str]]) -> str:

@@ -25,7 +25,7 @@ def command(model: str | Path, adapter: Path | None = None) -> str:
 
 
 def write_adapter(model: nn.Module, path: Path, adapter: str, _options: GgufOptions) -> None:
-    """Write the adapter in fp32. It fits GGUF files of the base in any type.
+    """Write the adapter in fp32. The adapter works with GGUF files of the base in any type.
 
     Raises:
         PeftcoreError: the adapter does not just add low-rank products to weights, or changes modules that llama.cpp

@@ -26,7 +26,7 @@ class Family(NamedTuple):
     rotates_neighbours: bool = False  # the rotary embedding rotates adjacent dimensions
     activation: str = "silu"
     norms_add_one: bool = False  # norms multiply by weight + 1; the file stores weight + 1
-    full_attention_interval: int = 0  # every n-th layer has full attention, the others a sliding window
+    full_attention_interval: int = 0  # every n-th layer has full attention, all other layers a sliding window
     experts: bool = False
 
 

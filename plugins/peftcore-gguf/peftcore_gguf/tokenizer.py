@@ -65,6 +65,9 @@ def write_tokenizer(writer: Any, tokenizer: Any, rows: int, template: str | None
         writer.add_chat_template(template)
 
 
+_UNSUPPORTED_KEYS = ("dropout", "continuing_subword_prefix", "end_of_word_suffix")  # settings of a BPE model
+
+
 def _write_byte_level(writer: Any, parts: dict[str, Any], rows: int) -> None:
     """Write a byte-level BPE tokenizer."""
     pre_tokenizer = _pre_tokenizer(parts)
@@ -103,28 +106,37 @@ def _pre_tokenizer(parts: dict[str, Any]) -> str:
     Raises:
         PeftcoreError: llama.cpp has no pre-tokenizer that splits texts in the same way.
     """
-    model, pre_tokenizer = parts["model"], parts["pre_tokenizer"]
-    defaults = {"dropout": None, "continuing_subword_prefix": None, "end_of_word_suffix": None}
-    unsupported_keys = [key for key, value in defaults.items() if (model.get(key) or value) != value]
+    model = parts["model"]
+    unsupported_keys = [key for key in _UNSUPPORTED_KEYS if model.get(key)]
     if model["type"] != "BPE" or unsupported_keys:
         suffix = f" with {', '.join(unsupported_keys)}" if unsupported_keys else ""
         raise _unsupported_tokenizer(f"its model is {model['type']}{suffix}")
     if parts["normalizer"] not in (None, {"type": "NFC"}):
         raise _unsupported_tokenizer(f"it has a normalizer, {parts['normalizer']['type']}")
-    steps = (
-        pre_tokenizer["pretokenizers"]
-        if pre_tokenizer and pre_tokenizer["type"] == "Sequence"
-        else [pre_tokenizer or {"type": "none"}]
-    )
+    steps = _steps(parts["pre_tokenizer"])
     if any(step.get("add_prefix_space") for step in steps):
         raise _unsupported_tokenizer("it prepends a space to texts")
-    splits = [{k: v for k, v in s.items() if k not in ("add_prefix_space", "trim_offsets")} for s in steps]
+    splits = list(map(_without_offsets, steps))
     name = next((name for name, known_steps in PRE_TOKENIZERS.items() if splits == known_steps), None)
     if name is None:
         raise _unsupported_tokenizer(f"it splits texts differently ({', '.join(step['type'] for step in steps)})")
     if bool(model.get("ignore_merges")) != (name in WHOLE_WORDS_FIRST):
         raise _unsupported_tokenizer(f"it has ignore_merges={model.get('ignore_merges')}")
     return name
+
+
+def _steps(pre_tokenizer: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """Return the steps of a pre-tokenizer."""
+    if not pre_tokenizer:
+        return [{"type": "none"}]
+    if pre_tokenizer["type"] == "Sequence":
+        return list(pre_tokenizer["pretokenizers"])
+    return [pre_tokenizer]
+
+
+def _without_offsets(step: dict[str, Any]) -> dict[str, Any]:
+    """Remove the settings of a step that do not change how it splits texts."""
+    return {key: value for key, value in step.items() if key not in ("add_prefix_space", "trim_offsets")}
 
 
 def _refuse_added(added_tokens: list[dict[str, Any]]) -> None:

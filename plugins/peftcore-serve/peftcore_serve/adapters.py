@@ -41,7 +41,7 @@ class Adapters:
 
     def __init__(self, model: nn.Module, limit: int) -> None:
         self.model, self.limit = model, limit
-        self.by_name: dict[str, LoadedAdapter] = {}  # the last one is the most recently used
+        self.by_name: dict[str, LoadedAdapter] = {}  # ordered from the least to the most recently used
         self._count = 0
         self._active: object = None
         # {content of adapter_config.json: whether such adapters can be batched}

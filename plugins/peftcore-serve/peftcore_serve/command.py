@@ -37,7 +37,7 @@ _NEUTRAL_VALUES = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "min_ne
 
 def serve(
     model: options.Model,
-    trust_remote_code: options.TrustRemoteCode = False,  # the application reads it
+    trust_remote_code: options.TrustRemoteCode = False,  # `app` reads this option
     adapters: Annotated[
         Path | None,
         typer.Option(

@@ -171,7 +171,9 @@ class Texts:
         self._trust_templates = trust_templates
         self._rows = base_and_adapter.vocabulary(model)
         self._context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        self._texts: OrderedDict[tuple[Stamp, str], Text] = OrderedDict()  # the last one is the most recently used
+        self._texts: OrderedDict[tuple[Stamp, str], Text] = (
+            OrderedDict()
+        )  # ordered from the least to the most recently used
         self._lock = threading.Lock()
         tokenizer = models.load_tokenizer(base)
         conversations.set_template(tokenizer, chat_template)

@@ -288,9 +288,11 @@ class Answer:
     def _chunk(
         self, index: int, delta: dict[str, Any], piece: Piece | None, reason: str | None = None
     ) -> dict[str, Any]:
-        content = {"delta": delta} if self.request.is_chat else {"text": "" if piece is None else piece.text}
+        text = "" if piece is None else piece.text
+        content = {"delta": delta} if self.request.is_chat else {"text": text}
         logprobs = None if piece is None else self._logprobs(index, piece)
-        chunk = {**self._head, "choices": [{"index": index, **content, "logprobs": logprobs, "finish_reason": reason}]}
+        choice = {"index": index, **content, "logprobs": logprobs, "finish_reason": reason}
+        chunk = {**self._head, "choices": [choice]}
         return {**chunk, "usage": None} if self.request.include_usage else chunk
 
     def _usage(self, token_count: int) -> dict[str, int]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from peftcore import PeftcoreError
 
-STOP, LENGTH = "stop", "length"  # reasons for an end, as the protocol names them
+STOP, LENGTH = "stop", "length"  # finish reasons of the protocol
 _NAN = "the model's logits contain NaN. Check the adapter, or serve the base in fp32: --dtype fp32"
 
 

@@ -51,7 +51,7 @@ class AdapterTask:
     max_length: int
     labels: tuple[str, ...] = ()
     chat: bool | None = None  # whether it was trained on conversations; None if unknown
-    chat_template: str | None = None  # if it differs from the tokenizer's
+    chat_template: str | None = None  # chat template, if it differs from the tokenizer's
     beta: float | None = None  # beta of preference tasks, if not the default
     weights: tuple[float, float] | None = None  # weights of good and bad answers, if not 1
     dtype: str | None = None  # of the base in training
@@ -255,10 +255,11 @@ def outputs_of_peft(info: AdapterInfo) -> int:
         raise CheckpointError(
             f"modules_to_save in '{info.path}' must be a list of names, found {validation.shown(module_names)}"
         )
-    tensors = [
-        tensor for name, tensor in info.parts[""].items() if any(f".{module}." in name for module in module_names)
-    ]
-    heads = [tensor for tensor in tensors if tensor.dim()]
+    heads = []
+    for name, tensor in info.parts[""].items():
+        is_head = any(f".{module}." in name for module in module_names)
+        if is_head and tensor.dim():
+            heads.append(tensor)
     if not heads:
         raise CheckpointError(f"the adapter in '{info.path}' has no classification head")
     return int(heads[-1].shape[0])

@@ -76,7 +76,9 @@ def _value(file: Path) -> Any:
 def _check(tokenizer: Any) -> None:
     """Raise a ValueError for attributes of the wrong type, which the files can set."""
     template = getattr(tokenizer, "chat_template", None)
-    texts = template.values() if isinstance(template, dict) else [] if template is None else [template]
+    texts = [] if template is None else [template]
+    if isinstance(template, dict):
+        texts = list(template.values())
     for text in texts:
         if not isinstance(text, str):
             raise ValueError(f"chat_template must be text, found {type(text).__name__}")

@@ -22,7 +22,7 @@ NEW_ROWS = "the adapter's vocabulary is larger than its base's, so the base has 
 def load_base(
     base: str, task: AdapterTask, adapter: Path | None, *, quantize: str | None, dtype: str, device: str
 ) -> PreTrainedModel:
-    """Load the base of an adapter for `task`, in the dtype and format of the options, by default those of training."""
+    """Load the base of an adapter for `task`, in the dtype and format of the options, by default as in training."""
     dtype = dtype_choice.of_base(base, task.task, dtype, device, task.labels, task.dtype).say()
     quantization = base_quantization.of_adapter(quantize, adapter, task)
     return models.load_model(base, task.task, dtype=dtype, device=device, labels=task.labels, quantize=quantization)
@@ -76,7 +76,7 @@ def load_adapter(model: PreTrainedModel, folder: Path, name: str | None = None) 
 def merge_adapter(
     model: PreTrainedModel, *, untie: bool, quantize: str | Quantization | None, dtype: str, device: str
 ) -> PreTrainedModel:
-    """Merge the adapter permanently, and dequantize 4-bit weights. Warnings are printed as those of commands."""
+    """Merge the adapter permanently, and dequantize 4-bit weights. Warnings are printed like warnings of commands."""
     import peftcore
 
     dense = torch_dtype(dtype, device) if quantize or _is_packed(model) or _is_read_only(model) else None

@@ -176,12 +176,13 @@ def by_method(
             quantizations.add(Quantization(by_plugin.name))
     expert_quantizations = []
     for path, module in quantized_experts(empty):
-        weights = {f"{path}.{name}": module.packed_parameter(name) for name in module.packings}
-        packed |= {name for name, weight in weights.items() if weight is not None}
-        expert_quantizations += [
-            _quantization_of(weight, module.compute_dtype) for weight in weights.values() if weight is not None
-        ]
-    if not quantizations and expert_quantizations:  # experts whose rows the blocks do not divide have smaller blocks
+        for name in module.packings:
+            weight = module.packed_parameter(name)
+            if weight is not None:
+                packed.add(f"{path}.{name}")
+                expert_quantizations.append(_quantization_of(weight, module.compute_dtype))
+    if not quantizations and expert_quantizations:
+        # Experts whose rows are not a multiple of the block size have smaller blocks.
         quantizations = {max(expert_quantizations, key=lambda quantization: quantization.blocksize)}
     if len(quantizations) != 1:
         return None

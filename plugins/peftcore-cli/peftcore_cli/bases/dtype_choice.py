@@ -1,9 +1,10 @@
 """`--dtype`: choose the dtype of a base, and explain the choice.
 
-    CUDA    auto is bf16 if the GPU supports it, otherwise fp32
-    CPU     auto is the dtype in `config.json`, or bf16 for a .gguf file in fewer bits. It is fp32 instead of 16 bits if
-            this processor has no instructions for them, if parameters of the base are trained, because bf16 would round
-            away small updates, and instead of fp16, because gradients underflow unless they are scaled
+    CUDA   auto is bf16 if the GPU supports it, otherwise fp32
+    CPU    auto is the dtype in `config.json`, or bf16 for a .gguf file in fewer bits. It is fp32 instead of 16 bits if
+           this processor has no instructions for the dtype, or if parameters of the base are trained, because bf16
+           would round away small updates. It is also fp32 instead of fp16, because gradients underflow without loss
+           scaling
 
 A message names the dtype that auto uses instead of the checkpoint's, and the cost of a dtype that the processor has no
 instructions for. Commands that write weights (`merge`, `export`) or compare methods use fp32 for auto on a CPU.

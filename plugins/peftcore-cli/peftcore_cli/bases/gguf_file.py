@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     import numpy
     import torch
 
-# Architectures whose tensors transformers converts one by one, by names alone. It reads others as a whole.
+# Architectures whose tensors transformers converts one at a time, by name. Models of other architectures are read
+# whole.
 ONE_BY_ONE = ("llama", "qwen2", "qwen3", "gemma2", "gemma3", "phi3")
 _WITHOUT_PARAMETER = {"rope_freqs.weight", "output.weight"}  # of frequencies, and a head that a classifier replaces
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}

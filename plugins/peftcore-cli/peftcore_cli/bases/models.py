@@ -220,7 +220,7 @@ def _packing_of(config: PretrainedConfig) -> dict[str, Any] | None:
         _refuse_unknown_quantization(quantization_config)
     quantization_config = quantization_config if isinstance(quantization_config, dict) else {}
     if quantization_config.get("quant_method") == "bitsandbytes" and quantization_config.get("load_in_4bit"):
-        # bitsandbytes' own layers lose gradients on CPUs with AVX512-BF16 once they have been evaluated.
+        # bitsandbytes' own layers lose gradients on CPUs with AVX512-BF16 after an evaluation.
         return {"quant_type": "nf4", "compute_dtype": quantization_config.get("bnb_4bit_compute_dtype")}
     return {"quant_type": "nf4"} if is_packed(config) else None
 

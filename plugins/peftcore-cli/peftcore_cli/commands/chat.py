@@ -38,7 +38,7 @@ def chat(
         ),
     ] = None,
     model: options.BaseModel = None,
-    trust_remote_code: options.TrustRemoteCode = False,  # the application reads it
+    trust_remote_code: options.TrustRemoteCode = False,  # `app` reads this option
     system: Annotated[str | None, typer.Option(help="System message of the conversation.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Maximum number of tokens per answer.")] = 512,
     temperature: Annotated[

@@ -106,7 +106,7 @@ def _libraries(problems: list[str]) -> tuple[dict[str, str | None], list[tuple[s
             importlib.import_module(name)
             versions[name] = version(name)
             rows.append((name, version(name)))
-        except Exception as error:  # a library that fails to import counts as missing, whatever it raises
+        except Exception as error:  # any exception during import counts as a missing library
             versions[name] = None
             rows.append((name, f"missing: {error}"))
             problems.append(

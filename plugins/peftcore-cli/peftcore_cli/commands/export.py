@@ -39,7 +39,7 @@ def export(
         typer.Option("--output", "-o", help=("New folder to write to; default: a folder next to the adapter.")),
     ] = None,
     model: options.BaseModel = None,
-    trust_remote_code: options.TrustRemoteCode = False,  # the application reads it
+    trust_remote_code: options.TrustRemoteCode = False,  # `app` reads this option
     settings: Annotated[
         list[str] | None,
         typer.Option(
@@ -242,7 +242,7 @@ def complete_or_removed(folder: Path, paths: list[Path]) -> Iterator[None]:
             if any(f"{entry.name}.".startswith(f"{path.name}.") for path in paths):
                 shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
         for parent in new_folders:
-            with suppress(OSError):  # it does not exist, or another process wrote to it
+            with suppress(OSError):  # the folder does not exist, or another process wrote to it
                 parent.rmdir()
         raise
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -18,7 +19,7 @@ def generate(
     pair: Annotated[str | None, typer.Option(help="Second text, for classifiers of text pairs.")] = None,
     adapter: options.MaybeAdapter = None,
     model: options.BaseModel = None,
-    trust_remote_code: options.TrustRemoteCode = False,  # the application reads it
+    trust_remote_code: options.TrustRemoteCode = False,  # `app` reads this option
     chat: Annotated[
         bool | None,
         typer.Option(help="Format the prompt with the chat template; default: if the adapter was trained on chats."),
@@ -42,14 +43,7 @@ def generate(
     from peftcore_cli.bases import adapter_folders, base_and_adapter, base_files, models
     from peftcore_cli.tasks import conversations, registered
 
-    if adapter is None and model is None:
-        raise PeftcoreError(
-            "no model was given. Pass an adapter (peftcore generate FOLDER), a model (--model MODEL), or both"
-        )
-    if adapter is None and (compare or labels is not None):
-        raise PeftcoreError(
-            f"{('--compare' if compare else '--labels')} needs an adapter. Pass one, or remove the option"
-        )
+    _check_options(adapter, model, labels, compare=compare)
     if adapter is None:
         about, base = adapter_folders.AdapterTask(registered.default_name(), 512), base_files.resolve(str(model))
     else:
@@ -83,3 +77,16 @@ def generate(
         say("with the adapter:", "bold")
     base_and_adapter.load_adapter(loaded_model, adapter)
     print_answer(answer().strip() if compare else answer())
+
+
+def _check_options(adapter: Path | None, model: str | None, labels: str | None, *, compare: bool) -> None:
+    """Raise a PeftcoreError if the command has neither an adapter nor a model, or an option that needs an adapter."""
+    if adapter is not None:
+        return
+    if model is None:
+        raise PeftcoreError(
+            "no model was given. Pass an adapter (peftcore generate FOLDER), a model (--model MODEL), or both"
+        )
+    for option, is_set in (("--compare", compare), ("--labels", labels is not None)):
+        if is_set:
+            raise PeftcoreError(f"{option} needs an adapter. Pass one, or remove {option}")

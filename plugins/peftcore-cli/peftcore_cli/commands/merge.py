@@ -19,7 +19,7 @@ def merge(
     adapter: options.Adapter,
     output: Annotated[Path, typer.Option("--output", "-o", help="New folder to write the merged model to.")],
     model: options.BaseModel = None,
-    trust_remote_code: options.TrustRemoteCode = False,  # the application reads it
+    trust_remote_code: options.TrustRemoteCode = False,  # `app` reads this option
     labels: options.Labels = None,
     shard_size: Annotated[str, typer.Option(help="Maximum size of each weight file, such as 5GB.")] = "5GB",
     untie: Annotated[bool, typer.Option("--untie", help="Untie an adapted embedding from the output head.")] = False,

@@ -35,7 +35,7 @@ def methods(
         ),
     ] = None,
     task: options.Task = None,
-    trust_remote_code: options.TrustRemoteCode = False,  # the application reads it
+    trust_remote_code: options.TrustRemoteCode = False,  # `app` reads this option
     as_json: options.Json = False,
 ) -> object:
     """List the installed methods, try them on a model, or show the config fields of one method."""

@@ -32,7 +32,7 @@ def predict(
         typer.Option("--output", "-o", help="New .jsonl file to write the answers to; default: standard output."),
     ] = None,
     model: options.BaseModel = None,
-    trust_remote_code: options.TrustRemoteCode = False,  # the application reads it
+    trust_remote_code: options.TrustRemoteCode = False,  # `app` reads this option
     labels: options.Labels = None,
     columns: options.Columns = None,
     max_length: options.MaxLength = None,

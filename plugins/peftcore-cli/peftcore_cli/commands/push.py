@@ -37,7 +37,7 @@ def push(
     """
     import peftcore
 
-    peftcore.inspect(adapter)  # raises a CheckpointError if it is not an adapter
+    peftcore.inspect(adapter)  # raises a CheckpointError if the folder has no adapter
     if public and update:
         raise PeftcoreError(
             "--public only works for new repositories. Change the visibility of an existing repository in its settings"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import warnings
 from collections.abc import Iterator
@@ -68,11 +69,9 @@ def image_paths(path: str) -> list[str]:
         raise PeftcoreError(f"'{path}' does not exist. Pass an image, or a folder of images")
     if not os.path.isdir(root):
         return [_image_path(root)]
-    files = [
-        file
-        for entry in _entries_of(root)
-        for file in (image_paths(str(entry)) if entry.is_dir() else [_image_path(entry)])
-    ]
+    files: list[str] = []
+    for entry in _entries_of(root):
+        files += image_paths(str(entry)) if entry.is_dir() else [_image_path(entry)]
     if not files:
         raise PeftcoreError(f"the folder '{path}' has no images. Pass a folder with images ({', '.join(SUFFIXES)})")
     return files
@@ -83,8 +82,9 @@ def is_labelled(path: str) -> bool:
     root = Path(os.path.expanduser(path))
     if not os.path.isdir(root):
         return False
-    folders = (entry for entry in _entries_of(root) if entry.is_dir())
-    return any(file.suffix.lower() in SUFFIXES for folder in folders for file in _entries_of(folder))
+    folders = filter(Path.is_dir, _entries_of(root))
+    files = itertools.chain.from_iterable(map(_entries_of, folders))
+    return any(file.suffix.lower() in SUFFIXES for file in files)
 
 
 def open_image(path: str) -> Image:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -19,15 +20,12 @@ def tokens_of(where: str, fields: Mapping[str, Any]) -> tuple[list[int], list[in
         PeftcoreError: a list is missing, has the wrong length or has invalid values. The message begins with `where`.
     """
     ids = _integers(where, "input_ids", fields["input_ids"])
-    values_by_name = {name: fields.get(name) for name in ("labels", "attention_mask")}
-    labels, mask = (None if each is None else _integers(where, name, each) for name, each in values_by_name.items())
-    for name, values in (("labels", labels), ("attention_mask", mask)):
-        if values is not None and len(values) != len(ids):
-            raise PeftcoreError(f"{where}: '{name}' has {len(values)} values, but 'input_ids' has {len(ids)}")
-    labels = list(ids) if labels is None else labels
-    if mask is not None:
-        token_indices = [i for i, value in enumerate(mask) if value]
-        ids, labels = [ids[i] for i in token_indices], [labels[i] for i in token_indices]
+    labels = list(ids)
+    if fields.get("labels") is not None:
+        labels = _integers(where, "labels", fields["labels"], len(ids))
+    if fields.get("attention_mask") is not None:
+        mask = _integers(where, "attention_mask", fields["attention_mask"], len(ids))
+        ids, labels = list(itertools.compress(ids, mask)), list(itertools.compress(labels, mask))
     mismatch = next(
         (i for i, (id_, label) in enumerate(zip(ids, labels, strict=True)) if label not in (id_, IGNORE_INDEX)), None
     )
@@ -51,10 +49,12 @@ def check_vocabulary(where: str, ids: Sequence[int], size: int) -> None:
         )
 
 
-def _integers(where: str, key: str, value: Any) -> list[int]:
+def _integers(where: str, key: str, value: Any, length: int | None = None) -> list[int]:
     if isinstance(value, str):  # of CSV files
         with contextlib.suppress(ValueError, RecursionError):
             value = json.loads(value)
     if not isinstance(value, list) or not value or any(type(item) is not int for item in value):
         raise PeftcoreError(f"{where}: '{key}' must be a list of integers, found {str(value)[:80]}")
+    if length is not None and len(value) != length:
+        raise PeftcoreError(f"{where}: '{key}' has {len(value)} values, but 'input_ids' has {length}")
     return value

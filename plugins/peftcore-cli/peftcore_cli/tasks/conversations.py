@@ -152,14 +152,10 @@ def _refuse_what_vanishes(tokenizer: PreTrainedTokenizerBase, row: Row, full_tex
     for index, message in enumerate(messages):
         if not message.get("tool_calls"):
             continue
-        message_without_calls = {
-            "content": "",
-            **{name: value for name, value in message.items() if name != "tool_calls"},
-        }
-        if (
-            render(tokenizer, [*messages[:index], message_without_calls, *messages[index + 1 :]], row.tools)
-            == full_text
-        ):
+        message_without_calls = {"content": "", **message}
+        del message_without_calls["tool_calls"]
+        messages_without_calls = [*messages[:index], message_without_calls, *messages[index + 1 :]]
+        if render(tokenizer, messages_without_calls, row.tools) == full_text:
             raise PeftcoreError(
                 f"the chat template ignores the tool_calls of messages[{index}]. Pass a template that writes them "
                 "(--chat-template FILE), or write the calls as content"
@@ -173,15 +169,8 @@ def _span(tokenizer: PreTrainedTokenizerBase, row: Row, turn: int) -> tuple[str,
         raise PeftcoreError("the conversation starts with an assistant turn. Start with a user or system turn")
     text = render(tokenizer, messages[: turn + 1], row.tools)
     prefix = render(tokenizer, messages[:turn], row.tools, begins_answer=True)
-    begin = next(
-        (
-            i
-            for i, (character, prefix_character) in enumerate(zip(text, prefix, strict=False))
-            if character != prefix_character
-        ),
-        len(prefix),
-    )
-    begin = min(begin, len(text))
+    common_length = min(len(text), len(prefix))
+    begin = next((i for i in range(common_length) if text[i] != prefix[i]), common_length)
     if begin < len(prefix) and begin < len(render(tokenizer, messages[:turn], row.tools)):
         raise PeftcoreError(
             f"the chat template rewrites earlier turns when messages[{turn}] is added, so the tokens to learn cannot "
@@ -192,26 +181,36 @@ def _span(tokenizer: PreTrainedTokenizerBase, row: Row, turn: int) -> tuple[str,
 
 def example(tokenizer: PreTrainedTokenizerBase, text: str, spans: list[tuple[int, int]]) -> dict[str, Any]:
     """Tokenize `text`. The tokens in each span are learned, up to its end-of-turn token."""
-    if tokenizer.is_fast:
-        encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        ids, offsets = list(encoding["input_ids"]), [begin for begin, _ in encoding["offset_mapping"]]
-    else:  # tokenize the pieces separately, so that no token crosses the boundary of a span
-        ids, offsets, edges = [], [], sorted({0, len(text), *(edge for span in spans for edge in span)})
-        for begin, end in itertools.pairwise(edges):
-            piece = tokenizer(text[begin:end], add_special_tokens=False)["input_ids"]
-            ids, offsets = ids + list(piece), offsets + [begin] * len(piece)
-    special = {id_ for id_, token in tokenizer.added_tokens_decoder.items() if token.special}
-    end_tokens = {*tokenizer.all_special_ids, *special, tokenizer.eos_token_id}
+    ids, offsets = _tokens_with_offsets(tokenizer, text, spans)
+    special_ids = {id_ for id_, token in tokenizer.added_tokens_decoder.items() if token.special}
+    end_tokens = {*tokenizer.all_special_ids, *special_ids, tokenizer.eos_token_id}
     labels = [IGNORE_INDEX] * len(ids)
     for begin, end in spans:
         indices = [i for i, offset in enumerate(offsets) if begin <= offset < end]
-        marks = [i for i in indices if ids[i] in end_tokens]
+        end_indices = [i for i in indices if ids[i] in end_tokens]
         for i in indices:
-            if not marks or i <= marks[-1]:
+            if not end_indices or i <= end_indices[-1]:
                 labels[i] = ids[i]
-        if not marks and end == len(text) and tokenizer.eos_token_id is not None:
-            ids.append(
-                tokenizer.eos_token_id
-            )  # without an end-of-turn token in the template, the model must still learn to stop
+        if not end_indices and end == len(text) and tokenizer.eos_token_id is not None:
+            # The template writes no end-of-turn token, but the model must learn to stop.
+            ids.append(tokenizer.eos_token_id)
             labels.append(tokenizer.eos_token_id)
     return {"input_ids": ids, "labels": labels}
+
+
+def _tokens_with_offsets(
+    tokenizer: PreTrainedTokenizerBase, text: str, spans: list[tuple[int, int]]
+) -> tuple[list[int], list[int]]:
+    """Return the tokens of `text`, and the index of the character where each token starts."""
+    if tokenizer.is_fast:
+        encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        return list(encoding["input_ids"]), [begin for begin, _ in encoding["offset_mapping"]]
+    # Tokenize the pieces separately, so that no token crosses the boundary of a span.
+    edges = sorted({0, len(text), *itertools.chain.from_iterable(spans)})
+    ids: list[int] = []
+    offsets: list[int] = []
+    for begin, end in itertools.pairwise(edges):
+        piece = list(tokenizer(text[begin:end], add_special_tokens=False)["input_ids"])
+        ids += piece
+        offsets += [begin] * len(piece)
+    return ids, offsets

@@ -131,7 +131,7 @@ class Judged(Task):
         import datasets
 
         datasets.disable_progress_bars()
-        datasets.utils.logging.set_verbosity_error()  # hides a warning about hashing, which only concerns its cache
+        datasets.utils.logging.set_verbosity_error()  # hides a warning about the cache of datasets
         for name in ("train_dataset", "eval_dataset"):
             arguments[name] = datasets.Dataset.from_list(self.columns(arguments[name]))
         if self.has_reference and has_adapters(

@@ -155,7 +155,7 @@ def _examples(row: Row, processor: Any) -> list[Example]:
 
 def _sizes(row: Row, processor: Any) -> dict[str, list[list[int]]]:
     """Return {kind: token ids that the processor inserts for each image or recording of a row}."""
-    begin = processor.tokenizer.bos_token_id  # the processor of Llama 3.2 adds it to every text
+    begin = processor.tokenizer.bos_token_id  # the processor of Llama 3.2 adds this token to every text
     sizes: dict[str, list[list[int]]] = {"image": [], "audio": []}
     for kind, paths in (("image", row.images), ("audio", row.sounds)):
         if not paths:

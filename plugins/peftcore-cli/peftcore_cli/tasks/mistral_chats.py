@@ -1,7 +1,7 @@
 """Conversations for Mistral's audio models (Voxtral), whose processor uses mistral-common.
 
-This processor has no chat template. It converts a conversation to tokens and audio features. The learned tokens are
-those of the assistant's turns, including the token that ends each turn.
+This processor has no chat template. It converts a conversation to tokens and audio features. The tokens of the
+assistant's turns are learned, including the token that ends each turn.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import base64
 import importlib
 import importlib.util
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -151,11 +151,21 @@ def collate(examples: Sequence[Example], processor: Any) -> dict[str, Any]:
         PeftcoreError: a recording cannot be read.
     """
     length = max(len(example["input_ids"]) for example in examples)
-    padding = processor.tokenizer.pad_token_id or 0
-    ends = {"input_ids": padding, "labels": IGNORE_INDEX, "attention_mask": 0}
-    rows = [{**example, "attention_mask": [1] * len(example["input_ids"])} for example in examples]
-    batch = {key: torch.tensor([e[key] + [end] * (length - len(e[key])) for e in rows]) for key, end in ends.items()}
-    features = [_process(e["messages"], e["sounds"], processor)["input_features"] for e in examples if e["sounds"]]
+
+    def pad(sequences: Iterable[list[int]], value: int) -> torch.Tensor:
+        return torch.tensor([sequence + [value] * (length - len(sequence)) for sequence in sequences])
+
+    ids = [example["input_ids"] for example in examples]
+    batch = {
+        "input_ids": pad(ids, processor.tokenizer.pad_token_id or 0),
+        "labels": pad([example["labels"] for example in examples], IGNORE_INDEX),
+        "attention_mask": pad([[1] * len(sequence) for sequence in ids], 0),
+    }
+    features = []
+    for example in examples:
+        if example["sounds"]:
+            inputs = _process(example["messages"], example["sounds"], processor)
+            features.append(inputs["input_features"])
     return {**batch, "input_features": torch.cat(features)} if features else batch
 
 

@@ -38,7 +38,7 @@ class ORPO(Preferences):
     name = "orpo"
     family = "writers"
     figures = ("preference_accuracy", "log_odds")
-    step_loss = "dpo"  # a step has the same pairs as one of DPO
+    step_loss = "dpo"  # a step has the same pairs as a DPO step
 
     def likelihoods(
         self, model: nn.Module, examples: Sequence[Example], processor: Any, batch_size: int = 8
@@ -85,14 +85,14 @@ class ORPO(Preferences):
 
     def arguments(self, settings: Settings) -> tuple[Any, dict[str, Any]]:
         kind, options = super().arguments(settings)
-        return kind, {**options, "max_length": settings.max_length}  # TRL warns if it is missing
+        return kind, {**options, "max_length": settings.max_length}  # TRL warns if this argument is missing
 
     def trl_classes(self) -> tuple[Any, Any]:
         require("trl", extra="dpo")
         import trl
 
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # TRL calls its package experimental
+            warnings.simplefilter("ignore")  # TRL's package of this trainer is experimental
             try:
                 from trl.experimental import orpo
             except ImportError as error:

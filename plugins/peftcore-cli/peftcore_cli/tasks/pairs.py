@@ -12,6 +12,7 @@ positive. For scored pairs the loss is the mean of (cos(a, b) - score)^2 (Cosine
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -173,15 +174,14 @@ class Pairs(Task):
         `labels` [examples] are the scores, or without scores the indices of the positives. `same` [examples,
         candidates] marks other candidates with the same text as the positive.
         """
-        columns = list(zip(*(example["texts"] for example in examples), strict=True))
-        tensors = as_batch([ids for column in columns for ids in column], processor.pad_token_id or 0)
+        texts = _all_texts(examples)
+        tensors = as_batch(texts, processor.pad_token_id or 0)
         if examples[0]["labels"] is not None:
             return {**tensors, "labels": torch.tensor([float(example["labels"]) for example in examples])}
-        candidates = [tuple(ids) for column in columns[1:] for ids in column]
+        candidates = texts[len(examples) :]
+        positives = candidates[: len(examples)]
         indices = torch.arange(len(examples))
-        is_same_text = torch.tensor(
-            [[candidate == candidates[i] for candidate in candidates] for i in range(len(examples))]
-        )
+        is_same_text = torch.tensor([[candidate == positive for candidate in candidates] for positive in positives])
         is_same_text[indices, indices] = False
         return {**tensors, "labels": indices, "same": is_same_text}
 
@@ -236,11 +236,8 @@ class Pairs(Task):
         reference: Any = None,
     ) -> Metrics:
         """Return the loss over all examples at once, with recall@1 and mean reciprocal rank, or with correlations."""
-        columns = list(zip(*(example["texts"] for example in examples), strict=True))
-        texts = [ids for column in columns for ids in column]
-        embeddings = embed(
-            model, texts, evaluation.processor.pad_token_id or 0, str(evaluation.about.pooling), evaluation.batch_size
-        )
+        padding, pooling = evaluation.processor.pad_token_id or 0, str(evaluation.about.pooling)
+        embeddings = embed(model, _all_texts(examples), padding, pooling, evaluation.batch_size)
         batch = self.collate(examples, evaluation.processor)
         labels, is_same_text = batch["labels"], batch.get("same")
         anchors, candidates = embeddings[: len(labels)], embeddings[len(labels) :]
@@ -281,6 +278,12 @@ class Pairs(Task):
         write_pooling(folder, about.pooling or pooling_of(base), model.config.hidden_size)
 
 
+def _all_texts(examples: Sequence[Example]) -> list[list[int]]:
+    """Return the token ids of all anchors, then of all positives, then (of triplets) of all negatives."""
+    columns = zip(*(example["texts"] for example in examples), strict=True)
+    return list(itertools.chain.from_iterable(columns))
+
+
 def pooling_of(model: str, pooling: str = "auto") -> str:
     """Return `pooling`, or with `auto` the pooling in the base's sentence-transformers files, by default the mean.
 
@@ -291,21 +294,7 @@ def pooling_of(model: str, pooling: str = "auto") -> str:
         if pooling not in POOLINGS:
             raise PeftcoreError(f"--pooling must be one of auto, {', '.join(POOLINGS)}, found '{pooling}'")
         return pooling
-    modules = _load_json(model, "modules.json") or []
-    kinds = [str(module.get("type", "")).rpartition(".")[2] for module in modules if isinstance(module, dict)]
-    unsupported_kind = next((kind for kind in kinds if kind not in ("Transformer", "Pooling", "Normalize")), None)
-    if unsupported_kind is not None:
-        raise PeftcoreError(
-            f"the base '{model}' computes embeddings with a module {unsupported_kind}, which --task pairs does not "
-            "support. Pass another base, or pass --pooling to skip the module"
-        )
-    folder = next(
-        (module.get("path") for module in modules if str(module.get("type", "")).endswith("Pooling")), "1_Pooling"
-    )
-    config = _load_json(model, f"{folder}/config.json") or {}
-    mode = config.get("pooling_mode")  # in newer files; older ones have a flag for each pooling
-    flags = [name.removeprefix(_FLAG) for name, on in config.items() if on is True and name.startswith(_FLAG)]
-    poolings = [_FILES.get(name, name) for name in ([mode] if isinstance(mode, str) else flags)]
+    poolings = _recorded_poolings(model)
     if not poolings:
         return "mean"
     if len(poolings) > 1 or poolings[0] not in POOLINGS:
@@ -314,6 +303,31 @@ def pooling_of(model: str, pooling: str = "auto") -> str:
             f"{', '.join(POOLINGS)}. Choose one, such as --pooling mean"
         )
     return poolings[0]
+
+
+def _recorded_poolings(model: str) -> list[str]:
+    """Return the poolings in the base's sentence-transformers files; empty without such files.
+
+    Raises:
+        PeftcoreError: the base has layers after the pooling.
+    """
+    folder = "1_Pooling"
+    for module in _load_json(model, "modules.json") or []:
+        kind = str(module.get("type", "")).rpartition(".")[2]
+        if kind not in ("Transformer", "Pooling", "Normalize"):
+            raise PeftcoreError(
+                f"the base '{model}' computes embeddings with a module {kind}, which --task pairs does not support. "
+                "Pass another base, or pass --pooling to skip the module"
+            )
+        if kind == "Pooling":
+            folder = module.get("path")
+    config = _load_json(model, f"{folder}/config.json") or {}
+    mode = config.get("pooling_mode")
+    if isinstance(mode, str):
+        names = [mode]
+    else:  # older files have a flag for each pooling
+        names = [name.removeprefix(_FLAG) for name, on in config.items() if on is True and name.startswith(_FLAG)]
+    return [_FILES.get(name, name) for name in names]
 
 
 def _load_json(model: str, name: str) -> Any:

@@ -56,8 +56,10 @@ class Reward(Preferences):
         batches, padding = [], processor.pad_token_id or 0
         with evaluating(model):
             for pairs in batched(examples, batch_size):
-                answers = [pair["prompt_ids"] + pair[name] for name in ("chosen_ids", "rejected_ids") for pair in pairs]
-                batch = text_examples.collate([{"input_ids": ids, "labels": 0.0} for ids in answers], padding)
+                chosen_answers = [pair["prompt_ids"] + pair["chosen_ids"] for pair in pairs]
+                rejected_answers = [pair["prompt_ids"] + pair["rejected_ids"] for pair in pairs]
+                answers = [{"input_ids": ids, "labels": 0.0} for ids in chosen_answers + rejected_answers]
+                batch = text_examples.collate(answers, padding)
                 inputs = {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
                 batches.append(model(**inputs).logits[:, 0].float().cpu().view(2, -1).T)
         return batches

@@ -55,7 +55,7 @@ def counts_of(rows: list[Row]) -> str:
     shown = [f"{label} ({count:,})" for label, count in counts.most_common(_MAX_SHOWN)]
     if len(counts) > _MAX_SHOWN:
         shown.append(f"{len(counts) - _MAX_SHOWN:,} more")
-    # Every word has one tag, but an example of several labels may have any number of them.
+    # Every word has one tag, but a multi-label example may have any number of labels.
     total, unit = (counts.total(), "tags") if rows[0].words else (len(rows), "examples")
     share = counts.most_common(1)[0][1] / total
     return f"labels: {', '.join(shown)}. {share:.1%} of the {unit} have the most frequent label"

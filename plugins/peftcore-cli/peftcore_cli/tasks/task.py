@@ -1,7 +1,7 @@
 """Base class of tasks: how to read and encode rows, train, evaluate and answer.
 
-Each task is a subclass of `Task` in its own module, and `registered` finds it by name. The defaults are those of a
-causal language model; a task overrides what differs.
+Each task is a subclass of `Task` in its own module, and `registered` finds it by name. The defaults describe a causal
+language model, and a task overrides the differences.
 """
 
 from __future__ import annotations

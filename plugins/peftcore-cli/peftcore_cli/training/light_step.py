@@ -51,13 +51,19 @@ def use_loss_without_logits(
         say(f"the loss is computed without the logits of a batch (--without-logits {settings.without_logits})")
 
 
+def _last_tokens(row: Example) -> Example:
+    """Return a row with its last tokens. Rows with images or audio cannot be truncated, and are returned unchanged."""
+    if "images" in row or "audio" in row:
+        return row
+    size = len(row["input_ids"])
+    return {
+        name: value[-_TOKENS:] if isinstance(value, list) and len(value) == size else value
+        for name, value in row.items()
+    }
+
+
 def _few(model: PreTrainedModel, rows: list[Example], tokenizer: PreTrainedTokenizerBase, task: Task) -> dict[str, Any]:
     """Return a batch of the last tokens of the first rows."""
-    few = [
-        row
-        if "images" in row or "audio" in row  # their inputs cannot be cut
-        else {k: v[-_TOKENS:] if isinstance(v, list) and len(v) == len(row["input_ids"]) else v for k, v in row.items()}
-        for row in rows[:_ROWS]
-    ]
+    few = list(map(_last_tokens, rows[:_ROWS]))
     batch = encoded_examples.in_dtype(task.collate(few, tokenizer), model)
     return {name: value.to(model.device) if isinstance(value, Tensor) else value for name, value in batch.items()}
