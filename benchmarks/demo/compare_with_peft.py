@@ -72,11 +72,11 @@ def train(run: Path) -> dict:
     chosen = settings.Settings(**json.loads((run / settings.RUN_FILE).read_text()))
     split = training_data.read(chosen)
     task = registered.find(chosen.task)
-    tokenizer, about = training_run.prepared(chosen, split)
+    tokenizer, about = training_run.prepare(chosen, split)
     labels = about.labels
     how = measuring.evaluation_of(chosen, tokenizer, about, split.held_out, batch_size=min(16, chosen.batch_size))
     rows, held_out = (
-        training_data.encode_examples(what, part, chosen, tokenizer, labels)
+        training_data.encode_sets(what, part, chosen, tokenizer, labels).examples
         for what, part in (("training", split.train), ("held-out", split.held_out))
     )
 
@@ -84,12 +84,12 @@ def train(run: Path) -> dict:
         set_seed(chosen.seed)
         return models.load_model(chosen.model, chosen.task, dtype=chosen.dtype, device="cpu", labels=labels)
 
-    ours = peftcore.apply(
-        fresh(), chosen.method, batches=training_run.first_batches(chosen, rows, tokenizer), **chosen.fields
-    )
+    base = fresh()
+    batches = training_run.first_batches(chosen, rows, tokenizer, base)
+    ours = peftcore.apply(base, chosen.method, batches=batches, **chosen.fields)
     trainable = peftcore.summary(ours).trainable_parameters
     peftcore.save(ours, run / "start")
-    del ours
+    del ours, base
     gc.collect()
     config = peft.PeftConfig.from_pretrained(run / "start")
     config.task_type, config.inference_mode = KINDS[chosen.task], False

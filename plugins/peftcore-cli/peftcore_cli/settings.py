@@ -112,7 +112,7 @@ class RunOptions:
         typer.Option(
             "--streaming",
             rich_help_panel=option_groups.DATA,
-            help="Read examples from .jsonl files during training, for data larger than memory.",
+            help="Tokenize examples during training instead of before, for large data.",
         ),
     ] = False
     pack: Annotated[

@@ -30,8 +30,8 @@ from peftcore_cli.settings import (
 from peftcore_cli.start import Clock
 
 if TYPE_CHECKING:
+    from peftcore_cli.data.disk_list import DiskList
     from peftcore_cli.data.row import Row
-    from peftcore_cli.data.streamed import Lines
     from peftcore_cli.training.run_result import Result
     from peftcore_cli.training.warm_start import Start
 
@@ -116,7 +116,7 @@ def train(
     if start is not None:
         start.check_task(rows.task, f"{', '.join(map(repr, data))} is for {rows.task}")
         run_options = start.completed(run_options)
-    run_options = _check_options(run_options, display, rows, continues=start is not None, clock=clock)
+    run_options = _check_options(run_options, display, rows, continues=start is not None)
     torchrun.join(run_options.parallel, run_options.device)
     given_method, adapter_fields = (method, None) if start is None else (start.method, start.fields)
     name, method_fields = options.resolve_method(
@@ -160,16 +160,14 @@ class _Rows:
     Attributes:
         paths: values of --data.
         task: name of the task.
-        read: the training examples; empty with --streaming.
+        read: the training examples.
         held_out: the examples of --eval-data, or None to hold out some of `read`.
-        lines: the lines of the files, with --streaming.
     """
 
     paths: list[str]
     task: str
-    read: list[Row]
-    held_out: list[Row] | None
-    lines: Lines | None = None
+    read: DiskList[Row]
+    held_out: DiskList[Row] | None
 
 
 def _read(run_options: RunOptions, data: list[str], task: str | None, clock: Clock) -> _Rows:
@@ -178,27 +176,19 @@ def _read(run_options: RunOptions, data: list[str], task: str | None, clock: Clo
     from peftcore_cli.data.data_files import parse_columns
 
     names = parse_columns(run_options.columns)
-    rows: list[Row] = []
     with clock.part("data"):
-        if run_options.streaming:
-            task = task or row_reading.guess_task(data, names)
-        else:
-            task, rows = row_reading.read(data, task, names)
-        held_out = None if run_options.eval_data is None else row_reading.read_rows(run_options.eval_data, task, names)
+        task, rows = row_reading.read(data, task, names)
+        held_out = None if run_options.eval_data is None else row_reading.read(run_options.eval_data, task, names)[1]
     return _Rows(data, task, rows, held_out)
 
 
-def _check_options(
-    run_options: RunOptions, display: Display, rows: _Rows, *, continues: bool, clock: Clock
-) -> RunOptions:
-    """Check the options, resolve the teacher's path, and index the lines of --streaming.
+def _check_options(run_options: RunOptions, display: Display, rows: _Rows, *, continues: bool) -> RunOptions:
+    """Check the options, and resolve the teacher's path.
 
     Raises:
         PeftcoreError: an option contradicts another option or the task, or a library is not installed.
     """
     from peftcore_cli.bases import base_files, precision as precisions
-    from peftcore_cli.data import streamed
-    from peftcore_cli.data.data_files import parse_columns
     from peftcore_cli.tasks import registered
     from peftcore_cli.training import option_checks
 
@@ -208,9 +198,6 @@ def _check_options(
         from peftcore_cli.training import distillation
 
         run_options = replace(run_options, teacher=distillation.check_teacher(run_options, rows.task))
-    if run_options.streaming:
-        with clock.part("data"):
-            rows.lines = streamed.Lines(rows.paths, rows.task, parse_columns(run_options.columns))
     precisions.check(run_options.precision, run_options.dtype, run_options.device)
     require("transformers", "accelerate", "matplotlib", "psutil")
     for package, extra in registered.find(rows.task).requires:
@@ -305,7 +292,7 @@ def _run(
 
     with contextlib.ExitStack() as locks:
         ranks.once(prepare, together=True)
-        examples = training_data.split(settings, rows.read if rows.lines is None else rows.lines, rows.held_out)
+        examples = training_data.split(settings, rows.read, rows.held_out)
         try:
             result = training_run.run(
                 settings, output, examples, resume=resume, clock=clock, display=display, force=force

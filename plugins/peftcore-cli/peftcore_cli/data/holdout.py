@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import random
+from array import array
 from collections.abc import Sequence
 
 from peftcore.errors import PeftcoreError
+from peftcore_cli.data import mixture
+from peftcore_cli.data.disk_list import LazySequence, Selection
 from peftcore_cli.data.row import Row
 
 
@@ -18,7 +21,7 @@ def check(holdout: float) -> None:
         )
 
 
-def split(rows: Sequence[Row], holdout: float, seed: int) -> tuple[list[Row], list[Row]]:
+def split(rows: LazySequence[Row], holdout: float, seed: int) -> tuple[LazySequence[Row], LazySequence[Row]]:
     """Split rows at random into (training, held-out) rows, with a generator seeded by `seed`.
 
     A fraction is held out of each data set with at least two examples. A number of examples is divided among the data
@@ -39,10 +42,7 @@ def split(rows: Sequence[Row], holdout: float, seed: int) -> tuple[list[Row], li
             f"--holdout {holdout:g} leaves no examples to train on: the data has {len(rows):,}. Hold out fewer, or "
             "pass examples to evaluate on: --eval-data FILE"
         )
-    indices_by_source: dict[int, list[int]] = {}
-    for index, row in enumerate(rows):
-        indices_by_source.setdefault(row.source, []).append(index)
-    index_sets = list(indices_by_source.values())
+    index_sets = [array("q", indices) for indices in mixture.ranges(rows).values()]
     if len(index_sets) == 1:
         counts = [int(holdout) if holdout >= 1 else _fraction(len(rows), holdout)]
     elif holdout >= 1:
@@ -51,12 +51,13 @@ def split(rows: Sequence[Row], holdout: float, seed: int) -> tuple[list[Row], li
         counts = [_fraction(len(index_set), holdout) for index_set in index_sets]
         if not any(counts):  # data sets with a single example
             counts[0] = 1
-    held_out: set[int] = set()
-    for indices, count in zip(index_sets, counts, strict=True):
-        order = list(indices)
+    is_held_out = bytearray(len(rows))
+    for order, count in zip(index_sets, counts, strict=True):
         random.Random(seed).shuffle(order)
-        held_out.update(order[:count])
-    return [r for i, r in enumerate(rows) if i not in held_out], [r for i, r in enumerate(rows) if i in held_out]
+        for index in order[:count]:
+            is_held_out[index] = True
+    train, held_out = (array("q", (i for i, is_out in enumerate(is_held_out) if is_out == out)) for out in (0, 1))
+    return Selection(rows, train), Selection(rows, held_out)
 
 
 def _fraction(size: int, fraction: float) -> int:

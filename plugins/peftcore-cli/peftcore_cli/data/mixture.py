@@ -6,13 +6,16 @@ With 0.5, each epoch uses a different random half.
 
 from __future__ import annotations
 
+import bisect
 import math
 import os
 import random
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from peftcore.errors import PeftcoreError
+from peftcore_cli.data.row import Row
 
 
 @dataclass(frozen=True)
@@ -49,22 +52,36 @@ def count(size: int, weight: float) -> int:
     return max(1, round(size * weight))
 
 
-def sample_epoch(parts: Sequence[tuple[int, float]], generator: random.Random) -> list[int]:
+def sample_epoch(parts: Sequence[tuple[int, float]], generator: random.Random) -> array[int]:
     """Return the indices of one epoch, in no particular order.
 
     Args:
         parts: (number of examples, weight) of each data set, in the order of the examples.
         generator: random generator, which is only used for weights that are not integers.
     """
-    order: list[int] = []
+    order = array("q")
     begin = 0
     for size, weight in parts:
         indices = range(begin, begin + size)
         if not size:
             continue
         repeats, remaining = divmod(count(size, weight), size)
-        order += repeats * list(indices)
+        order += repeats * array("q", indices)
         if remaining:
-            order += sorted(generator.sample(indices, remaining))
+            order.extend(sorted(generator.sample(indices, remaining)))
         begin += size
     return order
+
+
+def ranges(rows: Sequence[Row]) -> dict[int, range]:
+    """Return the indices of the rows of each data set; those of a data set follow each other in ascending order.
+
+    Only a few rows are read, by bisection.
+    """
+    ranges_by_source, begin = dict[int, range](), 0
+    while begin < len(rows):
+        source = rows[begin].source
+        end = bisect.bisect_right(rows, source, begin, key=lambda row: row.source)
+        ranges_by_source[source] = range(begin, end)
+        begin = end
+    return ranges_by_source

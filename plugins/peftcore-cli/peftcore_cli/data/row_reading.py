@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from peftcore.errors import PeftcoreError
 from peftcore_cli.data import mixture
 from peftcore_cli.data.data_files import Record, listed, records_of_each
+from peftcore_cli.data.disk_list import DiskList
 from peftcore_cli.data.first_lines import FirstLines
 from peftcore_cli.data.row import Row
 from peftcore_cli.tasks import registered
@@ -30,12 +31,12 @@ Paths = str | os.PathLike[str] | Sequence[str]
 
 
 def read_rows(path: Paths, task: str, columns: Mapping[str, str] | None = None) -> list[Row]:
-    """Return all examples for a given task, see `read`."""
-    return read(path, task, columns)[1]
+    """Return all examples for a given task in memory, see `read`."""
+    return list(read(path, task, columns)[1])
 
 
-def read(path: Paths, task: str | None, columns: Mapping[str, str] | None = None) -> tuple[str, list[Row]]:
-    """Return the task's name and all examples of one or more data sets.
+def read(path: Paths, task: str | None, columns: Mapping[str, str] | None = None) -> tuple[str, DiskList[Row]]:
+    """Return the task's name and all examples of one or more data sets, on disk.
 
     Args:
         path: file, folder or dataset id, or a list of these. Weights are ignored.
@@ -46,29 +47,28 @@ def read(path: Paths, task: str | None, columns: Mapping[str, str] | None = None
     Raises:
         PeftcoreError: a file is missing, empty or of an unsupported type, or a line is invalid.
     """
-    paths = [source.path for source in sources(path)]
-    records = None
-    if task is not None:
-        row_task = registered.find(task)
-    elif (task_by_kind := _task_by_kind(paths)) is not None:
-        row_task = task_by_kind
-    else:
-        records = [list(data_set) for data_set in records_of_each(paths, columns)]
-        row_task = _recognise(paths, itertools.chain.from_iterable(records))
-    rows: list[Row] = []
-    data_sets = row_task.read(paths, columns, records)
-    for source, (name, rows_of_source) in enumerate(zip(paths, data_sets, strict=True)):
-        if not rows_of_source:
-            raise PeftcoreError(f"'{name}' has no examples. Add some, or remove its --data")
-        first = rows_of_source[0]
-        odd_row = next((row for row in rows_of_source if row.kind != first.kind), None)
-        if odd_row is not None and row_task.one_kind:
-            raise PeftcoreError(
-                f"{odd_row.where}: this line has {odd_row.kind}, but the first line has {first.kind}. Use one format "
-                "per file"
-            )
-        rows += [replace(row, source=source) for row in rows_of_source] if source else rows_of_source
-    return row_task.name, rows
+    name = guess_task(path, columns) if task is None else task
+    return name, DiskList(_checked_rows([source.path for source in sources(path)], registered.find(name), columns))
+
+
+def _checked_rows(paths: Sequence[str], task: Task, columns: Mapping[str, str] | None) -> Iterator[Row]:
+    """Yield the rows of each data set.
+
+    Raises:
+        PeftcoreError: see `read`.
+    """
+    for source, (path, rows) in enumerate(zip(paths, task.read(paths, columns), strict=True)):
+        first_kind = None
+        for row in rows:
+            first_kind = first_kind or row.kind
+            if task.one_kind and row.kind != first_kind:
+                raise PeftcoreError(
+                    f"{row.where}: this line has {row.kind}, but the first line has {first_kind}. Use one format "
+                    "per file"
+                )
+            yield replace(row, source=source) if source else row
+        if first_kind is None:
+            raise PeftcoreError(f"'{path}' has no examples. Add some, or remove its --data")
 
 
 def sources(path: Paths) -> list[mixture.Source]:

@@ -20,7 +20,7 @@ class CausalLM(Task):
 
     name = "causal-lm"
     shown_keys = "text, prompt/completion, messages, conversations, instruction/output or input_ids"
-    one_kind = streams = learns_texts = writes = True
+    one_kind = learns_texts = writes = True
     needed_model = "a model that generates text, found {}. For an encoder-decoder model use --task seq2seq"
     peft_task_type = "CAUSAL_LM"
     family = "writers"

@@ -49,7 +49,8 @@ def in_dtype(inputs: dict[str, Any], model: nn.Module) -> dict[str, Any]:
 def batches_of(examples: Sequence[Example], batch_size: int, tokens: int | None = None) -> Iterator[list[Example]]:
     """Yield batches of similar lengths, with at most `tokens` tokens including padding or a single longer example."""
     batch: list[Example] = []
-    for example in sorted(examples, key=length):
+    for i in sorted(range(len(examples)), key=lambda i: length(examples[i])):
+        example = examples[i]
         is_full = len(batch) == batch_size or (tokens is not None and (len(batch) + 1) * length(example) > tokens)
         if batch and is_full:
             yield batch

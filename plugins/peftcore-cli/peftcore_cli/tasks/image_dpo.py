@@ -77,7 +77,7 @@ class ImageDPO(Judged, MediaChats):
             truncated_count += is_truncated
             if _answers_differ(pair) and all(map(_has_learned_token, pair.values())):
                 examples.append(pair)
-        if not examples:
+        if not examples and not may_be_empty:
             raise PeftcoreError(f"no two answers differ within {max_length} tokens. Increase --max-length")
         return Encoded(examples, truncated_count, len(rows) - len(examples))
 

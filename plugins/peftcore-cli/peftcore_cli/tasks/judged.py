@@ -54,6 +54,18 @@ class Judged(Task):
         """Return the examples with the columns that TRL's trainer reads."""
         return examples
 
+    def as_dataset(self, examples: Sequence[Example]) -> Any:
+        """Return the examples as the `datasets.Dataset` that TRL requires; a row is read when it is indexed."""
+        import datasets
+
+        names = list(self.columns(examples[:1])[0])
+
+        def read(batch: dict[str, list[int]]) -> dict[str, list[Any]]:
+            rows = self.columns([examples[i] for i in batch["index"]])
+            return {name: [row.get(name) for row in rows] for name in names}
+
+        return datasets.Dataset.from_dict({"index": range(len(examples))}).with_transform(read)
+
     def reference(self, model: nn.Module, examples: Sequence[Example], evaluation: Evaluation) -> Any:
         return (
             self.likelihoods(model, examples, evaluation.processor, measuring_batch_size(evaluation))
@@ -133,7 +145,7 @@ class Judged(Task):
         datasets.disable_progress_bars()
         datasets.utils.logging.set_verbosity_error()  # hides a warning about the cache of datasets
         for name in ("train_dataset", "eval_dataset"):
-            arguments[name] = datasets.Dataset.from_list(self.columns(arguments[name]))
+            arguments[name] = self.as_dataset(arguments[name])
         if self.has_reference and has_adapters(
             arguments["model"]
         ):  # without adapters, all weights are trained, so TRL loads its own reference

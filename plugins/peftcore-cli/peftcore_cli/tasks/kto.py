@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerBase
 
 from peftcore.errors import PeftcoreError
 from peftcore_cli.data import labels as data_labels, turns
+from peftcore_cli.data.disk_list import LazySequence
 from peftcore_cli.data.first_lines import FirstLines
 from peftcore_cli.data.labels import text_of
 from peftcore_cli.data.row import Row
@@ -140,7 +141,7 @@ class KTO(Judged):
         self, model: nn.Module, examples: Sequence[Example], processor: Any, batch_size: int = 8
     ) -> Likelihoods:
         """Return the log-likelihoods of the answers and of the mismatched answers, each [examples]."""
-        pairs = with_mismatched_answers(examples)
+        pairs = MismatchedAnswers(examples)
         return [
             _log_likelihoods(
                 model, [preferences.join_answer(example, name) for example in pairs], processor, batch_size
@@ -184,7 +185,7 @@ class KTO(Judged):
     ) -> Measuring:
         arguments |= {
             "data_collator": trl_collator(processor),
-            "train_dataset": with_mismatched_answers(arguments["train_dataset"]),
+            "train_dataset": MismatchedAnswers(arguments["train_dataset"]),
         }
         return super().trainer(arguments, settings, processor, about)
 
@@ -195,11 +196,18 @@ def with_weights(examples: Sequence[Example], weights: Sequence[float] | None) -
     return [{**example, "weight": good if example["label"] else bad} for example in examples]
 
 
-def with_mismatched_answers(examples: Sequence[Example]) -> list[Example]:
-    """Return the examples with the previous example's answer as `KL_completion_ids`."""
-    previous = [examples[-1], *examples[:-1]]
-    pairs = zip(examples, previous, strict=True)
-    return [{**example, "KL_completion_ids": previous_example["completion_ids"]} for example, previous_example in pairs]
+class MismatchedAnswers(LazySequence[Example]):
+    """The examples, each with the previous example's answer as `KL_completion_ids`."""
+
+    def __init__(self, examples: Sequence[Example]) -> None:
+        self.examples = examples
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def item(self, index: int) -> Example:
+        """Return an example with the previous one's answer; the first has that of the last."""
+        return {**self.examples[index], "KL_completion_ids": self.examples[index - 1]["completion_ids"]}
 
 
 def _log_likelihoods(
@@ -221,4 +229,4 @@ def trl_collator(tokenizer: Any) -> Any:
     from trl.trainer.kto_trainer import DataCollatorForUnpairedPreference
 
     collate = DataCollatorForUnpairedPreference(pad_token_id=tokenizer.pad_token_id or 0)
-    return lambda examples: collate(with_mismatched_answers(examples) if len(examples) > 1 else examples)
+    return lambda examples: collate(list(MismatchedAnswers(examples)) if len(examples) > 1 else examples)

@@ -157,8 +157,11 @@ class Labelled(Headed):
                 [row.text for row, _ in batch_rows],
                 *([[row.pair or "" for row, _ in batch_rows]] if has_pair else []),
             ]
-            full_encoding, encoding = processor(*texts), processor(*texts, truncation=True, max_length=max_length)
-            truncated_count += sum(len(tokens) > max_length for tokens in full_encoding["input_ids"])
+            encoding = processor(*texts)
+            long_count = sum(len(tokens) > max_length for tokens in encoding["input_ids"])
+            if long_count:
+                encoding = processor(*texts, truncation=True, max_length=max_length)
+            truncated_count += long_count
             names = [name for name in ("input_ids", *(["token_type_ids"] if has_pair else [])) if name in encoding]
             for (row, label), *values in zip(batch_rows, *(encoding[name] for name in names), strict=True):
                 if not values[0]:

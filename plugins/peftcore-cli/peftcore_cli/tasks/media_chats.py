@@ -86,7 +86,7 @@ class MediaChats(Task):
             examples += learnable
             truncated_count += truncated_examples
             left_out += len(row_examples) - len(learnable)
-        if not examples:
+        if not examples and not may_be_empty:
             raise PeftcoreError(f"no conversation has an answer within {max_length} tokens. Increase --max-length")
         return Encoded(examples, truncated_count, left_out)
 

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from peftcore.errors import PeftcoreError
 from peftcore_cli.console import require
-from peftcore_cli.settings import Settings
+from peftcore_cli.settings import RunOptions, Settings
 from peftcore_cli.tasks import preferences
 from peftcore_cli.tasks.encoded_examples import Example
 from peftcore_cli.tasks.evaluation_mode import batched, evaluating
@@ -82,6 +82,19 @@ class ORPO(Preferences):
                 row[f"{name}_attention_mask"] = [1] * len(full_example["input_ids"])
             rows.append(row)
         return rows
+
+    def check_options(self, run_options: RunOptions, data: Sequence[str], *, continues: bool) -> None:
+        if run_options.streaming:
+            raise PeftcoreError(
+                "--streaming does not work with --task orpo, because TRL's ORPOTrainer processes all examples before "
+                "training. Remove --streaming, or use --task dpo"
+            )
+
+    def as_dataset(self, examples: Sequence[Example]) -> Any:
+        """Return the examples as a `datasets.Dataset` in memory, which TRL's ORPOTrainer processes before training."""
+        import datasets
+
+        return datasets.Dataset.from_list(self.columns(examples))
 
     def arguments(self, settings: Settings) -> tuple[Any, dict[str, Any]]:
         kind, options = super().arguments(settings)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from peftcore.errors import PeftcoreError
+from peftcore_cli.data.disk_list import LazySequence
 from peftcore_cli.tasks.conversations import IGNORE_INDEX
 from peftcore_cli.tasks.encoded_examples import Example
 from peftcore_cli.tasks.evaluation_mode import evaluating
@@ -28,17 +29,36 @@ CLOSE = {
 }  # relative to the norm; a leak changes outputs by about 1
 
 
-def pack(examples: Sequence[Example], length: int) -> list[Example]:
-    """Pack examples into rows of at most `length` tokens, with `position_ids`; best fit, longest first.
+class PackedRows(LazySequence[Example]):
+    """Rows of several examples, with `position_ids`, which are joined when they are indexed.
 
     Args:
         examples: examples with `input_ids` and `labels` of equal length.
+        indices: indices of the examples in each row.
+    """
+
+    def __init__(self, examples: Sequence[Example], indices: Sequence[Sequence[int]]) -> None:
+        self.examples, self.indices = examples, indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def item(self, index: int) -> Example:
+        """Return a row."""
+        return _join([self.examples[i] for i in self.indices[index]])
+
+
+def pack(sizes: Sequence[int], length: int) -> list[list[int]]:
+    """Pack examples into rows of at most `length` tokens, best fit, longest first; return the indices in each row.
+
+    Args:
+        sizes: number of tokens of each example.
         length: maximum number of tokens of a row.
     """
-    rows: list[list[Example]] = []
+    rows: list[list[int]] = []
     room: list[tuple[int, int]] = []  # (free tokens, row), sorted
-    for example in sorted(examples, key=lambda candidate: -len(candidate["input_ids"])):
-        size = len(example["input_ids"])
+    for example in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        size = sizes[example]
         index = bisect.bisect_left(room, (size, -1))
         if index < len(room):
             free, row = room.pop(index)
@@ -47,10 +67,10 @@ def pack(examples: Sequence[Example], length: int) -> list[Example]:
             rows.append([])
         rows[row].append(example)
         bisect.insort(room, (free - size, row))
-    return [_join(row) for row in rows]
+    return rows
 
 
-def collate(rows: list[Example], padding: int) -> dict[str, Any]:
+def collate(rows: Sequence[Example], padding: int) -> dict[str, Any]:
     """Collate packed rows without an attention mask; each padding token is an example of its own."""
     length = max(len(row["input_ids"]) for row in rows)
     values = {"input_ids": padding, "labels": IGNORE_INDEX, "position_ids": 0}

@@ -81,7 +81,7 @@ class Preferences(Judged):
             if not prompt_ids:
                 raise PeftcoreError(f"{row.where}: the prompt has no tokens")
             examples.append({"prompt_ids": prompt_ids, "chosen_ids": pair[0], "rejected_ids": pair[1]})
-        if not examples:
+        if not examples and not may_be_empty:
             raise PeftcoreError(f"no two answers differ within {max_length} tokens. Increase --max-length")
         return Encoded(examples, truncated_count, left_out)
 

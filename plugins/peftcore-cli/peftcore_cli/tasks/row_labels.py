@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
+from collections.abc import Iterable
 
 from peftcore.errors import PeftcoreError, nearest
 from peftcore_cli.data.row import Row
@@ -10,53 +12,59 @@ from peftcore_cli.data.row import Row
 _MAX_SHOWN = 20  # labels listed by name
 
 
-def labels_of(rows: list[Row]) -> list[str]:
+def labels_of(rows: Iterable[Row]) -> list[str]:
     """Return the distinct labels, in numerical order if all are numbers, otherwise alphabetically; none for regression.
 
     Raises:
         PeftcoreError: all examples have the same label or number, or no row has a label.
     """
-    if isinstance(rows[0].label, float):
-        if len({row.label for row in rows}) < 2:
+    rows = iter(rows)
+    first = next(rows)
+    if isinstance(first.label, float):
+        if all(row.label == first.label for row in rows):
             raise PeftcoreError(
-                f"{rows[0].where}: every training example has the label {rows[0].label:g}, so there is nothing to "
+                f"{first.where}: every training example has the label {first.label:g}, so there is nothing to "
                 "learn. Add examples with other numbers"
             )
         return []
     names: set[str] = set()
-    for row in rows:
+    for row in itertools.chain([first], rows):
         if isinstance(row.label, str):
             names.add(row.label)
         elif isinstance(row.label, tuple):
             names.update(row.label)
-    if len(names) < 2 and (isinstance(rows[0].label, str) or rows[0].words):
-        subject = "word has the tag" if rows[0].words else "training example has the label"
+    if len(names) < 2 and (isinstance(first.label, str) or first.words):
+        subject = "word has the tag" if first.words else "training example has the label"
         raise PeftcoreError(
-            f"{rows[0].where}: every {subject} '{', '.join(names)}', but a classifier needs at least two labels. Add "
+            f"{first.where}: every {subject} '{', '.join(names)}', but a classifier needs at least two labels. Add "
             "examples with another label, or, if all of these were held out, choose the held-out examples: "
             "--eval-data FILE"
         )
     if not names:
-        raise PeftcoreError(f"{rows[0].where}: no example has a label. Add labels")
+        raise PeftcoreError(f"{first.where}: no example has a label. Add labels")
     are_integers = all(name.removeprefix("-").isdecimal() for name in names)
     return sorted(names, key=int) if are_integers else sorted(names)
 
 
-def counts_of(rows: list[Row]) -> str:
+def counts_of(rows: Iterable[Row]) -> str:
     """Describe the counts of labels or tags, most frequent first; an empty text for regression."""
     counts: Counter[str] = Counter()
+    examples, unit = 0, "examples"
     for row in rows:
+        examples += 1
         if isinstance(row.label, str):
             counts[row.label] += 1
         elif isinstance(row.label, tuple):
             counts.update(row.label)
+        if row.words:
+            unit = "tags"
     if not counts:
         return ""
     shown = [f"{label} ({count:,})" for label, count in counts.most_common(_MAX_SHOWN)]
     if len(counts) > _MAX_SHOWN:
         shown.append(f"{len(counts) - _MAX_SHOWN:,} more")
     # Every word has one tag, but a multi-label example may have any number of labels.
-    total, unit = (counts.total(), "tags") if rows[0].words else (len(rows), "examples")
+    total = counts.total() if unit == "tags" else examples
     share = counts.most_common(1)[0][1] / total
     return f"labels: {', '.join(shown)}. {share:.1%} of the {unit} have the most frequent label"
 

@@ -23,7 +23,7 @@ class Seq2Seq(Task):
     keys = (("source", "target"), ("prompt", "completion"), ("instruction", "output"))
     shown_keys = "source/target"
     columns_example = "source=german,target=english"
-    streams = writes = True
+    writes = True
     model_class = "AutoModelForSeq2SeqLM"
     needed_model = (
         "an encoder-decoder model such as T5 or BART, found {}. For other models use --task causal-lm, with "

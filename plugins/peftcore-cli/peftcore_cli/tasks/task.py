@@ -71,7 +71,6 @@ class Task:
         shown_keys: `keys` as messages show them; None if rows are not lines of files.
         columns_example: example value of --columns, for messages.
         one_kind: whether all rows must have the same set of fields.
-        streams: whether the task supports --streaming.
         model_class: name of the transformers class that loads the base.
         needed_model: kind of base that the task needs, for messages. `{}` is replaced by the base that was found. None
             if `check_config` raises the error.
@@ -119,7 +118,6 @@ class Task:
     shown_keys: ClassVar[str | None] = None
     columns_example: ClassVar[str] = "prompt=question,completion=answer"
     one_kind: ClassVar[bool] = False
-    streams: ClassVar[bool] = False
 
     model_class: ClassVar[str] = "AutoModelForCausalLM"
     needed_model: ClassVar[str | None] = "a text model, found {}. Pass another model"
@@ -167,24 +165,18 @@ class Task:
         """Return whether the task claims files that start with these lines. The last task that claims them wins."""
         return False
 
-    def read(
-        self,
-        paths: Sequence[str],
-        columns: Mapping[str, str] | None,
-        records: Sequence[Sequence[data_files.Record]] | None = None,
-    ) -> list[list[Row]]:
-        """Return the rows of each data set.
+    def read(self, paths: Sequence[str], columns: Mapping[str, str] | None) -> list[Iterator[Row]]:
+        """Return the rows of each data set, which are read as they are iterated.
 
         Args:
             paths: the data sets.
             columns: {field: column of the files}.
-            records: lines of each data set, if they were already read.
 
         Raises:
             PeftcoreError: a file is missing or of another kind, or a line is invalid.
         """
-        data_sets = records or data_files.records_of_each(paths, columns)
-        return [[row_of(where, fields, self) for where, fields in data_set] for data_set in data_sets]
+        data_sets = data_files.records_of_each(paths, columns)
+        return [(row_of(where, fields, self) for where, fields in data_set) for data_set in data_sets]
 
     def read_row(self, where: str, fields: dict[str, Any], keys: tuple[str, ...]) -> Row:
         """Return the row of a line.

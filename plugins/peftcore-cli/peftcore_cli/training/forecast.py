@@ -28,6 +28,7 @@ from peftcore_cli.tasks import conversations, registered
 from peftcore_cli.tasks.encoded_examples import Example
 from peftcore_cli.training import torchrun
 from peftcore_cli.training.progress import current_memory
+from peftcore_cli.training.training_data import FIRST_ROWS
 
 if TYPE_CHECKING:
     from peftcore_cli.training.training_data import Examples
@@ -119,7 +120,9 @@ def step_data(settings: Settings, rows: Sequence[Row] | None = None) -> dict[str
     processor = task.load_processor(settings.model)
     conversations.set_template(processor, settings.chat_template)
     if rows is None:
-        rows = row_reading.read_rows(settings.data, task.name, parse_columns(settings.columns))
+        _, rows = row_reading.read(settings.data, task.name, parse_columns(settings.columns))
+    if settings.streaming:
+        rows = rows[:FIRST_ROWS]
     return task.step_of(task.encode(rows, processor, settings.max_length).examples, processor)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -29,7 +30,7 @@ def fuse(model: PreTrainedModel, settings: Settings) -> None:
 
 
 def use_loss_without_logits(
-    model: PreTrainedModel, settings: Settings, rows: list[Example], tokenizer: PreTrainedTokenizerBase
+    model: PreTrainedModel, settings: Settings, rows: Sequence[Example], tokenizer: PreTrainedTokenizerBase
 ) -> None:
     """Compute the loss without logits according to `settings`; `auto` tests it on a few rows first.
 
@@ -62,7 +63,9 @@ def _last_tokens(row: Example) -> Example:
     }
 
 
-def _few(model: PreTrainedModel, rows: list[Example], tokenizer: PreTrainedTokenizerBase, task: Task) -> dict[str, Any]:
+def _few(
+    model: PreTrainedModel, rows: Sequence[Example], tokenizer: PreTrainedTokenizerBase, task: Task
+) -> dict[str, Any]:
     """Return a batch of the last tokens of the first rows."""
     few = list(map(_last_tokens, rows[:_ROWS]))
     batch = encoded_examples.in_dtype(task.collate(few, tokenizer), model)

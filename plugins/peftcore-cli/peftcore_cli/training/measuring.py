@@ -67,7 +67,7 @@ class Evaluator:
             sets={source: self(model, part).loss for source, part in examples.held_out_sets.items()},
         )
 
-    def __call__(self, model: Any, examples: list[Example] | None = None) -> Metrics:
+    def __call__(self, model: Any, examples: Sequence[Example] | None = None) -> Metrics:
         """Return the metrics of `model` on `examples`, by default the held-out ones."""
         held_out = self._examples.held_out
         measured_examples = held_out if examples is None else examples

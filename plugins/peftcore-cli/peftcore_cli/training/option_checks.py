@@ -41,7 +41,7 @@ def check(run_options: RunOptions, display: Display, name: str, data: Sequence[s
     if run_options.eval_data is None:
         holdout.check(run_options.holdout)
     if run_options.streaming:
-        _check_streaming(run_options, task)
+        _check_streaming(run_options)
 
 
 def _refuse_options_of_others(run_options: RunOptions, task: Task) -> None:
@@ -64,13 +64,8 @@ def _check_beta(run_options: RunOptions, task: Task) -> None:
     )
 
 
-def _check_streaming(run_options: RunOptions, task: Task) -> None:
+def _check_streaming(run_options: RunOptions) -> None:
     """Raise a PeftcoreError for options that do not work with --streaming."""
-    if not task.streams:
-        raise PeftcoreError(
-            f"--streaming only works with {registered.names_with('streams')} (the task is {task.name}). Remove "
-            "--streaming"
-        )
     if run_options.pack:
         raise PeftcoreError(
             "--pack needs the lengths of all examples, which --streaming does not know. Remove one of the options"

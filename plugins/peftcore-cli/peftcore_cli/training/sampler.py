@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from array import array
 from collections.abc import Iterator, Sequence
 
 from torch.utils.data import Sampler
@@ -39,10 +40,12 @@ class LengthGroupedSampler(Sampler[int]):
         generator = random.Random(f"{self.seed} {self.epoch}")
         order = mixture.sample_epoch(self.parts, generator)
         generator.shuffle(order)
-        batches, leftover = [], len(order) % self.batch_size
-        full, last_batch = order[: len(order) - leftover], order[len(order) - leftover :]
-        for start in range(0, len(full), _BATCHES * self.batch_size):
-            group = sorted(full[start : start + _BATCHES * self.batch_size], key=self.lengths.__getitem__)
-            batches += [group[i : i + self.batch_size] for i in range(0, len(group), self.batch_size)]
-        generator.shuffle(batches)
-        return iter([index for batch in (*batches, last_batch) for index in batch])
+        full, group_size = len(order) - len(order) % self.batch_size, _BATCHES * self.batch_size
+        for begin in range(0, full, group_size):
+            end = min(begin + group_size, full)
+            order[begin:end] = array("q", sorted(order[begin:end], key=self.lengths.__getitem__))
+        begins = array("q", range(0, full, self.batch_size))
+        generator.shuffle(begins)
+        for begin in begins:
+            yield from order[begin : begin + self.batch_size]
+        yield from order[full:]  # the last batch is not full

@@ -12,7 +12,6 @@ from transformers import Trainer, TrainerControl
 from peftcore.training import bare_model
 from peftcore_cli.bases import precision
 from peftcore_cli.console import say
-from peftcore_cli.data import streamed
 from peftcore_cli.tasks import encoded_examples
 from peftcore_cli.tasks.metrics import Metrics
 from peftcore_cli.training.sampler import LengthGroupedSampler
@@ -43,8 +42,6 @@ class Measuring(_Base):
         self.measured: dict[int, Metrics] = {}  # by step
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
-        if isinstance(self.train_dataset, streamed.EncodedLines):
-            return streamed.BlockSampler(self.train_dataset, self.args.train_batch_size, self.args.seed)
         return LengthGroupedSampler(self.lengths, self.args.train_batch_size, self.args.seed, self.parts)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from array import array
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -15,6 +16,7 @@ from peftcore_cli.bases import models
 from peftcore_cli.console import number, say, warn
 from peftcore_cli.data import holdout, mixture, row_reading, streamed
 from peftcore_cli.data.data_files import parse_columns
+from peftcore_cli.data.disk_list import DiskList, LazySequence, Selection
 from peftcore_cli.data.row import Row
 from peftcore_cli.settings import Settings
 from peftcore_cli.tasks import packing, positions, registered
@@ -50,26 +52,47 @@ class DataSet:
 TITLES = ("data set", "weight", "examples", "tokens", "held out", "loss before", "loss after")
 
 
-_FIRST_LINES = 100  # streamed examples read before training, to choose fused operators
+_CHUNK = 1_000  # rows encoded at once
+FIRST_ROWS = 100  # streamed examples encoded before training, to choose fused operators
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Examples of a run before encoding.
+    """Examples of a run before encoding, on disk.
 
     Attributes:
-        train: training examples; with --streaming, the first `_FIRST_LINES` of them.
+        train: training examples.
         held_out: examples for evaluation.
         validation: examples set aside to choose among runs.
-        lines: all lines, with --streaming.
-        held_out_lines: indices of the held-out lines, with --streaming.
     """
 
-    train: list[Row]
-    held_out: list[Row]
-    validation: list[Row] = field(default_factory=list)
-    lines: streamed.Lines | None = None
-    held_out_lines: list[int] = field(default_factory=list)
+    train: LazySequence[Row]
+    held_out: LazySequence[Row]
+    validation: Sequence[Row] = ()
+
+
+@dataclass(frozen=True)
+class EncodedSets:
+    """Encoded examples of one or several data sets, on disk.
+
+    Attributes:
+        examples: the examples, those of a data set after those of the previous one.
+        sizes: number of tokens of each example.
+        counts: number of examples of each data set, by its index.
+    """
+
+    examples: DiskList[Example]
+    sizes: array[int]
+    counts: dict[int, int]
+
+    def ranges(self) -> dict[int, range]:
+        """Return the indices of the examples of each data set."""
+        ends = itertools.accumulate(self.counts.values())
+        return {source: range(end - self.counts[source], end) for source, end in zip(self.counts, ends, strict=True)}
+
+    def by_set(self) -> dict[int, Sequence[Example]]:
+        """Return the examples of each data set."""
+        return {source: Selection(self.examples, indices) for source, indices in self.ranges().items()}
 
 
 @dataclass(frozen=True)
@@ -77,12 +100,12 @@ class Examples:
     """Encoded examples of a run.
 
     Attributes:
-        sets: training examples by the index of their data set.
-        rows: examples to train on, packed with --pack; with --streaming, the first `_FIRST_LINES` of them.
-        dataset: the trainer's dataset: `rows`, or streamed lines.
+        encoded: training examples before packing; with --streaming, the first `FIRST_ROWS` of them.
+        rows: examples to train on, packed with --pack; with --streaming, the first `FIRST_ROWS` of them.
+        dataset: the trainer's dataset: `rows`, or with --streaming all rows.
         parts: (number of examples, weight) of each data set in `dataset`.
-        sizes: number of tokens of each row.
-        longest: maximum number of tokens of a row.
+        sizes: number of tokens of each example in `dataset`; with --streaming, the size of its row in bytes.
+        longest: maximum number of tokens of an example.
         held_out: examples for evaluation.
         held_out_sets: held-out examples by the index of their data set; empty for a single data set.
         validation: examples set aside to choose among runs.
@@ -90,35 +113,35 @@ class Examples:
         is_mixed: whether there are several data sets.
     """
 
-    sets: dict[int, list[Example]]
-    rows: list[Example]
-    dataset: Any
+    encoded: EncodedSets
+    rows: Sequence[Example]
+    dataset: Sequence[Example]
     parts: list[tuple[int, float]]
-    sizes: list[int]
+    sizes: Sequence[int]
     longest: int
-    held_out: list[Example]
-    held_out_sets: dict[int, list[Example]]
-    validation: list[Example]
-    other: list[Example]
+    held_out: Sequence[Example]
+    held_out_sets: dict[int, Sequence[Example]]
+    validation: Sequence[Example]
+    other: Sequence[Example]
     is_mixed: bool
 
     @property
-    def train(self) -> list[Example]:
+    def train(self) -> Sequence[Example]:
         """Training examples before packing."""
-        return [example for part in self.sets.values() for example in part]
+        return self.encoded.examples
 
 
 def read(settings: Settings) -> Rows:
-    """Read and split the examples of a run without `--streaming`."""
+    """Read and split the examples of a run."""
     names = parse_columns(settings.columns)
-    rows = row_reading.read_rows(settings.data, settings.task, names)
+    _, rows = row_reading.read(settings.data, settings.task, names)
     held_out = None
     if settings.eval_data is not None:
-        held_out = row_reading.read_rows(settings.eval_data, settings.task, names)
+        _, held_out = row_reading.read(settings.eval_data, settings.task, names)
     return split(settings, rows, held_out)
 
 
-def split(settings: Settings, rows: list[Row] | streamed.Lines, held_out: list[Row] | None) -> Rows:
+def split(settings: Settings, rows: LazySequence[Row], held_out: LazySequence[Row] | None) -> Rows:
     """Split the examples of a run.
 
     Args:
@@ -129,13 +152,6 @@ def split(settings: Settings, rows: list[Row] | streamed.Lines, held_out: list[R
     Raises:
         PeftcoreError: there are too few examples to hold some out.
     """
-    if isinstance(rows, streamed.Lines):
-        held_out_lines: list[int] = []
-        if held_out is None:
-            held_out_lines = streamed.choose_held_out(rows, int(settings.holdout), settings.seed)
-            held_out = [rows[index] for index in held_out_lines]
-        first_lines = itertools.islice((i for i in range(len(rows)) if i not in held_out_lines), _FIRST_LINES)
-        return Rows([rows[i] for i in first_lines], held_out, lines=rows, held_out_lines=held_out_lines)
     if held_out is None:
         rows, held_out = holdout.split(rows, settings.holdout, settings.seed)
     if settings.validation is None:
@@ -145,44 +161,38 @@ def split(settings: Settings, rows: list[Row] | streamed.Lines, held_out: list[R
 
 
 def encode(rows: Rows, settings: Settings, tokenizer: Any, labels: tuple[str, ...]) -> Examples:
-    """Encode the examples of a run."""
-    lines = rows.lines
+    """Encode the examples of a run; with --streaming, only the first training examples."""
     task = registered.find(settings.task)
     task.check_rows(rows.train)
-    sets = encode_parts("training" if lines is None else "first", rows.train, settings, tokenizer, labels)
-    held_out_sets = encode_parts("held-out", rows.held_out, settings, tokenizer, labels)
-    held_out = [example for part in held_out_sets.values() for example in part]
-    validation, other = [
-        encode_examples(label, extra_rows, settings, tokenizer, labels) if extra_rows else []
+    train = rows.train[:FIRST_ROWS] if settings.streaming else rows.train
+    encoded = encode_sets("first" if settings.streaming else "training", train, settings, tokenizer, labels)
+    held_out = encode_sets("held-out", rows.held_out, settings, tokenizer, labels)
+    validation, other = (
+        encode_sets(label, extra_rows, settings, tokenizer, labels).examples if extra_rows else []
         for label, extra_rows in (("validation", rows.validation), ("other", other_rows(settings)))
-    ]
-    is_mixed = len(row_reading.sources(settings.data)) > 1 and lines is None
-    if not is_mixed or settings.eval_data is not None:
-        held_out_sets = {}  # held-out examples cannot be attributed to data sets
-    rows_to_train, parts = rows_and_parts(sets, settings)
-    if settings.pack:
-        summary = f"{number(sum(map(len, sets.values())), 'example')} into {number(len(rows_to_train), 'row')}"
-        say(f"packed {summary} of at most {settings.max_length} tokens")
-    sizes = task.lengths(rows_to_train)
-    dataset: Any = rows_to_train
-    longest = max(sizes)
-    if lines is not None:
+    )
+    is_mixed = len(row_reading.sources(settings.data)) > 1 and not settings.streaming
+    # Held-out examples of other files cannot be attributed to data sets.
+    held_out_sets = held_out.by_set() if is_mixed and settings.eval_data is None else {}
+    rows_to_train, sizes, parts = training_rows(encoded, settings)
+    dataset, longest = rows_to_train, max(sizes)
+    if settings.streaming:
 
-        def encode_some(lines_to_encode: list[Row]) -> list[Example]:
-            return task.encode(lines_to_encode, tokenizer, settings.max_length, may_be_empty=True).examples
+        def encode_some(some_rows: list[Row]) -> list[Example]:
+            return task.encode(some_rows, tokenizer, settings.max_length, labels, may_be_empty=True).examples
 
-        dataset, longest = streamed.EncodedLines(lines, encode_some, rows.held_out_lines), settings.max_length
-        parts = [(len(dataset), 1.0)]
-        count = f"{number(len(dataset), 'line')} of {number(len(lines.files), 'file')}"
-        say(f"streaming {count}; texts are truncated at {longest} tokens")
+        dataset, longest = streamed.EncodedRows(rows.train, encode_some), settings.max_length
+        sizes = array("I", map(rows.train.size, range(len(dataset))))
+        parts = parts_of({source: len(indices) for source, indices in mixture.ranges(rows.train).items()}, settings)
+        say(f"streaming {number(len(dataset), 'row')}; texts are truncated at {longest} tokens")
     return Examples(
-        sets,
+        encoded,
         rows_to_train,
         dataset,
         parts,
         sizes,
         longest,
-        held_out,
+        held_out.examples,
         held_out_sets,
         validation,
         other,
@@ -195,24 +205,24 @@ def other_rows(settings: Settings) -> list[Row]:
     return [] if settings.other_data is None else row_reading.read_rows(settings.other_data, settings.task)
 
 
-def encode_examples(
+def encode_sets(
     label: str, rows: Sequence[Row], settings: Settings, tokenizer: Any, labels: tuple[str, ...]
-) -> list[Example]:
-    """Encode rows into one list. `label` describes the rows in warnings."""
-    parts = encode_parts(label, rows, settings, tokenizer, labels)
-    return [example for part in parts.values() for example in part]
-
-
-def encode_parts(
-    label: str, rows: Sequence[Row], settings: Settings, tokenizer: Any, labels: tuple[str, ...]
-) -> dict[int, list[Example]]:
-    """Encode rows as {index of the data set: examples}. `label` describes the rows in warnings."""
-    examples_by_set, task = {}, registered.find(settings.task)
+) -> EncodedSets:
+    """Encode rows in chunks. `label` describes the rows in warnings."""
+    task = registered.find(settings.task)
+    examples, sizes, counts = DiskList[Example](), array("I"), dict[int, int]()
     truncated = left_out = 0
     for source, group in itertools.groupby(rows, key=lambda row: row.source):
-        encoded = task.encode(list(group), tokenizer, settings.max_length, labels)
-        examples_by_set[source] = encoded.examples
-        truncated, left_out = truncated + encoded.truncated, left_out + encoded.left_out
+        counts[source] = 0
+        while chunk := list(itertools.islice(group, _CHUNK)):
+            encoded = task.encode(chunk, tokenizer, settings.max_length, labels, may_be_empty=True)
+            examples.extend(encoded.examples)
+            sizes.extend(task.lengths(encoded.examples))
+            counts[source] += len(encoded.examples)
+            truncated, left_out = truncated + encoded.truncated, left_out + encoded.left_out
+            last_chunk = chunk
+        if not counts[source]:
+            task.encode(last_chunk, tokenizer, settings.max_length, labels)  # raises the error of an empty result
     if truncated:
         warn(
             f"{truncated:,} of {len(rows):,} {label} examples were truncated or split, because they are longer than "
@@ -220,23 +230,37 @@ def encode_parts(
         )
     if left_out:
         warn(f"{left_out:,} {label} examples were dropped, because they have no token to learn within --max-length")
-    return examples_by_set
+    return EncodedSets(examples, sizes, counts)
 
 
-def rows_and_parts(
-    parts: dict[int, list[Example]], settings: Settings
-) -> tuple[list[Example], list[tuple[int, float]]]:
-    """Return the rows to train on, and (number of rows, weight) for each data set.
+def parts_of(counts: Mapping[int, int], settings: Settings) -> list[tuple[int, float]]:
+    """Return (number of examples, weight) for each data set, or for all together if all weights are equal."""
+    weights = [source.weight for source in row_reading.sources(settings.data)]
+    if len(set(weights)) == 1:
+        return [(sum(counts.values()), weights[0])]
+    return [(count, weights[source]) for source, count in counts.items()]
+
+
+def training_rows(
+    encoded: EncodedSets, settings: Settings
+) -> tuple[Sequence[Example], Sequence[int], list[tuple[int, float]]]:
+    """Return the rows to train on, their numbers of tokens, and (number of rows, weight) for each data set.
 
     Packed rows mix data sets only if all weights are equal.
     """
-    weights = [source.weight for source in row_reading.sources(settings.data)]
-    if len(set(weights)) == 1:
-        parts, weights = {0: [example for part in parts.values() for example in part]}, weights[:1]
-    if settings.pack:
-        parts = {source: packing.pack(part, settings.max_length) for source, part in parts.items()}
-    rows = [row for part in parts.values() for row in part]
-    return rows, [(len(part), weights[source]) for source, part in parts.items()]
+    parts = parts_of(encoded.counts, settings)
+    if not settings.pack:
+        return encoded.examples, encoded.sizes, parts
+    rows, packed_parts, begin = list[list[int]](), list[tuple[int, float]](), 0
+    for count, weight in parts:
+        packed = packing.pack(encoded.sizes[begin : begin + count], settings.max_length)
+        rows += [[begin + i for i in row] for row in packed]
+        packed_parts.append((len(packed), weight))
+        begin += count
+    summary = f"{number(len(encoded.examples), 'example')} into {number(len(rows), 'row')}"
+    say(f"packed {summary} of at most {settings.max_length} tokens")
+    sizes = [sum(encoded.sizes[i] for i in row) for row in rows]
+    return packing.PackedRows(encoded.examples, rows), sizes, packed_parts
 
 
 def rows_per_epoch(parts: Sequence[tuple[int, float]]) -> int:
@@ -254,12 +278,13 @@ def facts(
     """Return the figures of each data set in a mixture; an empty list for a single data set."""
     if not examples.is_mixed:
         return []
-    data_sets, task = [], registered.find(settings.task)
+    rows_by_set, ranges, data_sets = mixture.ranges(rows), examples.encoded.ranges(), []
     for i, source in enumerate(row_reading.sources(settings.data)):
-        count = sum(row.source == i for row in rows)
-        size = sum(task.lengths(examples.sets.get(i, [])))
+        indices = ranges.get(i, range(0))
+        tokens = sum(examples.encoded.sizes[indices.start : indices.stop])
         held_out = len(examples.held_out_sets.get(i, []))
-        data_sets.append(DataSet(source.path, source.weight, count, size, held_out, before.get(i), after.get(i)))
+        count = len(rows_by_set.get(i, ()))
+        data_sets.append(DataSet(source.path, source.weight, count, tokens, held_out, before.get(i), after.get(i)))
     return data_sets
 
 
@@ -285,5 +310,4 @@ def check_positions(model: nn.Module, settings: Settings, examples: Examples) ->
     """Raise a PeftcoreError if an example, before packing, has more tokens than the model has positions."""
     if not registered.find(settings.task).has_positions:
         return
-    lengths = [len(example["input_ids"]) for example in examples.train] if settings.pack else []
-    positions.check(model, max(lengths, default=examples.longest))
+    positions.check(model, max(examples.encoded.sizes) if settings.pack else examples.longest)

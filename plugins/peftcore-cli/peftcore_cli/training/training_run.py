@@ -8,8 +8,10 @@ OUTPUT/report.html
 from __future__ import annotations
 
 import contextlib
+import itertools
 import time
 import warnings
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -211,7 +213,7 @@ class _Run:
             history=self.trainer.state.log_history,
             summary=self.summary,
             steps=self.trainer.state.global_step,
-            train_rows=len(self.rows.train) if self.rows.lines is None else len(examples.dataset),
+            train_rows=len(self.rows.train),
             eval_rows=len(self.rows.held_out),
             seconds=time.perf_counter() - self.began,
             training_seconds=self.meter.seconds,
@@ -278,11 +280,10 @@ def prepare(settings: Settings, rows: training_data.Rows) -> tuple[Any, AdapterT
     previous = adapter_folders.adapter_task(start) if start is not None else None
     labels: tuple[str, ...] = ()
     if task.has_labels:
-        rows_with_labels = [*rows.train, *rows.validation]
-        if counts := row_labels.counts_of(rows_with_labels):
+        if counts := row_labels.counts_of(itertools.chain(rows.train, rows.validation)):
             say(counts)
         labels = (
-            tuple(row_labels.labels_of(rows_with_labels))
+            tuple(row_labels.labels_of(itertools.chain(rows.train, rows.validation)))
             if start is None
             else warm_start.labels_of(start, settings.labels)
         )
@@ -372,12 +373,12 @@ def _save(model: Any, folder: Path, settings: Settings, processor: Any, record: 
     ranks.once(write_record, together=True)
 
 
-def first_batches(settings: Settings, train: list[Example], tokenizer: Any, model: Any) -> DataLoader[Any] | None:
+def first_batches(settings: Settings, train: Sequence[Example], tokenizer: Any, model: Any) -> DataLoader[Any] | None:
     """Return training batches for a method that initialises from data, or None for other methods."""
     if not takes_batches(settings.method, settings.fields):
         return None
     task = registered.find(settings.task)
-    train = list(task.as_texts(train))
+    train = task.as_texts(train)
     order = LengthGroupedSampler(
         [encoded_examples.length(example) for example in train], settings.batch_size, settings.seed
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, strategies as st
 from peftcore_cli.data import holdout
+from peftcore_cli.data.disk_list import DiskList
 from peftcore_cli.data.row import Row
 
 from peftcore import PeftcoreError
@@ -13,23 +14,23 @@ from peftcore import PeftcoreError
 @given(st.integers(2, 60), st.floats(0.01, 0.99), st.integers(0, 9))
 def test_divides(count: int, share: float, seed: int) -> None:
     rows = [Row(f"f:{i}", str(i)) for i in range(count)]
-    rest, held = holdout.split(rows, share, seed)
+    rest, held = map(list, holdout.split(DiskList(rows), share, seed))
     assert sorted(rest + held, key=lambda row: int(row.text)) == rows
-    assert 1 <= len(held) < count and (rest, held) == holdout.split(rows, share, seed)
+    assert 1 <= len(held) < count and [rest, held] == list(map(list, holdout.split(DiskList(rows), share, seed)))
     assert abs(len(held) - share * count) <= 1
 
 
 def test_refusals() -> None:
     with pytest.raises(PeftcoreError, match="cannot split a single example"):
-        holdout.split([Row("f:1", "a")], 0.5, 0)
+        holdout.split(DiskList([Row("f:1", "a")]), 0.5, 0)
     with pytest.raises(PeftcoreError, match=r"between 0 and 1, .* found 0\."):
-        holdout.split([Row("f:1", "a")] * 3, 0, 0)
+        holdout.split(DiskList([Row("f:1", "a")] * 3), 0, 0)
     with pytest.raises(PeftcoreError, match="leaves no examples to train on: the data has 3"):
-        holdout.split([Row("f:1", "a")] * 3, 3, 0)
+        holdout.split(DiskList([Row("f:1", "a")] * 3), 3, 0)
 
 
 def test_counts() -> None:
-    rows = [Row(f"f:{i}", str(i)) for i in range(9)]
+    rows = DiskList(Row(f"f:{i}", str(i)) for i in range(9))
     assert [len(holdout.split(rows, count, 0)[1]) for count in (1, 2.0, 8)] == [1, 2, 8]
 
 
@@ -51,6 +52,6 @@ def of_sets(*sizes: int) -> list[Row]:
 def test_each_data_set_has_its_share(sizes: tuple[int, ...], amount: float, wanted: list[int]) -> None:
     rows = of_sets(*sizes)
     for seed in range(5):
-        rest, held = holdout.split(rows, amount, seed)
+        rest, held = holdout.split(DiskList(rows), amount, seed)
         assert [sum(row.source == i for row in held) for i in range(len(sizes))] == wanted
         assert sorted([*rest, *held], key=rows.index) == rows

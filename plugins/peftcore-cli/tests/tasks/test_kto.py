@@ -148,7 +148,7 @@ def test_a_batch_of_one_has_the_answer_of_another_example(llama: Path) -> None:
     collate = kto.trl_collator(models.load_tokenizer(str(llama)))
     ids = [[4, 5], [6], [7, 8]]
     rows = [{"prompt_ids": [1], "completion_ids": each, "label": True} for each in ids]
-    examples = kto.with_mismatched_answers(rows)
+    examples = kto.MismatchedAnswers(rows)
     assert collate([examples[1]])["KL_input_ids"].tolist() == [[1, 4, 5]]
     assert collate(examples[1:])["KL_input_ids"].tolist() == [[1, 7, 8], [1, 6, 0]]  # in the batch
 

@@ -25,10 +25,14 @@ def example(*ids: int) -> dict[str, list[int]]:
 EXAMPLES = [example(5, 6, 7, 8), example(9, 10, 11), example(12, 13), example(14, 15, 16, 17, 18), example(19, 20, 21)]
 
 
+def pack(examples: list[dict[str, list[int]]], length: int) -> packing.PackedRows:
+    return packing.PackedRows(examples, packing.pack([len(each["input_ids"]) for each in examples], length))
+
+
 @given(st.lists(st.integers(2, 9), min_size=1, max_size=30))
 def test_every_example_is_in_one_row(sizes: list[int]) -> None:
     examples = [example(*range(100 * i, 100 * i + size)) for i, size in enumerate(sizes)]
-    rows = packing.pack(examples, 9)
+    rows = pack(examples, 9)
     found = []
     for row in rows:
         assert len(row["input_ids"]) == len(row["labels"]) == len(row["position_ids"]) <= 9
@@ -79,10 +83,10 @@ def test_the_loss_of_packed_rows_is_that_of_the_examples(model: Any, attention: 
         if parameter.requires_grad:
             torch.nn.init.normal_(parameter, std=0.2)
     packing.check(model, EXAMPLES, "the model")
-    rows = packing.pack(EXAMPLES, 9)
+    rows = pack(EXAMPLES, 9)
     assert len(rows) == 2 and len(rows[0]["input_ids"]) != len(rows[1]["input_ids"]), "one row is padded"
     results = []
-    for batches in ([packing.collate(rows, 0)], [packing.collate(packing.pack([each], 9), 0) for each in EXAMPLES]):
+    for batches in ([packing.collate(rows, 0)], [packing.collate(pack([each], 9), 0) for each in EXAMPLES]):
         model.zero_grad()
         total = torch.zeros(())
         for batch in batches:
@@ -107,7 +111,7 @@ def test_a_model_that_cannot_is_refused(kind: str) -> None:
 
 def test_a_cache_would_mix_them(model: Any) -> None:
     """Why batches say use_cache=False: with one, transformers takes no notice of positions."""
-    batch = packing.collate(packing.pack(EXAMPLES, 9), 0)
+    batch = packing.collate(pack(EXAMPLES, 9), 0)
     with torch.no_grad():
         mixed, apart = (model(**{**batch, "use_cache": use_cache}).loss for use_cache in (True, False))
     assert abs(float(mixed - apart)) > 1e-4
@@ -162,6 +166,6 @@ def test_training_on_packed_rows(
 
 def test_packed_rows_are_padded_as_examples_of_their_own(llama: Path) -> None:
     tokenizer = type("Tokenizer", (), {"pad_token_id": 3})()
-    batch = find("causal-lm").collator(tokenizer)(packing.pack([example(5, 6, 7), example(8, 9)], 3))
+    batch = find("causal-lm").collator(tokenizer)(pack([example(5, 6, 7), example(8, 9)], 3))
     assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 9, 3]] and batch["labels"].tolist()[1] == [-100, 9, -100]
     assert batch["position_ids"].tolist() == [[0, 1, 2], [0, 1, 0]] and "attention_mask" not in batch

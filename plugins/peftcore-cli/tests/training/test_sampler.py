@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +17,20 @@ def test_every_example_once(lengths: list[int], batch_size: int, seed: int) -> N
     order = list(LengthGroupedSampler(lengths, batch_size, seed))
     assert sorted(order) == list(range(len(lengths)))
     assert order == list(LengthGroupedSampler(lengths, batch_size, seed))
+
+
+@given(st.lists(st.integers(1, 99), min_size=1, max_size=300), st.integers(1, 4), st.integers(0, 3))
+def test_the_order_is_that_of_lists_of_batches(lengths: list[int], batch_size: int, seed: int) -> None:
+    """The sampler keeps indices in arrays; this is the same order in plain lists."""
+    generator, order = random.Random(f"{seed} 0"), list(range(len(lengths)))
+    generator.shuffle(order)
+    full, batches = len(order) - len(order) % batch_size, []
+    for start in range(0, full, 50 * batch_size):
+        group = sorted(order[:full][start : start + 50 * batch_size], key=lengths.__getitem__)
+        batches += [group[i : i + batch_size] for i in range(0, len(group), batch_size)]
+    generator.shuffle(batches)
+    expected = [index for batch in (*batches, order[full:]) for index in batch]
+    assert list(LengthGroupedSampler(lengths, batch_size, seed)) == expected
 
 
 def test_epochs_and_seeds_differ() -> None:

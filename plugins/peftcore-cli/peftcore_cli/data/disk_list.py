@@ -1,0 +1,126 @@
+"""Lists on disk: rows and encoded examples of a run, so that data need not fit into memory.
+
+The libraries that keep data on disk, such as `datasets`, store columns of one type each. Rows differ from line to line
+(text or a list of messages, any column for a reward function), so here each item is pickled.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import tempfile
+import weakref
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, TypeVar, overload
+
+from peftcore.errors import PeftcoreError
+
+Item = TypeVar("Item")
+
+
+class LazySequence(Sequence[Item]):
+    """A sequence that makes an item when it is indexed; a slice is a list."""
+
+    def item(self, index: int) -> Item:
+        """Return the item at an index from 0."""
+        raise NotImplementedError
+
+    def size(self, index: int) -> int:
+        """Return the size in bytes of an item on disk."""
+        raise NotImplementedError
+
+    @overload
+    def __getitem__(self, index: int) -> Item: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Item]: ...
+    def __getitem__(self, index: int | slice) -> Item | list[Item]:
+        if isinstance(index, slice):
+            return [self.item(i) for i in range(len(self))[index]]
+        return self.item(range(len(self))[index])
+
+    def __iter__(self) -> Iterator[Item]:
+        return map(self.item, range(len(self)))
+
+
+class DiskList(LazySequence[Item]):
+    """A list in a temporary file, which reads an item whenever it is indexed.
+
+    The file is in the folder that `TMPDIR` names. It has no name, so nothing is left behind when the process ends.
+    In memory an item takes 8 bytes.
+
+    Args:
+        items: the items.
+
+    Raises:
+        PeftcoreError: the disk is full.
+    """
+
+    def __init__(self, items: Iterable[Item] = ()) -> None:
+        self._file = tempfile.TemporaryFile()  # noqa: SIM115  # closed when the list is deleted
+        weakref.finalize(self, self._file.close)
+        self._ends = array("q", [0])  # offset in the file where each item ends, after that where the first begins
+        self.extend(items)
+
+    def extend(self, items: Iterable[Item]) -> None:
+        """Append items.
+
+        Raises:
+            PeftcoreError: the disk is full.
+        """
+        for item in items:
+            data = pickle.dumps(item, pickle.HIGHEST_PROTOCOL)
+            self._write(data)
+            self._ends.append(self._ends[-1] + len(data))
+        self._write(b"", flush=True)
+
+    def _write(self, data: bytes, *, flush: bool = False) -> None:
+        try:
+            self._file.write(data)
+            if flush:
+                self._file.flush()
+        except OSError as error:
+            raise PeftcoreError(
+                f"cannot write examples to the temporary folder '{tempfile.gettempdir()}': {error.strerror}. Free some "
+                "space, or set TMPDIR to a folder with more"
+            ) from error
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def size(self, index: int) -> int:
+        """Return the size of an item in the file."""
+        return self._ends[index + 1] - self._ends[index]
+
+    def item(self, index: int) -> Item:
+        """Read an item."""
+        # `pread` moves no position, which forked workers of a data loader would share.
+        data = os.pread(self._file.fileno(), self.size(index), self._ends[index])
+        item: Item = pickle.loads(data)  # written by this process
+        return item
+
+    def __reduce__(self) -> Any:
+        raise TypeError("a DiskList cannot be pickled")
+
+
+class Selection(LazySequence[Item]):
+    """Some items of a sequence.
+
+    Args:
+        items: the sequence.
+        indices: indices of the items in it.
+    """
+
+    def __init__(self, items: LazySequence[Item], indices: Sequence[int]) -> None:
+        self.items, self.indices = items, indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def item(self, index: int) -> Item:
+        """Return an item of the sequence."""
+        return self.items[self.indices[index]]
+
+    def size(self, index: int) -> int:
+        """Return the size of an item of the sequence."""
+        return self.items.size(self.indices[index])
