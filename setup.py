@@ -6,7 +6,7 @@ says why. peftcore/_build.json, next to the binary, records what was built.
 Environment:
     PEFTCORE_REQUIRE_EXT=1   make a failed build an error (default: a notice); not read when peftcore is imported
     PEFTCORE_CUDA=0|1        leave CUDA out | require it (default: built where nvcc is found)
-    PEFTCORE_CUDA_ARCHS      for example "80;90+PTX" (default: those of the GPUs of this machine, or "80+PTX")
+    PEFTCORE_CUDA_ARCHS      for example "80;90+PTX" (default: those of the GPUs of this machine, or "80;90+PTX")
     PEFTCORE_SANITIZE        for example "address,undefined": instrument the host code
     CXX, NVCC, CUDA_HOME     compilers
     MAX_JOBS                 number of compilations at a time (default: the cores that this process may use)
@@ -239,9 +239,11 @@ class Build:
             "  description = linking",
         ]
         if self.nvcc:
+            # One compiler for all host code. A launcher before it, such as ccache, is not one.
+            host = f"-ccbin {self.cxx[0]} " if len(self.cxx) == 1 else ""
             lines += [
                 "rule nvcc",
-                f"  command = {self.nvcc} -O3 -std=c++17 -lineinfo -Xptxas -v --compiler-options "
+                f"  command = {self.nvcc} {host}-O3 -std=c++17 -lineinfo -Xptxas -v --compiler-options "
                 f"-fPIC,-fvisibility=hidden {' '.join(self.gencode)} -I{CSRC} -MD -MF $out.d -c $in -o $out",
                 "  deps = gcc",
                 "  depfile = $out.d",

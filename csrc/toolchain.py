@@ -27,7 +27,7 @@ MACHINES = {
 
 GPU_QUERY = ["--query-gpu=compute_cap", "--format=csv,noheader"]
 # Runs on every GPU that the kernels support: PTX is compiled for later ones when it is loaded.
-LOWEST_ARCHITECTURE, DEFAULT_ARCHITECTURE = 80, "80+PTX"
+LOWEST_ARCHITECTURE, DEFAULT_ARCHITECTURES = 80, "80;90+PTX"
 
 # Where Homebrew puts libomp, on Apple silicon and on Intel.
 HOMEBREW = ("/opt/homebrew/opt/libomp", "/usr/local/opt/libomp")
@@ -109,7 +109,7 @@ def local_architectures(nvcc):
     known = {line.strip().removeprefix("compute_") for line in lines_of([nvcc, "--list-gpu-arch"])}
     numbers = (number for number in found & known if number.isdigit())
     usable = sorted((number for number in numbers if int(number) >= LOWEST_ARCHITECTURE), key=int)
-    return ";".join(f"{number}+PTX" for number in usable) or DEFAULT_ARCHITECTURE
+    return ";".join(f"{number}+PTX" for number in usable) or DEFAULT_ARCHITECTURES
 
 
 def architectures(nvcc):

@@ -29,6 +29,7 @@
 
 #include <map>
 #include <mutex>
+#include <string>
 #include <utility>
 
 // An array in shared memory on a 16-byte boundary: PEFTCORE_SHARED(float, tile, [16][32]).
@@ -46,10 +47,14 @@
 
 namespace peftcore {
 
-// Returns nullptr, or the error of the last launch.
+// Returns nullptr, or the error that CUDA reports after a launch.
 inline const char* launch_error() {
     const cudaError_t error = cudaGetLastError();
-    return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+    if (error == cudaSuccess) return nullptr;
+    static thread_local std::string message;
+    message = std::string("CUDA reports '") + cudaGetErrorString(error) +
+              "' at a launch. An earlier kernel may be the cause: CUDA_LAUNCH_BLOCKING=1 shows which one";
+    return message.c_str();
 }
 
 // Asks CUDA once for each device and kernel. Thread safe.
@@ -97,6 +102,6 @@ struct Grid {
 };
 
 constexpr const char* kTooManyBlocks =
-    "it would have more than 2^31 - 1 blocks. Divide the rows among several calls";
+    "its launch would have more than 2^31 - 1 blocks. Divide the rows among several calls";
 
 }  // namespace peftcore

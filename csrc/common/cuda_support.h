@@ -18,7 +18,7 @@ namespace peftcore {
 
 // `error`: what a launcher returned.
 inline void check_launch(const char* error, const char* op) {
-    TORCH_CHECK(error == nullptr, op, ": the CUDA kernel was not launched: ", error);
+    TORCH_CHECK(error == nullptr, op, ": ", error);
 }
 
 inline bool has_code_for(const c10::Device& device) {

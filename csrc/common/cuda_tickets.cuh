@@ -19,16 +19,53 @@ inline Parts parts_of(int64_t terms, int64_t stage, int64_t target, int64_t most
     return size == 0 ? Parts{1, stage} : Parts{ceil_div(terms, size), size};
 }
 
-// Takes a ticket: returns the number of blocks that took one from this counter before, whose writes are visible from now
-// on. All threads of the block call it.
+// What a ticket orders besides itself. A __threadfence on both sides of a relaxed atomic would order as much, but it is
+// compiled to MEMBAR.SC, which is sequentially consistent and slower than a release.
+enum class Order {
+    kNone,            // nothing: which work a block takes
+    kRelease,         // the block's writes before it are visible to blocks that see the ticket by kAcquireRelease or by
+                      // read_counter
+    kAcquireRelease,  // also, what the blocks with earlier tickets had written can be read
+};
+
+#if defined(PEFTCORE_EMULATOR)
+
+template <Order order>
+static __device__ __forceinline__ unsigned add_one(unsigned* counter) {
+    return atomicAdd(counter, 1u);
+}
+
+static __device__ __forceinline__ unsigned load_acquire(unsigned* counter) { return atomicAdd(counter, 0u); }
+
+#else
+
+template <Order order>
+static __device__ __forceinline__ unsigned add_one(unsigned* counter) {
+    unsigned before;
+    if (order == Order::kNone)
+        asm volatile("atom.relaxed.gpu.global.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
+    else if (order == Order::kRelease)
+        asm volatile("atom.release.gpu.global.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
+    else
+        asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
+    return before;
+}
+
+static __device__ __forceinline__ unsigned load_acquire(unsigned* counter) {
+    unsigned value;
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(counter) : "memory");
+    return value;
+}
+
+#endif
+
+// Takes a ticket: returns the number of blocks that took one from this counter before. All threads of the block call it,
+// and the order holds for all of them: the barriers extend it from the first thread to the block.
+template <Order order>
 static __device__ __forceinline__ unsigned take_ticket(unsigned* counter) {
     PEFTCORE_SHARED(unsigned, ticket, [1]);
     __syncthreads();  // the block's writes come before its ticket
-    if (threadIdx.x == 0) {
-        __threadfence();
-        ticket[0] = atomicAdd(counter, 1u);
-        __threadfence();
-    }
+    if (threadIdx.x == 0) ticket[0] = add_one<order>(counter);
     __syncthreads();
     return ticket[0];
 }
@@ -37,17 +74,14 @@ static __device__ __forceinline__ unsigned take_ticket(unsigned* counter) {
 static __device__ __forceinline__ unsigned read_counter(unsigned* counter) {
     PEFTCORE_SHARED(unsigned, seen, [1]);
     __syncthreads();
-    if (threadIdx.x == 0) {
-        seen[0] = atomicAdd(counter, 0u);
-        __threadfence();
-    }
+    if (threadIdx.x == 0) seen[0] = load_acquire(counter);
     __syncthreads();
     return seen[0];
 }
 
 // Whether this is the last of `blocks` blocks to take a ticket. The last one resets the counter.
 static __device__ __forceinline__ bool comes_last(unsigned* counter, unsigned blocks) {
-    const bool last = take_ticket(counter) == blocks - 1;
+    const bool last = take_ticket<Order::kAcquireRelease>(counter) == blocks - 1;
     if (last && threadIdx.x == 0) *counter = 0;
     return last;
 }

@@ -10,6 +10,7 @@ constexpr int kMostTickets = 512;
 
 // `count` counters of the current device for a launch on `stream`, a cudaStream_t, that no other launch uses at the
 // same time: launches on a stream run one after another and share counters; a launch captured into a graph, which may
-// run concurrently with any other, keeps its counters forever. nullptr where none are left, or for more than
+// run concurrently with any other, keeps its counters forever. (Two executables of one graph share them, as they share
+// the memory of every tensor in it: they must not run at the same time.) nullptr where none are left, or for more than
 // kMostTickets: the caller then does without.
 extern "C" unsigned* peftcore_tickets(int count, void* stream);

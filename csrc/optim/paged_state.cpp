@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <map>
+#include <stdexcept>
+#include <string>
 
 namespace peftcore {
 namespace optim {
@@ -61,13 +63,24 @@ void PagedState::for_each_page(int64_t slot, int64_t plane, Copy copy) {
     }
 }
 
-void PagedState::read(int64_t slot, int64_t plane, void* to) {
+void PagedState::check_size(int64_t slot, int64_t plane, int64_t bytes) {
+    const auto locked = pool.lock();
+    const int64_t expected = blocks_of(slots_.at(slot).elements) * rule_.planes.at(plane).block_bytes;
+    if (bytes != expected)
+        throw std::invalid_argument("plane " + std::to_string(plane) + " of slot " + std::to_string(slot) +
+                                    " has " + std::to_string(expected) + " bytes, the memory " +
+                                    std::to_string(bytes));
+}
+
+void PagedState::read(int64_t slot, int64_t plane, void* to, int64_t bytes) {
+    check_size(slot, plane, bytes);
     for_each_page(slot, plane, [&](int64_t page, int64_t offset, int64_t bytes, int64_t done) {
         pool.read(page, offset, bytes, static_cast<char*>(to) + done);
     });
 }
 
-void PagedState::write(int64_t slot, int64_t plane, const void* from) {
+void PagedState::write(int64_t slot, int64_t plane, const void* from, int64_t bytes) {
+    check_size(slot, plane, bytes);
     for_each_page(slot, plane, [&](int64_t page, int64_t offset, int64_t bytes, int64_t done) {
         pool.write(page, offset, bytes, static_cast<const char*>(from) + done);
     });

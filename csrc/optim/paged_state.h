@@ -26,9 +26,10 @@ class PagedState {
     // with nothing changed, if the store is full.
     int64_t allocate(int64_t elements);
     void clear(int64_t slot);
-    // Copies a plane of a slot, in whole blocks, from or to ordinary memory.
-    void read(int64_t slot, int64_t plane, void* to);
-    void write(int64_t slot, int64_t plane, const void* from);
+    // Copies a plane of a slot, in whole blocks, from or to ordinary memory. Throws std::invalid_argument unless the memory
+    // has exactly the plane's `bytes`.
+    void read(int64_t slot, int64_t plane, void* to, int64_t bytes);
+    void write(int64_t slot, int64_t plane, const void* from, int64_t bytes);
 
     // One step of the parameters with state in `slots`. Sweeps alternate between forward and backward; a sweep that is
     // repeated with the same number, because a transfer failed, continues where it stopped.
@@ -47,6 +48,7 @@ class PagedState {
     };
 
     std::vector<Part> parts_by_page(const Step& step, at::IntArrayRef slots, const char* op);
+    void check_size(int64_t slot, int64_t plane, int64_t bytes);
     template <typename Copy>
     void for_each_page(int64_t slot, int64_t plane, Copy copy);
 

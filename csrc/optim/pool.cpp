@@ -211,7 +211,13 @@ void* Pool::acquire(int64_t page) {
         // All free frames are being filled with later pages: waits for one, and evicts it if necessary.
         size_t i = at_;
         while (i < order_.size() && !pages_[order_[i]].coming) ++i;
-        if (i == order_.size()) throw std::runtime_error("every page of the budget is in use");
+        if (i == order_.size())
+            throw std::runtime_error(
+                frames_ < limit() ? "there is no memory for a page of " + std::to_string(page_bytes_) +
+                                        " bytes, next to " + std::to_string(frames_) +
+                                        " resident ones that are in use. Free memory on the device, or use a "
+                                        "smaller batch"
+                                  : "every page of the budget is in use");
         settle(order_[i]);
     }
     ++p.pins;

@@ -71,14 +71,14 @@ void bind_optim(py::module_& m) {
             "clear", [](Handle& h, int64_t slot) { h.state->clear(slot); }, free())
         .def(
             "read",
-            [](Handle& h, int64_t slot, int64_t plane, uintptr_t to) {
-                h.state->read(slot, plane, reinterpret_cast<void*>(to));
+            [](Handle& h, int64_t slot, int64_t plane, uintptr_t to, int64_t bytes) {
+                h.state->read(slot, plane, reinterpret_cast<void*>(to), bytes);
             },
             free())
         .def(
             "write",
-            [](Handle& h, int64_t slot, int64_t plane, uintptr_t from) {
-                h.state->write(slot, plane, reinterpret_cast<const void*>(from));
+            [](Handle& h, int64_t slot, int64_t plane, uintptr_t from, int64_t bytes) {
+                h.state->write(slot, plane, reinterpret_cast<const void*>(from), bytes);
             },
             free())
         .def(

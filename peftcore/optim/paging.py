@@ -64,9 +64,13 @@ def default_directory() -> str:
 
 
 def _margin(device: torch.device) -> int:
-    """Return the bytes to leave free with budget="auto": a sixteenth of the memory."""
+    """Return the bytes to leave free with budget="auto": a sixteenth of the memory.
+
+    Memory that PyTorch has reserved on a GPU and does not use is subtracted, since pages are allocated from it.
+    """
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[1] // 16
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[1] // 16 - unused
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 16
 
 
@@ -169,7 +173,7 @@ class PagedOptimizer(FusedOptimizer):
         slot = self._slot(param, shard)
         for number, plane in enumerate(self.rule.planes):
             padded = torch.empty(plane.numel(block_count(shard.numel()) * BLOCK), dtype=plane.dtype, device="cpu")
-            self._pages_on(shard.device).read(slot, number, padded.data_ptr())
+            self._pages_on(shard.device).read(slot, number, padded.data_ptr(), padded.nbytes)
             state[plane.name] = plane.reshape(padded[: plane.numel(shard.numel())], shard)
         return state
 
@@ -179,7 +183,7 @@ class PagedOptimizer(FusedOptimizer):
         for number, plane in enumerate(self.rule.planes):
             padded = torch.zeros(plane.numel(block_count(shard.numel()) * BLOCK), dtype=plane.dtype, device="cpu")
             padded[: plane.numel(shard.numel())] = values[plane.name].detach().cpu().flatten()
-            self._pages_on(shard.device).write(slot, number, padded.data_ptr())
+            self._pages_on(shard.device).write(slot, number, padded.data_ptr(), padded.nbytes)
 
     def _update_of(self, batch: Batch) -> Callable[[], None]:
         device = batch.params[0].device

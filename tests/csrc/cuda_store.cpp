@@ -27,6 +27,7 @@ std::map<void*, Event> events;
 std::map<void*, Stream> streams;
 std::mt19937 order;
 char current;       // the stream of kernels
+long frames_left = -1;  // of the device's memory; -1: any number
 long together = 0;  // how often a copy began while the other stream had one
 
 // One piece of work of any stream that can go on.
@@ -80,12 +81,13 @@ extern "C" {
 
 const char* peftcore_cuda_alloc(int64_t bytes, void** memory) {
     here();
+    if (frames_left == 0) return "out of memory";
+    --frames_left;
     *memory = std::malloc(size_t(bytes));
     return nullptr;
 }
 void peftcore_cuda_free(void* memory) {
     here();
-    for (auto& [name, stream] : streams) finish(stream);
     std::free(memory);
 }
 const char* peftcore_pinned_alloc(int64_t bytes, void** memory) {
@@ -127,6 +129,11 @@ const char* peftcore_cuda_wait_event(void* stream, void* event) {
     add(stream, [over = events[event]] { return *over; });
     return nullptr;
 }
+const char* peftcore_cuda_synchronize_device() {
+    here();
+    for (auto& [name, stream] : streams) finish(stream);
+    return nullptr;
+}
 const char* peftcore_cuda_synchronize(void* stream) {
     here();
     if (const char* error = failing(synchronizes, fail_synchronize)) return error;
@@ -147,6 +154,27 @@ const char* peftcore_cuda_zero(void* memory, int64_t bytes, void* stream) {
     add(stream, [=] { return std::memset(memory, 0, size_t(bytes)) != nullptr; });
     return nullptr;
 }
+}
+
+// A device without memory for the first frame says so, and one with memory for one frame of three pages through it.
+void run_out_of_memory() {
+    using namespace peftcore::optim;
+    Pool pool(std::make_unique<CudaStore<On>>(7, 64, [](int) -> void* { return &current; }), 64, 3 * 64);
+    pool.grow(2);
+    frames_left = 0;
+    try {
+        pool.acquire(0);
+        require(false, "a page without memory was acquired");
+    } catch (const std::runtime_error& error) {
+        require(std::strstr(error.what(), "there is no memory for a page of 64 bytes") != nullptr, error.what());
+    }
+    frames_left = 1;
+    for (int64_t page : {0, 1, 0}) {
+        pool.acquire(page);
+        pool.release(page, true);
+    }
+    require(pool.resident_bytes() == 64, "more than one page is resident");
+    frames_left = -1;
 }
 
 // Writes numbered pages through a budget of two, while one call after the other fails, and reads them back.
@@ -204,6 +232,7 @@ int main() {
             require(device == 3, "the caller's device is another one");
         }
     }
+    run_out_of_memory();
     require(together > 100, "copies hardly ever go both ways at a time");
     require(faults > 40, "hardly anything failed");
     require(switched > 0, "the store never went to its device");

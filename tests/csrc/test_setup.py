@@ -141,9 +141,9 @@ def test_another_pytorch_changes_every_command(build):
         ("9.0", "80 90 100", "90+PTX"),
         ("9.0 8.0 9.0", "80 90 100", "80+PTX;90+PTX"),
         ("10.0", "80 90 100", "100+PTX"),
-        ("12.0", "80 90", "80+PTX"),  # newer than nvcc: compiled from PTX when it is loaded
-        ("7.5", "75 80 90", "80+PTX"),  # older than the kernels support: references
-        ("", "80 90", "80+PTX"),
+        ("12.0", "80 90", "80;90+PTX"),  # newer than nvcc: compiled from PTX when it is loaded
+        ("7.5", "75 80 90", "80;90+PTX"),  # older than the kernels support: references
+        ("", "80 90", "80;90+PTX"),
     ],
 )
 def test_cuda_kernels_are_compiled_for_the_gpus_of_the_machine(tmp_path, monkeypatch, cards, known, wanted):
@@ -152,7 +152,7 @@ def test_cuda_kernels_are_compiled_for_the_gpus_of_the_machine(tmp_path, monkeyp
     program(tmp_path, "nvidia-smi", cards.replace(" ", "\n"))
     nvcc = program(tmp_path, "nvcc", "\n".join(f"compute_{number}" for number in known.split()))
     assert toolchain.local_architectures(nvcc) == wanted
-    assert toolchain.architectures(nvcc)[1][0] == f"sm_{wanted.split('+')[0]}"
+    assert toolchain.architectures(nvcc)[1][0] == f"sm_{wanted.replace(';', '+').split('+')[0]}"
     monkeypatch.setenv("PEFTCORE_CUDA_ARCHS", "80;90+PTX")
     assert toolchain.architectures(nvcc) == (
         ["-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90,code=[sm_90,compute_90]"],
@@ -170,7 +170,7 @@ def test_cuda_kernels_are_compiled_for_the_gpus_of_the_machine(tmp_path, monkeyp
 
 def test_without_nvidia_smi_the_default_architecture_runs_on_every_gpu(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert toolchain.local_architectures(tmp_path / "nvcc") == "80+PTX"
+    assert toolchain.local_architectures(tmp_path / "nvcc") == "80;90+PTX"
 
 
 def test_the_announcement_names_the_optional_part_and_how_to_leave_it_out(build):

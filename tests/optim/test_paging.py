@@ -132,13 +132,21 @@ def test_auto_leaves_when_memory_is_short():
     pages = ops.extension.PagedState("lion", PAGE, 64 * PAGE, "/tmp")
     data = torch.arange(16 * PAGE // 4, dtype=torch.float32)
     slot = pages.allocate(data.numel())
-    pages.write(slot, 0, data.data_ptr())
+    pages.write(slot, 0, data.data_ptr(), data.nbytes)
     assert pages.pages == 16 and pages.resident_bytes == 16 * PAGE
     pages.balance(1 << 60)  # more than there is
     assert pages.resident_bytes == PAGE and pages.budget == PAGE
     found = torch.zeros_like(data)
-    pages.read(slot, 0, found.data_ptr())
+    pages.read(slot, 0, found.data_ptr(), found.nbytes)
     assert torch.equal(found, data)
+
+
+def test_memory_of_another_size_is_refused():
+    pages = ops.extension.PagedState("lion", PAGE, 4 * PAGE, "/tmp")
+    slot, data = pages.allocate(300), torch.zeros(300)
+    for copy in (pages.read, pages.write):
+        with pytest.raises(ValueError, match="plane 0 of slot 0 has 2048 bytes, the memory 1200"):
+            copy(slot, 0, data.data_ptr(), data.nbytes)
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ struct SameLaunchBranch {
 
     // Computes the first rank that no block has taken, if any.
     __device__ bool take_rank() const {
-        const unsigned rank = take_ticket(p.counters);
+        const unsigned rank = take_ticket<Order::kNone>(p.counters);
         if (rank >= unsigned(p.lora.rank)) return false;
         const int64_t columns = p.linear.weight.columns, bytes = p.lora.a_dtype == Dtype::kFloat ? 4 : 2;
         RankDot part = {};
@@ -46,7 +46,7 @@ struct SameLaunchBranch {
         part.out = p.lora.s + rank;
         part.stride = p.lora.rank;
         rank_dot<T, kRows, true>(part);
-        take_ticket(p.counters + 1);
+        take_ticket<Order::kRelease>(p.counters + 1);
         return true;
     }
     __device__ void begin() const {

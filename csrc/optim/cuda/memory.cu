@@ -19,12 +19,6 @@ cudaStream_t stream_of(void* stream) { return static_cast<cudaStream_t>(stream);
 
 extern "C" {
 
-const char* peftcore_cuda_alloc(int64_t bytes, void** memory) {
-    return text(cudaMalloc(memory, size_t(bytes)));
-}
-
-void peftcore_cuda_free(void* memory) { cudaFree(memory); }
-
 const char* peftcore_pinned_alloc(int64_t bytes, void** memory) {
     return text(cudaMallocHost(memory, size_t(bytes)));
 }
@@ -61,6 +55,8 @@ void peftcore_cuda_delete_event(void* event) { cudaEventDestroy(static_cast<cuda
 const char* peftcore_cuda_wait_event(void* stream, void* event) {
     return text(cudaStreamWaitEvent(stream_of(stream), static_cast<cudaEvent_t>(event), 0));
 }
+
+const char* peftcore_cuda_synchronize_device() { return text(cudaDeviceSynchronize()); }
 
 const char* peftcore_cuda_synchronize(void* stream) { return text(cudaStreamSynchronize(stream_of(stream))); }
 

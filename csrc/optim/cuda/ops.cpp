@@ -1,9 +1,11 @@
 // Optimizer steps on CUDA, with state in tensors or in pages of pinned memory.
 #include <ATen/ops/empty.h>
+#include <c10/core/Allocator.h>
 #include <c10/core/DeviceGuard.h>
 #include <torch/library.h>
 
 #include <cstring>
+#include <string>
 
 #include "common/cuda_stream.h"
 #include "common/cuda_support.h"
@@ -106,3 +108,21 @@ TORCH_LIBRARY_IMPL(peftcore, CUDA, m) {
 
 }  // namespace optim
 }  // namespace peftcore
+
+#if !defined(PEFTCORE_EMULATOR)
+
+// Frames come from the allocator of the model's tensors, so that memory which PyTorch has reserved serves for them.
+extern "C" const char* peftcore_cuda_alloc(int64_t bytes, void** memory) {
+    static thread_local std::string message;
+    try {
+        *memory = c10::GetAllocator(c10::kCUDA)->raw_allocate(size_t(bytes));
+        return nullptr;
+    } catch (const std::exception& error) {
+        message = error.what();
+        return message.c_str();
+    }
+}
+
+extern "C" void peftcore_cuda_free(void* memory) { c10::GetAllocator(c10::kCUDA)->raw_deallocate(memory); }
+
+#endif

@@ -27,6 +27,7 @@ const char* peftcore_optim_step(int rule, const peftcore::optim::Segment* segmen
                                 void* stream);
 
 // The functions below use the current device.
+// Memory of the device from PyTorch's allocator. The memory may not be freed before its users have finished.
 const char* peftcore_cuda_alloc(int64_t bytes, void** memory);
 void peftcore_cuda_free(void* memory);
 const char* peftcore_pinned_alloc(int64_t bytes, void** memory);
@@ -39,6 +40,7 @@ const char* peftcore_cuda_record(void* stream, void** event);
 void peftcore_cuda_delete_event(void* event);
 const char* peftcore_cuda_wait_event(void* stream, void* event);
 const char* peftcore_cuda_synchronize(void* stream);
+const char* peftcore_cuda_synchronize_device();
 // Copies in either direction between host and device.
 const char* peftcore_cuda_copy(void* to, const void* from, int64_t bytes, void* stream);
 const char* peftcore_cuda_zero(void* memory, int64_t bytes, void* stream);

@@ -50,9 +50,10 @@ class CudaStore : public Store {
         return peftcore_cuda_alloc(page_bytes_, &memory) == nullptr ? memory : nullptr;
     }
 
-    // cudaFree waits for all users of the memory.
+    // Its users are kernels on any stream of the caller, and copies on the two streams of this store.
     void delete_frame(void* frame) override {
         const On on(device_);
+        peftcore_cuda_synchronize_device();
         peftcore_cuda_free(frame);
     }
 
