@@ -22,9 +22,9 @@ inline Parts parts_of(int64_t terms, int64_t stage, int64_t target, int64_t most
 // What a ticket orders besides itself. A __threadfence on both sides of a relaxed atomic would order as much, but it is
 // compiled to MEMBAR.SC, which is sequentially consistent and slower than a release.
 enum class Order {
-    kNone,            // nothing: which work a block takes
-    kRelease,         // the block's writes before it are visible to blocks that see the ticket by kAcquireRelease or by
-                      // read_counter
+    kNone,     // nothing: which work a block takes
+    kRelease,  // the block's writes before it are visible to blocks that see the ticket by kAcquireRelease or by
+               // read_counter
     kAcquireRelease,  // also, what the blocks with earlier tickets had written can be read
 };
 

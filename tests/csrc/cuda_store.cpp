@@ -26,9 +26,9 @@ using Stream = std::deque<std::function<bool()>>;  // what waits returns false
 std::map<void*, Event> events;
 std::map<void*, Stream> streams;
 std::mt19937 order;
-char current;       // the stream of kernels
+char current;           // the stream of kernels
 long frames_left = -1;  // of the device's memory; -1: any number
-long together = 0;  // how often a copy began while the other stream had one
+long together = 0;      // how often a copy began while the other stream had one
 
 // One piece of work of any stream that can go on.
 bool advance() {
@@ -166,7 +166,8 @@ void run_out_of_memory() {
         pool.acquire(0);
         require(false, "a page without memory was acquired");
     } catch (const std::runtime_error& error) {
-        require(std::strstr(error.what(), "there is no memory for a page of 64 bytes") != nullptr, error.what());
+        require(std::strstr(error.what(), "there is no memory for a page of 64 bytes") != nullptr,
+                error.what());
     }
     frames_left = 1;
     for (int64_t page : {0, 1, 0}) {
