@@ -43,7 +43,7 @@ def _check_text(option: str, text: str) -> None:
         os.fsencode(text)
     except UnicodeEncodeError:
         raise PeftcoreError(
-            f"{option} contains an unpaired surrogate, which is not valid Unicode: {text[:80]!a}"
+            f"{option} contains an unpaired surrogate, which is not valid Unicode: {text[:80]!a}. Remove it"
         ) from None
 
 

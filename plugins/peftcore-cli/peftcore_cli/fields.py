@@ -34,7 +34,7 @@ def parse(config_class: type, settings: list[str], option: str = "--set") -> dic
         name, equals, text = setting.partition("=")
         name = name.strip()
         if not equals:
-            raise PeftcoreError(f"{option} {setting}: expected NAME=VALUE")
+            raise PeftcoreError(f"{option} must be NAME=VALUE, found '{setting}'")
         if name not in field_names:
             raise PeftcoreError(
                 f"{option} {setting}: {config_class.__name__} has no field '{name}'{nearest_field(name, field_names)}. "

@@ -75,7 +75,7 @@ def test_values(setting: str, value: Any) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (["rank"], "--set rank: expected NAME=VALUE"),
+        (["rank"], "--set must be NAME=VALUE, found 'rank'"),
         (["rnak=3"], "Config has no field 'rnak' (nearest: 'rank'"),
         (["rank=3", "rank=4"], "'rank' is set twice"),
         (["rank=3.5"], "'rank' takes a whole number, found '3.5'"),

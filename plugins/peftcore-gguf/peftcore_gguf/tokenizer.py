@@ -229,7 +229,10 @@ def _copy_tokenizer(writer: Any, file: Path, rows: int, template: str | None) ->
         raise PeftcoreError(f"the GGUF file '{file}' has no tokenizer. Pass a transformers tokenizer")
     _check_size(len(tokens.data), rows)
     if len(tokens.data) < rows:
-        raise PeftcoreError(f"the vocabulary of '{file}' has {len(tokens.data)} tokens, but the model's has {rows}")
+        raise PeftcoreError(
+            f"the vocabulary of '{file}' has {len(tokens.data)} tokens, but the model's has {rows}. Pass the model's "
+            "own tokenizer"
+        )
     for key, field in fields.items():
         if not key.startswith("tokenizer.") or (template and key == gguf.Keys.Tokenizer.CHAT_TEMPLATE):
             continue

@@ -192,7 +192,7 @@ class Server:
         unknown_token = next((token for token in prompt if not 0 <= token < self._vocabulary), None)
         if unknown_token is not None:
             raise ProtocolError(
-                f"'prompt' contains the token {unknown_token}, but the model's tokens are 0 to {self._vocabulary - 1}",
+                f"tokens in 'prompt' must be between 0 and {self._vocabulary - 1}, found {unknown_token}",
                 param="prompt",
             )
         max_tokens = request.sampling.max_tokens
@@ -382,7 +382,7 @@ async def _json(http: HttpRequest) -> Any:
         content = json.loads(body)
         json.dumps(content, ensure_ascii=False).encode()
     except UnicodeEncodeError:
-        raise ProtocolError("the body contains an unpaired surrogate, which is not valid Unicode") from None
+        raise ProtocolError("the body contains an unpaired surrogate, which is not valid Unicode. Remove it") from None
     except (ValueError, RecursionError) as error:
         raise ProtocolError(f"the body is not valid JSON: {error}") from None
     return content

@@ -64,7 +64,10 @@ def _names(root: Path | None) -> list[str]:
         with os.scandir(root) as entries:
             names = [entry.name for entry in entries if not entry.name.startswith(".") and entry.is_dir()]
     except OSError as error:
-        raise PeftcoreError(f"cannot read the folder of adapters '{root}': {error.strerror or error}") from error
+        raise PeftcoreError(
+            f"cannot read the folder of adapters '{root}': {error.strerror or error}. Pass another folder: "
+            "--adapters FOLDER"
+        ) from error
     return sorted(name for name in names if _is_utf8(name))
 
 

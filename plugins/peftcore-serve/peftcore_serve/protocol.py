@@ -127,7 +127,7 @@ def chat(body: Any) -> Request:
     conversation = [_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
     wants_logprobs, top = _flag(fields, "logprobs"), _integer(fields, "top_logprobs", 0, _CHAT_TOP)
     if top is not None and not wants_logprobs:
-        raise ProtocolError("top_logprobs needs logprobs: true", param="top_logprobs")
+        raise ProtocolError("top_logprobs needs logprobs: true. Add it, or remove top_logprobs", param="top_logprobs")
     limits = [_integer(fields, name, 1, _TOKENS) for name in ("max_completion_tokens", "max_tokens")]
     return _request(
         fields, [conversation], limits[0] or limits[1] or 0, (top or 0) if wants_logprobs else None, is_chat=True

@@ -115,7 +115,9 @@ class Scheduler:
         if sequence.adapter is not None:
             folder = self._find(sequence.adapter)
             if folder is None:
-                raise PeftcoreError(f"the folder of the adapter '{sequence.adapter}' no longer exists")
+                raise PeftcoreError(
+                    f"the folder of the adapter '{sequence.adapter}' no longer exists. See GET /v1/models"
+                )
             names_in_use = {running.adapter for running in self._batch.sequences if running.adapter}
             adapter = self.adapters.ensure_loaded(folder, names_in_use)
             if adapter is None:

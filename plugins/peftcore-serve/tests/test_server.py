@@ -241,7 +241,7 @@ def test_a_prompt_must_fit_the_context(client: TestClient, shared: tuple[Server,
         "the prompt has 1 tokens and the answer may have 2,048, but the model's context has 2,048" in error["message"]
     )
     status, error = refused(client, "/v1/completions", model="one", prompt=[99999])
-    assert status == 400 and "the token 99999, but the model's tokens are 0 to 22" in error["message"]
+    assert status == 400 and "must be between 0 and 22, found 99999" in error["message"]
 
 
 def test_folders_that_change_while_the_server_runs(llama: Path, saved: Path, tmp_path: Path) -> None:

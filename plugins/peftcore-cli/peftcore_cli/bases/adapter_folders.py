@@ -101,7 +101,9 @@ def adapter_task(folder: Path, labels: str | None = None) -> AdapterTask:
             f"cannot read '{file}': {error}. Delete the file to use the adapter without it"
         ) from error
     if names and len(names) != len(task.labels):
-        raise PeftcoreError(f"--labels names {len(names)} labels, but the adapter has {len(task.labels)}")
+        raise PeftcoreError(
+            f"--labels names {len(names)} labels, but the adapter has {len(task.labels)}. Name one label per output"
+        )
     return replace(task, labels=names or task.labels)
 
 
@@ -261,5 +263,7 @@ def outputs_of_peft(info: AdapterInfo) -> int:
         if is_head and tensor.dim():
             heads.append(tensor)
     if not heads:
-        raise CheckpointError(f"the adapter in '{info.path}' has no classification head")
+        raise CheckpointError(
+            f"the adapter in '{info.path}' has no classification head. Remove --labels if it is not a classifier"
+        )
     return int(heads[-1].shape[0])

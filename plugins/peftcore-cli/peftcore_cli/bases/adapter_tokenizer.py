@@ -55,9 +55,14 @@ def _check_files(folder: Path) -> None:
             status = os.stat(file)
             safe_reading.require_regular(file, status.st_mode)
             if status.st_size > _MAX_BYTES:
-                raise CheckpointError(f"'{file}' has {status.st_size:,} bytes, but the limit is {_MAX_BYTES:,}")
+                raise CheckpointError(
+                    f"'{file}' has {status.st_size:,} bytes, but the limit is {_MAX_BYTES:,}. To use the base's "
+                    "tokenizer, delete the adapter's tokenizer files"
+                )
     except OSError as error:
-        raise CheckpointError(f"cannot read '{folder}': {error.strerror or error}") from error
+        raise CheckpointError(
+            f"cannot read '{folder}': {error.strerror or error}. Check the permissions of the folder"
+        ) from error
     for name in _TABLES:
         if os.path.lexists(folder / name) and not isinstance(_value(folder / name), dict):
             raise CheckpointError(
@@ -70,7 +75,9 @@ def _value(file: Path) -> Any:
     try:
         return safe_reading.parse_json(safe_reading.read_bytes(file, safe_reading.JSON_BYTES), file)
     except FileNotFoundError as error:  # a broken link
-        raise CheckpointError(f"cannot read '{file}', which is a broken link") from error
+        raise CheckpointError(
+            f"cannot read '{file}', which is a broken link. Delete it, or restore its target"
+        ) from error
 
 
 def _check(tokenizer: Any) -> None:

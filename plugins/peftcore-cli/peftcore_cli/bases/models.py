@@ -304,7 +304,8 @@ def _check_shapes(base: PreTrainedModel, mismatched_names: Collection[Any], mode
     wrong = next((name for name in names if name.startswith(backbone)), None)
     if wrong is not None:
         raise PeftcoreError(
-            f"cannot load the model of '{model}': the weight '{wrong}' does not have the shape that its config requires"
+            f"cannot load the model of '{model}': the weight '{wrong}' does not have the shape that its config "
+            "requires. Download the model again, or correct config.json"
         )
     if names:
         note(

@@ -66,8 +66,8 @@ def evaluate(
         )
     if ("reward" in task.options) != (run_options.reward is not None):
         raise PeftcoreError(
-            f"--reward FILE.py:FUNCTION is required for {registered.names_with_option('reward')}, and refused for "
-            f"other tasks (the task is {task.name})"
+            f"--reward FILE.py:FUNCTION is required for {registered.names_with_option('reward')} and does not work "
+            f"with other tasks (the task is {task.name})"
         )
     base = adapter_folders.base_of(adapter, model)
     processor = task.load_processor(base, adapter)

@@ -60,6 +60,9 @@ def merge(
         tokenizer.save_pretrained(output)
         registered.find(task.task).write_merged(output, loaded_model, task, base)
     except OSError as error:
-        raise PeftcoreError(f"cannot save the merged model to '{output}': {error.strerror or error}") from error
+        raise PeftcoreError(
+            f"cannot save the merged model to '{output}': {error.strerror or error}. Pass another folder: --output "
+            "FOLDER"
+        ) from error
     size = sum(file.stat().st_size for file in output.iterdir())
     say(f"{output} ({size / 1e6:.1f} MB): {type(loaded_model).__name__} with the adapter merged in")

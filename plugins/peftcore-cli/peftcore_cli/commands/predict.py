@@ -82,5 +82,7 @@ def predict(
     try:
         output.write_text("\n".join(lines) + "\n", encoding="utf-8")
     except OSError as error:
-        raise PeftcoreError(f"cannot write '{output}': {error.strerror or error}") from error
+        raise PeftcoreError(
+            f"cannot write '{output}': {error.strerror or error}. Pass another file: --output FILE"
+        ) from error
     say(f"{output}: {number(len(lines), 'answer')}")

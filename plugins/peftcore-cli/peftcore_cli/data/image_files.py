@@ -127,7 +127,9 @@ def _entries_of(folder: Path) -> list[Path]:
     try:
         entries = sorted(folder.iterdir())
     except OSError as error:
-        raise PeftcoreError(f"cannot read the folder '{folder}': {error.strerror or error}") from error
+        raise PeftcoreError(
+            f"cannot read the folder '{folder}': {error.strerror or error}. Check its permissions"
+        ) from error
     return [entry for entry in entries if not entry.name.startswith(".") and entry.name.lower() not in _SYSTEM_FILES]
 
 

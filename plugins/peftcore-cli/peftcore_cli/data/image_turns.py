@@ -229,7 +229,7 @@ class _MediaReader:
             supported_kinds = "text or image" if self.audio_files is None else "text, image or audio"
             hint = ". Use --task audio-text for audio" if kind in ("audio", "audio_url") else ""
             raise PeftcoreError(
-                f"{self.where}: {place} has a part that is not {supported_kinds}, found {labels.short(part)}{hint}"
+                f"{self.where}: the parts of {place} must be {supported_kinds}, found {labels.short(part)}{hint}"
             )
 
     def _split_at_marks(self, place: str, text: str) -> Iterator[dict[str, Any]]:

@@ -19,7 +19,7 @@ def class_name(where: str, key: str, text: str) -> str:
     """
     label = text.strip()  # otherwise "good" and "good " would be different classes
     if not label:
-        raise PeftcoreError(f"{where}: '{key}' is empty")
+        raise PeftcoreError(f"{where}: '{key}' is empty. Remove the row, or add a label")
     if label.lower() == "nan":
         raise PeftcoreError(
             f"{where}: '{key}' is {label}, which usually stands for a missing value. Remove the row, or rename the "

@@ -41,5 +41,5 @@ def plain(where: str, fields: dict[str, Any], keys: tuple[str, ...]) -> Row:
         fields, keys = {"prompt": prompt, "completion": fields["output"]}, ("prompt", "completion")
     texts = [text_of(where, key, fields[key]) for key in keys]
     if not texts[-1].strip():
-        raise PeftcoreError(f"{where}: '{keys[-1]}' is empty")
+        raise PeftcoreError(f"{where}: '{keys[-1]}' is empty. Remove the row, or add a text")
     return Row(where, texts[0], completion=texts[1] if len(texts) > 1 else None)

@@ -56,5 +56,7 @@ def _integers(where: str, key: str, value: Any, length: int | None = None) -> li
     if not isinstance(value, list) or not value or any(type(item) is not int for item in value):
         raise PeftcoreError(f"{where}: '{key}' must be a list of integers, found {str(value)[:80]}")
     if length is not None and len(value) != length:
-        raise PeftcoreError(f"{where}: '{key}' has {len(value)} values, but 'input_ids' has {length}")
+        raise PeftcoreError(
+            f"{where}: '{key}' has {len(value)} values, but 'input_ids' has {length}. Pass lists of equal length"
+        )
     return value

@@ -86,7 +86,7 @@ def messages_of(where: str, key: str, messages: Any, *, has_images: bool = False
             if not (has_images and content):
                 message["content"] = _text_of_parts(place, content)
         elif not isinstance(content, str) and not (content is None and message.get("tool_calls")):
-            raise PeftcoreError(f"{place} has no text content, found {str(content)[:80]}")
+            raise PeftcoreError(f"{place}: 'content' must be text, found {str(content)[:80]}")
     return list(map(_without_nulls, messages))
 
 
@@ -123,7 +123,8 @@ def messages_of_sharegpt(where: str, turn_list: Any) -> Messages:
     for index, turn in enumerate(turn_list):
         if not isinstance(turn.get("from"), str) or turn["from"] not in _ROLES:
             raise PeftcoreError(
-                f"{where}: conversations[{index}] has from={turn.get('from')!r}, expected one of {', '.join(_ROLES)}"
+                f"{where}: 'from' of conversations[{index}] must be one of {', '.join(_ROLES)}, found "
+                f"{turn.get('from')!r}"
             )
     return messages_of(where, "conversations", list(map(_message_of_sharegpt, turn_list)))
 

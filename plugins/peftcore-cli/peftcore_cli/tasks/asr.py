@@ -57,7 +57,7 @@ class Transcripts(Task):
     def read_row(self, where: str, fields: dict[str, Any], keys: tuple[str, ...]) -> Row:
         transcript = text_of(where, keys[1], fields[keys[1]])
         if not transcript.strip():
-            raise PeftcoreError(f"{where}: '{keys[1]}' is empty")
+            raise PeftcoreError(f"{where}: '{keys[1]}' is empty. Remove the row, or add a transcript")
         return Row(where, transcript, audio=audio_files.path_of(where, "audio", fields["audio"]))
 
     def read_question(self, where: str, fields: dict[str, Any], about: AdapterTask) -> Row:

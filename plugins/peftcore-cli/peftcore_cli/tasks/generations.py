@@ -98,7 +98,7 @@ def load_function(text: str, option: str = "--metric") -> Callable[..., Any]:
         ) from error
     function = getattr(module, name, None)
     if not callable(function):
-        raise PeftcoreError(f"{option} {text}: '{path}' has no function '{name}'")
+        raise PeftcoreError(f"{option} {text}: '{path}' has no function '{name}'. Pass FILE.py:FUNCTION")
     return function
 
 

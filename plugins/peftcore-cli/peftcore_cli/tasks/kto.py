@@ -68,7 +68,7 @@ class KTO(Judged):
         if not isinstance(fields["prompt"], list):
             prompt, answer = (text_of(where, key, fields[key]) for key in ("prompt", "completion"))
             if not answer.strip():
-                raise PeftcoreError(f"{where}: 'completion' is empty")
+                raise PeftcoreError(f"{where}: 'completion' is empty. Remove the row, or add an answer")
             return Row(where, prompt, completion=answer, is_good=is_good)
         prompt_turns, answer_turns = (turns.messages_of(where, key, fields[key]) for key in ("prompt", "completion"))
         if [message["role"] for message in answer_turns] != ["assistant"]:
@@ -124,7 +124,7 @@ class KTO(Judged):
             answer = answer[: max_length - 1]
             prompt = example["input_ids"][max(0, begin + len(answer) - max_length) : begin]
             if not prompt:
-                raise PeftcoreError(f"{row.where}: the prompt has no tokens")
+                raise PeftcoreError(f"{row.where}: the prompt has no tokens. Remove the row")
             examples.append({"prompt_ids": prompt, "completion_ids": answer, "label": row.is_good})
         return Encoded(examples, truncated_count)
 

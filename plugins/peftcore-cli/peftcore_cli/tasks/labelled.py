@@ -165,7 +165,7 @@ class Labelled(Headed):
             names = [name for name in ("input_ids", *(["token_type_ids"] if has_pair else [])) if name in encoding]
             for (row, label), *values in zip(batch_rows, *(encoding[name] for name in names), strict=True):
                 if not values[0]:
-                    raise PeftcoreError(f"{row.where}: the text has no tokens")
+                    raise PeftcoreError(f"{row.where}: the text has no tokens. Remove the row")
                 examples.append({**dict(zip(names, values, strict=True)), "labels": label})
         return Encoded(examples, truncated_count)
 

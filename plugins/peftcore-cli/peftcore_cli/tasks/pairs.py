@@ -84,7 +84,7 @@ class Pairs(Task):
         texts = [text_of(where, key, fields[key]) for key in names]
         empty_key = next((key for key, text in zip(names, texts, strict=True) if not text.strip()), None)
         if empty_key is not None:
-            raise PeftcoreError(f"{where}: '{empty_key}' is empty")
+            raise PeftcoreError(f"{where}: '{empty_key}' is empty. Remove the row, or add a text")
         score: float | None = None
         if "score" in keys:
             score = data_labels.number(fields["score"])
@@ -163,7 +163,7 @@ class Pairs(Task):
             full_ids = processor(texts)["input_ids"]
             tokens = processor(texts, truncation=True, max_length=max_length)["input_ids"]
             if not all(tokens):
-                raise PeftcoreError(f"{row.where}: a text has no tokens")
+                raise PeftcoreError(f"{row.where}: a text has no tokens. Remove the row")
             truncated_count += any(len(ids) > max_length for ids in full_ids)
             examples.append({"texts": [list(ids) for ids in tokens], "labels": row.label})
         return Encoded(examples, truncated_count)
@@ -266,7 +266,7 @@ class Pairs(Task):
         ids = processor([row.text for row in rows], truncation=True, max_length=about.max_length)["input_ids"]
         empty_row = next((row for row, tokens in zip(rows, ids, strict=True) if not tokens), None)
         if empty_row is not None:
-            raise PeftcoreError(f"{empty_row.where}: the text has no tokens")
+            raise PeftcoreError(f"{empty_row.where}: the text has no tokens. Remove the row")
         positions.check(model, max(map(len, ids)))
         embeddings = embed(model, ids, processor.pad_token_id or 0, str(about.pooling))
         return [

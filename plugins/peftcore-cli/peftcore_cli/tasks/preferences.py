@@ -79,7 +79,7 @@ class Preferences(Judged):
             room = min(prompt, max_length - max(map(len, pair)))
             prompt_ids = ids[prompt - room : prompt]
             if not prompt_ids:
-                raise PeftcoreError(f"{row.where}: the prompt has no tokens")
+                raise PeftcoreError(f"{row.where}: the prompt has no tokens. Remove the row")
             examples.append({"prompt_ids": prompt_ids, "chosen_ids": pair[0], "rejected_ids": pair[1]})
         if not examples and not may_be_empty:
             raise PeftcoreError(f"no two answers differ within {max_length} tokens. Increase --max-length")
@@ -100,7 +100,7 @@ def _compared_texts(where: str, fields: dict[str, Any]) -> Row:
     )
     for key, answer in (("chosen", chosen_text), ("rejected", rejected_text)):
         if not answer.strip():
-            raise PeftcoreError(f"{where}: '{key}' is empty")
+            raise PeftcoreError(f"{where}: '{key}' is empty. Remove the row, or add an answer")
     return Row(where, prompt, completion=chosen_text, rejected=rejected_text)
 
 

@@ -63,7 +63,9 @@ class Seq2Seq(Task):
             target = list(processor(text_target=str(row.completion))["input_ids"])
             end = processor.eos_token_id
             if not source or not set(target) - {end}:
-                raise PeftcoreError(f"{row.where}: the {'source' if not source else 'target'} has no tokens")
+                raise PeftcoreError(
+                    f"{row.where}: the {('source' if not source else 'target')} has no tokens. Remove the row"
+                )
             if end is not None and target[-1] != end:
                 target.append(end)
             truncated_count += len(source) > max_length or len(target) > max_length

@@ -58,7 +58,7 @@ def test_rows(chats: Path) -> None:
     place = {"type": "audio"}
     assert rows[1].messages[0]["content"] == [{"type": "text", "text": "the film"}, place, place]
     assert rows[4].messages[0]["content"] == [place, {"type": "text", "text": "is it"}]
-    with pytest.raises(PeftcoreError, match=r"chats.jsonl:1: .* not text or image.*Use --task audio-text"):
+    with pytest.raises(PeftcoreError, match=r"chats.jsonl:1: .* must be text or image.*Use --task audio-text"):
         row_reading.read_rows(chats, "image-text")
 
 
@@ -132,7 +132,7 @@ def test_gemmas_recordings_take_a_fixed_number_of_tokens(chats: Path) -> None:
             {"messages": [{"role": "user", "content": [HEARD]}, {"role": "assistant", "content": [HEARD]}]},
             "assistant turn with an image",
         ),
-        ({"messages": [{"role": "user", "content": [{"type": "video"}]}, SAID]}, "not text, image or audio"),
+        ({"messages": [{"role": "user", "content": [{"type": "video"}]}, SAID]}, "must be text, image or audio"),
         ({"messages": [{"role": "user", "content": [{**HEARD, "path": "https://a.b/c.wav"}]}, SAID]}, "Download"),
     ],
 )

@@ -140,7 +140,7 @@ def test_the_loss_of_a_batch_is_that_of_its_examples(chats: Path, made: Made) ->
             {"images": ["photos/1.png"], "messages": [{"role": "user", "content": "is it"}, SAID]},
             "lists 1 images, but its turns refer to 0",
         ),
-        ({"messages": [{"role": "user", "content": [{"type": "audio", "path": "a"}]}, SAID]}, "not text or image"),
+        ({"messages": [{"role": "user", "content": [{"type": "audio", "path": "a"}]}, SAID]}, "must be text or image"),
         ({"messages": [{"role": "user", "content": [SHOWN]}, {"role": "assistant", "content": [SHOWN]}]}, "assistant"),
         (
             {"images": [{"bytes": "PNG"}], "messages": [{"role": "user", "content": "<image>"}, SAID]},
