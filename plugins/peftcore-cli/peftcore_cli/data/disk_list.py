@@ -1,7 +1,7 @@
-"""Lists on disk: rows and encoded examples of a run, so that data need not fit into memory.
+"""Lists on disk, for the rows and encoded examples of a run, so that data need not fit into memory.
 
-The libraries that keep data on disk, such as `datasets`, store columns of one type each. Rows differ from line to line
-(text or a list of messages, any column for a reward function), so here each item is pickled.
+Items are pickled one by one. Columns of one type each, as in `datasets` and Arrow, do not fit rows whose fields differ
+from line to line: text or a list of messages, or any columns for a reward function.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Item = TypeVar("Item")
 
 
 class LazySequence(Sequence[Item]):
-    """A sequence that makes an item when it is indexed; a slice is a list."""
+    """A sequence that creates an item when it is indexed. A slice is a list."""
 
     def item(self, index: int) -> Item:
         """Return the item at an index from 0."""
@@ -43,6 +43,13 @@ class LazySequence(Sequence[Item]):
         return map(self.item, range(len(self)))
 
 
+def _write_error(error: OSError) -> PeftcoreError:
+    return PeftcoreError(
+        f"cannot write the examples to a temporary file: {error.strerror}. Free some space in the temporary folder, or "
+        "set TMPDIR to another folder"
+    )
+
+
 class DiskList(LazySequence[Item]):
     """A list in a temporary file, which reads an item whenever it is indexed.
 
@@ -53,11 +60,14 @@ class DiskList(LazySequence[Item]):
         items: the items.
 
     Raises:
-        PeftcoreError: the disk is full.
+        PeftcoreError: the file cannot be written, such as on a full disk.
     """
 
     def __init__(self, items: Iterable[Item] = ()) -> None:
-        self._file = tempfile.TemporaryFile()  # noqa: SIM115  # closed when the list is deleted
+        try:
+            self._file = tempfile.TemporaryFile()  # noqa: SIM115  # closed when the list is deleted
+        except OSError as error:
+            raise _write_error(error) from error
         weakref.finalize(self, self._file.close)
         self._ends = array("q", [0])  # offset in the file where each item ends, after that where the first begins
         self.extend(items)
@@ -66,7 +76,7 @@ class DiskList(LazySequence[Item]):
         """Append items.
 
         Raises:
-            PeftcoreError: the disk is full.
+            PeftcoreError: the file cannot be written, such as on a full disk.
         """
         for item in items:
             data = pickle.dumps(item, pickle.HIGHEST_PROTOCOL)
@@ -80,10 +90,7 @@ class DiskList(LazySequence[Item]):
             if flush:
                 self._file.flush()
         except OSError as error:
-            raise PeftcoreError(
-                f"cannot write examples to the temporary folder '{tempfile.gettempdir()}': {error.strerror}. Free some "
-                "space, or set TMPDIR to a folder with more"
-            ) from error
+            raise _write_error(error) from error
 
     def __len__(self) -> int:
         return len(self._ends) - 1

@@ -56,5 +56,8 @@ def test_a_full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
             raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(on_disk, "_file", Full())
-    with pytest.raises(PeftcoreError, match=f"{tempfile.gettempdir()}': No space left on device.* set TMPDIR"):
+    with pytest.raises(PeftcoreError, match=r"temporary file: No space left on device\. .* set TMPDIR"):
         on_disk.extend([2])
+    monkeypatch.setattr(tempfile, "tempdir", "/nowhere")
+    with pytest.raises(PeftcoreError, match="temporary file: No such file or directory"):
+        DiskList([1])
