@@ -150,20 +150,20 @@ def _key(option: Any) -> str:
     return max(option.opts, key=len).lstrip("-").replace("-", "_")
 
 
-def _default(where: str, context: typer.Context, option: Any, value: Any) -> Any:
+def _default(location: str, context: typer.Context, option: Any, value: Any) -> Any:
     """Convert a value of the file to text and then to the option's type, so that 8.5 is refused as an integer."""
     scalar: tuple[type, ...] = (bool,) if option.is_flag else (str, int, float)
     values = value if option.multiple and isinstance(value, list) else [value]
     for item in values:
         if not isinstance(item, scalar) or isinstance(item, bool) != option.is_flag:
             takes = "true or false" if option.is_flag else "text or a number"
-            raise typer.BadParameter(f"{where} takes {takes}, found {item!r}")
+            raise typer.BadParameter(f"{location} takes {takes}, found {item!r}")
     values = [item if option.is_flag else text_of(item) for item in values]
     default = values if option.multiple else values[0]
     try:
         option.process_value(context, default)
     except Exception as error:  # click's exception; typer may bundle its own copy
-        raise typer.BadParameter(f"{where}: {getattr(error, 'message', error)}") from error
+        raise typer.BadParameter(f"{location}: {getattr(error, 'message', error)}") from error
     return default
 
 

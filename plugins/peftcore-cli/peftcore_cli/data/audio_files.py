@@ -114,27 +114,27 @@ def _of_soundfile(path: str) -> tuple[Any, int]:
     return values, int(rate)
 
 
-def path_of(where: str, key: str, value: Any) -> str:
+def path_of(location: str, key: str, value: Any) -> str:
     """Return the path of a row's recording, which may be relative to the folder of the data file.
 
     Raises:
-        PeftcoreError: the file does not exist. The message begins with `where`.
+        PeftcoreError: the file does not exist. The message begins with `location`.
     """
     source = value.get("path") if isinstance(value, dict) else value
     if not isinstance(source, str):
-        raise PeftcoreError(f"{where}: '{key}' must be the path of a recording, found {short(value)}")
+        raise PeftcoreError(f"{location}: '{key}' must be the path of a recording, found {short(value)}")
     if source.startswith(("http://", "https://")):
-        raise PeftcoreError(f"{where}: '{source[:80]}' is not a local file. Download the file and pass its path")
-    path = os.path.join(os.path.dirname(where.rpartition(":")[0]), os.path.expanduser(source))
+        raise PeftcoreError(f"{location}: '{source[:80]}' is not a local file. Download the file and pass its path")
+    path = os.path.join(os.path.dirname(location.rpartition(":")[0]), os.path.expanduser(source))
     if not os.path.isfile(path):
         problem = "is a folder" if os.path.isdir(path) else "does not exist"
         raise PeftcoreError(
-            f"{where}: the recording '{path}' {problem}. Pass the path of a local file, relative to the folder of "
+            f"{location}: the recording '{path}' {problem}. Pass the path of a local file, relative to the folder of "
             "the data file"
         )
     if Path(path).suffix.lower() not in SUFFIXES:
         raise PeftcoreError(
-            f"{where}: the recording '{path}' has an unsupported file type. Convert it with ffmpeg (supported: "
+            f"{location}: the recording '{path}' has an unsupported file type. Convert it with ffmpeg (supported: "
             f"{', '.join(SUFFIXES)})"
         )
     return path

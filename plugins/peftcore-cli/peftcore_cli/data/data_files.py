@@ -41,21 +41,21 @@ def records(path: str, columns: Mapping[str, str] | None = None) -> Iterator[Rec
     Raises:
         PeftcoreError: a file is missing, damaged, or of an unsupported type. The message names the file and the line.
     """
-    location = Path(os.path.expanduser(path))
-    if os.path.isdir(location):
-        files = sorted(file for file in location.iterdir() if file.suffix.lower() in READERS)
+    data_path = Path(os.path.expanduser(path))
+    if os.path.isdir(data_path):
+        files = sorted(file for file in data_path.iterdir() if file.suffix.lower() in READERS)
         if not files:
             raise PeftcoreError(
                 f"the folder '{path}' has no data files. Add a file of examples ({', '.join(READERS)}), or pass "
                 "another path"
             )
         rows_of_path: Iterator[Record] = (record for file in files for record in _of_file(file))
-    elif not os.path.exists(location) and _is_hub_id(path):
+    elif not os.path.exists(data_path) and _is_hub_id(path):
         rows_of_path = _of_hub(path)
-    elif not os.path.exists(location):
-        raise PeftcoreError(_missing_message(location, path))
+    elif not os.path.exists(data_path):
+        raise PeftcoreError(_missing_message(data_path, path))
     else:
-        rows_of_path = _of_file(location)
+        rows_of_path = _of_file(data_path)
     rows_of_path = map(check_header, rows_of_path)
     return (rename_columns(record, columns) for record in rows_of_path) if columns else rows_of_path
 
@@ -76,17 +76,17 @@ def records_of_each(paths: Sequence[str], columns: Mapping[str, str] | None) -> 
     ]
 
 
-def _missing_message(location: Path, path: str) -> str:
+def _missing_message(data_path: Path, path: str) -> str:
     """Return the error message for a path that does not exist."""
     try:
-        names = [entry.name for entry in location.parent.iterdir()]
+        names = [entry.name for entry in data_path.parent.iterdir()]
     except (OSError, ValueError):  # such as a NUL character
         return (
-            f"the file '{path}' does not exist, and neither does the folder '{location.parent}'. Correct the path in "
+            f"the file '{path}' does not exist, and neither does the folder '{data_path.parent}'. Correct the path in "
             "--data"
         )
-    relative = "" if location.is_absolute() else f". The path is relative to '{Path.cwd()}'"
-    suggestion = nearest(location.name, names)
+    relative = "" if data_path.is_absolute() else f". The path is relative to '{Path.cwd()}'"
+    suggestion = nearest(data_path.name, names)
     return (
         f"the file '{path}' does not exist{suggestion}{relative}. Pass a file ({', '.join(READERS)}), a folder "
         "of them, or the id of a hub dataset, ORG/NAME"
@@ -128,9 +128,9 @@ def check_header(record: Record) -> Record:
     Raises:
         PeftcoreError: every value is the name of its column.
     """
-    where, fields = record
+    location, fields = record
     if fields and all(isinstance(value, str) and value.strip() == name.strip() for name, value in fields.items()):
-        raise PeftcoreError(f"{where}: the line repeats the header, as in concatenated files. Delete the line")
+        raise PeftcoreError(f"{location}: the line repeats the header, as in concatenated files. Delete the line")
     return record
 
 
@@ -140,11 +140,11 @@ def rename_columns(record: Record, columns: Mapping[str, str]) -> Record:
     Raises:
         PeftcoreError: a column does not exist.
     """
-    where, fields = record
+    location, fields = record
     for name, column in columns.items():
         if column not in fields:
             raise PeftcoreError(
-                f"{where}: --columns maps {name} to the column '{column}', which does not "
+                f"{location}: --columns maps {name} to the column '{column}', which does not "
                 f"exist{nearest(column, fields)}"
             )
     used = set(columns.values())
@@ -154,7 +154,7 @@ def rename_columns(record: Record, columns: Mapping[str, str]) -> Record:
         renamed_fields["prompt"], str
     ):  # Alpaca's instruction may have an `input`
         renamed_fields["prompt"] = alpaca_prompt(renamed_fields["prompt"], others.pop("input", None))
-    return where, others | renamed_fields
+    return location, others | renamed_fields
 
 
 def _is_hub_id(path: str) -> bool:
@@ -226,31 +226,31 @@ def _json(path: Path) -> Iterator[Record]:
         yield _object(f"{path}:[{index}]", fields)
 
 
-def _parse_json(text: str, where: str) -> Any:
+def _parse_json(text: str, location: str) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
         place = f"column {error.colno}" if "\n" not in text.strip() else f"line {error.lineno}, column {error.colno}"
-        raise PeftcoreError(f"{where}: invalid JSON: {error.msg} at {place}") from error
+        raise PeftcoreError(f"{location}: invalid JSON: {error.msg} at {place}") from error
     except RecursionError as error:
-        raise PeftcoreError(f"{where}: invalid JSON: the value is nested too deeply") from error
+        raise PeftcoreError(f"{location}: invalid JSON: the value is nested too deeply") from error
     except ValueError as error:  # an integer with thousands of digits
-        raise PeftcoreError(f"{where}: invalid JSON: {error}") from error
+        raise PeftcoreError(f"{location}: invalid JSON: {error}") from error
 
 
-def object_of(where: str, text: str) -> Record:
+def object_of(location: str, text: str) -> Record:
     """Parse a line of JSON into a record.
 
     Raises:
-        PeftcoreError: the line is not a JSON object; the message begins with `where`.
+        PeftcoreError: the line is not a JSON object; the message begins with `location`.
     """
-    return _object(where, _parse_json(text, where))
+    return _object(location, _parse_json(text, location))
 
 
-def _object(where: str, fields: Any) -> Record:
+def _object(location: str, fields: Any) -> Record:
     if not isinstance(fields, dict):
-        raise PeftcoreError(f"{where}: an example must be a JSON object, found {type(fields).__name__}")
-    return where, fields
+        raise PeftcoreError(f"{location}: an example must be a JSON object, found {type(fields).__name__}")
+    return location, fields
 
 
 def _read_long_fields() -> None:

@@ -51,78 +51,78 @@ def _part_types(messages: list[Any]) -> set[Any]:
     return types
 
 
-def row_of(where: str, fields: dict[str, Any], *, hears: bool = False) -> Row:
+def row_of(location: str, fields: dict[str, Any], *, hears: bool = False) -> Row:
     """Return a conversation with the content parts that chat templates take, and the paths of its images and audio.
 
     Args:
-        where: file and line, for messages.
+        location: file and line, for messages.
         fields: fields of the line.
         hears: whether the model takes audio.
 
     Raises:
         PeftcoreError: the fields are not lists of messages, or an image is missing or not a local file. The message
-            begins with `where`.
+            begins with `location`.
     """
-    reader = _MediaReader(where, _files_of(fields), _files_of(fields, "audio") if hears else None)
-    row = _conversation_of(where, fields, reader)
+    reader = _MediaReader(location, _files_of(fields), _files_of(fields, "audio") if hears else None)
+    row = _conversation_of(location, fields, reader)
     reader.check_all_used()
     for i, message in enumerate(row.messages or []):
         content = message.get("content") or ()  # tool calls may have no content
         if message["role"] == "assistant" and (IMAGE_PART in content or AUDIO_PART in content):
             raise PeftcoreError(
-                f"{where}: messages[{i}] is an assistant turn with an image or audio, but models only generate text. "
-                "Remove the row"
+                f"{location}: messages[{i}] is an assistant turn with an image or audio, but models only generate "
+                "text. Remove the row"
             )
     return replace(row, images=tuple(reader.paths), sounds=tuple(reader.sounds))
 
 
-def _conversation_of(where: str, fields: dict[str, Any], reader: _MediaReader) -> Row:
+def _conversation_of(location: str, fields: dict[str, Any], reader: _MediaReader) -> Row:
     """Return the conversation in `prompt` and `completion`, `messages`, or `conversations`, without paths of media."""
     if isinstance(fields.get("prompt"), list) and isinstance(fields.get("completion"), list):
         prompt = reader.with_placeholders("prompt", fields["prompt"])
         completion = reader.with_placeholders("completion", fields["completion"])
-        return turns.conversation(where, [*prompt, *completion], len(prompt), fields)
+        return turns.conversation(location, [*prompt, *completion], len(prompt), fields)
     if fields.get("messages") is not None:
         messages = reader.with_placeholders("messages", fields["messages"])
-        return turns.conversation(where, messages, 0, fields)
+        return turns.conversation(location, messages, 0, fields)
     if fields.get("conversations") is not None:
-        messages = turns.messages_of_sharegpt(where, fields["conversations"])
-        return turns.conversation(where, reader.with_placeholders("conversations", messages), 0, fields)
+        messages = turns.messages_of_sharegpt(location, fields["conversations"])
+        return turns.conversation(location, reader.with_placeholders("conversations", messages), 0, fields)
     key = next(key for key in ("messages", "conversations", "prompt") if key in fields)
     requirement = "'prompt' and 'completion' must be lists" if key == "prompt" else f"'{key}' must be a list"
-    raise PeftcoreError(f"{where}: {requirement} of messages, found {labels.short(fields[key])}")
+    raise PeftcoreError(f"{location}: {requirement} of messages, found {labels.short(fields[key])}")
 
 
-def preference(where: str, fields: dict[str, Any]) -> Row:
+def preference(location: str, fields: dict[str, Any]) -> Row:
     """Return a conversation with images and two answers. An answer is a text, a message or a list with one message.
 
     If the prompt is text without `<image>`, the images precede the text.
 
     Raises:
         PeftcoreError: an image is missing, or an answer is not a single assistant turn. The message begins with
-            `where`.
+            `location`.
     """
-    answers = {key: _turns(where, key, fields[key], "assistant") for key in ("chosen", "rejected")}
+    answers = {key: _turns(location, key, fields[key], "assistant") for key in ("chosen", "rejected")}
     key = next((key for key in ("prompt", "conversations") if fields.get(key) is not None), None)
     if key is None:
         prompt, answers = _split_common_prompt(answers)
     else:
-        prompt = _turns(where, key, fields[key], "user")
+        prompt = _turns(location, key, fields[key], "user")
     image_files = _files_of(fields)
     prompt_text = fields.get(key or "")
     if isinstance(prompt_text, str) and image_files and IMAGE_MARK not in prompt_text:
         images = [dict(IMAGE_PART) for _ in image_files]
         prompt = [{"role": "user", "content": [*images, *_parts(prompt_text)]}]
-    reader = _MediaReader(where, image_files)
+    reader = _MediaReader(location, image_files)
     prompt = reader.with_placeholders(key or "chosen", prompt)
     reader.check_all_used()
-    chosen, rejected = (_answer_turn(where, name, answer) for name, answer in answers.items())
+    chosen, rejected = (_answer_turn(location, name, answer) for name, answer in answers.items())
     if chosen == rejected:
-        raise PeftcoreError(f"{where}: 'chosen' and 'rejected' are the same answer. Remove the row")
+        raise PeftcoreError(f"{location}: 'chosen' and 'rejected' are the same answer. Remove the row")
     for answer in (chosen, rejected):
-        conversation = turns.conversation(where, [*prompt, *answer], len(prompt), fields)
+        conversation = turns.conversation(location, [*prompt, *answer], len(prompt), fields)
     return Row(
-        where,
+        location,
         "",
         turns.without_marks(chosen),
         turns.without_marks(rejected),
@@ -139,51 +139,54 @@ def _split_common_prompt(conversations: dict[str, Messages]) -> tuple[Messages, 
     return prompt, {name: messages[len(prompt) :] for name, messages in conversations.items()}
 
 
-def _answer_turn(where: str, name: str, answer: Messages) -> Messages:
+def _answer_turn(location: str, name: str, answer: Messages) -> Messages:
     """Return the answer `name` with its content in parts.
 
     Raises:
         PeftcoreError: the answer is not a single assistant turn, or has an image.
     """
-    messages = _MediaReader(where, []).with_placeholders(name, answer)
+    messages = _MediaReader(location, []).with_placeholders(name, answer)
     roles = [message["role"] for message in messages]
     if roles != ["assistant"]:
         raise PeftcoreError(
-            f"{where}: '{name}' must be a single assistant answer to the prompt, found {', '.join(roles)}"
+            f"{location}: '{name}' must be a single assistant answer to the prompt, found {', '.join(roles)}"
         )
     return messages
 
 
-def _turns(where: str, key: str, value: Any, role: str) -> list[dict[str, Any]]:
+def _turns(location: str, key: str, value: Any, role: str) -> list[dict[str, Any]]:
     """Convert a text, a message or a list of messages, also in ShareGPT's format, to messages."""
     if isinstance(value, str):
         return [{"role": role, "content": value}]
     value = [value] if isinstance(value, dict) else value
     if isinstance(value, list) and any(isinstance(turn, dict) and "from" in turn for turn in value):
-        return turns.messages_of_sharegpt(where, value)
-    return turns.messages_of(where, key, value, has_images=True)
+        return turns.messages_of_sharegpt(location, value)
+    return turns.messages_of(location, key, value, has_images=True)
 
 
-def row_to_answer(where: str, fields: dict[str, Any], task: str, *, hears: bool = False) -> Row:
+def row_to_answer(location: str, fields: dict[str, Any], task: str, *, hears: bool = False) -> Row:
     """Return a conversation to answer, without its existing answer.
 
     Args:
-        where: file and line, for messages.
+        location: file and line, for messages.
         fields: fields of the line.
         task: name of the task, for messages.
         hears: whether the model takes audio.
 
     Raises:
-        PeftcoreError: the conversation has no turn to answer, or an image is missing. The message begins with `where`.
+        PeftcoreError: the conversation has no turn to answer, or an image is missing. The message begins with
+            `location`.
     """
     key = next((key for key in ("messages", "conversations", "prompt") if isinstance(fields.get(key), list)), None)
     if key is None:
-        raise PeftcoreError(f"{where}: predict needs the key 'messages' for {task}, found {', '.join(fields)}")
-    messages_to_answer = turns.messages_of_sharegpt(where, fields[key]) if key == "conversations" else fields[key]
-    reader = _MediaReader(where, _files_of(fields), _files_of(fields, "audio") if hears else None)
+        raise PeftcoreError(f"{location}: predict needs the key 'messages' for {task}, found {', '.join(fields)}")
+    messages_to_answer = turns.messages_of_sharegpt(location, fields[key]) if key == "conversations" else fields[key]
+    reader = _MediaReader(location, _files_of(fields), _files_of(fields, "audio") if hears else None)
     prompt = reader.with_placeholders(key, _without_answer(messages_to_answer))
     reader.check_all_used()
-    return Row(where, "", messages=turns.without_marks(prompt), images=tuple(reader.paths), sounds=tuple(reader.sounds))
+    return Row(
+        location, "", messages=turns.without_marks(prompt), images=tuple(reader.paths), sounds=tuple(reader.sounds)
+    )
 
 
 def _without_answer(messages: Any) -> Any:
@@ -199,13 +202,13 @@ def _without_answer(messages: Any) -> Any:
 class _MediaReader:
     """Collects the images and audio of a row from its messages; `audio_files` is None for models without audio."""
 
-    def __init__(self, where: str, image_files: list[Any], audio_files_of_row: list[Any] | None = None) -> None:
-        self.where, self.image_files, self.paths = where, image_files, list[str]()
+    def __init__(self, location: str, image_files: list[Any], audio_files_of_row: list[Any] | None = None) -> None:
+        self.location, self.image_files, self.paths = location, image_files, list[str]()
         self.audio_files, self.sounds = audio_files_of_row, list[str]()
 
     def with_placeholders(self, key: str, turn_list: Any) -> list[dict[str, Any]]:
         """Return the messages with content in parts, and a placeholder part for each image and recording."""
-        messages = turns.messages_of(self.where, key, turn_list, has_images=True)
+        messages = turns.messages_of(self.location, key, turn_list, has_images=True)
         for index, message in enumerate(messages):
             if "content" in message:
                 content: list[dict[str, Any]] = []
@@ -229,7 +232,7 @@ class _MediaReader:
             supported_kinds = "text or image" if self.audio_files is None else "text, image or audio"
             hint = ". Use --task audio-text for audio" if kind in ("audio", "audio_url") else ""
             raise PeftcoreError(
-                f"{self.where}: the parts of {place} must be {supported_kinds}, found {labels.short(part)}{hint}"
+                f"{self.location}: the parts of {place} must be {supported_kinds}, found {labels.short(part)}{hint}"
             )
 
     def _split_at_marks(self, place: str, text: str) -> Iterator[dict[str, Any]]:
@@ -254,18 +257,18 @@ class _MediaReader:
         if source is None:
             if len(self.sounds) >= len(self.audio_files or ()):
                 raise PeftcoreError(
-                    f"{self.where}: {place} refers to recording {len(self.sounds) + 1}, but the row lists "
+                    f"{self.location}: {place} refers to recording {len(self.sounds) + 1}, but the row lists "
                     f'{len(self.audio_files or ())}. Pass the recording as {{"type": "audio", "path": FILE}} or in '
                     '"audios": [...]'
                 )
             source = (self.audio_files or [])[len(self.sounds)]
-        self.sounds.append(audio_files.path_of(self.where, place, source))
+        self.sounds.append(audio_files.path_of(self.location, place, source))
 
     def _add_image(self, place: str, source: Any) -> None:
         if source is None:
             if len(self.paths) >= len(self.image_files):
                 raise PeftcoreError(
-                    f"{self.where}: {place} refers to image {len(self.paths) + 1}, but the row lists "
+                    f"{self.location}: {place} refers to image {len(self.paths) + 1}, but the row lists "
                     f'{len(self.image_files)}. Pass the image as {{"type": "image", "path": FILE}} or in "images": '
                     "[FILE, ...]"
                 )
@@ -275,31 +278,32 @@ class _MediaReader:
     def _image_path(self, place: str, source: Any) -> str:
         if not isinstance(source, str):
             raise PeftcoreError(
-                f"{self.where}: the image in {place} must be the path of a file, found {type(source).__name__}. Save "
-                "the image to a file and pass its path"
+                f"{self.location}: the image in {place} must be the path of a file, found {type(source).__name__}. "
+                "Save the image to a file and pass its path"
             )
         if source.startswith(("http://", "https://", "data:")):
             raise PeftcoreError(
-                f"{self.where}: the image '{source[:60]}' in {place} is not a local file. Download the image and "
+                f"{self.location}: the image '{source[:60]}' in {place} is not a local file. Download the image and "
                 "pass its path"
             )
-        folder = os.path.dirname(self.where.rpartition(":")[0])
+        folder = os.path.dirname(self.location.rpartition(":")[0])
         path = os.path.join(folder, os.path.expanduser(source.removeprefix("file://")))
         if not os.path.isfile(path):
             raise PeftcoreError(
-                f"{self.where}: the image '{path}' does not exist. Pass a path relative to the folder of the data file"
+                f"{self.location}: the image '{path}' does not exist. Pass a path relative to the folder of the data "
+                "file"
             )
         return path
 
     def check_all_used(self) -> None:
         if self.image_files and len(self.paths) != len(self.image_files):
             raise PeftcoreError(
-                f"{self.where}: the row lists {len(self.image_files)} images, but its turns refer to "
+                f"{self.location}: the row lists {len(self.image_files)} images, but its turns refer to "
                 f'{len(self.paths)}. Mark the place of each image with {{"type": "image"}} or the text {IMAGE_MARK}'
             )
         if self.audio_files and len(self.sounds) != len(self.audio_files):
             raise PeftcoreError(
-                f"{self.where}: the row lists {len(self.audio_files)} recordings, but its turns refer to "
+                f"{self.location}: the row lists {len(self.audio_files)} recordings, but its turns refer to "
                 f'{len(self.sounds)}. Mark the place of each recording with {{"type": "audio"}} or the text '
                 f"{AUDIO_MARK}"
             )

@@ -11,18 +11,18 @@ from peftcore.errors import PeftcoreError
 Label = str | float | tuple[str, ...]  # respectively
 
 
-def class_name(where: str, key: str, text: str) -> str:
+def class_name(location: str, key: str, text: str) -> str:
     """Return the name of a class, tag or image folder without surrounding spaces.
 
     Raises:
-        PeftcoreError: the name is empty or NaN. The message begins with `where`.
+        PeftcoreError: the name is empty or NaN. The message begins with `location`.
     """
     label = text.strip()  # otherwise "good" and "good " would be different classes
     if not label:
-        raise PeftcoreError(f"{where}: '{key}' is empty. Remove the row, or add a label")
+        raise PeftcoreError(f"{location}: '{key}' is empty. Remove the row, or add a label")
     if label.lower() == "nan":
         raise PeftcoreError(
-            f"{where}: '{key}' is {label}, which usually stands for a missing value. Remove the row, or rename the "
+            f"{location}: '{key}' is {label}, which usually stands for a missing value. Remove the row, or rename the "
             "class"
         )
     return label
@@ -57,12 +57,12 @@ def short(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, default=str)[:80]
 
 
-def text_of(where: str, key: str, value: Any) -> str:
+def text_of(location: str, key: str, value: Any) -> str:
     """Return the value of a text field.
 
     Raises:
-        PeftcoreError: the value is not text. The message begins with `where`.
+        PeftcoreError: the value is not text. The message begins with `location`.
     """
     if not isinstance(value, str):
-        raise PeftcoreError(f"{where}: '{key}' must be text, found {short(value)}")
+        raise PeftcoreError(f"{location}: '{key}' must be text, found {short(value)}")
     return value

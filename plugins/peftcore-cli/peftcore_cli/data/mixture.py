@@ -52,16 +52,16 @@ def count(size: int, weight: float) -> int:
     return max(1, round(size * weight))
 
 
-def sample_epoch(parts: Sequence[tuple[int, float]], generator: random.Random) -> array[int]:
+def sample_epoch(weighted_sizes: Sequence[tuple[int, float]], generator: random.Random) -> array[int]:
     """Return the indices of one epoch, in no particular order.
 
     Args:
-        parts: (number of examples, weight) of each data set, in the order of the examples.
+        weighted_sizes: (number of examples, weight) of each data set, in the order of the examples.
         generator: random generator, which is only used for weights that are not integers.
     """
     order = array("q")
     begin = 0
-    for size, weight in parts:
+    for size, weight in weighted_sizes:
         indices = range(begin, begin + size)
         if not size:
             continue

@@ -18,7 +18,7 @@ class Row:
     """One example.
 
     Attributes:
-        where: `FILE:LINE`, for messages.
+        location: `FILE:LINE`, for messages.
         text: the text; the prompt if there is a completion.
         completion: the answer to learn, or the chosen answer of a preference pair. In a conversation, a list with one
             message.
@@ -41,7 +41,7 @@ class Row:
         columns: fields that are passed to a reward function.
     """
 
-    where: str
+    location: str
     text: str
     completion: str | Messages | None = None
     rejected: str | Messages | None = None
@@ -77,11 +77,11 @@ class Row:
 
 
 @contextmanager
-def naming(where: str | None) -> Iterator[None]:
-    """Inside the block, prefix a PeftcoreError with `where`, unless it is None."""
+def naming(location: str | None) -> Iterator[None]:
+    """Inside the block, prefix a PeftcoreError with `location`, unless it is None."""
     try:
         yield
     except PeftcoreError as error:
-        if where is None:
+        if location is None:
             raise
-        raise PeftcoreError(f"{where}: {error}") from error
+        raise PeftcoreError(f"{location}: {error}") from error

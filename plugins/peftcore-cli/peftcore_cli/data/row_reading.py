@@ -63,7 +63,7 @@ def _checked_rows(paths: Sequence[str], task: Task, columns: Mapping[str, str] |
             first_kind = first_kind or row.kind
             if task.one_kind and row.kind != first_kind:
                 raise PeftcoreError(
-                    f"{row.where}: this line has {row.kind}, but the first line has {first_kind}. Use one format "
+                    f"{row.location}: this line has {row.kind}, but the first line has {first_kind}. Use one format "
                     "per file"
                 )
             yield replace(row, source=source) if source else row
@@ -102,21 +102,21 @@ def _recognise(paths: Sequence[str], records: Iterator[Record]) -> Task:
     return next(task for task in reversed(registered.tasks()) if task.recognises(lines))
 
 
-def row_of(where: str, fields: dict[str, Any], task: Task) -> Row:
+def row_of(location: str, fields: dict[str, Any], task: Task) -> Row:
     """Return the row of a line.
 
     Raises:
-        PeftcoreError: the fields do not fit `task`. The message begins with `where`.
+        PeftcoreError: the fields do not fit `task`. The message begins with `location`.
     """
     keys = next((keys for keys in task.keys if all(fields.get(key) is not None for key in keys)), None)
     if keys is None:
         keys = next((keys for keys in task.keys if all(key in fields for key in keys)), None)
     if keys is None:
         raise PeftcoreError(
-            f"{where}: {task.name} needs the keys {task.shown_keys}, found {listed(fields) or 'none'}. If the "
+            f"{location}: {task.name} needs the keys {task.shown_keys}, found {listed(fields) or 'none'}. If the "
             f"columns have other names, map them: --columns {task.columns_example}{_of_others(task)}"
         )
-    return task.read_row(where, fields, keys)
+    return task.read_row(location, fields, keys)
 
 
 def _of_others(task: Task) -> str:

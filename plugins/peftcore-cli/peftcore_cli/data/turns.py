@@ -15,29 +15,31 @@ _ROLES |= {"tool": "tool", "observation": "tool", "function": "tool"}
 _MARKS = ("weight", "train")  # keys that mark whether a turn is learned
 
 
-def conversation(where: str, messages: Messages, learned_from: int, fields: dict[str, Any]) -> Row:
+def conversation(location: str, messages: Messages, learned_from: int, fields: dict[str, Any]) -> Row:
     """Return the row of a conversation. Assistant turns from index `learned_from` on are learned.
 
     Raises:
         PeftcoreError: no turn is learned, a learned turn is empty, or `tools` is not a list.
     """
-    not_learned = tuple(i for i, message in enumerate(messages) if not _is_learned(f"{where}: messages[{i}]", message))
+    not_learned = tuple(
+        i for i, message in enumerate(messages) if not _is_learned(f"{location}: messages[{i}]", message)
+    )
     messages = without_marks(messages)
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant" and i >= learned_from]
     learned_turns = [i for i in turns if i not in not_learned]
     if not learned_turns:
-        raise PeftcoreError(f"{where}: the conversation has no assistant turn to learn. Add one, or remove the row")
+        raise PeftcoreError(f"{location}: the conversation has no assistant turn to learn. Add one, or remove the row")
     empty_turn = next((i for i in learned_turns if not _says_something(messages[i])), None)
     if empty_turn is not None:
         raise PeftcoreError(
-            f"{where}: messages[{empty_turn}] is an empty assistant turn, which would teach the model to answer "
+            f"{location}: messages[{empty_turn}] is an empty assistant turn, which would teach the model to answer "
             'nothing. Remove the turn, or exclude it from the loss: "weight": 0'
         )
-    tools = _tools_of(where, fields)
-    return Row(where, "", messages=messages, learned_from=learned_from, not_learned=not_learned, tools=tools)
+    tools = _tools_of(location, fields)
+    return Row(location, "", messages=messages, learned_from=learned_from, not_learned=not_learned, tools=tools)
 
 
-def _tools_of(where: str, fields: Mapping[str, Any]) -> list[Any] | None:
+def _tools_of(location: str, fields: Mapping[str, Any]) -> list[Any] | None:
     """Return the tools of a conversation, or None if it has none."""
     tools = fields.get("tools")
     if isinstance(tools, str):  # the library datasets stores fields that differ between rows as JSON text
@@ -45,9 +47,9 @@ def _tools_of(where: str, fields: Mapping[str, Any]) -> list[Any] | None:
             tools = json.loads(tools)
         except (ValueError, RecursionError) as error:
             problem = "the value is nested too deeply" if isinstance(error, RecursionError) else error
-            raise PeftcoreError(f"{where}: 'tools' is not valid JSON: {problem}") from error
+            raise PeftcoreError(f"{location}: 'tools' is not valid JSON: {problem}") from error
     if tools is not None and not isinstance(tools, list):
-        raise PeftcoreError(f"{where}: 'tools' must be a list, found {type(tools).__name__}")
+        raise PeftcoreError(f"{location}: 'tools' must be a list, found {type(tools).__name__}")
     return tools or None
 
 
@@ -71,14 +73,14 @@ def _says_something(message: Mapping[str, Any]) -> bool:
     return any(value.strip() if isinstance(value, str) else value for name, value in message.items() if name != "role")
 
 
-def messages_of(where: str, key: str, messages: Any, *, has_images: bool = False) -> Messages:
+def messages_of(location: str, key: str, messages: Any, *, has_images: bool = False) -> Messages:
     """Check messages and join text parts. With `has_images`, content in parts is not changed."""
     if not isinstance(messages, list) or not messages:
         kind = "an empty list" if messages == [] else type(messages).__name__
-        raise PeftcoreError(f"{where}: '{key}' must be a list of messages, found {kind}")
+        raise PeftcoreError(f"{location}: '{key}' must be a list of messages, found {kind}")
     messages = [dict(message) if isinstance(message, dict) else message for message in messages]
     for index, message in enumerate(messages):
-        place = f"{where}: {key}[{index}]"
+        place = f"{location}: {key}[{index}]"
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise PeftcoreError(f'{place} must be {{"role": ..., "content": ...}}, found {str(message)[:80]}')
         content = message.get("content")
@@ -110,23 +112,23 @@ def _text_of_parts(place: str, parts: list[Any]) -> str:
     return "".join(map(str, texts))
 
 
-def messages_of_sharegpt(where: str, turn_list: Any) -> Messages:
+def messages_of_sharegpt(location: str, turn_list: Any) -> Messages:
     """Convert and check a conversation in ShareGPT's format; one with roles is only checked.
 
     Raises:
-        PeftcoreError: the value is not a list of turns. The message begins with `where`.
+        PeftcoreError: the value is not a list of turns. The message begins with `location`.
     """
     if not isinstance(turn_list, list) or not all(isinstance(turn, dict) for turn in turn_list):
-        raise PeftcoreError(f"{where}: 'conversations' must be a list of turns, found {type(turn_list).__name__}")
+        raise PeftcoreError(f"{location}: 'conversations' must be a list of turns, found {type(turn_list).__name__}")
     if all("role" in turn for turn in turn_list):
-        return messages_of(where, "conversations", turn_list)
+        return messages_of(location, "conversations", turn_list)
     for index, turn in enumerate(turn_list):
         if not isinstance(turn.get("from"), str) or turn["from"] not in _ROLES:
             raise PeftcoreError(
-                f"{where}: 'from' of conversations[{index}] must be one of {', '.join(_ROLES)}, found "
+                f"{location}: 'from' of conversations[{index}] must be one of {', '.join(_ROLES)}, found "
                 f"{turn.get('from')!r}"
             )
-    return messages_of(where, "conversations", list(map(_message_of_sharegpt, turn_list)))
+    return messages_of(location, "conversations", list(map(_message_of_sharegpt, turn_list)))
 
 
 def _message_of_sharegpt(turn: dict[str, Any]) -> dict[str, Any]:

@@ -54,16 +54,16 @@ class Transcripts(Task):
     def recognises(self, lines: FirstLines) -> bool:
         return not lines.are_labelled and lines.media is None and any(lines.have(*keys) for keys in self.keys)
 
-    def read_row(self, where: str, fields: dict[str, Any], keys: tuple[str, ...]) -> Row:
-        transcript = text_of(where, keys[1], fields[keys[1]])
+    def read_row(self, location: str, fields: dict[str, Any], keys: tuple[str, ...]) -> Row:
+        transcript = text_of(location, keys[1], fields[keys[1]])
         if not transcript.strip():
-            raise PeftcoreError(f"{where}: '{keys[1]}' is empty. Remove the row, or add a transcript")
-        return Row(where, transcript, audio=audio_files.path_of(where, "audio", fields["audio"]))
+            raise PeftcoreError(f"{location}: '{keys[1]}' is empty. Remove the row, or add a transcript")
+        return Row(location, transcript, audio=audio_files.path_of(location, "audio", fields["audio"]))
 
-    def read_question(self, where: str, fields: dict[str, Any], about: AdapterTask) -> Row:
+    def read_question(self, location: str, fields: dict[str, Any], about: AdapterTask) -> Row:
         if "audio" not in fields:
-            raise missing_key(where, fields, "audio", self)
-        return Row(where, "", audio=audio_files.path_of(where, "audio", fields["audio"]))
+            raise missing_key(location, fields, "audio", self)
+        return Row(location, "", audio=audio_files.path_of(location, "audio", fields["audio"]))
 
     def load_processor(self, model: str, adapter: Path | None = None) -> Any:
         """Return the processor, with the maximum number of tokens of a transcript as its attribute `longest_text`."""
@@ -99,11 +99,11 @@ class Transcripts(Task):
         """
         examples, longest = [], min(max_length, processor.longest_text)
         for row in rows:
-            _read(processor, row.audio, row.where)
+            _read(processor, row.audio, row.location)
             tokens = list(processor.tokenizer(str(row.text))["input_ids"])
             if len(tokens) > longest:
                 raise PeftcoreError(
-                    f"{row.where}: the transcript has {len(tokens):,} tokens, but the limit is {longest:,} "
+                    f"{row.location}: the transcript has {len(tokens):,} tokens, but the limit is {longest:,} "
                     "(--max-length, or the model's positions). Split the recording"
                 )
             examples.append({"audio": row.audio, "labels": tokens})
@@ -192,9 +192,9 @@ def set_language(processor: Any, language: str | None, generation: Any) -> None:
         raise PeftcoreError(f"the model does not support --language {language}: {str(error)[:300]}") from error
 
 
-def _read(processor: Any, path: Any, where: str | None = None) -> Any:
+def _read(processor: Any, path: Any, location: str | None = None) -> Any:
     extractor = processor.feature_extractor
-    with naming(where):
+    with naming(location):
         return audio_files.samples(str(path), extractor.sampling_rate, extractor.n_samples)
 
 

@@ -32,10 +32,10 @@ class Classification(Labelled):
     def recognises(self, lines: FirstLines) -> bool:
         return lines.are_labelled and lines.media is None
 
-    def label_of(self, where: str, key: str, value: Any) -> Label:
+    def label_of(self, location: str, key: str, value: Any) -> Label:
         if not isinstance(value, (int, str)):
-            raise PeftcoreError(f"{where}: '{key}' must be text, found {data_labels.short(value)}")
-        return data_labels.class_name(where, key, str(value))
+            raise PeftcoreError(f"{location}: '{key}' must be text, found {data_labels.short(value)}")
+        return data_labels.class_name(location, key, str(value))
 
     def any_label(self, labels: Sequence[str]) -> Label:
         return labels[0]

@@ -132,7 +132,7 @@ def texts_and_spans(row: Row, tokenizer: PreTrainedTokenizerBase) -> list[tuple[
     messages = row.messages or []
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant" and i >= row.learned_from]
     turns = [i for i in turns if i not in row.not_learned]
-    with naming(row.where):
+    with naming(row.location):
         full_text = render(tokenizer, messages, row.tools)
         _refuse_what_vanishes(tokenizer, row, full_text)
         spans = [_span(tokenizer, row, turn) for turn in turns]

@@ -154,12 +154,12 @@ def cases(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_length: i
             ids, expected = tokenizer(row.text)["input_ids"], row.completion
         else:
             raise PeftcoreError(
-                f"{row.where}: the row has {row.kind}, which has no prompt to answer. Metrics of answers need "
+                f"{row.location}: the row has {row.kind}, which has no prompt to answer. Metrics of answers need "
                 "prompt/completion, messages or source/target. Remove --eval-answers, or pass --metric loss"
             )
         if not 0 < len(ids) <= max_length:
             raise PeftcoreError(
-                f"{row.where}: the prompt must have 1 to {max_length:,} tokens (--max-length), found {len(ids):,}. "
+                f"{row.location}: the prompt must have 1 to {max_length:,} tokens (--max-length), found {len(ids):,}. "
                 "Increase --max-length, or remove the example"
             )
         prompts.append(Case(list(ids), expected))

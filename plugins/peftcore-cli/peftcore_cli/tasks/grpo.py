@@ -49,17 +49,17 @@ class GRPO(Judged):
     figures = ("reward",)
     unpredicted = "the memory for sampling answers is unknown"
 
-    def read_row(self, where: str, fields: dict[str, Any], keys: tuple[str, ...]) -> Row:
+    def read_row(self, location: str, fields: dict[str, Any], keys: tuple[str, ...]) -> Row:
         """Return a prompt to answer, with the other fields of its line."""
         columns = {name: value for name, value in fields.items() if name != "prompt"}
         if columns.get("tools"):
-            raise PeftcoreError(f"{where}: --task grpo does not support tools. Remove 'tools'")
+            raise PeftcoreError(f"{location}: --task grpo does not support tools. Remove 'tools'")
         if isinstance(fields["prompt"], list):
-            messages = turns.without_marks(turns.messages_of(where, "prompt", fields["prompt"]))
+            messages = turns.without_marks(turns.messages_of(location, "prompt", fields["prompt"]))
             if messages[-1]["role"] == "assistant":
-                raise PeftcoreError(f"{where}: 'prompt' must end with a turn to answer, found an assistant turn")
-            return Row(where, "", messages=messages, columns=columns)
-        return Row(where, text_of(where, "prompt", fields["prompt"]), columns=columns)
+                raise PeftcoreError(f"{location}: 'prompt' must end with a turn to answer, found an assistant turn")
+            return Row(location, "", messages=messages, columns=columns)
+        return Row(location, text_of(location, "prompt", fields["prompt"]), columns=columns)
 
     def check_options(self, run_options: RunOptions, data: Sequence[str], *, continues: bool) -> None:
         require("trl", extra="dpo")
@@ -107,7 +107,7 @@ class GRPO(Judged):
                 ]
             if not 0 < len(ids) <= max_length:
                 raise PeftcoreError(
-                    f"{row.where}: the prompt must have 1 to {max_length:,} tokens (--max-length), found "
+                    f"{row.location}: the prompt must have 1 to {max_length:,} tokens (--max-length), found "
                     f"{len(ids):,}. Increase --max-length, or remove the row"
                 )
             examples.append({**row.columns, "prompt": prompt, _IDS: list(ids)})

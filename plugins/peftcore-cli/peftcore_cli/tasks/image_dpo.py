@@ -53,8 +53,8 @@ class ImageDPO(Judged, MediaChats):
         fields = lines.media
         return fields is not None and not image_turns.has_audio(fields) and {*SIDES} <= fields.keys()
 
-    def read_row(self, where: str, fields: dict[str, Any], keys: tuple[str, ...]) -> Row:
-        return image_turns.preference(where, fields)
+    def read_row(self, location: str, fields: dict[str, Any], keys: tuple[str, ...]) -> Row:
+        return image_turns.preference(location, fields)
 
     def encode(
         self,
@@ -142,8 +142,8 @@ def _encode_pair(row: Row, processor: Any, max_length: int) -> tuple[dict[str, E
         is_truncated = is_truncated or truncated_count > 0
     if not is_truncated and not _answers_differ(pair):
         raise PeftcoreError(
-            f"{row.where}: 'chosen' and 'rejected' have the same tokens, so neither can be preferred. Remove the row, "
-            "or use a model whose tokenizer distinguishes them"
+            f"{row.location}: 'chosen' and 'rejected' have the same tokens, so neither can be preferred. Remove the "
+            "row, or use a model whose tokenizer distinguishes them"
         )
     return pair, is_truncated
 

@@ -59,25 +59,27 @@ class KTO(Judged):
     def recognises(self, lines: FirstLines) -> bool:
         return lines.media is None and lines.have("prompt", "completion", "label")
 
-    def read_row(self, where: str, fields: dict[str, Any], keys: tuple[str, ...]) -> Row:
+    def read_row(self, location: str, fields: dict[str, Any], keys: tuple[str, ...]) -> Row:
         """Return an answer that is marked as good or bad. The label is a boolean, "true" or "false", or 1 or 0."""
         marks = {"true": True, "1": True, "false": False, "0": False}
         is_good = marks.get(str(fields["label"]).strip().lower())
         if is_good is None:
-            raise PeftcoreError(f"{where}: 'label' must be true or false, found {data_labels.short(fields['label'])}")
+            raise PeftcoreError(
+                f"{location}: 'label' must be true or false, found {data_labels.short(fields['label'])}"
+            )
         if not isinstance(fields["prompt"], list):
-            prompt, answer = (text_of(where, key, fields[key]) for key in ("prompt", "completion"))
+            prompt, answer = (text_of(location, key, fields[key]) for key in ("prompt", "completion"))
             if not answer.strip():
-                raise PeftcoreError(f"{where}: 'completion' is empty. Remove the row, or add an answer")
-            return Row(where, prompt, completion=answer, is_good=is_good)
-        prompt_turns, answer_turns = (turns.messages_of(where, key, fields[key]) for key in ("prompt", "completion"))
+                raise PeftcoreError(f"{location}: 'completion' is empty. Remove the row, or add an answer")
+            return Row(location, prompt, completion=answer, is_good=is_good)
+        prompt_turns, answer_turns = (turns.messages_of(location, key, fields[key]) for key in ("prompt", "completion"))
         if [message["role"] for message in answer_turns] != ["assistant"]:
             roles = ", ".join(message["role"] for message in answer_turns)
-            raise PeftcoreError(f"{where}: 'completion' must be a single assistant answer, found {roles}")
-        conversation = turns.conversation(where, [*prompt_turns, *answer_turns], len(prompt_turns), fields)
+            raise PeftcoreError(f"{location}: 'completion' must be a single assistant answer, found {roles}")
+        conversation = turns.conversation(location, [*prompt_turns, *answer_turns], len(prompt_turns), fields)
         answer_turns = turns.without_marks(answer_turns)
         return Row(
-            where,
+            location,
             "",
             answer_turns,
             messages=turns.without_marks(prompt_turns),
@@ -97,8 +99,9 @@ class KTO(Judged):
         if len(marks) < 2:
             mark, missing_mark = ("true", "false") if True in marks else ("false", "true")
             raise PeftcoreError(
-                f"{rows[0].where}: every answer has the label {mark}, but --task kto needs good and bad answers. Add "
-                f"answers with the label {missing_mark}, or train on the good answers alone, as prompts and completions"
+                f"{rows[0].location}: every answer has the label {mark}, but --task kto needs good and bad answers. "
+                f"Add answers with the label {missing_mark}, or train on the good answers alone, as prompts and "
+                "completions"
             )
 
     def encode(
@@ -124,7 +127,7 @@ class KTO(Judged):
             answer = answer[: max_length - 1]
             prompt = example["input_ids"][max(0, begin + len(answer) - max_length) : begin]
             if not prompt:
-                raise PeftcoreError(f"{row.where}: the prompt has no tokens. Remove the row")
+                raise PeftcoreError(f"{row.location}: the prompt has no tokens. Remove the row")
             examples.append({"prompt_ids": prompt, "completion_ids": answer, "label": row.is_good})
         return Encoded(examples, truncated_count)
 

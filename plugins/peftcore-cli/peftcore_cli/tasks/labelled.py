@@ -105,11 +105,11 @@ class Labelled(Headed):
     model_class = "AutoModelForSequenceClassification"
     takes_pairs = True
 
-    def label_of(self, where: str, key: str, value: Any) -> Label:
+    def label_of(self, location: str, key: str, value: Any) -> Label:
         """Convert the value of a file to a label.
 
         Raises:
-            PeftcoreError: the value is not a label. The message begins with `where`.
+            PeftcoreError: the value is not a label. The message begins with `location`.
         """
         raise NotImplementedError
 
@@ -121,18 +121,18 @@ class Labelled(Headed):
         """Format the answer to a text for `peftcore generate`."""
         raise NotImplementedError
 
-    def read_row(self, where: str, fields: dict[str, Any], keys: tuple[str, ...]) -> Row:
-        text, *pair = (text_of(where, key, fields[key]) for key in keys[:-1])
-        label = self.label_of(where, keys[-1], fields[keys[-1]])
-        return Row(where, text, label=label, pair=pair[0] if pair else None)
+    def read_row(self, location: str, fields: dict[str, Any], keys: tuple[str, ...]) -> Row:
+        text, *pair = (text_of(location, key, fields[key]) for key in keys[:-1])
+        label = self.label_of(location, keys[-1], fields[keys[-1]])
+        return Row(location, text, label=label, pair=pair[0] if pair else None)
 
-    def read_question(self, where: str, fields: dict[str, Any], about: AdapterTask) -> Row:
-        values = given_fields(where, fields, ("text", *(key for pair in PAIRS for key in pair)), self)
+    def read_question(self, location: str, fields: dict[str, Any], about: AdapterTask) -> Row:
+        values = given_fields(location, fields, ("text", *(key for pair in PAIRS for key in pair)), self)
         keys = next((pair for pair in PAIRS if all(key in values for key in pair)), ("text",))
         if keys[0] not in values:
-            raise missing_key(where, fields, "text", self)
-        text, *pair = (text_of(where, key, values[key]) for key in keys)
-        return Row(where, text, label=self.any_label(about.labels), pair=pair[0] if pair else None)
+            raise missing_key(location, fields, "text", self)
+        text, *pair = (text_of(location, key, values[key]) for key in keys)
+        return Row(location, text, label=self.any_label(about.labels), pair=pair[0] if pair else None)
 
     def encode(
         self,
@@ -165,7 +165,7 @@ class Labelled(Headed):
             names = [name for name in ("input_ids", *(["token_type_ids"] if has_pair else [])) if name in encoding]
             for (row, label), *values in zip(batch_rows, *(encoding[name] for name in names), strict=True):
                 if not values[0]:
-                    raise PeftcoreError(f"{row.where}: the text has no tokens. Remove the row")
+                    raise PeftcoreError(f"{row.location}: the text has no tokens. Remove the row")
                 examples.append({**dict(zip(names, values, strict=True)), "labels": label})
         return Encoded(examples, truncated_count)
 
@@ -199,26 +199,26 @@ class Labelled(Headed):
         return self.format_answer(model(**inputs).logits[0].float(), about.labels)
 
 
-def given_fields(where: str, fields: dict[str, Any], keys: Sequence[str], task: Task) -> dict[str, Any]:
+def given_fields(location: str, fields: dict[str, Any], keys: Sequence[str], task: Task) -> dict[str, Any]:
     """Return the fields with the text to classify.
 
     Raises:
-        PeftcoreError: the line has no such field, or a null value. The message begins with `where`.
+        PeftcoreError: the line has no such field, or a null value. The message begins with `location`.
     """
     values = {key: fields[key] for key in keys if fields.get(key) is not None}
     null_key = next((key for key in keys if key in fields), None)
     if not values and null_key is not None:
         raise PeftcoreError(
-            f"{where}: '{null_key}' is null, but predict needs a value. Fill in the value, or remove the line"
+            f"{location}: '{null_key}' is null, but predict needs a value. Fill in the value, or remove the line"
         )
     if not values:
-        raise missing_key(where, fields, keys[0], task)
+        raise missing_key(location, fields, keys[0], task)
     return values
 
 
-def missing_key(where: str, fields: dict[str, Any], key: str, task: Task) -> PeftcoreError:
+def missing_key(location: str, fields: dict[str, Any], key: str, task: Task) -> PeftcoreError:
     """Return the error for a line without the required field."""
     return PeftcoreError(
-        f"{where}: predict needs the key {key} for {task.name}, found {data_files.listed(fields) or 'none'}. If the "
+        f"{location}: predict needs the key {key} for {task.name}, found {data_files.listed(fields) or 'none'}. If the "
         f"column has another name, map it: --columns {key}=NAME"
     )

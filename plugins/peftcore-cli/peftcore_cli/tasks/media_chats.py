@@ -48,11 +48,11 @@ class MediaChats(Task):
     no_chat = "answers turns with images or audio. Use peftcore predict --data CONVERSATIONS.jsonl"
     hears: ClassVar[bool] = False
 
-    def read_row(self, where: str, fields: dict[str, Any], keys: tuple[str, ...]) -> Row:
-        return image_turns.row_of(where, fields, hears=self.hears)
+    def read_row(self, location: str, fields: dict[str, Any], keys: tuple[str, ...]) -> Row:
+        return image_turns.row_of(location, fields, hears=self.hears)
 
-    def read_question(self, where: str, fields: dict[str, Any], about: AdapterTask) -> Row:
-        return image_turns.row_to_answer(where, fields, self.name, hears=self.hears)
+    def read_question(self, location: str, fields: dict[str, Any], about: AdapterTask) -> Row:
+        return image_turns.row_to_answer(location, fields, self.name, hears=self.hears)
 
     def load_processor(self, model: str, adapter: Path | None = None) -> Any:
         processor = check_processor(models.chat_processor(model, self.name, hears=self.hears), model, hears=self.hears)
@@ -136,7 +136,7 @@ def encode_row(row: Row, processor: Any, max_length: int) -> tuple[list[Example]
                 media = {"images": example["images"], "recordings": example["sounds"]}
                 shown = " and ".join(f"{len(paths)} {name}" for name, paths in media.items() if paths)
                 raise PeftcoreError(
-                    f"{row.where}: the conversation has {len(ids):,} tokens ({count:,} for {shown}) and cannot be "
+                    f"{row.location}: the conversation has {len(ids):,} tokens ({count:,} for {shown}) and cannot be "
                     f"truncated to --max-length {max_length:,}. Increase --max-length"
                 )
             truncated_count += 1
@@ -163,10 +163,10 @@ def _sizes(row: Row, processor: Any) -> dict[str, list[list[int]]]:
         token = getattr(processor, f"{kind}_token", None)
         if token is None:
             raise PeftcoreError(
-                f"{row.where}: {type(processor).__name__} does not support {NAMES[kind]}. Use another model"
+                f"{row.location}: {type(processor).__name__} does not support {NAMES[kind]}. Use another model"
             )
-        images = [[image] for image in _open_images(paths, row.where)] if kind == "image" else [[] for _ in paths]
-        sounds = _read_recordings(paths, processor, row.where) if kind == "audio" else []
+        images = [[image] for image in _open_images(paths, row.location)] if kind == "image" else [[] for _ in paths]
+        sounds = _read_recordings(paths, processor, row.location) if kind == "audio" else []
         token_ids = _process(processor, [token] * len(paths), images, sounds, add_special_tokens=False)["input_ids"]
         sizes[kind] = [[id_ for id_ in ids if id_ != begin] for ids in token_ids]
     return sizes
@@ -188,7 +188,7 @@ def _example(
         place = tokenizer.convert_tokens_to_ids(token)
         if ids.count(place) != shown[kind]:
             raise PeftcoreError(
-                f"{row.where}: the chat template writes {ids.count(place)} {name}, but the conversation has "
+                f"{row.location}: the chat template writes {ids.count(place)} {name}, but the conversation has "
                 f"{shown[kind]}. Pass a template that writes all of them: --chat-template FILE"
             )
         inserted[place] = iter(sizes[kind])
@@ -270,10 +270,10 @@ def question(row: Row, processor: Any) -> dict[str, Any]:
     """
     if mistral_chats.is_used_by(processor):
         return mistral_chats.question(row, processor)
-    with naming(row.where):
+    with naming(row.location):
         text = conversations.render(processor.tokenizer, row.messages or [], row.tools, begins_answer=True)
     special = _adds_special(text, processor.tokenizer)
-    images, sounds = [_open_images(row.images, row.where)], _read_recordings(row.sounds, processor, row.where)
+    images, sounds = [_open_images(row.images, row.location)], _read_recordings(row.sounds, processor, row.location)
     return _process(processor, [text], images, sounds, add_special_tokens=special, return_tensors="pt")
 
 
@@ -294,18 +294,18 @@ def _process(
         ) from error
 
 
-def _read_recordings(paths: Sequence[str], processor: Any, where: str | None = None) -> list[Any]:
+def _read_recordings(paths: Sequence[str], processor: Any, location: str | None = None) -> list[Any]:
     """Return the samples of recordings at the model's rate, and refuse recordings that are too long for the model."""
     if not paths:
         return []
     extractor = processor.feature_extractor
     longest = int(getattr(extractor, "n_samples", None) or _WINDOW * extractor.sampling_rate)
-    with naming(where):
+    with naming(location):
         return [audio_files.samples(path, extractor.sampling_rate, longest) for path in paths]
 
 
-def _open_images(paths: Sequence[str], where: str | None = None) -> list[Any]:
-    with naming(where):
+def _open_images(paths: Sequence[str], location: str | None = None) -> list[Any]:
+    with naming(location):
         return [image_files.open_image(path) for path in paths]
 
 

@@ -57,9 +57,11 @@ def examples(row: Row, processor: Any) -> list[Example]:
     """
     messages = row.messages or []
     if row.images:
-        raise PeftcoreError(f"{row.where}: {_PROCESSOR} does not support images. Use another model")
+        raise PeftcoreError(f"{row.location}: {_PROCESSOR} does not support images. Use another model")
     if row.tools:
-        raise PeftcoreError(f"{row.where}: {_PROCESSOR} does not support tools. Remove 'tools', or use another model")
+        raise PeftcoreError(
+            f"{row.location}: {_PROCESSOR} does not support tools. Remove 'tools', or use another model"
+        )
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant" and i >= row.learned_from]
     turns = [i for i in turns if i not in row.not_learned]
     turn_examples = [_turn(row, turn, processor) for turn in turns]
@@ -80,14 +82,14 @@ def _turn(row: Row, turn: int, processor: Any) -> Example:
     messages = row.messages or []
     if turn == 0:
         raise PeftcoreError(
-            f"{row.where}: the conversation starts with an assistant turn. Start with a user or system turn"
+            f"{row.location}: the conversation starts with an assistant turn. Start with a user or system turn"
         )
-    prefix = _process(messages[:turn], row.sounds, processor, row.where)["input_ids"][0].tolist()
-    ids = _process(messages[: turn + 1], row.sounds, processor, row.where)["input_ids"][0].tolist()
+    prefix = _process(messages[:turn], row.sounds, processor, row.location)["input_ids"][0].tolist()
+    ids = _process(messages[: turn + 1], row.sounds, processor, row.location)["input_ids"][0].tolist()
     ids.append(processor.tokenizer.eos_token_id)
     if ids[: len(prefix)] != prefix:
         raise PeftcoreError(
-            f"{row.where}: {_PROCESSOR} rewrites earlier turns when messages[{turn}] is added, so the tokens to "
+            f"{row.location}: {_PROCESSOR} rewrites earlier turns when messages[{turn}] is added, so the tokens to "
             "learn cannot be located. Remove the turn"
         )
     conversation = messages[: turn + 1]
@@ -110,14 +112,14 @@ def _count_recordings(messages: Messages) -> int:
     return count
 
 
-def _process(messages: Messages, sounds: Sequence[str], processor: Any, where: str | None = None) -> dict[str, Any]:
+def _process(messages: Messages, sounds: Sequence[str], processor: Any, location: str | None = None) -> dict[str, Any]:
     """Return the inputs of a conversation, [1, length] and [windows, bins, frames]; a final answer stays open."""
     paths, prepared_messages = iter(sounds), []
     for message in messages:
         content = message.get("content")
         if content and not isinstance(content, str):
             parts = [
-                _audio_part(next(paths), processor, where) if part["type"] == "audio" else part for part in content
+                _audio_part(next(paths), processor, location) if part["type"] == "audio" else part for part in content
             ]
             is_text = all(part["type"] == "text" for part in parts)
             content = "".join(part["text"] for part in parts) if is_text else parts
@@ -127,15 +129,15 @@ def _process(messages: Messages, sounds: Sequence[str], processor: Any, where: s
     try:
         return dict(processor.apply_chat_template(prepared_messages, **options))
     except Exception as error:  # mistral-common raises errors of many classes, including pydantic's
-        begin = f"{where}: " if where else ""
+        begin = f"{location}: " if location else ""
         text = " ".join(str(error).split())[:400]
         raise PeftcoreError(f"{begin}mistral-common rejects the conversation: {text}. Change the row") from error
 
 
-def _audio_part(path: str, processor: Any, where: str | None) -> dict[str, Any]:
+def _audio_part(path: str, processor: Any, location: str | None) -> dict[str, Any]:
     """Return a recording as part of a message: a base64 WAV file at the model's sampling rate."""
     rate = processor.feature_extractor.sampling_rate
-    with naming(where):
+    with naming(location):
         samples = audio_files.samples(path, rate)
     soundfile: Any = importlib.import_module("soundfile")
     file = io.BytesIO()
@@ -175,4 +177,4 @@ def question(row: Row, processor: Any) -> dict[str, Any]:
     Raises:
         PeftcoreError: a recording cannot be read, or mistral-common rejects the conversation.
     """
-    return _process(row.messages or [], row.sounds, processor, row.where)
+    return _process(row.messages or [], row.sounds, processor, row.location)

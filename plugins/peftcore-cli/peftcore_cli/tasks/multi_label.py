@@ -32,16 +32,16 @@ class MultiLabel(Labelled):
     def recognises(self, lines: FirstLines) -> bool:
         return lines.are_labelled and lines.media is None and data_labels.names(lines.labels[0]) is not None
 
-    def label_of(self, where: str, key: str, value: Any) -> Label:
+    def label_of(self, location: str, key: str, value: Any) -> Label:
         names = data_labels.names(value)
         short = data_labels.short(value)
         if names is None:
-            raise PeftcoreError(f'{where}: \'{key}\' must be a list of names, such as ["a", "b"], found {short}')
-        labels = tuple(data_labels.class_name(where, key, name) for name in names)
+            raise PeftcoreError(f'{location}: \'{key}\' must be a list of names, such as ["a", "b"], found {short}')
+        labels = tuple(data_labels.class_name(location, key, name) for name in names)
         duplicate = next((name for name in labels if labels.count(name) > 1), None)
         if duplicate is not None:
             raise PeftcoreError(
-                f"{where}: '{key}' names {duplicate} twice: {short}. List only the labels that apply, instead of a "
+                f"{location}: '{key}' names {duplicate} twice: {short}. List only the labels that apply, instead of a "
                 "zero or one for every label"
             )
         return labels

@@ -74,32 +74,33 @@ class Pairs(Task):
     def recognises(self, lines: FirstLines) -> bool:
         return not lines.are_labelled and lines.media is None and any(lines.have(*keys) for keys in self.keys)
 
-    def read_row(self, where: str, fields: dict[str, Any], keys: tuple[str, ...]) -> Row:
+    def read_row(self, location: str, fields: dict[str, Any], keys: tuple[str, ...]) -> Row:
         """Return a pair, a triplet or a scored pair.
 
         Raises:
-            PeftcoreError: a text is empty, or the score is not a number from -1 to 1. The message begins with `where`.
+            PeftcoreError: a text is empty, or the score is not a number from -1 to 1. The message begins with
+                `location`.
         """
         names = [key for key in keys if key != "score"]
-        texts = [text_of(where, key, fields[key]) for key in names]
+        texts = [text_of(location, key, fields[key]) for key in names]
         empty_key = next((key for key, text in zip(names, texts, strict=True) if not text.strip()), None)
         if empty_key is not None:
-            raise PeftcoreError(f"{where}: '{empty_key}' is empty. Remove the row, or add a text")
+            raise PeftcoreError(f"{location}: '{empty_key}' is empty. Remove the row, or add a text")
         score: float | None = None
         if "score" in keys:
             score = data_labels.number(fields["score"])
             if score is None or not -1 <= score <= 1:
                 raise PeftcoreError(
-                    f"{where}: 'score' must be a number from -1 to 1, like a cosine, found "
+                    f"{location}: 'score' must be a number from -1 to 1, like a cosine, found "
                     f"{data_labels.short(fields['score'])}. Divide all scores by the highest possible score, such as "
                     "5"
                 )
-        return Row(where, texts[0], pair=texts[1], negative=texts[2] if len(texts) > 2 else None, label=score)
+        return Row(location, texts[0], pair=texts[1], negative=texts[2] if len(texts) > 2 else None, label=score)
 
-    def read_question(self, where: str, fields: dict[str, Any], about: AdapterTask) -> Row:
+    def read_question(self, location: str, fields: dict[str, Any], about: AdapterTask) -> Row:
         if "text" not in fields:
-            raise missing_key(where, fields, "text", self)
-        return Row(where, text_of(where, "text", fields["text"]))
+            raise missing_key(location, fields, "text", self)
+        return Row(location, text_of(location, "text", fields["text"]))
 
     def check_config(self, model: str, config: PretrainedConfig) -> None:
         if config.is_encoder_decoder:
@@ -163,7 +164,7 @@ class Pairs(Task):
             full_ids = processor(texts)["input_ids"]
             tokens = processor(texts, truncation=True, max_length=max_length)["input_ids"]
             if not all(tokens):
-                raise PeftcoreError(f"{row.where}: a text has no tokens. Remove the row")
+                raise PeftcoreError(f"{row.location}: a text has no tokens. Remove the row")
             truncated_count += any(len(ids) > max_length for ids in full_ids)
             examples.append({"texts": [list(ids) for ids in tokens], "labels": row.label})
         return Encoded(examples, truncated_count)
@@ -266,7 +267,7 @@ class Pairs(Task):
         ids = processor([row.text for row in rows], truncation=True, max_length=about.max_length)["input_ids"]
         empty_row = next((row for row, tokens in zip(rows, ids, strict=True) if not tokens), None)
         if empty_row is not None:
-            raise PeftcoreError(f"{empty_row.where}: the text has no tokens. Remove the row")
+            raise PeftcoreError(f"{empty_row.location}: the text has no tokens. Remove the row")
         positions.check(model, max(map(len, ids)))
         embeddings = embed(model, ids, processor.pad_token_id or 0, str(about.pooling))
         return [

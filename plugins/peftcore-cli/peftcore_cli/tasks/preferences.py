@@ -28,17 +28,21 @@ class Preferences(Judged):
     shown_keys = "prompt/chosen/rejected"
     columns_example = "chosen=better,rejected=worse"
 
-    def read_row(self, where: str, fields: dict[str, Any], keys: tuple[str, ...]) -> Row:
+    def read_row(self, location: str, fields: dict[str, Any], keys: tuple[str, ...]) -> Row:
         """Return a prompt with a chosen and a rejected answer.
 
         Raises:
-            PeftcoreError: an answer is empty, or both answers are equal. The message begins with `where`.
+            PeftcoreError: an answer is empty, or both answers are equal. The message begins with `location`.
         """
         if image_turns.has_images(fields):
-            raise PeftcoreError(f"{where}: --task {self.name} does not support images. Use --task image-dpo")
-        row = _compared_turns(where, fields) if isinstance(fields["chosen"], list) else _compared_texts(where, fields)
+            raise PeftcoreError(f"{location}: --task {self.name} does not support images. Use --task image-dpo")
+        row = (
+            _compared_turns(location, fields)
+            if isinstance(fields["chosen"], list)
+            else _compared_texts(location, fields)
+        )
         if row.completion == row.rejected:
-            raise PeftcoreError(f"{where}: 'chosen' and 'rejected' are the same answer. Remove the row")
+            raise PeftcoreError(f"{location}: 'chosen' and 'rejected' are the same answer. Remove the row")
         return row
 
     def encode(
@@ -68,8 +72,8 @@ class Preferences(Judged):
             pair = (learned_tokens(chosen_example, prompt), learned_tokens(rejected_example, prompt))
             if pair[0] == pair[1]:
                 raise PeftcoreError(
-                    f"{row.where}: 'chosen' and 'rejected' have the same tokens, so neither can be preferred. Remove "
-                    "the row, or use a model whose tokenizer distinguishes them"
+                    f"{row.location}: 'chosen' and 'rejected' have the same tokens, so neither can be preferred. "
+                    "Remove the row, or use a model whose tokenizer distinguishes them"
                 )
             truncated_count += prompt + max(map(len, pair)) > max_length
             pair = (pair[0][: max_length - 1], pair[1][: max_length - 1])
@@ -79,7 +83,7 @@ class Preferences(Judged):
             room = min(prompt, max_length - max(map(len, pair)))
             prompt_ids = ids[prompt - room : prompt]
             if not prompt_ids:
-                raise PeftcoreError(f"{row.where}: the prompt has no tokens. Remove the row")
+                raise PeftcoreError(f"{row.location}: the prompt has no tokens. Remove the row")
             examples.append({"prompt_ids": prompt_ids, "chosen_ids": pair[0], "rejected_ids": pair[1]})
         if not examples and not may_be_empty:
             raise PeftcoreError(f"no two answers differ within {max_length} tokens. Increase --max-length")
@@ -94,35 +98,37 @@ class Preferences(Judged):
         return [len(e["prompt_ids"]) + max(len(e["chosen_ids"]), len(e["rejected_ids"])) for e in examples]
 
 
-def _compared_texts(where: str, fields: dict[str, Any]) -> Row:
+def _compared_texts(location: str, fields: dict[str, Any]) -> Row:
     prompt, chosen_text, rejected_text = (
-        text_of(where, key, fields.get(key)) for key in ("prompt", "chosen", "rejected")
+        text_of(location, key, fields.get(key)) for key in ("prompt", "chosen", "rejected")
     )
     for key, answer in (("chosen", chosen_text), ("rejected", rejected_text)):
         if not answer.strip():
-            raise PeftcoreError(f"{where}: '{key}' is empty. Remove the row, or add an answer")
-    return Row(where, prompt, completion=chosen_text, rejected=rejected_text)
+            raise PeftcoreError(f"{location}: '{key}' is empty. Remove the row, or add an answer")
+    return Row(location, prompt, completion=chosen_text, rejected=rejected_text)
 
 
-def _compared_turns(where: str, fields: dict[str, Any]) -> Row:
-    answers = {key: turns.messages_of(where, key, fields[key]) for key in ("chosen", "rejected")}
+def _compared_turns(location: str, fields: dict[str, Any]) -> Row:
+    answers = {key: turns.messages_of(location, key, fields[key]) for key in ("chosen", "rejected")}
     if fields.get("prompt") is not None:
-        prompt = turns.messages_of(where, "prompt", fields["prompt"])
+        prompt = turns.messages_of(location, "prompt", fields["prompt"])
     else:  # both contain the whole conversation
         pairs = zip(answers["chosen"], answers["rejected"], strict=False)
         prompt = [turn for turn, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)]
         answers = {key: messages[len(prompt) :] for key, messages in answers.items()}
         if not prompt:
             raise PeftcoreError(
-                f"{where}: 'chosen' and 'rejected' begin with different prompts. Use the same prompt for both"
+                f"{location}: 'chosen' and 'rejected' begin with different prompts. Use the same prompt for both"
             )
     for key, answer in answers.items():
         if [message["role"] for message in answer] != ["assistant"]:
             roles = ", ".join(message["role"] for message in answer) or "nothing"
-            raise PeftcoreError(f"{where}: '{key}' must be a single assistant answer to the prompt, found {roles}")
+            raise PeftcoreError(f"{location}: '{key}' must be a single assistant answer to the prompt, found {roles}")
     answers = {key: turns.without_marks(answer) for key, answer in answers.items()}
-    row = turns.conversation(where, [*prompt, *answers["chosen"]], len(prompt), fields)
-    return Row(where, "", answers["chosen"], answers["rejected"], messages=turns.without_marks(prompt), tools=row.tools)
+    row = turns.conversation(location, [*prompt, *answers["chosen"]], len(prompt), fields)
+    return Row(
+        location, "", answers["chosen"], answers["rejected"], messages=turns.without_marks(prompt), tools=row.tools
+    )
 
 
 def log_likelihoods(model: nn.Module, examples: list[Example], tokenizer: PreTrainedTokenizerBase) -> Tensor:
@@ -143,10 +149,10 @@ def with_answer(row: Row, answer: Any, tokenizer: PreTrainedTokenizerBase) -> Ex
     """Encode the prompt with one of its answers as an example of a language model."""
     if row.messages is not None:
         begins = len(row.messages)
-        answered_row = Row(row.where, "", messages=[*row.messages, *answer], learned_from=begins, tools=row.tools)
+        answered_row = Row(row.location, "", messages=[*row.messages, *answer], learned_from=begins, tools=row.tools)
         (example,) = conversations.encode(answered_row, tokenizer)
         return example
-    answered_row = Row(row.where, row.text, completion=answer)
+    answered_row = Row(row.location, row.text, completion=answer)
     return text_examples.encode([answered_row], tokenizer, 1 << 30).examples[0]
 
 

@@ -36,10 +36,10 @@ class Regression(Labelled):
         are_whole = all(float(number or 0).is_integer() for number in numbers)
         return not are_whole and all(number is not None for number in numbers)
 
-    def label_of(self, where: str, key: str, value: Any) -> Label:
+    def label_of(self, location: str, key: str, value: Any) -> Label:
         number = data_labels.number(value)
         if number is None:
-            raise PeftcoreError(f"{where}: '{key}' must be a number, found {data_labels.short(value)}")
+            raise PeftcoreError(f"{location}: '{key}' must be a number, found {data_labels.short(value)}")
         return number
 
     def any_label(self, labels: Sequence[str]) -> Label:

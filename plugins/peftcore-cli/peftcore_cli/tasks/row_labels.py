@@ -23,7 +23,7 @@ def labels_of(rows: Iterable[Row]) -> list[str]:
     if isinstance(first.label, float):
         if all(row.label == first.label for row in rows):
             raise PeftcoreError(
-                f"{first.where}: every training example has the label {first.label:g}, so there is nothing to "
+                f"{first.location}: every training example has the label {first.label:g}, so there is nothing to "
                 "learn. Add examples with other numbers"
             )
         return []
@@ -36,12 +36,12 @@ def labels_of(rows: Iterable[Row]) -> list[str]:
     if len(names) < 2 and (isinstance(first.label, str) or first.words):
         subject = "word has the tag" if first.words else "training example has the label"
         raise PeftcoreError(
-            f"{first.where}: every {subject} '{', '.join(names)}', but a classifier needs at least two labels. Add "
+            f"{first.location}: every {subject} '{', '.join(names)}', but a classifier needs at least two labels. Add "
             "examples with another label, or, if all of these were held out, choose the held-out examples: "
             "--eval-data FILE"
         )
     if not names:
-        raise PeftcoreError(f"{first.where}: no example has a label. Add labels")
+        raise PeftcoreError(f"{first.location}: no example has a label. Add labels")
     are_integers = all(name.removeprefix("-").isdecimal() for name in names)
     return sorted(names, key=int) if are_integers else sorted(names)
 
@@ -80,7 +80,7 @@ def targets(rows: list[Row], labels: list[str]) -> list[int] | list[float] | lis
         for name in row.label if isinstance(row.label, tuple) else (row.label,):
             if isinstance(name, str) and name not in index:
                 raise PeftcoreError(
-                    f"{row.where}: unknown label '{name}'{nearest(name, labels)}. The model's labels are "
+                    f"{row.location}: unknown label '{name}'{nearest(name, labels)}. The model's labels are "
                     f"{', '.join(labels)}. Correct the label, or train with examples of it"
                 )
     if isinstance(rows[0].label, float):

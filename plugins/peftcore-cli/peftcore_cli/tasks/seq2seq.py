@@ -37,8 +37,8 @@ class Seq2Seq(Task):
     def recognises(self, lines: FirstLines) -> bool:
         return not lines.are_labelled and lines.have("source", "target")
 
-    def read_row(self, where: str, fields: dict[str, Any], keys: tuple[str, ...]) -> Row:
-        return text_rows.plain(where, fields, keys)
+    def read_row(self, location: str, fields: dict[str, Any], keys: tuple[str, ...]) -> Row:
+        return text_rows.plain(location, fields, keys)
 
     def encode(
         self,
@@ -64,7 +64,7 @@ class Seq2Seq(Task):
             end = processor.eos_token_id
             if not source or not set(target) - {end}:
                 raise PeftcoreError(
-                    f"{row.where}: the {('source' if not source else 'target')} has no tokens. Remove the row"
+                    f"{row.location}: the {('source' if not source else 'target')} has no tokens. Remove the row"
                 )
             if end is not None and target[-1] != end:
                 target.append(end)

@@ -49,14 +49,14 @@ class Tags(Headed):
     def recognises(self, lines: FirstLines) -> bool:
         return lines.media is None and any(lines.have(*keys) for keys in self.keys)
 
-    def read_row(self, where: str, fields: dict[str, Any], keys: tuple[str, ...]) -> Row:
-        words, tags = tagged_words(where, (keys[0], keys[1]), *(fields[key] for key in keys))
-        return Row(where, " ".join(words), label=tags, words=words)
+    def read_row(self, location: str, fields: dict[str, Any], keys: tuple[str, ...]) -> Row:
+        words, tags = tagged_words(location, (keys[0], keys[1]), *(fields[key] for key in keys))
+        return Row(location, " ".join(words), label=tags, words=words)
 
-    def read_question(self, where: str, fields: dict[str, Any], about: AdapterTask) -> Row:
-        values = given_fields(where, fields, ("tokens", "words"), self)
+    def read_question(self, location: str, fields: dict[str, Any], about: AdapterTask) -> Row:
+        values = given_fields(location, fields, ("tokens", "words"), self)
         words = data_labels.names(next(iter(values.values()))) or ()
-        row = row_of(where, {**values, "tags": ["O"] * len(words)}, self)
+        row = row_of(location, {**values, "tags": ["O"] * len(words)}, self)
         return replace(row, label=(about.labels[0],) * len(words))  # placeholder tags, which are predicted
 
     def head(self, labels: tuple[str, ...]) -> dict[str, Any]:
@@ -83,17 +83,19 @@ class Tags(Headed):
             unknown = next((tag for tag in tags if tag not in index), None)
             if unknown is not None:
                 raise PeftcoreError(
-                    f"{row.where}: unknown tag '{unknown}'{nearest(unknown, labels)}. The model's tags are "
+                    f"{row.location}: unknown tag '{unknown}'{nearest(unknown, labels)}. The model's tags are "
                     f"{', '.join(labels)}. Correct the tag, or train with examples of it"
                 )
-            with naming(row.where):
+            with naming(row.location):
                 ids, firsts = tokens_of(row.words, processor, max_length)
             truncated_count += len(firsts) < len(row.words)
             targets = [IGNORE_INDEX] * len(ids)
             for place, tag in zip(firsts, tags, strict=False):
                 targets[place] = index[tag]
             if not firsts:
-                raise PeftcoreError(f"{row.where}: no word fits into --max-length {max_length}. Increase --max-length")
+                raise PeftcoreError(
+                    f"{row.location}: no word fits into --max-length {max_length}. Increase --max-length"
+                )
             examples.append({"input_ids": ids, "labels": targets})
         return Encoded(examples, truncated_count)
 
@@ -151,27 +153,29 @@ class Tags(Headed):
         return " ".join(f"{word}/{about.labels[tags[place]]}" for word, place in zip(words, firsts, strict=False))
 
 
-def tagged_words(where: str, keys: tuple[str, str], words: Any, tags: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def tagged_words(
+    location: str, keys: tuple[str, str], words: Any, tags: Any
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Return (words, tags) of a row.
 
     Raises:
-        PeftcoreError: the fields are not lists of the same length, or a tag is NaN. The message begins with `where`.
+        PeftcoreError: the fields are not lists of the same length, or a tag is NaN. The message begins with `location`.
     """
     lists: list[tuple[str, ...]] = []
     for key, value in zip(keys, (words, tags), strict=True):
         names = data_labels.names(value)
         if not names or any(len(name.split()) != 1 for name in names):
             raise PeftcoreError(
-                f"{where}: '{key}' must be a list of words without spaces, found {data_labels.short(value)}"
+                f"{location}: '{key}' must be a list of words without spaces, found {data_labels.short(value)}"
             )
         lists.append(tuple(names))
     word_list, tag_list = lists
     if len(word_list) != len(tag_list):
         raise PeftcoreError(
-            f"{where}: '{keys[0]}' has {len(word_list)} words, but '{keys[1]}' has {len(tag_list)} tags. Pass one "
+            f"{location}: '{keys[0]}' has {len(word_list)} words, but '{keys[1]}' has {len(tag_list)} tags. Pass one "
             "tag per word"
         )
-    return word_list, tuple(data_labels.class_name(where, keys[1], tag) for tag in tag_list)
+    return word_list, tuple(data_labels.class_name(location, keys[1], tag) for tag in tag_list)
 
 
 def tokens_of(words: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_length: int) -> tuple[list[int], list[int]]:

@@ -176,20 +176,20 @@ class Task:
             PeftcoreError: a file is missing or of another kind, or a line is invalid.
         """
         data_sets = data_files.records_of_each(paths, columns)
-        return [(row_of(where, fields, self) for where, fields in data_set) for data_set in data_sets]
+        return [(row_of(location, fields, self) for location, fields in data_set) for data_set in data_sets]
 
-    def read_row(self, where: str, fields: dict[str, Any], keys: tuple[str, ...]) -> Row:
+    def read_row(self, location: str, fields: dict[str, Any], keys: tuple[str, ...]) -> Row:
         """Return the row of a line.
 
         Args:
-            where: file and line, for messages.
+            location: file and line, for messages.
             fields: fields of the line.
             keys: the set of `keys` that the line matches.
 
         Raises:
-            PeftcoreError: a field is invalid. The message begins with `where`.
+            PeftcoreError: a field is invalid. The message begins with `location`.
         """
-        return text_rows.row_of(where, fields, keys)
+        return text_rows.row_of(location, fields, keys)
 
     def read_questions(self, paths: Sequence[str], columns: Mapping[str, str] | None, about: AdapterTask) -> list[Row]:
         """Return examples to answer, ignoring their labels and answers.
@@ -199,13 +199,13 @@ class Task:
         """
         rows = []
         for path, records in zip(paths, data_files.records_of_each(paths, columns), strict=True):
-            path_rows = [self.read_question(where, fields, about) for where, fields in records]
+            path_rows = [self.read_question(location, fields, about) for location, fields in records]
             if not path_rows:
                 raise PeftcoreError(f"'{path}' has no examples")
             rows += path_rows
         return rows
 
-    def read_question(self, where: str, fields: dict[str, Any], about: AdapterTask) -> Row:
+    def read_question(self, location: str, fields: dict[str, Any], about: AdapterTask) -> Row:
         """Return the row of a line to answer, for a task that `predicts`."""
         raise NotImplementedError
 

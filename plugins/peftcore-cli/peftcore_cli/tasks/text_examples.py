@@ -53,7 +53,7 @@ def _encode_texts(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_l
     truncated_count = left_out = 0
     for row in rows:
         if row.tokens is not None:
-            check_vocabulary(row.where, row.tokens[0], len(tokenizer))
+            check_vocabulary(row.location, row.tokens[0], len(tokenizer))
             truncated_count += len(row.tokens[0]) > max_length
             columns = [list(part[:max_length]) for part in row.tokens]
             left_out += all(label == IGNORE_INDEX for label in columns[1][1:])
@@ -77,7 +77,7 @@ def _encode_texts(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_l
             parts = [{"input_ids": ids + answer, "labels": [IGNORE_INDEX] * len(ids) + answer}] if answer else []
         if not parts:
             raise PeftcoreError(
-                f"{row.where}: tokenizing leaves no token to learn. Remove the row, or use another model"
+                f"{row.location}: tokenizing leaves no token to learn. Remove the row, or use another model"
             )
         examples += parts
     return Encoded(examples, truncated_count, left_out)

@@ -20,25 +20,26 @@ class LengthGroupedSampler(Sampler[int]):
         lengths: number of tokens of each example.
         batch_size: batch size of the data loader, which takes indices in order.
         seed: random seed of the order.
-        parts: (number of examples, weight) of each data set, see `mixture`; by default each example is used once.
+        weighted_sizes: (number of examples, weight) of each data set, see `mixture`; by default each example is used
+            once.
     """
 
     def __init__(
-        self, lengths: Sequence[int], batch_size: int, seed: int, parts: Sequence[tuple[int, float]] = ()
+        self, lengths: Sequence[int], batch_size: int, seed: int, weighted_sizes: Sequence[tuple[int, float]] = ()
     ) -> None:
         self.lengths, self.batch_size, self.seed, self.epoch = lengths, batch_size, seed, 0
-        self.parts = parts or [(len(lengths), 1.0)]
+        self.weighted_sizes = weighted_sizes or [(len(lengths), 1.0)]
 
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch; called by the data loader."""
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return sum(mixture.count(size, weight) for size, weight in self.parts if size)
+        return sum(mixture.count(size, weight) for size, weight in self.weighted_sizes if size)
 
     def __iter__(self) -> Iterator[int]:
         generator = random.Random(f"{self.seed} {self.epoch}")
-        order = mixture.sample_epoch(self.parts, generator)
+        order = mixture.sample_epoch(self.weighted_sizes, generator)
         generator.shuffle(order)
         full, group_size = len(order) - len(order) % self.batch_size, _BATCHES * self.batch_size
         for begin in range(0, full, group_size):

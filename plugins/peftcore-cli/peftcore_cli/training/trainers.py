@@ -25,7 +25,7 @@ class Measuring(_Base):
     Args:
         measure: function from a model to metrics on held-out examples.
         lengths: number of tokens of each training example.
-        parts: (number of examples, weight) of each data set, see `mixture`.
+        weighted_sizes: (number of examples, weight) of each data set, see `mixture`.
     """
 
     def __init__(
@@ -33,16 +33,16 @@ class Measuring(_Base):
         *args: Any,
         measure: Callable[[nn.Module], Metrics],
         lengths: Sequence[int],
-        parts: Sequence[tuple[int, float]] = (),
+        weighted_sizes: Sequence[tuple[int, float]] = (),
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        self.measure, self.lengths, self.parts = measure, lengths, parts
+        self.measure, self.lengths, self.weighted_sizes = measure, lengths, weighted_sizes
         self.control: TrainerControl
         self.measured: dict[int, Metrics] = {}  # by step
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
-        return LengthGroupedSampler(self.lengths, self.args.train_batch_size, self.args.seed, self.parts)
+        return LengthGroupedSampler(self.lengths, self.args.train_batch_size, self.args.seed, self.weighted_sizes)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         if self.state.global_step >= self.state.max_steps or self.control.should_training_stop:

@@ -95,7 +95,7 @@ class EncodedSets:
         return {source: Selection(self.examples, indices) for source, indices in self.ranges().items()}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Examples:
     """Encoded examples of a run.
 
@@ -103,7 +103,7 @@ class Examples:
         encoded: training examples before packing; with --streaming, the first `FIRST_ROWS` of them.
         rows: examples to train on, packed with --pack; with --streaming, the first `FIRST_ROWS` of them.
         dataset: the trainer's dataset: `rows`, or with --streaming all rows.
-        parts: (number of examples, weight) of each data set in `dataset`.
+        weighted_sizes: (number of examples, weight) of each data set in `dataset`.
         sizes: number of tokens of each example in `dataset`; with --streaming, the size of its row in bytes.
         longest: maximum number of tokens of an example.
         held_out: examples for evaluation.
@@ -116,7 +116,7 @@ class Examples:
     encoded: EncodedSets
     rows: Sequence[Example]
     dataset: Sequence[Example]
-    parts: list[tuple[int, float]]
+    weighted_sizes: list[tuple[int, float]]
     sizes: Sequence[int]
     longest: int
     held_out: Sequence[Example]
@@ -167,14 +167,12 @@ def encode(rows: Rows, settings: Settings, tokenizer: Any, labels: tuple[str, ..
     train = rows.train[:FIRST_ROWS] if settings.streaming else rows.train
     encoded = encode_sets("first" if settings.streaming else "training", train, settings, tokenizer, labels)
     held_out = encode_sets("held-out", rows.held_out, settings, tokenizer, labels)
-    validation, other = (
-        encode_sets(label, extra_rows, settings, tokenizer, labels).examples if extra_rows else []
-        for label, extra_rows in (("validation", rows.validation), ("other", other_rows(settings)))
-    )
+    validation = encode_sets("validation", rows.validation, settings, tokenizer, labels).examples
+    other = encode_sets("other", other_rows(settings), settings, tokenizer, labels).examples
     is_mixed = len(row_reading.sources(settings.data)) > 1 and not settings.streaming
     # Held-out examples of other files cannot be attributed to data sets.
     held_out_sets = held_out.by_set() if is_mixed and settings.eval_data is None else {}
-    rows_to_train, sizes, parts = training_rows(encoded, settings)
+    rows_to_train, sizes, weighted_sizes = training_rows(encoded, settings)
     dataset, longest = rows_to_train, max(sizes)
     if settings.streaming:
 
@@ -183,19 +181,20 @@ def encode(rows: Rows, settings: Settings, tokenizer: Any, labels: tuple[str, ..
 
         dataset, longest = streamed.EncodedRows(rows.train, encode_some), settings.max_length
         sizes = array("I", map(rows.train.size, range(len(dataset))))
-        parts = parts_of({source: len(indices) for source, indices in mixture.ranges(rows.train).items()}, settings)
+        counts = {source: len(indices) for source, indices in mixture.ranges(rows.train).items()}
+        weighted_sizes = weigh(counts, settings)
         say(f"streaming {number(len(dataset), 'row')}; texts are truncated at {longest} tokens")
     return Examples(
-        encoded,
-        rows_to_train,
-        dataset,
-        parts,
-        sizes,
-        longest,
-        held_out.examples,
-        held_out_sets,
-        validation,
-        other,
+        encoded=encoded,
+        rows=rows_to_train,
+        dataset=dataset,
+        weighted_sizes=weighted_sizes,
+        sizes=sizes,
+        longest=longest,
+        held_out=held_out.examples,
+        held_out_sets=held_out_sets,
+        validation=validation,
+        other=other,
         is_mixed=is_mixed,
     )
 
@@ -211,7 +210,7 @@ def encode_sets(
     """Encode rows in chunks. `label` describes the rows in warnings."""
     task = registered.find(settings.task)
     examples, sizes, counts = DiskList[Example](), array("I"), dict[int, int]()
-    truncated = left_out = 0
+    truncated_count = left_out = 0
     for source, group in itertools.groupby(rows, key=lambda row: row.source):
         counts[source] = 0
         while chunk := list(itertools.islice(group, _CHUNK)):
@@ -219,21 +218,22 @@ def encode_sets(
             examples.extend(encoded.examples)
             sizes.extend(task.lengths(encoded.examples))
             counts[source] += len(encoded.examples)
-            truncated, left_out = truncated + encoded.truncated, left_out + encoded.left_out
+            truncated_count += encoded.truncated
+            left_out += encoded.left_out
             last_chunk = chunk
         if not counts[source]:
             task.encode(last_chunk, tokenizer, settings.max_length, labels)  # raises the error of an empty result
-    if truncated:
+    if truncated_count:
         warn(
-            f"{truncated:,} of {len(rows):,} {label} examples were truncated or split, because they are longer than "
-            f"{settings.max_length} tokens (--max-length)"
+            f"{truncated_count:,} of {len(rows):,} {label} examples were truncated or split, because they are longer "
+            f"than {settings.max_length} tokens (--max-length)"
         )
     if left_out:
         warn(f"{left_out:,} {label} examples were dropped, because they have no token to learn within --max-length")
     return EncodedSets(examples, sizes, counts)
 
 
-def parts_of(counts: Mapping[int, int], settings: Settings) -> list[tuple[int, float]]:
+def weigh(counts: Mapping[int, int], settings: Settings) -> list[tuple[int, float]]:
     """Return (number of examples, weight) for each data set, or for all together if all weights are equal."""
     weights = [source.weight for source in row_reading.sources(settings.data)]
     if len(set(weights)) == 1:
@@ -248,24 +248,27 @@ def training_rows(
 
     Packed rows mix data sets only if all weights are equal.
     """
-    parts = parts_of(encoded.counts, settings)
+    weighted_sizes = weigh(encoded.counts, settings)
     if not settings.pack:
-        return encoded.examples, encoded.sizes, parts
-    rows, packed_parts, begin = list[list[int]](), list[tuple[int, float]](), 0
-    for count, weight in parts:
-        packed = packing.pack(encoded.sizes[begin : begin + count], settings.max_length)
-        rows += [[begin + i for i in row] for row in packed]
-        packed_parts.append((len(packed), weight))
+        return encoded.examples, encoded.sizes, weighted_sizes
+    rows = list[list[int]]()  # indices of the examples in each packed row
+    packed_sizes = list[tuple[int, float]]()
+    begin = 0
+    for count, weight in weighted_sizes:
+        packed_rows = packing.pack(encoded.sizes[begin : begin + count], settings.max_length)
+        for packed_row in packed_rows:
+            rows.append([begin + i for i in packed_row])
+        packed_sizes.append((len(packed_rows), weight))
         begin += count
     summary = f"{number(len(encoded.examples), 'example')} into {number(len(rows), 'row')}"
     say(f"packed {summary} of at most {settings.max_length} tokens")
     sizes = [sum(encoded.sizes[i] for i in row) for row in rows]
-    return packing.PackedRows(encoded.examples, rows), sizes, packed_parts
+    return packing.PackedRows(encoded.examples, rows), sizes, packed_sizes
 
 
-def rows_per_epoch(parts: Sequence[tuple[int, float]]) -> int:
+def rows_per_epoch(weighted_sizes: Sequence[tuple[int, float]]) -> int:
     """Return the number of rows per epoch."""
-    return sum(mixture.count(size, weight) for size, weight in parts)
+    return sum(mixture.count(size, weight) for size, weight in weighted_sizes)
 
 
 def facts(

@@ -243,7 +243,7 @@ class _Run:
 
     def _trainer(self, callbacks: list[Any]) -> Measuring:
         examples, services = self.examples, reporting.services(self.display.report_to)
-        draws = training_data.rows_per_epoch(examples.parts)
+        draws = training_data.rows_per_epoch(examples.weighted_sizes)
         arguments = {
             "model": self.model,
             "args": trainer_arguments.of_run(self.settings, self.output, draws, services),
@@ -251,7 +251,7 @@ class _Run:
             "train_dataset": examples.dataset,
             "eval_dataset": examples.held_out,
             "measure": self.evaluate,
-            "parts": examples.parts,
+            "weighted_sizes": examples.weighted_sizes,
             "lengths": examples.sizes,
         }
         trainer = self.task.trainer(arguments, self.settings, self.processor, self.about, self.teacher)

@@ -39,14 +39,14 @@ def write(path: Path) -> Path:
 def test_the_same_rows_of_each_format(suffix: str, tmp_path: Path) -> None:
     found = row_reading.read_rows(write(tmp_path / f"rows.{suffix}"), "classification")
     assert [(row.text, row.label) for row in found] == [(row["text"], row["label"]) for row in ROWS]
-    assert all(row.where.startswith(f"{tmp_path / f'rows.{suffix}'}:") for row in found)
+    assert all(row.location.startswith(f"{tmp_path / f'rows.{suffix}'}:") for row in found)
 
 
 def test_a_folder_is_its_files_in_order(tmp_path: Path) -> None:
     for name in ("b.csv", "a.jsonl"):
         write(tmp_path / name)
     (tmp_path / "README.md").write_text("no data")
-    assert [where for where, _ in records(str(tmp_path))] == [
+    assert [location for location, _ in records(str(tmp_path))] == [
         f"{tmp_path / 'a.jsonl'}:1",
         f"{tmp_path / 'a.jsonl'}:2",
         f"{tmp_path / 'b.csv'}:3",
