@@ -20,11 +20,20 @@ def of_mesh(folder: str) -> dict[str, float | str]:
     """Adapters on a base that FSDP2 and tensor parallelism divide over 2 x 2 ranks, each pair with its own batch."""
     warnings.simplefilter("ignore")
     found: dict[str, float | str] = {}
-    for name, fields in (("lora", BOTH), ("dora", BOTH), ("prefix-tuning", {"num_virtual_tokens": 3})):
-        alone, spread = base(folder, "llama"), base(folder, "llama", tp_size=2, fsdp_size=2)
+    tokens = [29, 5]
+    cases = [
+        ("trainable-tokens", "tied", {"token_indices": tokens}),
+        ("lora", "tied", {**BOTH, "trainable_token_indices": tokens}),
+        ("lora", "llama", BOTH),
+        ("dora", "llama", BOTH),
+        ("prefix-tuning", "llama", {"num_virtual_tokens": 3}),
+    ]
+    for method, kind, fields in cases:
+        name = f"{method}, {kind}"
+        alone, spread = base(folder, kind), base(folder, kind, tp_size=2, fsdp_size=2)
         for each in (alone, spread):
             torch.manual_seed(7)
-            peftcore.apply(each, name, **fields)
+            peftcore.apply(each, method, **fields)
             disturb(each, "default", seed=1, std=0.05)
             each.train()
         peftcore.shard(spread)
@@ -37,7 +46,7 @@ def of_mesh(folder: str) -> dict[str, float | str]:
         found[f"mesh, {name}"] = farthest(values(spread, "grad"), wanted)
         peftcore.save(spread, f"{folder}/mesh, {name}")
         distributed.barrier()
-        loaded = peftcore.load(base(folder, "llama"), f"{folder}/mesh, {name}")
+        loaded = peftcore.load(base(folder, kind), f"{folder}/mesh, {name}")
         found[f"mesh, {name}, loaded"] = off(logits(loaded), logits(spread))
     found["mesh, merge"] = message_of(lambda: peftcore.merge(spread, undo=True))
     peftcore.remove(spread)
