@@ -29,8 +29,8 @@ void refuse_or_compute(const c10::OperatorHandle& op, c10::DispatchKeySet keys, 
             op.schema().name().substr(sizeof("peftcore::") - 1) + (overload.empty() ? "" : "." + overload);
         TORCH_CHECK(
             false, "torch.ops.peftcore.", name,
-            " has no gradient, and an argument requires one. Call the function of peftcore.ops in its "
-            "place, or call it under torch.no_grad()");
+            " computes no gradient, but an argument requires grad. Call the function of peftcore.ops "
+            "instead, or call the operator under torch.no_grad()");
     }
     op.redispatchBoxed(keys & c10::after_autograd_keyset, stack);
 }

@@ -61,7 +61,7 @@ inline void check_factors(const Tensor& x, const Tensor& a, const Tensor& b, con
                           const char* op) {
     const auto check = [&](const Tensor& t, const char* name) {
         TORCH_CHECK_TYPE(at::isFloatingType(t.scalar_type()) && t.element_size() > 1, op, ": ", name,
-                         " must be of 16, 32 or 64 bits in floating point, found ", t.scalar_type());
+                         " must be a 16-, 32- or 64-bit floating-point tensor, found ", t.scalar_type());
         TORCH_CHECK_VALUE(t.device() == x.device(), op, ": ", name, " must be on ", x.device(),
                           " like x, found ", t.device());
         TORCH_CHECK_VALUE(t.dim() == 3, op, ": ", name, " must have three dimensions, found ", t.sizes());

@@ -23,7 +23,7 @@ inline void check_factors(const Operand& operand, const Tensor& a, const Tensor&
                           const char* op, const std::string& a_name = "a", const std::string& b_name = "b") {
     const auto check = [&](const Tensor& t, const std::string& name) {
         TORCH_CHECK_TYPE(at::isFloatingType(t.scalar_type()) && t.element_size() > 1, op, ": ", name,
-                         " must be of 16, 32 or 64 bits in floating point, found ", t.scalar_type());
+                         " must be a 16-, 32- or 64-bit floating-point tensor, found ", t.scalar_type());
         TORCH_CHECK_VALUE(t.device() == operand.device, op, ": ", name, " must be on ", operand.device,
                           " like ", operand.name, ", found ", t.device());
         TORCH_CHECK_VALUE(t.dim() == 2, op, ": ", name, " must have two dimensions, found ", t.sizes());

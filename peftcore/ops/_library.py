@@ -96,9 +96,8 @@ def _refuse_gradients(name: str) -> None:
             for tensor in tree_iter((args, kwargs)):
                 if isinstance(tensor, Tensor) and _is_differentiated(tensor):
                     raise RuntimeError(
-                        f"torch.ops.peftcore.{name} has no gradient, and an argument requires one. "
-                        "Call the function "
-                        "of peftcore.ops instead, or call it under torch.no_grad()"
+                        f"torch.ops.peftcore.{name} computes no gradient, but an argument requires grad. Call the "
+                        "function of peftcore.ops instead, or call the operator under torch.no_grad()"
                     )
         return operator.redispatch(keys & below_autograd, *args, **kwargs)
 

@@ -72,7 +72,7 @@ def _check_factors(op: str, x: Tensor, factors: Sequence[Tensor], sizes: tuple[i
     a, b = factors[:2]
     for name, t in (("a", a), ("b", b)):
         if not t.is_floating_point() or t.itemsize == 1:
-            raise TypeError(f"{op}: {name} must be of 16, 32 or 64 bits in floating point, found {t.dtype}")
+            raise TypeError(f"{op}: {name} must be a 16-, 32- or 64-bit floating-point tensor, found {t.dtype}")
         require(t.device == x.device, op, f"{name} must be on {x.device} like x, found {t.device}")
         require(t.dim() == 3, op, f"{name} must have three dimensions, found {list(t.shape)}")
     r = a.shape[1]

@@ -59,7 +59,7 @@ def frozen_linear(x: Tensor, weight: Sequence[Tensor], packing: Sequence[int], b
 def check_factors(op: str, x: Tensor, a: Tensor, b: Tensor, out_features: int, names: tuple[str, str]) -> None:
     for name, t in zip(names, (a, b), strict=True):
         if not t.is_floating_point() or t.itemsize == 1:
-            raise TypeError(f"{op}: {name} must be of 16, 32 or 64 bits in floating point, found {t.dtype}")
+            raise TypeError(f"{op}: {name} must be a 16-, 32- or 64-bit floating-point tensor, found {t.dtype}")
         require(t.device == x.device, op, f"{name} must be on {x.device} like x, found {t.device}")
         require(t.dim() == 2, op, f"{name} must have two dimensions, found {list(t.shape)}")
     r = a.shape[0]

@@ -40,7 +40,7 @@ class RowNorms:
             check_dtype(frozen.dtype, op)
         for name, t in (("a", self.a), ("b", self.b)):
             if not t.is_floating_point() or t.itemsize == 1:
-                raise TypeError(f"{op}: {name} must be of 16, 32 or 64 bits in floating point, found {t.dtype}")
+                raise TypeError(f"{op}: {name} must be a 16-, 32- or 64-bit floating-point tensor, found {t.dtype}")
             require(t.device == device, op, f"{name} must be on {device} like weight, found {t.device}")
             require(t.dim() == 2, op, f"{name} must have two dimensions, found {list(t.shape)}")
         (out, width), r = frozen.shape, self.a.shape[0]

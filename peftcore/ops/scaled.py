@@ -28,7 +28,7 @@ def _check(op: str, x: Tensor, g: Tensor) -> None:
     for name, t in (("x", x), ("g", g)):
         check_strided(t, op, name)
     if g.dtype not in (*DTYPES, torch.float64):
-        raise TypeError(f"{op}: g must be of 16, 32 or 64 bits in floating point, found {g.dtype}")
+        raise TypeError(f"{op}: g must be a 16-, 32- or 64-bit floating-point tensor, found {g.dtype}")
     require(g.device == x.device, op, f"g must be on {x.device} like x, found {g.device}")
     require(x.dim() > 0, op, "x must have at least one dimension, found a scalar")
     require(list(g.shape) == [x.shape[-1]], op, f"g must be [{x.shape[-1]}] for x, found {list(g.shape)}")

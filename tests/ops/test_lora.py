@@ -364,7 +364,11 @@ def arguments(**change):
         ({"bias": torch.ones(7)}, ValueError, r"bias must be \[8\], found \[7\]"),
         ({"a": torch.ones(4, 65)}, ValueError, r"a must be \[r, 64\] for x, found \[4, 65\]"),
         ({"a": torch.ones(4)}, ValueError, r"a must have two dimensions, found \[4\]"),
-        ({"a": torch.ones(4, 64, dtype=torch.int64)}, TypeError, "a must be of 16, 32 or 64 bits in floating point"),
+        (
+            {"a": torch.ones(4, 64, dtype=torch.int64)},
+            TypeError,
+            "a must be a 16-, 32- or 64-bit floating-point tensor",
+        ),
         ({"b": torch.ones(8, 5)}, ValueError, r"b must be \[8, 4\], found \[8, 5\]"),
         ({"a": torch.ones(4, 64, device="meta")}, ValueError, "a must be on cpu like x, found meta"),
         ({"dropout_p": 1.0}, ValueError, r"dropout_p must be in \[0, 1\), found 1"),

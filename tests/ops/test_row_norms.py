@@ -91,7 +91,11 @@ def test_opcheck(packed: bool) -> None:
     [
         ({"a": torch.zeros(2, 5)}, ValueError, r"a must be \[r, 4\] for weight, found \[2, 5\]"),
         ({"b": torch.zeros(2, 3)}, ValueError, r"b must be \[3, 2\], found \[2, 3\]"),
-        ({"b": torch.zeros(3, 2, dtype=torch.int64)}, TypeError, "b must be of 16, 32 or 64 bits in floating point"),
+        (
+            {"b": torch.zeros(3, 2, dtype=torch.int64)},
+            TypeError,
+            "b must be a 16-, 32- or 64-bit floating-point tensor",
+        ),
         ({"a": torch.zeros(8)}, ValueError, r"a must have two dimensions, found \[8\]"),
         ({"weight": torch.zeros(3)}, ValueError, r"weight must be \[out, in\], found \[3\]"),
         ({"weight": torch.zeros(3, 4, dtype=torch.int8)}, TypeError, "only float32, float16 and bfloat16"),

@@ -22,7 +22,7 @@ constexpr int64_t kFilled = 16;
 
 void check_gain(const Tensor& x, const Tensor& g, const char* op) {
     TORCH_CHECK_TYPE(known_dtype(g.scalar_type()) || g.scalar_type() == at::kDouble, op,
-                     ": g must be of 16, 32 or 64 bits in floating point, found ", g.scalar_type());
+                     ": g must be a 16-, 32- or 64-bit floating-point tensor, found ", g.scalar_type());
     TORCH_CHECK_VALUE(g.device() == x.device(), op, ": g must be on ", x.device(), " like x, found ",
                       g.device());
     TORCH_CHECK_VALUE(x.dim() > 0, op, ": x must have at least one dimension, found a scalar");
