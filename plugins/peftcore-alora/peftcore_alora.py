@@ -108,7 +108,9 @@ class Invocation(Adapter):
         ids = call.get("input_ids")
         advice = "Pass alora_offsets, the number of last tokens to adapt in each row"
         validation.require(ids is not None, f"activated LoRA reads input_ids, but the call has none. {advice}")
-        cache: Any = next((value for value in call.values() if "Cache" in type(value).__name__), None)
+        # Dynamo of PyTorch 2.9 cannot search the name of a builtin class.
+        values = [value for value in call.values() if not isinstance(value, (int, float, str))]
+        cache: Any = next((value for value in values if "Cache" in type(value).__name__), None)
         past = 0 if cache is None else cached_tokens(cache)
         stored = None if past == 0 else vars(cache).get("alora", {}).get(self.tokens)
         if past is None:

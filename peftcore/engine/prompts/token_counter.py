@@ -34,6 +34,7 @@ from peftcore.plugin.call import current_call
 # Arguments with state of earlier calls that is not a transformers `Cache`: its number of tokens is unknown.
 OTHER_CACHES = ("past_key_values", "cache_params", "state", "mems", "past_buckets_states")
 _COUNTS = "_peftcore_counted"  # attribute of a cache: `_TokenCounts`
+_COUNTED_STACKS = "counted_stacks"  # attribute of a call: its facts and places, by stack
 
 
 class Places(NamedTuple):
@@ -101,10 +102,10 @@ class TokenCounter(Adapter):
         ranks.refuse_context_parallel(self.subject)
         call, own_arguments = current_call(), arguments_by_name(self._names, args, kwargs)
         places_by_size: dict[Any, Places] = {}
-        vars(call).setdefault("counted", {})[self.stack] = (
-            self._facts_of(own_arguments if self.stack else call),
-            places_by_size,
-        )
+        input_facts = self._facts_of(own_arguments if self.stack else call)
+        # getattr and setattr: Dynamo of PyTorch 2.9 does not trace methods of `vars(call)`.
+        counted_stacks = getattr(call, _COUNTED_STACKS, {})
+        setattr(call, _COUNTED_STACKS, {**counted_stacks, self.stack: (input_facts, places_by_size)})
         output = base(*args, **kwargs)
         returned: Iterable[Any] = output if isinstance(output, tuple) else ()
         if isinstance(output, Mapping):
@@ -112,7 +113,6 @@ class TokenCounter(Adapter):
         cache = _cache(own_arguments.values()) or _cache(call.values()) or _cache(returned)
         if places_by_size and cache is not None and self.stack != "encoder":
             places = next(iter(places_by_size.values()))
-            input_facts = vars(call)["counted"][self.stack][0]
             setattr(cache, _COUNTS, _TokenCounts((input_facts.past or 0) + places.place.shape[1], places.place[:, -1]))
         return output
 
@@ -124,9 +124,9 @@ class TokenCounter(Adapter):
         """
         call = current_call()
         self._require(
-            not vars(call).get(SOFT), "a soft prompt is before the input. Activate only one of the two adapters"
+            not getattr(call, SOFT, False), "a soft prompt is before the input. Activate only one of the two adapters"
         )
-        counts_by_stack: dict[str, tuple[_InputFacts, dict[Any, Places]]] = vars(call).get("counted", {})
+        counts_by_stack: dict[str, tuple[_InputFacts, dict[Any, Places]]] = getattr(call, _COUNTED_STACKS, {})
         if self.stack in counts_by_stack:
             input_facts, places_by_size = counts_by_stack[self.stack]
         else:
@@ -220,4 +220,6 @@ def cached_tokens(cache: Any) -> int | None:
 
 
 def _cache(values: Iterable[Any]) -> Any:
+    # Dynamo of PyTorch 2.9 cannot search the name of a builtin class.
+    values = [value for value in values if not isinstance(value, (int, float, str))]
     return next((value for value in values if "Cache" in type(value).__name__), None)
