@@ -75,7 +75,7 @@ def changed(folder: Path, **settings: Any) -> Path:
 )
 def test_what_would_compute_something_else_is_refused(settings: dict[str, Any], message: str, tmp_path: Path) -> None:
     model = make.filled(make.bert())
-    with pytest.raises(peftcore.CheckpointError, match=f"of the library adapters, cannot be read.*{message}"):
+    with pytest.raises(peftcore.CheckpointError, match=rf"the library adapters\) cannot be read.*{message}"):
         peftcore.load(model, changed(tmp_path / "a", **settings))
     assert peftcore.engine.state_of(model) is None
 
