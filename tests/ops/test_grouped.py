@@ -226,7 +226,7 @@ PACKED = ops.quantize_4bit(torch.ones(2, 3, 16)).operands()
         ({"factors": [torch.ones(4, 64), torch.ones(2, 8, 4)]}, ValueError, r"a must have three dimensions"),
         ({"factors": [torch.ones(2, 4, 64)] * 2}, ValueError, r"b must be \[2, 8, 4\], found \[2, 4, 64\]"),
         ({"factors": [torch.ones(2, 4, 63), torch.ones(2, 8, 4)]}, ValueError, r"a must be \[2, r, 64\]"),
-        ({"factors": [torch.ones(2, 4, 64).int(), torch.ones(2, 8, 4)]}, TypeError, "a must be of 16, 32 or 64 bits"),
+        ({"factors": [torch.ones(2, 4, 64).int(), torch.ones(2, 8, 4)]}, TypeError, "a must be a 16-, 32- or 64-bit"),
         ({"dropout_p": 0.5}, ValueError, "dropout_p=0.5 needs a seed, found none"),
         ({"dropout_p": 0.5, "seed": torch.tensor(1.0)}, TypeError, "seed must be"),
     ],

@@ -67,7 +67,7 @@ def test_opcheck() -> None:
     ("x", "g", "error", "message"),
     [
         (torch.zeros(2, 3), torch.zeros(2), ValueError, r"g must be \[3\] for x, found \[2\]"),
-        (torch.zeros(2, 3), torch.zeros(3, dtype=torch.int64), TypeError, "g must be of 16, 32 or 64 bits"),
+        (torch.zeros(2, 3), torch.zeros(3, dtype=torch.int64), TypeError, "g must be a 16-, 32- or 64-bit"),
         (torch.zeros(2, 3), torch.zeros(3, device="meta"), ValueError, "g must be on cpu like x, found meta"),
         (torch.zeros(2, 3, dtype=torch.int8), torch.zeros(3), TypeError, "only float32, float16 and bfloat16"),
     ],
