@@ -24,10 +24,10 @@ class Clock:
         finally:
             self.parts[name] = self.parts.get(name, 0.0) + time.perf_counter() - began
 
-    def other(self) -> float:
+    def remaining_seconds(self) -> float:
         """Return the seconds since the start of the command that belong to no part."""
         return max(0.0, time.perf_counter() - START_TIME - sum(self.parts.values()))
 
-    def all(self) -> dict[str, float]:
+    def all_parts(self) -> dict[str, float]:
         """Return the seconds of each part, and the remaining time since the start as `other`."""
-        return {**self.parts, "other": self.other()}
+        return {**self.parts, "other": self.remaining_seconds()}

@@ -98,7 +98,7 @@ def _check_reachable(model: str) -> None:
         ) from error
 
 
-def pretrained(loader: Any, model: str, label: str, **options: Any) -> Any:
+def load_pretrained(loader: Any, model: str, label: str, **options: Any) -> Any:
     """Call a `from_pretrained` of transformers.
 
     Args:

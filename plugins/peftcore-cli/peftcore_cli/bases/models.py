@@ -16,7 +16,7 @@ import peftcore
 from peftcore.errors import PeftcoreError, nearest
 from peftcore_cli.bases import adapter_tokenizer, gguf_file, own_code
 from peftcore_cli.bases.adapter_folders import Quantization, has_tokenizer
-from peftcore_cli.bases.base_files import pretrained, quiet_transformers, remote_code
+from peftcore_cli.bases.base_files import load_pretrained, quiet_transformers, remote_code
 from peftcore_cli.bases.device_choice import HALVES, torch_device, torch_dtype, without_instructions
 from peftcore_cli.console import note, require, warn
 from peftcore_cli.tasks import conversations, registered
@@ -36,11 +36,11 @@ def load_tokenizer(model: str, adapter: Path | None = None) -> PreTrainedTokeniz
 
     if adapter is not None and has_tokenizer(adapter):
         return adapter_tokenizer.load(adapter)
-    tokenizer = pretrained(AutoTokenizer.from_pretrained, model, "tokenizer")
+    tokenizer = load_pretrained(AutoTokenizer.from_pretrained, model, "tokenizer")
     if (
         type(tokenizer).__name__ == conversations.MISTRAL
     ):  # transformers prefers this class if mistral-common is installed
-        tokenizer_from_json = pretrained(AutoTokenizer.from_pretrained, model, "tokenizer", mistral_format=False)
+        tokenizer_from_json = load_pretrained(AutoTokenizer.from_pretrained, model, "tokenizer", mistral_format=False)
         tokenizer = (
             tokenizer if tokenizer_from_json.eos_token is None else tokenizer_from_json
         )  # an empty tokenizer, if the folder only has tekken.json
@@ -94,7 +94,7 @@ def _with_torchvision(kind: Any, model: str, label: str) -> Any:
         PeftcoreError: it cannot be loaded, or torchvision is not installed.
     """
     try:
-        return pretrained(kind.from_pretrained, model, label)
+        return load_pretrained(kind.from_pretrained, model, label)
     except (AttributeError, PeftcoreError) as error:
         # Some releases of transformers raise an AttributeError that does not name the package.
         is_named = isinstance(error, AttributeError) or "torchvision" in str(error).lower()
@@ -118,7 +118,7 @@ def speech_processor(model: str, task: str, adapter: Path | None) -> tuple[Any, 
     from transformers import AutoFeatureExtractor, WhisperProcessor
 
     config = load_config(model, task)
-    extractor = pretrained(AutoFeatureExtractor.from_pretrained, model, "feature extractor")
+    extractor = load_pretrained(AutoFeatureExtractor.from_pretrained, model, "feature extractor")
     tokenizer: Any = load_tokenizer(model, adapter)
     return WhisperProcessor(extractor, tokenizer), config
 
@@ -165,13 +165,13 @@ def load_model(
         if registered.find(task).replaces_head:
             options["ignore_mismatched_sizes"] = True
         loader = _auto_class(task).from_pretrained
-        base, info = pretrained(loader, model, "model", output_loading_info=True, **options, **_head(task, labels))
+        base, info = load_pretrained(loader, model, "model", output_loading_info=True, **options, **_head(task, labels))
         _check_whole(base, info["missing_keys"], model, task)
         _check_shapes(base, info.get("mismatched_keys", ()), model)
     else:
         options |= {**packing, **_head(task, labels), "model_class": _auto_class(task)}
         with advice:
-            base = pretrained(quantization.load, model, "model", **options)
+            base = load_pretrained(quantization.load, model, "model", **options)
     base.config._name_or_path = model  # transformers would only record the folder of a .gguf file
     if quantization_choice is None and options["dtype"].itemsize == 4:
         _compute_in_fp32(base, device)
@@ -202,7 +202,7 @@ def _load_gguf(
             options["quantization_config"], packing = FourBitConfig(**packing), None
     else:
         loader = auto_class.from_pretrained
-    base, info = pretrained(loader, model, "model", **options)
+    base, info = load_pretrained(loader, model, "model", **options)
     _check_whole(base, info["missing_keys"], model, task)
     if not reads_tensors_singly and getattr(base, "hf_quantizer", None) is not None:
         base.hf_quantizer.remove_quantization_config(base)  # loading has dequantized the model
@@ -363,7 +363,7 @@ def load_config(model: str, task: str, labels: tuple[str, ...] = ()) -> Pretrain
     if model.endswith(".gguf"):
         config = copy.deepcopy(_gguf_config(model, os.stat(model).st_mtime_ns, task, labels))
     else:
-        config = pretrained(AutoConfig.from_pretrained, model, "configuration", **_head(task, labels))
+        config = load_pretrained(AutoConfig.from_pretrained, model, "configuration", **_head(task, labels))
     auto_class = _auto_class(task)
     model_classes = auto_class._model_mapping
     description = f"'{model}' ({config.model_type})"
@@ -388,7 +388,9 @@ def _gguf_config(model: str, modification_time: int, task: str, labels: tuple[st
     """Return the config of a .gguf file, cached because reading takes seconds and a run needs it three times."""
     from transformers import AutoConfig
 
-    config: PretrainedConfig = pretrained(AutoConfig.from_pretrained, model, "configuration", **_head(task, labels))
+    config: PretrainedConfig = load_pretrained(
+        AutoConfig.from_pretrained, model, "configuration", **_head(task, labels)
+    )
     return config
 
 

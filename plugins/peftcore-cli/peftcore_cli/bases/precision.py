@@ -54,7 +54,7 @@ def autocast(precision: str, device: str) -> AbstractContextManager[object]:
 
 
 @contextlib.contextmanager
-def own(model: nn.Module) -> Iterator[None]:
+def in_model_dtype(model: nn.Module) -> Iterator[None]:
     """Inside the block, compute in the model's own dtype.
 
     accelerate patches the instance with a mixed-precision `forward`, with which metrics would differ from `peftcore

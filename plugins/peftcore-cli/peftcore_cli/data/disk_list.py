@@ -51,10 +51,10 @@ def _write_error(error: OSError) -> PeftcoreError:
 
 
 class DiskList(LazySequence[Item]):
-    """A list in a temporary file, which reads an item whenever it is indexed.
+    """A list in a temporary file, which reads items when it is indexed.
 
-    The file is in the folder that `TMPDIR` names. It has no name, so nothing is left behind when the process ends.
-    In memory an item takes 8 bytes.
+    The file is in the folder `TMPDIR`. It has no name, so the system removes it when the process ends. An item takes 8
+    bytes in memory.
 
     Args:
         items: the items.
@@ -69,7 +69,7 @@ class DiskList(LazySequence[Item]):
         except OSError as error:
             raise _write_error(error) from error
         weakref.finalize(self, self._file.close)
-        self._ends = array("q", [0])  # offset in the file where each item ends, after that where the first begins
+        self._ends = array("q", [0])  # offsets: the start of the first item, then the end of each item
         self.extend(items)
 
     def extend(self, items: Iterable[Item]) -> None:
@@ -101,7 +101,7 @@ class DiskList(LazySequence[Item]):
 
     def item(self, index: int) -> Item:
         """Read an item."""
-        # `pread` moves no position, which forked workers of a data loader would share.
+        # `pread` does not move the file position, which forked data-loader workers share.
         data = os.pread(self._file.fileno(), self.size(index), self._ends[index])
         item: Item = pickle.loads(data)  # written by this process
         return item
@@ -111,11 +111,11 @@ class DiskList(LazySequence[Item]):
 
 
 class Selection(LazySequence[Item]):
-    """Some items of a sequence.
+    """A view of some items of a sequence.
 
     Args:
         items: the sequence.
-        indices: indices of the items in it.
+        indices: indices of the items.
     """
 
     def __init__(self, items: LazySequence[Item], indices: Sequence[int]) -> None:

@@ -74,9 +74,9 @@ def sample_epoch(weighted_sizes: Sequence[tuple[int, float]], generator: random.
 
 
 def ranges(rows: Sequence[Row]) -> dict[int, range]:
-    """Return the indices of the rows of each data set; those of a data set follow each other in ascending order.
+    """Return the range of row indices of each data set. Rows must be sorted by data set.
 
-    Only a few rows are read, by bisection.
+    Bisection only reads a few rows.
     """
     ranges_by_source, begin = dict[int, range](), 0
     while begin < len(rows):

@@ -1,4 +1,4 @@
-"""Streaming (`--streaming`): rows are tokenized when a batch needs them, not before training."""
+"""Streaming (`--streaming`): rows are tokenized when a batch needs them instead of before training."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ Example = dict[str, Any]
 class EncodedRows(LazySequence[Example]):
     """The first example of each row, tokenized when it is indexed.
 
-    A row without a token to learn within the maximum length is replaced by the next row that has one.
+    If a row has no token to learn within the maximum length, the next row that has one takes its place.
 
     Args:
         rows: the rows.
-        encode: function from rows to their examples; there are none if there is nothing to learn.
+        encode: function from rows to examples. The result is empty if no token can be learned.
     """
 
     def __init__(self, rows: Sequence[Row], encode: Callable[[list[Row]], list[Example]]) -> None:

@@ -176,45 +176,77 @@ def _example(
     row: Row, part: tuple[str, list[tuple[int, int]], int], sizes: dict[str, list[list[int]]], processor: Any
 ) -> dict[str, Any]:
     """Return the example for a result of `conversations.texts_and_spans`, with the tokens of its images and audio."""
-    text, spans, count = part
+    text, _, count = part
     tokenizer = processor.tokenizer
-    ids, parts = list(tokenizer(text, add_special_tokens=False)["input_ids"]), _parts_of(row, count)
-    expanded, shown = text, {}
-    inserted: dict[int, Iterator[list[int]]] = {}  # {placeholder token: tokens to insert}
-    for kind, name in NAMES.items():
-        token, shown[kind] = getattr(processor, f"{kind}_token", None), parts.count({"type": kind})
-        if token is None:
-            continue
-        place = tokenizer.convert_tokens_to_ids(token)
-        if ids.count(place) != shown[kind]:
-            raise PeftcoreError(
-                f"{row.location}: the chat template writes {ids.count(place)} {name}, but the conversation has "
-                f"{shown[kind]}. Pass a template that writes all of them: --chat-template FILE"
-            )
-        inserted[place] = iter(sizes[kind])
-        whole = getattr(processor, f"full_{kind}_sequence", None)
-        if whole:  # Gemma's placeholders have line breaks, which merge with adjacent ones into a single token
-            expanded, spans = _expand_marks(expanded, spans, token, whole)
-            inserted[place] = itertools.repeat([place])
-    plain = conversations.example(tokenizer, expanded, spans)
-    bare = list(tokenizer(expanded, add_special_tokens=False)["input_ids"])
-    if len(plain["input_ids"]) > len(bare):  # the template writes no end-of-turn token
-        text, expanded, bare = text + tokenizer.eos_token, expanded + tokenizer.eos_token, plain["input_ids"]
-    whole = list(tokenizer(expanded, add_special_tokens=_adds_special(text, tokenizer))["input_ids"])
-    front = next((i for i in range(len(whole) - len(bare) + 1) if whole[i : i + len(bare)] == bare), 0)
-    ids, labels = whole[:front], [IGNORE_INDEX] * front
-    for id_, label in zip(bare, plain["labels"], strict=True):
-        tokens = next(inserted[id_]) if id_ in inserted else [id_]
-        ids += tokens
-        labels += [IGNORE_INDEX] * len(tokens) if id_ in inserted else [label]
-    rest = whole[front + len(bare) :]
+    media_counts = _count_media(row, count)
+    marked_text, spans, insertions = _mark_media(row, part, sizes, processor, media_counts)
+    plain = conversations.example(tokenizer, marked_text, spans)
+    bare_ids = list(tokenizer(marked_text, add_special_tokens=False)["input_ids"])
+    if len(plain["input_ids"]) > len(bare_ids):  # the template writes no end-of-turn token
+        text, marked_text = text + tokenizer.eos_token, marked_text + tokenizer.eos_token
+        bare_ids = plain["input_ids"]
+    # The tokenizer may add special tokens before and after the text, which are not learned.
+    all_ids = list(tokenizer(marked_text, add_special_tokens=_adds_special(text, tokenizer))["input_ids"])
+    starts = range(len(all_ids) - len(bare_ids) + 1)
+    front = next((start for start in starts if all_ids[start : start + len(bare_ids)] == bare_ids), 0)
+    back_ids = all_ids[front + len(bare_ids) :]
+    ids, labels = all_ids[:front], [IGNORE_INDEX] * front
+    for id_, label in zip(bare_ids, plain["labels"], strict=True):
+        if id_ in insertions:
+            tokens = next(insertions[id_])
+            ids += tokens
+            labels += [IGNORE_INDEX] * len(tokens)
+        else:
+            ids.append(id_)
+            labels.append(label)
     return {
         "text": text,
-        "images": list(row.images[: shown["image"]]),
-        "sounds": list(row.sounds[: shown["audio"]]),
-        "input_ids": ids + rest,
-        "labels": labels + [IGNORE_INDEX] * len(rest),
+        "images": list(row.images[: media_counts["image"]]),
+        "sounds": list(row.sounds[: media_counts["audio"]]),
+        "input_ids": ids + back_ids,
+        "labels": labels + [IGNORE_INDEX] * len(back_ids),
     }
+
+
+def _count_media(row: Row, count: int) -> dict[str, int]:
+    """Return the number of images and recordings in the first `count` messages of a row, by kind."""
+    parts = _parts_of(row, count)
+    return {kind: parts.count({"type": kind}) for kind in NAMES}
+
+
+def _mark_media(
+    row: Row,
+    part: tuple[str, list[tuple[int, int]], int],
+    sizes: dict[str, list[list[int]]],
+    processor: Any,
+    media_counts: dict[str, int],
+) -> tuple[str, list[tuple[int, int]], dict[int, Iterator[list[int]]]]:
+    """Return a text to tokenize, its spans, and {placeholder token: tokens to insert, in order}.
+
+    Raises:
+        PeftcoreError: the text does not have one placeholder for each image and recording.
+    """
+    text, spans, _ = part
+    tokenizer = processor.tokenizer
+    ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    insertions: dict[int, Iterator[list[int]]] = {}
+    for kind, name in NAMES.items():
+        token = getattr(processor, f"{kind}_token", None)
+        if token is None:
+            continue
+        placeholder = tokenizer.convert_tokens_to_ids(token)
+        if ids.count(placeholder) != media_counts[kind]:
+            raise PeftcoreError(
+                f"{row.location}: the chat template writes {ids.count(placeholder)} {name}, but the conversation has "
+                f"{media_counts[kind]}. Pass a template that writes all of them: --chat-template FILE"
+            )
+        insertions[placeholder] = iter(sizes[kind])
+        full_sequence = getattr(processor, f"full_{kind}_sequence", None)
+        if full_sequence:
+            # Gemma's placeholders have line breaks, which merge with adjacent ones into a single token.
+            text, spans = _expand_marks(text, spans, token, full_sequence)
+            insertions[placeholder] = itertools.repeat([placeholder])
+    return text, spans, insertions
 
 
 def _parts_of(row: Row, count: int) -> list[Any]:

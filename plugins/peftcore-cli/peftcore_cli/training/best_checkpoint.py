@@ -113,7 +113,7 @@ class BestCheckpoint(TrainerCallback):
     """
 
     def __init__(self, metric: str = "loss", patience: int | None = None) -> None:
-        self.metric, self.patience, self.stopped = metric, patience, False
+        self.metric, self.patience, self.stopped_early = metric, patience, False
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -139,10 +139,10 @@ class BestCheckpoint(TrainerCallback):
         evaluations_since_best = without_improvement(values, is_lower_better=self.metric in LOWER_IS_BETTER)
         due = self.patience is not None and bool(values) and evaluations_since_best >= self.patience
         if ranks.any_of(due):  # all ranks must stop at the same step
-            if not self.stopped:
+            if not self.stopped_early:
                 name = metrics.title(self.metric)
                 say(f"training stops, because {name} has not improved in {evaluations_since_best} evaluations")
-            self.stopped = control.should_training_stop = True
+            self.stopped_early = control.should_training_stop = True
 
     def best(self, state: TrainerState) -> Best | None:
         """Return the best evaluation with a checkpoint, or None if no checkpoint could be written.
@@ -158,7 +158,7 @@ class BestCheckpoint(TrainerCallback):
                 f"no evaluation gave a finite {metrics.title(self.metric)}, so there is no best checkpoint. "
                 "Lower the learning rate: --lr LR --overwrite"
             )
-        early = self.stopped and state.global_step < state.max_steps
+        early = self.stopped_early and state.global_step < state.max_steps
         return Best(state.best_global_step, self.metric, float(state.best_metric or 0.0), early)
 
 

@@ -126,7 +126,7 @@ class OrderlyStop(TrainerCallback):
     """Inside the block, the first SIGINT or SIGTERM requests a checkpoint and a stop after the step."""
 
     def __init__(self) -> None:
-        self.requested = False
+        self.is_requested = False
         self._previous_handlers: dict[int, Any] = {}
 
     def __enter__(self) -> OrderlyStop:
@@ -141,14 +141,14 @@ class OrderlyStop(TrainerCallback):
             signal.signal(number, handler)
 
     def _request(self, number: int, frame: FrameType | None) -> None:
-        if self.requested:
+        if self.is_requested:
             raise KeyboardInterrupt
-        self.requested = True
+        self.is_requested = True
         warn("writing a checkpoint and stopping after this step; press Ctrl-C again to stop immediately")
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.requested = ranks.any_of(self.requested)  # ranks may receive the signal at different steps
-        if self.requested:
+        self.is_requested = ranks.any_of(self.is_requested)  # ranks may receive the signal at different steps
+        if self.is_requested:
             control.should_save = args.save_strategy != "no"
             control.should_training_stop = True
 

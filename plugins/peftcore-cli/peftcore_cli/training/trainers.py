@@ -39,7 +39,7 @@ class Measuring(_Base):
         super().__init__(*args, **kwargs)
         self.measure, self.lengths, self.weighted_sizes = measure, lengths, weighted_sizes
         self.control: TrainerControl
-        self.measured: dict[int, Metrics] = {}  # by step
+        self.metrics_by_step: dict[int, Metrics] = {}
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         return LengthGroupedSampler(self.lengths, self.args.train_batch_size, self.args.seed, self.weighted_sizes)
@@ -52,9 +52,9 @@ class Measuring(_Base):
 
     def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
         model = bare_model(self)
-        with precision.own(model):
+        with precision.in_model_dtype(model):
             held_out = self.measure(model)
-        self.measured[self.state.global_step] = held_out
+        self.metrics_by_step[self.state.global_step] = held_out
         say(f"step {self.state.global_step}/{self.state.max_steps}  held out: {held_out}", "bold")
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in held_out.as_dict().items()}
         self.log(metrics)

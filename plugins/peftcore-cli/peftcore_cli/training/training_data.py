@@ -76,7 +76,7 @@ class EncodedSets:
     """Encoded examples of one or several data sets, on disk.
 
     Attributes:
-        examples: the examples, those of a data set after those of the previous one.
+        examples: the examples, sorted by data set.
         sizes: number of tokens of each example.
         counts: number of examples of each data set, by its index.
     """

@@ -116,7 +116,7 @@ class _Run:
         self, settings: Settings, output: Path, rows: training_data.Rows, clock: Clock, display: Display
     ) -> None:
         self.began, self.clock = time.perf_counter(), clock
-        clock.parts["imports"] = clock.other()
+        clock.parts["imports"] = clock.remaining_seconds()
         self.settings, self.output, self.rows, self.display = settings, output, rows, display
         self.task, self.adapter = registered.find(settings.task), output / "adapter"
         self.samples: list[tuple[str, str]] = []
@@ -187,8 +187,8 @@ class _Run:
         finally:
             self.meter.close()
             self.trace.close()
-        stopped_early = keeper is not None and keeper.stopped
-        if stop.requested and trainer.state.global_step < trainer.state.max_steps and not stopped_early:
+        stopped_early = keeper is not None and keeper.stopped_early
+        if stop.is_requested and trainer.state.global_step < trainer.state.max_steps and not stopped_early:
             raise Stopped(trainer.state.global_step, trainer.state.max_steps)
         self.best = None if keeper is None else keeper.best(trainer.state)
 
@@ -198,7 +198,7 @@ class _Run:
         self._answer_sample("with the adapter")
         _save(self.model, self.adapter, self.settings, self.processor, self._record)
         examples = self.examples.validation
-        with precision.own(self.model):
+        with precision.in_model_dtype(self.model):
             self.validation = self.evaluate(self.model, examples) if examples else None
             self.after = self.evaluate.evaluate_all(self.model, held_out=held_out)
 
@@ -217,7 +217,7 @@ class _Run:
             eval_rows=len(self.rows.held_out),
             seconds=time.perf_counter() - self.began,
             training_seconds=self.meter.seconds,
-            spent=self.clock.all(),
+            spent=self.clock.all_parts(),
             step_seconds=step_seconds,
             tokens_per_second=self.meter.tokens_per_second,
             examples_per_second=settings.batch_size * settings.grad_accum * settings.ranks / (step_seconds or 1.0),
@@ -263,7 +263,7 @@ class _Run:
         if self.display.sample is None:
             return
         is_chat, limit, sample = bool(self.about.chat), self.display.sample_tokens, self.display.sample
-        with self.clock.part("samples"), precision.own(self.model):
+        with self.clock.part("samples"), precision.in_model_dtype(self.model):
             model = self.model.eval()
             answer = self.task.answer(model, self.processor, sample, self.about, chat=is_chat, max_new_tokens=limit)
         self.samples.append((writer, answer))
@@ -351,11 +351,11 @@ def _final_metrics(trainer: Measuring, model: Any, evaluate: Evaluator, best: be
     """Return the held-out metrics of the adapter to save (the best or the last)."""
     if best is not None:
         say(f"saving the adapter of {best}")
-        with precision.own(model):
+        with precision.in_model_dtype(model):
             return evaluate(model)
-    if trainer.state.global_step not in trainer.measured:
+    if trainer.state.global_step not in trainer.metrics_by_step:
         trainer.evaluate()
-    return trainer.measured[trainer.state.global_step]
+    return trainer.metrics_by_step[trainer.state.global_step]
 
 
 def _save(model: Any, folder: Path, settings: Settings, processor: Any, record: AdapterTask | None) -> None:

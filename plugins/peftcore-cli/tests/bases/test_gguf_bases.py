@@ -120,8 +120,8 @@ def test_the_header_has_what_the_gguf_package_reads(in_8_bits: Path) -> None:
 def test_config_and_tokenizer_are_those_that_transformers_reads(in_8_bits: Path) -> None:
     place = {"pretrained_model_name_or_path": in_8_bits.parent, "gguf_file": in_8_bits.name}
     config, tokenizer = AutoConfig.from_pretrained(**place), AutoTokenizer.from_pretrained(**place)
-    assert base_files.pretrained(AutoConfig.from_pretrained, str(in_8_bits), "configuration") == config
-    loaded = base_files.pretrained(AutoTokenizer.from_pretrained, str(in_8_bits), "tokenizer")
+    assert base_files.load_pretrained(AutoConfig.from_pretrained, str(in_8_bits), "configuration") == config
+    loaded = base_files.load_pretrained(AutoTokenizer.from_pretrained, str(in_8_bits), "tokenizer")
     assert type(loaded) is type(tokenizer)
     assert loaded.init_kwargs == tokenizer.init_kwargs
     assert loaded.backend_tokenizer.to_str() == tokenizer.backend_tokenizer.to_str()

@@ -196,7 +196,7 @@ def test_losses_are_those_of_transformers_trainer_and_resume_is_exact(
 
     def stopping(self: Any, arguments: Any, state: Any, control: Any, **more: Any) -> Any:
         if next(counted) == 2:
-            self.requested = True
+            self.is_requested = True
         return plain(self, arguments, state, control, **more)
 
     monkeypatch.setattr(progress.OrderlyStop, "on_step_end", stopping)
