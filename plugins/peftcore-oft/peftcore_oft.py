@@ -4,8 +4,8 @@
       x Wᵀ + bias             |______| |______| |______|      is the Cayley transform of a skew-symmetric Q:
 
     R - 1 = -2 Q (1 + Q)⁻¹                                exact, with use_cayley_neumann=False
-    R - 1 = 2 Q + 2 Q² + ... + 2 Qⁿ⁻² + Qⁿ⁻¹              default: n terms of a Neumann series, with -Q for Q (for n = 3
-                                                          PEFT uses 4)
+    R - 1 = 2 Q + 2 Q² + ... + 2 Qⁿ⁻² + Qⁿ⁻¹              default: the first n terms of the Neumann series, with -Q in
+                                                          place of Q (for n = 3 PEFT uses 4 terms)
 
 The upper triangle of each block's Q is trained and starts at zero. In 16 bits (R - 1) x is added to x, so that small
 rotations are not rounded away. COFT keeps Q within eps of zero. For an embedding the outputs are rotated.

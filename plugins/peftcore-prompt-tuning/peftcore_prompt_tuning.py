@@ -1,4 +1,4 @@
-"""Prompt tuning (Lester et al. 2021, arXiv 2104.08691): train n vectors that come before the embedded input.
+"""Prompt tuning (Lester et al. 2021, arXiv 2104.08691): train n vectors, prepended to the input embeddings.
 
          y_1 ........ y_m               the output, for the tokens of the input
           |            |

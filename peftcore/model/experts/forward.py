@@ -3,7 +3,7 @@
     rows sorted by expert -> x W_upᵀ -> gate -> · W_downᵀ -> times the router's weights -> summed per token
 
 Each of the two products is one operator over all experts (`ops.grouped_linear`), dense or 4-bit, with low-rank changes.
-If an adapter changes experts one by one, the products run one expert after the other.
+If an adapter changes each expert separately, the products are computed one expert at a time.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\u
 
 
 def printable(text: str) -> str:
-    r"""Return `text` with its control characters escaped, such as ESC as `\x1b`.
+    r"""Return `text` with control characters escaped (ESC becomes `\x1b`).
 
     Names and texts from files may contain escape sequences that move the cursor, rename the window or hide output.
     """

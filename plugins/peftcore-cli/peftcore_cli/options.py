@@ -70,8 +70,8 @@ Data = Annotated[
         "--data",
         "-d",
         help=(
-            "Examples: a data file (.jsonl, .json, .csv, .tsv, .parquet), a folder of data files, or a hub dataset "
-            "(ORG/NAME@SPLIT). Repeatable. For training, FILE:2 doubles the weight of a file."
+            "Data: a file (.jsonl, .json, .csv, .tsv, .parquet), a folder of such files, or a hub dataset "
+            "(ORG/NAME@SPLIT). Can be repeated. For training, FILE:2 doubles the weight of a file."
         ),
     ),
 ]

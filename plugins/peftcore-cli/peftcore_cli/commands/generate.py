@@ -22,7 +22,9 @@ def generate(
     trust_remote_code: options.TrustRemoteCode = False,  # `app` reads this option
     chat: Annotated[
         bool | None,
-        typer.Option(help="Format the prompt with the chat template; default: if the adapter was trained on chats."),
+        typer.Option(
+            help="Format the prompt with the chat template. By default, only if the adapter was trained on chats."
+        ),
     ] = None,
     chat_template: options.ChatTemplate = None,
     compare: Annotated[bool, typer.Option("--compare", help="Also show the base model's answer.")] = False,

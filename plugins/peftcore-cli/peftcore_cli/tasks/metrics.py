@@ -81,7 +81,7 @@ def rows(before: Metrics, after: Metrics) -> list[tuple[str, str, str]]:
 
 
 def confusion_rows(confusion: list[list[int]], names: Sequence[str]) -> list[tuple[str, ...]]:
-    """Return the confusion matrix as a table, with answers in the first row and labels in the first column."""
+    """Return the confusion matrix as a table: columns are predictions, rows are true labels."""
     counts = [(name, *map(str, row)) for name, row in zip(names, confusion, strict=True)]
     return [("", *names), *counts]
 

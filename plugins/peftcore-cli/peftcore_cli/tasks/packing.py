@@ -2,7 +2,7 @@
 
 The positions in a row restart at 0 with each example. From these, transformers makes a block-diagonal mask if the
 model's attention supports it. The first label of an example is not learned, because the previous example would predict
-it. `check` tests whether a model with its adapters really separates the examples.
+it. `check` verifies that the model with its adapters really keeps packed examples from attending to each other.
 """
 
 from __future__ import annotations
