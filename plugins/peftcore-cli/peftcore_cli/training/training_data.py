@@ -52,7 +52,7 @@ class DataSet:
 TITLES = ("data set", "weight", "examples", "tokens", "held out", "loss before", "loss after")
 
 
-_CHUNK = 1_000  # rows encoded at once
+_CHUNK = 100  # rows encoded at once; with 1,000, tokenizers takes 40 % more processor time per row
 FIRST_ROWS = 100  # streamed examples encoded before training, to choose fused operators
 
 
