@@ -92,9 +92,14 @@ def _files(folder: Path) -> dict[str, str]:
         files = json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"]
         for file in sorted(set(files.values())):
             if not (folder / file).is_file():
-                raise CheckpointError(f"'{folder}' is incomplete: its index lists '{file}', which is missing")
+                raise CheckpointError(
+                    f"'{folder}' is incomplete: its index lists '{file}', which is missing. Copy or download the "
+                    "file again"
+                )
         return files
     if not (folder / _SINGLE).is_file():
-        raise CheckpointError(f"'{folder}' has neither {_SINGLE} nor {_INDEX}. Pass a local folder with safetensors")
+        raise CheckpointError(
+            f"'{folder}' contains neither {_SINGLE} nor {_INDEX}. Pass a local folder with safetensors files"
+        )
     with safe_open(folder / _SINGLE, framework="pt") as archive:
         return dict.fromkeys(archive.keys(), _SINGLE)

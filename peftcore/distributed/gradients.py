@@ -13,7 +13,7 @@ from torch.autograd import Variable
 
 from peftcore.plugin import sharded
 
-# transformers' Trainer averages replicated parameters itself unless they bear this mark.
+# transformers' Trainer averages replicated parameters itself unless they have this attribute.
 _AVERAGED = "_replicated_grad_hook_registered"
 
 
@@ -38,10 +38,11 @@ class GradientMean:
 
     def _note(self, parameter: Tensor) -> None:
         backward = torch._C._current_graph_task_id()
-        if backward != self.backward:  # a pass that raised an error has never called its callbacks
+        if backward != self.backward:  # a pass that raised an error did not run its callbacks
             self.backward = backward
-            # As DDP and FSDP do: clipping reads the means before the optimizer's step, and a hook on the gradients
-            # (register_multi_grad_hook) would run before they are added to `grad`.
+            # Average at the end of the backward pass, like DDP and FSDP: clipping reads the means before the
+            # optimizer's step, and a hook on the gradients (register_multi_grad_hook) would run before they are added
+            # to `grad`.
             Variable._execution_engine.queue_callback(self.average)
 
     @torch.no_grad()

@@ -42,7 +42,7 @@ def start(backend: str | None = None) -> None:
         backend: a backend such as `gloo` or `nccl`; None lets PyTorch choose by the devices of this machine.
     """
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT")
-    if attempt is None:  # joined without torchrun, or by mpirun
+    if attempt is None:  # started without torchrun, or by mpirun
         distributed.init_process_group(backend)
         return
     store, rank, world_size = next(rendezvous("env://"))
@@ -69,14 +69,14 @@ def finish() -> None:
 
 
 def _let_go(holder: Any) -> None:
-    kind = type(holder)  # any object may be here, so its own attribute lookup is not used
+    kind = type(holder)  # the object may have any class, so avoid its own attribute lookup
     if kind is FunctionType:
         if any(map(_is_group, holder.__defaults__ or ())):
             holder.__defaults__ = tuple(None if _is_group(value) else value for value in holder.__defaults__)
     elif kind.__dictoffset__ and not issubclass(kind, type):
         try:
             attributes = object.__getattribute__(holder, "__dict__")
-        except AttributeError:  # objects of C, such as cffi's, may hide theirs
+        except AttributeError:  # C objects, such as cffi's, may not support it
             return
         for name, value in list(attributes.items()):
             if _is_group(value):
@@ -91,5 +91,5 @@ def _elements(values: Any) -> Any:
 
 def _is_group(value: object) -> bool:
     """Return whether `value` is a process group, or holds one where Python cannot see it, as DDP does."""
-    holders = (distributed.Reducer, distributed.Logger)  # type: ignore[attr-defined]  # there, and not in its stubs
+    holders = (distributed.Reducer, distributed.Logger)  # type: ignore[attr-defined]  # exists, but is missing in the type stubs
     return issubclass(type(value), (distributed.ProcessGroup, *holders))

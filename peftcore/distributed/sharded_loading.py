@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
     from peftcore.distributed.checkpoint_files import CheckpointFiles
 
-_PARTS = tuple(f".{part}" for part in PARTS)  # suffixes of the other tensors of a packed parameter
+_PARTS = tuple(f".{part}" for part in PARTS)  # suffixes of the tensors stored beside a packed parameter
 
 
 def load_sharded(
@@ -130,7 +130,7 @@ def _make_quantized(
         path, _, attribute = name.rpartition(".")
         if attribute == "weight" and is_linear(model.get_submodule(path)):
             layers.add(path)
-        else:  # the blocks are the file's
+        else:  # use the file's block size
             experts.setdefault(path, {})[attribute] = MIN_BLOCKSIZE
     for path in layers:
         convert_dense(model.get_submodule(path), settings)
@@ -179,8 +179,9 @@ def _read(model: nn.Module, tensors: CheckpointFiles) -> None:
                     buffers[name].copy_(tensors.stored(key)[...])
                     continue
                 raise CheckpointError(
-                    f"'{tensors.folder / tensors.files[key]}' holds '{name}', for which {type(model).__name__} has no "
-                    f"place{nearest(name, parameters)}"
+                    f"'{tensors.folder / tensors.files[key]}' contains '{name}', which {type(model).__name__} does "
+                    f"not have{nearest(name, parameters)}. Check that the weights and config.json belong together, "
+                    "or pass model_class="
                 )
             parameter, (path, _, attribute) = parameters[name], name.rpartition(".")
             module: Any = model.get_submodule(path)
@@ -206,7 +207,10 @@ def _read(model: nn.Module, tensors: CheckpointFiles) -> None:
 def _fill_dense(parameter: DTensor, tensor: Any, name: str) -> None:
     """Read only this rank's rows from the file."""
     if list(tensor.get_shape()) != list(parameter.shape):
-        raise CheckpointError(f"'{name}' has shape {tensor.get_shape()}, the model needs {list(parameter.shape)}")
+        raise CheckpointError(
+            f"'{name}' has shape {tensor.get_shape()} in the checkpoint, but {list(parameter.shape)} in the model. "
+            "Check that the weights and config.json belong together"
+        )
     begin, rows = _rows(parameter)
     if rows:
         parameter.to_local().copy_(tensor[begin : begin + rows])
@@ -228,7 +232,10 @@ def _fill_quantized(
         check_experts(packed, name)
     assert sharded.is_dtensor(parameter)
     if packed.codes.shape != parameter.shape or parameter_shape(packed) != packing.shape:
-        raise CheckpointError(f"'{name}' has shape {list(parameter_shape(packed))}, this layer {list(packing.shape)}")
+        raise CheckpointError(
+            f"'{name}' has shape {list(parameter_shape(packed))} in the checkpoint, but {list(packing.shape)} in the "
+            "model. Check that the weights and config.json belong together"
+        )
     module.set_packed_parameter(attribute, packed.to(parameter.to_local().device)._replace(codes=parameter))
     begin, rows = _rows(parameter)
     parameter.to_local().copy_(packed.codes[begin : begin + rows])
@@ -243,7 +250,10 @@ def _check_shape(name: str, lists: dict[str, list[str]], shape: Sequence[int]) -
     """Raise a CheckpointError unless the files have the tensors of every expert."""
     counts = {len(keys) for keys in lists.values()}
     if counts != {shape[0]}:
-        raise CheckpointError(f"'{name}' has {sorted(counts)} experts in the files, the model needs {list(shape)}")
+        raise CheckpointError(
+            f"the checkpoint has {sorted(counts)} experts for '{name}', but the model has {shape[0]}. Check that the "
+            "weights and config.json belong together"
+        )
 
 
 def _rows(parameter: DTensor) -> tuple[int, int]:

@@ -81,20 +81,26 @@ def _refuse_unshardable(model: nn.Module, adapter_placement: str) -> None:
     is_sharded = isinstance(model, FSDPModule)
     if not is_sharded and any(has_plan(module) for _, module in base_modules(model)):
         raise PeftcoreError(
-            "tensor parallelism (tp_plan, tp_size) has divided the model over the ranks already, and adapters train on "
-            "it as in one process: give every rank the same batch, and leave peftcore.shard out"
+            "tensor parallelism (tp_plan, tp_size) has already sharded the model, so peftcore.shard is not needed. "
+            "Train as in one process, with the same batch on every rank"
         )
     if TorchVersion(torch.__version__) < "2.12" and not all(p.is_floating_point() for p in model.parameters()):
         raise PeftcoreError(
-            f"PyTorch {torch.__version__} cannot shard the integer weights of a quantized base; from 2.12 on it can. "
-            "Upgrade PyTorch, or use DDP, with the base whole on every rank"
+            f"PyTorch {torch.__version__} cannot shard the integer weights of a quantized base. Upgrade to PyTorch "
+            "2.12 or later, or use DDP, which replicates the base on every rank"
         )
     state = state_of(model)
     if state is not None and state.merged is not None:
-        raise PeftcoreError("adapters are merged into the base. Shard after peftcore.unmerge, or a plain merged model")
+        raise PeftcoreError(
+            "cannot shard the model while adapters are merged into it. Call peftcore.unmerge(model) first, or merge "
+            "without undo=True"
+        )
     check_ranks(model)
     if is_sharded and adapter_placement == "shard" and not all(map(sharded.is_shard, _of_adapters(model))):
-        raise PeftcoreError("the base is sharded already: adapters that come afterwards can only be replicated")
+        raise PeftcoreError(
+            "the base is already sharded, and adapters applied afterwards can only be replicated. Pass "
+            "adapter_placement='replicate', or apply adapters before sharding"
+        )
 
 
 def _shard_blocks(
@@ -133,7 +139,7 @@ def divided(model: nn.Module, adapter_placement: str) -> tuple[list[nn.Parameter
 
 def _of_adapters(model: nn.Module) -> list[nn.Parameter]:
     state = state_of(model)
-    parameters: dict[nn.Parameter, None] = {}  # several adapters may train the same
+    parameters: dict[nn.Parameter, None] = {}  # several adapters may train the same parameter
     for name in state.applied if state is not None else ():
         parameters.update((parameter, None) for _, parameter in adapter_parameters(model, name))
     return list(parameters)

@@ -70,12 +70,12 @@ def _refuse_no_or_two_owners(names: Sequence[str], owners: Sequence[list[int]]) 
     for name, ranks_with in zip(names, owners, strict=False):
         if not ranks_with:
             raise PeftcoreError(
-                f"no stage has the adapter parameter '{name}'. Build each stage of the layers of this model, not of "
-                "copies, and give every rank its own. An adapter around the whole model, such as a prompt, is in no "
-                "stage: use another method"
+                f"no stage contains the adapter parameter '{name}'. Build the stages from the layers of this model, "
+                "not from copies, and give each rank a different stage. Adapters around the complete model, such as "
+                "prompts, are in no stage: use another method"
             )
         if len(ranks_with) > 1:
             raise PeftcoreError(
-                f"the stages of ranks {ranks_with} share the adapter parameter '{name}', and each has trained its own "
-                "copy. Use a method whose layers share no parameters"
+                f"the stages of ranks {ranks_with} share the adapter parameter '{name}', and each rank has trained "
+                "its own copy. Use a method whose layers do not share parameters"
             )

@@ -19,7 +19,7 @@ from peftcore.engine import adapter_parameters, require_state, state_of
 from peftcore.engine.trained_parameters import TrainedParameters, base_tensors
 from peftcore.errors import CheckpointError, PeftcoreError
 from peftcore.files.fingerprint import difference, fingerprint
-from peftcore.files.tensors import own_slots
+from peftcore.files.tensors import trained_names
 from peftcore.plugin import sharded
 from peftcore.plugin.registry import registry
 
@@ -45,21 +45,22 @@ class TrainingState(Stateful):
         growing = [method for method in methods if registry.method(method).trained_fields]
         if growing:
             raise PeftcoreError(
-                f"adapters of {growing[0]} grow in training, and a checkpoint of torch.distributed is read into "
-                "tensors of the shapes that are there. Train with Trainer, which saves and restores them, or save the "
-                "adapter by peftcore.save and the optimizer by torch.distributed.checkpoint.state_dict"
+                f"adapters of {growing[0]} grow in training, but torch.distributed.checkpoint only loads tensors "
+                "whose shapes have not changed. Train with Trainer, which saves and restores such adapters, or save "
+                "the adapter with peftcore.save and the optimizer with torch.distributed.checkpoint.state_dict"
             )
         if any(map(sharded.is_zero3, self.model.parameters())):
             raise PeftcoreError(
-                "DeepSpeed's ZeRO-3 has partitioned the model, and keeps the optimizer's state itself. Save it by "
-                "DeepSpeed's engine.save_checkpoint(folder), and the adapter by peftcore.save(model, folder)"
+                "the model is partitioned by DeepSpeed's ZeRO-3, which manages the optimizer's state itself. Save "
+                "the optimizer with DeepSpeed's engine.save_checkpoint(folder), and the adapter with "
+                "peftcore.save(model, folder)"
             )
 
     def state_dict(self) -> dict[str, Any]:
         """Return the adapters by name, the optimizer state by parameter name, and the base's fingerprint."""
         sharded.reshard(self.model)
         return {
-            # Copies: loading fills them in place, before anything is checked.
+            # Return copies, since loading fills the tensors in place before anything is checked.
             "adapters": {name: parameter.detach().clone() for name, parameter in self._adapters()},
             "optimizer": get_optimizer_state_dict(self.model, self.optimizer),
             "base": fingerprint(self._base()),
@@ -83,11 +84,11 @@ class TrainingState(Stateful):
             for name, parameter in adapter_parameters(self.model, adapter):
                 yield f"{adapter}.{name}", parameter
             trained_parameters = TrainedParameters.of(self.model, adapter)
-            for name, tensor in trained_parameters.kept_values(self.model) if trained_parameters else ():
+            for name, tensor in trained_parameters.untrained_values(self.model) if trained_parameters else ():
                 yield f"{adapter}.{name}", tensor
 
     def _base(self) -> dict[str, Tensor]:
         names: set[str] = set()
         for adapter in require_state(self.model).applied:
-            names |= own_slots(self.model, adapter)
+            names |= trained_names(self.model, adapter)
         return {name: value for name, value in base_tensors(self.model).items() if name not in names}

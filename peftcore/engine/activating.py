@@ -29,7 +29,7 @@ from peftcore.engine.state import (
     refuse_merged,
     require_state,
 )
-from peftcore.engine.trained_parameters import TrainedParameters, place_kept_tensors, unmoved_buffers
+from peftcore.engine.trained_parameters import TrainedParameters, place_untrained_tensors, restored_buffers
 from peftcore.errors import PeftcoreError, nearest, with_argument_hints
 from peftcore.model import observe
 from peftcore.model.base_modules import ROWS
@@ -74,8 +74,8 @@ def activate(model: Model, adapters: str | Sequence[str | None], *, per_sample: 
         applied(model, name)
     if len(set(names)) < len(names):
         raise PeftcoreError(
-            f"activate: an adapter is named twice in {list(names)}. To name one for each sample of a batch, pass "
-            "per_sample=True"
+            f"activate got the same adapter twice: {list(names)}. Name each adapter once, or pass per_sample=True to "
+            "choose an adapter for each sample of a batch"
         )
     refuse_changed(model)
     refuse_merged(state, "activate adapters")
@@ -111,16 +111,16 @@ def disabled(model: Model) -> Iterator[Model]:
         if any(True for _ in _in_place_of_base(model, state)):
             state.lock.hold(block)
             replacements = list(_in_place_of_base(model, state))
-            place_kept_tensors(model, ())
+            place_untrained_tensors(model, ())
         for tensors in replacements:
             tensors.activate(model, False)
-        with unmoved_buffers(model) if replacements else nullcontext():
+        with restored_buffers(model) if replacements else nullcontext():
             yield model
     finally:
         for tensors in replacements:
             tensors.activate(model, True)
         if replacements:
-            place_kept_tensors(model, state.active)
+            place_untrained_tensors(model, state.active)
         state.lock.close_block(block)
 
 
@@ -128,7 +128,7 @@ def _in_place_of_base(model: nn.Module, state: State) -> Iterator[TrainedParamet
     """Yield the trained parameters of adapters that currently replace base tensors in the model."""
     for name in state.applied:
         tensors = TrainedParameters.of(model, name)
-        if tensors is not None and (tensors.active or tensors.held):
+        if tensors is not None and (tensors.active or tensors.active_untrained):
             yield tensors
 
 
@@ -190,7 +190,7 @@ def _change_active(
     grows = same_base and not by_sample and not was_by_sample and _extends_active(state, names)
     changed_names = names[len(state.active) :] if grows else _with_deactivated(state, names)
     own_tensors = _own_tensors(model, changed_names)
-    in_model = () if by_sample else names  # the adapters whose own tensors may be in the model
+    in_model = () if by_sample else names  # the adapters whose trained tensors may be in the model
     remove_own_parameters(model, state)
     _exchange_own_tensors(model, own_tensors, [name for name in own_tensors if name not in in_model], active=False)
     state.active = names
@@ -203,7 +203,7 @@ def _change_active(
     else:
         _build_chains(model, state, None if was_by_sample else changed_names, same_base=same_base)
     _exchange_own_tensors(model, own_tensors, [name for name in own_tensors if name in in_model], active=True)
-    place_kept_tensors(model, names)
+    place_untrained_tensors(model, names)
     if by_sample != was_by_sample:
         update_call_context(state)
     training = tuple(name for name in names if state.applied[name].trainable)
@@ -213,7 +213,7 @@ def _change_active(
 
 def _with_deactivated(state: State, names: Sequence[str]) -> tuple[str, ...]:
     """Return the names of adapters that `names` deactivates, followed by `names`."""
-    # In this order: a new adapter may train a parameter that a deactivated one has trained.
+    # Deactivate first: a new adapter may train the same parameter as a deactivated one.
     deactivated = [name for name in state.active if name not in names]
     return tuple(dict.fromkeys([*deactivated, *names]))
 
@@ -221,7 +221,7 @@ def _with_deactivated(state: State, names: Sequence[str]) -> tuple[str, ...]:
 def _exchange_own_tensors(
     model: nn.Module, own_tensors: Mapping[str, TrainedParameters], names: Iterable[str], *, active: bool
 ) -> None:
-    """Put the trained parameters of `names` into the model, and restore the base's other parameters."""
+    """Put the trained parameters of the adapters `names` into the model, or restore the base's."""
     for name in names:
         own_tensors[name].activate(model, active)
 
@@ -285,7 +285,7 @@ def _all_modules(model: nn.Module, state: State) -> list[nn.Module]:
 
 def _modules_of(model: nn.Module, state: State, names: Iterable[str]) -> list[nn.Module]:
     """Return the modules to which one of the adapters `names` is attached."""
-    modules: dict[nn.Module, None] = {}  # a dictionary, which keeps the order
+    modules: dict[nn.Module, None] = {}  # a dictionary preserves the order
     for name in names:
         modules.update((module, None) for _, module in modules_with(model, state, name))
     return list(modules)
@@ -319,11 +319,13 @@ def _check_names(names: object, per_sample: bool) -> tuple[str | None, ...]:
     """Return the argument `adapters` of `activate` as a tuple of names; raise a PeftcoreError if it is invalid."""
     names = (names,) if isinstance(names, str) else names
     if not isinstance(names, Sequence) or not all(name is None or isinstance(name, str) for name in names):
-        raise PeftcoreError(f"activate takes a name or a list of names, found {names!r}. Pass [] to activate none")
+        raise PeftcoreError(
+            f"activate takes an adapter name or a list of names, found {names!r}. To deactivate all adapters, pass []"
+        )
     if None in names and not per_sample:
         raise PeftcoreError(
-            f"activate: None in {list(names)} means a sample without an adapter, which needs per_sample=True. For the "
-            "whole batch, leave None out"
+            f"activate got None in {list(names)}, which stands for a sample without an adapter and needs "
+            "per_sample=True. For one choice for all samples, leave None out"
         )
     return tuple(names)
 
@@ -343,7 +345,7 @@ def call_arguments(model: nn.Module, **values: Any) -> Iterator[None]:
     for name in values:
         if name not in names:
             hint = f"Arguments that adapters read: {', '.join(sorted(names))}" if names else "They read no arguments"
-            raise PeftcoreError(f"no adapter of the model reads the argument '{name}'{nearest(name, names)}. {hint}")
+            raise PeftcoreError(f"no adapter on the model reads the argument '{name}'{nearest(name, names)}. {hint}")
     if context is None:
         yield
         return
@@ -406,7 +408,7 @@ def observe_rows(model: nn.Module, state: State) -> None:
     rows_by_path = {} if all(ROWS in module.__dict__ for _, module in modules) else rows_of(model)
     for path, module in modules:
         if ROWS not in module.__dict__:
-            rows = rows_by_path.get(path, "the model has changed since it was observed")
+            rows = rows_by_path.get(path, "the model has changed since its last traced forward")
             module.__dict__[ROWS] = f"at '{path}', {rows}" if isinstance(rows, str) else rows
     if rows_by_path:
         model.__dict__[ROWS] = rows_by_path[""]
@@ -433,7 +435,7 @@ class OwnParameters(nn.Module):
 
     def __init__(self, tensors: TrainedParameters, names: dict[str, str]) -> None:
         super().__init__()
-        self.__dict__["tensors"] = tensors  # not a child: its values are in the state dict already
+        self.__dict__["tensors"] = tensors  # not a submodule: its values are already in the state dict
         self.names = names
 
     def forward(self, base: Base, *args: Any, **kwargs: Any) -> Any:
@@ -442,7 +444,7 @@ class OwnParameters(nn.Module):
 
     def _value(self, key: str, _base: Tensor) -> Tensor:
         tensors: TrainedParameters = self.__dict__["tensors"]
-        return tensors.aside(key)
+        return tensors.counterpart(key)
 
 
 def place_own_parameters(model: nn.Module, state: State, names: Iterable[str]) -> None:
@@ -474,16 +476,16 @@ def refuse_whole_batch(model: nn.Module, names: Iterable[str]) -> None:
         reason = None if tensors is None else _why_not_by_sample(model, tensors, set(entry.paths))
         if entry.whole_batch or reason is not None:
             raise PeftcoreError(
-                f"'{name}' ({entry.method}) acts on a batch as a whole, so single samples cannot have it"
-                + (f": {reason}" if reason else "")
+                f"'{name}' ({entry.method}) acts on the batch as a whole, so it cannot be active for single samples. "
+                "Run the samples of this adapter in a separate batch" + (f": {reason}" if reason else "")
             )
 
 
 def _why_not_by_sample(model: nn.Module, tensors: TrainedParameters, adapted_paths: Collection[str]) -> str | None:
     """Return the reason why trained parameters cannot differ between samples of a batch; None if they can."""
-    if tensors.has_moved(model):
-        return "it has buffers of its own, such as statistics"
-    if not tensors.slots:
+    if tensors.differs_from_base(model):
+        return "it has its own copies of buffers, such as the statistics of a norm"
+    if not tensors.trained:
         return None
     rows_by_path = rows_of(model)
     paths_read_elsewhere = {name.rpartition(".")[0] for name in observe(model).other_reads}
@@ -504,12 +506,12 @@ def _activate_for_call(model: nn.Module, names: Any, use: Callable[[Activation],
     is_list = isinstance(names, Sequence) and not isinstance(names, str) and len(names) > 0
     if not is_list or not all(isinstance(name, str) for name in names):
         raise PeftcoreError(
-            f"adapter_names must be a list with the name of an adapter for each sample, '{_BASE}' for none, found "
+            f"adapter_names must be a list with one adapter name per sample, or '{_BASE}' for the base alone, found "
             f"{names!r:.200}"
         )
     if model.training:
         raise PeftcoreError(
-            "adapter_names are for inference, but the model is in training mode. Call model.eval() first"
+            "adapter_names only work in inference, but the model is in training mode. Call model.eval() first"
         )
     samples = tuple(None if name == _BASE else name for name in names)
     requested_names = tuple(name for name in dict.fromkeys(samples) if name is not None)
@@ -518,9 +520,9 @@ def _activate_for_call(model: nn.Module, names: Any, use: Callable[[Activation],
     refuse_whole_batch(model, requested_names)
     for name in state.active:
         tensors = TrainedParameters.of(model, name)
-        if tensors is not None and (tensors.active or tensors.held):
+        if tensors is not None and (tensors.active or tensors.active_untrained):
             raise PeftcoreError(
-                f"the active adapter '{name}' trains parameters of the base, which all samples would share. First call "
+                f"the active adapter '{name}' trains base parameters, which all samples would share. First call "
                 "peftcore.activate(model, [])"
             )
     place_own_parameters(model, state, requested_names)

@@ -71,7 +71,7 @@ def apply(
 
 
 @exclusive(CHANGE, base=True)
-@torch.inference_mode(False)  # what is made under it could never train
+@torch.inference_mode(False)  # parameters created under it could never be trained
 def add_adapter(
     model: Model,
     method: str | Any,
@@ -156,7 +156,7 @@ def _attach(
     is_first: bool,
 ) -> None:
     """Attach the recorded `adapter` to `modules` as inactive; the model's first adapter freezes the base."""
-    if is_first:  # before other classes are swapped in, inside which the folding class stays
+    if is_first:  # first, since the folding class must be inside the other swapped classes
         frozen_linear.fold_frozen(model, attachments.architecture.output_head)
     for path in enclosing_paths(model, modules, attachments.trained):
         ancestors.enclose(submodule(model, path), state.lock, root=not path)

@@ -73,7 +73,8 @@ def each_expert(model: nn.Module, method: str, path: str, adapters: Sequence[OfE
         _refuse_unfit(method, path, attachment)
         if attachment.expert in by_name.setdefault(attachment.name, {}):
             raise PeftcoreError(
-                f"{method} places two adapters at '{attachment.path}'; a module takes one adapter of each name"
+                f"{method} places two adapters on '{attachment.path}', but a module can have only one adapter per "
+                "name. Combine them into one adapter"
             )
         by_name[attachment.name][attachment.expert] = attachment
     changes: dict[str, nn.Module] = {}
@@ -82,8 +83,8 @@ def each_expert(model: nn.Module, method: str, path: str, adapters: Sequence[OfE
         missing_expert = next((expert for expert in range(layout.count) if expert not in by_expert), None)
         if missing_expert is not None:
             raise PeftcoreError(
-                f"{method} places adapters at experts of '{path}.{name}', but none at expert {missing_expert}. Place "
-                "one at each expert, or at none"
+                f"{method} places adapters on experts of '{path}.{name}', but none on expert {missing_expert}. Place "
+                "one on every expert or on none"
             )
         changes[name] = ExpertAdapters(
             [by_expert[i].adapter for i in range(layout.count)], layout.transposed, by_expert[0].link
@@ -102,8 +103,8 @@ def _refuse_unfit(method: str, path: str, attachment: OfExpert) -> None:
     else:
         return
     raise PeftcoreError(
-        f"{method} {reason}, but the experts of '{path}' do not know which sample a row belongs to. Leave them out of "
-        "target_modules"
+        f"{method} cannot adapt the experts of '{path}': the method {reason}, but the sample of a row is not known "
+        "inside experts. Leave experts out of target_modules"
     )
 
 
@@ -223,22 +224,27 @@ def _joined(model: nn.Module, method: str, path: str, changes: Sequence[tuple[st
     """
     modules = dict(base_modules(model))
     if path not in modules:
-        raise PeftcoreError(f"{method} places an adapter at '{path}', which is not a module{nearest(path, modules)}")
+        raise PeftcoreError(
+            f"{method} places an adapter on '{path}', which is not a module of the model{nearest(path, modules)}"
+        )
     parameters = dict(base_parameters(modules[path]))
     for name, _ in changes:
         parameter, submodule_path = parameters.get(name), name.rpartition(".")[0]
         if parameter is None:
             raise PeftcoreError(
-                f"{method} changes the parameter '{name}' of '{path}', which has none of this name"
-                f"{nearest(name, parameters)}"
+                f"{method} changes the parameter '{name}' of '{path}', but this module has no such "
+                f"parameter{nearest(name, parameters)}"
             )
         is_read = not submodule_path and quantized_format(modules[path], name) is not None
         if not is_read and not (parameter.is_floating_point() or parameter.is_complex()):
             raise PeftcoreError(
-                f"{method} changes the parameter '{name}' of '{path}', which is stored as {parameter.dtype}, and no "
-                "weight format can decode it. Leave that module dense, or exclude it"
+                f"{method} changes the parameter '{name}' of '{path}', but no weight format can read its dtype "
+                f"{parameter.dtype}. Leave the module dense, or exclude it"
             )
     names = [name for name, _ in changes]
     if len(set(names)) < len(names):
-        raise PeftcoreError(f"{method} places two adapters on one parameter of '{path}': {sorted(names)}")
+        raise PeftcoreError(
+            f"{method} places two adapters on the same parameter of '{path}': {sorted(names)}. Combine them into one "
+            "adapter"
+        )
     return WeightChanges(dict(changes))

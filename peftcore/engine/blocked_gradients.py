@@ -34,16 +34,19 @@ def refuse_without_gradient(model: nn.Module, attachments: AdapterAttachments, t
     if blocked is not None:
         path, kind = blocked
         problem = (
-            f"the product with '{path}' ({kind}) gives its input no gradient, or a wrong one, so adapters before it "
-            "learn nothing, or only from a part of their effect"
+            f"'{path}' ({kind}) passes no gradient or a wrong gradient to its input, so adapters before it would not "
+            "train correctly"
         )
         if trains:
             raise PeftcoreError(
-                f"{problem}. Before apply, call peftcore.quantize(model), which keeps its bits"
+                f"{problem}. Call peftcore.quantize(model) before apply, which keeps the 4-bit values"
                 if is_bitsandbytes(model.get_submodule(path.removesuffix(".weight")))
-                else f"{problem}. Quantize the weights without the inputs, or use 4 bits of peftcore: peftcore.quantize"
+                else (
+                    f"{problem}. Quantize only weights, not activations, or use peftcore's 4-bit formats: "
+                    "peftcore.quantize(model)"
+                )
             )
-        warn(f"{problem}: it can be used but not trained")
+        warn(f"{problem}. The adapter can be used for inference but not trained")
 
 
 def _refuse_no_grad(model: nn.Module, attachments: AdapterAttachments) -> None:
@@ -56,8 +59,8 @@ def _refuse_no_grad(model: nn.Module, attachments: AdapterAttachments) -> None:
     for path in attachments.paths:
         if path in idle:
             raise PeftcoreError(
-                f"{attachments.method.name} cannot train at '{path}': {reason}. Leave it out, or exclude it: "
-                f"exclude_modules=['{path.rpartition('.')[2]}']"
+                f"{attachments.method.name} cannot train an adapter on '{path}': {reason}. Leave it out of "
+                f"target_modules, or exclude it: exclude_modules=['{path.rpartition('.')[2]}']"
             )
     untrainable = [name for name in attachments.trained if name.rpartition(".")[0] in idle]
     if untrainable:
@@ -77,10 +80,10 @@ def _refuse_in_function(model: nn.Module, attachments: AdapterAttachments) -> No
     place = f"{type(model).__name__} runs '{blocked_path}' inside a torch.autograd.Function"
     if hasattr(model, "enable_input_require_grads"):
         raise PeftcoreError(
-            f"{place}, so what is trained there gets no gradient unless an input requires one. Before apply, call "
+            f"{place}, where parameters get no gradient unless an input requires gradients. Before apply, call "
             "model.enable_input_require_grads()"
         )
-    warn(f"{place}, so what is trained there gets no gradient unless the inputs have requires_grad=True")
+    warn(f"{place}, where parameters get no gradient unless the inputs have requires_grad=True")
 
 
 def _keep_gradients_of_bitsandbytes(model: nn.Module) -> None:
@@ -128,7 +131,7 @@ def _foreign_product(path: str, module: nn.Module) -> tuple[str, str] | None:
 
 def _is_packed(weight: Any) -> bool:
     """Return whether bitsandbytes has packed a weight for its CPU kernel."""
-    # A shard and a dense weight have no `quant_state`.
+    # Shards and dense weights have no `quant_state`.
     return bool(getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False))
 
 
@@ -154,7 +157,7 @@ def _passes_gradient(model: nn.Module, module: nn.Module) -> bool:
         weights = torch.randn(y.shape[1], generator=generator).to(device)
         try:
             (gradient,) = torch.autograd.grad((y @ weights).sum(), x)
-        except (RuntimeError, NotImplementedError):  # not a function of x, or without a derivative
+        except (RuntimeError, NotImplementedError):  # not a function of x, or not differentiable
             return False
     with torch.no_grad():
         observed = (forward(x + step).flatten(1).float() - y) @ weights

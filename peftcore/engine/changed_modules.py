@@ -39,7 +39,7 @@ class Site:
 def parameter_shapes(module: nn.Module) -> Shapes:
     """Return {name: shape} of the module's own parameters; empty for a parametrized module."""
     # Parameters of other classes, such as bitsandbytes' or DTensor, may change shape when they change device, so their
-    # shapes are left empty. ZeRO-3 empties its parameters.
+    # shapes are not recorded. ZeRO-3 resizes its parameters to 0.
     shapes: dict[str, tuple[int, ...]] = {}
     for name, parameter in module._parameters.items():
         if parameter is not None:
@@ -85,7 +85,7 @@ def find_changes_of_trained(model: nn.Module, adapter: str, lock: ModelLock) -> 
     if tensors is None:
         return
     yield from tensors.changes(model)
-    for owner in {slot.rpartition(".")[0] for slots in tensors.slots.values() for slot in slots}:
+    for owner in tensors.by_module():
         module = module_at(model, owner)
         if module is not None and lock_of(module) is not lock:
             yield owner, f"was replaced by another {original_class(module).__name__}"
@@ -155,7 +155,7 @@ def module_at(model: nn.Module, path: str) -> nn.Module | None:
     module = model
     for name in path.split(".") if path else ():
         child = module._modules.get(name)
-        if child is None:  # a wrapper may forward the attribute to a module inside
+        if child is None:  # a wrapper may forward the attribute to its inner module
             try:
                 return model.get_submodule(path)
             except AttributeError:
@@ -185,12 +185,12 @@ class Snapshot:
             for table, name, child in _steps_to(model, path):
                 steps[id(table), name] = table, name, child
         adapters = [adapters_at(module) for module in modules.values()]
-        # Entries (table, key, object) that must stay: `table[key] is object`.
+        # Entries (table, key, object) that must not change: `table[key] is object`.
         entries = list(steps.values())
         for module, module_adapters in zip(modules.values(), adapters, strict=True):
             entries.append((module.__dict__, LOCK, lock))
             entries.append((cast("dict[str, Any]", module._modules), CHILD, module_adapters))
-        # Three lists, since `matches` maps over them in C.
+        # Stored as three lists, so that `matches` can map over them in C.
         self._tables = [table for table, _, _ in entries]
         self._names = [name for _, name, _ in entries]
         self._objects = [value for _, _, value in entries]

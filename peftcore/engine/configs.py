@@ -39,8 +39,8 @@ def config(method: str, /, **fields: Any) -> Any:
             reason = _habit(name, value) or why_unknown(registry.method(method), name, value)
             hint = "" if reason else nearest_field(name, field_names)
             raise PeftcoreError(
-                f"{config_class.__name__} has no field '{name}'{hint or reason}{'' if hint.endswith('?') else '.'} "
-                f"Its fields: {', '.join(field_names)}"
+                f"{config_class.__name__} has no field '{name}'{hint or reason}{('' if hint.endswith('?') else '.')} "
+                f"Its fields are: {', '.join(field_names)}"
             )
     check_types(config_class, fields)
     try:
@@ -52,13 +52,13 @@ def config(method: str, /, **fields: Any) -> Any:
 def _habit(name: str, value: object) -> str:
     """Return a hint for an argument of PEFT that is not a config field in peftcore; empty if there is none."""
     if name == "adapter_name":
-        return f". The name of the adapter is the argument adapter={value!r} of apply and load"
+        return f". To name the adapter, pass adapter={value!r} to apply or load"
     if name in COMMON:
-        return f". PEFT's {name} changes nothing here. Leave it out"
+        return f". PEFT's {name} has no effect in peftcore. Leave it out"
     return ""
 
 
-_WITH_HEADS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")  # tasks whose heads PEFT trains, whatever else it trains
+_WITH_HEADS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")  # tasks whose heads PEFT always trains
 
 
 def is_of_peft(config: Any) -> bool:
@@ -78,7 +78,7 @@ def config_of_peft(model: nn.Module, config: Any) -> tuple[Method, Any]:
     where = f"peft.{type(config).__name__}"
     peft_type = _plain(getattr(config, "peft_type", None))
     if isinstance(peft_type, str) and not of_peft_type(peft_type):
-        # PEFT would fail when it fills in fields, so the proper error is raised first.
+        # PEFT would fail when it fills in fields, so raise a clear error first.
         method_of_fields(where, {"peft_type": peft_type})
     config = _with_peft_defaults(where, model, config)
     fields = {name: _plain(value) for name, value in config.to_dict().items()}
@@ -86,7 +86,7 @@ def config_of_peft(model: nn.Module, config: Any) -> tuple[Method, Any]:
         if name not in fields and value is not None and not _is_as_made(config, name, value):
             fields[name] = _plain(value)
     if not isinstance(fields.get("peft_type"), str):
-        raise PeftcoreError(f"{where} has no peft_type. Pass the config of a method")
+        raise PeftcoreError(f"{where} has no peft_type. Pass the config of one of PEFT's methods")
     method = method_of_fields(where, fields, choose="peftcore.apply(model, 'NAME', FIELD=...)")
     return method, _as_fresh(where, method, config_of_fields(where, method, fields, PeftcoreError))
 
@@ -121,7 +121,8 @@ def _fill_in_targets(where: str, model: nn.Module, config: Any) -> None:
             setattr(config, field, defaults if isinstance(defaults, str) else set(defaults))
         elif not getattr(config, "target_parameters", None):
             raise PeftcoreError(
-                f"{where} has no {field}, and PEFT has no defaults for {type(model).__name__}. Name them: {field}=[...]"
+                f"{where} has no {field}, and PEFT has no default for {type(model).__name__}. Name modules: "
+                f"{field}=[...]"
             )
 
 
@@ -134,7 +135,7 @@ def _name_experts(where: str, model: nn.Module, config: Any) -> None:
     try:
         conversion: Any = importlib.import_module("peft.utils.transformers_weight_conversion")
         convert = conversion.convert_peft_config_for_transformers
-    except (ImportError, AttributeError):  # another PEFT, or transformers 4, whose experts are layers
+    except (ImportError, AttributeError):  # another version of PEFT, or transformers 4, where experts are layers
         return
     try:
         convert(config, model=model, conversions=None)
@@ -157,8 +158,8 @@ def _refuse_experts(where: str, model: nn.Module, config: Any) -> None:
         if not means_module and any(weight.endswith(f".{entry}") for weight in weights):
             raise PeftcoreError(
                 f"{where} names '{entry}' in target_modules, which is not a layer of {type(model).__name__}. PEFT "
-                "ignores it, but here it would select experts. Leave it out, or apply the method by name with these "
-                "fields"
+                "ignores this entry, but in peftcore it would select experts. Leave it out, or apply the method by "
+                "name with these fields"
             )
 
 
@@ -191,7 +192,7 @@ def _is_as_made(config: Any, name: str, value: Any) -> bool:
         return bool(value == type(value)())
     try:
         return bool(getattr(type(config)(), name) == value)
-    except Exception:  # an object cannot be made without arguments
+    except Exception:  # the class has required arguments
         return False
 
 

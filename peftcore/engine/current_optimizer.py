@@ -48,7 +48,7 @@ def current_optimizer() -> Optimizer:
     """
     running = _OPTIMIZER.get()
     if not running:
-        raise PeftcoreError("current_optimizer() is for the after_step of a method, while it is called")
+        raise PeftcoreError("current_optimizer() was called outside after_step. Call it only in a method's after_step")
     (optimizer,) = running
     if optimizer is None:
         raise PeftcoreError(
@@ -79,16 +79,17 @@ def reset_optimizer_state(parameters: Iterable[nn.Parameter], *, keep: float = 0
     kind = type(optimizer).__name__
     if isinstance(optimizer, (Adagrad, LBFGS)):
         raise PeftcoreError(
-            f"{kind} cannot reset the state of single parameters: it does not make their state at a step. Use AdamW "
-            "or another optimizer that does"
+            f"{kind} cannot reset the state of single parameters, because it does not create missing state in "
+            "step(). Use AdamW or another optimizer that does"
         )
     to_reset = list(parameters)
     optimized = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     missing = sum(id(parameter) not in optimized for parameter in to_reset)
     if missing:
         raise PeftcoreError(
-            f"{kind} does not have {missing} of the {len(to_reset)} parameters whose state is to be reset. Pass the "
-            "optimizer that trains them; one that keeps copies of parameters, such as DeepSpeed's, cannot be used"
+            f"{kind} does not have {missing} of the {len(to_reset)} parameters whose state should be reset. Pass the "
+            "optimizer that trains them; optimizers that update copies of parameters, such as those of DeepSpeed, "
+            "are not supported"
         )
     for parameter in to_reset:
         if keep:
@@ -108,9 +109,9 @@ def _keep_largest(optimizer: Optimizer, parameter: nn.Parameter, keep: float) ->
     for name, value in moments.items():
         if value.dim() and (value.shape != parameter.shape or not value.is_floating_point()):
             raise PeftcoreError(
-                f"{type(optimizer).__name__} keeps '{name}' as {value.dtype} of shape {list(value.shape)} for a "
-                f"parameter of shape {list(parameter.shape)}, and no part of it can be kept. Reset all of the state, "
-                "or use AdamW, in 32 bits or of peftcore.optim"
+                f"the state '{name}' of {type(optimizer).__name__} cannot be reset in part: it is {value.dtype} of "
+                f"shape {list(value.shape)} for a parameter of shape {list(parameter.shape)}. Reset all of the state "
+                "(keep=0), or use AdamW of PyTorch or of peftcore.optim"
             )
     if keep >= 1:
         return

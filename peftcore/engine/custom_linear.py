@@ -49,7 +49,7 @@ class MergedLink(Link):
         merged_changes: dict[str, Change] = {"weight": lambda _: weight}
         if bias is not None:
             merged_changes["bias"] = lambda _: bias
-        # The changes that are given last are applied first.
+        # The last changes are the innermost, so they are applied first.
         return forward.on_weights(changes).on_weights(merged_changes)
 
 
@@ -74,9 +74,9 @@ def adapt_custom_linear(model: nn.Module, method: str, attachments: Sequence[Att
         if reason is not None:
             path, kind = attachment.path, original_class(module).__name__
             raise PeftcoreError(
-                f"{method} cannot adapt '{path}': a {kind} is a linear layer that does not return "
-                f"[..., {module.out_features}], and the adapter {reason}. Exclude it: exclude_modules=['{path}'], or "
-                "leave it out of target_modules"
+                f"{method} cannot adapt '{path}': this {kind} does not return [..., {module.out_features}] as linear "
+                f"layers do, and the adapter {reason}. Leave it out of target_modules, or exclude it: "
+                f"exclude_modules=['{path}']"
             )
         if not follows:
             replaced[i] = dataclasses.replace(attachment, link=MergedLink)
@@ -94,7 +94,7 @@ def _custom_output(module: nn.Linear) -> Any:
         for leading_sizes in _leading_sizes(module.out_features):
             try:
                 y = forward(plain, weight.new_ones(*leading_sizes, module.in_features))
-            except Exception:  # it takes inputs of another shape
+            except Exception:  # the layer takes inputs of another shape
                 continue
             return None if isinstance(y, Tensor) and y.shape == (*leading_sizes, module.out_features) else y
     return None
@@ -111,7 +111,7 @@ def _leaves_output(module: nn.Linear, adapter: nn.Module) -> bool:
     output = object()
     try:
         return _try_adapter(module, adapter, lambda _: output) is output
-    except Exception:  # it computes with the output
+    except Exception:  # the adapter computes with the output
         return False
 
 
@@ -119,25 +119,25 @@ def _why_not_after(adapter: nn.Module, output: Any) -> str | None:
     """Return the reason why an adapter does not support a layer with this output, or None."""
     shape = getattr(first_of(output), "shape", None)
     if shape is None:
-        return "changes outputs that are tensors"
+        return "only supports outputs that are tensors"
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             new_shape = adapter(torch.zeros(shape, device=_device(adapter))).shape
     except Exception as error:
-        return f"does not run on its output {list(shape)} ({error})"
-    return None if new_shape == shape else f"makes {list(new_shape)} of its output {list(shape)}"
+        return f"fails on its output of shape {list(shape)} ({error})"
+    return None if new_shape == shape else f"changes the shape of its output from {list(shape)} to {list(new_shape)}"
 
 
 def _why_not_merged(module: nn.Linear, adapter: nn.Module) -> str | None:
     """Return the reason why the original forward on the merged weight would compute something else, or None."""
     if not implements(adapter, Adapter.merged):
-        return "changes outputs, not the weight"
+        return "changes the output, not the weight"
     if arguments_read([adapter]) is not None or any(getattr(part, "whole_batch", False) for part in adapter.modules()):
         return "depends on the inputs of the model's call, so it does not only change the weight"
     shape, device = (module.out_features, module.in_features), _device(adapter)
     try:
         with torch.no_grad():
-            zero_bias: Any = module.bias  # None where there is none, whatever the type says
+            zero_bias: Any = module.bias  # the bias may be None, although the type does not allow it
             zero_bias = None if zero_bias is None else torch.zeros(shape[0], device=device)
             _, bias = adapter.merged(torch.zeros(shape, device=device), zero_bias)
     except PeftcoreError as error:
@@ -148,8 +148,12 @@ def _why_not_merged(module: nn.Linear, adapter: nn.Module) -> str | None:
         with _RandomOperators() as operators:
             _try_adapter(module, adapter, lambda x: x.new_zeros(*x.shape[:-1], shape[0]))
     except Exception as error:
-        return f"does not run on inputs of shape [2, {shape[1]}] ({error})"
-    return "draws random numbers in training (dropout, noise), which a weight cannot" if operators.ran else None
+        return f"fails on inputs of shape [2, {shape[1]}] ({error})"
+    return (
+        ("draws random numbers in training (dropout, noise), which a merged weight cannot do")
+        if operators.ran
+        else None
+    )
 
 
 def _try_adapter(module: nn.Linear, adapter: nn.Module, forward: Callable[[Tensor], object]) -> object:

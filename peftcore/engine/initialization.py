@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from peftcore.engine.method_placements import recorded_as, with_memory
 from peftcore.engine.model_parallel import undivided
 from peftcore.engine.state import adapter_modules, adapter_parameters, applied, require_state
-from peftcore.engine.trained_parameters import moving_buffers, unmoved_buffers
+from peftcore.engine.trained_parameters import restored_buffers, updated_buffers
 from peftcore.engine.training_hooks import method_modules
 from peftcore.errors import PeftcoreError, PluginError
 from peftcore.model.base_modules import base_modules
@@ -39,7 +39,7 @@ def takes_batches(method: str, fields: dict[str, Any]) -> bool:
     installed = registry.method(method)
     try:
         return initializer(installed, installed.config_class(**fields))[0] is not None
-    except TypeError:  # an unknown field, which `apply` reports
+    except TypeError:  # an unknown field; `apply` reports it
         return False
 
 
@@ -70,8 +70,8 @@ def initialize_adapter(
         changed_name = next((name for name, facts in _base(model).items() if tensors_before.get(name) != facts), None)
         if changed_name is not None:
             raise PluginError(
-                f"{method} has changed '{changed_name}' of the base while initialising its adapter. It may change only "
-                "the adapter. Load the base again, and report this to the plugin's author"
+                f"{method} has changed the base tensor '{changed_name}' while initialising its adapter, but it may "
+                "only change the adapter. Load the base again, and report this to the plugin's author"
             )
     tensors: dict[str, Tensor] = dict(adapter_parameters(model, adapter))
     for path, module in adapter_modules(model, adapter):
@@ -79,8 +79,8 @@ def initialize_adapter(
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not tensor.is_meta and not tensor.isfinite().all():
             raise PeftcoreError(
-                f"{method} initialises '{name}' with values that are not finite. Check the base and the batches for "
-                "NaN and Inf, or pass more batches"
+                f"{method} initialised '{name}' with NaN or Inf. Check the base and the batches for NaN and Inf, or "
+                "pass more batches"
             )
 
 
@@ -104,7 +104,7 @@ def in_evaluation_mode(model: nn.Module, adapters: Iterable[str]) -> Iterator[No
         for kind in by_type.keys() - {"cpu", "meta"}:
             indices = [device.index for device in by_type[kind]]
             stack.enter_context(torch.random.fork_rng(devices=indices, device_type=kind))
-        stack.enter_context(unmoved_buffers(model))
+        stack.enter_context(restored_buffers(model))
         stack.enter_context(_evaluating(modules))
         stack.enter_context(_without_gradients(parameters))
         stack.enter_context(_same_problem_types(modules))
@@ -152,7 +152,7 @@ def _same_problem_types(modules: Iterable[nn.Module]) -> Iterator[None]:
 
 def _base(model: nn.Module) -> dict[str, tuple[int, int]]:
     """Return {name: (id, version)} of the base's tensors, except for buffers that training updates."""
-    moving = {id(buffer) for _, buffer in moving_buffers(model)}
+    moving = {id(buffer) for _, buffer in updated_buffers(model)}
     versions: dict[str, tuple[int, int]] = {}
     for path, module in base_modules(model):
         buffers = {n: b for n, b in module._buffers.items() if n not in module._non_persistent_buffers_set}

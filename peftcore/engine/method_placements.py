@@ -47,7 +47,7 @@ def placements_for(
     with assuming_unchanged(model):
         resolved_method, config = _method_and_config(model, method, fields)
         config = _own_copy(config)
-        bypassed_layers(model)  # observes the one forward pass, whose result `place` and the checks read
+        bypassed_layers(model)  # runs one traced forward pass, whose result `place` and the checks share
         attachments = _attachments(model, resolved_method, config, building or nullcontext())
         check_placements(model, attachments)
         attachments.attached = adapt_custom_linear(model, resolved_method.name, attachments.attached)
@@ -86,9 +86,9 @@ def _placements_of(method: Method, model: nn.Module, config: Any, architecture: 
         if not isinstance(error.__cause__, AttributeError) or not expert_weights(model):
             raise
         raise PluginError(
-            f"{error}. {type(model).__name__} stacks the layers of its experts in one weight: if the method looked for "
-            "one of them, leave experts out of target_modules; its author can read such a layer with "
-            "peftcore.plugin.layer_at(model, path)"
+            f"{error}. In {type(model).__name__}, the weights of all experts are stacked in one parameter. If the "
+            "method looked for the layer of one expert, leave experts out of target_modules; in a plugin, read such "
+            "a layer with peftcore.plugin.layer_at(model, path)"
         ) from error.__cause__
     for placement in placements:
         if not isinstance(placement, Placement):
@@ -135,7 +135,9 @@ def warn_of_little(model: nn.Module, attachments: AdapterAttachments) -> None:
             lacks_experts |= any(f"{path}.{name}" not in adapted for name in names)
     excludes = any(getattr(attachments.config, field, None) for field in ("exclude_modules", "layers_to_transform"))
     if share_text.share < LOW_COVERAGE or (lacks_experts and not excludes):
-        hint = ". Methods that know linear layers adapt experts one by one where they are named: target_modules=[..., "
+        hint = (
+            ". Methods for linear layers adapt experts one by one if target_modules names them: target_modules=[..., "
+        )
         advice = f"{hint}'experts']" if lacks_experts else ""
         warn(f"{attachments.method.name} on {type(model).__name__} {share_text}{advice}")
 
@@ -190,8 +192,8 @@ def _method_and_config(model: nn.Module, method: str | Any, fields: dict[str, An
         return registry.method(method), named_config(method, **fields)
     if fields:
         raise PeftcoreError(
-            f"apply takes no fields beside a config object, found {', '.join(sorted(fields))}. Pass them to it, "
-            "or name the method"
+            f"apply got a config object and also the fields {', '.join(sorted(fields))}. Set these fields in the "
+            "config, or pass the method by name"
         )
     if is_of_peft(method):
         return config_of_peft(model, method)

@@ -46,7 +46,7 @@ from peftcore.plugin.link import Link
 from peftcore.plugin.placements.on_weight import WeightLink
 from peftcore.plugin.placements.placement import Placement
 
-CHANGE = "apply another adapter"  # as messages name it
+CHANGE = "apply another adapter"  # the name of the module in messages
 
 
 def check_request(model: nn.Module, adapter: str, dtype: torch.dtype | None, *, activates: bool) -> None:
@@ -93,7 +93,9 @@ def check_new_adapter(
     if has_batches and not initializes:
         method = attachments.method
         with_fields = "" if method.initialize is None else " with these fields"
-        raise PeftcoreError(f"{method.name} does not initialise from data{with_fields}. Leave batches out")
+        raise PeftcoreError(
+            f"{method.name} does not initialise from data{with_fields}, but batches were passed. Leave batches out"
+        )
     refuse_missing_branches(model, adapter, attachments)
     refuse_without_gradient(model, attachments, trains)
     refuse_divided(model, attachments)
@@ -103,28 +105,29 @@ def check_new_adapter(
 def check_name(adapter: object) -> None:
     """Raise a PeftcoreError unless `adapter` is a valid adapter name, usable in keys and paths."""
     if not isinstance(adapter, str) or not adapter:
-        raise PeftcoreError(f"an adapter's name is a non-empty string, found {adapter!r}")
+        raise PeftcoreError(f"the name of an adapter must be a non-empty string, found {adapter!r}")
     for character in "./\\\0":
         if character in adapter:
             raise PeftcoreError(
-                f"the adapter name {adapter!r} contains {character!r}, which paths and keys use. Choose another"
+                f"the adapter name {adapter!r} contains {character!r}, which is reserved for paths and keys. Choose "
+                "another name"
             )
     try:
         adapter.encode()
     except UnicodeEncodeError:
         raise PeftcoreError(
-            f"the adapter name {adapter!a} contains half a surrogate pair, which is not text. Choose another"
+            f"the adapter name {adapter!a} contains half a surrogate pair, which is not valid text. Choose another name"
         ) from None
     if hasattr(nn.Module, adapter):
-        raise PeftcoreError(f"the adapter name '{adapter}' is an attribute of torch.nn.Module. Choose another")
+        raise PeftcoreError(f"the adapter name '{adapter}' is an attribute of torch.nn.Module. Choose another name")
 
 
 def refuse_taken_name(state: State, adapter: str) -> None:
     """Raise a PeftcoreError if the model has an adapter of this name."""
     if adapter in state.applied:
         raise PeftcoreError(
-            f"an adapter '{adapter}' is applied already ({state.applied[adapter].method}). "
-            f"Choose another name (adapter=...), or remove it first: peftcore.remove(model, '{adapter}')"
+            f"the model already has an adapter '{adapter}' ({state.applied[adapter].method}). Choose another name "
+            f"(adapter=...), or remove it first: peftcore.remove(model, '{adapter}')"
         )
 
 
@@ -132,14 +135,16 @@ def check_dtype(dtype: object) -> None:
     """Raise a PeftcoreError unless `dtype` is None or a floating-point dtype of 16 bits or more."""
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1):
         raise PeftcoreError(
-            f"dtype must be a floating torch.dtype of 16 bits or more, such as torch.bfloat16, found {dtype!r}"
+            f"dtype must be a floating-point torch.dtype with at least 16 bits, such as torch.bfloat16, found {dtype!r}"
         )
 
 
 def refuse_compiled(model: nn.Module) -> None:
     """Raise a PeftcoreError if `model` is the wrapper of torch.compile."""
     if hasattr(model, "_orig_mod"):
-        raise PeftcoreError("the model is compiled. Apply to the model itself, then torch.compile it")
+        raise PeftcoreError(
+            "cannot apply an adapter to a compiled model. Apply it to the original model, then call torch.compile"
+        )
 
 
 def refuse_scripted(model: nn.Module) -> None:
@@ -147,9 +152,8 @@ def refuse_scripted(model: nn.Module) -> None:
     for path, module in base_modules(model):
         if isinstance(module, torch.jit.ScriptModule):
             raise PeftcoreError(
-                f"{path or 'the model'!r} is a torch.jit.ScriptModule, which cannot be adapted or quantized, nor can "
-                "the model around it. Build the model with the module that was scripted, and compile it afterwards "
-                "with torch.compile"
+                f"{path or 'the model'!r} is a torch.jit.ScriptModule, and models with scripted modules cannot be "
+                "adapted or quantized. Use the original module, and compile the model afterwards with torch.compile"
             )
 
 
@@ -157,7 +161,9 @@ def refuse_lazy(model: nn.Module) -> None:
     """Raise a PeftcoreError if a lazy parameter has no shape yet."""
     for name, parameter in base_parameters(model):
         if isinstance(parameter, nn.parameter.UninitializedParameter):
-            raise PeftcoreError(f"'{name}' has no shape yet (a lazy module). Run the model once before apply")
+            raise PeftcoreError(
+                f"the parameter '{name}' of a lazy module has no shape yet. Run the model once before apply"
+            )
 
 
 @cache
@@ -173,15 +179,15 @@ def refuse_adapters_of_others(model: nn.Module) -> None:
     for path, module in modules:
         if is_of_peft(type(module)):
             raise PeftcoreError(
-                f"the model has adapters of Hugging Face PEFT already ({path or 'the model itself'!r} is a "
-                f"{type(module).__module__}.{type(module).__name__}). Save them with its save_pretrained(folder), and "
-                "load them here on the plain base: peftcore.load(base, folder)"
+                f"the model already has adapters of Hugging Face PEFT ({path or 'the model itself'!r} is a "
+                f"{type(module).__module__}.{type(module).__name__}). Save them with PEFT's save_pretrained(folder), "
+                "and load them on the plain base with peftcore.load(base, folder)"
             )
         lock = module.__dict__.get(LOCK)
         if lock is not None and not lock.retired and (state is None or lock is not state.lock):
             raise PeftcoreError(
-                f"{path or 'the model'!r} has adapters that were applied to another model, of which it is a part, or "
-                "which is a part of this one. Apply all to one of them"
+                f"{path or 'the model'!r} has adapters that were applied to a submodule or to an enclosing model. "
+                "Apply all adapters to the same model"
             )
 
 
@@ -192,18 +198,18 @@ def refuse_offloaded(model: nn.Module) -> None:
             continue
         if any(parameter is not None and parameter.is_meta for parameter in module._parameters.values()):
             raise PeftcoreError(
-                f"accelerate has offloaded {path or 'the model itself'!r}, whose weights are in memory only while it "
-                "is called. Apply or load adapters first, and offload the model with them afterwards"
+                f"accelerate offloads the weights of {path or 'the model itself'!r} between calls, so adapters "
+                "cannot be attached. Apply or load adapters first, and offload the model afterwards"
             )
 
 
 def refuse_stage(model: nn.Module) -> None:
     """Raise a PeftcoreError if this rank has only a pipeline stage of the model."""
-    if getattr(model, "_pp_stage", None) is not None:  # of transformers, for pp_size > 1
+    if getattr(model, "_pp_stage", None) is not None:  # attribute of transformers for pp_size > 1
         raise PeftcoreError(
-            "the model is divided into stages of a pipeline (pp_size), and this rank has only some of its layers: an "
-            "adapter would cover these alone, and no gradient crosses the stages. Load the model without pp_size, "
-            "apply, and call peftcore.shard(model), or load it with peftcore.load_sharded(folder)"
+            "the model is split into pipeline stages (pp_size), so an adapter would only cover the layers of this "
+            "rank and get no gradients from other stages. Load the model without pp_size, apply the adapter, and "
+            "call peftcore.shard(model), or load the model with peftcore.load_sharded(folder)"
         )
 
 
@@ -229,9 +235,8 @@ def refuse_unregistered_class(model: nn.Module, attachments: AdapterAttachments)
         member = unseen_member(kind, inside=not is_placed)
         if member is not None:
             raise PluginError(
-                f"{method} places a {kind.__name__} that has `{member}` and does not derive from "
-                "peftcore.plugin.Adapter, without which it is not called. Write: class "
-                f"{kind.__name__}(Adapter)"
+                f"{method} places a {kind.__name__}, which defines `{member}` but does not derive from "
+                f"peftcore.plugin.Adapter, so `{member}` would never be called. Write: class {kind.__name__}(Adapter)"
             )
 
 
@@ -301,9 +306,9 @@ def _refuse_registered(model: nn.Module, method: str, placement: Placement, regi
     alias = f" as {name!r}" if name else ""
     place = "" if placement.key is None else f" at '{placement.key}'"
     raise PluginError(
-        f"the adapter that {method} places{place} registers '{base_name}' of the base{alias}, which would be trained "
-        "and saved as the adapter's own. An adapter reads the layer in forward (base.module, base.weight()), or "
-        "registers a copy"
+        f"the adapter that {method} places{place} registers '{base_name}' of the base{alias}, which would then be "
+        "trained and saved as a part of the adapter. Read the layer in forward instead (base.module, "
+        "base.weight()), or register a copy"
     )
 
 
@@ -314,10 +319,13 @@ def refuse_unknown_paths(model: nn.Module, attachments: AdapterAttachments) -> N
     for path in attachments.paths:
         if path not in modules:
             raise PeftcoreError(
-                f"{method} places an adapter at '{path}', which is not a module{nearest(path, modules)}"
+                f"{method} places an adapter on '{path}', which is not a module of the model{nearest(path, modules)}"
             )
         if path in paths:
-            raise PeftcoreError(f"{method} places two adapters at '{path}'; a module takes one adapter of each name")
+            raise PeftcoreError(
+                f"{method} places two adapters on '{path}', but a module can have only one adapter per name. Combine "
+                "them into one adapter"
+            )
         paths.add(path)
 
 
@@ -332,7 +340,7 @@ def refuse_complex(model: nn.Module, attachments: AdapterAttachments) -> None:
         for name, parameter in submodule(model, path)._parameters.items():
             if parameter is not None and parameter.is_complex():
                 raise PeftcoreError(
-                    f"{attachments.method.name} cannot adapt '{path}', which has complex weights ('{name}' is "
+                    f"{attachments.method.name} cannot adapt '{path}', because its weights are complex ('{name}' is "
                     f"{parameter.dtype}). Leave it out of target_modules, or exclude it: exclude_modules=['{path}']"
                 )
 
@@ -360,7 +368,10 @@ def refuse_more_arguments(model: nn.Module, attachments: AdapterAttachments) -> 
 def refuse_nothing(model: nn.Module, attachments: AdapterAttachments) -> None:
     """Raise a PeftcoreError if the method has placed nothing."""
     if not attachments.attached and not attachments.trained:
-        raise PeftcoreError(f"{attachments.method.name} places nothing on {type(model).__name__}")
+        raise PeftcoreError(
+            f"{attachments.method.name} does not adapt any module of {type(model).__name__}. Check the fields of the "
+            "config that select modules"
+        )
 
 
 def refuse_untrainable(model: nn.Module, attachments: AdapterAttachments) -> None:
@@ -368,21 +379,29 @@ def refuse_untrainable(model: nn.Module, attachments: AdapterAttachments) -> Non
     method, parameters = attachments.method.name, dict(base_parameters(model))
     for name in attachments.trained:
         if name not in parameters:
-            raise PeftcoreError(f"{method} trains '{name}', which is not a parameter{nearest(name, parameters)}")
+            raise PeftcoreError(
+                f"{method} trains '{name}', which is not a parameter of the model{nearest(name, parameters)}"
+            )
         dtype = parameters[name].dtype
         if not dtype.is_floating_point:
-            raise PeftcoreError(f"{method} trains '{name}' of dtype {dtype}, which has no gradient")
+            raise PeftcoreError(
+                f"{method} cannot train '{name}', because tensors of dtype {dtype} have no gradient. Exclude the "
+                "module, or use a dense base"
+            )
         if is_wrapped(parameters[name]):
             raise PeftcoreError(
-                f"{method} trains '{name}', which another library keeps quantized ({type(parameters[name]).__name__}). "
-                "Adapt its module (target_modules), or leave it dense where the model is quantized"
+                f"{method} cannot train '{name}', which another library has quantized "
+                f"({type(parameters[name]).__name__}). Adapt its module instead (target_modules), or skip it when "
+                "quantizing the model"
             )
 
 
 def refuse_trained_twice(model: nn.Module, attachments: AdapterAttachments) -> None:
     """Raise a PeftcoreError if an active adapter already trains a parameter of the new adapter."""
     state = state_of(model) or State()
-    record = Applied(attachments.method.name, None, trained=attachments.trained)  # it is active with the others
+    record = Applied(
+        attachments.method.name, None, trained=attachments.trained
+    )  # it becomes active together with the others
     refuse_shared(State({**state.applied, "(new)": record}), (*state.active, "(new)"))
 
 
@@ -394,9 +413,9 @@ def refuse_shared(state: State, active: Sequence[str]) -> None:
             other_adapter = owner.setdefault(parameter, name)
             if other_adapter != name:
                 raise PeftcoreError(
-                    f"'{parameter}' is trained by the active adapter '{other_adapter}' already, and two active "
-                    f"adapters cannot train the same parameter. Deactivate '{other_adapter}' first: "
-                    "peftcore.activate(model, [...])"
+                    f"the active adapter '{other_adapter}' already trains '{parameter}', and two active adapters "
+                    f"cannot train the same parameter. Deactivate '{other_adapter}' first: peftcore.activate(model, "
+                    "[...])"
                 )
 
 
@@ -418,7 +437,7 @@ def refuse_missing_branches(model: nn.Module, adapter: str, attachments: Adapter
     for attachment in attachments.attached:
         for name in attachment.branches:
             if name == adapter:
-                raise PeftcoreError(f"'{adapter}' names itself among the adapters that it combines")
+                raise PeftcoreError(f"'{adapter}' cannot combine itself. Name other adapters")
             if name not in state.applied:
                 hint = f"applied: {', '.join(state.applied)}" if state.applied else "none is applied"
                 raise PeftcoreError(
@@ -426,15 +445,15 @@ def refuse_missing_branches(model: nn.Module, adapter: str, attachments: Adapter
                     f"peftcore.load(model, folder, adapter='{name}')"
                 )
             entry, tensors = state.applied[name], TrainedParameters.of(model, name)
-            reason = f"combines others itself ({', '.join(entry.branches)})" if entry.branches else None
-            if entry.trained or (tensors is not None and tensors.has_moved(model)):
-                reason = "trains parameters of the base, which cannot be a branch of a call"
+            reason = f"is itself a combination of adapters ({', '.join(entry.branches)})" if entry.branches else None
+            if entry.trained or (tensors is not None and tensors.differs_from_base(model)):
+                reason = "trains base parameters, which cannot run as a branch"
             if reason:
                 raise PeftcoreError(f"'{adapter}' cannot combine '{name}' ({entry.method}): it {reason}")
             if name not in (adapters_of(model.get_submodule(attachment.path)) or ()):
                 raise PeftcoreError(
-                    f"'{adapter}' combines '{name}' at '{attachment.path}', where '{name}' ({entry.method}) is not "
-                    f"attached. It is attached to {', '.join(map(repr, entry.paths[:3]))}"
+                    f"'{adapter}' combines '{name}' on '{attachment.path}', but '{name}' ({entry.method}) is not "
+                    f"attached there. It is attached to {', '.join(map(repr, entry.paths[:3]))}"
                 )
 
 
@@ -460,14 +479,13 @@ def refuse_divided(model: nn.Module, attachments: AdapterAttachments) -> None:
         weight = module._parameters.get("weight")
         if weight is not None and not sharded.original(weight).is_floating_point():
             raise PeftcoreError(
-                f"{method} cannot be applied: '{attachment.path}' was divided over the ranks after it was "
-                "quantized, and its blocks of 4-bit values with it. Call peftcore.quantize(model) again, which gives "
-                "each rank its part of the blocks"
+                f"{method} cannot be applied: '{attachment.path}' was quantized before it was sharded, so shards may "
+                "split 4-bit blocks. Call peftcore.quantize(model) again, which aligns the blocks with the shards"
             )
         raise PeftcoreError(
-            f"{method} cannot be applied: tensor parallelism (tp_plan, tp_size, parallelize_module) "
-            f"divides {shared_out} over the ranks, and the adapter needs all outputs or inputs of the layer. Load the "
-            "model without it, apply, and call peftcore.shard(model), or load it by peftcore.load_sharded(folder)"
+            f"{method} cannot be applied: tensor parallelism (tp_plan, tp_size, parallelize_module) shards "
+            f"{shared_out}, but the adapter needs the full layer. Load the model without tensor parallelism, apply "
+            "the adapter, and call peftcore.shard(model), or load the model with peftcore.load_sharded(folder)"
         )
 
 
@@ -498,8 +516,8 @@ def _follows_division(module: nn.Module, attachment: Attachment, method: str) ->
     if follows_experts(module, WeightLink.changes_of(attachment.adapter)):
         return True
     raise PeftcoreError(
-        f"{method} cannot be applied: the ranks share out the experts of '{attachment.path}' (ep_size), "
-        "and only low-rank products of single experts can follow them. Exclude the module, "
+        f"{method} cannot be applied: the experts of '{attachment.path}' are sharded over the ranks (ep_size), which "
+        "only low-rank adapters of single experts support. Exclude the module with "
         f"exclude_modules=['{attachment.path.rpartition('.')[2]}'], or load the model without ep_size"
     )
 

@@ -48,7 +48,7 @@ def remove(model: Model, adapter: str | None = None) -> Model:
     for name in reversed(list(state.applied)) if adapter is None else (adapter,):
         remains |= detach_adapter(model, name)
     if remains:
-        warn(f"remove left the following as it is: {as_text(remains)}")
+        warn(f"remove did not restore modules that were changed after apply: {as_text(remains)}")
     return model
 
 
@@ -63,7 +63,7 @@ def detach_adapter(model: nn.Module, adapter: str) -> dict[str, str]:
     remains = dict(changes_of(model, state, adapter))
     modules = set(with_adapter(model, adapter, state.applied[adapter].paths))
     if not all(adapted.is_outermost(module) for module in modules if adapted.is_adapted(module)):
-        # `fully_shard` has swapped the class once more, so the original one cannot be restored.
+        # `fully_shard` has subclassed the swapped class, so the original class cannot be restored.
         sharded.refuse_sharded(model, f"remove '{adapter}'")
     if remains:
         modules.update(moved_with_adapter(model, adapter, state.lock))
@@ -88,7 +88,7 @@ def detach_adapter(model: nn.Module, adapter: str) -> dict[str, str]:
     enclosing = set(enclosing_paths(model, state.sites, tuple(trained))) if state.applied else set()
     for path, module in base_modules(model):
         if path in enclosing and module in modules:
-            ancestors.enclose(module, state.lock)  # it has lost its own adapter, but contains modules with others
+            ancestors.enclose(module, state.lock)  # it has no adapter any more, but contains adapted modules
     return remains
 
 

@@ -63,9 +63,9 @@ def refuse_between_blocks(model: nn.Module) -> None:
         name = next((name for name, p in adapter_parameters(model, adapter) if p in shared), None)
         if name is not None:
             raise PeftcoreError(
-                f"'{adapter}' ({entry.method}) trains '{name}' in several blocks, which FSDP2 as accelerate sets it up "
-                "cannot shard. Leave fsdp out of the arguments, and shard before Trainer is made: "
-                "peftcore.shard(model, adapter_placement='replicate')"
+                f"'{adapter}' ({entry.method}) trains '{name}' in several blocks, which accelerate's FSDP2 cannot "
+                "shard. Leave fsdp out of the training arguments, and call peftcore.shard(model, "
+                "adapter_placement='replicate') before creating the Trainer"
             )
 
 

@@ -28,7 +28,7 @@ def refuse_resize(model: nn.Module, modules: Iterable[nn.Module]) -> None:
     """
     state = state_of(model)
     if state is not None and state.merged is not None:
-        return  # the base's own weights are resized; `unmerge` reports that the originals no longer fit
+        return  # only base weights are resized; `unmerge` reports that the originals no longer fit
     resized_modules = set(modules)
     weights = {module._parameters.get("weight") for module in resized_modules} - {None}
     for path, module in base_modules(model) if resized_modules else ():
@@ -37,9 +37,9 @@ def refuse_resize(model: nn.Module, modules: Iterable[nn.Module]) -> None:
         adapter = next(_adapters(model, module), None)
         if adapter is not None:
             raise PeftcoreError(
-                f"resize_token_embeddings would resize '{path}', which the adapter '{adapter}' changes or trains, and "
-                "the adapter would not fit or not act any more. Nothing was changed. Resize the model before "
-                f"peftcore.apply, or first remove the adapter: peftcore.remove(model, '{adapter}')"
+                f"resize_token_embeddings would resize '{path}', and the adapter '{adapter}' on it would no longer "
+                "fit. Nothing was changed. Resize the model before peftcore.apply, or first remove the adapter: "
+                f"peftcore.remove(model, '{adapter}')"
             )
 
 

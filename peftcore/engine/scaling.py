@@ -33,7 +33,7 @@ def scale(model: Model, adapter: str, factor: float) -> Model:
         PeftcoreError: the adapter cannot be scaled (prompts, parameters of the base), or is merged.
     """
     if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not math.isfinite(factor):
-        raise PeftcoreError(f"scale takes a finite number, found {factor!r}")
+        raise PeftcoreError(f"factor must be a finite number, found {factor!r}")
     applied(model, adapter)
     refuse_changed(model)
     refuse_merged(require_state(model), f"scale '{adapter}'")
@@ -71,13 +71,16 @@ def _refuse_unscalable(model: nn.Module, adapter: str) -> None:
     modules = dict(adapter_modules(model, adapter))
     fixed_path = next((path for path, module in modules.items() if not _has_multiplier(module)), None)
     if entry.trained:
-        reason = f"it trains '{entry.trained[0]}' of the base, which cannot be scaled"
+        reason = f"it trains the base parameter '{entry.trained[0]}', which cannot be scaled"
     elif fixed_path is not None:
-        reason = f"its effect at '{fixed_path}' cannot be scaled" if fixed_path else "its effect cannot be scaled"
+        reason = f"its effect on '{fixed_path}' cannot be scaled" if fixed_path else "its effect cannot be scaled"
     elif registry.method(entry.method).state.peft.scaled is None:
-        reason = "its files cannot store a factor"
+        reason = "the method's file format cannot store a factor"
     else:
         return
     linear = all(neutral_of(module) is not None for module in modules.values())
-    hint = f". peftcore.combine(model, ['{adapter}'], weights=[...], adapter=...) makes one with a share of its change"
+    hint = (
+        f". To make an adapter with a fraction of its change, call peftcore.combine(model, ['{adapter}'], "
+        "weights=[...], adapter=...)"
+    )
     raise PeftcoreError(f"'{adapter}' ({entry.method}) cannot be scaled: {reason}{hint if linear else ''}")

@@ -97,10 +97,10 @@ class Merged:
     def reason(self) -> str:
         """Reason why other functions refuse a merged model, and what to do about it."""
         if not self.stopped:
-            return "adapters are merged into the base. First peftcore.unmerge(model)"
+            return "adapters are merged into the base. Call peftcore.unmerge(model) first"
         return (
-            f"merging was interrupted after {self.stopped} layers, whose original weights are not kept. Load the base "
-            "and the adapters again, and merge again"
+            f"merging was interrupted after {self.stopped} layers, and their original weights were not kept. Load "
+            "the base and the adapters again, and merge again"
         )
 
 
@@ -112,16 +112,16 @@ class State:
     """
 
     applied: dict[str, Applied] = field(default_factory=dict)
-    sites: dict[str, Site] = field(default_factory=dict)  # by the path of each module that has adapters
+    sites: dict[str, Site] = field(default_factory=dict)  # {path of a module with adapters: its site}
     active: tuple[str, ...] = ()
     requires_grad: dict[str, bool] = field(default_factory=dict)
     merged: Merged | None = None
-    samples: tuple[str | None, ...] | None = None  # each sample's adapter, with activate(..., per_sample=True)
+    samples: tuple[str | None, ...] | None = None  # the adapter of each sample, with activate(..., per_sample=True)
     lock: ModelLock = field(default_factory=ModelLock)
     own_parameters: list[tuple[str, str]] = field(default_factory=list)  # (path, adapter) of `OwnParameters`
-    watching: RemovableHandle | None = None  # of the hook of `watch_batches`
-    loading: RemovableHandle | None = None  # of the hook of `base_checkpoints`
-    snapshot: Snapshot | None = None  # of `sites`, taken when they were last unchanged
+    watching: RemovableHandle | None = None  # handle of the hook of `watch_batches`
+    loading: RemovableHandle | None = None  # handle of the hook of `base_checkpoints`
+    snapshot: Snapshot | None = None  # snapshot of `sites` when they were last known to be unchanged
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "snapshot": None}  # a copy has other modules
@@ -144,8 +144,8 @@ def require_state(model: nn.Module) -> State:
         for attribute in ("_orig_mod", "module"):  # torch.compile; DistributedDataParallel and others
             inner = getattr(model, attribute, None)
             if isinstance(inner, nn.Module) and state_of(inner) is not None:
-                raise PeftcoreError(f"the adapters are applied to the model inside. Pass model.{attribute}")
-        raise PeftcoreError("no adapter is applied to this model. Try: peftcore.apply(model, 'METHOD')")
+                raise PeftcoreError(f"the adapters are applied to the wrapped model. Pass model.{attribute}")
+        raise PeftcoreError("no adapter is applied to this model. Apply one first: peftcore.apply(model, 'METHOD')")
     return state
 
 
@@ -157,7 +157,7 @@ def applied(model: nn.Module, adapter: str) -> Applied:
     """
     state = require_state(model)
     if not isinstance(adapter, str):
-        raise PeftcoreError(f"an adapter's name is a string, found {adapter!r}")
+        raise PeftcoreError(f"the name of an adapter must be a string, found {adapter!r}")
     if adapter not in state.applied:
         names = ", ".join(state.applied)
         hint = nearest(adapter, list(state.applied))
@@ -260,7 +260,8 @@ def refuse_per_sample(state: State, action: str) -> None:
     """Raise a PeftcoreError if activation is per sample; `action` names the refused operation."""
     if state.samples is not None:
         raise PeftcoreError(
-            f"cannot {action} while each sample has its own adapter. First call peftcore.activate(model, [...])"
+            f"cannot {action} while each sample has its own adapter. First activate adapters for the whole batch: "
+            "peftcore.activate(model, [...])"
         )
 
 
@@ -332,6 +333,6 @@ def other_adapter(model: nn.Module, name: str) -> OtherAdapter:
         PeftcoreError: `model` has no adapter with this name.
     """
     if not has_adapters(model):
-        raise PeftcoreError(f"the model has no adapter '{name}'. First apply or load it: adapter='{name}'")
+        raise PeftcoreError(f"the model has no adapter '{name}'. Apply or load it first, with adapter='{name}'")
     entry = applied(model, name)
     return OtherAdapter(name, entry.method, entry.config, dict(adapter_modules(model, name)))

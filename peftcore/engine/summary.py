@@ -68,8 +68,10 @@ class Mixture:
         """Describe the experts in one line; `base_parameters` is the number of parameters of the base."""
         execution = ""
         if self.packed or self.adapted:
-            execution = "; one expert after the other" if self.one_by_one else "; fused"
-            execution = f"; on dense copies of all, without dropout: {self.unfused}" if self.unfused else execution
+            execution = "; one expert at a time" if self.one_by_one else "; fused"
+            execution = (
+                (f"; on dense copies of all weights, without dropout: {self.unfused}") if self.unfused else execution
+            )
         return (
             f"experts: {self.modules} modules of {self.count}, {percent(self.weights, base_parameters)} of the "
             f"parameters; {percent(self.adapted, self.weights)} with an adapter, "
@@ -336,7 +338,7 @@ def _summary(model: nn.Module) -> Summary:
     base = _base_of(model)
     packed = _packed_sizes(model)
     packed_bytes = sum(size for _, size in packed)
-    # `base` counts the bytes of 4-bit codes already, two weights in a byte.
+    # `base` already counts the bytes of 4-bit codes, which hold two weights each.
     codes = sum((weights + 1) // 2 for weights, _ in packed)
     adapters, reached, copied, one_by_one = [], set[str](), set[str](), False
     for name, entry in state.applied.items():

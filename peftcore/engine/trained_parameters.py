@@ -1,12 +1,19 @@
 """Adapter-owned copies of base parameters and buffers.
 
-A slot of the model holds the adapter's tensor while the adapter is active, and the base's tensor otherwise; the other
-one is stored here. Keys of the base stay the same, several adapters may own one parameter, and removing an adapter
-restores the original tensor objects.
+For each of these tensors there are two values, the base's and the adapter's. One is in the model, under the base's
+name. The other one, its counterpart, is stored here:
 
-    trained   parameters of `Train` placements. Two active adapters cannot train the same parameter.
-    kept      tensors that change without being trained: buffers such as the statistics of a BatchNorm, which a frozen
-              model in training mode also updates. The buffers of the last active adapter are in the model.
+    adapter     in the model           stored here
+    inactive    the base's tensor      the adapter's tensor
+    active      the adapter's tensor   the base's tensor
+
+So the base's keys never change, several adapters may have copies of one parameter, and removing an adapter restores the
+original tensor objects.
+
+    trained     parameters of `Train` placements. Two active adapters cannot train the same parameter.
+    untrained   tensors that change without being trained: buffers such as the statistics of a BatchNorm, which a frozen
+                model in training mode also updates, and frozen values from a file. If several active adapters have a
+                copy, the one of the last adapter is in the model.
 """
 
 from __future__ import annotations
@@ -27,58 +34,58 @@ from peftcore.plugin import ranks, sharded
 
 
 class TrainedParameters(nn.Module):
-    """Adapter-owned copies of base parameters and buffers of one adapter.
+    """The copies of base parameters and buffers that one adapter owns.
 
     Args:
-        slots: {name of a trained parameter: all slots that share it (tied weights)}.
-        kept: {name of a kept tensor: all slots that share it}.
+        trained: {name of a trained parameter: all its names in the model (tied weights)}.
+        untrained: {name of an untrained tensor: all its names in the model}.
     """
 
-    def __init__(self, slots: dict[str, list[str]], kept: dict[str, list[str]]) -> None:
+    def __init__(self, trained: dict[str, list[str]], untrained: dict[str, list[str]]) -> None:
         super().__init__()
-        self.slots = slots
-        self.kept = kept
-        self.active = False
-        self.held: set[str] = set()  # names of the kept tensors that are in the model
+        self.trained = trained
+        self.untrained = untrained
+        self.active = False  # whether the adapter's trained parameters are in the model
+        self.active_untrained: set[str] = set()  # names of the adapter's untrained tensors that are in the model
 
     @staticmethod
-    def attach(model: nn.Module, adapter: str, names: Iterable[str], apart: Collection[str] = ()) -> None:
-        """Add inactive copies of the parameters `names`, and of the moving buffers, to `model`.
+    def attach(model: nn.Module, adapter: str, names: Iterable[str], untied: Collection[str] = ()) -> None:
+        """Add inactive copies of the parameters `names`, and of the buffers that training updates, to `model`.
 
         Args:
-            apart: those of `names` that are trained separately from the parameters they are tied to.
+            untied: those of `names` to train separately from the parameters that they are tied to.
         """
         names = list(names)
         base = base_tensors(model) if names else {}
-        slots: dict[str, list[str]] = {}
+        trained: dict[str, list[str]] = {}
         owned_ids: set[int] = set()
         for name in names:
             parameter = base[name]
-            if name in apart:
-                slots[name] = [name]
+            if name in untied:
+                trained[name] = [name]
             elif id(parameter) not in owned_ids:  # tied parameters count once
                 owned_ids.add(id(parameter))
                 tied = [other_name for other_name, tensor in base.items() if tensor is parameter]
-                slots[name] = list(dict.fromkeys([name, *tied]))
-        kept = _shared(moving_buffers(model))
-        if not slots and not kept:
+                trained[name] = list(dict.fromkeys([name, *tied]))
+        untrained = _names_by_tensor(updated_buffers(model))
+        if not trained and not untrained:
             return
-        tensors = TrainedParameters(slots, kept)
-        for name in slots:
+        tensors = TrainedParameters(trained, untrained)
+        for name in trained:
             copy = nn.Parameter(sharded.whole(base[name]).clone())
             mark_as_loaded(copy, base[name])
             tensors._parameters[_key(name)] = copy
-        for name in kept:
-            tensors._buffers[_key(name)] = _slot(model, name).detach().clone()
+        for name in untrained:
+            tensors._buffers[_key(name)] = _tensor_at(model, name).detach().clone()
         _add(model, adapter, tensors)
         follow_trained(tensors.owners(model))
 
     @staticmethod
-    def keep(model: nn.Module, adapter: str, values: dict[str, Tensor]) -> None:
-        """Give `adapter` its own frozen, still inactive values of base parameters.
+    def add_untrained(model: nn.Module, adapter: str, values: dict[str, Tensor]) -> None:
+        """Add inactive copies of base parameters with other values, which are not trained, to `adapter`.
 
         Args:
-            values: by name in the base; one name for tied parameters.
+            values: {name in the base: value}; one name is enough for tied parameters.
         """
         base, tensors = base_tensors(model), TrainedParameters.of(model, adapter)
         if tensors is None:
@@ -87,9 +94,10 @@ class TrainedParameters(nn.Module):
             base_tensor = base[name]
             if sharded.is_shard(base_tensor):
                 raise PeftcoreError(
-                    f"the adapter has its own '{name}', but the base's is sharded. Load the adapter before sharding"
+                    f"the adapter has its own copy of '{name}', but the base's '{name}' is already sharded. Load the "
+                    "adapter before sharding"
                 )
-            tensors.kept[name] = [name, *tied_to(model, [name])]
+            tensors.untrained[name] = [name, *tied_to(model, [name])]
             copy = value.to(base_tensor.device, base_tensor.dtype).clone()
             tensors._parameters[_key(name)] = nn.Parameter(copy, requires_grad=False)
 
@@ -111,159 +119,172 @@ class TrainedParameters(nn.Module):
 
     @staticmethod
     def of(model: nn.Module, adapter: str) -> TrainedParameters | None:
-        """Return the adapter-owned copies of `adapter`, or None."""
+        """Return the copies that `adapter` owns, or None."""
         adapters = model._modules.get(TRAINED)
         return None if adapters is None else cast("TrainedParameters | None", adapters._modules.get(adapter))
 
     def activate(self, model: nn.Module, active: bool) -> None:
-        """Put the adapter's trained parameters into the model, or the base's parameters back."""
+        """Put the adapter's trained parameters into the model, or restore the base's."""
         if active == self.active:
             return
         for name, parameter in self.originals(model):
-            if sharded.is_dtensor(parameter) and not _in_parts(model, name):
+            if sharded.is_dtensor(parameter) and not _follows_parallelism(model, name):
                 sharded.refuse_sharded(model, "exchange trained parameters for those of the base")
-        self._exchange_all(model, self.slots, "active", active)
+        self._exchange_all(model, self.trained, "active", active)
 
-    def hold(self, model: nn.Module, names: Collection[str]) -> None:
-        """Put the kept tensors `names` into the model, and the base's tensors back for the others."""
-        changing = {name: slots for name, slots in self.kept.items() if (name in names) != (name in self.held)}
-        self._exchange_all(model, changing, "held", set(names))
+    def activate_untrained(self, model: nn.Module, names: Collection[str]) -> None:
+        """Put the untrained tensors `names` of the adapter into the model, and restore the base's for all others."""
+        changing = {
+            name: tied_names
+            for name, tied_names in self.untrained.items()
+            if (name in names) != (name in self.active_untrained)
+        }
+        self._exchange_all(model, changing, "active_untrained", set(names))
 
     def owners(self, model: nn.Module) -> list[nn.Module]:
-        """Return the modules whose parameters are trained, except for modules that have been removed."""
+        """Return the modules whose parameters are trained, skipping modules that have been removed."""
         modules = dict(base_modules(model))
         return [modules[path] for path in self.by_module() if path in modules]
 
     def by_module(self) -> dict[str, dict[str, str]]:
-        """Return {path of a module: {name of a trained parameter there: its name here}}."""
+        """Return {path of a module: {name of its parameter: key of `trained`}}."""
         names_by_path: dict[str, dict[str, str]] = {}
-        for name, slots in self.slots.items():
-            for slot in slots:
-                path, _, attribute = slot.rpartition(".")
+        for name, tied_names in self.trained.items():
+            for tied_name in tied_names:
+                path, _, attribute = tied_name.rpartition(".")
                 names_by_path.setdefault(path, {})[attribute] = name
         return names_by_path
 
-    def aside(self, name: str) -> Tensor:
-        """Return the tensor `name` that is not in the model: the adapter's while it is inactive, else the base's."""
-        return self._aside(_key(name))
+    def counterpart(self, name: str) -> Tensor:
+        """Return the stored counterpart of a tensor: the adapter's while inactive, the base's while active."""
+        return self._counterpart(_key(name))
 
     def values(self, model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-        """Yield (name, the adapter's parameter) of trained parameters."""
-        for name in self.slots:
-            yield name, cast(nn.Parameter, _slot(model, name) if self.active else self._aside(_key(name)))
+        """Yield (name, the adapter's parameter) for the trained parameters."""
+        for name in self.trained:
+            yield name, cast(nn.Parameter, _tensor_at(model, name) if self.active else self._counterpart(_key(name)))
 
     def originals(self, model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-        """Yield (name, the base's parameter) of trained parameters."""
-        for name in self.slots:
-            yield name, cast(nn.Parameter, self._aside(_key(name)) if self.active else _slot(model, name))
+        """Yield (name, the base's parameter) for the trained parameters."""
+        for name in self.trained:
+            yield name, cast(nn.Parameter, self._counterpart(_key(name)) if self.active else _tensor_at(model, name))
 
-    def kept_values(self, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-        """Yield (name, the adapter's tensor) of kept tensors."""
-        for name in self.kept:
-            yield name, _slot(model, name) if name in self.held else self._aside(_key(name))
+    def untrained_values(self, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+        """Yield (name, the adapter's tensor) for the untrained tensors."""
+        for name in self.untrained:
+            yield name, _tensor_at(model, name) if name in self.active_untrained else self._counterpart(_key(name))
 
-    def has_moved(self, model: nn.Module) -> bool:
-        """Return whether a kept tensor differs from the base's."""
+    def differs_from_base(self, model: nn.Module) -> bool:
+        """Return whether an untrained tensor differs from the base's."""
         base = base_tensors(model)
-        return any(not torch.equal(tensor, base[name]) for name, tensor in self.kept_values(model))
+        return any(not torch.equal(tensor, base[name]) for name, tensor in self.untrained_values(model))
 
     def in_model(self, model: nn.Module) -> Iterator[tuple[list[str], Tensor, Tensor]]:
-        """Yield (slots, the adapter's tensor, the base's tensor) of adapter-owned tensors that are in the model now."""
-        slots_by_name = {**(self.slots if self.active else {}), **{name: self.kept[name] for name in self.held}}
-        for name, slots in slots_by_name.items():
-            yield slots, _slot(model, name), self._aside(_key(name))
+        """Yield (names, the adapter's tensor, the base's tensor) for the adapter's tensors that are in the model."""
+        names_in_model = {name: self.untrained[name] for name in self.active_untrained}
+        if self.active:
+            names_in_model = {**self.trained, **names_in_model}
+        for name, tied_names in names_in_model.items():
+            yield tied_names, _tensor_at(model, name), self._counterpart(_key(name))
 
     def changes(self, model: nn.Module) -> Iterator[tuple[str, str]]:
-        """Yield (slot, how it changed) where the tensor is missing or has another shape."""
-        for name, slots in {**self.slots, **self.kept}.items():
-            expected_shape = list(sharded.shape_of(self._aside(_key(name))))
-            for slot in slots:
-                shape = _shape(model, slot)
+        """Yield (name, description) for tensors of the model that are missing or have another shape."""
+        for name, tied_names in {**self.trained, **self.untrained}.items():
+            expected_shape = list(sharded.shape_of(self._counterpart(_key(name))))
+            for tied_name in tied_names:
+                shape = _shape_at(model, tied_name)
                 if shape != expected_shape:
-                    yield slot, "is gone" if shape is None else f"has shape {shape}, which was {expected_shape}"
+                    description = "is gone" if shape is None else f"has shape {shape}, which was {expected_shape}"
+                    yield tied_name, description
 
-    def _aside(self, key: str) -> Tensor:
-        return self._tensors_aside(key)[key]
+    def _counterpart(self, key: str) -> Tensor:
+        return self._storage_of(key)[key]
 
-    def _tensors_aside(self, key: str) -> dict[str, Any]:
-        """Return the table that contains `key`: a plain tensor may take the place of a parameter."""
+    def _storage_of(self, key: str) -> dict[str, Any]:
+        """Return the dictionary that stores `key`; a plain tensor may take the place of a parameter in it."""
         return self._parameters if key in self._parameters else self._buffers
 
     def _exchange_all(self, model: nn.Module, tensors: dict[str, list[str]], attribute: str, value: Any) -> None:
-        """Exchange `tensors` and set the attribute that records it; after an error do neither."""
-        aside, old_value = {name: self.aside(name) for name in tensors}, getattr(self, attribute)
+        """Exchange `tensors` with their counterparts and set `attribute`; after an error, undo all exchanges."""
+        counterparts, old_value = {name: self.counterpart(name) for name in tensors}, getattr(self, attribute)
         try:
-            for name, slots in tensors.items():
-                self._exchange(model, name, slots)
+            for name, tied_names in tensors.items():
+                self._exchange(model, name, tied_names)
             setattr(self, attribute, value)
         except BaseException:
-            for name, slots in tensors.items():
-                if self.aside(name) is not aside[name]:
-                    self._exchange(model, name, slots)
+            for name, tied_names in tensors.items():
+                if self.counterpart(name) is not counterparts[name]:
+                    self._exchange(model, name, tied_names)
             setattr(self, attribute, old_value)
             raise
 
-    def _exchange(self, model: nn.Module, name: str, slots: Sequence[str]) -> None:
+    def _exchange(self, model: nn.Module, name: str, tied_names: Sequence[str]) -> None:
+        """Exchange one tensor of the model with its counterpart."""
         key = _key(name)
-        table = self._tensors_aside(key)
-        aside = table[key]
-        slots = [slot for slot in slots if _shape(model, slot) == list(sharded.shape_of(aside))]  # resized ones stay
-        if not slots:
+        storage = self._storage_of(key)
+        counterpart = storage[key]
+        expected_shape = list(sharded.shape_of(counterpart))
+        fitting_names = [tied_name for tied_name in tied_names if _shape_at(model, tied_name) == expected_shape]
+        if not fitting_names:  # the tensors were resized
             return
-        table[key] = _slot(model, slots[0])
-        for slot in slots:
-            tensors, attribute = _tensors(model, slot)
-            tensors[attribute] = aside
+        storage[key] = _tensor_at(model, fitting_names[0])
+        for tied_name in fitting_names:
+            tensors, attribute = _dictionary_of(model, tied_name)
+            tensors[attribute] = counterpart
 
 
-def place_kept_tensors(model: nn.Module, active: Sequence[str]) -> None:
-    """Put the kept tensors of the last of the `active` adapters into the model, or the base's tensors."""
+def place_untrained_tensors(model: nn.Module, active: Sequence[str]) -> None:
+    """Put each untrained tensor of the last `active` adapter that has one into the model; restore all others."""
     owner: dict[str, str] = {}
     for name in active:
         tensors = TrainedParameters.of(model, name)
-        owner.update(dict.fromkeys(tensors.kept if tensors is not None else (), name))
+        owner.update(dict.fromkeys(tensors.untrained if tensors is not None else (), name))
     adapters = all_of(model)
-    names_to_hold: dict[str, set[str]] = {}
+    names_to_place: dict[str, set[str]] = {}
     for name, adapter_tensors in adapters:
-        names_to_hold[name] = {tensor_name for tensor_name in adapter_tensors.kept if owner.get(tensor_name) == name}
-    # First back to the base's tensors, since two adapters may exchange one slot.
+        names_to_place[name] = {
+            tensor_name for tensor_name in adapter_tensors.untrained if owner.get(tensor_name) == name
+        }
+    # First restore the base's tensors, since two adapters may have copies of the same tensor.
     for name, adapter_tensors in adapters:
-        adapter_tensors.hold(model, adapter_tensors.held & names_to_hold[name])
+        adapter_tensors.activate_untrained(model, adapter_tensors.active_untrained & names_to_place[name])
     for name, adapter_tensors in adapters:
-        adapter_tensors.hold(model, names_to_hold[name])
+        adapter_tensors.activate_untrained(model, names_to_place[name])
 
 
 def refuse_sharded_parameters(model: nn.Module, names: Iterable[str]) -> None:
-    """Raise a PeftcoreError if one of the base's parameters `names` is sharded so that it cannot be trained."""
+    """Raise a PeftcoreError if one of the base parameters `names` is sharded in a way that prevents training it."""
     names = list(names)
     base = base_tensors(model) if names else {}
-    by_fsdp: set[int] = set()  # ids of the modules whose parameters FSDP2 shards, and may have gathered now
+    by_fsdp: set[int] = set()  # ids of modules under FSDP2, whose parameters may be gathered right now
     if names and ranks.count() > 1:
         by_fsdp = {id(module) for fsdp, module in sharded.modules_with_fsdp(model) if fsdp}
     for name in names:
         module = model.get_submodule(name.rpartition(".")[0])
-        if id(module) in by_fsdp or (sharded.is_dtensor(sharded.original(base[name])) and not _in_parts(model, name)):
+        if id(module) in by_fsdp or (
+            sharded.is_dtensor(sharded.original(base[name])) and not _follows_parallelism(model, name)
+        ):
             raise PeftcoreError(
-                f"'{name}' is sharded and cannot be trained from here on. Apply first, then shard; under tensor "
+                f"'{name}' is already sharded and cannot be trained. Apply the adapter before sharding; under tensor "
                 "parallelism, load the model without tp_plan"
             )
 
 
 def all_of(model: nn.Module) -> list[tuple[str, TrainedParameters]]:
-    """Return (adapter, its owned copies) of all adapters that have some."""
+    """Return (adapter, its copies) for all adapters that have some."""
     adapters = model._modules.get(TRAINED)
     if adapters is None:
         return []
     return [(name, cast(TrainedParameters, tensors)) for name, tensors in adapters._modules.items()]
 
 
-def moving_buffers(model: nn.Module) -> list[tuple[str, Tensor]]:
-    """Return (name, buffer) of the base's buffers that training may update; a shared one under each of its names.
+def updated_buffers(model: nn.Module) -> list[tuple[str, Tensor]]:
+    """Return (name, buffer) of base buffers that training may update; a shared buffer appears under each name.
 
     These are persistent floating-point buffers and counters. Layers that keep packed weights and scales in buffers are
     skipped.
     """
-    moving: list[tuple[str, Tensor]] = []
+    buffers: list[tuple[str, Tensor]] = []
     for path, module in base_modules(model):
         if not module._buffers:
             continue
@@ -274,14 +295,14 @@ def moving_buffers(model: nn.Module) -> list[tuple[str, Tensor]]:
             if buffer is None or name in module._non_persistent_buffers_set:
                 continue
             if buffer.is_floating_point() or (buffer.dim() == 0 and buffer.dtype is torch.int64):
-                moving.append((f"{path}.{name}" if path else name, buffer))
-    return moving
+                buffers.append((f"{path}.{name}" if path else name, buffer))
+    return buffers
 
 
 @contextmanager
-def unmoved_buffers(model: nn.Module) -> Iterator[None]:
-    """Restore the base's moving buffers after the block."""
-    values = [(buffer, buffer.clone()) for _, buffer in moving_buffers(model)]
+def restored_buffers(model: nn.Module) -> Iterator[None]:
+    """Restore the buffers that training updates after the block."""
+    values = [(buffer, buffer.clone()) for _, buffer in updated_buffers(model)]
     try:
         yield
     finally:
@@ -292,11 +313,11 @@ def unmoved_buffers(model: nn.Module) -> Iterator[None]:
 
 
 def base_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Return the base's own parameters and moving buffers by name, also if an adapter's are in their place."""
-    tensors = dict([*base_parameters(model), *moving_buffers(model)])
+    """Return {name: the base's tensor} for parameters and updated buffers, even while adapters replace them."""
+    tensors = dict([*base_parameters(model), *updated_buffers(model)])
     for _, adapter_tensors in all_of(model):
-        for slots, _, original in adapter_tensors.in_model(model):
-            tensors.update(dict.fromkeys(slots, original))
+        for names, _, original in adapter_tensors.in_model(model):
+            tensors.update(dict.fromkeys(names, original))
     return tensors
 
 
@@ -332,10 +353,13 @@ def modules_tied_to(model: nn.Module, path: str) -> list[str]:
     return [name.rpartition(".")[0] for name in names if name.endswith(".weight")]
 
 
-def _in_parts(model: nn.Module, name: str) -> bool:
-    """Return whether every slot of the parameter `name` is in a layer whose tensor parallelism adapters can follow."""
-    slots = [slot.rpartition(".") for slot in (name, *tied_to(model, [name]))]
-    return all(trains_in_parts(model.get_submodule(path), attribute) for path, _, attribute in slots)
+def _follows_parallelism(model: nn.Module, name: str) -> bool:
+    """Return whether all modules with the parameter `name` have tensor parallelism that adapters can follow."""
+    for tied_name in (name, *tied_to(model, [name])):
+        path, _, attribute = tied_name.rpartition(".")
+        if not trains_in_parts(model.get_submodule(path), attribute):
+            return False
+    return True
 
 
 def _add(model: nn.Module, adapter: str, tensors: TrainedParameters) -> TrainedParameters:
@@ -345,8 +369,8 @@ def _add(model: nn.Module, adapter: str, tensors: TrainedParameters) -> TrainedP
     return tensors
 
 
-def _shared(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, list[str]]:
-    """Return {first name: all names} of each tensor."""
+def _names_by_tensor(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, list[str]]:
+    """Return {first name: all names} for each distinct tensor."""
     first_names: dict[int, str] = {}
     all_names: dict[str, list[str]] = {}
     for name, tensor in tensors:
@@ -355,24 +379,24 @@ def _shared(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, list[str]]:
 
 
 def _key(name: str) -> str:
-    return name.replace(".", "/")  # a parameter's name must not contain a dot
+    return name.replace(".", "/")  # PyTorch does not allow dots in the name of a parameter
 
 
-def _tensors(model: nn.Module, name: str) -> tuple[dict[str, Any], str]:
-    """Return (parameters or buffers of the module with the tensor `name`, its name there)."""
+def _dictionary_of(model: nn.Module, name: str) -> tuple[dict[str, Any], str]:
+    """Return (the module's dictionary of parameters or buffers that contains `name`, the name in it)."""
     path, _, attribute = name.rpartition(".")
     module = model.get_submodule(path)
     return (module._parameters if attribute in module._parameters else module._buffers), attribute
 
 
-def _shape(model: nn.Module, name: str) -> list[int] | None:
+def _shape_at(model: nn.Module, name: str) -> list[int] | None:
     try:
-        slot = _slot(model, name)
+        tensor = _tensor_at(model, name)
     except (AttributeError, KeyError):
         return None
-    return list(sharded.shape_of(slot))
+    return list(sharded.shape_of(tensor))
 
 
-def _slot(model: nn.Module, name: str) -> Tensor:
-    tensors, attribute = _tensors(model, name)
+def _tensor_at(model: nn.Module, name: str) -> Tensor:
+    tensors, attribute = _dictionary_of(model, name)
     return tensors[attribute]

@@ -49,7 +49,7 @@ def method_modules(model: nn.Module, adapter: str) -> AdapterModules:
             continue
         if key in modules:
             raise PeftcoreError(
-                f"{applied(model, adapter).method} has two adapters at '{key}'; combine them into one module"
+                f"{applied(model, adapter).method} has two adapters on '{key}'. Combine them into one module"
             )
         modules[key] = placement.adapter
     free_keys = (key for key in ("", *(f"#{number}" for number in range(1, len(unplaced) + 1))) if key not in modules)
@@ -81,7 +81,7 @@ def after_step(model: nn.Module, step: int, total_steps: int, *, optimizer: Any 
     require_state(model)
     if not (isinstance(step, int) and isinstance(total_steps, int)) or step < 1:
         raise PeftcoreError(
-            f"after_step takes the number of the step, from 1, and the total number of steps, found {step!r}"
+            f"after_step takes the 1-based number of the step and the total number of steps, found {step!r}"
         )
     optimizer = unwrapped(optimizer)
     for name, entry, method in _training(model):
@@ -106,9 +106,9 @@ def _refuse_changed_base(method: Method, before: Mapping[str, int], after: Mappi
     for name, version in after.items():
         if before.get(name, version) != version:
             raise PluginError(
-                f"{method.name} has changed '{name}' of the base in after_step, and a file of the adapter would not "
-                "contain the change. Load the base again, and report this to the plugin's author: the method can add "
-                "to a buffer of the adapter instead"
+                f"{method.name} has changed the base tensor '{name}' in after_step, but files of the adapter would "
+                "not contain this change. Load the base again, and report this to the plugin's author: the method "
+                "can change a buffer of the adapter instead"
             )
 
 
@@ -173,7 +173,7 @@ def loss_terms(model: nn.Module) -> dict[str, Tensor]:
     for name, entry, method in _training(model):
         if method.loss is None:
             continue
-        # A forward may have left full parameters in the slots, whose gradients would be lost.
+        # A forward may have left full parameters in the modules; their gradients would be lost.
         sharded.reshard(model)
         modules = method_modules(model, name)
         is_sharded = any(sharded.is_shard(parameter) for _, parameter in adapter_parameters(model, name))
@@ -200,12 +200,12 @@ def _term(term: Any, method: str) -> Tensor | None:
     if term is None:
         return None
     if not isinstance(term, Tensor) or term.dim() or not term.is_floating_point():
-        description = f"a tensor {list(term.shape)} of {term.dtype}" if isinstance(term, Tensor) else repr(term)
+        description = f"a {term.dtype} tensor of shape {list(term.shape)}" if isinstance(term, Tensor) else repr(term)
         raise PeftcoreError(f"the loss of {method} must be a scalar or None, found {description:.200}")
     if torch.is_grad_enabled() and not term.requires_grad:
         raise PeftcoreError(
-            f"the term that {method} adds to the loss has no gradient, so it would have no effect. Compute it from "
-            "the adapters' parameters, without detach() or .data, or return None"
+            f"the loss term of {method} has no gradient, so it would have no effect. Compute it from the adapters' "
+            "parameters, without detach() or .data, or return None"
         )
     return term.float() if term.dtype.itemsize < 4 else term
 
@@ -222,8 +222,8 @@ def has_parameter_groups(model: nn.Module) -> bool:
 
 
 NOTHING_TRAINS = (
-    "no parameter of the model trains: its adapters are frozen, inactive, or merged. To train an adapter from files, "
-    "load it with peftcore.load(model, folder, trainable=True); otherwise call peftcore.unmerge(model), or "
+    "the model has no trainable parameters: its adapters are frozen, inactive or merged. To train an adapter from "
+    "files, load it with peftcore.load(model, folder, trainable=True); otherwise call peftcore.unmerge(model), or "
     "peftcore.activate(model, 'NAME')"
 )
 
@@ -259,7 +259,7 @@ def method_groups(model: nn.Module, lr: float, weight_decay: float) -> list[dict
     if state_of(model) is None:
         return []
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    owners: dict[int, str] = {}  # {id of a parameter: the groups that contain it, for messages}
+    owners: dict[int, str] = {}  # {id of a parameter: description of its group, for messages}
     groups: list[dict[str, Any]] = []
     for adapter, entry, method in _training(model):
         if method.parameter_groups is None:
@@ -283,7 +283,7 @@ def _parameters_of_group(group: Any, owner: str) -> list[nn.Parameter]:
     if isinstance(params, Tensor):
         params = [params]
     if not isinstance(params, Iterable):
-        raise PeftcoreError(f"{owner} must be dicts with 'params', found {group!r:.200}")
+        raise PeftcoreError(f"{owner} must be dictionaries with 'params', found {group!r:.200}")
     return [entry[1] if isinstance(entry, tuple) else entry for entry in params]
 
 
@@ -333,7 +333,7 @@ def _base_versions(model: nn.Module, entry: Applied, trained: Iterable[nn.Parame
     for path in entry.paths:
         try:
             module = model.get_submodule(path)
-        except AttributeError:  # it has been deleted
+        except AttributeError:  # the model has been deleted
             continue
         for name, parameter in module._parameters.items():
             if parameter is None or id(parameter) in adapter_ids:
@@ -397,10 +397,10 @@ def _count_missed_step(name: str, entry: Applied) -> None:
         return
     entry.missed_steps = None
     warnings.warn(
-        f"the optimizer has taken two steps on the adapter '{name}' ({entry.method}) without "
-        "peftcore.after_step, so what its method does after each step (a projection, a schedule) is "
-        "missing. Call peftcore.after_step(model, step, total_steps), with the step counted from 1, after "
-        "each optimizer.step() and before optimizer.zero_grad(). transformers' Trainer does so by itself",
+        f"the optimizer has taken two steps on the adapter '{name}' ({entry.method}) without peftcore.after_step, "
+        "which its method needs after each step (for a projection or a schedule). Call peftcore.after_step(model, "
+        "step, total_steps), with a 1-based step, after each optimizer.step() and before optimizer.zero_grad(). "
+        "transformers' Trainer calls it automatically",
         stacklevel=4,
     )
 
@@ -427,17 +427,17 @@ def _term_of_full(modules: Sequence[nn.Module], compute: Callable[[], Tensor | N
     with ExitStack() as stack:
         for module in modules:
             stack.enter_context(sharded.gathered_parameters(module))
-        leaves = _all_parameters(modules)  # the full ones, in the same order
+        leaves = _all_parameters(modules)  # the full parameters, in the same order
         value = compute()
     if value is None or not value.requires_grad:
         return value
     parameter_of = {id(leaf): parameter for leaf, parameter in zip(leaves, parameters, strict=True)}
     if any(id(leaf) not in parameter_of for leaf in _leaves(value)):
         raise PeftcoreError(
-            f"the loss of {method} depends on a forward pass, not on its parameters alone, and they are sharded. Keep "
-            "them whole: peftcore.shard(model, adapter_placement='replicate')"
+            f"the loss term of {method} depends on a forward pass, which is not supported while its parameters are "
+            "sharded. Replicate them: peftcore.shard(model, adapter_placement='replicate')"
         )
-    # By id, since a parameter that modules share is one leaf.
+    # By id, since a shared parameter is a single leaf.
     trainable_leaves = list({id(leaf): leaf for leaf in leaves if leaf.requires_grad}.values())
     gradients = torch.autograd.grad(value, trainable_leaves, allow_unused=True)
     gradients_by_parameter = [

@@ -25,7 +25,7 @@ from peftcore.plugin.hooks import hookimpl
 from peftcore.plugin.registry import builtin, registry
 from peftcore.plugin.validation import check_types
 
-_PACKAGES = {"gguf": "peftcore-gguf"}  # formats of packages that are separate
+_PACKAGES = {"gguf": "peftcore-gguf"}  # formats in separate packages
 
 
 def _write_peft(model: nn.Module, path: Path, adapter: str, _options: NoOptions) -> None:
@@ -86,8 +86,8 @@ def export(
     if adapter is not None or exporter.write_model is None:
         if exporter.write_adapter is None:
             raise PeftcoreError(
-                f"format='{format}' writes whole models, found adapter='{adapter}'. Leave out adapter=, and choose the "
-                "active adapters with peftcore.activate"
+                f"format='{format}' writes complete models, so it does not take adapter='{adapter}'. Leave it out, "
+                "and choose the active adapters with peftcore.activate"
             )
         name = _only(model) if adapter is None else adapter
         with _folder_of(target):
@@ -143,13 +143,13 @@ def find(format: str) -> Exporter:
     names = ", ".join(sorted(known))
     broken = next((plugin for plugin in registry.plugins() if plugin.name == format and plugin.error), None)
     if broken is not None:
-        raise PeftcoreError(f"the format '{format}' is of {broken}, which is not usable: {broken.error}")
+        raise PeftcoreError(f"the format '{format}' belongs to {broken}, which cannot be used: {broken.error}")
     if format in _PACKAGES:
         raise PeftcoreError(
-            f"the format '{format}' is not installed. Run in a copy of peftcore's repository: pip install "
-            f"./plugins/{_PACKAGES[format]}. Installed: {names}"
+            f"the format '{format}' is not installed (installed: {names}). Install it from a copy of peftcore's "
+            f"repository: pip install ./plugins/{_PACKAGES[format]}"
         )
-    raise PeftcoreError(f"the format '{format}' is not known{nearest(format, known)}. Installed: {names}")
+    raise PeftcoreError(f"the format '{format}' is unknown{nearest(format, known)}. Choose one of: {names}")
 
 
 def options_of(exporter: Exporter, options: dict[str, Any]) -> Any:
@@ -162,8 +162,8 @@ def options_of(exporter: Exporter, options: dict[str, Any]) -> Any:
     for name in options:
         if name not in known:
             raise PeftcoreError(
-                f"the format '{exporter.name}' has no option '{name}'{nearest(name, known)}. "
-                f"Its options: {', '.join(known) or 'none'}"
+                f"the format '{exporter.name}' has no option '{name}'{nearest(name, known)}. Its options are: "
+                f"{', '.join(known) or 'none'}"
             )
     check_types(exporter.options, options)
     return exporter.options(**options)
@@ -182,8 +182,8 @@ def model_file(exporter: Exporter, options: dict[str, Any]) -> str:
         return exporter.model_file.format(**fields)
     except (KeyError, IndexError, ValueError) as error:
         raise PluginError(
-            f"the format '{exporter.name}' has model_file='{exporter.model_file}', which its options "
-            f"({', '.join(fields) or 'none'}) do not fill: {error}. Correct it in the package of the format"
+            f"the format '{exporter.name}' has model_file='{exporter.model_file}', which cannot be filled from its "
+            f"options ({', '.join(fields) or 'none'}): {error}. Correct it in the package of the format"
         ) from error
 
 
@@ -194,7 +194,9 @@ def _folder_of(path: Path) -> Iterator[None]:
         try:
             stack.enter_context(created_folders(path.parent))
         except OSError as error:
-            raise PeftcoreError(f"'{path.parent}' cannot be created: {error.strerror or error}") from error
+            raise PeftcoreError(
+                f"cannot create '{path.parent}': {error.strerror or error}. Choose another folder"
+            ) from error
         yield
 
 
@@ -204,8 +206,8 @@ def _refuse(model: nn.Module, exporter: Exporter) -> None:
     state = engine.state_of(model)
     if state is not None and state.active and not exporter.with_adapters:
         raise PeftcoreError(
-            f"adapters {', '.join(map(repr, state.active))} are active and would be missing from the file. Merge them "
-            "with peftcore.merge(model), or deactivate them with peftcore.activate(model, [])"
+            f"the adapters {', '.join(map(repr, state.active))} are active but would be missing in the file. Merge "
+            "them with peftcore.merge(model), or deactivate them with peftcore.activate(model, [])"
         )
 
 
@@ -213,5 +215,5 @@ def _only(model: nn.Module) -> str:
     """Return the name of the model's only adapter."""
     names = list(engine.require_state(model).applied)
     if len(names) != 1:
-        raise PeftcoreError(f"the model has the adapters {names}. Choose one: export(..., adapter=NAME)")
+        raise PeftcoreError(f"the model has several adapters: {names}. Choose one: export(..., adapter=NAME)")
     return names[0]

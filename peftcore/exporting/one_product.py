@@ -28,19 +28,24 @@ def adapter_products(model: nn.Module, adapter: str, what: str) -> dict[str, Low
     sharded.refuse_sharded(model, "export")
     factors_by_path = low_rank.factors_of(model, adapter, what)
     if not factors_by_path:
-        raise PeftcoreError(f"'{adapter}' cannot {what}: it changes no weights")
+        raise PeftcoreError(
+            f"'{adapter}' cannot {what}: it does not change weights. Export an adapter of a method that does"
+        )
     return {path: _one(model, adapter, path, factors, what) for path, factors in factors_by_path.items()}
 
 
 def _one(model: nn.Module, adapter: str, path: str, factors: list[LowRank], what: str) -> LowRank:
-    is_module = path in dict(model.named_modules())  # otherwise it is the path of a parameter, such as that of experts
+    is_module = path in dict(model.named_modules())  # otherwise the path of a parameter, such as a stacked weight
     if len(factors) > 1 or factors[0].a.ndim != 2 or not is_module:
-        raise PeftcoreError(f"'{adapter}' cannot {what}: it changes '{path}', which is not a linear layer or embedding")
+        raise PeftcoreError(
+            f"'{adapter}' cannot {what}: it changes '{path}', which is neither a linear layer nor an embedding. Use "
+            "an adapter that was trained without it"
+        )
     (product,) = factors
     a, b = product.a.detach().float().cpu(), product.b.detach().float().cpu()
     if not bool(a.isfinite().all() and b.isfinite().all()):
         raise PeftcoreError(
-            f"'{adapter}' contains NaN or Inf at '{path}'. Training has diverged; export an earlier checkpoint"
+            f"'{adapter}' contains NaN or Inf at '{path}', because training has diverged. Export an earlier checkpoint"
         )
     return LowRank(b.T, a.T, product.scale) if product.transposed else LowRank(a, b, product.scale)
 

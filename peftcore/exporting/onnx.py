@@ -39,7 +39,7 @@ def write(model: nn.Module, path: Path, _options: NoOptions) -> None:
         import onnxscript  # noqa: F401
     except ModuleNotFoundError as error:
         raise PeftcoreError(
-            f"exporting to ONNX needs '{error.name}', which is not installed: pip install peftcore[onnx]"
+            f"exporting to ONNX needs '{error.name}', which is not installed. Run: pip install peftcore[onnx]"
         ) from error
     _refuse(model)
     device = next(model.parameters()).device
@@ -50,7 +50,7 @@ def write(model: nn.Module, path: Path, _options: NoOptions) -> None:
         with _quiet(), torch.no_grad(), evaluation_mode(model), _placed(path) as new:
             torch.onnx.export(
                 _Plain(model).eval(),
-                (example, example.clone()),  # the same tensor twice would become one input
+                (example, example.clone()),  # passing the same tensor twice would give the graph one input
                 new,
                 input_names=[*INPUTS],
                 output_names=["logits" if _gives(model, "logits") else "last_hidden_state"],
@@ -62,7 +62,8 @@ def write(model: nn.Module, path: Path, _options: NoOptions) -> None:
     except Exception as error:  # the exporter raises many types of errors
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise PeftcoreError(
-            f"{type(model).__name__} cannot be exported: {reason}. Merging first may help: peftcore.merge(model)"
+            f"{type(model).__name__} cannot be exported to ONNX: {reason}. It may help to merge first: "
+            "peftcore.merge(model)"
         ) from error
 
 
@@ -90,7 +91,9 @@ def _placed(path: Path) -> Iterator[Path]:
     """
     with TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
         yield Path(folder) / path.name
-        for file in sorted(Path(folder).iterdir(), key=lambda file: file.name == path.name):  # its data come first
+        for file in sorted(
+            Path(folder).iterdir(), key=lambda file: file.name == path.name
+        ):  # move the data file before the file that refers to it
             file.replace(path.parent / file.name)
 
 
@@ -125,5 +128,6 @@ def _refuse(model: nn.Module) -> None:
     missing = [name for name in INPUTS if name not in taken]
     if missing:
         raise PeftcoreError(
-            f"{type(model).__name__} does not take {missing[0]}. Only text models can be exported to ONNX"
+            f"{type(model).__name__} cannot be exported to ONNX, because it does not take {missing[0]}. Only text "
+            "models are supported"
         )

@@ -28,7 +28,7 @@ from peftcore.plugin.registry import registry
 
 WHAT = "be written for vLLM and SGLang"
 RANKS = (8, 16, 32, 64, 128, 256, 512)  # values of vLLM's --max-lora-rank, 16 by default
-PER_EXPERT = "per_expert"  # format of files that both read for experts
+PER_EXPERT = "per_expert"  # file format for experts that both read
 
 
 def write(model: nn.Module, folder: Path, adapter: str, _options: NoOptions) -> None:
@@ -53,7 +53,7 @@ def commands(folder: Path, base: str, _part: str = "adapter") -> list[str]:
     """Return commands that serve the folder with vLLM and SGLang."""
     named, rank = f"mine={folder}", fields_of_folder(folder)[0]["r"]
     rank_option: list[str] = []
-    if rank > RANKS[1]:  # more than the default
+    if rank > RANKS[1]:  # above the default of vLLM
         rank_option = ["--max-lora-rank", str(next((value for value in RANKS if value >= rank), rank))]
     return [
         shlex.join(["vllm", "serve", base, "--enable-lora", *rank_option, "--lora-modules", named]),
@@ -66,18 +66,22 @@ def remarks(folder: Path, base: str, _part: str = "adapter") -> list[str]:
     fields, tensors = fields_of_folder(folder)[0], read_tensors(folder)[0]
     rank, sentences = fields["r"], []
     if base.endswith(".gguf"):
-        sentences.append(f"vLLM and SGLang need the base as a folder or hub id to load an adapter, not '{base}'.")
+        sentences.append(
+            f"vLLM and SGLang load the base from a folder or hub id, but the base of this adapter is '{base}'."
+        )
     if rank > RANKS[-1]:
-        sentences.append(f"vLLM supports ranks up to {RANKS[-1]}, and the adapter has rank {rank}.")
+        sentences.append(f"vLLM supports ranks up to {RANKS[-1]}, but the adapter has rank {rank}.")
     paths = {name.rpartition(".lora_")[0].removeprefix(PREFIX) for name in tensors}
     outside = sorted(path for path in paths if not any(part.isdigit() for part in path.split(".")))
     if outside:
         sentences.append(
-            f"{', '.join(outside)} are outside the layers; vLLM and SGLang support adapters there for some "
-            "architectures only."
+            f"The adapter changes {', '.join(outside)} outside the layers, which vLLM and SGLang support only for "
+            "some architectures."
         )
     if any(".experts." in path for path in paths):
-        sentences.append("Only versions of vLLM and SGLang that support experts of this architecture load the adapter.")
+        sentences.append(
+            "The adapter loads only in versions of vLLM and SGLang that support experts of this architecture."
+        )
         if fields.get("rank_pattern") or fields.get("alpha_pattern"):
             sentences.append(
                 "The adapter has different ranks or scales for some modules, which older versions of "
@@ -105,7 +109,10 @@ def _tensors(model: nn.Module, adapter: str, path: str, product: LowRank) -> dic
         }
     sizes = getattr(module, "out_features", None), getattr(module, "in_features", None)
     if sizes != (len(product.b), product.a.shape[1]):
-        raise PeftcoreError(f"'{adapter}' cannot {WHAT}: it changes '{path}', which is not a linear layer or embedding")
+        raise PeftcoreError(
+            f"'{adapter}' cannot {WHAT}: it changes '{path}', which is neither a linear layer nor an embedding. Use "
+            "an adapter that was trained without it"
+        )
     return {f"{stem}.lora_A.weight": product.a.contiguous(), f"{stem}.lora_B.weight": product.b.contiguous()}
 
 

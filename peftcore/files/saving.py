@@ -25,7 +25,7 @@ from peftcore.files.folder import Content, Folder
 from peftcore.files.metadata import BASE, METHOD, OWN_FIELDS, PLUGIN, TIED, TOGETHER, VERSION
 from peftcore.files.multiplier import multiplier_metadata
 from peftcore.files.reading import name_inside
-from peftcore.files.tensors import for_training, kept_on_disk, names_of_base, own_slots, tensors_on_disk
+from peftcore.files.tensors import for_training, kept_on_disk, names_of_base, tensors_on_disk, trained_names
 from peftcore.model import detect, targets
 from peftcore.model.base_modules import base_parameters, caching_base_modules, original_forward
 from peftcore.plugin import ranks, sharded
@@ -281,7 +281,7 @@ def _content(
         kept = kept_on_disk(model, adapter)
         tensors = _for_disk({**own_tensors_on_disk, **kept}, adapter, own_tensors_on_disk, dtype)
         base = base_tensors(model)
-        if kept or own_slots(model, adapter):
+        if kept or trained_names(model, adapter):
             # Tensors that the adapter owns do not identify the base: each load initializes a new head at random.
             on_disk = names_of_base(model, adapter, base)
             base = {name: tensor for name, tensor in base.items() if on_disk[name] not in tensors}
@@ -372,7 +372,7 @@ def _is_tied_in_peft(model: nn.Module, adapter: str) -> bool:
     PEFT turns any module that is tied to the embedding into a linear layer without a bias.
     """
     owned, embedding = TrainedParameters.of(model, adapter), detect(model).embedding
-    groups = [slots for slots in owned.slots.values() if len(slots) > 1] if owned is not None else []
+    groups = [slots for slots in owned.trained.values() if len(slots) > 1] if owned is not None else []
     if len(groups) != 1 or f"{embedding}.weight" not in groups[0]:
         return False
     other_slots = [slot for slot in groups[0] if slot != f"{embedding}.weight"]

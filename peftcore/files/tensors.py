@@ -69,13 +69,13 @@ def tensors_on_disk(model: nn.Module, adapter: str, *, own: bool = True, exporte
     owned = TrainedParameters.of(model, adapter)
     if owned is not None:
         for name, parameter in owned.values(model):
-            for slot in owned.slots[name] if exported else (name,):
+            for slot in owned.trained[name] if exported else (name,):
                 add([(_base_name(rules, entry, slot), parameter)], "tensor_name")
     return tensors
 
 
 def kept_on_disk(model: nn.Module, adapter: str) -> dict[str, Tensor]:
-    """Return the kept tensors to write: values that another load of the base would not have.
+    """Return the untrained tensors to write: values that another load of the base would not have.
 
     These are tensors that differ from the base, buffers in fully trained modules, and the embedding of a resized
     vocabulary.
@@ -90,12 +90,12 @@ def kept_on_disk(model: nn.Module, adapter: str) -> dict[str, Tensor]:
             persistent = module._buffers.keys() - module._non_persistent_buffers_set
             buffer_names.update(f"{path}.{name}" for name in persistent if module._buffers[name] is not None)
     kept = {name: model.get_buffer(name) for name in sorted(buffer_names)}
-    owned_slots = own_slots(model, adapter)
-    kept.update({name: base[name] for name in resized_vocabulary.resized_parameters(model) if name not in owned_slots})
+    owned_names = trained_names(model, adapter)
+    kept.update({name: base[name] for name in resized_vocabulary.resized_parameters(model) if name not in owned_names})
     if owned is not None:
-        for name, tensor in owned.kept_values(model):
+        for name, tensor in owned.untrained_values(model):
             if name in kept or not torch.equal(tensor, base[name]):
-                kept.update(dict.fromkeys(owned.kept[name], tensor))
+                kept.update(dict.fromkeys(owned.untrained[name], tensor))
     return {_base_name(rules, entry, name): tensor for name, tensor in kept.items()}
 
 
@@ -127,7 +127,7 @@ def fill(model: nn.Module, adapter: str, tensors: dict[str, Tensor], folder: Pat
     sharded.reshard(model)
     tensors = dict(tensors)
     expected_tensors = exported_tensors = tensors_on_disk(model, adapter)
-    if registry.method(engine.applied(model, adapter).method).state.export is not None or own_slots(model, adapter):
+    if registry.method(engine.applied(model, adapter).method).state.export is not None or trained_names(model, adapter):
         exported_tensors = tensors_on_disk(model, adapter, exported=True)  # equal to the adapter's own tensors
         _untie(tensors, expected_tensors, exported_tensors, folder, type(model).__name__, partly_tied)
     values = _take_kept(model, adapter, tensors)
@@ -145,7 +145,7 @@ def fill(model: nn.Module, adapter: str, tensors: dict[str, Tensor], folder: Pat
             sharded.fill(value.target, value.tensor)
     if embeddings:
         state = engine.require_state(model)
-        TrainedParameters.keep(model, adapter, embeddings)
+        TrainedParameters.add_untrained(model, adapter, embeddings)
         engine.set_active(model, state.active, state.samples)
 
 
@@ -284,7 +284,7 @@ def _take_embeddings(
     """Remove the embedding and the head from `tensors`, and return those that differ from the base, by base name."""
     entry, base = engine.applied(model, adapter), base_tensors(model)
     rules, owned = registry.method(entry.method).state, TrainedParameters.of(model, adapter)
-    kept = set(chain.from_iterable(owned.kept.values())) if owned is not None else set[str]()
+    kept = set(chain.from_iterable(owned.untrained.values())) if owned is not None else set[str]()
     values_of_base = _values_of_base(model)
     resized: dict[str, Tensor] = {}
     lacking: list[str] = []
@@ -327,14 +327,14 @@ def _refuse_other_vocabulary(model: nn.Module, name: str, value: Tensor, weight:
 
 
 def _take_kept(model: nn.Module, adapter: str, tensors: dict[str, Tensor]) -> list[_Value]:
-    """Remove kept tensors from `tensors`, and return their values. A missing tensor gets the base's value."""
+    """Remove untrained tensors from `tensors`, and return their values. A missing tensor gets the base's value."""
     entry, owned = engine.applied(model, adapter), TrainedParameters.of(model, adapter)
     if owned is None:
         return []
     rules, base = registry.method(entry.method).state, base_tensors(model)
     kept: list[_Value] = []
-    for name, target in owned.kept_values(model):
-        on_disk = [_base_name(rules, entry, slot) for slot in owned.kept[name]]
+    for name, target in owned.untrained_values(model):
+        on_disk = [_base_name(rules, entry, slot) for slot in owned.untrained[name]]
         stored_tensors = [tensors.pop(other_name) for other_name in on_disk if other_name in tensors]
         kept.append(_Value(on_disk[0], stored_tensors[0] if stored_tensors else base[name], target))
     return kept
@@ -353,10 +353,10 @@ def _is_copy_of_base(base: Callable[[], Mapping[str, Tensor]], name: str, tensor
     return torch.equal(sharded.whole(base_tensor).cpu().to(tensor.dtype), tensor)
 
 
-def own_slots(model: nn.Module, adapter: str) -> set[str]:
+def trained_names(model: nn.Module, adapter: str) -> set[str]:
     """Return the names of the base tensors that `adapter` owns a copy of."""
     owned = TrainedParameters.of(model, adapter)
-    return set(chain.from_iterable(owned.slots.values())) if owned is not None else set()
+    return set(chain.from_iterable(owned.trained.values())) if owned is not None else set()
 
 
 def names_of_base(model: nn.Module, adapter: str, names: Iterable[str]) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Facts about a model, read from it or observed in a forward pass with small example inputs."""
+"""Facts about a model, read from its modules and config or observed in a forward pass on small example inputs."""
 
 from peftcore.model.batches import gradients_of as gradients_of, inputs_of as inputs_of, run as run
 from peftcore.model.bypass import (

@@ -1,4 +1,4 @@
-"""The base model's modules, parameters and classes, without what peftcore added."""
+"""The base model's modules, parameters and classes, excluding those that peftcore added."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from torch import nn
 CHILD = "peftcore"  # child of an adapted module that holds its adapters
 TRAINED = "peftcore_trained"  # child of the model that holds the values of `Train` placements
 ROWS = "_peftcore_rows"  # attribute of an adapted module: its `Rows`, or the reason why they are unknown
-OWN_FORWARD = "_peftcore_own_forward"  # attribute of an adapted module: the forward that this instance had
-_WRAPPED = "_checkpoint_wrapped_module"  # only child of PyTorch's wrapper for activation checkpointing
+OWN_FORWARD = "_peftcore_own_forward"  # attribute of an adapted module: the forward that was set on the instance
+_WRAPPED = "_checkpoint_wrapped_module"  # name of the only child of PyTorch's wrapper for activation checkpointing
 
 _CACHED = threading.local()  # .model: (model inside `caching_base_modules` in this thread, its `base_modules`)
 
 
 @contextmanager
 def caching_base_modules(model: nn.Module) -> Iterator[None]:
-    """List the modules of `model` once for the block, which must not add or remove any."""
+    """Cache the list of modules of `model` within the block, which must not add or remove modules."""
     previous = getattr(_CACHED, "model", None)
     if previous is None or previous[0] is not model:
         _CACHED.model = model, _list_modules(model, "")
@@ -31,7 +31,7 @@ def caching_base_modules(model: nn.Module) -> Iterator[None]:
 
 
 def base_modules(model: nn.Module, prefix: str = "") -> list[tuple[str, nn.Module]]:
-    """Return (path, module) of each module of the base model, without adapters; a shared module once."""
+    """Return (path, module) for each module of the base model, excluding adapters; a shared module appears once."""
     cached = getattr(_CACHED, "model", None)
     if cached is not None and cached[0] is model and not prefix:
         modules: list[tuple[str, nn.Module]] = cached[1]
@@ -42,7 +42,7 @@ def base_modules(model: nn.Module, prefix: str = "") -> list[tuple[str, nn.Modul
 def _list_modules(model: nn.Module, prefix: str) -> list[tuple[str, nn.Module]]:
     modules: list[tuple[str, nn.Module]] = []
     visited: set[int] = set()
-    stack = [(prefix, model)]  # the next one last
+    stack = [(prefix, model)]  # the next module is last
     while stack:
         path, module = stack.pop()
         if id(module) in visited:
@@ -57,7 +57,7 @@ def _list_modules(model: nn.Module, prefix: str) -> list[tuple[str, nn.Module]]:
 
 
 def base_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """Return (name, parameter) of the base model, without adapters; a tied parameter under each of its names."""
+    """Return (name, parameter) for the base model, excluding adapters; a tied parameter appears under each name."""
     parameters: list[tuple[str, nn.Parameter]] = []
     for path, module in base_modules(model):
         for name, parameter in module._parameters.items():
@@ -67,7 +67,7 @@ def base_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
 
 
 def original_class(module: nn.Module) -> type[nn.Module]:
-    """Return the class of `module` without adapters."""
+    """Return the original class of `module`, without adapters."""
     cls = type(module)
     for marker in ("_peftcore_original", "_peftcore_enclosed", "_peftcore_folds", "_peftcore_fused"):  # outermost first
         cls = getattr(cls, marker, cls)
@@ -75,12 +75,12 @@ def original_class(module: nn.Module) -> type[nn.Module]:
 
 
 def original_forward(module: nn.Module) -> Callable[..., Any]:
-    """Return the unbound forward of `module` without adapters."""
+    """Return the original unbound forward of `module`, without adapters."""
     return original_class(module).forward
 
 
 def has_own_forward(module: nn.Module) -> bool:
-    """Return whether `module` has a `forward` on the instance other than accelerate's hook around its class's."""
+    """Return whether the instance has its own `forward`, other than accelerate's hook around the class's forward."""
     forward = module.__dict__.get(OWN_FORWARD, module.__dict__.get("forward"))
     wrapped_forward = getattr(module, "_old_forward", None) if hasattr(module, "_hf_hook") else forward
     return forward is not None and getattr(wrapped_forward, "__func__", None) not in (
@@ -91,7 +91,7 @@ def has_own_forward(module: nn.Module) -> bool:
 
 @contextmanager
 def restoring_on_error(module: nn.Module) -> Iterator[None]:
-    """Restore the class and the attributes of `module` if the block, which changes them, raises."""
+    """If the block raises, restore the class and attributes of `module`."""
     cls, attributes = type(module), dict(module.__dict__)
     tables = [(value, dict(value)) for value in attributes.values() if isinstance(value, dict)]
     try:

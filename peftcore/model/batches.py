@@ -1,6 +1,7 @@
-"""Observation of a model on data: inputs of its layers and gradients of its weights.
+"""Run a model on data to observe the inputs of its layers and the gradients of its weights.
 
-A batch is the arguments of a call: a mapping of keyword arguments, a tuple of positional ones, or a single tensor.
+A batch contains the arguments of a call: a mapping of keyword arguments, a tuple of positional arguments, or a single
+tensor.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from peftcore.plugin import sharded
 
 
 def run(model: nn.Module, batch: Any) -> Any:
-    """Run `model` on `batch`, whose tensors, also nested ones, are moved to the model's device.
+    """Run `model` on `batch`, after moving its tensors (also nested ones) to the model's device.
 
     Returns:
         The model's output.
@@ -39,7 +40,8 @@ def run(model: nn.Module, batch: Any) -> Any:
     if isinstance(batch, Tensor):
         return model(moved(batch))
     raise PeftcoreError(
-        f"a batch must be a mapping of keyword arguments for the model, a tuple or a tensor, found {batch!r:.200}"
+        "a batch must be a mapping of keyword arguments, a tuple of positional arguments, or a tensor, found "
+        f"{batch!r:.200}"
     )
 
 
@@ -54,7 +56,7 @@ def inputs_of(
             True for all modules, the remaining batches are skipped.
 
     Raises:
-        PeftcoreError: a path is not a module, `batches` is empty, or a module was not called with a tensor.
+        PeftcoreError: a path is not a module, `batches` is empty, or a module was never called with a tensor.
     """
     current_batch: list[Any] = []
     called_paths: set[str] = set()
@@ -80,7 +82,13 @@ def inputs_of(
     finally:
         for hook in hooks.values():
             hook.remove()
-    _refuse_missing(sorted(expected_paths - called_paths), "was not called with a tensor, so it has no inputs to see")
+    _refuse_missing(
+        sorted(expected_paths - called_paths),
+        (
+            "was not called with a tensor, so its inputs cannot be observed. Leave it out of target_modules, or pass "
+            "batches that reach it"
+        ),
+    )
 
 
 def gradients_of(
@@ -92,20 +100,20 @@ def gradients_of(
     loss: Callable[[Any, Any], Tensor] | None = None,
     at_once: int = 16,
 ) -> None:
-    """Compute the mean gradient of the loss over `batches` for base weights, in float32, and pass it to `visit`.
+    """Compute the mean gradient of the loss over `batches` for base weights in float32, and pass it to `visit`.
 
-    With one batch, each gradient is passed on as soon as the backward pass has computed it. With more, `at_once`
-    gradients are summed at a time, and the batches run again for the next ones.
+    With one batch, each gradient is passed on as soon as the backward pass has computed it. With several batches,
+    `at_once` gradients are accumulated at a time, and the batches run again for the next `at_once` weights.
 
     Args:
         names: names of parameters.
         visit: (name, gradient), in any order.
-        loss: (output, batch) -> a scalar; by default the output's `loss`, for batches with labels.
+        loss: (output, batch) -> scalar loss; by default the output's `loss`, for batches with labels.
         at_once: number of gradients in memory at a time.
 
     Raises:
-        PeftcoreError: a name is not a parameter that can have a gradient, `batches` is empty, there is no loss, or the
-            loss does not depend on a parameter.
+        PeftcoreError: a name is not a parameter that can have a gradient, `batches` is empty, the output has no loss,
+            or the loss does not depend on a parameter.
     """
     saved_batches = [dict(batch) if isinstance(batch, Mapping) else batch for batch in _require_any(batches)]
     names_of: dict[nn.Parameter, list[str]] = {}  # a shared parameter has several names
@@ -140,7 +148,8 @@ def gradients_of(
                 value = loss(output, batch) if loss is not None else getattr(output, "loss", None)
                 if not isinstance(value, Tensor):
                     raise PeftcoreError(
-                        "the model returned no loss. Add labels to the batches, or pass loss=(output, batch) -> ..."
+                        "the model did not return a loss. Add labels to the batches, or pass loss=(output, batch) -> "
+                        "..."
                     )
                 if value.requires_grad:
                     value.backward()
@@ -148,7 +157,8 @@ def gradients_of(
         for parameter in list(sums):
             pass_on(parameter, sums.pop(parameter) / len(saved_batches))
     _refuse_missing(
-        missing_names, "has no gradient: the loss does not depend on it. Leave it out, such as by exclude_modules"
+        missing_names,
+        ("has no gradient, because the loss does not depend on it. Leave it out, for example with exclude_modules"),
     )
 
 
@@ -156,7 +166,7 @@ def gradients_of(
 def _training_only(
     model: nn.Module, parameters: Sequence[nn.Parameter], take: Callable[[nn.Parameter], None]
 ) -> Iterator[None]:
-    """Require gradients of these parameters only, and call `take` with each parameter once it has its gradient."""
+    """Require gradients for these parameters only, and call `take` with each parameter when its gradient is ready."""
     required = {parameter: parameter.requires_grad for parameter in model.parameters()}
     gradients = {parameter: parameter.grad for parameter in parameters}
     with ExitStack() as stack:
@@ -181,7 +191,9 @@ def _require_any(batches: Iterable[Any]) -> Iterator[Any]:
         empty = False
         yield batch
     if empty:
-        raise PeftcoreError("`batches` is empty. If it is an iterator that has been read, pass a list or a DataLoader")
+        raise PeftcoreError(
+            "`batches` is empty. If it is an iterator that was already consumed, pass a list or a DataLoader"
+        )
 
 
 def _submodule(model: nn.Module, path: str) -> nn.Module:
@@ -197,9 +209,11 @@ def _parameter(model: nn.Module, name: str) -> nn.Parameter:
     except AttributeError:
         raise PeftcoreError(f"'{name}' is not a parameter of {type(model).__name__}") from None
     if not parameter.is_floating_point():
-        raise PeftcoreError(f"'{name}' is stored as {parameter.dtype}, which has no gradient. Observe a dense base")
+        raise PeftcoreError(f"'{name}' has no gradient, because it is stored as {parameter.dtype}. Use a dense base")
     if sharded.is_shard(parameter):
-        raise PeftcoreError(f"'{name}' is sharded. Observe its gradient before the model is sharded")
+        raise PeftcoreError(
+            f"cannot compute the gradient of '{name}', because it is sharded. Compute it before sharding the model"
+        )
     return parameter
 
 

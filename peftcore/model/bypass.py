@@ -1,9 +1,9 @@
-"""Layers that an adapter cannot reach: the model reads their weight instead of calling them, or changes the weight.
+"""Detect layers that an adapter cannot reach, since the model reads their weight without a call or changes it.
 
     fused(x, self.out_proj.weight)        instead of        self.out_proj(x)
 
-A forward pass on meta tensors finds such reads (see `tracing`). Reads that only happen on a GPU, with a cache or in
-training are listed in tables. If the forward fails with example inputs, reads after the failure are not found.
+A traced forward pass on meta tensors detects such reads (see `tracing`). Reads that happen only on a GPU, with a cache
+or in training are listed in tables. If the forward fails on the example inputs, later reads are not detected.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from peftcore.model.tracing import observe
 _ON_CARDS = "the CUDA kernels read its weight without calling it"
 _WITH_CACHE = "decoding with a cache reads its weight without calling it"
 
-# {class of transformers: (layers that a forward on the CPU in evaluation mode calls, but another forward reads; when)}
+# {class in transformers: (layers that are called on the CPU in evaluation mode, but read otherwise; condition)}
 _READ_IN_OTHER_MODES = {
     "MambaMixer": (("x_proj", "out_proj"), _ON_CARDS),
     "FalconMambaMixer": (("x_proj", "out_proj"), _ON_CARDS),
@@ -32,11 +32,11 @@ _READ_IN_OTHER_MODES = {
     "LSHSelfAttention": (("query_key", "value"), _WITH_CACHE),
     "Gemma3nTextAltUp": (("correction_coefs",), "training clamps its weight without calling it"),
 }
-# {class of transformers: layers whose weight it changes in place in training}
+# {class in transformers: layers whose weight it changes in place in training}
 _REWRITTEN_IN_TRAINING = {"Gemma3nTextAltUp": ("prediction_coefs",)}
 
-# {class of transformers: layer to whose dtype it casts its input}. The traced forward may not reach these classes,
-# because it runs on text, or its router chooses other experts.
+# {class in transformers: layer whose dtype it casts its input to}. The traced forward may not reach these classes,
+# because it runs on text, or because the router selects other experts.
 _CASTS_INPUT = {
     "Cosmos3EdgeVisionEmbeddings": "patch_embedding",
     "Ernie4_5_VLMoePatchEmbed": "proj",
@@ -55,7 +55,7 @@ _CASTS_INPUT = {
     "UdopDenseActDense": "wo",
 }
 
-# {fused projection: the projections that it replaces} in diffusers' attentions with `fused_projections=True`.
+# {fused projection: the projections that it replaces} in attention modules of diffusers with `fused_projections=True`.
 _FUSED_PROJECTIONS = {
     "to_qkv": ("to_q", "to_k", "to_v"),
     "to_kv": ("to_k", "to_v"),
@@ -65,10 +65,10 @@ _FUSED_PROJECTIONS = {
 
 
 def bypassed_layers(model: nn.Module) -> dict[str, str]:
-    """Return {path: reason} of the layers whose weight is read without calling them.
+    """Return {path: reason} for layers whose weight is read without calling the layer.
 
-    Layers that the forward pass did not reach are omitted, as are those of `nn.MultiheadAttention`, which is adapted as
-    a whole.
+    Layers that the forward pass did not reach are not included, nor are the layers inside `nn.MultiheadAttention`,
+    which has one adapter for all its weights.
     """
     modules, observation = dict(base_modules(model)), observe(model)
     layers: dict[str, str] = {}
@@ -98,33 +98,33 @@ def modules_without_gradients(model: nn.Module) -> set[str]:
 
 
 def external_reads(model: nn.Module) -> dict[str, set[str]]:
-    """Return {full name of a parameter: paths of other modules that read it while its own module does not run}."""
+    """Return {full name of a parameter: paths of other modules that read it outside a call of its module}."""
     reads: dict[str, set[str]] = observe(model).other_reads
     return reads
 
 
 def describe_reader(readers: set[str]) -> str:
-    """Return a description for messages of the first module that reads a parameter."""
+    """Describe, for error messages, the first module that reads a parameter."""
     reader = min(readers)
     return f"'{reader}'" if reader else "the model's own forward"
 
 
 def rewritten_layers(model: nn.Module) -> dict[str, str]:
-    """Return {path: reason} of layers whose weight the model changes in place, as RWKV does in evaluation mode."""
+    """Return {path: reason} for layers whose weight the model changes in place, as RWKV does in evaluation mode."""
     modules, layers = dict(base_modules(model)), dict[str, str]()
     for name, reader in observe(model).rewritten.items():
         kind = original_class(modules[reader]).__name__
-        layers[name.rpartition(".")[0]] = f"code of {kind} changes its {name.rpartition('.')[2]} in place"
+        layers[name.rpartition(".")[0]] = f"the forward of {kind} changes its {name.rpartition('.')[2]} in place"
     for path, module in modules.items():
         kind = original_class(module).__name__
         for name in _REWRITTEN_IN_TRAINING.get(kind, ()):
             if _join(path, name) in modules:
-                layers[_join(path, name)] = f"code of {kind} changes its weight in place in training"
+                layers[_join(path, name)] = f"the forward of {kind} changes its weight in place in training"
     return layers
 
 
 def layers_read_for_dtype(model: nn.Module) -> list[str]:
-    """Return the layers whose weight dtype other modules read, to cast an input (ColPali)."""
+    """Return the paths of layers whose weight dtype is read by other modules, to cast an input (ColPali)."""
     paths = [name.removesuffix(".weight") for name in sorted(observe(model).dtype_reads) if name.endswith(".weight")]
     for path, module in base_modules(model):
         layer = _CASTS_INPUT.get(original_class(module).__name__)
@@ -134,7 +134,7 @@ def layers_read_for_dtype(model: nn.Module) -> list[str]:
 
 
 def _fused_projections(modules: dict[str, nn.Module]) -> Iterator[tuple[str, str]]:
-    """Yield (path, reason) of projections that a fused one replaces, and of fused ones that are not in use any more."""
+    """Yield (path, reason) for projections replaced by a fused one, and for fused ones that are no longer used."""
     for path, module in modules.items():
         if "fused_projections" not in module.__dict__ and not hasattr(type(module), "fused_projections"):
             continue  # `getattr` below is slow for a module without the attribute
@@ -145,9 +145,11 @@ def _fused_projections(modules: dict[str, nn.Module]) -> Iterator[tuple[str, str
         is_used = hasattr(module, "unfuse_projections") or processor.startswith("Fused")
         for fused_name, parts in _FUSED_PROJECTIONS.items():
             if _join(path, fused_name) in modules and is_used:
-                yield from ((_join(path, part), f"'{fused_name}' has its weight, and is called") for part in parts)
+                yield from (
+                    (_join(path, part), (f"'{fused_name}' contains its weight and is called instead")) for part in parts
+                )
             elif _join(path, fused_name) in modules:
-                yield _join(path, fused_name), f"{', '.join(parts)} are called in its place"
+                yield _join(path, fused_name), f"{', '.join(parts)} are called instead"
 
 
 def _join(path: str, name: str) -> str:

@@ -1,15 +1,15 @@
-"""Detection of a model's architecture: its task, and the paths of its backbone, embedding and heads.
+"""Detect a model's architecture: its task, and the paths of its backbone, embedding and heads.
 
-A plugin's `peftcore_architecture` hook may describe a model. Otherwise the architecture is read from the methods and
-the config that transformers' models have.
+A plugin can describe a model by the hook `peftcore_architecture`. Otherwise the architecture is derived from the config
+and methods of transformers models.
 
-Task heads are the modules that pre-training did not train:
+Task heads are modules without pre-trained weights:
 
     models loaded by from_pretrained   modules whose parameters the checkpoint lacked, as transformers records it
     classes for a task                 in addition, everything outside the backbone
 
 Classes for a task are those that transformers lists for classification, detection, segmentation and similar tasks with
-the user's labels or vocabulary. Language-model heads and modules tied to the embedding are not task heads.
+the user's labels or vocabulary. Language model heads and modules tied to the embedding are not task heads.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ from peftcore.plugin.discovery import Plugin
 from peftcore.plugin.hooks import hookimpl
 from peftcore.plugin.registry import builtin, registry
 
-_CACHE_ARGUMENTS = ("cache", "past_key_values", "cache_params")  # differs between releases and classes of transformers
+_CACHE_ARGUMENTS = ("cache", "past_key_values", "cache_params")  # differs between versions and classes of transformers
 
-# PEFT's task types, by the suffix of a class's name.
+# PEFT's task types by the suffix of the class name.
 _TASK_TYPES = {
     "ForSequenceClassification": "SEQ_CLS",
     "ForTokenClassification": "TOKEN_CLS",
@@ -50,7 +50,7 @@ _TASK_TYPES = {
 
 
 def detect(model: nn.Module) -> Architecture:
-    """Return the architecture of `model`, from a plugin's hook or from the model itself.
+    """Return the architecture of `model`, from a plugin's hook or derived from the model.
 
     Raises:
         PluginError: two plugins describe the model differently, or a hook does not return an Architecture.
@@ -66,10 +66,11 @@ def detect(model: nn.Module) -> Architecture:
             description = plugin, answer
         elif answer != description[1]:
             raise PluginError(
-                f"peftcore_architecture: {description[0]} and {plugin} describe {type(model).__name__} differently. "
-                "Disable one of them by listing the plugins to use: PEFTCORE_PLUGINS=NAME,NAME"
+                f"{description[0]} and {plugin} describe {type(model).__name__} differently in "
+                "peftcore_architecture. Disable one of them by listing the plugins to use: "
+                "PEFTCORE_PLUGINS=NAME,NAME"
             )
-    assert description is not None  # the core describes every model
+    assert description is not None  # the core's hook describes every model
     return description[1]
 
 
@@ -117,16 +118,16 @@ def _read_architecture(model: nn.Module) -> Architecture:
 
 
 def _size(config: Any, name: str) -> int | None:
-    """Return a size from the config; None if it is missing, or differs between layers or stages."""
+    """Return a size from the config; None if it is missing or differs between layers or stages."""
     try:
         value = getattr(config, name, None)
-    except RuntimeError:  # transformers raises it for sizes that differ between layers
+    except RuntimeError:  # transformers raises this error for sizes that differ between layers
         return None
     return value if isinstance(value, int) else None
 
 
 def _token_embedding(model: nn.Module) -> nn.Module | None:
-    """Return the result of `get_input_embeddings` if it embeds tokens, rather than patches or waveforms."""
+    """Return the result of `get_input_embeddings` if it embeds tokens rather than patches or audio."""
     module = _call(model, "get_input_embeddings")
     return module if isinstance(getattr(module, "embedding_dim", None), int) else None
 
@@ -167,12 +168,12 @@ _LOADED_MARK = "_is_hf_initialized"  # attribute that transformers sets on param
 
 
 def task_heads(model: nn.Module, backbone: str, output_head: str | None) -> tuple[str, ...]:
-    """Return the paths of a transformers model's modules that pre-training did not train.
+    """Return the paths of modules without pre-trained weights in a transformers model.
 
     Args:
         model: the model.
-        backbone: path of the module that runs the layers; "" if the class does not name one.
-        output_head: path of the language-model head.
+        backbone: path of the module that runs the layers; "" if the class does not declare one.
+        output_head: path of the language model head.
     """
     tasks = _tasks_by_class().get(original_class(model).__name__, set())
     outside_backbone = _outside_backbone(model, backbone)
@@ -190,7 +191,7 @@ def task_heads(model: nn.Module, backbone: str, output_head: str | None) -> tupl
 
 
 def mark_as_loaded(parameter: Tensor, like: Tensor | None) -> None:
-    """Mark `parameter` as loaded from a checkpoint if `like`, which it replaces, was."""
+    """Mark `parameter` as loaded from a checkpoint if `like`, the parameter that it replaces, was loaded."""
     if getattr(like, _LOADED_MARK, False):
         setattr(parameter, _LOADED_MARK, True)
 
@@ -203,7 +204,7 @@ def _outside_backbone(model: nn.Module, backbone: str) -> list[str]:
     ]
     if backbone:
         backbones = {backbone.split(".")[0]}
-    else:  # the child has another name than the class's prefix, as in CLIP's classifier
+    else:  # the child's name is not the class's prefix, as in CLIP's classifier
         backbones = {name for name, child in children if hasattr(child, "base_model_prefix")}
     if not backbones:
         return []
@@ -215,12 +216,12 @@ def _outside_backbone(model: nn.Module, backbone: str) -> list[str]:
 
 
 def _modules_not_loaded(model: nn.Module, outside_backbone: list[str], output_head: str | None) -> Iterator[str]:
-    """Yield the paths of modules of which the checkpoint had no parameter.
+    """Yield the paths of modules without parameters in the checkpoint.
 
-    Resizing or replacing a layer after loading removes the mark. Therefore the output head is never included, and
-    modules of the backbone only if most of its parameters have the mark.
+    Resizing or replacing a layer after loading removes the mark of loaded parameters. Therefore the output head is
+    never included, and modules of the backbone only if most of its parameters have the mark.
     """
-    is_loaded_by_name: dict[str, bool] = {}  # True also for parameters that cannot have the mark
+    is_loaded_by_name: dict[str, bool] = {}  # also True for parameters that cannot have the mark
     for name, base_parameter in base_parameters(model):
         parameter = sharded.original(base_parameter)
         can_be_marked = type(parameter) is nn.Parameter and parameter.is_floating_point() and not parameter.is_meta
@@ -241,7 +242,7 @@ def _is_inside(path: str, parents: list[str]) -> bool:
 
 @cache
 def _tasks_by_class() -> dict[str, set[str]]:
-    """Return {class name: tasks by transformers' auto classes, such as `IMAGE_CLASSIFICATION`}."""
+    """Return {class name: tasks in transformers' auto classes, such as `IMAGE_CLASSIFICATION`}."""
     from transformers.models.auto import modeling_auto
 
     tasks_by_class: dict[str, set[str]] = {}

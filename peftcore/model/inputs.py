@@ -1,7 +1,7 @@
-"""Small valid inputs for any model, from the signature of its forward and the sizes in its config.
+"""Create small valid inputs for any model, from the signature of its forward and the sizes in its config.
 
-A builder makes the value of one argument. Builders are looked up by the argument's name and read sizes from the config;
-none depends on a class's name. To support another argument, add a function with `@argument("its_name")`.
+A builder creates the value of one argument. Builders are selected by the argument's name, never by the model's class,
+and read sizes from the config. To support another argument, add a function decorated with `@argument("its_name")`.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from peftcore.plugin.architecture import config_fields, text_config
 BATCH, LENGTH = 2, 7
 _SIDE = 32  # height and width of images for models without a config
 
-BUILDERS: dict[str, Callable[[Facts], Any]] = {}  # by the name of the argument
-# Arguments that a model needs together with the key.
+BUILDERS: dict[str, Callable[[Facts], Any]] = {}  # {name of an argument: its builder}
+# Arguments that a model requires together with the key.
 _COMPANIONS = {
     "pixel_values_videos": ("video_grid_thw",),
     "past_values": ("past_time_features", "past_observed_mask", "future_time_features", "future_values"),
@@ -46,31 +46,31 @@ def example_inputs(
 ) -> dict[str, Any]:
     """Return keyword arguments for a small forward pass of `model`.
 
-    A multimodal model whose config has a placeholder token (`image_token_id`) gets only text, because it can run
-    without the other inputs. Other multimodal models get all inputs (CLIP).
+    A multimodal model whose config has a placeholder token (`image_token_id`) gets only text, since it can run without
+    other modalities. Other multimodal models, such as CLIP, get inputs for all modalities.
 
     Args:
-        device: device of the tensors; by default the model's.
+        device: device of the tensors; by default the model's device.
         batch: number of samples.
-        length: number of tokens of each sample.
-        decoder_length: number of tokens of each sample for the decoder of an encoder-decoder; by default `length`.
+        length: number of tokens per sample.
+        decoder_length: number of decoder tokens per sample for an encoder-decoder; by default `length`.
 
     Returns:
-        Token ids without the special tokens that the config names, and floats in the model's dtype. Each call returns
-        equal values. Arguments without a builder are omitted, except the first one, which gets an input for the
-        model's first layer.
+        {name: value}. Token ids exclude the special tokens in the config; floats have the model's dtype. Every call
+        returns equal values. Arguments without a builder are omitted, except the first argument, which gets an input
+        for the model's first layer.
     """
     device = torch.device(device) if device is not None else _device(model)
     facts = Facts(model, device, batch, length, length if decoder_length is None else decoder_length)
     names, first_argument = _arguments_to_fill(facts), next(iter(facts.parameters), None)
     built = {name: BUILDERS[name](facts) for name in names if name in BUILDERS}
-    if first_argument in names and first_argument not in BUILDERS:  # such as nanoGPT's `idx`
+    if first_argument in names and first_argument not in BUILDERS:  # for example nanoGPT's `idx`
         built[first_argument] = _input(facts)
     return {name: value for name, value in built.items() if value is not None}
 
 
 def argument(*names: str) -> Callable[[Callable[[Facts], Any]], Callable[[Facts], Any]]:
-    """Register a builder for the arguments `names`. It returns None if it cannot build a value."""
+    """Register a builder for the arguments `names`. A builder returns None if it cannot create a value."""
 
     def register(build: Callable[[Facts], Any]) -> Callable[[Facts], Any]:
         BUILDERS.update(dict.fromkeys(names, build))
@@ -81,7 +81,7 @@ def argument(*names: str) -> Callable[[Callable[[Facts], Any]], Callable[[Facts]
 
 @dataclass
 class Facts:
-    """What builders know about a model: the arguments of its forward, the fields of its configs, and sizes."""
+    """Facts that builders use: the arguments of the model's forward, the fields of its configs, and sizes."""
 
     model: nn.Module
     device: torch.device
@@ -96,7 +96,7 @@ class Facts:
 
     @property
     def configs(self) -> Iterator[Any]:
-        """Yield the model's config, its text config, then all nested ones."""
+        """Yield the model's config, its text config, and then all nested configs."""
         config = getattr(self.model, "config", None)
         if config is None:
             return
@@ -110,11 +110,11 @@ class Facts:
                 queue += [value for value in config_fields(config).values() if hasattr(value, "to_dict")]
 
     def find(self, *names: str, default: Any = None, inside: str | None = None) -> Any:
-        """Return the first of the fields `names` that a config has.
+        """Return the value of the first field in `names` that a config has.
 
         Args:
             default: value if no config has one of the fields.
-            inside: look first in sub-configs with this word in their class's name.
+            inside: look first in nested configs whose class name contains this word.
         """
         configs = list(self.configs)
         if inside is not None:
@@ -169,7 +169,7 @@ def _is_integer(value: Any) -> bool:
 
 
 def _arguments_to_fill(facts: Facts) -> list[str]:
-    """Return the arguments to fill: those without a default, the main ones, and others that these need."""
+    """Return the arguments to fill: required arguments, the main ones, and the arguments that these depend on."""
     required = _required_arguments(facts)
     names = required + _main_arguments(facts)
     if not any(facts.has(name) for name in names):
@@ -195,7 +195,7 @@ def _required_arguments(facts: Facts) -> list[str]:
 
 
 def _main_arguments(facts: Facts) -> list[str]:
-    """Return the model's `main_input_name` (one or several names), or else its first argument."""
+    """Return the model's `main_input_name` (one or several names), or its first argument."""
     main = getattr(facts.model, "main_input_name", None) or list(facts.parameters)[:1]
     return [main] if isinstance(main, str) else list(main)
 
@@ -251,7 +251,7 @@ def _embeddings(facts: Facts) -> Tensor:
     return facts.floats(facts.batch, facts.length, facts.find("hidden_size", "d_model", "n_embd", "dim", default=32))
 
 
-# Other models, whose only argument goes to their first layer
+# Fallback for other models: the only argument goes to the first layer
 
 
 @argument("input", "x", "src")
@@ -311,13 +311,13 @@ def _pixel_values_videos(facts: Facts) -> Tensor:
 @argument("input_values", "audio_values")
 def _input_values(facts: Facts) -> Tensor:
     kernels, strides = facts.find("conv_kernel"), facts.find("conv_stride")
-    if kernels and strides:  # convolutions over the waveform: as many samples as give 16 frames
+    if kernels and strides:  # convolutions over the waveform: enough samples for 16 frames
         length = 16
         for kernel, stride in zip(reversed(kernels), reversed(strides), strict=False):
             length = (length - 1) * stride + kernel
         return facts.floats(facts.batch, length)
     if (mels := facts.find("num_mel_bins", "max_length")) and facts.find("max_length"):
-        return facts.floats(facts.batch, facts.find("max_length"), mels)  # a spectrogram as an image
+        return facts.floats(facts.batch, facts.find("max_length"), mels)  # a spectrogram in the layout of an image
     return facts.floats(facts.batch, facts.find("audio_channels", "num_channels", default=1), 2048)
 
 
@@ -329,7 +329,9 @@ def _input_features(facts: Facts) -> Tensor:
     )  # fmt: skip
     frames = facts.find("max_source_positions", inside="audio")
     if frames and facts.find("num_mel_bins") and not facts.find("input_feat_per_channel"):
-        return facts.floats(facts.batch, bins, 2 * frames)  # Whisper's order; its convolution halves the frames
+        return facts.floats(
+            facts.batch, bins, 2 * frames
+        )  # Whisper's layout; its convolution halves the number of frames
     return facts.floats(facts.batch, 64, bins)
 
 
@@ -386,7 +388,7 @@ def _grid(facts: Facts) -> Tensor:
 
 
 def _patches(facts: Facts) -> Tensor:
-    """Return flattened patches of the images of `_grid`, `[patches, channels · frames · height · width]`."""
+    """Return flattened image patches for `_grid`, `[patches, channels · frames · height · width]`."""
     height, width = _pair(facts.find("patch_size", inside="vision", default=16))
     frames = facts.find("temporal_patch_size", inside="vision", default=1)
     return facts.floats(int(_grid(facts).prod(-1).sum()), _channels(facts) * frames * height * width)

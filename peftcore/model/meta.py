@@ -1,8 +1,8 @@
-"""Forward passes without memory: floats are meta tensors, integers are real.
+"""Run forward passes without memory: floating-point tensors are on the meta device, integers are real.
 
-Shapes, indices and masks determine the control flow. They are integers or booleans, and stay real tensors on the CPU.
-Weights and activations are meta tensors. Values computed from meta tensors are made up, but valid: integers are 0,
-booleans False, numbers 0.0, and a router chooses the first experts. No random numbers are drawn.
+Shapes, indices and masks determine the control flow; they are integers or booleans, and stay real CPU tensors. Weights
+and activations are meta tensors. Values that depend on meta tensors are replaced by valid placeholders: integers are 0,
+booleans False, Python floats 0.0, and a router selects the first experts. No random numbers are drawn.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from torch.utils._pytree import tree_map_only
 from peftcore.model.base_modules import CHILD, ROWS, TRAINED, base_modules, original_class
 from peftcore.plugin import sharded
 
-_STATE = "_peftcore_state"  # the engine's attribute: the adapters applied to a model
+_STATE = "_peftcore_state"  # attribute of the engine: the adapters applied to a model
 _SMALL = 1 << 16  # integer tensors with more values are packed weights rather than indices
-_COMPOSABLE = "__composable_api_state_key"  # PyTorch's attribute: the state of fully_shard, with its process groups
-_LARGEST = 1 - 2**-24  # the value of every random number, so that no layer is dropped at random
-_FAKE = "FakeTensor"  # DTensor computes shapes with them; they take no memory
-# Shares memory with the tensor that it wraps. Its meta kernel does not, so it is replaced by an alias.
+_COMPOSABLE = "__composable_api_state_key"  # attribute of PyTorch: the state of fully_shard, with its process groups
+_LARGEST = 1 - 2**-24  # value of all random numbers, so that no layer is dropped at random
+_FAKE = "FakeTensor"  # DTensor uses them to compute shapes, without memory
+# The operator shares memory with its argument, but its meta kernel does not, so replace it by an alias.
 _WRAPPED = "_c10d_functional::_wrap_tensor_autograd"
 aten = torch.ops.aten
 
@@ -34,11 +34,11 @@ Record = Callable[[Any, tuple[Any, ...], list[Tensor], Any], None]
 
 
 class MetaFloats(TorchDispatchMode):
-    """Mode in which operators accept meta tensors and real integer tensors together; see above.
+    """Dispatch mode in which operators accept meta tensors together with real integer tensors; see above.
 
     Args:
-        record: called after each operator with (operator, arguments, the tensors among them, output).
-        largest_index: integer tensors with more values are meta tensors as well.
+        record: called after each operator with (operator, arguments, tensors among the arguments, output).
+        largest_index: integer tensors with more values are also meta tensors.
     """
 
     def __init__(self, record: Record | None = None, largest_index: int = _SMALL) -> None:
@@ -50,7 +50,9 @@ class MetaFloats(TorchDispatchMode):
         kwargs = kwargs or {}
         for cls in types:
             if cls.__name__ == "DTensor":
-                return NotImplemented  # DTensor dispatches the operator on local tensors, which arrives here again
+                return (
+                    NotImplemented  # DTensor redispatches the operator on local tensors, which reaches this mode again
+                )
             if cls.__name__ == _FAKE:
                 return operator(*args, **kwargs)
         tensors = _tensors([*args, *kwargs.values()])
@@ -77,7 +79,7 @@ class MetaFloats(TorchDispatchMode):
             operator = aten.index_put_.default if operator is aten.index_put_.default else aten.index.Tensor
         destination = _destination(operator, args) if operator._schema.is_mutable else None
         if destination is not None and not destination.is_meta:
-            return destination  # the values to write are unknown, so a real tensor keeps its own
+            return destination  # the values to write are unknown, so the real tensor keeps its values
         if kwargs.get("device") is not None:
             kwargs = {**kwargs, "device": "meta"}
         output = _run_for_shapes(operator, args, kwargs)
@@ -110,7 +112,7 @@ def _run_on_cpu(operator: Any, args: Any, kwargs: dict[str, Any], tensors: list[
         kwargs = {**kwargs, "device": "cpu"}
     try:
         return operator(*args, **kwargs)
-    except NotImplementedError:  # not implemented on the CPU for integers; the model's device may have it
+    except NotImplementedError:  # not implemented for integers on the CPU; the model's device may support it
         return _fill_output(operator, args, kwargs)
 
 
@@ -119,7 +121,7 @@ _ORDERING: dict[Any, int] = {aten.topk.default: 2, aten.sort.default: 1, aten.so
 
 
 def _positions(like: Tensor, dim: int) -> Tensor:
-    """Return indices 0, 1, 2, .. along `dim` in the shape of `like`, so that a router chooses the first experts."""
+    """Return indices 0, 1, 2, .. along `dim` in the shape of `like`, so that a router selects the first experts."""
     positions = torch.arange(like.shape[dim], device="cpu") if like.dim() else torch.zeros((), dtype=torch.long)
     shape = [1] * like.dim()
     if shape:
@@ -128,7 +130,7 @@ def _positions(like: Tensor, dim: int) -> Tensor:
 
 
 _Form = tuple[torch.Size, tuple[int, ...], torch.dtype]
-_SHAPE_CACHE: dict[Any, _Form | tuple[_Form, ...] | None] = {}  # outputs of operators that return new tensors
+_SHAPE_CACHE: dict[Any, _Form | tuple[_Form, ...] | None] = {}  # shapes of operators that return new tensors
 _CACHE_LIMIT = 1 << 15
 
 
@@ -151,14 +153,14 @@ def _run_for_shapes(operator: Any, args: Any, kwargs: dict[str, Any]) -> Any:
 
 
 def _key(operator: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, ...] | None:
-    """Return the key of an operator's call in `_SHAPE_CACHE`; None if the output may share memory with an argument."""
+    """Return the key of an operator call in `_SHAPE_CACHE`; None if the output may share memory with an argument."""
     if operator.is_view or operator._schema.is_mutable:
         return None
     return operator, _kind_of(args, kwargs), torch.get_default_dtype()
 
 
 def _is_fresh(output: Any, inputs: list[Tensor]) -> bool:
-    """Return whether the output is meta tensors that share no memory with each other or with the inputs."""
+    """Return whether all outputs are meta tensors that share no memory with each other or with the inputs."""
     tensors = (output,) if isinstance(output, Tensor) else output
     if type(tensors) is not tuple or not all(type(tensor) is Tensor and tensor.is_meta for tensor in tensors):
         return False
@@ -175,7 +177,7 @@ def _empty(shape: torch.Size, stride: tuple[int, ...], dtype: torch.dtype) -> Te
 
 
 def _kind_of(args: Any, kwargs: dict[str, Any]) -> tuple[Any, ...]:
-    """Return what determines an output's form: the form of tensors, the type and value of everything else."""
+    """Return a key that determines the output's shape: metadata of tensors, type and value of all else."""
     kind: list[Any] = [tuple(kwargs)]
     stack = [*args, *kwargs.values()]
     while stack:
@@ -191,12 +193,12 @@ def _kind_of(args: Any, kwargs: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def _in_backward() -> bool:
-    """Return whether a backward pass is running. All gradients are meta tensors, even those of zeros."""
+    """Return whether a backward pass is running, where all gradients are meta tensors, even zeros."""
     return torch._C._current_graph_task_id() != -1 and not torch.is_grad_enabled()
 
 
 def _tensors(values: list[Any]) -> list[Tensor]:
-    """Return the tensors among arguments, including those in nested lists, in their order."""
+    """Return the tensors among the arguments, including tensors in nested lists, in order."""
     tensors: list[Tensor] = []
     stack = values[::-1]
     while stack:
@@ -227,7 +229,7 @@ def _on_meta(tensor: Tensor) -> Tensor:
 
 
 def _fill_output(operator: Any, args: Any, kwargs: dict[str, Any], value: float = _LARGEST) -> Any:
-    """Return the output as a real tensor of the right shape, filled with `value`, truncated for integers."""
+    """Return the output as a real tensor of the right shape, filled with `value` (truncated for integers)."""
     destination = _destination(operator, args)
     if destination is not None:
         return destination
@@ -243,7 +245,7 @@ def _fill_output(operator: Any, args: Any, kwargs: dict[str, Any], value: float 
 
 
 def _destination(operator: Any, args: Any) -> Tensor | None:
-    """Return the argument that an in-place operator writes to; None for other operators."""
+    """Return the argument that an in-place operator writes to; None for any other operator."""
     if operator._schema.is_mutable and args and isinstance(args[0], Tensor):
         argument = operator._schema.arguments[0]
         if argument.alias_info is not None and argument.alias_info.is_write:
@@ -274,7 +276,7 @@ _FILL_VALUES: dict[Any, Callable[[Any], float]] = {
 
 
 def _keeps_fill_value(like: Tensor, kwargs: dict[str, Any]) -> bool:
-    """Return whether a tensor filled in the shape of `like` is real: if it is small and does not need gradients."""
+    """Return whether a filled tensor of the shape of `like` is real: it must be small and not require gradients."""
     receives = like.requires_grad and kwargs.get("dtype", like.dtype).is_floating_point
     return like.is_meta and like.numel() <= _SMALL and not receives
 
@@ -291,7 +293,7 @@ _EXPAND_MASKS: dict[Any, Callable[..., Any]] = {
 
 
 class _CopyToMeta(TorchFunctionMode):
-    """Mode in which deep copies of tensors become meta tensors; small integer tensors keep their values."""
+    """Dispatch mode in which deep copies of tensors are meta tensors, except for small integer tensors."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function is not Tensor.__deepcopy__:
@@ -318,13 +320,13 @@ def meta_copy(model: nn.Module) -> nn.Module:
     Linear layers with a packed weight become plain `nn.Linear`s. Changes to the copy do not affect the model.
     """
     memo: dict[int, Any] = {}  # {id of an object: its copy}
-    # Modules of FSDP2's classes raise an error in deepcopy, so their copies are made by hand.
+    # FSDP2's classes raise an error in deepcopy, so their copies are made by hand.
     sharded_copies: dict[nn.Module, nn.Module] = {}
     is_sharded: Callable[[Any], bool] = _is_sharded  # to mypy a class is not hashable
     for _, module in base_modules(model):
         _omit_adapters(module, memo)
         for tensor in (*module._parameters.values(), *module._buffers.values()):
-            if tensor is not None and id(tensor) not in memo:  # parameters define their own copying
+            if tensor is not None and id(tensor) not in memo:  # parameters define `__deepcopy__`
                 memo[id(tensor)] = _copy_tensor(tensor)
         cls = original_class(module)
         if is_sharded(cls):
@@ -342,7 +344,7 @@ def meta_copy(model: nn.Module) -> nn.Module:
 
 
 def _omit_adapters(module: nn.Module, memo: dict[int, Any]) -> None:
-    """Make a deep copy omit a module's adapters, except their names, through its memo."""
+    """Prepare a deepcopy `memo` so that a module's adapters are copied only by name."""
     for name in (CHILD, TRAINED):
         adapters = module._modules.get(name)
         if adapters is not None:
@@ -355,7 +357,7 @@ def _omit_adapters(module: nn.Module, memo: dict[int, Any]) -> None:
 
 @cache
 def _is_sharded(cls: type) -> bool:
-    """Return whether `fully_shard` made the class."""
+    """Return whether `fully_shard` created the class."""
     return any(base.__name__ == "FSDPModule" for base in cls.__mro__)
 
 
@@ -363,7 +365,7 @@ def _strip(module: nn.Module) -> None:
     module.__class__ = original_class(module)
     module._modules.pop(CHILD, None)
     module._modules.pop(TRAINED, None)
-    module.__dict__.pop("forward", None)  # accelerate's hook, which would move weights
+    module.__dict__.pop("forward", None)  # accelerate's hook would move weights
     for name, value in list(module.__dict__.items()):
         if name.startswith("_peftcore_"):  # state of adapters
             del module.__dict__[name]

@@ -1,10 +1,11 @@
-"""Placement of the samples of a batch in the tensors of a module's arguments and output.
+"""Locate the samples of a batch in the tensors of a module's arguments and output.
 
-The inputs of a model have the samples in dimension 0. Inside the model they may be elsewhere: `[tokens, samples,
-width]`, `[samples · tokens, width]`, or nowhere, as in a bias that depends only on positions. Sizes alone do not tell,
-because there may be as many tokens as samples. So `rows_of` runs the model with two batch sizes: the dimension that
-grows with the batch contains the samples. If samples and tokens share a dimension, `[samples · tokens, width]`, the
-operators before it must also keep the order of rows; an expert of a mixture, for example, receives a selection of them.
+A model's inputs have the samples in dimension 0. Inside the model the layout may differ: `[tokens, samples, width]`,
+`[samples · tokens, width]`, or no sample dimension, as in a bias that depends only on positions. Sizes alone are
+ambiguous, because there may be as many tokens as samples. `rows_of` therefore runs the model with two batch sizes: the
+dimension that grows with the batch contains the samples. If samples and tokens share a dimension, `[samples · tokens,
+width]`, the operators before it must also preserve the order of rows; an expert, for example, gets only a selection of
+rows.
 """
 
 from __future__ import annotations
@@ -24,18 +25,20 @@ from peftcore.model.inputs import example_inputs
 from peftcore.model.tracing import Call as TracedCall, Inputs, Trace, Value, cached_by_model, trace
 from peftcore.plugin.call import Call
 
-# Placements other than `Samples`: all samples share the tensor; they share it, and its dimension 0 has size 1; unknown.
+# Placements other than `Samples`: the tensor is shared by all samples; it is shared and its dimension 0 has size 1;
+# unknown.
 SHARED, BROADCAST, UNKNOWN = "shared", "broadcast", "unknown"
 
 
 @dataclass(frozen=True)
 class Samples:
-    """Samples of a batch, one after another in dimension `dim` of a tensor.
+    """Samples of a batch that are consecutive in dimension `dim` of a tensor.
 
     Args:
         dim: the dimension.
-        per_sample: number of entries per sample, or, if `tokens` is given, per token of a sample.
-        tokens: names of model arguments `[samples, tokens, ...]`; the first that a call has gives the number of tokens.
+        per_sample: number of entries per sample, or per token of a sample if `tokens` is given.
+        tokens: names of model arguments `[samples, tokens, ...]`; the first one present in a call gives the number of
+            tokens.
     """
 
     dim: int = 0
@@ -54,7 +57,7 @@ class Samples:
 class Rows:
     """Placement of the samples in the tensors of a module's arguments and output.
 
-    A placement is `Samples` or one of the constants above. Nested containers have the placements of their tensors.
+    A placement is `Samples` or one of the constants above; for containers, a container of placements.
 
     Args:
         first: placement in the first tensor argument.
@@ -68,19 +71,19 @@ class Rows:
 
 
 def entries_of(samples: Tensor, entries: int) -> Tensor:
-    """Return the indices of these samples' entries, where each sample has `entries` consecutive ones."""
+    """Return the indices of the entries of these samples; each sample has `entries` consecutive entries."""
     if entries == 1:
         return samples
     return (samples[:, None] * entries + torch.arange(entries, device=samples.device)).flatten()
 
 
 def slice_samples(value: Any, placement: Any, samples: Tensor, count: int) -> Any:
-    """Slice a batched argument to some samples; values that all samples share are returned unchanged.
+    """Slice a batched argument to some samples; arguments shared by all samples are returned unchanged.
 
     Args:
-        value: a tensor, a plain value, or containers of them.
+        value: a tensor, a plain value, or a nested container.
         placement: placement of the samples in the value, as in `Rows.arguments`.
-        samples: int64, the indices of the samples.
+        samples: int64 indices of the samples.
         count: number of samples in the batch.
 
     Raises:
@@ -101,14 +104,14 @@ def slice_samples(value: Any, placement: Any, samples: Tensor, count: int) -> An
         return value
     raise PeftcoreError(
         f"cannot mix adapters in a batch of {count} samples: an argument of type {type(value).__name__} cannot be "
-        "sliced. Only adapters on layers such as linear ones can be mixed in a batch"
+        "sliced. Mix only adapters on layers such as linear layers"
     )
 
 
 def _slice_tensor(tensor: Tensor, placement: Any, samples: Tensor, count: int) -> Tensor:
     if placement == SHARED:
         return tensor
-    # If a batch of several samples has one row, the row is broadcast to them.
+    # If a batch of several samples has one row, the row is broadcast.
     in_rows = isinstance(placement, Samples) and placement.dim == 0
     may_be_broadcast = placement in (BROADCAST, UNKNOWN) or (count > 1 and in_rows)
     if may_be_broadcast and (tensor.dim() == 0 or tensor.shape[0] == 1):
@@ -117,21 +120,21 @@ def _slice_tensor(tensor: Tensor, placement: Any, samples: Tensor, count: int) -
     if isinstance(placement, Samples) and placement.dim < tensor.dim() and tensor.shape[placement.dim] % count == 0:
         return tensor.index_select(placement.dim, entries_of(samples, tensor.shape[placement.dim] // count))
     raise PeftcoreError(
-        f"cannot mix adapters in a batch of {count} samples: it is unknown which rows of an argument of shape "
-        f"{list(tensor.shape)} belong to which sample. Run the samples of each adapter in a separate batch"
+        f"cannot mix adapters in a batch of {count} samples: the samples in an argument of shape "
+        f"{list(tensor.shape)} are unknown. Run the samples of each adapter in a separate batch"
     )
 
 
 def join_samples(parts: list[Any], placement: Any, counts: list[int], order: Tensor) -> Any:
-    """Join the outputs of groups of samples into the output of the whole batch.
+    """Join the outputs of groups of samples into the output of the full batch.
 
-    A tensor that all samples of a group share, such as T5's position bias, is repeated for each sample.
+    A tensor shared by all samples of a group, such as T5's position bias, is repeated for each sample.
 
     Args:
         parts: the output of each group.
         placement: placement of the samples in the output, as in `Rows.output`.
         counts: number of samples in each group.
-        order: int64, for each sample of the batch its index in the concatenated groups.
+        order: int64, the index of each sample of the batch in the concatenated groups.
 
     Raises:
         PeftcoreError: the placement of the samples in a tensor is unknown.
@@ -148,7 +151,7 @@ def join_samples(parts: list[Any], placement: Any, counts: list[int], order: Ten
             return torch.cat(expanded)[order]
         raise PeftcoreError(
             f"cannot mix adapters in a batch: outputs of shape {list(parts[0].shape)} for {counts[0]} samples cannot "
-            "be joined. Only adapters on layers such as linear ones can be mixed in a batch"
+            "be joined. Mix only adapters on layers such as linear layers"
         )
     if type(parts[0]) in (tuple, list):
         items_by_group = zip(*parts, strict=True)
@@ -186,7 +189,7 @@ def _divides_evenly(parts: list[Tensor], dim: int, counts: list[int]) -> bool:
 
 
 def _placement_of_item(placement: Any, container: Any, key: Any) -> Any:
-    """Return the placement in one item of a container; UNKNOWN if the observed container had other items."""
+    """Return the placement of one item in a container; UNKNOWN if the observed container had other items."""
     if isinstance(container, dict):
         return placement.get(key, UNKNOWN) if isinstance(placement, dict) else UNKNOWN
     return placement[key] if type(placement) is type(container) and len(placement) == len(container) else UNKNOWN
@@ -207,13 +210,21 @@ _BY_ROW = {
     "rsub", "sigmoid", "silu", "slice", "softplus", "split", "split_with_sizes", "sub", "sum", "t", "tanh", "transpose",
     "where",
 }  # fmt: skip
-_ALONG_ONE = {"slice", "split", "split_with_sizes", "sum", "mean", "cat", "expand"}  # act on one dimension, perhaps 0
+_ALONG_ONE = {
+    "slice",
+    "split",
+    "split_with_sizes",
+    "sum",
+    "mean",
+    "cat",
+    "expand",
+}  # these act on one dimension, possibly 0
 _RESHAPING = {"view", "_unsafe_view", "_reshape_alias", "unsqueeze", "squeeze"}
 
 
 @cached_by_model
 def rows_of(model: nn.Module) -> dict[str, Rows | str]:
-    """Return {path: placement of the samples in the module's tensors, or the reason why it is unknown}.
+    """Return {path: placement of samples in the module's tensors, or the reason why it is unknown}.
 
     This takes two forward passes on a meta copy, and a third if samples and tokens share a dimension.
     """
@@ -240,15 +251,18 @@ def rows_of(model: nn.Module) -> dict[str, Rows | str]:
             rows[path + name[len(traced_path) :]] = rows[name]
     error = trace_few.error or trace_more.error
     reason = (
-        "a forward with example inputs does not call it"
+        "a forward on example inputs does not call the module"
         if error is None
-        else f"a forward with example inputs fails before it is called ({type(error).__name__}: {error})"
+        else f"a forward on example inputs fails before it reaches the module ({type(error).__name__}: {error})"
     )
     return {**{path: reason for path, _ in base_modules(model)}, **rows}
 
 
 def _inputs(batch: int, length: int, decoder_length: int) -> Inputs:
-    """Return a builder of example inputs of this size. They have padding, so that the model makes a padding mask."""
+    """Return a builder of example inputs of this size.
+
+    The inputs have padding, so that the model creates a padding mask.
+    """
 
     def make(model: nn.Module) -> dict[str, Any]:
         inputs = example_inputs(model, device="cpu", batch=batch, length=length, decoder_length=decoder_length)
@@ -273,11 +287,11 @@ def _first_shapes(forward_trace: Trace, calls: list[TracedCall]) -> list[tuple[i
 
 
 def _rows(trace_few: Trace, trace_more: Trace, few: TracedCall, more: TracedCall, longer: TracedCall) -> Rows | str:
-    """Return the placement of the samples in one call of a module, from three forward passes.
+    """Return the placement of the samples in one call of a module, by comparing three forward passes.
 
     Args:
         trace_few, trace_more: traces that contain `few` and `more`.
-        few, more, longer: the call with few samples, with more samples, and with longer samples.
+        few, more, longer: the same call with few samples, with more samples, and with longer samples.
     """
     other_arguments = (more.argument_shapes, longer.argument_shapes)
     arguments = {
@@ -327,7 +341,7 @@ def _is_sequence_like(shapes: Sequence[Any], other: Any) -> bool:
 
 
 def _samples_in(shape_few: torch.Size, shape_more: Any, shape_longer: Any) -> Samples | str:
-    """Return the placement in a tensor from its shapes with few samples, with more samples, and with longer samples."""
+    """Return the placement in a tensor from its shapes with few, with more, and with longer samples."""
     if not isinstance(shape_more, torch.Size) or not isinstance(shape_longer, torch.Size):
         return UNKNOWN
     placement = _growing_dimension(shape_few, shape_more)
@@ -358,11 +372,11 @@ def _growing_dimension(shape_few: tuple[int, ...], shape_more: tuple[int, ...]) 
 
 
 def _is_in_sample_order(trace_few: Trace, trace_more: Trace, number: int) -> bool:
-    """Return whether dimension 0 of a value has all entries of the first sample, then those of the second, and so on.
+    """Return whether dimension 0 of a value lists all entries of sample 0, then all of sample 1, and so on.
 
     Args:
         trace_few, trace_more: traces of the same operators with few and with more samples.
-        number: number of the value.
+        number: index of the value in the traces.
     """
     if len(trace_few.values) != len(trace_more.values):
         return False
@@ -371,8 +385,8 @@ def _is_in_sample_order(trace_few: Trace, trace_more: Trace, number: int) -> boo
         number = stack.pop()
         value = trace_few.values[number]
         if value.shape[:1] == (_FEW,) and trace_more.values[number].shape[:1] == (_MORE,):
-            continue  # one entry per sample
-        if value.operator in _RESHAPING:  # keeps the order of all elements
+            continue  # one entry for each sample
+        if value.operator in _RESHAPING:  # preserves the order of all elements
             inputs = value.inputs[:1]
         elif value.operator in _BY_ROW or value.operator.startswith("_scaled_dot_product"):
             inputs = tuple(
@@ -394,13 +408,13 @@ def _keeps_rows(source: Value, value: Value) -> bool:
 
 
 def _merge_calls(calls: list[Rows | str]) -> Rows | str:
-    """Return the placement that all calls of a module have in common, or the reason why there is none."""
+    """Return the placement common to all calls of a module, or the reason why there is none."""
     common = calls[0]
     for rows in calls[1:]:
         if isinstance(common, str) or isinstance(rows, str) or rows.first != common.first:
             if common == rows:
                 continue
-            return "samples are in different places in its calls, or missing in some of them"
+            return "samples are in different dimensions in its calls, or missing in some calls"
         if rows != common:
             arguments = {
                 name: _same_placement(placement, rows.arguments.get(name))

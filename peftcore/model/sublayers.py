@@ -1,7 +1,7 @@
-"""Detection of attention, cross-attention and feed-forward sublayers in one forward pass.
+"""Detect attention, cross-attention and feed-forward sublayers in one forward pass.
 
-A sublayer is a branch F of the residual stream: an addition s + h where h was computed from s. Sublayers are found from
-these additions alone, never by the name of a class.
+A sublayer is a branch F of the residual stream: an addition s + h where h was computed from s. Sublayers are detected
+from these additions alone, never by class names.
 
 s ──┬── norm ── x ── F ── h ── (+) ── out
     └──────────────────────────┘
@@ -22,7 +22,7 @@ from peftcore.model.bypass import bypassed_layers, rewritten_layers
 from peftcore.model.tracing import SKIPPED, Call, Trace, cached_by_model, observe, trace
 from peftcore.plugin.architecture import ATTENTION, CROSS_ATTENTION, FEED_FORWARD, Kind, Sublayer
 
-# Attention in one operator, of (query, key, value).
+# Operators that compute attention of (query, key, value).
 _FUSED_ATTENTION = {
     f"_scaled_dot_product_{kind}" for kind in (
         "flash_attention_for_cpu", "flash_attention", "efficient_attention", "cudnn_attention",
@@ -64,8 +64,7 @@ class ObservedSublayers(Sequence[Sublayer]):
 def find(model: nn.Module) -> tuple[Sublayer, ...]:
     """Return the sublayers of all numbered layers of `model`, in the order of its forward.
 
-    The result is empty if the forward fails with example inputs inside a layer, or if the model rescales the residual
-    stream.
+    The result is empty if the forward fails inside a layer, or if the model rescales the residual stream.
     """
     reader = _SublayerReader(model, observe(model))
     if reader.looks_into_skipped_layers():
@@ -85,7 +84,7 @@ def find(model: nn.Module) -> tuple[Sublayer, ...]:
 
 
 def _ran_whole_stacks(model: nn.Module, trace: Trace) -> bool:
-    """Return whether a failed forward ran each list of layers completely or not at all."""
+    """Return whether a failed forward has run each list of layers completely or not at all."""
     if any(_numbered_prefixes(path) for path in trace.failed):
         return False
     lists = [(path, module) for path, module in base_modules(model) if isinstance(module, nn.ModuleList)]
@@ -128,15 +127,15 @@ class Residuals:
             if call.output is not None
         ]
         adders = {around for branch in found for around in self._with_enclosing(branch.adder)}
-        # Leave out blocks that contain branches.
+        # Skip blocks that contain other branches.
         self.branches = [branch for branch in found if branch.call not in adders]
 
     def views(self, value: int) -> list[int]:
-        """Return `value` and its views with other leading dimensions; OPT reshapes between rows and batches."""
+        """Return `value` and its views with other leading dimensions, since OPT reshapes between rows and batches."""
         return [value, *(view for child in self._views.get(value, ()) for view in self.views(child))]
 
     def region(self, value: int, since: int) -> set[int]:
-        """Return the values from which `value` was computed, back to `since`."""
+        """Return the values that `value` was computed from, back to `since`."""
         visited, queue = {value}, [value]
         while queue:
             for number in self.values[queue.pop()].inputs:
@@ -153,7 +152,7 @@ class Residuals:
         return call in self._norms and self.is_plain(call)
 
     def is_plain(self, call: Call) -> bool:
-        """Return whether the call mixes neither tokens nor features, as norms, dropout, scales and activations do."""
+        """Return whether the call mixes neither tokens nor features (norms, dropout, scales, activations)."""
         return call not in self._mixing and not any(p.dim() > 1 for p in call.module.parameters())
 
     def _calls_with(self, operators: set[str]) -> set[Call]:
@@ -204,7 +203,7 @@ class Residuals:
             inputs = [v for v in self.values[value].inputs if not self.values[v].is_weight]
             if value in self._additions:
                 inputs = [self._additions[value][1]]
-            if operator.startswith("add"):  # each term may come from another module
+            if operator.startswith("add"):  # each term may come from a different module
                 for term in inputs:
                     yield from back(term)
                 return
@@ -231,7 +230,7 @@ class Residuals:
                 return
 
     def _by_depth(self, values: list[int], oldest: int) -> list[int]:
-        """Sort values by the number of matrix products behind them, most first, so a gated value precedes its gate."""
+        """Sort values by the number of matrix products behind them, largest first: gated values precede gates."""
         if len(values) < 2:
             return values
 
@@ -251,7 +250,7 @@ class _SublayerReader:
         self.called = trace.called
 
     def looks_into_skipped_layers(self) -> bool:
-        """Return whether a branch leads through a layer that the trace skipped."""
+        """Return whether a branch passes through a layer that the trace skipped."""
         return any(
             self.values[v].operator == SKIPPED for branch in self.residuals.branches for v in self._region(branch)
         )
@@ -277,7 +276,7 @@ class _SublayerReader:
         return tuple(replace(sublayer, layer=indices[layer]) for layer in indices for sublayer in found[layer])
 
     def _branches_of_layers(self) -> dict[str, Branch]:
-        """Return the branches inside numbered modules by path; a layer called several times has its first branches."""
+        """Return {path of a numbered module: its branches}; if a layer runs several times, of its first call."""
         branches: dict[str, Branch] = {}
         for branch in self.residuals.branches:
             if _numbered_prefixes(branch.call.path) and self._has_features_last(branch.call):
@@ -285,7 +284,7 @@ class _SublayerReader:
         return branches
 
     def _twins(self, paths: Iterable[str]) -> dict[str, list[str]]:
-        """Return {path in a traced layer: the corresponding paths in all layers that equal it}."""
+        """Return {path in a traced layer: corresponding paths in all layers with the same structure}."""
         twins = {path: [path] for path in paths}
         for path, traced_layer in self.trace.alike:
             for twin in [twin for twin in twins if twin.startswith(f"{traced_layer}.")]:
@@ -311,7 +310,7 @@ class _SublayerReader:
         return kinds
 
     def _region(self, branch: Branch) -> list[int]:
-        """Return the values between the stream and h, in the order of execution."""
+        """Return the values between the stream and h in order of execution."""
         return sorted(self.residuals.region(branch.h, branch.stream) - {branch.stream})
 
     def _product(self, branch: Branch) -> tuple[int, int] | None:
@@ -334,7 +333,7 @@ class _SublayerReader:
         streams = [call for call in calls if not self.residuals.is_plain(call)]
         return Sublayer(
             kind,
-            0,  # `sublayers` sets the layer's index once all layers are known
+            0,  # `sublayers` sets the layer index once all layers are known
             output=branch.call.path,
             width=self.values[branch.h].shape[-1],
             whole=module_path,
@@ -347,7 +346,7 @@ class _SublayerReader:
         )
 
     def _norm_behind(self, branch: Branch, layer: str) -> str | None:
-        """Return the path of the layer's norm after the addition (post-norm); None if the sum itself is the stream."""
+        """Return the path of the norm after the addition (post-norm); None if the sum itself is the stream."""
         outs = self.residuals.views(branch.out)
         if not self.residuals.streams.isdisjoint(outs):
             return None
@@ -357,9 +356,9 @@ class _SublayerReader:
         return None
 
     def _find_module(self, branch: Branch) -> tuple[str | None, bool]:
-        """Return the path of the innermost call from the sublayer's input to h, and whether it adds the stream.
+        """Return (path of the innermost call from the sublayer's input to h, whether it also adds the stream).
 
-        The first two arguments of a call that adds are h, or a value that h is computed from, and the stream.
+        The first two arguments of such an adding call are h (or a value that h is computed from) and the stream.
         """
         for call in (branch.call, *branch.call.enclosing()):
             arguments = list(call.arguments.values())
@@ -370,12 +369,12 @@ class _SublayerReader:
         return None, False
 
     def _is_input(self, value: int, branch: Branch) -> bool:
-        """Return whether `value` is the sublayer's input: the stream, or the normed stream."""
+        """Return whether `value` is the sublayer's input: the stream or the normalized stream."""
         region = self.residuals.region(value, branch.stream)
         return branch.stream in region and not any(self.values[v].operator in _MATRIX for v in region - {branch.stream})
 
     def _has_features_last(self, call: Call) -> bool:
-        """Return whether the output's last dimension is the features, which is not so after a convolution."""
+        """Return whether features are in the output's last dimension, which is not the case after a convolution."""
         value = call.output
         while value is not None:
             operator = self.values[value].operator
@@ -392,7 +391,7 @@ class _SublayerReader:
         return leaf and weight is not None and weight.dim() == 2 and call in self.residuals.multiplies
 
     def _linear_before(self, value: int, since: int) -> list[Call]:
-        """Return the calls of the nearest linear layers from which `value` was computed, back to value `since`."""
+        """Return the calls of the nearest linear layers that `value` was computed from, back to value `since`."""
         calls_by_path: dict[str, Call] = {}
         visited, queue = {value}, [value]
         while queue:
@@ -408,7 +407,7 @@ class _SublayerReader:
         return [calls_by_path[path] for path in sorted(calls_by_path)]
 
     def _query(self, branch: Branch) -> str | None:
-        """Return the path of the linear layer that computes the queries; None if it also computes the keys."""
+        """Return the path of the linear layer that computes the queries; None if the layer also computes the keys."""
         product = self._product(branch)
         if product is None:
             return None
@@ -426,12 +425,12 @@ class _SublayerReader:
         return projections[0].path if len(projections) == 1 and projections[0] not in input_projections else None
 
     def _inner(self, branch: Branch) -> tuple[str, ...]:
-        """Return the paths of the linear layers whose outputs the last layers of a feed-forward read."""
+        """Return the paths of the linear layers whose outputs feed the last layers of a feed-forward sublayer."""
         last_layers = self._linear_before(branch.h, branch.stream)
         read_values = [call.first for call in last_layers if call.first is not None]
         inner = {call.path for value in read_values for call in self._linear_before(value, branch.stream)}
         if any(not self._all_called(path) for path in inner):
-            return ()  # experts, of which the traced forward used only some
+            return ()  # the traced forward used only some of the experts
         return tuple(path for path in self.modules if path in inner)
 
     def _all_called(self, path: str) -> bool:
@@ -447,7 +446,7 @@ class _SublayerReader:
 
 
 def _for_other_layer(sublayer: Sublayer, layer: str, other_layer: str) -> Sublayer:
-    """Return the corresponding sublayer of another layer."""
+    """Return the corresponding sublayer in another layer."""
 
     def moved(path: str) -> str:
         return other_layer + path[len(layer) :] if path == layer or path.startswith(f"{layer}.") else path
@@ -459,7 +458,7 @@ def _for_other_layer(sublayer: Sublayer, layer: str, other_layer: str) -> Sublay
 
 
 def _numbered_prefixes(path: str) -> list[str]:
-    """Return the prefixes of `path` that end in a number; `layers.3.mlps.0.up` has `layers.3` and `layers.3.mlps.0`."""
+    """Return the prefixes of `path` that end in a number: `layers.3` and `layers.3.mlps.0` of `layers.3.mlps.0.up`."""
     parts = path.split(".")
     return [".".join(parts[: i + 1]) for i, part in enumerate(parts) if part.isdigit()]
 

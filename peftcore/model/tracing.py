@@ -1,6 +1,6 @@
-"""Tracing of one forward pass: the calls of modules with their arguments, and the operators between values.
+"""Trace one forward pass: the calls of modules with their arguments, and the operators between values.
 
-Values are numbered in the order of creation. An in-place operator creates a new value of the same tensor.
+Values are numbered in order of creation. An in-place operator creates a new value for the same tensor.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from peftcore.plugin.outputs import first_of
 Inputs = Callable[[nn.Module], dict[str, Any]]
 
 SKIPPED = "layer"  # the "operator" that computes the output of a layer that was not traced
-# Operators after which a weight is not just a weight in another form any more.
+# Operators whose output is no longer just the weight in another form.
 _PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "convolution", "embedding", "native_layer_norm", "_grouped_mm"}
 
 
@@ -42,10 +42,10 @@ class Call:
     Args:
         path: path of the module.
         module: the module.
-        parent: the call inside which this one ran; None for the model's.
-        arguments: number of the value of each tensor argument, by name.
-        output: number of the output's value, or of its first tensor.
-        argument_shapes: shapes of all tensors in the arguments, by name, in the same containers; None for non-tensors.
+        parent: the enclosing call; None for the call of the model.
+        arguments: {name of a tensor argument: number of its value}.
+        output: number of the value of the output, or of its first tensor.
+        argument_shapes: {name: shapes of its tensors, in the same containers; None for non-tensors}.
         output_shapes: shapes of all tensors in the output.
     """
 
@@ -72,13 +72,13 @@ class Call:
 
 @dataclass(frozen=True)
 class Value:
-    """A tensor at one point in the forward: the operator that computed it, its input values, and the call it ran in."""
+    """A tensor at one point in the forward: the operator that computed it, its inputs, and the enclosing call."""
 
     operator: str
     inputs: tuple[int, ...]
     call: Call | None
     shape: tuple[int, ...]
-    is_weight: bool  # a parameter, buffer or constant, perhaps transposed, cast or sliced
+    is_weight: bool  # a parameter, buffer or constant, possibly transposed, cast or sliced
     moves_last: bool = False  # the operator moves its input's last dimension (transpose, permute)
     moves_first: bool = False  # the operator moves its input's first dimension
 
@@ -92,12 +92,12 @@ class Trace:
         called: paths of the modules whose forward was called.
         with_gradients: paths of the modules whose forward was called with gradients enabled.
         in_function: paths of the modules called inside the forward of a `torch.autograd.Function` (RevNet's layers).
-        own_reads: full names of the parameters that an operator read while the forward of their module ran.
-        other_reads: {full name of a parameter: paths of the modules that read it while its own module did not run}.
-        rewritten: {full name of a parameter that the forward changes in place: path of the module that does so}.
+        own_reads: full names of the parameters that operators read during the forward of the parameter's module.
+        other_reads: {full name of a parameter: paths of modules that read it outside the forward of its module}.
+        rewritten: {full name of a parameter that the forward changes in place: path of the module that changes it}.
         dtype_reads: full names of the parameters whose dtype other modules read.
-        alike: (path, path of the traced layer) of each layer that equals a traced one. The sets above include its
-            modules.
+        alike: (path, path of the traced layer) for each layer with the same structure as a traced one. The sets above
+            include its modules.
         error: the exception that ended the forward, or None.
         failed: paths of the modules in which the exception was raised.
     """
@@ -124,7 +124,7 @@ _UNCHANGED = threading.local()  # .model: (model inside `assuming_unchanged` in 
 
 @contextmanager
 def assuming_unchanged(model: nn.Module) -> Iterator[None]:
-    """Validate the caches of `model` only once for the block, inside which it must not change."""
+    """Validate the caches of `model` only once within the block, which must not change the model."""
     previous = getattr(_UNCHANGED, "model", None)
     if previous is None or previous[0] is not model:
         _UNCHANGED.model = model, structure_of(model)
@@ -154,12 +154,12 @@ def cached_by_model(find: Callable[[nn.Module], Any]) -> Callable[[nn.Module], A
 
 
 def share_cache(model: nn.Module, source: nn.Module, *, shared: bool = True) -> None:
-    """Give `model` the cached facts of `other`, which has the same weights and parts.
+    """Give `model` the cached facts of `other`, a model with the same modules and weights.
 
     Args:
-        model: model whose cache is replaced.
-        source: model whose cache is used.
-        shared: share one cache from now on, instead of copying it.
+        model: the model whose cache is replaced.
+        source: the model whose cache is used.
+        shared: share one cache from now on, instead of copying it once.
     """
     if source not in _CACHE:
         _CACHE[source] = structure_of(source), {}
@@ -177,18 +177,20 @@ def trace(
     Args:
         model: the model.
         training: put the copy into training mode.
-        every_layer: also trace layers that equal a traced one.
+        every_layer: also trace layers with the same structure as a traced one.
         inputs: (model) -> keyword arguments on the CPU; by default `example_inputs`.
     """
     try:
         meta_model = meta_copy(model).train(training)
-    except Exception as error:  # something in the model cannot be copied, such as a process group or an open file
+    except (
+        Exception
+    ) as error:  # the model contains something that cannot be copied, such as a process group or an open file
         return Trace(error=error)
     result = _Tracer(meta_model, skips=not every_layer).run(inputs or partial(example_inputs, device="cpu"))
     return trace(model, training=training, every_layer=True, inputs=inputs) if result.error and result.alike else result
 
 
-observe: Callable[[nn.Module], Trace] = cached_by_model(trace)  # of a forward in evaluation mode, cached
+observe: Callable[[nn.Module], Trace] = cached_by_model(trace)  # the cached trace of a forward in evaluation mode
 
 
 class _Tracer:
@@ -196,14 +198,14 @@ class _Tracer:
         self.trace = Trace()
         self._skips = skips
         self._model = model
-        self._numbers: dict[int, int] = {}  # numbers of values by the tensor's id
-        self._tensors: list[Tensor] = []  # by number; they stay alive, so that ids are not reused
-        # (id of the module, full name) of each parameter's owners, by the parameter's id
+        self._numbers: dict[int, int] = {}  # {id of a tensor: number of its value}
+        self._tensors: list[Tensor] = []  # by number; kept alive so that ids are not reused
+        # {id of a parameter: (id of the module, full name) of its owners}
         self._owners: dict[int, list[tuple[int, str]]] = defaultdict(list)
         self._paths = {id(module): path for path, module in base_modules(model)}
         self._call: Call | None = None
         self._seen: dict[Any, tuple[str, Any, Any]] = {}  # (path, inputs, output) of traced layers
-        self._running: dict[int, int] = defaultdict(int)  # number of running calls by the module's id
+        self._running: dict[int, int] = defaultdict(int)  # {id of a module: number of running calls}
         for path, module in base_modules(model):
             for name, parameter in module._parameters.items():
                 if parameter is not None:
@@ -270,7 +272,7 @@ class _Tracer:
                 if key is not None:
                     self._seen[key] = path, (args, kwargs), output
             call.output_shapes = shapes_of(output)
-            first = first_of(output)  # the tensor that `After` placements change
+            first = first_of(output)  # `After` placements change the first tensor of an output
             if isinstance(first, Tensor):
                 call.output = self._number(first)
             return output
@@ -382,7 +384,7 @@ class _Tracer:
 
 
 class _DtypeReads(TorchFunctionMode):
-    """Call `record` with each tensor whose `dtype` is read, since no operator runs then."""
+    """Call `record` with each tensor whose `dtype` is read, which runs no operator."""
 
     def __init__(self, record: Callable[[Any], None]) -> None:
         super().__init__()
@@ -410,7 +412,7 @@ _MOVES_DIMENSION: dict[str, Callable[..., bool]] = {
 
 
 def structure_of(module: nn.Module) -> Any:
-    """Return a value that is equal for modules with the same submodules, sizes and settings, except their index."""
+    """Return a key that is equal for modules with the same submodules, sizes and settings, except their index."""
     is_setting: Callable[[Any], bool] = _is_setting  # to mypy a class is not hashable
 
     structure: list[Any] = []
@@ -433,7 +435,7 @@ def _is_setting(cls: type) -> bool:
     return issubclass(cls, _SETTINGS)
 
 
-# Attributes that differ between equal layers, or change with the mode or the adapters.
+# Attributes that differ between otherwise equal layers, or depend on the mode or the adapters.
 _INDEX = re.compile(r"(^|_)(idx|index|id|number)$|^training$|^_peftcore_")
 
 
@@ -443,12 +445,12 @@ def _is_index(name: str) -> bool:
 
 
 def shapes_of(value: Any) -> Any:
-    """Return the shape of each tensor in nested tuples, lists and dictionaries; None for anything else."""
+    """Return the shapes of all tensors in nested containers; None for anything else."""
     return tree_map(lambda leaf: leaf.shape if isinstance(leaf, Tensor) else None, value)
 
 
 def _kind(args: Any, kwargs: Any) -> Any:
-    """Return a value that is equal for calls that differ only in the values of tensors."""
+    """Return a key that is equal for calls that differ only in the values of tensors."""
     leaves, structure = tree_flatten((args, kwargs))
     kinds: list[Any] = []
     for leaf in leaves:

@@ -1,4 +1,4 @@
-"""Weight formats of dense layers, and the search for the format of a module."""
+"""Weight formats of dense layers, and lookup of a module's format."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ ATTENTION = WeightFormat(
 
 
 ONE_EXPERT = WeightFormat(
-    name="one expert in 4 bits",
+    name="4-bit weights of single experts",
     matches=lambda module: isinstance(module, PackedExpert),
     read=lambda module: module.weight,
     write=lambda _module, weight: {"weight": weight},
@@ -77,7 +77,7 @@ def find_weight_format(module: nn.Module) -> WeightFormat | None:
     """Return the format that reads the weight of `module`, or None; plugins' formats come first.
 
     Raises:
-        PluginError: a plugin's hook fails. Skipping it would treat weights in its format as dense ones.
+        PluginError: a plugin's hook fails; without it, weights in its format would be treated as dense.
     """
     return _first_match(module, registry.offered("peftcore_weight_formats", WeightFormat).values())
 
@@ -104,8 +104,8 @@ def weight_format(module: nn.Module) -> WeightFormat:
     if matching_format is None:
         if is_bitsandbytes(module):
             raise PeftcoreError(
-                "no weight format reads bitsandbytes' Linear4bit. Call peftcore.quantize(model) before apply: the "
-                "layers keep their bits"
+                "no weight format reads bitsandbytes' Linear4bit. Call peftcore.quantize(model) before apply, which "
+                "keeps the 4-bit values"
             )
         if has_scaled_float8(module):
             raise PeftcoreError(
@@ -116,13 +116,13 @@ def weight_format(module: nn.Module) -> WeightFormat:
         weight = module._parameters.get("weight")
         if weight is not None and not weight.is_floating_point():
             raise PeftcoreError(
-                f"no weight format reads {type(module).__name__}: another library keeps its weight in {weight.dtype}. "
-                "Use a dense base, or one in 4 bits (peftcore.quantize)"
+                f"no weight format reads {type(module).__name__}, whose weight another library stores as "
+                f"{weight.dtype}. Use a dense base, or quantize a dense base with peftcore.quantize(model)"
             )
         raise PeftcoreError(
-            f"no weight format reads {type(module).__name__}: it has no floating-point parameter 'weight'. "
-            "If the weight is computed (parametrize, weight_norm), remove the parametrization before apply; otherwise "
-            "a plugin can provide a format"
+            f"no weight format reads {type(module).__name__}, which has no floating-point parameter 'weight'. If the "
+            "weight is computed (parametrize, weight_norm), remove the parametrization before apply; otherwise add "
+            "a weight format in a plugin"
         )
     return matching_format
 

@@ -1,8 +1,7 @@
-"""Conformance suite for plugin authors: `check_method(config)` tries what users do with a method.
+"""Conformance suite for plugin authors: `check_method(config)` tests a method in all the ways that users use it.
 
-It imports `files`, `quantization` and what is below them, and `peftcore` itself for the calls that users make.
-Public names, all of `peftcore.plugin`: `check_method`, `check_sharded`, `disturb`, `Family`, `FAMILIES`, and names of
-checks.
+It imports `files`, `quantization` and what is below them, and for the calls of users `peftcore` itself. Public names,
+all in `peftcore.plugin`: `check_method`, `check_sharded`, `disturb`, `Family`, `FAMILIES`, and names of checks.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Models with the method applied, their inputs, and training steps, for the checks."""
+"""Models with the method applied, their inputs, and training steps for the checks."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from peftcore.testing.families import Family
 
 @dataclass(frozen=True)
 class Case:
-    """Run of the suite on one family: a config, and the models that it is applied to.
+    """Run of the suite on one family: a config, and the models that the method is applied to.
 
     Args:
-        first: the case of the family on which all checks run; None for that case itself.
-        batches: (model) -> batches for the method's initial values; None: calls of the family with labels.
+        first: the case of the family that all checks run on; None if this is that case.
+        batches: (model) -> batches to initialise the adapter; None for calls of the family, with labels.
     """
 
     config: Any
@@ -56,7 +56,7 @@ class Case:
         return model
 
     def _prepared(self, dtype: torch.dtype, quant_type: str | None) -> nn.Module:
-        """Return the family's model as the method prepares it; it is made once, and copied."""
+        """Return a copy of the family's model as prepared by the method; preparation runs once."""
         if (dtype, quant_type) not in self._made_before:
             model = _model_of(self.family, dtype, quant_type)
             share_cache(model, _made(self.family, dtype, quant_type))
@@ -71,7 +71,7 @@ class Case:
         return {}
 
     def why_not_quantized(self, quant_type: str) -> str | None:
-        """Return why the family's model cannot be quantized to a format, or None if it can."""
+        """Return the reason why the family's model cannot be quantized to a format, or None if it can."""
         try:
             _made(self.family, torch.float32, quant_type)
         except peftcore.PeftcoreError as refusal:
@@ -79,7 +79,7 @@ class Case:
         return None
 
     def unprepared(self) -> nn.Module:
-        """Return the family's model before the method prepares it."""
+        """Return the family's model before preparation by the method."""
         model = self.family.make()
         share_cache(model, self._made)
         if self.family.before is not None:
@@ -87,7 +87,7 @@ class Case:
         return model
 
     def model(self, dtype: torch.dtype = torch.float32, seed: int | None = 1, adapter: str = "default") -> nn.Module:
-        """Return a model with the adapter, disturbed by noise with `seed` (None: at its start)."""
+        """Return a model with the adapter, whose values get noise from `seed`; None leaves the initial values."""
         return self.add(self.base(dtype), seed, adapter)
 
     def add(self, model: nn.Module, seed: int | None, adapter: str) -> nn.Module:
@@ -97,7 +97,7 @@ class Case:
             peftcore.apply(model, self.config, adapter=adapter)
         except peftcore.PluginError:
             raise
-        except peftcore.PeftcoreError:  # it may need data for its initial values
+        except peftcore.PeftcoreError:  # the method may need data to initialise
             if initializer(self.method, self.config)[0] is None:
                 raise
             torch.manual_seed(7)
@@ -107,17 +107,19 @@ class Case:
         return model
 
     def _batches(self) -> Iterable[Any]:
-        """Return batches for initial values: the author's, or two calls, with labels if the model takes them."""
+        """Return batches for initialisation: the author's, or two calls, with labels if the model takes them."""
         if self.batches is not None:
             return self.batches(self._made)
-        batches = [self.family.inputs(self._made, rows) for rows in (2, 3)]  # `base()` may itself need batches
+        batches = [
+            self.family.inputs(self._made, rows) for rows in (2, 3)
+        ]  # preparing `base()` may itself need batches
         if "labels" in inspect.signature(self._made.forward).parameters:
             for batch in batches:
                 batch["labels"] = self._labels(batch)
         return batches
 
     def _labels(self, batch: dict[str, Tensor]) -> Tensor:
-        """Return a class for each row of a classifier's batch, or the tokens of a language model's."""
+        """Return labels: a class per row for a classifier, the tokens for a language model."""
         if detect(self._made).output_head is not None:
             return batch.get("decoder_input_ids", batch["input_ids"]).clone()
         rows = len(next(iter(batch.values())))
@@ -125,12 +127,12 @@ class Case:
 
     @property
     def _made(self) -> nn.Module:
-        """Shared model of the family, whose observed facts hold for all its models."""
+        """Shared model of the family; facts observed on it hold for all models of the family."""
         return _made(self.family)
 
     @cached_property
     def original(self) -> nn.Module:
-        """Base to ask for facts and compare with, which is never changed."""
+        """The unchanged base, to read facts from and to compare with."""
         return self.base()
 
     @cached_property
@@ -168,7 +170,7 @@ class Case:
         return self.family.inputs(self.original, rows)
 
     def prompts(self) -> dict[str, Tensor]:
-        """Return tokens and mask, two rows of one length."""
+        """Return tokens and mask for two rows of the same length."""
         return {name: self.inputs()[name] for name in ("input_ids", "attention_mask")}
 
 
@@ -185,7 +187,7 @@ def _model_of(family: Family, dtype: torch.dtype, quant_type: str | None) -> nn.
     if quant_type is not None:
         share_cache(model, _made(family, dtype))
         if quant_type == "affine4":
-            peftcore.quantize(model, quant_type, blocksize=32)  # the models' rows are multiples of it
+            peftcore.quantize(model, quant_type, blocksize=32)  # sizes of the models' layers are multiples of it
         else:
             peftcore.quantize(model, quant_type)
     return model
@@ -207,19 +209,19 @@ def merge_exactly(model: nn.Module) -> None:
     """Merge all adapters.
 
     Raises:
-        PeftcoreError: merging is refused, or quantizing again loses part of the change.
+        PeftcoreError: merging is refused, or requantizing loses part of the change.
     """
     with warnings.catch_warnings(record=True) as caught:
-        warnings.filterwarnings("always", ".*quantized again, ")
+        warnings.filterwarnings("always", ".*requantizing ")
         peftcore.merge(model, undo=True)
     for warning in caught:
-        if "quantized again, " in str(warning.message):
+        if "requantizing " in str(warning.message):
             raise peftcore.PeftcoreError(str(warning.message))
         warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
 
 
 def logits(model: Callable[..., Any], inputs: dict[str, Any]) -> Tensor:
-    """Return the model's first output, without gradients."""
+    """Return the model's first output, computed without gradients."""
     with torch.no_grad():
         return first_output(model(**inputs))
 
@@ -231,13 +233,13 @@ def first_output(output: Any) -> Tensor:
 
 def same(actual: Tensor, expected: Tensor, label: str, atol: float = 0.0) -> None:
     """Fail if two tensors differ by more than `atol`."""
-    assert actual.shape == expected.shape, f"{label}: shape {list(actual.shape)}, expected {list(expected.shape)}"
+    assert actual.shape == expected.shape, f"{label}: has shape {list(actual.shape)}, expected {list(expected.shape)}"
     difference = (actual.float() - expected.float()).abs().max().item() if actual.numel() else 0.0
     assert difference <= atol, f"{label}: differs by {difference:.3g}, allowed {atol:g}"
 
 
 def close(actual: Tensor, expected: Tensor, label: str, share: float = 1e-4) -> None:
-    """Fail if two tensors differ by more than this share of the largest value."""
+    """Fail if two tensors differ by more than this fraction of the largest value."""
     same(actual, expected, label, atol=share * expected.abs().max().item())
 
 
@@ -247,14 +249,14 @@ def differs(actual: Tensor, base: Tensor) -> None:
 
 
 def loss_of(model: Callable[..., Any], inputs: dict[str, Tensor]) -> Tensor:
-    """Return a loss that works for any output, a mean over the rows of a batch."""
+    """Return a loss that works for any output: a mean over the rows of a batch."""
     output = first_output(model(**inputs)).float()
     targets = torch.arange(output[0, ..., 0].numel()) % 3
     return nn.functional.cross_entropy(output.flatten(0, -2), targets.repeat(len(output)))
 
 
 def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
-    """Return AdamW over the trained parameters."""
+    """Return AdamW for the trained parameters."""
     return torch.optim.AdamW(peftcore.parameter_groups(model, lr=1e-2, weight_decay=0.01))
 
 
@@ -267,7 +269,7 @@ def train(
     begin: int = 0,
     total: int | None = None,
 ) -> list[float]:
-    """Train for `steps` after the first `begin` of `total`, as trainers do, and return the losses."""
+    """Train `steps` steps of `total`, starting after step `begin`, as trainers do, and return the losses."""
     optimizer = optimizer or optimizer_of(model)
     losses = []
     for step in range(begin + 1, begin + steps + 1):

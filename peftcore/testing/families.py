@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from peftcore.errors import PeftcoreError, nearest
 
-# Inputs of layers are multiples of 32, so that each 4-bit format can quantize them.
+# Layer widths are multiples of 32, so that each 4-bit format can quantize them.
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
 EXPERT_SIZES = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
 _SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -23,7 +23,7 @@ _VOCABULARY = 96
 
 
 def tokens(model: nn.Module, rows: int) -> dict[str, Tensor]:
-    """Return a call of a language model, text classifier or encoder-decoder: rows of one length, without padding."""
+    """Return a call of a text model with rows of one length, without padding."""
     input_ids = torch.randint(3, 90, (rows, 9), generator=torch.Generator().manual_seed(3))
     call = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
@@ -40,12 +40,12 @@ class Family:
     """Family of models.
 
     Args:
-        name: its name in reports and `not_applicable`.
-        make: return a model, in evaluation mode and without dropout, with the same weights at each call.
-        inputs: (model, number of rows) -> a call of the model, whose tensors have a row per sample. The first output is
-            a floating-point tensor with the rows first.
-        before: (model) -> None, applied before the method, to dense and quantized models: a method that works with
-            existing adapters has them applied here.
+        name: name of the family in reports and in `not_applicable`.
+        make: returns a model in evaluation mode and without dropout, with the same weights at every call.
+        inputs: (model, number of rows) -> arguments of a call, with one row per sample in each tensor. The model's
+            first output must be a floating-point tensor with the rows in dimension 0.
+        before: (model) -> None, called on dense and quantized models before the method is applied, such as to apply the
+            existing adapters that a method builds on.
     """
 
     name: str
@@ -112,7 +112,7 @@ def _vit() -> nn.Module:
 
     config = ViTConfig(**SIZES, num_attention_heads=4, image_size=16, patch_size=8, num_labels=3)
     model = ViTForImageClassification(config)
-    norm = model.vit.layernorm = _TokenBatchNorm(32)  # statistics that training changes, independent of the method
+    norm = model.vit.layernorm = _TokenBatchNorm(32)  # training changes the statistics, whatever the method
     for buffer in (norm.running_mean, norm.running_var):
         assert buffer is not None
         nn.init.uniform_(buffer, 0.5, 2)
@@ -127,7 +127,7 @@ def _qwen3_moe() -> nn.Module:
 
 
 def _varied(make: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
-    """Return a function that makes models like `make`, but with random biases and norms."""
+    """Wrap `make` so that the models have random biases and norms."""
 
     @cache
     def made() -> nn.Module:
@@ -141,15 +141,15 @@ def _varied(make: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
         return model
 
     def copied() -> nn.Module:
-        model = _copy(made(), {})  # much faster than making one
-        torch.manual_seed(0)  # adapters that a check applies to its base have equal initial values in every copy
+        model = _copy(made(), {})  # much faster than creating a model
+        torch.manual_seed(0)  # gives every copy the same initial values of adapters that `before` applies
         return model
 
     return copied
 
 
 def _copy(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
-    """Return a deep copy; `copy.deepcopy` takes four times as long, most of it for empty tables of hooks."""
+    """Return a deep copy, four times faster than `copy.deepcopy`, which mostly copies empty tables of hooks."""
     if id(module) in memo:
         copy_made: nn.Module = memo[id(module)]
         return copy_made
@@ -166,7 +166,7 @@ def _copy(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
 
 
 def make_families() -> dict[str, Family]:
-    """Return the families by name. Each family's model is made at its first use, and then copied."""
+    """Return the families by name. Each family's model is created at its first use, and then copied."""
     families = (
         Family("Llama", _varied(tiny_llama)),
         Family("Qwen2", _varied(_qwen2)),  # biases
@@ -184,7 +184,7 @@ FAMILIES = make_families()
 
 
 def family_of(given: str | Family | Callable[[], nn.Module]) -> Family:
-    """Return a family by its name, itself, or from a function that makes a model.
+    """Return the family for a name, a `Family`, or a function that makes a model.
 
     Raises:
         PeftcoreError: no family has this name.
@@ -194,5 +194,7 @@ def family_of(given: str | Family | Callable[[], nn.Module]) -> Family:
     if not isinstance(given, str):
         return Family(getattr(given, "__name__", "model"), given)
     if given not in FAMILIES:
-        raise PeftcoreError(f"'{given}' is not a family{nearest(given, FAMILIES)}: {', '.join(FAMILIES)}")
+        raise PeftcoreError(
+            f"'{given}' is not a family{nearest(given, FAMILIES)}. Choose one of: {', '.join(FAMILIES)}"
+        )
     return FAMILIES[given]

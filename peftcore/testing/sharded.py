@@ -1,6 +1,6 @@
 """Check of a method on two ranks with a sharded base (FSDP2), compared with one process.
 
-It starts processes, which takes some seconds; mark a plugin's test of it as slow.
+The check starts processes, which takes some seconds; a plugin's test that uses it should be marked as slow.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ if TYPE_CHECKING:
 
 
 def check_sharded(config: Any, *, family: str = "Llama", adapters: Shards = "replicate", seconds: float = 300) -> None:
-    """Train the method of `config` for one step on two ranks, save it, and compare with one process.
+    """Train the method of `config` for one step on two ranks, save the adapter, and compare with one process.
 
     Args:
-        config: config of an installed method, or of one whose module is importable by name and has its hooks.
+        config: config of a method that is installed, or whose importable module has the plugin's hooks.
         family: one of `FAMILIES`.
         adapters: see `peftcore.shard`.
-        seconds: limit of the time.
+        seconds: timeout in seconds.
 
     Raises:
-        AssertionError: a rank computes or saves something else than one process does, or does not end in time.
+        AssertionError: a rank computes or saves other values than a single process, or times out.
     """
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
@@ -59,18 +59,18 @@ def check_sharded(config: Any, *, family: str = "Llama", adapters: Shards = "rep
                 if error is None:
                     process.join(10)
                 if process.is_alive():
-                    process.kill()  # after an error of one rank the other waits for it
+                    process.kill()  # after an error in one rank, the other rank keeps waiting for it
         assert error is None, error
 
 
 def first_error(results: Results, seconds: float) -> str | None:
-    """Return the first error that a rank puts into the queue `results`, or None once each rank has put None."""
+    """Return the first error that a rank puts into the queue `results`; None if all ranks put None."""
     end = time.monotonic() + seconds
     for _ in range(COUNT):
         try:
             error: str | None = results.get(timeout=max(0.0, end - time.monotonic()))
         except queue.Empty:
-            return f"a rank did not end within {seconds:g} s"
+            return f"a rank did not finish within {seconds:g} s"
         if error is not None:
             return error
     return None
@@ -112,11 +112,11 @@ def _work(folder: str, config: Any, family: str, adapters: Shards) -> None:
     loaded = peftcore.load(case.base(), Path(folder, "adapter"))
     actual = logits(loaded, inputs)
     expected = logits(alone.eval(), inputs)
-    same(actual, expected, "output of what was saved", 1e-3 * expected.abs().max().item())
+    same(actual, expected, "output of the saved adapter", 1e-3 * expected.abs().max().item())
 
 
 def _install(config: Any) -> None:
-    """Register the plugin of `config` if it is imported but not installed, as in a plugin's own test."""
+    """Register the plugin of `config` if it is imported but not installed, as in the plugin's tests."""
     try:
         registry.method_of_config(config)
     except PluginError:

@@ -1,4 +1,4 @@
-"""Run of the suite: which checks run on which family, what is excused, and the report."""
+"""Run the suite: choose the checks for each family, apply excuses, and report."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Report:
-    """Results of `check_method`; printed as a line per check of the first family, and a line per further family."""
+    """Results of `check_method`, printed as one line per check of the first family and one line per further family."""
 
     method: str
     results: tuple[Result, ...]
@@ -47,7 +47,7 @@ class Report:
 
     @property
     def families(self) -> tuple[str, ...]:
-        """Families that were tried."""
+        """Families that were tested."""
         return tuple(dict.fromkeys(result.family for result in self.results if result.family))
 
     @property
@@ -56,7 +56,7 @@ class Report:
         return max(self.families, key=lambda family: len(self.of(family)), default="")
 
     def of(self, family: str) -> tuple[Result, ...]:
-        """Return the results on one family."""
+        """Return the results for one family."""
         return tuple(result for result in self.results if result.family == family)
 
     def __str__(self) -> str:
@@ -90,22 +90,22 @@ def check_method(
     compile_backend: str = "aot_eager",
     batches: Callable[[nn.Module], Iterable[Any]] | None = None,
 ) -> Report:
-    """Try what users do with the method of `config` on tiny models of each family, and print the report.
+    """Test the method of `config` on tiny models of each family in the ways that users use it, and print a report.
 
-    All checks run on the first family that the method can be applied to, and on the others those that depend on the
-    model.
+    All checks run on the first family that the method can be applied to. On the other families, the checks that depend
+    on the model run.
 
     Args:
-        config: config of an installed method, without dropout, since the checks compare outputs.
-        families: names in `FAMILIES`, your own families, or functions that make a model.
-        not_applicable: what this method cannot pass: {check, family, or "family: check": the reason}. A family can be
-            excused if `apply` refuses it with a PeftcoreError. Excused checks run nevertheless: an excuse that is not
-            needed is a failure, unless its reason begins with "may" (what depends on the processor), and so is a merge
-            that is wrong instead of refused.
-        checks: run only these.
-        batches: (model) -> batches for `apply`, for a method that needs data for its initial values. None: two
-            calls of the family, with labels if its models take them.
-        compile_backend: backend of `torch.compile(fullgraph=True)`; "inductor" compiles fully and takes a minute.
+        config: config of an installed method. Dropout must be off, since the checks compare outputs.
+        families: names in `FAMILIES`, `Family` objects, or functions that make a model.
+        not_applicable: excuses for checks that this method cannot pass, {check, family, or "family: check": reason}. A
+            family can be excused if `apply` refuses it with a PeftcoreError. Excused checks run nevertheless. An
+            unnecessary excuse is a failure, unless its reason begins with "may" (for what depends on the processor). A
+            wrong merge is a failure too; the method must refuse it instead.
+        checks: names of the checks to run; by default all.
+        batches: (model) -> batches for `apply`, for methods that initialise from data. None for two calls of the
+            family, with labels if its models take them.
+        compile_backend: backend for `torch.compile(fullgraph=True)`; "inductor" generates code, which takes a minute.
 
     Raises:
         AssertionError: a check failed; the message is the report.
@@ -124,7 +124,7 @@ def check_method(
             first = case
     results += excuses.unneeded(results)
     if first is None and not any(result.error for result in results):
-        results.append(Result(APPLIES, error="it applies to none of the families"))
+        results.append(Result(APPLIES, error="the method cannot be applied to any of the families"))
     report = Report(registry.method_of_config(config).name, tuple(results))
     print(report)
     if report.failed:
@@ -133,19 +133,19 @@ def check_method(
 
 
 def _refuse_unknown_names(excused: Iterable[str], checks: Iterable[str], families: Sequence[Family]) -> None:
-    """Raise a PeftcoreError if one of `checks` is not a check, or an excuse is for neither a check nor a family."""
+    """Raise a PeftcoreError if `checks` contains an unknown name, or an excuse names no check or family."""
     known = [*CHECKS, *(family.name for family in families)]
     for family in families:
         known += [f"{family.name}: {name}" for name in CHECKS]
     unknown = [name for name in excused if name not in known] + [name for name in checks if name not in CHECKS]
     if unknown:
         raise peftcore.PeftcoreError(
-            f"'{unknown[0]}' is not a check{nearest(unknown[0], known)}. The checks: {', '.join(CHECKS)}"
+            f"'{unknown[0]}' is not a check{nearest(unknown[0], known)}. The checks are: {', '.join(CHECKS)}"
         )
 
 
 def _check_family(case: Case, checks: Collection[str] | None, excuses: _Excuses) -> list[Result]:
-    """Return the results of `apply` and of the checks: of all on the first family, of the essential ones on others."""
+    """Return the results of `apply` and of the checks: all checks on the first family, essential checks on others."""
     applies = _applies(case, excuses)
     if not applies.passed:
         return [applies]
@@ -156,7 +156,7 @@ def _check_family(case: Case, checks: Collection[str] | None, excuses: _Excuses)
 
 
 class _Excuses:
-    """Excuses, and which of them were needed."""
+    """Excuses, and a record of those that were needed."""
 
     def __init__(self, reasons: dict[str, str]) -> None:
         self.reasons = reasons
@@ -171,13 +171,13 @@ class _Excuses:
         return self.reasons[name]
 
     def unneeded(self, results: Iterable[Result]) -> list[Result]:
-        """Return a failure for each excuse of what has passed without it, unless its reason begins with "may"."""
+        """Return a failure for each excuse that was not needed, unless its reason begins with "may"."""
         passed: set[str] = set()
         for result in results:
             if result.error is None:
                 passed |= {result.name, result.family, f"{result.family}: {result.name}"}
         return [
-            Result(name, error="it is excused, but passes without the excuse. Remove it from not_applicable")
+            Result(name, error="the check is excused but passes without the excuse. Remove it from not_applicable")
             for name, reason in self.reasons.items()
             if name in passed - self.used and not reason.startswith("may ")
         ]
@@ -189,7 +189,7 @@ def _applies(case: Case, excuses: _Excuses) -> Result:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             case.add(case.unprepared(), None, "default")
-    except peftcore.PluginError as fault:  # a fault of the plugin, not a refusal
+    except peftcore.PluginError as fault:  # a bug in the plugin, not a refusal
         return Result(APPLIES, error=_where(fault), family=family)
     except peftcore.PeftcoreError as refusal:
         reason = excuses.of(family)
@@ -205,8 +205,8 @@ def _applies(case: Case, excuses: _Excuses) -> Result:
 def _run(check: Check, case: Case, excuses: _Excuses) -> Result:
     family = case.family.name
     try:
-        with warnings.catch_warnings():  # one of the checks looks for this warning
-            warnings.filterwarnings("ignore", ".* of the weight in layers; left out: ")
+        with warnings.catch_warnings():  # a check looks for this warning
+            warnings.filterwarnings("ignore", ".* of the weights in layers; left out: ")
             # allowed by the method's PeftRules
             warnings.filterwarnings("ignore", "Hugging Face PEFT cannot read this file: ")
             reason = check.run(case)

@@ -1,7 +1,7 @@
-"""What a training step gains, fused operators and the loss without logits, and the integrations of trainers.
+"""Faster training steps (fused operators, the loss without logits) and integrations with trainers.
 
-It imports `files`, `quantization` and what is below them. `peftcore` has `fuse`, `loss_without_logits` and
-`reference_model`. Names are imported when first used: `import peftcore` imports this package, and loads no PyTorch.
+It imports `files`, `quantization` and what is below them. `peftcore` exports `fuse`, `loss_without_logits` and
+`reference_model`. Names are imported lazily, because `import peftcore` imports this package and must not load PyTorch.
 """
 
 from importlib import import_module

@@ -1,7 +1,8 @@
-"""Which modules `peftcore.fuse` can compute by one operator: a table of class names, and a numeric check.
+"""Decide which modules `peftcore.fuse` can fuse: a table of class names, and a numeric check.
 
-A class name selects a candidate. A copy of the module with random weights must then give the operator's values and
-gradients in fp32; fp16 and bf16 are checked as well, and fused where they agree. A module that fails is left alone.
+Candidates are selected by class name. A copy of the module with random weights must then match the operator's values
+and gradients in fp32. fp16 and bf16 are also checked, and are fused if they match. A module that fails the check is not
+fused.
 """
 
 from __future__ import annotations
@@ -37,16 +38,16 @@ GATED_MLPS = (
     ("w1", "w3", "w2", "act_fn"),  # InternLM 2
 )
 
-_VARIANTS = ((0.0, True), (0.0, False), (1.0, False), (1.0, True))  # offset and rounded of `ops.rms_norm`
+_VARIANTS = ((0.0, True), (0.0, False), (1.0, False), (1.0, True))  # (offset, rounded) of `ops.rms_norm`
 _OTHER_EPSILONS = (1e-8, 1e-3, 0.3)
-_STEPS = {torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}  # largest relative distance of neighbouring values
+_STEPS = {torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}  # largest relative distance between neighbouring values
 _SETTINGS = (bool, int, float, str, type(None), tuple)
 _MOST_REMEMBERED = 256
 _remembered: dict[Hashable, FusedForward | None] = {}
 
 
 def fused_forward(module: nn.Module) -> FusedForward | None:
-    """Return how an operator computes `module`, or None if none is known to."""
+    """Return the description of the fused computation of `module`, or None if it cannot be fused."""
     name = original_class(module).__name__
     find = next((find for pattern, find in _TABLE if re.fullmatch(pattern, name)), None)
     if find is None or "forward" in module.__dict__:
@@ -58,13 +59,13 @@ def fused_forward(module: nn.Module) -> FusedForward | None:
         with numeric_check():
             try:
                 _remembered[key] = find(module)
-            except Exception:  # whatever a class of this name raises on the check's input
+            except Exception:  # an unknown class of this name may raise anything on the check's input
                 _remembered[key] = None
     return _remembered[key]
 
 
 def _norm(module: nn.Module) -> FusedForward | None:
-    """Return the variant of RMSNorm that agrees in the most dtypes."""
+    """Return the variant of RMSNorm that matches the module in the most dtypes."""
     eps = next((name for name in EPSILONS if type(getattr(module, name, None)) is float), None)
     weight = _only_vector(module)
     if eps is None or weight is None:
@@ -75,7 +76,7 @@ def _norm(module: nn.Module) -> FusedForward | None:
 
 
 def _only_vector(module: nn.Module) -> str | None:
-    """Return the name of a module's parameter if it is a vector and all that the module holds."""
+    """Return the name of a module's parameter if it is a vector and the module contains nothing else."""
     names = [name for name, parameter in module._parameters.items() if parameter is not None]
     if len(names) != 1 or module._modules or module._buffers:
         return None
@@ -85,7 +86,7 @@ def _only_vector(module: nn.Module) -> str | None:
 
 
 def _checked_norm(module: nn.Module, weight: str, eps: str, *, offset: float, rounded: bool) -> FusedNorm:
-    """Return a variant of RMSNorm with the pairs of dtypes, of input and weight, in which `module` computes it."""
+    """Return a variant of RMSNorm with the pairs of dtypes (input, weight) in which `module` matches it."""
     columns = module.get_parameter(weight).numel()
     dtypes: set[tuple[torch.dtype, torch.dtype]] = set()
     for pair in product(DTYPES, DTYPES):  # fp32 first
@@ -97,7 +98,7 @@ def _checked_norm(module: nn.Module, weight: str, eps: str, *, offset: float, ro
 
 
 def _is_norm(module: nn.Module, columns: int, norm: FusedNorm) -> bool:
-    """Return whether `module` computes `norm` in its only pair of dtypes."""
+    """Return whether `module` matches `norm` in its only pair of dtypes."""
     ((dtype, weight_dtype),) = norm.dtypes
     rows = 10 * max(1, -(-512 // columns))
     scales = torch.tensor([0.0, 1e-4, 1e-2, 1.0, 30.0]).repeat(rows // 5)[:, None]
@@ -140,7 +141,7 @@ class _Doubled(nn.Module):
 
 
 def _is_gated_mlp(module: nn.Module, mlp: FusedMLP, dtype: torch.dtype) -> bool:
-    """Return whether `module` computes down(act(gate(x)) * up(x)), with small layers in place of its own."""
+    """Return whether `module` computes down(act(gate(x)) * up(x)), tested with small layers in place of its own."""
     gate, up, down = nn.Linear(8, 600).to(dtype), nn.Linear(8, 600).to(dtype), _Doubled()
     up.weight.data *= 0.01  # errors of the activation, multiplied by `up`, stay absolute errors of the same size
     copy = _copy(module, {}, {}, {**module._modules, mlp.gate: gate, mlp.up: up, mlp.down: down})
@@ -194,7 +195,7 @@ def _copy(
     parameters: dict[str, nn.Parameter],
     children: Mapping[str, nn.Module | None],
 ) -> nn.Module:
-    """Return a module of the original class with other attributes, parameters and children, and no hooks."""
+    """Return a module of the original class without hooks, with these attributes, parameters and children."""
     copy: nn.Module = object.__new__(original_class(module))
     nn.Module.__init__(copy)
     copy.__dict__.update({name: value for name, value in module.__dict__.items() if name not in copy.__dict__})
@@ -205,7 +206,7 @@ def _copy(
 
 
 def _same(y: Any, expected: Tensor, absolute: float = 0.0) -> bool:
-    """Return whether values agree: in fp32 within rounding, in 16 bits all but 1 %, which are neighbours."""
+    """Return whether values agree: within rounding in fp32; in 16 bits at most 1 % differ, by one unit."""
     if type(y) is not Tensor or y.dtype is not expected.dtype or y.shape != expected.shape:
         return False
     step = _STEPS.get(y.dtype)
@@ -218,7 +219,7 @@ def _same(y: Any, expected: Tensor, absolute: float = 0.0) -> bool:
 
 
 def _same_gradients(y: Tensor, expected: Tensor, inputs: Iterable[Tensor], grad: Tensor, exact: bool) -> bool:
-    """Return whether gradients agree relative to their norm: `exact` within 1e-4, else within 0.1."""
+    """Return whether gradients agree relative to their norm: within 1e-4 if `exact`, else within 0.1."""
     inputs, tolerance = tuple(inputs), 1e-4 if exact else 0.1
     pairs = zip(torch.autograd.grad(y, inputs, grad), torch.autograd.grad(expected, inputs, grad), strict=True)
     for gradient, expected_gradient in pairs:
@@ -229,7 +230,7 @@ def _same_gradients(y: Tensor, expected: Tensor, inputs: Iterable[Tensor], grad:
 
 
 def _key(module: nn.Module) -> Hashable:
-    """Return what the result for a module depends on."""
+    """Return the key of a module in the cache of checks: everything that the result depends on."""
     shapes = tuple((name, type(p), getattr(p, "shape", None)) for name, p in module._parameters.items())
     children = tuple((name, _class_and_settings(child)) for name, child in module._modules.items())
     return _class_and_settings(module), shapes, children, tuple(module._buffers)

@@ -1,4 +1,4 @@
-"""The switch of fused operators: norms, gated MLPs, activations, dropout and attention."""
+"""`fuse`: switch to fused operators for norms, gated MLPs, activations, dropout and attention."""
 
 from __future__ import annotations
 
@@ -30,32 +30,32 @@ RECOMPUTE: tuple[str, ...] = get_args(Recompute)
 
 
 def fuse(model: M, *, enabled: bool = True, recompute: Recompute = "auto") -> M:
-    """Compute each RMSNorm, gated MLP, activation, dropout and attention by one operator with its own gradient.
+    """Compute each RMSNorm, gated MLP, activation, dropout and attention by one fused operator.
 
-    The operators for norms and gates save only their inputs for the gradient: fewer activations, and fewer passes over
-    memory. A table of class names (`peftcore/training/fusible.py`) selects modules, and each must give the
-    operator's values and gradients on random input; all others are left alone. Weights, `state_dict()`, hooks and
-    adapters are not affected, and adapters can be applied before or after. In fp32 results agree within rounding; in 16
-    bits at most one value in a hundred differs, by one unit in the last place.
+    For the backward pass, the operators for norms and gates save only their inputs, which needs less activation memory
+    and fewer passes over it. Modules are selected by a table of class names (`peftcore/training/fusible.py`), and each
+    is fused only if it matches the operator's values and gradients on random input. Weights, `state_dict()`, hooks and
+    adapters are not affected, and adapters can be applied before or after. Results in fp32 agree within rounding; in 16
+    bits at most 1 % of the values differ, by one unit in the last place.
 
-    With `recompute="auto"`, adapted layers do not save the outputs of norms (also of LayerNorm), activations and gated
-    products that they receive: the backward pass recomputes them, once for all layers that read them. Gradients are the
-    same bit for bit. Within gradient checkpointing and other hooks for saved tensors nothing changes.
+    With `recompute="auto"`, adapted layers do not save their inputs if these are outputs of norms (including
+    LayerNorm), activations or gated products: the backward pass recomputes each output once. Gradients are bit-for-bit
+    the same. Inside gradient checkpointing and other saved-tensor hooks nothing changes.
 
-    Attention is that of transformers' models with `attn_implementation="sdpa"`, on CPUs with AVX2 or NEON
-    (`ops.attention`), where PyTorch's takes longer, in 16 bits several times (in fp32 without gradients from 16 queries
-    on). Its errors are as large as those of PyTorch's. A model that is loaded by `torch.load` in another process has
+    Attention is fused in transformers models with `attn_implementation="sdpa"` on CPUs with AVX2 or NEON
+    (`ops.attention`), where it is faster than PyTorch: several times in 16 bits, and in fp32 without gradients from 16
+    queries on. Its rounding errors are as large as PyTorch's. A model loaded by `torch.load` in another process uses
     PyTorch's attention until `fuse` is called there.
 
-    Dropout, of `nn.Dropout` and of attention, draws a seed from PyTorch's generator and computes its mask from it, also
-    for the gradient: the same seed drops other elements than PyTorch's operators do.
+    Fused dropout, in `nn.Dropout` and attention, draws a seed from PyTorch's generator and recomputes its mask from the
+    seed in the backward pass. With the same manual seed it drops other elements than PyTorch.
 
-    The model's own forward computes what the operators do not support: on GPUs, under `torch.compile` and `torch.func`.
+    The original forward runs where the operators are not supported: on GPUs, under `torch.compile` and `torch.func`.
 
     Args:
         model: any model.
-        enabled: False restores the modules' classes.
-        recompute: `auto` recomputes what is cheap; `none` saves everything.
+        enabled: False restores the original modules.
+        recompute: `auto` recomputes cheap outputs; `none` saves all outputs.
 
     Returns:
         The model.
@@ -65,7 +65,7 @@ def fuse(model: M, *, enabled: bool = True, recompute: Recompute = "auto") -> M:
 
     Examples:
         >>> peftcore.fuse(model)                        # before or after `apply`
-        >>> peftcore.fuse(model, enabled=False)         # the modules' own forward again
+        >>> peftcore.fuse(model, enabled=False)         # restores the original forward
     """
     check_model(model)
     if recompute not in RECOMPUTE:
@@ -96,7 +96,7 @@ def _fuse(module: nn.Module, recompute: Recompute, computed_by_mlp: set[int]) ->
 
 
 def recomputes(model: nn.Module) -> Recompute:
-    """Return the `recompute` with which a model was fused."""
+    """Return the option `recompute` that a model was fused with."""
     for _, module in base_modules(model):
         if is_fused(module) and not module.__dict__[FUSED_FORWARD].recompute:
             return "none"

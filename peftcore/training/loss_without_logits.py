@@ -1,4 +1,4 @@
-"""The loss of a causal language model from its hidden states, without its logits.
+"""Compute the loss of a causal language model from its hidden states, without materializing the logits.
 
     model(..., labels=...)
       head(hidden)             is called with no rows; hidden states are kept
@@ -6,9 +6,9 @@
       output.loss              as before
       output.logits            an error that says how to get them
 
-Between head and loss, models multiply logits by a factor or cap them. Both are read from the config and given to the
-operator. Whether a model does anything else is seen once, when it is switched on: loss and gradients of a small batch
-are compared with those of the logits.
+Between head and loss, some models scale or cap the logits; both values are read from the config and passed to the
+operator. To detect anything else, loss and gradients of a small batch are compared with the original computation once,
+when the feature is enabled.
 """
 
 from __future__ import annotations
@@ -38,19 +38,19 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 M = TypeVar("M", bound=nn.Module)
-# What stands between head and loss, by its name in the config: the soft cap, and the factor of logits.
+# Names in configs for the operations between head and loss: the soft cap and the factor of the logits.
 _CAPS = ("final_logit_softcapping", "output_logit_soft_cap", "logits_soft_cap")
 _FACTORS = {"logit_scale": 1, "lm_head_multiplier": 1, "logits_scaling": -1}  # with its power
-_SPREAD = 3.0  # standard deviation of logits in the check, at which a soft cap of 50 shows
-# Largest differences in the check, relative to the loss and to the norm of each gradient. The logits are rounded to the
-# dtype in both computations, in sums of another order.
+_SPREAD = 3.0  # standard deviation of the logits in the check, large enough to detect a soft cap of 50
+# Largest differences allowed in the check, relative to the loss and to the norm of each gradient. Both computations
+# round to the dtype, but sum in another order.
 _LOSS = {torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 _GRADIENT = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 0.1}
 
 
 @dataclass
 class _Call:
-    """One call of a model with labels: what its head was given, and whether its loss was computed from it."""
+    """One call of a model with labels: the input of its head, and whether the loss was computed from it."""
 
     head: nn.Module
     factor: float
@@ -65,17 +65,17 @@ _IN_EVALUATION = ContextVar("_IN_EVALUATION", default=False)
 
 
 class LogitsNotComputed(PeftcoreError, AttributeError):
-    """The logits of a call whose loss was computed without them were read."""
+    """The logits of an output were read, although its loss was computed without logits."""
 
 
 class NoLogits:
-    """The `logits` of an output whose loss was computed without: every use is an error that says how to get them."""
+    """Placeholder for the `logits` of an output whose loss was computed without them; every use raises an error."""
 
     def _refuse(self, *_: Any) -> NoReturn:
         raise LogitsNotComputed(
-            "the logits of this call were not computed, only its loss (peftcore.loss_without_logits). Call the model "
-            "without labels, or in evaluation mode, or switch it off: "
-            "peftcore.loss_without_logits(model, enabled=False)"
+            "the logits of this call were not computed, because peftcore.loss_without_logits computes only the loss. "
+            "Call the model without labels or in evaluation mode, or call peftcore.loss_without_logits(model, "
+            "enabled=False)"
         )
 
     __getattr__ = __getitem__ = __iter__ = __len__ = __array__ = __float__ = _refuse
@@ -89,29 +89,29 @@ class NoLogits:
 
 
 def loss_without_logits(model: M, check: Mapping[str, Any] | None = None, *, enabled: bool = True) -> M:
-    """Let a causal language model compute the loss of its `labels` in training without making the logits.
+    """Make a causal language model compute its training loss without materializing the logits.
 
-    In training mode, `model(..., labels=...)` returns the same loss, with the same gradients, within rounding: it is
-    computed from hidden states and the head's weight in pieces of rows (`ops.linear_cross_entropy`). The `logits` of
-    that output raise an error when they are used. Calls without labels and calls in evaluation mode give logits, as
-    before. So do calls under `torch.compile`, calls while adapters of the head itself are active or other hooks watch
-    the head, and calls of a sharded model or of `nn.DataParallel`'s replicas.
+    In training mode, `model(..., labels=...)` returns the same loss and gradients, within rounding. The loss is
+    computed from the hidden states and the head's weight in chunks of rows (`ops.linear_cross_entropy`). Using the
+    `logits` of that output raises an error. Calls without labels and calls in evaluation mode return logits, as before.
+    The same holds under `torch.compile`, while adapters on the head are active or other hooks are registered on the
+    head, and for a sharded model and `nn.DataParallel` replicas.
 
-    The head may be frozen, trained, tied, in 4 bits, and have a bias. Losses agree with those of the logits within the
-    rounding of fp32, gradients within that of the model's dtype. They cannot be differentiated twice.
+    The head may be frozen, trained, tied or quantized to 4 bits, and may have a bias. Losses agree with the original
+    within fp32 rounding, gradients within the rounding of the model's dtype. Double backward is not supported.
 
     Args:
-        model: a causal language model of transformers, which computes its loss by its `loss_function`.
-        check: arguments of a call, with `labels`, of a few tokens. Loss and gradients of the head's input, weight and
-            bias are compared with those of the logits, in evaluation mode. None: random tokens.
-        enabled: False: the logits are computed again.
+        model: a causal language model of transformers that computes its loss by `loss_function`.
+        check: arguments of a call with `labels` and a few tokens. The loss and the gradients of the head's input,
+            weight and bias are compared with the original computation in evaluation mode. None: random tokens.
+        enabled: False restores the loss from logits.
 
     Returns:
         The model.
 
     Raises:
-        PeftcoreError: the model has no linear head for logits of tokens, its head has active adapters or its own
-            `forward`, it is sharded, or its loss is not this one. The model is as it was.
+        PeftcoreError: the model has no linear head for logits of tokens, the head has active adapters or its own
+            `forward`, the model is sharded, or it computes another loss. The model is then unchanged.
 
     Examples:
         >>> peftcore.loss_without_logits(model)
@@ -130,13 +130,13 @@ def loss_without_logits(model: M, check: Mapping[str, Any] | None = None, *, ena
         if reason is not None:
             _switch_off(model)
     if reason is not None:
-        raise PeftcoreError(f"the loss of {original_class(model).__name__} needs its logits: {reason}")
+        raise PeftcoreError(f"the loss of {original_class(model).__name__} cannot be computed without logits: {reason}")
     return model
 
 
 @contextmanager
 def evaluated_without_logits(model: nn.Module) -> Iterator[None]:
-    """Let the model compute its loss without logits in evaluation mode, too, if it can."""
+    """Within the block, compute the loss without logits in evaluation mode too, if possible."""
     was_on = is_without_logits(model)
     try:
         if not was_on:
@@ -162,10 +162,10 @@ def _in_evaluation() -> Iterator[None]:
 
 
 def switch_on(model: PreTrainedModel) -> None:
-    """Switch it on without the check, as for a copy of a model on the meta device, which has lost its hooks.
+    """Enable the loss without logits unchecked, for a copy of a model on the meta device, which has lost its hooks.
 
     Raises:
-        PeftcoreError: the model, or its head, is of another kind.
+        PeftcoreError: the kind of model or head is not supported.
     """
     _switch_off(model)
     path = detect(model).output_head
@@ -174,7 +174,7 @@ def switch_on(model: PreTrainedModel) -> None:
     head = model.get_submodule(path)
     reason = _why_not(model, head)
     if reason is not None:
-        raise PeftcoreError(f"the loss of {original_class(model).__name__} needs its logits: {reason}")
+        raise PeftcoreError(f"the loss of {original_class(model).__name__} cannot be computed without logits: {reason}")
     model.loss_function = _loss
     model.__dict__[LOSS_HANDLES] = (
         model.register_forward_pre_hook(_begin, with_kwargs=True),
@@ -186,14 +186,14 @@ def switch_on(model: PreTrainedModel) -> None:
 def _switch_off(model: PreTrainedModel) -> None:
     for handle in model.__dict__.pop(LOSS_HANDLES, ()):
         handle.remove()
-    if getattr(model, "loss_function", None) is _loss:  # also of a copy that has lost its hooks
+    if getattr(model, "loss_function", None) is _loss:  # also finds a copy that has lost its hooks
         model.loss_function = _loss_of_logits()
 
 
 def _why_not(model: PreTrainedModel, head: nn.Module) -> str | None:
-    """Return why the loss needs logits, or None."""
+    """Return the reason why the loss needs logits, or None."""
     if getattr(model.config, "is_encoder_decoder", False) or not hasattr(model, "loss_function"):
-        return "it does not compute it by a loss_function"
+        return "the model does not compute its loss by a loss_function"
     if model.loss_function is not _loss_of_logits():
         name = getattr(model.loss_function, "__name__", type(model.loss_function).__name__)
         return f"its loss_function is {name}, not ForCausalLMLoss"
@@ -204,7 +204,7 @@ def _why_not(model: PreTrainedModel, head: nn.Module) -> str | None:
     if is_active(head):
         return "adapters of its head are active"
     if _is_sharded(model, head):
-        return "it is sharded, and the weight of its head is not whole after the head's forward"
+        return "the model is sharded, and the full weight of the head is not available after the head's forward"
     return None
 
 
@@ -215,7 +215,7 @@ def _loss_of_logits() -> Callable[..., Tensor]:
 
 
 def _is_sharded(model: nn.Module, head: nn.Module) -> bool:
-    # FSDP2 makes parameters whole for the forward pass of the module that has `unshard`.
+    # FSDP2 gathers the full parameters for the forward pass of the module that has `unshard`.
     return hasattr(model, "unshard") or hasattr(head, "unshard") or sharded.is_sharded(model)
 
 
@@ -223,7 +223,7 @@ def _is_sharded(model: nn.Module, head: nn.Module) -> bool:
 
 
 def _begin(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Begin a call of the model, as its forward pre-hook."""
+    """Begin a call of the model; a forward pre-hook."""
     if torch.compiler.is_compiling():
         return
     _CALL.set(None)
@@ -237,7 +237,7 @@ def _begin(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
 
 
 def _between(config: PretrainedConfig) -> tuple[float, float | None]:
-    """Return the factor and the soft cap of logits."""
+    """Return (factor, soft cap) of the logits."""
     factor = 1.0
     for name, power in _FACTORS.items():
         factor *= float(getattr(config, name, None) or 1.0) ** power
@@ -246,7 +246,7 @@ def _between(config: PretrainedConfig) -> tuple[float, float | None]:
 
 
 def _keep(head: nn.Module, args: tuple[Any, ...]) -> tuple[Tensor] | None:
-    """Keep the hidden states of a call, and call the head with no rows, as its forward pre-hook."""
+    """Keep the hidden states of a call, and pass zero rows to the head; a forward pre-hook of the head."""
     if torch.compiler.is_compiling():
         return None
     call = _CALL.get()
@@ -265,7 +265,7 @@ def _keep(head: nn.Module, args: tuple[Any, ...]) -> tuple[Tensor] | None:
 
 
 def _operands(head: Any, hidden: Tensor) -> tuple[Tensor | PackedWeight, Tensor | None] | None:
-    """Return weight and bias, whose product with the hidden states the head computes; None if it computes more."""
+    """Return the head's (weight, bias); None if the head computes more than a linear layer."""
     if is_active(head) or has_forward_of_instance(head):
         return None
     if original_class(head).forward is nn.Linear.forward:
@@ -275,7 +275,7 @@ def _operands(head: Any, hidden: Tensor) -> tuple[Tensor | PackedWeight, Tensor 
 
 
 def _is_watched(head: nn.Module) -> bool:
-    """Return whether other hooks see the head's input, output or their gradients."""
+    """Return whether other hooks read the head's input, its output or their gradients."""
     others = [hook for hook in head._forward_pre_hooks.values() if hook is not _keep and type(hook) is not _Enlarged]
     return bool(others or head._forward_hooks or head._backward_hooks or head._backward_pre_hooks)
 
@@ -289,7 +289,7 @@ def _loss(
     shift_labels: Tensor | None = None,
     **kwargs: Any,
 ) -> Tensor:
-    """Return the loss of a call, as transformers' ForCausalLMLoss does of logits."""
+    """Return the loss of a call, equal to transformers' ForCausalLMLoss on logits."""
     call = None if torch.compiler.is_compiling() else _CALL.get()
     if call is None or call.hidden is None or call.operands is None:
         loss_of_logits: Tensor = _loss_of_logits()(
@@ -316,7 +316,7 @@ def _loss(
 
 
 def _finish(model: nn.Module, _: tuple[Any, ...], output: Any) -> None:
-    """End a call of the model, as its forward hook, which runs after an error, too."""
+    """End a call of the model; a forward hook that also runs after an error."""
     if torch.compiler.is_compiling():
         return
     call = _CALL.get()
@@ -325,7 +325,9 @@ def _finish(model: nn.Module, _: tuple[Any, ...], output: Any) -> None:
         return
     off = "Call peftcore.loss_without_logits(model, enabled=False)"
     if not call.has_loss:
-        raise PeftcoreError(f"{original_class(model).__name__} did not compute its loss by peftcore's function. {off}")
+        raise PeftcoreError(
+            f"{original_class(model).__name__} did not compute its loss by peftcore's loss function. {off}"
+        )
     if not isinstance(output, dict):
         raise PeftcoreError(f"the output is a {type(output).__name__}: pass return_dict=True. Otherwise: {off}")
     output["logits"] = NoLogits()
@@ -335,10 +337,10 @@ def _finish(model: nn.Module, _: tuple[Any, ...], output: Any) -> None:
 
 
 class _Enlarged:
-    """A pre-hook of the head that enlarges hidden states, so that what follows the head shows, and wants gradients.
+    """Pre-hook of the head that enlarges hidden states, so that operations after the head show, and asks for gradients.
 
     Attributes:
-        hidden: what the head was given.
+        hidden: the input of the head.
     """
 
     def __init__(self, factor: float) -> None:
@@ -352,7 +354,7 @@ class _Enlarged:
 
 
 def _difference(model: PreTrainedModel, check: Mapping[str, Any] | None) -> str | None:
-    """Return how loss and gradients of a call differ from those of the logits, or None if they agree."""
+    """Describe how loss and gradients of a call differ from the original computation; None if they agree."""
     inputs = example_inputs(model) if check is None else dict(check)
     inputs.setdefault("labels", inputs.get("input_ids"))
     with evaluation_mode(model), torch.enable_grad():
@@ -363,8 +365,8 @@ def _difference(model: PreTrainedModel, check: Mapping[str, Any] | None) -> str 
         try:
             with _in_evaluation():
                 actual = _loss_and_gradients(model, inputs, factor)
-        except Exception as error:  # whatever a model raises whose logits have no rows
-            return f"without them it raises {type(error).__name__}: {error}"
+        except Exception as error:  # a model may raise anything on logits without rows
+            return f"without logits it raises {type(error).__name__}: {error}"
     device, dtype = expected[1].device.type, expected[1].dtype
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else dtype
     limits = [_LOSS.get(dtype, 1e-4), *[_GRADIENT.get(dtype, 1e-3)] * (len(expected) - 1)]
@@ -372,8 +374,8 @@ def _difference(model: PreTrainedModel, check: Mapping[str, Any] | None) -> str 
     if all(error <= limit for error, limit in zip(errors, limits, strict=True)):
         return None
     return (
-        f"without them, the loss of a few tokens differs by {errors[0]:.1e}, the head's gradients by "
-        f"{max(errors[1:]):.1e}, relatively"
+        f"without logits, the loss of a few tokens has a relative error of {errors[0]:.1e}, and the head's gradients "
+        f"of {max(errors[1:]):.1e}"
     )
 
 
@@ -382,7 +384,7 @@ def _relative_error(actual: Tensor, expected: Tensor) -> float:
 
 
 def _loss_and_gradients(model: PreTrainedModel, inputs: dict[str, Any], factor: float) -> list[Tensor]:
-    """Return the loss, and its gradients of the head's input and of what trains of the head."""
+    """Return the loss and its gradients for the head's input and trainable parameters."""
     head = model.get_output_embeddings()
     enlarged = _Enlarged(factor)
     trained = [p for p in (head._parameters.get("weight"), head._parameters.get("bias")) if p is not None]

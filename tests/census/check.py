@@ -81,7 +81,7 @@ def _advice(found: Outcome) -> tuple[dict[str, Any], bool]:
     """(fields of the config, whether inputs shall ask for gradients) by which a refusal says that the method works."""
     if found.kind != REFUSED or found.at != "apply":
         return {}, False
-    modules = re.search(r"Name the modules: ('[^']+'(?:, '[^']+')*)", found.why) if "all-linear" in found.why else None
+    modules = re.search(r"Name modules: ('[^']+'(?:, '[^']+')*)", found.why) if "all-linear" in found.why else None
     fields = {"target_modules": re.findall("'([^']+)'", modules[1])} if modules else {}
     skip = re.search(r"leave \d+ of \d+ weights dense: skip=(\[[^\]]*\])", found.why)
     if skip is not None:

@@ -22,7 +22,7 @@ def test_methods_that_read_the_base_on_a_sharded_one(folder: str) -> None:
     for found in run(bases.table_on_shards, folder):
         refused = {case: far for case, far in found.items() if isinstance(far, str)}
         assert refused.keys() == {*trains_base, "qlora"}, refused
-        assert all("Apply first, then shard" in refused[case] for case in trains_base)
+        assert all("Apply the adapter before sharding" in refused[case] for case in trains_base)
         assert "peftcore.load_sharded(folder, 'nf4')" in refused["qlora"]
         assert not {case: far for case, far in found.items() if case not in refused and far > 1e-6}
 
@@ -34,7 +34,7 @@ def test_read_computes_tensors_from_whole_weights(folder: str) -> None:
 
 def test_what_is_refused(folder: str) -> None:
     for told in run(bases.refused, folder):
-        assert "stages of a pipeline (pp_size)" in told["stage"] and "peftcore.shard(model)" in told["stage"]
+        assert "pipeline stages (pp_size)" in told["stage"] and "peftcore.shard(model)" in told["stage"]
         assert "is sharded, so no rank has the full weight. Quantize before" in told["quantize"]
         assert told["merge"].startswith("cannot merge: the model is sharded")
         assert told["old PyTorch"].startswith("PyTorch 2.11.0 cannot shard the integer weights")

@@ -22,6 +22,6 @@ def test_lora_on_experts_is_as_in_one_process(way: str, targets: list[str], tmp_
 def test_what_cannot_follow_divided_experts(tmp_path: Path) -> None:
     bases.write(tmp_path)
     for said in run(divided_experts.refused, str(tmp_path)):
-        assert "Turn dropout off in adapters of experts that ranks share out" in said["dropout"]
-        assert "only low-rank products of single experts can follow them" in said["another change"]
+        assert "Set dropout to 0 for these adapters" in said["dropout"]
+        assert "which only low-rank adapters of single experts support" in said["another change"]
         assert said["merge"].startswith("cannot merge: the model is sharded")

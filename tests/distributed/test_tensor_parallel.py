@@ -18,9 +18,9 @@ pytestmark = pytest.mark.skipif(
 CASES = [case for case in bases.DENSE if "," not in case]
 DAILY = ["lora", "qlora", "dora", "ia3", "prefix-tuning", "bitfit", "adaption-prompt"]
 HOOKS = {
-    "hooks, saved modules": "'lm_head.weight' is sharded and cannot be trained",
+    "hooks, saved modules": "'lm_head.weight' is already sharded and cannot be trained",
     "hooks, tokens": "divides the tokens of 'model.layers.0.self_attn'",
-    "hooks, shard": "leave peftcore.shard out",
+    "hooks, shard": "peftcore.shard is not needed",
 }
 PAGE = Path(__file__).parents[2] / "docs" / "distributed.md"
 
@@ -63,9 +63,9 @@ def test_lora_in_every_way_that_a_layer_is_divided(found: list[Any]) -> None:
     for _, measured in found:
         said = {name: value for name, value in measured.items() if isinstance(value, str)}
         assert said.keys() == {"random states", "batches", "shard", "a norm of heads", *HOOKS}
-        assert "Seed all ranks equally" in said["random states"]
+        assert "Use the same seed on all ranks" in said["random states"]
         assert "Give all ranks the same batch" in said["batches"]
-        assert "leave peftcore.shard out" in said["shard"]
+        assert "peftcore.shard is not needed" in said["shard"]
         assert "divides the work of 'model.layers.0.self_attn.q_norm'" in said["a norm of heads"]
         assert all(part in said[name] for name, part in HOOKS.items())
         values = {name: value for name, value in measured.items() if not isinstance(value, str)}
@@ -90,7 +90,10 @@ def test_a_mesh_of_fsdp_and_tensor_parallelism(folder: str) -> None:
     for measured in run(dimensions.of_mesh, folder, ranks=4):
         check(
             measured,
-            {"mesh, merge": "cannot merge: the model is sharded", "mesh, modules": "is sharded and cannot be trained"},
+            {
+                "mesh, merge": "cannot merge: the model is sharded",
+                "mesh, modules": "is already sharded and cannot be trained",
+            },
         )
 
 

@@ -29,4 +29,4 @@ def test_trainer_trains_saves_and_resumes_under_tensor_parallelism(method: str, 
 def test_trainer_has_no_tensor_parallelism_on_cpus(tmp_path: Path) -> None:
     bases.write(tmp_path)
     for said in run(trainer_runs.train, str(tmp_path), str(tmp_path), "lora", None, True, joined=False):
-        assert "has no tensor parallelism on CPUs. Train on GPUs, or in a loop of your own" in said
+        assert "does not support tensor parallelism on CPUs. Train on GPUs, or in a custom training loop" in said

@@ -89,7 +89,7 @@ def test_what_a_sharded_model_refuses() -> None:
         assert removing.startswith("cannot remove 'default': the model is sharded")
         assert wrong == "adapter_placement must be one of replicate, shard, found 'both'"
         assert late.startswith("the base is sharded already")
-        assert "is sharded and cannot be trained from here on. Apply first, then shard" in trained
+        assert "is already sharded and cannot be trained. Apply the adapter before sharding" in trained
 
 
 def test_shard_needs_a_distributed_run() -> None:
@@ -186,4 +186,4 @@ def test_the_reference_of_a_sharded_model() -> None:
     for moved, off in run(work.reference, "replicate"):
         assert moved > 1e-3 and off < 1e-6
     for told in run(work.reference, "shard"):
-        assert told.startswith("adapters cannot be kept as a reference because they are sharded")
+        assert told.startswith("cannot keep a reference of sharded adapters")

@@ -187,19 +187,19 @@ def test_what_is_no_branch_is_refused() -> None:
     model = two_and_three()
     with refusing(r"combines 'four', which is not applied \(applied: two, three\)"):
         combined(model, ("two", "four"))
-    with refusing("'both' names itself"):
+    with refusing("'both' cannot combine itself"):
         combined(model, ("two", "both"))
     peftcore.apply(model, "around", target_modules=("0",), adapter="first")
-    with refusing(r"combines 'first' at '1', where 'first' \(around\) is not attached. It is attached to '0'"):
+    with refusing(r"combines 'first' on '1', but 'first' \(around\) is not attached there. It is attached to '0'"):
         combined(model, ("first",))
     peftcore.apply(model, "train", names=("0.bias",), adapter="biases")
-    with refusing(r"cannot combine 'biases' \(train\): it trains parameters of the base"):
+    with refusing(r"cannot combine 'biases' \(train\): it trains base parameters"):
         combined(model, ("biases",))
     combined(model)
-    with refusing(r"cannot combine 'both' \(combined\): it combines others itself \(two, three\)"):
+    with refusing(r"cannot combine 'both' \(combined\): it is itself a combination of adapters \(two, three\)"):
         peftcore.apply(model, "combined", target_modules=LAYERS, names=("both",), adapter="twice")
     astray = peftcore.apply(two_and_three(), "astray", target_modules=LAYERS, names=TWO_AND_THREE)
-    with refusing("'other' is not a branch here: this placement combines two, three"):
+    with refusing("'other' is not a branch of this placement, which combines two, three"):
         out(astray)
 
 

@@ -102,7 +102,7 @@ def test_summary_says_it_and_remove_gets_out(kind: str) -> None:
     change(model)
     summary = peftcore.summary(model)
     assert Q in summary.changed and "changed since: 'model.layers.0" in str(summary)
-    with pytest.warns(UserWarning, match=f"remove left the following as it is: {told}"):
+    with pytest.warns(UserWarning, match=f"remove did not restore modules that were changed after apply: {told}"):
         peftcore.remove(model)
     plain = tiny.llama()
     change(plain)
@@ -187,7 +187,7 @@ def test_a_resized_vocabulary(tied: bool, active: bool) -> None:
     with pytest.raises(peftcore.PeftcoreError, match=shapes):
         peftcore.activate(model, "default")
     assert peftcore.summary(model).changed[slot] == "has shape [100, 32], which was [96, 32]"
-    with pytest.warns(UserWarning, match="remove left the following"):
+    with pytest.warns(UserWarning, match="remove did not restore modules"):
         peftcore.remove(model)
     assert model.lm_head.weight.shape == (100, 32)
     assert tiny.logits(model).shape[-1] == 100

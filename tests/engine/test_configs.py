@@ -197,7 +197,7 @@ def test_modules_that_peft_has_no_table_for_are_asked_for() -> None:
 
 
 def test_fields_beside_it_are_refused() -> None:
-    with pytest.raises(peftcore.PeftcoreError, match="apply takes no fields beside a config object, found r"):
+    with pytest.raises(peftcore.PeftcoreError, match="apply got a config object and also the fields r"):
         peftcore.apply(tiny.llama(), peft.LoraConfig(), r=3)
 
 

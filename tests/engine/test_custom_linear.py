@@ -44,13 +44,13 @@ RIGHT: dict[str, dict[str, Any]] = {
     "waveft": {"n_frequency": 10},
 }
 REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
-    "adapter": ("does not run on its output", {}),
+    "adapter": ("fails on its output", {}),
     "beft": ("adds a bias, which the layer does not have", {}),
-    "lily": ("changes outputs, not the weight", {}),
+    "lily": ("changes the output, not the weight", {}),
     "loha": ("draws random numbers in training", {"rank_dropout": 0.1}),
     "poly": ("depends on the inputs of the model's call", {}),
     "pvera": ("draws random numbers in training", {}),
-    "reft": ("does not run on its output", {}),
+    "reft": ("fails on its output", {}),
     "relora": ("", {}),
 }
 OF_OTHER_LAYERS = {"adaption-prompt", "alora", "bitfit", "ln-tuning", "qlora", "trainable-tokens"}

@@ -149,10 +149,10 @@ def greedy(model: nn.Module, adapters: Any, config: Any, batches: Any) -> None:
         (from_data, None, "needs batches"),
         (from_data, [], "`batches` is empty"),
         (from_data, ["text"], "a batch must be a mapping .* found 'text'"),
-        (broken, None, r"it initialises 'model.layers.0.self_attn.q_proj.gain' with values that are not finite"),
-        (greedy, None, "it has changed 'model.norm.weight' of the base"),
-        (greedy, BATCHES, "it has changed 'model.norm.weight' of the base"),
-        (None, BATCHES, "it does not initialise from data. Leave batches out"),
+        (broken, None, r"it initialised 'model.layers.0.self_attn.q_proj.gain' with NaN or Inf"),
+        (greedy, None, "it has changed the base tensor 'model.norm.weight'"),
+        (greedy, BATCHES, "it has changed the base tensor 'model.norm.weight'"),
+        (None, BATCHES, "it does not initialise from data, but batches were passed. Leave batches out"),
     ],
 )
 def test_what_is_wrong_is_said(initialize: Any, batches: Any, match: str) -> None:

@@ -50,7 +50,7 @@ class Complex(nn.Module):
 
 @pytest.mark.parametrize("method", ["lora", "ia3", "boft", "hra"])
 def test_complex_weights(method: str) -> None:
-    with pytest.raises(peftcore.PeftcoreError, match="cannot adapt 'a', which has complex weights"):
+    with pytest.raises(peftcore.PeftcoreError, match="cannot adapt 'a', because its weights are complex"):
         peftcore.apply(Complex(), method, target_modules=["a"])
     peftcore.apply(Complex(), "lora", target_modules=["b"])
 

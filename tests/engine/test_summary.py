@@ -73,7 +73,7 @@ def test_summary() -> None:
 def test_whether_experts_are_fused_and_why_not_is_reported() -> None:
     for kind, way in (
         ("qwen3_moe", "in all; fused\n"),
-        ("llama4_text", "Llama4TextExperts: its forward is written by"),
+        ("llama4_text", "Llama4TextExperts: its forward is custom"),
     ):
         model = mixture(kind)
         assert "fused" not in str(peftcore.summary(model)) and "copies" not in str(peftcore.summary(model))
@@ -84,7 +84,7 @@ def test_whether_experts_are_fused_and_why_not_is_reported() -> None:
         "100 % in 4 bits; a token meets 2 of 4, 50,016 parameters in all; fused"
     )
     model.config._experts_implementation = "mine"
-    assert "_experts_implementation='mine' is a user's own" in str(peftcore.plan(model, "lora"))
+    assert "_experts_implementation='mine' is not one of transformers" in str(peftcore.plan(model, "lora"))
 
 
 def test_experts_and_four_bits_are_reported() -> None:
@@ -111,7 +111,7 @@ def test_experts_and_four_bits_are_reported() -> None:
         idle=experts * 4 // 6,
         unfused="Qwen3MoeExperts: its adapter is not a low-rank product",
     )
-    assert str(plan).count("; on dense copies of all, without dropout: Qwen3MoeExperts: its adapter is no") == 1
+    assert str(plan).count("; on dense copies of all weights, without dropout: Qwen3MoeExperts: its adapter is no") == 1
     assert summary.base_parameters == count and summary.packed_parameters == experts // 2
     assert summary.packed_bytes == experts // 4 + 4 * experts // 2 // 64 + 2 * 64
     assert summary.base_bytes == 4 * (count - experts // 2) + summary.packed_bytes

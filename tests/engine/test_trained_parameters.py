@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore.engine import adapter_parameters
-from peftcore.engine.trained_parameters import TrainedParameters, base_tensors, moving_buffers
+from peftcore.engine.trained_parameters import TrainedParameters, base_tensors, updated_buffers
 from peftcore.files.loading import restore
 
 pytestmark = pytest.mark.usefixtures("toys")
@@ -30,14 +30,14 @@ def output(model: nn.Module) -> Tensor:
 
 
 def test_buffers_that_training_may_move() -> None:
-    names = [name for name, _ in moving_buffers(tiny.batchnorm_net())]
+    names = [name for name, _ in updated_buffers(tiny.batchnorm_net())]
     assert names == ["norm.running_mean", "norm.running_var", "norm.num_batches_tracked"]
-    assert moving_buffers(tiny.llama()) == []
+    assert updated_buffers(tiny.llama()) == []
     packed = nn.Module()
     packed.register_buffer("qweight", torch.zeros(4, 4, dtype=torch.int32))
     packed.register_buffer("scales", torch.ones(4))
-    assert moving_buffers(packed) == []
-    assert moving_buffers(peftcore.quantize(tiny.llama())) == []
+    assert updated_buffers(packed) == []
+    assert updated_buffers(peftcore.quantize(tiny.llama())) == []
 
 
 def test_copies_carry_what_was_moved() -> None:
@@ -84,4 +84,4 @@ def test_values_and_originals() -> None:
     assert dict(adapter_parameters(model, "default")).keys() == {"head.weight"}
     assert all(torch.equal(value, base.state_dict()[name]) for name, value in base_tensors(model).items())
     assert base_tensors(model).keys() == base.state_dict().keys()
-    assert own.has_moved(model)
+    assert own.differs_from_base(model)

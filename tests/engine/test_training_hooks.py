@@ -192,7 +192,7 @@ def test_all_that_trains_is_in_one_group() -> None:
 
 def test_where_nothing_trains_there_are_no_groups(toys: None, tmp_path: Path) -> None:
     peftcore.save(peftcore.apply(tiny.llama(), "around"), tmp_path)
-    with pytest.raises(peftcore.PeftcoreError, match=r"no parameter of the model trains.*trainable=True"):
+    with pytest.raises(peftcore.PeftcoreError, match=r"the model has no trainable parameters.*trainable=True"):
         peftcore.parameter_groups(peftcore.load(tiny.llama(), tmp_path), lr=1e-3)
     assert peftcore.parameter_groups(peftcore.load(tiny.llama(), tmp_path, trainable=True), lr=1e-3)
 

@@ -223,7 +223,7 @@ def test_draws_nothing() -> None:
         ({"ranks": 0}, "ranks must be a whole number from 1, found 0"),
         ({"ranks": True}, "ranks must be a whole number from 1, found True"),
         ({"per_sample": -1}, "per_sample must be a whole number from 0, found -1"),
-        ({"per_sample": 2, "method": "prompt-tuning"}, "acts on a batch as a whole"),
+        ({"per_sample": 2, "method": "prompt-tuning"}, "acts on the batch as a whole"),
         ({"per_sample": 2, "method": None}, "per_sample needs a method: without one, every parameter is trained"),
         ({"shard": "full"}, "shard must be True .FSDP2., False .DDP. or a dict, found 'full'"),
         ({"shard": 3}, "shard must be True .FSDP2., False .DDP. or a dict, found 3"),

@@ -48,7 +48,7 @@ def test_another_adapter_next_to_it() -> None:
     assert found.parts["adapters"] == 2 * first.parts["adapters"]
     assert found.title.startswith("a training step of LlamaForCausalLM, lora next to adapters ['default'], ")
     assert list(state_of(model).applied) == ["default"]
-    with pytest.raises(peftcore.PeftcoreError, match=r"an adapter 'default' is applied already \(lora\)"):
+    with pytest.raises(peftcore.PeftcoreError, match=r"the model already has an adapter 'default' \(lora\)"):
         peftcore.estimate(model, "lora", **STEP)
 
 

@@ -61,6 +61,8 @@ def test_a_failure_leaves_the_mode_of_each_module(tmp_path: Path, monkeypatch: p
     model = peftcore.apply(llama(num_hidden_layers=1), "lora", r=2).train()
     model.model.norm.eval()
     before = [module.training for module in model.modules()]
-    with pytest.raises(PeftcoreError, match=r"LlamaForCausalLM cannot be exported: NotImplementedError\. Merging"):
+    with pytest.raises(
+        PeftcoreError, match=r"LlamaForCausalLM cannot be exported to ONNX: NotImplementedError\. It may help"
+    ):
         peftcore.export(model, tmp_path / "model.onnx", format="onnx")
     assert [module.training for module in model.modules()] == before

@@ -61,10 +61,10 @@ def test_what_has_to_be_said(tmp_path: Path) -> None:
     assert said("17", r=17, target_modules=["q_proj"]) == []
     assert "vllm serve base --enable-lora --max-lora-rank 32 " in commands(tmp_path / "17", "base")[0]
     assert said("600", r=600, target_modules=["q_proj"]) == [
-        "vLLM supports ranks up to 512, and the adapter has rank 600."
+        "vLLM supports ranks up to 512, but the adapter has rank 600."
     ]
     (head,) = said("head", r=4, target_modules=["q_proj", "lm_head"])
-    assert head.startswith("lm_head are outside the layers")
+    assert head.startswith("The adapter changes lm_head outside the layers")
 
 
 def test_experts_are_written_one_by_one(tmp_path: Path) -> None:
@@ -81,9 +81,12 @@ def test_experts_are_written_one_by_one(tmp_path: Path) -> None:
     ("make", "message"),
     [
         (lambda: apply(llama(), "dora", r=4), r"\(dora\) cannot be written for vLLM and SGLang.*peftcore.convert"),
-        (lambda: apply(llama(), r=4, modules_to_save=["lm_head"]), "cannot be written for vLLM and SGLang: it trains"),
-        (lambda: apply(gpt2(), r=4, target_modules=["c_attn"]), "not a linear layer or embedding"),
-        (lambda: apply(llama(), "prompt-tuning", num_virtual_tokens=3), "does not change a weight"),
+        (
+            lambda: apply(llama(), r=4, modules_to_save=["lm_head"]),
+            "cannot be written for vLLM and SGLang: it fully trains",
+        ),
+        (lambda: apply(gpt2(), r=4, target_modules=["c_attn"]), "neither a linear layer nor an embedding"),
+        (lambda: apply(llama(), "prompt-tuning", num_virtual_tokens=3), "does not change weights"),
     ],
 )
 def test_what_they_cannot_compute_is_refused(make: Any, message: str, tmp_path: Path) -> None:

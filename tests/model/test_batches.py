@@ -123,11 +123,17 @@ def test_tensors_in_lists_are_moved() -> None:
         (lambda m: inputs_of(m, ["model.layers"], BATCHES, print), "'model.layers' was not called"),
         (lambda m: inputs_of(m, PATHS, iter([]), print), "`batches` is empty"),
         (lambda m: gradients_of(m, ["nothing"], BATCHES, print), "'nothing' is not a parameter"),
-        (lambda m: gradients_of(m, ["lm_head.weight"], [tiny.TOKENS], print), "the model returned no loss"),
+        (lambda m: gradients_of(m, ["lm_head.weight"], [tiny.TOKENS], print), "the model did not return a loss"),
         (lambda m: gradients_of(m, ["idle", "lm_head.weight"], BATCHES, print), "'idle' has no gradient"),
-        (lambda m: gradients_of(m, ["idle"], BATCHES, print), "'idle' has no gradient: the loss does not depend on it"),
+        (
+            lambda m: gradients_of(m, ["idle"], BATCHES, print),
+            "'idle' has no gradient, because the loss does not depend on it",
+        ),
         (lambda m: inputs_of(m, [PATHS[0], PATHS[0], "lm_head.x"], BATCHES, print), "'lm_head.x' is not a module"),
-        (lambda m: gradients_of(m, ["packed"], BATCHES, print), "'packed' is stored as torch.uint8"),
+        (
+            lambda m: gradients_of(m, ["packed"], BATCHES, print),
+            "'packed' has no gradient, because it is stored as torch.uint8",
+        ),
     ],
 )
 def test_what_is_wrong_is_said(observe: Any, match: str, capsys: Any) -> None:

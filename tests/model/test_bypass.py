@@ -35,7 +35,7 @@ def test_what_is_bypassed() -> None:
     assert layers_read_for_dtype(model) == ["asked"]
     peftcore.apply(model, "lora", target_modules="all-linear")
     assert applied(model, "default").paths == ("called", "asked", "idle")  # not reached is not known, and no reason
-    with pytest.raises(peftcore.PeftcoreError, match=r"at 'read' would do nothing, .*reads its weight.*\['read'\]"):
+    with pytest.raises(peftcore.PeftcoreError, match=r"on 'read' would have no effect, .*reads its weight.*\['read'\]"):
         peftcore.apply(Mixed(), "lora", target_modules=["read", "called"])
 
 
@@ -52,7 +52,9 @@ class ReadOnly(nn.Module):
 
 @pytest.mark.parametrize("read", ["conv", "table"])
 def test_convolutions_and_embeddings_that_are_read_are_refused(read: str) -> None:
-    with pytest.raises(peftcore.PeftcoreError, match=f"at '{read}' would do nothing.*the model's own forward reads"):
+    with pytest.raises(
+        peftcore.PeftcoreError, match=f"on '{read}' would have no effect.*the model's own forward reads"
+    ):
         peftcore.apply(ReadOnly(), "lora", target_modules=[read, "head"])
 
 
@@ -74,7 +76,7 @@ def test_adapters_and_quantized_layers_keep_out(name: str, dead: set[str]) -> No
     assert {path.rpartition(".")[2] for path in bypassed_layers(model) if path in linear} == dead
     call: dict[str, Any] = peftcore.model.example_inputs(model)
     for part in sorted(dead):
-        with pytest.raises(peftcore.PeftcoreError, match=f"{part}' would do nothing"):
+        with pytest.raises(peftcore.PeftcoreError, match=f"{part}' would have no effect"):
             peftcore.apply(model, "lora", target_modules=[part])
     with warnings.catch_warnings():  # of how little that is: see test_coverage.py
         warnings.simplefilter("ignore")
@@ -103,7 +105,7 @@ def test_bloom_is_adapted_as_its_config_computes() -> None:
     assert all(p.grad is not None for _, p in peftcore.engine.adapter_parameters(model, "default"))
     exact = transformers.BloomConfig(**settings, slow_but_exact=True, pretraining_tp=2)
     for name in ("self_attention.dense", "mlp.dense_4h_to_h"):
-        with pytest.raises(peftcore.PeftcoreError, match=f"'transformer.h.0.{name}' would do nothing"):
+        with pytest.raises(peftcore.PeftcoreError, match=f"'transformer.h.0.{name}' would have no effect"):
             peftcore.apply(transformers.BloomForCausalLM(exact), "lora", target_modules=[name])
 
 
@@ -123,10 +125,12 @@ def test_weights_that_the_model_changes_in_place_are_left_alone() -> None:
     assert {path.rpartition(".")[2] for path in rewritten_layers(instances.build("Gemma3nTextModel"))} == {
         "prediction_coefs"
     }
-    with pytest.raises(peftcore.PeftcoreError, match="would not follow changes of the layer: code of RwkvModel"):
+    with pytest.raises(
+        peftcore.PeftcoreError, match="would not follow changes of the weight: the forward of RwkvModel"
+    ):
         peftcore.apply(model, "lora", target_modules=["attention.output"])
     with pytest.warns(
-        UserWarning, match="'blocks.0.attention.output' and 3 more, because code of RwkvModel changes its"
+        UserWarning, match="'blocks.0.attention.output' and 3 more, because the forward of RwkvModel changes its"
     ):
         peftcore.quantize(model)
     assert not {path for path, _ in quantized_layers(model)} & parts

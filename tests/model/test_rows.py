@@ -70,7 +70,9 @@ def test_a_model_that_turns_its_samples_to_dimension_1() -> None:
 def test_a_bias_of_positions_is_nobodys() -> None:
     model = with_two(tiny.t5(), target_modules=["relative_attention_bias"])
     peftcore.activate(model, NAMES, per_sample=True)
-    with pytest.raises(peftcore.PeftcoreError, match=r"Embedding belongs to which sample: at '.*', its inputs are"):
+    with pytest.raises(
+        peftcore.PeftcoreError, match=r"Embedding cannot be split into samples: at '.*', its inputs are"
+    ):
         model(input_ids=tokens(), decoder_input_ids=tokens())
 
 
@@ -98,7 +100,9 @@ def test_images_are_not_samples(images: tuple[int, int]) -> None:
     check_rows(text, inputs, names=["a", "b"])
     model = with_two(llava(), target_modules=["q_proj"])
     peftcore.activate(model, ["a", "b"], per_sample=True)
-    with pytest.raises(peftcore.PeftcoreError, match=r"which sample: at '.*', a forward with example .* not call it"):
+    with pytest.raises(
+        peftcore.PeftcoreError, match=r"split into samples: at '.*', a forward on example .* not call the module"
+    ):
         model(**inputs)
     with torch.no_grad():
         assert torch.isfinite(model(input_ids=tokens(2, 2)).logits).all()  # without images the tower is not called
@@ -139,7 +143,7 @@ def test_one_projection_of_tokens_and_of_distances() -> None:
         peftcore.remove(model, name)
     with_two(model, target_modules=["query_proj"])
     peftcore.activate(model, NAMES, per_sample=True)
-    with pytest.raises(peftcore.PeftcoreError, match="samples are in different places in its calls"):
+    with pytest.raises(peftcore.PeftcoreError, match="samples are in different dimensions in its calls"):
         model(input_ids=tokens())
 
 
@@ -236,14 +240,14 @@ class Unknown(nn.Module):
 def test_what_cannot_be_observed_is_refused() -> None:
     model = with_two(Unknown(), target_modules=["layer"])
     peftcore.activate(model, NAMES, per_sample=True)
-    with pytest.raises(peftcore.PeftcoreError, match="a Linear belongs to which sample: at 'layer', a forward with"):
+    with pytest.raises(peftcore.PeftcoreError, match="a Linear cannot be split into samples: at 'layer', a forward on"):
         model(torch.randn(3, 4), 2)
 
 
 def test_samples_of_an_argument_that_was_not_observed() -> None:
     shared, numbers = torch.randn(1, 2), torch.tensor([0, 2])
     assert slice_samples(shared, UNKNOWN, numbers, 3) is shared
-    with pytest.raises(peftcore.PeftcoreError, match=r"unknown which rows of an argument of shape \[3, 2\]"):
+    with pytest.raises(peftcore.PeftcoreError, match=r"the samples in an argument of shape \[3, 2\] are unknown"):
         slice_samples(torch.randn(3, 2), UNKNOWN, numbers, 3)
 
 

@@ -80,6 +80,6 @@ def test_a_weight_that_another_library_keeps_in_integers() -> None:
     layer = torch.nn.Linear(2, 2)
     layer.weight = torch.nn.Parameter(torch.ones(2, 2, dtype=torch.int8), requires_grad=False)
     with pytest.raises(
-        peftcore.PeftcoreError, match=r"reads Linear: another library keeps its weight in torch.int8. Use"
+        peftcore.PeftcoreError, match=r"reads Linear, whose weight another library stores as torch.int8. Use"
     ):
         weight_format(layer)

@@ -57,8 +57,8 @@ def test_members_that_a_class_overrides() -> None:
 @pytest.mark.parametrize(
     ("placement", "message"),
     [
-        (lambda: Around("lm_head", Plain()), "places a Plain that has `merged` and does not derive from"),
-        (lambda: SoftPrompt(Prompt(), (1, 32)), "places a Inside that has `needs_call` and does not derive from"),
+        (lambda: Around("lm_head", Plain()), "places a Plain, which defines `merged` but does not derive from"),
+        (lambda: SoftPrompt(Prompt(), (1, 32)), "places a Inside, which defines `needs_call` but does not derive from"),
     ],
 )
 def test_a_member_that_nobody_would_call_is_an_error(placement, message: str) -> None:

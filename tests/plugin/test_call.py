@@ -166,7 +166,7 @@ def test_with_another_adapter_left_the_names_go_with_the_adapter() -> None:
     peftcore.remove(model, "default")
     with pytest.raises(TypeError, match="task_ids"):
         model(X, task_ids=A)
-    with pytest.raises(peftcore.PeftcoreError, match=r"no adapter of the model reads the argument 'task_ids'\. They"):
+    with pytest.raises(peftcore.PeftcoreError, match=r"no adapter on the model reads the argument 'task_ids'\. They"):
         peftcore.call_arguments(model, task_ids=A).__enter__()
 
 

@@ -161,7 +161,7 @@ def test_layers_of_bitsandbytes_are_taken_over():
         layer = of_bnb(model.get_submodule(path))
         bits[path] = layer.state_dict()
         model.set_submodule(path, layer)
-    with pytest.raises(peftcore.PeftcoreError, match=r"Call peftcore.quantize\(model\) before apply: the layers keep"):
+    with pytest.raises(peftcore.PeftcoreError, match=r"Call peftcore.quantize\(model\) before apply, which keeps"):
         weight_format(model.get_submodule("model.layers.0.mlp.up_proj"))
     peftcore.quantize(model)
     assert kinds(model) == set(bits)

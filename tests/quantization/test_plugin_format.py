@@ -77,9 +77,9 @@ def test_adapters_train_save_and_merge(int4: ModuleType, tmp_path: Path, method:
 
     errors = peftcore.merge_error(model)
     assert len(errors) == 2 and all(0 < error < 1 for error in errors.values())
-    with pytest.raises(PeftcoreError, match="2 merged layers are quantized again, which loses"):
+    with pytest.raises(PeftcoreError, match="2 merged layers loses"):
         peftcore.merge(model, max_error=1e-3, undo=True)
-    with pytest.warns(UserWarning, match="2 merged layers are quantized again"):
+    with pytest.warns(UserWarning, match="2 merged layers loses"):
         peftcore.merge(model, max_error=1.0, undo=True)
     assert all(type(m).__name__ == "Int4Linear" for m in (model.model.layers[0].mlp.down_proj,))
     peftcore.unmerge(model)

@@ -33,9 +33,9 @@ NAMED = "named"
 SAVED = "saved"  # without the others
 SENTENCES = {  # parts of errors
     "quantize first": "is sharded, so no rank has the full weight. Quantize before sharding",
-    "no stage": "no stage has the adapter parameter",
+    "no stage": "no stage contains the adapter parameter",
     "whole sequences": "needs full sequences, but context_parallel splits them",
-    "train before": "is sharded and cannot be trained from here on",
+    "train before": "is already sharded and cannot be trained",
     "spread experts": "spread over processes (tensor or expert parallelism)",
     "as many ranks": "used a DP world size of 2 but the current world size is 1",
 }

@@ -78,7 +78,10 @@ def test_first_values_that_change_the_base() -> None:
             adapter.gain.fill_(1)
 
     found = failed(method_of(Gain, initialize=moves), FILES)
-    assert "has changed 'model.embed_tokens.weight' of the base" in str(found) and f"FAILED          {APPLIES}" in found
+    assert (
+        "has changed the base tensor 'model.embed_tokens.weight'" in str(found)
+        and f"FAILED          {APPLIES}" in found
+    )
     assert failed(method_of(Gain, initialize=moves), FILES, not_applicable={"Llama": "no"}), "it is no refusal"
     check(method_of(Gain, initialize=says_nothing), FILES)
 
@@ -164,7 +167,7 @@ def test_the_first_error_of_a_rank_ends_the_check() -> None:
     results.put("rank 1: wrong")
     assert first_error(results, 60) == "rank 1: wrong"
     results.put(None)
-    assert first_error(results, 0.01) == "a rank did not end within 0.01 s"
+    assert first_error(results, 0.01) == "a rank did not finish within 0.01 s"
     results.put(None)
     results.put(None)
     assert first_error(results, 60) is None
@@ -175,7 +178,7 @@ def test_a_warning_of_a_merge_is_a_refusal_only_if_a_change_is_lost(monkeypatch:
     monkeypatch.setattr(peftcore, "merge", lambda model, undo: warnings.warn(other, UserWarning, stacklevel=1))
     with pytest.warns(UserWarning, match=other):
         merge_exactly(torch.nn.Linear(1, 1))
-    lost = "2 merged layers are quantized again, which loses 3%"
+    lost = "requantizing 2 merged layers loses 3%"
     monkeypatch.setattr(peftcore, "merge", lambda model, undo: warnings.warn(lost, UserWarning, stacklevel=1))
     with pytest.raises(peftcore.PeftcoreError, match=lost):
         merge_exactly(torch.nn.Linear(1, 1))

@@ -11,4 +11,4 @@ It imports `model` and what is below it, and nothing else of the engine.
     frozen_linear.py              frozen layers without adapters, faster than in PyTorch
 """
 
-from peftcore.engine.adaptation import wrapped_weights  # noqa: F401  # it registers the format of other libraries' tensors
+from peftcore.engine.adaptation import wrapped_weights  # noqa: F401  # registers the weight format of other libraries' tensors

@@ -44,7 +44,7 @@ from peftcore.plugin.call import Frame
 from peftcore.plugin.link import Link
 
 _CHAIN, _BASE = BUILT  # the chain of the active adapters, and the chain without adapters
-_ACTIVE = "_peftcore_active"  # names; None: each sample of a batch has its own, which the lock knows
+_ACTIVE = "_peftcore_active"  # names; None: the lock has an adapter for each sample
 
 
 class Adapters(nn.Module):
@@ -52,7 +52,7 @@ class Adapters(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.links: dict[str, type[Link]] = {}  # {adapter: its link}, for adapters with another link than `Link`
+        self.links: dict[str, type[Link]] = {}  # {adapter: its link}, for adapters with a link other than `Link`
         self.branches: dict[str, tuple[str, ...]] = {}  # {combiner: names of the adapters that it combines}
 
     def __contains__(self, name: str) -> bool:
@@ -107,9 +107,9 @@ def attach(
 def detach(module: nn.Module, name: str) -> None:
     """Detach the adapter `name` from `module`; detaching the last one restores the module."""
     if CHILD not in module._modules:
-        return  # detached before an interruption
+        return  # was already detached before an interruption
     adapters = adapters_at(module)
-    if is_adapted(module):  # otherwise its class has been changed since, or detaching was interrupted
+    if is_adapted(module):  # otherwise its class has changed since, or detaching was interrupted
         active = module.__dict__[_ACTIVE]
         if active is not None and name in active:
             activate(module, [other_name for other_name in active if other_name != name])
@@ -125,7 +125,7 @@ def detach(module: nn.Module, name: str) -> None:
         module.__dict__.pop(key, None)
     if not is_enclosing(module):
         module.__dict__.pop(LOCK, None)
-    del module._modules[CHILD]  # last, so that the module is found again after an interruption
+    del module._modules[CHILD]  # last, so that an interrupted detach can find the module again
 
 
 def activate(module: nn.Module, names: Sequence[str] | None, *, same_base: bool = False) -> None:
@@ -155,7 +155,7 @@ def is_per_sample(module: nn.Module) -> bool:
 
 def activate_outermost(module: nn.Module, name: str) -> None:
     """Activate `name`, which is not a combiner, around the active adapters."""
-    if OWN_FORWARD in module.__dict__ or module._forward_pre_hooks:  # the layer may be divided over ranks
+    if OWN_FORWARD in module.__dict__ or module._forward_pre_hooks:  # the layer may be sharded
         activate(module, (*module.__dict__[_ACTIVE], name), same_base=True)
         return
     module.__dict__[_ACTIVE] = (*module.__dict__[_ACTIVE], name)
@@ -184,7 +184,7 @@ def _base_of(module: nn.Module) -> OwnForward:
     forward = own_forward if OWN_FORWARD in module.__dict__ else original_forward(module)
     try:
         weights = find_weight_format(module)
-    except PeftcoreError:  # a plugin's format fails; the error is raised again when something reads the weight
+    except PeftcoreError:  # a plugin's format fails; reading the weight raises the error again
         weights = None
     forward_link = OwnForward(module, forward, weights)
     plan = followed_plan(module) if OWN_FORWARD in module.__dict__ else None
@@ -334,7 +334,7 @@ def _adapted_class(cls: type[nn.Module]) -> type[nn.Module]:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         try:
             lock = self._peftcore_lock
-        except AttributeError:  # a bound method that torch.compile kept, and the adapters were removed since
+        except AttributeError:  # torch.compile kept this bound method, and the adapters have been removed since
             return cls.forward(self, *args, **kwargs)
         if NAMES in kwargs and takes_adapter_names(self, kwargs):
             with adapter_for_each_sample(self, kwargs):
@@ -375,11 +375,11 @@ def _adapted_class(cls: type[nn.Module]) -> type[nn.Module]:
         if self.__dict__[LOCK].is_disabled():
             replica.__dict__[_ACTIVE] = ()
         replica.__dict__[LOCK] = self.__dict__[LOCK].for_replica()
-        # It gets its adapters after it is made.
+        # It gets its adapters after its creation.
         replica.__dict__[_CHAIN] = lambda *args, **kwargs: _chain_of(replica, _base_of(replica))(*args, **kwargs)
         return replica
 
-    # transformers, accelerate and the Trainer read a forward's signature.
+    # transformers, accelerate and Trainer read the signature of `forward`.
     forward.__wrapped__ = cls.forward  # type: ignore[attr-defined]  # as functools.wraps sets it
     forward.__doc__ = cls.forward.__doc__
     adapted: Any = subclass(

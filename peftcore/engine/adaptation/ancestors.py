@@ -25,7 +25,7 @@ from peftcore.plugin.call import ROOT, Frame, untraced
 from peftcore.plugin.events import adapter_names_given, vocabulary_resizes
 
 LOCK = "_peftcore_lock"
-NAMES = "adapter_names"  # PEFT's argument of a call: the adapter of each sample
+NAMES = "adapter_names"  # PEFT's call argument: the adapter of each sample
 
 
 def enclose(module: nn.Module, lock: ModelLock, *, root: bool = False) -> None:
@@ -89,8 +89,8 @@ def adapter_for_each_sample(module: nn.Module, kwargs: dict[str, Any]) -> Iterat
     """
     if ROOT not in module.__dict__:
         raise PeftcoreError(
-            f"adapter_names were passed to a {type(module).__name__}, a part of the model that adapters were applied "
-            "to. Pass them to that model"
+            f"adapter_names were passed to a {type(module).__name__}, which is only a submodule of the model with "
+            "adapters. Pass them to the model itself"
         )
     names = kwargs.pop(NAMES)
     if names is None:
@@ -98,7 +98,7 @@ def adapter_for_each_sample(module: nn.Module, kwargs: dict[str, Any]) -> Iterat
         return
     activations: list[Any] = []
     adapter_names_given.announce(module, names, activations.append)
-    with lock_of(module).choosing_by_sample(activations[0]):  # type: ignore[union-attr]  # of a model with adapters
+    with lock_of(module).choosing_by_sample(activations[0]):  # type: ignore[union-attr]  # the lock of a model with adapters
         yield len(activations[0].samples)
 
 
@@ -138,10 +138,10 @@ def _repeats_samples(model: Any, kwargs: dict[str, Any]) -> bool:
 
 @one_for_each_class
 def _enclosing_class(cls: type[nn.Module]) -> type[nn.Module]:
-    original: Any = cls  # which may have `generate`
+    original: Any = cls  # it may have `generate`
 
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if LOCK not in self.__dict__:  # torch.compile kept this bound method, and the adapters were removed since
+        if LOCK not in self.__dict__:  # torch.compile kept this bound method, and the adapters have been removed since
             return cls.__call__(self, *args, **kwargs)
         if NAMES in kwargs and takes_adapter_names(self, kwargs):
             with adapter_for_each_sample(self, kwargs):
@@ -174,7 +174,7 @@ def _enclosing_class(cls: type[nn.Module]) -> type[nn.Module]:
             with torch.no_grad(), adapter_for_each_sample(self, kwargs):
                 return generate(self, *args, **kwargs)
         lock = self._peftcore_lock
-        with lock.calling():  # one adapter from the first token to the last
+        with lock.calling():  # adapters do not change between the first token and the last
             if lock.context is None:
                 return super(enclosing, self).generate(*args, **kwargs)
             samples = (lock.choice() or lock.activation).samples if _repeats_samples(self, kwargs) else None
@@ -189,7 +189,7 @@ def _enclosing_class(cls: type[nn.Module]) -> type[nn.Module]:
     def _validate_model_kwargs(self: Any, model_kwargs: dict[str, Any]) -> None:
         context = self._peftcore_lock.context
         if context is not None:
-            context.own(self._peftcore_arguments, model_kwargs)  # transformers would refuse them as misspelt
+            context.own(self._peftcore_arguments, model_kwargs)  # transformers would reject them as misspelt
         super(enclosing, self)._validate_model_kwargs(model_kwargs)
 
     def resize_token_embeddings(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -208,8 +208,8 @@ def _enclosing_class(cls: type[nn.Module]) -> type[nn.Module]:
         "_replicate_for_data_parallel": _replicate_for_data_parallel,
         "_peftcore_enclosed": cls,
     }
-    # `torch.compile(model)` starts with what this calls, so that compiled calls take the lock too. For PyTorch's own
-    # modules, such as `nn.Sequential`, it would start further out, unless their forward is not PyTorch's.
+    # `torch.compile(model)` starts tracing at the function that is called here, so compiled calls take the lock too.
+    # For modules whose forward is PyTorch's, such as `nn.Sequential`, tracing would start further out.
     untraced(__call__)
     if cls.forward.__module__.partition(".")[0] == "torch":
         namespace["forward"] = functools.wraps(cls.forward)(forward)

@@ -30,7 +30,7 @@ from peftcore.plugin.method import WeightFormat
 if TYPE_CHECKING:
     from peftcore.ops import PackedWeight
 
-EXPERTS_ARGUMENTS = {"hidden_states", "top_k_index", "top_k_weights"}  # of transformers' experts interface
+EXPERTS_ARGUMENTS = {"hidden_states", "top_k_index", "top_k_weights"}  # set by transformers' experts interface
 
 
 class OwnForward(ChainLink):
@@ -75,8 +75,8 @@ class OwnForward(ChainLink):
         forward = getattr(getattr(self.module, "_old_forward", None), "__func__", None)
         if hook is None or forward is not original_forward(self.module):
             raise PeftcoreError(
-                f"{original_class(self.module).__name__} has its own `forward` on the instance, so the weights it "
-                "reads cannot be changed. Exclude the module: exclude_modules=[...]"
+                f"a {original_class(self.module).__name__} has its own `forward` on the instance, so an adapter "
+                "cannot change the weights that it reads. Exclude the module: exclude_modules=[...]"
             )
         args, kwargs = hook.pre_forward(self.module, *args, **kwargs)
         with torch.no_grad() if getattr(hook, "no_grad", False) else nullcontext():
@@ -118,7 +118,7 @@ def own_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     if getattr(instance_forward, "__self__", None) is not module:
         return instance_forward(*args, **kwargs)
     view: nn.Module = object.__new__(original_class(module))
-    object.__setattr__(view, "__dict__", module.__dict__)  # the same module, of another class
+    object.__setattr__(view, "__dict__", module.__dict__)  # the same module with another class
     return instance_forward.__func__(view, *args, **kwargs)
 
 
@@ -140,7 +140,7 @@ class Branched(ChainLink):
         """Return the link of the adapter `name` directly around the module's original forward."""
         if name not in self._branches:
             raise PeftcoreError(
-                f"'{name}' is not a branch here: this placement combines {', '.join(self._branches)}. Add it: "
+                f"'{name}' is not a branch of this placement, which combines {', '.join(self._branches)}. Add it: "
                 f"Around(path, adapter, branches=[..., '{name}'])"
             )
         return self._branches[name]
@@ -195,16 +195,16 @@ def expert_link(module: nn.Module, base: Any, name: str, expert: int) -> Any:
         changes = base.changes_of(base.adapter)
         if not changes:
             raise PeftcoreError(
-                f"an adapter of experts' weights is placed where another, {type(base.adapter).__name__}, wraps all "
-                "experts of a module. Deactivate that adapter: peftcore.activate(model, [...])"
+                f"an adapter changes the weights of experts inside another adapter, {type(base.adapter).__name__}, "
+                "that wraps all experts of the module. Deactivate one of them: peftcore.activate(model, [...])"
             )
         changes_inside.insert(0, changes)
         base = base.inside
     changes_by_name = expert_changes(module, changes_inside)
     if changes_by_name is None:
         raise PeftcoreError(
-            f"an adapter changes the weights of {original_class(module).__name__} as a whole, and another is placed at "
-            "each expert. Deactivate the first one: peftcore.activate(model, [...])"
+            f"one adapter changes the stacked weights of {original_class(module).__name__}, and another one is "
+            "placed on its single experts. Deactivate the first adapter: peftcore.activate(model, [...])"
         )
     return with_changes(expert_linear(module, name, expert), changes_by_name.get(name, ()), expert)
 
@@ -214,13 +214,13 @@ def _changed(
 ) -> nn.Module:
     """Return a shallow copy of `module` with changed parameters; other threads and graphs still read the original."""
     copy: nn.Module = object.__new__(type(module))
-    parameters: dict[str, Any] = dict(module._parameters)  # a changed one need not be a parameter
+    parameters: dict[str, Any] = dict(module._parameters)  # a changed weight need not be a parameter
     modules: dict[str, Any] = dict(module._modules)
     copy.__dict__.update(module.__dict__, _parameters=parameters, _modules=modules)
     for name in dict.fromkeys(name for each in changes for name in each):
         stored_format = weights if name == "weight" and weights is not None else quantized_format(module, name)
         if stored_format is not None and stored_format.decode is not None:
-            parameters[name] = stored_format.read(module)  # the module also computes with a dense one
+            parameters[name] = stored_format.read(module)  # the module also accepts a dense weight
     for each in changes:
         for name, change in each.items():
             child, _, inner_name = name.partition(".")
@@ -228,8 +228,8 @@ def _changed(
                 parameters[name] = _applied(change, parameters[name], name)
             elif BUILT[0] in modules[child].__dict__:
                 raise PeftcoreError(
-                    f"'{name}' of a {original_class(module).__name__} is changed by one adapter, and '{child}' has "
-                    "its own adapters. Place both at one of the two modules"
+                    f"one adapter changes '{name}' of a {original_class(module).__name__}, and its submodule "
+                    f"'{child}' has adapters too. Place both adapters on the same module"
                 )
             else:
                 modules[child] = _changed(modules[child], [{inner_name: change}])
@@ -240,8 +240,8 @@ def _applied(change: Change, parameter: Tensor, name: str) -> Tensor:
     changed = change(parameter)
     if changed.shape != parameter.shape:
         raise PeftcoreError(
-            f"an adapter returned {list(changed.shape)} for the parameter '{name}' of shape {list(parameter.shape)}. "
-            "It must keep the shape"
+            f"an adapter returned shape {list(changed.shape)} for the parameter '{name}' of shape "
+            f"{list(parameter.shape)}. It must keep the shape"
         )
     return changed.to(parameter.dtype)
 

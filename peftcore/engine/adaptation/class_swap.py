@@ -14,9 +14,9 @@ from torch import nn
 
 from peftcore.plugin.call import arguments
 
-Maker = Callable[[type[nn.Module]], type[nn.Module]]  # a class -> the subclass that replaces it
+Maker = Callable[[type[nn.Module]], type[nn.Module]]  # class -> the subclass that replaces it
 
-BUILT = ("_peftcore_chain", "_peftcore_base")  # attributes that a copy rebuilds
+BUILT = ("_peftcore_chain", "_peftcore_base")  # attributes that are rebuilt in a copy
 
 
 def one_for_each_class(make: Maker) -> Maker:
@@ -38,7 +38,9 @@ def subclass(
     """
 
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-        self.__class__ = cls  # a module made by `type(module)(...)`, as a slice of `nn.Sequential`, has no adapters
+        self.__class__ = (
+            cls  # a module created by `type(module)(...)`, such as a slice of `nn.Sequential`, has no adapters
+        )
         self.__init__(*args, **kwargs)
 
     __init__.__wrapped__ = cls.__init__  # type: ignore[attr-defined]

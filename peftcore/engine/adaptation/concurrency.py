@@ -28,8 +28,8 @@ from peftcore.errors import PeftcoreError
 from peftcore.plugin.call import CallContext, current_frame, untraced
 from peftcore.plugin.outputs import tensors_of
 
-PATIENCE = 60.0  # seconds for which a call or a change waits for others before it raises
-_ALONE = "Let one thread change adapters while no other runs the model, or run the model in fewer or shorter calls"
+PATIENCE = 60.0  # seconds that a call or a change waits for other threads before it raises an error
+_ALONE = "Change adapters while no other thread runs the model, or run the model in fewer or shorter calls"
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,8 @@ class Block:
         self.open = True
 
 
-# Blocks that a context has entered. PyTorch's tracer reads no context variables, so the thread's are kept as well.
+# The `disabled` blocks that a context has entered. PyTorch's tracer cannot read context variables, so the blocks are
+# also stored per thread.
 _BLOCKS: ContextVar[tuple[Block, ...]] = ContextVar("peftcore_disabled", default=())
 _THREAD = threading.local()
 
@@ -87,25 +88,26 @@ class ModelLock:
 
     def __init__(self, activation: Activation = Activation(), context: CallContext | None = None) -> None:
         self.activation = activation
-        self.context = context  # what adapters read of a call, if any does
+        self.context = context  # the facts of a call that adapters read, if any do
         self.retired = False  # the last adapter has been removed
         self.calls: dict[int, bool] = {}
-        # {running backward pass: whether adapters were inactive in its forward, or an error message}
+        # {running backward pass: whether adapters were disabled in its forward, or an error message}
         self._backward: dict[int, bool | str] = {}
         self._condition = threading.Condition()
-        self._changer: int | None = None  # the thread that changes the model, or waits to
+        self._changer: int | None = None  # the thread that changes the model or waits to change it
         self._turn: object = None  # the change that `_changer` makes
-        self._queue: list[object] = []  # changes that wait for it
-        self._alone = False  # it no longer waits
-        self.choosing = 0  # number of calls, of all threads, that name an adapter for each of their samples
-        self._held: Block | None = None  # the `disabled` block that excludes other calls
-        self._blocks: set[Block] = set()  # the open `disabled` blocks that exclude no calls
+        self._queue: list[object] = []  # changes that wait for the current one
+        self._alone = False  # the change no longer waits
+        self.choosing = 0  # number of running calls, in all threads, with an adapter for each sample
+        self._held: Block | None = None  # the `disabled` block that prevents calls outside it
+        self._blocks: set[Block] = set()  # the open `disabled` blocks that allow other calls
 
     def __reduce__(self) -> tuple[Any, ...]:
         if self.is_disabled():
             raise PeftcoreError(
-                "a copy made inside peftcore.disabled(model) would compute with adapters. Copy the model outside the "
-                "block, and deactivate the adapters of the copy: peftcore.activate(copy, [])"
+                "cannot copy the model inside peftcore.disabled(model), because adapters would be active in the "
+                "copy. Copy it outside the block, and deactivate the adapters of the copy: peftcore.activate(copy, "
+                "[])"
             )
         return ModelLock, (self.activation, self.context)
 
@@ -176,7 +178,7 @@ class ModelLock:
             base: the change affects base tensors, so also wait for the `disabled` blocks of other threads.
         """
         thread = get_ident()
-        if self._changer == thread and self._held is None:  # a part of a larger change
+        if self._changer == thread and self._held is None:  # nested in a larger change
             yield
             return
         if self.is_disabled():
@@ -262,13 +264,13 @@ class ModelLock:
             )
 
         with self._condition:
-            # The others may wait for the call that this thread is in.
+            # Other changes may be waiting for the call that this thread is in.
             if in_call and (self._changer is not None or others()):
                 raise PeftcoreError(
-                    f"cannot {what} within a call of the model while another thread calls it or changes it. {_ALONE}"
+                    f"cannot {what} inside a call of the model while another thread calls or changes it. {_ALONE}"
                 )
             self._refuse_own_hold(what)
-            # A queue, since a thread that has just finished may come back before others wake up.
+            # A queue keeps the order, since a thread that has just finished may return before others wake up.
             self._queue.append(turn)
             self._wait(lambda: self._changer is None and self._queue[0] is turn, what)
             self._changer, self._turn = thread, turn
@@ -295,8 +297,8 @@ class ModelLock:
                 return
             if self._held is not None and in_backward:
                 raise PeftcoreError(
-                    "a checkpointed part of the model runs again inside peftcore.disabled(model), but its forward ran "
-                    "outside. Run backward() outside the block too"
+                    "backward() recomputes a checkpointed module inside peftcore.disabled(model), but its forward "
+                    "ran outside. Run backward() outside the block too"
                 )
             self._refuse_own_hold("call the model")
             if in_backward and not self._alone:  # the change may wait for a call that waits for this backward pass
@@ -315,8 +317,8 @@ class ModelLock:
         """
         if self._held is not None and self._changer == get_ident():
             raise PeftcoreError(
-                f"cannot {what}: another task of this thread is inside peftcore.disabled(model), and adapters train "
-                "parameters of the base, which the block has exchanged. Leave the block first"
+                f"cannot {what}: another task of this thread is inside peftcore.disabled(model), which has replaced "
+                "the base parameters that adapters train. Leave the block first"
             )
 
     def _wait(self, ready: Callable[[], bool], what: str) -> None:
@@ -350,13 +352,13 @@ class _Watch:
         disabled: bool | str = self._disabled
         if self._lock.activation != self._activation:
             disabled = (
-                "a checkpointed part of the model runs again in a backward pass, and the active adapters are not those "
-                f"of its forward ({list(self._activation.active)}). Run backward() before adapters change"
+                "backward() recomputes a checkpointed module, but the active adapters have changed since its "
+                f"forward, where they were {list(self._activation.active)}. Run backward() before changing adapters"
             )
         elif backward_passes.get(task, disabled) != disabled:
             disabled = (
-                "one backward pass runs checkpointed parts of two forwards again, one of them inside "
-                "peftcore.disabled(model). Run backward() for each forward"
+                "one backward pass recomputes checkpointed modules of two forwards, only one of which ran inside "
+                "peftcore.disabled(model). Run backward() separately for each forward"
             )
         backward_passes[task] = disabled
         Variable._execution_engine.queue_callback(self._end)
@@ -371,7 +373,7 @@ class _Watch:
         deactivated_names = [name for name in self._activation.training if name not in self._lock.activation.active]
         if deactivated_names:
             raise PeftcoreError(
-                f"backward() belongs to a forward pass in which {deactivated_names} was active and trained. It has "
-                "been deactivated since, so its gradients would be lost. Run backward() before peftcore.activate, "
-                "merge or remove; gradients of several forward passes add up"
+                f"backward() would lose gradients: {deactivated_names} was active in the forward pass but has been "
+                "deactivated since. Run backward() before peftcore.activate, merge or remove; gradients of several "
+                "forward passes accumulate"
             )

@@ -42,7 +42,7 @@ def plan_of_experts(module: nn.Module) -> dict[str, Any] | None:
     if not forward.__module__.startswith("transformers.distributed"):
         return None
     plan = dict(inspect.getclosurevars(forward).nonlocals)
-    return plan if "implementation" in plan else None  # other styles of experts move no tokens
+    return plan if "implementation" in plan else None  # other styles for experts do not move tokens
 
 
 def followed_plan(module: nn.Module) -> dict[str, Any] | None:
@@ -57,7 +57,7 @@ def followed_plan(module: nn.Module) -> dict[str, Any] | None:
         weight: Any = sharded.original(module._parameters[name])  # type: ignore[arg-type]
         if not sharded.is_dtensor(weight) or weight.placements[-1] != Shard(0):
             return None
-        if weight.device_mesh.size() != mesh.size():  # FSDP2 has parts of each rank's experts on other ranks, too
+        if weight.device_mesh.size() != mesh.size():  # FSDP2 also shards each rank's experts over further ranks
             return None
     inner_forward = getattr(plan["implementation"].experts_forward, "__func__", None)
     return plan if inner_forward is original_forward(module) else None
@@ -106,8 +106,8 @@ class ExpertsForward(OwnForward):
         changes_by_name = expert_changes(module, self._changes)
         if changes_by_name is None:
             raise PeftcoreError(
-                "experts that ranks share out can be changed by low-rank products of single experts only, and their "
-                "own weights cannot train. Freeze them, or load the model without ep_size"
+                "experts are sharded over the ranks (ep_size), so only low-rank adapters of single experts can "
+                "train, not the weights of the experts. Freeze the weights, or load the model without ep_size"
             )
         batches = ranks.count() // plan["implementation"].tp_mesh.size()
         local = {name: [_local(each, batches) for each in own] for name, own in changes_by_name.items()}
@@ -129,11 +129,14 @@ def _local(change: LowRank | ExpertAdapters, batches: int) -> LowRank:
     gradient of the mean loss.
     """
     if not isinstance(change, LowRank) or not sharded.is_dtensor(change.a) or not sharded.is_dtensor(change.b):
-        raise PeftcoreError("experts that ranks share out can be changed by low-rank products of single experts only")
+        raise PeftcoreError(
+            "experts are sharded over the ranks (ep_size), so only low-rank adapters of single experts can change "
+            "them. Use such an adapter, or load the model without ep_size"
+        )
     if change.dropout_p:
         raise PeftcoreError(
-            "an adapter's dropout draws random numbers for the tokens of a rank's experts, after which the ranks' "
-            "other random numbers would differ. Turn dropout off in adapters of experts that ranks share out (ep_size)"
+            "adapters of sharded experts (ep_size) cannot use dropout, because each rank would draw a different "
+            "number of random numbers, after which the random states differ. Set dropout to 0 for these adapters"
         )
     a, b = (_DividedGradient.apply(factor.to_local(), batches) for factor in (change.a, change.b))  # type: ignore[no-untyped-call]
     return LowRank(a, b, change.scale)
@@ -156,7 +159,7 @@ def _called(plan: Mapping[str, Any], forward: Callable[..., Tensor]) -> Callable
     """Return the plan's forward with `forward` in place of the local experts' forward."""
     style, implementation = plan["self"], copy.copy(plan["implementation"])
     implementation.experts_forward = forward
-    for name, inner in vars(implementation).items():  # those that it chooses from
+    for name, inner in vars(implementation).items():  # the experts that it chooses from
         if hasattr(inner, "experts_forward"):
             inner_copy = copy.copy(inner)
             inner_copy.experts_forward = forward

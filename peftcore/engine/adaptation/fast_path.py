@@ -16,9 +16,9 @@ from peftcore.model.base_modules import base_modules
 from peftcore.model.weight_formats import find_weight_format
 
 _FLAGS = {nn.TransformerEncoderLayer: "activation_relu_or_gelu", nn.TransformerEncoder: "use_nested_tensor"}
-_KEPT = "_peftcore_fast_path"  # attribute of such a module: the original value of its flag
+_KEPT = "_peftcore_fast_path"  # attribute of a module with such a flag: the original value
 
-# Parts of a layer, which may be adapted or quantized without the layer being known.
+# Submodules of a layer, which may be adapted or quantized when the layer itself is not part of the model.
 _PARTS = (nn.Linear, nn.LayerNorm, nn.Dropout, nn.MultiheadAttention)
 
 

@@ -67,7 +67,7 @@ def _for_operator(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Return whether `ops.dense_linear` supports this product and is faster than PyTorch."""
     if x.device.type != "cpu" or type(weight) is not nn.Parameter or weight.device.type != "cpu":
         return False
-    if is_exporting():  # for programs that have no operators of ours
+    if is_exporting():  # other programs do not have the operators of peftcore
         return False
     if torch.is_autocast_enabled("cpu"):
         return torch.get_autocast_dtype("cpu") in ops.WIDENED and x.dtype in DTYPES and weight.dtype in DTYPES
@@ -89,7 +89,8 @@ def _product(layer: Any, x: Tensor, original: Any, transposed: bool) -> Tensor:
         return original(layer, x)
     if _for_operator(x, weight, bias):
         return ops.dense_linear(x, weight.t() if transposed else weight, bias)
-    # Inputs of up to two dimensions, and contiguous ones with a bias, PyTorch multiplies in one product, rounded once.
+    # PyTorch already computes inputs of up to two dimensions, and contiguous inputs with a bias, in one product that is
+    # rounded once.
     if transposed or weight.requires_grad or x.dim() < 3 or (bias is not None and x.is_contiguous()):
         return original(layer, x)
     rows = F.linear(x.flatten(0, -2), weight)
@@ -101,7 +102,7 @@ def _product(layer: Any, x: Tensor, original: Any, transposed: bool) -> Tensor:
 def _folding_class(cls: type[nn.Module]) -> type[nn.Module]:
     original: Any = cls.forward
 
-    def forward_linear(self: Any, input: Tensor) -> Tensor:  # the parameter has the name that `nn.Linear` gives it
+    def forward_linear(self: Any, input: Tensor) -> Tensor:  # named as in `nn.Linear`
         return _product(self, input, original, transposed=False)
 
     def forward_conv1d(self: Any, x: Tensor) -> Tensor:

@@ -24,9 +24,9 @@ from peftcore.ops.attention import has_attention_kernel
 
 _ENTRY = "sdpa"
 _CLASSES = re.compile(r"\w*Attention\w*|\w+MLA")
-_ORIGINAL = "_peftcore_original"  # attribute of the entry: the function that it replaced
-_LEAST_QUERIES = 16  # in fp32 without gradients: the kernel first rearranges keys and values
-# Parameters of transformers' function. With another one it may compute something that we do not know.
+_ORIGINAL = "_peftcore_original"  # attribute of the new entry: the replaced function
+_LEAST_QUERIES = 16  # for fp32 without gradients, since the kernel first rearranges keys and values
+# Parameters of transformers' function. A further parameter may change the result in an unknown way.
 _PARAMETERS = {"module", "query", "key", "value", "attention_mask", "dropout", "scaling", "is_causal"}
 _PARAMETERS |= {"position_bias", "cache", "kwargs"}
 
@@ -89,14 +89,14 @@ def _attention(
     """Return the attention `[batch, queries, heads, size]`; None if transformers must compute or reject it."""
     if position_bias is not None or softcap is not None or output_attentions or not 0 <= dropout < 1:
         return None
-    if cache is not None:  # a paged one, which transformers' function updates
+    if cache is not None:  # a paged cache, which transformers' function updates
         return None
     if not _has_fused_kernel(query, key, value, mask):
         return None
     queries = query.shape[2]
-    # As transformers' function: one query sees all keys, and a given mask says what is seen.
+    # As in transformers: a single query sees all keys, and an explicit mask replaces the causal one.
     causal = queries > 1 and mask is None and bool(module.is_causal if is_causal is None else is_causal)
-    if causal and key.shape[2] > queries:  # a static cache that is still empty behind the prompt
+    if causal and key.shape[2] > queries:  # a static cache that is still empty after the prompt
         key, value = key[:, :, :queries], value[:, :, :queries]
     output = ops.attention(query, key, value, mask, causal=causal, scale=scaling, dropout_p=dropout)
     return output.transpose(1, 2).contiguous()

@@ -34,9 +34,9 @@ from peftcore.ops.gated import Activation as GateActivation
 from peftcore.ops.weight import DTYPES
 
 FUSED_FORWARD = "_peftcore_fused_forward"
-FUSED_ATTENTION = "_peftcore_fused_attention"  # attribute of attention modules that fused_attention.py computes
+FUSED_ATTENTION = "_peftcore_fused_attention"  # attribute of attention modules that fused_attention.py runs
 _MARKER = "_peftcore_fused"
-_DEVICES = ("cpu", "meta")  # with kernels; meta tensors stand for CPU ones
+_DEVICES = ("cpu", "meta")  # devices with kernels; meta tensors stand for CPU tensors
 _PLAIN = (Tensor, nn.Parameter, FakeTensor)
 
 
@@ -95,7 +95,7 @@ class RecomputedLayerNorm(FusedForward):
 
     def __call__(self, module: Any, x: Any) -> Tensor | None:
         """Return the module's output, or None if the original forward must compute it."""
-        # Autocast computes LayerNorm in fp32, and the backward pass runs outside of it.
+        # Autocast computes LayerNorm in fp32, but the backward pass runs outside autocast.
         if not torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or not plain(x, x):
             return None
         compute = functools.partial(_layer_norm, module.normalized_shape, module.eps)
@@ -251,7 +251,7 @@ def _fused_class(cls: type[nn.Module]) -> type[nn.Module]:
 
     @functools.wraps(original)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        # Compiled graphs contain the module's own operators, which the compiler fuses itself.
+        # Compiled graphs contain the original operators, which the compiler fuses itself.
         if len(args) == 1 and not kwargs and not torch.compiler.is_compiling():
             output = self.__dict__[FUSED_FORWARD](self, args[0])
             if output is not None:
@@ -261,7 +261,9 @@ def _fused_class(cls: type[nn.Module]) -> type[nn.Module]:
     return subclass(cls, _fused_class, {"forward": forward, _MARKER: cls})
 
 
-LOSS_HANDLES = "_peftcore_loss_handles"  # attribute of a model whose loss is computed without logits: its hooks
+LOSS_HANDLES = (
+    "_peftcore_loss_handles"  # attribute of a model whose loss is computed without logits; the value is its hooks
+)
 
 
 def fused_modules(model: nn.Module) -> dict[str, int]:

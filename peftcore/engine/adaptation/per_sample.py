@@ -152,9 +152,9 @@ class PerSample:
         if isinstance(rows, str) or first_tensor is None:
             reason = rows if isinstance(rows, str) else "it is called without a tensor"
             raise PeftcoreError(
-                f"{samples} samples were given adapters (activate(..., per_sample=True)), but it is not known which "
-                f"part of the input of a {kind} belongs to which sample: {reason}. Leave that module out of "
-                "target_modules, or run the samples of each adapter in a batch of their own"
+                f"{samples} samples have adapters (activate(..., per_sample=True)), but the input of a {kind} cannot "
+                f"be split into samples: {reason}. Leave that module out of target_modules, or run the samples of "
+                "each adapter in a separate batch"
             )
         entries_per_sample, dim = rows.first.entries(call), rows.first.dim
         size = first_tensor.shape[dim] if dim < first_tensor.dim() else 0
@@ -165,8 +165,8 @@ class PerSample:
                 else f"{size:,} rows"
             )
             raise PeftcoreError(
-                f"{samples} samples were given adapters (activate(..., per_sample=True)), but {kind} gets a batch of "
-                f"{batch_text}. Give a name for each sample"
+                f"{samples} samples have adapters (activate(..., per_sample=True)), but {kind} got a batch of "
+                f"{batch_text}. Name one adapter per sample"
             )
         return first_tensor, rows
 
@@ -232,7 +232,7 @@ class _CallOfSamples(Call):
         return self[name] if name in self._values else default
 
 
-# Arguments with samples in dimension 0, for models that were not observed with them.
+# Names of arguments with samples in dimension 0, for models whose observed calls did not include them.
 _OF_SAMPLES = (
     "input_ids", "inputs_embeds", "attention_mask", "token_type_ids", "labels", "decoder_input_ids",
     "decoder_inputs_embeds", "decoder_attention_mask",

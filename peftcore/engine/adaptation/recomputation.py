@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-SOURCE = "_peftcore_source"  # attribute of an output
+SOURCE = "_peftcore_source"  # attribute of an output; the value is its `Source`
 
 
 class _Again:
@@ -50,11 +50,11 @@ class Source:
         self._versions = [x._version for x in inputs]
         self._storage, self._version = output.untyped_storage()._cdata, output._version
         self._size, self._dtype = output.numel(), output.dtype
-        self._output: Tensor | None = None  # computed again, until all layers have read it
+        self._output: Tensor | None = None  # the recomputed output, until all layers have read it
         self._packed = self._unpacked = 0
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Files and copies of the output do not have it: they get a set, a type that `weights_only` reads.
+        # Files and copies of the output get an empty set instead, a type that `weights_only` accepts.
         return set, ()
 
     def instead(self) -> AbstractContextManager[Any]:
@@ -80,8 +80,8 @@ class Source:
         if output is None:
             if [x._version for x in self._inputs] != self._versions:
                 raise RuntimeError(
-                    "the input of a fused module was changed in place after the forward pass, and backward() computes "
-                    "the module's output again from it. Change a copy of it, or call "
+                    "the input of a fused module was changed in place after the forward pass, but backward() "
+                    "recomputes the module's output from it. Change a copy of the input, or call "
                     "peftcore.fuse(model, recompute='none')"
                 )
             with torch.no_grad():
@@ -89,7 +89,7 @@ class Source:
         self._unpacked += 1
         is_last = self._unpacked >= self._packed
         self._output = None if is_last else output
-        if is_last:  # with retain_graph=True they may all need it again
+        if is_last:  # with retain_graph=True, all layers may need it again
             self._unpacked = 0
         return output.view(packed.shape)
 

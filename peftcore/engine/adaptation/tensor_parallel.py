@@ -90,8 +90,8 @@ class Division:
         expected = Shard(x.dim() - 1) if self.input_in_parts else Replicate()
         if not sharded.is_dtensor(x) or x.placements not in ((expected,), (Shard(-1),) if self.input_in_parts else ()):
             raise PeftcoreError(
-                f"a layer with an adapter that parallelize_module has divided was given {type(x).__name__} "
-                f"{list(getattr(x, 'placements', ()))}, not a DTensor {[expected]}. Call the layer itself, so that the "
+                f"an adapted layer under parallelize_module expects a DTensor with placements {[expected]}, but got "
+                f"a {type(x).__name__} {list(getattr(x, 'placements', ()))}. Call the layer itself, so that the "
                 "hooks of its parallel style run"
             )
         return x.to_local()
@@ -342,7 +342,7 @@ def _is_of_tokens(value: Any) -> bool:
 
     if isinstance(value, (tuple, list)):
         return any(map(_is_of_tokens, value))
-    if hasattr(value, "func") and hasattr(value, "args"):  # functools.partial with a style's layouts
+    if hasattr(value, "func") and hasattr(value, "args"):  # a functools.partial with a style's layouts
         return _is_of_tokens(value.args)
     if type(value).__module__ == "torch.distributed.tensor.parallel.style":
         return any(map(_is_of_tokens, vars(value).values()))

@@ -102,7 +102,7 @@ def _is_dtensor(parameter: Tensor | None) -> bool:
 
 
 def _whole(parameter: Tensor) -> Tensor:
-    # `sharded.whole` detaches, and a full parameter that is trained keeps its gradient.
+    # `sharded.whole` would detach, but a full trained parameter needs its gradient.
     return sharded.whole(parameter) if sharded.is_shard(parameter) else parameter
 
 
@@ -155,7 +155,7 @@ def trains_in_parts(module: nn.Module, name: str) -> bool:
     if parameter is None or not sharded.is_dtensor(original_parameter := sharded.original(parameter)):
         return True
     by_plan = division_of(module) is not None and plan_of(module) is not None
-    return by_plan and original_parameter.device_mesh.ndim == 1  # else FSDP2 has its parts, too
+    return by_plan and original_parameter.device_mesh.ndim == 1  # otherwise FSDP2 shards it as well
 
 
 def follow_trained(modules: Iterable[nn.Module]) -> None:
@@ -221,7 +221,7 @@ class TrainedForward:
         full_parameter = self.module._parameters[name]
         assert full_parameter is not None
         replicated = DTensor.from_local(full_parameter, mesh, [Replicate()], run_check=False)
-        if name not in self.placements:  # of a norm of single heads, of which every rank has some
+        if name not in self.placements:  # a per-head norm, where each rank has some of the heads
             return replicated.to_local(grad_placements=[Partial()])
         return replicated.redistribute(placements=self.placements[name])
 
@@ -257,8 +257,8 @@ def check_batch(inputs: Any, mesh: DeviceMesh) -> bool:
     content = sum(number * _projection(tensor) for number, tensor in enumerate(tensors, 1))
     if max(_spread([shapes, content], mesh)) > 1e-6:
         raise PeftcoreError(
-            "the ranks of tensor parallelism were given different batches, but each computes a part of every layer "
-            "for one batch. Give all ranks the same batch, without a DistributedSampler over them"
+            "the ranks got different batches, but under tensor parallelism they compute one batch together. Give all "
+            "ranks the same batch, without a DistributedSampler over these ranks"
         )
     return True
 
@@ -268,8 +268,8 @@ def check_random(device: torch.device, mesh: DeviceMesh) -> None:
     state = torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
     if _spread([_number(state.numpy().tobytes())], mesh)[0]:
         raise PeftcoreError(
-            "the ranks of tensor parallelism have different random states, so each would train its copy of the adapter "
-            "with another dropout. Seed all ranks equally before training: torch.manual_seed(seed)"
+            "the ranks of tensor parallelism have different random states, so dropout would differ between their "
+            "copies of the adapter. Use the same seed on all ranks before training: torch.manual_seed(seed)"
         )
 
 

@@ -19,7 +19,7 @@ from peftcore.plugin.layers import is_linear, is_wrapped
 from peftcore.plugin.method import WeightFormat
 from peftcore.plugin.registry import builtin
 
-_ORIGINAL = "_peftcore_original_quantization"  # attribute: (quantization_config, hf_quantizer) as the model was loaded
+_ORIGINAL = "_peftcore_original_quantization"  # attribute: (quantization_config, hf_quantizer) at loading
 
 
 def _weight(module: nn.Module) -> Any:
@@ -34,9 +34,8 @@ def _matches(module: nn.Module) -> bool:
 def _refuse_to_write(module: nn.Module, weight: Tensor) -> dict[str, Tensor]:
     kind = type(_weight(module))
     raise PeftcoreError(
-        f"{kind.__module__}.{kind.__name__} was made with options that cannot be read from it, so merged values "
-        "cannot be quantized again. Merge into dense weights with peftcore.merge(model, dtype=torch.bfloat16), "
-        "then quantize the model again"
+        f"cannot requantize a merged weight: the options of its {kind.__module__}.{kind.__name__} are unknown. Merge "
+        "into dense weights with peftcore.merge(model, dtype=torch.bfloat16), then quantize the model again"
     )
 
 

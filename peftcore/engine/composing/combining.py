@@ -159,7 +159,7 @@ def combine(
 
     Examples:
         >>> peftcore.combine(model, ["style", "domain"], weights=[0.7, 0.3], adapter="both")
-        >>> peftcore.activate(model, "both")            # the exact sum, as one adapter
+        >>> peftcore.activate(model, "both")            # the exact sum as one adapter
     """
     state = engine.require_state(model)
     engine.refuse_merged(state, "combine adapters")
@@ -171,7 +171,7 @@ def combine(
         positive_whole(r=r)
         if not how.endswith("svd"):
             raise PeftcoreError(
-                f"r={r} has no effect with how='{how}', which takes its rank from the adapters. Leave it out"
+                f"r={r} has no effect with how='{how}', where the ranks of the adapters determine the rank. Leave r out"
             )
     # A method without `low_rank` cannot make an adapter from products, but the sum of its tensors may be one.
     methods = [registry.method(engine.applied(model, name).method) for name in names]
@@ -206,7 +206,10 @@ def _combine_products(
         with_factors = [i for i, source in enumerate(sources) if path in source]
         factors = [sources[i][path] for i in with_factors]
         if len(set(map(_shapes_of_factors, factors))) > 1:
-            raise PeftcoreError(f"adapters {names} have factors of different shapes for '{path}'")
+            raise PeftcoreError(
+                f"cannot combine {names}: their factors for '{path}' have different shapes. Combine adapters that "
+                "were trained on the same base"
+            )
         source_weights = [weights[i] for i in with_factors]
         products[path] = []
         for product_factors in zip(*factors, strict=True):
@@ -224,7 +227,7 @@ def _method_of_products(model: nn.Module, names: Sequence[str]) -> tuple[Method,
             return method, entry.config
     first = entries[0].method
     raise PeftcoreError(
-        f"a sum of adapters of {first} is not an adapter of {first}. "
+        f"cannot combine these adapters: the sum of {first} adapters is not a {first} adapter. "
         + low_rank.conversion_hint(f"peftcore.convert(model, '{names[0]}', method=...)")
     )
 
@@ -255,8 +258,9 @@ def _product(
         ranks_found = sorted({t.shape[0] for t in a})
         if len(ranks_found) > 1:
             raise PeftcoreError(
-                f"how='{how}' adds A to A and B to B, which needs equal ranks, found {ranks_found} at '{path}'. "
-                "For different ranks use how='cat' (exact, adds the ranks up) or how='svd'"
+                f"how='{how}' sums the factors A and B separately, which needs equal ranks, but the ranks at "
+                f"'{path}' are {ranks_found}. For different ranks use how='cat' (exact; the ranks add up) or "
+                "how='svd'"
             )
         with_sign = [math.copysign(math.sqrt(abs(c)), c) for c in coefficients]
         roots = [abs(c) for c in with_sign]
@@ -274,13 +278,14 @@ def _combine_tensors(model: nn.Module, names: list[str], weights: list[float], a
     first_modules = dict(engine.adapter_modules(model, names[0]))
     constants = _constants(model, names[0])
     for other, entry, other_parts in zip(names[1:], entries[1:], parts[1:], strict=True):
-        reason = "their tensors belong to different modules or have different shapes"
+        reason = "other methods, adapted modules, or shapes of tensors"
         if entry.method == entries[0].method and _shapes(other_parts) == _shapes(parts[0]):
             differences = (difference(first_modules[path], each) for path, each in engine.adapter_modules(model, other))
             reason = next(filter(None, differences), "") or _different_constant(_constants(model, other), constants)
         if reason:
             raise PeftcoreError(
-                f"'{names[0]}' ({entries[0].method}) and '{other}' ({entry.method}) cannot be combined: {reason}"
+                f"cannot combine '{names[0]}' ({entries[0].method}) and '{other}' ({entry.method}), since they "
+                f"differ: {reason}"
             )
     sums: dict[tuple[str, str], Tensor] = {}
     for key, (_, neutral) in parts[0].items():
@@ -290,7 +295,9 @@ def _combine_tensors(model: nn.Module, names: list[str], weights: list[float], a
     with low_rank.inactive(model, adapter, entries[0].config, dtype):
         new_parts = _linear_parts(model, adapter)
         if _shapes(new_parts) != _shapes(parts[0]):
-            raise PeftcoreError(f"{entries[0].method} places '{adapter}' differently from '{names[0]}'")
+            raise PeftcoreError(
+                f"{entries[0].method} placed the new adapter '{adapter}' on other modules than '{names[0]}'"
+            )
         with torch.no_grad():
             for place, buffer in _constants(model, adapter).items():
                 buffer.copy_(constants[place])
@@ -352,7 +359,7 @@ def _linear_parts(model: nn.Module, adapter: str) -> Parts:
             parts[type(module).__qualname__, f"{path}.{key}"] = tensor.detach(), neutral[key].to(tensor.device)
     tensors = TrainedParameters.of(model, adapter)
     if tensors is not None:
-        if tensors.has_moved(model):
+        if tensors.differs_from_base(model):
             low_rank.refuse_trained(model, adapter, action)
         base = base_tensors(model)
         for key, value in tensors.values(model):
@@ -374,7 +381,7 @@ def _sources(
     numbers = [1.0] * len(adapters) if weights is None else list(weights)
     wrong = [w for w in numbers if isinstance(w, bool) or not isinstance(w, (int, float)) or not math.isfinite(w)]
     if wrong or len(numbers) != len(adapters):
-        raise PeftcoreError(f"weights must be {len(adapters)} finite numbers, one for each adapter, found {weights!r}")
+        raise PeftcoreError(f"weights must contain {len(adapters)} finite numbers, one per adapter, found {weights!r}")
     return list(adapters), [float(w) for w in numbers]
 
 
@@ -382,7 +389,7 @@ def _pruning(how: str, density: float | None, majority: Majority, generator: tor
     """Return the pruning that `how` asks for, or None."""
     if how not in get_args(How):
         raise PeftcoreError(
-            f"how={how!r} is not known{nearest(str(how), get_args(How))}. Known: {', '.join(get_args(How))}"
+            f"how={how!r} is not supported{nearest(str(how), get_args(How))}. Choose one of: {', '.join(get_args(How))}"
         )
     if majority not in get_args(Majority):
         raise PeftcoreError(f"majority_sign_method must be one of {list(get_args(Majority))}, found {majority!r}")
@@ -390,11 +397,13 @@ def _pruning(how: str, density: float | None, majority: Majority, generator: tor
     if kind in ("cat", "svd", "linear"):
         if density is not None:
             raise PeftcoreError(
-                f"density={density} has no effect with how='{how}', which keeps every entry. Leave it out"
+                f"density={density} has no effect with how='{how}', which keeps every entry. Leave density out"
             )
         return None
     if isinstance(density, bool) or not isinstance(density, (int, float)) or not 0 < density <= 1:
-        raise PeftcoreError(f"how='{how}' needs density, the fraction of entries to keep, in (0, 1], found {density!r}")
+        raise PeftcoreError(
+            f"how='{how}' needs density, the fraction of entries to keep, as a number in (0, 1], found {density!r}"
+        )
     return Pruning(
         random=kind.startswith("dare"),
         elects=kind.endswith("ties"),

@@ -26,7 +26,7 @@ def difference(one: nn.Module, other: nn.Module, *, numbers: bool = True) -> str
         numbers: also compare numeric attributes, such as a scale, a rank or a probability.
     """
     if type(one) is not type(other):
-        return f"a {type(other).__name__} is not a {type(one).__name__}"
+        return f"class {type(other).__name__} instead of {type(one).__name__}"
     return (
         _different_attribute(one, other, numbers=numbers)
         or _different_tensors(one, other)
@@ -40,7 +40,7 @@ def _different_attribute(one: nn.Module, other: nn.Module, *, numbers: bool) -> 
         value, other_value = attributes.get(name), other_attributes.get(name)
         if _equal(value, other_value) or (not numbers and _is_number(value) and _is_number(other_value)):
             continue
-        return f"{name}={other_value!r}, here {value!r}"
+        return f"{name}={other_value!r} instead of {value!r}"
     return None
 
 
@@ -50,16 +50,16 @@ def _different_tensors(one: nn.Module, other: nn.Module) -> str | None:
         names = {name for name, tensor in vars(one)[kind].items() if tensor is not None}
         other_names = {name for name, tensor in vars(other)[kind].items() if tensor is not None}
         if names != other_names:
-            return f"the tensors {sorted(other_names)}, here {sorted(names)}"
+            return f"tensors {sorted(other_names)} instead of {sorted(names)}"
     for name in one._non_persistent_buffers_set:
         if not _equal_values(one._buffers[name], other._buffers[name]):
-            return f"different values of the non-persistent buffer '{name}'"
+            return f"other values of the non-persistent buffer '{name}'"
     return None
 
 
 def _different_child(one: nn.Module, other: nn.Module, *, numbers: bool) -> str | None:
     if one._modules.keys() != other._modules.keys():
-        return f"the modules {sorted(other._modules)}, here {sorted(one._modules)}"
+        return f"submodules {sorted(other._modules)} instead of {sorted(one._modules)}"
     for name, child in one._modules.items():
         other_child = other._modules[name]
         description = None if child is None or other_child is None else difference(child, other_child, numbers=numbers)

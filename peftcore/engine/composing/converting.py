@@ -55,7 +55,7 @@ def convert(
     Examples:
         >>> peftcore.apply(model, "dora", r=8, adapter="style")
         >>> kept = peftcore.convert(model, "style", method="lora", r=16)    # adds "style-lora"
-        >>> min(kept.values())                          # the smallest fraction of a change that is kept
+        >>> min(kept.values())                          # the smallest fraction kept of any change
     """
     state, entry = engine.require_state(model), engine.applied(model, source)
     engine.refuse_merged(state, "convert an adapter")
@@ -66,7 +66,7 @@ def convert(
     target = registry.method(method)
     if target.low_rank is None:
         usable = [name for name, installed in registry.methods().items() if installed.low_rank is not None]
-        raise PeftcoreError(f"method={method!r} has no low-rank adapters. Methods that have: {usable}")
+        raise PeftcoreError(f"method={method!r} does not make low-rank adapters. Choose one of: {usable}")
     low_rank.refuse_trained(model, source, "be converted")
     approximations: dict[str, list[Approximation]] = {}
     checked_kinds: set[Hashable] = set()
@@ -120,8 +120,8 @@ def _changes(
     copies = merged_copies(path, module, {adapter: method}, stored_format)
     tensors = _of_parameters(copies, list(by_name), refuse) if by_name else {"": _of_layer(module, copies, refuse)}
     if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
-        raise refuse("gives a weight with NaN or Inf")
-    # A change of stacked weights `[experts, rows, columns]` is one matrix for each expert.
+        raise refuse("results in a weight with NaN or Inf")
+    # A change of stacked weights `[experts, rows, columns]` has one matrix per expert.
     dense_changes: dict[str, list[Change]] = {}
     for name, tensor in tensors.items():
         dense_changes[_joined(path, name)] = [*tensor] if name and tensor.ndim == 3 else [tensor.flatten(1)]
@@ -164,7 +164,10 @@ def _of_layer(module: nn.Module, copies: MergedCopies, refuse: Refusal) -> Tenso
     old_weight, new_weight = dense.read(copies.base).float(), dense.read(copies.merged).float()
     biases = [dense.read_bias(copy) for copy in (copies.base, copies.merged)]
     if biases[0] is not None and not torch.equal(*cast(list[Tensor], biases)):
-        raise refuse("also changes the bias, which a low-rank product cannot. Combine or merge it as it is")
+        raise refuse(
+            "includes the bias, which a low-rank product cannot change. Combine or merge the adapter without "
+            "converting it"
+        )
     _refuse_more(copies, dense.write(copies.merged, new_weight).keys() | {"bias"}, refuse)
     return new_weight - old_weight
 
@@ -177,4 +180,4 @@ def _of_parameters(copies: MergedCopies, names: Sequence[str], refuse: Refusal) 
 def _refuse_more(copies: MergedCopies, known: Set[str], refuse: Refusal) -> None:
     other_names = copies.changed.keys() - known
     if other_names:
-        raise refuse(f"also changes '{min(other_names)}', which is not a weight of the layer")
+        raise refuse(f"includes '{min(other_names)}', which is not a weight of the layer")

@@ -150,7 +150,7 @@ def why_not(site: Site, adapter: nn.Module, checked_kinds: set[Hashable], method
     kind = type(adapter), type(site.module), site.name, tuple((f.a.shape, f.b.shape, f.transposed) for f in factors)
     if not reason and kind not in checked_kinds:
         reason = _difference_from_products(site, adapter, factors, method)
-        # If only some factors are computed, the tensors of another layer of this kind may do more.
+        # If only some factors are computed, another layer of the same kind may use its tensors in other ways.
         if not _are_mixed(adapter, factors):
             checked_kinds.add(kind)
     return reason
@@ -160,8 +160,8 @@ def conversion_hint(call: str, possible: bool = True) -> str:
     """Return a hint that tells how to make a low-rank adapter."""
     able = [f"'{name}'" for name, method in registry.methods().items() if method.low_rank is not None]
     if not possible or not able:
-        return "It does not change a weight, so it cannot be converted to a low-rank adapter"
-    return f"{call.replace('method=...', f'method={able[0]}')} makes a low-rank adapter of it"
+        return "It does not change weights, so it cannot be converted to a low-rank adapter"
+    return f"Convert it to a low-rank adapter: {call.replace('method=...', f'method={able[0]}')}"
 
 
 def refuse_trained(model: nn.Module, adapter: str, action: str) -> None:
@@ -173,10 +173,10 @@ def refuse_trained(model: nn.Module, adapter: str, action: str) -> None:
             f"'{adapter}' ({entry.method}) cannot {action}: it also trains the base parameter '{entry.trained[0]}', "
             "which has no factors. Use an adapter that was trained without it"
         )
-    if tensors is not None and tensors.has_moved(model):
+    if tensors is not None and tensors.differs_from_base(model):
         raise PeftcoreError(
-            f"'{adapter}' ({entry.method}) cannot {action}: it has its own copies of base tensors, such as statistics "
-            "of a norm or rows of an embedding, which cannot be summed"
+            f"'{adapter}' ({entry.method}) cannot {action}: it has its own copies of base tensors, such as "
+            "statistics of a norm or rows of an embedding, which have no factors. Use an adapter without such copies"
         )
 
 
@@ -186,7 +186,7 @@ def refuse_saved(model: nn.Module, adapter: str, action: str) -> None:
     module_names = getattr(entry.config, "modules_to_save", None)
     if module_names:
         raise PeftcoreError(
-            f"'{adapter}' ({entry.method}) cannot {action}: it trains whole modules "
+            f"'{adapter}' ({entry.method}) cannot {action}: it fully trains modules "
             f"(modules_to_save={list(module_names)}). Use an adapter that was trained with modules_to_save=[]"
         )
 
@@ -270,8 +270,8 @@ def inactive(model: nn.Module, name: str, config: Any, dtype: torch.dtype | None
 def _fill(factors: LowRank, b: Tensor, a: Tensor, name: str, path: str) -> None:
     if factors.a.shape != a.shape or factors.b.shape != b.shape:
         raise PeftcoreError(
-            f"'{path}' has factors {list(factors.b.shape)} and {list(factors.a.shape)}, which cannot be filled with "
-            f"{list(b.shape)} and {list(a.shape)}"
+            f"the factors of '{path}' have shapes {list(factors.b.shape)} and {list(factors.a.shape)}, which do not "
+            f"fit values of shapes {list(b.shape)} and {list(a.shape)}"
         )
     factors.a.copy_(a)
     factors.b.copy_(b / factors.scale)
@@ -290,7 +290,11 @@ def _extra_tensor(adapter: nn.Module, factors: Sequence[LowRank]) -> str:
         return ""
     factor_ids = _owners(factors)
     extra_names = [name for name, tensor in tensors.items() if id(tensor) not in factor_ids]
-    return f"is more than a low-rank product: it also has the tensor '{extra_names[0]}'" if extra_names else ""
+    return (
+        (f"is more than a low-rank product, since the adapter also has the tensor '{extra_names[0]}'")
+        if extra_names
+        else ""
+    )
 
 
 def _are_computed(tensors: Iterable[Tensor], factors: Sequence[LowRank]) -> bool:

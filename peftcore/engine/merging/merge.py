@@ -121,7 +121,7 @@ def _merge(
         _update_config(model, record.unpacked)
         state.merged = record
     except BaseException:
-        _put_own_aside(model, state.applied)
+        _restore_base(model, state.applied)
         exchange.undo()
         _restore_tied(model, record)
         engine.set_active(model, record.active, base_exchanged=True)
@@ -141,7 +141,8 @@ def _merge_for_good(
 ) -> Model:
     """Merge the active adapters and remove them; the base's weights are freed one by one."""
     active = state.active
-    # Every result is checked before the first one is written. None is kept, so each layer is merged twice.
+    # Every result is checked before the first one is written. To save memory no result is kept, so each layer is merged
+    # twice.
     _check_lost(measured_error(model, active, dtype), max_error)
     trained_exchange, exchange = Exchange(model), Exchange(model)
     shared, unpacked, written_layers = dict[str, Tensor](), dict[str, WeightFormat](), 0
@@ -152,7 +153,7 @@ def _merge_for_good(
             _write(layer, alike, shared, exchange)
             if layer.unpacked is not None:
                 unpacked[layer.path] = layer.unpacked
-            # So that the model computes the same after every layer.
+            # This order keeps the model's output unchanged after each layer.
             adapted.activate(model.get_submodule(layer.path), ())
             exchange, written_layers = Exchange(model), written_layers + 1
         if tied:
@@ -164,7 +165,7 @@ def _merge_for_good(
             paths = {path for name in active if name in state.applied for path in state.applied[name].paths}
             state.merged = Merged(active, stopped=f"{written_layers} of {max(written_layers, len(paths))}")
         else:
-            _put_own_aside(model, state.applied)
+            _restore_base(model, state.applied)
             trained_exchange.undo()
             engine.set_active(model, active, base_exchanged=True)
         raise
@@ -180,7 +181,7 @@ def _remove_merged(
 ) -> None:
     """Remove the merged adapters, and restore the plain class of modules whose weights were unpacked."""
     engine.set_active(model, (), base_exchanged=True)
-    # A weight that was packed has another shape now, which is no change by the user.
+    # Unpacking changes the shape of a weight, which is not a change by the user.
     for path, site in state.sites.items():
         site.shapes = parameter_shapes(model.get_submodule(path))
     for name in active:
@@ -201,10 +202,12 @@ def _write(layer: MergedLayer, alike: list[list[str]], shared: dict[str, Tensor]
         alike: names of tied parameters that the same adapters change; they stay tied.
         shared: {first name of a parameter in `alike`: its merged value}; updated.
     """
-    first_slots = {slot: slots[0] for slots in alike for slot in slots}
+    first_names: dict[str, str] = {}
+    for tied_names in alike:
+        first_names.update(dict.fromkeys(tied_names, tied_names[0]))
     for name, tensor in layer.named():
-        if name in first_slots:
-            tensor = shared.setdefault(first_slots[name], nn.Parameter(tensor, requires_grad=False))
+        if name in first_names:
+            tensor = shared.setdefault(first_names[name], nn.Parameter(tensor, requires_grad=False))
         exchange.put(name, tensor)
 
 
@@ -245,25 +248,25 @@ def unmerge(model: Model) -> Model:
 
     Examples:
         >>> peftcore.merge(model, undo=True)
-        >>> peftcore.unmerge(model)                     # the weights of before, and the adapters active again
+        >>> peftcore.unmerge(model)                     # restore the original weights and the active adapters
     """
     state = engine.state_of(model)
     if state is None or state.merged is None:
         raise PeftcoreError(
-            "nothing can be unmerged: no adapter is merged into the model, or it was merged without undo=True. Call "
+            "nothing to unmerge: no adapter is merged, or it was merged without undo=True. Merge with "
             "peftcore.merge(model, undo=True), or load the base again"
         )
     record = state.merged
     if record.stopped:
         raise PeftcoreError(f"cannot unmerge: {record.reason}")
-    current = {name: get(model, name) for name in record.written}  # may have been moved or cast since
+    current = {name: get(model, name) for name in record.written}  # the model may have been moved or cast since
     for name, (shape, _) in record.written.items():
         tensor_now = current[name]
         if tensor_now is None or tensor_now.shape != shape:
             description = "gone" if tensor_now is None else f"of shape {list(tensor_now.shape)}"
             raise PeftcoreError(
-                f"'{name}' is {description} and was {list(shape)} when it was merged (resized?), so the original does "
-                "not fit. Undo the resize first, or keep the model merged"
+                f"cannot restore '{name}': it is {description} now, but had shape {list(shape)} when it was merged. "
+                "Undo the resize first, or keep the model merged"
             )
     exchange, devices = Exchange(model), dict[str, tuple[torch.device, torch.device]]()
     try:
@@ -274,7 +277,7 @@ def unmerge(model: Model) -> Model:
             devices[name] = home, _ = tensor.device, now.device
             tensor.data = tensor.data.to(now.device, now.dtype if is_cast else tensor.dtype)
             exchange.put(name, tensor)
-            if home != now.device:  # the device need not have memory for both
+            if home != now.device:  # avoids device memory for both tensors
                 now.data = now.data.to(home)
         _restore_tied(model, record)
         _update_config(model, record.unpacked)
@@ -311,7 +314,7 @@ def _check_limit(max_error: Any) -> None:
     is_number = isinstance(max_error, (int, float)) and not isinstance(max_error, bool)
     if max_error is not None and not (is_number and max_error >= 0):
         raise PeftcoreError(
-            f"max_error must be a number from 0 up, a share of the adapters' change, or None for no limit, found "
+            "max_error must be a fraction of the adapters' change, at least 0, or None for no limit, found "
             f"{max_error!r}"
         )
 
@@ -322,13 +325,14 @@ def _check_lost(losses: dict[str, float], max_error: float | None) -> None:
     worst = max(losses, key=lambda path: losses[path])
     mean = sum(losses.values()) / len(losses)
     message = (
-        f"{len(losses)} merged layers are quantized again, which loses {mean:.0%} of the adapters' change on "
-        f"average, at worst {losses[worst]:.0%} ('{worst}')"
+        f"requantizing {len(losses)} merged layers loses {mean:.0%} of the adapters' change on average, and at worst "
+        f"{losses[worst]:.0%} ('{worst}')"
     )
     if max_error is not None and losses[worst] > max_error:
         raise PeftcoreError(
-            f"{message}; max_error={max_error:g} allows {max_error:.0%}. Nothing was changed. Merge into 16 bits: "
-            "peftcore.merge(model, dtype=torch.bfloat16). For each layer's error: peftcore.merge_error(model)"
+            f"{message}, but max_error={max_error:g} allows {max_error:.0%}. Nothing was changed. Merge into 16-bit "
+            "weights with peftcore.merge(model, dtype=torch.bfloat16). peftcore.merge_error(model) lists the error "
+            "per layer"
         )
     warn(message)
 
@@ -339,21 +343,21 @@ def _merge_trained(model: nn.Module, names: tuple[str, ...], exchange: Exchange)
         tensors = TrainedParameters.of(model, name)
         if tensors is None:
             continue
-        values = [(slots, value.detach().clone()) for slots, value, _ in tensors.in_model(model)]
-        _put_own_aside(model, [name])
-        for slots, value in values:
-            is_parameter = isinstance(get(model, slots[0]), nn.Parameter)
+        values = [(tied_names, value.detach().clone()) for tied_names, value, _ in tensors.in_model(model)]
+        _restore_base(model, [name])
+        for tied_names, value in values:
+            is_parameter = isinstance(get(model, tied_names[0]), nn.Parameter)
             tensor = nn.Parameter(value, requires_grad=False) if is_parameter else value
-            for slot in slots:
-                exchange.put(slot, tensor)
+            for tied_name in tied_names:
+                exchange.put(tied_name, tensor)
 
 
-def _put_own_aside(model: nn.Module, names: Iterable[str]) -> None:
+def _restore_base(model: nn.Module, names: Iterable[str]) -> None:
     for name in names:
         tensors = TrainedParameters.of(model, name)
         if tensors is not None:
             tensors.activate(model, False)
-            tensors.hold(model, ())
+            tensors.activate_untrained(model, ())
 
 
 def tied_weights(model: nn.Module, names: tuple[str, ...], alike: list[list[str]]) -> list[tuple[str, str]]:
@@ -362,14 +366,14 @@ def tied_weights(model: nn.Module, names: tuple[str, ...], alike: list[list[str]
     Args:
         alike: names of tied parameters to skip.
     """
-    shared = [slots for slots in _shared(model) if slots not in alike]
+    shared = [tied_names for tied_names in _shared(model) if tied_names not in alike]
     paths = {path for name in names for path in _changed_modules(model, name)} if shared else ()
-    tied = list(_trained_apart(model, names))
-    for slots in shared:
-        for slot in slots:
-            path = slot.rpartition(".")[0]
+    tied = list(_trained_untied(model, names))
+    for tied_names in shared:
+        for tied_name in tied_names:
+            path = tied_name.rpartition(".")[0]
             if path in paths:
-                tied += [(path, other_slot) for other_slot in slots if other_slot != slot]
+                tied += [(path, other_name) for other_name in tied_names if other_name != tied_name]
     return tied
 
 
@@ -378,7 +382,7 @@ def _shared(model: nn.Module) -> list[list[str]]:
     by_parameter: dict[int, list[str]] = {}
     for name, parameter in base_parameters(model):
         by_parameter.setdefault(id(parameter), []).append(name)
-    return [slots for slots in by_parameter.values() if len(slots) > 1]
+    return [tied_names for tied_names in by_parameter.values() if len(tied_names) > 1]
 
 
 def parameters_changed_alike(model: nn.Module, names: tuple[str, ...]) -> list[list[str]]:
@@ -388,10 +392,10 @@ def parameters_changed_alike(model: nn.Module, names: tuple[str, ...]) -> list[l
         for path, adapter in engine.adapter_modules(model, name):
             changed_by.setdefault(f"{path}.weight", []).append(id(adapter))
     alike = []
-    for slots in _shared(model):
-        adapters = changed_by.get(slots[0], [])
-        if all(changed_by.get(slot, []) == adapters for slot in slots):
-            alike.append(slots)
+    for tied_names in _shared(model):
+        adapters = changed_by.get(tied_names[0], [])
+        if all(changed_by.get(tied_name, []) == adapters for tied_name in tied_names):
+            alike.append(tied_names)
     return alike
 
 
@@ -406,19 +410,19 @@ def _changed_modules(model: nn.Module, name: str) -> list[str]:
     return paths
 
 
-def _trained_apart(model: nn.Module, names: tuple[str, ...]) -> Iterator[tuple[str, str]]:
+def _trained_untied(model: nn.Module, names: tuple[str, ...]) -> Iterator[tuple[str, str]]:
     """Yield (module, another name of its parameter) for tied parameters that an adapter trains separately."""
     for name in names:
         tensors = TrainedParameters.of(model, name)
-        for slot, slots in tensors.slots.items() if tensors is not None else ():
-            tied = tied_to(model, slots)
+        for trained_name, tied_names in tensors.trained.items() if tensors is not None else ():
+            tied = tied_to(model, tied_names)
             if tied:
-                yield slot.rpartition(".")[0], tied[0]
+                yield trained_name.rpartition(".")[0], tied[0]
 
 
 def untie_config(model: nn.Module, tied: list[tuple[str, str]]) -> None:
     """Warn that the weights `tied` are no longer tied, and record it in the model's config."""
-    warn(f"merge untied '{tied[0][0]}' from '{tied[0][1]}', so the model has one more weight")
+    warn(f"merge untied '{tied[0][0]}' from '{tied[0][1]}', so the model now has an additional weight")
     config: Any = getattr(model, "config", None)
     if getattr(config, "tie_word_embeddings", None):
         config.tie_word_embeddings = False  # otherwise saving drops the new weight

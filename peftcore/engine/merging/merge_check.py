@@ -31,9 +31,9 @@ from peftcore.model.experts import experts_layout
 from peftcore.plugin.layers import is_linear, is_wrapped, shape_of, sizes
 
 TOLERANCE = 1e-4
-TOLERANCE_TF32 = 4e-3  # dtypes in which float32 products may round their factors
+TOLERANCE_TF32 = 4e-3  # dtypes that float32 products may round their factors to
 _ROWS = 4
-_LARGE = 1000.0  # scale of half of the input, for layers that clip
+_LARGE = 1000.0  # scale of half of the inputs, for layers that clip
 
 
 def refuse_inexact(
@@ -54,11 +54,11 @@ def refuse_inexact(
         kind = original_class(module).__name__
         return PeftcoreError(
             f"merging {list(names)} into '{path}' ({kind}) would change the model's output: {reason}. Nothing was "
-            "changed. Keep the adapters unmerged, or exclude the module from them"
+            "changed. Keep the adapters unmerged, or train them without this module (exclude_modules)"
         )
 
     if adapted.has_forward_of_instance(module) and division_of(module) is None:
-        raise refuse("it has its own `forward` on the instance, so how it uses the weight is not known")
+        raise refuse("the module has its own `forward` on the instance, which may use the weight in any way")
     with torch.no_grad():
         tensors = list(filter(Tensor.is_floating_point, [_tensor(merged, name) for name in changed]))
         if not tensors:
@@ -72,20 +72,20 @@ def refuse_inexact(
         if inputs is None:
             if all(adapted.changes_at(module, name) for name in names):
                 return  # the adapted forward must read the same parameters as the plain one
-            raise refuse("its inputs are not known, so it cannot be compared")
+            raise refuse("the module rejects all example inputs, so its outputs cannot be compared")
         try:
             output = type(base).forward(base, *inputs)
         except Exception as error:
             raise refuse(
-                f"the adapters do not run on inputs of shape {[list(x.shape) for x in inputs]}: {error!r}"
+                f"the adapters fail on inputs of shape {[list(x.shape) for x in inputs]} ({error!r})"
             ) from error
         output, expected = _floating(output), _floating(expected)
         for y, z in itertools.zip_longest(output, expected):
             if y is None or z is None or y.shape != z.shape:
-                raise refuse("its output has a different shape with the adapters than without")
+                raise refuse("the adapters change the shape of the output")
             error_size = _difference(y, z, module)
             if not error_size <= tolerance:
-                raise refuse(f"on random input a feature of its output differs by {error_size:.2g} of its size")
+                raise refuse(f"on random input, an output feature differs by {error_size:.2g} times its largest value")
 
 
 def own_output(module: nn.Module, *inputs: Tensor, weight: Tensor | None = None) -> Any:
@@ -149,7 +149,7 @@ def _tensor(module: nn.Module, name: str) -> Tensor:
 
 
 def _rounding(device: torch.device) -> float:
-    # Not torch.get_float32_matmul_precision(): it warns in PyTorch 2.9, and misses what is set for one backend.
+    # torch.get_float32_matmul_precision() warns in PyTorch 2.9 and ignores the settings of a single backend.
     matmul: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # set at import
     exact = device.type == "cpu" and matmul.fp32_precision in ("none", "ieee")
     return TOLERANCE if exact else TOLERANCE_TF32
@@ -176,7 +176,7 @@ def _inputs(module: nn.Module, weight: Tensor) -> Iterator[tuple[Tensor, ...]]:
         spatial = [d * (k - 1) + 2 for k, d in zip(module.kernel_size, module.dilation, strict=True)]
         x = normal(1, module.in_channels, *spatial)
         yield (x,)
-        yield (x.transpose(1, 2),)  # channels last, as some heads use
+        yield (x.transpose(1, 2),)  # channels last, as in some heads
     elif isinstance(module, nn.MultiheadAttention):
         yield tuple(normal(2, 3, width)[:2] for width in (module.embed_dim, module.kdim, module.vdim))
     elif (layout := experts_layout(module)) is not None:

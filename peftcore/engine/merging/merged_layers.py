@@ -88,10 +88,10 @@ def refuse_unmergeable(model: nn.Module, names: tuple[str, ...]) -> None:
     mergeable = [name for name in names if name not in unmergeable_paths]
     name, path = next(iter(unmergeable_paths.items()))
     raise PeftcoreError(
-        f"adapter '{name}' ({method[name]}) cannot be merged: its change at '{path}' is not a change of a weight. "
+        f"adapter '{name}' ({method[name]}) cannot be merged, because it does more than change weights at '{path}'. "
         + (
-            f"These active adapters can be: {', '.join(f'{other} ({method[other]})' for other in mergeable)}. Call "
-            f"peftcore.activate(model, {mergeable}) first"
+            f"To merge only the others ({', '.join(f'{other} ({method[other]})' for other in mergeable)}), first "
+            f"call peftcore.activate(model, {mergeable})"
             if mergeable
             else "No active adapter can be merged"
         )
@@ -148,8 +148,9 @@ def merged_layers(
             if bad or not math.isfinite(layer.lost or 0):
                 place = bad[0] if bad or weight_format_of_module is None else weight_format_of_module.name
                 raise PeftcoreError(
-                    f"merging {list(names)} into '{path}' gives NaN or Inf in {place}. The adapter contains NaN "
-                    "or Inf, or the sum overflows; nothing was changed"
+                    f"merging {list(names)} into '{path}' gives NaN or Inf in {place}: an adapter contains NaN or "
+                    "Inf, or the sum overflows. Nothing was changed. Merge an earlier checkpoint of the adapter, or "
+                    "choose a wider dtype"
                 )
             if not checked:
                 _refuse_read_elsewhere(model, path, copies.changed)
@@ -168,9 +169,9 @@ def _refuse_read_elsewhere(model: nn.Module, path: str, changed: Iterable[str]) 
         readers = {reader for reader in reads.get(full, ()) if not f"{reader}.".startswith(f"{path}.")}
         if path and readers:
             raise PeftcoreError(
-                f"cannot merge into '{full}': {describe_reader(readers)} reads it without calling '{path}', so merging "
-                "would change more than the adapters do. Nothing was changed. Keep the adapters unmerged, or leave "
-                "this module out (exclude_modules)"
+                f"cannot merge into '{full}': {describe_reader(readers)} reads it without calling '{path}', so "
+                "merging would also change that computation. Nothing was changed. Keep the adapters unmerged, or "
+                "train them without this module (exclude_modules)"
             )
 
 
@@ -250,16 +251,19 @@ def _checked(path: str, name: str, result: Any, shape: torch.Size, bias: Tensor 
     function = f"'merged' of the adapter '{name}' at '{path}'"
     if not is_pair or not isinstance(weight, Tensor) or weight.shape != shape:
         raise PeftcoreError(
-            f"{function} returned {_shown(weight)}{'' if is_pair else ' alone'} for a weight {list(shape)}. It must "
-            "return (weight, bias), with bias None if it was None"
+            f"{function} returned {_shown(weight)}{('' if is_pair else ' alone')} for a weight of shape "
+            f"{list(shape)}. It must return (weight, bias), with bias None if it was None"
         )
     if bias is None and new_bias is not None:
         raise PeftcoreError(
             f"{function} returned a bias, but {path or 'the module'!r} has no bias. Nothing was changed. Keep the "
-            "adapters unmerged, or exclude the module from them"
+            "adapters unmerged, or train them without this module (exclude_modules)"
         )
     if bias is not None and (not isinstance(new_bias, Tensor) or new_bias.shape != bias.shape):
-        raise PeftcoreError(f"{function} returned {_shown(new_bias)} for a bias {list(bias.shape)}")
+        raise PeftcoreError(
+            f"{function} returned {_shown(new_bias)} for a bias of shape {list(bias.shape)}. It must return (weight, "
+            "bias) of unchanged shapes"
+        )
     return weight, new_bias
 
 
@@ -290,7 +294,7 @@ def _packed(path: str, module: nn.Module, copies: MergedCopies, dtype: torch.dty
             tensors[name] = weight.to(_get(module, name).dtype)
         elif dtype is not None:
             tensors[name] = weight.to(dtype)
-        elif not torch.equal(weight, old_weight):  # quantizing an unchanged weight again would only round it again
+        elif not torch.equal(weight, old_weight):  # requantizing an unchanged weight would round it a second time
             new_tensors = weight_format.write(module, weight)
             assert weight_format.decode is not None
             losses.append(
@@ -306,13 +310,12 @@ def _with_values(path: str, module: nn.Module, tensor: Tensor) -> Tensor:
     if tensor.is_meta:
         if "_hf_hook" in module.__dict__:
             raise PeftcoreError(
-                f"accelerate has offloaded '{path}', whose weights are in memory only while it is called, so nothing "
-                "can be merged into them. Remove its hooks first: accelerate.hooks.remove_hook_from_module(model, "
-                "recurse=True)"
+                f"cannot merge into '{path}', because accelerate offloads its weights between calls. Remove "
+                "accelerate's hooks first: accelerate.hooks.remove_hook_from_module(model, recurse=True)"
             )
         raise PeftcoreError(
-            f"the weight of '{path}' is on the meta device and has no values to merge into. Load the model's weights "
-            "first"
+            f"cannot merge into '{path}', because its weight is on the meta device and has no values. Load the "
+            "model's weights first"
         )
     return tensor
 
@@ -339,7 +342,9 @@ def changes_nothing(model: nn.Module, adapter: str) -> bool:
     own_tensors = TrainedParameters.of(model, adapter)
     if own_tensors is not None:
         pairs = zip(own_tensors.values(model), own_tensors.originals(model), strict=True)
-        if own_tensors.has_moved(model) or not all(torch.equal(value, original) for (_, value), (_, original) in pairs):
+        if own_tensors.differs_from_base(model) or not all(
+            torch.equal(value, original) for (_, value), (_, original) in pairs
+        ):
             return False
     for path, module in engine.modules_with(model, engine.require_state(model), adapter):
         if not is_mergeable(module, adapter):

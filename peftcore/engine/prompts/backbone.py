@@ -21,10 +21,10 @@ from peftcore.plugin.adapter import Adapter, Base
 from peftcore.plugin.architecture import Architecture, text_config
 from peftcore.plugin.placements.placement import Placement
 
-# Names of attention modules' argument for the cache.
+# Argument names for the cache in attention modules.
 _CACHE_ARGUMENTS = ("cache", "past_key_values", "layer_past", "cache_params")
-IN_CACHE = "_peftcore_prefix"  # attribute of a cache: how many of its tokens are prefixes
-IN_MASK = "_peftcore_masked"  # attribute of a cache: how many columns of this call's mask belong to prefixes
+IN_CACHE = "_peftcore_prefix"  # attribute of a cache: number of its tokens that are prefixes
+IN_MASK = "_peftcore_masked"  # attribute of a cache: number of columns of this call's mask that belong to prefixes
 SOFT = "soft_prompt"  # attribute of a call with a soft prompt before the input
 
 
@@ -50,7 +50,7 @@ class Backbone(Adapter):
         causal: bool = False,
     ) -> None:
         super().__init__()
-        self.adapter: Any = adapter  # None if it only extends the mask and positions
+        self.adapter: Any = adapter  # None if it only extends mask and positions
         self.tokens = tokens
         self._names = forward_arguments(module)
         self._cache_argument = cache_argument
@@ -66,7 +66,7 @@ class Backbone(Adapter):
         ranks.refuse_context_parallel("a prompt or prefix")
         call = arguments_by_name(self._names, args, kwargs)
         old = [name for name in _CACHE_ARGUMENTS if name in call and name not in self._names]
-        # The module still takes the cache under an older name.
+        # The module takes the cache under an older name.
         if old and self._cache_argument and call.get(self._cache_argument) is None:
             call[self._cache_argument] = call.pop(old[0])
         return call
@@ -84,11 +84,11 @@ class Backbone(Adapter):
         if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
             shape = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
             raise PeftcoreError(
-                f"a prompt needs a 2-d attention mask [batch, tokens] to extend, found {shape} (static caches use "
-                "another; generate with the dynamic one)"
+                f"a prompt needs an attention mask [batch, tokens], found {shape}. If you generate with a static "
+                "cache, use the dynamic cache instead"
             )
         if self._causal:
-            refuse_packed(call, "a prompt would precede only the first of them")
+            refuse_packed(call, "a prompt would precede only the first example")
         if positions is None and mask is not None and self.counts:
             token_positions = (mask.long().cumsum(-1) - 1).clamp(min=0)  # positions count tokens, not padding
             positions = token_positions[:, -length:] + self._first
@@ -107,16 +107,17 @@ class Backbone(Adapter):
         ids, embeddings = call.get("input_ids"), call.get("inputs_embeds")
         tokens_or_embeddings = ids if embeddings is None else embeddings
         if tokens_or_embeddings is None:
-            raise PeftcoreError("a prompt needs input tokens, and the model was called without input_ids")
+            raise PeftcoreError("a prompt needs input tokens, but the model was called without them. Pass input_ids")
         if tokens_or_embeddings.dim() != (2 if tokens_or_embeddings is ids else 3):
             raise PeftcoreError(
-                f"a prompt needs tokens [batch, length], found a tensor of shape {list(tokens_or_embeddings.shape)}"
+                "a prompt needs tokens of shape [batch, length], found a tensor of shape "
+                f"{list(tokens_or_embeddings.shape)}"
             )
         length: int = tokens_or_embeddings.shape[1]
         if self._context and past + self.tokens + length > self._context:
             raise PeftcoreError(
-                f"{past + length} input tokens and a prompt of {self.tokens} exceed the {self._context} "
-                "positions that this model has learned. Shorten the input"
+                f"{past + length} input tokens and a prompt of {self.tokens} tokens exceed the {self._context} "
+                "learned positions of the model. Shorten the input"
             )
         return length
 
@@ -160,21 +161,21 @@ def checked_shape(
     kind = type(placement).__name__
     if architecture.embedding is None:
         raise PeftcoreError(
-            f"{kind} needs a token embedding, and {type(model).__name__} declares none. A plugin's "
-            "peftcore_architecture hook can name it"
+            f"{kind} needs a token embedding, but {type(model).__name__} does not declare one. Declare it in a "
+            "plugin's peftcore_architecture hook"
         )
     with torch.no_grad():
         shape = tuple(placement.adapter().shape) if known_shape is None else known_shape
     if len(shape) != len(dimensions):
         raise PeftcoreError(
-            f"the adapter of a {kind} must return [{', '.join(dimensions)}], found a tensor of shape {list(shape)}"
+            f"the adapter of a {kind} must return a tensor [{', '.join(dimensions)}], found shape {list(shape)}"
         )
     tokens = shape[dimensions.index("tokens")]
     context = getattr(language_config(model), "max_position_embeddings", None)
     if isinstance(context, int) and 0 < context <= tokens:
         raise PeftcoreError(
-            f"a prompt of {tokens} tokens leaves no room for input: {type(model).__name__} has a context of "
-            f"{context} tokens. Use fewer"
+            f"a prompt of {tokens} tokens leaves no room for input, since the context of {type(model).__name__} has "
+            f"{context} tokens. Use a shorter prompt"
         )
     return shape
 
@@ -209,8 +210,8 @@ def stacks(model: nn.Module, architecture: Architecture) -> tuple[str, str]:
     """
     if architecture.encoder is None or architecture.decoder is None:
         raise PeftcoreError(
-            f"prompts and prefixes need the encoder and the decoder, and {type(model).__name__} does not declare "
-            "both. A plugin's peftcore_architecture hook can name them"
+            f"prompts and prefixes need an encoder and a decoder, but {type(model).__name__} does not declare both. "
+            "Declare them in a plugin's peftcore_architecture hook"
         )
     return architecture.encoder, architecture.decoder
 
@@ -234,7 +235,7 @@ def is_causal(backbone: nn.Module, architecture: Architecture) -> bool:
     """Return whether the backbone is causal, according to its attention modules, its config, or its cache argument."""
     config = language_config(backbone)
     declared = [getattr(module, "is_causal", None) for module in backbone.modules()] + [getattr(config, "causal", None)]
-    if hasattr(config, "add_cross_attention"):  # encoder families that can be decoders
+    if hasattr(config, "add_cross_attention"):  # encoder families that can also be decoders
         declared.append(getattr(config, "is_decoder", None))
     declared = [value for value in declared if isinstance(value, bool)]
     if getattr(config, "is_decoder", None) is True:
@@ -283,7 +284,7 @@ def tokens_in(cache: Any) -> int:
         count = getattr(cache, "seqlen_offset", None)  # xLSTM's
         if count is None:
             raise PeftcoreError(
-                f"a prompt needs the number of tokens in the cache, and a {type(cache).__name__} has no "
+                f"a prompt needs the number of tokens in the cache, but {type(cache).__name__} has no "
                 "get_seq_length(). Pass use_cache=False to the model"
             )
         return int(count)
@@ -312,7 +313,7 @@ def text_starts(call: Mapping[str, Any]) -> Tensor | None:
     if isinstance(mask, Tensor) and mask.dim() == 2:
         return None
     if isinstance(positions, Tensor) and positions.dim() in (2, 3):
-        # Positions with an axis per coordinate: the first axis is constant within an image.
+        # In positions with an axis per coordinate, the first axis is constant within an image.
         begins = positions.diff(dim=-1) != 1 if positions.dim() == 2 else positions[0].diff(dim=-1) < 0
         return F.pad(begins, (1, 0), value=True)
     inputs = call.get("inputs_embeds") if call.get("input_ids") is None else call.get("input_ids")
@@ -332,8 +333,8 @@ def refuse_packed(call: Mapping[str, Any], why: str) -> None:
         PeftcoreError: a row contains several texts.
     """
     message = (
-        f"a row packs several examples, as its position_ids or cu_seq_lens say, and {why}. Give each example its own "
-        "row, in TRL by packing=False and padding_free=False"
+        f"a row contains several packed examples (by its position_ids or cu_seq_lens), but {why}. Give each example "
+        "its own row; in TRL, set packing=False and padding_free=False"
     )
     starts, mask = text_starts(call), call.get("attention_mask")
     ends = [value for name, value in call.items() if value is not None and name.startswith("cu_seq")]
@@ -344,5 +345,5 @@ def refuse_packed(call: Mapping[str, Any], why: str) -> None:
     several = starts[:, 1:].any()
     if torch.compiler.is_compiling():
         torch._assert_async(~several, message)
-    elif type(several) is Tensor and not several.is_meta and several:  # other tensors have no values
+    elif type(several) is Tensor and not several.is_meta and several:  # fake tensors have no values
         raise PeftcoreError(message)

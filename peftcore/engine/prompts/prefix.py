@@ -33,7 +33,7 @@ from peftcore.plugin.architecture import Architecture
 
 # Arguments that only cross-attention gets.
 _CROSS_ARGUMENTS = ("key_value_states", "encoder_hidden_states")
-_FAILED = "_peftcore_failed"  # attribute of a cache: the call that put a prefix into it has raised an error
+_FAILED = "_peftcore_failed"  # attribute of a cache: the call that inserted a prefix has raised an error
 _TOKEN_BY_TOKEN = ("prophetnet",)  # families that read one token at a time if the cache is not empty
 # Families whose attention computes distances between columns, including padding.
 _COUNTS_PADDING = ("mpt", "cpmant", "roformer")
@@ -58,7 +58,7 @@ def place_prefix(
     argument = cache_argument(backbone)
     if argument is None or not attentions:
         raise PeftcoreError(
-            f"PrefixKV needs attention with a cache, and that of {type(model).__name__} has none. Use a soft prompt"
+            f"PrefixKV needs attention with a cache, but {type(model).__name__} has none. Use a soft prompt"
         )
     _refuse_reading(model, path)
     with_attention: set[Any] = {_layer(module) for module in attentions.values()}
@@ -91,7 +91,7 @@ def place_prefix(
         placements.append((attention_path, PrefixLayer(adapter, module, windows.get(_layer(module)), division)))
     is_inside = path != architecture.backbone and not architecture.is_encoder_decoder
     if is_inside and around.counts and not hasattr(outer, "get_rope_index"):
-        outer_argument = cache_argument(outer) or argument  # some backbones pass it on in **kwargs
+        outer_argument = cache_argument(outer) or argument  # some backbones pass it in **kwargs
         positions = Positions(None, outer, cache_argument=outer_argument, causal=True)
         placements.append((architecture.backbone, positions))
     return placements
@@ -103,18 +103,18 @@ def _refuse_reading(model: nn.Module, path: str) -> None:
     config = language_config(backbone)
     if isinstance(input_embedding(backbone), nn.ModuleList):
         raise PeftcoreError(
-            f"'{path}' of {type(model).__name__} reads several rows of codes for each sequence, and PrefixKV "
-            "would give each row a prefix. Use a method for linear layers"
+            f"'{path}' of {type(model).__name__} reads several rows of codes per sequence, and PrefixKV would add a "
+            "prefix to each row. Use a method for linear layers"
         )
     if getattr(config, "model_type", None) in _TOKEN_BY_TOKEN:
         raise PeftcoreError(
-            f"{type(model).__name__} reads one token at a time if its cache is not empty, and a prefix fills it. "
-            "Use a soft prompt"
+            f"{type(model).__name__} reads one token at a time if its cache is not empty, but PrefixKV fills the "
+            "cache. Use a soft prompt"
         )
     if getattr(config, "kv_lora_rank", None):
         raise PeftcoreError(
-            f"{type(model).__name__} has latent attention, with keys and values of different widths, but "
-            "PrefixKV gives both the same. Use a soft prompt"
+            f"{type(model).__name__} has latent attention with keys and values of different widths, but PrefixKV "
+            "needs equal widths. Use a soft prompt"
         )
 
 
@@ -130,13 +130,13 @@ def _refuse_cache(model: nn.Module, cache_layers: Sequence[Any], *, count: int) 
     other_layers = [i for i, layer in enumerate(cache_layers) if type(layer) not in plain and not _is_shared(layer)]
     if other_layers:
         raise PeftcoreError(
-            f"layers {other_layers} of {type(model).__name__} keep a recurrent or compressed state, which has no keys "
-            "and values for PrefixKV. Use a soft prompt"
+            f"PrefixKV needs keys and values in the cache, but layers {other_layers} of {type(model).__name__} cache "
+            "a recurrent or compressed state. Use a soft prompt"
         )
     if cache_layers and len(cache_layers) != count:
         raise PeftcoreError(
-            f"{type(model).__name__} keeps keys and values of {len(cache_layers)} layers but runs {count}, so "
-            "PrefixKV cannot assign its parts to layers. Use a soft prompt"
+            f"{type(model).__name__} caches keys and values of {len(cache_layers)} layers but runs {count}, so "
+            "PrefixKV cannot assign prefixes to layers. Use a soft prompt"
         )
 
 
@@ -148,8 +148,8 @@ def _refuse_widths(model: nn.Module, attentions: dict[str, Any], *, heads: int, 
             widths.add(getattr(module, name, None) or width)
     if len(widths) > 1:
         raise PeftcoreError(
-            f"layers of {type(model).__name__} have heads of different widths {sorted(widths)}, but "
-            "PrefixKV gives all the same. Use a soft prompt"
+            f"PrefixKV needs heads of equal width in all layers, but {type(model).__name__} has widths "
+            f"{sorted(widths)}. Use a soft prompt"
         )
     numbers = heads * width
     for path, module in attentions.items():
@@ -157,8 +157,8 @@ def _refuse_widths(model: nn.Module, attentions: dict[str, Any], *, heads: int, 
         differing = {name: outputs[name] for name in ("k_proj", "v_proj") if outputs.get(name, numbers) != numbers}
         if differing:
             raise PeftcoreError(
-                f"PrefixKV gives each layer {heads} heads of width {width}, {numbers} numbers in all, but "
-                f"'{path}' of {type(model).__name__} produces {differing}. Use a soft prompt"
+                f"PrefixKV gives each layer {heads} heads of width {width}, {numbers} features in all, but '{path}' "
+                f"of {type(model).__name__} has output sizes {differing}. Use a soft prompt"
             )
 
 
@@ -193,7 +193,7 @@ class PrefixAround(Backbone):
     def forward(self, base: Base, *args: Any, **kwargs: Any) -> Any:
         call: dict[Any, Any] = self._call(args, kwargs)
         if self._cache_argument and not self._causal:
-            call[self._cache_argument] = None  # bidirectional backbones cache nothing for later calls
+            call[self._cache_argument] = None  # bidirectional backbones do not cache anything for later calls
         cache, past = self._cached(call)
         self._refuse_failed(cache)
         self._refuse_padding(base.module, call.get("attention_mask"))
@@ -224,23 +224,23 @@ class PrefixAround(Backbone):
             return
         if tokens_in(cache):
             raise PeftcoreError(
-                "the first call with this cache raised an error after the prefix had been put into it, and this "
-                "call would put it there again. Pass a new cache"
+                "the first call with this cache raised an error after inserting the prefix, so this call would "
+                "insert it a second time. Pass a new cache"
             )
-        setattr(cache, _FAILED, False)  # the cache has been emptied since
+        setattr(cache, _FAILED, False)  # the cache has been reset since
 
     def _refuse_images(self, module: nn.Module, call: dict[str, Any]) -> None:
         if self._blocks and any(value is not None and "pixel" in name for name, value in call.items()):
             raise PeftcoreError(
-                f"the images of {type(module).__name__} attend in both directions while the cache is empty, "
-                "and a prefix fills it. Use a soft prompt"
+                f"{type(module).__name__} only uses bidirectional attention for images while the cache is empty, but "
+                "PrefixKV fills the cache. Use a soft prompt"
             )
 
     def _refuse_longer_mask(self, module: nn.Module, mask: Any, length: int) -> None:
         """Raise a PeftcoreError if a bidirectional backbone, which has no cache, is called to generate."""
         if not self._causal and mask is not None and mask.shape[1] != length + self.tokens:
             raise PeftcoreError(
-                f"{type(module).__name__} is bidirectional and keeps no cache, but was called with {length} "
+                f"{type(module).__name__} is bidirectional and does not use a cache, but was called with {length} "
                 f"tokens and a mask of {mask.shape[1] - self.tokens}. To generate, set is_decoder=True in its config"
             )
 
@@ -269,10 +269,14 @@ class PrefixAround(Backbone):
             return
         narrow = self._window is not None and mask.shape[1] + self.tokens > self._window
         if (self._counts_padding or narrow) and not mask[:, 0].all():
-            reason = "counts padding in its distances" if self._counts_padding else f"looks {self._window} tokens back"
+            reason = (
+                ("includes padding in relative positions")
+                if self._counts_padding
+                else f"looks {self._window} tokens back"
+            )
             raise PeftcoreError(
-                f"{type(module).__name__} {reason}, so padding would separate the prefix from the input. Pad on the "
-                "right, or use rows of one length. A soft prompt supports padding on either side"
+                f"{type(module).__name__} {reason}, so padding on the left would separate the prefix from the input. "
+                "Pad on the right, use rows of equal length, or use a soft prompt"
             )
 
     def _wants_cache(self, module: nn.Module, call: dict[str, Any]) -> bool:
@@ -367,9 +371,9 @@ def _heads_division(attentions: dict[str, Any], heads: int) -> Division | None:
     division = divisions.pop()
     if divisions or division is None or not division.output_in_parts or heads % division.mesh.size():
         raise PeftcoreError(
-            f"tensor parallelism (tp_plan, tp_size) divides attention ('{next(iter(attentions))}'), and its "
-            f"{heads} heads of keys and values are not divided equally by k_proj and v_proj, which a prefix needs. "
-            "Load the model without tp_plan, apply, and call peftcore.shard(model)"
+            "a prefix needs k_proj and v_proj to be sharded by heads, but tensor parallelism (tp_plan, tp_size) "
+            f"shards the {heads} key-value heads of '{next(iter(attentions))}' in another way. Load the model "
+            "without tp_plan, apply the adapter, and call peftcore.shard(model)"
         )
     return division
 
@@ -390,7 +394,7 @@ def _attentions(backbone: nn.Module, prefix: str) -> dict[str, Any]:
 
 def _layer(module: nn.Module) -> int | None:
     """Return the index of the cache layer that an attention module uses, or None."""
-    # GPT-Neo calls it `layer_id`, which is something else in Flaubert.
+    # GPT-Neo calls it `layer_id`, a name with another meaning in Flaubert.
     is_gpt_neo = getattr(getattr(module, "config", None), "model_type", None) == "gpt_neo"
     index = getattr(module, "layer_idx", getattr(module, "layer_id", None) if is_gpt_neo else None)
     return index if isinstance(index, int) else None
@@ -401,7 +405,7 @@ def _new_cache(backbone: Any, crosses: bool) -> Any:
 
     cache = DynamicCache(config=backbone.config)
     if crosses or any(getattr(backbone.config, name, False) for name in ("is_encoder_decoder", "add_cross_attention")):
-        return EncoderDecoderCache(cache, DynamicCache())  # no windows over the encoder's output
+        return EncoderDecoderCache(cache, DynamicCache())  # cross-attention has no window
     return cache
 
 
@@ -426,7 +430,7 @@ class _DeepCopy:
         layer = self._layer()
         if layer is None:
             raise PeftcoreError(
-                "a shallow copy of a cache's layer cannot be deep-copied after the original is gone. Deep-copy the "
+                "cannot deep-copy a shallow copy of a cache layer after the original has been deleted. Deep-copy the "
                 "original"
             )
         copied = copy.copy(layer)

@@ -41,7 +41,7 @@ from peftcore.plugin.adapter import Adapter, Base
 from peftcore.plugin.architecture import Architecture, config_fields
 from peftcore.plugin.call import current_frame
 
-_ADDS_SOUND = ("voxtral_realtime", "voxtral_realtime_text")  # families that pair tokens with pieces of sound
+_ADDS_SOUND = ("voxtral_realtime", "voxtral_realtime_text")  # families that pair each token with an audio frame
 
 
 def place_soft_prompt(
@@ -51,7 +51,10 @@ def place_soft_prompt(
     embedding = model.get_submodule(architecture.embedding or "")
     width = getattr(embedding, "embedding_dim", hidden)
     if hidden != width:
-        raise PeftcoreError(f"the prompt's vectors have width {hidden}, but the token embedding has width {width}")
+        raise PeftcoreError(
+            f"the prompt's vectors have width {hidden}, but the token embedding has width {width}. Make the prompt "
+            "of the embedding's width"
+        )
     decoder_adapters: list[tuple[str, nn.Module]] = []
     keeps = causal = senses = False
     if architecture.is_encoder_decoder:
@@ -62,12 +65,13 @@ def place_soft_prompt(
         path, senses = _entry(model, architecture)
         causal = is_causal(model.get_submodule(path), architecture)
         if architecture.task_type == "SEQ_CLS" and not causal:
-            # The head pools a bidirectional encoder's output at position 0 or by the mask, so it needs the prompt's.
+            # A head pools the output of a bidirectional encoder at position 0 or by the mask, so it needs the prompt's
+            # outputs.
             path, keeps = "", True
     backbone = model.get_submodule(path)
     names = forward_arguments(backbone)
     _refuse_unreadable(model, path, names)
-    # The decoder's name for the cache: some backbones pass it on in **kwargs.
+    # The decoder's argument name for the cache: some backbones pass it in **kwargs.
     cache_name = None if keeps else cache_argument(model.get_submodule(decoder_path(model, architecture)))
     input_table = input_embedding(backbone) or embedding
     needs_tokens = senses or "inputs_embeds" not in names or _reads_tokens(backbone, input_table)
@@ -82,7 +86,7 @@ def place_soft_prompt(
         stand_in=ordinary_token(model.config),
         needs_tokens=needs_tokens,
         embedding=input_table,
-        counts=not senses,  # the model computes positions of images itself
+        counts=not senses,  # the model itself computes positions of images
     )
     embedding_path = next(name for name, module in base_modules(model) if module is input_table)
     return [(path, around), *decoder_adapters, (embedding_path, StandIns(backbone))]
@@ -93,13 +97,13 @@ def _refuse_unreadable(model: nn.Module, path: str, names: Sequence[str]) -> Non
     backbone = model.get_submodule(path)
     if "input_ids" not in names and "inputs_embeds" not in names:
         raise PeftcoreError(
-            f"a soft prompt needs tokens, and '{path}' ({type(backbone).__name__}) takes none: "
-            f"{', '.join(names[:3])}. Use a prefix or a method for linear layers"
+            f"a soft prompt needs tokens, but '{path}' ({type(backbone).__name__}) takes {', '.join(names[:3])}. Use "
+            "a prefix or a method for linear layers"
         )
     if getattr(language_config(backbone), "model_type", None) in _ADDS_SOUND:
         raise PeftcoreError(
-            f"{type(model).__name__} adds a piece of sound to each token, and a soft prompt has none. Use a "
-            "prefix or a method for linear layers"
+            f"{type(model).__name__} adds an audio frame to each token, but a soft prompt has none. Use a prefix or "
+            "a method for linear layers"
         )
 
 
@@ -157,11 +161,11 @@ class SoftPromptAround(Backbone):
         self._hidden = hidden
         self._keeps = keeps
         self._stand_in = stand_in
-        self._embedding = (embedding,)  # not a child of this module
+        self._embedding = (embedding,)  # in a tuple, so that it is not registered as a submodule
         self._needs_tokens = needs_tokens
         self.counts = self.counts and counts
         rope = getattr(language_config(backbone), "rope_parameters", None) or {}
-        self._has_coordinates = len(rope.get("mrope_section", ())) > 3  # besides the position in the text
+        self._has_coordinates = len(rope.get("mrope_section", ())) > 3  # coordinates beside the text position
 
     def forward(self, base: Base, *args: Any, **kwargs: Any) -> Any:
         call = self._call(args, kwargs)
@@ -195,15 +199,15 @@ class SoftPromptAround(Backbone):
         for name, value in call.items():
             if value is not None and name.startswith("past_") and name != self._cache_argument:
                 raise PeftcoreError(
-                    f"{type(module).__name__} keeps what it has read in '{name}', which may or may not "
-                    "contain a soft prompt. Generate with use_cache=False"
+                    f"{type(module).__name__} stores earlier tokens in '{name}', so it is unknown whether they "
+                    "include the soft prompt. Generate with use_cache=False"
                 )
 
     def _make_room(self, call: dict[str, Any], past: int) -> int:
         positions = call.get("position_ids")
         length = super()._make_room(call, past)
         if self._has_coordinates and isinstance(positions, Tensor) and positions.dim() == 3:
-            # Only the first axis of an image's positions grows with the text.
+            # Only the first axis of image positions grows with the text.
             coordinates = (positions != positions[:1]).any(0)
             call["position_ids"][1:] = torch.where(coordinates, positions[1:], call["position_ids"][1:])
         return length
@@ -250,7 +254,7 @@ class SoftPromptAround(Backbone):
         extended_tokens[:, : self.tokens] = self._stand_in
         call["input_ids"] = _reordered(extended_tokens, order)
         with entering(base.module) as waiting:
-            # The vectors of an outer prompt move: this prompt's stand-ins precede them.
+            # The vectors of an outer prompt move, since this prompt's placeholders precede them.
             batch, columns = extended_tokens.shape
             token_places = places(order, columns, batch, extended_tokens.device)
             moved_prompts: list[tuple[Tensor, Tensor]] = []
@@ -266,7 +270,7 @@ class SoftPromptAround(Backbone):
         if positions is not None:
             prompt_entries = torch.arange(-self.tokens, 0, device=positions.device, dtype=positions.dtype)
             text_positions = positions[:1] if self._has_coordinates and positions.dim() == 3 else positions
-            prompt_entries = text_positions.amin(-1, keepdim=True) + prompt_entries  # just before the first token
+            prompt_entries = text_positions.amin(-1, keepdim=True) + prompt_entries  # directly before the first token
             prompt_entries = prompt_entries.expand(*positions.shape[:-1], -1)
             call["position_ids"] = _reordered(torch.cat([prompt_entries, positions], dim=-1), order)
         inputs = call.get("inputs_embeds")
@@ -295,7 +299,7 @@ class CrossMask(Backbone):
 
 
 _NOT_GROWN = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "labels")
-# Arguments of images, video and sound, which may happen to have as many entries as there are tokens.
+# Arguments for images, video and audio, which may happen to have as many entries as tokens.
 _OF_IMAGES = re.compile("pixel|image_(sizes|attention)|grid|aspect_ratio|shapes|video|audio|feature")
 
 
@@ -340,8 +344,8 @@ def _without_prompt(output: Any, tokens: int, columns: int, back: Tensor | None 
     def cut(states: Tensor) -> Tensor:
         if states.shape[1] != columns:
             raise PeftcoreError(
-                f"the model returned {states.shape[1]} states for {columns} tokens, {tokens} of them a soft "
-                "prompt's, so the prompt's states are not known. Use a method for linear layers"
+                f"the model returned {states.shape[1]} hidden states for {columns} tokens, {tokens} of them a soft "
+                "prompt's, so the prompt's hidden states cannot be removed. Use a method for linear layers"
             )
         return states[:, tokens:] if back is None else _taken(states, back)
 
@@ -349,13 +353,13 @@ def _without_prompt(output: Any, tokens: int, columns: int, back: Tensor | None 
         return (cut(output[0]), *output[1:])
     if getattr(output, "last_hidden_state", None) is None:
         raise PeftcoreError(
-            f"a soft prompt cannot be removed from a {type(output).__name__}, which has no last_hidden_state. "
-            "Apply it to the part of the model that reads text, or use another method"
+            f"a soft prompt cannot be removed from a {type(output).__name__}, which has no last_hidden_state. Apply "
+            "the adapter to the submodule that reads text, or use another method"
         )
     output.last_hidden_state = cut(output.last_hidden_state)
     if getattr(output, "hidden_states", None) is not None:
         output.hidden_states = tuple(cut(states) for states in output.hidden_states)
-    if getattr(output, "last_hidden_state_ngram", None) is not None:  # a stream of states for each n, one by one
+    if getattr(output, "last_hidden_state_ngram", None) is not None:  # one stream of states per entry
         streams = output.last_hidden_state_ngram
         streams = [cut(states) for states in streams.split(columns, dim=1)]
         output.last_hidden_state_ngram = torch.cat(streams, dim=1)
@@ -369,7 +373,7 @@ _ENTERED = threading.local()  # {id of a backbone: prompts waiting for its token
 class Waiting:
     """Prompts that wait between the backbone's call and the token embedding, and the number of columns with them."""
 
-    prompts: list[tuple[Tensor, Tensor]]  # places [batch, tokens], vectors [tokens, hidden] or [batch or 1, ...]
+    prompts: list[tuple[Tensor, Tensor]]  # indices [batch, tokens], vectors [tokens, hidden] or [batch or 1, ...]
     columns: int = 0
 
 
@@ -391,8 +395,8 @@ def entering(backbone: nn.Module) -> Iterator[Waiting]:
         del waiting_prompts[id(backbone)]
     if waiting.prompts:
         raise PeftcoreError(
-            f"{type(backbone).__name__} did not call its token embedding with its tokens, so a soft prompt had "
-            "no effect. Pass inputs_embeds to the model, or use another method"
+            f"{type(backbone).__name__} did not call its token embedding with all tokens, so the soft prompt had no "
+            "effect. Pass inputs_embeds to the model, or use another method"
         )
 
 
@@ -403,7 +407,7 @@ class StandIns(Adapter):
 
     def __init__(self, backbone: nn.Module) -> None:
         super().__init__()
-        self._backbone = (backbone,)  # not a child of this module
+        self._backbone = (backbone,)  # in a tuple, so that it is not registered as a submodule
 
     def forward(self, base: Base, tokens: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         embeddings = base(tokens, *args, **kwargs)

@@ -31,7 +31,7 @@ from peftcore.plugin import ranks
 from peftcore.plugin.adapter import Adapter, Base
 from peftcore.plugin.call import current_call
 
-# Arguments with state of earlier calls that is not a transformers `Cache`: its number of tokens is unknown.
+# Arguments for state of earlier calls other than a transformers `Cache`; their number of tokens is unknown.
 OTHER_CACHES = ("past_key_values", "cache_params", "state", "mems", "past_buckets_states")
 _COUNTS = "_peftcore_counted"  # attribute of a cache: `_TokenCounts`
 _COUNTED_STACKS = "counted_stacks"  # attribute of a call: its facts and places, by stack
@@ -124,14 +124,14 @@ class TokenCounter(Adapter):
         """
         call = current_call()
         self._require(
-            not getattr(call, SOFT, False), "a soft prompt is before the input. Activate only one of the two adapters"
+            not getattr(call, SOFT, False), "a soft prompt precedes the input. Activate only one of the two adapters"
         )
         counts_by_stack: dict[str, tuple[_InputFacts, dict[Any, Places]]] = getattr(call, _COUNTED_STACKS, {})
         if self.stack in counts_by_stack:
             input_facts, places_by_size = counts_by_stack[self.stack]
         else:
             input_facts, places_by_size = self._facts_of(call), {}
-            # A part was called directly: its layers may have added this call's tokens to the cache already.
+            # If a submodule is called directly, its layers may already have added this call's tokens to the cache.
             if input_facts.past != 0:
                 input_facts = input_facts._replace(past=None, counts=None)
         key = y.shape[1], y.device
@@ -151,31 +151,37 @@ class TokenCounter(Adapter):
         return _InputFacts(mask, call.get("position_ids"), text_starts(call), past, counts)
 
     def _count(self, y: Tensor, input_facts: _InputFacts) -> Places:
-        expected = f"[batch, tokens, width] is needed, found {list(y.shape)}"
+        expected = f"the output must be [batch, tokens, width], found {list(y.shape)}"
         self._require(y.dim() == 3, expected)
         rows, tokens = y.shape[:2]
         mask, past, counts = input_facts.mask, input_facts.past, input_facts.counts
         if counts is not None and counts.tokens != past:  # the cache was cropped
             counts = None
         if mask is None:
-            unknown = "the cache does not say how many tokens it has read. Pass the whole attention_mask"
+            unknown = "the number of tokens in the cache is unknown. Pass an attention_mask that covers all tokens"
             self._require(past is not None and (counts is None or len(counts.text) == rows), unknown)
             return self._without_mask(y, input_facts._replace(counts=counts), cast(int, past))
         shape = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
         fits = isinstance(mask, Tensor) and mask.dim() == 2 and len(mask) in (1, rows) and mask.shape[1] >= tokens
         self._require(
-            fits, f"{expected}, and a mask [batch, all tokens], found {shape}. Generate with the dynamic cache"
+            fits, f"the attention mask must be [batch, all tokens], found {shape}. Generate with the dynamic cache"
         )
         width = mask.shape[1]
         is_text = mask.to(y.device) != 0
         place = is_text.long().cumsum(1)[:, -tokens:]
         is_text = is_text[:, -tokens:]
         if width == tokens and past != 0:  # for this call only
-            problem = f"the mask covers only these {width} tokens. Pass one that also covers those before them"
+            problem = (
+                f"the mask covers only the {width} new tokens. Pass an attention_mask that also covers the earlier "
+                "tokens"
+            )
             self._require(counts is not None and len(counts.text) == rows, problem)
             place = place + cast(_TokenCounts, counts).text[:, None].to(y.device)
         else:
-            problem = f"{past} tokens are in the cache, {tokens} are new, and the mask has {width}"
+            problem = (
+                f"the mask has {width} columns for {past} tokens in the cache and {tokens} new tokens. Pass an "
+                "attention_mask that covers all tokens"
+            )
             self._require(past is None or width == past + tokens, problem)
         length = torch.zeros_like(place) if past != 0 or width > tokens else place[:, -1:].expand_as(place)
         return Places(place, is_text, length, None)
@@ -204,7 +210,7 @@ class TokenCounter(Adapter):
 
     def _require(self, condition: bool, problem: str) -> None:
         if not condition:
-            raise PeftcoreError(f"{self.subject} counts the tokens of each text and cannot count these: {problem}")
+            raise PeftcoreError(f"{self.subject} counts the tokens of each text, which is not possible here: {problem}")
 
 
 def cached_tokens(cache: Any) -> int | None:

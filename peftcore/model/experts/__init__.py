@@ -1,4 +1,4 @@
-"""Mixtures of experts whose weights are parameters `[experts, out, in]`: their layout and their forward."""
+"""Mixtures of experts with stacked weights `[experts, out, in]`: their layout and their forward."""
 
 from peftcore.model.experts.expert_adapters import ExpertAdapters as ExpertAdapters
 from peftcore.model.experts.forward import (

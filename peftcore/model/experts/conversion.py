@@ -1,7 +1,7 @@
-"""transformers' conversions from experts stored one by one in files to one parameter `[experts, .., ..]`.
+"""Run transformers' conversions from experts stored one by one to a stacked parameter `[experts, .., ..]`.
 
-transformers stacks all experts and concatenates gate and up projections. Here the conversions run for one expert at a
-time.
+transformers stacks all experts and concatenates gate and up projections. This module runs its conversions for one
+expert at a time.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.core_model_loading import Concatenate, Interleave, MergeModulelist, Transpose
 
-_DIMS_OF_EXPERT = {1, 2, -1, -2}  # all dimensions of the parameter but the first, which is the experts
+_DIMS_OF_EXPERT = {1, 2, -1, -2}  # all dimensions of the parameter except the first, the experts
 
 
 def is_by_expert(converter: Any) -> bool:
@@ -34,7 +34,7 @@ def is_by_expert(converter: Any) -> bool:
 
 
 def expert_of(converter: Any, tensors: Mapping[str, Tensor], name: str, model: nn.Module) -> Tensor:
-    """Return one expert of a parameter, converted from its tensors by source pattern (see `is_by_expert`)."""
+    """Convert the tensors of one expert, by source pattern, to its slice of the parameter (see `is_by_expert`)."""
     converted: dict[str, Any] = {pattern: [tensor] for pattern, tensor in tensors.items()}
     for operation in converter.operations:
         converted = operation.convert(

@@ -2,7 +2,7 @@
 
     y_i = adapter_e(base_e, x_i)        base_e: x W_eᵀ + b_e, for the rows i of expert e
 
-So every method for linear layers also works for stacked experts, and computes the same as for a list of experts.
+Every method for linear layers thus works for stacked experts, with the same results as for a list of experts.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ WithChanges = Callable[[nn.Linear, Sequence[Any], int], Callable[[Tensor], Tenso
 
 
 class ExpertAdapters(Adapter):
-    """Adapter of one stacked weight, with an adapter for each expert.
+    """Adapter of one stacked weight, made of one adapter per expert.
 
     Args:
         adapters: adapters for linear layers, `adapter(base, x)`, one per expert.
         transposed: the weight is `[experts, in, out]`.
-        link: class of the adapters' links, which run them in calls of the layers.
+        link: link class that runs the adapters in calls of the layers.
     """
 
     def __init__(self, adapters: Sequence[nn.Module], transposed: bool, link: Callable[..., Any]) -> None:
@@ -40,7 +40,7 @@ class ExpertAdapters(Adapter):
 
     @property
     def multiplier(self) -> float | None:
-        """The multiplier of the adapters, which is set on each of them; None if they have none."""
+        """The multiplier of the adapters, which is set on all of them; None if they have none."""
         first = self.of_expert(0)
         return first.multiplier if isinstance(first, Adapter) else None
 
@@ -69,31 +69,32 @@ class ExpertAdapters(Adapter):
             merged_weight, merged_bias = self.of_expert(expert).merged(expert_weight.clone(), expert_bias)
             if bias is None and merged_bias is not None:
                 raise PeftcoreError(
-                    f"'merged' of {type(self.of_expert(expert)).__name__} returns a bias for an expert, but the module "
-                    "has no biases. Nothing was changed. Keep the adapter unmerged, or do not adapt the experts"
+                    f"'merged' of {type(self.of_expert(expert)).__name__} returned a bias for an expert, but the "
+                    "experts have no biases. Nothing was changed. Keep the adapter unmerged, or train it without "
+                    "experts"
                 )
             weights.append(merged_weight.mT if self.transposed else merged_weight)
             biases.append(merged_bias)
         return torch.stack(weights), None if bias is None else torch.stack(biases)
 
     def forward(self, weight: Tensor) -> Tensor:
-        """Raise a PeftcoreError, because these adapters cannot change all weights at once."""
+        """Raise a PeftcoreError, because these adapters cannot change the stacked weight as one tensor."""
         raise PeftcoreError(
-            f"{type(self.of_expert(0)).__name__} acts on experts one by one, which needs transformers' experts "
-            "interface. Another forward runs these experts, or another adapter changes their weights as a whole. "
-            "Restore _experts_implementation, or leave that adapter out"
+            f"{type(self.of_expert(0)).__name__} adapts single experts, which needs transformers' experts interface, "
+            "but another forward runs these experts, or another adapter changes their stacked weights. Restore "
+            "_experts_implementation, or leave that adapter out"
         )
 
 
 def product_by_expert(
     module: nn.Module, x: Tensor, offsets: Tensor, name: str, changes: Sequence[Any], around: WithChanges
 ) -> Tensor:
-    """Multiply rows sorted by expert with a module's weight, one expert after the other, with each expert's changes.
+    """Multiply rows, sorted by expert, by a module's stacked weight, one expert at a time with its changes.
 
     Args:
-        module: module of experts.
+        module: the module of experts.
         x: `[rows, in]`.
-        offsets: int32 `[experts]`, the end of each expert's rows. On the meta device, expert 0 gets all rows.
+        offsets: int32 `[experts]`, the end index of each expert's rows. On the meta device, expert 0 gets all rows.
         name: name of the weight.
         changes: `LowRank` and `ExpertAdapters` changes, innermost first.
         around: wraps the layer of one expert in its changes.
@@ -107,8 +108,10 @@ def product_by_expert(
         x = x.to(weight.dtype)
     if is_dynamo_compiling():
         torch._dynamo.graph_break(
-            msg="an adapter acts on experts one by one, and the number of rows per expert depends on data. Compile "
-            "without fullgraph=True, or leave experts out of target_modules"
+            msg=(
+                "cannot compile an adapter on single experts as one graph, because the number of rows per expert "
+                "depends on data. Compile without fullgraph=True, or leave experts out of target_modules"
+            )
         )
     ends = [len(x)] * layout.count if offsets.is_meta else offsets.tolist()
     parts: list[Tensor] = []
@@ -120,7 +123,7 @@ def product_by_expert(
             adapters = (change.of_expert(expert) for change in changes if isinstance(change, ExpertAdapters))
             idle += [p for adapter in adapters for p in adapter.parameters() if p.requires_grad]
     start = ends[-1] if ends else 0
-    if start < len(x) or not parts:  # rows of another process's experts
+    if start < len(x) or not parts:  # rows for experts on other ranks
         width = expert_linear(module, name, 0).out_features
         parts.append(x.new_zeros(len(x) - start, width, dtype=parts[0].dtype if parts else x.dtype))
     y = torch.cat(parts)
@@ -128,7 +131,7 @@ def product_by_expert(
 
 
 class _ZeroGradients(torch.autograd.Function):
-    """Identity that gives experts without rows zero gradients, since every rank needs gradients of the same params."""
+    """Identity that gives experts without rows a zero gradient, since all ranks need gradients for the same params."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, *idle: Tensor) -> Tensor:

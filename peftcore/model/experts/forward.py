@@ -1,4 +1,4 @@
-"""Forward of a module of experts, for every model that uses transformers' experts interface.
+"""Forward of a module of experts, for all models with transformers' experts interface.
 
     rows sorted by expert -> x W_upᵀ -> gate -> · W_downᵀ -> times the router's weights -> summed per token
 
@@ -28,7 +28,7 @@ _PLAIN_GATE = "transformers.integrations.moe", "_default_apply_gate"
 
 
 def adapter_of_expert(change: LowRank | ExpertAdapters, expert: int) -> Any:
-    """Return the adapter of one expert's linear layer that is equivalent to `change` for this expert."""
+    """Return an adapter of one expert's linear layer that is equivalent to `change` for this expert."""
     if isinstance(change, ExpertAdapters):
         return change.of_expert(expert)
     return _LowRankExpert(change.a[expert], change.b[expert], change.scale, change.dropout_p)
@@ -65,9 +65,9 @@ def experts_forward(
     Args:
         module: module of experts.
         hidden_states: `[tokens, hidden]`.
-        top_k_index, top_k_weights: `[tokens, k]`, each token's experts and their weights. An index of at least the
-            number of experts belongs to another process (transformers' expert parallelism).
-        changes: changes of the parameters, by name.
+        top_k_index, top_k_weights: `[tokens, k]`, the experts of each token and their weights. Indices from the number
+            of experts on are skipped: they belong to other ranks under transformers' expert parallelism.
+        changes: {name of a parameter: its change}.
         around: wraps the layer of one expert in its changes, if some are not low-rank.
 
     Returns:
@@ -86,7 +86,7 @@ def experts_forward(
     def product(x: Tensor, name: str) -> Tensor:
         weight, bias = operand(module, name), getattr(module, f"{name}_bias") if layout.has_bias else None
         if isinstance(weight, Tensor) and not torch.is_autocast_enabled(autocast_device(x)):
-            x = x.to(weight.dtype)  # as transformers' grouped_mm does
+            x = x.to(weight.dtype)  # like transformers' grouped_mm
         changes_of_weight = changes.get(name, ())
         low_rank = [change for change in changes_of_weight if isinstance(change, LowRank)]
         trains = isinstance(weight, Tensor) and weight.requires_grad and torch.is_grad_enabled()
@@ -112,7 +112,7 @@ def experts_forward(
 
 
 def _gated(module: Any, y: Tensor) -> Tensor:
-    """Apply the activation, or the activation and the gate, between the two products."""
+    """Apply the activation, and the gate if there is one, between the two products."""
     if not module.has_gate:
         return module.act_fn(y)
     gate = getattr(module._apply_gate, "__func__", None)
@@ -121,7 +121,7 @@ def _gated(module: Any, y: Tensor) -> Tensor:
 
 
 def _is_silu(act: Any) -> bool:
-    """Return whether calling `act` computes silu and nothing else: it has no hooks and no forward on the instance."""
+    """Return whether `act` computes plain silu, without hooks or a forward set on the instance."""
     kind = type(act)
     if kind is not nn.SiLU and (kind.__module__, kind.__name__) != ("transformers.activations", "SiLUActivation"):
         return False
@@ -135,17 +135,16 @@ def _is_silu(act: Any) -> bool:
     hooks = [hook for name in global_hooks for hook in vars(nn.modules.module)[name].values()]
     if any(vars(act).get(name) for name in instance_attributes):
         return False
-    # The hooks with which `estimate` simulates a step only observe, and are marked as such.
+    # The hooks that `estimate` uses to simulate a step only observe, and have this mark.
     return all(getattr(hook, "only_looks", False) for hook in hooks)
 
 
 def expert_changes(
     module: nn.Module, changes: Sequence[Mapping[str, Any]]
 ) -> dict[str, list[LowRank | ExpertAdapters]] | None:
-    """Return the changes of the weights by name, if all of them are low-rank or made of expert adapters, else None.
+    """Return {name: change} if all changes are low-rank or made of expert adapters, else None.
 
-    The result is also None without an `experts_layout`, or if the weights require gradients and all changes are
-    low-rank.
+    Also None without an `experts_layout`, or if the weights require gradients and all changes are low-rank.
     """
     layout = experts_layout(module)
     if layout is None:
@@ -187,11 +186,11 @@ def _merge_low_rank(changes: Sequence[LowRank]) -> list[LowRank]:
 
 
 def _low_rank_product(x: Tensor, offsets: Tensor, change: LowRank) -> Tensor:
-    """Return scale · (dropout(x_i) A_eᵀ) B_eᵀ in fp32, for a change whose dropout differs from the first one's.
+    """Return scale · (dropout(x_i) A_eᵀ) B_eᵀ in fp32, for a change whose dropout differs from the first change's.
 
-    The operator only computes a low-rank product together with a base's. So it is called twice with a base of zeros:
-    with A and then with B as one factor, and the identity as the other. A loop over experts takes four to six times as
-    long.
+    The operator computes a low-rank product only together with a base product. It is therefore called twice with a base
+    of zeros and the identity as one factor: first with A, then with B. A loop over experts would take four to six times
+    as long.
     """
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     experts, r = change.a.shape[:2]

@@ -1,4 +1,4 @@
-"""Experts in a model: their weights, the linear layers of single experts, routers, and experts per token."""
+"""Find the experts of a model: stacked weights, linear layers of single experts, routers, experts per token."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ def expert_weights(model: nn.Module) -> dict[str, tuple[str, ...]]:
 
 
 def is_read_elsewhere(model: nn.Module, path: str, names: Iterable[str]) -> bool:
-    """Return whether one of the parameters `names` of a module is read by other modules only (DBRX's experts).
+    """Return whether a parameter in `names` is read only by other modules than its own (DBRX's experts).
 
-    An adapter of the module would have no effect on them. Parameters that the forward does not reach count as read by
+    An adapter of the module would not affect such reads. Parameters that the forward does not reach count as read by
     their own module.
     """
     observation = observe(model)
@@ -58,10 +58,10 @@ def routers(model: nn.Module) -> set[str]:
 
 
 def expert_layers(model: nn.Module, path: str, names: Iterable[str]) -> dict[str, nn.Module]:
-    """Return single experts of stacked weights as linear layers, by paths as in a list (`experts.3.down_proj`).
+    """Return {path as in a list of experts, `experts.3.down_proj`: linear layer} for experts of stacked weights.
 
     Raises:
-        PeftcoreError: the module does not run through transformers' experts interface, or runs on several processes.
+        PeftcoreError: the module does not use transformers' experts interface, or its experts are on several processes.
     """
     module = model.get_submodule(path)
     layout = experts_layout(module)
@@ -69,11 +69,11 @@ def expert_layers(model: nn.Module, path: str, names: Iterable[str]) -> dict[str
         why_not_fused(module, original_forward(module)) if layout is not None else "its weights have another layout"
     )
     if has_own_forward(module) or getattr(module, "_is_expert_parallel", False):
-        reason = "they are sharded (tensor or expert parallelism), or have their own forward"
+        reason = "they are sharded (tensor or expert parallelism), or their instance has its own forward"
     if layout is None or reason is not None:
         raise PeftcoreError(
-            f"the experts at '{path}' cannot be adapted one by one: {reason}. Leave them out, "
-            f"exclude_modules=['{path.rpartition('.')[2]}'], or choose a method that changes their weights as a whole"
+            f"the experts at '{path}' cannot be adapted one by one: {reason}. Exclude them with "
+            f"exclude_modules=['{path.rpartition('.')[2]}'], or choose a method that changes stacked weights"
         )
     return {
         expert_path(path, name, expert): expert_linear(module, name, expert)
@@ -83,7 +83,7 @@ def expert_layers(model: nn.Module, path: str, names: Iterable[str]) -> dict[str
 
 
 def layer_at(model: nn.Module, path: str) -> nn.Module:
-    """Return the module at a path, which may be the path of a single expert (`expert_path`)."""
+    """Return the module at a path, which may name a single expert (`expert_path`)."""
     split = split_expert_path(model, path)
     return model.get_submodule(path) if split is None else expert_linear(model.get_submodule(split[0]), *split[1:])
 
@@ -91,30 +91,30 @@ def layer_at(model: nn.Module, path: str) -> nn.Module:
 def dense_weight(model: nn.Module, path: str) -> Tensor:
     """Return the dense weight `[out, in]` of the layer at `path`.
 
-    `StateRules.read` uses it to compute tensors that other libraries do not store.
+    `StateRules.read` uses the weight to compute tensors that other libraries do not store.
 
     Raises:
-        PeftcoreError: the weight is quantized, so the computed tensors would differ.
+        PeftcoreError: the weight is quantized, so tensors computed from it would differ.
     """
     layer = layer_at(model, path)
     layer_format = weight_format(layer)
     if layer_format.decode is not None:
         raise PeftcoreError(
-            f"the file lacks tensors that are computed from the dense weight of '{path}', but this model has the "
-            f"weight in {layer_format.name}. Load the file on the dense base and save it again "
-            "(peftcore.save(model, folder)); the new file loads on this model"
+            "the file does not contain all tensors, and the missing ones must be computed from the dense weight of "
+            f"'{path}', but this model has the weight in {layer_format.name}. Load the file on the dense base and "
+            "save it again (peftcore.save(model, folder)); the new file loads on this model"
         )
     return layer_format.read(layer).detach()
 
 
 def stacked_weight_name(model: nn.Module, path: str) -> str:
-    """Return the full name of the stacked weight of a single expert's path; return other paths unchanged."""
+    """Map the path of a single expert to the full name of its stacked weight; return other paths unchanged."""
     split = split_expert_path(model, path)
     return path if split is None else f"{split[0]}.{split[1]}"
 
 
 def experts_per_token(module: Any, model: Any) -> int:
-    """Return the number of experts per token from the module's or the model's config; 1 if neither has the field."""
+    """Return the number of experts per token from the module's or the model's config, or 1 by default."""
     configs: list[Any] = [getattr(module, "config", None), getattr(model, "config", None)]
     configs += [config.get_text_config() for config in configs if hasattr(config, "get_text_config")]
     names = ("num_experts_per_tok", "moe_topk", "moe_k", "moe_top_k", "top_k_experts", "num_selected_experts")

@@ -1,7 +1,7 @@
 """Layout of a module of experts, from transformers' experts interface (`use_experts_implementation`).
 
 The decorator records the layout of the weights on every instance, and `config._experts_implementation` selects the
-forward. So one forward works for every model that uses the interface (transformers 5, integrations/moe.py).
+forward. One forward therefore works for all models with the interface (transformers 5, integrations/moe.py).
 
 `expert_linear` makes a linear layer of one expert, whose weight is a view of the stacked weight, dense or 4-bit.
 """
@@ -45,7 +45,7 @@ class ExpertsLayout:
 
     @property
     def names(self) -> tuple[str, str]:
-        """Names of the parameters in the order of use."""
+        """Names of the parameters in order of use."""
         return self.up, self.down
 
     def bias_name(self, name: str) -> str | None:
@@ -53,7 +53,7 @@ class ExpertsLayout:
 
 
 def experts_layout(module: nn.Module) -> ExpertsLayout | None:
-    """Return the layout of a module that uses the interface; None for any other module."""
+    """Return the layout of a module with the interface; None for any other module."""
     if not hasattr(module, "_is_expert_parallel"):
         return None
     flags: Any = {flag: getattr(module, flag, None) for flag in FLAGS}
@@ -64,7 +64,7 @@ def experts_layout(module: nn.Module) -> ExpertsLayout | None:
     if weight is None or module._parameters.get("down_proj") is None:
         return None
     return ExpertsLayout(
-        count=shape_of(module, up)[0],  # `num_experts` counts this rank's experts only, under expert parallelism
+        count=shape_of(module, up)[0],  # under expert parallelism, `num_experts` counts only this rank's experts
         up=up,
         down="down_proj",
         transposed=flags["is_transposed"],
@@ -74,28 +74,32 @@ def experts_layout(module: nn.Module) -> ExpertsLayout | None:
 
 
 def has_interface_forward(module: Any, forward: Any) -> bool:
-    """Return whether `forward` of the module's class is the interface's. See `why_not_fused`."""
+    """Return whether the class's `forward` is the interface's. See `why_not_fused`."""
     return why_not_fused(module, forward) is None
 
 
 def why_not_fused(module: Any, forward: Any) -> str | None:
-    """Return why `experts_forward` cannot replace `forward` of the module's class; None if it can.
+    """Return the reason why `experts_forward` cannot replace the class's `forward`; None if it can.
 
     A subclass may override the forward, and `config._experts_implementation` may name a user's own implementation.
     """
     forward = getattr(forward, "over_dense", forward)  # set for 4-bit weights (`quantization.packed_experts`)
     # transformers' decorator, `use_experts_implementation`, defines the forward in this module.
     if getattr(forward, "__globals__", {}).get("__name__") != "transformers.integrations.moe":
-        return "its forward is written by hand, not one of transformers' experts interface"
+        return "its forward is custom, not the one of transformers' experts interface"
     implementation = getattr(module.config, "_experts_implementation", None)
-    return None if implementation in IMPLEMENTATIONS else f"_experts_implementation={implementation!r} is a user's own"
+    return (
+        None
+        if implementation in IMPLEMENTATIONS
+        else (f"_experts_implementation={implementation!r} is not one of transformers")
+    )
 
 
 def stacked_weights(module: nn.Module) -> tuple[str, ...]:
-    """Return the names of a module's parameters that stack the weights of its experts, dense or packed.
+    """Return the names of parameters that stack the weights of a module's experts, dense or packed.
 
-    They are the parameters of transformers' interface, or else three-dimensional parameters whose first dimension
-    equals an attribute for the number of experts (Llama 4's `num_experts`).
+    With transformers' interface, the layout names them. Otherwise they are the three-dimensional parameters whose first
+    dimension equals an attribute with the number of experts (Llama 4's `num_experts`).
     """
     layout = experts_layout(module)
     if layout is not None:
@@ -117,7 +121,7 @@ def stacked_weights(module: nn.Module) -> tuple[str, ...]:
 
 
 def expert_biases(module: nn.Module) -> tuple[str, ...]:
-    """Return the names of a module's parameters that stack the biases of its experts, `[experts, out]`."""
+    """Return the names of parameters that stack the biases of a module's experts, `[experts, out]`."""
     layout = experts_layout(module)
     return () if layout is None or not layout.has_bias else tuple(f"{name}_bias" for name in layout.names)
 
@@ -126,14 +130,14 @@ _PATH = re.compile(r"(.+)\.(\d+)\.(\w+)")
 
 
 def operand(module: nn.Module, name: str) -> Tensor | ops.PackedWeight:
-    """Return a weight as an operand of `ops`: the parameter, or a quantized module's packed weight."""
+    """Return a weight as an operand of `ops`: the parameter, or the packed weight of a quantized module."""
     packed_parameter = getattr(module, "packed_parameter", None)
     packed_weight = packed_parameter(name) if packed_parameter is not None else None
     return getattr(module, name) if packed_weight is None else packed_weight
 
 
 def is_operand_transposed(weight: Tensor | ops.PackedWeight) -> bool:
-    """Return whether the operand has the transpose of each expert of the parameter."""
+    """Return whether the operand stores each expert transposed relative to the parameter."""
     return isinstance(weight, ops.PackedWeight) and weight.turned
 
 
@@ -161,7 +165,7 @@ def expert_linear(module: nn.Module, name: str, expert: int) -> nn.Linear:
 
     Args:
         module: module of experts.
-        name: name of the weight, one of the layout's `names`.
+        name: name of the weight, from the layout's `names`.
         expert: index of the expert.
     """
     layout = experts_layout(module)
@@ -186,7 +190,7 @@ def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
 
 
 class PackedExpert(nn.Linear):
-    """A 4-bit expert. `weight` is dequantized on each access; products use the packed weight.
+    """A 4-bit expert. A packed `weight` is dequantized on each access; products use the packed data.
 
     Args:
         packed: `[1, out, in]`, or `[1, in, out]` if `transposed`.
@@ -202,8 +206,8 @@ class PackedExpert(nn.Linear):
         tensors["bias"] = bias
 
     @property
-    def weight(self) -> Tensor:  # type: ignore[override]  # of nn.Linear an attribute
-        """Dense weight `[out, in]` in fp32, or the value that has been assigned to it."""
+    def weight(self) -> Tensor:  # type: ignore[override]  # nn.Linear has it as an attribute
+        """Dense weight `[out, in]` in fp32, or a value assigned to it."""
         assigned = self._parameters.get("weight")
         if assigned is not None:
             return assigned
@@ -220,6 +224,6 @@ class PackedExpert(nn.Linear):
         return y.view(*x.shape[:-1], y.shape[-1])
 
     def linear_operands(self, x: Tensor) -> tuple[ops.PackedWeight, Tensor | None] | None:
-        """Return the operands that an adapter may multiply itself: see `peftcore.plugin.adapter.Base`."""
+        """Return the operands for adapters that compute the product themselves, see `peftcore.plugin.adapter.Base`."""
         matrix = self.packed._replace(shape=tuple(self.packed.shape[1:]))
         return None if self.transposed else (matrix, self.bias)

@@ -1,4 +1,4 @@
-"""Selection of the modules that a config names, pattern matching, and coverage of a model's weights."""
+"""Select the modules that a config names: pattern matching, and coverage of a model's weights."""
 
 from peftcore.model.base_modules import base_modules as base_modules, base_parameters as base_parameters
 from peftcore.model.experts.in_model import (

@@ -1,4 +1,4 @@
-"""Detection of convolutions on which PEFT's adapters differ from a change of the weight."""
+"""Detect convolutions for which PEFT's adapters are not equivalent to a change of the weight."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ _PLAIN = {nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward}
 
 
 def odd_convolution(path: str, module: nn.Module, *, alike: bool = False, grouped: bool = True) -> str | None:
-    """Return the error for a convolution that a method cannot adapt as PEFT does; None for any other module.
+    """Return an error message for a convolution that a method cannot adapt like PEFT, or None.
 
     Args:
-        path: path of the module, for the message.
+        path: path of the module, for the error message.
         module: the module.
         alike: PEFT assumes the same kernel size, stride and padding in all directions, and a dilation of 1.
-        grouped: the method supports grouped convolutions.
+        grouped: whether the method supports grouped convolutions.
     """
     reason = _oddity(module, alike, grouped) if isinstance(module, Convolution) else None
     return reason and (
-        f"'{path}' is a convolution {reason}, where PEFT computes something else, or fails, with the same adapter. "
+        f"'{path}' is a convolution {reason}, where PEFT fails or computes something else with the same adapter. "
         f"Exclude it: exclude_modules=['{path}']"
     )
 
@@ -29,7 +29,7 @@ def odd_convolution(path: str, module: nn.Module, *, alike: bool = False, groupe
 def _oddity(module: Convolution, alike: bool, grouped: bool) -> str | None:
     pads = isinstance(module.padding, str) or any(module.padding)
     if original_class(module).forward not in _PLAIN:
-        return f"of the class {original_class(module).__name__}, which has a forward of its own"
+        return f"of class {original_class(module).__name__}, which has a custom forward"
     if pads and module.padding_mode != "zeros":
         return f"with padding_mode='{module.padding_mode}'"
     if module.groups > 1 and not grouped:

@@ -1,7 +1,7 @@
-"""Share of a model's weights that a method reaches, and what is left out and why.
+"""Compute the fraction of a model's weights that a method reaches, and the reasons for the rest.
 
-Matrices of linear layers, convolutions and experts count. Embeddings and heads do not, since methods only adapt them if
-they are named.
+Only matrices of linear layers, convolutions and experts count. Embeddings and heads do not, since methods adapt them
+only on request.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from peftcore.model.experts.in_model import is_read_elsewhere
 from peftcore.plugin.architecture import Architecture
 from peftcore.plugin.layers import is_unknown_linear, shape_of, sizes
 
-LOW_COVERAGE = 0.5  # share of the weights below which a selection of all layers is warned about
+LOW_COVERAGE = 0.5  # fraction of the weights below which a selection of all layers gives a warning
 
 
 @dataclass(frozen=True)
 class Coverage:
-    """Number of weights reached and in total; `left_out` is {kind of layer and reason: number of weights}."""
+    """Number of weights reached and in total. `left_out` is {kind of layer and reason: number of weights}."""
 
     reached: int
     total: int
@@ -37,23 +37,23 @@ class Coverage:
 
     def __str__(self) -> str:
         if not self.left_out:
-            return "reaches all of the weight in layers"
+            return "reaches all weights in layers"
         largest_first = sorted(self.left_out.items(), key=lambda item: -item[1])
         left_out = ", ".join(f"{what} ({percent(count, self.total)})" for what, count in largest_first)
-        return f"reaches {percent(self.reached, self.total)} of the weight in layers; left out: {left_out}"
+        return f"reaches {percent(self.reached, self.total)} of the weights in layers; left out: {left_out}"
 
 
 def coverage(
     model: nn.Module, architecture: Architecture, reached: Collection[str], *, lacking: str = "not selected"
 ) -> Coverage:
-    """Return how many of the weights in layers belong to the modules `reached`.
+    """Return the coverage of the layer weights by the modules `reached`.
 
     Args:
         model: the model.
         architecture: its architecture.
-        reached: paths of modules and full names of parameters. A module includes its submodules; a path that ends in
-            `.` includes only the module's own parameters.
-        lacking: the reason for linear layers that are left out for no other reason.
+        reached: paths of modules and full names of parameters. A path includes all submodules; a path that ends in `.`
+            includes only the module's own parameters.
+        lacking: the default reason for linear layers that are not covered.
     """
     heads = tuple([f"{head}." for head in (architecture.output_head, *architecture.task_heads) if head])
     bypass_reasons, reached_names = dict(bypassed_layers(model)), set(reached)
@@ -81,7 +81,7 @@ def coverage(
 
 
 def _matrices(model: nn.Module, path: str, module: nn.Module) -> list[tuple[str, str, int, int]]:
-    """Return (name, description, identity, number of weights) of each of a module's own matrices."""
+    """Return (name, description, identity, number of weights) for each matrix of the module itself."""
     if is_unknown_linear(module):
         unread = f"layers of {type(module).__name__}, whose weight cannot be read"
         return [("", unread, id(module), math.prod(sizes(module)))]
@@ -91,7 +91,7 @@ def _matrices(model: nn.Module, path: str, module: nn.Module) -> list[tuple[str,
             continue
         is_linear, shape = name == "weight" and isinstance(module, nn.Linear), shape_of(module, name)
         if not is_linear and (len(shape) < 2 or math.prod(shape) == max(shape)):
-            continue  # a vector, perhaps with dimensions of size 1, such as a class token
+            continue  # a vector, possibly with dimensions of size 1, such as a class token
         if isinstance(module, _ConvNd):
             label = "convolutions"
         elif is_linear or (name == "weight" and len(shape) == 2):
@@ -101,7 +101,7 @@ def _matrices(model: nn.Module, path: str, module: nn.Module) -> list[tuple[str,
         elif not is_read_elsewhere(model, path, [name]):
             label = "other parameters"
         else:  # DBRX's experts
-            label = "parameters that only other modules read"
+            label = "parameters that are only read by other modules"
         matrices.append((name, label, id(parameter), math.prod(shape)))
     return matrices
 
@@ -124,5 +124,5 @@ def _path_and_ancestors(path: str) -> list[str]:
 
 
 def percent(part: int, total: int) -> str:
-    """Return a share with three digits, such as `1.23 %`."""
+    """Format a fraction with three digits, such as `1.23 %`."""
     return f"{100 * part / total:.3g} %" if total else "0 %"

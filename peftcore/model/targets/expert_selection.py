@@ -1,8 +1,8 @@
-"""Selection of experts' weights: parameters `[experts, out, in]` that do not belong to linear layers.
+"""Select the stacked weights of experts, `[experts, out, in]`, which do not belong to linear layers.
 
-`all-linear` selects all of them if the method supports them. An entry of `target_modules` selects a module of experts
-(`experts`) or one of its weights (`gate_up_proj`, `mlp.experts.down_proj`) if it matches no module that the method can
-adapt.
+`all-linear` selects all stacked weights if the method supports them. An entry of `target_modules` selects a module of
+experts (`experts`) or one of its weights (`gate_up_proj`, `mlp.experts.down_proj`) if it does not match a module that
+the method can adapt.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ ALL_LINEAR = "all-linear"
 
 
 def weight_owners(model: nn.Module) -> dict[str, str]:
-    """Return {full name of an experts' weight: path of its module}, in the model's order."""
+    """Return {full name of a stacked weight: path of its module}, in the model's order."""
     owners: dict[str, str] = {}
     for path, names in expert_weights(model).items():
         owners |= {f"{path}.{name}": path for name in names}
@@ -39,10 +39,10 @@ def weight_owners(model: nn.Module) -> dict[str, str]:
 def name_experts(
     model: nn.Module, target_modules: str | Sequence[str], supported: Callable[[nn.Module], bool]
 ) -> tuple[str | list[str], list[str]]:
-    """Split `target_modules` into (entries for modules that the method adapts, full names of experts' weights).
+    """Split `target_modules` into (entries for adaptable modules, full names of selected stacked weights).
 
-    An entry selects experts if it matches a module of experts or one of its weights, but no module that is `supported`.
-    `all-linear` is returned unchanged, without names; `select_experts` handles it.
+    An entry selects experts if it matches a module of experts or one of its weights, but no `supported` module.
+    `all-linear` is returned unchanged and without names; `select_experts` handles it.
 
     Args:
         model: the model.
@@ -55,7 +55,7 @@ def name_experts(
     modules = [path for path, module in base_modules(model) if supported(module)]
 
     def matching_weights(test: Callable[[str], bool]) -> list[str]:
-        """Return the weights that match, or nothing if a module matches."""
+        """Return the stacked weights that match; an empty list if a module matches."""
         if any(map(test, modules)):
             return []
         return [name for name, path in weights.items() if test(path) or test(name)]
@@ -78,9 +78,9 @@ def select_experts(
     layers_to_transform: int | Sequence[int] | None = None,
     layers_pattern: str | Sequence[str] | None = None,
 ) -> list[str]:
-    """Return the full names of the selected experts' weights, in the model's order. The arguments are `select`'s.
+    """Return the full names of the selected stacked weights, in the model's order.
 
-    `all-linear` selects all weights that are not bypassed.
+    The arguments are those of `select`. `all-linear` selects all stacked weights that are not bypassed.
     """
     weights = weight_owners(model)
     if target_modules == ALL_LINEAR:

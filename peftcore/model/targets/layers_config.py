@@ -1,4 +1,4 @@
-"""Config fields that select layers; configs of methods inherit them."""
+"""Config fields that select layers, inherited by the configs of methods."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from peftcore.plugin.layers import is_conv1d, is_linear, sizes
 from peftcore.plugin.validation import check_types, require
 
 Config = TypeVar("Config", bound="LayersConfig")
-LEFT_OUT = 0.1  # share of the weights that `all-linear` may leave out because they do not fit, with a warning
+LEFT_OUT = 0.1  # fraction of the weights that `all-linear` may skip with a warning because they do not fit
 
 
 @dataclass(frozen=True)
 class LayersConfig:
-    """Selection of the layers that a method adapts: linear layers, and those in `kinds`.
+    """Selects the layers that a method adapts: linear layers and the classes in `kinds`.
 
     The fields have the names of PEFT's config fields.
 
     Args:
         target_modules, exclude_modules, layers_to_transform, layers_pattern: see `peftcore.model.targets.select`.
         modules_to_save: modules to train as a whole. None for task heads, which pre-training did not train.
-        fan_in_fan_out: stored for PEFT, which needs True for GPT-2. peftcore detects the layout from the layer.
+        fan_in_fan_out: only stored for PEFT, which needs True for GPT-2; peftcore detects the layout of a layer.
     """
 
     target_modules: str | Sequence[str] = ALL_LINEAR
@@ -39,26 +39,30 @@ class LayersConfig:
     modules_to_save: Sequence[str] | None = None
     fan_in_fan_out: bool = False
 
-    # Fields that the method's config in PEFT lacks. They are folded into target_modules, so that PEFT adapts the same
-    # layers. The method also lists them in `PeftRules.own_fields`.
+    # Fields that PEFT's config of the method does not have. They are folded into target_modules, so that PEFT adapts
+    # the same layers. The method also lists them in `PeftRules.own_fields`.
     not_in_peft: ClassVar[frozenset[str]] = frozenset()
-    kinds: ClassVar[tuple[type[nn.Module], ...]] = ()  # further classes that the method adapts if they are named
+    kinds: ClassVar[
+        tuple[type[nn.Module], ...]
+    ] = ()  # further classes of layers that the method adapts if they are named
 
     def __post_init__(self) -> None:
         check_types(self)
         is_consistent = self.layers_pattern is None or self.layers_to_transform is not None
         require(
             is_consistent,
-            "layers_pattern only has an effect with layers_to_transform. Name layers there, or leave it out",
+            "layers_pattern has no effect without layers_to_transform. Set layers_to_transform, or leave "
+            "layers_pattern out",
         )
 
     def selected(self, model: nn.Module, architecture: Architecture) -> dict[str, nn.Module]:
         """Return the selected layers by path.
 
-        `all-linear` leaves out layers that do not fit the config, such as gates with one row, with a warning.
+        `all-linear` skips layers that do not fit the config, such as gates with one row, with a warning.
 
         Raises:
-            PeftcoreError: a named layer does not fit the config, or layers with a large share of the weights do not.
+            PeftcoreError: a named layer does not fit the config, or `all-linear` would skip layers with a large
+                fraction of the weights.
         """
         layers = select_by(self, model, architecture, supported=self.adapts)
         misfits = {path: reason for path, module in layers.items() if (reason := self.misfit(path, module)) is not None}
@@ -80,7 +84,7 @@ class LayersConfig:
         return is_linear(module) or isinstance(module, self.kinds)
 
     def misfit(self, path: str, module: nn.Module) -> str | None:
-        """Return the error for a layer whose sizes do not fit the fields, or None. Methods override it."""
+        """Return an error message if the sizes of a layer do not fit the fields, or None. Methods override it."""
         return None
 
     def resolved(self: Config, model: nn.Module, architecture: Architecture) -> Config:

@@ -1,11 +1,9 @@
-"""Matching of module and parameter names by suffixes, by regular expressions and by the keys of `rank_pattern`.
+"""Match module and parameter names by suffixes, by regular expressions and by the keys of `rank_pattern`.
 
-Regular expressions are matched in bounded time, since a pattern may come from an untrusted file.
-
-`re` cannot be interrupted, and `(a|ab?)*X` makes it try 2ⁿ alternatives on a path of n characters. The `regex` package,
-which transformers requires, has a timeout, so it matches patterns with repeats, branches or groups. `re` matches all
-other patterns, which need no backtracking. `re` also compiles every pattern first, to refuse syntax that only `regex`
-has.
+Regular expressions are matched in bounded time, since a pattern may come from an untrusted file. `re` cannot be
+interrupted, and for `(a|ab?)*X` it tries 2ⁿ alternatives on a path of n characters. The `regex` package, which
+transformers requires, has a timeout, so it matches patterns with repeats, branches or groups. `re` matches all other
+patterns, which need no backtracking, and first compiles every pattern, to reject syntax that only `regex` supports.
 
 A config may have thousands of patterns for a model of thousands of modules. `limit_matching_time` bounds their total
 time.
@@ -25,12 +23,12 @@ from typing import Any
 
 from peftcore.errors import PeftcoreError, nearest
 
-# Limits for one pattern: its characters (enough for the names of all modules of a large model), and the copies that
-# counted repeats such as {100} make of a part when it is compiled.
+# Limits for one pattern: its length (enough for the names of all modules of a large model), and the copies that counted
+# repeats such as {100} make of a part when it is compiled.
 _LENGTH = 100_000
 _COPIES = 100_000
 # Limits for all patterns of one load: processor time (the patterns of a large model take 0.3 s), number of different
-# patterns, and characters (compiling as many takes 3 s).
+# patterns, and total length (compiling that much takes 3 s).
 _SECONDS = 10.0
 _PATTERNS = 2_000
 _CHARACTERS = 500_000
@@ -41,7 +39,7 @@ FullMatch = Callable[[str], bool]
 
 
 class _Budget:
-    """What the patterns of one load have used of the limits."""
+    """Time and number of patterns used so far within one `limit_matching_time` block."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
@@ -49,15 +47,15 @@ class _Budget:
         self.patterns = set[str]()
 
     def take(self, pattern: str) -> None:
-        """Count a pattern, and raise a PeftcoreError if there are too many."""
+        """Count a pattern; raise a PeftcoreError if there are too many."""
         if pattern in self.patterns:
             return
         self.patterns.add(pattern)
         self.characters += len(pattern)
         if len(self.patterns) > _PATTERNS or self.characters > _CHARACTERS:
             raise PeftcoreError(
-                f"the config has more than {_PATTERNS:,} regular expressions, or {_CHARACTERS:,} characters of them. "
-                "Name modules by their paths"
+                f"the config contains too many regular expressions: at most {_PATTERNS:,}, with {_CHARACTERS:,} "
+                "characters in all, are supported. Name modules by their paths"
             )
 
     def left(self) -> float:
@@ -65,12 +63,12 @@ class _Budget:
         return max(_SECONDS - self.seconds, 1e-3)
 
     def spend(self, pattern: str, seconds: float) -> None:
-        """Count the time that a pattern took, and raise a PeftcoreError if all patterns together took too long."""
+        """Add the time that a pattern took; raise a PeftcoreError if all patterns together took too long."""
         self.seconds += seconds
         if self.seconds > _SECONDS:
             raise PeftcoreError(
-                f"matching the config's patterns takes more than {_SECONDS:g} s; the last one was {_short(pattern)}. "
-                "Simplify them"
+                f"matching the config's patterns takes more than {_SECONDS:g} s (the last pattern was "
+                f"{_short(pattern)}). Simplify the patterns"
             )
 
 
@@ -79,10 +77,10 @@ _BUDGET: ContextVar[_Budget | None] = ContextVar("peftcore_patterns", default=No
 
 @contextlib.contextmanager
 def limit_matching_time() -> Iterator[None]:
-    """Bound the total time of all patterns that are compiled inside the block; nested blocks share its limits.
+    """Limit the total matching time of all patterns compiled in the block; nested blocks share the limits.
 
     Raises:
-        PeftcoreError: patterns inside the block take too long, or are too many.
+        PeftcoreError: the block contains too many patterns, or they take too long.
     """
     if _BUDGET.get() is not None:
         yield
@@ -95,18 +93,18 @@ def limit_matching_time() -> Iterator[None]:
 
 
 def compile_suffix_pattern(pattern: str, field: str) -> FullMatch:
-    """Like `compile_pattern`, for a pattern that matches a whole path, or its end after a dot."""
+    """Like `compile_pattern`, for a pattern that matches a full path or its end after a dot."""
     return compile_pattern(f"{_BEFORE}{pattern}{_BEHIND}", field)
 
 
 def compile_pattern(pattern: str, field: str) -> FullMatch:
     """Return a function that tests `re.compile(pattern).fullmatch` in bounded time.
 
-    Outside of `limit_matching_time`, where patterns are the user's own, `re` matches them if `regex` is not installed.
+    Outside `limit_matching_time`, patterns come from the user, and `re` matches them if `regex` is not installed.
 
     Args:
         pattern: a regular expression, which may come from an untrusted file.
-        field: the config field, for messages.
+        field: name of the config field, for error messages.
 
     Raises:
         PeftcoreError: `pattern` is not a regular expression, or cannot be matched in bounded time.
@@ -122,8 +120,8 @@ def compile_pattern(pattern: str, field: str) -> FullMatch:
     except ImportError:
         if _BUDGET.get() is not None:
             raise PeftcoreError(
-                f"{field}={_short(pattern)} comes from a file, so matching it needs the 'regex' package, which has a "
-                "time limit. Install it: pip install regex"
+                f"{field}={_short(pattern)} comes from a file, so it is only matched with a time limit, which needs "
+                "the 'regex' package. Install it: pip install regex"
             ) from None
         matches, takes_timeout = re.compile(pattern).fullmatch, False
 
@@ -144,12 +142,12 @@ def compile_pattern(pattern: str, field: str) -> FullMatch:
 
 @lru_cache(maxsize=1024)
 def _full_match(pattern: str) -> tuple[Callable[..., Any], bool]:
-    """Return the `fullmatch` of a pattern, and whether it takes a timeout.
+    """Return the `fullmatch` function of a pattern, and whether it takes a timeout.
 
     Raises:
         re.error: `pattern` is not a regular expression.
-        ValueError: it is too large to compile, or `re` and `regex` interpret it differently.
-        ImportError: it needs `regex`, which is not installed.
+        ValueError: the pattern is too large to compile, or `re` and `regex` interpret it differently.
+        ImportError: the pattern needs `regex`, which is not installed.
     """
     if len(pattern) > _LENGTH:
         raise ValueError(f"it has {len(pattern):,} characters, but at most {_LENGTH:,} are supported")
@@ -163,10 +161,10 @@ def _full_match(pattern: str) -> tuple[Callable[..., Any], bool]:
     differing = re.search(r"\{(?!\d+\}|\d*,\d*\})|\[:|\\B", pattern)
     if differing:
         raise ValueError(
-            f"'{differing[0]}' at position {differing.start()} means something else in other libraries. Leave it out"
+            f"'{differing[0]}' at position {differing.start()} has another meaning in other libraries. Leave it out"
         )
     if math.prod(max(1, int(count)) for count in re.findall(r"\{(?:\d*,)?(\d+),?\}", pattern)) > _COPIES:
-        raise ValueError(f"its counted repeats make more than {_COPIES:,} copies of a part")
+        raise ValueError(f"its counted repeats expand to more than {_COPIES:,} copies")
     import regex
 
     try:
@@ -181,7 +179,7 @@ def _short(pattern: str) -> str:
 
 _PLAIN = re.compile(r"[\w.]+", re.ASCII)
 
-_EXPRESSIONS = 1_000  # maximum number of regular expressions among the keys; the others are plain names
+_EXPRESSIONS = 1_000  # maximum number of keys that are regular expressions rather than plain names
 
 
 def pattern_value(patterns: dict[str, Any] | None, path: str, default: Any) -> Any:
@@ -207,10 +205,10 @@ def matched_keys(patterns: Iterable[str], paths: Iterable[str]) -> set[str]:
 
 
 class _Keys:
-    """Keys of a `rank_pattern`, with a lookup whose time does not grow with the number of plain keys.
+    """Keys of a `rank_pattern`, looked up in a time that does not grow with the number of plain keys.
 
-    A plain key of names and dots matches the end of a path, where a dot matches any character. Keys whose names have
-    the same lengths share a table.
+    A plain key (names and dots) matches the end of a path, where a dot matches any character. Keys with names of the
+    same lengths share a table.
     """
 
     def __init__(self, keys: tuple[str, ...]) -> None:
@@ -274,7 +272,7 @@ def matches(pattern: str, path: str) -> bool:
 
 
 def path_suffixes(path: str) -> list[str]:
-    """Return the list entries that match `path` (see `matches`): the path, and what follows each of its dots."""
+    """Return all list entries that match `path` (see `matches`): the path itself, and its rest after each dot."""
     suffixes = [path]
     while "." in path:
         path = path.partition(".")[2]
@@ -283,7 +281,7 @@ def path_suffixes(path: str) -> list[str]:
 
 
 def is_inside(entry: str, path: str) -> bool:
-    """Return whether `path` is, or is inside, a module that an entry of `modules_to_save` matches."""
+    """Return whether `path` is in a module (or is the module) that an entry of `modules_to_save` matches."""
     return f".{entry}." in f".{path}."
 
 
@@ -291,7 +289,7 @@ def excluded(names: Collection[str], patterns: str | Sequence[str] | None) -> se
     """Return the names of modules and parameters that `exclude_modules` matches.
 
     Raises:
-        PeftcoreError: a pattern matches nothing.
+        PeftcoreError: a pattern does not match anything.
     """
     if not patterns:
         return set()
@@ -307,7 +305,7 @@ def excluded(names: Collection[str], patterns: str | Sequence[str] | None) -> se
 
 
 def layer_indices(paths: Iterable[str], pattern: str | Sequence[str] | None) -> dict[str, int | None]:
-    """Return the layer index of each path: the first number after a list of layers that `layers_pattern` names."""
+    """Return {path: layer index}: the first number after a list of layers named in `layers_pattern`."""
     names = [pattern] if isinstance(pattern, str) else list(pattern or ())
     lists: list[FullMatch] = [compile_suffix_pattern(name, "layers_pattern") for name in names] or [lambda _: True]
 
@@ -320,16 +318,16 @@ def layer_indices(paths: Iterable[str], pattern: str | Sequence[str] | None) -> 
 
 
 def suggest_paths(pattern: str, paths: Iterable[str]) -> str:
-    """Return a hint for messages: the nearest names, or else some that exist."""
+    """Return a hint for error messages: the nearest names, or some existing names."""
     names = {part for path in paths for part in (path, path.rpartition(".")[2]) if part and not part.isdigit()}
     return (
         nearest(pattern, sorted(names))
-        or f". Names here: {', '.join(sorted(names - {p for p in names if '.' in p})[:12])}"
+        or f". Existing names: {', '.join(sorted(names - {p for p in names if '.' in p})[:12])}"
     )
 
 
 def shortest_suffixes(chosen: Collection[str], others: Collection[str], parts: int = 1) -> list[str]:
-    """Return the shortest list of suffixes, each of at least `parts` parts, that matches `chosen` but not `others`."""
+    """Return the shortest list of suffixes with at least `parts` names each that matches `chosen` but not `others`."""
     suffixes_of_others: set[str] = set()
     for path in others:
         suffixes_of_others.update(path_suffixes(path))

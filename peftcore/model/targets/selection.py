@@ -1,9 +1,9 @@
-"""Selection of modules by suffix lists, regular expressions, `all-linear`, exclusions and layer indices.
+"""Select modules by suffix lists, regular expressions, `all-linear`, exclusions and layer indices.
 
-Also selects what a config trains besides its adapters: `modules_to_save` and biases.
+It also selects parameters that a config trains in addition to its adapters: `modules_to_save` and biases.
 
-Matching is the same as in PEFT, so that a config selects the same modules in both, but a pattern that matches nothing
-is an error.
+Patterns match as in PEFT, so that a config selects the same modules in both libraries, but a pattern without a match
+raises an error.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def widths(model: nn.Module, path: str, architecture: Architecture) -> tuple[int
     if width is None:
         raise PeftcoreError(
             f"the width of '{path}' ({type(module).__name__}) is unknown, because the config of "
-            f"{type(model).__name__} has no hidden_size. Name linear layers in target_modules"
+            f"{type(model).__name__} has no hidden_size. Select linear layers instead (target_modules)"
         )
     return width, width
 
@@ -69,27 +69,28 @@ def select(
     """Return the selected modules by path, in the model's order.
 
     Args:
-        target_modules: list of suffixes, a regular expression that matches the whole path, or `all-linear`:
-            every linear layer but the output head, the task's heads, routers, and those that are bypassed or run
-            without gradients. A `nn.MultiheadAttention` replaces its projections if `supported`, else they are left
-            out. An entry that matches no module that the method adapts may match experts, `experts` or a weight of
-            theirs: their layers are returned one by one, at paths as in a list of experts (`experts.3.down_proj`).
-        exclude_modules: list of suffixes or a regular expression, removed from the selection.
-        layers_to_transform: layer indices; `layers_pattern` names the list of layers (`layers`, `h`), by
-            default the first numbered part of a path counts.
-        modules_to_save: modules trained as a whole; nothing in them is selected.
+        target_modules: list of suffixes, a regular expression that matches full paths, or `all-linear`: all linear
+            layers except the output head, task heads, routers, and layers that are bypassed or run without gradients.
+            An `nn.MultiheadAttention` is selected in place of its projections if it is `supported`; else they are
+            skipped. An entry without a match among adaptable modules may match a module of experts or one of its
+            stacked weights. Their layers are returned one by one, at paths as in a list of experts
+            (`experts.3.down_proj`).
+        exclude_modules: list of suffixes or a regular expression; matching modules are removed from the selection.
+        layers_to_transform: layer indices. `layers_pattern` names the list of layers (`layers`, `h`); by default the
+            first number in a path is the index.
+        modules_to_save: fully trained modules; nothing inside them is selected.
         supported: (module) -> whether the method can adapt it.
-        own_parameters: the method trains the modules' own parameters, so `all-linear` includes layers that are read
-            without a call.
+        own_parameters: the method trains the modules' own parameters, so `all-linear` includes layers whose weight is
+            read without a call.
 
     Raises:
-        PeftcoreError: a pattern matches nothing, or a module that the method cannot adapt.
+        PeftcoreError: a pattern does not match anything, or matches a module that the method cannot adapt.
     """
     modules, weights = dict(base_modules(model)), weight_owners(model)
     names = [*modules, *weights]
     without = excluded(names, exclude_modules)
     gone = without | _inside(modules, modules_to_save or ())
-    experts: dict[str, str] = {}  # {name of a selected weight of experts: path of their module}
+    experts: dict[str, str] = {}  # {name of a selected stacked weight: path of its module}
     if weights and not own_parameters and supported(nn.Linear(1, 1, device="meta")):
         target_modules, named = name_experts(model, target_modules, supported)
         experts = {name: weights[name] for name in named}
@@ -114,14 +115,14 @@ def select(
         chosen = _in_layers(chosen, layers_to_transform, layers_pattern)
     if not chosen:
         raise PeftcoreError(
-            f"target_modules={target_modules!r} leaves nothing after exclude_modules={exclude_modules!r} and "
-            f"modules_to_save={modules_to_save!r}"
+            f"target_modules={target_modules!r} selects no module after exclude_modules={exclude_modules!r} and "
+            f"modules_to_save={modules_to_save!r}. Select more modules, or exclude fewer"
         )
     return _in_order(model, modules, [path for path in chosen if path not in experts], set(chosen) & experts.keys())
 
 
 def _inside(modules: Iterable[str], parents: Iterable[str]) -> set[str]:
-    """Return the paths of modules that one of `parents`, an entry of `modules_to_save`, matches or contains."""
+    """Return the paths of all modules that are matched by an entry in `parents` or lie inside such a module."""
     parents = list(parents)
     return {path for path in modules if any(is_inside(parent, path) for parent in parents)}
 
@@ -150,8 +151,8 @@ def _all_linear(
         paths = [path for path in paths if path not in unreachable]
     if not paths:
         raise PeftcoreError(
-            f"target_modules='{ALL_LINEAR}' found no linear layer in {type(model).__name__}. "
-            f"Name the modules: {_examples(modules, supported)}{unknown_layers(modules.values())}"
+            f"target_modules='{ALL_LINEAR}' found no linear layers in {type(model).__name__}. Name modules: "
+            f"{_examples(modules, supported)}{unknown_layers(modules.values())}"
         )
     return paths
 
@@ -162,11 +163,13 @@ def _in_layers(
     """Return the modules in the layers with these indices.
 
     Raises:
-        PeftcoreError: there are no indices, or a layer has none of the modules.
+        PeftcoreError: the list of indices is empty, or a layer contains none of the modules.
     """
     layers = {layers_to_transform} if isinstance(layers_to_transform, int) else set(layers_to_transform)
     if not layers:
-        raise PeftcoreError("layers_to_transform=[] names no layer. Name some, or leave it out for all layers")
+        raise PeftcoreError(
+            "layers_to_transform=[] does not select any layer. Name layers, or leave it out for all layers"
+        )
     indices = layer_indices(paths, layers_pattern)
     missing_layers = layers - set(indices.values())
     if missing_layers:
@@ -181,7 +184,7 @@ def _in_layers(
 def _in_order(
     model: nn.Module, modules: Mapping[str, nn.Module], chosen: Collection[str], weights: Collection[str]
 ) -> dict[str, nn.Module]:
-    """Return the modules `chosen` and the single experts of the stacked `weights`, in the model's order."""
+    """Return the modules `chosen` and each expert of the stacked `weights`, in the model's order."""
     if not weights:
         return {path: modules[path] for path in chosen}
     layers: dict[str, nn.Module] = {}
@@ -203,7 +206,7 @@ def select_by(config: Any, model: nn.Module, architecture: Architecture, **other
 def sublayers(
     model: nn.Module, architecture: Architecture, kinds: Collection[str], layers: int | Sequence[int] | None = None
 ) -> list[Sublayer]:
-    """Return the detected sublayers of these kinds, in all layers or in those with the indices `layers`.
+    """Return the detected sublayers of these kinds, in all layers or in the layers with the indices `layers`.
 
     Raises:
         PeftcoreError: no such sublayer was detected, or an index does not exist.
@@ -220,7 +223,7 @@ def sublayers(
     layers_wanted = {layers} if isinstance(layers, int) else set(layers)
     present = {sublayer.layer for sublayer in candidates}
     if not layers_wanted or layers_wanted - present:
-        problem = f"there is no layer {sorted(layers_wanted - present)}" if layers_wanted else "it names no layer"
+        problem = f"the model has no layers {sorted(layers_wanted - present)}" if layers_wanted else "it names no layer"
         raise PeftcoreError(f"layers_to_transform: {problem} (layers: {sorted(present)})")
     return [sublayer for sublayer in candidates if sublayer.layer in layers_wanted]
 
@@ -255,10 +258,10 @@ def conv1d_paths(model: nn.Module, paths: Iterable[str]) -> list[str]:
 
 
 def drop_unmatched(model: nn.Module, entries: Sequence[str], experts: bool = False) -> list[str]:
-    """Return the entries that match a module of `model`, or with `experts` also one of the experts' weights.
+    """Return the entries that match a module of `model`, or, with `experts`, a stacked weight.
 
-    PEFT's files may name modules that the model lacks (`classifier` and `score` for every classifier). Which modules
-    must exist is decided by the file's tensors instead.
+    PEFT's files may name modules that the model does not have (`classifier` and `score` for every classifier). The
+    tensors in the file decide which modules must exist.
     """
     known_suffixes: set[str] = set()
     weights = weight_owners(model) if experts else {}
@@ -270,7 +273,7 @@ def drop_unmatched(model: nn.Module, entries: Sequence[str], experts: bool = Fal
 def refuse_bypassed(model: nn.Module, paths: Iterable[str]) -> None:
     """Raise a PeftcoreError if the model reads the weight of a module without calling it, or changes the weight.
 
-    An adapter of the first would do nothing, and the second would change under its adapter.
+    An adapter would have no effect in the first case; in the second, the weight would change under the adapter.
     """
     modules, bypass_reasons, rewrite_reasons = (
         dict(base_modules(model)),
@@ -281,24 +284,25 @@ def refuse_bypassed(model: nn.Module, paths: Iterable[str]) -> None:
         attention, name = _attention_over(modules, path), path.rpartition(".")[2]
         if attention is not None:
             raise PeftcoreError(
-                f"an adapter at '{path}' would do nothing, because nn.MultiheadAttention reads its weight without "
-                "calling it. If the method can adapt the attention as a whole, name that: "
-                f"target_modules=['{attention.rpartition('.')[2]}']; else exclude it: exclude_modules=['{name}']"
+                f"an adapter on '{path}' would have no effect, because nn.MultiheadAttention reads its weight "
+                "without calling it. If the method can adapt nn.MultiheadAttention, select it with "
+                f"target_modules=['{attention.rpartition('.')[2]}']; otherwise exclude the layer: "
+                f"exclude_modules=['{name}']"
             )
         if path in bypass_reasons:
             raise PeftcoreError(
-                f"an adapter at '{path}' would do nothing, at least in some modes or on some devices: "
-                f"{bypass_reasons[path]}. Leave it out, or exclude it: exclude_modules=['{name}']"
+                f"an adapter on '{path}' would have no effect, at least in some modes or on some devices: "
+                f"{bypass_reasons[path]}. Leave it out of target_modules, or exclude it: exclude_modules=['{name}']"
             )
         if path in rewrite_reasons:
             raise PeftcoreError(
-                f"an adapter at '{path}' would not follow changes of the layer: {rewrite_reasons[path]}. "
-                f"Leave it out, or exclude it: exclude_modules=['{name}']"
+                f"an adapter on '{path}' would not follow changes of the weight: {rewrite_reasons[path]}. Leave it "
+                f"out of target_modules, or exclude it: exclude_modules=['{name}']"
             )
 
 
 def _attention_over(modules: Mapping[str, nn.Module], path: str) -> str | None:
-    """Return the path of the `nn.MultiheadAttention` that contains the projection `path`, or None."""
+    """Return the path of the `nn.MultiheadAttention` that contains the projection at `path`, or None."""
     parent = path.rpartition(".")[0]
     is_attention = path and parent in modules and issubclass(original_class(modules[parent]), nn.MultiheadAttention)
     return parent if is_attention else None
@@ -307,7 +311,7 @@ def _attention_over(modules: Mapping[str, nn.Module], path: str) -> str | None:
 def _with_attention(
     modules: Mapping[str, nn.Module], selected: list[str], excluded_paths: Collection[str], supported: Supported
 ) -> list[str]:
-    """Replace projections by the `nn.MultiheadAttention` that contains them, or drop them if it is not `supported`."""
+    """Replace projections by their `nn.MultiheadAttention`, or drop them if it is not `supported`."""
     paths: list[str] = []
     for path in selected:
         attention = _attention_over(modules, path)
@@ -315,7 +319,7 @@ def _with_attention(
             paths.append(path)
         elif attention not in excluded_paths and supported(modules[attention]):
             paths.append(attention)
-    # If nothing else is selected, keep the projections, so that an error names them.
+    # If nothing else is selected, keep the projections so that an error can name them.
     return paths if paths or excluded_paths else selected
 
 
@@ -335,8 +339,8 @@ def _by_regex(modules: dict[str, nn.Module], pattern: str, supported: Supported)
         kinds = f"matches only {_kinds(modules, matched)}, which this method cannot adapt"
         problem = kinds if matched else "matches no module"
         raise PeftcoreError(
-            f"target_modules={pattern!r}, a regular expression for whole paths, {problem}. "
-            f"Examples of paths: {_examples(modules, supported)}"
+            f"target_modules={pattern!r}, a regular expression for full paths, {problem}. Examples of paths: "
+            f"{_examples(modules, supported)}"
         )
     return selected
 
@@ -348,12 +352,13 @@ def _refuse_other_layers(modules: dict[str, nn.Module], pattern: str, supported:
     if unsupported:
         raise PeftcoreError(
             f"target_modules={pattern!r} also matches {_kinds(modules, unsupported)} (such as '{unsupported[0]}'), "
-            "which this method cannot adapt. Name it in exclude_modules, or write an expression that leaves it out"
+            "which this method cannot adapt. Add them to exclude_modules, or write an expression that does not "
+            "match them"
         )
 
 
 def _is_layer(module: nn.Module) -> bool:
-    """Return whether the module has its own matrix or kernel."""
+    """Return whether the module itself has a matrix or a convolution kernel."""
     weight = getattr(module, "weight", None)
     return isinstance(weight, Tensor) and weight.dim() > 1 and not any(True for _ in module.children())
 
@@ -362,7 +367,7 @@ def _by_suffix(
     modules: dict[str, nn.Module], patterns: Sequence[str], supported: Supported, names: Collection[str]
 ) -> list[str]:
     if not patterns:
-        raise PeftcoreError("target_modules is an empty list. Name modules, or use 'all-linear'")
+        raise PeftcoreError("target_modules is empty. Name modules, or use 'all-linear'")
     paths_by_suffix: dict[str, list[str]] = defaultdict(list)
     for path in modules:
         for end in path_suffixes(path):
@@ -411,7 +416,7 @@ def trained_modules(model: nn.Module, modules_to_save: Sequence[str]) -> Train:
 
 
 def refuse_targeted(target_modules: str | Sequence[str] | None, paths: Iterable[str], relation: str) -> None:
-    """Raise a PeftcoreError if `target_modules` selects one of the modules `paths`, which are fully trained."""
+    """Raise a PeftcoreError if `target_modules` selects one of the fully trained modules `paths`."""
     if not target_modules or target_modules == ALL_LINEAR:
         return
     for path in paths:
@@ -422,13 +427,13 @@ def refuse_targeted(target_modules: str | Sequence[str] | None, paths: Iterable[
         if is_targeted:
             raise PeftcoreError(
                 f"target_modules={target_modules!r} selects '{path}', whose weight is {relation}, which "
-                "modules_to_save trains as a whole. Remove it from target_modules, or untie the weights: "
+                "modules_to_save fully trains. Remove it from target_modules, or untie the weights: "
                 "ensure_weight_tying=False"
             )
 
 
 def biases(model: nn.Module, paths: Iterable[str] | None = None) -> Train:
-    """Return the placement that trains the parameters named `bias`, of the whole model or of the modules `paths`."""
+    """Return the placement that trains the parameters named `bias`, in the model or in the modules `paths`."""
     names = [name for name, _ in base_parameters(model) if name.rpartition(".")[2] == "bias"]
     if paths is not None:
         paths = set(paths)
@@ -443,7 +448,7 @@ def trained_biases(model: nn.Module, bias: str, paths: Iterable[str]) -> list[Tr
     of_experts = next((path for path in paths if stacked_weight_name(model, path) != path), None)
     if of_experts is not None and any(expert_biases(module) for _, module in base_modules(model)):
         raise PeftcoreError(
-            f"bias={bias!r} is not supported for experts ('{of_experts}'), whose biases have other names. "
+            f"bias={bias!r} is not supported for experts ('{of_experts}'), because their biases have other names. "
             "Choose bias='none'"
         )
     return [biases(model, None if bias == "all" else paths)]

@@ -1,6 +1,6 @@
-"""Checks, in the order in which they run."""
+"""The checks, in the order in which they run."""
 
-from peftcore.testing.checks import acting, training, files, merging, running  # noqa: F401, I001  # each adds its own
+from peftcore.testing.checks import acting, training, files, merging, running  # noqa: F401, I001  # each module registers its checks
 from peftcore.testing.checks.register import CHECKS as CHECKS, Check as Check, name_of
 
 # names of checks that methods are often excused from

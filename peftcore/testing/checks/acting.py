@@ -1,4 +1,4 @@
-"""Checks of where adapters are, what they change, and that removing them leaves nothing behind."""
+"""Checks of the placement of adapters, of the changes that they make, and of their removal."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from peftcore.testing.checks.register import check
 def identity(case: Case) -> None:
     model, expected = case.model(seed=None), case.base_output
     rounded = any(experts_layout(model.get_submodule(path)) for path in applied(model, "default").paths)
-    # products of experts are summed in one operator
+    # experts are summed in one operator
     (close if rounded else same)(logits(model, case.inputs()), expected, "output")
 
 
@@ -55,7 +55,7 @@ def neutral(case: Case) -> str | None:
                 tensors[name].copy_(value)
     if not has_neutral:
         return "its adapters have no neutral tensors"
-    label = "output" if without is None else f"output, with an adapter at '{without}' that has no neutral()"
+    label = "output" if without is None else f"output, with an adapter on '{without}' that does not define neutral()"
     close(logits(model, case.inputs()), case.base_output, label)
     return None
 
@@ -83,7 +83,7 @@ def left_out(case: Case) -> str | None:
 
 
 def _require_all_or_no_sublayers(architecture: Architecture, reached: Sequence[str]) -> None:
-    """Fail if the paths reach sublayers of one kind in some blocks and not in others."""
+    """Fail if the paths reach sublayers of a kind in some blocks but not in all."""
     for kind in dict.fromkeys(sublayer.kind for sublayer in architecture.sublayers):
         scopes = [_scope(sublayer) for sublayer in architecture.sublayers if sublayer.kind == kind]
         lacking = [scope for scope in scopes if not any(_meet(scope, path.rstrip(".")) for path in reached)]
@@ -93,7 +93,7 @@ def _require_all_or_no_sublayers(architecture: Architecture, reached: Sequence[s
 
 
 def _scope(sublayer: Sublayer) -> str:
-    """Return the path of the innermost module that contains all known parts of a sublayer."""
+    """Return the path of the innermost module that contains all detected layers of a sublayer."""
     parts = [path.split(".") for path in (sublayer.output, sublayer.query, *sublayer.inner) if path]
     common = [names[0] for names in zip(*parts, strict=False) if len(set(names)) == 1]
     return ".".join(common)
@@ -110,7 +110,7 @@ def base_untouched(case: Case) -> None:
     train(model, case.inputs(), steps=2)
     state = model.state_dict()
     missing = [key for key in base.state_dict() if key not in state]
-    assert not missing, f"keys of the base are gone: {missing[:3]}"
+    assert not missing, f"keys of the base are missing: {missing[:3]}"
     trained = set(applied(model, "default").trained)
     with peftcore.disabled(model):
         for name, parameter in base_parameters(model):
@@ -147,7 +147,7 @@ def disabling(case: Case) -> None:
 def removing(case: Case) -> None:
     model, inputs = case.base().train(), case.inputs()
     with torch.no_grad():
-        model.eval()(**inputs)  # effects of a first call are not the method's
+        model.eval()(**inputs)  # a first call has effects that are not the method's
     before = _Snapshot(model.train())
     case.add(model, 1, "default")
     train(model, inputs, steps=1)
@@ -156,23 +156,23 @@ def removing(case: Case) -> None:
 
 
 class _Snapshot:
-    """Snapshot of all that a model holds: classes, tensors, hooks, and other attributes."""
+    """Snapshot of a model: classes, tensors, hooks and other attributes."""
 
     def __init__(self, model: nn.Module) -> None:
         self._facts = dict(_facts(model))
         self._tensors = {where: (value, value.detach().clone()) for where, value in _tensors(model)}
 
     def compare(self, model: nn.Module) -> None:
-        """Fail unless `model` holds exactly the content of the snapshot."""
+        """Fail unless `model` is exactly in the state of the snapshot."""
         tensors, facts = dict(_tensors(model)), dict(_facts(model))
         assert list(tensors) == list(self._tensors), f"tensors differ: {sorted(tensors.keys() ^ self._tensors.keys())}"
         for where, (tensor, value) in self._tensors.items():
             same(tensors[where], value, where)
             assert tensors[where] is tensor, f"'{where}' is another tensor with equal values"
         gone, new = self._facts.keys() - facts.keys(), facts.keys() - self._facts.keys()
-        assert not gone and not new, f"left behind: {sorted(new)[:5]}, gone: {sorted(gone)[:5]}"
+        assert not gone and not new, f"left behind: {sorted(new)[:5]}, missing: {sorted(gone)[:5]}"
         for where, fact in self._facts.items():
-            assert facts[where] == fact, f"{where} was {fact!r:.100}, is {facts[where]!r:.100}"
+            assert facts[where] == fact, f"{where} was {fact!r:.100} and is now {facts[where]!r:.100}"
 
 
 def _tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
@@ -181,7 +181,7 @@ def _tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
 
 
 def _facts(model: nn.Module) -> list[tuple[str, Any]]:
-    """Return (where, value) of everything but tensors; objects by their identity."""
+    """Return (place, value) of everything except tensors; objects are compared by identity."""
     facts: list[tuple[str, Any]] = [
         (f"requires_grad of '{name}'", p.requires_grad) for name, p in model.named_parameters()
     ]
@@ -189,7 +189,7 @@ def _facts(model: nn.Module) -> list[tuple[str, Any]]:
     for path, module in model.named_modules():
         facts.append((f"the class of '{path}'", type(module)))
         for name, value in vars(module).items():
-            if name in ("_parameters", "_buffers", *BUILT):  # adapters that were attached before
+            if name in ("_parameters", "_buffers", *BUILT):  # adapters attached before this method
                 continue
             is_plain = isinstance(value, (bool, int, float, str, tuple, set, torch.dtype, type(None)))
             fact = value if is_plain else id(value)
@@ -215,7 +215,7 @@ def switching(case: Case) -> None:
 
 
 def _with_two(case: Case) -> nn.Module:
-    """Return a model with two adapters, the last one active."""
+    """Return a model with two adapters, of which the last one is active."""
     model = case.model(seed=1, adapter="a")
     peftcore.activate(model, [])
     return case.add(model, 2, "b")
@@ -228,8 +228,8 @@ def per_sample(case: Case) -> str | None:
     try:
         peftcore.activate(model, names, per_sample=True)
     except peftcore.PeftcoreError as refusal:
-        if "acts on a batch as a whole" in str(refusal):
-            return "it says that it acts on a batch as a whole"
+        if "acts on the batch as a whole" in str(refusal):
+            return "it acts on the batch as a whole"
         raise
     output = logits(model, inputs)
     for row, name in enumerate(names):

@@ -1,4 +1,4 @@
-"""Checks of files and copies: save and load, shared tensors, deepcopy and pickle, Hugging Face PEFT both ways."""
+"""Checks of files and copies: save and load, shared tensors, deepcopy, pickle, exchange with Hugging Face PEFT."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from peftcore.quantization.packed_experts import unpack_experts
 from peftcore.testing.case import Case, close, differs, disturb, logits, same
 from peftcore.testing.checks.register import check
 
-NOT_CHECKED = "not checked: "  # prefix of the reason of a check that could not run here
+NOT_CHECKED = "not checked: "  # prefix of the reason if a check could not run here
 
 
 @check("save and load are bit exact", essential=True)
@@ -38,7 +38,7 @@ def saving(case: Case) -> None:
         same(loaded[name], parameter, name)
     expected = logits(model, case.inputs())
     same(logits(fresh, case.inputs()), expected, "output")
-    close(logits(used, case.inputs()), expected, "output of a file without what only training needs", 1e-5)
+    close(logits(used, case.inputs()), expected, "output of a file without tensors that only training needs", 1e-5)
 
 
 @check("a file of a dense base on a quantized one (NF4), and the reverse")
@@ -53,7 +53,8 @@ def on_another_format(case: Case) -> str | None:
             loaded = peftcore.load(case.base(quant_type=loaded_on), folder)
         expected, actual = _change(case, model, trained_on), _change(case, loaded, loaded_on)
         share = ((actual - expected).norm() / expected.norm()).item()
-        # The change of a right method depends on the base's rounding by a quarter at most; a wrong one differs by 80 %.
+        # Rounding the base changes the effect of a correct method by at most a quarter; an incorrect one differs by 80
+        # %.
         assert share <= 0.5, (
             f"trained on {trained_on or 'dense'}, loaded on {loaded_on or 'dense'}: its change of the output differs "
             f"by {share:.0%}. Keep what `place` computes from weights in persistent buffers, which are saved"
@@ -62,7 +63,7 @@ def on_another_format(case: Case) -> str | None:
 
 
 def _change(case: Case, model: nn.Module, quant_type: str | None) -> torch.Tensor:
-    """Return what the adapter adds to the output of its base."""
+    """Return the difference between the outputs with and without the adapter."""
     output = logits(model, case.inputs())
     return output - logits(case.base(quant_type=quant_type), case.inputs())
 
@@ -90,16 +91,16 @@ def sharing(case: Case) -> str | None:
         loaded = peftcore.load(case.base(), folder)
     for group, value in shared.items():
         names = [name for name, t in on_disk.items() if t.shape == value.shape and torch.equal(t, value.to(t))]
-        assert len(names) <= 1, f"{sorted(group)} is saved {len(names)} times: {names}"
+        assert len(names) <= 1, f"the shared tensor {sorted(group)} is saved {len(names)} times: {names}"
     twins = {"load": loaded, "deepcopy": copy.deepcopy(model), ".to()": copy.deepcopy(model).to(torch.float64)}
     for copy_kind, twin in twins.items():
         lost = shared.keys() - _shared(twin).keys()
-        assert not lost, f"not shared any more after {copy_kind}: {[sorted(group)[:3] for group in lost]}"
+        assert not lost, f"no longer shared after {copy_kind}: {[sorted(group)[:3] for group in lost]}"
     return None
 
 
 def _shared(model: nn.Module) -> dict[frozenset[str], torch.Tensor]:
-    """Return tensors that several adapters share, by all their names."""
+    """Return {name: tensor} for all names of tensors that several adapters share."""
     places: dict[int, list[str]] = defaultdict(list)
     tensors: dict[int, torch.Tensor] = {}
     for path, adapter in adapter_modules(model, "default"):
@@ -155,7 +156,7 @@ def written_by_peft(case: Case) -> str | None:
 
 
 def _base_for_peft(case: Case) -> nn.Module:
-    """Return the base with dense experts, since PEFT does not know quantized ones."""
+    """Return the base with dense experts, since PEFT does not support quantized experts."""
     model = case.base()
     for _, experts in list(quantized_experts(model)):
         unpack_experts(experts)
@@ -163,7 +164,7 @@ def _base_for_peft(case: Case) -> nn.Module:
 
 
 def _peft(case: Case) -> tuple[Any, str | None]:
-    """Return (the library peft, None), or (None, why the method cannot be compared with it)."""
+    """Return (the library peft, None), or (None, the reason why the method cannot be compared with PEFT)."""
     if importlib.util.find_spec("peft") is None:
         return None, f"{NOT_CHECKED}peft is not installed"
     import peft

@@ -1,6 +1,6 @@
-"""Checks of merging into the weights, and of several adapters at one module.
+"""Checks of merging into the weights, and of several adapters on one module.
 
-The method to stack others on is the suite's own: y = gain · base(x) at every linear layer.
+The second adapter comes from a method of the suite: y = gain · base(x) on every linear layer.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from peftcore.plugin.registry import registry
 from peftcore.testing.case import Case, close, disturb, logits, loss_of, merge_exactly, same
 from peftcore.testing.checks.register import check
 
-_OTHER = "the-suites-other"  # name of the method to stack others on
+_OTHER = "the-suites-other"  # name of the suite's method
 
 
 @check("merge equals forward, unmerge is bit exact", essential=True, refused=True)
@@ -74,13 +74,13 @@ def stacked(case: Case) -> None:
             peftcore.save(model, folder, adapter="default")
             same(logits(peftcore.load(case.base(), folder), inputs), alone, "its file alone")
         peftcore.remove(model, "other")
-        same(logits(model, inputs), alone, "with the other one removed")
+        same(logits(model, inputs), alone, "after removing the other adapter")
 
         model = case.base()
         _add_other(model)
         expected = logits(model, inputs)
         peftcore.remove(case.add(model, 1, "default"), "default")
-        same(logits(model, inputs), expected, "the other one alone, after removal")
+        same(logits(model, inputs), expected, "the other adapter alone, after removal")
 
 
 def _in_both_orders(model: nn.Module, inputs: dict[str, Tensor], names: Sequence[str], merges: bool) -> None:
@@ -99,11 +99,11 @@ def _in_both_orders(model: nn.Module, inputs: dict[str, Tensor], names: Sequence
 
 @dataclass(frozen=True)
 class _OtherConfig:
-    """Config of the other method, without fields."""
+    """Config of the suite's method, without fields."""
 
 
 class _Gain(Adapter):
-    """Gain for each output: y = gain · base(x)."""
+    """One gain per output: y = gain · base(x)."""
 
     def __init__(self, size: int) -> None:
         super().__init__()
@@ -130,7 +130,7 @@ class _OtherPlugin:
 
 @contextmanager
 def _other_method() -> Iterator[None]:
-    """Register the other method within the block."""
+    """Register the suite's method within the block."""
     registry.register(_OTHER, _OtherPlugin())
     try:
         yield
@@ -139,6 +139,6 @@ def _other_method() -> Iterator[None]:
 
 
 def _add_other(model: nn.Module) -> None:
-    """Apply the other method to `model` as the adapter `other`, with non-trivial values."""
+    """Apply the suite's method to `model` as the adapter `other`, with gains different from 1."""
     peftcore.apply(model, _OtherConfig(), adapter="other")
     disturb(model, "other", 3)

@@ -1,4 +1,4 @@
-"""Registry of the checks, with the names that reports show."""
+"""Registry of the checks and their names in reports."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ Function = Callable[[Case], str | None]
 
 @dataclass(frozen=True)
 class Check:
-    """Check of a method.
+    """One check of a method.
 
     Args:
-        name: its name in reports and excuses.
-        run: (case) -> None if it passes, or why there is nothing to check. It raises if it fails.
-        essential: run on every family, not only on the first.
-        refused: a method that cannot pass it must refuse with a PeftcoreError; wrong values cannot be excused.
+        name: name of the check in reports and in `not_applicable`.
+        run: (case) -> None if the check passes, or the reason why it does not apply; raises if it fails.
+        essential: run the check on every family, not only on the first.
+        refused: a method that cannot pass must raise a PeftcoreError; wrong values cannot be excused.
     """
 
     name: str
@@ -31,7 +31,7 @@ CHECKS: dict[str, Check] = {}
 
 
 def check(name: str, *, essential: bool = False, refused: bool = False) -> Callable[[Function], Function]:
-    """Register a function as the check `name`, see `Check`."""
+    """Register a function as the check `name`; see `Check`."""
 
     def decorate(function: Function) -> Function:
         CHECKS[name] = Check(name, function, essential, refused)

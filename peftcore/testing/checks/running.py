@@ -1,4 +1,4 @@
-"""Checks of ways to run a model: compiled as one graph, generating, rows of different lengths."""
+"""Checks of ways to run a model: compiled as one graph, in `generate`, with rows of different lengths, in threads."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def padding(case: Case) -> str | None:
     model: Any = case.model()
     tokens = case.prompts()["input_ids"]
     short, gap = tokens[1:, 3:], torch.zeros_like(tokens[1:, :3])
-    padded = [short, gap] if case.is_encoder_decoder else [gap, short]  # as their tokenizers pad
+    padded = [short, gap] if case.is_encoder_decoder else [gap, short]  # as their tokenizers do
     batch = torch.cat([tokens[:1], torch.cat(padded, dim=1)])
     for use_cache in (True, False):
         steps = _steps(_generate(model, {"input_ids": batch, "attention_mask": (batch != 0).long()}, use_cache))
@@ -147,7 +147,7 @@ def threads(case: Case) -> None:
 
 
 class _Turns:
-    """Turns of threads: each runs one operation of PyTorch and then lets the next run, so that all orders occur."""
+    """Scheduler that lets threads run one PyTorch operation each in turn, to interleave them deterministically."""
 
     def __init__(self, threads: int) -> None:
         self._changed = threading.Condition()
@@ -156,7 +156,7 @@ class _Turns:
 
     @contextmanager
     def of(self, number: int) -> Iterator[None]:
-        """Make each operation of this thread wait for its turn within the block."""
+        """Within the block, make each operation of this thread wait for its turn."""
         try:
             with _EachOperation(lambda: self._wait(number)):
                 yield
@@ -167,7 +167,7 @@ class _Turns:
                 self._changed.notify_all()
 
     def _wait(self, number: int) -> None:
-        with self._changed:  # limited, since the other thread may wait for a lock that this one holds
+        with self._changed:  # with a timeout, since the other thread may wait for a lock that this thread holds
             self._changed.wait_for(lambda: self._turn == number or self._running == [number], timeout=0.2)
             self._pass_on(number)
             self._changed.notify_all()

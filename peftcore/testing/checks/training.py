@@ -66,7 +66,7 @@ def grouping(case: Case) -> None:
     assert len({id(p) for p in named}) == len(named), "a parameter is in two groups"
     missing = trained.keys() - {id(p) for p in named}
     assert not missing, f"in no group: {sorted(trained[key] for key in missing)[:3]}"
-    assert len(named) == len(trained), "a group has parameters that are not trained"
+    assert len(named) == len(trained), "a group contains parameters that are not trained"
     assert all(group.get("lr", 1e-3) > 0 for group in groups), "a group has a learning rate that is not positive"
 
 
@@ -79,8 +79,8 @@ def checkpointing(case: Case) -> str | None:
     ways: list[dict[str, bool] | None] = [None, {"use_reentrant": False}]
     if case.first is None:
         ways.append({"use_reentrant": True})
-    # In float32 gradients of T5, whose logits are large, differ by 1e-4 of their maximum. PyTorch's grouped products of
-    # experts have no float64, nor do bases that a method prepares, in 4 bits.
+    # Float64 where possible: in float32, gradients of T5, whose logits are large, differ by 1e-4 of their maximum.
+    # PyTorch's grouped products for experts do not support float64, nor do 4-bit bases that a method prepares.
     has_experts = any(experts_layout(module) for module in case.original.modules())
     dtype = torch.float32 if has_experts or case.method.prepare is not None else torch.float64
     inputs = {name: x.to(dtype) if x.is_floating_point() else x for name, x in case.inputs().items()}
@@ -100,12 +100,12 @@ def checkpointing(case: Case) -> str | None:
 def _enable_checkpointing(model: Any, kwargs: dict[str, bool]) -> None:
     enable = getattr(model, "activation_checkpointing_enable", None)  # renamed in transformers 5
     (enable or model.gradient_checkpointing_enable)(kwargs)
-    if kwargs["use_reentrant"]:  # which needs an input that requires gradients
+    if kwargs["use_reentrant"]:  # reentrant checkpointing needs an input that requires gradients
         model.enable_input_require_grads()
 
 
 def gradients_of(model: nn.Module, prefix: str = "") -> dict[str, Tensor]:
-    """Return the gradient of each parameter of the adapter. `prefix`: the first words of a failure."""
+    """Return the gradient of each parameter of the adapter. `prefix` begins the message of a failure."""
     gradients = {}
     for name, parameter in adapter_parameters(model, "default"):
         assert parameter.grad is not None, f"{prefix}'{name}' gets no gradient"

@@ -1,7 +1,7 @@
-"""Integrations with other libraries: patches, applied when adapters meet the library.
+"""Integrations with other libraries: patches that are applied when a model with adapters uses the library.
 
-Importing peftcore patches nothing: the first `apply` does. Packages add integrations through the hook
-`peftcore_integrations`, and so does the core:
+Importing peftcore does not patch anything; the first `apply` does. Packages add integrations through the hook
+`peftcore_integrations`, and the core uses the same hook:
 
 transformers            `saving`: `save_pretrained` writes adapters
 transformers.trainer    `trainer`: `Trainer.__init__` and `Trainer.train` give a trainer the mixin for adapters
@@ -34,7 +34,7 @@ _awaited: set[str] = set()  # names of the integrations whose `on_import` has ru
 
 
 def _after_apply(model: nn.Module) -> None:
-    """Run the integrations that the adapter on `model` concerns."""
+    """Run all integrations for `model`, which has adapters."""
     packages = {cls.__module__.partition(".")[0] for cls in type(model).__mro__}
     for name, (plugin, integration) in registry.integrations().items():
         if integration.on_import is not None and name not in _awaited:

@@ -1,7 +1,7 @@
-"""accelerate's offloading (`dispatch_model`, `cpu_offload`, `disk_offload`) of a model with adapters.
+"""Support accelerate's offloading (`dispatch_model`, `cpu_offload`, `disk_offload`) of a model with adapters.
 
-An offloaded module gets its weights for each call and loses them afterwards, and their gradients with them. Adapters,
-and modules of which an adapter trains parameters, stay in memory, so that they can be trained and saved.
+An offloaded module has its weights only during a call, so their gradients would be lost. Adapters, and modules with
+parameters that an adapter trains, stay in memory, so that they can be trained and saved.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from peftcore.engine import state_of
 from peftcore.engine.adaptation.adapted import Adapters
 from peftcore.engine.trained_parameters import all_of
 
-_STAY: ContextVar[frozenset[int]] = ContextVar("_STAY", default=frozenset())  # modules of the model that is offloaded
+_STAY: ContextVar[frozenset[int]] = ContextVar("_STAY", default=frozenset())  # modules of the model being offloaded
 
 
 def _staying(model: nn.Module) -> frozenset[int]:
@@ -31,7 +31,7 @@ def _staying(model: nn.Module) -> frozenset[int]:
 
 
 def _patch(name: str) -> None:
-    """Patch a function that attaches hooks to a module and calls itself for the children."""
+    """Patch a function that attaches hooks to a module and recurses into its children."""
     original: Callable[..., None] = getattr(hooks, name)
 
     @functools.wraps(original)
@@ -56,7 +56,7 @@ _offload_weight: Callable[..., Any] = offload.offload_weight
 
 @functools.wraps(_offload_weight)
 def _write(weight: Tensor, weight_name: str, offload_folder: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
-    """Write a tensor to a file named after it, in a folder if a part of the name contains "/" (modules_to_save)."""
+    """Write a tensor to a file named after it, creating folders if the name contains "/" (modules_to_save)."""
     os.makedirs(os.path.dirname(os.path.join(offload_folder, weight_name)), exist_ok=True)
     return _offload_weight(weight, weight_name, offload_folder, *args, **kwargs)
 

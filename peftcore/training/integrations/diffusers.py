@@ -1,4 +1,4 @@
-"""diffusers on a model with adapters: what would ignore the adapters raises an error that says what to do instead.
+"""Make calls of diffusers that would ignore adapters raise an error that names the alternative.
 
 set_adapters, disable_lora, fuse_lora, ...     act on layers of PEFT alone, as does a scale in attention kwargs
 fuse_qkv_projections, unfuse_qkv_projections   would make new layers without adapters
@@ -40,7 +40,7 @@ _FUSED = {"to_qkv", "to_kv", "to_added_qkv", "to_added_kv"}
 
 
 def patch_model(model: nn.Module) -> None:
-    """Make `model` and the classes of models that it derives from refuse what would ignore adapters."""
+    """Make `model` and its model classes refuse calls that would ignore adapters."""
     from diffusers.loaders.peft import PeftAdapterMixin
     from diffusers.models.modeling_utils import ModelMixin
 
@@ -55,7 +55,7 @@ def patch_model(model: nn.Module) -> None:
 
 
 def patch_pipelines() -> None:
-    """Make pipelines refuse what would ignore their models' adapters."""
+    """Make pipelines refuse calls that would ignore their models' adapters."""
     from diffusers.loaders.lora_base import LoraBaseMixin
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
@@ -74,7 +74,7 @@ def _refuse(instead: str, library_object: Any, original: Callable[..., Any], *ar
         state = state_of(model) if isinstance(model, nn.Module) else None
         if state is not None:
             raise PeftcoreError(
-                "This call acts on layers of PEFT, and would ignore peftcore's adapters on "
+                "This call only acts on layers of PEFT, so it would ignore peftcore's adapters on "
                 f"{type(model).__name__}: {', '.join(state.applied)}. {instead}"
             )
     return original(*args, **kwargs)
@@ -85,7 +85,7 @@ def _refuse_scale(model: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, An
         scale = (kwargs.get(name) or {}).get("scale", 1.0)
         if scale != 1.0 and state_of(model) is not None:
             raise PeftcoreError(
-                f"{name}={{'scale': {scale}}} acts on layers of PEFT, and would ignore peftcore's adapters on "
+                f"{name}={{'scale': {scale}}} only acts on layers of PEFT, so it would ignore peftcore's adapters on "
                 f"{type(model).__name__}. Leave it out, and call peftcore.scale(model, NAME, {scale}) before"
             )
 
@@ -95,7 +95,7 @@ def _fuse(name: str, model: Any, original: Callable[..., Any], *args: Any, **kwa
     for path, module in model.named_modules():
         if path.rpartition(".")[2] in replaced and is_adapted(module):
             raise PeftcoreError(
-                f"{name} would replace '{path}' and other layers by new ones without adapters. Call it before "
+                f"{name} would replace '{path}' and other layers by new layers without adapters. Call it before "
                 "applying adapters, or remove them first: peftcore.remove(model)"
             )
     return original(*args, **kwargs)

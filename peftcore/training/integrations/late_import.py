@@ -1,7 +1,7 @@
 """Run a function when a module is imported, now or later.
 
-A library may be imported after `apply` (`from transformers import Trainer`), and would then ignore adapters without an
-error; importing it in `apply` would cost those who never use it seconds.
+A library imported after `apply` (`from transformers import Trainer`) would silently ignore adapters, but importing it
+in `apply` would cost seconds even for users who never need it.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ _waiting: dict[str, list[Callable[[], object]]] = {}  # by module
 
 
 def when_imported(name: str, act: Callable[[], object]) -> None:
-    """Call `act` once the module `name` has been imported: immediately if it already is.
+    """Call `act` once the module `name` has been imported, or immediately if it already has.
 
-    If `act` raises, so does the import, and the next import calls it again.
+    If `act` raises, the import raises too, and the next import calls `act` again.
     """
-    if sys.modules.get(name) is not None:  # None: its import is blocked
+    if sys.modules.get(name) is not None:  # None: importing it is blocked
         act()
     elif name in _waiting:
         _waiting[name].append(act)
@@ -29,7 +29,7 @@ def when_imported(name: str, act: Callable[[], object]) -> None:
 
 
 class _Finder:
-    """Finder on `sys.meta_path` that delegates to the others and calls what waits after the import."""
+    """Finder on `sys.meta_path` that delegates to the other finders and runs callbacks after the import."""
 
     def __init__(self, name: str) -> None:
         self.name = name

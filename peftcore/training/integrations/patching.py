@@ -1,4 +1,4 @@
-"""Replacement of a method of another library's class, once."""
+"""Replace a method of another library's class once."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-_PATCHED = "_peftcore_patched"  # on the function that replaces a method
+_PATCHED = "_peftcore_patched"  # attribute of the function that replaces a method
 
 
 def replace(cls: type, name: str, replacement: Callable[..., Any]) -> None:

@@ -1,7 +1,7 @@
 """Hugging Face PEFT refuses a model that has peftcore's adapters.
 
-It would freeze some of them, rename the modules they are attached to, and write their tensors into its own adapter's
-file.
+PEFT would freeze some of these adapters, rename the adapted modules, and write the adapters' tensors into its own
+adapter's file.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ def _init(_self: Any, original: Callable[..., None], model: Any, *args: Any, **k
     state = state_of(model) if isinstance(model, nn.Module) else None
     if state is not None:
         raise PeftcoreError(
-            f"PEFT cannot adapt {type(model).__name__}, which has peftcore's adapters "
-            f"{', '.join(state.applied)}. Add another with peftcore.apply(model, ..., adapter='NAME'), or "
+            f"PEFT cannot adapt {type(model).__name__}, because it has peftcore's adapters "
+            f"{', '.join(state.applied)}. Add another adapter with peftcore.apply(model, ..., adapter='NAME'), or "
             "remove them first: peftcore.remove(model)"
         )
     original(model, *args, **kwargs)

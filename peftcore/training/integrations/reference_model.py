@@ -1,4 +1,4 @@
-"""A reference for trainers that compare a model with its start, such as TRL's DPOTrainer, without a second base.
+"""A reference model that shares the base, for trainers that compare a model with its initial state (TRL's DPOTrainer).
 
 reference = peftcore.reference_model(model)
 DPOTrainer(model=model, ref_model=reference, ...)
@@ -22,27 +22,27 @@ from peftcore.plugin import sharded
 
 
 def reference_model(model: nn.Module, *, base: bool = False) -> ReferenceModel:
-    """Return a frozen reference of `model`, which shares its weights: call it as you call the model.
+    """Return a frozen reference for `model` that shares its weights and is called like the model.
 
-    If the active adapters change nothing yet, the reference is the model with its adapters disabled. Otherwise it
-    keeps a copy of the adapters' values and uses them during its calls.
+    If the active adapters do not change the output yet, the reference is the model with adapters disabled. Otherwise
+    the reference keeps a copy of the adapters' values and uses it during its calls.
 
     Args:
-        model: a model with adapters, as it is before training.
+        model: a model with adapters, in its state before training.
         base: use the model without adapters as the reference, even if they already change its output.
 
     Raises:
-        PeftcoreError: the model has no adapters, they are merged or sharded, or each sample of a batch has its own.
+        PeftcoreError: the model has no adapters, they are merged or sharded, or activation is per sample.
     """
     return ReferenceModel(model, base=base)
 
 
 class ReferenceModel(nn.Module):
-    """What `reference_model` returns: calls `policy` as it was, in evaluation mode and without gradients.
+    """Reference made by `reference_model`: it calls `policy` with its initial adapter values, without gradients.
 
     Attributes:
-        policy: the model that trains.
-        copies: copies of the active adapters' tensors by `ADAPTER.NAME`; None if the reference is the base.
+        policy: the model being trained.
+        copies: {`ADAPTER.NAME`: copy of a tensor} for the active adapters; None if the reference is the base.
     """
 
     policy: nn.Module
@@ -53,7 +53,7 @@ class ReferenceModel(nn.Module):
         engine.refuse_merged(state, "keep the model as a reference")
         engine.refuse_per_sample(state, "keep the model as a reference")
         engine.refuse_changed(policy)
-        # Not a submodule: trainers would list, move and save its parameters a second time.
+        # Not registered as a submodule, since trainers would list, move and save its parameters a second time.
         self.__dict__["policy"] = policy
         self.active = state.active
         self.is_acting = False
@@ -64,8 +64,8 @@ class ReferenceModel(nn.Module):
         tensors = dict(self._tensors())
         if any(map(sharded.is_shard, tensors.values())):
             raise PeftcoreError(
-                "adapters cannot be kept as a reference because they are sharded. Replicate them: "
-                "peftcore.shard(model, adapter_placement='replicate')"
+                "cannot keep a reference of sharded adapters. Replicate the adapters: peftcore.shard(model, "
+                "adapter_placement='replicate')"
             )
         if sharded.is_sharded(policy) or not all(changes_nothing(policy, name) for name in self.active):
             self.copies = {name: tensor.detach().clone() for name, tensor in tensors.items()}
@@ -74,7 +74,7 @@ class ReferenceModel(nn.Module):
         """Return what `policy` returns."""
         return self.policy(*args, **kwargs)
 
-    # Not in `forward`: TRL gives the reference another one, which calls parts of the model by itself.
+    # In `__call__` rather than `forward`, since TRL replaces the reference's `forward` by one that calls submodules.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with torch.no_grad(), self._acting(), evaluation_mode(self.policy):
@@ -86,13 +86,13 @@ class ReferenceModel(nn.Module):
         value = getattr(self.policy, name)
         if not self.is_acting and (callable(value) or isinstance(value, Tensor)):
             raise AttributeError(
-                f"'{name}' of a reference model is only available during its call; otherwise it would be that of the "
-                "model that trains. Call the reference itself"
+                f"'{name}' of a reference model is only available during a call of the reference, since it shares "
+                "its modules with the trained model. Call the reference itself"
             )
         return value
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        """Return copies of the reference's values and its adapters' configs, for trainers that hash them."""
+        """Return copies of the reference's values and of its adapters' configs, for trainers that hash a state dict."""
         with torch.no_grad(), self._acting():
             tensors = {name: t.detach().clone() for name, t in self.policy.state_dict(*args, **kwargs).items()}
         applied = engine.require_state(self.policy).applied
@@ -130,11 +130,11 @@ class ReferenceModel(nn.Module):
                 for name, buffer in module.named_buffers():
                     yield f"{adapter}.{path}.{name}", buffer
             trained = TrainedParameters.of(self.policy, adapter)
-            for name, buffer in trained.kept_values(self.policy) if trained is not None else ():
+            for name, buffer in trained.untrained_values(self.policy) if trained is not None else ():
                 yield f"{adapter}.{name}", buffer
 
     def _exchange(self) -> None:
-        """Swap the values of the model's tensors with the copies."""
+        """Exchange the values of the model's tensors and the copies."""
         copies = self.copies or {}
         for name, tensor in self._tensors():
             copy = copies[name]

@@ -1,4 +1,4 @@
-"""`save_pretrained` on a model with adapters, where the library's own would lose or misplace them.
+"""Patch `save_pretrained`, which would lose or misplace adapters.
 
 transformers             writes the adapters in Hugging Face PEFT's format; after `merge` the merged model
 sentence-transformers    an error: its `load` would ignore the adapters' tensors in its file
@@ -20,14 +20,14 @@ from peftcore.training.integrations.patching import replace
 
 
 def patch_transformers(_model: nn.Module) -> None:
-    """Let `PreTrainedModel.save_pretrained` save adapters."""
+    """Make `PreTrainedModel.save_pretrained` save adapters."""
     from transformers import PreTrainedModel
 
     replace(PreTrainedModel, "save_pretrained", _save_transformers)
 
 
 def patch_sentence_transformers(model: nn.Module) -> None:
-    """Let the class of `model` refuse to save adapters."""
+    """Make the class of `model` refuse to save adapters."""
     for name in ("save", "save_pretrained"):
         owner = next((cls for cls in type(model).__mro__ if name in vars(cls)), None)
         if owner is not None and owner.__module__.partition(".")[0] == "sentence_transformers":
@@ -35,7 +35,7 @@ def patch_sentence_transformers(model: nn.Module) -> None:
 
 
 def merged_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the base's tensors of a state dict."""
+    """Return the base's tensors in a state dict."""
     return {name: t for name, t in tensors.items() if not {CHILD, TRAINED} & set(name.split("."))}
 
 
@@ -62,8 +62,8 @@ def _save_sentence_transformers(model: Any, original: Callable[..., Any], *args:
     state = state_of(model)
     if state is not None:
         raise PeftcoreError(
-            f"{type(model).__name__} would be saved in a form that it cannot load, with adapters "
-            f"{', '.join(state.applied)}. Save the adapters with peftcore.save(model, folder), or merge them first: "
+            f"cannot save {type(model).__name__} with the adapters {', '.join(state.applied)}, because its class "
+            "could not load the file. Save the adapters with peftcore.save(model, folder), or merge them first: "
             "peftcore.merge(model)"
         )
     return original(*args, **kwargs)

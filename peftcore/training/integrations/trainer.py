@@ -1,17 +1,17 @@
-"""transformers' `Trainer` and its subclasses (TRL's `SFTTrainer`) on a model with adapters.
+"""Support transformers' `Trainer` and its subclasses (TRL's `SFTTrainer`) for models with adapters.
 
     trainer = Trainer(model=peftcore.apply(model, ...), args=..., train_dataset=...)
     trainer.train(resume_from_checkpoint=True)
 
-A checkpoint is Trainer's own folder (optimizer, scheduler, RNG, trainer state) with the adapter in Hugging Face PEFT's
-format instead of the model; an adapter not named `default` is in a folder of its name, as in PEFT. The file
-`complete.json`, written last, lists every other file but the model card with its size: a checkpoint without it, or
-whose files differ, is incomplete.
+A checkpoint is Trainer's usual folder (optimizer, scheduler, RNG, trainer state) with the adapter in Hugging Face
+PEFT's format instead of the model; an adapter not named `default` is in a folder with its name, as in PEFT. The file
+`complete.json` is written last and lists the sizes of all files except the model card. A checkpoint without
+`complete.json`, or with missing or different files, is incomplete.
 
-All of it is in `AdapterTrainer`, a mixin for subclasses of Trainer. Importing this module patches `Trainer.__init__`
-and `Trainer.train`, so that a trainer whose model has adapters becomes an instance of its class with the mixin. A model
-sharded by `peftcore.shard` is trained as it is, with replicated adapters; for one that accelerate shards (FSDP2),
-accelerate saves the optimizer's state.
+`AdapterTrainer`, a mixin for subclasses of Trainer, implements all of this. Importing this module patches
+`Trainer.__init__` and `Trainer.train`, so that a trainer whose model has adapters becomes an instance of its class with
+the mixin. A model sharded by `peftcore.shard` is trained with replicated adapters. If accelerate shards the model
+(FSDP2), accelerate saves the optimizer's state.
 """
 
 from __future__ import annotations
@@ -62,24 +62,26 @@ from peftcore.training.integrations.trainer_optimizer import (
 from peftcore.training.integrations.trl_checks import refuse_arguments, refuse_before_training
 
 COMPLETE = "complete.json"
-OLDEST = "5.20"  # of transformers, as in pyproject.toml
+OLDEST = "5.20"  # version of transformers, as in pyproject.toml
 _QUANTIZED_WITH_ADAPTERS = "_hf_peft_config_loaded"
 _BEST = ("best_metric", "best_global_step", "best_model_checkpoint")  # of TrainerState
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
-# `torch.save` reports a failed write without errno, by these words.
+# `torch.save` reports a failed write by these words, without errno.
 _TORCH_WRITE_ERRORS = ("iostream error", "inline_container.cc")
 
 
 class AfterStep(TrainerCallback):
-    """Callback that calls `after_step` of the active adapters' methods while gradients still exist."""
+    """Callback that calls the `after_step` of the active adapters' methods while gradients still exist."""
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         model, optimizer = kwargs["model"], kwargs.get("optimizer")
-        if getattr(optimizer, "step_was_skipped", False):  # by a scaler, because of NaN or Inf gradients
+        if getattr(
+            optimizer, "step_was_skipped", False
+        ):  # skipped by the gradient scaler, because of NaN or Inf gradients
             return
-        if engine.state_of(model) is None:  # inside DDP or torch.compile; asking accelerate takes a millisecond
+        if engine.state_of(model) is None:  # unwraps DDP and torch.compile; accelerate's function takes a millisecond
             model = extract_model_from_parallel(model, keep_torch_compile=False)
         engine.after_step(model, state.global_step + 1, state.max_steps, optimizer=optimizer)
 
@@ -90,7 +92,8 @@ _Base: Any = Trainer if TYPE_CHECKING else object  # a mixin before `Trainer` or
 class AdapterTrainer(_Base):
     """Mixin for subclasses of `Trainer` that train a model with adapters: checkpoints, optimizers and losses.
 
-    A trainer that is given a model with adapters gets it by itself. Without adapters its methods are `Trainer`'s.
+    A trainer gets the mixin automatically if its model has adapters. Without adapters its methods behave like
+    `Trainer`'s.
     """
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
@@ -121,8 +124,8 @@ class AdapterTrainer(_Base):
         return super()._prepare_for_training(*args, **kwargs)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> Any:
-        # In a resumed run of several ranks, Trainer and accelerate do not reach the innermost sampler: its order would
-        # be the first epoch's, so that rows would be repeated and left out.
+        # In a resumed run with several ranks, Trainer and accelerate do not reach the innermost sampler. It would
+        # repeat the order of the first epoch, so that some rows would be repeated and others skipped.
         sampler: Any = kwargs.get("train_dataloader")
         while getattr(sampler, "batch_sampler", None) is not None:
             sampler = sampler.batch_sampler
@@ -134,7 +137,7 @@ class AdapterTrainer(_Base):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         if not _has_adapters(self) or not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             return super().save_model(output_dir, _internal_call)
-        self._save(output_dir)  # the original would gather the whole model first
+        self._save(output_dir)  # the original would gather the full model first
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save")
         return None
@@ -158,7 +161,10 @@ class AdapterTrainer(_Base):
         return bool(super()._determine_best_metric(metrics, trial))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Write a checkpoint. If the disk is full, remove it again and warn; with several ranks, raise the error."""
+        """Write a checkpoint.
+
+        If the disk is full, remove the checkpoint and warn; with several ranks, raise the error.
+        """
         run = Path(self._get_output_dir(trial=trial))
         folder = run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         try:
@@ -171,14 +177,14 @@ class AdapterTrainer(_Base):
                 for name, value in self._best_before.items():
                     setattr(self.state, name, value)
             warn(
-                f"checkpoint '{folder}' was not written, since the disk seems to be full: {error}. Training goes on "
-                "without it; make room before the run ends, when the adapter is saved"
+                f"checkpoint '{folder}' was not written, because the disk seems to be full: {error}. Training "
+                "continues without it. Free space before the run ends and saves the adapter"
             )
 
     def _write_checkpoint(self, model: nn.Module, trial: Any, run: Path, folder: Path) -> None:
         if self.args.should_save:
             (folder / COMPLETE).unlink(missing_ok=True)
-        # Older checkpoints are deleted after this one is complete.
+        # Older checkpoints are deleted only after this one is complete.
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
             super()._save_checkpoint(model, trial)
@@ -197,7 +203,7 @@ class AdapterTrainer(_Base):
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not _has_adapters(self) or not self.is_fsdp_enabled:
             return super()._save_optimizer_and_scheduler(output_dir)
-        from accelerate.utils import save_fsdp_optimizer  # the original would also save the whole model
+        from accelerate.utils import save_fsdp_optimizer  # the original would also save the full model
 
         save_fsdp_optimizer(
             self.accelerator.state.fsdp_plugin, self.accelerator, self.optimizer, self.model, output_dir
@@ -212,8 +218,8 @@ class AdapterTrainer(_Base):
         reason = _why_incomplete(Path(resume_from_checkpoint))
         if reason is not None:
             raise CheckpointError(
-                f"checkpoint '{resume_from_checkpoint}' is incomplete ({reason}). train(resume_from_checkpoint=True) "
-                "uses the newest complete one"
+                f"checkpoint '{resume_from_checkpoint}' is incomplete ({reason}). To resume from the newest complete "
+                "checkpoint, call train(resume_from_checkpoint=True)"
             )
         return restore_adapters(bare_model(self), resume_from_checkpoint)
 
@@ -223,11 +229,11 @@ class AdapterTrainer(_Base):
         return restore_adapters(bare_model(self), self.state.best_model_checkpoint)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Write Trainer's model card, with the metadata of adapters: hubs take it for a whole model otherwise."""
+        """Write Trainer's model card with metadata that tells hubs that the files are an adapter."""
         if not _has_adapters(self) or not self.is_world_process_zero():
             return super().create_model_card(*args, **kwargs)
         file, model = Path(self.args.output_dir) / model_card.FILE, bare_model(self)
-        file.unlink(missing_ok=True)  # Trainer would read peft's library_name from it, and ask the model for its card
+        file.unlink(missing_ok=True)  # Trainer would set library_name to peft, and ask the model for its card
         super().create_model_card(*args, **kwargs)
         head, body = model_card.split(file.read_text(encoding="utf-8"))
         metadata, *_ = model_card.card(model, _training(model), None)
@@ -236,7 +242,7 @@ class AdapterTrainer(_Base):
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Return whether the operating system refused a write for want of space, also where a library has wrapped that."""
+    """Return whether a write failed because the disk is full, even if a library has wrapped the error."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, OSError) and cause.errno in _DISK_FULL:
@@ -253,7 +259,7 @@ def _has_adapters(trainer: Trainer) -> bool:
     return model is not None and engine.state_of(model) is not None
 
 
-_classes: dict[type[Trainer], type[Trainer]] = {}  # with the mixin, by the class without
+_classes: dict[type[Trainer], type[Trainer]] = {}  # {class without the mixin: class with it}
 
 
 def _with_mixin(cls: type[Trainer]) -> type[Trainer]:
@@ -264,13 +270,13 @@ def _with_mixin(cls: type[Trainer]) -> type[Trainer]:
 
 
 def _adopt(trainer: Trainer) -> None:
-    """Give the mixin and its callbacks to a trainer whose model has adapters."""
+    """Add the mixin and its callbacks to a trainer whose model has adapters."""
     if not _has_adapters(trainer):
         return
     if Version(transformers.__version__) < Version(OLDEST):
         raise PeftcoreError(
-            f"Trainer of transformers {transformers.__version__} cannot train adapters of peftcore, which needs "
-            f"transformers {OLDEST} or later: pip install 'transformers>={OLDEST}'"
+            f"cannot train adapters with the Trainer of transformers {transformers.__version__}, because peftcore "
+            f"needs transformers {OLDEST} or later. Run: pip install 'transformers>={OLDEST}'"
         )
     refuse_arguments(trainer)
     callbacks = [type(callback) for callback in trainer.callback_handler.callbacks]
@@ -283,17 +289,18 @@ def _adopt(trainer: Trainer) -> None:
     if any(map(sharded.is_dtensor, model.parameters())):
         if any(sharded.is_dtensor(p) for p in model.parameters() if p.requires_grad):
             raise PeftcoreError(
-                "Trainer keeps the optimizer's state on rank 0 and cannot keep that of sharded adapters. "
-                "Replicate them: peftcore.shard(model, adapter_placement='replicate'). Adapters on experts that ranks "
-                "share out (ep_size) train in a loop of your own"
+                "Trainer saves the optimizer's state on rank 0, which does not work for sharded adapters. Replicate "
+                "them: peftcore.shard(model, adapter_placement='replicate'). Adapters on sharded experts (ep_size) "
+                "need a custom training loop"
             )
-        # Models that transformers shards are neither wrapped nor moved; replicated adapters' state can be saved.
+        # Trainer neither wraps nor moves models that transformers shards, and it can save the state of replicated
+        # adapters.
         trainer.is_distributed_loading_by_transformers = True
 
 
 @contextlib.contextmanager
 def _adapters_on_quantized(model: nn.Module) -> Iterator[None]:
-    """Mark the model as having adapters: Trainer refuses a quantized model unless it has PEFT's attribute."""
+    """Mark the model as having adapters, since Trainer refuses a quantized model without PEFT's attribute."""
     before = model.__dict__.get(_QUANTIZED_WITH_ADAPTERS)
     model.__dict__[_QUANTIZED_WITH_ADAPTERS] = True
     try:
@@ -306,7 +313,7 @@ def _adapters_on_quantized(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _divided_by_plan(model: nn.Module, arguments: TrainingArguments | None) -> Iterator[None]:
-    """Let Trainer keep checkpoints of a base that transformers has divided, of which the adapters alone are trained.
+    """Allow Trainer to save checkpoints if transformers has sharded the base and only adapters are trained.
 
     Raises:
         PeftcoreError: accelerate has no tensor parallelism on this device.
@@ -314,7 +321,7 @@ def _divided_by_plan(model: nn.Module, arguments: TrainingArguments | None) -> I
     is_divided = getattr(model, "is_distributed_loading_by_transformers", False)
     changed = arguments if is_divided else None
     before = changed is not None and changed.save_only_model
-    if changed is not None:  # else Trainer raises an error: it would save the state of DTensors
+    if changed is not None:  # otherwise Trainer refuses to save, because of the state of DTensors
         changed.save_only_model = True
     try:
         yield
@@ -322,8 +329,8 @@ def _divided_by_plan(model: nn.Module, arguments: TrainingArguments | None) -> I
         if "MULTI_CPU" not in str(error):
             raise
         raise PeftcoreError(
-            "Trainer divides batches by accelerate's ParallelismConfig, which has no tensor parallelism on CPUs. Train "
-            "on GPUs, or in a loop of your own"
+            "Trainer distributes batches by accelerate's ParallelismConfig, which does not support tensor "
+            "parallelism on CPUs. Train on GPUs, or in a custom training loop"
         ) from error
     finally:
         if changed is not None:
@@ -331,7 +338,7 @@ def _divided_by_plan(model: nn.Module, arguments: TrainingArguments | None) -> I
 
 
 def _patch_trainer() -> None:
-    """Make trainers whose model has adapters get the mixin: when they are made, or, with `model_init`, in `train`."""
+    """Patch Trainer to add the mixin if the model has adapters: on creation, or with `model_init` in `train`."""
     own_init, own_train = Trainer.__init__, Trainer.train
 
     @functools.wraps(own_init)
@@ -362,23 +369,23 @@ def _patch_trainer() -> None:
 
 
 def save_adapters(model: nn.Module, folder: str | os.PathLike[str]) -> None:
-    """Save every trainable adapter: `default` to `folder`, others to `folder/NAME`."""
+    """Save every trainable adapter: `default` to `folder`, all others to `folder/NAME`."""
     save_each(model, folder, _training(model))
 
 
 def restore_adapters(model: nn.Module, folder: str | os.PathLike[str]) -> None:
-    """Load into every trainable adapter the values that `save_adapters` wrote.
+    """Load the values that `save_adapters` wrote into every trainable adapter.
 
     Raises:
-        CheckpointError: an adapter is missing or does not fit.
+        CheckpointError: an adapter is missing or does not fit the model.
     """
     for name in _training(model):
         restore(model, adapter_folder(Path(folder), name), adapter=name)
 
 
 def mark_complete(folder: Path) -> None:
-    """Write `complete.json`, after every other file of the checkpoint has reached the disk."""
-    sizes, unlisted = {}, (COMPLETE, model_card.FILE)  # people edit the card
+    """Write `complete.json` after all other files of the checkpoint have reached the disk."""
+    sizes, unlisted = {}, (COMPLETE, model_card.FILE)  # users may edit the card
     for file in sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in unlisted):
         with open(file, "rb") as content:
             os.fsync(content.fileno())
@@ -389,7 +396,7 @@ def mark_complete(folder: Path) -> None:
 
 
 def latest_checkpoint(folder: str | os.PathLike[str]) -> str | None:
-    """Return the newest complete checkpoint in `folder`, or None. Newer incomplete ones are named in a warning."""
+    """Return the newest complete checkpoint in `folder`, or None. A warning names newer incomplete checkpoints."""
     checkpoints = {
         int(path.name.rpartition("-")[2]): path
         for path in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
@@ -404,7 +411,7 @@ def latest_checkpoint(folder: str | os.PathLike[str]) -> str | None:
 
 
 def is_complete(folder: str | os.PathLike[str]) -> bool:
-    """Return whether a checkpoint has all its files, in the sizes that were written."""
+    """Return whether a checkpoint has all its files with the recorded sizes."""
     return _why_incomplete(Path(folder)) is None
 
 
@@ -420,7 +427,7 @@ def _why_incomplete(folder: Path) -> str | None:
     for name, size in sizes.items():
         bytes_there = (folder / name).stat().st_size if (folder / name).is_file() else 0
         if bytes_there != size:
-            return f"{name} has {bytes_there:,} of {size:,} bytes"
+            return f"{name} has {bytes_there:,} instead of {size:,} bytes"
     return None
 
 

@@ -1,9 +1,9 @@
-"""Methods' additional loss terms in transformers' `Trainer` and its subclasses.
+"""Add the loss terms of methods in transformers' `Trainer` and its subclasses.
 
     accelerator.backward(loss)    adds 1/n of the terms to the loss of each of the n batches of a step
 
-Their gradients are thus scaled, averaged over ranks and clipped like those of the loss. The log has their means as
-`extra_loss/<adapter>`; the logged loss and evaluations do not include them.
+The gradients of the terms are therefore scaled, averaged over ranks and clipped like those of the loss. The log reports
+the means as `extra_loss/<adapter>`; the logged loss and evaluations do not include the terms.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from peftcore.errors import PeftcoreError
 
 
 class ExtraLoss(TrainerCallback):
-    """Adds the terms of one trainer once to each batch of a step, and averages them for the log."""
+    """Adds the loss terms to each batch of a trainer's step once, and averages them for the log."""
 
     def __init__(self, trainer: Trainer, model: nn.Module) -> None:
         self.trainer = trainer
@@ -38,7 +38,7 @@ class ExtraLoss(TrainerCallback):
         accelerator.backward = backward
 
     def with_terms(self, loss: Tensor) -> Tensor:
-        """Return the loss of a batch plus its share of the terms, if it has not been added yet."""
+        """Return the loss of a batch plus its share of the terms, unless the share has already been added."""
         if not self.waits:
             return loss
         self.waits = False
@@ -50,7 +50,7 @@ class ExtraLoss(TrainerCallback):
         return loss
 
     def means(self) -> dict[str, float]:
-        """Return the means of each adapter's terms since the last call, by their names in the log."""
+        """Return {name in the log: mean of an adapter's term since the last call}."""
         means = {f"extra_loss/{name}": total.item() / max(1, self.steps) for name, total in self.sums.items()}
         self.steps, self.sums = 0, {}
         return means
@@ -70,14 +70,14 @@ class ExtraLoss(TrainerCallback):
     ) -> None:
         if not self.added and (names := list(engine.loss_terms(self.model))):
             raise PeftcoreError(
-                f"{names} add a term to the loss, but training_step of {type(self.trainer).__name__} "
-                "bypassed it. Make it call self.accelerator.backward(loss) instead of loss.backward()"
+                f"{names} add a term to the loss, but training_step of {type(self.trainer).__name__} skipped it by "
+                "calling loss.backward(). Call self.accelerator.backward(loss) instead"
             )
         self.steps += 1
 
 
 def add_extra_loss(trainer: Trainer, model: nn.Module) -> None:
-    """Make `trainer`, which is about to train `model`, add the loss terms of methods that have any."""
+    """Make `trainer`, which is about to train `model`, add the loss terms of the adapters' methods."""
     for callback in list(trainer.callback_handler.callbacks):
         if isinstance(callback, ExtraLoss):
             trainer.remove_callback(callback)
@@ -86,7 +86,7 @@ def add_extra_loss(trainer: Trainer, model: nn.Module) -> None:
 
 
 def logged(trainer: Trainer) -> dict[str, float]:
-    """Return the means to log with a training loss."""
+    """Return the means of the terms, to log with the training loss."""
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, ExtraLoss):
             return callback.means()

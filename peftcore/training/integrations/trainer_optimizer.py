@@ -1,9 +1,9 @@
-"""The optimizer that transformers' `Trainer` makes for a model with adapters.
+"""Create the optimizer of transformers' `Trainer` for a model with adapters.
 
-`optim="paged_adamw_8bit"` and the other names of `peftcore.optim.NAMES` select that package's optimizers, with
+`optim="paged_adamw_8bit"` and the other names in `peftcore.optim.NAMES` select an optimizer of `peftcore.optim`, with
 arguments in `optim_args` ("budget=256MB,directory=/data"). If the method of a trainable adapter defines parameter
-groups, every optimizer gets them; schedulers keep the ratios of their learning rates. If it has its own schedule, the
-trainer's is multiplied by it.
+groups, any optimizer gets them, and schedulers keep the ratios of their learning rates. If the method has its own
+schedule, the trainer's schedule is multiplied by it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from peftcore.errors import PeftcoreError, warn
 
 
 def optimizer_of(args: TrainingArguments) -> tuple[type, dict[str, Any]] | None:
-    """Return the optimizer of peftcore that `args` select and its arguments, or None.
+    """Return the optimizer of peftcore selected by `args` and its arguments, or None.
 
     For a plain Trainer: `Trainer(..., optimizer_cls_and_kwargs=optimizer_of(args))`.
 
@@ -47,7 +47,7 @@ def optimizer_of(args: TrainingArguments) -> tuple[type, dict[str, Any]] | None:
     for setting in re.findall(r"(?:[^,(]|\([^)]*\))+", args.optim_args or ""):
         name, equals, text = setting.strip().partition("=")
         if not equals:
-            raise PeftcoreError(f"optim_args must be NAME=VALUE separated by commas, found '{setting}'")
+            raise PeftcoreError(f"optim_args must be NAME=VALUE pairs separated by commas, found '{setting}'")
         try:
             options[name.strip()] = ast.literal_eval(text.strip())
         except (ValueError, SyntaxError):
@@ -56,17 +56,17 @@ def optimizer_of(args: TrainingArguments) -> tuple[type, dict[str, Any]] | None:
 
 
 def with_groups(trainer: Trainer, adapted: nn.Module, model: nn.Module | None) -> tuple[Any, dict[str, Any]]:
-    """Return the optimizer that `trainer` would make and its arguments, with the methods' parameter groups.
+    """Return (optimizer that `trainer` would create, its arguments), with the methods' parameter groups.
 
-    Parameters in no group are grouped by Trainer's rule: no weight decay for biases and norms.
+    Parameters without a group are grouped by Trainer's rule: no weight decay for biases and norms.
 
     Args:
         trainer: the trainer.
         adapted: the model with the adapters.
-        model: the model the trainer makes the optimizer for, if it is not `trainer.model`.
+        model: the model to create the optimizer for, if it is not `trainer.model`.
 
     Raises:
-        PeftcoreError: the optimizer chooses the groups itself.
+        PeftcoreError: the optimizer forms its own groups.
     """
     model = trainer.model if model is None else model
     kind, options = trainer.optimizer_cls_and_kwargs or trainer.get_optimizer_cls_and_kwargs(trainer.args, model)
@@ -79,8 +79,8 @@ def with_groups(trainer: Trainer, adapted: nn.Module, model: nn.Module | None) -
         return kind, {**options, "optimizer_dict": [*groups, *_without_members(own_groups, groups)]}
     if {"params", "model", "optimizer_dict"} & set(options) or _is_factory(kind):
         raise PeftcoreError(
-            f"optim='{getattr(trainer.args.optim, 'value', trainer.args.optim)}' groups parameters itself, but "
-            "an adapter's method defines its own groups. Choose another optim, such as 'adamw_torch'"
+            f"optim='{getattr(trainer.args.optim, 'value', trainer.args.optim)}' forms its own parameter groups, but "
+            "an adapter's method defines groups too. Choose another optim, such as 'adamw_torch'"
         )
     others = engine.not_in(groups, model.named_parameters())
     decaying = set(trainer.get_decay_parameter_names(model))
@@ -94,12 +94,12 @@ def with_groups(trainer: Trainer, adapted: nn.Module, model: nn.Module | None) -
 
 
 def _are_groups(value: object) -> bool:
-    """Return whether `value` is a list of parameter groups, as optimizers take them."""
+    """Return whether `value` is a list of parameter groups as optimizers accept it."""
     return isinstance(value, list) and all(isinstance(group, dict) and "params" in group for group in value)
 
 
 def _without_members(groups: list[dict[str, Any]], others: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return parameter groups without the parameters of `others`; groups that this leaves empty are dropped."""
+    """Return parameter groups without the parameters in `others`, dropping groups that become empty."""
     taken = set(map(id, chain.from_iterable(group["params"] for group in others)))
     left: list[dict[str, Any]] = []
     for group in groups:
@@ -110,7 +110,7 @@ def _without_members(groups: list[dict[str, Any]], others: list[dict[str, Any]])
 
 
 def _is_factory(kind: Any) -> bool:
-    """Return whether transformers calls `kind` with the model, not with parameters. Older releases have no such."""
+    """Return whether transformers passes the model, not parameters, to `kind`; older releases never do."""
     is_factory = getattr(transformers_trainer, "is_optimizer_factory", None)
     return is_factory is not None and bool(is_factory(kind))
 
@@ -118,10 +118,10 @@ def _is_factory(kind: Any) -> bool:
 def create_scheduler(
     trainer: Trainer, original: Callable[..., Any], num_training_steps: int, *args: Any, **kwargs: Any
 ) -> Any:
-    """Return the scheduler that `trainer` would make, times the schedules of the adapters' methods.
+    """Return the scheduler that `trainer` would create, multiplied by the schedules of the adapters' methods.
 
     Raises:
-        PeftcoreError: the scheduler does not compute each rate from the step alone.
+        PeftcoreError: the scheduler does not compute the learning rate from the step alone.
     """
     given, model = trainer.lr_scheduler, bare_model(trainer)
     made_before = given is not None and getattr(trainer, "_created_lr_scheduler", False)
@@ -151,7 +151,7 @@ def create_scheduler(
 
 
 class PagingReport(TrainerCallback):
-    """Callback that reports at the end where a paged optimizer's state was, and the cost of moving it."""
+    """Callback that reports at the end where a paged optimizer stored its state, and the cost of moving it."""
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -163,7 +163,7 @@ class PagingReport(TrainerCallback):
 
 
 def create_optimizer(trainer: Trainer, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Return what `Trainer.create_optimizer` makes, by peftcore's names of optimizers and the methods' groups."""
+    """Create the optimizer for `Trainer.create_optimizer`, with peftcore's optimizers and the methods' groups."""
     if trainer.optimizer is not None:
         return original(*args, **kwargs)
     if trainer.optimizer_cls_and_kwargs is None:
@@ -179,5 +179,5 @@ def create_optimizer(trainer: Trainer, original: Callable[..., Any], *args: Any,
 
 
 def bare_model(trainer: Trainer) -> nn.Module:
-    """Return the model that `trainer` trains, without wrappers."""
+    """Return the model that `trainer` trains, unwrapped."""
     return trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)

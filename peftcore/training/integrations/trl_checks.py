@@ -1,4 +1,4 @@
-"""What TRL's trainers and Liger would do wrong with a model that has adapters, each refused with what to do instead."""
+"""Refuse settings of TRL's trainers and Liger that give wrong results for a model with adapters."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ if TYPE_CHECKING:
 
 
 def refuse_arguments(trainer: Trainer) -> None:
-    """Refuse training arguments that ignore adapters or move a reference that shares the model's weights."""
+    """Refuse training arguments that would ignore adapters, or change a reference that shares the model's weights."""
     args: Any = trainer.args
     if getattr(args, "sync_ref_model", False):
         raise PeftcoreError(
-            "sync_ref_model=True moves the weights of the reference towards the model, but with adapters both "
-            "share one base. Set sync_ref_model=False; to move the reference, start a new run from the saved adapter"
+            "sync_ref_model=True updates the weights of the reference, but with adapters it shares them with the "
+            "model. Set sync_ref_model=False; to update the reference, start a new run from the saved adapter"
         )
     if getattr(args, "use_vllm", hasattr(args, "vllm_server_base_url")):
         raise PeftcoreError(
-            "vLLM would get the base's weights without the adapters and generate with those. Set use_vllm=False "
-            "to generate with the model itself; trainers that always use vLLM cannot be used with adapters"
+            "with use_vllm=True, vLLM would generate with the base alone, without the adapters. Set use_vllm=False "
+            "to generate with the model itself; trainers that always use vLLM do not work with adapters"
         )
 
 
@@ -40,15 +40,15 @@ def refuse_before_training(trainer: Trainer, model: nn.Module) -> None:
 def _refuse_second_base(trainer: Trainer, model: nn.Module) -> None:
     path = getattr(getattr(model, "config", None), "_name_or_path", "")
     for name, value in vars(trainer).items():
-        # A teacher may be named by its path, without adapters.
+        # A teacher may be given as a path, without adapters.
         if not isinstance(value, nn.Module) or name.startswith("teacher"):
             continue
         value = trainer.accelerator.unwrap_model(value, keep_torch_compile=False)
         if isinstance(value, ReferenceModel):
             if trainer.is_deepspeed_enabled:
                 raise PeftcoreError(
-                    f"DeepSpeed would prepare trainer.{name} as a model of its own, although it shares its weights "
-                    "with the model. Train without DeepSpeed, or pass a separate model: ref_model=..."
+                    f"DeepSpeed would prepare trainer.{name} as an independent model, although it shares its weights "
+                    "with the trained model. Train without DeepSpeed, or pass a separate model: ref_model=..."
                 )
             continue
         is_same_base = bool(path) and getattr(getattr(value, "config", None), "_name_or_path", None) == path
@@ -65,13 +65,13 @@ def _refuse_averages(trainer: Trainer) -> None:
         names = {cls.__name__ for cls in type(callback).__mro__}
         if "SyncRefModelCallback" in names or getattr(callback, "update_ref_model", False):
             raise PeftcoreError(
-                f"{type(callback).__name__} writes averages into the weights of a reference or teacher, which "
-                "shares them with the model. Leave the callback out, or disable it in the arguments"
+                f"{type(callback).__name__} writes averages into the weights of a reference or teacher, which are "
+                "also the weights of the model. Leave the callback out, or disable it in the arguments"
             )
         if "BEMACallback" in names:
             raise PeftcoreError(
-                f"{type(callback).__name__} averages into a second model of the same config, which has no adapters. "
-                "Leave the callback out, and average a copy: torch.optim.swa_utils.AveragedModel(model)"
+                f"{type(callback).__name__} averages weights into a second model with the same config but without "
+                "adapters. Leave the callback out, and average a copy: torch.optim.swa_utils.AveragedModel(model)"
             )
 
 

@@ -168,7 +168,7 @@ def test_the_term_of_the_loss() -> None:
 
 def test_what_cannot_be_fused() -> None:
     model = tiny.llama()
-    with pytest.raises(peftcore.PeftcoreError, match=r"no adapter 'a'. First apply or load it"):
+    with pytest.raises(peftcore.PeftcoreError, match=r"no adapter 'a'. Apply or load it first"):
         peftcore.apply(model, "adapter-fusion", adapters=["a"])
     peftcore.apply(model, "adapter", adapter="a", bottleneck_size=4)
     peftcore.apply(model, "adapter", adapter="fewer", bottleneck_size=4, placement="pfeiffer")

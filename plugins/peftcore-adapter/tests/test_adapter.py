@@ -345,8 +345,8 @@ def test_merging_says_that_it_cannot_and_what_can() -> None:
     peftcore.apply(model, "lora", adapter="low-rank", r=2)
     with pytest.raises(
         peftcore.PeftcoreError,
-        match=r"These active adapters can be: low-rank "
-        r"\(lora\).*\['low-rank'\]\)",
+        match=r"To merge only the others \(low-rank "
+        r"\(lora\)\).*\['low-rank'\]\)",
     ):
         peftcore.merge(model, undo=True)
     peftcore.activate(model, ["low-rank"])
@@ -371,7 +371,7 @@ def test_merging_says_that_it_cannot_and_what_can() -> None:
         ({"target_modules": ["mlpp"]}, "'mlpp' matches no module"),
         ({"target_modules": ["mlp"], "original_ln_before": True}, "choose among known sublayers"),
         ({"exclude_modules": ["mlp"]}, "need target_modules"),
-        ({"layers_to_transform": [0, 7]}, r"there is no layer \[7\] \(layers: \[0, 1\]\)"),
+        ({"layers_to_transform": [0, 7]}, r"the model has no layers \[7\] \(layers: \[0, 1\]\)"),
         ({"layers_to_transform": []}, "names no layer"),
         ({"original_ln_after": False}, "go together, with original_ln_before=True .AdapterPlus.*"),
         ({"phm_layer": True, "bottleneck_size": 6}, "phm_dim=4 does not divide the width 6 of a projection 32 -> 6"),

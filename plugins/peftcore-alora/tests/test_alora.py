@@ -191,7 +191,9 @@ def test_texts_packed_into_a_row() -> None:
     row = {"ids": torch.cat(texts)[None], "position_ids": places, "use_cache": False}
     close(run(model, **row)[0], expected)
     close(run(torch.compile(model, backend="eager", fullgraph=True), **row)[0], expected)
-    with pytest.raises(peftcore.PeftcoreError, match=r"a row packs several examples.*alora_offsets has one number"):
+    with pytest.raises(
+        peftcore.PeftcoreError, match=r"a row contains several packed examples.*alora_offsets has one number"
+    ):
         run(model, **row, alora_offsets=torch.tensor([3]))
 
 

@@ -101,7 +101,7 @@ def test_files(tmp_path: Path) -> None:
     peftcore.save(model, tmp_path / "router", adapter="default")
     peftcore.save(model, tmp_path / "all")
     reloaded = tiny.llama()
-    with pytest.raises(peftcore.PeftcoreError, match=r"no adapter 'maths'. First apply or load it"):
+    with pytest.raises(peftcore.PeftcoreError, match=r"no adapter 'maths'. Apply or load it first"):
         peftcore.load(reloaded, tmp_path / "router", trainable=True)
     for name in EXPERTS:
         peftcore.load(reloaded, tmp_path / name, adapter=name, trainable=True)

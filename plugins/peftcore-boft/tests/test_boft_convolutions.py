@@ -48,8 +48,8 @@ def test_a_share_of_the_blocks_rests_in_training() -> None:
 
 def test_what_peft_computes_otherwise_is_refused() -> None:
     for layer, message in (
-        (nn.Conv2d(4, 6, 3, groups=2), "in 2 groups, where PEFT computes something else"),
-        (nn.Conv2d(4, 6, 3, dilation=2), "with dilation=.* where PEFT computes something else"),
+        (nn.Conv2d(4, 6, 3, groups=2), "in 2 groups, where PEFT fails or computes something else"),
+        (nn.Conv2d(4, 6, 3, dilation=2), "with dilation=.* where PEFT fails or computes something else"),
         (nn.Conv2d(3, 6, 3), "boft_block_size=4 does not divide the 27 inputs of 'layer'"),
     ):
         with pytest.raises(peftcore.PeftcoreError, match=message):

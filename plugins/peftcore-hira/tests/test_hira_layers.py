@@ -73,7 +73,7 @@ def test_ranks_that_peft_wrote_and_did_not_use_are_refused(tmp_path: Path) -> No
 
 def test_what_peft_computes_otherwise_is_refused() -> None:
     for layer, message in (
-        (nn.Conv2d(8, 6, 3, groups=2), "in 2 groups, where PEFT computes something else"),
+        (nn.Conv2d(8, 6, 3, groups=2), "in 2 groups, where PEFT fails or computes something else"),
         (nn.Embedding(20, 8, max_norm=1.0), r"'layer' \(Embedding\) does more than look up its input, so"),
     ):
         with pytest.raises(peftcore.PeftcoreError, match=message):

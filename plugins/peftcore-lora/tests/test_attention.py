@@ -217,7 +217,7 @@ def test_what_is_refused(model: Callable[[], nn.Module], fields: dict[str, Any],
 
 def test_an_excluded_projection_excludes_the_attention() -> None:
     for excluded in (["out_proj"], ["self_attn", "cross"]):
-        with pytest.warns(UserWarning, match=r"reaches 5.19 % of the weight in layers"):
+        with pytest.warns(UserWarning, match=r"reaches 5.19 % of the weights in layers"):
             model = peftcore.apply(make_encoder("batch first"), "lora", exclude_modules=excluded)
         assert [path for path, _ in peftcore.engine.adapter_modules(model, "default")] == ["head"]
 

@@ -57,7 +57,7 @@ def test_family(family: str, quantized: bool, tmp_path: Path) -> None:
     assert plan.coverage.share > 0.95  # but for routers, and convolutions of Qwen3-Next
     peftcore.apply(model, "lora", r=4)
     modules, per_token, share = MIXTURES[family]
-    way = "on dense copies of all, without dropout: Llama4TextExperts" if family == "llama4_text" else "fused"
+    way = "on dense copies of all weights, without dropout: Llama4TextExperts" if family == "llama4_text" else "fused"
     for text in (str(plan), str(peftcore.summary(model))):
         sentence = next(line for line in text.splitlines() if line.startswith("experts: "))
         assert sentence.startswith(

@@ -138,7 +138,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
         lambda: model_of("bit", "WeightStandardizedConv2d", 8, 6, 3),
         "more than a convolution with its weight",
     ),
-    "complex": (lambda: Box(nn.Linear(8, 6, dtype=torch.complex64)), "complex weights"),
+    "complex": (lambda: Box(nn.Linear(8, 6, dtype=torch.complex64)), "its weights are complex"),
 }
 
 

@@ -115,7 +115,7 @@ def test_models_without_a_cache() -> None:
 
     sizes = {"vocab_size": 96, "dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 48}
     model = DistilBertForSequenceClassification(DistilBertConfig(**sizes))
-    with pytest.raises(PeftcoreError, match="needs attention with a cache, and that of DistilBertForSequenceClass"):
+    with pytest.raises(PeftcoreError, match="needs attention with a cache, but DistilBertForSequenceClass"):
         peftcore.apply(model, "prefix-tuning")
     with pytest.raises(PeftcoreError, match="layers and heads of Sequential is unknown"):
         peftcore.apply(tiny.convnet(), "prefix-tuning")

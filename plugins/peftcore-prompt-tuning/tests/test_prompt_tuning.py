@@ -89,7 +89,10 @@ def test_planning_allocates_nothing_and_needs_no_tokenizer() -> None:
         ),
         ({"virtual_tokens": 4}, r"has no field 'virtual_tokens'\. Did you mean 'num_virtual_tokens'"),
         ({"token_dim": 48}, "the prompt's vectors have width 48, but the token embedding has width 32"),
-        ({"num_virtual_tokens": 2048}, "2048 tokens leaves no room for input: LlamaForCausalLM has a context of 2048"),
+        (
+            {"num_virtual_tokens": 2048},
+            "2048 tokens leaves no room for input, since the context of LlamaForCausalLM has 2048",
+        ),
     ],
 )
 def test_wrong_fields(fields: dict[str, Any], message: str) -> None:

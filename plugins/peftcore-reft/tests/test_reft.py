@@ -193,7 +193,7 @@ def test_masks_that_it_cannot_count_by() -> None:
         ({"prefix_positions": -1}, "selects no tokens"),
         ({"non_linearity": "rellu"}, "non_linearity must be 'relu'"),
         ({"exclude_modules": ["mlp"]}, "need target_modules"),
-        ({"layers_to_transform": 7}, r"there is no layer \[7\]"),
+        ({"layers_to_transform": 7}, r"the model has no layers \[7\]"),
     ],
 )
 def test_wrong_configs(fields: dict[str, Any], message: str) -> None:

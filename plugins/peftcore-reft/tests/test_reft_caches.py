@@ -163,7 +163,7 @@ def test_a_recurrence_that_read_before_the_adapter_came() -> None:
     with torch.no_grad():
         before = model(input_ids=TOKENS, use_cache=True)[name]
         apply_reft(model)
-        with pytest.raises(peftcore.PeftcoreError, match=r"ReFT counts .* Pass the whole attention_mask"):
+        with pytest.raises(peftcore.PeftcoreError, match=r"ReFT counts .* Pass an attention_mask that covers all"):
             model(input_ids=TOKENS, **{name: before})
 
 
@@ -197,7 +197,7 @@ def test_a_soft_prompt_is_refused_with_a_mask_and_without() -> None:
     peftcore.apply(model, "prompt-tuning", adapter="prompt", num_virtual_tokens=3)
     peftcore.activate(model, ["default", "prompt"])
     for mask in (None, torch.ones_like(tiny.TOKENS)):
-        with pytest.raises(peftcore.PeftcoreError, match="a soft prompt is before the input"):
+        with pytest.raises(peftcore.PeftcoreError, match="a soft prompt precedes the input"):
             model(input_ids=tiny.TOKENS, attention_mask=mask)
 
 
@@ -212,5 +212,5 @@ def test_last_tokens_that_would_move_are_said() -> None:
 def test_a_mask_of_more_tokens_than_there_are() -> None:
     """Such as that of frames of sound, of which an encoder makes half as many."""
     model: Any = apply_reft(tiny.llama())
-    with pytest.raises(peftcore.PeftcoreError, match="0 tokens are in the cache, 7 are new, and the mask has 14"):
+    with pytest.raises(peftcore.PeftcoreError, match="the mask has 14 columns for 0 tokens in the cache and 7 new"):
         model(input_ids=tiny.TOKENS, attention_mask=torch.ones(2, 14))

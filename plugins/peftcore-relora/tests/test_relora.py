@@ -222,7 +222,7 @@ def test_errors_come_at_the_first_step() -> None:
     relora_model = model()
     message = [p for p in relora_model.parameters() if p.requires_grad]
     for optimizer, wrong in (
-        (torch.optim.Adafactor(message), "Adafactor keeps 'row_var' as .* no part of it can be kept"),
+        (torch.optim.Adafactor(message), "the state 'row_var' of Adafactor cannot be reset in part"),
         (torch.optim.Adagrad(message), "Adagrad cannot reset the state"),
     ):
         loss_of(relora_model).backward()

@@ -39,7 +39,7 @@ def test_a_backward_whose_gradients_would_be_lost_is_refused(change: Callable, o
     change(model)
     with pytest.raises(
         peftcore.PeftcoreError,
-        match=r"a forward pass in which \['two'\] was active and trained",
+        match=r"\['two'\] was active in the forward pass but has been deactivated",
     ):
         found.sum().backward()
 
@@ -101,5 +101,5 @@ def test_a_checkpointed_part_with_other_adapters_is_refused() -> None:
     peftcore.activate(model, "a")
     y = model(X)
     peftcore.activate(model, ["a", "b"])
-    with pytest.raises(peftcore.PeftcoreError, match="a checkpointed part of the model runs again"):
+    with pytest.raises(peftcore.PeftcoreError, match=r"backward\(\) recomputes a checkpointed module"):
         y.sum().backward()

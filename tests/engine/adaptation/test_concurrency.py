@@ -145,7 +145,7 @@ def test_a_hook_that_activates_beside_another_call_is_refused() -> None:
     thread = threading.Thread(target=lambda: names.update(other=infer(model)))
     thread.start()
     inside.wait(5)
-    with pytest.raises(peftcore.PeftcoreError, match=r"cannot activate adapters within a call of the model while"):
+    with pytest.raises(peftcore.PeftcoreError, match=r"cannot activate adapters inside a call of the model while"):
         infer(model)
     done.set()
     thread.join()

@@ -93,10 +93,10 @@ def test_what_does_not_fit():
     peftcore.apply(model, "lora", adapter="a")
     with pytest.raises(peftcore.PeftcoreError, match="no adapter 'c' is applied"):
         peftcore.activate(model, ["a", "c"], per_sample=True)
-    with pytest.raises(peftcore.PeftcoreError, match=r"named twice .* per_sample=True"):
+    with pytest.raises(peftcore.PeftcoreError, match=r"same adapter twice.* per_sample=True"):
         peftcore.activate(model, ["a", "a"])
     peftcore.activate(model, ["a", None], per_sample=True)
-    with pytest.raises(peftcore.PeftcoreError, match=r"2 samples were given adapters .* Linear gets a batch of 4"):
+    with pytest.raises(peftcore.PeftcoreError, match=r"2 samples have adapters .* Linear got a batch of 4"):
         model(input_ids=tokens())
     for call in (
         lambda: peftcore.apply(model, "lora", adapter="d"),
@@ -112,7 +112,7 @@ def test_what_does_not_fit():
     peftcore.unmerge(model)
     for method in ("prefix-tuning", "prompt-tuning"):
         other = peftcore.apply(tiny.llama().eval(), method, adapter="whole", num_virtual_tokens=2)
-        with pytest.raises(peftcore.PeftcoreError, match=r"'whole' .* acts on a batch as a whole"):
+        with pytest.raises(peftcore.PeftcoreError, match=r"'whole' .* acts on the batch as a whole"):
             peftcore.activate(other, ["whole", None], per_sample=True)
 
 

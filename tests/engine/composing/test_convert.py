@@ -139,7 +139,7 @@ def test_a_change_of_a_parameter_is_converted_where_that_is_the_weight() -> None
 
 def test_a_change_of_the_bias_is_refused() -> None:
     model = adapted("ia3", qwen2, target_modules=["q_proj"], feedforward_modules=[])
-    with pytest.raises(peftcore.PeftcoreError, match=r"cannot be converted: .*q_proj' also changes the bias"):
+    with pytest.raises(peftcore.PeftcoreError, match=r"cannot be converted: .*q_proj' includes the bias"):
         peftcore.convert(model, "a", method="lora")
     assert list(peftcore.engine.state_of(model).applied) == ["a"]
 
@@ -182,7 +182,7 @@ def test_experts_of_a_smaller_rank_keep_the_share_that_is_reported(r: int | None
 
 def test_a_change_of_experts_biases_is_refused() -> None:
     model = adapted("ia3", lambda: mixture("gpt_oss"), target_modules=["experts"], feedforward_modules=[])
-    with pytest.raises(peftcore.PeftcoreError, match=r"at 'model.layers.0.mlp.experts' also changes 'down_proj_bias'"):
+    with pytest.raises(peftcore.PeftcoreError, match=r"at 'model.layers.0.mlp.experts' includes 'down_proj_bias'"):
         peftcore.convert(model, "a", method="lora")
 
 
@@ -203,10 +203,10 @@ def test_what_is_no_change_of_a_weight_is_refused(method: str, fields: dict[str,
 def test_names_methods_and_ranks_are_checked() -> None:
     model = adapted("lora", r=2, target_modules=["q_proj"])
     for fields, message in (
-        ({"method": "bitfit"}, "method='bitfit' has no low-rank adapters. Methods that have: .*'lora'"),
+        ({"method": "bitfit"}, "method='bitfit' does not make low-rank adapters. Choose one of: .*'lora'"),
         ({"method": "nonsense"}, "nonsense"),
         ({"method": "lora", "r": 0}, "r must be"),
-        ({"method": "lora", "adapter": "a"}, "'a' is applied already"),
+        ({"method": "lora", "adapter": "a"}, "already has an adapter 'a'"),
     ):
         with pytest.raises(peftcore.PeftcoreError, match=message):
             peftcore.convert(model, "a", **fields)
@@ -252,6 +252,6 @@ def test_adapters_of_different_methods_are_summed_as_products() -> None:
         peftcore.activate(model, "c")
         torch.testing.assert_close(output(model), wanted, rtol=0, atol=1e-5)
         with pytest.raises(
-            peftcore.PeftcoreError, match=r"a sum of adapters of twice is not an adapter of twice\. peftcore"
+            peftcore.PeftcoreError, match=r"the sum of twice adapters is not a twice adapter\. Convert it"
         ):
             peftcore.combine(model, ["b"], adapter="d")

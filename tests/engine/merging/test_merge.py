@@ -84,7 +84,7 @@ def test_merge_for_good_leaves_a_plain_model() -> None:
     torch.testing.assert_close(tiny.logits(model), acting)
     assert list(model.state_dict()) == keys
     assert all(p.requires_grad for p in model.parameters())
-    with pytest.raises(peftcore.PeftcoreError, match="nothing can be unmerged"):
+    with pytest.raises(peftcore.PeftcoreError, match="nothing to unmerge"):
         peftcore.unmerge(model)
 
 
@@ -169,7 +169,7 @@ def test_trained_parameters_merge_by_value() -> None:
 )
 def test_while_merged_the_base_is_not_the_base(call) -> None:
     model = peftcore.merge(peftcore.apply(tiny.llama(), "around"), undo=True)
-    with pytest.raises(peftcore.PeftcoreError, match=r"merged into the base. First peftcore.unmerge"):
+    with pytest.raises(peftcore.PeftcoreError, match=r"merged into the base. Call peftcore.unmerge"):
         call(model)
 
 
@@ -177,7 +177,7 @@ def test_nothing_to_merge() -> None:
     with pytest.raises(peftcore.PeftcoreError, match="no adapter is applied"):
         peftcore.merge(tiny.llama(), undo=True)
     model = peftcore.apply(tiny.llama(), "around")
-    with pytest.raises(peftcore.PeftcoreError, match="nothing can be unmerged"):
+    with pytest.raises(peftcore.PeftcoreError, match="nothing to unmerge"):
         peftcore.unmerge(model)
     peftcore.activate(model, [])
     with pytest.raises(peftcore.PeftcoreError, match="no adapter is active"):

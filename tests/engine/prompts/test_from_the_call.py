@@ -108,7 +108,7 @@ def test_another_number_of_rows_is_refused() -> None:
     model = by_task(tiny.llama())
     with pytest.raises(peftcore.PeftcoreError, match=r"\[2 or 1, 3, 32\] in a batch of 2; ByTask .*\[3, 3, 32\]"):
         logits(model, TOKENS, task_ids=torch.arange(3))
-    with pytest.raises(peftcore.PeftcoreError, match="acts on a batch as a whole"):
+    with pytest.raises(peftcore.PeftcoreError, match="acts on the batch as a whole"):
         peftcore.activate(model, ["default", None], per_sample=True)
 
 

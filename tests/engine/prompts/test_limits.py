@@ -39,15 +39,15 @@ def test_input_that_leaves_no_room(make: Callable[[], nn.Module], kind: str) -> 
 @pytest.mark.parametrize(
     ("placement", "message"),
     [
-        (lambda: SoftPrompt(Vectors(64, 32)), "64 tokens leaves no room for input: GPT2LMHead"),
+        (lambda: SoftPrompt(Vectors(64, 32)), "64 tokens leaves no room for input, since the context of GPT2LMHead"),
         (
             lambda: SoftPrompt(Vectors(4, 31)),
             "the prompt's vectors have width 31, but the token embedding has width 32",
         ),
-        (lambda: SoftPrompt(Vectors(1, 4, 32)), r"must return \[tokens, hidden\], found a tensor of shape \[1, 4"),
+        (lambda: SoftPrompt(Vectors(1, 4, 32)), r"must return a tensor \[tokens, hidden\], found shape \[1, 4"),
         (lambda: PrefixKV(Vectors(2, 2, 4, 64, 8)), "64 tokens leaves no room for input"),
         (lambda: PrefixKV(Vectors(3, 2, 4, 5, 8)), r"for 3 layers, .* with a cache in 2: \[0, 1\]"),
-        (lambda: PrefixKV(Vectors(4, 5, 8)), r"must return \[layers, 2, kv_heads, tokens, head_dim\], found"),
+        (lambda: PrefixKV(Vectors(4, 5, 8)), r"must return a tensor \[layers, 2, kv_heads, tokens, head_dim\], found"),
     ],
 )
 def test_wrong_shapes(placement: Callable[[], Any], message: str) -> None:
@@ -60,7 +60,7 @@ def test_models_that_cannot() -> None:
     from transformers import DistilBertConfig, DistilBertModel, ViTConfig, ViTModel
 
     distilbert = DistilBertModel(DistilBertConfig(vocab_size=96, dim=32, n_layers=2, n_heads=4, hidden_dim=48))
-    with pytest.raises(PeftcoreError, match="needs attention with a cache, and that of DistilBertModel has none"):
+    with pytest.raises(PeftcoreError, match="needs attention with a cache, but DistilBertModel has none"):
         PrefixKV(Vectors(2, 2, 4, 3, 8)).attach(
             AdapterAttachments(distilbert, detect(distilbert), registry.method("prefix"))
         )
@@ -77,5 +77,5 @@ def test_models_that_cannot() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_mask_that_cannot_be_extended(kind: str) -> None:
     model = applied(tiny.llama(), kind)
-    with pytest.raises(PeftcoreError, match=r"needs a 2-d attention mask .*found \[2, 1, 7, 7\]"):
+    with pytest.raises(PeftcoreError, match=r"needs an attention mask .*found \[2, 1, 7, 7\]"):
         logits(model, tiny.TOKENS, torch.ones(2, 1, 7, 7))

@@ -32,7 +32,7 @@ def test_a_prefix_and_padding_beyond_a_window() -> None:
     tokens = tiny.TOKENS[:1, :3]
     rows, mask = padded(tokens, 5)
     close(logits(model, rows, mask)[1:, -3:], logits(model, tokens))
-    with pytest.raises(PeftcoreError, match="looks 8 tokens back, so padding would separate the prefix"):
+    with pytest.raises(PeftcoreError, match="looks 8 tokens back, so padding on the left would separate the prefix"):
         logits(model, *padded(tokens, 6))
 
 
@@ -60,5 +60,5 @@ def test_a_prefix_and_padding_that_counts() -> None:
     mask = torch.ones_like(tiny.TOKENS)
     mask[1, 4:] = 0
     close(logits(model, tiny.TOKENS, mask)[1, :4], logits(model, tiny.TOKENS[1:, :4])[0])
-    with pytest.raises(PeftcoreError, match="MptModel counts padding in its distances"):
+    with pytest.raises(PeftcoreError, match="MptModel includes padding in relative positions"):
         logits(model, tiny.TOKENS, mask.flip(1))

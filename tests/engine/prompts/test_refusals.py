@@ -30,17 +30,19 @@ def refused(name: str, method: str, message: str, **inputs: Any) -> None:
     [
         (
             "Gemma4ForCausalLM",
-            r"have heads of different widths \[8, 16\], but PrefixKV gives all the "
-            r"same. Use a soft prompt",
+            r"needs heads of equal width in all layers, but .* has widths \[8, 16\]. Use a soft prompt",
         ),
-        ("MiMoV2FlashModel", r"2 heads of width 8, 16 numbers in all, but .* produces \{'k_proj': 32, 'v_proj': 32\}"),
-        ("BambaModel", r"layers \[0\] of BambaModel keep a recurrent or compressed state|a cache in 1: \[1\]"),
+        (
+            "MiMoV2FlashModel",
+            r"2 heads of width 8, 16 features in all, but .* has output sizes \{'k_proj': 32, 'v_proj': 32\}",
+        ),
+        ("BambaModel", r"layers \[0\] of BambaModel cache a recurrent or compressed state|a cache in 1: \[1\]"),
         ("HrmTextModel", r"keys and values for 16 layers, but HrmTextModel has attention with a cache in 2: \[0, 1\]"),
-        ("ProphetNetForCausalLM", "reads one token at a time if its cache is not empty, and a prefix fills it"),
+        ("ProphetNetForCausalLM", "reads one token at a time if its cache is not empty, but PrefixKV fills the cache"),
         ("ParakeetForRNNT", "is unknown. Provide them by a plugin's"),
-        ("SpeechT5ForTextToSpeech", "a prompt needs input tokens, and the model was called without input_ids"),
-        ("MusicgenForConditionalGeneration", "reads several rows of codes for each sequence"),
-        ("SpeechT5ForSpeechToText", "a prompt needs input tokens, and the model was called without input_ids"),
+        ("SpeechT5ForTextToSpeech", "a prompt needs input tokens, but the model was called without them"),
+        ("MusicgenForConditionalGeneration", "reads several rows of codes per sequence"),
+        ("SpeechT5ForSpeechToText", "a prompt needs input tokens, but the model was called without them"),
     ],
 )
 def test_a_prefix(name: str, message: str) -> None:
@@ -52,7 +54,9 @@ def test_a_prefix_before_images_that_attend_in_both_directions() -> None:
     peftcore.apply(model, "prefix-tuning", num_virtual_tokens=3)
     tokens = {"input_ids": tiny.TOKENS, "token_type_ids": torch.zeros_like(tiny.TOKENS)}
     assert model(**tokens).logits.isfinite().all()
-    with pytest.raises(PeftcoreError, match=r"attend in both directions while the cache is empty.*Use a soft prompt"):
+    with pytest.raises(
+        PeftcoreError, match=r"only uses bidirectional attention for images while the cache is empty.*Use a soft prompt"
+    ):
         model(**tokens, pixel_values=torch.zeros(2, 3, 8, 8))
 
 
@@ -73,7 +77,7 @@ def test_a_soft_prompt_and_a_state_of_another_name() -> None:
     model = instances.build("ReformerModelWithLMHead")
     peftcore.apply(model, "prompt-tuning", num_virtual_tokens=3)
     tokens = {"input_ids": tiny.TOKENS, "attention_mask": torch.ones_like(tiny.TOKENS), "max_new_tokens": 2}
-    with pytest.raises(PeftcoreError, match=r"keeps what it has read in '.*Generate with use_cache=False"):
+    with pytest.raises(PeftcoreError, match=r"stores earlier tokens in '.*Generate with use_cache=False"):
         model.generate(**tokens)
     assert model.generate(**tokens, use_cache=False).shape == (len(tiny.TOKENS), tiny.TOKENS.shape[1] + 2)
 
@@ -83,7 +87,7 @@ def test_a_prefix_before_padding_that_is_counted() -> None:
     peftcore.apply(model, "prefix-tuning", num_virtual_tokens=3)
     mask = torch.ones_like(tiny.TOKENS)
     mask[1, :3] = 0
-    with pytest.raises(PeftcoreError, match="counts padding in its distances"):
+    with pytest.raises(PeftcoreError, match="includes padding in relative positions"):
         model(input_ids=tiny.TOKENS, attention_mask=mask)
 
 
@@ -92,12 +96,18 @@ def test_a_prefix_before_padding_that_is_counted() -> None:
     [
         (
             "CohereAsrModel",
-            r"a soft prompt needs tokens, and 'encoder' \(ParakeetEncoder\) takes none: input_features, atten",
+            r"a soft prompt needs tokens, but 'encoder' \(ParakeetEncoder\) takes input_features, atten",
         ),
-        ("BlipModel", "cannot be removed from a BlipOutput, which has no last_hidden_state. Apply it to the part"),
-        ("CpmAntModel", "CpmAntModel did not call its token embedding with its tokens, so a soft prompt had no effect"),
-        ("FunnelBaseModel", "the model returned 3 states for 10 tokens, 3 of them a soft prompt's"),
-        ("ViTModel", "SoftPrompt needs a token embedding, and ViTModel declares none"),
+        (
+            "BlipModel",
+            "cannot be removed from a BlipOutput, which has no last_hidden_state. Apply the adapter to the submodule",
+        ),
+        (
+            "CpmAntModel",
+            "CpmAntModel did not call its token embedding with all tokens, so the soft prompt had no effect",
+        ),
+        ("FunnelBaseModel", "the model returned 3 hidden states for 10 tokens, 3 of them a soft prompt's"),
+        ("ViTModel", "SoftPrompt needs a token embedding, but ViTModel does not declare one"),
     ],
 )
 def test_a_soft_prompt(name: str, message: str) -> None:
@@ -109,10 +119,10 @@ def test_what_is_no_batch_of_tokens(method: str) -> None:
     refused(
         "LlamaModel",
         method,
-        r"needs tokens \[batch, length\], found a tensor of shape \[1, 2, 7\]",
+        r"needs tokens of shape \[batch, length\], found a tensor of shape \[1, 2, 7\]",
         input_ids=tiny.TOKENS[None],
     )
-    refused("LlamaModel", method, "called without input_ids", attention_mask=torch.ones(2, 7))
+    refused("LlamaModel", method, "called without them", attention_mask=torch.ones(2, 7))
 
 
 def test_a_prefix_for_a_cache_of_another_length(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,7 +133,7 @@ def test_a_prefix_for_a_cache_of_another_length(monkeypatch: pytest.MonkeyPatch)
     longer = copy.deepcopy(model.config)
     longer.num_hidden_layers = 3
     monkeypatch.setattr(prefix, "_new_cache", lambda *_: transformers.DynamicCache(config=longer))
-    with pytest.raises(PeftcoreError, match="keeps keys and values of 3 layers but runs 2, so PrefixKV cannot"):
+    with pytest.raises(PeftcoreError, match="caches keys and values of 3 layers but runs 2, so PrefixKV cannot"):
         peftcore.apply(model, "prefix-tuning")
 
 
@@ -131,7 +141,7 @@ def test_a_prefix_for_a_cache_of_another_length(monkeypatch: pytest.MonkeyPatch)
 def test_an_encoder_decoder_that_names_no_decoder(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny.t5()
     monkeypatch.setattr(type(model), "get_decoder", lambda _: None)
-    with pytest.raises(PeftcoreError, match=r"need the encoder and the decoder, and T5ForCond.* does not declare both"):
+    with pytest.raises(PeftcoreError, match=r"need an encoder and a decoder, but T5ForCond.* does not declare both"):
         peftcore.apply(model, method)
 
 
@@ -158,11 +168,11 @@ def test_examples_that_are_packed_into_a_row(method: str) -> None:
     model = peftcore.apply(tiny.llama(), method, num_virtual_tokens=3)
     row = {"input_ids": torch.arange(5, 12)[None], "use_cache": False}
     for packed in ([0, 1, 2, 0, 1, 2, 3], [0, 0, 1, 2, 3, 4, 5]):
-        with pytest.raises(PeftcoreError, match=r"^a row packs several examples, as.*padding_free=False"):
+        with pytest.raises(PeftcoreError, match=r"^a row contains several packed examples.*padding_free=False"):
             model(**row, position_ids=torch.tensor([packed]))
-    with pytest.raises(PeftcoreError, match=r"^a row packs several examples"):
+    with pytest.raises(PeftcoreError, match=r"^a row contains several packed examples"):
         model(**row, cu_seq_lens_q=torch.tensor([0, 3, 7]))
-    with pytest.raises((PeftcoreError, RuntimeError), match=r"^a row packs several examples"):
+    with pytest.raises((PeftcoreError, RuntimeError), match=r"^a row contains several packed examples"):
         torch.compile(model, backend="eager")(**row, position_ids=torch.tensor([[0, 1, 2, 0, 1, 2, 3]]))
     wanted = model(**row).logits
     torch.testing.assert_close(model(**row, cu_seq_lens_q=torch.tensor([0, 7])).logits, wanted)

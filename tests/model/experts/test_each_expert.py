@@ -187,9 +187,13 @@ class Gain(nn.Module):
     ("left_out", "read", "message"),
     [
         (None, lambda model, path: model.get_submodule(path), "has no attribute .0.* with peftcore.plugin.layer_at"),
-        ("2.down_proj", targets.layer_at, r"at experts of '.*experts.down_proj', but none at expert 2. Place one"),
+        ("2.down_proj", targets.layer_at, r"on experts of '.*experts.down_proj', but none on expert 2. Place one"),
         (None, lambda model, path: model.heads, "has no attribute 'heads'"),
-        ("twice", targets.layer_at, r"gain places two adapters at '.*experts.0.gate_up_proj'; a module takes one"),
+        (
+            "twice",
+            targets.layer_at,
+            r"gain places two adapters on '.*experts.0.gate_up_proj', but a module can have only one",
+        ),
     ],
 )
 def test_what_authors_of_methods_miss_is_said(left_out: str | None, read: Any, message: str) -> None:
@@ -340,7 +344,7 @@ def test_what_cannot_be_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
         peftcore.combine(model, ["default"], adapter="sum", how="cat")
     model.config._experts_implementation = "twice"
     ALL_EXPERTS_FUNCTIONS.register("twice", lambda module, x, index, weights: 2 * x)
-    with pytest.raises(peftcore.PeftcoreError, match="Dora acts on experts one by one, which needs transformers'"):
+    with pytest.raises(peftcore.PeftcoreError, match="Dora adapts single experts, which needs transformers'"):
         model(**INPUTS)
 
 
@@ -356,7 +360,9 @@ def test_planned_and_summed_up() -> None:
 
 def test_one_graph_is_refused_with_the_reason() -> None:
     model = applied_to(mixture("qwen3_moe", num_hidden_layers=1), "dora", r=4, target_modules=["experts"])
-    with pytest.raises(torch._dynamo.exc.Unsupported, match=r"Message: an adapter acts on experts one by one.*Compile"):
+    with pytest.raises(
+        torch._dynamo.exc.Unsupported, match=r"Message: cannot compile an adapter on single experts.*Compile"
+    ):
         torch.compile(model, backend="eager", fullgraph=True)(**INPUTS)
 
 

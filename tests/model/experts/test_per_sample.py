@@ -76,7 +76,7 @@ def test_a_batch_of_others_is_refused_where_only_experts_are_adapted():
     model = with_two("qwen3_moe", target_modules=["experts"])
     peftcore.activate(model, NAMES, per_sample=True)
     for shape in ((2, 6), (1, 4), (2, 2), (8, 1)):
-        with pytest.raises(peftcore.PeftcoreError, match=f"4 samples were given .* gets a batch of {shape[0]}"):
+        with pytest.raises(peftcore.PeftcoreError, match=f"4 samples have adapters .* got a batch of {shape[0]}"):
             model(input_ids=tokens(*shape))
 
 

@@ -17,7 +17,7 @@ class Standardized(nn.Conv2d):
 
 
 OF_ALL = [
-    (Standardized(4, 6, 3), "of the class Standardized, which has a forward of its own"),
+    (Standardized(4, 6, 3), "of class Standardized, which has a custom forward"),
     (nn.Conv1d(4, 6, 3, padding=1, padding_mode="circular"), "with padding_mode='circular'"),
 ]
 UNLESS_ALIKE = [
@@ -36,7 +36,9 @@ GROUPED = [(nn.Conv2d(4, 6, 3, groups=2), "in 2 groups")]
 )
 def test_a_convolution_that_does_not_fit(layer: nn.Module, why: str, asked: dict[str, Any]) -> None:
     message = targets.odd_convolution("features.0", layer, **asked)
-    assert message is not None and message.startswith(f"'features.0' is a convolution {why}, where PEFT computes")
+    assert message is not None and message.startswith(
+        f"'features.0' is a convolution {why}, where PEFT fails or computes"
+    )
     assert message.endswith("Exclude it: exclude_modules=['features.0']")
 
 

@@ -18,7 +18,7 @@ def share(model: object, method: str, **fields: object) -> float:
 
 def test_a_plan_says_what_is_reached() -> None:
     plan = peftcore.plan(tiny.llama(), "lora", target_modules="all-linear")
-    assert plan.coverage.share == 1 and "reaches all of the weight in layers" in str(plan)
+    assert plan.coverage.share == 1 and "reaches all weights in layers" in str(plan)
     plan = peftcore.plan(tiny.llama(), "lora", target_modules=["q_proj"])
     layer = tiny.llama().model.layers[0]
     weights = [module.weight.numel() for module in layer.modules() if isinstance(module, nn.Linear)]
@@ -37,7 +37,7 @@ def test_a_weight_that_layers_share_counts_once() -> None:
 
 def test_experts_that_other_modules_read_are_reported() -> None:
     dbrx = instances.build("DbrxForCausalLM")
-    with pytest.warns(UserWarning, match="left out: parameters that only other modules read"):
+    with pytest.warns(UserWarning, match="left out: parameters that are only read by other modules"):
         peftcore.apply(dbrx, "lora")
     with pytest.raises(peftcore.PeftcoreError, match="is read by other modules, not by its own module's forward"):
         peftcore.plan(dbrx, "lora", target_modules=[], target_parameters=["mlp.w1"])

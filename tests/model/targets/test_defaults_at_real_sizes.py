@@ -86,7 +86,7 @@ def test_attention_that_a_method_cannot_adapt_as_a_whole_is_left_out() -> None:
     for method in ("oft", "ia3", "vera", "c3a", "dora", "miss", "fourierft"):
         left = peftcore.plan(model, method).coverage.left_out
         assert left["linear layers that are read without being called"] == 768 * 768, method
-    with pytest.raises(peftcore.PeftcoreError, match=r"'vision_model\.head.attention.out_proj' would do nothing"):
+    with pytest.raises(peftcore.PeftcoreError, match=r"'vision_model\.head.attention.out_proj' would have no effect"):
         peftcore.plan(model, "oft", target_modules=["head.attention.out_proj"])
 
 

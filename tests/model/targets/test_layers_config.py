@@ -68,7 +68,7 @@ def test_misfits_are_left_out_or_refused_by_their_share_of_the_weight(odd: int) 
 
 def test_a_pattern_of_layers_without_layers_is_refused() -> None:
     with pytest.raises(
-        peftcore.PeftcoreError, match=r"layers_pattern only has an effect with layers_to_transform. Name layers"
+        peftcore.PeftcoreError, match=r"layers_pattern has no effect without layers_to_transform. Set layers"
     ):
         targets.LayersConfig(layers_pattern="layers")
 

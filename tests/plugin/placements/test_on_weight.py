@@ -215,8 +215,11 @@ def test_what_a_forward_notes_on_its_module_is_there() -> None:
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (("0:wieght",), "changes the parameter 'wieght' of '0', which has none of this name .nearest: 'weight'"),
-        (("0:weight", "0:weight"), "places two adapters on one parameter of '0'"),
+        (
+            ("0:wieght",),
+            "changes the parameter 'wieght' of '0', but this module has no such parameter .nearest: 'weight'",
+        ),
+        (("0:weight", "0:weight"), "places two adapters on the same parameter of '0'"),
     ],
 )
 def test_what_cannot_be_is_refused(names: tuple[str, ...], message: str) -> None:
@@ -234,7 +237,9 @@ def test_codes_are_no_numbers() -> None:
     model[0].codes = nn.Parameter(torch.zeros(3, dtype=torch.uint8), requires_grad=False)
     with (
         tiny.installed(tiny.method("wrong", place)),
-        pytest.raises(peftcore.PeftcoreError, match=r"'codes' of '0', which is stored as torch.uint8"),
+        pytest.raises(
+            peftcore.PeftcoreError, match=r"'codes' of '0', but no weight format can read its dtype torch.uint8"
+        ),
     ):
         peftcore.apply(model, "wrong")
 

@@ -123,7 +123,9 @@ def test_a_kind_decides_where_it_is_attached() -> None:
         assert list(engine.method_modules(model, "default")) == ["logits"]
         assert adapters_at(model.lm_head)["default"] is engine.method_modules(model, "default")["logits"]
         torch.testing.assert_close(output(model), output(tiny.llama()) + torch.arange(96))
-        with pytest.raises(peftcore.PeftcoreError, match="cannot be merged: its change at 'lm_head'"):
+        with pytest.raises(
+            peftcore.PeftcoreError, match="cannot be merged, because it does more than change weights at 'lm_head'"
+        ):
             peftcore.merge(model, undo=True)
 
 

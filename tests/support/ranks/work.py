@@ -299,7 +299,7 @@ def sharded_by_accelerate(cases: list[str]) -> dict[str, float]:
         accelerator.state.fsdp_plugin = plugin
         alone, spread = adapted(case), adapted(case)
         if case in SHARED_BETWEEN_BLOCKS:
-            with pytest.raises(peftcore.PeftcoreError, match=r"in several blocks, which FSDP2 as accelerate sets it"):
+            with pytest.raises(peftcore.PeftcoreError, match=r"in several blocks, which accelerate's FSDP2"):
                 refuse_between_blocks(spread)
             found[case] = 0.0
             continue

@@ -104,20 +104,20 @@ def test_a_compiled_model(model: Any) -> None:
 def test_what_is_refused(model: Any) -> None:
     for names, why in (
         (["a", "c", "a", "b"], "no adapter 'c' is applied"),
-        (["a", "b"], "2 samples were given adapters .* gets a batch of 4"),
-        ("a", "must be a list with the name of an adapter for each sample"),
-        ([1, 2, 3, 4], "must be a list with the name"),
-        ([], "must be a list with the name"),
+        (["a", "b"], "2 samples have adapters .* got a batch of 4"),
+        ("a", "must be a list with one adapter name per sample"),
+        ([1, 2, 3, 4], "must be a list with one adapter name"),
+        ([], "must be a list with one adapter name"),
     ):
         with pytest.raises(peftcore.PeftcoreError, match=why):
             model(input_ids=tokens(), adapter_names=names)
-    with pytest.raises(peftcore.PeftcoreError, match="Pass them to that model"):
+    with pytest.raises(peftcore.PeftcoreError, match="Pass them to the model itself"):
         model.model(input_ids=tokens(), adapter_names=NAMES)
     with pytest.raises(peftcore.PeftcoreError, match=r"Call model\.eval\(\)"):
         model.train()(input_ids=tokens(), adapter_names=NAMES)
     model.eval()
     peftcore.apply(model, "prompt-tuning", adapter="p", num_virtual_tokens=2)
-    with pytest.raises(peftcore.PeftcoreError, match=r"'p' .* acts on a batch as a whole"):
+    with pytest.raises(peftcore.PeftcoreError, match=r"'p' .* acts on the batch as a whole"):
         model(input_ids=tokens(), adapter_names=["p", "a", "a", "a"])
     peftcore.merge(peftcore.activate(model, "a") or model, undo=True)
     with pytest.raises(peftcore.PeftcoreError, match="adapters are merged"):
@@ -128,5 +128,5 @@ def test_values_of_the_base_that_an_active_adapter_trains_are_no_base() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).eval()
     peftcore.apply(model, "lora", adapter="a", target_modules=["0"])
     peftcore.apply(model, "bitfit", adapter="biases")
-    with pytest.raises(peftcore.PeftcoreError, match=r"'biases' trains parameters of the base"):
+    with pytest.raises(peftcore.PeftcoreError, match=r"'biases' trains base parameters"):
         model(torch.randn(2, 4), adapter_names=["a", "__base__"])

@@ -94,5 +94,5 @@ def test_new_values_need_no_new_graph(compiled: Compiled) -> None:
 
 def test_a_prompt_refuses_a_static_cache() -> None:
     model = peftcore.apply(tiny.llama().eval(), "prompt-tuning", num_virtual_tokens=3)
-    with pytest.raises(peftcore.PeftcoreError, match=r"static caches use another; generate with the dynamic one"):
+    with pytest.raises(peftcore.PeftcoreError, match=r"If you generate with a static cache, use the dynamic cache"):
         Compiled(model).tokens(cache_implementation="static", disable_compile=True)

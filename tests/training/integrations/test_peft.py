@@ -33,7 +33,7 @@ def test_a_model_with_adapters_is_refused(kind: str, peft: Any) -> None:
     model = peftcore.apply(tiny.llama(), "lora", r=2)
     before = {name: p.requires_grad for name, p in model.named_parameters()}
     config = peft.LoraConfig(target_modules=["q_proj"])
-    with pytest.raises(peftcore.PeftcoreError, match=r"which has peftcore's adapters default. Add another with"):
+    with pytest.raises(peftcore.PeftcoreError, match=r"because it has peftcore's adapters default. Add another"):
         match kind:
             case "inject":
                 peft.inject_adapter_in_model(config, model)

@@ -103,7 +103,7 @@ def test_values_outside_of_its_call_would_be_those_of_the_model_that_trains() ->
     reference = peftcore.reference_model(found)
     assert reference.config is found.config and reference.dtype is torch.float32
     for name in ("model", "lm_head", "get_output_embeddings", "generate"):
-        with pytest.raises(AttributeError, match=f"'{name}' of a reference model is only available during its call"):
+        with pytest.raises(AttributeError, match=f"'{name}' of a reference model is only available during a call"):
             getattr(reference, name)
     found.lm_head.weight.requires_grad_(False)
     values = reference.state_dict()

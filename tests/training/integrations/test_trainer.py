@@ -188,7 +188,7 @@ def test_a_model_of_which_nothing_trains_is_refused(how: str, tmp_path: Path) ->
             peftcore.engine.set_trainable(model, "default", False)
         case "merged":
             peftcore.merge(model, undo=True)
-    with pytest.raises(peftcore.PeftcoreError, match="no parameter of the model trains"):
+    with pytest.raises(peftcore.PeftcoreError, match="the model has no trainable parameters"):
         trainer(model, tmp_path).train()
 
 
@@ -334,7 +334,7 @@ def test_training_goes_on_when_the_disk_is_full_at_a_checkpoint(toys: None, tmp_
     model = peftcore.apply(tiny.llama(), "around", value=1.5)
     run = trainer(model, tmp_path, eval_data=Rows(), metrics=lambda _: {"grade": next(losses)}, **changes)
     run.add_callback(FullDisk(name, (2,)))
-    with pytest.warns(UserWarning, match="checkpoint-2' was not written, since the disk seems to be full") as warned:
+    with pytest.warns(UserWarning, match="checkpoint-2' was not written, because the disk seems to be full") as warned:
         run.train()
     assert sum("was not written" in str(warning.message) for warning in warned) == 1
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == [f"checkpoint-{n}" for n in (1, 3, 4)]

@@ -109,7 +109,7 @@ def test_the_last_adapter_is_saved_if_no_checkpoint_could_be_written(
     output, save = tmp_path / "run", Trainer._save_optimizer_and_scheduler
     monkeypatch.setattr(Trainer, "_save_optimizer_and_scheduler", on_a_full_disk)
     arguments = ("-m", llama, "-d", reviews, "-o", output, *METHOD, "--steps", 2, "--eval-every", 1, "--load-best")
-    with pytest.warns(UserWarning, match="checkpoint-[12]' was not written, since the disk seems to be full"):
+    with pytest.warns(UserWarning, match="checkpoint-[12]' was not written, because the disk seems to be full"):
         text = " ".join(run("train", *arguments).output.split())
     assert "no checkpoint was written at an evaluation, so the last adapter is saved instead of the best" in text
     assert adapter_of(output / "adapter") and result_of(output)["best"] is None
