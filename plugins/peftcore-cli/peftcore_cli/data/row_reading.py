@@ -47,17 +47,22 @@ def read(path: Paths, task: str | None, columns: Mapping[str, str] | None = None
     Raises:
         PeftcoreError: a file is missing, empty or of an unsupported type, or a line is invalid.
     """
-    name = guess_task(path, columns) if task is None else task
-    return name, DiskList(_checked_rows([source.path for source in sources(path)], registered.find(name), columns))
+    paths = [source.path for source in sources(path)]
+    records: list[DiskList[Record]] | None = None
+    row_task = _task_by_kind(paths) if task is None else registered.find(task)
+    if row_task is None:
+        records = [DiskList(data_set) for data_set in records_of_each(paths, columns)]
+        row_task = _recognise(paths, itertools.chain.from_iterable(records))
+    return row_task.name, DiskList(_checked_rows(paths, row_task, row_task.read(paths, columns, records)))
 
 
-def _checked_rows(paths: Sequence[str], task: Task, columns: Mapping[str, str] | None) -> Iterator[Row]:
-    """Yield the rows of each data set.
+def _checked_rows(paths: Sequence[str], task: Task, data_sets: Sequence[Iterator[Row]]) -> Iterator[Row]:
+    """Yield the rows of all data sets.
 
     Raises:
         PeftcoreError: see `read`.
     """
-    for source, (path, rows) in enumerate(zip(paths, task.read(paths, columns), strict=True)):
+    for source, (path, rows) in enumerate(zip(paths, data_sets, strict=True)):
         first_kind = None
         for row in rows:
             first_kind = first_kind or row.kind

@@ -5,7 +5,7 @@ Images are decoded batch by batch, so the data set does not have to fit into mem
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ import torch
 from peftcore.errors import PeftcoreError
 from peftcore_cli.bases import models
 from peftcore_cli.data import image_files
+from peftcore_cli.data.data_files import Record
 from peftcore_cli.data.first_lines import FirstLines
 from peftcore_cli.data.row import Row
 from peftcore_cli.settings import RunOptions
@@ -43,7 +44,12 @@ class Images(Classification):
     def recognises(self, lines: FirstLines) -> bool:
         return False
 
-    def read(self, paths: Sequence[str], columns: Mapping[str, str] | None) -> list[Iterator[Row]]:
+    def read(
+        self,
+        paths: Sequence[str],
+        columns: Mapping[str, str] | None,
+        records: Sequence[Iterable[Record]] | None = None,
+    ) -> list[Iterator[Row]]:
         if columns:
             raise PeftcoreError(
                 "--columns does not work with folders of images, which have no columns. Remove --columns"

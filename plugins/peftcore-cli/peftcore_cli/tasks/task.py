@@ -7,7 +7,7 @@ language model, and a task overrides the differences.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -165,17 +165,23 @@ class Task:
         """Return whether the task claims files that start with these lines. The last task that claims them wins."""
         return False
 
-    def read(self, paths: Sequence[str], columns: Mapping[str, str] | None) -> list[Iterator[Row]]:
+    def read(
+        self,
+        paths: Sequence[str],
+        columns: Mapping[str, str] | None,
+        records: Sequence[Iterable[data_files.Record]] | None = None,
+    ) -> list[Iterator[Row]]:
         """Return the rows of each data set, which are read as they are iterated.
 
         Args:
             paths: the data sets.
             columns: {field: column of the files}.
+            records: lines of each data set, if they were already read.
 
         Raises:
             PeftcoreError: a file is missing or of another kind, or a line is invalid.
         """
-        data_sets = data_files.records_of_each(paths, columns)
+        data_sets = records or data_files.records_of_each(paths, columns)
         return [(row_of(location, fields, self) for location, fields in data_set) for data_set in data_sets]
 
     def read_row(self, location: str, fields: dict[str, Any], keys: tuple[str, ...]) -> Row:
