@@ -78,7 +78,7 @@ class Adapters:
         self._activate(("samples", *keys))
 
     def activate_alone(self, key: str | None) -> None:
-        """Activate an adapter for whole batches; None is the base model alone."""
+        """Activate an adapter for whole batches, or with None only the base model."""
         self._activate(("alone", key))
 
     def _activate(self, selection: tuple[str | None, ...]) -> None:

@@ -159,7 +159,7 @@ class Texts:
         base: its folder or hub id.
         chat_template: chat template of all conversations, as in `--chat-template`.
         trust_templates: render chat templates that came with adapters. Templates may loop forever.
-        refuse: called with the name and the task of each adapter; raises an error if it does not fit the base model.
+        refuse: function of an adapter's name and task that raises an error if the adapter does not fit the base model.
     """
 
     def __init__(

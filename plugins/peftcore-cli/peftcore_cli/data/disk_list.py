@@ -1,4 +1,4 @@
-"""Lists on disk, for the rows and encoded examples of a run, so that data need not fit into memory.
+"""Lists on disk, so that the rows and encoded examples of a run do not have to fit into memory.
 
 Items are pickled one by one. Columns of one type each, as in `datasets` and Arrow, do not fit rows whose fields differ
 from line to line: text or a list of messages, or any columns for a reward function.

@@ -113,7 +113,7 @@ def _text_of_parts(place: str, parts: list[Any]) -> str:
 
 
 def messages_of_sharegpt(location: str, turn_list: Any) -> Messages:
-    """Convert and check a conversation in ShareGPT's format; one with roles is only checked.
+    """Convert a conversation in ShareGPT's format to messages, and check it. Turns that have roles are only checked.
 
     Raises:
         PeftcoreError: the value is not a list of turns. The message begins with `location`.

@@ -55,7 +55,7 @@ class Judged(Task):
         return examples
 
     def as_dataset(self, examples: Sequence[Example]) -> Any:
-        """Return the examples as the `datasets.Dataset` that TRL requires; a row is read when it is indexed."""
+        """Return the examples as the `datasets.Dataset` that TRL requires. Rows are read when they are indexed."""
         import datasets
 
         names = list(self.columns(examples[:1])[0])

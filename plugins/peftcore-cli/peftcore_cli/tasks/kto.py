@@ -209,7 +209,7 @@ class MismatchedAnswers(LazySequence[Example]):
         return len(self.examples)
 
     def item(self, index: int) -> Example:
-        """Return an example with the previous one's answer; the first has that of the last."""
+        """Return an example with the answer of the previous example; the first example gets the last answer."""
         return {**self.examples[index], "KL_completion_ids": self.examples[index - 1]["completion_ids"]}
 
 

@@ -2,7 +2,7 @@
 
 The chat template writes the text, as for conversations without images. The processor replaces each image in the text
 with image tokens, or with a single token for cross-attention (Llama 3.2). These tokens are never learned. Images are
-decoded batch by batch, so that a data set need not fit into memory.
+decoded batch by batch, so the data set does not have to fit into memory.
 """
 
 from __future__ import annotations

@@ -179,7 +179,7 @@ class Task:
             records: lines of each data set, if they were already read.
 
         Raises:
-            PeftcoreError: a file is missing or of another kind, or a line is invalid.
+            PeftcoreError: a file is missing or of an unsupported type, or a line is invalid.
         """
         data_sets = records or data_files.records_of_each(paths, columns)
         return [(row_of(location, fields, self) for location, fields in data_set) for data_set in data_sets]
@@ -201,7 +201,7 @@ class Task:
         """Return examples to answer, ignoring their labels and answers.
 
         Raises:
-            PeftcoreError: a file is missing, empty or of another kind, or a line is invalid.
+            PeftcoreError: a file is missing, empty or of an unsupported type, or a line is invalid.
         """
         rows = []
         for path, records in zip(paths, data_files.records_of_each(paths, columns), strict=True):

@@ -110,7 +110,7 @@ def step_data(settings: Settings, rows: Sequence[Row] | None = None) -> dict[str
 
     Raises:
         NotFollowed: the task needs examples, because a step depends on the sizes of images or recordings.
-        PeftcoreError: a file is missing or of another kind.
+        PeftcoreError: a file is missing or of an unsupported type.
     """
     task = registered.find(settings.task)
     if not settings.data and task.needs_examples:

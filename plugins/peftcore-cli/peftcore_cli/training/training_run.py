@@ -81,7 +81,7 @@ def run(
 
     Raises:
         PeftcoreError: the data, the model or a setting is invalid, or there is not enough memory.
-        Stopped: the user pressed Ctrl-C; a checkpoint has been written.
+        Stopped: the user pressed Ctrl-C, and a checkpoint has been written.
     """
     training = _Run(settings, output, rows, clock or Clock(), display or Display())
     training.encode()
