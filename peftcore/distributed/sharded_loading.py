@@ -155,10 +155,10 @@ def _materialize(model: nn.Module, device: torch.device) -> None:
             if id(p) not in materialized:
                 assert sharded.is_dtensor(p)  # all are sharded
                 local = torch.empty_like(p.to_local(), device=device)
-                whole = DTensor.from_local(
+                full_tensor = DTensor.from_local(
                     local, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride()
                 )
-                materialized[id(p)] = nn.Parameter(whole, requires_grad=False)
+                materialized[id(p)] = nn.Parameter(full_tensor, requires_grad=False)
             module._parameters[name] = materialized[id(p)]
         for name, buffer in module._buffers.items():
             if buffer is not None and not buffer.is_meta:

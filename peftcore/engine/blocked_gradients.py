@@ -64,8 +64,8 @@ def _refuse_no_grad(model: nn.Module, attachments: AdapterAttachments) -> None:
             )
     untrainable = [name for name in attachments.trained if name.rpartition(".")[0] in idle]
     if untrainable:
-        others = f" and {len(untrainable) - 1} more" if len(untrainable) > 1 else ""
-        warn(f"{attachments.method.name} does not train '{untrainable[0]}'{others}: {reason}")
+        suffix = f" and {len(untrainable) - 1} more" if len(untrainable) > 1 else ""
+        warn(f"{attachments.method.name} does not train '{untrainable[0]}'{suffix}: {reason}")
 
 
 def _refuse_in_function(model: nn.Module, attachments: AdapterAttachments) -> None:

@@ -75,36 +75,36 @@ def config_of_peft(model: nn.Module, config: Any) -> tuple[Method, Any]:
         PluginError: no installed method reads the config, or several do.
         PeftcoreError: the config has a field or value that the method does not support.
     """
-    where = f"peft.{type(config).__name__}"
+    config_name = f"peft.{type(config).__name__}"
     peft_type = _plain(getattr(config, "peft_type", None))
     if isinstance(peft_type, str) and not of_peft_type(peft_type):
         # PEFT would fail when it fills in fields, so raise a clear error first.
-        method_of_fields(where, {"peft_type": peft_type})
-    config = _with_peft_defaults(where, model, config)
+        method_of_fields(config_name, {"peft_type": peft_type})
+    config = _with_peft_defaults(config_name, model, config)
     fields = {name: _plain(value) for name, value in config.to_dict().items()}
     for name, value in vars(config).items():  # fields that PEFT does not write to files, if they are set
         if name not in fields and value is not None and not _is_as_made(config, name, value):
             fields[name] = _plain(value)
     if not isinstance(fields.get("peft_type"), str):
-        raise PeftcoreError(f"{where} has no peft_type. Pass the config of one of PEFT's methods")
-    method = method_of_fields(where, fields, choose="peftcore.apply(model, 'NAME', FIELD=...)")
-    return method, _as_fresh(where, method, config_of_fields(where, method, fields, PeftcoreError))
+        raise PeftcoreError(f"{config_name} has no peft_type. Pass the config of one of PEFT's methods")
+    method = method_of_fields(config_name, fields, choose="peftcore.apply(model, 'NAME', FIELD=...)")
+    return method, _as_fresh(config_name, method, config_of_fields(config_name, method, fields, PeftcoreError))
 
 
-def _with_peft_defaults(where: str, model: nn.Module, config: Any) -> Any:
+def _with_peft_defaults(config_name: str, model: nn.Module, config: Any) -> Any:
     """Return a copy with defaults from PEFT's tables of model types."""
     config = copy.deepcopy(config)
     if getattr(config, "modules_to_save", None):
         heads = detect(model).task_heads if _plain(config.task_type) in _WITH_HEADS else ()
         config.modules_to_save = [*config.modules_to_save, *ends_within_a_name(model, config.modules_to_save), *heads]
     if hasattr(config, "target_modules"):  # prompts have none
-        _name_experts(where, model, config)
-        _refuse_experts(where, model, config)
-        _fill_in_targets(where, model, config)
+        _name_experts(config_name, model, config)
+        _refuse_experts(config_name, model, config)
+        _fill_in_targets(config_name, model, config)
     return config
 
 
-def _fill_in_targets(where: str, model: nn.Module, config: Any) -> None:
+def _fill_in_targets(config_name: str, model: nn.Module, config: Any) -> None:
     """Replace None in fields of module names by PEFT's default for the type of model.
 
     PEFT has a table for each `peft_type` and field. Without a table, the method's own meaning of None applies.
@@ -121,12 +121,12 @@ def _fill_in_targets(where: str, model: nn.Module, config: Any) -> None:
             setattr(config, field, defaults if isinstance(defaults, str) else set(defaults))
         elif not getattr(config, "target_parameters", None):
             raise PeftcoreError(
-                f"{where} has no {field}, and PEFT has no default for {type(model).__name__}. Name modules: "
+                f"{config_name} has no {field}, and PEFT has no default for {type(model).__name__}. Name modules: "
                 f"{field}=[...]"
             )
 
 
-def _name_experts(where: str, model: nn.Module, config: Any) -> None:
+def _name_experts(config_name: str, model: nn.Module, config: Any) -> None:
     """Make `target_modules` select expert layers that transformers 5 stacks into `[experts, out, in]`, as PEFT does.
 
     For the models in PEFT's table, `gate_proj` and `up_proj` together become `gate_up_proj` with twice the rank, and
@@ -140,10 +140,10 @@ def _name_experts(where: str, model: nn.Module, config: Any) -> None:
     try:
         convert(config, model=model, conversions=None)
     except ValueError as error:
-        raise PeftcoreError(f"{where} does not fit {type(model).__name__}: {error}") from error
+        raise PeftcoreError(f"{config_name} does not fit {type(model).__name__}: {error}") from error
 
 
-def _refuse_experts(where: str, model: nn.Module, config: Any) -> None:
+def _refuse_experts(config_name: str, model: nn.Module, config: Any) -> None:
     """Reject an entry that would select experts in peftcore but that PEFT ignores, since it matches no module."""
     entries = getattr(config, "target_modules", None)
     if not entries or isinstance(entries, str) or hasattr(config, "target_parameters"):
@@ -157,9 +157,9 @@ def _refuse_experts(where: str, model: nn.Module, config: Any) -> None:
         means_module = any(f".{path}".endswith(f".{entry}") for path in modules)
         if not means_module and any(weight.endswith(f".{entry}") for weight in weights):
             raise PeftcoreError(
-                f"{where} names '{entry}' in target_modules, which is not a layer of {type(model).__name__}. PEFT "
-                "ignores this entry, but in peftcore it would select experts. Leave it out, or apply the method by "
-                "name with these fields"
+                f"{config_name} names '{entry}' in target_modules, which is not a layer of {type(model).__name__}. "
+                "PEFT ignores this entry, but in peftcore it would select experts. Leave it out, or apply the method "
+                "by name with these fields"
             )
 
 
@@ -196,7 +196,7 @@ def _is_as_made(config: Any, name: str, value: Any) -> bool:
         return False
 
 
-def _as_fresh(where: str, method: Method, config: Any) -> Any:
+def _as_fresh(config_name: str, method: Method, config: Any) -> Any:
     """Reset the fields that are not saved to their defaults: reading from a file has set other values."""
     on_disk = method.state.write_fields(dataclasses.asdict(config))
     for field in dataclasses.fields(config):

@@ -83,12 +83,12 @@ def reset_optimizer_state(parameters: Iterable[nn.Parameter], *, keep: float = 0
             "step(). Use AdamW or another optimizer that does"
         )
     to_reset = list(parameters)
-    optimized = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    missing = sum(id(parameter) not in optimized for parameter in to_reset)
-    if missing:
+    optimizer_ids = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    missing_count = sum(id(parameter) not in optimizer_ids for parameter in to_reset)
+    if missing_count:
         raise PeftcoreError(
-            f"{kind} does not have {missing} of the {len(to_reset)} parameters whose state should be reset. Pass the "
-            "optimizer that trains them; optimizers that update copies of parameters, such as those of DeepSpeed, "
+            f"{kind} does not have {missing_count} of the {len(to_reset)} parameters whose state should be reset. Pass "
+            "the optimizer that trains them; optimizers that update copies of parameters, such as those of DeepSpeed, "
             "are not supported"
         )
     for parameter in to_reset:

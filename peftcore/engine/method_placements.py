@@ -204,12 +204,12 @@ def _method_and_config(model: nn.Module, method: str | Any, fields: dict[str, An
 
 def _own_copy(config: Any) -> Any:
     """Copy a config with its lists, so that the user's later changes do not affect the adapter."""
-    copied = copy.copy(config)
+    config_copy = copy.copy(config)
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if isinstance(value, (list, dict, set)):
-            object.__setattr__(copied, field.name, copy.deepcopy(value))  # the dataclass may be frozen
-    return copied
+            object.__setattr__(config_copy, field.name, copy.deepcopy(value))  # the dataclass may be frozen
+    return config_copy
 
 
 def recorded_as(method: Method, config: Any) -> tuple[Method, Any]:

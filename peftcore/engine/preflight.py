@@ -262,15 +262,15 @@ def _adapter_classes(model: nn.Module, method: str, placements: Sequence[Placeme
         PluginError: an adapter has registered a module or tensor of the base.
     """
     modules, tensors, addresses = _identities(model)
-    visited: set[int] = set()
+    visited_ids: set[int] = set()
     classes: dict[type[nn.Module], bool] = {}
     for placement in placements:
         stack: list[nn.Module | None] = [placement.adapter] if placement.has_adapter else []
         while stack:
             part = stack.pop()
-            if part is None or id(part) in visited:
+            if part is None or id(part) in visited_ids:
                 continue
-            visited.add(id(part))
+            visited_ids.add(id(part))
             classes[type(part)] = classes.get(type(part), False) or part is placement.adapter
             if id(part) in modules:
                 _refuse_registered(model, method, placement, part)

@@ -44,7 +44,7 @@ def blocks(model: nn.Module) -> Iterator[nn.Module]:
     """Yield the blocks of a model: the members of its outermost `ModuleList`s."""
     outer: list[str] = []
     for path, module in base_modules(model):
-        if isinstance(module, nn.ModuleList) and not any(path.startswith(f"{other}.") for other in outer):
+        if isinstance(module, nn.ModuleList) and not any(path.startswith(f"{outer_path}.") for outer_path in outer):
             outer.append(path)
             yield from (block for block in module if any(True for _ in block.parameters()))
 

@@ -254,7 +254,7 @@ class Summary:
             + in_buffers(a.buffers, a.buffer_bytes)
             for a in self.adapters
         ]
-        lines += [f"  changed since: '{path}' {what}" for path, what in self.changed.items()]
+        lines += [f"  changed since: '{path}' {description}" for path, description in self.changed.items()]
         return "\n".join(lines)
 
 
@@ -340,12 +340,12 @@ def _summary(model: nn.Module) -> Summary:
     packed_bytes = sum(size for _, size in packed)
     # `base` already counts the bytes of 4-bit codes, which hold two weights each.
     codes = sum((weights + 1) // 2 for weights, _ in packed)
-    adapters, reached, copied, one_by_one = [], set[str](), set[str](), False
+    adapters, adapted_names, copied_names, one_by_one = [], set[str](), set[str](), False
     for name, entry in state.applied.items():
         adapters.append(_adapter_summary(model, name, entry, active=name in state.active))
         _put_base_back(base, model, name)
-        reached.update(entry.trained, adapted_paths(entry.placements))
-        copied.update(_copied_by(entry.placements))
+        adapted_names.update(entry.trained, adapted_paths(entry.placements))
+        copied_names.update(_copied_by(entry.placements))
         one_by_one |= _one_by_one(entry.placements)
     return Summary(
         adapters=tuple(adapters),
@@ -354,7 +354,7 @@ def _summary(model: nn.Module) -> Summary:
         trainable_parameters=sum(_count(p) for p in model.parameters() if p.requires_grad),
         merged=state.merged is not None,
         changed=changed_paths(model),
-        experts=mixture_of(model, reached, copied, one_by_one),
+        experts=mixture_of(model, adapted_names, copied_names, one_by_one),
         packed_parameters=sum(weights for weights, _ in packed),
         packed_bytes=packed_bytes,
         without_logits=is_without_logits(model),

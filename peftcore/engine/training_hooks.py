@@ -101,10 +101,10 @@ def after_step(model: nn.Module, step: int, total_steps: int, *, optimizer: Any 
                 set_trained_fields(entry, method, config)
 
 
-def _refuse_changed_base(method: Method, before: Mapping[str, int], after: Mapping[str, int]) -> None:
+def _refuse_changed_base(method: Method, versions_before: Mapping[str, int], versions_after: Mapping[str, int]) -> None:
     """Raise a PluginError if a method's `after_step` has modified base parameters in place."""
-    for name, version in after.items():
-        if before.get(name, version) != version:
+    for name, version in versions_after.items():
+        if versions_before.get(name, version) != version:
             raise PluginError(
                 f"{method.name} has changed the base tensor '{name}' in after_step, but files of the adapter would "
                 "not contain this change. Load the base again, and report this to the plugin's author: the method "
@@ -505,12 +505,12 @@ class _KnownGradients(torch.autograd.Function):
 def _leaves(value: Tensor) -> Iterator[Tensor]:
     """Yield the leaf tensors with gradients that `value` was computed from."""
     nodes = [value.grad_fn]
-    visited: set[Node] = set()
+    visited_nodes: set[Node] = set()
     while nodes:
         node = nodes.pop()
-        if node is None or node in visited:
+        if node is None or node in visited_nodes:
             continue
-        visited.add(node)
+        visited_nodes.add(node)
         if hasattr(node, "variable"):
             yield node.variable
         nodes += [next_node for next_node, _ in node.next_functions]

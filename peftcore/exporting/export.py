@@ -137,10 +137,10 @@ def find(format: str) -> Exporter:
     Raises:
         PeftcoreError: the format is not installed.
     """
-    known = formats()
-    if format in known:
-        return known[format]
-    names = ", ".join(sorted(known))
+    installed_formats = formats()
+    if format in installed_formats:
+        return installed_formats[format]
+    names = ", ".join(sorted(installed_formats))
     broken = next((plugin for plugin in registry.plugins() if plugin.name == format and plugin.error), None)
     if broken is not None:
         raise PeftcoreError(f"the format '{format}' belongs to {broken}, which cannot be used: {broken.error}")
@@ -149,7 +149,7 @@ def find(format: str) -> Exporter:
             f"the format '{format}' is not installed (installed: {names}). Install it from a copy of peftcore's "
             f"repository: pip install ./plugins/{_PACKAGES[format]}"
         )
-    raise PeftcoreError(f"the format '{format}' is unknown{nearest(format, known)}. Choose one of: {names}")
+    raise PeftcoreError(f"the format '{format}' is unknown{nearest(format, installed_formats)}. Choose one of: {names}")
 
 
 def options_of(exporter: Exporter, options: dict[str, Any]) -> Any:
@@ -158,12 +158,12 @@ def options_of(exporter: Exporter, options: dict[str, Any]) -> Any:
     Raises:
         PeftcoreError: the format has no such option, or a value has the wrong type.
     """
-    known = [field.name for field in dataclasses.fields(exporter.options)]
+    option_names = [field.name for field in dataclasses.fields(exporter.options)]
     for name in options:
-        if name not in known:
+        if name not in option_names:
             raise PeftcoreError(
-                f"the format '{exporter.name}' has no option '{name}'{nearest(name, known)}. Its options are: "
-                f"{', '.join(known) or 'none'}"
+                f"the format '{exporter.name}' has no option '{name}'{nearest(name, option_names)}. Its options are: "
+                f"{', '.join(option_names) or 'none'}"
             )
     check_types(exporter.options, options)
     return exporter.options(**options)

@@ -12,13 +12,13 @@ from peftcore.plugin import sharded
 from peftcore.plugin.adapter import LowRank
 
 
-def adapter_products(model: nn.Module, adapter: str, what: str) -> dict[str, LowRank]:
+def adapter_products(model: nn.Module, adapter: str, action: str) -> dict[str, LowRank]:
     """Return {path of a module: low-rank product} of an applied adapter.
 
     Args:
         model: the model.
         adapter: name of the adapter.
-        what: the operation, for error messages, such as `be written as an adapter of llama.cpp`.
+        action: the operation, for error messages, such as `be written as an adapter of llama.cpp`.
 
     Raises:
         PeftcoreError: the adapter does more than add low-rank products, or contains NaN or Inf.
@@ -26,19 +26,19 @@ def adapter_products(model: nn.Module, adapter: str, what: str) -> dict[str, Low
     engine.refuse_merged(engine.require_state(model), "export")
     engine.refuse_changed(model)
     sharded.refuse_sharded(model, "export")
-    factors_by_path = low_rank.factors_of(model, adapter, what)
+    factors_by_path = low_rank.factors_of(model, adapter, action)
     if not factors_by_path:
         raise PeftcoreError(
-            f"'{adapter}' cannot {what}: it does not change weights. Export an adapter of a method that does"
+            f"'{adapter}' cannot {action}: it does not change weights. Export an adapter of a method that does"
         )
-    return {path: _one(model, adapter, path, factors, what) for path, factors in factors_by_path.items()}
+    return {path: _one(model, adapter, path, factors, action) for path, factors in factors_by_path.items()}
 
 
-def _one(model: nn.Module, adapter: str, path: str, factors: list[LowRank], what: str) -> LowRank:
+def _one(model: nn.Module, adapter: str, path: str, factors: list[LowRank], action: str) -> LowRank:
     is_module = path in dict(model.named_modules())  # otherwise the path of a parameter, such as a stacked weight
     if len(factors) > 1 or factors[0].a.ndim != 2 or not is_module:
         raise PeftcoreError(
-            f"'{adapter}' cannot {what}: it changes '{path}', which is neither a linear layer nor an embedding. Use "
+            f"'{adapter}' cannot {action}: it changes '{path}', which is neither a linear layer nor an embedding. Use "
             "an adapter that was trained without it"
         )
     (product,) = factors
@@ -52,6 +52,6 @@ def _one(model: nn.Module, adapter: str, path: str, factors: list[LowRank], what
 
 def padded(product: LowRank, rank: int, scale: float) -> LowRank:
     """Return an equal product with this scale and rank, by padding with zeros."""
-    missing = rank - len(product.a)
-    b = torch.nn.functional.pad(product.b * (product.scale / scale), (0, missing))
-    return LowRank(torch.nn.functional.pad(product.a, (0, 0, 0, missing)), b, scale)
+    missing_rank = rank - len(product.a)
+    b = torch.nn.functional.pad(product.b * (product.scale / scale), (0, missing_rank))
+    return LowRank(torch.nn.functional.pad(product.a, (0, 0, 0, missing_rank)), b, scale)

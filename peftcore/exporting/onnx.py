@@ -116,18 +116,18 @@ class _Plain(nn.Module):
 
 def _gives(model: nn.Module, name: str) -> bool:
     with torch.no_grad():
-        one = torch.ones(1, 1, dtype=torch.long, device=next(model.parameters()).device)
-        return name in model(input_ids=one, attention_mask=one, return_dict=True)
+        tokens = torch.ones(1, 1, dtype=torch.long, device=next(model.parameters()).device)
+        return name in model(input_ids=tokens, attention_mask=tokens, return_dict=True)
 
 
 def _refuse(model: nn.Module) -> None:
     state = engine.state_of(model)
     if state is not None:
         engine.refuse_per_sample(state, "export")
-    taken = inspect.signature(original_forward(model)).parameters
-    missing = [name for name in INPUTS if name not in taken]
-    if missing:
+    parameters = inspect.signature(original_forward(model)).parameters
+    missing_inputs = [name for name in INPUTS if name not in parameters]
+    if missing_inputs:
         raise PeftcoreError(
-            f"{type(model).__name__} cannot be exported to ONNX, because it does not take {missing[0]}. Only text "
-            "models are supported"
+            f"{type(model).__name__} cannot be exported to ONNX, because it does not take {missing_inputs[0]}. Only "
+            "text models are supported"
         )

@@ -51,13 +51,13 @@ def write(model: nn.Module, folder: Path, adapter: str, _options: NoOptions) -> 
 
 def commands(folder: Path, base: str, _part: str = "adapter") -> list[str]:
     """Return commands that serve the folder with vLLM and SGLang."""
-    named, rank = f"mine={folder}", fields_of_folder(folder)[0]["r"]
+    lora_module, rank = f"mine={folder}", fields_of_folder(folder)[0]["r"]
     rank_option: list[str] = []
     if rank > RANKS[1]:  # above the default of vLLM
         rank_option = ["--max-lora-rank", str(next((value for value in RANKS if value >= rank), rank))]
     return [
-        shlex.join(["vllm", "serve", base, "--enable-lora", *rank_option, "--lora-modules", named]),
-        shlex.join(["python", "-m", "sglang.launch_server", "--model-path", base, "--lora-paths", named]),
+        shlex.join(["vllm", "serve", base, "--enable-lora", *rank_option, "--lora-modules", lora_module]),
+        shlex.join(["python", "-m", "sglang.launch_server", "--model-path", base, "--lora-paths", lora_module]),
     ]
 
 

@@ -41,13 +41,13 @@ def base_modules(model: nn.Module, prefix: str = "") -> list[tuple[str, nn.Modul
 
 def _list_modules(model: nn.Module, prefix: str) -> list[tuple[str, nn.Module]]:
     modules: list[tuple[str, nn.Module]] = []
-    visited: set[int] = set()
+    visited_ids: set[int] = set()
     stack = [(prefix, model)]  # the next module is last
     while stack:
         path, module = stack.pop()
-        if id(module) in visited:
+        if id(module) in visited_ids:
             continue
-        visited.add(id(module))
+        visited_ids.add(id(module))
         modules.append((path, module))
         for name, child in reversed(module._modules.items()):
             if child is not None and name not in (CHILD, TRAINED):

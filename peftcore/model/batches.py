@@ -130,13 +130,13 @@ def gradients_of(
 
     for start in range(0, len(parameters), at_once or 1):
         group = parameters[start : start + at_once]
-        seen: set[nn.Parameter] = set()
+        seen_parameters: set[nn.Parameter] = set()
         sums: dict[nn.Parameter, Tensor] = {}
 
-        def take(parameter: nn.Parameter, seen: Any = seen, sums: Any = sums) -> None:
+        def take(parameter: nn.Parameter, seen_parameters: Any = seen_parameters, sums: Any = sums) -> None:
             assert parameter.grad is not None
             gradient, parameter.grad = parameter.grad.float(), None
-            seen.add(parameter)
+            seen_parameters.add(parameter)
             if len(saved_batches) == 1:
                 pass_on(parameter, gradient)
             else:
@@ -153,7 +153,9 @@ def gradients_of(
                     )
                 if value.requires_grad:
                     value.backward()
-        missing_names += [name for parameter in group if parameter not in seen for name in names_of[parameter]]
+        missing_names += [
+            name for parameter in group if parameter not in seen_parameters for name in names_of[parameter]
+        ]
         for parameter in list(sums):
             pass_on(parameter, sums.pop(parameter) / len(saved_batches))
     _refuse_missing(
@@ -167,19 +169,19 @@ def _training_only(
     model: nn.Module, parameters: Sequence[nn.Parameter], take: Callable[[nn.Parameter], None]
 ) -> Iterator[None]:
     """Require gradients for these parameters only, and call `take` with each parameter when its gradient is ready."""
-    required = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    required_grad = {parameter: parameter.requires_grad for parameter in model.parameters()}
     gradients = {parameter: parameter.grad for parameter in parameters}
     with ExitStack() as stack:
         stack.enter_context(torch.enable_grad())
         try:
-            for parameter in required:
+            for parameter in required_grad:
                 parameter.requires_grad_(False)
             for parameter in parameters:
                 parameter.requires_grad_(True).grad = None
                 stack.callback(parameter.register_post_accumulate_grad_hook(take).remove)
             yield
         finally:
-            for parameter, requires_grad in required.items():
+            for parameter, requires_grad in required_grad.items():
                 parameter.requires_grad_(requires_grad)
             for parameter, gradient in gradients.items():
                 parameter.grad = gradient

@@ -100,12 +100,12 @@ class Facts:
         config = getattr(self.model, "config", None)
         if config is None:
             return
-        visited: list[Any] = []
+        visited_configs: list[Any] = []
         queue = [config, text_config(config)]
         while queue:
             config = queue.pop(0)
-            if not any(config is visited_config for visited_config in visited):
-                visited.append(config)
+            if not any(config is visited_config for visited_config in visited_configs):
+                visited_configs.append(config)
                 yield config
                 queue += [value for value in config_fields(config).values() if hasattr(value, "to_dict")]
 

@@ -298,17 +298,17 @@ def _rows(trace_few: Trace, trace_more: Trace, few: TracedCall, more: TracedCall
         name: _compare_shapes(shapes, *(shapes_by_name.get(name) for shapes_by_name in other_arguments))
         for name, shapes in few.argument_shapes.items()
     }
-    first = next(iter(few.arguments), None)
-    if first is None:
+    first_argument = next(iter(few.arguments), None)
+    if first_argument is None:
         return "it is called without a tensor"
-    placement = arguments[first]
+    placement = arguments[first_argument]
     if placement in (SHARED, BROADCAST):
         return "its inputs are the same for all samples"
     if not isinstance(placement, Samples):
         return "no single dimension of its input grows with the number of samples"
     has_several_entries = placement.per_sample > 1 or bool(placement.tokens)
     if has_several_entries:
-        is_ordered = placement.dim == 0 and _is_in_sample_order(trace_few, trace_more, few.arguments[first])
+        is_ordered = placement.dim == 0 and _is_in_sample_order(trace_few, trace_more, few.arguments[first_argument])
         if not is_ordered:
             return "its input has rows of all samples in an unknown order"
     return Rows(placement, arguments, _compare_shapes(few.output_shapes, more.output_shapes, longer.output_shapes))
@@ -320,7 +320,7 @@ def _compare_shapes(shapes_few: Any, shapes_more: Any, shapes_longer: Any) -> An
         return _samples_in(shapes_few, shapes_more, shapes_longer)
     if isinstance(shapes_few, dict):
         shapes_more, shapes_longer = (
-            other if isinstance(other, dict) else {} for other in (shapes_more, shapes_longer)
+            other_shapes if isinstance(other_shapes, dict) else {} for other_shapes in (shapes_more, shapes_longer)
         )
         return {
             key: _compare_shapes(value, shapes_more.get(key), shapes_longer.get(key))
@@ -328,16 +328,16 @@ def _compare_shapes(shapes_few: Any, shapes_more: Any, shapes_longer: Any) -> An
         }
     if isinstance(shapes_few, (tuple, list)):
         shapes_more, shapes_longer = (
-            other if _is_sequence_like(shapes_few, other) else [None] * len(shapes_few)
-            for other in (shapes_more, shapes_longer)
+            other_shapes if _is_sequence_like(shapes_few, other_shapes) else [None] * len(shapes_few)
+            for other_shapes in (shapes_more, shapes_longer)
         )
         places = [_compare_shapes(*items) for items in zip(shapes_few, shapes_more, shapes_longer, strict=True)]
         return tuple(places) if isinstance(shapes_few, tuple) else places
     return UNKNOWN
 
 
-def _is_sequence_like(shapes: Sequence[Any], other: Any) -> bool:
-    return isinstance(other, (tuple, list)) and len(other) == len(shapes)
+def _is_sequence_like(shapes: Sequence[Any], other_shapes: Any) -> bool:
+    return isinstance(other_shapes, (tuple, list)) and len(other_shapes) == len(shapes)
 
 
 def _samples_in(shape_few: torch.Size, shape_more: Any, shape_longer: Any) -> Samples | str:
@@ -380,7 +380,7 @@ def _is_in_sample_order(trace_few: Trace, trace_more: Trace, number: int) -> boo
     """
     if len(trace_few.values) != len(trace_more.values):
         return False
-    stack, visited = [number], {number}
+    stack, visited_values = [number], {number}
     while stack:
         number = stack.pop()
         value = trace_few.values[number]
@@ -396,8 +396,8 @@ def _is_in_sample_order(trace_few: Trace, trace_more: Trace, number: int) -> boo
             inputs = ()
         if not inputs or value.moves_first or value.shape[0] % _FEW:
             return False
-        stack += [i for i in inputs if i not in visited]
-        visited.update(inputs)
+        stack += [i for i in inputs if i not in visited_values]
+        visited_values.update(inputs)
     return True
 
 

@@ -136,13 +136,13 @@ class Residuals:
 
     def region(self, value: int, since: int) -> set[int]:
         """Return the values that `value` was computed from, back to `since`."""
-        visited, queue = {value}, [value]
+        visited_values, queue = {value}, [value]
         while queue:
             for number in self.values[queue.pop()].inputs:
-                if number >= since and number not in visited:
-                    visited.add(number)
+                if number >= since and number not in visited_values:
+                    visited_values.add(number)
                     queue.append(number)
-        return visited
+        return visited_values
 
     def comes_from(self, value: int, root: int) -> bool:
         """Return whether `value` was computed from `root`."""
@@ -184,15 +184,15 @@ class Residuals:
 
     def _producers(self, value: int, oldest: int, around: set[Call]) -> Iterator[Call]:
         """Yield the outermost calls that returned `value`, ignoring norms, dropout, scales, views and sums."""
-        visited: set[int] = set()
+        visited_values: set[int] = set()
 
         def back(value: int) -> Iterator[Call]:
-            if value <= oldest or value in visited:
+            if value <= oldest or value in visited_values:
                 return
-            visited.add(value)
+            visited_values.add(value)
             calls = [call for call in self.returned[value] if call not in around]
-            if found := [call for call in calls if not self.is_plain(call)]:
-                yield found[-1]
+            if producers := [call for call in calls if not self.is_plain(call)]:
+                yield producers[-1]
                 return
             if calls:  # continue with the input of a norm, dropout or scale
                 yield from back(next((v for v in calls[-1].arguments.values() if not self.values[v].is_weight), -1))
@@ -263,17 +263,19 @@ class _SublayerReader:
         by_layer: dict[str, list[Branch]] = defaultdict(list)  # traced layers only
         for path, branch in branches.items():
             by_layer[layers[path]].append(branch)
-        found: dict[str, list[Sublayer]] = defaultdict(list)
+        sublayers_by_layer: dict[str, list[Sublayer]] = defaultdict(list)
         for layer, layer_branches in by_layer.items():
             for branch, kind in zip(layer_branches, self._kinds(layer_branches), strict=True):
                 if kind is None:
                     continue
                 sublayer = self._sublayer(branch, kind, layer)
                 for path in dict.fromkeys(twins[branch.call.path]):
-                    found[layers[path]].append(_for_other_layer(sublayer, layer, layers[path]))
+                    sublayers_by_layer[layers[path]].append(_for_other_layer(sublayer, layer, layers[path]))
         order = [call.path for call in self.trace.calls]
-        indices = _layer_indices(sorted(found, key=order.index))
-        return tuple(replace(sublayer, layer=indices[layer]) for layer in indices for sublayer in found[layer])
+        indices = _layer_indices(sorted(sublayers_by_layer, key=order.index))
+        return tuple(
+            replace(sublayer, layer=indices[layer]) for layer in indices for sublayer in sublayers_by_layer[layer]
+        )
 
     def _branches_of_layers(self) -> dict[str, Branch]:
         """Return {path of a numbered module: its branches}; if a layer runs several times, of its first call."""
@@ -393,7 +395,7 @@ class _SublayerReader:
     def _linear_before(self, value: int, since: int) -> list[Call]:
         """Return the calls of the nearest linear layers that `value` was computed from, back to value `since`."""
         calls_by_path: dict[str, Call] = {}
-        visited, queue = {value}, [value]
+        visited_values, queue = {value}, [value]
         while queue:
             number = queue.pop()
             calls = [c for c in self.residuals.returned[number] if self._is_linear(c)]
@@ -401,8 +403,8 @@ class _SublayerReader:
                 calls_by_path.setdefault(calls[0].path, calls[0])
                 continue
             for source in self.values[number].inputs:
-                if source > since and source not in visited:
-                    visited.add(source)
+                if source > since and source not in visited_values:
+                    visited_values.add(source)
                     queue.append(source)
         return [calls_by_path[path] for path in sorted(calls_by_path)]
 

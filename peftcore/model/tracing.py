@@ -272,9 +272,9 @@ class _Tracer:
                 if key is not None:
                     self._seen[key] = path, (args, kwargs), output
             call.output_shapes = shapes_of(output)
-            first = first_of(output)  # `After` placements change the first tensor of an output
-            if isinstance(first, Tensor):
-                call.output = self._number(first)
+            first_tensor = first_of(output)  # `After` placements change the first tensor of an output
+            if isinstance(first_tensor, Tensor):
+                call.output = self._number(first_tensor)
             return output
 
         module.__dict__["forward"] = watched

@@ -153,16 +153,16 @@ def _copy(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
     if id(module) in memo:
         copy_made: nn.Module = memo[id(module)]
         return copy_made
-    copied = memo[id(module)] = type(module).__new__(type(module))
+    module_copy = memo[id(module)] = type(module).__new__(type(module))
     for name, value in module.__dict__.items():
         if not value and type(value) in (dict, OrderedDict, set):
-            copied.__dict__[name] = type(value)()
+            module_copy.__dict__[name] = type(value)()
         elif name == "_modules":
             children = {key: None if child is None else _copy(child, memo) for key, child in value.items()}
-            copied.__dict__[name] = children
+            module_copy.__dict__[name] = children
         else:
-            copied.__dict__[name] = copy.deepcopy(value, memo)
-    return copied
+            module_copy.__dict__[name] = copy.deepcopy(value, memo)
+    return module_copy
 
 
 def make_families() -> dict[str, Family]:

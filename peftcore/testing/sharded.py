@@ -95,23 +95,23 @@ def _work(folder: str, config: Any, family: str, adapters: Shards) -> None:
     case = Case(config, family_of(family))
     inputs = case.inputs(rows=2 * COUNT)
     batch_of_rank = {name: value.chunk(COUNT)[ranks.rank()] for name, value in inputs.items()}
-    alone, spread = case.model().train(), case.model().train()
-    peftcore.shard(spread, adapter_placement=adapters)
-    for model, batch in ((alone, inputs), (spread, batch_of_rank)):
+    single_model, sharded_model = case.model().train(), case.model().train()
+    peftcore.shard(sharded_model, adapter_placement=adapters)
+    for model, batch in ((single_model, inputs), (sharded_model, batch_of_rank)):
         (loss_of(model, batch) + peftcore.extra_loss(model)).backward()
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1, foreach=False)
         optimizer.step()
         peftcore.after_step(model, 1, 2, optimizer=optimizer)
-    wanted = dict(adapter_parameters(alone, "default"))
-    sharded.reshard(spread)
-    for name, parameter in adapter_parameters(spread, "default"):
+    wanted = dict(adapter_parameters(single_model, "default"))
+    sharded.reshard(sharded_model)
+    for name, parameter in adapter_parameters(sharded_model, "default"):
         limit = 1e-4 * wanted[name].abs().max().item() + 1e-6
         same(sharded.whole(parameter), wanted[name], f"'{name}' after a step", limit)
-    peftcore.save(spread, Path(folder, "adapter"))
+    peftcore.save(sharded_model, Path(folder, "adapter"))
     distributed.barrier()
     loaded = peftcore.load(case.base(), Path(folder, "adapter"))
     actual = logits(loaded, inputs)
-    expected = logits(alone.eval(), inputs)
+    expected = logits(single_model.eval(), inputs)
     same(actual, expected, "output of the saved adapter", 1e-3 * expected.abs().max().item())
 
 

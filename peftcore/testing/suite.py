@@ -115,15 +115,15 @@ def check_method(
     chosen_families = [family_of(family) for family in families]
     _refuse_unknown_names(excuses.reasons, checks or (), chosen_families)
     results: list[Result] = []
-    first: Case | None = None
+    first_case: Case | None = None
     for family in chosen_families:
-        case = Case(config, family, compile_backend, first, batches)
+        case = Case(config, family, compile_backend, first_case, batches)
         of_family = _check_family(case, checks, excuses)
         results += of_family
-        if first is None and of_family[0].passed:
-            first = case
+        if first_case is None and of_family[0].passed:
+            first_case = case
     results += excuses.unneeded(results)
-    if first is None and not any(result.error for result in results):
+    if first_case is None and not any(result.error for result in results):
         results.append(Result(APPLIES, error="the method cannot be applied to any of the families"))
     report = Report(registry.method_of_config(config).name, tuple(results))
     print(report)
@@ -134,13 +134,13 @@ def check_method(
 
 def _refuse_unknown_names(excused: Iterable[str], checks: Iterable[str], families: Sequence[Family]) -> None:
     """Raise a PeftcoreError if `checks` contains an unknown name, or an excuse names no check or family."""
-    known = [*CHECKS, *(family.name for family in families)]
+    known_names = [*CHECKS, *(family.name for family in families)]
     for family in families:
-        known += [f"{family.name}: {name}" for name in CHECKS]
-    unknown = [name for name in excused if name not in known] + [name for name in checks if name not in CHECKS]
+        known_names += [f"{family.name}: {name}" for name in CHECKS]
+    unknown = [name for name in excused if name not in known_names] + [name for name in checks if name not in CHECKS]
     if unknown:
         raise peftcore.PeftcoreError(
-            f"'{unknown[0]}' is not a check{nearest(unknown[0], known)}. The checks are: {', '.join(CHECKS)}"
+            f"'{unknown[0]}' is not a check{nearest(unknown[0], known_names)}. The checks are: {', '.join(CHECKS)}"
         )
 
 
@@ -149,10 +149,10 @@ def _check_family(case: Case, checks: Collection[str] | None, excuses: _Excuses)
     applies = _applies(case, excuses)
     if not applies.passed:
         return [applies]
-    chosen = [check for check in CHECKS.values() if checks is None or check.name in checks]
+    family_checks = [check for check in CHECKS.values() if checks is None or check.name in checks]
     if case.first is not None:
-        chosen = [check for check in chosen if check.essential]
-    return [applies, *(_run(check, case, excuses) for check in chosen)]
+        family_checks = [check for check in family_checks if check.essential]
+    return [applies, *(_run(check, case, excuses) for check in family_checks)]
 
 
 class _Excuses:
@@ -221,5 +221,5 @@ def _run(check: Check, case: Case, excuses: _Excuses) -> Result:
 
 def _where(error: Exception) -> str:
     raised = error.__cause__ if isinstance(error, peftcore.PluginError) and error.__cause__ is not None else error
-    where = traceback.extract_tb(raised.__traceback__)[-1]
-    return f"{type(error).__name__}: {error!s:.600} ({where.name}, line {where.lineno})"
+    frame = traceback.extract_tb(raised.__traceback__)[-1]
+    return f"{type(error).__name__}: {error!s:.600} ({frame.name}, line {frame.lineno})"

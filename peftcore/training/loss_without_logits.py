@@ -252,32 +252,34 @@ def _keep(head: nn.Module, args: tuple[Any, ...]) -> tuple[Tensor] | None:
     call = _CALL.get()
     if call is None or call.head is not head or len(args) != 1 or _is_watched(head):
         return None
-    (hidden,) = args
-    operands = _operands(head, hidden)
+    (hidden_states,) = args
+    operands = _operands(head, hidden_states)
     if operands is None:
         return None
     if call.hidden is not None:
         raise PeftcoreError(
             "the head was called twice for one loss. Call peftcore.loss_without_logits(model, enabled=False)"
         )
-    call.hidden, call.operands = hidden, operands
-    return (hidden[..., :0, :],)
+    call.hidden, call.operands = hidden_states, operands
+    return (hidden_states[..., :0, :],)
 
 
-def _operands(head: Any, hidden: Tensor) -> tuple[Tensor | PackedWeight, Tensor | None] | None:
+def _operands(head: Any, hidden_states: Tensor) -> tuple[Tensor | PackedWeight, Tensor | None] | None:
     """Return the head's (weight, bias); None if the head computes more than a linear layer."""
     if is_active(head) or has_forward_of_instance(head):
         return None
     if original_class(head).forward is nn.Linear.forward:
         return head.weight, head.bias
-    operands: tuple[PackedWeight, Tensor | None] | None = head.linear_operands(hidden)
+    operands: tuple[PackedWeight, Tensor | None] | None = head.linear_operands(hidden_states)
     return operands
 
 
 def _is_watched(head: nn.Module) -> bool:
     """Return whether other hooks read the head's input, its output or their gradients."""
-    others = [hook for hook in head._forward_pre_hooks.values() if hook is not _keep and type(hook) is not _Enlarged]
-    return bool(others or head._forward_hooks or head._backward_hooks or head._backward_pre_hooks)
+    other_hooks = [
+        hook for hook in head._forward_pre_hooks.values() if hook is not _keep and type(hook) is not _Enlarged
+    ]
+    return bool(other_hooks or head._forward_hooks or head._backward_hooks or head._backward_pre_hooks)
 
 
 def _loss(
@@ -296,13 +298,13 @@ def _loss(
             logits, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels, **kwargs
         )
         return loss_of_logits
-    hidden, (weight, bias) = call.hidden, call.operands
+    hidden_states, (weight, bias) = call.hidden, call.operands
     if shift_labels is None:
         shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]  # type: ignore[arg-type]
     loss = ops.linear_cross_entropy(
-        hidden,
+        hidden_states,
         weight,
-        shift_labels.to(hidden.device),
+        shift_labels.to(hidden_states.device),
         bias=bias,
         ignore_index=ignore_index,
         logit_scale=call.factor,
@@ -348,8 +350,8 @@ class _Enlarged:
 
     def __call__(self, head: nn.Module, args: tuple[Any, ...]) -> tuple[Tensor]:
         with torch.no_grad():
-            hidden = args[0] * self.factor
-        self.hidden = hidden.requires_grad_()
+            hidden_states = args[0] * self.factor
+        self.hidden = hidden_states.requires_grad_()
         return (self.hidden,)
 
 

@@ -315,8 +315,8 @@ def active_names(module: nn.Module) -> tuple[str, ...] | None:
     """Return the adapters of an adapted module that are active in each call, or None if that depends on the call."""
     names: tuple[str, ...] | None = module.__dict__[_ACTIVE]
     lock: ModelLock = module.__dict__[LOCK]
-    alone = names is not None and not any(adapters_at(module).branches.get(name) for name in names)
-    return names if alone and not lock.choosing and lock.context is None else None
+    has_no_combiners = names is not None and not any(adapters_at(module).branches.get(name) for name in names)
+    return names if has_no_combiners and not lock.choosing and lock.context is None else None
 
 
 def is_adapted(module: nn.Module) -> bool:

@@ -183,8 +183,8 @@ def _enclosing_class(cls: type[nn.Module]) -> type[nn.Module]:
 
     def prepare_inputs_for_generation(self: Any, *args: Any, **kwargs: Any) -> Any:
         context = self._peftcore_lock.context
-        own = {} if context is None else context.own(self._peftcore_arguments, kwargs)
-        return {**super(enclosing, self).prepare_inputs_for_generation(*args, **kwargs), **own}
+        adapter_arguments = {} if context is None else context.own(self._peftcore_arguments, kwargs)
+        return {**super(enclosing, self).prepare_inputs_for_generation(*args, **kwargs), **adapter_arguments}
 
     def _validate_model_kwargs(self: Any, model_kwargs: dict[str, Any]) -> None:
         context = self._peftcore_lock.context
@@ -195,7 +195,7 @@ def _enclosing_class(cls: type[nn.Module]) -> type[nn.Module]:
     def resize_token_embeddings(self: Any, *args: Any, **kwargs: Any) -> Any:
         if LOCK in self.__dict__:
             modules = [self.get_input_embeddings(), self.get_output_embeddings()]
-            vocabulary_resizes.announce(self, [each for each in modules if _resizes(each, *args, **kwargs)])
+            vocabulary_resizes.announce(self, [module for module in modules if _resizes(module, *args, **kwargs)])
         return super(enclosing, self).resize_token_embeddings(*args, **kwargs)
 
     def _replicate_for_data_parallel(self: Any) -> nn.Module:

@@ -108,7 +108,7 @@ class OwnForward(ChainLink):
         if not self._changes:
             return weights.read(self.module), weights.read_bias(self.module)
         copy: Any = _changed(self.module, self._changes, weights)
-        is_dense = weights.decode is not None and any("weight" in each for each in self._changes)
+        is_dense = weights.decode is not None and any("weight" in changes_by_name for changes_by_name in self._changes)
         return copy.weight if is_dense else weights.read(copy), weights.read_bias(copy)
 
 
@@ -159,9 +159,9 @@ class Branched(ChainLink):
         return self._base is self.own
 
     def on_weights(self, changes: Mapping[str, Change]) -> Branched:
-        own, base = self.own.on_weights(changes), self._base.on_weights(changes)
+        original, base = self.own.on_weights(changes), self._base.on_weights(changes)
         branches = {name: link.on_weights(changes) for name, link in self._branches.items()}
-        return Branched(own if self.is_own else base, own, branches)
+        return Branched(original if self.is_own else base, original, branches)
 
     def linear_operands(self, x: Tensor) -> Any:
         return self._base.linear_operands(x)
@@ -217,12 +217,12 @@ def _changed(
     parameters: dict[str, Any] = dict(module._parameters)  # a changed weight need not be a parameter
     modules: dict[str, Any] = dict(module._modules)
     copy.__dict__.update(module.__dict__, _parameters=parameters, _modules=modules)
-    for name in dict.fromkeys(name for each in changes for name in each):
+    for name in dict.fromkeys(name for changes_by_name in changes for name in changes_by_name):
         stored_format = weights if name == "weight" and weights is not None else quantized_format(module, name)
         if stored_format is not None and stored_format.decode is not None:
             parameters[name] = stored_format.read(module)  # the module also accepts a dense weight
-    for each in changes:
-        for name, change in each.items():
+    for changes_by_name in changes:
+        for name, change in changes_by_name.items():
             child, _, inner_name = name.partition(".")
             if not inner_name:
                 parameters[name] = _applied(change, parameters[name], name)

@@ -84,7 +84,7 @@ def restore_class(module: nn.Module, marker: str) -> None:
         if marker in cls.__dict__:
             return cls.__dict__[marker]
         bases = tuple(without(base) if hasattr(base, marker) else base for base in cls.__bases__)
-        own = {name: value for name, value in cls.__dict__.items() if name not in ("__dict__", "__weakref__")}
-        return type(cls)(cls.__name__, bases, own)
+        attributes = {name: value for name, value in cls.__dict__.items() if name not in ("__dict__", "__weakref__")}
+        return type(cls)(cls.__name__, bases, attributes)
 
     module.__class__ = without(type(module))

@@ -170,11 +170,11 @@ class ModelLock:
         return None
 
     @contextmanager
-    def changing(self, what: str, *, base: bool = False) -> Iterator[None]:
+    def changing(self, action: str, *, base: bool = False) -> Iterator[None]:
         """Prevent other threads from calling or changing the model in the block.
 
         Args:
-            what: name of the change for error messages, such as `merge`.
+            action: name of the change for error messages, such as `merge`.
             base: the change affects base tensors, so also wait for the `disabled` blocks of other threads.
         """
         thread = get_ident()
@@ -182,10 +182,10 @@ class ModelLock:
             yield
             return
         if self.is_disabled():
-            raise PeftcoreError(f"cannot {what} inside peftcore.disabled(model). Leave the block first")
+            raise PeftcoreError(f"cannot {action} inside peftcore.disabled(model). Leave the block first")
         turn = object()
         try:
-            self._acquire(what, base, turn)
+            self._acquire(action, base, turn)
             yield
         finally:
             self._release(turn)
@@ -207,8 +207,8 @@ class ModelLock:
     def close_block(self, block: Block) -> None:
         """Leave a `disabled` block, from any context."""
         block.open = False
-        _BLOCKS.set(tuple(other for other in _BLOCKS.get() if other is not block))
-        _THREAD.blocks = tuple(other for other in getattr(_THREAD, "blocks", ()) if other is not block)
+        _BLOCKS.set(tuple(open_block for open_block in _BLOCKS.get() if open_block is not block))
+        _THREAD.blocks = tuple(open_block for open_block in getattr(_THREAD, "blocks", ()) if open_block is not block)
         if get_ident() in self.calls:
             self.calls[get_ident()] = self.is_disabled()
         with self._condition:
@@ -250,7 +250,7 @@ class ModelLock:
         if get_ident() in self.calls:
             self.calls[get_ident()] = True
 
-    def _acquire(self, what: str, base: bool, turn: object) -> None:
+    def _acquire(self, action: str, base: bool, turn: object) -> None:
         """Wait until only this thread may call and change the model.
 
         `turn` is a `Block` or another new object. Call `_release` with it afterwards, even if this raises.
@@ -259,7 +259,7 @@ class ModelLock:
         in_call = thread in self.calls
 
         def others() -> bool:
-            return any(other != thread for other in list(self.calls)) or (
+            return any(other_thread != thread for other_thread in list(self.calls)) or (
                 base and any(block.open for block in list(self._blocks))
             )
 
@@ -267,16 +267,16 @@ class ModelLock:
             # Other changes may be waiting for the call that this thread is in.
             if in_call and (self._changer is not None or others()):
                 raise PeftcoreError(
-                    f"cannot {what} inside a call of the model while another thread calls or changes it. {_ALONE}"
+                    f"cannot {action} inside a call of the model while another thread calls or changes it. {_ALONE}"
                 )
-            self._refuse_own_hold(what)
+            self._refuse_own_hold(action)
             # A queue keeps the order, since a thread that has just finished may return before others wake up.
             self._queue.append(turn)
-            self._wait(lambda: self._changer is None and self._queue[0] is turn, what)
+            self._wait(lambda: self._changer is None and self._queue[0] is turn, action)
             self._changer, self._turn = thread, turn
             self._queue.remove(turn)
             self._condition.notify_all()
-            self._wait(lambda: not others(), what)
+            self._wait(lambda: not others(), action)
             self._alone, self._held = True, turn if isinstance(turn, Block) else None
 
     def _release(self, turn: object) -> None:
@@ -310,24 +310,24 @@ class ModelLock:
             finally:
                 self.calls[thread] = False
 
-    def _refuse_own_hold(self, what: str) -> None:
+    def _refuse_own_hold(self, action: str) -> None:
         """Raise a PeftcoreError if another asyncio task or generator of this thread holds the model.
 
         Waiting would deadlock.
         """
         if self._held is not None and self._changer == get_ident():
             raise PeftcoreError(
-                f"cannot {what}: another task of this thread is inside peftcore.disabled(model), which has replaced "
+                f"cannot {action}: another task of this thread is inside peftcore.disabled(model), which has replaced "
                 "the base parameters that adapters train. Leave the block first"
             )
 
-    def _wait(self, ready: Callable[[], bool], what: str) -> None:
+    def _wait(self, ready: Callable[[], bool], action: str) -> None:
         """Wait until `ready()` is true; the caller holds the condition."""
         end = time.monotonic() + PATIENCE
         while not ready():
             if not self._condition.wait(end - time.monotonic()) and not ready():
                 raise PeftcoreError(
-                    f"cannot {what}: another thread has been calling, changing or disabling the model for "
+                    f"cannot {action}: another thread has been calling, changing or disabling the model for "
                     f"{PATIENCE:g} s. {_ALONE}"
                 )
 

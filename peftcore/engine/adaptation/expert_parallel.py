@@ -110,7 +110,7 @@ class ExpertsForward(OwnForward):
                 "train, not the weights of the experts. Freeze the weights, or load the model without ep_size"
             )
         batches = ranks.count() // plan["implementation"].tp_mesh.size()
-        local = {name: [_local(each, batches) for each in own] for name, own in changes_by_name.items()}
+        local = {name: [_local(change, batches) for change in changes] for name, changes in changes_by_name.items()}
 
         def forward(*inputs: Any, **named: Any) -> Tensor:
             return experts_forward(module, *inputs, changes=local, around=with_changes, **named)
@@ -167,7 +167,7 @@ def _called(plan: Mapping[str, Any], forward: Callable[..., Tensor]) -> Callable
 
     def call(hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         hidden_states, top_k_weights = (
-            each.to_local() if sharded.is_dtensor(each) else each for each in (hidden_states, top_k_weights)
+            tensor.to_local() if sharded.is_dtensor(tensor) else tensor for tensor in (hidden_states, top_k_weights)
         )
         with style.context_around_forward(plan["module"], plan["ep_mesh"]):
             output: Tensor = implementation(hidden_states, top_k_index, top_k_weights)

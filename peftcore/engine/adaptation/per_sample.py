@@ -106,20 +106,22 @@ class PerSample:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         frame = current_frame()
         call = None if frame is None else frame.call
-        chosen = self._chosen(call)
-        if not chosen.names:
+        sample_adapters = self._chosen(call)
+        if not sample_adapters.names:
             return self._base(*args, **kwargs)
-        first_tensor, rows = self._rows(len(chosen.samples), call, args, kwargs)
-        if chosen.together is not None and all(self._links.get(name, Link).calls_adapter for name in chosen.names):
-            output = self._together(chosen, rows.first, first_tensor, *args, **kwargs)
+        first_tensor, rows = self._rows(len(sample_adapters.samples), call, args, kwargs)
+        if sample_adapters.together is not None and all(
+            self._links.get(name, Link).calls_adapter for name in sample_adapters.names
+        ):
+            output = self._together(sample_adapters, rows.first, first_tensor, *args, **kwargs)
             if output is not NotImplemented:
                 return output
-        if all(self._links.get(name, Link).follows for name in chosen.names):
-            return self._after(chosen, rows, frame, *args, **kwargs)
-        parts, groups = [], chosen.groups(first_tensor.device)
-        count = len(chosen.samples)
+        if all(self._links.get(name, Link).follows for name in sample_adapters.names):
+            return self._after(sample_adapters, rows, frame, *args, **kwargs)
+        parts, groups = [], sample_adapters.groups(first_tensor.device)
+        count = len(sample_adapters.samples)
         for number, group in groups:
-            run = self._base if number < 0 else self._link(chosen.names[number])
+            run = self._base if number < 0 else self._link(sample_adapters.names[number])
             if len(group) == count:
                 return run(*args, **kwargs)
             own_args, own_kwargs = self._taken(rows, first_tensor, group, count, args, kwargs)
@@ -137,10 +139,10 @@ class PerSample:
             samples = tuple(samples[i] for i in sample_numbers)
         if is_dynamo_compiling():
             return Chosen(self._adapters, samples)
-        chosen: Chosen | None = activation.cache.get((self.module, sample_numbers))
-        if chosen is None:
-            chosen = activation.cache[self.module, sample_numbers] = Chosen(self._adapters, samples)
-        return chosen
+        sample_adapters: Chosen | None = activation.cache.get((self.module, sample_numbers))
+        if sample_adapters is None:
+            sample_adapters = activation.cache[self.module, sample_numbers] = Chosen(self._adapters, samples)
+        return sample_adapters
 
     def _rows(
         self, samples: int, call: Call | None, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -171,39 +173,47 @@ class PerSample:
         return first_tensor, rows
 
     def _taken(
-        self, rows: Rows, first: Tensor, samples: Group, count: int, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        rows: Rows,
+        first_tensor: Tensor,
+        samples: Group,
+        count: int,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
     ) -> tuple[list[Any], dict[str, Any]]:
         """Return the arguments restricted to some of the samples."""
         names: tuple[str, ...] = type(self.module)._peftcore_arguments
 
         def part(name: str, value: Any) -> Any:
-            where = rows.first if value is first else rows.arguments.get(name, UNKNOWN)
+            where = rows.first if value is first_tensor else rows.arguments.get(name, UNKNOWN)
             return slice_samples(value, where, samples.index, count)
 
-        named = [part(names[i] if i < len(names) else "", value) for i, value in enumerate(args)]
-        return named, {name: part(name, value) for name, value in kwargs.items()}
+        sliced_args = [part(names[i] if i < len(names) else "", value) for i, value in enumerate(args)]
+        return sliced_args, {name: part(name, value) for name, value in kwargs.items()}
 
-    def _together(self, chosen: Chosen, where: Samples, first: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def _together(
+        self, sample_adapters: Chosen, placement: Samples, first_tensor: Tensor, *args: Any, **kwargs: Any
+    ) -> Any:
         """Run all adapters in one pass by their class's `per_sample`; return NotImplemented if that is not possible."""
-        together, index = cast(Callable[..., Any], chosen.together), chosen.index(first.device)
-        entries_per_sample = first.shape[where.dim] // len(chosen.samples)
+        together, index = cast(Callable[..., Any], sample_adapters.together), sample_adapters.index(first_tensor.device)
+        entries_per_sample = first_tensor.shape[placement.dim] // len(sample_adapters.samples)
         index = index if entries_per_sample == 1 else index.repeat_interleave(entries_per_sample)
-        if where.dim == 0:
-            return together(chosen.adapters, index, self._base, *args, **kwargs)
-        if not args or args[0] is not first or len(args) > 1 or kwargs:
+        if placement.dim == 0:
+            return together(sample_adapters.adapters, index, self._base, *args, **kwargs)
+        if not args or args[0] is not first_tensor or len(args) > 1 or kwargs:
             return NotImplemented
-        output = together(chosen.adapters, index, self._base, first.transpose(0, where.dim))
-        return output if output is NotImplemented else output.transpose(0, where.dim).contiguous()
+        output = together(sample_adapters.adapters, index, self._base, first_tensor.transpose(0, placement.dim))
+        return output if output is NotImplemented else output.transpose(0, placement.dim).contiguous()
 
-    def _after(self, chosen: Chosen, rows: Rows, frame: Frame | None, *args: Any, **kwargs: Any) -> Any:
+    def _after(self, sample_adapters: Chosen, rows: Rows, frame: Frame | None, *args: Any, **kwargs: Any) -> Any:
         """Run adapters that all follow the module: the module runs once on the whole batch."""
         output = self._base(*args, **kwargs)
-        first_output, location, count = first_of(output), first_placement(rows.output), len(chosen.samples)
-        parts, groups = [], chosen.groups(first_output.device)
+        first_output, location, count = first_of(output), first_placement(rows.output), len(sample_adapters.samples)
+        parts, groups = [], sample_adapters.groups(first_output.device)
         for number, group in groups:
             y = slice_samples(first_output, location, group.index, count)
             with as_if_called(frame, _narrowed(frame, group, count)):
-                parts.append(y if number < 0 else chosen.adapters[number](y))
+                parts.append(y if number < 0 else sample_adapters.adapters[number](y))
         order = torch.cat([group.index for _, group in groups]).argsort()
         return with_first(output, join_samples(parts, location, [len(group) for _, group in groups], order))
 

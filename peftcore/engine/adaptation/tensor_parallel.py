@@ -110,11 +110,11 @@ class Division:
         terms = DTensor.from_local(term, self.mesh, [Partial()], run_check=False)
         return terms.redistribute(placements=[Replicate()]).to_local()
 
-    def shared(self, whole: Tensor) -> Tensor:
-        """Return the replicated tensor `whole`; the backward pass sums its gradients over the ranks."""
+    def shared(self, tensor: Tensor) -> Tensor:
+        """Return the replicated `tensor`; the backward pass sums its gradients over the ranks."""
         from torch.distributed.tensor import DTensor, Partial, Replicate
 
-        replicated = DTensor.from_local(whole, self.mesh, [Replicate()], run_check=False)
+        replicated = DTensor.from_local(tensor, self.mesh, [Replicate()], run_check=False)
         return replicated.to_local(grad_placements=[Partial()])
 
 

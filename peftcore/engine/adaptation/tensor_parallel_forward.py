@@ -89,7 +89,8 @@ class WholeForward(OwnForward):
         module = self.module
         copy: nn.Module = object.__new__(type(module))
         parameters: dict[str, Any] = {
-            name: None if each is None else _whole(sharded.original(each)) for name, each in module._parameters.items()
+            name: None if parameter is None else _whole(sharded.original(parameter))
+            for name, parameter in module._parameters.items()
         }
         copy.__dict__.update(module.__dict__, _parameters=parameters)
         if hasattr(module, "weight_shard"):
@@ -162,19 +163,19 @@ def follow_trained(modules: Iterable[nn.Module]) -> None:
     """Make the forward of sharded layers read an adapter's full parameters while these replace the base's shards."""
     for module in modules:
         slot = _slot(module)
-        planned = module.__dict__.get(slot)
-        if isinstance(planned, TrainedForward) or plan_of(module) is None:
+        plan_forward = module.__dict__.get(slot)
+        if isinstance(plan_forward, TrainedForward) or plan_of(module) is None:
             continue
         if division_of(module) is not None or mesh_of_norm(module) is not None:
-            module.__dict__[slot] = TrainedForward(module, planned)
+            module.__dict__[slot] = TrainedForward(module, plan_forward)
 
 
 def unfollow_trained(modules: Iterable[nn.Module]) -> None:
     """Undo `follow_trained`."""
     for module in modules:
-        planned = module.__dict__.get(_slot(module))
-        if isinstance(planned, TrainedForward):
-            module.__dict__[_slot(module)] = planned.planned
+        plan_forward = module.__dict__.get(_slot(module))
+        if isinstance(plan_forward, TrainedForward):
+            module.__dict__[_slot(module)] = plan_forward.planned
 
 
 class TrainedForward:
@@ -188,9 +189,9 @@ class TrainedForward:
     def __init__(self, module: nn.Module, planned: Any) -> None:
         self.module, self.planned, self._checked = module, planned, False
         self.placements = {
-            name: sharded.original(each).placements  # type: ignore[attr-defined]
-            for name, each in module._parameters.items()
-            if each is not None and _is_dtensor(each)
+            name: sharded.original(parameter).placements  # type: ignore[attr-defined]
+            for name, parameter in module._parameters.items()
+            if parameter is not None and _is_dtensor(parameter)
         }
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -198,7 +199,9 @@ class TrainedForward:
         trained_names = [name for name in self.placements if not _is_dtensor(module._parameters[name])]
         if mesh is not None:
             trained_names = [
-                name for name, each in module._parameters.items() if each is not None and each.requires_grad
+                name
+                for name, parameter in module._parameters.items()
+                if parameter is not None and parameter.requires_grad
             ]
         if not trained_names:
             return self.planned(*args, **kwargs)

@@ -225,9 +225,9 @@ def _method_of_products(model: nn.Module, names: Sequence[str]) -> tuple[Method,
         method = registry.method(entry.method)
         if method.low_rank is not None:
             return method, entry.config
-    first = entries[0].method
+    first_method = entries[0].method
     raise PeftcoreError(
-        f"cannot combine these adapters: the sum of {first} adapters is not a {first} adapter. "
+        f"cannot combine these adapters: the sum of {first_method} adapters is not a {first_method} adapter. "
         + low_rank.conversion_hint(f"peftcore.convert(model, '{names[0]}', method=...)")
     )
 
@@ -251,9 +251,9 @@ def _product(
             product = nearest_to_product(torch.cat(b, 1), torch.cat(scaled_a), r).product
         else:
             product = nearest_to_matrix(pruned_sum([dense(f) for f in factors], weights, pruning), r).product
-        left, right = product.b, product.a
+        b_factor, a_factor = product.b, product.a
     elif how == "cat":
-        left, right = torch.cat(b, 1), torch.cat(scaled_a)
+        b_factor, a_factor = torch.cat(b, 1), torch.cat(scaled_a)
     else:
         ranks_found = sorted({t.shape[0] for t in a})
         if len(ranks_found) > 1:
@@ -265,11 +265,11 @@ def _product(
         with_sign = [math.copysign(math.sqrt(abs(c)), c) for c in coefficients]
         roots = [abs(c) for c in with_sign]
         if pruning is None:
-            right, left = weighted_sum(a, with_sign), weighted_sum(b, roots)
+            a_factor, b_factor = weighted_sum(a, with_sign), weighted_sum(b, roots)
         else:
-            right, left = pruned_sum(a, with_sign, pruning), pruned_sum(b, roots, pruning)
-    rank = right.shape[0]
-    return left.reshape(-1, rank, *template.b.shape[2:]), right.reshape(rank, *template.a.shape[1:])
+            a_factor, b_factor = pruned_sum(a, with_sign, pruning), pruned_sum(b, roots, pruning)
+    rank = a_factor.shape[0]
+    return b_factor.reshape(-1, rank, *template.b.shape[2:]), a_factor.reshape(rank, *template.a.shape[1:])
 
 
 def _combine_tensors(model: nn.Module, names: list[str], weights: list[float], adapter: str) -> None:
@@ -277,14 +277,18 @@ def _combine_tensors(model: nn.Module, names: list[str], weights: list[float], a
     parts = [_linear_parts(model, each) for each in names]
     first_modules = dict(engine.adapter_modules(model, names[0]))
     constants = _constants(model, names[0])
-    for other, entry, other_parts in zip(names[1:], entries[1:], parts[1:], strict=True):
+    for other_name, entry, other_parts in zip(names[1:], entries[1:], parts[1:], strict=True):
         reason = "other methods, adapted modules, or shapes of tensors"
         if entry.method == entries[0].method and _shapes(other_parts) == _shapes(parts[0]):
-            differences = (difference(first_modules[path], each) for path, each in engine.adapter_modules(model, other))
-            reason = next(filter(None, differences), "") or _different_constant(_constants(model, other), constants)
+            differences = (
+                difference(first_modules[path], each) for path, each in engine.adapter_modules(model, other_name)
+            )
+            reason = next(filter(None, differences), "") or _different_constant(
+                _constants(model, other_name), constants
+            )
         if reason:
             raise PeftcoreError(
-                f"cannot combine '{names[0]}' ({entries[0].method}) and '{other}' ({entry.method}), since they "
+                f"cannot combine '{names[0]}' ({entries[0].method}) and '{other_name}' ({entry.method}), since they "
                 f"differ: {reason}"
             )
     sums: dict[tuple[str, str], Tensor] = {}

@@ -34,8 +34,8 @@ def difference(one: nn.Module, other: nn.Module, *, numbers: bool = True) -> str
     )
 
 
-def _different_attribute(one: nn.Module, other: nn.Module, *, numbers: bool) -> str | None:
-    attributes, other_attributes = _attributes(one), _attributes(other)
+def _different_attribute(adapter: nn.Module, other_adapter: nn.Module, *, numbers: bool) -> str | None:
+    attributes, other_attributes = _attributes(adapter), _attributes(other_adapter)
     for name in dict.fromkeys([*attributes, *other_attributes]):
         value, other_value = attributes.get(name), other_attributes.get(name)
         if _equal(value, other_value) or (not numbers and _is_number(value) and _is_number(other_value)):
@@ -44,23 +44,23 @@ def _different_attribute(one: nn.Module, other: nn.Module, *, numbers: bool) -> 
     return None
 
 
-def _different_tensors(one: nn.Module, other: nn.Module) -> str | None:
+def _different_tensors(adapter: nn.Module, other_adapter: nn.Module) -> str | None:
     """Describe a difference in the names of tensors or in the values of non-persistent buffers."""
     for kind in ("_parameters", "_buffers"):
-        names = {name for name, tensor in vars(one)[kind].items() if tensor is not None}
-        other_names = {name for name, tensor in vars(other)[kind].items() if tensor is not None}
+        names = {name for name, tensor in vars(adapter)[kind].items() if tensor is not None}
+        other_names = {name for name, tensor in vars(other_adapter)[kind].items() if tensor is not None}
         if names != other_names:
             return f"tensors {sorted(other_names)} instead of {sorted(names)}"
-    for name in one._non_persistent_buffers_set:
-        if not _equal_values(one._buffers[name], other._buffers[name]):
+    for name in adapter._non_persistent_buffers_set:
+        if not _equal_values(adapter._buffers[name], other_adapter._buffers[name]):
             return f"other values of the non-persistent buffer '{name}'"
     return None
 
 
-def _different_child(one: nn.Module, other: nn.Module, *, numbers: bool) -> str | None:
-    if one._modules.keys() != other._modules.keys():
-        return f"submodules {sorted(other._modules)} instead of {sorted(one._modules)}"
-    for name, child in one._modules.items():
+def _different_child(adapter: nn.Module, other: nn.Module, *, numbers: bool) -> str | None:
+    if adapter._modules.keys() != other._modules.keys():
+        return f"submodules {sorted(other._modules)} instead of {sorted(adapter._modules)}"
+    for name, child in adapter._modules.items():
         other_child = other._modules[name]
         description = None if child is None or other_child is None else difference(child, other_child, numbers=numbers)
         if description:
@@ -70,13 +70,13 @@ def _different_child(one: nn.Module, other: nn.Module, *, numbers: bool) -> str 
 
 def has_nonpersistent_buffers(module: nn.Module) -> bool:
     """Return whether the adapter has non-persistent buffers."""
-    return any(each._non_persistent_buffers_set for each in module.modules())
+    return any(submodule._non_persistent_buffers_set for submodule in module.modules())
 
 
-def _equal_values(one: Tensor | None, other: Tensor | None) -> bool:
-    if one is None or other is None:
-        return one is other
-    return one.shape == other.shape and torch.equal(one.cpu(), other.to("cpu", one.dtype))
+def _equal_values(tensor: Tensor | None, other_tensor: Tensor | None) -> bool:
+    if tensor is None or other_tensor is None:
+        return tensor is other_tensor
+    return tensor.shape == other_tensor.shape and torch.equal(tensor.cpu(), other_tensor.to("cpu", tensor.dtype))
 
 
 def _attributes(module: nn.Module) -> dict[str, Any]:
@@ -87,8 +87,8 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def _equal(one: Any, other: Any) -> bool:
+def _equal(value: Any, other_value: Any) -> bool:
     try:
-        return one is other or bool(one == other)
+        return value is other_value or bool(value == other_value)
     except (RuntimeError, ValueError, TypeError):  # tensors and other values that compare elementwise
         return False

@@ -177,7 +177,7 @@ def _of_parameters(copies: MergedCopies, names: Sequence[str], refuse: Refusal) 
     return {name: (getattr(copies.merged, name) - getattr(copies.base, name)).float() for name in names}
 
 
-def _refuse_more(copies: MergedCopies, known: Set[str], refuse: Refusal) -> None:
-    other_names = copies.changed.keys() - known
+def _refuse_more(copies: MergedCopies, allowed_names: Set[str], refuse: Refusal) -> None:
+    other_names = copies.changed.keys() - allowed_names
     if other_names:
         raise refuse(f"includes '{min(other_names)}', which is not a weight of the layer")

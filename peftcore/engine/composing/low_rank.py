@@ -74,8 +74,8 @@ def _truncate(u: Tensor, s: Tensor, v: Tensor, r: int | None) -> Approximation:
         r = int(torch.searchsorted(energy, ENOUGH**2 * energy[-1]).item()) + 1
     r = min(r, len(s))
     root = s[:r].sqrt()
-    kept = (energy[r - 1] / energy[-1]).sqrt().item() if energy[-1] else 1.0
-    return Approximation(LowRank(root[:, None] * v[:r], u[:, :r] * root), kept)
+    kept_fraction = (energy[r - 1] / energy[-1]).sqrt().item() if energy[-1] else 1.0
+    return Approximation(LowRank(root[:, None] * v[:r], u[:, :r] * root), kept_fraction)
 
 
 class Site(NamedTuple):

@@ -272,13 +272,13 @@ def unmerge(model: Model) -> Model:
     try:
         state.merged = None
         for name, tensor in record.aside.items():
-            now = current[name]
-            is_cast = now.dtype is not record.written[name][1] and tensor.is_floating_point()
-            devices[name] = home, _ = tensor.device, now.device
-            tensor.data = tensor.data.to(now.device, now.dtype if is_cast else tensor.dtype)
+            current_tensor = current[name]
+            is_cast = current_tensor.dtype is not record.written[name][1] and tensor.is_floating_point()
+            devices[name] = home, _ = tensor.device, current_tensor.device
+            tensor.data = tensor.data.to(current_tensor.device, current_tensor.dtype if is_cast else tensor.dtype)
             exchange.put(name, tensor)
-            if home != now.device:  # avoids device memory for both tensors
-                now.data = now.data.to(home)
+            if home != current_tensor.device:  # avoids device memory for both tensors
+                current_tensor.data = current_tensor.data.to(home)
         _restore_tied(model, record)
         _update_config(model, record.unpacked)
         engine.set_active(model, record.active, base_exchanged=True)

@@ -165,8 +165,8 @@ def _inputs(module: nn.Module, weight: Tensor) -> Iterator[tuple[Tensor, ...]]:
 
     if isinstance(module, nn.Embedding):
         ids = torch.randint(module.num_embeddings, (16 * _ROWS,), generator=generator, device="cpu").tolist()
-        named = [i for i in vars(module).values() if type(i) is int and 0 <= i < module.num_embeddings]
-        yield (torch.tensor([ids + named], device=weight.device),)  # the module may treat some tokens specially
+        token_ids = [i for i in vars(module).values() if type(i) is int and 0 <= i < module.num_embeddings]
+        yield (torch.tensor([ids + token_ids], device=weight.device),)  # the module may treat some tokens specially
     elif is_linear(module):
         width = sizes(module)[0]
         yield (normal(_ROWS, width),)

@@ -87,14 +87,13 @@ def refuse_unmergeable(model: nn.Module, names: tuple[str, ...]) -> None:
     method = {name: engine.applied(model, name).method for name in names}
     mergeable = [name for name in names if name not in unmergeable_paths]
     name, path = next(iter(unmergeable_paths.items()))
+    hint = "No active adapter can be merged"
+    if mergeable:
+        listing = ", ".join(f"{other_name} ({method[other_name]})" for other_name in mergeable)
+        hint = f"To merge only the others ({listing}), first call peftcore.activate(model, {mergeable})"
     raise PeftcoreError(
         f"adapter '{name}' ({method[name]}) cannot be merged, because it does more than change weights at '{path}'. "
-        + (
-            f"To merge only the others ({', '.join(f'{other} ({method[other]})' for other in mergeable)}), first "
-            f"call peftcore.activate(model, {mergeable})"
-            if mergeable
-            else "No active adapter can be merged"
-        )
+        f"{hint}"
     )
 
 

@@ -433,12 +433,12 @@ class _DeepCopy:
                 "cannot deep-copy a shallow copy of a cache layer after the original has been deleted. Deep-copy the "
                 "original"
             )
-        copied = copy.copy(layer)
+        layer_copy = copy.copy(layer)
         for name, value in vars(layer).items():
             if isinstance(value, Tensor):
-                setattr(copied, name, value.clone())
-        copied.__deepcopy__ = _DeepCopy(copied)
-        return copied
+                setattr(layer_copy, name, value.clone())
+        layer_copy.__deepcopy__ = _DeepCopy(layer_copy)
+        return layer_copy
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _DeepCopy, (self._layer(),)

@@ -107,10 +107,10 @@ class TokenCounter(Adapter):
         counted_stacks = getattr(call, _COUNTED_STACKS, {})
         setattr(call, _COUNTED_STACKS, {**counted_stacks, self.stack: (input_facts, places_by_size)})
         output = base(*args, **kwargs)
-        returned: Iterable[Any] = output if isinstance(output, tuple) else ()
+        output_values: Iterable[Any] = output if isinstance(output, tuple) else ()
         if isinstance(output, Mapping):
-            returned = output.values()
-        cache = _cache(own_arguments.values()) or _cache(call.values()) or _cache(returned)
+            output_values = output.values()
+        cache = _cache(own_arguments.values()) or _cache(call.values()) or _cache(output_values)
         if places_by_size and cache is not None and self.stack != "encoder":
             places = next(iter(places_by_size.values()))
             setattr(cache, _COUNTS, _TokenCounts((input_facts.past or 0) + places.place.shape[1], places.place[:, -1]))

@@ -39,7 +39,7 @@ class Coverage:
         if not self.left_out:
             return "reaches all weights in layers"
         largest_first = sorted(self.left_out.items(), key=lambda item: -item[1])
-        left_out = ", ".join(f"{what} ({percent(count, self.total)})" for what, count in largest_first)
+        left_out = ", ".join(f"{description} ({percent(count, self.total)})" for description, count in largest_first)
         return f"reaches {percent(self.reached, self.total)} of the weights in layers; left out: {left_out}"
 
 
@@ -66,7 +66,7 @@ def coverage(
             continue
         if issubclass(original_class(module), nn.MultiheadAttention):
             bypass_reasons[f"{path}.out_proj" if path else "out_proj"] = "read by the attention"
-        for name, what, identity, count in _matrices(model, path, module):
+        for name, description, identity, count in _matrices(model, path, module):
             if identity in counted_ids:
                 continue
             counted_ids.add(identity)
@@ -76,7 +76,9 @@ def coverage(
             ):
                 reached_weights += count
             else:
-                left_out[_reason(what, lacking, path in bypass_reasons, path in paths_without_gradients)] += count
+                left_out[_reason(description, lacking, path in bypass_reasons, path in paths_without_gradients)] += (
+                    count
+                )
     return Coverage(reached_weights, total, dict(left_out))
 
 

@@ -130,12 +130,12 @@ def compile_pattern(pattern: str, field: str) -> FullMatch:
     def counted(text: str) -> bool:
         began = time.thread_time()
         try:
-            found = matches(text, timeout=budget.left()) if takes_timeout else matches(text)
+            match = matches(text, timeout=budget.left()) if takes_timeout else matches(text)
         except TimeoutError:
             budget.spend(pattern, math.inf)
             raise
         budget.spend(pattern, time.thread_time() - began)
-        return found is not None
+        return match is not None
 
     return counted
 
@@ -294,10 +294,10 @@ def excluded(names: Collection[str], patterns: str | Sequence[str] | None) -> se
     if not patterns:
         return set()
     if isinstance(patterns, str):
-        matched = set(filter(compile_pattern(patterns, "exclude_modules"), names))
-        if not matched:
+        excluded_names = set(filter(compile_pattern(patterns, "exclude_modules"), names))
+        if not excluded_names:
             raise PeftcoreError(f"exclude_modules={patterns!r} matches no module")
-        return matched
+        return excluded_names
     for pattern in patterns:
         if not any(matches(pattern, path) for path in names):
             raise PeftcoreError(f"exclude_modules: '{pattern}' matches no module{suggest_paths(pattern, names)}")

@@ -88,37 +88,39 @@ def select(
     """
     modules, weights = dict(base_modules(model)), weight_owners(model)
     names = [*modules, *weights]
-    without = excluded(names, exclude_modules)
-    gone = without | _inside(modules, modules_to_save or ())
+    excluded_names = excluded(names, exclude_modules)
+    skipped_names = excluded_names | _inside(modules, modules_to_save or ())
     experts: dict[str, str] = {}  # {name of a selected stacked weight: path of its module}
     if weights and not own_parameters and supported(nn.Linear(1, 1, device="meta")):
-        target_modules, named = name_experts(model, target_modules, supported)
-        experts = {name: weights[name] for name in named}
+        target_modules, expert_weights = name_experts(model, target_modules, supported)
+        experts = {name: weights[name] for name in expert_weights}
 
     selects_all, only_experts = target_modules == ALL_LINEAR, bool(experts) and not target_modules
-    matched: list[str] = []
+    candidates: list[str] = []
     if selects_all:
-        matched = _all_linear(model, modules, architecture, supported, own_parameters)
+        candidates = _all_linear(model, modules, architecture, supported, own_parameters)
     elif not only_experts:
-        matched = _by_pattern(modules, names, target_modules, supported)
+        candidates = _by_pattern(modules, names, target_modules, supported)
     is_regex = isinstance(target_modules, str) and not (selects_all or only_experts)
     # With layers_to_transform the expression may match modules that are in no layer.
     if is_regex and not own_parameters and layers_to_transform is None:
-        remaining = {path: module for path, module in modules.items() if path not in gone}
+        remaining = {path: module for path, module in modules.items() if path not in skipped_names}
         _refuse_other_layers(remaining, str(target_modules), supported)
 
-    chosen = [path for path in matched if path not in gone]
-    chosen += [name for name, path in experts.items() if gone.isdisjoint((name, path))]
+    selected_paths = [path for path in candidates if path not in skipped_names]
+    selected_paths += [name for name, path in experts.items() if skipped_names.isdisjoint((name, path))]
     if selects_all:
-        chosen = _with_attention(modules, chosen, without, supported)
+        selected_paths = _with_attention(modules, selected_paths, excluded_names, supported)
     if layers_to_transform is not None:
-        chosen = _in_layers(chosen, layers_to_transform, layers_pattern)
-    if not chosen:
+        selected_paths = _in_layers(selected_paths, layers_to_transform, layers_pattern)
+    if not selected_paths:
         raise PeftcoreError(
             f"target_modules={target_modules!r} selects no module after exclude_modules={exclude_modules!r} and "
             f"modules_to_save={modules_to_save!r}. Select more modules, or exclude fewer"
         )
-    return _in_order(model, modules, [path for path in chosen if path not in experts], set(chosen) & experts.keys())
+    return _in_order(
+        model, modules, [path for path in selected_paths if path not in experts], set(selected_paths) & experts.keys()
+    )
 
 
 def _inside(modules: Iterable[str], parents: Iterable[str]) -> set[str]:
@@ -333,11 +335,11 @@ def _by_pattern(
 
 
 def _by_regex(modules: dict[str, nn.Module], pattern: str, supported: Supported) -> list[str]:
-    matched = list(filter(compile_pattern(pattern, "target_modules"), modules))
-    selected = [path for path in matched if supported(modules[path])]
+    matched_paths = list(filter(compile_pattern(pattern, "target_modules"), modules))
+    selected = [path for path in matched_paths if supported(modules[path])]
     if not selected:
-        kinds = f"matches only {_kinds(modules, matched)}, which this method cannot adapt"
-        problem = kinds if matched else "matches no module"
+        kinds = f"matches only {_kinds(modules, matched_paths)}, which this method cannot adapt"
+        problem = kinds if matched_paths else "matches no module"
         raise PeftcoreError(
             f"target_modules={pattern!r}, a regular expression for full paths, {problem}. Examples of paths: "
             f"{_examples(modules, supported)}"
@@ -347,8 +349,8 @@ def _by_regex(modules: dict[str, nn.Module], pattern: str, supported: Supported)
 
 def _refuse_other_layers(modules: dict[str, nn.Module], pattern: str, supported: Supported) -> None:
     """Raise a PeftcoreError if a regular expression also matches layers that the method cannot adapt."""
-    matched = filter(compile_pattern(pattern, "target_modules"), modules)
-    unsupported = [path for path in matched if not supported(modules[path]) and _is_layer(modules[path])]
+    matched_paths = filter(compile_pattern(pattern, "target_modules"), modules)
+    unsupported = [path for path in matched_paths if not supported(modules[path]) and _is_layer(modules[path])]
     if unsupported:
         raise PeftcoreError(
             f"target_modules={pattern!r} also matches {_kinds(modules, unsupported)} (such as '{unsupported[0]}'), "
@@ -374,11 +376,11 @@ def _by_suffix(
             paths_by_suffix[end].append(path)
     selected: set[str] = set()
     for pattern in patterns:
-        matched = paths_by_suffix.get(pattern, [])
-        selected.update(matched)
-        if not matched:
+        matched_paths = paths_by_suffix.get(pattern, [])
+        selected.update(matched_paths)
+        if not matched_paths:
             raise PeftcoreError(f"target_modules: '{pattern}' matches no module{suggest_paths(pattern, names)}")
-        unsupported = [path for path in matched if not supported(modules[path])]
+        unsupported = [path for path in matched_paths if not supported(modules[path])]
         if unsupported:
             raise PeftcoreError(
                 f"target_modules: '{pattern}' matches {_kinds(modules, unsupported)} (such as '{unsupported[0]}'), "

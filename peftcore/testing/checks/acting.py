@@ -42,11 +42,11 @@ def neutral(case: Case) -> str | None:
         for (_, parameter), (_, original) in pairs:  # a classifier's head, for example, is trained as well
             if id(parameter) not in attached:
                 parameter.copy_(original)
-        without = None
+        path_without_neutral = None
         for path, adapter in adapter_modules(model, "default"):
             values = neutral_of(adapter)
             if values is None:
-                without = path
+                path_without_neutral = path
                 continue
             tensors, has_neutral = dict(adapter.named_parameters()), True
             unknown = sorted(values.keys() - tensors.keys())
@@ -55,7 +55,11 @@ def neutral(case: Case) -> str | None:
                 tensors[name].copy_(value)
     if not has_neutral:
         return "its adapters have no neutral tensors"
-    label = "output" if without is None else f"output, with an adapter on '{without}' that does not define neutral()"
+    label = (
+        "output"
+        if path_without_neutral is None
+        else f"output, with an adapter on '{path_without_neutral}' that does not define neutral()"
+    )
     close(logits(model, case.inputs()), case.base_output, label)
     return None
 
@@ -71,22 +75,22 @@ def left_out(case: Case) -> str | None:
         return None
     if any(placement.whole_model for placement in chain.from_iterable(entry.placements.values())):
         return None  # the method does not choose where prompts act
-    reached = [*entry.paths, *(f"{name.rpartition('.')[0]}." for name in entry.trained)]
-    covered, nothing = coverage(model, architecture, reached), coverage(model, architecture, ())
+    adapted_paths = [*entry.paths, *(f"{name.rpartition('.')[0]}." for name in entry.trained)]
+    covered, nothing = coverage(model, architecture, adapted_paths), coverage(model, architecture, ())
     for kind, count in nothing.left_out.items():
         is_left_out = covered.left_out.get(kind) == count
         assert not is_left_out or count < covered.total / 2 or covered.share == 0, (
             f"{case.method.name} {covered}, without a warning. Adapt them, or warn in place(...)"
         )
-    _require_all_or_no_sublayers(architecture, reached)
+    _require_all_or_no_sublayers(architecture, adapted_paths)
     return None
 
 
-def _require_all_or_no_sublayers(architecture: Architecture, reached: Sequence[str]) -> None:
+def _require_all_or_no_sublayers(architecture: Architecture, adapted_paths: Sequence[str]) -> None:
     """Fail if the paths reach sublayers of a kind in some blocks but not in all."""
     for kind in dict.fromkeys(sublayer.kind for sublayer in architecture.sublayers):
         scopes = [_scope(sublayer) for sublayer in architecture.sublayers if sublayer.kind == kind]
-        lacking = [scope for scope in scopes if not any(_meet(scope, path.rstrip(".")) for path in reached)]
+        lacking = [scope for scope in scopes if not any(_meet(scope, path.rstrip(".")) for path in adapted_paths)]
         assert not lacking or len(lacking) == len(scopes), (
             f"{kind} layers are left out without a warning: {', '.join(lacking)}. Adapt them, or warn in place(...)"
         )
@@ -99,9 +103,9 @@ def _scope(sublayer: Sublayer) -> str:
     return ".".join(common)
 
 
-def _meet(one: str, other: str) -> bool:
+def _meet(path: str, other_path: str) -> bool:
     """Return whether one of two paths contains the other."""
-    return f"{one}.".startswith(f"{other}." if other else "") or f"{other}.".startswith(f"{one}.")
+    return f"{path}.".startswith(f"{other_path}." if other_path else "") or f"{other_path}.".startswith(f"{path}.")
 
 
 @check("base untouched by training", essential=True)
@@ -109,8 +113,8 @@ def base_untouched(case: Case) -> None:
     base, model = case.original, case.model()
     train(model, case.inputs(), steps=2)
     state = model.state_dict()
-    missing = [key for key in base.state_dict() if key not in state]
-    assert not missing, f"keys of the base are missing: {missing[:3]}"
+    missing_keys = [key for key in base.state_dict() if key not in state]
+    assert not missing_keys, f"keys of the base are missing: {missing_keys[:3]}"
     trained = set(applied(model, "default").trained)
     with peftcore.disabled(model):
         for name, parameter in base_parameters(model):
@@ -136,11 +140,11 @@ def gradients(case: Case) -> None:
 @check("disabled equals base", essential=True)
 def disabling(case: Case) -> None:
     model, inputs = case.model(), case.inputs()
-    before, base = logits(model, inputs), case.base_output
-    differs(before, base)
+    adapted_output, base = logits(model, inputs), case.base_output
+    differs(adapted_output, base)
     with peftcore.disabled(model):
         same(logits(model, inputs), base, "disabled")
-    same(logits(model, inputs), before, "enabled again")
+    same(logits(model, inputs), adapted_output, "enabled again")
 
 
 @check("remove is bit exact", essential=True)
@@ -148,11 +152,11 @@ def removing(case: Case) -> None:
     model, inputs = case.base().train(), case.inputs()
     with torch.no_grad():
         model.eval()(**inputs)  # a first call has effects that are not the method's
-    before = _Snapshot(model.train())
+    snapshot = _Snapshot(model.train())
     case.add(model, 1, "default")
     train(model, inputs, steps=1)
     peftcore.remove(model, "default")
-    before.compare(model)
+    snapshot.compare(model)
 
 
 class _Snapshot:
@@ -160,19 +164,21 @@ class _Snapshot:
 
     def __init__(self, model: nn.Module) -> None:
         self._facts = dict(_facts(model))
-        self._tensors = {where: (value, value.detach().clone()) for where, value in _tensors(model)}
+        self._tensors = {place: (value, value.detach().clone()) for place, value in _tensors(model)}
 
     def compare(self, model: nn.Module) -> None:
         """Fail unless `model` is exactly in the state of the snapshot."""
         tensors, facts = dict(_tensors(model)), dict(_facts(model))
         assert list(tensors) == list(self._tensors), f"tensors differ: {sorted(tensors.keys() ^ self._tensors.keys())}"
-        for where, (tensor, value) in self._tensors.items():
-            same(tensors[where], value, where)
-            assert tensors[where] is tensor, f"'{where}' is another tensor with equal values"
-        gone, new = self._facts.keys() - facts.keys(), facts.keys() - self._facts.keys()
-        assert not gone and not new, f"left behind: {sorted(new)[:5]}, missing: {sorted(gone)[:5]}"
-        for where, fact in self._facts.items():
-            assert facts[where] == fact, f"{where} was {fact!r:.100} and is now {facts[where]!r:.100}"
+        for place, (tensor, value) in self._tensors.items():
+            same(tensors[place], value, place)
+            assert tensors[place] is tensor, f"'{place}' is another tensor with equal values"
+        missing_places, new_places = self._facts.keys() - facts.keys(), facts.keys() - self._facts.keys()
+        assert not missing_places and not new_places, (
+            f"left behind: {sorted(new_places)[:5]}, missing: {sorted(missing_places)[:5]}"
+        )
+        for place, fact in self._facts.items():
+            assert facts[place] == fact, f"{place} was {fact!r:.100} and is now {facts[place]!r:.100}"
 
 
 def _tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
@@ -205,12 +211,12 @@ def _facts(model: nn.Module) -> list[tuple[str, Any]]:
 @check("two adapters are switched")
 def switching(case: Case) -> None:
     inputs = case.inputs()
-    alone = {name: logits(case.model(seed=seed, adapter=name), inputs) for name, seed in (("a", 1), ("b", 2))}
+    single_outputs = {name: logits(case.model(seed=seed, adapter=name), inputs) for name, seed in (("a", 1), ("b", 2))}
     model = _with_two(case)
-    for name, other in (("b", "a"), ("a", "b"), ("b", "a")):
+    for name, other_name in (("b", "a"), ("a", "b"), ("b", "a")):
         peftcore.activate(model, name)
-        same(logits(model, inputs), alone[name], f"'{name}' of two")
-        trains = any(parameter.requires_grad for _, parameter in adapter_parameters(model, other))
+        same(logits(model, inputs), single_outputs[name], f"'{name}' of two")
+        trains = any(parameter.requires_grad for _, parameter in adapter_parameters(model, other_name))
         assert not trains, "an inactive adapter requires gradients"
 
 
@@ -235,8 +241,8 @@ def per_sample(case: Case) -> str | None:
     for row, name in enumerate(names):
         peftcore.activate(model, name or [])
         sample = {key: value[row : row + 1] if isinstance(value, Tensor) else value for key, value in inputs.items()}
-        alone = logits(model, sample)
-        close(output[row : row + 1], alone, f"row {row}, adapter {name}")
+        single_output = logits(model, sample)
+        close(output[row : row + 1], single_output, f"row {row}, adapter {name}")
     return None
 
 

@@ -32,13 +32,18 @@ def saving(case: Case) -> None:
         peftcore.save(model, folder, adapter="default")
         peftcore.load(fresh, folder, trainable=True)
         peftcore.save(model, Path(folder, "for use"), adapter="default", resumable=False)
-        used = peftcore.load(case.base(), Path(folder, "for use"))
+        inference_model = peftcore.load(case.base(), Path(folder, "for use"))
     loaded = dict(adapter_parameters(fresh, "default"))
     for name, parameter in adapter_parameters(model, "default"):
         same(loaded[name], parameter, name)
     expected = logits(model, case.inputs())
     same(logits(fresh, case.inputs()), expected, "output")
-    close(logits(used, case.inputs()), expected, "output of a file without tensors that only training needs", 1e-5)
+    close(
+        logits(inference_model, case.inputs()),
+        expected,
+        "output of a file without tensors that only training needs",
+        1e-5,
+    )
 
 
 @check("a file of a dense base on a quantized one (NF4), and the reverse")
@@ -94,8 +99,8 @@ def sharing(case: Case) -> str | None:
         assert len(names) <= 1, f"the shared tensor {sorted(group)} is saved {len(names)} times: {names}"
     twins = {"load": loaded, "deepcopy": copy.deepcopy(model), ".to()": copy.deepcopy(model).to(torch.float64)}
     for copy_kind, twin in twins.items():
-        lost = shared.keys() - _shared(twin).keys()
-        assert not lost, f"no longer shared after {copy_kind}: {[sorted(group)[:3] for group in lost]}"
+        lost_groups = shared.keys() - _shared(twin).keys()
+        assert not lost_groups, f"no longer shared after {copy_kind}: {[sorted(group)[:3] for group in lost_groups]}"
     return None
 
 

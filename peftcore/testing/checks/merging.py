@@ -36,20 +36,20 @@ def merging(case: Case) -> None:
 
 
 def _merge_and_unmerge(model: nn.Module, inputs: dict[str, Tensor], label: str) -> None:
-    before = logits(model, inputs)
+    unmerged_output = logits(model, inputs)
     weights = {name: p.detach().clone() for name, p in base_parameters(model)}
     merge_exactly(model)
-    close(logits(model, inputs), before, label)
+    close(logits(model, inputs), unmerged_output, label)
     peftcore.unmerge(model)
     for name, parameter in base_parameters(model):
         same(parameter, weights[name], name)
-    same(logits(model, inputs), before, f"{label} and unmerged")
+    same(logits(model, inputs), unmerged_output, f"{label} and unmerged")
 
 
 @check("two adapters of the method together, merged in both orders")
 def together(case: Case) -> str | None:
     model, inputs = case.model(adapter="a"), case.inputs()
-    alone = logits(model, inputs)
+    single_output = logits(model, inputs)
     try:
         case.add(model, 2, "b")
     except peftcore.PeftcoreError as refusal:
@@ -58,7 +58,7 @@ def together(case: Case) -> str | None:
         raise
     _in_both_orders(model, inputs, ("a", "b"), case.merges)
     peftcore.remove(model, "b")
-    same(logits(model, inputs), alone, "with the second removed")
+    same(logits(model, inputs), single_output, "with the second removed")
     return None
 
 
@@ -67,14 +67,14 @@ def stacked(case: Case) -> None:
     inputs = case.inputs()
     with _other_method():
         model = case.model()
-        alone = logits(model, inputs)
+        single_output = logits(model, inputs)
         _add_other(model)
         _in_both_orders(model, inputs, ("default", "other"), case.merges)
         with tempfile.TemporaryDirectory() as folder:
             peftcore.save(model, folder, adapter="default")
-            same(logits(peftcore.load(case.base(), folder), inputs), alone, "its file alone")
+            same(logits(peftcore.load(case.base(), folder), inputs), single_output, "its file alone")
         peftcore.remove(model, "other")
-        same(logits(model, inputs), alone, "after removing the other adapter")
+        same(logits(model, inputs), single_output, "after removing the other adapter")
 
         model = case.base()
         _add_other(model)

@@ -48,14 +48,14 @@ def _compile(case: Case) -> None:
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend=case.compile_backend)
     expected = logits(model, inputs)
-    seen: list[Tensor] = []
+    outputs: list[Tensor] = []
 
     def run(**call: Any) -> tuple[Tensor]:
-        seen.append(first_output(compiled(**call)))
-        return (seen[-1],)
+        outputs.append(first_output(compiled(**call)))
+        return (outputs[-1],)
 
     loss_of(run, inputs).backward()  # one graph for the output and the gradients
-    close(seen[0], expected, "compiled")
+    close(outputs[0], expected, "compiled")
     compiled_gradients = gradients_of(model)
     model.zero_grad()
     loss_of(model, inputs).backward()
@@ -92,8 +92,8 @@ def padding(case: Case) -> str | None:
     batch = torch.cat([tokens[:1], torch.cat(padded, dim=1)])
     for use_cache in (True, False):
         steps = _steps(_generate(model, {"input_ids": batch, "attention_mask": (batch != 0).long()}, use_cache))
-        for row, alone in enumerate((tokens[:1], short)):
-            inputs = {"input_ids": alone, "attention_mask": torch.ones_like(alone)}
+        for row, single_row in enumerate((tokens[:1], short)):
+            inputs = {"input_ids": single_row, "attention_mask": torch.ones_like(single_row)}
             expected = _steps(_generate(model, inputs, use_cache))[0]
             same(steps[row], expected, f"logits of row {row}, use_cache={use_cache}", atol=1e-4)
     return None
@@ -173,8 +173,8 @@ class _Turns:
             self._changed.notify_all()
 
     def _pass_on(self, number: int) -> None:
-        after = [thread for thread in self._running if thread > number] or self._running
-        self._turn = after[0]
+        later_threads = [thread for thread in self._running if thread > number] or self._running
+        self._turn = later_threads[0]
 
 
 class _EachOperation(TorchDispatchMode):

@@ -26,33 +26,33 @@ def learns(case: Case) -> None:
 @check("resume is exact")
 def resuming(case: Case) -> None:
     inputs, half, total = case.inputs(), 2, 4
-    whole = case.model(seed=None)
-    train(whole, inputs, steps=total)
-    first, second = case.model(seed=None), case.base()
+    uninterrupted = case.model(seed=None)
+    train(uninterrupted, inputs, steps=total)
+    first_half, second_half = case.model(seed=None), case.base()
     with tempfile.TemporaryDirectory() as folder:
-        optimizer = optimizer_of(first)
-        train(first, inputs, steps=half, optimizer=optimizer, total=total)
-        peftcore.save(first, folder, adapter="default")
-        peftcore.load(second, folder, trainable=True)
-    resumed = optimizer_of(second)
+        optimizer = optimizer_of(first_half)
+        train(first_half, inputs, steps=half, optimizer=optimizer, total=total)
+        peftcore.save(first_half, folder, adapter="default")
+        peftcore.load(second_half, folder, trainable=True)
+    resumed = optimizer_of(second_half)
     resumed.load_state_dict(optimizer.state_dict())
-    train(second, inputs, steps=half, optimizer=resumed, begin=half, total=total)
+    train(second_half, inputs, steps=half, optimizer=resumed, begin=half, total=total)
     for (name, parameter), (_, expected) in zip(
-        adapter_parameters(second, "default"), adapter_parameters(whole, "default"), strict=True
+        adapter_parameters(second_half, "default"), adapter_parameters(uninterrupted, "default"), strict=True
     ):
         same(parameter, expected, name)
-    same(logits(second, inputs), logits(whole, inputs), "output")
+    same(logits(second_half, inputs), logits(uninterrupted, inputs), "output")
 
 
 @check("gradients of four accumulated batches equal those of one, with the method's loss term once")
 def accumulating(case: Case) -> None:
-    inputs, whole, parts = case.inputs(rows=4), case.model(), case.model()
-    (loss_of(whole, inputs) + peftcore.extra_loss(whole)).backward()
+    inputs, full_batch_model, accumulated_model = case.inputs(rows=4), case.model(), case.model()
+    (loss_of(full_batch_model, inputs) + peftcore.extra_loss(full_batch_model)).backward()
     for row in range(4):
-        loss = loss_of(parts, {name: value[row : row + 1] for name, value in inputs.items()})
-        ((loss + peftcore.extra_loss(parts)) / 4).backward()
-    actual = gradients_of(parts)
-    for name, expected in gradients_of(whole).items():
+        loss = loss_of(accumulated_model, {name: value[row : row + 1] for name, value in inputs.items()})
+        ((loss + peftcore.extra_loss(accumulated_model)) / 4).backward()
+    actual = gradients_of(accumulated_model)
+    for name, expected in gradients_of(full_batch_model).items():
         same(actual[name], expected, f"gradient of '{name}'", atol=1e-4 * expected.abs().max().item() + 1e-6)
 
 
@@ -61,12 +61,12 @@ def grouping(case: Case) -> None:
     model = case.model()
     groups = peftcore.parameter_groups(model, lr=1e-3, weight_decay=0.01)
     members = chain.from_iterable(group["params"] for group in groups)
-    named = [member[1] if isinstance(member, tuple) else member for member in members]
+    parameters = [member[1] if isinstance(member, tuple) else member for member in members]
     trained = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
-    assert len({id(p) for p in named}) == len(named), "a parameter is in two groups"
-    missing = trained.keys() - {id(p) for p in named}
-    assert not missing, f"in no group: {sorted(trained[key] for key in missing)[:3]}"
-    assert len(named) == len(trained), "a group contains parameters that are not trained"
+    assert len({id(p) for p in parameters}) == len(parameters), "a parameter is in two groups"
+    missing_ids = trained.keys() - {id(p) for p in parameters}
+    assert not missing_ids, f"in no group: {sorted(trained[key] for key in missing_ids)[:3]}"
+    assert len(parameters) == len(trained), "a group contains parameters that are not trained"
     assert all(group.get("lr", 1e-3) > 0 for group in groups), "a group has a learning rate that is not positive"
 
 
@@ -159,6 +159,6 @@ def _quantized_base(case: Case, quant_type: str) -> str | None:
     peftcore.remove(model, "default")
     same(logits(model, inputs), untouched, "removed")
     parameters = dict(base_parameters(model))
-    for name, before in bits.items():
-        same(parameters[name], before, f"the quantized '{name}'")
+    for name, codes_before in bits.items():
+        same(parameters[name], codes_before, f"the quantized '{name}'")
     return None

@@ -39,8 +39,8 @@ class _Finder:
     ) -> ModuleSpec | None:
         if name != self.name:
             return None
-        others = (finder for finder in sys.meta_path if finder is not self and hasattr(finder, "find_spec"))
-        candidates = (finder.find_spec(name, path, target) for finder in others)
+        other_finders = (finder for finder in sys.meta_path if finder is not self and hasattr(finder, "find_spec"))
+        candidates = (finder.find_spec(name, path, target) for finder in other_finders)
         spec = next(filter(None, candidates), None)
         if spec is None or spec.loader is None:
             return spec

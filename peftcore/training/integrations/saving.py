@@ -52,8 +52,8 @@ def _save_transformers(model: Any, original: Callable[..., Any], save_directory:
     if is_main_process or sharded.is_sharded(model):
         save(model, save_directory)
     if options.get("push_to_hub") and is_main_process:
-        chosen = ("repo_id", "commit_message", "private", "token", "revision", "create_pr")
-        upload = {name: options[name] for name in chosen if name in options}
+        push_arguments = ("repo_id", "commit_message", "private", "token", "revision", "create_pr")
+        upload = {name: options[name] for name in push_arguments if name in options}
         model.push_to_hub(upload.pop("repo_id", str(save_directory).rstrip("/").rpartition("/")[2]), **upload)
     return None
 

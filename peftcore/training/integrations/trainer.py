@@ -301,14 +301,14 @@ def _adopt(trainer: Trainer) -> None:
 @contextlib.contextmanager
 def _adapters_on_quantized(model: nn.Module) -> Iterator[None]:
     """Mark the model as having adapters, since Trainer refuses a quantized model without PEFT's attribute."""
-    before = model.__dict__.get(_QUANTIZED_WITH_ADAPTERS)
+    old_value = model.__dict__.get(_QUANTIZED_WITH_ADAPTERS)
     model.__dict__[_QUANTIZED_WITH_ADAPTERS] = True
     try:
         yield
     finally:
         del model.__dict__[_QUANTIZED_WITH_ADAPTERS]
-        if before is not None:
-            model.__dict__[_QUANTIZED_WITH_ADAPTERS] = before
+        if old_value is not None:
+            model.__dict__[_QUANTIZED_WITH_ADAPTERS] = old_value
 
 
 @contextlib.contextmanager
@@ -320,7 +320,7 @@ def _divided_by_plan(model: nn.Module, arguments: TrainingArguments | None) -> I
     """
     is_divided = getattr(model, "is_distributed_loading_by_transformers", False)
     changed = arguments if is_divided else None
-    before = changed is not None and changed.save_only_model
+    saved_only_model = changed is not None and changed.save_only_model
     if changed is not None:  # otherwise Trainer refuses to save, because of the state of DTensors
         changed.save_only_model = True
     try:
@@ -334,7 +334,7 @@ def _divided_by_plan(model: nn.Module, arguments: TrainingArguments | None) -> I
         ) from error
     finally:
         if changed is not None:
-            changed.save_only_model = before
+            changed.save_only_model = saved_only_model
 
 
 def _patch_trainer() -> None:

@@ -82,10 +82,10 @@ def with_groups(trainer: Trainer, adapted: nn.Module, model: nn.Module | None) -
             f"optim='{getattr(trainer.args.optim, 'value', trainer.args.optim)}' forms its own parameter groups, but "
             "an adapter's method defines groups too. Choose another optim, such as 'adamw_torch'"
         )
-    others = engine.not_in(groups, model.named_parameters())
+    remaining_parameters = engine.not_in(groups, model.named_parameters())
     decaying = set(trainer.get_decay_parameter_names(model))
-    with_decay = [parameter for name, parameter in others.items() if name in decaying]
-    without_decay = [parameter for name, parameter in others.items() if name not in decaying]
+    with_decay = [parameter for name, parameter in remaining_parameters.items() if name in decaying]
+    without_decay = [parameter for name, parameter in remaining_parameters.items() if name not in decaying]
     if with_decay:
         groups.append({"params": with_decay, "weight_decay": decay})
     if without_decay:
@@ -98,15 +98,15 @@ def _are_groups(value: object) -> bool:
     return isinstance(value, list) and all(isinstance(group, dict) and "params" in group for group in value)
 
 
-def _without_members(groups: list[dict[str, Any]], others: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return parameter groups without the parameters in `others`, dropping groups that become empty."""
-    taken = set(map(id, chain.from_iterable(group["params"] for group in others)))
-    left: list[dict[str, Any]] = []
+def _without_members(groups: list[dict[str, Any]], other_groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return parameter groups without the parameters in `other_groups`, dropping groups that become empty."""
+    member_ids = set(map(id, chain.from_iterable(group["params"] for group in other_groups)))
+    remaining_groups: list[dict[str, Any]] = []
     for group in groups:
-        parameters = [parameter for parameter in group["params"] if id(parameter) not in taken]
+        parameters = [parameter for parameter in group["params"] if id(parameter) not in member_ids]
         if parameters:
-            left.append({**group, "params": parameters})
-    return left
+            remaining_groups.append({**group, "params": parameters})
+    return remaining_groups
 
 
 def _is_factory(kind: Any) -> bool:
@@ -168,14 +168,14 @@ def create_optimizer(trainer: Trainer, original: Callable[..., Any], *args: Any,
         return original(*args, **kwargs)
     if trainer.optimizer_cls_and_kwargs is None:
         trainer.optimizer_cls_and_kwargs = optimizer_of(trainer.args)
-    before = trainer.optimizer_cls_and_kwargs
+    old_arguments = trainer.optimizer_cls_and_kwargs
     if engine.has_parameter_groups(bare_model(trainer)):
         model = kwargs.get("model", args[0] if args else None)
         trainer.optimizer_cls_and_kwargs = with_groups(trainer, bare_model(trainer), model)
     try:
         return original(*args, **kwargs)
     finally:
-        trainer.optimizer_cls_and_kwargs = before
+        trainer.optimizer_cls_and_kwargs = old_arguments
 
 
 def bare_model(trainer: Trainer) -> nn.Module:
