@@ -168,5 +168,8 @@ def test_an_adapter_that_was_taken_out_by_hand_is_missed() -> None:
 
 
 def test_data_for_first_values_that_nobody_reads_are_refused() -> None:
-    with pytest.raises(peftcore.PeftcoreError, match=r"lora does not initialise from data with these fields\. Leave"):
+    with pytest.raises(
+        peftcore.PeftcoreError,
+        match=r"lora does not initialise from data with these fields, but batches were passed\. Leave",
+    ):
         peftcore.apply(nn.Sequential(nn.Linear(4, 4)), "lora", r=1, batches=[(torch.ones(1, 4),)])

@@ -69,7 +69,7 @@ def test_after_step_is_given_the_modules_of_each_adapter_that_trains() -> None:
         assert adapters == method_modules(model, "default") and type(config) is method.config_class
         assert (step, total) == (3, 10)
         for wrong in (0, 1.0, None):
-            with pytest.raises(peftcore.PeftcoreError, match="from 1"):
+            with pytest.raises(peftcore.PeftcoreError, match="takes the 1-based number"):
                 peftcore.after_step(model, wrong, 10)
 
 
@@ -160,7 +160,7 @@ def test_no_term_is_a_zero_that_can_be_added() -> None:
 @pytest.mark.parametrize(
     ("loss", "match"),
     [
-        (lambda adapters, config: torch.zeros(3), r"scalar or None, found a tensor \[3\]"),
+        (lambda adapters, config: torch.zeros(3), r"scalar or None, found a torch.float32 tensor of shape \[3\]"),
         (lambda adapters, config: 0.1, "scalar or None, found 0.1"),
         (lambda adapters, config: pull(adapters, config).detach(), "has no gradient"),
     ],
@@ -210,7 +210,7 @@ def test_a_model_without_adapters_has_no_groups() -> None:
             "contain 'model.*which already belongs",
         ),
         (lambda adapters, *_: [{"params": [nn.Parameter(torch.ones(1))]}], "not a parameter of the model"),
-        (lambda adapters, *_: [[a.gain for a in adapters.values()]], "dicts with 'params'"),
+        (lambda adapters, *_: [[a.gain for a in adapters.values()]], "dictionaries with 'params'"),
     ],
 )
 def test_wrong_groups_are_refused(groups: Any, match: str) -> None:

@@ -152,5 +152,5 @@ def test_gguf_without_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
     known = {name: each for name, each in registry.exporters().items() if name != "gguf"}
     monkeypatch.setattr(registry, "exporters", lambda: known)
-    with pytest.raises(PeftcoreError, match=r"'gguf' is not installed. Run in .*: pip install ./plugins/peftcore-gguf"):
+    with pytest.raises(PeftcoreError, match=r"'gguf' is not installed .*: pip install ./plugins/peftcore-gguf"):
         peftcore.export(llama(num_hidden_layers=1), tmp_path / "x", format="gguf")

@@ -85,7 +85,7 @@ def coverage(
 def _matrices(model: nn.Module, path: str, module: nn.Module) -> list[tuple[str, str, int, int]]:
     """Return (name, description, identity, number of weights) for each matrix of the module itself."""
     if is_unknown_linear(module):
-        unread = f"layers of {type(module).__name__}, whose weight cannot be read"
+        unread = f"layers of {type(module).__name__}, whose weights cannot be read"
         return [("", unread, id(module), math.prod(sizes(module)))]
     matrices: list[tuple[str, str, int, int]] = []
     for name, parameter in module._parameters.items():

@@ -71,7 +71,7 @@ def test_a_scale_of_nothing_is_no_scale_of_one(tmp_path: Path) -> None:
         (lambda: apply(llama(), "ia3"), "ia3.* cannot be written as an adapter of llama.cpp.*peftcore.convert"),
         (lambda: apply(qwen2(), r=4, bias="all"), r"\(lora\).* also trains the base parameter '.*bias'"),
         (lambda: apply(llama(), r=4, modules_to_save=["lm_head"]), "modules_to_save=\\['lm_head'\\]"),
-        (lambda: apply(llama(), "prompt-tuning", num_virtual_tokens=3), "does not change a weight"),
+        (lambda: apply(llama(), "prompt-tuning", num_virtual_tokens=3), "does not change weights"),
         (
             lambda: apply(llama(tie_word_embeddings=True), r=4, target_modules=["lm_head"]),
             r"changes 'lm_head', whose weight is tied to 'model.embed_tokens'.*untie=True",

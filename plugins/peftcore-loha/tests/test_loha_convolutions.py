@@ -67,7 +67,7 @@ class Standardized(nn.Conv2d):
 def test_what_peft_computes_otherwise_is_refused(tmp_path: Path) -> None:
     for layer, message in (
         (nn.Conv2d(8, 6, 3, padding=1, padding_mode="reflect"), "with padding_mode='reflect', where PEFT"),
-        (Standardized(8, 6, 3), "of the class Standardized, which has a forward of its own, where PEFT"),
+        (Standardized(8, 6, 3), "of class Standardized, which has a custom forward, where PEFT"),
         (nn.Conv3d(8, 6, 1), "'layer' matches Conv3d .* which this method cannot adapt"),
     ):
         with pytest.raises(peftcore.PeftcoreError, match=message):

@@ -34,8 +34,8 @@ def test_training_that_goes_another_way_is_reported(fields: dict[str, Any], mess
             {"use_dora": True},
             r"no field 'use_dora'.*method 'dora': peftcore.apply\(model, 'dora', ...\)\. Its",
         ),
-        ({"use_qalora": True}, "no field 'use_qalora'.* Train on an NF4 base: method qlora. Its fields: r,"),
-        ({"use_dorra": True}, r"no field 'use_dorra' \(nearest: 'use_bdlora', 'use_rslora'\)\. Its fields: r,"),
+        ({"use_qalora": True}, "no field 'use_qalora'.* Train on an NF4 base: method qlora. Its fields are: r,"),
+        ({"use_dorra": True}, r"no field 'use_dorra' \(nearest: 'use_bdlora', 'use_rslora'\)\. Its fields are: r,"),
     ],
     ids=["dora", "qalora", "misspelt"],
 )

@@ -117,7 +117,7 @@ def test_wrong_texts(changes: dict[str, Any], message: str, tokenizer: str) -> N
 
 
 def test_a_model_without_tokens() -> None:
-    with pytest.raises(PeftcoreError, match="needs a token embedding, and Sequential declares none"):
+    with pytest.raises(PeftcoreError, match="needs a token embedding, but Sequential does not declare one"):
         peftcore.apply(tiny.convnet(), "prompt-tuning", token_dim=4)
 
 
@@ -129,5 +129,5 @@ def test_merging_is_refused() -> None:
 
 @pytest.mark.parametrize("start", ["RANDOM", "SAMPLE_VOCAB"])
 def test_a_model_without_a_token_embedding_is_refused(start: str) -> None:
-    with pytest.raises(peftcore.PeftcoreError, match="needs a token embedding, and Sequential declares none"):
+    with pytest.raises(peftcore.PeftcoreError, match="needs a token embedding, but Sequential does not declare one"):
         peftcore.apply(nn.Sequential(nn.Linear(4, 4)), "prompt-tuning", prompt_tuning_init=start)

@@ -161,6 +161,6 @@ def test_the_losses_are_those_of_peft_on_bitsandbytes() -> None:
 def test_a_field_that_no_method_has_is_not_taken_for_one_of_lora() -> None:
     with pytest.raises(peftcore.PeftcoreError) as actual:
         peftcore.config("qlora", optim="paged_adamw_8bit")
-    assert "QLoraConfig has no field 'optim'. Its fields: " in str(actual.value)
+    assert "QLoraConfig has no field 'optim'. Its fields are: " in str(actual.value)
     with pytest.raises(peftcore.PeftcoreError, match=r"'use_dora'.*It belongs to the method 'dora'"):
         peftcore.config("qlora", use_dora=True)

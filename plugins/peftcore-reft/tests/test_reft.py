@@ -180,7 +180,7 @@ def test_masks_that_it_cannot_count_by() -> None:
     model: Any = peftcore.apply(tiny.llama(), "reft")
     with pytest.raises(
         peftcore.PeftcoreError,
-        match=r"ReFT counts the tokens .* found \[2, 7, 32\], and a mask .* found \[2, 1, 7, 7\]",
+        match=r"ReFT counts the tokens .* the attention mask must be .* found \[2, 1, 7, 7\]",
     ):
         model(input_ids=tiny.TOKENS, attention_mask=torch.zeros(2, 1, 7, 7))
 

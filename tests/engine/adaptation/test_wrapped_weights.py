@@ -186,7 +186,7 @@ def packed(model: nn.Module, but: str = "") -> nn.Module:
 
 
 def test_layers_whose_weight_is_not_known_are_reported() -> None:
-    with pytest.raises(peftcore.PeftcoreError, match=r"found no linear layer .* Its layers are Packed, whose weight"):
+    with pytest.raises(peftcore.PeftcoreError, match=r"found no linear layers .* Its layers are Packed, whose weight"):
         peftcore.apply(packed(tiny.llama()), "lora")
     model = packed(tiny.llama(), but="model.layers.0.self_attn.q_proj")
     with pytest.warns(UserWarning, match=r"reaches .* left out: layers of Packed, whose weights cannot be read \(9"):

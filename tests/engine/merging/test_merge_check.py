@@ -142,12 +142,12 @@ def test_normed_weights_are_refused() -> None:
     for layer in (norms.spectral_norm(nn.Linear(8, 8)), norms.weight_norm(nn.Linear(8, 8))):
         model = peftcore.apply(nn.Sequential(layer), "lora", target_modules="0")
         disturb(model, "default", seed=1)
-        refused(model, r"no weight format reads ParametrizedLinear: it has no floating-point parameter 'weight'")
+        refused(model, r"no weight format reads ParametrizedLinear, which has no floating-point parameter 'weight'")
 
 
 def test_a_weight_without_values_is_refused() -> None:
     model = peftcore.apply(nn.Sequential(nn.Linear(8, 8, device="meta")), "lora", target_modules=["0"])
-    with pytest.raises(peftcore.PeftcoreError, match=r"'0' is on the meta device"):
+    with pytest.raises(peftcore.PeftcoreError, match=r"'0', because its weight is on the meta device"):
         peftcore.merge(model, undo=True)
 
 
@@ -218,7 +218,9 @@ def test_a_plugin_that_breaks_the_contract(gives: str) -> None:
             torch.testing.assert_close(peftcore.merge(model, undo=True)(x), 2 * base)
             peftcore.unmerge(model)
         else:
-            what = r"(\[1, 8\]|NoneType alone|\[4, 8\] alone) for a weight \[4, 8\]|a bias, but '0' has no bias"
+            what = (
+                r"(\[1, 8\]|NoneType alone|\[4, 8\] alone) for a weight of shape \[4, 8\]|a bias, but '0' has no bias"
+            )
             refused(model, rf"'merged' of the adapter 'default' at '0' returned ({what})")
         peftcore.remove(model)
         assert torch.equal(model(x), base)
@@ -252,6 +254,6 @@ def test_what_was_put_aside_is_cast_with_the_model_and_must_fit() -> None:
     torch.testing.assert_close(found.float(), wanted)
     peftcore.merge(model, undo=True)
     model.resize_token_embeddings(128)
-    with pytest.raises(peftcore.PeftcoreError, match=r"'model.embed_tokens.weight' is (gone|of shape \[128, 32\])"):
+    with pytest.raises(peftcore.PeftcoreError, match=r"'model.embed_tokens.weight': it is (gone|of shape \[128, 32\])"):
         peftcore.unmerge(model)
     assert peftcore.summary(model).merged

@@ -50,7 +50,7 @@ def test_generate_with_a_cache_that_counts_in_an_attribute() -> None:
 
 def test_a_cache_that_does_not_count_is_refused() -> None:
     model = applied(xlstm(), "soft")
-    with pytest.raises(PeftcoreError, match=r"a SimpleNamespace has no get_seq_length\(\). Pass use_cache=False"):
+    with pytest.raises(PeftcoreError, match=r"but SimpleNamespace has no get_seq_length\(\). Pass use_cache=False"):
         model.backbone(tiny.TOKENS, **{cache_argument(model.backbone): SimpleNamespace()})
 
 

@@ -32,7 +32,7 @@ def test_input_that_leaves_no_room(make: Callable[[], nn.Module], kind: str) -> 
     applied(model, kind)
     tokens = torch.full((1, context - N), 5)
     assert logits(model, tokens).isfinite().all()
-    with pytest.raises(PeftcoreError, match=f"{context - 2} input tokens and a prompt of {N} exceed the"):
+    with pytest.raises(PeftcoreError, match=f"{context - 2} input tokens and a prompt of {N} tokens exceed the"):
         logits(model, torch.full((1, context - N + 1), 5))
 
 

@@ -151,7 +151,7 @@ def test_a_cache_of_a_call_that_failed_is_refused() -> None:
     first, second = ({str(cache_argument(model)): transformers.DynamicCache(config=model.config)} for _ in range(2))
     with pytest.raises(IndexError):
         model(tiny.TOKENS + 1000, **first)
-    with pytest.raises(PeftcoreError, match=r"raised an error after the prefix .* Pass a new cache"):
+    with pytest.raises(PeftcoreError, match=r"raised an error after inserting the prefix.* Pass a new cache"):
         model(tiny.TOKENS, **first)
     wanted = model(tiny.TOKENS, **second).logits
     for _ in range(2):
