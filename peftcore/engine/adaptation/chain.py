@@ -241,7 +241,7 @@ def _applied(change: Change, parameter: Tensor, name: str) -> Tensor:
     if changed.shape != parameter.shape:
         raise PeftcoreError(
             f"an adapter returned shape {list(changed.shape)} for the parameter '{name}' of shape "
-            f"{list(parameter.shape)}. It must keep the shape"
+            f"{list(parameter.shape)}. An adapter must preserve the parameter's shape"
         )
     return changed.to(parameter.dtype)
 

@@ -296,7 +296,11 @@ def excluded(names: Collection[str], patterns: str | Sequence[str] | None) -> se
     if isinstance(patterns, str):
         excluded_names = set(filter(compile_pattern(patterns, "exclude_modules"), names))
         if not excluded_names:
-            raise PeftcoreError(f"exclude_modules={patterns!r} matches no module")
+            example = next(iter(names), "layers.0")
+            raise PeftcoreError(
+                f"exclude_modules={patterns!r} matches no module. The regular expression must match a full path, such "
+                f"as '{example}'"
+            )
         return excluded_names
     for pattern in patterns:
         if not any(matches(pattern, path) for path in names):
