@@ -225,7 +225,7 @@ class TrainedParameters(nn.Module):
         counterpart = storage[key]
         expected_shape = list(sharded.shape_of(counterpart))
         fitting_names = [tied_name for tied_name in tied_names if _shape_at(model, tied_name) == expected_shape]
-        if not fitting_names:  # the tensors were resized
+        if not fitting_names:  # the model's tensors were resized
             return
         storage[key] = _tensor_at(model, fitting_names[0])
         for tied_name in fitting_names:

@@ -200,7 +200,7 @@ class _Tracer:
         self._model = model
         self._numbers: dict[int, int] = {}  # {id of a tensor: number of its value}
         self._tensors: list[Tensor] = []  # by number; kept alive so that ids are not reused
-        # {id of a parameter: (id of the module, full name) of its owners}
+        # {id of a parameter: [(id of a module with it, full name)]}
         self._owners: dict[int, list[tuple[int, str]]] = defaultdict(list)
         self._paths = {id(module): path for path, module in base_modules(model)}
         self._call: Call | None = None

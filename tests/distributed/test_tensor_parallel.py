@@ -19,7 +19,7 @@ CASES = [case for case in bases.DENSE if "," not in case]
 DAILY = ["lora", "qlora", "dora", "ia3", "prefix-tuning", "bitfit", "adaption-prompt"]
 HOOKS = {
     "hooks, saved modules": "'lm_head.weight' is already sharded and cannot be trained",
-    "hooks, tokens": "divides the tokens of 'model.layers.0.self_attn'",
+    "hooks, tokens": "shards the tokens of 'model.layers.0.self_attn'",
     "hooks, shard": "peftcore.shard is not needed",
 }
 PAGE = Path(__file__).parents[2] / "docs" / "distributed.md"
@@ -66,7 +66,7 @@ def test_lora_in_every_way_that_a_layer_is_divided(found: list[Any]) -> None:
         assert "Use the same seed on all ranks" in said["random states"]
         assert "Give all ranks the same batch" in said["batches"]
         assert "peftcore.shard is not needed" in said["shard"]
-        assert "divides the work of 'model.layers.0.self_attn.q_norm'" in said["a norm of heads"]
+        assert "shards the work of 'model.layers.0.self_attn.q_norm'" in said["a norm of heads"]
         assert all(part in said[name] for name, part in HOOKS.items())
         values = {name: value for name, value in measured.items() if not isinstance(value, str)}
         assert values.pop("float64") < 1e-14

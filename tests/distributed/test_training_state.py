@@ -88,7 +88,7 @@ def test_what_a_sharded_model_refuses() -> None:
         assert merging.startswith("cannot merge: the model is sharded")
         assert removing.startswith("cannot remove 'default': the model is sharded")
         assert wrong == "adapter_placement must be one of replicate, shard, found 'both'"
-        assert late.startswith("the base is sharded already")
+        assert late.startswith("the base is already sharded")
         assert "is already sharded and cannot be trained. Apply the adapter before sharding" in trained
 
 

@@ -202,7 +202,7 @@ def _chain_of(module: nn.Module, base: OwnForward) -> Any:
     chain: Any = innermost
     for name in names:
         is_combiner = name in adapters.branches
-        chain = _around(adapters, name, inside=chain, own=innermost) if is_combiner else _link(adapters, name, chain)
+        chain = _around(adapters, name, base=chain, original=innermost) if is_combiner else _link(adapters, name, chain)
     return chain if division is None else DividedChain(division, chain, _parts(adapters, names, base, division))
 
 
@@ -222,7 +222,7 @@ def _by_sample(module: nn.Module, base: OwnForward) -> Any:
     adapters, division = adapters_at(module), division_of(module)
     innermost = base if division is None else WholeForward(base, division)
     chain = PerSample(
-        innermost, adapters, partial(_around, adapters, inside=innermost, own=innermost), module.__dict__[LOCK]
+        innermost, adapters, partial(_around, adapters, base=innermost, original=innermost), module.__dict__[LOCK]
     )
     return chain if division is None else DividedChain(division, chain, None)
 
@@ -234,16 +234,18 @@ def _chain_of_call(module: Any, lock: ModelLock) -> Any:
     return module._peftcore_chain
 
 
-def _around(adapters: Adapters, name: str, *, inside: Any, own: OwnForward) -> Link:
-    """Return the link of the adapter `name` around `inside`, with its branches if it combines any."""
+def _around(adapters: Adapters, name: str, *, base: Any, original: OwnForward) -> Link:
+    """Return the link of the adapter `name` around `base`, with its branches if it combines any."""
     if name in adapters.branches:
-        inside = Branched(inside, own, {branch: _link(adapters, branch, own) for branch in adapters.branches[name]})
-    return _link(adapters, name, inside)
+        base = Branched(
+            base, original, {branch: _link(adapters, branch, original) for branch in adapters.branches[name]}
+        )
+    return _link(adapters, name, base)
 
 
-def _link(adapters: Adapters, name: str, inside: Any) -> Link:
+def _link(adapters: Adapters, name: str, base: Any) -> Link:
     adapter: Any = adapters._modules[name]
-    return adapters.links.get(name, Link)(name, adapter, inside)
+    return adapters.links.get(name, Link)(name, adapter, base)
 
 
 def rebind(copy: nn.Module, *, builds: bool = True) -> None:
@@ -302,7 +304,7 @@ def is_active(module: nn.Module) -> bool:
     lock: ModelLock = module.__dict__[LOCK]
     choice = lock.choice() if lock.choosing else None
     if names is None or choice is not None:
-        names = [name for name in (choice or lock.activation).mixed if name in adapters_at(module)]
+        names = [name for name in (choice or lock.activation).distinct_adapters if name in adapters_at(module)]
     if not names:
         return False
     if is_dynamo_compiling():

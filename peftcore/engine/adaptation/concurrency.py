@@ -29,7 +29,7 @@ from peftcore.plugin.call import CallContext, current_frame, untraced
 from peftcore.plugin.outputs import tensors_of
 
 PATIENCE = 60.0  # seconds that a call or a change waits for other threads before it raises an error
-_ALONE = "Change adapters while no other thread runs the model, or run the model in fewer or shorter calls"
+_ADVICE = "Change adapters while no other thread runs the model, or run the model in fewer or shorter calls"
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Activation:
     cache: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @cached_property
-    def mixed(self) -> tuple[str, ...]:
+    def distinct_adapters(self) -> tuple[str, ...]:
         """The distinct adapters that the samples use."""
         return tuple(name for name in dict.fromkeys(self.samples or ()) if name is not None)
 
@@ -97,9 +97,9 @@ class ModelLock:
         self._changer: int | None = None  # the thread that changes the model or waits to change it
         self._turn: object = None  # the change that `_changer` makes
         self._queue: list[object] = []  # changes that wait for the current one
-        self._alone = False  # the change no longer waits
+        self._excludes_calls = False  # the change no longer waits
         self.choosing = 0  # number of running calls, in all threads, with an adapter for each sample
-        self._held: Block | None = None  # the `disabled` block that prevents calls outside it
+        self._exclusive_block: Block | None = None  # the `disabled` block that prevents calls outside it
         self._blocks: set[Block] = set()  # the open `disabled` blocks that allow other calls
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -120,7 +120,7 @@ class ModelLock:
         """Begin the outermost call of `thread`."""
         self.calls[thread] = False
         try:
-            if self._changer is not None and (self._changer != thread or self._held is not None):
+            if self._changer is not None and (self._changer != thread or self._exclusive_block is not None):
                 self._wait_for_change(thread)
             self.calls[thread] = self.is_disabled()
         except BaseException:
@@ -178,7 +178,7 @@ class ModelLock:
             base: the change affects base tensors, so also wait for the `disabled` blocks of other threads.
         """
         thread = get_ident()
-        if self._changer == thread and self._held is None:  # nested in a larger change
+        if self._changer == thread and self._exclusive_block is None:  # nested in a larger change
             yield
             return
         if self.is_disabled():
@@ -196,7 +196,7 @@ class ModelLock:
         Call `close_block` afterwards, even if this raises.
         """
         with self._condition:
-            if not self.is_disabled() and not (self._changer == get_ident() and self._held is None):
+            if not self.is_disabled() and not (self._changer == get_ident() and self._exclusive_block is None):
                 self._refuse_own_hold("disable adapters")
                 # Otherwise a change waits for this thread.
                 if get_ident() not in self.calls and not disabled_in_thread(self):
@@ -267,7 +267,7 @@ class ModelLock:
             # Other changes may be waiting for the call that this thread is in.
             if in_call and (self._changer is not None or others()):
                 raise PeftcoreError(
-                    f"cannot {action} inside a call of the model while another thread calls or changes it. {_ALONE}"
+                    f"cannot {action} inside a call of the model while another thread calls or changes it. {_ADVICE}"
                 )
             self._refuse_own_hold(action)
             # A queue keeps the order, since a thread that has just finished may return before others wake up.
@@ -277,31 +277,33 @@ class ModelLock:
             self._queue.remove(turn)
             self._condition.notify_all()
             self._wait(lambda: not others(), action)
-            self._alone, self._held = True, turn if isinstance(turn, Block) else None
+            self._excludes_calls, self._exclusive_block = True, turn if isinstance(turn, Block) else None
 
     def _release(self, turn: object) -> None:
         with self._condition:
             if turn in self._queue:
                 self._queue.remove(turn)
             if self._turn is turn:
-                self._changer, self._turn, self._alone, self._held = None, None, False, None
+                self._changer, self._turn, self._excludes_calls, self._exclusive_block = None, None, False, None
             self._condition.notify_all()
 
     def _wait_for_change(self, thread: int) -> None:
         in_backward = torch._C._current_graph_task_id() >= 0
         with self._condition:
-            if self.is_disabled() and self._held is not None:
+            if self.is_disabled() and self._exclusive_block is not None:
                 return
             # The change waits for a block of this thread.
-            if not self._alone and (self.is_disabled() or disabled_in_thread(self)):
+            if not self._excludes_calls and (self.is_disabled() or disabled_in_thread(self)):
                 return
-            if self._held is not None and in_backward:
+            if self._exclusive_block is not None and in_backward:
                 raise PeftcoreError(
                     "backward() recomputes a checkpointed module inside peftcore.disabled(model), but its forward "
                     "ran outside. Run backward() outside the block too"
                 )
             self._refuse_own_hold("call the model")
-            if in_backward and not self._alone:  # the change may wait for a call that waits for this backward pass
+            if (
+                in_backward and not self._excludes_calls
+            ):  # the change may wait for a call that waits for this backward pass
                 return
             del self.calls[thread]
             self._condition.notify_all()
@@ -315,7 +317,7 @@ class ModelLock:
 
         Waiting would deadlock.
         """
-        if self._held is not None and self._changer == get_ident():
+        if self._exclusive_block is not None and self._changer == get_ident():
             raise PeftcoreError(
                 f"cannot {action}: another task of this thread is inside peftcore.disabled(model), which has replaced "
                 "the base parameters that adapters train. Leave the block first"
@@ -328,7 +330,7 @@ class ModelLock:
             if not self._condition.wait(end - time.monotonic()) and not ready():
                 raise PeftcoreError(
                     f"cannot {action}: another thread has been calling, changing or disabling the model for "
-                    f"{PATIENCE:g} s. {_ALONE}"
+                    f"{PATIENCE:g} s. {_ADVICE}"
                 )
 
 

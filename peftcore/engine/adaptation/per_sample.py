@@ -42,7 +42,7 @@ class Group:
         return len(self.numbers)
 
 
-class Chosen:
+class SampleAdapters:
     """The adapters that samples use at one module, and the adapter of each sample.
 
     Args:
@@ -50,7 +50,7 @@ class Chosen:
         samples: the adapter's name of each sample.
     """
 
-    __slots__ = ("_index", "adapters", "names", "samples", "together")
+    __slots__ = ("_index", "adapters", "joint_forward", "names", "samples")
 
     def __init__(self, adapters: Mapping[str, nn.Module | None], samples: tuple[str | None, ...]) -> None:
         self.names = [name for name in dict.fromkeys(samples) if name is not None and name in adapters]
@@ -58,7 +58,7 @@ class Chosen:
         number: dict[str | None, int] = {name: i for i, name in enumerate(self.names)}
         self.samples = [number.get(name, -1) for name in samples]
         kinds = {type(adapter) for adapter in self.adapters}
-        self.together = _together_of(next(iter(kinds))) if len(kinds) == 1 else None
+        self.joint_forward = _joint_forward_of(next(iter(kinds))) if len(kinds) == 1 else None
         self._index: Tensor | None = None
 
     def index(self, device: torch.device) -> Tensor:
@@ -75,7 +75,7 @@ class Chosen:
         ]
 
 
-def _together_of(kind: type[nn.Module]) -> Callable[..., Any] | None:
+def _joint_forward_of(kind: type[nn.Module]) -> Callable[..., Any] | None:
     """Return `per_sample` of a class of adapters, or None if it has none."""
     function = kind.per_sample if issubclass(kind, Adapter) else None
     return None if function is Adapter.per_sample else function
@@ -106,31 +106,31 @@ class PerSample:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         frame = current_frame()
         call = None if frame is None else frame.call
-        sample_adapters = self._chosen(call)
+        sample_adapters = self._current_adapters(call)
         if not sample_adapters.names:
             return self._base(*args, **kwargs)
         first_tensor, rows = self._rows(len(sample_adapters.samples), call, args, kwargs)
-        if sample_adapters.together is not None and all(
+        if sample_adapters.joint_forward is not None and all(
             self._links.get(name, Link).calls_adapter for name in sample_adapters.names
         ):
-            output = self._together(sample_adapters, rows.first, first_tensor, *args, **kwargs)
+            output = self._run_in_one_pass(sample_adapters, rows.first, first_tensor, *args, **kwargs)
             if output is not NotImplemented:
                 return output
         if all(self._links.get(name, Link).follows for name in sample_adapters.names):
-            return self._after(sample_adapters, rows, frame, *args, **kwargs)
+            return self._run_after_module(sample_adapters, rows, frame, *args, **kwargs)
         parts, groups = [], sample_adapters.groups(first_tensor.device)
         count = len(sample_adapters.samples)
         for number, group in groups:
             run = self._base if number < 0 else self._link(sample_adapters.names[number])
             if len(group) == count:
                 return run(*args, **kwargs)
-            own_args, own_kwargs = self._taken(rows, first_tensor, group, count, args, kwargs)
-            with as_if_called(frame, _narrowed(frame, group, count)):
+            own_args, own_kwargs = self._slice_arguments(rows, first_tensor, group, count, args, kwargs)
+            with as_if_called(frame, _restrict_frame(frame, group, count)):
                 parts.append(run(*own_args, **own_kwargs))
         order = torch.cat([group.index for _, group in groups]).argsort()
         return join_samples(parts, rows.output, [len(group) for _, group in groups], order)
 
-    def _chosen(self, call: Call | None) -> Chosen:
+    def _current_adapters(self, call: Call | None) -> SampleAdapters:
         """Return this module's adapters for the current activation."""
         activation = self._lock.choice() or self._lock.activation
         sample_numbers = call.samples if call is not None else None
@@ -138,10 +138,10 @@ class PerSample:
         if sample_numbers is not None:
             samples = tuple(samples[i] for i in sample_numbers)
         if is_dynamo_compiling():
-            return Chosen(self._adapters, samples)
-        sample_adapters: Chosen | None = activation.cache.get((self.module, sample_numbers))
+            return SampleAdapters(self._adapters, samples)
+        sample_adapters: SampleAdapters | None = activation.cache.get((self.module, sample_numbers))
         if sample_adapters is None:
-            sample_adapters = activation.cache[self.module, sample_numbers] = Chosen(self._adapters, samples)
+            sample_adapters = activation.cache[self.module, sample_numbers] = SampleAdapters(self._adapters, samples)
         return sample_adapters
 
     def _rows(
@@ -172,7 +172,7 @@ class PerSample:
             )
         return first_tensor, rows
 
-    def _taken(
+    def _slice_arguments(
         self,
         rows: Rows,
         first_tensor: Tensor,
@@ -191,28 +191,31 @@ class PerSample:
         sliced_args = [part(names[i] if i < len(names) else "", value) for i, value in enumerate(args)]
         return sliced_args, {name: part(name, value) for name, value in kwargs.items()}
 
-    def _together(
-        self, sample_adapters: Chosen, placement: Samples, first_tensor: Tensor, *args: Any, **kwargs: Any
+    def _run_in_one_pass(
+        self, sample_adapters: SampleAdapters, placement: Samples, first_tensor: Tensor, *args: Any, **kwargs: Any
     ) -> Any:
         """Run all adapters in one pass by their class's `per_sample`; return NotImplemented if that is not possible."""
-        together, index = cast(Callable[..., Any], sample_adapters.together), sample_adapters.index(first_tensor.device)
+        joint_forward = cast(Callable[..., Any], sample_adapters.joint_forward)
+        index = sample_adapters.index(first_tensor.device)
         entries_per_sample = first_tensor.shape[placement.dim] // len(sample_adapters.samples)
         index = index if entries_per_sample == 1 else index.repeat_interleave(entries_per_sample)
         if placement.dim == 0:
-            return together(sample_adapters.adapters, index, self._base, *args, **kwargs)
+            return joint_forward(sample_adapters.adapters, index, self._base, *args, **kwargs)
         if not args or args[0] is not first_tensor or len(args) > 1 or kwargs:
             return NotImplemented
-        output = together(sample_adapters.adapters, index, self._base, first_tensor.transpose(0, placement.dim))
+        output = joint_forward(sample_adapters.adapters, index, self._base, first_tensor.transpose(0, placement.dim))
         return output if output is NotImplemented else output.transpose(0, placement.dim).contiguous()
 
-    def _after(self, sample_adapters: Chosen, rows: Rows, frame: Frame | None, *args: Any, **kwargs: Any) -> Any:
+    def _run_after_module(
+        self, sample_adapters: SampleAdapters, rows: Rows, frame: Frame | None, *args: Any, **kwargs: Any
+    ) -> Any:
         """Run adapters that all follow the module: the module runs once on the whole batch."""
         output = self._base(*args, **kwargs)
         first_output, location, count = first_of(output), first_placement(rows.output), len(sample_adapters.samples)
         parts, groups = [], sample_adapters.groups(first_output.device)
         for number, group in groups:
             y = slice_samples(first_output, location, group.index, count)
-            with as_if_called(frame, _narrowed(frame, group, count)):
+            with as_if_called(frame, _restrict_frame(frame, group, count)):
                 parts.append(y if number < 0 else sample_adapters.adapters[number](y))
         order = torch.cat([group.index for _, group in groups]).argsort()
         return with_first(output, join_samples(parts, location, [len(group) for _, group in groups], order))
@@ -231,7 +234,7 @@ class _CallOfSamples(Call):
     def __init__(self, call: Call, locations: Mapping[str, Any], samples: Group, count: int) -> None:
         super().__init__(call._values)
         outer = call.samples
-        self._repeated = samples.numbers if outer is None else tuple(outer[i] for i in samples.numbers)
+        self._sample_numbers = samples.numbers if outer is None else tuple(outer[i] for i in samples.numbers)
         self._call, self._where, self._index, self._count = call, locations, samples.index, count
         self.state = call.states.setdefault(samples.numbers, CallState())
 
@@ -249,7 +252,7 @@ _OF_SAMPLES = (
 )  # fmt: skip
 
 
-def _narrowed(frame: Frame | None, samples: Group, count: int) -> Call | None:
+def _restrict_frame(frame: Frame | None, samples: Group, count: int) -> Call | None:
     """Return the call restricted to some samples, for the adapters of these samples."""
     if frame is None:
         return None

@@ -1,4 +1,4 @@
-"""Check whether two adapters compute the same from the same tensors.
+"""Check whether two adapters with equal tensors compute the same outputs.
 
 Modules are compared rather than configs, because not every field that differs affects the computation.
 """

@@ -208,7 +208,7 @@ def select_by(config: Any, model: nn.Module, architecture: Architecture, **other
 def sublayers(
     model: nn.Module, architecture: Architecture, kinds: Collection[str], layers: int | Sequence[int] | None = None
 ) -> list[Sublayer]:
-    """Return the detected sublayers of these kinds, in all layers or in the layers with the indices `layers`.
+    """Return the detected sublayers of these kinds, in all layers or only in those with the indices `layers`.
 
     Raises:
         PeftcoreError: no such sublayer was detected, or an index does not exist.

@@ -54,7 +54,7 @@ def test_asked_for_wrongly(run: Run, base: Path, tmp_path: Path) -> None:
     saved_run(base, tmp_path / "run", r=4)
     given = ("export", tmp_path / "run", "--format")
     wrong = run(*given, "vlm", code=1).output
-    assert "the format 'vlm' is not known (nearest: 'vllm'" in wrong and "onnx, peft" in wrong
+    assert "the format 'vlm' is unknown (nearest: 'vllm'" in wrong and "onnx, peft" in wrong
     wrong = run(*given, "vllm", "--only", "model", code=1).output
     assert "--only must be adapter for the format 'vllm', found 'model'" in wrong
     assert "NoOptions has no field 'rank'" in run(*given, "peft", "--set", "rank=8", code=1).output
