@@ -224,7 +224,7 @@ def _experts(fields: dict[str, Any], tensors: dict[str, Tensor]) -> list[tuple[s
             counts.add(tensor.shape[0] // r)
     if not modules or counts == {1}:
         return []
-    of_experts = f" with {', '.join(map(str, sorted(counts)))}" if counts else ""
+    of_experts = f" of {', '.join(map(str, sorted(counts)))} experts" if counts else ""
     share = 100 * parameters / sum(tensor.numel() for tensor in tensors.values())
     return [("experts", f"{len(modules)} modules{of_experts}, {parameters:,} of the parameters ({share:.3g} %)")]
 

@@ -160,7 +160,7 @@ def test_info_of_experts(run: Run, tmp_path: Path) -> None:
     peftcore.save(peftcore.apply(mixture("qwen3_moe", num_experts=6), "lora", r=8, expert_r=2), tmp_path)
     held = 2 * 6 * 2 * ((64 + 64) + (32 + 64))  # modules, experts, r, (in + out) of both weights
     output = run("info", tmp_path).output
-    assert "2 modules with 6" in output and f"{held:,} of the parameters" in output
+    assert "2 modules of 6 experts" in output and f"{held:,} of the parameters" in output
     tiny.without_hash(tmp_path)
     for found in ({"r": "?"}, {"r": 0}, {"target_parameters": [7, "lora"]}, {"target_parameters": 3}):
         fields = json.loads((tmp_path / "adapter_config.json").read_text())
