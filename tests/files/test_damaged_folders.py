@@ -119,7 +119,7 @@ def edit(folder: Path, **changes) -> None:
             r"no installed method reads peft_type 'UNHEARD_OF'.*If you trust the file and that package: pip install",
         ),
         (unknown_field, r"uses magic=7, which the installed plugin 'around' does not support"),
-        (truncate, r"is not a complete safetensors file.*cut off"),
+        (truncate, r"is not a complete safetensors file.*truncated"),
         (lengthen, r"is not a complete safetensors file"),
         (huge_header, r"is not a complete safetensors file"),
         (empty, r"\(0 bytes\) is not a complete safetensors file"),
