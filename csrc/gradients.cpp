@@ -27,10 +27,9 @@ void refuse_or_compute(const c10::OperatorHandle& op, c10::DispatchKeySet keys, 
         const std::string& overload = op.schema().overload_name();
         const std::string name =
             op.schema().name().substr(sizeof("peftcore::") - 1) + (overload.empty() ? "" : "." + overload);
-        TORCH_CHECK(
-            false, "torch.ops.peftcore.", name,
-            " computes no gradient, but an argument requires grad. Call the function of peftcore.ops "
-            "instead, or call the operator under torch.no_grad()");
+        TORCH_CHECK(false, "torch.ops.peftcore.", name,
+                    " computes no gradient, but an argument requires grad. Call the function of peftcore.ops "
+                    "instead, or call the operator under torch.no_grad()");
     }
     op.redispatchBoxed(keys & c10::after_autograd_keyset, stack);
 }
