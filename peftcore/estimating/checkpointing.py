@@ -1,4 +1,4 @@
-"""Gradient checkpointing of a stand-in, which recomputes activations (Chen et al. 2016, arXiv 1604.06174)."""
+"""Gradient checkpointing of a meta model, which recomputes activations (Chen et al. 2016, arXiv 1604.06174)."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ _METHODS = (
 
 
 def checkpoint(model: nn.Module, kind: bool | str | Mapping[str, Any]) -> None:
-    """Enable gradient checkpointing on a transformers model, as `Step.gradient_checkpointing` asks.
+    """Enable gradient checkpointing on a transformers model, as specified by `Step.gradient_checkpointing`.
 
     Raises:
-        NotFollowed: The model has no gradient checkpointing, or `offload` was asked for.
+        NotFollowed: The model does not support gradient checkpointing, or `offload` is set.
         PeftcoreError: An option is unknown.
     """
     options = dict(kind) if isinstance(kind, Mapping) else {"use_reentrant": kind == "reentrant"}
     options.setdefault("use_reentrant", False)
     if options.get("offload"):
-        raise NotFollowed("gradient_checkpointing: offload=True is not followed. Leave it out")
+        raise NotFollowed("gradient_checkpointing: offload=True cannot be estimated. Omit the option")
     name = next((name for name in _METHODS if hasattr(model, name)), None)
     if name is None or not getattr(model, "supports_gradient_checkpointing", True):
-        raise NotFollowed(f"{type(model).__name__} does not support gradient_checkpointing. Leave it out")
+        raise NotFollowed(f"{type(model).__name__} does not support gradient_checkpointing. Omit the option")
     enable = getattr(model, name)
     our_options = {name: options.pop(name) for name in ("every_n_layers", "offload") if name in options}
     unknown_options = our_options.keys() - inspect.signature(enable).parameters.keys()
@@ -41,7 +41,8 @@ def checkpoint(model: nn.Module, kind: bool | str | Mapping[str, Any]) -> None:
     unknown = options.keys() - {"use_reentrant", "context_fn", "preserve_rng_state", "determinism_check", "debug"}
     if unknown:
         raise PeftcoreError(
-            f"gradient_checkpointing: torch.utils.checkpoint has no option {', '.join(sorted(unknown))}. It has "
-            "use_reentrant, context_fn, preserve_rng_state, determinism_check and debug; transformers every_n_layers"
+            f"gradient_checkpointing: torch.utils.checkpoint has no option {', '.join(sorted(unknown))}. Its options "
+            "are use_reentrant, context_fn, preserve_rng_state, determinism_check and debug; transformers adds "
+            "every_n_layers"
         )
     enable(options, **our_options)

@@ -1,4 +1,4 @@
-"""Search for ways of training that fit into a memory, with the largest batch of each, by bisection."""
+"""Search for training configurations that fit into a memory limit, and the largest batch of each, by bisection."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ from peftcore.optim import bytes_of
 
 PLAIN, PAGED = "adamw_torch", "paged_adamw_8bit"
 LARGEST_BATCH = 64
-SHORTEST = 64  # tokens of the shortest examples that an error suggests
+SHORTEST = 64  # length in tokens of the shortest examples that an error suggests
 _SEARCHED = ("batch_size", "gradient_checkpointing", "optimizer")
 _EXAMPLES = {1: "one example", 2: "two examples"}
 
 
 @dataclass(frozen=True)
 class Way:
-    """A way of training that fits, with its largest batch up to 64.
+    """A training configuration that fits, with its largest batch up to 64.
 
     Args:
-        next_need: Bytes, of the same kind as `memory`, for a batch of twice the size.
-        libraries: Bytes of `memory` that Python and its libraries take; 0 on a card.
+        next_need: Bytes needed with twice the batch size, measured like `memory`.
+        libraries: Bytes of `memory` that Python and its libraries take; 0 on a GPU.
     """
 
     method: str
@@ -50,14 +50,14 @@ class Way:
 
     @property
     def memory(self) -> Range:
-        """Bytes of the process on this machine; on a card, of the card."""
+        """Bytes of the process on this machine, or of the GPU."""
         estimate = self.estimate
         low = self.libraries + estimate.beyond_libraries.low - (estimate.peak - estimate.least)
         high = self.libraries + estimate.needed
         return Range(low if self.libraries else high, high)
 
     def options(self) -> list[str]:
-        """Return the options of `peftcore train` for this way."""
+        """Return the options of `peftcore train` for this configuration."""
         words = ["--method", self.method]
         for name, value in self.fields.items():
             words += ["--set", f"{name}={value if isinstance(value, str) else json.dumps(value)}"]
@@ -67,10 +67,11 @@ class Way:
 
 @dataclass(frozen=True)
 class Suggestion:
-    """Ways of training that fit into `memory` bytes.
+    """Training configurations that fit into `memory` bytes.
 
-    Ways with a dense base come before those with a 4-bit base, which is less exact. For each method the plain way comes
-    first; gradient checkpointing and the paged optimizer, which take more time, follow if they allow a larger batch.
+    Configurations with a dense base come before those with a less exact 4-bit base. For each method the plain
+    configuration comes first. Gradient checkpointing and the paged optimizer, which are slower, follow if they allow a
+    larger batch.
     """
 
     memory: float
@@ -80,7 +81,7 @@ class Suggestion:
     def __str__(self) -> str:
         ranks = self.ways[0].estimate.step.ranks
         for_each_process = f" for each of {ranks} processes" if ranks > 1 else ""
-        with_libraries = "" if self.device.is_card else " with Python and its libraries"
+        with_libraries = "" if self.device.is_card else ", including Python and its libraries"
         lines = [f"fits into {self.memory / 1e9:,.1f} GB on {self.device.name}{with_libraries}{for_each_process}:"]
         for way in self.ways:
             verdict = "" if way.next_need <= self.memory else " and does not fit"
@@ -105,22 +106,23 @@ def suggest(
     step: Step | None = None,
     **options: Any,
 ) -> Suggestion:
-    """Suggest ways to train `model` within a memory limit: batch size, checkpointing and optimizer for each method.
+    """Suggest how to train `model` within a memory limit: batch size, checkpointing and optimizer for each method.
 
     Args:
         model: A transformers config, a folder with a `config.json`, a hub id, or a model that has a config.
-        methods: Names of the methods to compare, tried in this order.
-        memory: Memory of the process or the card, in bytes or as text ("24GB"); None: what the device has free.
-        device: `cpu`, which is this machine, or a card, as in `estimate`.
+        methods: Names of the methods to compare, in the order in which they are tried.
+        memory: Memory of the process or the GPU, in bytes or as text ("24GB"). None means the free memory of the
+            device.
+        device: `cpu` for this machine, or a GPU, as in `estimate`.
         r: Ranks to try, for methods that have one.
         dtype: Dtype of the base.
-        max_ways: Largest number of ways to return.
+        max_ways: Maximum number of configurations to return.
         fields: Fields of every method's config, such as target_modules.
-        step: How a step is run, apart from what is searched; None: `Step()`.
+        step: Settings of a step, except for the searched ones. None means `Step()`.
         options: Fields of `Step`, such as length=2048, ranks=8 or mixed_precision="bf16", which override `step`.
 
     Raises:
-        PeftcoreError: Nothing fits (the error names the smallest need found), or an argument is wrong.
+        PeftcoreError: Nothing fits (the error gives the smallest requirement), or an argument is wrong.
 
     Examples:
         >>> config = AutoConfig.from_pretrained("HuggingFaceTB/SmolLM2-135M-Instruct")
@@ -131,7 +133,7 @@ def suggest(
     searched_options = [name for name in _SEARCHED if name in options]
     step = split_step_options(step, options)
     if searched_options:
-        raise PeftcoreError(f"suggest chooses {', '.join(_SEARCHED)} itself: leave out {', '.join(searched_options)}")
+        raise PeftcoreError(f"suggest chooses {', '.join(_SEARCHED)} itself. Omit {', '.join(searched_options)}")
     if options:
         raise PeftcoreError(
             f"suggest has no argument {', '.join(options)}. Pass fields of a method's config as fields={{...}}"
@@ -152,7 +154,7 @@ def suggest(
         for choice in _ladder(plain_choice):
             try:
                 batch = search.largest_batch(choice, room)
-            except NotFollowed:  # some models have no gradient checkpointing
+            except NotFollowed:  # some models do not support gradient checkpointing
                 break
             tried_choices.append(choice)
             if batch <= batch_before:
@@ -178,28 +180,30 @@ def suggest(
 
 
 def _room(memory: int | str | None, device: Device) -> float:
-    """Return the bytes of `memory` that a step on this device can use."""
+    """Return the number of bytes of `memory` that are available to a step on this device."""
     if memory is None:
         return device.memory
     try:
         size = float(bytes_of(memory) or 0)
     except ValueError as error:
-        raise PeftcoreError(f"memory must be bytes or text such as '24GB', found {memory!r}") from error
+        raise PeftcoreError(f"memory must be a number of bytes or text such as '24GB', found {memory!r}") from error
     if size < 1e6:
-        raise PeftcoreError(f"memory must be bytes or text such as '24GB', found {memory!r}: no model fits into that")
+        raise PeftcoreError(
+            f"memory={memory!r} is too small for any model. Pass a number of bytes or text such as '24GB'"
+        )
     room = usable(size) if device.is_card else size - process_memory()
     if room < 1e6:
         user_of_memory = "the CUDA context takes" if device.is_card else "Python and its libraries take"
         smallest_in_gb = math.ceil((size - room + 1e6) / 1e9)
         raise PeftcoreError(
-            f"memory={memory!r} on {device.name} is no more than {user_of_memory}. Give at least {smallest_in_gb}GB"
+            f"memory={memory!r} on {device.name} is no more than {user_of_memory}. Pass at least {smallest_in_gb}GB"
         )
     return room
 
 
 @dataclass(frozen=True)
 class _Choice:
-    """Way of training without its batch size."""
+    """Training configuration without its batch size."""
 
     method: str
     fields: tuple[tuple[str, Any], ...]
@@ -211,14 +215,14 @@ class _Choice:
 
 
 def _ladder(plain: _Choice) -> tuple[_Choice, ...]:
-    """Return the choice, then with checkpointing, then with a paged optimizer as well: each needs less memory."""
+    """Return the choice, then with checkpointing, then also with a paged optimizer: each needs less memory."""
     checkpointed = replace(plain, gradient_checkpointing=True)
     return plain, checkpointed, replace(checkpointed, optimizer=PAGED)
 
 
 @dataclass
 class _Search:
-    """Cache of followed steps of one model on one device. `step`: the fields that are not searched."""
+    """Cache of simulated steps of one model on one device. `step` has the fields that are not searched."""
 
     config: Any
     device: Device
@@ -228,7 +232,7 @@ class _Search:
 
     @property
     def smallest_batch(self) -> int:
-        """Smallest batch: a pair of texts is compared with another one."""
+        """Smallest batch: at least two pairs, since pairs of texts are compared with each other."""
         return 2 if self.step.loss == "pairs" else 1
 
     def estimate(self, choice: _Choice, batch: int, length: int | None = None) -> Estimate:
@@ -260,16 +264,16 @@ class _Search:
 
 
 def _no_way_message(search: _Search, choices: Sequence[_Choice], room: float) -> str:
-    """Return the text of the error: the smallest need found, for which choice, and what would need less."""
+    """Return the error text: the smallest requirement, its configuration, and how to reduce it."""
     choice = min(choices, key=lambda candidate: search.estimate(candidate, search.smallest_batch).needed)
     step = search.estimate(choice, search.smallest_batch)
     lasting = step.parts[Purpose.BASE] + step.parts[Purpose.ADAPTERS] + (0 if step.paged else step.parts[Purpose.STATE])
     with_checkpointing = " and gradient checkpointing" if choice.gradient_checkpointing else ""
     beyond = "" if search.device.is_card else " beyond Python and its libraries"
     text = (
-        f"nothing fits into {_size(room)}{beyond}: the least is {_size(step.needed)}, {choice.method} with "
-        f"{_EXAMPLES[search.smallest_batch]} at a time{with_checkpointing}, {_size(step.parts[Purpose.BASE])} of it "
-        "the base"
+        f"nothing fits into {_size(room)}{beyond}: the smallest configuration is {choice.method} with "
+        f"{_EXAMPLES[search.smallest_batch]} at a time{with_checkpointing}, which needs {_size(step.needed)}, "
+        f"including {_size(step.parts[Purpose.BASE])} for the base"
     )
     ways = []
     if lasting < room and search.step.example is None:
@@ -280,10 +284,10 @@ def _no_way_message(search: _Search, choices: Sequence[_Choice], room: float) ->
                 break
             length //= 2
     if not step.summary.packed_parameters:
-        ways.append("a method with a base in 4 bits needs less")
+        ways.append("a method with a 4-bit base needs less")
     cards = [card.name for card in CARDS.values() if card.memory >= step.needed]
     if search.device.is_card and cards:
-        ways.append(f"cards with enough memory: {', '.join(cards)}")
+        ways.append(f"GPUs with enough memory: {', '.join(cards)}")
     return f"{text}. {_sentence(ways or ['Use a smaller model, or more memory'])}"
 
 
@@ -297,7 +301,7 @@ def _size(count: float) -> str:
 
 
 def _choices(names: Sequence[str], ranks: Sequence[int], fields: Mapping[str, Any]) -> list[_Choice]:
-    """Return a choice for each method and rank; one for a method without a rank, or whose rank is in `fields`."""
+    """Return a choice for each method and rank; a method without a rank, or with a rank in `fields`, has one."""
     choices = []
     for name in names:
         has_rank = "r" in {item.name for item in dataclass_fields(peftcore.method(name).config_class)}

@@ -30,7 +30,7 @@ class Cost(NamedTuple):
     Args:
         flops: Floating-point operations; a multiplication and an addition count as two.
         scratch: Bytes that are allocated and freed during the call.
-        kept: Bytes that the thread keeps for the next calls; it keeps the largest buffer of all operators.
+        kept: Bytes that the thread keeps for later calls. Of all operators, it keeps the largest buffer.
         product: (rows, inner, columns, layout) of a product for which oneDNN caches code.
         products: Number of such products; the products of experts differ in their shapes.
     """
@@ -46,7 +46,7 @@ FREE = Cost()
 
 
 def cost(operator: Any, args: tuple[Any, ...], output: Any, *, on_card: bool) -> Cost:
-    """Return the cost of an operator. On a GPU, the memory that libraries allocate is not modelled."""
+    """Return the cost of an operator. Memory allocated by GPU libraries is not modelled."""
     name = operator._schema.name
     if name.startswith("peftcore::"):
         operator_cost = _peftcore_cost(operator, args)
@@ -69,7 +69,7 @@ def cost(operator: Any, args: tuple[Any, ...], output: Any, *, on_card: bool) ->
 
 
 def kept(costs: Sequence[Cost]) -> int:
-    """Return the bytes that operators with these costs keep after the step."""
+    """Return the number of bytes that operators with these costs keep after the step."""
     shapes: set[tuple[int, int, int, str]] = set()
     products_of_experts = 0
     for operator_cost in costs:
@@ -86,7 +86,7 @@ def kept(costs: Sequence[Cost]) -> int:
 def _attention(operator: Any, args: tuple[Any, ...]) -> Cost:
     """Return the cost of attention on a CPU: scores and their product with values, or the three gradients."""
     arguments = _arguments_by_name(operator, args)
-    # Operators of peftcore call them q, k and v.
+    # argument names of peftcore's operators
     query, key, value = (arguments[name if name in arguments else name[0]] for name in ("query", "key", "value"))
     flops = 2.0 * query[..., 0].numel() * key.shape[-2] * (query.shape[-1] + value.shape[-1])
     if "grad_out" in arguments or "grad" in arguments:  # five products instead of two
@@ -115,7 +115,7 @@ def _product(rows: int, inner: int, columns: int, dtype: torch.dtype, layout: st
 
 
 def _frozen(rows: int, weight: list[Tensor], packing: list[int], dtype: torch.dtype, backward: bool = False) -> Cost:
-    """Return the cost of x Wᵀ, or if `backward` of dy W. A 4-bit weight is unpacked panel by panel."""
+    """Return the cost of x Wᵀ, or of dy W with `backward`. A 4-bit weight is unpacked in panels."""
     out, inner = packing[-2:] if packing else weight[0].shape[-2:]
     if not packing:
         return _product(rows, out, inner, dtype, PLAIN) if backward else _product(rows, inner, out, dtype, TRANSPOSED)
@@ -148,23 +148,23 @@ def _peftcore_cost(operator: Any, args: tuple[Any, ...]) -> Cost:
 
 
 def _base_cost(arguments: dict[str, Any], x: Tensor, *, backward: bool) -> Cost:
-    """Return the cost of the product with the frozen weight, which may be the stacked weight of experts."""
+    """Return the cost of the product with the frozen weight, which may be a stacked weight of experts."""
     weight, packing, rows = arguments["weight"], arguments["packing"], x[..., 0].numel()
     if "offsets" not in arguments:
         return _frozen(rows, weight, packing, x.dtype, backward)
-    experts = arguments["offsets"].numel()  # each row goes to one of them
+    experts = arguments["offsets"].numel()  # each row goes to one expert
     out, inner = packing[-2:] if packing else weight[0].shape[-2:]
     expert_cost = _product(-(-rows // experts), inner, out, x.dtype, TRANSPOSED)
     return expert_cost._replace(flops=2.0 * rows * inner * out, products=experts)
 
 
 def _low_rank_flops(arguments: dict[str, Any], x: Tensor, needs_factors: Sequence[bool | int]) -> float:
-    """Return the operations of the low-rank products; the gradient of a factor takes one more product."""
+    """Return the number of operations of the low-rank products. The gradient of a factor takes one more product."""
     factors = [arguments[name] for name in ("a", "b") if name in arguments]
     factors = factors or list(arguments.get("factors", ()))[:2]
     factors = [factor[0] if isinstance(factor, list) else factor for factor in factors]  # all samples have equal sizes
     if "offsets" in arguments:
-        factors = [factor[0] for factor in factors]  # each row is multiplied with one expert's factors
+        factors = [factor[0] for factor in factors]  # each row is multiplied by one expert's factors
     products = 0
     for factor, needs_gradient in zip(factors, needs_factors, strict=False):
         products += (1 + needs_gradient) * factor.numel()

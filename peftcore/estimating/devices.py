@@ -1,4 +1,4 @@
-"""Devices on which a step is predicted: this machine, and a table of cards with their memory."""
+"""Devices for which a step is predicted: this machine, and a table of GPUs with their memory."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from peftcore.errors import PeftcoreError, nearest
 
 @dataclass(frozen=True)
 class Device:
-    """Device that a step runs on.
+    """Device on which a step runs.
 
     Args:
         memory: Bytes available to the step.
-        is_card: Whether it is a card of the table, not this machine.
+        is_card: Whether the device is a GPU from the table, not this machine.
     """
 
     name: str
@@ -25,7 +25,7 @@ class Device:
 
 
 def usable(memory: float) -> float:
-    """Return the bytes of a card's memory that its context and the driver leave."""
+    """Return the bytes of a GPU's memory that are left beside its context and the driver."""
     return 0.94 * memory - 0.5e9
 
 
@@ -37,7 +37,7 @@ CARDS = {name: Device(name, usable(1e9 * size), is_card=True) for name, size in 
 
 
 def device_of(name: str) -> Device:
-    """Return the card with this name, or this machine for `cpu`.
+    """Return the GPU with this name, or this machine for `cpu`.
 
     Raises:
         PeftcoreError: The name is unknown.
@@ -47,14 +47,13 @@ def device_of(name: str) -> Device:
     card = CARDS.get(name.lower())
     if card is None:
         raise PeftcoreError(
-            f"there is no card '{name}' in the table{nearest(name, [*CARDS, 'cpu'])}. "
-            f"Use one of: cpu, {', '.join(CARDS)}"
+            f"unknown device '{name}'{nearest(name, [*CARDS, 'cpu'])}. Use one of: cpu, {', '.join(CARDS)}"
         )
     return card
 
 
 def memory_here() -> float:
-    """Return the bytes of memory that are free on this machine, within the limit of a container.
+    """Return the free memory of this machine in bytes, within the limit of a container.
 
     Raises:
         PeftcoreError: The system does not report free memory.
@@ -67,22 +66,24 @@ def memory_here() -> float:
         try:
             available = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES"))
         except (AttributeError, ValueError, OSError):
-            raise PeftcoreError("free memory cannot be read here without psutil. Try: pip install psutil") from None
+            raise PeftcoreError(
+                "the machine's free memory cannot be read without psutil. Install it: pip install psutil"
+            ) from None
     try:
         limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
         usage = Path("/sys/fs/cgroup/memory.current").read_text().strip()
         if limit != "max":
             available = min(available, float(limit) - float(usage))
-    except (OSError, ValueError):  # the system has no such limit
+    except (OSError, ValueError):  # the system does not have such a limit
         pass
     return available
 
 
 def process_memory() -> int:
-    """Return the resident bytes of this process.
+    """Return this process's resident memory in bytes.
 
     Raises:
-        PeftcoreError: The system does not report them.
+        PeftcoreError: The system does not report resident memory.
     """
     if sys.platform == "linux":
         return os.sysconf("SC_PAGE_SIZE") * int(Path("/proc/self/statm").read_text().split()[1])
@@ -90,6 +91,6 @@ def process_memory() -> int:
         import psutil
     except ImportError:
         raise PeftcoreError(
-            "this process' memory cannot be read here without psutil. Try: pip install psutil"
+            "this process's memory cannot be read without psutil. Install it: pip install psutil"
         ) from None
     return int(psutil.Process().memory_info().rss)

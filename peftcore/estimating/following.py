@@ -1,7 +1,7 @@
-"""A training step run on meta tensors, with every storage followed from its creation until nothing refers to it.
+"""Simulation of a training step on meta tensors, which records the lifetime of every storage.
 
-Floats are on the meta device and small integers real (`model.meta`). Where PyTorch chooses between algorithms by
-device, the CPU's choice is taken.
+Floating-point tensors are on the meta device, and small integer tensors are real (`model.meta`). Where PyTorch chooses
+an algorithm by device, the CPU's algorithm is used.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ from peftcore.ops.linear_cross_entropy import workspace, workspace_of_weight
 from peftcore.ops.weight import weight_from_operands
 from peftcore.plugin import MetaFloats, ranks
 
-LARGEST_INDEX = 1 << 22  # integer tensors with more values than this are on meta
+LARGEST_INDEX = 1 << 22  # integer tensors with more values than this are on the meta device
 
 
 class NotFollowed(PeftcoreError):
-    """A model, or a step of it, that does not run without values."""
+    """A model or its training step cannot run without values."""
 
 
 @dataclass(slots=True)
 class Storage:
-    """Memory that exists from operation `born` to operation `died`; None: until the end.
+    """Memory that exists from operation `born` to operation `died`, or to the end if `died` is None.
 
     Args:
-        shape: Shape of the first tensor seen in it.
+        shape: Shape of the first tensor in it.
         kind: Purpose, as far as it is known.
-        module: Path of the module that was running when it was created.
+        module: Path of the module that created it.
     """
 
     bytes: int
@@ -57,9 +57,10 @@ class Operation:
 
     Args:
         name: Name in the operator's schema.
-        module: Path of the module whose forward called it; outside of all modules, of the module whose results it read.
+        module: Path of the module whose forward called the operator; outside all modules, path of the module whose
+            results it reads.
         phase: Part of the step.
-        recomputed: Whether it belongs to a forward that the backward runs again.
+        recomputed: Whether it belongs to a forward that is recomputed in the backward pass.
     """
 
     name: str
@@ -70,7 +71,7 @@ class Operation:
 
 
 def births_and_deaths(storages: Sequence[Storage]) -> tuple[dict[int, list[int]], dict[int, list[int]], list[int]]:
-    """Return the numbers of storages created by each operation, freed before it, and present throughout."""
+    """Return indices of storages: created by each operation, freed before it, and alive throughout."""
     born, died, stay = defaultdict(list), defaultdict(list), []
     for number, storage in enumerate(storages):
         if storage.born == 0 and storage.died is None:
@@ -83,7 +84,7 @@ def births_and_deaths(storages: Sequence[Storage]) -> tuple[dict[int, list[int]]
 
 
 def _unpacked(operator: Any, args: tuple[Any, ...]) -> int:
-    """Return the bytes of a 4-bit weight, of all experts, that a card unpacks for many rows or a gradient."""
+    """Return the bytes of the dense weight (of all experts) that a GPU unpacks for many rows or a gradient."""
     arguments = dict(zip((argument.name for argument in operator._schema.arguments), args, strict=False))
     rows = arguments.get("grad", arguments.get("x"))
     if rows is None or not arguments.get("packing"):
@@ -96,7 +97,7 @@ def _unpacked(operator: Any, args: tuple[Any, ...]) -> int:
 
 
 class Following:
-    """Recorder of what runs within `with following.running(model):`, on this machine or on a card."""
+    """Recorder of all operations in `with following.running(model):`, on this machine or on a GPU."""
 
     def __init__(self, *, on_card: bool = False) -> None:
         self.on_card = on_card
@@ -121,7 +122,7 @@ class Following:
                 self._modules.pop()
 
         for hook in (enter, leave):
-            vars(hook)["only_looks"] = True  # for code that takes another path where a hook could change something
+            vars(hook)["only_looks"] = True  # for code that behaves differently if there are hooks
 
         with ExitStack() as stack:
             hooks = torch.nn.modules.module
@@ -132,10 +133,11 @@ class Following:
             yield
 
     def see(self, tensor: Tensor, kind: str | None = None, *, only_new: bool = False) -> None:
-        """Record the tensor's storage and its purpose, `kind`; with `only_new` a known purpose stays."""
+        """Record the tensor's storage and its purpose `kind`; with `only_new`, keep a recorded purpose."""
         if tensor.layout is not torch.strided:
             raise NotFollowed(
-                f"the step creates a tensor of layout {tensor.layout}, whose memory is not followed. Use dense tensors"
+                f"the step creates a tensor with layout {tensor.layout}, whose memory cannot be estimated. Use dense "
+                "tensors"
             )
         storage = ranks.local(tensor).untyped_storage()
         key = storage._cdata
@@ -152,17 +154,17 @@ class Following:
             known.kind = kind
 
     def release(self, tensor: Tensor) -> None:
-        """Record that the tensor's memory is freed although the tensor stays; `see` allocates it again."""
+        """Record that the tensor's memory is freed although the tensor still exists. `see` allocates it again."""
         key = ranks.local(tensor).untyped_storage()._cdata
         self._gone(key, self._live[key])
 
     def pass_by(self, name: str) -> None:
-        """Record an operation that PyTorch's dispatcher does not show."""
+        """Record an operation that is not visible to PyTorch's dispatcher."""
         module_path = self._modules[-1] if self._modules else ""
         self.operations.append(Operation(name, module_path, self.phase))
 
     def end(self) -> None:
-        """Stop recording: tensors that still exist stay in the record when the stand-in is deleted."""
+        """Stop recording, so that tensors that still exist stay in the record when the meta model is deleted."""
         self._ended = True
 
     def _gone(self, key: int, storage: Storage) -> None:
@@ -190,7 +192,7 @@ class Following:
         self.operations.append(operation)
 
     def _workspace(self, operator: Any, args: tuple[Any, ...]) -> Tensor:
-        """Return a tensor as large as what the operator has beside its arguments and results."""
+        """Return a tensor as large as the operator's temporary memory."""
         name, size, device = operator._schema.name, 0, torch.device("cuda" if self.on_card else "cpu")
         if name == "peftcore::linear_cross_entropy":
             hidden, weight, packing = args[:3]
@@ -205,18 +207,18 @@ class Following:
 
 @contextmanager
 def _attention_as_on_cpu() -> Iterator[None]:
-    """Make attention on meta tensors take the algorithm that a CPU takes for such shapes, within the block.
+    """Make attention on meta tensors use the algorithm that a CPU uses for such shapes, within the block.
 
-    The function is replaced in its module because a function mode does not reach what a backward computes again; on
+    The function is replaced in its module because a function mode does not reach recomputation in a backward pass. For
     other tensors it is unchanged.
     """
     original = F.scaled_dot_product_attention
 
     def attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, *args: Any, **kwargs: Any) -> Any:
-        if has_torch_function((query, key, value)):  # modes go first, such as that of fused attention
+        if has_torch_function((query, key, value)):  # other modes take precedence, such as the mode of fused attention
             arguments = (query, key, value, attn_mask, *args)
             return handle_torch_function(attention, arguments[:3], *arguments, **kwargs)
-        if query.is_meta and torch.is_autocast_enabled("cpu"):  # which casts before the algorithm is chosen
+        if query.is_meta and torch.is_autocast_enabled("cpu"):  # autocast casts before the algorithm is chosen
             dtype = torch.get_autocast_dtype("cpu")
             query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
             if attn_mask is not None and attn_mask.is_floating_point():
@@ -248,7 +250,7 @@ def _flash(
 
 
 def _takes_flash(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *args: Any, **kwargs: Any) -> bool:
-    """Return whether PyTorch chooses flash attention, asked with CPU tensors of these shapes that take no memory."""
+    """Return whether PyTorch chooses flash attention for CPU tensors of these shapes (created without memory)."""
 
     def like(t: Tensor) -> Tensor:
         made = torch.empty(t.shape[-1:], dtype=t.dtype, device="cpu").expand(t.shape)

@@ -1,6 +1,6 @@
 """Training step of a meta model: forward, backward, gradient clipping and optimizer.
 
-Operators that have a kernel on CPUs only are simulated as that kernel on meta tensors (`kernels_of_cpu`).
+Operators that only have a CPU kernel are simulated like that kernel on meta tensors (`kernels_of_cpu`).
 """
 
 from __future__ import annotations
@@ -43,18 +43,18 @@ OPTIMIZERS = (*_TORCH, *NAMES)
 def make_inputs(
     model: nn.Module, rows: int, length: int, loss: str | None = None, example: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """Return inputs and labels of `rows` rows and `length` tokens. Losses on vectors get a mask instead of labels.
+    """Return inputs and labels with `rows` rows of `length` tokens. Losses on vectors get a mask instead of labels.
 
     With an `example`, each row is the example, with pixels and features in the model's dtype.
 
     Raises:
         NotFollowed: The model's forward has no argument `labels`.
-        PeftcoreError: The model has fewer positions than `length`.
+        PeftcoreError: The model supports fewer positions than `length`.
     """
     if loss not in VECTORS and "labels" not in inspect.signature(original_forward(model)).parameters:
         raise NotFollowed(
-            f"the forward of {type(model).__name__} takes no labels, so its loss is unknown. Estimate a class with a "
-            "loss, such as ...ForCausalLM or ...ForSequenceClassification"
+            f"the forward of {type(model).__name__} does not accept labels, so its loss is unknown. Estimate a class "
+            "with a loss, such as ...ForCausalLM or ...ForSequenceClassification"
         )
     if example is not None:
         return _repeat_example(model, rows, example)
@@ -77,7 +77,7 @@ def _refuse_too_long(model: nn.Module, length: int) -> None:
 
 
 def _resized_example_inputs(model: nn.Module, rows: int, length: int) -> dict[str, Any]:
-    """Return the model's example inputs, resized to `rows` rows and `length` tokens."""
+    """Return the model's example inputs, resized to `rows` rows of `length` tokens."""
     inputs = {}
     for name, value in example_inputs(model, device="cpu").items():
         shape = list(value.shape)
@@ -143,7 +143,7 @@ def _has_token_logits(model: nn.Module) -> bool:
 
 
 def make_optimizer(parameters: list[nn.Parameter], optimizer: str, *, paged: bool = False) -> torch.optim.Optimizer:
-    """Return the optimizer with this name. Unless `paged`, its state is in tensors instead of pages."""
+    """Return the optimizer with this name. Unless `paged`, its state is stored in tensors instead of pages."""
     if optimizer in _TORCH:
         return _TORCH[optimizer](parameters)
     if optimizer not in NAMES:
@@ -163,17 +163,20 @@ def is_paged(optimizer: str) -> bool:
 
 
 def follow(following: Following, model: nn.Module, step: Step, *, on_card: bool) -> None:
-    """Simulate one step of the meta model. It is not the first, so that the optimizer has its state."""
+    """Simulate one step of the meta model.
+
+    The simulated step is not the first one, so the optimizer already has its state.
+    """
     inputs = make_inputs(model, rows_of(step.loss, step.batch_size), step.length, step.loss, step.example)
     if step.without_logits and step.loss is None and not step.is_sharded:
-        with suppress(PeftcoreError):  # a model for which this is not supported computes its logits
+        with suppress(PeftcoreError):  # an unsupported model computes its logits
             switch_on(model)
     loss = loss_of(model, step.loss)
     processes = _processes_of(model, step, on_card=on_card)
     if loss.reference is not None and step.is_sharded:
         raise NotFollowed(
             f"cannot estimate loss='{step.loss}' without adapters on a sharded model, because the trainer loads a "
-            "second model. Name a method, or leave out shard"
+            "second model. Pass a method, or omit shard"
         )
     optimizer = make_optimizer(processes.trained(), step.optimizer)
     precision = step.mixed_precision
@@ -187,7 +190,7 @@ def follow(following: Following, model: nn.Module, step: Step, *, on_card: bool)
 
 
 def _processes_of(model: nn.Module, step: Step, *, on_card: bool) -> Alone:
-    """Return the part of the model that one of the step's processes holds."""
+    """Return the shard of the model that one of the step's processes holds."""
     if step.is_sharded:
         return Shards(model, step, on_card)
     if step.copies > 1:
@@ -252,7 +255,7 @@ def _follow(
 
 
 def _firsts(parameters: Sequence[nn.Parameter]) -> dict[nn.Parameter, nn.Parameter]:
-    """Map each parameter to the first one of its shape and dtype, since an optimizer's step is the same for these."""
+    """Map each parameter to the first parameter with its shape and dtype, since their optimizer steps are the same."""
     first_by_kind: dict[Any, nn.Parameter] = {}
     return {p: first_by_kind.setdefault((p.shape, p.dtype, p.stride(), p.grad is None), p) for p in parameters}
 
@@ -269,7 +272,7 @@ def _update(parameters: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer
 
 
 def give_state(parameters: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
-    """Create the state that the optimizer has after its first step."""
+    """Create the optimizer's state as it is after the first step."""
     firsts = _firsts(parameters)
     for p in {*firsts.values()}:
         p.grad = torch.empty_like(p)
@@ -320,9 +323,9 @@ class _Scaled(torch.autograd.Function):
 
 @contextmanager
 def kernels_of_cpu() -> Iterator[None]:
-    """Make `ops.scaled` one operator on meta tensors, as on a CPU, within the block.
+    """Make `ops.scaled` a single operator on meta tensors within the block, as on a CPU.
 
-    On other devices, including meta, it consists of PyTorch's operators, which create an fp32 matrix for 16-bit inputs.
+    On other devices, including meta, it consists of PyTorch operators that create an fp32 matrix for 16-bit inputs.
     Without the extension nothing changes, because the reference also creates this matrix.
     """
     original = ops.scaled

@@ -1,7 +1,7 @@
-"""Loss of a step: the model's own, that of vectors, or that of a TRL trainer, with the passes of its reference model.
+"""Loss of a step: the model's own loss, a contrastive loss, or the loss of a TRL trainer with its reference model.
 
-TRL multiplies by the head's weight in tiles, so no step has logits of all tokens. Its function `add_fused_lm_head` is
-followed as installed. What is computed from the log-likelihoods is a few numbers per sequence.
+TRL multiplies by the head's weight in tiles, so the logits of all tokens never exist at once. TRL's installed function
+`add_fused_lm_head` is simulated. The trainers then compute only a few numbers per sequence from the log-likelihoods.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from peftcore.estimating.following import NotFollowed
 from peftcore.plugin import evaluation_mode, has_adapters
 
 Call = Callable[..., Any]  # (model, **inputs) -> outputs, as a trainer calls the model
-# What each trainer asks of the policy's pass besides log-likelihoods, for its log (TRL 1.16).
+# Outputs that each trainer logs in addition to the policy's log-likelihoods (TRL 1.16).
 _ASKED = {
     "sft": ("entropy", "is_top1"),
     "dpo": ("entropy", "mean_logits", "is_top1"),
     "kto": ("entropy", "mean_logits"),
 }
 _BETA = 0.1
-VECTORS = {"pairs": 2, "triplets": 3}  # texts of an example
-_SEQUENCES = {"dpo": 2, **VECTORS}  # of an example; DPO has two answers per prompt
+VECTORS = {"pairs": 2, "triplets": 3}  # number of texts per example
+_SEQUENCES = {"dpo": 2, **VECTORS}  # sequences per example; DPO has two answers per prompt
 
 
 def rows_of(loss: str | None, batch_size: int) -> int:
@@ -39,7 +39,7 @@ def rows_of(loss: str | None, batch_size: int) -> int:
 
 
 class Own:
-    """Loss that `model` returns for its labels."""
+    """The loss that `model` returns for labels."""
 
     reference: nn.Module | None = None
 
@@ -54,7 +54,7 @@ class Own:
 
 
 class OfVectors(Own):
-    """Contrastive loss of vectors, the means of the model's last hidden states, as in `peftcore train --task pairs`.
+    """Contrastive loss of mean-pooled last hidden states, as in `peftcore train --task pairs`.
 
     Args:
         model: Model without an output head.
@@ -69,8 +69,8 @@ class OfVectors(Own):
         states: Tensor | None = getattr(call(self.model, **inputs), "last_hidden_state", None)
         if states is None:
             raise NotFollowed(
-                f"{type(self.model).__name__} returns no last_hidden_state, so it has no vectors of texts. Estimate a "
-                "class without an output head, such as ...Model"
+                f"{type(self.model).__name__} returns no last_hidden_state, so there are no embeddings of texts. "
+                "Estimate a class without an output head, such as ...Model"
             )
         weights = inputs["attention_mask"][..., None].to(states.device).float()
         found = F.normalize((states.float() * weights).sum(1) / weights.sum(1), dim=-1)
@@ -80,11 +80,11 @@ class OfVectors(Own):
 
 
 class OfTrainer(Own):
-    """Loss of a TRL trainer for `model`, whose forward is changed as the trainer changes it.
+    """Loss of a TRL trainer for `model`, whose forward is modified as by the trainer.
 
     Attributes:
-        reference: Second model that the trainer loads for a model without adapters; None: the model itself, with its
-            adapters disabled, is the reference.
+        reference: Reference model that the trainer loads for a model without adapters. None means that the model with
+            its adapters disabled is the reference.
     """
 
     def __init__(self, model: nn.Module, name: str) -> None:
@@ -92,10 +92,15 @@ class OfTrainer(Own):
         try:
             from trl.trainer.utils import add_fused_lm_head
         except ImportError as error:
-            raise PeftcoreError(f"loss='{name}' needs TRL 1.16 or later. Try: pip install 'trl>=1.16'") from error
+            raise PeftcoreError(
+                f"loss='{name}' needs TRL 1.16 or later. Install it: pip install 'trl>=1.16'"
+            ) from error
         head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
         if head is None:
-            raise PeftcoreError(f"loss='{name}' is for language models, and {type(model).__name__} has no output head")
+            raise PeftcoreError(
+                f"loss='{name}' needs a language model with an output head, which {type(model).__name__} does not "
+                "have. Estimate a class such as ...ForCausalLM"
+            )
         self.name = name
         if name != "sft" and not has_adapters(model):
             self.reference = copy.deepcopy(model).eval().requires_grad_(False)
@@ -115,10 +120,10 @@ class OfTrainer(Own):
         if self.name == "sft":
             outputs = call(self.model, **inputs, fused_lm_head=True)
             return -outputs.log_probs.sum() / outputs.label_mask.sum().clamp(min=1)
-        if self.name == "kto":  # the divergence is estimated by passes of its own
+        if self.name == "kto":  # separate forward passes estimate the KL divergence
             with torch.no_grad():
                 of_divergence = likelihoods(self.model)
-        outputs = call(self.model, **inputs, fused_lm_head=True)  # the trainer keeps them for its log
+        outputs = call(self.model, **inputs, fused_lm_head=True)  # the trainer keeps these values for its log
         with torch.no_grad(), self._as_reference() as reference:
             if self.name == "kto":
                 divergence = (of_divergence - likelihoods(reference)).mean().clamp(min=0)
@@ -131,7 +136,7 @@ class OfTrainer(Own):
 
     @contextmanager
     def _as_reference(self) -> Iterator[nn.Module]:
-        """Return the reference; the model itself is changed to be the reference within the block."""
+        """Return the reference model. The model itself acts as the reference within the block."""
         if self.reference is not None:
             yield self.reference
             return
@@ -145,10 +150,10 @@ class OfTrainer(Own):
 
 @contextmanager
 def tiles_in_place() -> Iterator[None]:
-    """Make TRL read and write a tile of logits in place, as its Triton kernels do on a card, within the block.
+    """Make TRL read and write tiles of logits in place within the block, as its Triton kernels do on a GPU.
 
-    On meta tensors TRL runs its functions for devices without Triton, whose temporaries of a tile take 3 GB more than
-    the kernels do: up to 70 % of the step of a model with 1 billion parameters and 128,000 words.
+    On meta tensors TRL runs its functions for devices without Triton. Per tile, they need 3 GB more temporary memory
+    than the kernels, up to 70 % of the step of a model with 1 billion parameters and a vocabulary of 128,000.
     """
     kernels = sys.modules.get("trl.kernels.chunked_logprob")
     names = [name for name in ("_forward_tile", "_backward_tile") if hasattr(kernels, name)]
@@ -163,7 +168,7 @@ def tiles_in_place() -> Iterator[None]:
 
 
 def loss_of(model: nn.Module, name: str | None) -> Own:
-    """Return the loss that `Step.loss` names."""
+    """Return the loss selected by `Step.loss`."""
     if name in VECTORS:
         return OfVectors(model, VECTORS[name])
     return Own(model) if name is None else OfTrainer(model, name)

@@ -1,7 +1,7 @@
-"""`torch.autocast` for the meta device, which PyTorch lacks, with the casts of a CPU or a card.
+"""`torch.autocast` for the meta device, which PyTorch does not provide, with the casts of a CPU or a GPU.
 
 The state and dtype of the CPU's autocast apply, so that gradient checkpointing restores them. The list of operators
-comes from PyTorch's dispatcher, and the casts are one of three:
+comes from PyTorch's dispatcher. There are three kinds of casts:
 
     products      arguments to the 16-bit dtype
     a few more    arguments to the widest dtype among them
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-KEY, _DEVICE = "AutocastIPU", "ipu"  # a device without kernels of its own
+KEY, _DEVICE = "AutocastIPU", "ipu"  # a device without its own kernels
 # ATen/autocast_mode.h of PyTorch 2.13.
 _PRODUCTS = {
     "_convolution", "conv1d", "conv2d", "conv3d", "conv_tbc", "conv_transpose1d", "conv_transpose2d",
@@ -40,7 +40,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 @contextmanager
 def autocast(precision: str | None) -> Iterator[None]:
-    """Compute products in `bf16` or `fp16` within the block, inside of `on_meta`; None changes nothing."""
+    """Compute products in `bf16` or `fp16` within the block, which must be inside `on_meta`. None changes nothing."""
     if precision is None:
         yield
         return
@@ -49,13 +49,13 @@ def autocast(precision: str | None) -> Iterator[None]:
 
 
 def to_single(outputs: Any) -> Any:
-    """Return a forward's outputs in fp32, as accelerate does for a trainer."""
+    """Cast a forward's outputs to fp32, as accelerate does for a trainer."""
     return tree_map_only(Tensor, lambda t: t.float() if t.dtype in DTYPES.values() else t, outputs)
 
 
 @contextmanager
 def on_meta(on_card: bool) -> Iterator[None]:
-    """Cast meta tensors by the state of the CPU's autocast and its operators, or a card's, within the block."""
+    """Cast meta tensors within the block, by the state of the CPU's autocast and the operators of a CPU or a GPU."""
     library, other_library = torch.library.Library("aten", "IMPL"), torch.library.Library("_", "IMPL")
     other_library.fallback(torch.library.fallthrough_kernel, KEY)
     key = getattr(torch._C.DispatchKey, KEY)
@@ -65,7 +65,7 @@ def on_meta(on_card: bool) -> Iterator[None]:
         if namespace == "aten":
             library.impl(operator, casts.kernel(operator), KEY)
     enabled = torch.is_autocast_enabled(_DEVICE)
-    torch.set_autocast_enabled(_DEVICE, True)  # reaches these kernels, which read the CPU's state
+    torch.set_autocast_enabled(_DEVICE, True)  # redirects to these kernels, which read the CPU's state
     try:
         with torch._C._IncludeDispatchKeyGuard(key):
             yield
@@ -77,7 +77,7 @@ def on_meta(on_card: bool) -> Iterator[None]:
 
 @contextmanager
 def asked_of_cpu() -> Iterator[None]:
-    """Make queries of autocast's state for meta return the CPU's, within the block."""
+    """Make queries of the meta device's autocast state return the CPU's, within the block."""
     originals = torch.is_autocast_enabled, torch.get_autocast_dtype
 
     def as_on_cpu(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,11 +1,11 @@
-"""Peak memory of a process on this machine: a range, from the tensors of a step and the holes of the allocator's heap.
+"""Range of a process's peak memory on this machine, from a step's tensors and the fragmentation of the heap.
 
     low    tensors + a fifth of the holes that passing tensors leave
     high   large tensors + small tensors, each at its own peak, + holes of passing tensors, gradients, the largest one
 
-A C library returns a large tensor to the system when it is freed. Small ones come from a heap that does not shrink, so
-its peak adds to that of the large ones even where the two fall at different times. A hole is used again only by what
-fits into it.
+A C library returns a large tensor to the system when it is freed. Small tensors come from a heap that does not shrink,
+so the peak of small tensors adds to the peak of large tensors even if the two occur at different times. A hole in the
+heap is only reused by allocations that fit into it.
 """
 
 from __future__ import annotations
@@ -18,21 +18,22 @@ from peftcore.estimating.following import Operation, Storage
 from peftcore.estimating.purpose import Purpose
 from peftcore.estimating.ranges import Range
 
-LARGE = 32 << 20  # bytes of a tensor that the C library returns to the system when it is freed
-# Shares that holes add, and bytes: chosen on 135 configurations with glibc, and on runs whose batches differ in length.
+LARGE = 32 << 20  # minimum size in bytes of a tensor that the C library returns to the system when it is freed
+# Shares and bytes that holes add, fitted to 135 configurations with glibc and to runs with batches of different
+# lengths.
 _LEAST_HOLES, _PASSING, _OF_GRADIENTS, _OF_LARGEST = 0.05, 0.52, 0.53, 1.5
-_BELOW, _ABOVE = 10e6, 80e6  # the upper one with what PyTorch loads in the first step
+_BELOW, _ABOVE = 10e6, 80e6  # the upper bound includes libraries that PyTorch loads in the first step
 
 
 class Peaks(NamedTuple):
     """Peaks of a step in bytes.
 
     Args:
-        tensors: All tensors at once.
-        large, small: Tensors of at least and of less than `LARGE` bytes, each at their own peak.
-        passing: Part of `small` that is created within the step.
+        tensors: Peak of all tensors together.
+        large, small: Peaks of tensors of at least, and of less than, `LARGE` bytes.
+        passing: The part of `small` that is created during the step.
         gradients: Gradients in small tensors.
-        largest: Largest small tensor that is created within the step.
+        largest: Largest small tensor that is created during the step.
     """
 
     tensors: int
@@ -68,7 +69,7 @@ def peaks(storages: Sequence[Storage], operations: Sequence[Operation]) -> Peaks
 
 
 def held(peak: Peaks) -> Range:
-    """Return how many bytes a process holds at the peak of a step."""
+    """Return the number of bytes that a process holds at the peak of a step."""
     low = peak.tensors + _LEAST_HOLES * peak.passing - _BELOW
     holes = _PASSING * peak.passing + _OF_GRADIENTS * peak.gradients + _OF_LARGEST * peak.largest
     return Range(max(0.0, low), peak.large + peak.small + holes + _ABOVE)

@@ -35,10 +35,10 @@ from peftcore.plugin import has_adapters, ranks, takes_batches, text_config
 from peftcore.quantization import quantize as to_4_bits
 from peftcore.training import recomputes
 
-_ONE_AT_A_TIME = RLock()  # following a step replaces functions of PyTorch, which threads that overlap would not restore
+_ONE_AT_A_TIME = RLock()  # the simulation replaces functions of PyTorch, which overlapping threads would not restore
 _PURPOSES = tuple(Purpose)
 _OF_STEP = {item.name for item in dataclass_fields(Step)}
-NOT_COUNTED = "Not included: loading, evaluation, and what a trainer keeps (logs, examples); on CUDA the context."
+NOT_COUNTED = "Not included: loading, evaluation, data held by a trainer (logs, examples), and the CUDA context."
 
 
 @dataclass(frozen=True)
@@ -46,19 +46,19 @@ class Estimate:
     """Prediction of a training step. Sizes in bytes.
 
     Args:
-        title: The model, the method and the step, in a line.
+        title: Description of the model, the method and the step in one line.
         parts: Memory at the peak, by `Purpose`.
         where: Operation at the peak.
         timeline: (operation, bytes of each `Purpose` after it, in its order), in the order of the step.
-        phases: (first operation, name) of each part of the step.
+        phases: (first operation, name) of each phase of the step.
         operations: All operations, in order.
         summary: Summary of the model with its adapters.
-        step: How the step is run.
-        paged: Whether the optimizer's state is in pages. `parts` has all of it; where memory is short, a single page
+        step: Settings of the step.
+        paged: Whether the optimizer's state is paged. `parts` includes all of it; if memory is short, a single page
             stays in memory.
         device: Device for `fits`.
-        storages: All memory of the step.
-        libraries: Resident bytes of this process before the step, without the model's weights; 0 on a card.
+        storages: All storages of the step.
+        libraries: Resident bytes of this process before the step, excluding the model's weights; 0 on a GPU.
     """
 
     title: str
@@ -76,12 +76,12 @@ class Estimate:
 
     @cached_property
     def beyond_libraries(self) -> Range:
-        """Bytes at the peak of a process of this machine, beyond Python and its libraries."""
+        """Bytes at the peak of a process on this machine, excluding Python and its libraries."""
         return held(peaks(self.storages, self.operations)).plus(self.parts[Purpose.KEPT])
 
     @property
     def process(self) -> Range:
-        """Bytes at the peak of this process, if it runs the step."""
+        """Bytes at the peak of this process if it runs the step."""
         return self.beyond_libraries.plus(self.libraries)
 
     @property
@@ -91,12 +91,12 @@ class Estimate:
 
     @cached_property
     def reserved(self) -> int:
-        """Bytes that PyTorch's allocator reserves on a card (see `segments`)."""
+        """Bytes that PyTorch's allocator reserves on a GPU (see `segments`)."""
         return peak_reserved(self.storages, self.operations)
 
     @property
     def least(self) -> int:
-        """Bytes of tensors at the peak with as much of the optimizer's state as possible on disk."""
+        """Bytes of tensors at the peak, with as much of the optimizer's state as possible on disk."""
         return self.peak - max(0, self.parts[Purpose.STATE] - PAGE_BYTES) if self.paged else self.peak
 
     @property
@@ -106,13 +106,13 @@ class Estimate:
 
     @property
     def needed(self) -> float:
-        """Bytes that must be free: on this machine beyond the libraries, at the upper end; on a card reserved ones."""
+        """Bytes that must be free: the upper estimate without libraries, or the reserved bytes on a GPU."""
         on_card = self.device is not None and self.device.is_card
         return (self.reserved if on_card else self.beyond_libraries.high) - (self.peak - self.least)
 
     @property
     def fits(self) -> bool | None:
-        """Whether the device has enough memory, on this machine for all ranks together; None without a device."""
+        """Whether the device has enough memory (on this machine, for all ranks together), or None without a device."""
         if self.device is None:
             return None
         return self.needed * (1 if self.device.is_card else self.step.ranks) <= self.device.memory
@@ -122,11 +122,15 @@ class Estimate:
         lines += [f"  {purpose:<18}{size / 1e6:>12,.1f} MB" for purpose, size in self.parts.items() if size]
         lines += [f"  {'tensors at peak':<18}{self.peak / 1e6:>12,.1f} MB, {self.where}"]
         if self.device is None or not self.device.is_card:
-            for_each_process = f", each of {self.step.ranks} on this machine" if self.step.ranks > 1 else ""
-            libraries = f"{self.libraries / 1e9:.2f} GB of it Python and its libraries, as in this process"
+            for_each_process = (
+                (f", for each of {self.step.ranks} processes on this machine") if self.step.ranks > 1 else ""
+            )
+            libraries = (
+                f"including {self.libraries / 1000000000.0:.2f} GB for Python and its libraries, as in this process"
+            )
             lines += [f"  {'process':<18}{self.process!s:>15}, {libraries}{for_each_process}"]
         else:
-            lines += [f"  {'card':<18}{self.reserved / 1e6:>12,.1f} MB in segments of PyTorch's allocator"]
+            lines += [f"  {'GPU':<18}{self.reserved / 1000000.0:>12,.1f} MB reserved by PyTorch's allocator"]
         if self.paged:
             lines += [f"  {'with state paged':<18}{self.least / 1e6:>12,.1f} MB of tensors"]
         lines += [f"{self.flops / 1e12:,.2f} T floating-point operations"]
@@ -148,22 +152,22 @@ def estimate(
     device: str | Device | None = None,
     **options: Any,
 ) -> Estimate:
-    """Predict a training step by running it on meta tensors. No weight is read and the model is not changed.
+    """Predict a training step by running it on meta tensors. Weights are not read, and the model is not changed.
 
     Args:
         model: A module, a transformers config, a folder with a `config.json`, or a hub id.
-        method: As in `peftcore.apply`. The model keeps the adapters that it has; `adapter=` names the new one. None
-            trains the model's adapters as they are, or every parameter of a model without adapters.
-        step: How the step is run; None: `Step()`.
-        quantize: Name of a 4-bit format for a base in 4 bits, such as `nf4`.
-        dtype: Dtype of the base; None: the module's, or the config's.
-        device: Device for `fits`: `cpu`, which is this machine, or a card of `CARDS` such as `h100`.
-        options: Fields of `Step` (batch_size=4, length=2048, ranks=8, ...), which override those of `step`; all others
-            are fields of the method's config.
+        method: As in `peftcore.apply`. The model keeps its existing adapters; `adapter=` names the new one. None trains
+            the model's current adapters, or all parameters of a model without adapters.
+        step: Settings of the step. None means `Step()`.
+        quantize: Name of the 4-bit format of a quantized base, such as `nf4`.
+        dtype: Dtype of the base. None means the module's or the config's dtype.
+        device: Device for `fits`: `cpu` for this machine, or a GPU in `CARDS` such as `h100`.
+        options: Fields of `Step` (batch_size=4, length=2048, ranks=8, ...), which override `step`, and fields of the
+            method's config.
 
     Raises:
         NotFollowed: The model cannot be built or run without values, or has no loss.
-        PeftcoreError: An argument is wrong, or the method refuses the model.
+        PeftcoreError: An argument is wrong, or the method does not support the model.
 
     Examples:
         >>> config = AutoConfig.from_pretrained("HuggingFaceTB/SmolLM2-135M-Instruct")
@@ -184,7 +188,7 @@ def estimate(
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(warnings.catch_warnings())
-        warnings.simplefilter("ignore")  # the user sees them when `apply` runs on the model itself
+        warnings.simplefilter("ignore")  # users see these warnings when `apply` runs on the model itself
         meta_model = stand_in(model, dtype)
         try:
             mesh = stack.enter_context(first_of(step.tp_size))
@@ -205,7 +209,7 @@ def estimate(
             raise
         except Exception as error:  # a forward, or a method that reads values, may raise anything
             raise NotFollowed(
-                f"a step of {type(meta_model).__name__} does not run without values: {type(error).__name__}: "
+                f"a step of {type(meta_model).__name__} cannot run without values: {type(error).__name__}: "
                 f"{str(error).partition(chr(10))[0]}"
             ) from error
     parts = [] if method is None else [str(getattr(method, "peft_type", method))]
@@ -222,7 +226,7 @@ def estimate(
 
 
 def _weights_here(model: Any) -> int:
-    """Return the bytes of the model's tensors in this process, which the step counts itself."""
+    """Return the bytes of the model's tensors in this process, which the step already counts."""
     if not isinstance(model, nn.Module):
         return 0
     tensors = [ranks.local(tensor) for tensor in (*model.parameters(), *model.buffers())]
@@ -231,12 +235,15 @@ def _weights_here(model: Any) -> int:
 
 
 def split_step_options(step: Step | None, options: dict[str, Any]) -> Step:
-    """Move the fields of `Step` from `options` into the step, and return it: what is left are fields of a config."""
+    """Move the fields of `Step` from `options` into the step, and return it.
+
+    The remaining options are fields of a config.
+    """
     return replace(step or Step(), **{name: options.pop(name) for name in _OF_STEP & options.keys()})
 
 
 def _as_model(step: Step, model: Any, on_card: bool) -> Step:
-    """Return the step without logits and with fused operators if the model is so; cards have no fused ones."""
+    """Return the step with the model's settings: loss without logits, and fused operators, which GPUs do not have."""
     summary = peftcore.summary(model) if isinstance(model, nn.Module) else None
     without_logits = step.without_logits or (summary is not None and summary.without_logits)
     is_fused = summary is not None and bool(summary.fused)
@@ -254,14 +261,14 @@ def _refuse_ambiguous_fields(method: Any) -> None:
         shared_fields = _OF_STEP & {item.name for item in dataclass_fields(peftcore.method(method).config_class)}
         if shared_fields:
             raise PeftcoreError(
-                f"{', '.join(sorted(shared_fields))}: fields of both Step and the config of {method}. Pass the config "
+                f"{', '.join(sorted(shared_fields))} belong to both Step and the config of {method}. Pass the config "
                 "object as method and step=peftcore.Step(...)"
             )
 
 
 def _place(model: nn.Module, method: Any, fields: dict[str, Any], step: Step) -> None:
     if step.per_sample and method is None:
-        raise PeftcoreError("per_sample needs a method: without one, every parameter is trained. Name a method")
+        raise PeftcoreError("per_sample needs a method, because all parameters are trained without one. Pass a method")
     if step.per_sample:
         names = [f"adapter {number}" for number in range(step.per_sample)]
         for name in names:
@@ -273,10 +280,10 @@ def _place(model: nn.Module, method: Any, fields: dict[str, Any], step: Step) ->
     elif method is None:
         if not any(parameter.requires_grad for parameter in model.parameters()):
             raise PeftcoreError(
-                "no active adapter of the model is trainable. Activate a trainable one, "
-                "peftcore.activate(model, 'NAME'), or name a method"
+                "no active adapter of the model is trainable. Activate a trainable adapter, peftcore.activate(model, "
+                "'NAME'), or pass a method"
             )
-    elif isinstance(method, str) and takes_batches(method, fields):  # its size depends on no batch
+    elif isinstance(method, str) and takes_batches(method, fields):  # its size does not depend on the batch
         add_adapter(model, method, fields, fill=lambda: None)
     else:
         peftcore.apply(model, method, **fields)
@@ -326,7 +333,7 @@ def _estimate(
 
 
 def _ends_of_forwards(operations: list[Operation]) -> list[int]:
-    """Return the number of the operation after each forward."""
+    """Return the index of the operation after each forward."""
     phases = [operation.phase for operation in operations]
     pairs = itertools.pairwise(phases)
     return [

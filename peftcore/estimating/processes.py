@@ -1,8 +1,8 @@
-"""Model on several processes, as one of them holds it: memory that DDP and FSDP2 add to a step of one process.
+"""One process's shard of a distributed model, and the memory that DDP and FSDP2 add to its step.
 
 DDP (torch.nn.parallel.DistributedDataParallel, Li et al. 2020, arXiv 2006.15704): a copy of all gradients, in buckets.
-FSDP2 (`fully_shard`, as `peftcore.shard` calls it): a shard of 1/ranks of each block. Before the block's forward, and
-again before its backward, one message with the whole block is gathered and copied out to whole weights:
+FSDP2 (`fully_shard`, as called by `peftcore.shard`): a shard of 1/ranks of each block. Before the block's forward, and
+again before its backward, the whole block is all-gathered into one buffer and copied out to full weights:
 
     forward     gather block k | copy out | free message k-1 | compute | free the weights
     backward    gather block k, if it is missing | copy out | gather block k-1 | compute | free the weights |
@@ -27,7 +27,7 @@ from peftcore.plugin import ranks
 
 
 class Alone:
-    """Model on one process; base class for models on several.
+    """Model on one process; base class for distributed models.
 
     Attributes:
         shards: This rank's shard of each sharded parameter.
@@ -39,25 +39,25 @@ class Alone:
         self.model, self.shards = model, {}
 
     def trained(self) -> list[nn.Parameter]:
-        """Return the parameters of the optimizer."""
+        """Return the parameters that the optimizer updates."""
         return [self.shards.get(p, p) for p in self.model.parameters() if p.requires_grad]
 
     def start(self, following: Following) -> None:
-        """Record what exists besides the model when the run begins."""
+        """Record the memory that exists in addition to the model when the run begins."""
 
     def after_forward(self, outputs: Any) -> Any:
-        """Return the model's outputs as the loss receives them."""
+        """Return the model's outputs as passed to the loss."""
         return outputs
 
     def after_backward(self) -> None:
-        """Do what follows a backward."""
+        """Simulate the communication after a backward pass."""
 
 
 class Replicas(Alone):
     """DDP.
 
     Args:
-        clones: Whether it copies all outputs to find unused parameters, as Trainer makes it do without gradient
+        clones: Whether DDP copies all outputs to find unused parameters, which Trainer enables without gradient
             checkpointing.
     """
 
@@ -77,7 +77,7 @@ class Replicas(Alone):
 
 
 class Shards(Alone):
-    """FSDP2, with averaged gradients of the adapters that stay whole."""
+    """FSDP2, with averaged gradients for adapters that are not sharded."""
 
     def __init__(self, model: nn.Module, step: Step, on_card: bool) -> None:
         super().__init__(model)
@@ -87,8 +87,8 @@ class Shards(Alone):
         reshards = options.get("reshard_after_forward", True)
         self.averaged, whole = divided(model, options.get("adapter_placement", "replicate"))
         self.nothing = torch.empty((), device="meta")
-        self.last: Tensor | None = None  # message of the forward's last gather, freed by the next one
-        self.reduced: list[Tensor] = []  # messages of gradients in flight
+        self.last: Tensor | None = None  # buffer of the forward's last all-gather, freed by the next one
+        self.reduced: list[Tensor] = []  # buffers of gradients in flight
         self.order: list[_Group] = []  # order in which the groups' forwards ended
         assigned: set[nn.Parameter] = set(whole)
         self.groups = []
@@ -112,13 +112,13 @@ class Shards(Alone):
             self.last = None
 
     def message(self, size: int) -> Tensor:
-        """Return a tensor of so many bytes for a message between ranks."""
+        """Return a communication buffer with this number of bytes."""
         made = self.nothing.new_empty(-(-size // 2), dtype=torch.bfloat16)
         self.following.see(made, Purpose.MESSAGES)
         return made
 
     def sent(self, name: str, size: int) -> None:
-        """Record a message between ranks. Gloo, on CPUs, holds a copy of it meanwhile; NCCL does not."""
+        """Record a communication between ranks. Gloo (on CPUs) holds a copy of the buffer during it; NCCL does not."""
         copy = None if self.on_card else self.message(size)
         self.following.pass_by(name)
         del copy
@@ -139,7 +139,7 @@ class Shards(Alone):
 
 
 class _Group:
-    """Parameters that are gathered together: those of a block, or those outside of all blocks."""
+    """Parameters that are gathered together: the parameters of a block, or all parameters outside blocks."""
 
     def __init__(self, run: Shards, module: nn.Module, parameters: list[nn.Parameter], reshards: bool) -> None:
         self.run, self.module, self.parameters, self.reshards = run, module, parameters, reshards
@@ -149,7 +149,7 @@ class _Group:
         self.is_whole = self.is_in_backward = False
 
     def hook(self) -> None:
-        """Make the module gather its weights and free them."""
+        """Install hooks that gather and free the module's weights."""
         self.module.register_forward_pre_hook(self._before_forward, prepend=True, with_kwargs=True)
         self.module.register_forward_hook(self._after_forward, always_call=False)
 
@@ -214,7 +214,7 @@ class _Group:
                 order[at - 1].gather()
 
     def after_backward(self) -> None:
-        """Free the block's weights when its gradients are complete, and keep this rank's part of the gradients."""
+        """Free the block's weights once its gradients are complete, and keep this rank's shard of the gradients."""
         self.is_in_backward = False
         trainable = [p for p in self.parameters if p.grad is not None]
         if not trainable:
@@ -240,7 +240,7 @@ class _Group:
 
 
 class _AfterBackward(torch.autograd.Function):
-    """Identity that tells a group when its backward has ended."""
+    """Identity function that notifies a group when its backward has ended."""
 
     @staticmethod
     def forward(ctx: Any, group: _Group, *tensors: Tensor) -> Any:
@@ -254,7 +254,7 @@ class _AfterBackward(torch.autograd.Function):
 
 
 def _shard(p: nn.Parameter, count: int) -> nn.Parameter:
-    """Return the first rank's part of the first dimension, which is the largest of all ranks."""
+    """Return the first rank's shard along the first dimension, which is the largest shard."""
     local_tensor = ranks.local(p.detach())
     rows = -(-local_tensor.shape[0] // count) if local_tensor.dim() else 1
     return nn.Parameter(local_tensor.new_empty((rows, *local_tensor.shape[1:]), device="meta"), p.requires_grad)

@@ -1,4 +1,4 @@
-"""What the memory of a step is for."""
+"""Purposes of a step's memory."""
 
 from __future__ import annotations
 
@@ -25,4 +25,4 @@ class Purpose(str, Enum):
         return self.value
 
     def __format__(self, spec: str) -> str:
-        return format(self.value, spec)  # of an enumeration with text it differs by release of Python
+        return format(self.value, spec)  # the default `__str__` of a text enumeration differs between Python releases

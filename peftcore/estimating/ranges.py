@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 
 class Range(NamedTuple):
-    """Bytes: at least `low`, at most `high`."""
+    """Range of bytes, from `low` to `high`."""
 
     low: float
     high: float

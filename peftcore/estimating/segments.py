@@ -1,14 +1,15 @@
-"""Memory that PyTorch's caching allocator reserves on a CUDA card for a step, by its documented rules.
+"""Memory that PyTorch's caching allocator reserves on a CUDA device for a step, by its documented rules.
 
     a block       multiples of 512 bytes
     up to 1 MiB   of segments of 2 MiB
     below 10 MiB  of segments of 20 MiB
     from there    a segment of its own, in multiples of 2 MiB
 
-A request takes the smallest free block of its kind that is large enough. The remainder becomes a block if it has at
-least 512 bytes (small blocks) or more than 1 MiB (large blocks). Free neighbours in a segment are merged, and segments
-stay. A full card, for which PyTorch releases segments that are entirely free, is not modelled
-(c10/cuda/CUDACachingAllocator.cpp and PyTorch's notes on CUDA memory; default PYTORCH_CUDA_ALLOC_CONF, one stream).
+A request gets the smallest free block of its kind that is large enough. The remainder becomes a block if it has at
+least 512 bytes (small blocks) or more than 1 MiB (large blocks). Adjacent free blocks in a segment are merged, and
+segments are not released. PyTorch also releases fully free segments if the GPU runs out of memory, which is not
+modelled (c10/cuda/CUDACachingAllocator.cpp and PyTorch's notes on CUDA memory; default PYTORCH_CUDA_ALLOC_CONF, one
+stream).
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ _OF_SMALL, _OF_LARGE, _MULTIPLE = 2 * MIB, 20 * MIB, 2 * MIB
 
 @dataclass(eq=False)
 class Block:
-    """Part of a segment, with its neighbours."""
+    """Block of a segment, linked to its neighbours."""
 
     segment: int
     start: int
@@ -42,7 +43,7 @@ class Block:
 
 
 class Segments:
-    """Allocator of one card."""
+    """Allocator of one GPU."""
 
     def __init__(self) -> None:
         self.reserved = self.allocated = 0
@@ -51,7 +52,7 @@ class Segments:
         self._free: dict[tuple[int, int, int], Block] = {}
 
     def allocate(self, count: int) -> Block:
-        """Return a block of so many bytes."""
+        """Allocate a block with this number of bytes."""
         size = max(_BLOCK, -(-count // _BLOCK) * _BLOCK)
         small = size <= _SMALL
         places = self._places[small]
@@ -101,7 +102,7 @@ class Segments:
 
 
 def peak_reserved(storages: Sequence[Storage], operations: Sequence[Operation]) -> int:
-    """Return the most bytes that the allocator reserves in two such steps."""
+    """Return the maximum number of bytes that the allocator reserves in two such steps."""
     card = Segments()
     born, died, stay = births_and_deaths(storages)
     for number in stay:

@@ -1,4 +1,4 @@
-"""Stand-ins: copies of a model on the meta device, built from a model, a config or a folder."""
+"""Meta models: copies of a model on the meta device, built from a model, a config or a folder."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ def stand_in(model: Any, dtype: torch.dtype | None) -> nn.Module:
 
     Args:
         model: A module, a transformers config, a folder with a `config.json`, or a hub id.
-        dtype: Dtype of the floating-point parameters; None: the module's, or the config's, else fp32.
+        dtype: Dtype of the floating-point parameters. None means the module's or the config's dtype, or else fp32.
 
     Raises:
-        PeftcoreError: `model` is of another type, or cannot be built on the meta device.
+        PeftcoreError: `model` has another type, or cannot be built on the meta device.
     """
     if isinstance(model, nn.Module):
         copy = _copy(model)
@@ -38,13 +38,13 @@ def stand_in(model: Any, dtype: torch.dtype | None) -> nn.Module:
         model = _config(str(model))
     if not hasattr(model, "to_dict") or not hasattr(model, "model_type"):
         raise PeftcoreError(
-            f"estimate takes a model, a transformers config, a folder or a hub id, found {type(model).__name__}"
+            f"estimate needs a model, a transformers config, a folder or a hub id, found {type(model).__name__}"
         )
     return _built(model, dtype or getattr(model, "dtype", None) or torch.float32).train()
 
 
 def apply_again(made: nn.Module, model: Any) -> tuple[str, ...]:
-    """Apply the adapters of `model` to `made`, its stand-in, and return the names of the active ones.
+    """Apply the adapters of `model` to its meta model `made`, and return the names of the active adapters.
 
     Raises:
         PeftcoreError: Adapters are merged, or each sample of a batch has its own.
@@ -72,25 +72,25 @@ def apply_again(made: nn.Module, model: Any) -> tuple[str, ...]:
 
 
 def config_of(model: Any) -> Any:
-    """Return the config of a model, a folder or a hub id; a config is returned as it is.
+    """Return the config of a model, a folder or a hub id. A config is returned unchanged.
 
     Raises:
         PeftcoreError: There is no config.
     """
     found = _config(str(model)) if isinstance(model, (str, Path)) else getattr(model, "config", model)
     if not hasattr(found, "to_dict") or not hasattr(found, "model_type"):
-        raise PeftcoreError(f"expected a transformers config or a model that has one, found {type(found).__name__}")
+        raise PeftcoreError(f"expected a transformers config or a model with a config, found {type(found).__name__}")
     return found
 
 
 def refuse_not_followed(config: Any) -> None:
-    """Raise NotFollowed if the weights that the config describes are quantized in a way that is not followed."""
+    """Raise NotFollowed if the config describes weights that are quantized in an unsupported way."""
     if not is_packed(config):
         _refuse_packed(config)
 
 
 def _refuse_packed(config: Any) -> None:
-    """Raise NotFollowed if the config describes quantized weights, which a model built from it would not have."""
+    """Raise NotFollowed if the config describes quantized weights, since a model built from it would be dense."""
     found = getattr(config, "quantization_config", None)
     if found is not None:
         kind = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", None)
@@ -99,14 +99,17 @@ def _refuse_packed(config: Any) -> None:
 
 def _not_followed(kind: str) -> NotFollowed:
     return NotFollowed(
-        f"the weights are quantized ({kind}), which is not followed. Estimate from the config of the dense model, with "
-        "quantize='nf4' or a method that packs the base"
+        f"the weights are quantized ({kind}), which cannot be estimated. Pass the config of the dense model, with "
+        "quantize='nf4' or a method that quantizes the base"
     )
 
 
 def _copy(model: nn.Module) -> nn.Module:
     if next(quantized_experts(model), None) is not None:
-        raise PeftcoreError("the model's experts are already in 4 bits. Estimate from its config, with quantize='nf4'")
+        raise PeftcoreError(
+            "the model's experts are already in 4 bits, which cannot be estimated. Pass the model's config instead, "
+            "with quantize='nf4'"
+        )
     packed = {path: m for path, m in model.named_modules() if isinstance(m, QuantizedLinear) and m.is_quantized}
     if not packed:
         _refuse_packed(getattr(model, "config", None))
@@ -124,9 +127,11 @@ def _config(where: str) -> Any:
     try:
         from transformers import AutoConfig
     except ImportError as error:
-        raise PeftcoreError("reading a folder or a hub id needs transformers. Try: pip install transformers") from error
+        raise PeftcoreError(
+            "reading a folder or a hub id needs transformers. Install it: pip install transformers"
+        ) from error
     if Path(where).is_absolute() and not Path(where).is_dir():  # the hub would report it as a malformed repository id
-        raise PeftcoreError(f"the folder '{where}' does not exist. Give one with a config.json, or a hub id")
+        raise PeftcoreError(f"the folder '{where}' does not exist. Pass a folder with a config.json, or a hub id")
     try:
         return AutoConfig.from_pretrained(where)
     except Exception as error:  # from transformers, or from the validation of the config's fields
@@ -136,7 +141,7 @@ def _config(where: str) -> Any:
 
 
 def _built(config: Any, dtype: torch.dtype) -> nn.Module:
-    """Build the class that the config names, or a language model; from_config would initialise weights."""
+    """Build the class that the config names, or a language model. `from_config` would initialize weights."""
     import transformers
 
     if is_packed(config):
@@ -154,6 +159,6 @@ def _built(config: Any, dtype: torch.dtype) -> nn.Module:
             return kind.from_config(config, dtype=dtype)
     except Exception as error:
         raise NotFollowed(
-            f"no model can be built on the meta device of this {type(config).__name__}: "
-            f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+            f"cannot build a model on the meta device from this {type(config).__name__}: {type(error).__name__}: "
+            f"{str(error).partition(chr(10))[0]}"
         ) from error

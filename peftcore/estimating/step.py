@@ -15,7 +15,7 @@ MIXED = ("bf16", "fp16")
 LOSSES = ("sft", "dpo", "kto", "pairs", "triplets")
 CHECKPOINTING = ("reentrant", "non-reentrant")
 ZERO = (
-    "peftcore does not estimate DeepSpeed's ZeRO, but DeepSpeed does: call "
+    "peftcore does not estimate DeepSpeed's ZeRO. Use DeepSpeed's estimates: "
     "deepspeed.runtime.zero.stage_1_and_2.estimate_zero2_model_states_mem_needs_all_live, or "
     "deepspeed.runtime.zero.stage3.estimate_zero3_model_states_mem_needs_all_live"
 )
@@ -27,33 +27,34 @@ class Step:
     """Settings of a training step, named as in `peftcore train`, Trainer's arguments and `peftcore.shard`.
 
     Args:
-        batch_size: Examples per batch in each process, or group of tensor parallelism; for `dpo` and `pairs`, pairs.
-        length: Tokens per example; for `dpo`, tokens of a prompt with one answer; for `pairs`, of a text.
-        optimizer: Name, as in `peftcore train --optim`.
+        batch_size: Examples (pairs for `dpo` and `pairs`) per batch in each process or tensor-parallel group.
+        length: Tokens per example. For `dpo`, tokens of a prompt with one answer; for `pairs`, tokens of one text.
+        optimizer: Name of the optimizer, as in `peftcore train --optim`.
         gradient_accumulation: Batches per step.
-        gradient_checkpointing: True; `"reentrant"` for PyTorch's older kind; or Trainer's
+        gradient_checkpointing: True, `"reentrant"` for PyTorch's older implementation, or Trainer's
             `gradient_checkpointing_kwargs`: `use_reentrant`, `every_n_layers`, and `context_fn` to keep the outputs of
             some operators (`torch.utils.checkpoint.create_selective_checkpoint_contexts`).
-        mixed_precision: `bf16` or `fp16` for autocast, as with Trainer's `bf16=True`; None: everything in the base's
-            dtype.
-        loss: `sft`, `dpo` or `kto` for TRL's trainers, with the passes of the reference; `pairs` or `triplets` for the
-            contrastive loss of two or three texts per example, of a model without an output head; None: the model's own
-            loss.
-        example: Inputs of one example from the model's processor: `input_ids` [1, length], and pixels or features. A
-            batch repeats it, and `length` becomes its number of tokens. None: texts.
-        without_logits: Whether the model's own loss is computed without logits (`peftcore.loss_without_logits`). True
-            anyway for a model that has been switched to it.
+        mixed_precision: `bf16` or `fp16` for autocast, as with Trainer's `bf16=True`. None computes everything in the
+            base's dtype.
+        loss: `sft`, `dpo` or `kto` for TRL's trainers, including their reference passes; `pairs` or `triplets` for the
+            contrastive loss of two or three texts per example and a model without an output head; None for the model's
+            own loss.
+        example: Inputs of one example from the model's processor: `input_ids` [1, length] and pixels or features.
+            Batches repeat this example, and `length` becomes its number of tokens. None: texts.
+        without_logits: Whether the model's own loss is computed without logits (`peftcore.loss_without_logits`). Always
+            True for a model that has been switched to it.
         fused: Whether norms, gates, activations, dropout and attention are fused into one operator each
-            (`peftcore.fuse`). True anyway for a fused model. It has no effect on a GPU, where the model's own forward
+            (`peftcore.fuse`). Always True for a fused model. This has no effect on a GPU, where the model's own forward
             runs.
         recompute: `auto` or `none`, as in `peftcore.fuse`.
-        ranks: Number of processes; the estimate is for one of them.
-        shard: False: each process has a full copy of the base (DDP). True: the base is sharded (FSDP2) as by
-            `peftcore.shard`. A dict: arguments of `peftcore.shard`, `adapter_placement` and `reshard_after_forward`.
+        ranks: Number of processes. The estimate is for one of them.
+        shard: False means that each process has a full copy of the base (DDP), and True that the base is sharded
+            (FSDP2) as by `peftcore.shard`. A dict contains arguments of `peftcore.shard`: `adapter_placement` and
+            `reshard_after_forward`.
         tp_size: Number of ranks that share each layer by tensor parallelism, as transformers' `tp_size`. With `shard`,
             the other dimension of the mesh has `ranks / tp_size` ranks.
-        per_sample: Number of adapters among the samples of a batch (`activate(..., per_sample=True)`); 0: one adapter
-            for all samples.
+        per_sample: Number of adapters among the samples of a batch (`activate(..., per_sample=True)`). 0 means one
+            adapter for all samples.
 
     Raises:
         PeftcoreError: A value is invalid.
@@ -90,7 +91,7 @@ class Step:
             minimum = 0 if name == "per_sample" else 1
             number = getattr(self, name)
             if not isinstance(number, int) or isinstance(number, bool) or number < minimum:
-                raise PeftcoreError(f"{name} must be a whole number from {minimum}, found {number!r}")
+                raise PeftcoreError(f"{name} must be a whole number of at least {minimum}, found {number!r}")
 
     def _check_choices(self) -> None:
         for name, choices in (("mixed_precision", MIXED), ("loss", LOSSES)):
@@ -115,7 +116,9 @@ class Step:
             found = list(ids.shape) if isinstance(ids, Tensor) else ids
             raise PeftcoreError(f"example must be a batch of one, with input_ids [1, length], found {found}")
         if self.loss in ("pairs", "triplets"):
-            raise PeftcoreError(f"loss={self.loss!r} only works with texts, found an example. Leave out one of them")
+            raise PeftcoreError(
+                f"loss={self.loss!r} only works with texts, found an example. Omit one of the two arguments"
+            )
         return ids.shape[1]
 
     def _check_ranks(self) -> None:
@@ -123,8 +126,8 @@ class Step:
             raise PeftcoreError(f"ranks must be a multiple of tp_size ({self.tp_size}), found {self.ranks}")
         if self.ranks > self.tp_size > 1 and not self.is_sharded:
             raise PeftcoreError(
-                f"ranks={self.ranks} with tp_size={self.tp_size} are several groups of tensor parallelism, which share "
-                f"the base by FSDP2: add shard=True, or estimate one group with ranks={self.tp_size}"
+                f"ranks={self.ranks} with tp_size={self.tp_size} form several tensor-parallel groups, which need "
+                f"FSDP2 to shard the base. Add shard=True, or estimate one group with ranks={self.tp_size}"
             )
 
     def _check_shard(self, shard: object) -> None:
@@ -152,7 +155,7 @@ class Step:
         return self.shard is not False
 
     def _ways(self) -> str:
-        """Return a description of how the ranks share the work."""
+        """Return a description of the parallelism."""
         if self.tp_size == 1:
             return "FSDP2" if self.is_sharded else "DDP"
         fsdp = f"FSDP2 over {self.copies} x " if self.is_sharded else ""

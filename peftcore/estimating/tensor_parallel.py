@@ -1,7 +1,7 @@
-"""One rank of a group of tensor parallelism, on the meta device.
+"""One rank of a tensor-parallel group, on the meta device.
 
-The model is divided as transformers divides it (`tp_plan`), and adapters are placed by the code of a real run.
-PyTorch's fake process group stands for the other ranks: its messages have the right sizes, and nobody answers.
+The model is sharded as by transformers (`tp_plan`), and adapters are placed by the code of a real run. PyTorch's fake
+process group simulates the other ranks: communication has the right sizes, but no effect.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from peftcore.plugin import ranks, text_config
 
 @contextmanager
 def first_of(size: int) -> Iterator[Any]:
-    """Make this process the first of `size` ranks within the block, and give their mesh; None if `size` is 1.
+    """Make this process the first of `size` ranks within the block, and yield their mesh, or None if `size` is 1.
 
     Raises:
         PeftcoreError: This process is a rank of a distributed run.
@@ -31,14 +31,14 @@ def first_of(size: int) -> Iterator[Any]:
         return
     if distributed.is_initialized():
         raise PeftcoreError(
-            "tp_size is estimated with a process group of its own, and this process has one already. Estimate before "
-            "the ranks join, or in another process"
+            "estimating tp_size needs its own process group, but this process already has one. Estimate before "
+            "init_process_group, or in another process"
         )
     from torch.distributed.device_mesh import init_device_mesh
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     distributed.init_process_group("fake", rank=0, world_size=size, store=FakeStore())
-    check_equal, ranks.check_equal = ranks.check_equal, lambda facts, subject: None  # no other rank answers
+    check_equal, ranks.check_equal = ranks.check_equal, lambda facts, subject: None  # no other rank exists
     try:
         yield init_device_mesh("cpu", (size,))
     finally:
@@ -47,7 +47,7 @@ def first_of(size: int) -> Iterator[Any]:
 
 
 def _plans(model: Any, tp_size: int, fsdp_size: int = 1) -> tuple[dict[str, str], ...]:
-    """Return the plans of transformers for a model: tensor parallelism, experts, FSDP2."""
+    """Return transformers' plans for a model: tensor parallelism, expert parallelism, FSDP2."""
     try:
         from transformers.distributed import DistributedConfig
 
@@ -56,8 +56,8 @@ def _plans(model: Any, tp_size: int, fsdp_size: int = 1) -> tuple[dict[str, str]
         )
     except (ImportError, AttributeError, TypeError) as error:
         raise NotFollowed(
-            f"tp_size={tp_size}: {type(model).__name__} cannot be divided here ({error}). Tensor parallelism needs a "
-            "model of transformers 5.24 or newer"
+            f"tp_size={tp_size}: {type(model).__name__} cannot be sharded ({error}). Tensor parallelism needs a "
+            "model from transformers 5.24 or later"
         ) from error
     except ValueError as error:  # no plan for this model
         raise NotFollowed(f"tp_size={tp_size}: {error}") from error
@@ -72,10 +72,10 @@ def planned_groups(model: nn.Module, step: Step) -> list[tuple[nn.Module, bool]]
 
 
 def divide(model: Any, mesh: Any) -> None:
-    """Divide a model on the meta device over the ranks of `mesh` as its `tp_plan` says. None: leave it whole.
+    """Shard a model on the meta device over the ranks of `mesh` by its `tp_plan`; do nothing if `mesh` is None.
 
     Raises:
-        NotFollowed: The model has no plan, or the installed transformers divides models in another way.
+        NotFollowed: The model has no plan, or the installed transformers shards models in another way.
     """
     if mesh is None:
         return
@@ -93,8 +93,8 @@ def divide(model: Any, mesh: Any) -> None:
 
 
 def refuse_trained(model: nn.Module, size: int) -> None:
-    """Raise NotFollowed if parameters of a divided base are trained: their gradients and state are not followed."""
+    """Raise NotFollowed if parameters of a sharded base are trained: their gradients and state are not estimated."""
     if size > 1 and any(ranks.is_dtensor(p) and p.requires_grad for p in model.parameters()):
         raise NotFollowed(
-            f"tp_size={size} is followed with adapters, not where the divided base is trained. Name a method"
+            f"tp_size={size} can only be estimated with adapters, not when the sharded base is trained. Pass a method"
         )

@@ -1,4 +1,4 @@
-"""Fused optimizers: one call per step for all parameters, with state in 32 or 8 bits, in memory or paged.
+"""Fused optimizers: one call per step for all parameters, with 32-bit or 8-bit state, in memory or paged.
 
     optimizer = peftcore.optim.PagedAdamW8bit(model.parameters(), lr=2e-4, budget="256MB")
 

@@ -23,7 +23,7 @@ from peftcore.optim.batch import Batch, local, sharded_as
 
 
 def is_among_largest(moments: Sequence[Tensor], keep: float) -> Tensor:
-    """Return a mask of the elements that are among the largest share `keep` of magnitudes in each of `moments`."""
+    """Return a mask of the elements that are among the largest fraction `keep` of magnitudes in each of `moments`."""
     is_largest = torch.ones_like(moments[0], dtype=torch.bool)
     for values in moments:
         count = min(values.numel(), max(1, round(keep * values.numel())))
@@ -36,7 +36,7 @@ def _moments_of(saved: dict[str, Any], name: str, param: Tensor) -> tuple[Tensor
     """Return the moments `name` in a parameter's saved state, and their scales if they are in 8 bits.
 
     Raises:
-        ValueError: moments and scales do not fit the parameter or each other.
+        ValueError: moments and scales do not match the parameter or each other.
     """
     value, scales = saved.get(name), f"{name}_absmax"
     absmax: Tensor | None = saved.get(scales)
@@ -47,7 +47,7 @@ def _moments_of(saved: dict[str, Any], name: str, param: Tensor) -> tuple[Tensor
         raise ValueError(f"saved '{name}' has shape {list(value.shape)}, but the parameter has {list(param.shape)}")
     if absmax is None:
         if not value.is_floating_point():
-            raise ValueError(f"saved '{name}' is {value.dtype}, but the state has no '{scales}' for such codes")
+            raise ValueError(f"saved '{name}' is {value.dtype}, but the state has no '{scales}' for its codes")
         return value, None
     if absmax.numel() != block_count(param.numel()):
         raise ValueError(
@@ -63,9 +63,9 @@ class FusedOptimizer(Optimizer):
     """Optimizer with one operator call per step and device. Subclasses define `rule` and the scalars of an update.
 
     Args:
-        maximize: as in torch's optimizers.
+        maximize: maximize the objective, as in torch's optimizers.
         stochastic_rounding: round 16-bit parameters up or down at random, so that small updates are not lost.
-        seed: seed of stochastic rounding, which depends only on the seed, the parameter's index and the step.
+        seed: seed of stochastic rounding. The rounding depends only on the seed, the parameter's index and the step.
 
     Raises:
         TypeError: a parameter is not float32, float16 or bfloat16.
@@ -131,14 +131,14 @@ class FusedOptimizer(Optimizer):
                 try:
                     update()
                 finally:
-                    batch.copy_back()  # also after an error, for the pages that are done
+                    batch.copy_back()  # also after an error, for pages that have been updated
         except Exception:
             self._count(batches, -1)
             raise
         return loss
 
     def _count(self, batches: list[Batch], steps: int) -> None:
-        """Add `steps` to the step counts of all parameters in `batches`: 1, or -1 for a step that failed."""
+        """Add `steps` to the step counts of all parameters in `batches`: 1, or -1 after a failed step."""
         for batch in batches:
             for state in batch.states:
                 state["step"] += steps
@@ -195,7 +195,7 @@ class FusedOptimizer(Optimizer):
         values = self._get_state(param)
         if param is not local(param):
             if any(plane.is_coded for plane in self.rule.planes):
-                raise NotImplementedError("8-bit state of a sharded parameter cannot be saved. Use a 32-bit optimizer")
+                raise NotImplementedError("cannot save the 8-bit state of a sharded parameter. Use a 32-bit optimizer")
             values = {name: sharded_as(param, value) for name, value in values.items()}
         return {"step": torch.tensor(float(self.state[param]["step"])), **values}
 
@@ -203,10 +203,13 @@ class FusedOptimizer(Optimizer):
         """Convert the saved state of one parameter, in 32 or 8 bits, to the form of this optimizer.
 
         Raises:
-            ValueError: the state does not fit the parameter.
+            ValueError: the state does not match the parameter.
         """
         if saved.get("max_exp_avg_sq") is not None:
-            raise ValueError(f"{type(self).__name__} does not support amsgrad, and the saved state has it")
+            raise ValueError(
+                f"{type(self).__name__} does not support amsgrad, but the saved state uses it. Continue with "
+                "torch.optim.AdamW(amsgrad=True)"
+            )
         values: dict[str, Tensor] = {}
         for plane in self.rule.planes:
             if plane.elements != 1:
@@ -229,9 +232,9 @@ class FusedOptimizer(Optimizer):
         self.state[param]["step"] = step
 
     def keep_largest(self, param: Tensor, keep: float) -> None:
-        """Zero the moments of `param`, except for elements whose moments are all among the largest share `keep`.
+        """Zero the moments of `param`, except for elements whose moments are all among the largest fraction `keep`.
 
-        For a sharded parameter, each rank keeps this share of its shard.
+        For a sharded parameter, each rank keeps this fraction of its shard.
         """
         state, planes = self._get_state(param), [plane for plane in self.rule.planes if plane.elements == 1]
         values = []
@@ -261,12 +264,15 @@ class FusedOptimizer(Optimizer):
         """Load state and groups from `state_dict`, in 32 or 8 bits, or from torch's optimizer.
 
         Raises:
-            ValueError: the saved state does not fit these parameters. The optimizer is left unchanged.
+            ValueError: the saved state does not match these parameters. The optimizer is left unchanged.
         """
         groups = state_dict["param_groups"]
         for group in groups:
             if group.get("amsgrad"):
-                raise ValueError(f"{type(self).__name__} does not support amsgrad, and the saved state has it")
+                raise ValueError(
+                    f"{type(self).__name__} does not support amsgrad, but the saved state uses it. Continue with "
+                    "torch.optim.AdamW(amsgrad=True)"
+                )
         saved_sizes = [len(group["params"]) for group in groups]
         sizes = [len(group["params"]) for group in self.param_groups]
         if saved_sizes != sizes:
@@ -281,7 +287,9 @@ class FusedOptimizer(Optimizer):
                 try:
                     loaded_state[owners[key]] = self._convert_saved_state(owners[key], saved), int(saved.get("step", 0))
                 except ValueError as error:
-                    raise ValueError(f"the state of parameter {key} does not fit: {error}") from None
+                    raise ValueError(
+                        f"the saved state of parameter {key} does not match the parameter: {error}"
+                    ) from None
         super().load_state_dict({**state_dict, "state": {}})  # torch would cast moments to the parameter's dtype
         for param, (values, step) in loaded_state.items():
             self._install_state(param, values, step)

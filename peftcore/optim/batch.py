@@ -1,4 +1,4 @@
-"""The tensors of one device that a step updates, in the form an operator takes."""
+"""The tensors that a step updates on one device, as arguments of an operator."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Batch:
         self.streams: list[int] = []
         self.steps: list[int] = []  # for each row
         self.scalars: list[float] = []
-        self.row_numbers: dict[tuple[int, int], int] = {}  # by group and step
+        self.row_numbers: dict[tuple[int, int], int] = {}  # index of the row of scalars, by group and step
         self.copies: list[tuple[Tensor, Tensor]] = []  # (parameter, its contiguous copy)
 
     def add_row(self, group: int, step: int, scalars: tuple[float, ...]) -> int:
@@ -69,7 +69,7 @@ class Batch:
         return Updates(self.scalars, self.steps, self.rows, self.streams if at_random else [])
 
     def copy_back(self) -> None:
-        """Copy results back into parameters that are not contiguous, and let autograd know of all changes."""
+        """Copy results back into non-contiguous parameters, and tell autograd about all changes."""
         for param, copy in self.copies:
             param.copy_(copy)
         torch.autograd.graph.increment_version(self.params)

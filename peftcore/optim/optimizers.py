@@ -58,9 +58,9 @@ class AdamW(FusedOptimizer):
 
 
 class AdamW8bit(AdamW):
-    """`AdamW` with 8-bit state in the dynamic map, with one scale for every 256 elements of a parameter.
+    """`AdamW` with 8-bit state in the dynamic map, and one scale per 256 elements of a parameter.
 
-    Parameters of any size have 8-bit state; bitsandbytes uses 32 bits below 4,096 elements.
+    Parameters of any size have 8-bit state, while bitsandbytes uses 32 bits below 4,096 elements.
     """
 
     rule = RULES["adamw_8bit"]
@@ -75,7 +75,7 @@ class PagedAdamW8bit(AdamW8bit, PagedOptimizer):
 
 
 class Lion(FusedOptimizer):
-    """Lion: steps by the sign of an average of gradients, with one 32-bit moment. Arguments are those of `AdamW`."""
+    """Lion: updates by the sign of averaged gradients, with one 32-bit moment. Arguments are those of `AdamW`."""
 
     rule = RULES["lion"]
 

@@ -1,4 +1,4 @@
-"""Paged optimizer state: a budget stays resident, the rest is in an unnamed file or, for a GPU, in host memory.
+"""Paged optimizer state: a budget stays resident, and the rest is in an unnamed file or, for a GPU, in host memory.
 
 All parameters of a device share one pool, so a thousand small factors page as well as one large matrix. Steps alternate
 between walking the pages forward and backward; csrc/optim/pool.h describes when pages move.
@@ -29,7 +29,7 @@ _UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**
 
 @dataclass(frozen=True)
 class Paging:
-    """Bytes of state that are resident and paged, and the traffic and waiting time so far, in bytes and seconds."""
+    """Bytes of resident and paged state, and the traffic (in bytes) and waiting time (in seconds) so far."""
 
     resident: int
     paged: int
@@ -47,7 +47,7 @@ def bytes_of(budget: int | str) -> int | None:
     """Parse a budget: a number of bytes, or text with a unit ("256MB", "2GiB"). Return None for "auto".
 
     Raises:
-        ValueError: the budget has another form.
+        ValueError: the budget has an invalid format.
     """
     if budget == "auto":
         return None
@@ -64,7 +64,7 @@ def default_directory() -> str:
 
 
 def _margin(device: torch.device) -> int:
-    """Return the bytes to leave free with budget="auto": a sixteenth of the memory.
+    """Return the number of bytes to leave free with budget="auto": a sixteenth of the memory.
 
     Memory that PyTorch has reserved on a GPU and does not use is subtracted, since pages are allocated from it.
     """
@@ -91,10 +91,10 @@ class PagedOptimizer(FusedOptimizer):
             of the memory free, checked before every step.
         directory: directory of the page file for CPU state. The file has no name and disappears with the process.
         page_bytes: size of a page, a multiple of 4,096.
-        options: options of all optimizers (`FusedOptimizer`).
+        options: options of `FusedOptimizer`.
 
     Raises:
-        RuntimeError: the extension is missing, the disk has no space for all state, or a page cannot be written or
+        RuntimeError: the extension is missing, the disk is too small for all state, or a page cannot be written or
             read. No state is lost, and calling `step()` again completes the step.
     """
 
@@ -110,7 +110,7 @@ class PagedOptimizer(FusedOptimizer):
         missing = ops.why_no_pages()
         if missing is not None:
             raise RuntimeError(
-                f"{type(self).__name__} needs the compiled extension: {missing}. "
+                f"{type(self).__name__} needs the compiled extension, but {missing}. "
                 f"{type(self).__name__.removeprefix('Paged')} works without it"
             )
         self._page_bytes = page_bytes
@@ -122,11 +122,11 @@ class PagedOptimizer(FusedOptimizer):
         """Parse a budget and check it against the page size.
 
         Raises:
-            ValueError: it is not a number of bytes, or less than a page.
+            ValueError: the budget is not a number of bytes, or is smaller than a page.
         """
         budget_bytes = bytes_of(budget)
         if budget_bytes is not None and budget_bytes < self._page_bytes:
-            raise ValueError(f"budget must hold a page of {self._page_bytes:,} bytes, found {budget_bytes:,}")
+            raise ValueError(f"budget must be at least one page ({self._page_bytes:,} bytes), found {budget_bytes:,}")
         return budget_bytes
 
     def _reset_pages(self) -> None:
@@ -152,10 +152,10 @@ class PagedOptimizer(FusedOptimizer):
             pages.clear(place.slot)
         else:
             self._places[param] = _Place(shard.device, pages.allocate(shard.numel()), shard.numel())
-        # New pages are zero, and with a scale of 0 every code stands for 0, so nothing needs to be written.
+        # New pages are zero, and with a scale of 0 every code means 0, so nothing needs to be written.
 
     def _slot(self, param: Tensor, shard: Tensor) -> int:
-        """Return the slot of the state of `param`, whose local shard is `shard`.
+        """Return the slot with the state of `param`, whose local shard is `shard`.
 
         Raises:
             RuntimeError: the parameter was resized or moved after its state was created.
@@ -214,7 +214,7 @@ class PagedOptimizer(FusedOptimizer):
         self._budget = budget_bytes
 
     def evict(self) -> None:
-        """Page out all state. It is read back when it is needed."""
+        """Page out all state. It is paged in again on demand."""
         for pages in list(self._pages.values()):
             pages.evict()
 

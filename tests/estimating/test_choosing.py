@@ -61,7 +61,7 @@ def test_on_this_machine_the_process_is_a_range_with_its_libraries(found: peftco
     way = replace(found.ways[0], libraries=5e8)
     assert way.memory.low < way.memory.high == 5e8 + way.estimate.needed
     here = replace(found, ways=(way,), device=Device("this machine", 1e9))
-    assert "with Python and its libraries:" in str(here) and str(way.memory) in str(here)
+    assert "including Python and its libraries:" in str(here) and str(way.memory) in str(here)
 
 
 def test_a_dense_base_comes_before_one_in_4_bits() -> None:
@@ -104,21 +104,21 @@ def test_a_language_model_inside_another_and_fields_that_are_lists() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"memory": "much"}, "memory must be bytes or text such as '24GB', found 'much'"),
-        ({"memory": 0}, "no model fits into that"),
-        ({"memory": "lots"}, "memory must be bytes or text such as '24GB', found 'lots'"),
-        ({"memory": "-3GB"}, "memory must be bytes or text such as '24GB', found '-3GB'"),
+        ({"memory": "much"}, "memory must be a number of bytes or text such as '24GB', found 'much'"),
+        ({"memory": 0}, "is too small for any model"),
+        ({"memory": "lots"}, "memory must be a number of bytes or text such as '24GB', found 'lots'"),
+        ({"memory": "-3GB"}, "memory must be a number of bytes or text such as '24GB', found '-3GB'"),
         ({"memory": "1MB"}, "memory='1MB' on this machine is no more than Python and its libraries take"),
-        ({"memory": "400MB", "device": "t4"}, "is no more than the CUDA context takes. Give at least 1GB"),
+        ({"memory": "400MB", "device": "t4"}, "is no more than the CUDA context takes. Pass at least 1GB"),
         (
             {"batch_size": 4},
-            "suggest chooses batch_size, .*, optimizer itself: leave out batch_size",
+            "suggest chooses batch_size, .*, optimizer itself. Omit batch_size",
         ),
         ({"alpha": 4}, "suggest has no argument alpha. Pass fields of a method's config as fields="),
         ({"methods": []}, r"methods must be a list of names, found \[\]"),
         ({"methods": "lora"}, "methods must be a list of names, found 'lora'"),
-        ({"ranks": 0}, "ranks must be a whole number from 1, found 0"),
-        ({"device": "h1000"}, "there is no card 'h1000' in the table"),
+        ({"ranks": 0}, "ranks must be a whole number of at least 1, found 0"),
+        ({"device": "h1000"}, "unknown device 'h1000'"),
     ],
 )
 def test_what_cannot_be_answered(arguments: dict[str, object], message: str) -> None:
@@ -133,7 +133,7 @@ def test_ranks_share_the_base(found: peftcore.Suggestion) -> None:
 
 
 def test_no_config() -> None:
-    with pytest.raises(PeftcoreError, match="expected a transformers config or a model that has one, found object"):
+    with pytest.raises(PeftcoreError, match="expected a transformers config or a model with a config, found object"):
         peftcore.suggest(object(), ["lora"], memory="1GB", device="t4")
 
 
@@ -141,7 +141,7 @@ def test_what_would_help_where_nothing_fits() -> None:
     wide = LlamaConfig(**WIDE, vocab_size=32000)
     with pytest.raises(PeftcoreError, match=r"Examples of at most \d+ tokens would fit \(--max-length"):
         peftcore.suggest(wide, memory="900MB", length=4096, **ONE)
-    least = r"nothing fits into 26.4 MB: the least is [0-9.]+ GB, lora with one example at a time"
-    wanted = "of it the base. A method with a base in 4 bits needs less; cards with"
+    least = r"nothing fits into 26.4 MB: the smallest configuration is lora with one example at a time"
+    wanted = "for the base. A method with a 4-bit base needs less; GPUs with"
     with pytest.raises(PeftcoreError, match=f"{least}.*{wanted}"):
         peftcore.suggest(wide, memory="560MB", length=64, **ONE)

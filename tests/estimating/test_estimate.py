@@ -212,24 +212,27 @@ def test_draws_nothing() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"batch_size": 0}, "batch_size must be a whole number from 1, found 0"),
+        ({"batch_size": 0}, "batch_size must be a whole number of at least 1, found 0"),
         ({"optimizer": "adamw_8bits"}, "nearest: 'adamw_8bit'"),
         ({"gradient_checkpointing": "some"}, "'non-reentrant' or a dict as in Trainer's .* found 'some'"),
         (
             {"gradient_checkpointing": {"context": 1}},
-            "has no option context. It has use_reentrant",
+            "has no option context. Its options are use_reentrant",
         ),
-        ({"gradient_checkpointing": {"offload": True}}, "offload=True is not followed"),
-        ({"ranks": 0}, "ranks must be a whole number from 1, found 0"),
-        ({"ranks": True}, "ranks must be a whole number from 1, found True"),
-        ({"per_sample": -1}, "per_sample must be a whole number from 0, found -1"),
+        ({"gradient_checkpointing": {"offload": True}}, "offload=True cannot be estimated"),
+        ({"ranks": 0}, "ranks must be a whole number of at least 1, found 0"),
+        ({"ranks": True}, "ranks must be a whole number of at least 1, found True"),
+        ({"per_sample": -1}, "per_sample must be a whole number of at least 0, found -1"),
         ({"per_sample": 2, "method": "prompt-tuning"}, "acts on the batch as a whole"),
-        ({"per_sample": 2, "method": None}, "per_sample needs a method: without one, every parameter is trained"),
+        (
+            {"per_sample": 2, "method": None},
+            "per_sample needs a method, because all parameters are trained without one",
+        ),
         ({"shard": "full"}, "shard must be True .FSDP2., False .DDP. or a dict, found 'full'"),
         ({"shard": 3}, "shard must be True .FSDP2., False .DDP. or a dict, found 3"),
         (
             {"shard": "zero3"},
-            "does not estimate DeepSpeed's ZeRO, but DeepSpeed does.*estimate_zero3_model_states_mem_needs_all_live",
+            "does not estimate DeepSpeed's ZeRO.*estimate_zero3_model_states_mem_needs_all_live",
         ),
         ({"shard": {"stage": 2}}, "does not estimate DeepSpeed's ZeRO"),
         ({"shard": {"adapter": "shard"}}, "shard: 'adapter' is not supported .nearest: 'adapter_placement'"),
@@ -257,10 +260,10 @@ def test_wrong_models(tmp_path: Path) -> None:
     broken = LlamaConfig(**{**SIZES, "num_attention_heads": 4}, vocab_size=-3)
     for model, message in [
         (tmp_path, "the configuration of '.*' cannot be read"),
-        (tmp_path / "nowhere", "the folder '.*nowhere' does not exist. Give one with a config.json"),
-        (3, "takes a model, a transformers config, a folder or a hub id, found int"),
-        (nn.Linear(2, 2), "takes no labels, so its loss is unknown"),
-        (broken, "no model can be built on the meta device of this LlamaConfig"),
+        (tmp_path / "nowhere", "the folder '.*nowhere' does not exist. Pass a folder with a config.json"),
+        (3, "needs a model, a transformers config, a folder or a hub id, found int"),
+        (nn.Linear(2, 2), "does not accept labels, so its loss is unknown"),
+        (broken, "cannot build a model on the meta device from this LlamaConfig"),
     ]:
         with pytest.raises(PeftcoreError, match=message):
             peftcore.estimate(model, None)
@@ -301,7 +304,7 @@ def test_plan_of_a_model_is_that_of_its_config() -> None:
 def test_weights_that_are_packed_in_another_way() -> None:
     config = deepcopy(CONFIG)
     config.quantization_config = {"quant_method": "fp8"}
-    with pytest.raises(PeftcoreError, match=r"the weights are quantized \(fp8\), which is not followed"):
+    with pytest.raises(PeftcoreError, match=r"the weights are quantized \(fp8\), which cannot be estimated"):
         peftcore.estimate(config, "lora")
 
 

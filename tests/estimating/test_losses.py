@@ -106,7 +106,9 @@ def test_is_what_a_step_on_texts_as_vectors_takes(kind: str, name: str) -> None:
 
 
 def test_vectors_come_from_a_model_without_a_head() -> None:
-    with pytest.raises(PeftcoreError, match="LlamaForCausalLM returns no last_hidden_state, so it has no vectors"):
+    with pytest.raises(
+        PeftcoreError, match="LlamaForCausalLM returns no last_hidden_state, so there are no embeddings"
+    ):
         peftcore.estimate(CONFIG, "lora", **RUN, loss="pairs")
 
 
@@ -125,5 +127,7 @@ def test_on_a_card_tiles_of_logits_have_nothing_beside_them() -> None:
 
 def test_what_has_no_such_loss() -> None:
     classifier = BertConfig(**{**SIZES, "num_key_value_heads": 4}, architectures=["BertForSequenceClassification"])
-    with pytest.raises(PeftcoreError, match="loss='dpo' is for language models, and BertForSequenceClass"):
+    with pytest.raises(
+        PeftcoreError, match="loss='dpo' needs a language model with an output head, which BertForSequenceClass"
+    ):
         peftcore.estimate(classifier, "lora", **RUN, loss="dpo")

@@ -122,13 +122,13 @@ def test_a_rank_of_tensor_parallelism_has_parts() -> None:
     ("options", "message"),
     [
         ({"ranks": 6, "tp_size": 4}, "ranks must be a multiple of tp_size .4., found 6"),
-        ({"ranks": 4, "tp_size": 2}, "are several groups of tensor parallelism, .* add shard=True, or .* ranks=2"),
+        ({"ranks": 4, "tp_size": 2}, "form several tensor-parallel groups, .* Add shard=True, or .* ranks=2"),
         ({"ranks": 4, "tp_size": 4}, "tp_size=4 does not divide the 2 heads .num_key_value_heads.. Choose a divisor"),
         (
             {"ranks": 2, "tp_size": 2, "quantize": "nf4"},
             "is sharded over 2 ranks after 32 columns, which is not a multiple of the 64 values that share a scale",
         ),
-        ({"ranks": 2, "tp_size": 2, "method": None}, "tp_size=2 is followed with adapters, .* Name a method"),
+        ({"ranks": 2, "tp_size": 2, "method": None}, "tp_size=2 can only be estimated with adapters, .* Pass a method"),
     ],
 )
 def test_what_is_not_followed_of_tensor_parallelism(options: dict[str, Any], message: str) -> None:

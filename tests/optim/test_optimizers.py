@@ -375,7 +375,7 @@ def test_without_the_extension_resident_ones_work_and_paged_ones_say_why(monkeyp
     monkeypatch.setattr(step_ops._extension, "missing_because", "it has not been built here")
     with pytest.raises(
         RuntimeError,
-        match=r"PagedAdamW8bit needs the compiled extension: .* has not been built here. "
+        match=r"PagedAdamW8bit needs the compiled extension, but .* has not been built here. "
         r"AdamW8bit works",
     ):
         optim.PagedAdamW8bit(parameters())

@@ -110,10 +110,10 @@ def test_budgets_are_bytes_or_text():
     ]
     with pytest.raises(ValueError, match="budget must be bytes"):
         bytes_of("much")
-    with pytest.raises(ValueError, match="budget must hold a page of 4,096 bytes, found 100"):
+    with pytest.raises(ValueError, match="budget must be at least one page \\(4,096 bytes\\), found 100"):
         paged(parameters(1), 100)
     smaller = paged(parameters(1), 4096)
-    with pytest.raises(ValueError, match="budget must hold a page of 4,096 bytes, found 100"):
+    with pytest.raises(ValueError, match="budget must be at least one page \\(4,096 bytes\\), found 100"):
         smaller.budget = 100  # before there are pages
     assert smaller.budget == 4096
     with pytest.raises(ValueError, match="multiple of 4096"):

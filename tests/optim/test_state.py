@@ -43,22 +43,25 @@ def _without_scales(state):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda saved: _shorter(saved["state"][2]), "the state of parameter 2 does not fit: saved 'exp_avg"),
+        (
+            lambda saved: _shorter(saved["state"][2]),
+            "the saved state of parameter 2 does not match the parameter: saved 'exp_avg",
+        ),
         (
             lambda saved: saved["state"][1].pop("exp_avg_sq"),
-            "parameter 1 does not fit: .* has no tensor 'exp_avg_sq'",
+            "parameter 1 does not match the parameter: .* has no tensor 'exp_avg_sq'",
         ),
         (
             lambda saved: saved["state"][0].update(exp_avg=3.0),
-            "parameter 0 does not fit: .* has no tensor 'exp_avg'",
+            "parameter 0 does not match the parameter: .* has no tensor 'exp_avg'",
         ),
         (
             lambda saved: saved["state"][0].update(exp_avg=saved["state"][0]["exp_avg"].view(10, 20)),
-            r"parameter 0 does not fit: saved 'exp_avg' has shape \[10, 20\], but the parameter has \[200\]",
+            r"0 does not match the parameter: saved 'exp_avg' has shape \[10, 20\], but the parameter has \[200\]",
         ),
         (
             lambda saved: saved["state"].update({0: _without_scales(saved["state"][0])}),
-            r"parameter 0 does not fit: saved 'exp_avg' is torch.uint8, but the state has no 'exp_avg_absmax'",
+            r"0 does not match the parameter: saved 'exp_avg' is torch.uint8, but the state has no 'exp_avg_absmax'",
         ),
         (lambda saved: saved["param_groups"][0]["params"].pop(), r"groups of \[2\] parameters, .* has groups of \[3\]"),
     ],

@@ -20,7 +20,7 @@ ONE = ("--method", "lora", "--rank", 4, "--max-length", 12)
 
 def test_prints_a_command_that_trains(run: Run, llama: Path, reviews: Path, tmp_path: Path) -> None:
     output = run("suggest", "-m", llama, "--memory", "4GB", *ONE, "--dtype", "bf16").output
-    assert "fits into 4.0 GB on this machine with Python and its libraries:" in output
+    assert "fits into 4.0 GB on this machine, including Python and its libraries:" in output
     command = shlex.split(output.strip().splitlines()[-1])
     assert command[:4] == ["peftcore", "train", "-m", str(llama)] and command[-2:] == ["--dtype", "bf16"]
     given = [{"DATA": str(reviews), "RUN": str(tmp_path / "run")}.get(word, word) for word in command[1:]]
@@ -37,14 +37,14 @@ def test_on_a_card(run: Run, llama: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--device", "rtx4091"), "there is no card 'rtx4091' in the table (nearest: 'rtx4090'"),
-        (("--memory", "0"), "found '0': no model fits into that"),
-        (("--memory", "-3GB"), "memory must be bytes or text such as '24GB', found '-3GB'"),
-        (("--memory", "lots"), "memory must be bytes or text such as '24GB', found 'lots'"),
-        (("--memory", "24"), "memory must be bytes or text such as '24GB', found '24': no model fits into that"),
+        (("--device", "rtx4091"), "unknown device 'rtx4091' (nearest: 'rtx4090'"),
+        (("--memory", "0"), "memory='0' is too small for any model"),
+        (("--memory", "-3GB"), "memory must be a number of bytes or text such as '24GB', found '-3GB'"),
+        (("--memory", "lots"), "memory must be a number of bytes or text such as '24GB', found 'lots'"),
+        (("--memory", "24"), "memory='24' is too small for any model"),
         (
             ("--memory", "100MB"),
-            "is no more than Python and its libraries take. Give at least",
+            "is no more than Python and its libraries take. Pass at least",
         ),  # how much depends on the process
         (("--memory", "8GB", "--dtype", "fp8"), "fp8"),
         (("--memory", "8GB", "--method", "loro"), "nearest: 'lora'"),
@@ -62,11 +62,11 @@ def test_what_it_does_not_understand(run: Run, llama: Path, arguments: tuple[str
             {"model_type": "llama", "hidden_size": 30, "num_attention_heads": 4},
             "The hidden size (30) is not",
         ),
-        ({"model_type": "llama", "vocab_size": -3}, "no model can be built on the meta device of this LlamaConfig"),
+        ({"model_type": "llama", "vocab_size": -3}, "cannot build a model on the meta device from this LlamaConfig"),
         ({"model_type": "no_such_model"}, "the configuration of '"),
         (
             {"model_type": "llama", "quantization_config": {"quant_method": "aqlm"}},
-            "the weights are quantized (aqlm), which is not followed",
+            "the weights are quantized (aqlm), which cannot be estimated",
         ),
     ],
 )
@@ -131,6 +131,6 @@ def test_train_says_what_does_not_fit_before_it_loads(
     monkeypatch.setattr(forecast, "memory_here", lambda: 2e5)
     arguments = ("train", "-m", llama, "-d", reviews, "-o", tmp_path / "run", "--method", "lora", "--max-length", 12)
     output = run(*arguments, "--fit", code=1).output
-    assert "nothing fits into 0.2 MB beyond Python and its libraries: the least is" in output
+    assert "nothing fits into 0.2 MB beyond Python and its libraries: the smallest configuration is" in output
     assert "loading" not in output
     assert not (tmp_path / "run").exists()

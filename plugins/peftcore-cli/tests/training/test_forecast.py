@@ -32,7 +32,7 @@ def test_plan_says_what_a_step_takes(run: Run, llama: Path) -> None:
     card = run("plan", "-m", llama, *METHOD, "--max-length", 12, "--device", "rtx4090").output
     assert "fits into 22.1 GB on rtx4090" in card
     wrong = run("plan", "-m", llama, *METHOD, "--device", "rtx4091", code=1).output
-    assert "there is no card 'rtx4091'" in wrong and "nearest: 'rtx4090'" in wrong
+    assert "unknown device 'rtx4091'" in wrong and "nearest: 'rtx4090'" in wrong
 
 
 def test_plan_knows_the_options_of_a_light_step(run: Run, llama: Path) -> None:
