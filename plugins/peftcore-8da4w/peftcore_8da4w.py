@@ -1,4 +1,4 @@
-"""Weight format 8da4w: int4 weights, and inputs rounded to int8, as torchao and ExecuTorch compute a linear layer.
+"""Weight format 8da4w: int4 weights and inputs rounded to int8, as in the linear layers of torchao and ExecuTorch.
 
     y = Q₄(W) Q₈(x) + b
 
@@ -61,7 +61,7 @@ class Int8Int4Linear(nn.Linear):
         return self.in_features // self.scales.shape[1]
 
     def pack(self, codes: Tensor, scales: Tensor) -> ops.PackedWeight:
-        """Return codes `[out, in / 2]` and scales `[out, groups]` as an affine4 weight for the operators."""
+        """Return codes `[out, in / 2]` and scales `[out, groups]` as an affine4 weight, which operators accept."""
         return ops.PackedWeight(
             codes.reshape(-1, 1),
             scales.reshape(-1),
@@ -116,7 +116,7 @@ def quantize(layer: nn.Linear, group: int) -> None:
     if layer.in_features % group:
         raise PeftcoreError(
             f"8da4w with groups of {group} needs a multiple of {group} inputs, found {layer.in_features}. Choose "
-            f"smaller groups: {', '.join(NAMES.values())}; or leave the layer dense: skip=[...]"
+            f"smaller groups ({', '.join(NAMES.values())}), or leave the layer dense: skip=[...]"
         )
     tensors = round_weight(layer.weight, group)
     layer.__class__ = Int8Int4Linear

@@ -92,7 +92,7 @@ class AdaLora(LoraLinear):
         self.lora_A = nn.Parameter(std * torch.randn(r, width))
         self.lora_B = nn.Parameter(std * torch.randn(out_width, r))
         self.lora_E = nn.Parameter(init_e(r, 1))
-        self.register_buffer("seen", torch.zeros(2, r, width + out_width + 1))  # a row per triplet
+        self.register_buffer("seen", torch.zeros(2, r, width + out_width + 1))  # one row per triplet
         self.register_buffer("left", torch.ones(r, 1))
 
     def pair(self) -> tuple[Tensor, Tensor]:
@@ -100,7 +100,7 @@ class AdaLora(LoraLinear):
 
     def observe(self, config: AdaLoraConfig) -> None:
         """Update the moving averages of sensitivity |p · dp| and of uncertainty, for each entry of A, B and E."""
-        # A layer that this step did not call has no gradient.
+        # A layer that was not called in this step has no gradient.
         a, b, e = (p * (0 if p.grad is None else p.grad) for p in self.parameters())
         sensitivity = torch.cat([a, b.T, e], dim=1).abs()
         mean, uncertainty = self.get_buffer("seen")
@@ -170,9 +170,9 @@ def after_step(adapters: Mapping[str, Any], config: AdaLoraConfig, step: int, to
     has_gradients = any(parameter.grad is not None for parameter in parameters)
     validation.require(
         has_gradients or step >= schedule_end,
-        "AdaLoRA reads gradients in after_step, but no parameter has one. Call after_step between optimizer.step() and "
-        "optimizer.zero_grad(). DeepSpeed clears gradients in its step: use another method with it, or shard the "
-        "model with peftcore.shard(model)",
+        "AdaLoRA reads gradients in after_step, but no parameter has a gradient. Call after_step between "
+        "optimizer.step() and optimizer.zero_grad(). DeepSpeed clears gradients in its step, so use another method "
+        "with it, or shard the model with peftcore.shard(model)",
     )
     for layer in layers if step < schedule_end else ():
         layer.observe(config)
@@ -190,7 +190,7 @@ def after_step(adapters: Mapping[str, Any], config: AdaLoraConfig, step: int, to
 
 
 def no_steps(fields: Mapping[str, Any]) -> int:
-    """Return the total_step to write for None, which PEFT refuses: one that leaves its schedule no step."""
+    """Return the total_step to write for None, which PEFT rejects: a value that leaves no steps for the schedule."""
     return int(fields.get("tinit", 0) + fields.get("tfinal", 0) + 1)
 
 

@@ -50,12 +50,12 @@ class AdapterFusionConfig:
     Args:
         adapters: names of bottleneck adapters that the model has.
         how: "attention", "average" or "split".
-        query, key, value: use Q, K and V. Without one, vectors are used unchanged.
+        query, key, value: whether to use Q, K and V. Without a projection, vectors are used unchanged.
         regularization: add 0.01 · |V - 1|² to the loss, as AdapterHub's library does.
         dropout_prob: dropout probability of the scores.
         weights: for "average", a weight for each adapter. None: equal weights.
         splits: for "split", the number of tokens for each adapter, in order; their sum must be the text's length.
-        modules_to_save: modules to train in full as well. None: a classifier's head.
+        modules_to_save: modules to train in full as well. None means a classifier's head.
     """
 
     adapters: Sequence[str] = ()
@@ -73,7 +73,9 @@ class AdapterFusionConfig:
         validation.check_types(self)
         validation.probability(dropout_prob=self.dropout_prob)
         count, require = len(self.adapters), validation.require
-        require(count > 0, "adapters is empty. Apply or load the adapters to fuse, then name them: adapters=[...]")
+        require(
+            count > 0, ("adapters is empty. Apply or load the adapters to fuse, then pass their names: adapters=[...]")
+        )
         for name, values, how in (("weights", self.weights, "average"), ("splits", self.splits, "split")):
             require(values is None or self.how == how, f"{name} only works with how={how!r}, found how={self.how!r}")
             require(
@@ -95,7 +97,10 @@ class AdapterFusionConfig:
 
 
 class Projection(nn.Linear):
-    """Linear layer in the dtype of its input. A module, since DeepSpeed's ZeRO-3 gathers weights of called modules."""
+    """Linear layer in the dtype of its input.
+
+    It is a module, since DeepSpeed's ZeRO-3 gathers the weights of called modules.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
@@ -215,7 +220,7 @@ def read(model: nn.Module, fields: dict[str, Any], tensors: dict[str, Tensor]) -
     settings, names = fields["config"], [str(name) for name in fields.get("adapter_names") or fields["name"].split(",")]
     for name in ("query_before_ln", "residual_before", "temperature"):
         validation.require(
-            not settings.get(name), f"it uses {name}={settings.get(name)!r}, which peftcore's fusion does not have"
+            not settings.get(name), f"it uses {name}={settings.get(name)!r}, which peftcore's fusion does not support"
         )
     dropout_prob = settings.get("dropout_prob") or getattr(
         getattr(model, "config", None), "attention_probs_dropout_prob", 0.0

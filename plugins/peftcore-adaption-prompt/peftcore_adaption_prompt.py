@@ -50,7 +50,7 @@ class AdaptionPromptConfig:
         target_modules: name of the attention modules. None: found in the model.
         adapter_len: n.
         adapter_layers: number of upper layers with prompts. None: all. The paper leaves out the lowest two.
-        modules_to_save: modules to train in full as well. None: a classifier's head.
+        modules_to_save: modules to train in full as well. None means a classifier's head.
     """
 
     target_modules: str | None = None

@@ -99,7 +99,7 @@ class Invocation(Adapter):
         return cast(Tensor, call.state[key])
 
     def active_by_offsets(self, call: Call) -> Tensor:
-        refuse_packed(call, "alora_offsets has one number for each row")
+        refuse_packed(call, "alora_offsets must have one number for each row")
         rows, count = (call["inputs_embeds"] if call.get("input_ids") is None else call["input_ids"]).shape[:2]
         last = torch.as_tensor(call["alora_offsets"]).reshape(rows, 1)
         return torch.arange(count, device=last.device) >= count - last
@@ -177,7 +177,7 @@ class Alora(Adapter):
         active = active[:, -x.shape[1] :] if x.dim() == 3 else active  # the output head may only get the last tokens
         fits = x.shape[:-1] == active.shape or x.shape[:-1] == (active.numel(),)
         message = f"activated LoRA needs layers whose input has {[*active.shape]} tokens, found {list(x.shape)}"
-        validation.require(fits, f"{message}. Leave such a layer out: exclude_modules=[...]")
+        validation.require(fits, f"{message}. Exclude such a layer: exclude_modules=[...]")
         y, (a, b) = base(x), self.lora.pair()
         s = F.linear(F.dropout(x.to(a.dtype), self.lora.dropout.p, self.lora.training), a)
         s = self.lora.scale * s * active.reshape(*x.shape[:-1], 1)

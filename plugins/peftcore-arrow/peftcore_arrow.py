@@ -65,7 +65,7 @@ class ArrowConfig:
         validation.require(
             self.top_k <= len(self.experts),
             f"top_k={self.top_k} is more than the {len(self.experts)} experts in the config: {list(self.experts)}. "
-            "Name more in experts=[...], or choose a smaller top_k",
+            "Add experts to experts=[...], or choose a smaller top_k",
         )
 
 

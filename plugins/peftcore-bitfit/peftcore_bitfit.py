@@ -57,7 +57,7 @@ class BitFitConfig:
         exclude_modules, layers_to_transform, layers_pattern: see `peftcore.plugin.targets.select`.
         add_missing: add a bias that starts at zero to selected linear layers without one (for "all": to every linear
             layer except the output head and task heads).
-        modules_to_save: modules to train in full as well. None: a classifier's head.
+        modules_to_save: modules to train in full as well. None means a classifier's head.
     """
 
     target_modules: str | Sequence[str] = ALL

@@ -40,7 +40,7 @@ class CartridgeConfig:
     Args:
         num_virtual_tokens: n, the length of the cache.
         num_frozen_tokens: how many of the first tokens stay frozen.
-        modules_to_save: modules to train in full as well. None: a classifier's head.
+        modules_to_save: modules to train in full as well. None means a classifier's head.
         token_dim, num_attention_heads, num_layers, num_transformer_submodules: as in prefix tuning.
     """
 

@@ -169,7 +169,8 @@ def place(model: nn.Module, config: FourierFTConfig, architecture: Architecture)
         n = targets.pattern_value(config.n_frequency_pattern, path, config.n_frequency)
         validation.require(
             n <= width * out_width,
-            f"n_frequency={n} is too large: the weight of '{path}' has {width * out_width} entries. Choose less",
+            f"n_frequency={n} is too large: the weight of '{path}' has {width * out_width} entries. Choose a smaller "
+            "number",
         )
         size = (n, width, out_width)
         positions[size] = positions.get(size) or Positions(*size, config.random_loc_seed)

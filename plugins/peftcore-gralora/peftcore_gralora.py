@@ -72,7 +72,7 @@ class GraloraConfig(targets.LayersConfig):
         if not any(size % self.gralora_k for size in sizes):
             return None
         reason = f"gralora_k={self.gralora_k} must divide inputs and outputs of '{path}': {sizes}"
-        return f"{reason}. Choose another k, or leave it out: exclude_modules=[...]"
+        return f"{reason}. Choose another gralora_k, or exclude the layer: exclude_modules=[...]"
 
 
 class Gralora(Adapter):

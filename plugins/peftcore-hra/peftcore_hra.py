@@ -120,7 +120,10 @@ def place(model: nn.Module, config: HRAConfig, architecture: Architecture) -> li
         )
     if config.init_weights and (config.r % 2 or config.apply_GS):
         reason = "apply_GS=True" if config.apply_GS else f"r={config.r} is odd"
-        warn(f"{reason}: reflections do not cancel out at the start, so the adapter already changes the model")
+        warn(
+            f"{reason}: the reflections do not cancel at initialization, so the untrained adapter already changes "
+            "the model"
+        )
     classes = {path: HRAConv if isinstance(module, nn.Conv2d) else HRA for path, module in layers.items()}
     placements: list[Placement] = [Around(path, classes[path](config, width)) for path, width in widths.items()]
     return placements + targets.trained_biases(model, config.bias, layers)

@@ -47,7 +47,7 @@ class IA3Config:
             inner activations: for Llama `["k_proj", "v_proj", "down_proj"]`.
         feedforward_modules: selected layers whose input is scaled, by suffixes or a regular expression for whole
             paths. None: the last layers of feed-forward blocks, where they are known.
-        modules_to_save: modules to train in full as well. None: a classifier's head.
+        modules_to_save: modules to train in full as well. None means a classifier's head.
         init_ia3_weights: False: random factors; the adapter then changes the model from the start.
         fan_in_fan_out: only written, for PEFT, which needs True for GPT-2; peftcore reads the layout from the layer.
     """

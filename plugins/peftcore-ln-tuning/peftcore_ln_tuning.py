@@ -43,7 +43,7 @@ class LNTuningConfig:
         target_modules: "all-norms": every norm without running statistics (LayerNorm, RMSNorm, GroupNorm). Otherwise
             suffixes, or a regular expression for whole paths, of modules of any class, which are trained in full.
         exclude_modules: suffixes, or a regular expression, of modules to leave alone.
-        modules_to_save: modules to train in full as well. None: a classifier's head.
+        modules_to_save: modules to train in full as well. None means a classifier's head.
     """
 
     target_modules: str | Sequence[str] = ALL_NORMS

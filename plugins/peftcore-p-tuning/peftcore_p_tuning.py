@@ -43,7 +43,7 @@ class PTuningConfig:
             "NONE": train P itself, as a file without the network requires.
         encoder_hidden_size: hidden size of the network. None: token_dim.
         encoder_num_layers, encoder_dropout: layers and dropout of the LSTM.
-        modules_to_save: modules to train in full as well. None: a classifier's head.
+        modules_to_save: modules to train in full as well. None means a classifier's head.
         token_dim, num_layers, num_attention_heads, num_transformer_submodules: taken from the model, and written for
             PEFT. In an encoder-decoder PEFT stores n rows each for encoder and decoder, but uses only the encoder's.
     """

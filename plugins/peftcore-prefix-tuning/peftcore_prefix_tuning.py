@@ -45,7 +45,7 @@ class PrefixTuningConfig:
         prefix_projection: train the prefix through a network of two layers.
         encoder_hidden_size: hidden size of the network. None: token_dim.
         init_weights: None (random) or "zero": keys and values start at zero.
-        modules_to_save: modules to train in full as well. None: a classifier's head.
+        modules_to_save: modules to train in full as well. None means a classifier's head.
         token_dim, num_attention_heads, num_layers: kv_heads · head_dim, kv_heads and layers, taken from the model.
         num_transformer_submodules: for encoder-decoders. 2 (None) is PEFT's layout, where decoder layer l uses the
             prefix of layer 2l mod layers. With 1 each layer has its own prefix, which PEFT cannot load.
@@ -77,7 +77,7 @@ class PrefixTuningConfig:
             layers = getattr(config, "decoder_layers", None) or getattr(config, "num_hidden_layers", None)
         if not (heads and head_dim and layers):
             raise PeftcoreError(
-                f"the number of layers and heads of {type(model).__name__} is unknown. Provide them by a plugin's "
+                f"the number of layers and heads of {type(model).__name__} is unknown. Provide it with a plugin's "
                 "peftcore_architecture hook"
             )
         sizes = {"token_dim": heads * head_dim, "num_attention_heads": heads, "num_layers": layers}

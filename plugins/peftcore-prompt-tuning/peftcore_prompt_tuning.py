@@ -45,7 +45,7 @@ class PromptTuningConfig:
         prompt_tuning_init: initial values: "RANDOM" (normal, std 1), "SAMPLE_VOCAB" (embeddings of random tokens) or
             "TEXT" (embeddings of a text, repeated or truncated to n tokens).
         prompt_tuning_init_text, tokenizer_name_or_path, tokenizer_kwargs: the text and its tokenizer, for "TEXT".
-        modules_to_save: modules to train in full as well. None: a classifier's head.
+        modules_to_save: modules to train in full as well. None means a classifier's head.
         token_dim, num_layers, num_attention_heads, num_transformer_submodules: taken from the model, and written for
             PEFT. In an encoder-decoder PEFT stores n rows each for encoder and decoder, but uses only the encoder's.
         initialize: False while loading, since the values come from the file; not saved.
@@ -124,7 +124,9 @@ def text_tokens(config: PromptTuningConfig) -> list[int]:
 
     kwargs = dict(config.tokenizer_kwargs or {})
     if kwargs.pop("trust_remote_code", False):
-        raise PeftcoreError("tokenizer_kwargs asks for trust_remote_code, but a config must not run code. Leave it out")
+        raise PeftcoreError(
+            "tokenizer_kwargs sets trust_remote_code, but a config must not run code. Remove trust_remote_code"
+        )
     try:
         tokenizer = AutoTokenizer.from_pretrained(config.tokenizer_name_or_path, trust_remote_code=False, **kwargs)
     except (OSError, ValueError) as error:

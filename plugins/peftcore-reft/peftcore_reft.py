@@ -52,7 +52,7 @@ ACTIVATIONS = {
     **{"swish": F.silu, "leakyrelu": F.leaky_relu, "gelu_new": partial(F.gelu, approximate="tanh")},
 }
 LENGTHS_MISSING = (
-    "ReFT edits the last tokens of each call, which are other tokens at each step of generation without a cache. Pass "
+    "ReFT edits the last tokens of each call, which change at each step of generation without a cache. Pass "
     "prompt_lengths, the number of tokens in each prompt, to generate or model(...)"
 )
 
@@ -171,7 +171,8 @@ class Reft(Adapter):
         if prompt_lengths is not None:
             validation.require(
                 not places.packed(),
-                "prompt_lengths has one length per row, but position_ids pack several texts into a row. Leave it out",
+                "prompt_lengths has one length per row, but position_ids pack several texts into a row. Omit "
+                "prompt_lengths",
             )
             length = torch.as_tensor(prompt_lengths, device=y.device).reshape(-1, 1)
             validation.require(

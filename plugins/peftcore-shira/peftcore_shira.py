@@ -64,7 +64,7 @@ class ShiraConfig(targets.LayersConfig):
         count, size = self.r * (width + out_width), width * out_width
         if count <= size:
             return None
-        return f"r={self.r} asks for {count} numbers of '{path}', whose weight has only {size}. Choose a smaller r"
+        return f"r={self.r} needs {count} entries of '{path}', whose weight has only {size}. Choose a smaller r"
 
 
 class Shira(Adapter):

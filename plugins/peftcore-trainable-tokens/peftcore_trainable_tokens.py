@@ -64,7 +64,7 @@ class TrainableTokensConfig:
     def resolved(self, model: nn.Module, architecture: Architecture) -> TrainableTokensConfig:
         target_modules = self.target_modules or ([architecture.embedding] if architecture.embedding else None)
         validation.require(
-            target_modules is not None, "the model's token embedding is unknown. Name it: target_modules=[...]"
+            target_modules is not None, "the model's token embedding is unknown. Pass its name: target_modules=[...]"
         )
         return replace(self, target_modules=by_embedding(model, architecture, target_modules))
 

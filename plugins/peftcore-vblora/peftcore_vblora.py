@@ -80,7 +80,7 @@ class VBLoRAConfig(targets.LayersConfig):
             return None
         reason = f"vector_length={self.vector_length} must divide inputs and outputs of '{path}': {sizes}"
         choice = str(common) if common >= SHORTEST else "another length"
-        return f"{reason}. Choose {choice}, or leave it out: exclude_modules=[...]"
+        return f"{reason}. Choose {choice}, or exclude the layer: exclude_modules=[...]"
 
     def resolved(self, model: nn.Module, architecture: Architecture) -> VBLoRAConfig:
         """Return the config with a length that divides the sizes of the layers of `all-linear`."""
@@ -125,7 +125,9 @@ class VBLoRA(LowRankLinear):
 
     def pair(self) -> tuple[Tensor, Tensor]:
         if self.lacks_logits and self.training and not is_dynamo_compiling():
-            message = "a file with save_only_topk_weights has no logits to train. Load a full file, or call eval()"
+            message = (
+                "an adapter saved with save_only_topk_weights has no logits to train. Load a full file, or call eval()"
+            )
             validation.require(bool((self.vblora_logits_A[0, 0] > MISSING).all()), message)
         bank = self.bank.vblora_vector_bank.to(self.vblora_logits_A.device)
         a, b = (self.pieces(logits, bank) for logits in (self.vblora_logits_A, self.vblora_logits_B))

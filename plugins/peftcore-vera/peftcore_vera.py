@@ -45,7 +45,7 @@ class VeraConfig:
         vera_dropout: dropout probability of the inputs of A.
         d_initial: initial value of d (table 6c of the paper).
         bias: biases to train as well: "none", "all", or "vera_only" (of adapted modules).
-        modules_to_save: modules to train in full as well. None: a classifier's head.
+        modules_to_save: modules to train in full as well. None means a classifier's head.
         init_weights: False: b is one and d random; the adapter then changes the model from the start.
         fan_in_fan_out: only written, for PEFT; peftcore reads the layout from the layer.
     """

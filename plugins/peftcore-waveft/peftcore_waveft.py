@@ -159,7 +159,9 @@ def too_many_entries(n: int, path: str, width: int, out_width: int) -> str | Non
     """Return an error message if a layer's weight has less than n entries, or None."""
     if n <= width * out_width:
         return None
-    return f"n_frequency={n} is too large: the weight of '{path}' has {width * out_width} entries. Choose less"
+    return (
+        f"n_frequency={n} is too large: the weight of '{path}' has {width * out_width} entries. Choose a smaller number"
+    )
 
 
 @lru_cache

@@ -83,8 +83,8 @@ class Bottleneck(Adapter):
         if self.config.use_gating:
             validation.require(
                 x.dim() == 3,
-                f"use_gating takes a mean over the tokens of each row, so it needs [rows, tokens, width], found "
-                f"{list(x.shape)}. Leave use_gating out",
+                "use_gating averages over the tokens of each row, so it needs an input [rows, tokens, width], found "
+                f"{list(x.shape)}. Set use_gating=False",
             )
             z = z * torch.sigmoid(linear(self.gate, x)).mean(1, keepdim=True)
         return layer_norm(self.adapter_norm_after, z) if self.config.ln_after else z

@@ -56,7 +56,7 @@ class AdapterConfig:
         layers_to_transform: indices of the layers with bottlenecks. None: all.
         target_modules: modules to put bottlenecks after (or parallel to), instead of the known sublayers.
         exclude_modules, layers_pattern: see `peftcore.plugin.targets.select`.
-        modules_to_save: modules to train in full as well. None: a classifier's head.
+        modules_to_save: modules to train in full as well. None means a classifier's head.
     """
 
     placement: Literal["houlsby", "pfeiffer", "attention"] = "houlsby"
@@ -105,7 +105,7 @@ class AdapterConfig:
             require(getattr(self, name) >= 1, f"{name} must be at least 1, found {getattr(self, name)!r}")
         require(
             not (self.is_parallel and self.original_ln_before),
-            "is_parallel and original_ln_before exclude each other. Leave one of them out",
+            "is_parallel and original_ln_before cannot be combined. Omit one of the two",
         )
         is_adapter_plus = self.original_ln_before and not self.original_ln_after and not self.residual_before_ln
         require(
@@ -115,7 +115,8 @@ class AdapterConfig:
         )
         require(
             not (has_targets and (self.original_ln_before or self.cross_adapter)),
-            "original_ln_before and cross_adapter choose among known sublayers. Leave target_modules out",
+            "original_ln_before and cross_adapter select known sublayers, so they cannot be combined with "
+            "target_modules. Omit target_modules",
         )
         require(
             has_targets or not (self.exclude_modules or self.layers_pattern),

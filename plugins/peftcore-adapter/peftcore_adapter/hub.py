@@ -88,7 +88,10 @@ def read(model: nn.Module, fields: dict[str, Any], tensors: dict[str, Tensor]) -
     has_inverse = any(match["what"] == "invertible_adapters" for match in common_keys.values())
     # Adapters of type text_task name inv_adapter without having one.
     if settings.get("inv_adapter") and not has_inverse and fields.get("type") != "text_task":
-        raise PeftcoreError("it uses inv_adapter='nice', and the file lacks its tensors. Save the adapter again")
+        raise PeftcoreError(
+            "it uses inv_adapter='nice', but the file lacks the tensors of the invertible adapter. Save the adapter "
+            "again"
+        )
     has_shared = any(match["what"] == "shared_parameters" for match in common_keys.values())
     if (
         settings.get("phm_layer")
@@ -102,8 +105,8 @@ def read(model: nn.Module, fields: dict[str, Any], tensors: dict[str, Tensor]) -
     config = _config(settings, fields, facts.sublayers, sublayers, has_inverse)
     if config.is_parallel and any(sublayer.norm is None for sublayer in sublayers.values()):
         raise PeftcoreError(
-            f"it is a parallel adapter. In `adapters` it reads the input of the norm of {type(model).__name__}, in "
-            "peftcore its output. Train it with peftcore"
+            f"it is a parallel adapter, which reads the input of the norm of {type(model).__name__} in `adapters`, "
+            "but its output in peftcore. Train the adapter with peftcore"
         )
     return config, _rename(model, config, facts, tensors, sublayers, bottleneck_keys, common_keys)
 
@@ -112,8 +115,7 @@ def _settings(settings: dict[str, Any]) -> dict[str, Any]:
     """Check the library's settings, and return them with the current names."""
     if "reduction_factor" not in settings:
         raise PeftcoreError(
-            f"it is not a bottleneck adapter (architecture: {settings.get('architecture')!r}), which is all that "
-            "peftcore can read"
+            f"its architecture is {settings.get('architecture')!r}, but peftcore can only read bottleneck adapters"
         )
     older_invertible = settings.get("invertible_adapter")
     if isinstance(older_invertible, dict):

@@ -87,7 +87,8 @@ class Shared:
         shared_factors = self.factors.setdefault("up" if up else "down", factors)
         validation.require(
             [p.shape for p in shared_factors.parameters()] == [p.shape for p in factors.parameters()],
-            "shared_W_phm needs layers of the same width, but these differ. Leave it out, or name target_modules",
+            "shared_W_phm needs layers of the same width, but the widths differ. Set shared_W_phm=False, or select "
+            "layers with target_modules",
         )
         return shared_factors
 

@@ -263,7 +263,7 @@ def test_stochastic_depth_drops_whole_rows_in_training() -> None:
 
 def test_a_gate_needs_rows_of_tokens() -> None:
     model = peftcore.apply(nn.Sequential(nn.Linear(8, 8)), "adapter", target_modules=["0"], use_gating=True)
-    with pytest.raises(peftcore.PeftcoreError, match=r"use_gating takes a mean .* found \[3, 8\]"):
+    with pytest.raises(peftcore.PeftcoreError, match=r"use_gating averages .* found \[3, 8\]"):
         model(torch.randn(3, 8))
 
 
@@ -366,10 +366,10 @@ def test_merging_says_that_it_cannot_and_what_can() -> None:
         ),
         ({"dropout": 1.0}, r"dropout must be in \[0, 1\), found 1.0"),
         ({"scaling": math.nan}, "scaling must be a finite number or .learned. or .channel., found nan"),
-        ({"is_parallel": True, "original_ln_before": True}, "exclude each other"),
+        ({"is_parallel": True, "original_ln_before": True}, "cannot be combined"),
         ({"original_ln_before": True}, "no module of LlamaForCausalLM returns the sum with the residual"),
         ({"target_modules": ["mlpp"]}, "'mlpp' matches no module"),
-        ({"target_modules": ["mlp"], "original_ln_before": True}, "choose among known sublayers"),
+        ({"target_modules": ["mlp"], "original_ln_before": True}, "select known sublayers"),
         ({"exclude_modules": ["mlp"]}, "need target_modules"),
         ({"layers_to_transform": [0, 7]}, r"the model has no layers \[7\] \(layers: \[0, 1\]\)"),
         ({"layers_to_transform": []}, "names no layer"),

@@ -53,7 +53,7 @@ def changed(folder: Path, **settings: Any) -> Path:
     ("settings", "message"),
     [
         ({"phm_layer": True}, "its layers share parameters that are not in the file"),
-        ({"inv_adapter": "nice"}, "it uses inv_adapter='nice', and the file lacks its tensors"),
+        ({"inv_adapter": "nice"}, "it uses inv_adapter='nice', but the file lacks the tensors"),
         ({"inv_adapter": "glow"}, "it uses inv_adapter='glow', which peftcore's bottlenecks do not have"),
         ({"adapter_residual_before_ln": True}, "it uses adapter_residual_before_ln=True"),
         (
@@ -99,7 +99,9 @@ def test_not_of_this_model_or_not_a_bottleneck(tmp_path: Path) -> None:
     fields = json.loads((folder / "adapter_config.json").read_text())
     fields["config"] = {"architecture": "lora", "r": 8}
     (folder / "adapter_config.json").write_text(json.dumps(fields))
-    with pytest.raises(peftcore.CheckpointError, match=r"not a bottleneck adapter .architecture: 'lora'"):
+    with pytest.raises(
+        peftcore.CheckpointError, match=r"its architecture is 'lora', but peftcore can only read bottleneck"
+    ):
         peftcore.load(make.filled(make.bert()), folder)
     stranger = changed(tmp_path / "b")
     save_file({"heads.task.weight": torch.zeros(2)}, stranger / "adapter.safetensors")

@@ -192,7 +192,7 @@ def test_texts_packed_into_a_row() -> None:
     close(run(model, **row)[0], expected)
     close(run(torch.compile(model, backend="eager", fullgraph=True), **row)[0], expected)
     with pytest.raises(
-        peftcore.PeftcoreError, match=r"a row contains several packed examples.*alora_offsets has one number"
+        peftcore.PeftcoreError, match=r"a row contains several packed examples.*alora_offsets must have one number"
     ):
         run(model, **row, alora_offsets=torch.tensor([3]))
 

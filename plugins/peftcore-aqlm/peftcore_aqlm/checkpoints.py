@@ -49,8 +49,8 @@ class AqlmQuantizer(HfQuantizer):
             if type(layer) is not nn.Linear:
                 layer_type = "experts" if layer is None else type(layer).__name__
                 raise PeftcoreError(
-                    f"the checkpoint has AQLM codes for '{path}' ({layer_type}), but only those of nn.Linear can be "
-                    "read. Use the dense checkpoint"
+                    f"the checkpoint has AQLM codes for '{path}' ({layer_type}), but only codes of nn.Linear layers "
+                    "can be read. Use the dense checkpoint"
                 )
             layout.check(path, layer, shapes)
             _make_empty(layer, shapes, path)
@@ -72,8 +72,9 @@ class AqlmQuantizer(HfQuantizer):
                 low, high = (int(code) for code in codes.aminmax())
                 if low < -limit or high >= limit:
                     raise CheckpointError(
-                        f"'{path}.codes' has values from {low} to {high}, but by config.json they are from {-limit} to "
-                        f"{limit - 1}. Correct nbits_per_codebook in config.json, or download the checkpoint again"
+                        f"'{path}.codes' has values from {low} to {high}, but config.json implies values from "
+                        f"{-limit} to {limit - 1}. Correct nbits_per_codebook in config.json, or download the "
+                        "checkpoint again"
                     )
             for name in ("codebooks", "scales"):
                 values = getattr(layer, name)
@@ -147,7 +148,8 @@ def _headers(files: Sequence[str]) -> dict[str, tuple[list[int], str]]:
     for file in files:
         if not str(file).endswith(".safetensors"):
             raise PeftcoreError(
-                f"'{file}' is not a safetensors file, and AQLM checkpoints are read from those only. Convert it"
+                f"'{file}' is not a safetensors file, the only format in which AQLM checkpoints can be read. Convert "
+                "the file to safetensors"
             )
         try:
             with safe_open(file, framework="pt") as tensors:
@@ -155,7 +157,7 @@ def _headers(files: Sequence[str]) -> dict[str, tuple[list[int], str]]:
                     tensor_slice = tensors.get_slice(key)
                     headers[key] = tensor_slice.get_shape(), tensor_slice.get_dtype()
         except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"'{file}' cannot be read: {error}. Download it again") from error
+            raise CheckpointError(f"'{file}' cannot be read: {error}. Download the file again") from error
     return headers
 
 

@@ -96,8 +96,8 @@ def to_affine4(weight: Int4Weight, dtype: torch.dtype, name: str) -> PackedWeigh
     block = min(weight.group & -weight.group, MAX_BLOCKSIZE)  # the largest power of two that divides a group
     if block < MIN_BLOCKSIZE:
         raise PeftcoreError(
-            f"'{name}' has a scale for each {weight.group} inputs, but only multiples of {MIN_BLOCKSIZE} can be read. "
-            "Use a checkpoint with larger groups, or the dense one"
+            f"'{name}' has groups of {weight.group} inputs, but the group size must be a multiple of "
+            f"{MIN_BLOCKSIZE}. Use a checkpoint with larger groups, or the dense checkpoint"
         )
     scales, zeros = weight.scales, weight.zeros
     if block < weight.group:  # affine4 needs a power of two: divide each group into blocks with the same scale
@@ -191,7 +191,7 @@ def _check_bits(config: Mapping[str, Any], checkpoint: str, tool: str) -> None:
         raise unsupported_error(checkpoint, f"{tool} in {validation.shown(bits)} bits", "4 bits", _ADVICE)
 
 
-_ADVICE = "Use a checkpoint of the model in 4 bits, or the dense one"
+_ADVICE = "Use a 4-bit checkpoint of the model, or the dense checkpoint"
 
 
 def gptq_layout(config: Mapping[str, Any], checkpoint: str) -> CheckpointLayout:
@@ -206,7 +206,7 @@ def gptq_layout(config: Mapping[str, Any], checkpoint: str) -> CheckpointLayout:
     if file_format not in ("gptq", "gptq_v2"):
         advice = "Save it with GPTQModel in format='gptq_v2', or use the dense checkpoint"
         raise unsupported_error(
-            checkpoint, f"GPTQ in the format {validation.shown(file_format)}", "the format 'gptq' or 'gptq_v2'", advice
+            checkpoint, f"GPTQ in format {validation.shown(file_format)}", "the format 'gptq' or 'gptq_v2'", advice
         )
     for pattern, changes in read_object(config, "dynamic", checkpoint).items():
         bits = changes.get("bits", 4) if isinstance(changes, Mapping) else 4
@@ -256,7 +256,7 @@ def compressed_tensors_layout(config: Mapping[str, Any], checkpoint: str) -> Che
     Raises:
         PeftcoreError: the layout is not supported.
     """
-    tool, advice = "compressed-tensors", "Use a checkpoint of the model in W4A16, or the dense one"
+    tool, advice = "compressed-tensors", "Use a W4A16 checkpoint of the model, or the dense checkpoint"
     groups = config_groups(config, checkpoint)
     default = config.get("format")
     for file_format in (default, *(group.get("format") or default for group, _ in groups.values())):

@@ -48,8 +48,8 @@ _PACKED, _WEIGHT = "weight_packed", "weight"
 _SCALE_2, _DIVISOR = "weight_scale_2", "weight_global_scale"  # the scale of a whole weight: a factor, or a divisor
 _CODE_OF_ONE = 56  # E4M3's code of 1
 _KIND = "NVFP4"
-_WARNING = "'{}' rounds the inputs of layers to 4 bits, which peftcore does not: only its weights are in NVFP4"
-_ADVICE = "Use a checkpoint in NVFP4, or the dense one"
+_WARNING = "'{}' specifies 4-bit inputs of layers, which peftcore does not round: only the weights are in NVFP4"
+_ADVICE = "Use a checkpoint in NVFP4, or the dense checkpoint"
 
 
 def modelopt_layout(config: Mapping[str, Any], checkpoint: str) -> CheckpointLayout:
@@ -81,7 +81,7 @@ def compressed_tensors_layout(config: Mapping[str, Any], checkpoint: str) -> Che
     Raises:
         PeftcoreError: the layout is not supported.
     """
-    tool, advice = "compressed-tensors", "Use a checkpoint of the model in one format, or the dense one"
+    tool, advice = "compressed-tensors", "Use a checkpoint with a single format, or the dense checkpoint"
     groups = config_groups(config, checkpoint).values()
     for group, weights in groups:
         kind = weights.get("type"), weights.get("num_bits"), weights.get("strategy")

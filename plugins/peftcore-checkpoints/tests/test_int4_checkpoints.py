@@ -128,7 +128,7 @@ def test_one_scale_for_each_row(tmp_path: Path) -> None:
     assert layer.blocksize == 32 and torch.equal(layer.dequantized(torch.float32), weight_values.dense().float())
     small = find_layout(config("gptq", 16), "folder").read(gptq(values(40, 96, 16, smallest=1)), "layer")
     with pytest.raises(
-        peftcore.PeftcoreError, match="'layer' has a scale for each 16 inputs, but only multiples of 32"
+        peftcore.PeftcoreError, match="'layer' has groups of 16 inputs, but the group size must be a multiple of 32"
     ):
         to_affine4(small, torch.float32, "layer")
 

@@ -102,8 +102,8 @@ def test_the_tensors_of_a_checkpoint_are_not_changed() -> None:
     ("settings", "message"),
     [
         (config("gptq", 32, bits=3), "'folder' is quantized with GPTQ in 3 bits, but only 4 bits can be read. Use a"),
-        (config("gptq", 32, checkpoint_format="marlin"), "with GPTQ in the format 'marlin', but only .* Save it"),
-        (config("gptq", 32, is_marlin_format=True), "in the format 'marlin'"),
+        (config("gptq", 32, checkpoint_format="marlin"), "with GPTQ in format 'marlin', but only .* Save it"),
+        (config("gptq", 32, is_marlin_format=True), "in format 'marlin'"),
         (config("gptq", 32, dynamic={"-:lm_head": {}, "+:.*down.*": {"bits": 8}}), "in 8 bits for layers '.*down"),
         (config("gptq", 0), "group_size=0 in its config"),
         (config("gptq", 32, pack_dtype="int16"), "GPTQ in words of 'int16'"),

@@ -97,7 +97,7 @@ def test_a_model_is_saved_with_its_bits(tool: str, tmp_path: Path) -> None:
 def test_modelopts_file_next_to_the_config_is_enough(tmp_path: Path) -> None:
     """Older versions of ModelOpt do not change config.json. Inputs in 4 bits are reported."""
     dense = write_folder(llama(num_hidden_layers=1), tmp_path, "modelopt", None)
-    with pytest.warns(UserWarning, match="rounds the inputs of layers to 4 bits, which peftcore does not"):
+    with pytest.warns(UserWarning, match="specifies 4-bit inputs of layers, which peftcore does not"):
         model = peftcore.quantization.load(tmp_path)
     for path, layer in quantized_layers(model):
         assert torch.equal(layer.dequantized(torch.float32), dense[f"{path}.weight"])
@@ -220,7 +220,7 @@ def test_layouts_that_are_refused(settings: dict[str, Any], message: str) -> Non
 def test_inputs_in_four_bits_are_reported() -> None:
     inputs = {"num_bits": 4, "type": "float", "dynamic": "local"}
     layout = find_layout(config("compressed-tensors", scheme={"input_activations": inputs}), "folder")
-    assert layout is not None and layout.warning.startswith("'folder' rounds the inputs of layers to 4 bits")
+    assert layout is not None and layout.warning.startswith("'folder' specifies 4-bit inputs of layers")
     assert find_layout(config("modelopt", quant_algo="NVFP4"), "folder").warning == layout.warning
     assert not find_layout(config("compressed-tensors"), "folder").warning
 

@@ -43,7 +43,7 @@ def test_lengths_are_kept(orthogonal: bool) -> None:
 
 @pytest.mark.parametrize("fields", [{"r": 3}, {"apply_GS": True}])
 def test_a_start_that_changes_the_model_is_said(fields: dict[str, Any]) -> None:
-    with pytest.warns(UserWarning, match=r": reflections do not cancel out at the start"):
+    with pytest.warns(UserWarning, match=r": the reflections do not cancel at init"):
         peftcore.apply(tiny.llama(), "hra", **fields)
 
 

@@ -73,7 +73,7 @@ class LoraConfig:
         trainable_token_indices: rows of the embedding, and of modules tied to it, to train directly; or
             `{module: rows}`.
         rank_pattern, alpha_pattern: r and lora_alpha of single modules, `{regex for a suffix of the path: value}`.
-        modules_to_save: modules to train in full, next to the adapters. None: a classifier's head.
+        modules_to_save: modules to train in full, next to the adapters. None means a classifier's head.
         ensure_weight_tying: train modules tied to one of them (the head to the embedding) as the same weight. False:
             train them separately. PEFT's default is False.
         init_lora_weights: True (A Kaiming uniform, B zero), "gaussian" (A normal with std 1/r, B zero), False (both
@@ -175,7 +175,7 @@ def _with_experts(model: nn.Module, config: LoraConfig) -> LoraConfig:
     requested_names = [name for name in module_paths if any(targets.matches(pattern, name) for pattern in patterns)]
     validation.require(
         config.expert_r is None or bool(expert_names or requested_names),
-        f"expert_r={config.expert_r}: no experts are selected",
+        f"expert_r={config.expert_r} has no effect, because no experts are selected",
     )
     # Without expert_r, experts that target_parameters names have rank r, as in PEFT, and need no pattern.
     if config.expert_r:

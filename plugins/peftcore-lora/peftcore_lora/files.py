@@ -124,10 +124,10 @@ def refusal_reason(model: nn.Module, tensors: Mapping[str, Tensor], fields: Mapp
     if out_proj_name is None or version is None or tuple(map(int, version.groups())) <= KNOWN_PEFT:
         return None
     return (
-        f"it was written by PEFT {fields['peft_version']}, and '{out_proj_name}' is for an nn.MultiheadAttention. PEFT "
-        f"up to {'.'.join(map(str, KNOWN_PEFT))} adds scale · B A to out_proj twice, and it is not known what later "
-        "releases do. If yours adds it twice, drop peft_version from adapter_config.json; if once, also halve this "
-        "tensor"
+        f"it was written by PEFT {fields['peft_version']}, and '{out_proj_name}' belongs to an "
+        f"nn.MultiheadAttention. PEFT up to {'.'.join(map(str, KNOWN_PEFT))} adds scale · B A to out_proj twice; the "
+        "behavior of later releases is unknown. If your release adds it twice, remove peft_version from "
+        "adapter_config.json; if once, also halve this tensor"
     )
 
 

@@ -66,7 +66,10 @@ def loftq_start(
         layers[path].lora_B.copy_(b)
     other_paths = [path for path in placed_adapter.modules if path not in layers]
     if other_paths:
-        warn(f"loftq_start is for linear layers: {len(other_paths)} others ('{other_paths[0]}') stay as initialised")
+        warn(
+            f"loftq_start only changes linear layers: {len(other_paths)} other layers ('{other_paths[0]}') keep "
+            "their initial values"
+        )
     return residuals
 
 

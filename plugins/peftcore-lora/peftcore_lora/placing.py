@@ -90,8 +90,8 @@ def place(model: nn.Module, config: LoraConfig, architecture: Architecture) -> l
     selected_twice = next((p.path for p in (*parameters, *tokens) if p.path in layers), None)
     validation.require(
         selected_twice is None,
-        f"'{selected_twice}' is selected by target_modules, and also by target_parameters or trainable_token_indices. "
-        f"Leave it out of one: exclude_modules=['{selected_twice}']",
+        f"'{selected_twice}' is selected by target_modules and also by target_parameters or trainable_token_indices. "
+        f"Exclude it from target_modules: exclude_modules=['{selected_twice}']",
     )
     placements = [*placements, *parameters, *tokens]
     if config.bias == "none":

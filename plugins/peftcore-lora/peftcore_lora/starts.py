@@ -69,7 +69,8 @@ def factors_from_weights(
         weight = weight_format(module).read(module).detach().float()
         validation.require(
             not weight.is_meta,
-            f"init_lora_weights={start!r} needs the values of '{path}', which is on the meta device. Load it first",
+            f"init_lora_weights={start!r} needs the values of '{path}', which is on the meta device. Load the "
+            "weights first",
         )
         validation.require(
             r <= min(weight.shape),
@@ -181,16 +182,16 @@ def refusal_reason(fields: Mapping[str, Any]) -> str | None:
         return None
     if start == "loftq":
         advice = (
-            "Have its author merge it in PEFT into the base that it was trained on (merge_and_unload), and use the "
+            "Ask its author to merge it in PEFT into the base that it was trained on (merge_and_unload), and use the "
             "merged model. Or train on a 4-bit base: method qlora"
         )
     else:
         advice = (
-            "Have its author save it as plain LoRA: "
-            "save_pretrained(..., path_initial_model_for_weight_conversion=...). Or train again: "
-            f"peftcore.apply(model, 'lora', init_lora_weights={start!r}) changes no weight of the base"
+            "Ask its author to save it as plain LoRA: save_pretrained(..., "
+            "path_initial_model_for_weight_conversion=...). Or train again: peftcore.apply(model, 'lora', "
+            f"init_lora_weights={start!r}) does not change the base's weights"
         )
     return (
-        f"it was trained with init_lora_weights={start!r}, for which PEFT changes the base weights by values that are "
-        f"not in the file, so on the original base it computes something else. {advice}"
+        f"it was trained with init_lora_weights={start!r}, for which PEFT changes the base weights by values that "
+        f"are not in the file, so it computes something else on the original base. {advice}"
     )

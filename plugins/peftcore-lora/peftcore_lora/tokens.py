@@ -45,7 +45,7 @@ def place_tokens(model: nn.Module, config: LoraConfig, architecture: Architectur
     if not isinstance(token_ids, Mapping):
         validation.require(
             architecture.embedding is not None,
-            "the model's token embedding is unknown. Name it: trainable_token_indices={name: [...]}",
+            "the model's token embedding is unknown. Pass its name: trainable_token_indices={name: [...]}",
         )
         token_ids = {str(architecture.embedding): token_ids}
     rows = _by_path(model, token_ids)
@@ -53,8 +53,8 @@ def place_tokens(model: nn.Module, config: LoraConfig, architecture: Architectur
         saved_entry = next((entry for entry in config.modules_to_save or () if targets.is_inside(entry, path)), None)
         validation.require(
             saved_entry is None,
-            f"'{path}' is trained in full (modules_to_save has '{saved_entry}'), and trainable_token_indices has rows "
-            "of it. Leave one out",
+            f"'{path}' is trained in full (modules_to_save has '{saved_entry}'), but trainable_token_indices also "
+            "selects rows of it. Remove it from one of the two",
         )
     placements: dict[str, Any] = {}
     # The embedding comes first, since its placements include the modules tied to it.

@@ -177,7 +177,7 @@ def test_what_reaches_experts(
     ("fields", "message"),
     [
         ({"target_modules": ["gate_proj"]}, r"'gate_proj' matches no module \(nearest: 'gate_up_proj'"),
-        ({"target_modules": ["q_proj"], "expert_r": 2}, "expert_r=2: no experts are selected"),
+        ({"target_modules": ["q_proj"], "expert_r": 2}, "expert_r=2 has no effect, because no experts are selected"),
         ({"target_modules": ["experts"], "lora_bias": True}, "lora_bias=True is not possible"),
         ({"target_modules": ["experts"], "lora_fa": True}, "lora_fa=True is only for linear layers"),
         ({"target_modules": ["experts"], "init_lora_weights": "pissa"}, "'pissa' is only for linear layers"),

@@ -143,7 +143,7 @@ def test_what_others_read_is_refused() -> None:
         ({"target_parameters": ["experts.up"]}, r"target_parameters: 'experts.up' matches no parameter \(nearest"),
         ({"target_parameters": EXPERTS, "lora_bias": True}, r"lora_bias=True is not possible with target_parameters"),
         ({"target_parameters": ["norm.weight"]}, r"'model.norm.weight' has shape \[32\].*two or three"),
-        ({"target_parameters": ["q_proj.weight"]}, r"selected by target_modules, and also by target_parameters"),
+        ({"target_parameters": ["q_proj.weight"]}, r"selected by target_modules and also by target_parameters"),
     ],
 )
 def test_what_is_refused(fields: dict[str, Any], message: str) -> None:

@@ -61,7 +61,7 @@ def test_layers_that_are_left_out_stay_so_for_peft(tmp_path: Path) -> None:
 
 
 def test_more_numbers_than_a_weight_has() -> None:
-    with pytest.raises(peftcore.PeftcoreError, match=r"asks for 1536 numbers of 'model\.layers\.0"):
+    with pytest.raises(peftcore.PeftcoreError, match=r"needs 1536 entries of 'model\.layers\.0"):
         peftcore.apply(tiny.llama(), "shira", r=32, target_modules=["k_proj"])
 
 

@@ -39,7 +39,7 @@ def refused(name: str, method: str, message: str, **inputs: Any) -> None:
         ("BambaModel", r"layers \[0\] of BambaModel cache a recurrent or compressed state|a cache in 1: \[1\]"),
         ("HrmTextModel", r"keys and values for 16 layers, but HrmTextModel has attention with a cache in 2: \[0, 1\]"),
         ("ProphetNetForCausalLM", "reads one token at a time if its cache is not empty, but PrefixKV fills the cache"),
-        ("ParakeetForRNNT", "is unknown. Provide them by a plugin's"),
+        ("ParakeetForRNNT", "is unknown. Provide it with a plugin's"),
         ("SpeechT5ForTextToSpeech", "a prompt needs input tokens, but the model was called without them"),
         ("MusicgenForConditionalGeneration", "reads several rows of codes per sequence"),
         ("SpeechT5ForSpeechToText", "a prompt needs input tokens, but the model was called without them"),

@@ -41,7 +41,7 @@ WITHOUT_GATE = {
     "gralora": "gralora_k=2 must divide",
     "psoft": "r=32 is above a size",
     "road": "group_size=64 does not divide the 1 outputs",
-    "shira": "r=32 asks for 65568 numbers",
+    "shira": "r=32 needs 65568 entries",
     "vblora": "vector_length=256 must divide",
     "waveft": "n_frequency=2592 is too large",
 }
@@ -120,7 +120,7 @@ def test_vectors_of_vblora_divide_sizes_that_256_does_not(sizes: tuple[int, int,
 
 
 def test_vblora_names_a_length_for_layers_that_were_named() -> None:
-    with pytest.raises(peftcore.PeftcoreError, match=r"q_proj': \(896, 896\)\. Choose 128, or leave it out"):
+    with pytest.raises(peftcore.PeftcoreError, match=r"q_proj': \(896, 896\)\. Choose 128, or exclude the layer"):
         peftcore.plan(llama(896, 4864, 14, 2), "vblora", target_modules=["q_proj", "k_proj"])
     peftcore.plan(llama(896, 4864, 14, 2), "vblora", target_modules=["q_proj", "k_proj"], vector_length=128)
 

@@ -26,11 +26,11 @@ def parts(model: nn.Module, part_name: str | None) -> list[str]:
     if part_name is None and candidates:
         return candidates
     class_name = original_class(model).__name__
-    problem = f"diffusers reads no LoRA for a {class_name}"
+    problem = f"diffusers does not support LoRA for a {class_name}"
     if part_name:
         problem += f" as '{part_name}' of a pipeline"
     if candidates:
-        raise PeftcoreError(f"{problem}. It may be {' or '.join(map(repr, candidates))}")
+        raise PeftcoreError(f"{problem}. It can be {' or '.join(map(repr, candidates))}")
     raise PeftcoreError(f"{problem}. Save it in PEFT's layout: format='peft'")
 
 
