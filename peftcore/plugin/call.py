@@ -80,7 +80,7 @@ class Call(Mapping[str, Any]):
         self.states: dict[tuple[int, ...], CallState] = {}
         self._values = values
         self._samples = samples
-        self._repeated: tuple[int, ...] | None = None
+        self._sample_numbers: tuple[int, ...] | None = None
 
     @property
     def samples(self) -> tuple[int, ...] | None:
@@ -88,9 +88,9 @@ class Call(Mapping[str, Any]):
 
         `generate` repeats samples, and adapters that act on some samples see a call with only these samples.
         """
-        if self._repeated is None and self._samples is not None:
-            self._repeated = tuple(self._samples.tolist())
-        return self._repeated
+        if self._sample_numbers is None and self._samples is not None:
+            self._sample_numbers = tuple(self._samples.tolist())
+        return self._sample_numbers
 
     def __getitem__(self, name: str) -> Any:
         return self._values[name]

@@ -52,6 +52,7 @@ const char* peftcore_cuda_record(void*, void** event) {
 }
 void peftcore_cuda_delete_event(void*) {}
 const char* peftcore_cuda_wait_event(void*, void*) { return nullptr; }
+const char* peftcore_cuda_synchronize_device() { return nullptr; }
 const char* peftcore_cuda_synchronize(void*) { return nullptr; }
 const char* peftcore_cuda_copy(void* to, const void* from, int64_t bytes, void*) {
     std::memcpy(to, from, size_t(bytes));

@@ -205,7 +205,7 @@ def test_two_methods_that_may_read_it_are_named() -> None:
     state = StateRules(peft_type="LORA")
     with (
         tiny.installed(tiny.method("another", state=state)),
-        pytest.raises(peftcore.PluginError, match=r"'another' .*, 'lora' .*Choose one: peftcore.apply\(.*'NAME'"),
+        pytest.raises(peftcore.PluginError, match=r"'another' .*, 'lora' .*Choose one with peftcore.apply\(.*'NAME'"),
     ):
         peftcore.apply(tiny.llama(), peft.LoraConfig())
 

@@ -110,7 +110,7 @@ ROWS: dict[str, list[Case]] = {
 
 
 NOTES = {
-    **{name: f"as plain LoRA, which computes the same; {effect}" for name, effect in PLAIN_VARIANTS.items()},
+    **{name: f"loaded as plain LoRA, which is equivalent; {effect}" for name, effect in PLAIN_VARIANTS.items()},
     **dict.fromkeys(CONFIGS, "only for the initialisation by `init_lora_weights`; a trained file does not need it"),
     "layer_replication": "after `peftcore_lora.replicate_layers(model, ...)`, without which it is refused",
     "megatron_core": "no effect without `megatron_config`",

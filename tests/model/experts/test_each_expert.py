@@ -354,9 +354,9 @@ def test_planned_and_summed_up() -> None:
     model = new("qwen3_moe")
     plan = peftcore.plan(model, "dora", r=4, target_modules=["experts"])
     assert [row[:2] for row in plan.rows] == [("model.layers.0.mlp.experts", "Dora")]
-    assert plan.coverage.reached == 4 * (64 * 64 + 32 * 64) and "one expert after the other" in str(plan)
+    assert plan.coverage.reached == 4 * (64 * 64 + 32 * 64) and "one expert at a time" in str(plan)
     applied_to(model, "dora", r=4, target_modules=["experts"])
-    assert "one expert after the other" in str(peftcore.summary(model))
+    assert "one expert at a time" in str(peftcore.summary(model))
     assert plan.rows[0][2] == sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 

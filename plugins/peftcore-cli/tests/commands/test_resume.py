@@ -79,7 +79,7 @@ def test_a_checkpoint_that_was_cut_off_is_skipped(
     file = parted / "checkpoints" / "checkpoint-5" / "optimizer.pt"
     file.write_bytes(file.read_bytes()[:100])
     resumed = run(*train_arguments(llama, reviews, parted), "--resume").output
-    assert "checkpoint-5' is incomplete (optimizer.pt has 100 of" in resumed
+    assert "checkpoint-5' is incomplete (optimizer.pt has 100 instead of" in resumed
     assert "checkpoint-4" in resumed
     for folder in (whole, parted):
         assert (folder / "checkpoints" / "checkpoint-8" / "complete.json").exists()
