@@ -55,9 +55,9 @@ def nearest(name: str, known: Iterable[str], n: int = 3) -> str:
     """
     if len(name) > _LONGEST:
         return ""
-    names = [each for each in known if len(each) <= _LONGEST]
+    names = [candidate for candidate in known if len(candidate) <= _LONGEST]
     if len(names) > _COMPARED:
-        names = heapq.nsmallest(_COMPARED, names, key=lambda each: abs(len(each) - len(name)))
+        names = heapq.nsmallest(_COMPARED, names, key=lambda candidate: abs(len(candidate) - len(name)))
     by_lower = {known.lower(): known for known in names}
     close = difflib.get_close_matches(name.lower(), list(by_lower), n=n, cutoff=0.5)
     close.sort(key=lambda known: sorted(known) != sorted(name.lower()))  # two letters were swapped

@@ -292,8 +292,8 @@ def _no_way_message(search: _Search, choices: Sequence[_Choice], room: float) ->
 
 
 def _sentence(parts: Sequence[str]) -> str:
-    joined = "; ".join(parts)
-    return joined[:1].upper() + joined[1:]
+    text = "; ".join(parts)
+    return text[:1].upper() + text[1:]
 
 
 def _size(count: float) -> str:

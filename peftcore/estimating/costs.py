@@ -68,7 +68,7 @@ def cost(operator: Any, args: tuple[Any, ...], output: Any, *, on_card: bool) ->
     return _product(left.shape[0], left.shape[1], right.shape[1], left.dtype, layout)._replace(flops=flops)
 
 
-def kept(costs: Sequence[Cost]) -> int:
+def retained_bytes(costs: Sequence[Cost]) -> int:
     """Return the number of bytes that operators with these costs keep after the step."""
     shapes: set[tuple[int, int, int, str]] = set()
     products_of_experts = 0

@@ -83,7 +83,7 @@ def births_and_deaths(storages: Sequence[Storage]) -> tuple[dict[int, list[int]]
     return born, died, stay
 
 
-def _unpacked(operator: Any, args: tuple[Any, ...]) -> int:
+def _unpacked_bytes(operator: Any, args: tuple[Any, ...]) -> int:
     """Return the bytes of the dense weight (of all experts) that a GPU unpacks for many rows or a gradient."""
     arguments = dict(zip((argument.name for argument in operator._schema.arguments), args, strict=False))
     rows = arguments.get("grad", arguments.get("x"))
@@ -148,7 +148,7 @@ class Following:
                 storage.nbytes(), tuple(ranks.local(tensor).shape), len(self.operations), None, kind, module
             )
             self._live[key] = known
-            weakref.finalize(storage, self._gone, key, known).atexit = False
+            weakref.finalize(storage, self._record_free, key, known).atexit = False
             self.storages.append(known)
         elif kind is not None and not (only_new and known.kind):
             known.kind = kind
@@ -156,7 +156,7 @@ class Following:
     def release(self, tensor: Tensor) -> None:
         """Record that the tensor's memory is freed although the tensor still exists. `see` allocates it again."""
         key = ranks.local(tensor).untyped_storage()._cdata
-        self._gone(key, self._live[key])
+        self._record_free(key, self._live[key])
 
     def pass_by(self, name: str) -> None:
         """Record an operation that is not visible to PyTorch's dispatcher."""
@@ -167,7 +167,7 @@ class Following:
         """Stop recording, so that tensors that still exist stay in the record when the meta model is deleted."""
         self._ended = True
 
-    def _gone(self, key: int, storage: Storage) -> None:
+    def _record_free(self, key: int, storage: Storage) -> None:
         if self._ended or storage.died is not None:
             return
         storage.died = len(self.operations)
@@ -184,10 +184,10 @@ class Following:
         again = bool(self._modules) and self.phase.startswith("backward")
         operation = Operation(operator._schema.name, module_path, self.phase, recomputed=again)
         if not operator.is_view:
-            made = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+            result = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
             operation.cost = cost(operator, args, output, on_card=self.on_card)
-            made.append(self._workspace(operator, args))
-            for tensor in made:
+            result.append(self._workspace(operator, args))
+            for tensor in result:
                 self.see(tensor)
         self.operations.append(operation)
 
@@ -201,7 +201,7 @@ class Following:
         elif name == "peftcore::linear_cross_entropy_weight":
             size = workspace_of_weight(args[0], args[1].shape[0], device)
         elif self.on_card:
-            size = _unpacked(operator, args)
+            size = _unpacked_bytes(operator, args)
         return torch.empty(size, dtype=torch.uint8, device="meta")
 
 
@@ -253,8 +253,8 @@ def _takes_flash(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None,
     """Return whether PyTorch chooses flash attention for CPU tensors of these shapes (created without memory)."""
 
     def like(t: Tensor) -> Tensor:
-        made = torch.empty(t.shape[-1:], dtype=t.dtype, device="cpu").expand(t.shape)
-        return made.detach().requires_grad_(t.requires_grad) if t.is_floating_point() else made
+        result = torch.empty(t.shape[-1:], dtype=t.dtype, device="cpu").expand(t.shape)
+        return result.detach().requires_grad_(t.requires_grad) if t.is_floating_point() else result
 
     with _disable_current_modes():
         on_cpu: Any = (like(query), like(key), like(value), None if mask is None else like(mask))

@@ -279,9 +279,9 @@ def give_state(parameters: Sequence[nn.Parameter], optimizer: torch.optim.Optimi
     with MetaFloats():
         optimizer.step()
         optimizer.zero_grad()
-    for p, first in firsts.items():
-        if p is not first and first in optimizer.state:
-            state = optimizer.state[first]
+    for p, representative in firsts.items():
+        if p is not representative and representative in optimizer.state:
+            state = optimizer.state[representative]
             # Clone instead of `empty_like`, because Adam's step counter is a real tensor on the CPU.
             optimizer.state[p] = {n: v.clone() if isinstance(v, Tensor) else v for n, v in state.items()}
 

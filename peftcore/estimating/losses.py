@@ -73,8 +73,10 @@ class OfVectors(Own):
                 "Estimate a class without an output head, such as ...Model"
             )
         weights = inputs["attention_mask"][..., None].to(states.device).float()
-        found = F.normalize((states.float() * weights).sum(1) / weights.sum(1), dim=-1)
-        anchors, candidates = found.split((len(found) // self.texts, len(found) - len(found) // self.texts))
+        embeddings = F.normalize((states.float() * weights).sum(1) / weights.sum(1), dim=-1)
+        anchors, candidates = embeddings.split(
+            (len(embeddings) // self.texts, len(embeddings) - len(embeddings) // self.texts)
+        )
         labels = torch.arange(len(anchors), device="cpu")
         return F.cross_entropy((anchors @ candidates.T).masked_fill(labels[:, None] < 0, 0.0), labels)
 
@@ -113,8 +115,8 @@ class OfTrainer(Own):
 
     def __call__(self, call: Call, inputs: dict[str, Tensor]) -> Tensor:
         def likelihoods(model: nn.Module) -> Tensor:
-            found: Tensor = call(model, **inputs, fused_lm_head=True).log_probs.sum(1)
-            return found
+            embeddings: Tensor = call(model, **inputs, fused_lm_head=True).log_probs.sum(1)
+            return embeddings
 
         inputs = {**inputs, "use_cache": False}  # type: ignore[dict-item]
         if self.name == "sft":

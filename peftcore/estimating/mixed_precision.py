@@ -138,8 +138,8 @@ def _single(tensor: Tensor) -> Tensor:
 
 
 def _widest(args: Any, kwargs: Any) -> Any:
-    found: list[Tensor] = []
-    tree_map_only(Tensor, found.append, (args, kwargs))
-    if not any(_is_cast(t) and t.dtype == torch.float32 for t in found):
+    tensors: list[Tensor] = []
+    tree_map_only(Tensor, tensors.append, (args, kwargs))
+    if not any(_is_cast(t) and t.dtype == torch.float32 for t in tensors):
         return args, kwargs
     return tree_map_only(Tensor, _single, (args, kwargs))

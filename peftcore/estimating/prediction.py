@@ -18,7 +18,7 @@ import peftcore
 from peftcore.engine import add_adapter
 from peftcore.errors import PeftcoreError
 from peftcore.estimating.checkpointing import checkpoint
-from peftcore.estimating.costs import kept
+from peftcore.estimating.costs import retained_bytes
 from peftcore.estimating.devices import Device, device_of, process_memory
 from peftcore.estimating.following import Following, NotFollowed, Operation, Storage
 from peftcore.estimating.loop import BACKWARD, FORWARD, follow, is_paged
@@ -305,7 +305,7 @@ def _estimate(
             changes[number][_PURPOSES.index(Purpose.KERNELS)] += operation.cost.scratch
             changes[number + 1][_PURPOSES.index(Purpose.KERNELS)] -= operation.cost.scratch
     if not following.on_card:
-        changes[0][_PURPOSES.index(Purpose.KEPT)] += kept([operation.cost for operation in operations])
+        changes[0][_PURPOSES.index(Purpose.KEPT)] += retained_bytes([operation.cost for operation in operations])
     sizes, timeline = [0] * len(_PURPOSES), []
     for number in sorted(changes):
         for kind, change in changes[number].items():
@@ -321,7 +321,7 @@ def _estimate(
     return Estimate(
         title=title,
         parts=parts,
-        where=_where(operations, peak),
+        where=_location(operations, peak),
         timeline=tuple(timeline),
         phases=tuple(phases),
         operations=tuple(operations),
@@ -356,7 +356,7 @@ def _kind(storage: Storage, operations: list[Operation], ends: list[int], vocabu
     return Purpose.ACTIVATIONS if is_recomputed else Purpose.TEMPORARIES
 
 
-def _where(operations: list[Operation], number: int) -> str:
+def _location(operations: list[Operation], number: int) -> str:
     operation = operations[min(number, len(operations) - 1)]
     module = f" in {operation.module}" if operation.module else ""
     return f"{operation.phase}: {operation.name.partition('::')[2]}{module}"

@@ -113,9 +113,9 @@ class Shards(Alone):
 
     def message(self, size: int) -> Tensor:
         """Return a communication buffer with this number of bytes."""
-        made = self.nothing.new_empty(-(-size // 2), dtype=torch.bfloat16)
-        self.following.see(made, Purpose.MESSAGES)
-        return made
+        buffer = self.nothing.new_empty(-(-size // 2), dtype=torch.bfloat16)
+        self.following.see(buffer, Purpose.MESSAGES)
+        return buffer
 
     def sent(self, name: str, size: int) -> None:
         """Record a communication between ranks. Gloo (on CPUs) holds a copy of the buffer during it; NCCL does not."""

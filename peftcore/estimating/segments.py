@@ -107,16 +107,16 @@ def peak_reserved(storages: Sequence[Storage], operations: Sequence[Operation]) 
     born, died, stay = births_and_deaths(storages)
     for number in stay:
         card.allocate(storages[number].bytes)
-    most = card.reserved
+    peak = card.reserved
     for _ in range(2):
-        held: dict[int, Block] = {}
+        blocks: dict[int, Block] = {}
         for number in range(len(operations) + 1):
-            for each in died[number]:
-                if each in held:
-                    card.free(held.pop(each))
-            for each in born[number]:
-                held[each] = card.allocate(storages[each].bytes)
-            most = max(most, card.reserved)
-        for block in held.values():
+            for index in died[number]:
+                if index in blocks:
+                    card.free(blocks.pop(index))
+            for index in born[number]:
+                blocks[index] = card.allocate(storages[index].bytes)
+            peak = max(peak, card.reserved)
+        for block in blocks.values():
             card.free(block)
-    return most
+    return peak

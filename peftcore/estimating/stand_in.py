@@ -43,7 +43,7 @@ def stand_in(model: Any, dtype: torch.dtype | None) -> nn.Module:
     return _built(model, dtype or getattr(model, "dtype", None) or torch.float32).train()
 
 
-def apply_again(made: nn.Module, model: Any) -> tuple[str, ...]:
+def apply_again(meta_model: nn.Module, model: Any) -> tuple[str, ...]:
     """Apply the adapters of `model` to its meta model `made`, and return the names of the active adapters.
 
     Raises:
@@ -57,7 +57,7 @@ def apply_again(made: nn.Module, model: Any) -> tuple[str, ...]:
     for name, entry in state.applied.items():
         dtypes = {p.dtype for _, p in adapter_parameters(model, name)}
         add_adapter(
-            made,
+            meta_model,
             entry.config,
             {},
             adapter=name,
@@ -67,7 +67,7 @@ def apply_again(made: nn.Module, model: Any) -> tuple[str, ...]:
             trainable=entry.trainable,
         )
     if state.active:
-        peftcore.activate(made, list(state.active))
+        peftcore.activate(meta_model, list(state.active))
     return state.active
 
 
@@ -77,10 +77,10 @@ def config_of(model: Any) -> Any:
     Raises:
         PeftcoreError: There is no config.
     """
-    found = _config(str(model)) if isinstance(model, (str, Path)) else getattr(model, "config", model)
-    if not hasattr(found, "to_dict") or not hasattr(found, "model_type"):
-        raise PeftcoreError(f"expected a transformers config or a model with a config, found {type(found).__name__}")
-    return found
+    config = _config(str(model)) if isinstance(model, (str, Path)) else getattr(model, "config", model)
+    if not hasattr(config, "to_dict") or not hasattr(config, "model_type"):
+        raise PeftcoreError(f"expected a transformers config or a model with a config, found {type(config).__name__}")
+    return config
 
 
 def refuse_not_followed(config: Any) -> None:
@@ -91,9 +91,13 @@ def refuse_not_followed(config: Any) -> None:
 
 def _refuse_packed(config: Any) -> None:
     """Raise NotFollowed if the config describes quantized weights, since a model built from it would be dense."""
-    found = getattr(config, "quantization_config", None)
-    if found is not None:
-        kind = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", None)
+    quantization_config = getattr(config, "quantization_config", None)
+    if quantization_config is not None:
+        kind = (
+            quantization_config.get("quant_method")
+            if isinstance(quantization_config, dict)
+            else getattr(quantization_config, "quant_method", None)
+        )
         raise _not_followed(getattr(kind, "value", kind) or "see quantization_config")
 
 
@@ -113,9 +117,9 @@ def _copy(model: nn.Module) -> nn.Module:
     packed = {path: m for path, m in model.named_modules() if isinstance(m, QuantizedLinear) and m.is_quantized}
     if not packed:
         _refuse_packed(getattr(model, "config", None))
-    subclassed = next(filter(is_wrapped, model.parameters()), None)
-    if subclassed is not None:
-        raise _not_followed(type(subclassed).__name__)
+    wrapped_param = next(filter(is_wrapped, model.parameters()), None)
+    if wrapped_param is not None:
+        raise _not_followed(type(wrapped_param).__name__)
     copy = meta_copy(model)
     for path, layer in packed.items():
         dense: Any = copy.get_submodule(path)

@@ -113,8 +113,8 @@ class Step:
         """Return the number of tokens of the example, which replaces `length`."""
         ids = example.get("input_ids")
         if not isinstance(ids, Tensor) or ids.dim() != 2 or len(ids) != 1:
-            found = list(ids.shape) if isinstance(ids, Tensor) else ids
-            raise PeftcoreError(f"example must be a batch of one, with input_ids [1, length], found {found}")
+            shape = list(ids.shape) if isinstance(ids, Tensor) else ids
+            raise PeftcoreError(f"example must be a batch of one, with input_ids [1, length], found {shape}")
         if self.loss in ("pairs", "triplets"):
             raise PeftcoreError(
                 f"loss={self.loss!r} only works with texts, found an example. Omit one of the two arguments"

@@ -130,14 +130,14 @@ def _values_from_dictionary(model: nn.Module, adapter: str, source: Mapping[str,
     """Read the values from a dictionary. Without the config that `state_dict` adds, the shapes must match."""
     entry, where = engine.applied(model, adapter), Path("state_dict")
     method, config = registry.method(entry.method), entry.config
-    recorded = getattr(source, "_metadata", {}).get(_METADATA_KEY)
-    if recorded is not None:
-        _refuse_other(method, registry.method(recorded["method"]), adapter, where)
-        config = method.config_class(**recorded["config"])
+    config_fields = getattr(source, "_metadata", {}).get(_METADATA_KEY)
+    if config_fields is not None:
+        _refuse_other(method, registry.method(config_fields["method"]), adapter, where)
+        config = method.config_class(**config_fields["config"])
     with guarded(method, f"'{where}'"):
         fields = {**method.state.write_fields(dataclasses.asdict(config)), "peft_version": peft_version()}
         tensors = dict(method.state.read(model, dict(source), fields)[0])
-    if recorded is None:
+    if config_fields is None:
         _refuse_other_shapes(model, adapter, tensors)
     return _Values(where, config, tensors)
 
@@ -152,10 +152,10 @@ def _values_from_folder(model: nn.Module, adapter: str, folder: Path, check_base
     return _Values(folder, config, stored.tensors, partly_tied=ties_partly(stored.metadata))
 
 
-def _refuse_other(method: Method, other: Method, adapter: str, where: Path) -> None:
+def _refuse_other(method: Method, other: Method, adapter: str, source: Path) -> None:
     if other.name != method.name:
         raise CheckpointError(
-            f"'{where}' is an adapter of method {other.name}, but '{adapter}' uses {method.name}. Load it under "
+            f"'{source}' is an adapter of method {other.name}, but '{adapter}' uses {method.name}. Load it under "
             f"another name (peftcore.load(model, folder, adapter=...)), then activate it and remove '{adapter}'"
         )
 
@@ -260,7 +260,7 @@ def _fit_factors(
     placements: Iterable[Placement],
     applied_factors: Sequence[LowRank],
     other_factors: Sequence[LowRank] | None,
-    where: Path,
+    source: Path,
 ) -> None:
     """Convert the factors of one module to the applied ranks and scales.
 
@@ -275,22 +275,24 @@ def _fit_factors(
         if other_factors is None:
             tensors[a], tensors[b] = factors.a.detach(), torch.zeros_like(factors.b)
         elif a in tensors and b in tensors:  # otherwise `fill` raises for the missing tensor
-            _fit_factor_pair(tensors, a, b, factors, other_factors[number], where)
+            _fit_factor_pair(tensors, a, b, factors, other_factors[number], source)
 
 
-def _fit_factor_pair(tensors: dict[str, Tensor], a: str, b: str, applied: LowRank, other: LowRank, where: Path) -> None:
+def _fit_factor_pair(
+    tensors: dict[str, Tensor], a: str, b: str, applied: LowRank, other: LowRank, source: Path
+) -> None:
     """Convert the tensors named `a` and `b` to the rank and scale of `applied`."""
     for name, factor in ((a, other.a), (b, other.b)):
         if tensors[name].shape != factor.shape:
             raise CheckpointError(
-                f"'{where}': '{name}' has shape {list(tensors[name].shape)}, but its config implies "
+                f"'{source}': '{name}' has shape {list(tensors[name].shape)}, but its config implies "
                 f"{list(factor.shape)}. Copy the files again"
             )
     r, applied_r = other.a.shape[0], applied.a.shape[0]
     if r > applied_r:
         raise CheckpointError(
-            f"'{where}' has rank {r} at '{a}', but the applied adapter has {applied_r} and cannot grow in place. Apply "
-            f"it with r={r} or more before compiling the model; adapters of smaller ranks fit as well"
+            f"'{source}' has rank {r} at '{a}', but the applied adapter has {applied_r} and cannot grow in place. "
+            f"Apply it with r={r} or more before compiling the model; adapters of smaller ranks fit as well"
         )
     ratio = other.scale / applied.scale
     tensors[a] = _pad(tensors[a], 0, applied_r)

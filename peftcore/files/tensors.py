@@ -45,8 +45,8 @@ def tensors_on_disk(model: nn.Module, adapter: str, *, own: bool = True, exporte
     tensors: dict[str, Tensor] = {}
     written_ids: set[int] = set()  # the first adapter writes the tensors of a module that several share
 
-    def add(named: Iterable[tuple[str, Tensor]], function: str) -> None:
-        for on_disk, tensor in named:
+    def add(named_tensors: Iterable[tuple[str, Tensor]], function: str) -> None:
+        for on_disk, tensor in named_tensors:
             if tensors.setdefault(on_disk, tensor) is not tensor:
                 raise PeftcoreError(
                     f"{entry.method} gives two tensors the name '{on_disk}'. {function} must return unique names"
@@ -66,10 +66,10 @@ def tensors_on_disk(model: nn.Module, adapter: str, *, own: bool = True, exporte
                         written_ids.add(id(tensor))
                         named.append((rules.tensor_name(placement, name), tensor))
                 add(named, "tensor_name")
-    owned = TrainedParameters.of(model, adapter)
-    if owned is not None:
-        for name, parameter in owned.values(model):
-            for slot in owned.trained[name] if exported else (name,):
+    trained_parameters = TrainedParameters.of(model, adapter)
+    if trained_parameters is not None:
+        for name, parameter in trained_parameters.values(model):
+            for slot in trained_parameters.trained[name] if exported else (name,):
                 add([(_base_name(rules, entry, slot), parameter)], "tensor_name")
     return tensors
 
@@ -82,21 +82,23 @@ def kept_on_disk(model: nn.Module, adapter: str) -> dict[str, Tensor]:
     """
     entry = engine.applied(model, adapter)
     rules, base = registry.method(entry.method).state, base_tensors(model)
-    owned = TrainedParameters.of(model, adapter)
+    trained_parameters = TrainedParameters.of(model, adapter)
     modules_to_save = getattr(entry.config, "modules_to_save", None) or ()
     buffer_names: set[str] = set()
     for path, module in base_modules(model) if modules_to_save else ():
         if path and any(targets.is_inside(pattern, path) for pattern in modules_to_save):
             persistent = module._buffers.keys() - module._non_persistent_buffers_set
             buffer_names.update(f"{path}.{name}" for name in persistent if module._buffers[name] is not None)
-    kept = {name: model.get_buffer(name) for name in sorted(buffer_names)}
+    buffers = {name: model.get_buffer(name) for name in sorted(buffer_names)}
     owned_names = trained_names(model, adapter)
-    kept.update({name: base[name] for name in resized_vocabulary.resized_parameters(model) if name not in owned_names})
-    if owned is not None:
-        for name, tensor in owned.untrained_values(model):
-            if name in kept or not torch.equal(tensor, base[name]):
-                kept.update(dict.fromkeys(owned.untrained[name], tensor))
-    return {_base_name(rules, entry, name): tensor for name, tensor in kept.items()}
+    buffers.update(
+        {name: base[name] for name in resized_vocabulary.resized_parameters(model) if name not in owned_names}
+    )
+    if trained_parameters is not None:
+        for name, tensor in trained_parameters.untrained_values(model):
+            if name in buffers or not torch.equal(tensor, base[name]):
+                buffers.update(dict.fromkeys(trained_parameters.untrained[name], tensor))
+    return {_base_name(rules, entry, name): tensor for name, tensor in buffers.items()}
 
 
 def grown_buffers(model: nn.Module, adapter: str, tensors: Mapping[str, Tensor]) -> list[tuple[nn.Module, str, Tensor]]:
@@ -224,9 +226,9 @@ def _refuse_unfit(value: _Value, folder: Path, model: str) -> None:
 def _base_name(rules: StateRules, entry: engine.Applied, name: str) -> str:
     """Return the name on disk of a base tensor that the adapter owns."""
     path = name.rpartition(".")[0]
-    saved = any(targets.is_inside(pattern, path) for pattern in getattr(entry.config, "modules_to_save", None) or ())
+    is_saved = any(targets.is_inside(pattern, path) for pattern in getattr(entry.config, "modules_to_save", None) or ())
     key = key_of_trained(name, adapted=path in entry.paths)
-    return rules.tensor_name(Train((name,), saved or name not in entry.trained), key)
+    return rules.tensor_name(Train((name,), is_saved or name not in entry.trained), key)
 
 
 def is_tied_in(model: nn.Module, method: Method, saved: Sequence[str], tensors: Mapping[str, Tensor]) -> bool:
@@ -234,7 +236,7 @@ def is_tied_in(model: nn.Module, method: Method, saved: Sequence[str], tensors: 
     names = targets.trained_modules(model, saved).names
     base = base_tensors(model)
     for name in tied_to(model, names):
-        saved_name = next(other for other in names if base[other] is base[name])
+        saved_name = next(candidate for candidate in names if base[candidate] is base[name])
         value = tensors.get(method.state.tensor_name(Train((name,), saved=True), name))
         saved_value = tensors.get(method.state.tensor_name(Train((saved_name,), saved=True), saved_name))
         if value is None or saved_value is None or not torch.equal(value, saved_value):
@@ -283,37 +285,41 @@ def _take_embeddings(
 ) -> dict[str, Tensor]:
     """Remove the embedding and the head from `tensors`, and return those that differ from the base, by base name."""
     entry, base = engine.applied(model, adapter), base_tensors(model)
-    rules, owned = registry.method(entry.method).state, TrainedParameters.of(model, adapter)
-    kept = set(chain.from_iterable(owned.untrained.values())) if owned is not None else set[str]()
+    rules, trained_parameters = registry.method(entry.method).state, TrainedParameters.of(model, adapter)
+    untrained_names = (
+        set(chain.from_iterable(trained_parameters.untrained.values()))
+        if trained_parameters is not None
+        else set[str]()
+    )
     values_of_base = _values_of_base(model)
-    resized: dict[str, Tensor] = {}
+    embeddings: dict[str, Tensor] = {}
     lacking: list[str] = []
     for name in resized_vocabulary.embedding_parameters(model):
         on_disk = _base_name(rules, entry, name)
-        if on_disk in expected or name in kept:
+        if on_disk in expected or name in untrained_names:
             continue
         if on_disk not in tensors:
             lacking.append(name)
             continue
         value = tensors.pop(on_disk)
         _refuse_other_vocabulary(model, on_disk, value, base[name], folder)
-        tied = next((other_name for other_name in resized if base[other_name] is base[name]), None)
-        if tied is not None and not torch.equal(resized[tied], value):
+        tied = next((other_name for other_name in embeddings if base[other_name] is base[name]), None)
+        if tied is not None and not torch.equal(embeddings[tied], value):
             raise CheckpointError(
                 f"'{folder}' has different values for '{tied}' and '{name}', but this model ties the two. Load the "
                 "adapter on an untied model (tie_word_embeddings=False)"
             )
         if tied is None and not _is_copy_of_base(values_of_base, on_disk, value):
-            resized[name] = value
-    written = {id(base[name]) for name in resized}
-    lacking = [name for name in lacking if id(base[name]) not in written]
-    if resized and lacking:
+            embeddings[name] = value
+    written_ids = {id(base[name]) for name in embeddings}
+    lacking = [name for name in lacking if id(base[name]) not in written_ids]
+    if embeddings and lacking:
         raise CheckpointError(
-            f"'{folder}' was trained with a resized vocabulary and has '{next(iter(resized))}', but '{lacking[0]}' "
+            f"'{folder}' was trained with a resized vocabulary and has '{next(iter(embeddings))}', but '{lacking[0]}' "
             "is missing, so its new rows would be random. Ask the author to save both tensors (in PEFT: "
             "save_embedding_layers=True)"
         )
-    return resized
+    return embeddings
 
 
 def _refuse_other_vocabulary(model: nn.Module, name: str, value: Tensor, weight: Tensor, folder: Path) -> None:
@@ -328,16 +334,16 @@ def _refuse_other_vocabulary(model: nn.Module, name: str, value: Tensor, weight:
 
 def _take_kept(model: nn.Module, adapter: str, tensors: dict[str, Tensor]) -> list[_Value]:
     """Remove untrained tensors from `tensors`, and return their values. A missing tensor gets the base's value."""
-    entry, owned = engine.applied(model, adapter), TrainedParameters.of(model, adapter)
-    if owned is None:
+    entry, trained_parameters = engine.applied(model, adapter), TrainedParameters.of(model, adapter)
+    if trained_parameters is None:
         return []
     rules, base = registry.method(entry.method).state, base_tensors(model)
-    kept: list[_Value] = []
-    for name, target in owned.untrained_values(model):
-        on_disk = [_base_name(rules, entry, slot) for slot in owned.untrained[name]]
+    values: list[_Value] = []
+    for name, target in trained_parameters.untrained_values(model):
+        on_disk = [_base_name(rules, entry, slot) for slot in trained_parameters.untrained[name]]
         stored_tensors = [tensors.pop(other_name) for other_name in on_disk if other_name in tensors]
-        kept.append(_Value(on_disk[0], stored_tensors[0] if stored_tensors else base[name], target))
-    return kept
+        values.append(_Value(on_disk[0], stored_tensors[0] if stored_tensors else base[name], target))
+    return values
 
 
 def _values_of_base(model: nn.Module) -> Callable[[], Mapping[str, Tensor]]:
@@ -355,8 +361,8 @@ def _is_copy_of_base(base: Callable[[], Mapping[str, Tensor]], name: str, tensor
 
 def trained_names(model: nn.Module, adapter: str) -> set[str]:
     """Return the names of the base tensors that `adapter` owns a copy of."""
-    owned = TrainedParameters.of(model, adapter)
-    return set(chain.from_iterable(owned.trained.values())) if owned is not None else set()
+    trained_parameters = TrainedParameters.of(model, adapter)
+    return set(chain.from_iterable(trained_parameters.trained.values())) if trained_parameters is not None else set()
 
 
 def names_of_base(model: nn.Module, adapter: str, names: Iterable[str]) -> dict[str, str]:

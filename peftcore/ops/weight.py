@@ -98,8 +98,12 @@ class PackedWeight(NamedTuple):
             return tensors, [self.blocksize, min(self.nested_blocksize, 0), *self.shape]
         if absmax is None or quant_map is None or offset is None:
             tensors_by_name = {"nested_absmax": absmax, "nested_quant_map": quant_map, "nested_offset": offset}
-            found = ", ".join(f"no {name}" if tensor is None else name for name, tensor in tensors_by_name.items())
-            raise ValueError(f"PackedWeight: nested scales need {', '.join(tensors_by_name)} together, found {found}")
+            found_shape = ", ".join(
+                f"no {name}" if tensor is None else name for name, tensor in tensors_by_name.items()
+            )
+            raise ValueError(
+                f"PackedWeight: nested scales need {', '.join(tensors_by_name)} together, found {found_shape}"
+            )
         tensors = [self.codes, self.absmax, self.quant_map, absmax, quant_map, offset]
         return tensors, [self.blocksize, self.nested_blocksize, *self.shape]
 

@@ -167,8 +167,10 @@ class CallContext:
         try:
             yield
         finally:
-            _GIVEN.set(tuple(other for other in _GIVEN.get() if other is not block))
-            _CURRENT.given = tuple(other for other in getattr(_CURRENT, "given", ()) if other is not block)
+            _GIVEN.set(tuple(open_block for open_block in _GIVEN.get() if open_block is not block))
+            _CURRENT.given = tuple(
+                open_block for open_block in getattr(_CURRENT, "given", ()) if open_block is not block
+            )
 
     @contextmanager
     def generating(self, names: Sequence[str], kwargs: dict[str, Any], samples: int = 0) -> Iterator[None]:
@@ -255,7 +257,7 @@ class Frame:
         self.context = context
         self.module = module
         names: tuple[str, ...] = type(module)._peftcore_arguments  # type: ignore[attr-defined]
-        own = context.own(names, kwargs)
+        adapter_kwargs = context.own(names, kwargs)
         # `reached`: the backward pass that has reached this call's outputs, set by `adaptation.concurrency`.
         self.first = self.last = self.task = self.reached = -1
         if is_dynamo_compiling():
@@ -265,19 +267,21 @@ class Frame:
                 torch._dynamo.graph_break(
                     msg=("a submodule of a model whose adapters read the call is called on its own")
                 )
-            self.call = Call({**context.values(), **_named(names, args), **kwargs, **own})
+            self.call = Call({**context.values(), **_named(names, args), **kwargs, **adapter_kwargs})
         else:
-            self._enter(names, args, kwargs, own)
+            self._enter(names, args, kwargs, adapter_kwargs)
 
     @partial(untraced, within=True)
-    def _enter(self, names: Sequence[str], args: Sequence[Any], kwargs: dict[str, Any], own: dict[str, Any]) -> None:
+    def _enter(
+        self, names: Sequence[str], args: Sequence[Any], kwargs: dict[str, Any], adapter_kwargs: dict[str, Any]
+    ) -> None:
         self.task = torch._C._current_graph_task_id()
         self.first = torch._C._autograd._get_sequence_nr()
         if self.task >= 0:
             self.call = self.context.call_of_forward()
         else:
-            samples = own.pop(SAMPLES, None)
-            self.call = Call({**self.context.values(), **_named(names, args), **kwargs, **own}, samples)
+            samples = adapter_kwargs.pop(SAMPLES, None)
+            self.call = Call({**self.context.values(), **_named(names, args), **kwargs, **adapter_kwargs}, samples)
         if torch.is_grad_enabled():
             self.context.note(self)
 

@@ -73,27 +73,27 @@ def check_method(plugin: str, method: Any) -> None:
 
 def check_requirement(distribution: Any) -> None:
     """Raise a PluginError unless the distribution accepts this version of peftcore."""
-    installed = version("peftcore")
-    required = unmet(getattr(distribution, "requires", None) or (), installed)
-    if required is not None:
+    current = version("peftcore")
+    unmet_range = unmet(getattr(distribution, "requires", None) or (), current)
+    if unmet_range is not None:
         raise PluginError(
-            f"it needs peftcore{required}, but peftcore {installed} is installed. Upgrade the older of the two"
+            f"it needs peftcore{unmet_range}, but peftcore {current} is installed. Upgrade the older of the two"
         )
 
 
 def check_api(plugin: Any) -> None:
     """Raise a PluginError unless the plugin's `peftcore_api`, a range of plugin APIs, contains the current API."""
-    declared = getattr(plugin, "peftcore_api", f"=={API}")
+    api_range = getattr(plugin, "peftcore_api", f"=={API}")
     try:
-        supported = specifiers(declared)
+        specifier = specifiers(api_range)
     except ValueError as error:
         raise PluginError(
             f"peftcore_api must be the range of plugin APIs that the plugin supports, such as {_range()!r}, found "
-            f"{declared!r}"
+            f"{api_range!r}"
         ) from error
-    if API not in supported:
+    if API not in specifier:
         raise PluginError(
-            f"it supports the plugin APIs {declared}, but this peftcore has {API}. Upgrade the older of the two"
+            f"it supports the plugin APIs {api_range}, but this peftcore has {API}. Upgrade the older of the two"
         )
 
 

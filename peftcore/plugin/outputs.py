@@ -38,9 +38,9 @@ def with_first(output: Any, first: Any) -> Any:
     if isinstance(output, list) and output:
         return [first, *output[1:]]
     if isinstance(output, dict) and output:
-        copied = copy.copy(output)
-        copied[next(iter(output))] = first
-        return copied
+        result = copy.copy(output)
+        result[next(iter(output))] = first
+        return result
     return first
 
 

@@ -66,17 +66,17 @@ def method_of_fields(
         writer = _writer(written_by)
         if writer is not None and _reads(writer, peft_type) and _is_flagged(writer, fields, own) is not False:
             return writer
-    offered = of_peft_type(peft_type)
+    candidates = of_peft_type(peft_type)
     if method is not None:
-        return _named(where, offered, fields, own, method)
-    if not offered:
+        return _named(where, candidates, fields, own, method)
+    if not candidates:
         raise PluginError(
             f"no installed method reads peft_type {peft_type!r} (installed: {_installed_types()}). "
             f"{how_to_install(plugin)}"
         )
-    readers = _by_flag(offered, fields, own)
+    readers = _by_flag(candidates, fields, own)
     if not readers:
-        flags = ", ".join(f"'{m.name}' ({p.distribution} {p.version}) {m.state.peft.flag}" for m, p in offered)
+        flags = ", ".join(f"'{m.name}' ({p.distribution} {p.version}) {m.state.peft.flag}" for m, p in candidates)
         raise PluginError(
             f"no installed method reads {where}, {_set_in(fields, own)}, because no field that identifies a method "
             f"is set: {flags}. {how_to_install(plugin)}"
@@ -101,9 +101,9 @@ def _installed_types() -> str:
     return ", ".join(f"{method.state.peft_type} ({method.name})" for method in with_files) or "none"
 
 
-def _by_flag(candidates: list[Offered], fields: Mapping[str, Any], own: Mapping[str, Any]) -> list[Offered]:
+def _by_flag(candidates: list[Offered], fields: Mapping[str, Any], own_fields: Mapping[str, Any]) -> list[Offered]:
     """Return the methods whose flag is set in the fields, or else the methods without a flag."""
-    flags = [_is_flagged(method, fields, own) for method, _ in candidates]
+    flags = [_is_flagged(method, fields, own_fields) for method, _ in candidates]
     expected = True if True in flags else None
     return [method for method, flag in zip(candidates, flags, strict=True) if flag is expected]
 
@@ -169,14 +169,16 @@ def _writer(name: str) -> Method | None:
     )
 
 
-def _named(where: str, offered: list[Offered], fields: Mapping[str, Any], own: Mapping[str, Any], name: str) -> Method:
+def _named(
+    source: str, candidates: list[Offered], fields: Mapping[str, Any], own_fields: Mapping[str, Any], name: str
+) -> Method:
     method = registry.method(name)
-    for candidate, _ in offered:
+    for candidate, _ in candidates:
         if candidate is method:
-            if _is_flagged(method, fields, own) is False:
+            if _is_flagged(method, fields, own_fields) is False:
                 raise PluginError(
-                    f"'{method.name}' only reads files with {method.state.peft.flag} set, found {where}, "
-                    f"{_set_in(fields, own)}"
+                    f"'{method.name}' only reads files with {method.state.peft.flag} set, found {source}, "
+                    f"{_set_in(fields, own_fields)}"
                 )
             return method
     if method.recorded_as is not None:
@@ -185,24 +187,24 @@ def _named(where: str, offered: list[Offered], fields: Mapping[str, Any], own: M
             "name of that method"
         )
     raise PluginError(
-        f"'{method.name}' reads peft_type {method.state.peft_type!r}, but {where} has {shown(fields['peft_type'])}"
+        f"'{method.name}' reads peft_type {method.state.peft_type!r}, but {source} has {shown(fields['peft_type'])}"
     )
 
 
-def _is_flagged(method: Method, fields: Mapping[str, Any], own: Mapping[str, Any]) -> bool | None:
+def _is_flagged(method: Method, fields: Mapping[str, Any], own_fields: Mapping[str, Any]) -> bool | None:
     """Return whether the flag of the method is set; None if it has none."""
     flag = method.state.peft.flag
-    return None if flag is None else bool({**fields, **own_of(method, own)}.get(flag))
+    return None if flag is None else bool({**fields, **own_of(method, own_fields)}.get(flag))
 
 
-def _in_words(offered: list[Offered]) -> str:
-    return ", ".join(f"'{method.name}' ({plugin.distribution} {plugin.version})" for method, plugin in offered)
+def _in_words(candidates: list[Offered]) -> str:
+    return ", ".join(f"'{method.name}' ({plugin.distribution} {plugin.version})" for method, plugin in candidates)
 
 
-def _set_in(fields: Mapping[str, Any], own: Mapping[str, Any]) -> str:
+def _set_in(fields: Mapping[str, Any], own_fields: Mapping[str, Any]) -> str:
     """Return a phrase such as `of peft_type 'X' with r, use_rslora set`."""
     peft_type = str(fields["peft_type"])
-    all_fields = {**fields, **own}.items()
+    all_fields = {**fields, **own_fields}.items()
     names_set = sorted(n for n, value in all_fields if n not in COMMON and says_something(peft_type, n, value))
     names = ", ".join([*(shown(name)[1:-1] for name in names_set[:12]), *(["..."] if len(names_set) > 12 else [])])
     return f"of peft_type {shown(peft_type)}" + (f" with {names} set" if names_set else "")
@@ -271,9 +273,9 @@ def with_own(where: str, method: Method, fields: Mapping[str, Any], own: Mapping
     return {**fields, **own_of(method, own)}
 
 
-def _unknown(where: str, method: Method, name: str, value: Any, kind: type[PeftcoreError]) -> PeftcoreError:
+def _unknown(source: str, method: Method, name: str, value: Any, kind: type[PeftcoreError]) -> PeftcoreError:
     return kind(
-        f"{where} uses {name}={shown(value)}, which the installed plugin '{method.name}' does not support. The "
+        f"{source} uses {name}={shown(value)}, which the installed plugin '{method.name}' does not support. The "
         "adapter was not loaded, because it would compute something else without this field"
     )
 

@@ -121,9 +121,9 @@ class Registry:
             raise PluginError(
                 f"the plugin '{plugin.name}' ({plugin.distribution} {plugin.version}) is broken: {plugin.error}"
             )
-        installed = ", ".join(methods) or "none"
+        names = ", ".join(methods) or "none"
         raise PluginError(
-            f"no PEFT method '{name}' is installed{nearest(name, methods)}. {HOW_TO_INSTALL}. Installed: {installed}"
+            f"no PEFT method '{name}' is installed{nearest(name, methods)}. {HOW_TO_INSTALL}. Installed: {names}"
         )
 
     def plugin_of(self, method: str) -> Plugin:
@@ -184,9 +184,9 @@ class Registry:
             PluginError: an implementation fails (a warning with `contain`) or does not return a list of `kind`, or two
                 objects have the same name.
         """
-        cached = self._offered.get(hook)
-        if cached is not None and cached[0] == len(_BUILTIN):
-            return cached[1]
+        cache_entry = self._offered.get(hook)
+        if cache_entry is not None and cache_entry[0] == len(_BUILTIN):
+            return cache_entry[1]
         objects: dict[str, tuple[Plugin, Any]] = {}
         for plugin, answer in self.answers(hook, contain=contain):
             for item in all_are(kind, plugin, hook, answer):
@@ -212,16 +212,18 @@ class Registry:
         Raises:
             PluginError: a plugin's hook fails. With `contain`, this is a warning, and the other plugins are used.
         """
-        answered = False
+        has_answer = False
         if hook == COMMANDS and not self._discovered:
             self._discover(COMMANDS)
         else:
             self.plugins()
         implementations = reversed(getattr(self._with_builtin(), hook).get_hookimpls())
-        for implementation in sorted(implementations, key=lambda each: each.plugin_name in _BUILTIN):
+        for implementation in sorted(
+            implementations, key=lambda hook_implementation: hook_implementation.plugin_name in _BUILTIN
+        ):
             hook_arguments = {name: arguments[name] for name in implementation.argnames}
             if implementation.plugin_name in _BUILTIN:
-                if first and answered:
+                if first and has_answer:
                     return
                 answer = implementation.function(**hook_arguments)
                 if answer is not None:
@@ -236,14 +238,14 @@ class Registry:
                 self.go_on_without(hook, plugin, error)
                 continue
             if answer is not None or hook in LISTS:
-                answered = True
+                has_answer = True
                 yield plugin, answer
 
-    def go_on_without(self, what: str, plugin: Plugin, error: BaseException) -> None:
+    def go_on_without(self, subject: str, plugin: Plugin, error: BaseException) -> None:
         """Warn that `what` of a plugin failed with `error` and is skipped. If plugins are strict, raise the error."""
         if os.environ.get(STRICT) == "1":
-            raise PluginError(failure_with_advice(what, plugin, error)) from error
-        warn(f"{failure(what, plugin, error)}. peftcore continues without it")
+            raise PluginError(failure_with_advice(subject, plugin, error)) from error
+        warn(f"{failure(subject, plugin, error)}. peftcore continues without it")
 
     @contextmanager
     def naming(self, method: str | Plugin, function: str) -> Iterator[None]:
@@ -269,9 +271,11 @@ class Registry:
             PluginError: a hook is misspelt, a method is malformed, or its name is taken.
         """
         self.plugins()
-        registered = self._plugins.get(canonical(name))
-        if registered is not None and not registered.error:
-            raise PluginError(f"a plugin '{registered.name}' is already registered by {registered.distribution}")
+        existing_plugin = self._plugins.get(canonical(name))
+        if existing_plugin is not None and not existing_plugin.error:
+            raise PluginError(
+                f"a plugin '{existing_plugin.name}' is already registered by {existing_plugin.distribution}"
+            )
         entry = Plugin(name, distribution, version)
         entry.methods = self._register(entry, plugin)
         self._plugins[canonical(name)] = entry
@@ -288,20 +292,20 @@ class Registry:
 
     def _discover(self, hook: str | None = None) -> None:
         """Import the installed plugins; with `hook`, only plugins whose source mentions it."""
-        by_name, allowed = plugin_discovery.installed(), plugin_discovery.chosen()
-        for name in allowed or ():
+        by_name, allowed_names = plugin_discovery.installed(), plugin_discovery.chosen()
+        for name in allowed_names or ():
             if canonical(name) not in by_name:
                 self._forget()
                 raise PluginError(f"{CHOSEN} names '{name}', which is not installed{nearest(name, by_name)}")
         problems: list[str] = []
         for key, candidates in sorted(by_name.items()):
-            is_asked = hook is None or any(plugin_discovery.mentions(each, hook) for each in candidates)
+            is_asked = hook is None or any(plugin_discovery.mentions(entry_point, hook) for entry_point in candidates)
             if key in self._plugins or not is_asked:
                 continue
             name, dist = candidates[0].name, candidates[0].dist
             plugin = Plugin(name, dist.name if dist else "-", dist.version if dist else "-")
             self._plugins[key] = plugin
-            if allowed is not None and key not in map(canonical, allowed):
+            if allowed_names is not None and key not in map(canonical, allowed_names):
                 plugin.error = f"it is disabled by {CHOSEN}={os.environ[CHOSEN]}"
                 continue
             if len(candidates) > 1:

@@ -54,30 +54,30 @@ def read_bytes(file: Path, limit: int | None = None) -> bytearray:
         FileNotFoundError: the file does not exist.
         CheckpointError: the path is a pipe, a device or a folder, or the file is too large or cannot be read.
     """
-    with _opened(file, _memory() if limit is None else limit) as (opened, size):
-        return _first(opened, size)
+    with _open_regular(file, _memory() if limit is None else limit) as (stream, size):
+        return _read_start(stream, size)
 
 
 def read_header(file: Path) -> bytearray:
     """Return the beginning of a safetensors file, without its tensors. Raises the errors of `read_bytes`."""
-    with _opened(file, None) as (opened, size):
-        length = _first(opened, 8)
-        return length + _first(opened, min(int.from_bytes(length, "little"), size, _HEADER_BYTES))
+    with _open_regular(file, None) as (stream, size):
+        length = _read_start(stream, 8)
+        return length + _read_start(stream, min(int.from_bytes(length, "little"), size, _HEADER_BYTES))
 
 
-def _first(opened: BufferedReader, size: int) -> bytearray:
+def _read_start(stream: BufferedReader, size: int) -> bytearray:
     content = bytearray(size)
-    del content[opened.readinto(content) :]
+    del content[stream.readinto(content) :]
     return content
 
 
 @contextlib.contextmanager
-def _opened(file: Path, limit: int | None) -> Iterator[tuple[BufferedReader, int]]:
+def _open_regular(file: Path, limit: int | None) -> Iterator[tuple[BufferedReader, int]]:
     """Open a regular file; yield (file, its size)."""
     try:
         require_regular(file, os.stat(file).st_mode)  # opening a device may have side effects
         descriptor = os.open(file, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-        with open(descriptor, "rb") as opened:
+        with open(descriptor, "rb") as stream:
             status = os.fstat(descriptor)
             require_regular(file, status.st_mode)
             if limit is not None and status.st_size > limit:
@@ -85,7 +85,7 @@ def _opened(file: Path, limit: int | None) -> Iterator[tuple[BufferedReader, int
                     f"'{file}' has {status.st_size:,} bytes, more than the limit of {limit:,}. It is not an "
                     "adapter's file"
                 )
-            yield opened, status.st_size
+            yield stream, status.st_size
     except FileNotFoundError:
         raise
     except (OSError, MemoryError) as error:

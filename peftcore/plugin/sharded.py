@@ -85,17 +85,17 @@ def gathered(tensors: Iterable[Tensor], *, write: bool = False) -> Iterator[None
     Args:
         write: whether to keep rank 0's changes to them in the block, also in the optimizer's float32 copy.
     """
-    partitioned = [tensor for tensor in dict.fromkeys(tensors) if is_zero3(tensor)]
+    zero3_parameters = [tensor for tensor in dict.fromkeys(tensors) if is_zero3(tensor)]
     if not write:  # DeepSpeed keeps small parameters gathered, which suffices for reading
-        partitioned = [tensor for tensor in partitioned if tensor.shape != shape_of(tensor)]
-    if not partitioned:
+        zero3_parameters = [tensor for tensor in zero3_parameters if tensor.shape != shape_of(tensor)]
+    if not zero3_parameters:
         yield
         return
     import deepspeed  # type: ignore[import-not-found, import-untyped, unused-ignore]  # optional
 
-    with deepspeed.zero.GatheredParameters(partitioned, modifier_rank=0 if write else None):
+    with deepspeed.zero.GatheredParameters(zero3_parameters, modifier_rank=0 if write else None):
         yield
-    for parameter in partitioned if write else ():
+    for parameter in zero3_parameters if write else ():
         if getattr(parameter, "_z3_optimizer", None) is not None:  # otherwise no optimizer trains it
             deepspeed.utils.safe_set_local_fp32_param(parameter, cast(Any, parameter).ds_tensor)
 

@@ -87,8 +87,8 @@ class WeightLink(Link):
 
     @staticmethod
     def changes_of(adapter: Any) -> Mapping[str, Any]:
-        found: dict[str, Any] = adapter.changes
-        return found
+        changes: dict[str, Any] = adapter.changes
+        return changes
 
     @classmethod
     def is_mergeable(cls, adapter: nn.Module) -> bool:
@@ -99,5 +99,5 @@ class WeightLink(Link):
         return change(weight).float(), bias
 
     def weight_and_bias(self) -> tuple[Tensor, Tensor | None]:
-        found: tuple[Tensor, Tensor | None] = self._base.on_weights(self._adapter.changes).weight_and_bias()
-        return found
+        result: tuple[Tensor, Tensor | None] = self._base.on_weights(self._adapter.changes).weight_and_bias()
+        return result
