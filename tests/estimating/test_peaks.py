@@ -2,7 +2,7 @@
 
 import pytest
 
-from peftcore.estimating.costs import PLAIN, Cost, kept
+from peftcore.estimating.costs import PLAIN, Cost, retained_bytes
 from peftcore.estimating.following import Operation, Storage
 from peftcore.estimating.peaks import LARGE, Peaks, held, peaks
 from peftcore.ops import extension
@@ -30,11 +30,11 @@ def test_code_that_onednn_keeps_for_the_shapes_of_products() -> None:
     def product(columns: int, products: int = 1) -> Cost:
         return Cost(product=(8, 16, columns, PLAIN), products=products)
 
-    code = kept([product(32)])
-    assert code > 0 and kept([product(32), product(32)]) == code
-    assert kept([product(32), product(48), Cost(kept=100), Cost(kept=70)]) == 2 * code + 100
+    code = retained_bytes([product(32)])
+    assert code > 0 and retained_bytes([product(32), product(32)]) == code
+    assert retained_bytes([product(32), product(48), Cost(kept=100), Cost(kept=70)]) == 2 * code + 100
     # With the extension the products of experts are computed by its kernels, for which oneDNN keeps nothing.
-    assert kept([product(32, products=4)]) == (0 if extension is not None else 4 * code)
+    assert retained_bytes([product(32, products=4)]) == (0 if extension is not None else 4 * code)
 
 
 def test_holes_of_the_heap_widen_the_range() -> None:
