@@ -155,6 +155,8 @@ def suggest(
             try:
                 batch = search.largest_batch(choice, room)
             except NotFollowed:  # some models do not support gradient checkpointing
+                if choice is plain_choice:
+                    raise
                 break
             tried_choices.append(choice)
             if batch <= batch_before:

@@ -137,6 +137,12 @@ def test_no_config() -> None:
         peftcore.suggest(object(), ["lora"], memory="1GB", device="t4")
 
 
+def test_a_step_that_runs_with_one_example_alone() -> None:
+    classifier = LlamaConfig(**WIDE, vocab_size=320, architectures=["LlamaForSequenceClassification"])  # no pad token
+    with pytest.raises(PeftcoreError, match="padding token"):
+        peftcore.suggest(classifier, memory="24GB", length=64, **ONE)
+
+
 def test_what_would_help_where_nothing_fits() -> None:
     wide = LlamaConfig(**WIDE, vocab_size=32000)
     with pytest.raises(PeftcoreError, match=r"Examples of at most \d+ tokens would fit \(--max-length"):

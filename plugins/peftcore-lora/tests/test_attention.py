@@ -253,7 +253,7 @@ def test_files_of_a_later_peft_are_refused(tmp_path: Path) -> None:
     for version, refused in (("0.21.2", False), ("0.22.0.dev0", True)):
         (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "peft_version": version}))
         if refused:
-            with pytest.raises(peftcore.CheckpointError, match=r"written by PEFT 0\.22\.0\.dev0.*drop peft_version"):
+            with pytest.raises(peftcore.CheckpointError, match=r"written by PEFT 0\.22\.0\.dev0.*remove peft_version"):
                 peftcore.load(make_encoder("batch first"), tmp_path)
         else:
             peftcore.load(make_encoder("batch first"), tmp_path)

@@ -161,7 +161,7 @@ def test_what_is_quantized_already_is_not_quantized_again_nor_estimated() -> Non
     model = wrap(tiny.llama())
     with pytest.raises(peftcore.PeftcoreError, match=r"q_proj.weight' is already quantized by another library .Int8."):
         peftcore.quantize(model)
-    with pytest.raises(peftcore.PeftcoreError, match=r"the weights are quantized .Int8., which is not followed"):
+    with pytest.raises(peftcore.PeftcoreError, match=r"the weights are quantized .Int8., which cannot be estimated"):
         peftcore.estimate(model, "lora")
 
 
