@@ -10,10 +10,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from peftcore.plugin.placements.placement import Placement
+from typing import Protocol
 
 # PEFT wraps the model twice: `PeftModel.base_model` is a tuner, and `model` in it the user's model.
 PREFIX = "base_model.model."
@@ -40,7 +37,16 @@ def name_in_base(key: str) -> str:
     return key.removeprefix(PREFIX).replace(".base_layer.", ".")
 
 
-def tensor_name(placement: Placement, name: str) -> str:
+class NamesTensors(Protocol):
+    """The members of a `Placement` that the names on disk depend on."""
+
+    @property
+    def has_adapter(self) -> bool: ...
+
+    def tensor_name(self, name: str) -> str: ...
+
+
+def tensor_name(placement: NamesTensors, name: str) -> str:
     """Return the name on disk of the tensor `name` of a placement, in Hugging Face PEFT's format.
 
     `base_model.model.` + module path + name; for the vectors of a prompt, only the name.
@@ -48,6 +54,6 @@ def tensor_name(placement: Placement, name: str) -> str:
     return placement.tensor_name(name)
 
 
-def prompt_tensor_name(placement: Placement, name: str) -> str:
+def prompt_tensor_name(placement: NamesTensors, name: str) -> str:
     """Return the name on disk like `tensor_name`, for prompts and prefixes, where PEFT has one wrapper less."""
     return name if placement.has_adapter else f"base_model.{name}"
