@@ -1,5 +1,7 @@
 // Launch parameters that depend on the GPU rather than on a shape, in one table by compute capability (cuda_tuning.cu).
 // All are estimates; none has been measured.
+//
+// PEFTCORE_CUDA_TUNING="clusters=0,panel_blocks=64" sets values in every row, to time one value against another.
 #pragma once
 
 #include <cstdint>
@@ -16,6 +18,13 @@ struct CudaTuning {
 
     // Maximum number of blocks of grid-stride kernels.
     int loop_blocks, quantize_blocks, step_blocks;
+
+    // Maximum number of rows of x: for y and s in one launch (at most kRankDotRows), and for products directly from 4
+    // bits (at most kPanelMaxBatch). Beyond, s has its own launch, and W is dequantized for cuBLAS.
+    int one_launch_rows, panel_rows;
+
+    // 1: blocks that share a result add their sums in a cluster where the GPU has them. 0: through memory.
+    int clusters;
 };
 
 }  // namespace peftcore

@@ -90,6 +90,7 @@ extern "C" const char* peftcore_lora_one_launch(const peftcore::lora::OneLaunch*
     *launched = false;
     if (lora.dtype == Dtype::kFloat || lora.batch == 0 || lora.batch > kRankDotRows || lora.rank == 0)
         return nullptr;
+    if (lora.batch > peftcore::cuda_tuning().one_launch_rows) return nullptr;
     if (weight->rows == 0 || weight->columns == 0 || !peftcore::quant4::in_pieces(lora.x, *weight) ||
         !peftcore::quant4::in_lanes(*weight))
         return nullptr;

@@ -57,7 +57,7 @@ const char* launch_panel(LinearLaunch p, const PanelPlan& plan, Dtype dtype, voi
     constexpr auto kernel = panel_kernel<T, kTiles, Scales>;
     if (const char* error = PEFTCORE_ALLOW_SHARED(kernel, kBytes)) return error;
     const unsigned blocks = plan.row_blocks * plan.splits;
-    p.clusters = (plan.splits == 2 || plan.splits == 4 || plan.splits == 8) &&
+    p.clusters = cuda_tuning().clusters && (plan.splits == 2 || plan.splits == 4 || plan.splits == 8) &&
                  PEFTCORE_CLUSTERS_FIT(kernel, plan.splits, kPanelThreads, kBytes, stream);
     if (p.clusters)
         return PEFTCORE_LAUNCH_CLUSTERS(kernel, plan.splits, blocks, kPanelThreads, kBytes, stream, p,
@@ -88,8 +88,8 @@ extern "C" bool peftcore_quant4_linear_takes(const void* x, int dtype, int64_t b
     using namespace peftcore;
     using namespace peftcore::quant4;
     constexpr int64_t kMostColumns = INT32_MAX / kPanelMaxBatch;  // x has numbers of 32 bits
-    return Dtype(dtype) != Dtype::kFloat && batch <= kPanelMaxBatch && weight->columns <= kMostColumns &&
-           in_pieces(x, *weight) && in_lanes(*weight);
+    return Dtype(dtype) != Dtype::kFloat && batch <= kPanelMaxBatch && batch <= cuda_tuning().panel_rows &&
+           weight->columns <= kMostColumns && in_pieces(x, *weight) && in_lanes(*weight);
 }
 
 extern "C" int64_t peftcore_quant4_linear_workspace(int batch, const peftcore::WeightView* weight) {
