@@ -11,10 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from card_stages import machine, report, stages
-from card_stages.results import FAILED, PROVING, SKIPPED, Results
+from card_stages.results import FAILED, PROVING, TIME_WAS_UP, Results
 
 # In this order; seconds that a stage leaves to the later ones, so that each has a part of the time.
-STAGES = {"build": 0, "correctness": 200, "sanitizer": 140, "timings": 70, "training": 35, "decoding": 5, "report": 0}
+STAGES = {"build": 0, "correctness": 280, "tools": 200, "timings": 120, "tuning": 70, "training": 35, "decoding": 5}
 INCOMPLETE = 3
 
 
@@ -27,13 +27,13 @@ def main(description: str | None) -> int:
     parser.add_argument("--emulator", action="store_true", help="run the kernels on the CPU, without timings")
     parser.add_argument("--list", action="store_true", help="print stages and cases, and run nothing")
     parser.add_argument("--wheels", type=Path, default=machine.ROOT / "wheels", help="folder of carried wheels")
-    parser.add_argument("--patience", type=float, default=20, help="seconds after which a case counts as hung (20)")
+    parser.add_argument("--patience", type=float, default=20, help="seconds until a job counts as hung (20)")
     parser.add_argument("--most", type=int, help="of each function of cases, at most so many (all)")
     parser.add_argument("--pack", type=Path, help="archive (.tgz) of the whole folder, renewed after each stage")
     parser.add_argument("--commit", help="the checkout's commit, for a report from an archive without .git")
     parser.add_argument("--table", default="card.table", help=argparse.SUPPRESS)  # tests run other cases
     options = parser.parse_args()
-    chosen = options.only or [name for name in STAGES if not options.emulator or name in (*PROVING, "report")]
+    chosen = options.only or [name for name in STAGES if not options.emulator or name in PROVING]
     options.out.mkdir(parents=True, exist_ok=True)
     results = Results(options.out / "results.json")
     if options.list:
@@ -52,32 +52,43 @@ def run(options: argparse.Namespace, results: Results, chosen: list[str]) -> int
     def log(text: str) -> None:
         print(f"[{time.time() - began:5.0f} s] {text}", flush=True)
 
-    facts = machine.facts() | ({"commit": options.commit} if options.commit else {})
+    facts = machine.facts(options.wheels) | ({"commit": options.commit} if options.commit else {})
     (options.out / "machine.json").write_text(json.dumps(facts, indent=1) + "\n")
     for stage in chosen:
-        if stage == "report":
-            continue
         left = options.seconds - (time.time() - began)
         until = time.time() + max(left - STAGES[stage] if options.only is None else left, min(left, 30))
-        this = stage_run(options, results, until, log)
         log(f"{stage}, until {until - began:.0f} s")
-        if stage in ("build", "correctness", "sanitizer"):
-            getattr(stages, stage)(this)
-        else:
-            measured(this, stage)
+        run_one(stage, stage_run(options, results, until, log))
         counts = Counter(row["status"] for row in results if row["stage"] == stage)
-        log(
-            f"{stage}: " + (", ".join(f"{count} {status}" for status, count in sorted(counts.items())) or "nothing ran")
-        )
+        text = ", ".join(f"{count} {status}" for status, count in sorted(counts.items()))
+        log(f"{stage}: {text or 'nothing ran'}")
+        code = write_report(options.out, results, chosen)
         pack(options.out, options.pack)
         if stage == "build" and counts[FAILED]:
             log(next(row["detail"] for row in results if row["stage"] == stage and row["status"] == FAILED))
             break
-    expected = case_names(options.out) if "correctness" in chosen else []
-    code = exit_code(results, expected)
-    report.write(options.out, results, expected, code)
-    pack(options.out, options.pack)
     log(f"exit code {code}; the report is {options.out / 'report.md'}")
+    return code
+
+
+def run_one(stage: str, this: stages.Run) -> None:
+    if stage == "build":
+        stages.build(this)
+    elif stage == "tools":
+        stages.tools(this)
+    elif stage == "tuning":
+        stages.tuning(this)
+    elif stage == "correctness":
+        stages.run_stage(this, stage, stages.case_options(this))
+    else:
+        stages.run_stage(this, stage)
+
+
+def write_report(out: Path, results: Results, chosen: list[str]) -> int:
+    """Write the report of the rows so far, and return the exit code."""
+    expected = case_names(out) if "correctness" in chosen else []
+    code = exit_code(results, expected)
+    report.write(out, results, expected, code)
     return code
 
 
@@ -98,21 +109,6 @@ def stage_run(options: argparse.Namespace, results: Results, until: float, log: 
     return stages.Run(options.out, results, until, *given, log)
 
 
-def measured(run: stages.Run, stage: str) -> None:
-    """Run a stage of measurements in a process of its own; one that fails leaves its row."""
-    process = run.python(
-        "-m", f"card_stages.{stage}", "--results", str(run.results.path), "--until", str(run.until), log=f"{stage}.log"
-    )
-    try:
-        code = process.wait(timeout=max(10, run.left() + 15))
-    except Exception:
-        process.kill()
-        code = process.wait()
-    if code != 0:
-        tail = (run.out / f"{stage}.log").read_text(errors="replace")[-2000:]
-        run.results.add(stage, "process", SKIPPED, detail=f"exit code {code}:\n{tail}")
-
-
 def case_names(out: Path) -> list[str]:
     """Return the names of all cases, as the worker wrote them; none if it did not start, which is a failure."""
     path = out / "cases.json"
@@ -120,16 +116,18 @@ def case_names(out: Path) -> list[str]:
 
 
 def exit_code(results: Results, expected: list[str]) -> int:
-    """Return 1 if a check failed, 3 if a case has not run, else 0."""
+    """Return 1 if a check failed, 3 if time left out a check, else 0."""
     rows = [row for row in results if row["stage"] in PROVING]
     if any(row["status"] == FAILED for row in rows):
         return 1
     have = {row["name"] for row in rows if row["stage"] == "correctness"}
-    return INCOMPLETE if not rows or set(expected) - have else 0
+    left_out = set(expected) - have or any(row.get("detail") == TIME_WAS_UP for row in rows)
+    return INCOMPLETE if left_out else 0
 
 
 def listed(chosen: list[str], this: stages.Run) -> int:
     print("stages: " + ", ".join(chosen))
-    code = this.python(*stages.worker_arguments(this), "--list", log="correctness.log").wait()
+    arguments = "--results", str(this.results.path), "--until", "0", *stages.case_options(this), "--list"
+    code = this.python("-m", "card_stages.correctness", *arguments, log="correctness.log").wait()
     print("\n".join(case_names(this.out)))
     return code

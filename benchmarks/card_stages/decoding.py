@@ -11,8 +11,8 @@ import torch
 
 from card_stages import models
 from card_stages.clock import by_events, captured
+from card_stages.jobs import Job, measure_jobs, measurement, stage_parser
 from card_stages.results import Results
-from card_stages.rows import add_rows, options_of_stage
 from card_stages.training import GROUP
 
 GROUP = GROUP.replace("a training step", "a token of generation").replace("4 x 512 tokens, ", "")
@@ -43,10 +43,13 @@ def token_times(kind: str, batch: int) -> dict[str, float]:
 
 
 def main() -> None:
-    options = options_of_stage()
-    kinds = ("peftcore QLoRA", "frozen", "peft LoRA", "peftcore LoRA")
-    rows = {f"{kind}, batch {batch}": partial(token_times, kind, batch) for kind in kinds for batch in (1, 8)}
-    add_rows("decoding", GROUP, rows, Results(options.results), options.until)
+    options = stage_parser(__doc__).parse_args()
+    jobs = []
+    for kind in ("peftcore QLoRA", "frozen", "peft LoRA", "peftcore LoRA"):
+        for batch in (1, 8):
+            measure = partial(token_times, kind, batch)
+            jobs.append(Job(f"{kind}, batch {batch}", measurement(measure, group=GROUP), slow=True))
+    measure_jobs("decoding", jobs, Results(options.results), options.until)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,9 @@ NEEDED = {
     "safetensors": "safetensors",
 }
 
+# Packages whose versions a report states.
+VERSIONS = ("torch", "triton", "transformers", "peft", "bitsandbytes", "liger-kernel", "setuptools")
+
 SETUPTOOLS = 77  # the first that reads pyproject.toml's license
 
 
@@ -32,14 +35,19 @@ def carried(folder: Path) -> list[str]:
 
 
 def environment(wheels: Path) -> dict[str, str]:
-    """Return the environment of subprocesses: the checkout's modules and the carried wheels can be imported."""
-    paths = [ROOT / "tests", ROOT, ROOT / "benchmarks", *carried(wheels), os.environ.get("PYTHONPATH", "")]
+    """Return the environment of subprocesses, which can import the checkout, carried wheels, and unpacked packages."""
+    paths = [ROOT / "tests", ROOT, ROOT / "benchmarks", *carried(wheels), wheels, os.environ.get("PYTHONPATH", "")]
     return os.environ | {"PYTHONPATH": os.pathsep.join(str(path) for path in paths if str(path))}
+
+
+def use(wheels: Path) -> None:
+    """Let this process import carried wheels and unpacked packages."""
+    sys.path.extend(path for path in (*carried(wheels), str(wheels)) if path not in sys.path)
 
 
 def missing(wheels: Path) -> list[str]:
     """Return the packages that neither this Python nor the carried wheels have, or have too old."""
-    sys.path.extend(path for path in carried(wheels) if path not in sys.path)
+    use(wheels)
     lacking = [wheel for module, wheel in NEEDED.items() if importlib.util.find_spec(module) is None]
     if "setuptools" not in lacking and int(metadata.version("setuptools").partition(".")[0]) < SETUPTOOLS:
         lacking.append(f"setuptools>={SETUPTOOLS}")
@@ -50,6 +58,17 @@ def headers_missing() -> str:
     """Return where Python.h should be, if it is not there, or an empty string."""
     header = Path(sysconfig.get_path("include"), "Python.h")
     return "" if header.exists() else f"{header} not found. Install Python's headers, such as the package python3-dev"
+
+
+def build_obstacle(wheels: Path, arch: str) -> str:
+    """Return why the extension cannot be built here and what to do, or an empty string."""
+    if lacking := missing(wheels):
+        return how_to_carry(lacking, wheels)
+    if reason := headers_missing():
+        return reason
+    if not arch:
+        return "neither nvidia-smi nor PyTorch sees a GPU. Without one: --emulator"
+    return ""
 
 
 def how_to_carry(packages: list[str], wheels: Path) -> str:
@@ -69,8 +88,16 @@ def lines(*command: str) -> list[str]:
         return []
 
 
-def facts() -> dict[str, str]:
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def facts(wheels: Path) -> dict[str, str]:
     """Return what a report says about the machine, without importing PyTorch."""
+    use(wheels)
     query = "name,driver_version,memory.total,clocks.max.sm,clocks.max.memory,power.limit,compute_cap"
     card = (lines("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader") or [""])[0].split(", ")
     found = dict(zip(query.split(","), card, strict=False)) if len(card) > 1 else {"name": "none"}
@@ -79,6 +106,7 @@ def facts() -> dict[str, str]:
         **found,
         "python": platform.python_version(),
         "processor": f"{os.cpu_count()} cores, {platform.machine()}",
+        **{name: _version(name) for name in VERSIONS},
         "nvcc": next((line.strip() for line in lines("nvcc", "--version") if "release" in line), "not found"),
         "commit": (lines("git", "-C", str(ROOT), "describe", "--always", "--dirty") or ["unknown"])[0],
     }

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 PASSED, FAILED, SKIPPED, MEASURED = "passed", "failed", "skipped", "measured"
-PROVING = ("build", "correctness", "sanitizer")  # stages that the exit code depends on
+PROVING = ("build", "correctness", "tools")  # stages that the exit code depends on
+START_AGAIN = 77  # exit code of a process after an error that leaves the GPU unusable for it
+TIME_WAS_UP = "the time was up"
 
 
 class Results:

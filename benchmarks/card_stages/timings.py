@@ -1,5 +1,5 @@
-"""Kernels and layers next to cuBLAS, peft's formula, torch._grouped_mm, bitsandbytes, torch.compile and Liger, and to
-their floors.
+"""Kernels and layers next to cuBLAS, PyTorch's int4 product and torch._grouped_mm, peft's formula, bitsandbytes,
+torch.compile and Liger, and to their floors.
 
     python -m card_stages.timings --results FILE --until SECONDS
 
@@ -9,14 +9,8 @@ cuBLAS, both measured in this run.
 
 from __future__ import annotations
 
-import argparse
-import importlib
-import sys
-import time
 from collections.abc import Callable, Iterator
-from importlib.util import find_spec
-from pathlib import Path
-from types import ModuleType
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -24,7 +18,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from card_stages.clock import Call, by_events, in_graph, rates, second_cache
-from card_stages.results import MEASURED, SKIPPED, Results
+from card_stages.jobs import Job, measure_jobs, measurement, stage_parser
+from card_stages.results import MEASURED, Results
 from peftcore import ops, optim
 
 DEVICE, N, RANK, DTYPE = "cuda", 4096, 16, torch.bfloat16
@@ -43,14 +38,15 @@ class Row(NamedTuple):
     operations: float = 0
     resident: float = 0  # bytes of the tensors of one call that another call does not share
     graph: bool = True
+    slow: bool = False  # whether torch.compile compiles it
 
 
 def normal(*shape: int) -> Tensor:
     return torch.randn(*shape, device=DEVICE, dtype=DTYPE)
 
 
-def factors() -> tuple[Tensor, Tensor]:
-    return torch.randn(RANK, N, device=DEVICE) / 64, torch.randn(N, RANK, device=DEVICE) * 0.01
+def factors(out: int, width: int) -> tuple[Tensor, Tensor]:
+    return torch.randn(RANK, width, device=DEVICE) / 64, torch.randn(out, RANK, device=DEVICE) * 0.01
 
 
 def theirs(x: Tensor, weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -58,12 +54,24 @@ def theirs(x: Tensor, weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return F.linear(x, weight) + F.linear(F.linear(x, a.to(x.dtype)), b.to(x.dtype)) * 2.0
 
 
-def layer(rows: int) -> Iterator[Row]:
-    """Yield forward passes of a layer; from 512 rows on, forward and backward."""
+def int4_product(out: int, width: int) -> Callable[[Tensor], Tensor]:
+    """Return PyTorch's product with a weight of int4 in groups of 64, in its layout for CUDA."""
+    codes = torch.randint(256, (out, width // 2), device=DEVICE, dtype=torch.uint8)
+    packed = torch.ops.aten._convert_weight_to_int4pack(codes, 8)
+    scales_and_zeros = normal(width // 64, out, 2)
+    return lambda x: torch.ops.aten._weight_int4pack_mm(x, packed, 64, scales_and_zeros)
+
+
+def layer(rows: int, shape: tuple[int, int] | None = None) -> Iterator[Row]:
+    """Yield forward passes of a layer; from 512 rows on, forward and backward.
+
+    `shape`: of W, [out, in]; None: [N, N].
+    """
+    out, width = shape or (N, N)
     back = rows >= 512
-    group = f"{N} x {N}, {rows} rows, bf16, rank {RANK}, forward{' and backward' if back else ''}"
-    x, grad = normal(rows, N).requires_grad_(back), normal(rows, N)
-    passes, wide = 1 + back, 4 * rows * N
+    group = f"{out} x {width}, {rows} rows, bf16, rank {RANK}, forward{' and backward' if back else ''}"
+    x, grad = normal(rows, width).requires_grad_(back), normal(rows, out)
+    passes, wide = 1 + back, 2 * rows * (out + width)
 
     def step(call: Callable[[Tensor], Tensor], *leaves: Tensor) -> Call:
         if not back:
@@ -71,17 +79,17 @@ def layer(rows: int) -> Iterator[Row]:
         return lambda: torch.autograd.grad(call(x), [x, *leaves], grad)
 
     def dense() -> Call:
-        weight = normal(N, N)
+        weight = normal(out, width)
         return step(lambda x: F.linear(x, weight))
 
     def packed() -> Call:
-        weight = ops.quantize_4bit(normal(N, N), double_quant=True)
+        weight = ops.quantize_4bit(normal(out, width), double_quant=True)
         return step(lambda x: ops.linear_4bit(x, weight))
 
     def with_lora(kind: str) -> Callable[[], Call]:
         def make() -> Call:
-            weight = normal(N, N)
-            a, b = (t.requires_grad_(back) for t in factors())
+            weight = normal(out, width)
+            a, b = (t.requires_grad_(back) for t in factors(out, width))
             if kind == "dense":
                 return step(lambda x: ops.lora_linear(x, weight, None, a, b, 2.0), a, b)
             if kind == "peft":
@@ -93,25 +101,32 @@ def layer(rows: int) -> Iterator[Row]:
 
         return make
 
-    products, kinds = 2 * rows * N * N * passes, {"dense": 2.0, "4 bits": PACKED}
+    products, kinds = 2 * rows * out * width * passes, {"dense": 2.0, "4 bits": PACKED}
     for label, make, kind in (
-        ("peftcore QLoRA", with_lora("4 bits"), "4 bits"),
-        ("peftcore 4 bits, frozen", packed, "4 bits"),
         ("F.linear (cuBLAS)", dense, "dense"),
+        ("peftcore 4 bits, frozen", packed, "4 bits"),
+        ("peftcore QLoRA", with_lora("4 bits"), "4 bits"),
         ("peftcore LoRA, dense", with_lora("dense"), "dense"),
         ("peft's formula, dense", with_lora("peft"), "dense"),
         ("peft's formula over unpacked 4 bits", with_lora("peft4"), "4 bits"),
     ):
-        weight = kinds[kind] * N * N
+        weight = kinds[kind] * out * width
         yield Row(group, label, make, (weight + wide) * passes, products, weight)
-    if find_spec("bitsandbytes") and not back:
+    if back:
+        return
+
+    def bitsandbytes() -> Call:
         import bitsandbytes as bnb
 
-        def bitsandbytes() -> Call:
-            data, state = bnb.functional.quantize_4bit(normal(N, N), quant_type="nf4", compress_statistics=True)
-            return step(lambda x: bnb.matmul_4bit(x, data.t(), state))
+        data, state = bnb.functional.quantize_4bit(normal(out, width), quant_type="nf4", compress_statistics=True)
+        return step(lambda x: bnb.matmul_4bit(x, data.t(), state))
 
-        yield Row(group, "bitsandbytes, frozen", bitsandbytes, PACKED * N * N + wide, products, PACKED * N * N)
+    def int4() -> Call:
+        return step(int4_product(out, width))
+
+    weight = PACKED * out * width
+    yield Row(group, "bitsandbytes, frozen", bitsandbytes, weight + wide, products, weight)
+    yield Row(group, "torch._weight_int4pack_mm, frozen", int4, weight + wide, products, weight)
 
 
 def four_bits() -> Iterator[Row]:
@@ -191,20 +206,21 @@ def entropy() -> Iterator[Row]:
     size = 2 * rows * classes
     yield Row(group, "peftcore", ours, 2 * size, 0, size)
     yield Row(group, "F.cross_entropy", peer(formula), 2 * size, 0, size)
-    yield Row(group, "torch.compile of F.cross_entropy", peer(torch.compile(formula)), 2 * size, 0, size)
-    if liger := liger_kernels():
-        yield Row(group, "Liger", peer(liger.liger_cross_entropy), 2 * size, 0, size)
+    compiled = peer(torch.compile(formula))
+    yield Row(group, "torch.compile of F.cross_entropy", compiled, 2 * size, 0, size, slow=True)
+    yield Row(group, "Liger", peer(partial(liger, "liger_cross_entropy")), 2 * size, 0, size)
 
 
-def liger_kernels() -> ModuleType | None:
-    """Return Liger's functions, or None if it is not installed."""
-    return importlib.import_module("liger_kernel.transformers.functional") if find_spec("liger_kernel") else None
+def liger(name: str, *arguments: Tensor | float) -> Tensor:
+    """Call a function of Liger."""
+    from liger_kernel.transformers import functional
+
+    return getattr(functional, name)(*arguments)
 
 
 def norms() -> Iterator[Row]:
     """Yield RMSNorms with a frozen weight and gated activations: forward, and forward and backward."""
     size = 2 * MANY * N  # bytes of a matrix
-    liger = liger_kernels()
 
     def silu(gate: Tensor, up: Tensor) -> Tensor:
         return F.silu(gate) * up
@@ -232,15 +248,16 @@ def norms() -> Iterator[Row]:
         yield Row(group, "peftcore", step(lambda x, w=weight: ops.rms_norm(x, w, 1e-5), 1), moved, 0, moved)
         yield Row(group, "F.rms_norm", step(lambda x, w=weight: F.rms_norm(x, (N,), w, 1e-5), 1), moved, 0, moved)
         yield Row(group, "Llama's formula", step(llama, 1), moved, 0, moved)
-        yield Row(group, "torch.compile of Llama's formula", step(torch.compile(llama), 1), moved, 0, moved)
-        if liger:
-            yield Row(group, "Liger", step(lambda x, w=weight: liger.liger_rms_norm(x, w, 1e-5), 1), moved, 0, moved)
+        compiled = step(torch.compile(llama), 1)
+        yield Row(group, "torch.compile of Llama's formula", compiled, moved, 0, moved, slow=True)
+        ligers = step(lambda x, w=weight: liger("liger_rms_norm", x, w, 1e-5), 1)
+        yield Row(group, "Liger", ligers, moved, 0, moved)
         group, moved = f"silu(g) u of {MANY} x {N}, bf16, {passes}", (8 if back else 3) * size
         yield Row(group, "peftcore", step(ops.gated, 2), moved, 0, moved)
         yield Row(group, "F.silu(g) * u", step(silu, 2), moved, 0, moved)
-        yield Row(group, "torch.compile of F.silu(g) * u", step(torch.compile(silu), 2), moved, 0, moved)
-        if liger:
-            yield Row(group, "Liger", step(liger.liger_swiglu, 2), moved, 0, moved)
+        compiled = step(torch.compile(silu), 2)
+        yield Row(group, "torch.compile of F.silu(g) * u", compiled, moved, 0, moved, slow=True)
+        yield Row(group, "Liger", step(partial(liger, "liger_swiglu"), 2), moved, 0, moved)
 
 
 def steps() -> Iterator[Row]:
@@ -264,27 +281,17 @@ def steps() -> Iterator[Row]:
 
 
 def all_rows() -> Iterator[Row]:
-    yield from layer(1)
-    yield from layer(64)
+    """Yield all rows, those that decide most first: the panel, then one launch, training, experts."""
     yield from four_bits()
-    yield from layer(MANY)
-    yield from experts(16)
-    yield from layer(16)
-    yield from layer(512)
-    yield from experts(MANY // 2)
-    yield from norms()
-    yield from steps()
-    yield from entropy()
-    for rows in (4, 8):
+    for rows in (64, 1, MANY):
         yield from layer(rows)
-
-
-def bounds() -> dict[str, float]:
-    """Return the bytes that cuda_bounds has for its kernels, by label."""
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "cuda_bounds"))
-    from work import WORK
-
-    return {work.label: work.bytes for work in WORK}
+    yield from experts(16)
+    yield from norms()
+    yield from entropy()
+    yield from steps()
+    yield from experts(MANY // 2)
+    for rows in (16, 512, 4, 8, 32):
+        yield from layer(rows)
 
 
 def measure(row: Row, bandwidth: float, product: float) -> dict[str, float]:
@@ -298,42 +305,25 @@ def measure(row: Row, bandwidth: float, product: float) -> dict[str, float]:
     return found | {"floor, µs": floor, "of floor": cold.least / floor}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--results", type=Path, required=True)
-    parser.add_argument("--until", type=float, required=True)
-    options = parser.parse_args()
-    results = Results(options.results)
-    known = results.names("timings")
+def rates_of_card(stage: str, results: Results) -> tuple[float, float]:
+    """Measure what floors are computed from, and add it as a row."""
     bandwidth, product = rates()
     values = {"copy, GB/s": bandwidth, "bf16 product, TFLOP/s": product}
-    results.add("timings", "rates of the card", MEASURED, values=values, group="rates of the card")
-    moved = bounds()
-    results.add(
-        "timings",
-        "cuda_bounds",
-        MEASURED,
-        group="memory bounds of cuda_bounds at the measured rate",
-        values={f"{label}, µs": count / bandwidth / 1e3 for label, count in moved.items()},
-    )
-    for row in all_rows():
-        name = f"{row.group}: {row.label}"
-        if name in known:
-            continue
-        if time.time() > options.until:
-            return
-        began = time.time()
-        found = {"group": row.group, "label": row.label}
-        try:
-            values = measure(row, bandwidth, product)
-        except torch.AcceleratorError:
-            raise  # the card is unusable for this process
-        except Exception as error:
-            detail = f"{type(error).__name__}: {error}"[:500]
-            results.add("timings", name, SKIPPED, time.time() - began, detail=detail, **found)
-        else:
-            results.add("timings", name, MEASURED, time.time() - began, values=values, **found)
-        torch.cuda.empty_cache()
+    results.add(stage, "rates of the card", MEASURED, values=values, group="rates of the card")
+    return bandwidth, product
+
+
+def job_of(row: Row, label: str, bandwidth: float, product: float) -> Job:
+    call = measurement(partial(measure, row, bandwidth, product), group=row.group, label=label)
+    return Job(f"{row.group}: {label}", call, row.slow)
+
+
+def main() -> None:
+    options = stage_parser(__doc__).parse_args()
+    results = Results(options.results)
+    bandwidth, product = rates_of_card("timings", results)
+    jobs = (job_of(row, row.label, bandwidth, product) for row in all_rows())
+    measure_jobs("timings", jobs, results, options.until)
 
 
 if __name__ == "__main__":

@@ -12,8 +12,8 @@ from functools import partial
 import torch
 
 from card_stages import models
+from card_stages.jobs import Job, measure_jobs, measurement, stage_parser
 from card_stages.results import Results
-from card_stages.rows import add_rows, options_of_stage
 
 BATCH, LENGTH = 4, 512
 GROUP = f"a training step of a Llama of 1.1 B parameters, {BATCH} x {LENGTH} tokens, bf16, LoRA of rank 16"
@@ -50,9 +50,10 @@ def step_times(kind: str, steps: int = 8) -> dict[str, float]:
 
 
 def main() -> None:
-    options = options_of_stage()
-    rows = {kind: partial(step_times, kind) for kind in ("peftcore LoRA", "peftcore QLoRA", "peft LoRA")}
-    add_rows("training", GROUP, rows, Results(options.results), options.until)
+    options = stage_parser(__doc__).parse_args()
+    kinds = ("peftcore LoRA", "peftcore QLoRA", "peft LoRA")
+    jobs = [Job(kind, measurement(partial(step_times, kind), group=GROUP), slow=True) for kind in kinds]
+    measure_jobs("training", jobs, Results(options.results), options.until)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,6 @@ def library() -> ctypes.CDLL:
     if cxx is None:
         raise Skip("no g++, which compiles the emulator's build")
     found = ctypes.CDLL(str(building.library_of_operators(cxx)))
-    found.emulator_launch_sites.restype = ctypes.c_char_p
 
     def define_rule(name: str, planes: list[tuple[str, int]], scalars: str) -> None:
         table = (ctypes.c_int64 * 2 * len(planes))(*((dtype == "uint8", elements) for dtype, elements in planes))
@@ -40,8 +39,3 @@ def capturing() -> Iterator[None]:
         yield
     finally:
         flag.value = 0
-
-
-def launch_sites() -> list[str]:
-    """Return where kernels were launched from since the last call: "file:line function"."""
-    return library().emulator_launch_sites().decode().splitlines()

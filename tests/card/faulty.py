@@ -32,6 +32,10 @@ def breaks_the_card(place: Place) -> None:
     raise torch.AcceleratorError("CUDA error: unspecified launch failure")
 
 
+def ends_its_process(place: Place) -> str:
+    return "fine"
+
+
 def comes_last(place: Place) -> None:
     pass
 
@@ -43,4 +47,5 @@ def crashes_again(place: Place, number: int) -> None:
 def all_cases() -> list[Case]:
     functions = (passes, fails, skips, crashes, breaks_the_card, hangs, comes_last)
     numbered = [Case("crashes_again", {"number": number}, crashes_again, emulated=True) for number in range(3)]
-    return [*(Case(function.__name__, {}, function, emulated=True) for function in functions), *numbered]
+    ending = Case("ends_its_process", {}, ends_its_process, emulated=True, ends_process=True)
+    return [ending, *(Case(function.__name__, {}, function, emulated=True) for function in functions), *numbered]

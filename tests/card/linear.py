@@ -98,7 +98,7 @@ def weight_of_more_than_2_to_the_31_elements(place: Place, rows: int) -> str:
     return check(y[:, picked], wide @ dense.T, wide.abs() @ dense.abs().T)
 
 
-@cases(emulated=True, gigabytes=1)  # behind a case of each function: no stream gets counters afterwards
+@cases(emulated=True, gigabytes=1, ends_process=True)  # no other stream of the process gets counters afterwards
 def launches_without_counters(place: Place) -> None:
     """Another launch adds the sums of several blocks where a stream has no counters left, with equal bits."""
     from card.streams import without_counters

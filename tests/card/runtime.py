@@ -189,12 +189,15 @@ def capture_and_replay(place: Place, name: str) -> None:
 
 @cases()
 def launches_on_the_current_stream(place: Place) -> None:
-    """The kernels of a busy stream run behind its copies; on the default stream they would read old values."""
+    """The kernels of a busy stream run behind its copies; on the default stream they would read old values.
+
+    PyTorch's streams do not wait for the default stream, nor it for them, unlike those of `new_stream`.
+    """
     weight, _ = frozen(place, (OUT, WIDTH), "nested", torch.bfloat16)
     values = place.normal(4, WIDTH, seed=1, dtype=torch.bfloat16)
     wanted, x = ops.linear_4bit(values, weight), torch.zeros_like(values)
     torch.cuda.synchronize()
-    with torch.cuda.stream(new_stream()):
+    with torch.cuda.stream(torch.cuda.Stream()):
         torch.cuda._sleep(200_000_000)  # cycles: a tenth of a second
         x.copy_(values)
         found = ops.linear_4bit(x, weight)

@@ -39,6 +39,7 @@ class Case:
         emulated: whether the emulator runs the case, too.
         gigabytes: free memory that the case needs on a card.
         slow: whether it takes a minute, as what compiles or starts processes: such cases come last.
+        ends_process: whether it changes its process, so that a new one must run the remaining cases.
     """
 
     function: str
@@ -47,6 +48,7 @@ class Case:
     emulated: bool
     gigabytes: float = 0
     slow: bool = False
+    ends_process: bool = False
 
     @property
     def name(self) -> str:
@@ -59,8 +61,10 @@ class Case:
         Raises:
             AssertionError: a kernel is wrong. Skip: the case cannot run here.
         """
-        if not place.emulated and self.gigabytes * 1e9 > torch.cuda.mem_get_info()[0]:
-            raise Skip(f"needs {self.gigabytes:g} GB of free memory on the card")
+        if not place.emulated and self.gigabytes:
+            torch.cuda.empty_cache()  # what earlier cases left in PyTorch's cache is free
+            if self.gigabytes * 1e9 > torch.cuda.mem_get_info()[0]:
+                raise Skip(f"needs {self.gigabytes:g} GB of free memory on the card")
         return self.call(place, **self.arguments)
 
 
@@ -71,6 +75,7 @@ def cases(
     emulated: Callable[..., bool] | bool = False,
     gigabytes: float = 0,
     slow: bool = False,
+    ends_process: bool = False,
     every: int = 1,
     **axes: Iterable[Any],
 ) -> Callable[[Callable[..., str | None]], Callable[..., str | None]]:
@@ -80,6 +85,7 @@ def cases(
         emulated: whether the emulator runs the case, for all or as a function of the arguments.
         gigabytes: free memory that a case needs on a card.
         slow: whether a case takes a minute.
+        ends_process: whether a new process must run the remaining cases.
         every: only one of so many combinations is a case, picked by a hash of its name, next to those for the emulator.
         axes: values of each argument.
     """
@@ -88,7 +94,7 @@ def cases(
         for values in itertools.product(*axes.values()):
             arguments = dict(zip(axes, values, strict=True))
             here = emulated(**arguments) if callable(emulated) else emulated
-            case = Case(function.__name__, arguments, function, here, gigabytes, slow)
+            case = Case(function.__name__, arguments, function, here, gigabytes, slow, ends_process)
             if here or _hash(case.name) % every == 0:
                 _CASES.append(case)
         return function
@@ -105,8 +111,12 @@ def _hash(name: str) -> int:
     return zlib.crc32(name.encode())
 
 
+# If kernels do not launch on PyTorch's current stream, every other result is in doubt.
+FIRST = "launches_on_the_current_stream"
+
+
 def all_cases() -> list[Case]:
-    """Return all cases, the most telling first: of every function one, then of every function a second one, and so on.
+    """Return all cases, the most telling first: `FIRST`, of every function one, of every function a second one, etc.
 
     Of each round those come last that take much memory; behind all rounds those that are slow. Cases of a function are
     in a fixed order that looks drawn, so that the first ones differ in all arguments.
@@ -126,10 +136,10 @@ def all_cases() -> list[Case]:
     return [case for _, case in sorted(_ranked(), key=lambda pair: pair[0])]
 
 
-def _ranked() -> Iterator[tuple[tuple[bool, int, float, str], Case]]:
+def _ranked() -> Iterator[tuple[tuple[bool, bool, int, float, str], Case]]:
     by_function: dict[str, list[Case]] = {}
     for case in _CASES:
         by_function.setdefault(case.function, []).append(case)
     for group in by_function.values():
         for rank, case in enumerate(sorted(group, key=lambda case: _hash(case.name))):
-            yield (case.slow, rank, case.gigabytes, case.name), case
+            yield (case.function != FIRST, case.slow, rank, case.gigabytes, case.name), case

@@ -53,7 +53,7 @@ def test_every_case_of_the_emulator_passes_and_is_reported(run: Path) -> None:
 
 def test_failures_crashes_and_hangs_are_rows_and_the_rest_runs(tmp_path: Path) -> None:
     archive = tmp_path / "results.tgz"
-    options = ["--emulator", "--table", "card.faulty", "--patience", "5", "--only", "correctness", "report"]
+    options = ["--emulator", "--table", "card.faulty", "--patience", "5", "--only", "correctness"]
     options += ["--pack", str(archive), "--commit", "the commit"]
     done = card(tmp_path, *options, "--seconds", "0")
     assert done.returncode == 3, done.stdout + done.stderr
@@ -64,7 +64,7 @@ def test_failures_crashes_and_hangs_are_rows_and_the_rest_runs(tmp_path: Path) -
     done = card(tmp_path, *resumed)
     assert done.returncode == 1, done.stdout + done.stderr
     found = {row["name"]: (row["status"], row["detail"]) for row in rows(tmp_path)}
-    assert found["passes"] == ("passed", "fine")
+    assert found["passes"] == found["ends_its_process"] == ("passed", "fine")
     assert found["skips"] == ("skipped", "not here")
     assert found["fails"] == ("failed", "AssertionError: wrong")
     assert found["crashes"] == ("failed", "the process ended with code 9")
@@ -75,7 +75,7 @@ def test_failures_crashes_and_hangs_are_rows_and_the_rest_runs(tmp_path: Path) -
     assert "| commit | the commit |" in report
     with tarfile.open(archive) as packed:
         assert {Path(name).name for name in packed.getnames()} >= {"results.json", "report.md", "correctness.log"}
-    assert "**checks failed** (exit code 1)" in report and "- `crashes`: the process ended with code 9" in report
+    assert "**checks failed** (exit code 1)" in report and "- correctness, `crashes`: the process ended" in report
     before = rows(tmp_path)
     assert card(tmp_path, *resumed).returncode == 1
     assert [row["name"] for row in rows(tmp_path)[len(before) :]] == ["skips"]  # nothing else runs again

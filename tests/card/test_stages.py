@@ -46,6 +46,8 @@ def stages(monkeypatch: pytest.MonkeyPatch) -> Iterator[Stages]:
 
     for module in (found.timings, found.decoding):
         monkeypatch.setattr(module, "by_events", once)
+    monkeypatch.setattr(found.timings, "int4_product", lambda out, width: lambda x: x.new_zeros(len(x), out))
+    monkeypatch.setattr(found.tuning, "SHAPES", ((128, 256),))
     monkeypatch.setattr(found.timings, "in_graph", once)
     monkeypatch.setattr(found.timings, "second_cache", lambda: 0)
     monkeypatch.setattr(torch, "compile", lambda function: function)
@@ -64,13 +66,19 @@ def stages(monkeypatch: pytest.MonkeyPatch) -> Iterator[Stages]:
         del sys.modules[name]
 
 
-def run(stage: ModuleType, out: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict]:
+def run(
+    stage: ModuleType, out: Path, monkeypatch: pytest.MonkeyPatch, *arguments: str, seconds: float = 600
+) -> list[dict]:
     """Return the rows that the stage adds."""
     results = out / "results.json"
-    monkeypatch.setattr(sys, "argv", ["stage", "--results", str(results), "--until", str(time.time() + 600)])
+    until = time.time() + seconds
+    monkeypatch.setattr(sys, "argv", ["stage", "--results", str(results), "--until", str(until), *arguments])
     stage.main()
     rows = list(stage.Results(results))
-    assert [(row["name"], row["detail"]) for row in rows if row["status"] != "measured"] == []
+    if seconds < 0:
+        return rows
+    missing = "liger_kernel is not installed"
+    assert [row for row in rows if row["status"] != "measured" and row["detail"] != missing] == []
     before = results.read_text()
     stage.main()  # nothing runs again, but the card's rates
     assert [row for row in stage.Results(results) if row["stage"] != "timings"] == [
@@ -81,11 +89,27 @@ def run(stage: ModuleType, out: Path, monkeypatch: pytest.MonkeyPatch) -> list[d
 
 
 def test_timings(stages: Stages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    left_out = run(stages.timings, tmp_path, monkeypatch, seconds=-1)
+    assert {row["detail"] for row in left_out if row["name"] != "rates of the card"} == {"the time was up"}
     rows = run(stages.timings, tmp_path, monkeypatch)
-    assert all(row["values"]["floor, µs"] > 0 for row in rows if "label" in row)
-    picture = stages.report.bars(rows)
-    assert picture.startswith("<svg") and picture.count("<rect") > len(rows)
-    assert "| peftcore QLoRA |" in stages.report.measurements(rows)
+    assert {row["name"] for row in rows} == {row["name"] for row in left_out}
+    measured = [row for row in rows if row["status"] == "measured"]
+    assert all(row["values"]["floor, µs"] > 0 for row in measured if "label" in row)
+    assert "| peftcore QLoRA |" in stages.report.measurements(measured)
+
+
+def test_tuning(stages: Stages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PEFTCORE_CUDA_TUNING", "")
+    work = stages.stages.SETTINGS[""]
+    assert set(work) == set(stages.tuning.WORK)
+    table = (BENCHMARKS.parent / "csrc" / "common" / "cuda_tuning.cu").read_text()
+    assert all(f'"{setting.partition("=")[0]}"' in table for setting in stages.stages.SETTINGS if setting)
+    rows = run(stages.tuning, tmp_path, monkeypatch, *work)
+    assert {row["label"] for row in rows if "label" in row} == {"as built"}
+    monkeypatch.setenv("PEFTCORE_CUDA_TUNING", "clusters=0")
+    rows = run(stages.tuning, tmp_path, monkeypatch, "panel")
+    groups = {row["group"]: row.get("label") for row in rows}
+    assert groups["peftcore QLoRA, 128 x 256, 64 rows, bf16, rank 16, forward"] == "clusters=0"
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # of transformers, where peft asks it

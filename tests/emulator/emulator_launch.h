@@ -3,8 +3,6 @@
 
 #include <algorithm>
 #include <cstring>
-#include <set>
-#include <source_location>
 #include <string>
 
 #include "emulator_fibers.h"
@@ -149,17 +147,9 @@ inline void run_cluster(const std::vector<dim3>& indices, dim3 threads, size_t s
     }
 }
 
-// Where kernels were launched from: "file:line function", with the template arguments of the function.
-inline std::set<std::string>& launch_sites() {
-    static std::set<std::string> sites;
-    return sites;
-}
-
 // `cluster`: blocks that lie next to each other and are one.
 inline const char* launch(dim3 grid, dim3 block, size_t shared_bytes, std::function<void()> kernel,
-                          unsigned cluster = 1, std::source_location from = std::source_location::current()) {
-    launch_sites().insert(std::string(from.file_name()) + ":" + std::to_string(from.line()) + " " +
-                          from.function_name());
+                          unsigned cluster = 1) {
     const uint64_t blocks = uint64_t(grid.x) * grid.y * grid.z;
     const uint64_t threads = uint64_t(block.x) * block.y * block.z;
     if (blocks == 0 || threads == 0 || threads > 1024 || grid.x > 0x7fffffff || grid.y > 65535 ||
