@@ -18,6 +18,7 @@ from card_stages.results import FAILED, PASSED, SKIPPED, START_AGAIN, TIME_WAS_U
 
 SLOW = 10  # times as much patience with a slow job
 MOST_RESTARTS = 20
+START = "start of the process"  # a row, if there is no job yet
 
 
 @dataclass
@@ -119,14 +120,15 @@ def run_stage(run: Run, stage: str, arguments: Sequence[str] = (), **environment
         if process.returncode == START_AGAIN:
             run.log(f"{stage}: a new process runs the rest after {name}")
         elif end == TIME_WAS_UP:
-            run.results.add(stage, name or "start of the process", SKIPPED, detail=end)
+            run.results.add(stage, name or START, SKIPPED, detail=end)
             return
         elif name:
             run.results.add(stage, name, FAILED, detail=end, fault=True)
             run.log(f"{name}: {end}")
         else:
-            tail = (run.out / f"{stage}.log").read_text(errors="replace")[-3000:]
-            run.results.add(stage, "start of the process", FAILED, detail=f"{end}:\n{tail}")
+            text = (run.out / f"{stage}.log").read_text(errors="replace").strip()
+            detail = f"{end}: {text.rpartition(chr(10))[2]}\n{text[-3000:]}"
+            run.results.add(stage, START, FAILED, detail=detail)
             return
     run.log(f"{stage}: {MOST_RESTARTS} processes ended early, so the rest does not run")
 
@@ -182,6 +184,8 @@ def tuning(run: Run) -> None:
             run.results.add("tuning", setting or "as built", SKIPPED, detail=TIME_WAS_UP)
         else:
             run_stage(run, "tuning", work, PEFTCORE_CUDA_TUNING=setting)
+        if START in run.results.names("tuning"):
+            return
 
 
 # Calls of tests/card/runtime.py, of every kind of kernel.

@@ -85,9 +85,12 @@ def grouped_linear(
         kept = wide * keep
         thin = s[own].double() if rank else wide.new_zeros(count, 0)
         t, t_magnitude = c * dy @ right, c * dy.abs() @ right.abs()
+        product = wide @ w.T
+        # PyTorch's grouped product rounds x Wᵀ, and the reference rounds x Wᵀ + b.
+        rounded = torch.maximum(product.abs(), (product + added).abs())
         limits = {
-            "y": (y[own], wide @ w.T + added + thin @ right.T,
-                  wide.abs() @ w.abs().T + added.abs() + thin.abs() @ right.abs().T, wide @ w.T),
+            "y": (y[own], product + added + thin @ right.T,
+                  wide.abs() @ w.abs().T + added.abs() + thin.abs() @ right.abs().T, rounded),
             "dx": (dx[own], dy @ w + t @ left * keep, dy.abs() @ w.abs() + t_magnitude @ left.abs() * keep, dy @ w),
         }  # fmt: skip
         if rank:
