@@ -1,14 +1,15 @@
-"""Prove every CUDA kernel on the card at hand, and time them: one command for a bare machine without a network.
+"""Test every CUDA kernel on a GPU, and time them: one command for a bare machine without a network.
 
     python benchmarks/card.py --out DIR [--seconds 560] [--resume DIR/results.json] [--only STAGE ...] [--list]
                               [--pack FILE.tgz] [--commit NAME]
-    python benchmarks/card.py --out DIR --emulator        (without a card: the kernels on the CPU, correctness alone)
+    python benchmarks/card.py --out DIR --emulator        (without a GPU: the kernels on the CPU, only correctness)
 
-Stages: build, correctness, sanitizer, timings, training, decoding, report. Each row is on the disk as soon as it is
-known, so that a run that is cut off goes on with --resume. docs/card.md describes what the machine must have.
+Stages: build, correctness, tools, timings, tuning, training, decoding. Each row is on the disk before the next begins,
+so an interrupted run continues with --resume. docs/card.md is the plan of a day with a GPU, and lists what the machine
+must have.
 
-The exit code is 0 if every check of build, correctness and sanitizer passed, 1 if one failed, and 3 if none failed but
-the time was up before all had run. Timings do not change it.
+The exit code is 0 if every check of build, correctness and tools passed, 1 if one failed, and 3 if none failed but time
+ran out before all had run. Timings do not change it.
 """
 
 import sys

@@ -56,7 +56,8 @@ def lora_linear(
     mask = keep_mask(rows, width, p, SEED, place.device).double() if p else torch.ones((), device=place.device)
     c, kept, grad, bias, s64 = factor_of(SCALE, *dropout), x.double() * mask, grad.double(), bias.double(), s.double()
     left, right = a.double(), b.double()
-    library = rows > 64 or kind == "dense"  # adds its product to what the low-rank product has left, rounded
+    # cuBLAS adds its product to bias + s Bᵀ, rounded. Kernels that add both before they round take few rows of 4 bits.
+    library = rows > 64 or kind == "dense" or width % 64 != 0 or dtype is torch.float32
     found = {
         "s": check(s, c * kept @ left.T, c * kept.abs() @ left.abs().T, what="s"),
         "y": check(
