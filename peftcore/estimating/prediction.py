@@ -243,7 +243,7 @@ def split_step_options(step: Step | None, options: dict[str, Any]) -> Step:
 
 
 def _as_model(step: Step, model: Any, on_card: bool) -> Step:
-    """Return the step with the model's settings: loss without logits, and fused operators, which GPUs do not have."""
+    """Return the step with the model's settings: loss without logits, and fused operators, if not on a GPU."""
     summary = peftcore.summary(model) if isinstance(model, nn.Module) else None
     without_logits = step.without_logits or (summary is not None and summary.without_logits)
     is_fused = summary is not None and bool(summary.fused)

@@ -44,8 +44,7 @@ class Step:
         without_logits: Whether the model's own loss is computed without logits (`peftcore.loss_without_logits`). Always
             True for a model that has been switched to it.
         fused: Whether norms, gates, activations, dropout and attention are fused into one operator each
-            (`peftcore.fuse`). Always True for a fused model. This has no effect on a GPU, where the model's own forward
-            runs.
+            (`peftcore.fuse`). Always True for a fused model. Estimates for GPUs assume that nothing is fused.
         recompute: `auto` or `none`, as in `peftcore.fuse`.
         ranks: Number of processes. The estimate is for one of them.
         shard: False means that each process has a full copy of the base (DDP), and True that the base is sharded

@@ -50,7 +50,8 @@ def fuse(model: M, *, enabled: bool = True, recompute: Recompute = "auto") -> M:
     Fused dropout, in `nn.Dropout` and attention, draws a seed from PyTorch's generator and recomputes its mask from the
     seed in the backward pass. With the same manual seed it drops other elements than PyTorch.
 
-    The original forward runs where the operators are not supported: on GPUs, under `torch.compile` and `torch.func`.
+    On GPUs, RMSNorm and gated MLPs are fused if Triton is installed. The original forward runs where the operators are
+    not supported: everything else on GPUs, and all modules under `torch.compile` and `torch.func`.
 
     Args:
         model: any model.

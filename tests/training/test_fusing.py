@@ -12,12 +12,15 @@ from support import tiny
 from support.counted_dropout import CountedDropout
 from support.releases import BEFORE_5_24
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import peftcore
 from peftcore import ops
 from peftcore.engine.adaptation.fused_forward import FUSED_FORWARD, fused_modules, is_fused
 from peftcore.model.base_modules import original_class
+from peftcore.ops import _triton
 from peftcore.plugin import Adapter, Around
 
 
@@ -28,6 +31,18 @@ class Doubled(Adapter):
 
     def forward(self, base: Any, x: Tensor) -> Tensor:
         return self.factor * base(x)
+
+
+class Operators(TorchDispatchMode):
+    """Records the names of the operators that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names = set[str]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(func._schema.name)
+        return func(*args, **(kwargs or {}))
 
 
 BOTH = {"RMSNorm": 5, "attention": 2, "gated MLP": 2}  # of two layers
@@ -323,3 +338,20 @@ def test_attention_of_a_model(case: str, monkeypatch: pytest.MonkeyPatch) -> Non
             assert (one - other).norm() <= 3e-2 * other.norm()
     available = ops.extension is not None and ops.extension.has_attention(str(model.dtype))
     assert len(seen) == (4 if available else 0)
+
+
+@pytest.mark.parametrize(("devices", "fused"), [(("cpu", "meta", "cuda"), True), (("cpu", "meta"), False)])
+def test_norms_and_gates_are_fused_on_gpus_with_triton(
+    devices: tuple[str, ...], fused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_triton, "DEVICES", devices)
+    layer: Any = peftcore.fuse(family(dtype=torch.bfloat16)).model.layers[0]
+    with torch.no_grad(), FakeTensorMode(), Operators() as operators:
+        for module in (*layer.input_layernorm.modules(), *layer.mlp.modules()):
+            for name, parameter in module._parameters.items():
+                if parameter is not None:
+                    module._parameters[name] = nn.Parameter(
+                        torch.empty(parameter.shape, dtype=torch.bfloat16, device="cuda")
+                    )
+        layer.mlp(layer.input_layernorm(torch.empty(8, 32, dtype=torch.bfloat16, device="cuda")))
+    assert ({"peftcore::rms_norm", "peftcore::gated"} <= operators.names) == fused

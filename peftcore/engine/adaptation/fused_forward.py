@@ -28,6 +28,7 @@ from peftcore.engine.adaptation.adapted import is_adapted
 from peftcore.engine.adaptation.class_swap import one_for_each_class, subclass
 from peftcore.engine.adaptation.recomputation import inputs_instead, with_source
 from peftcore.model.base_modules import base_modules
+from peftcore.ops import _triton
 from peftcore.ops.activated import Activation
 from peftcore.ops.calling import has_active_transform
 from peftcore.ops.gated import Activation as GateActivation
@@ -36,7 +37,7 @@ from peftcore.ops.weight import DTYPES
 FUSED_FORWARD = "_peftcore_fused_forward"
 FUSED_ATTENTION = "_peftcore_fused_attention"  # attribute of attention modules that fused_attention.py runs
 _MARKER = "_peftcore_fused"
-_DEVICES = ("cpu", "meta")  # devices with kernels; meta tensors stand for CPU tensors
+_DEVICES = ("cpu", "meta")  # devices with kernels of all operators; meta tensors stand for CPU tensors
 _PLAIN = (Tensor, nn.Parameter, FakeTensor)
 
 
@@ -76,7 +77,7 @@ class FusedNorm(FusedForward):
     def __call__(self, module: Any, x: Any) -> Tensor | None:
         """Return the module's output, or None if the original forward must compute it."""
         weight = getattr(module, self.weight)
-        if not plain(x, weight) or (x.dtype, weight.dtype) not in self.dtypes:
+        if not plain(x, weight, _triton.DEVICES) or (x.dtype, weight.dtype) not in self.dtypes:
             return None
         if x.dim() == 0 or weight.shape != x.shape[-1:]:
             return None
@@ -134,7 +135,8 @@ class FusedMLP(FusedForward):
         if gate_proj is None or up_proj is None or down_proj is None or not self._is_plain(act) or not untransformed():
             return None
         gate, up = gate_proj(x), up_proj(x)
-        if not plain(gate, up) or gate.dtype is not up.dtype or gate.dtype not in self.dtypes or gate.shape != up.shape:
+        has_kernel = plain(gate, up, _triton.DEVICES) and gate.dtype in self.dtypes
+        if not has_kernel or gate.dtype is not up.dtype or gate.shape != up.shape:
             output: Tensor = down_proj(act(gate) * up)  # type: ignore[misc]
             return output
         compute = functools.partial(ops.gated, activation=self.activation)
@@ -196,12 +198,12 @@ def untransformed() -> bool:
     return not (torch.compiler.is_compiling() or torch._C._is_tracing() or has_active_transform())
 
 
-def plain(x: Any, other: Any) -> bool:
-    """Return whether the fused operators accept both tensors and have a kernel for them."""
+def plain(x: Any, other: Any, devices: tuple[str, ...] = _DEVICES) -> bool:
+    """Return whether a fused operator accepts both tensors, if it has kernels on `devices`."""
     return (
         type(x) in _PLAIN
         and type(other) in _PLAIN
-        and x.device.type in _DEVICES
+        and x.device.type in devices
         and x.device == other.device
         and x.layout is torch.strided is other.layout
         and untransformed()
