@@ -102,8 +102,12 @@ def _built(arch: str) -> bool:
     return current and facts.get("built", False) and f"sm_{arch}" in facts.get("cuda_architectures", ())
 
 
-def run_stage(run: Run, stage: str, arguments: Sequence[str] = (), **environment: str) -> None:
-    """Run a stage in a process of its own. After a crash, a hang or a CUDA error, another one takes the rest."""
+def run_stage(run: Run, stage: str, arguments: Sequence[str] = (), **environment: str) -> bool:
+    """Run a stage in a process of its own. After a crash, a hang or a CUDA error, another one takes the rest.
+
+    Returns:
+        Whether all jobs were reached.
+    """
     running = run.out / "running"
     for _ in range(MOST_RESTARTS):
         running.unlink(missing_ok=True)
@@ -116,12 +120,12 @@ def run_stage(run: Run, stage: str, arguments: Sequence[str] = (), **environment
         name = running.read_text().partition("\n")[0] if running.exists() else ""
         running.unlink(missing_ok=True)
         if process.returncode == 0:
-            return
+            return True
         if process.returncode == START_AGAIN:
             run.log(f"{stage}: a new process runs the rest after {name}")
         elif end == TIME_WAS_UP:
             run.results.add(stage, name or START, SKIPPED, detail=end)
-            return
+            return False
         elif name:
             run.results.add(stage, name, FAILED, detail=end, fault=True)
             run.log(f"{name}: {end}")
@@ -129,8 +133,9 @@ def run_stage(run: Run, stage: str, arguments: Sequence[str] = (), **environment
             text = (run.out / f"{stage}.log").read_text(errors="replace").strip()
             detail = f"{end}: {text.rpartition(chr(10))[2]}\n{text[-3000:]}"
             run.results.add(stage, START, FAILED, detail=detail)
-            return
+            return False
     run.log(f"{stage}: {MOST_RESTARTS} processes ended early, so the rest does not run")
+    return False
 
 
 def _watch(run: Run, process: subprocess.Popen[bytes], running: Path) -> str:
@@ -182,9 +187,7 @@ def tuning(run: Run) -> None:
     for setting, work in SETTINGS.items():
         if run.left() < run.patience:
             run.results.add("tuning", setting or "as built", SKIPPED, detail=TIME_WAS_UP)
-        else:
-            run_stage(run, "tuning", work, PEFTCORE_CUDA_TUNING=setting)
-        if START in run.results.names("tuning"):
+        elif not run_stage(run, "tuning", work, PEFTCORE_CUDA_TUNING=setting):
             return
 
 
