@@ -146,9 +146,10 @@ def _watch(run: Run, process: subprocess.Popen[bytes], running: Path) -> str:
         if current != job:
             job, since = current, time.time()
         # Before the first job the process imports PyTorch, and the emulator's build may be compiled.
-        if job and time.time() - since > run.patience * (SLOW if job.endswith("slow") else 1):
+        patience = run.patience * (SLOW if job.endswith("slow") else 1)
+        if job and time.time() - since > patience:
             stop(process)
-            return f"no end within {run.patience:g} seconds"
+            return f"no end within {patience:g} seconds"
         if not run.emulator and run.left() < -run.patience:
             stop(process)
             return TIME_WAS_UP
