@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from peftcore.ops import _triton
 from peftcore.ops.weight import PackedWeight
 
 
@@ -33,6 +34,11 @@ def as_non_view(y: torch.Tensor) -> torch.Tensor:
     if torch.compiler.is_compiling() or not y._is_view():
         return y
     return torch.ops.aten._unsafe_view.default(y, y.shape)
+
+
+def has_triton_kernels(device: torch.device) -> bool:
+    """Return whether functions of operators with Triton kernels call the operators on this device."""
+    return device.type in _triton.DEVICES
 
 
 def has_active_transform() -> bool:

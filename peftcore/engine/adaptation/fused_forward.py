@@ -28,9 +28,8 @@ from peftcore.engine.adaptation.adapted import is_adapted
 from peftcore.engine.adaptation.class_swap import one_for_each_class, subclass
 from peftcore.engine.adaptation.recomputation import inputs_instead, with_source
 from peftcore.model.base_modules import base_modules
-from peftcore.ops import _triton
 from peftcore.ops.activated import Activation
-from peftcore.ops.calling import has_active_transform
+from peftcore.ops.calling import has_active_transform, has_triton_kernels
 from peftcore.ops.gated import Activation as GateActivation
 from peftcore.ops.weight import DTYPES
 
@@ -77,7 +76,7 @@ class FusedNorm(FusedForward):
     def __call__(self, module: Any, x: Any) -> Tensor | None:
         """Return the module's output, or None if the original forward must compute it."""
         weight = getattr(module, self.weight)
-        if not plain(x, weight, _triton.DEVICES) or (x.dtype, weight.dtype) not in self.dtypes:
+        if not plain(x, weight, in_triton=True) or (x.dtype, weight.dtype) not in self.dtypes:
             return None
         if x.dim() == 0 or weight.shape != x.shape[-1:]:
             return None
@@ -135,7 +134,7 @@ class FusedMLP(FusedForward):
         if gate_proj is None or up_proj is None or down_proj is None or not self._is_plain(act) or not untransformed():
             return None
         gate, up = gate_proj(x), up_proj(x)
-        has_kernel = plain(gate, up, _triton.DEVICES) and gate.dtype in self.dtypes
+        has_kernel = plain(gate, up, in_triton=True) and gate.dtype in self.dtypes
         if not has_kernel or gate.dtype is not up.dtype or gate.shape != up.shape:
             output: Tensor = down_proj(act(gate) * up)  # type: ignore[misc]
             return output
@@ -198,12 +197,12 @@ def untransformed() -> bool:
     return not (torch.compiler.is_compiling() or torch._C._is_tracing() or has_active_transform())
 
 
-def plain(x: Any, other: Any, devices: tuple[str, ...] = _DEVICES) -> bool:
-    """Return whether a fused operator accepts both tensors, if it has kernels on `devices`."""
+def plain(x: Any, other: Any, *, in_triton: bool = False) -> bool:
+    """Return whether a fused operator accepts both tensors and has a kernel for them, on GPUs one in Triton."""
     return (
         type(x) in _PLAIN
         and type(other) in _PLAIN
-        and x.device.type in devices
+        and (x.device.type in _DEVICES or (in_triton and has_triton_kernels(x.device)))
         and x.device == other.device
         and x.layout is torch.strided is other.layout
         and untransformed()
