@@ -24,6 +24,7 @@ from peftcore import ops, optim
 
 DEVICE, N, RANK, DTYPE = "cuda", 4096, 16, torch.bfloat16
 MANY = 8192  # rows of training
+PEFT = "peft's formula, dense"
 CLASSES, EXPERTS = 128256, (128, 2048, 1536)  # experts, in, out
 PACKED = 0.5 + 1 / 64 + 4 / 64 / 256  # bytes of a value in 4 bits, with nested scales
 
@@ -45,8 +46,8 @@ def normal(*shape: int) -> Tensor:
     return torch.randn(*shape, device=DEVICE, dtype=DTYPE)
 
 
-def factors(out: int, width: int) -> tuple[Tensor, Tensor]:
-    return torch.randn(RANK, width, device=DEVICE) / 64, torch.randn(out, RANK, device=DEVICE) * 0.01
+def factors(out: int, width: int, rank: int) -> tuple[Tensor, Tensor]:
+    return torch.randn(rank, width, device=DEVICE) / 64, torch.randn(out, rank, device=DEVICE) * 0.01
 
 
 def theirs(x: Tensor, weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -62,14 +63,14 @@ def int4_product(out: int, width: int) -> Callable[[Tensor], Tensor]:
     return lambda x: torch.ops.aten._weight_int4pack_mm(x, packed, 64, scales_and_zeros)
 
 
-def layer(rows: int, shape: tuple[int, int] | None = None) -> Iterator[Row]:
+def layer(rows: int, shape: tuple[int, int] | None = None, rank: int = RANK) -> Iterator[Row]:
     """Yield forward passes of a layer; from 512 rows on, forward and backward.
 
     `shape`: of W, [out, in]; None: [N, N].
     """
     out, width = shape or (N, N)
     back = rows >= 512
-    group = f"{out} x {width}, {rows} rows, bf16, rank {RANK}, forward{' and backward' if back else ''}"
+    group = f"{out} x {width}, {rows} rows, bf16, rank {rank}, forward{' and backward' if back else ''}"
     x, grad = normal(rows, width).requires_grad_(back), normal(rows, out)
     passes, wide = 1 + back, 2 * rows * (out + width)
 
@@ -89,7 +90,7 @@ def layer(rows: int, shape: tuple[int, int] | None = None) -> Iterator[Row]:
     def with_lora(kind: str) -> Callable[[], Call]:
         def make() -> Call:
             weight = normal(out, width)
-            a, b = (t.requires_grad_(back) for t in factors(out, width))
+            a, b = (t.requires_grad_(back) for t in factors(out, width, rank))
             if kind == "dense":
                 return step(lambda x: ops.lora_linear(x, weight, None, a, b, 2.0), a, b)
             if kind == "peft":
@@ -107,7 +108,7 @@ def layer(rows: int, shape: tuple[int, int] | None = None) -> Iterator[Row]:
         ("peftcore 4 bits, frozen", packed, "4 bits"),
         ("peftcore QLoRA", with_lora("4 bits"), "4 bits"),
         ("peftcore LoRA, dense", with_lora("dense"), "dense"),
-        ("peft's formula, dense", with_lora("peft"), "dense"),
+        (PEFT, with_lora("peft"), "dense"),
         ("peft's formula over unpacked 4 bits", with_lora("peft4"), "4 bits"),
     ):
         weight = kinds[kind] * out * width
@@ -127,6 +128,12 @@ def layer(rows: int, shape: tuple[int, int] | None = None) -> Iterator[Row]:
     weight = PACKED * out * width
     yield Row(group, "bitsandbytes, frozen", bitsandbytes, weight + wide, products, weight)
     yield Row(group, "torch._weight_int4pack_mm, frozen", int4, weight + wide, products, weight)
+
+
+def high_ranks() -> Iterator[Row]:
+    """Yield training rows of ranks at which cuBLAS, which rounds A and B to bf16, may be faster than our kernels."""
+    for rank in (64, 128):
+        yield from (row for row in layer(MANY, rank=rank) if row.label in ("peftcore LoRA, dense", PEFT))
 
 
 def four_bits() -> Iterator[Row]:
@@ -286,6 +293,7 @@ def all_rows() -> Iterator[Row]:
     for rows in (64, 1, MANY):
         yield from layer(rows)
     yield from experts(16)
+    yield from high_ranks()
     yield from norms()
     yield from entropy()
     yield from steps()

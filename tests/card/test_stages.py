@@ -98,6 +98,16 @@ def test_timings(stages: Stages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert "| peftcore QLoRA |" in stages.report.measurements(measured)
 
 
+def test_an_error_that_cuda_reports_again_is_a_fault(stages: Stages, monkeypatch: pytest.MonkeyPatch) -> None:
+    def launch() -> None:
+        raise RuntimeError("lora_linear: CUDA reports 'unspecified launch failure' at a launch")
+
+    row = stages.jobs.attempt(launch)
+    assert (row["status"], row["fault"]) == ("failed", False)  # the GPU answers
+    monkeypatch.setattr(stages.jobs, "synchronize", launch)
+    assert stages.jobs.attempt(launch)["fault"] and stages.jobs.attempt(dict)["fault"]
+
+
 def test_tuning(stages: Stages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PEFTCORE_CUDA_TUNING", "")
     work = stages.stages.SETTINGS[""]
