@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -41,8 +42,8 @@ def environment(wheels: Path) -> dict[str, str]:
 
 
 def use(wheels: Path) -> None:
-    """Let this process import carried wheels and unpacked packages."""
-    sys.path.extend(path for path in (*carried(wheels), str(wheels)) if path not in sys.path)
+    """Let this process import carried wheels and unpacked packages before installed ones, as subprocesses do."""
+    sys.path[:0] = [path for path in (*carried(wheels), str(wheels)) if path not in sys.path]
 
 
 def missing(wheels: Path) -> list[str]:
@@ -110,6 +111,13 @@ def facts(wheels: Path) -> dict[str, str]:
         "nvcc": next((line.strip() for line in lines("nvcc", "--version") if "release" in line), "not found"),
         "commit": (lines("git", "-C", str(ROOT), "describe", "--always", "--dirty") or ["unknown"])[0],
     }
+
+
+def tool(name: str) -> str | None:
+    """Return the path of one of NVIDIA's tools, which are not always on PATH."""
+    folders = (f"usr/local/cuda*/bin/{name}", f"opt/nvidia/*/*/{name}")
+    installed = (str(path) for pattern in folders for path in Path("/").glob(pattern))
+    return shutil.which(name) or next(installed, None)
 
 
 def architecture() -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -213,14 +212,14 @@ def tools(run: Run) -> None:
         _run_tool(run, "ncu", "profile", PROFILE, call, "Duration")
 
 
-def _run_tool(run: Run, tool: str, check: str, options: list[str], call: str, expected: str) -> None:
+def _run_tool(run: Run, program: str, check: str, options: list[str], call: str, expected: str) -> None:
     """Run a tool over a call. Its log is in `out`, and a line of it with the expected text in the row."""
     name = f"{check}[{call}]"
     if name in run.results.names("tools"):
         return
-    path = shutil.which(tool) or next(map(str, Path("/usr/local").glob(f"cuda*/bin/{tool}")), None)
+    path = machine.tool(program)
     if path is None or run.left() < run.patience:
-        run.results.add("tools", name, SKIPPED, detail=f"{tool} was not found" if path is None else TIME_WAS_UP)
+        run.results.add("tools", name, SKIPPED, detail=f"{program} was not found" if path is None else TIME_WAS_UP)
         return
     began, log = time.time(), run.out / f"{check}-{call}.log"
     with log.open("wb") as file:
