@@ -169,6 +169,7 @@ SETTINGS = {
     "clusters=0": ("panel",),
     "panel_blocks=64": ("panel",),
     "panel_blocks=256": ("panel",),
+    "panel_blocks=300": ("panel",),
     "down_blocks=132": ("low rank",),
     "down_blocks=528": ("low rank",),
     "reduce_blocks=132": ("low rank",),
