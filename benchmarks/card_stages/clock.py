@@ -1,4 +1,4 @@
-"""Times of calls on a card: inside CUDA graphs and by events, with a cold and a warm second cache."""
+"""Time calls on a GPU, in CUDA graphs and with events, with a cold and a warm L2 cache."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def _rounds(run: Call, calls: int, rounds: int = 7, least_ms: float = 4.0) -> Ti
 
 
 def by_events(calls: Sequence[Call]) -> Time:
-    """Time calls that the host launches one after another, with what the host takes."""
+    """Time calls that the host launches one after another, including the host's overhead."""
 
     def run() -> None:
         for call in calls:
@@ -45,7 +45,7 @@ def by_events(calls: Sequence[Call]) -> Time:
 
 
 def captured(call: Call) -> tuple[torch.cuda.CUDAGraph, Any]:
-    """Return a graph of the call and what the call returned, which replays write."""
+    """Capture the call in a graph. Return the graph, and the call's results, which replays overwrite."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -58,7 +58,7 @@ def captured(call: Call) -> tuple[torch.cuda.CUDAGraph, Any]:
 
 
 def in_graph(calls: Sequence[Call]) -> Time:
-    """Time calls that a CUDA graph launches: the card's time alone. A graph has at least 20 of them."""
+    """Time calls in a CUDA graph of at least 20 calls, without the host's overhead."""
     times = -(-20 // len(calls))
 
     def run() -> None:
@@ -67,18 +67,16 @@ def in_graph(calls: Sequence[Call]) -> Time:
                 call()
 
     graph, _ = captured(run)
-    found = _rounds(graph.replay, times * len(calls))
-    del graph
-    return found
+    return _rounds(graph.replay, times * len(calls))
 
 
-def second_cache() -> int:
-    """Return the bytes of the second cache, or those of an H100's where PyTorch does not tell."""
+def l2_cache_bytes() -> int:
+    """Return the size of the L2 cache in bytes; an H100's if PyTorch does not report it."""
     return getattr(torch.cuda.get_device_properties(0), "L2_cache_size", 50 << 20)
 
 
 def rates() -> tuple[float, float]:
-    """Return the GB/s of a copy on the card and the TFLOP/s of a large bf16 product."""
+    """Return the rate of a copy on the GPU in GB/s, and of a large bf16 product in TFLOP/s."""
     source = torch.empty(2**30, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
     x = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)

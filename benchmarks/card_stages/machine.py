@@ -1,4 +1,4 @@
-"""The machine: needed packages, wheels that were carried to it, the card, and environments of subprocesses."""
+"""The machine: required packages, wheels brought to it, its GPU, and environments of subprocesses."""
 
 from __future__ import annotations
 
@@ -13,21 +13,13 @@ from importlib import metadata
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-# What a build and an import of peftcore take, by the name of the wheel that has it.
-NEEDED = {
-    "torch": "torch",
-    "setuptools": "setuptools",
-    "ninja": "ninja",
-    "pybind11": "pybind11",
-    "pluggy": "pluggy",
-    "packaging": "packaging",
-    "safetensors": "safetensors",
-}
+# Packages that building and importing peftcore need.
+REQUIREMENTS = ("torch", "setuptools", "ninja", "pybind11", "pluggy", "packaging", "safetensors")
 
-# Packages whose versions a report states.
+# The report lists the versions of these packages.
 VERSIONS = ("torch", "triton", "transformers", "peft", "bitsandbytes", "liger-kernel", "setuptools")
 
-SETUPTOOLS = 77  # the first that reads pyproject.toml's license
+SETUPTOOLS = 77  # earlier releases cannot read the license in pyproject.toml
 
 
 def carried(folder: Path) -> list[str]:
@@ -36,23 +28,23 @@ def carried(folder: Path) -> list[str]:
 
 
 def environment(wheels: Path) -> dict[str, str]:
-    """Return the environment of subprocesses, which can import the checkout, carried wheels, and unpacked packages."""
+    """Return the environment of subprocesses, which can import the checkout, wheels, and unpacked packages."""
     paths = [ROOT / "tests", ROOT, ROOT / "benchmarks", *carried(wheels), wheels, os.environ.get("PYTHONPATH", "")]
     return os.environ | {"PYTHONPATH": os.pathsep.join(str(path) for path in paths if str(path))}
 
 
 def use(wheels: Path) -> None:
-    """Let this process import carried wheels and unpacked packages before installed ones, as subprocesses do."""
+    """Let this process import wheels and unpacked packages, in preference to installed ones, as subprocesses do."""
     sys.path[:0] = [path for path in (*carried(wheels), str(wheels)) if path not in sys.path]
 
 
 def missing(wheels: Path) -> list[str]:
-    """Return the packages that neither this Python nor the carried wheels have, or have too old."""
+    """Return required packages that are missing or too old, in this Python and in the wheels."""
     use(wheels)
-    lacking = [wheel for module, wheel in NEEDED.items() if importlib.util.find_spec(module) is None]
-    if "setuptools" not in lacking and int(metadata.version("setuptools").partition(".")[0]) < SETUPTOOLS:
-        lacking.append(f"setuptools>={SETUPTOOLS}")
-    return lacking
+    packages = [package for package in REQUIREMENTS if importlib.util.find_spec(package) is None]
+    if "setuptools" not in packages and int(metadata.version("setuptools").partition(".")[0]) < SETUPTOOLS:
+        packages.append(f"setuptools>={SETUPTOOLS}")
+    return packages
 
 
 def headers_missing() -> str:
@@ -63,8 +55,8 @@ def headers_missing() -> str:
 
 def build_obstacle(wheels: Path, arch: str) -> str:
     """Return why the extension cannot be built here and what to do, or an empty string."""
-    if lacking := missing(wheels):
-        return how_to_carry(lacking, wheels)
+    if packages := missing(wheels):
+        return how_to_carry(packages, wheels)
     if reason := headers_missing():
         return reason
     if not arch:
@@ -75,9 +67,9 @@ def build_obstacle(wheels: Path, arch: str) -> str:
 def how_to_carry(packages: list[str], wheels: Path) -> str:
     names = " ".join(f'"{name}"' if ">" in name else name for name in packages)
     return (
-        f"{names} not found. On a machine with a network: pip download --no-deps -d wheels {names}; then carry the "
-        f"folder here as {wheels} (wheels of pure Python are used from there; install others with pip install "
-        "--no-index --find-links)"
+        f"{names} not found. On a machine with a network, run pip download --no-deps -d wheels {names}, and copy the "
+        f"folder to {wheels}. Pure Python wheels are imported from there; install others with pip install --no-index "
+        "--find-links"
     )
 
 
@@ -97,14 +89,14 @@ def _version(package: str) -> str:
 
 
 def facts(wheels: Path) -> dict[str, str]:
-    """Return what a report says about the machine, without importing PyTorch."""
+    """Return the report's facts about the machine, without importing PyTorch."""
     use(wheels)
     query = "name,driver_version,memory.total,clocks.max.sm,clocks.max.memory,power.limit,compute_cap"
     card = (lines("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader") or [""])[0].split(", ")
-    found = dict(zip(query.split(","), card, strict=False)) if len(card) > 1 else {"name": "none"}
+    gpu = dict(zip(query.split(","), card, strict=False)) if len(card) > 1 else {"name": "none"}
     return {
-        "card": found.pop("name"),
-        **found,
+        "card": gpu.pop("name"),
+        **gpu,
         "python": platform.python_version(),
         "processor": f"{os.cpu_count()} cores, {platform.machine()}",
         **{name: _version(name) for name in VERSIONS},
@@ -121,8 +113,8 @@ def tool(name: str) -> str | None:
 
 
 def architecture() -> str:
-    """Return the first card's architecture as PEFTCORE_CUDA_ARCHS takes it, or an empty string."""
-    found = lines("nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader")
-    if not found:  # a container may lack the tool
-        found = lines(sys.executable, "-c", "import torch; print(*torch.cuda.get_device_capability(), sep='')")
-    return found[0].strip().replace(".", "") if found else ""
+    """Return the first GPU's architecture in the form of PEFTCORE_CUDA_ARCHS, or an empty string without a GPU."""
+    output = lines("nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader")
+    if not output:  # containers may lack nvidia-smi
+        output = lines(sys.executable, "-c", "import torch; print(*torch.cuda.get_device_capability(), sep='')")
+    return output[0].strip().replace(".", "") if output else ""

@@ -1,4 +1,7 @@
-"""Run one of the calls of tests/card/runtime.py, for compute-sanitizer: `python -m card_stages.one_call NAME`."""
+"""Run one call of tests/card/runtime.py under a tool such as compute-sanitizer.
+
+python -m card_stages.one_call NAME
+"""
 
 import sys
 

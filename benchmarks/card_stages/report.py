@@ -44,7 +44,7 @@ def table(head: list[str], rows: Any) -> str:
 
 
 def checks(rows: list[dict[str, Any]], expected: list[str]) -> str:
-    """Return a row for each function of cases: how many passed, failed, were skipped, and have not run."""
+    """Return a table of the numbers of passed, failed, skipped and remaining cases of each function."""
     counts: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
     seconds: dict[str, float] = defaultdict(float)
     for row in rows:
@@ -52,9 +52,9 @@ def checks(rows: list[dict[str, Any]], expected: list[str]) -> str:
             group = f"{row['stage']}: {row['name'].partition('[')[0]}"
             counts[group][row["status"]] += 1
             seconds[group] += row["seconds"]
-    have = {row["name"] for row in rows if row["stage"] == "correctness"}
+    names = {row["name"] for row in rows if row["stage"] == "correctness"}
     for name in expected:
-        if name not in have:
+        if name not in names:
             counts[f"correctness: {name.partition('[')[0]}"]["not run"] += 1
     columns = [PASSED, FAILED, SKIPPED, "not run"]
     lines = [
@@ -65,16 +65,19 @@ def checks(rows: list[dict[str, Any]], expected: list[str]) -> str:
 
 
 def measurements(rows: list[dict[str, Any]]) -> str:
-    """Return tables by `group`: a row for each measurement, with its floor."""
+    """Return a table for each `group` of measurements."""
     groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for row in rows:
         groups[row.get("group", "")].append(row)
     parts = []
-    for group, own in groups.items():
-        columns = list(dict.fromkeys(key for row in own for key in row["values"]))
-        lines = [
-            [row.get("label", row["name"]), *(number(row["values"].get(column)) for column in columns)] for row in own
-        ]
+    for group, group_rows in groups.items():
+        columns: dict[str, None] = {}
+        for row in group_rows:
+            columns |= dict.fromkeys(row["values"])
+        lines = []
+        for row in group_rows:
+            cells = [number(row["values"].get(column)) for column in columns]
+            lines.append([row.get("label", row["name"]), *cells])
         parts.append((f"**{group}**\n\n" if group else "") + table(["", *columns], lines))
     return "\n\n".join(parts)
 

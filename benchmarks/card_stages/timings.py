@@ -1,10 +1,11 @@
-"""Kernels and layers next to cuBLAS, PyTorch's int4 product and torch._grouped_mm, peft's formula, bitsandbytes,
-torch.compile and Liger, and to their floors.
+"""Time kernels and layers next to other libraries and to their lower bounds.
+
+The libraries are cuBLAS, PyTorch's int4 and grouped products, torch.compile, peft's formula, bitsandbytes and Liger.
 
     python -m card_stages.timings --results FILE --until SECONDS
 
-A floor is the larger of what must be moved over the rate of a copy and of the products over the rate of a large one of
-cuBLAS, both measured in this run.
+The lower bound of a call is the time to move its bytes at the rate of a copy, or to compute its products at the rate of
+a large cuBLAS product, whichever is longer. Both rates are measured in the same run.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from card_stages.clock import Call, by_events, in_graph, rates, second_cache
+from card_stages.clock import Call, by_events, in_graph, l2_cache_bytes, rates
 from card_stages.jobs import Job, measure_jobs, measurement, stage_parser
 from card_stages.results import MEASURED, Results
 from peftcore import ops, optim
@@ -303,18 +304,20 @@ def all_rows() -> Iterator[Row]:
 
 
 def measure(row: Row, bandwidth: float, product: float) -> dict[str, float]:
-    copies = max(1, min(64, int(3 * second_cache() // max(1, row.resident))))
-    calls, floor = [row.make() for _ in range(copies)], max(row.moved / bandwidth / 1e3, row.operations / product / 1e6)
+    copies = max(1, min(64, int(3 * l2_cache_bytes() // max(1, row.resident))))
+    calls = [row.make() for _ in range(copies)]
+    bound = max(row.moved / bandwidth / 1e3, row.operations / product / 1e6)
+    eager = by_events(calls)
     if not row.graph:
-        eager = by_events(calls)
-        return {"µs": eager.median, "least": eager.least, "floor, µs": floor, "of floor": eager.least / floor}
-    cold, warm, eager = in_graph(calls), in_graph(calls[:1]), by_events(calls)
-    found = {"µs": cold.median, "least": cold.least, "warm": warm.median, "by events": eager.median}
-    return found | {"floor, µs": floor, "of floor": cold.least / floor}
+        values = {"µs": eager.median, "least": eager.least}
+    else:
+        cold, warm = in_graph(calls), in_graph(calls[:1])
+        values = {"µs": cold.median, "least": cold.least, "warm": warm.median, "by events": eager.median}
+    return values | {"lower bound, µs": bound, "over lower bound": values["least"] / bound}
 
 
 def rates_of_card(stage: str, results: Results) -> tuple[float, float]:
-    """Measure what floors are computed from, and add it as a row."""
+    """Measure the rates that lower bounds are computed from, and add them as a row."""
     bandwidth, product = rates()
     values = {"copy, GB/s": bandwidth, "bf16 product, TFLOP/s": product}
     results.add(stage, "rates of the card", MEASURED, values=values, group="rates of the card")

@@ -59,7 +59,7 @@ def test_failures_crashes_and_hangs_are_rows_and_the_rest_runs(tmp_path: Path) -
     assert done.returncode == 3, done.stdout + done.stderr
     assert "the time was up" in (tmp_path / "report.md").read_text() and rows(tmp_path) == []
     done = card(tmp_path, *options)
-    assert done.returncode == 2 and "To go on with it: --resume" in done.stderr
+    assert done.returncode == 2 and "Continue with --resume" in done.stderr
     resumed = [*options, "--resume", str(tmp_path / "results.json")]
     done = card(tmp_path, *resumed)
     assert done.returncode == 1, done.stdout + done.stderr

@@ -49,7 +49,7 @@ def stages(monkeypatch: pytest.MonkeyPatch) -> Iterator[Stages]:
     monkeypatch.setattr(found.timings, "int4_product", lambda out, width: lambda x: x.new_zeros(len(x), out))
     monkeypatch.setattr(found.tuning, "SHAPES", ((128, 256),))
     monkeypatch.setattr(found.timings, "in_graph", once)
-    monkeypatch.setattr(found.timings, "second_cache", lambda: 0)
+    monkeypatch.setattr(found.timings, "l2_cache_bytes", lambda: 0)
     monkeypatch.setattr(torch, "compile", lambda function: function)
     monkeypatch.setattr(found.decoding, "captured", captured)
     for name in ("reset_peak_memory_stats", "synchronize", "max_memory_allocated", "empty_cache"):
@@ -94,7 +94,7 @@ def test_timings(stages: Stages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     rows = run(stages.timings, tmp_path, monkeypatch)
     assert {row["name"] for row in rows} == {row["name"] for row in left_out}
     measured = [row for row in rows if row["status"] == "measured"]
-    assert all(row["values"]["floor, µs"] > 0 for row in measured if "label" in row)
+    assert all(row["values"]["lower bound, µs"] > 0 for row in measured if "label" in row)
     assert "| peftcore QLoRA |" in stages.report.measurements(measured)
 
 
