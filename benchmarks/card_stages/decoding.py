@@ -48,7 +48,7 @@ def token_times(kind: str, batch: int) -> dict[str, float]:
 def main() -> None:
     options = stage_parser(__doc__).parse_args()
     jobs = []
-    for kind in ("peftcore QLoRA", "frozen", "peft LoRA", "peftcore LoRA"):
+    for kind in ("peftcore QLoRA", "frozen", "peft LoRA", "peftcore LoRA", "peftcore QLoRA, fused"):
         for batch in (1, 8):
             measure = partial(token_times, kind, batch)
             jobs.append(Job(f"{kind}, batch {batch}", measurement(measure, group=GROUP), slow=True))

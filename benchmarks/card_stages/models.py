@@ -36,7 +36,10 @@ def llama() -> Any:
 
 
 def with_lora(kind: str) -> Any:
-    """Return a model by its label: `peftcore LoRA`, `peftcore QLoRA`, `peft LoRA` or `frozen`."""
+    """Return a model by its label.
+
+    Labels are `frozen`, `peft LoRA`, `peftcore LoRA` and `peftcore QLoRA`; those of peftcore may end with `, fused`.
+    """
     model = llama()
     if kind == "frozen":
         return model.requires_grad_(False)
@@ -53,4 +56,6 @@ def with_lora(kind: str) -> Any:
     if "QLoRA" in kind:
         peftcore.quantize(model, "nf4")
     peftcore.apply(model, "lora", r=16, lora_alpha=32, target_modules=TARGETS)
+    if kind.endswith(", fused"):
+        peftcore.fuse(model)
     return model

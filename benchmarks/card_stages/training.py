@@ -51,7 +51,7 @@ def step_times(kind: str, steps: int = 8) -> dict[str, float]:
 
 def main() -> None:
     options = stage_parser(__doc__).parse_args()
-    kinds = ("peftcore LoRA", "peftcore QLoRA", "peft LoRA")
+    kinds = ("peftcore LoRA", "peftcore QLoRA", "peft LoRA", "peftcore QLoRA, fused")
     jobs = [Job(kind, measurement(partial(step_times, kind), group=GROUP), slow=True) for kind in kinds]
     measure_jobs("training", jobs, Results(options.results), options.until)
 

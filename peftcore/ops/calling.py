@@ -37,8 +37,8 @@ def as_non_view(y: torch.Tensor) -> torch.Tensor:
 
 
 def has_triton_kernels(device: torch.device) -> bool:
-    """Return whether functions of operators with Triton kernels call the operators on this device."""
-    return device.type in _triton.DEVICES
+    """Return whether operators with Triton kernels have kernels on this device, on GPUs in Triton."""
+    return device.type in _triton.DEVICES and (device.type != "cuda" or _triton.is_supported(device))
 
 
 def has_active_transform() -> bool:

@@ -125,13 +125,18 @@ def test_tuning(stages: Stages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # of transformers, where peft asks it
 def test_training(stages: Stages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = run(stages.training, tmp_path, monkeypatch)
-    assert {row["name"] for row in rows} == {"peftcore LoRA", "peftcore QLoRA", "peft LoRA"}
+    assert {row["name"] for row in rows} == {
+        "peftcore LoRA",
+        "peftcore QLoRA",
+        "peft LoRA",
+        "peftcore QLoRA, fused",
+    }
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_decoding(stages: Stages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = run(stages.decoding, tmp_path, monkeypatch)
-    assert len(rows) == 8 and all(row["values"]["largest difference of logits"] == 0 for row in rows)
+    assert len(rows) == 10 and all(row["values"]["largest difference of logits"] == 0 for row in rows)
 
 
 def test_a_machine_without_what_the_build_takes(

@@ -340,11 +340,19 @@ def test_attention_of_a_model(case: str, monkeypatch: pytest.MonkeyPatch) -> Non
     assert len(seen) == (4 if available else 0)
 
 
-@pytest.mark.parametrize(("devices", "fused"), [(("cpu", "meta", "cuda"), True), (("cpu", "meta"), False)])
+@pytest.mark.parametrize(
+    ("devices", "supported", "fused"),
+    [
+        (("cpu", "meta", "cuda"), True, True),
+        (("cpu", "meta", "cuda"), False, False),  # before Ampere
+        (("cpu", "meta"), True, False),  # without Triton
+    ],
+)
 def test_norms_and_gates_are_fused_on_gpus_with_triton(
-    devices: tuple[str, ...], fused: bool, monkeypatch: pytest.MonkeyPatch
+    devices: tuple[str, ...], supported: bool, fused: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(_triton, "DEVICES", devices)
+    monkeypatch.setattr(_triton, "is_supported", lambda device: supported)
     layer: Any = peftcore.fuse(family(dtype=torch.bfloat16)).model.layers[0]
     with torch.no_grad(), FakeTensorMode(), Operators() as operators:
         for module in (*layer.input_layernorm.modules(), *layer.mlp.modules()):

@@ -151,7 +151,8 @@ def make(
     dtype = dtype_choice.of_base(base, task, dtype, device, (), "fp32" if any_fp32 else None).say()
     base_as = base_quantization.of_adapters(quantize, tasks)
     base_model = models.load_model(base, task, dtype=dtype, device=device, quantize=base_as)
-    peftcore.fuse(base_model)
+    if base_model.device.type == "cpu":
+        peftcore.fuse(base_model)
     generation_config: Any = base_model.generation_config
     values = {field: getattr(generation_config, field, None) for field in _NEUTRAL_VALUES}
     ignored_fields = [

@@ -70,7 +70,8 @@ def chat(
     dtype = dtype_choice.of_base(base, task_name, dtype, device, (), "fp32" if any_fp32 else None).say()
     base_as = base_quantization.of_adapters(quantize, about)
     loaded_model = models.load_model(base, task_name, dtype=dtype, device=device, quantize=base_as)
-    peftcore.fuse(loaded_model)
+    if loaded_model.device.type == "cpu":
+        peftcore.fuse(loaded_model)
     is_resized = _fit_vocabulary(loaded_model, folders)
     for name, folder in folders.items():
         base_and_adapter.load_adapter(loaded_model, folder, name)

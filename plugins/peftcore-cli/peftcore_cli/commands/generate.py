@@ -56,7 +56,8 @@ def generate(
     if pair is not None and not task.takes_pairs:
         raise PeftcoreError(f"--pair only works with a classifier (the task is {about.task}). Remove --pair")
     loaded_model = base_and_adapter.load_base(base, about, adapter, quantize=quantize, dtype=dtype, device=device)
-    peftcore.fuse(loaded_model)
+    if loaded_model.device.type == "cpu":
+        peftcore.fuse(loaded_model)
     tokenizer = models.load_tokenizer(base, adapter)
 
     conversations.set_template(tokenizer, chat_template, about.chat_template)
