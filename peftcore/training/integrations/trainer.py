@@ -51,7 +51,7 @@ from peftcore.files import model_card
 from peftcore.files.loading import restore
 from peftcore.files.reading import adapter_folder
 from peftcore.files.saving import save_each
-from peftcore.plugin import ranks, sharded
+from peftcore.plugin import ranks, safe_reading, sharded
 from peftcore.training.integrations.trainer_loss import add_extra_loss, logged
 from peftcore.training.integrations.trainer_optimizer import (
     PagingReport,
@@ -416,11 +416,12 @@ def is_complete(folder: str | os.PathLike[str]) -> bool:
 
 
 def _why_incomplete(folder: Path) -> str | None:
+    file = folder / COMPLETE
     try:
-        sizes = json.loads((folder / COMPLETE).read_text())
-    except OSError:
+        sizes = safe_reading.parse_json(safe_reading.read_bytes(file, safe_reading.JSON_BYTES), file)
+    except FileNotFoundError:
         return f"{COMPLETE} is missing"
-    except ValueError:
+    except CheckpointError:
         sizes = None
     if not isinstance(sizes, dict):
         return f"{COMPLETE} is damaged"

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 import typer
 
-from peftcore.errors import nearest
+from peftcore.errors import CheckpointError, nearest
 from peftcore_cli.console import warn
 from peftcore_cli.fields import text_of
 
@@ -38,11 +38,16 @@ def use(context: typer.Context, _param: typer.CallbackParam, file: Path | None) 
     Raises:
         typer.BadParameter: the file cannot be read, a key is not an option, or a value has the wrong type.
     """
-    if file is None or context.resilient_parsing:
-        return file
+    if file is not None and not context.resilient_parsing:
+        _use_options(context, file, _parse(file, _read(file)))
+    return file
+
+
+def _use_options(context: typer.Context, file: Path, values: dict[str, Any]) -> None:
+    """Use `values`, read from `file`, as defaults of the command."""
     options = {_key(option): option for option in context.command.params if option.name not in _NOT_IN_FILES}
     defaults = {}
-    for name, value in _read(file).items():
+    for name, value in values.items():
         key = name.replace("-", "_")
         if key not in options:
             raise typer.BadParameter(f"{file}: unknown option '{name}'{nearest(key, options)}")
@@ -52,7 +57,6 @@ def use(context: typer.Context, _param: typer.CallbackParam, file: Path | None) 
         else:
             defaults[str(option.name)] = _default(f"{file}: '{name}'", context, option, value)
     context.default_map = defaults
-    return file
 
 
 def use_of_run(context: typer.Context, param: typer.CallbackParam, value: Any) -> Any:
@@ -74,7 +78,7 @@ def use_of_run(context: typer.Context, param: typer.CallbackParam, value: Any) -
     resume_values.clear()  # `use` processes --output again, like every option in the file
     if (output / RUN_FILE).exists():
         if (output / NAME).exists() and not context.default_map:
-            use(context, param, output / NAME)
+            _use_options(context, output / NAME, _parse(output / NAME, _read_run_file(output / NAME)))
     elif not (output.is_dir() and not any(output.iterdir())):
         siblings = [run_file.parent.name for run_file in output.absolute().parent.glob(f"*/{RUN_FILE}")]
         problem = f"has no {RUN_FILE}" if output.exists() else "does not exist"
@@ -124,10 +128,29 @@ def write(file: Path, options: Mapping[str, Any]) -> None:
     except UnicodeEncodeError as error:  # a path that is not UTF-8, which TOML cannot represent
         warn(f"cannot write '{file}': {error.object[error.start : error.end]!r} is not valid UTF-8")
         return
+    file.unlink(missing_ok=True)  # writing into a pipe would block
     file.write_bytes(content)
 
 
-def _read(file: Path) -> dict[str, Any]:
+def _read(file: Path) -> bytes:
+    """Return the content of a file that the user named, which may be a pipe such as /dev/stdin."""
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise typer.BadParameter(f"cannot read '{file}': {error.strerror or error}") from error
+
+
+def _read_run_file(file: Path) -> bytes:
+    """Return the content of a run's file. The run may come from someone else, so a pipe or a device is refused."""
+    from peftcore.plugin import safe_reading  # imports PyTorch, which --help must not
+
+    try:
+        return bytes(safe_reading.read_bytes(file, safe_reading.JSON_BYTES))
+    except CheckpointError as error:
+        raise typer.BadParameter(f"{error}. Remove --resume, or correct --output") from error
+
+
+def _parse(file: Path, content: bytes) -> dict[str, Any]:
     name = "tomllib" if sys.version_info >= (3, 11) else "tomli"
     try:
         tomllib = importlib.import_module(name)
@@ -136,9 +159,7 @@ def _read(file: Path) -> dict[str, Any]:
             f"reading TOML files needs '{name}' on Python versions before 3.11. Install it: pip install {name}"
         ) from error
     try:
-        return tomllib.loads(file.read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise typer.BadParameter(f"cannot read '{file}': {error.strerror or error}") from error
+        return tomllib.loads(content.decode("utf-8-sig"))
     except RecursionError as error:
         raise typer.BadParameter(f"cannot read '{file}': the file is nested too deeply") from error
     except ValueError as error:  # not TOML, or not UTF-8

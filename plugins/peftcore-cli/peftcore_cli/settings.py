@@ -19,7 +19,7 @@ from typing import Annotated, Any
 import typer
 from filelock import FileLock, Timeout
 
-from peftcore.errors import PeftcoreError
+from peftcore.errors import CheckpointError, PeftcoreError
 from peftcore_cli import config_file, option_groups, options
 from peftcore_cli.data import mixture
 
@@ -491,10 +491,14 @@ def _batches_per_step(settings: Mapping[str, Any]) -> int:
 
 
 def _read(run_file: Path) -> dict[str, Any]:
+    from peftcore.plugin import safe_reading  # imports PyTorch, which --help must not
+
     try:
-        settings: dict[str, Any] = json.loads(run_file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise PeftcoreError(f"cannot read '{run_file}': {error}. Start again: --overwrite") from error
+        settings: dict[str, Any] = safe_reading.parse_json(
+            safe_reading.read_bytes(run_file, safe_reading.JSON_BYTES), run_file
+        )
+    except CheckpointError as error:
+        raise PeftcoreError(f"{error}. Start again: --overwrite") from error
     return settings
 
 
@@ -560,6 +564,7 @@ def prepare_folder(output: Path, settings: Settings, *, resume: bool, overwrite:
     for name in ("checkpoints", "adapter"):
         shutil.rmtree(output / name, ignore_errors=True)
     output.mkdir(parents=True, exist_ok=True)
+    run_file.unlink(missing_ok=True)  # writing into a pipe would block
     run_file.write_text(json.dumps(settings.to_json(), indent=2) + "\n", encoding="utf-8")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 import shutil
 import warnings
 from pathlib import Path
@@ -213,7 +214,9 @@ def test_checkpoints_that_were_cut_off_are_skipped(tmp_path: Path) -> None:
     for step in (10, 20):
         shutil.rmtree(tmp_path / f"checkpoint-{step}")
     (tmp_path / "checkpoint-2" / "complete.json").write_text("null")
-    with pytest.warns(UserWarning, match=r"checkpoint-2' is incomplete .*complete.json is damaged"):
+    (tmp_path / "checkpoint-3").mkdir()
+    os.mkfifo(tmp_path / "checkpoint-3" / "complete.json")
+    with pytest.warns(UserWarning, match=r"checkpoint-[23]' is incomplete .*complete.json is damaged"):
         assert latest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-1")
 
 

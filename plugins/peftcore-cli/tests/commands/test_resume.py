@@ -116,6 +116,17 @@ def test_no_run_to_resume(run: Run, llama: Path, reviews: Path, tmp_path: Path, 
     assert not (tmp_path / "rnu").exists()
 
 
+@pytest.mark.parametrize("name", ["run.toml", "run.json"])
+def test_a_pipe_in_the_folder_of_a_stranger(run: Run, llama: Path, reviews: Path, tmp_path: Path, name: str) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").write_text("{}")
+    (tmp_path / "run" / name).unlink(missing_ok=True)
+    os.mkfifo(tmp_path / "run" / name)
+    words = train_arguments(llama, reviews, tmp_path / "run")
+    shown = run(*words, "--resume", code=2 if name == "run.toml" else 1).output
+    assert "is a pipe, not a regular file" in " ".join(shown.replace("│", " ").split())
+
+
 def test_two_processes_cannot_train_in_one_folder(run: Run, llama: Path, reviews: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
     arguments = train_arguments(llama, reviews, output)
