@@ -15,6 +15,8 @@ from peftcore_cli.settings import RunOptions, Settings
 if TYPE_CHECKING:
     from peftcore.estimating import Way
 
+_SMALL_BASE = 1e9  # parameters; default rates were chosen on models below
+
 EXAMPLES = (
     "peftcore suggest -m MODEL --method METHOD --memory 24GB --device rtx4090 --max-length 2048",
     "peftcore suggest -m MODEL --method METHOD --rank 8 --rank 64",
@@ -108,10 +110,11 @@ def suggest(
             train_options += [f"--{name}", value]
     files = " -d ".join(map(shlex.quote, data or ())) or "DATA"
     start = "peftcore" if run_options.parallel is None else f"torchrun --nproc-per-node {ranks} -m peftcore_cli"
-    commands = [
-        f"{start} train -m {shlex.quote(model)} -d {files} -o RUN {shlex.join([*way.options(), *train_options])}"
-        for way in suggestion.ways
-    ]
+    commands = []
+    for way in suggestion.ways:
+        rate = f"{peftcore.method(way.method).learning_rate:g}"
+        train_words = shlex.join([*way.options(), "--lr", rate, *train_options])
+        commands.append(f"{start} train -m {shlex.quote(model)} -d {files} -o RUN {train_words}")
     if as_json:
         ways = [{**_way(way), "command": command} for way, command in zip(suggestion.ways, commands, strict=True)]
         return {
@@ -123,6 +126,9 @@ def suggest(
         }
     say(str(suggestion))
     say("\nto train with the first suggestion:", "bold")
+    say("--batch-size is the largest power of two that fits, up to 64; --lr is the method's default")
+    if suggestion.ways[0].estimate.summary.base_parameters > _SMALL_BASE:
+        say("the default rates suit small models. For this one, start with a lower --lr: see docs/choosing.md")
     say(f"  {commands[0]}")
     return None
 

@@ -281,6 +281,7 @@ def _run(
     """Lock the run's folder, train, and show the result."""
     from peftcore.plugin import ranks
     from peftcore.training import latest_checkpoint
+    from peftcore_cli.data import holdout
     from peftcore_cli.training import run_result, torchrun, training_data, training_run
 
     def prepare() -> None:
@@ -293,6 +294,9 @@ def _run(
     with contextlib.ExitStack() as locks:
         ranks.once(prepare, together=True)
         examples = training_data.split(settings, rows.read, rows.held_out)
+        if rows.held_out is None:
+            held_out = holdout.describe(examples.held_out, len(rows.read))
+            say(f"holding out {held_out}, drawn at random with --seed {settings.seed}")
         try:
             result = training_run.run(
                 settings, output, examples, resume=resume, clock=clock, display=display, force=force
@@ -443,5 +447,5 @@ def _commands(settings: Settings, result: Result) -> list[str]:
         *([f'peftcore generate {adapter} --prompt "..."'] if task.generates else []),
         *([f"peftcore predict {adapter} --data NEW"] if task.predicts else []),
         f"peftcore eval {adapter} --data {evaluation}",
-        f"peftcore merge {adapter} --output MERGED",
+        *([f"peftcore merge {adapter} --output MERGED"] if result.merges else []),
     ]

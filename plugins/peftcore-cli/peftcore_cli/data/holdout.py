@@ -11,6 +11,8 @@ from peftcore_cli.data import mixture
 from peftcore_cli.data.disk_list import LazySequence, Selection
 from peftcore_cli.data.row import Row
 
+SHOWN_ROWS = 10  # held-out rows that `describe` names
+
 
 def check(holdout: float) -> None:
     """Raise a PeftcoreError unless `holdout` is a fraction in (0, 1) or an integer of at least 1."""
@@ -58,6 +60,20 @@ def split(rows: LazySequence[Row], holdout: float, seed: int) -> tuple[LazySeque
             is_held_out[index] = True
     train, held_out = (array("q", (i for i, is_out in enumerate(is_held_out) if is_out == out)) for out in (0, 1))
     return Selection(rows, train), Selection(rows, held_out)
+
+
+def describe(held_out: Sequence[Row], total: int) -> str:
+    """Return which of `total` examples are held out: `4 of 40 examples (chat.jsonl:7, 12, 30, 31)`."""
+    lines_by_file: dict[str, list[str]] = {}
+    for row in held_out[:SHOWN_ROWS]:
+        file, _, line = row.location.rpartition(":")
+        if line.isdecimal():
+            lines_by_file.setdefault(file, []).append(line)
+        else:  # an image, which is a file of its own
+            lines_by_file[row.location] = []
+    places = [f"{file}:{', '.join(lines)}" if lines else file for file, lines in lines_by_file.items()]
+    more = ", ..." if len(held_out) > SHOWN_ROWS else ""
+    return f"{len(held_out):,} of {total:,} examples ({', '.join(places)}{more})"
 
 
 def _fraction(size: int, fraction: float) -> int:

@@ -23,6 +23,7 @@ def test_prints_a_command_that_trains(run: Run, llama: Path, reviews: Path, tmp_
     assert "fits into 4.0 GB on this machine, including Python and its libraries:" in output
     command = shlex.split(output.strip().splitlines()[-1])
     assert command[:4] == ["peftcore", "train", "-m", str(llama)] and command[-2:] == ["--dtype", "bf16"]
+    assert command[command.index("--lr") + 1] == "0.001"
     given = [{"DATA": str(reviews), "RUN": str(tmp_path / "run")}.get(word, word) for word in command[1:]]
     assert "predicted peak: " in run(*given, "--steps", 1).output
     settings = json.loads((tmp_path / "run/run.json").read_text())

@@ -70,7 +70,7 @@ def test_language_model_end_to_end(run: Run, writer: Path, llama: Path, reviews:
     report = (writer / "report.html").read_text()
     picture = base64.b64decode(re.search(r"data:image/png;base64,([^\"]+)", report)[1])
     assert picture.startswith(b"\x89PNG") and len(picture) > 10_000
-    assert f"peftcore generate {writer / 'adapter'}" in report
+    assert f"peftcore generate {writer / 'adapter'}" in report and f"peftcore merge {writer / 'adapter'}" in report
     assert f"{found['before']['loss']:.4f}" in report and f"{found['after']['loss']:.4f}" in report
     for made_with in (torch.__version__, "transformers", "processor", "peftcore ", "SIMD level"):
         assert made_with in report

@@ -34,6 +34,13 @@ def test_counts() -> None:
     assert [len(holdout.split(rows, count, 0)[1]) for count in (1, 2.0, 8)] == [1, 2, 8]
 
 
+def test_which_rows_are_held_out() -> None:
+    rows = [Row("a:1", "x"), Row("a:3", "x"), Row("b:2", "x"), Row("good/1.png", "")]
+    assert holdout.describe(rows, 40) == "4 of 40 examples (a:1, 3, b:2, good/1.png)"
+    many = [Row(f"a:{i}", "x") for i in range(12)]
+    assert holdout.describe(many, 1200) == "12 of 1,200 examples (a:0, 1, 2, 3, 4, 5, 6, 7, 8, 9, ...)"
+
+
 def of_sets(*sizes: int) -> list[Row]:
     return [Row(f"f{source}:{i}", "a", source=source) for source, size in enumerate(sizes) for i in range(size)]
 
