@@ -13,7 +13,7 @@ import tempfile
 import time
 from pathlib import Path
 
-CARDS = {8: "rtx4090", 16: "rtx4090", 24: "rtx4090", 48: "l40s", 80: "h100"}
+CARDS = {8: "rtx4060", 12: "rtx4070", 16: "rtx4090", 24: "rtx4090", 48: "l40s", 80: "h100"}
 METHODS = ["lora", "qlora"]
 
 
