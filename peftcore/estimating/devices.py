@@ -30,8 +30,8 @@ def usable(memory: float) -> float:
 
 
 _GIGABYTES = {
-    "t4": 16, "v100": 16, "rtx3090": 24, "rtx4060": 8, "rtx4070": 12, "rtx4090": 24, "rtx5090": 32, "l4": 24, "l40s": 48,
-    "a100-40gb": 40, "a100": 80, "h100": 80, "h200": 141, "m3-max": 48,
+    "t4": 16, "v100": 16, "rtx3090": 24, "rtx4060": 8, "rtx4070": 12, "rtx4090": 24, "rtx5090": 32, "l4": 24,
+    "l40s": 48, "a100-40gb": 40, "a100": 80, "h100": 80, "h200": 141, "m3-max": 48,
 }  # fmt: skip
 CARDS = {name: Device(name, usable(1e9 * size), is_card=True) for name, size in _GIGABYTES.items()}
 

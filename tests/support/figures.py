@@ -27,8 +27,8 @@ HEADER = """# All figures
 
 <!-- made by `make figures` from figures.csv: edit that file -->
 
-One row a measurement, with its machine and its command. [Performance](performance.md) has the ones that most people ask
-for, and says how to read them.
+Each row is a measurement, with its machine and its command. [Performance](performance.md) shows the most important ones
+and explains how to read them.
 
 - **Machines**: *Zen 4* and *Zen 5* are two cores of an AMD processor with AVX-512 and bf16 instructions, *Sapphire
   Rapids* two cores of an Intel Xeon with AMX, *Cascade Lake* two cores of an Intel Xeon with AVX-512 and without bf16
