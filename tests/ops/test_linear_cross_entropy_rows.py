@@ -178,7 +178,8 @@ def test_the_loss_of_a_head_takes_blocks(level: str, dtype: torch.dtype) -> None
     x.requires_grad_()
     loss = ops.linear_cross_entropy(x, w, y, reduction="none")
     (grad,) = torch.autograd.grad(loss.sum(), x)
-    if level in ("avx2", "avx512"):
+    # AVX-512 leaves 16-bit dtypes to PyTorch on processors that multiply them.
+    if level == "avx2" or (level == "avx512" and dtype == torch.float32):
         assert has_blocks(dtype, CPU)
     if has_blocks(dtype, CPU):
         kept = y != -100
