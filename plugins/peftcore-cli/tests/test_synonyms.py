@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -65,11 +64,13 @@ def test_suggest_takes_the_task_of_the_data(
 ) -> None:
     asked: dict[str, Any] = {}
 
-    def suggest(*_: Any, **arguments: Any) -> Any:
-        asked.update(arguments)
-        return SimpleNamespace(ways=[SimpleNamespace(options=lambda: ["--method", "lora"])])
+    suggest = peftcore.suggest
 
-    monkeypatch.setattr(peftcore, "suggest", suggest)
+    def recorded(*positional: Any, **arguments: Any) -> Any:
+        asked.update(arguments)
+        return suggest(*positional, **arguments)
+
+    monkeypatch.setattr(peftcore, "suggest", recorded)
     data = write_jsonl(tmp_path / "pairs.jsonl", [{"prompt": "the", "chosen": "good", "rejected": "bad"}] * 30)
     shown = " ".join(run("suggest", "-m", llama, "--method", "lora", "--data", data).output.split())
     assert asked["loss"] == "dpo"
