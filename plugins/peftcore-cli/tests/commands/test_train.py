@@ -74,7 +74,7 @@ def test_language_model_end_to_end(run: Run, writer: Path, llama: Path, reviews:
     assert f"{found['before']['loss']:.4f}" in report and f"{found['after']['loss']:.4f}" in report
     for made_with in (torch.__version__, "transformers", "processor", "peftcore ", "SIMD level"):
         assert made_with in report
-    assert "http" not in report.replace(str(writer), ""), "the report must need nothing from elsewhere"
+    assert "://" not in report.replace(str(writer), ""), "the report must need nothing from elsewhere"
 
     evaluated = run("eval", writer, "-d", reviews).output
     assert f"{found['before']['loss']:.4f}" in evaluated and f"{found['after']['loss']:.4f}" in evaluated
