@@ -51,9 +51,9 @@ def evaluate(
                 f"eval measures every example once, so --data {source.path} cannot have the weight "
                 f"{source.weight:g}. Remove the weight"
             )
-    about = adapter_folders.adapter_task(adapter, labels)
-    about = replace(about, max_length=max_length or about.max_length)
-    task = registered.find(about.task)
+    task_record = adapter_folders.adapter_task(adapter, labels)
+    task_record = replace(task_record, max_length=max_length or task_record.max_length)
+    task = registered.find(task_record.task)
     rows = row_reading.read_rows(data, task.name, parse_columns(columns))
     task.answer_count(run_options.metric, run_options.eval_answers)  # raises for a task without answers
     is_of_answers = generations.is_user_function(run_options.metric) or (
@@ -71,16 +71,16 @@ def evaluate(
         )
     base = adapter_folders.base_of(adapter, model)
     processor = task.load_processor(base, adapter)
-    conversations.set_template(processor, chat_template, about.chat_template)
-    about = task.prepare(processor, about, base)
-    examples = task.encode(rows, processor, about.max_length, about.labels).examples
+    conversations.set_template(processor, chat_template, task_record.chat_template)
+    task_record = task.prepare(processor, task_record, base)
+    examples = task.encode(rows, processor, task_record.max_length, task_record.labels).examples
     task.check_examples(examples, "evaluated")
-    evaluation = measuring.evaluation_of(run_options, processor, about, rows, batch_size=batch_size)
-    if about.seed is not None:
+    evaluation = measuring.evaluation_of(run_options, processor, task_record, rows, batch_size=batch_size)
+    if task_record.seed is not None:
         from transformers import set_seed
 
-        set_seed(about.seed % (1 << 32))  # initialises the head as in training
-    loaded_model = base_and_adapter.load_base(base, about, adapter, quantize=quantize, dtype=dtype, device=device)
+        set_seed(task_record.seed % (1 << 32))  # initialises the head as in training
+    loaded_model = base_and_adapter.load_base(base, task_record, adapter, quantize=quantize, dtype=dtype, device=device)
     if task.has_positions:
         positions.check(loaded_model, max(task.lengths(examples)))
     if base_and_adapter.fit_vocabulary(loaded_model, adapter):
@@ -96,12 +96,12 @@ def evaluate(
             "adapter": adapter_metrics.as_dict(),
             "baseline": adapter_metrics.baseline
             and {"name": adapter_metrics.baseline[0], "value": adapter_metrics.baseline[1]},
-            "labels": list(about.labels),
+            "labels": list(task_record.labels),
             "confusion": adapter_metrics.confusion,
         }
     table(metrics.rows(base_metrics, adapter_metrics), (number(len(rows), "example"), "base", "with the adapter"))
     if adapter_metrics.confusion is not None:
         out.print()
-        cells = metrics.confusion_rows(adapter_metrics.confusion, about.labels)
+        cells = metrics.confusion_rows(adapter_metrics.confusion, task_record.labels)
         table(cells[1:], cells[0], title="with the adapter: true labels (down), predicted labels (across)")
     return None

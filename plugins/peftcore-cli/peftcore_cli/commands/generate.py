@@ -47,27 +47,27 @@ def generate(
 
     _check_options(adapter, model, labels, compare=compare)
     if adapter is None:
-        about, base = adapter_folders.AdapterTask(registered.default_name(), 512), base_files.resolve(str(model))
+        task_record, base = adapter_folders.AdapterTask(registered.default_name(), 512), base_files.resolve(str(model))
     else:
-        about, base = adapter_folders.adapter_task(adapter, labels), adapter_folders.base_of(adapter, model)
-    task = registered.find(about.task)
+        task_record, base = adapter_folders.adapter_task(adapter, labels), adapter_folders.base_of(adapter, model)
+    task = registered.find(task_record.task)
     if not task.generates:
-        adapter_folders.refuse_without_prompts(str(adapter), about.task)
+        adapter_folders.refuse_without_prompts(str(adapter), task_record.task)
     if pair is not None and not task.takes_pairs:
-        raise PeftcoreError(f"--pair only works with a classifier (the task is {about.task}). Remove --pair")
-    loaded_model = base_and_adapter.load_base(base, about, adapter, quantize=quantize, dtype=dtype, device=device)
+        raise PeftcoreError(f"--pair only works with a classifier (the task is {task_record.task}). Remove --pair")
+    loaded_model = base_and_adapter.load_base(base, task_record, adapter, quantize=quantize, dtype=dtype, device=device)
     if loaded_model.device.type == "cpu":
         peftcore.fuse(loaded_model)
     tokenizer = models.load_tokenizer(base, adapter)
 
-    conversations.set_template(tokenizer, chat_template, about.chat_template)
+    conversations.set_template(tokenizer, chat_template, task_record.chat_template)
     if chat is None:
-        chat = conversations.has_template(tokenizer) if about.chat is None else about.chat
+        chat = conversations.has_template(tokenizer) if task_record.chat is None else task_record.chat
         chat = chat and task.no_chat is None
 
     def answer() -> str:
         sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
-        return task.answer(loaded_model, tokenizer, prompt, about, chat=bool(chat), pair=pair, **sampling)
+        return task.answer(loaded_model, tokenizer, prompt, task_record, chat=bool(chat), pair=pair, **sampling)
 
     if adapter is None:
         print_answer(answer())

@@ -73,7 +73,7 @@ def plan(
         fields=method_fields,
         device=device,
     )
-    reason, estimate = forecast.unknown(task), None
+    reason, estimate = forecast.unpredicted_reason(task), None
     try:
         if reason is not None:
             raise NotFollowed(reason)

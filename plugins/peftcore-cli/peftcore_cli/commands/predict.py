@@ -55,25 +55,25 @@ def predict(
     from peftcore_cli.data.data_files import parse_columns
     from peftcore_cli.tasks import conversations, registered
 
-    about = adapter_folders.adapter_task(adapter, labels)
-    about = replace(about, max_length=max_length or about.max_length)
-    task = registered.find(about.task)
+    task_record = adapter_folders.adapter_task(adapter, labels)
+    task_record = replace(task_record, max_length=max_length or task_record.max_length)
+    task = registered.find(task_record.task)
     if not task.predicts:
         raise PeftcoreError(
-            f"predict does not support {about.task}, which the adapter in '{adapter}' was trained for. Use peftcore "
+            f"predict does not support {task_record.task}, which the adapter in '{adapter}' was trained for. Use peftcore "
             f"{'generate --prompt TEXT' if task.generates else 'eval'}"
         )
     if output is not None and output.exists():
         raise PeftcoreError(f"'{output}' exists already. Pass a new file: --output FILE")
     base = adapter_folders.base_of(adapter, model)
 
-    rows = task.read_questions(data, parse_columns(columns), about)
+    rows = task.read_questions(data, parse_columns(columns), task_record)
     processor = task.load_processor(base, adapter)
-    about = task.prepare(processor, about, base)
-    conversations.set_template(processor, chat_template, about.chat_template)
-    loaded_model = base_and_adapter.load_base(base, about, adapter, quantize=quantize, dtype=dtype, device=device)
+    task_record = task.prepare(processor, task_record, base)
+    conversations.set_template(processor, chat_template, task_record.chat_template)
+    loaded_model = base_and_adapter.load_base(base, task_record, adapter, quantize=quantize, dtype=dtype, device=device)
     base_and_adapter.load_adapter(loaded_model, adapter)
-    answers = task.predict(loaded_model, rows, processor, about, answer_tokens=answer_tokens)
+    answers = task.predict(loaded_model, rows, processor, task_record, answer_tokens=answer_tokens)
     lines = [json.dumps(answer, ensure_ascii=False) for answer in answers]
     if output is None:
         for line in lines:

@@ -65,7 +65,7 @@ def suggest(
     methods = method or [options.resolve_method(None, None)[0]]
     base = base_files.resolve(model)
     settings = Settings.from_options(run_options, model=base, data=data or "", task=task, method="", device=device)
-    reason = forecast.unknown(task)
+    reason = forecast.unpredicted_reason(task)
     if reason is not None:
         raise PeftcoreError(f"suggest cannot estimate the memory of a step: {reason}. Train with a small --batch-size")
     config = models.load_config(base, task, names)

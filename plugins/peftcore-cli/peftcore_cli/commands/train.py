@@ -107,7 +107,7 @@ def train(
     With --adapter, training continues from an existing adapter, with its base and method. Results are compared with
     that adapter, which is also the reference model for training on preferences.
     """
-    from peftcore_cli.training import forecast, torchrun, trainer_arguments
+    from peftcore_cli.training import fitting, torchrun, trainer_arguments
 
     clock = Clock()
     run_options = config_file.in_force(context, run_options)
@@ -125,7 +125,7 @@ def train(
     _check_quantize(run_options, start, name)
     settings = _settings(run_options, start, model=model, rows=rows, method=name, fields=method_fields)
     if fit:
-        settings = forecast.fit(settings, rows.read)
+        settings = fitting.fit(settings, rows.read)
     if resume:
         settings = _resumed_settings(settings, output)
     trainer_arguments.check(settings, output)

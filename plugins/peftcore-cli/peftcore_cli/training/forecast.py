@@ -1,4 +1,8 @@
-"""Forecast of a run's peak memory, printed before the model is loaded and compared with the measured peak."""
+"""Forecast of a run's peak memory, printed before the model is loaded and compared with the measured peak.
+
+`train` calls `with_memory`, which refuses runs that need more memory than is free. The first functions convert options
+to arguments of `peftcore.estimate`, also for `plan`, `suggest` and `--fit` (`fitting.py`).
+"""
 
 from __future__ import annotations
 
@@ -13,7 +17,7 @@ import torch
 
 import peftcore
 from peftcore.errors import PeftcoreError
-from peftcore.estimating import MIXED, PAGED, PLAIN, NotFollowed, Range, memory_here
+from peftcore.estimating import MIXED, NotFollowed, Range, memory_here
 from peftcore.plugin import ranks
 from peftcore.quantization import release_free_memory
 from peftcore_cli.amounts import gigabytes
@@ -33,7 +37,7 @@ from peftcore_cli.training.training_data import FIRST_ROWS
 if TYPE_CHECKING:
     from peftcore_cli.training.training_data import Examples
 
-_SHOWN_PARTS = 4  # the largest parts of the memory at the peak
+_SHOWN_PARTS = 4  # number of parts of the peak memory to print, the largest first
 
 
 @dataclass(frozen=True)
@@ -41,8 +45,10 @@ class Forecast:
     """Predicted peak memory of a run, in bytes.
 
     Args:
-        libraries: resident bytes of the process when the forecast was made; 0 on a GPU.
-        room: free bytes at that time.
+        estimate: estimate of a training step.
+        libraries: resident memory of the process when the forecast was made; 0 on a GPU.
+        room: free memory at that time.
+        on_card: whether the memory is a GPU's.
         together: number of the run's processes that share this memory.
         lighter: additional options that would reduce the memory of this run.
     """
@@ -165,7 +171,7 @@ def forecast(
     Raises:
         PeftcoreError: a setting is invalid, or cannot be used on the meta device.
     """
-    reason = _why_not(settings)
+    reason = unpredicted_reason_of_run(settings)
     if reason is not None:
         say(f"memory is not predicted: {reason}")
         return None
@@ -192,7 +198,7 @@ def _estimate(
     quantization = base_quantization.requested_by(settings)
     if quantization is not None:
         with warnings.catch_warnings(), models.quantize_advice(settings.quantize):
-            warnings.simplefilter("ignore")  # loading raises them
+            warnings.simplefilter("ignore")  # loading the model raises the same warnings
             peftcore.quantize(base, **quantization.arguments())
     return peftcore.estimate(
         base,
@@ -202,7 +208,8 @@ def _estimate(
             length=tokens_of_step(length, settings.task, base.config),
             optimizer=settings.optim,
             gradient_checkpointing=settings.gradient_checkpointing,
-            gradient_accumulation=min(2, settings.grad_accum),  # the memory is the same from the second batch on
+            # The memory is the same from the second batch on.
+            gradient_accumulation=min(2, settings.grad_accum),
             without_logits=is_without_logits(settings),
             fused=is_fused(settings),
             recompute=settings.recompute,
@@ -214,10 +221,12 @@ def _estimate(
 
 def with_memory(
     settings: Settings, processor: Any, labels: tuple[str, ...], examples: Examples, *, force: bool
-) -> tuple[Settings, Forecast | str | None]:
-    """Return the settings with the base's dtype, and the forecast, a reason for its absence, or None if it was printed.
+) -> tuple[Settings, Forecast | None, str | None]:
+    """Choose the base's dtype, predict the memory of the run, and print the forecast.
 
-    Print a returned reason only after applying the adapter, because it may turn out to be an error of the run.
+    Returns the settings with the dtype, the forecast if the memory can be predicted, and a reason that has not been
+    printed yet if it cannot. Print this reason only after the adapter has been applied, because it may turn out to be
+    an error of the run.
 
     Args:
         settings: settings of the run.
@@ -234,143 +243,49 @@ def with_memory(
     try:
         prediction = forecast(settings, examples.longest, labels, examples.rows, processor)
     except PeftcoreError as error:
-        return settings, str(error)
-    if prediction is None:
-        return settings, None
+        return settings, None, str(error)
+    if prediction is None:  # `forecast` has printed the reason
+        return settings, None, None
     if choice.instead_of == "bf16":
         prediction = replace(prediction, lighter=("--dtype bf16",))
     say(str(prediction))
     if not force:
-        prediction_to_check = prediction  # rank 0 decides for all ranks, because free memory changes over time
+        # Rank 0 decides for all ranks, because free memory changes over time.
+        prediction_to_check = prediction
         ranks.once(lambda: refuse_if_too_large(prediction_to_check, settings), together=True)
-    return settings, prediction
+    return settings, prediction, None
 
 
 def refuse_if_too_large(prediction: Forecast, settings: Settings) -> None:
     """Raise a PeftcoreError that suggests lighter options if a run needs more memory than is free."""
     if prediction.required <= prediction.room:
         return
-    options = [
-        *(["--batch-size 1 --grad-accum " + str(settings.batch_size)] if settings.batch_size > 1 else []),
-        *(["--gradient-checkpointing"] if not settings.gradient_checkpointing else []),
-        *(["--optim paged_adamw_8bit"] if not settings.optim.startswith("paged") else []),
-        *prediction.lighter,
-    ]
+    options: list[str] = []
+    if settings.batch_size > 1:
+        options.append(f"--batch-size 1 --grad-accum {settings.batch_size}")
+    if not settings.gradient_checkpointing:
+        options.append("--gradient-checkpointing")
+    if not settings.optim.startswith("paged"):
+        options.append("--optim paged_adamw_8bit")
+    options += prediction.lighter
     raise PeftcoreError(
         f"this run needs about {gigabytes(prediction.required)} of memory, but only {gigabytes(prediction.room)} are "
         f"free. Save memory with {' or '.join(options) or 'a smaller model'}, or run anyway with --force"
     )
 
 
-def fit(settings: Settings, rows: Sequence[Row]) -> Settings:
-    """Choose a batch size, gradient checkpointing and optimizer that fit into memory.
-
-    Gradient accumulation keeps the number of examples per step constant. Rank 0 chooses for all ranks. Collective.
-
-    Raises:
-        PeftcoreError: nothing fits, or the memory of the run cannot be predicted.
-    """
-    result = [settings]
-
-    def choose() -> None:
-        result[0] = _fit(settings, rows)
-
-    ranks.once(choose, together=True)
-    return ranks.of_first(result[0])
-
-
-def _fit(settings: Settings, rows: Sequence[Row]) -> Settings:
-    if device_choice.torch_device(settings.device).type != "cpu":
-        raise PeftcoreError(
-            "--fit only works for training on a CPU. For a GPU use peftcore suggest --device NAME --memory 24GB"
-        )
-    reason = _why_not(settings)
-    if reason is not None:
-        raise PeftcoreError(f"--fit cannot choose: {reason}")
-    if settings.quantize is not None:
-        raise PeftcoreError(
-            "--fit only works with a dense base. Remove --fit, or find settings that fit: peftcore suggest --model "
-            "MODEL"
-        )
-    if settings.optim != PLAIN:
-        raise PeftcoreError(f"--fit chooses the optimizer ({PLAIN} or {PAGED}). Remove --optim {settings.optim}")
-    dtype = dtype_choice.of_run(settings, ()).dtype  # `train` prints it
-    config = models.load_config(settings.model, settings.task)
-    step = peftcore.Step(
-        length=tokens_of_step(settings.max_length, settings.task, config),
-        without_logits=is_without_logits(settings),
-        fused=is_fused(settings),
-        recompute=settings.recompute,
-        **{
-            **step_options(settings.task, settings.precision, settings.parallel, settings.ranks),
-            **step_data(settings, rows),
-        },
-    )
-    fixed: dict[str, Any] = {"dtype": device_choice.torch_dtype(dtype, settings.device), "step": step}
-    if not registered.find(settings.task).divides_batches:
-        return _fit_whole_batch(settings, config, fixed)
-    (way,) = peftcore.suggest(config, [settings.method], fields=settings.fields, max_ways=1, **fixed).ways
-    return _with_way(settings, way.batch_size, way.optimizer, gradient_checkpointing=way.gradient_checkpointing)
-
-
-def _fit_whole_batch(settings: Settings, config: Any, fixed: dict[str, Any]) -> Settings:
-    """Choose like `fit`, but keep the batch size, because the task compares the texts of a batch."""
-    method = None if settings.method == FULL else settings.method
-    for checkpointing, optimizer in ((False, PLAIN), (True, PLAIN), (True, PAGED)):
-        step = replace(
-            fixed["step"], batch_size=settings.batch_size, gradient_checkpointing=checkpointing, optimizer=optimizer
-        )
-        estimate = peftcore.estimate(config, method, **{**fixed, "step": step}, device="cpu", **settings.fields)
-        if estimate.fits:
-            return _with_way(settings, settings.batch_size, optimizer, gradient_checkpointing=checkpointing)
-    raise PeftcoreError(
-        f"--fit cannot reduce the batch size of --task {settings.task}, which compares the texts of a batch, and "
-        f"--batch-size {settings.batch_size} needs {gigabytes(estimate.needed)}. Pass a smaller --batch-size"
-    )
-
-
-def _with_way(settings: Settings, batch_size: int, optimizer: str, *, gradient_checkpointing: bool) -> Settings:
-    """Return the settings with this batch size and optimizer, but the same number of examples per step.
-
-    Raises:
-        PeftcoreError: the task needs at least two examples per batch, and no such batch fits and divides the step.
-    """
-    examples = settings.batch_size * settings.grad_accum
-    smallest = registered.find(settings.task).least_batch
-    largest = min(settings.batch_size, batch_size)
-    divisors = [n for n in range(smallest, largest + 1) if examples % n == 0]
-    if not divisors:
-        raise PeftcoreError(
-            f"--fit finds no batch size for --task {settings.task}: it must be at least 2 and divide the {examples} "
-            f"examples per step, but only {largest} fit into memory. Pass an even --batch-size, or a smaller "
-            "--max-length"
-        )
-    batch_size = max(divisors)
-    fitting = replace(
-        settings,
-        batch_size=batch_size,
-        grad_accum=examples // batch_size,
-        gradient_checkpointing=gradient_checkpointing,
-        optim=optimizer,
-    )
-    checkpointing = " --gradient-checkpointing" if fitting.gradient_checkpointing else ""
-    say(
-        f"--fit chooses --batch-size {batch_size} --grad-accum {fitting.grad_accum} --optim "
-        f"{fitting.optim}{checkpointing}"
-    )
-    return fitting
-
-
-def unknown(task: str) -> str | None:
+def unpredicted_reason(task: str) -> str | None:
     """Return the reason why the memory of this task's steps cannot be predicted, or None."""
     return registered.find(task).unpredicted
 
 
-def _why_not(settings: Settings) -> str | None:
+def unpredicted_reason_of_run(settings: Settings) -> str | None:
+    """Return the reason why the memory of this run cannot be predicted, or None."""
     from peftcore.estimating import OPTIMIZERS
 
-    if (reason := unknown(settings.task)) is not None:
-        return reason
+    task_reason = unpredicted_reason(settings.task)
+    if task_reason is not None:
+        return task_reason
     if settings.teacher is not None:
         return "the memory of a teacher is unknown"
     if settings.optim not in OPTIMIZERS:

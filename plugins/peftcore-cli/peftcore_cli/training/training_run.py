@@ -1,4 +1,6 @@
-"""One training run: from settings to an adapter folder, checkpoints and the report's figures.
+"""One training run, from settings to an adapter folder and the figures of the report.
+
+`run` is the entry, and `_Run` has a method for each step of a run, in order. `commands/train.py` writes the report.
 
 OUTPUT/checkpoints/   adapter, optimizer, scheduler, RNG and trainer state
 OUTPUT/adapter/       the trained adapter, in Hugging Face PEFT's format
@@ -73,9 +75,9 @@ def run(
     Args:
         settings: settings of the run.
         output: folder of the run.
-        rows: examples of the run, see `training_data.read` and `split`.
+        rows: examples of the run, from `training_data.read` or `training_data.split`.
         resume: whether to continue from the latest checkpoint.
-        clock: clock that timed the steps so far, such as reading data.
+        clock: clock with the time of previous work, such as reading data.
         display: options about what the run prints and logs.
         force: whether to run even if the predicted memory exceeds the free memory.
 
@@ -95,10 +97,10 @@ def run(
 
 
 class _Run:
-    """A run. Call its methods in order: each sets attributes that later methods read."""
+    """The state of a run. Call the methods in the order of `run`: each sets attributes that later methods read."""
 
     processor: Any
-    about: AdapterTask
+    task_record: AdapterTask
     examples: Examples
     predicted: forecasts.Forecast | None
     unpredicted: str | None
@@ -125,26 +127,25 @@ class _Run:
         """Load the processor and encode the rows."""
         with self.clock.part("data"):
             self.settings = training_data.fit_max_length(self.settings)
-            self.processor, self.about = prepare(self.settings, self.rows)
-            self.examples = training_data.encode(self.rows, self.settings, self.processor, self.about.labels)
+            self.processor, self.task_record = prepare(self.settings, self.rows)
+            self.examples = training_data.encode(self.rows, self.settings, self.processor, self.task_record.labels)
         self.task.check_examples(self.examples.train, "training", self.settings.batch_size)
         self.task.check_examples(self.examples.held_out, "held-out")
 
     def predict_memory(self, *, force: bool) -> None:
         """Choose the base's dtype, and refuse a run that does not fit into memory, unless `force` is set."""
-        labels = self.about.labels
+        labels = self.task_record.labels
         with self.clock.part("forecast"):
-            self.settings, prediction = forecasts.with_memory(
+            self.settings, self.predicted, self.unpredicted = forecasts.with_memory(
                 self.settings, self.processor, labels, self.examples, force=force
             )
-        self.predicted, self.unpredicted = (None, prediction) if isinstance(prediction, str) else (prediction, None)
 
     def load(self) -> None:
         """Load the base with its adapter, and the teacher if there is one."""
         with self.clock.part("loading"):
-            quantized = base_quantization.of_run(self.settings, self.about.labels)
-            self.about = replace(self.about, dtype=self.settings.dtype, quantized=quantized)
-            self.model = _adapted_model(self.settings, self.processor, self.about, self.examples)
+            quantized = base_quantization.of_run(self.settings, self.task_record.labels)
+            self.task_record = replace(self.task_record, dtype=self.settings.dtype, quantized=quantized)
+            self.model = _adapted_model(self.settings, self.processor, self.task_record, self.examples)
         if self.unpredicted is not None:
             say(f"memory is not predicted: {self.unpredicted}")
         self.teacher = distillation.of_run(self.settings, self.processor, self.examples.train)
@@ -154,7 +155,7 @@ class _Run:
     def evaluate_before(self) -> None:
         """Evaluate the base or the existing adapter before training."""
         held_out, is_new = self.rows.held_out, self.settings.adapter is None
-        self.evaluate = Evaluator(self.settings, self.processor, self.about, self.examples, held_out, self.clock)
+        self.evaluate = Evaluator(self.settings, self.processor, self.task_record, self.examples, held_out, self.clock)
         is_base = self.settings.method != FULL and is_new
         with peftcore.disabled(self.model) if is_base else contextlib.nullcontext():
             self.evaluate.keep_reference(self.model)
@@ -176,30 +177,32 @@ class _Run:
     def train(self, *, resume: bool) -> None:
         """Train, from the latest checkpoint if `resume` is set, and find the best step if the options ask for it."""
         self.meter, self.trace, stop = progress.Meter(), MemoryTrace(self.model), progress.OrderlyStop()
-        keeper, task_writer = best_checkpoint.of_run(self.settings), progress.TaskWriter(self._record)
-        trainer = self.trainer = self._trainer(
-            [self.meter, stop, self.trace, task_writer, *([keeper] if keeper else [])]
-        )
-        from_checkpoint = _checkpoint_to_resume(self.output) if resume else None
+        keeper, task_writer = best_checkpoint.of_run(self.settings), progress.TaskWriter(self._saved_record)
+        callbacks: list[Any] = [self.meter, stop, self.trace, task_writer]
+        if keeper is not None:
+            callbacks.append(keeper)
+        trainer = self.trainer = self._trainer(callbacks)
+        checkpoint = _checkpoint_to_resume(self.output) if resume else None
         try:
             with stop:
-                trainer.train(resume_from_checkpoint=from_checkpoint)
+                trainer.train(resume_from_checkpoint=checkpoint)
         finally:
             self.meter.close()
             self.trace.close()
         stopped_early = keeper is not None and keeper.stopped_early
-        if stop.is_requested and trainer.state.global_step < trainer.state.max_steps and not stopped_early:
+        is_unfinished = trainer.state.global_step < trainer.state.max_steps and not stopped_early
+        if stop.is_requested and is_unfinished:
             raise Stopped(trainer.state.global_step, trainer.state.max_steps)
         self.best = None if keeper is None else keeper.best(trainer.state)
 
     def save(self) -> None:
-        """Evaluate and save the best or last adapter, as the options require."""
+        """Save the best or last adapter, as the options require, and evaluate it."""
         held_out = _final_metrics(self.trainer, self.model, self.evaluate, self.best)
         self._answer_sample("with the adapter")
-        _save(self.model, self.adapter, self.settings, self.processor, self._record)
-        examples = self.examples.validation
+        _save(self.model, self.adapter, self.settings, self.processor, self._saved_record)
+        validation = self.examples.validation
         with precision.in_model_dtype(self.model):
-            self.validation = self.evaluate(self.model, examples) if examples else None
+            self.validation = self.evaluate(self.model, validation) if validation else None
             self.after = self.evaluate.evaluate_all(self.model, held_out=held_out)
 
     def result(self) -> Result:
@@ -225,36 +228,35 @@ class _Run:
             adapter=self.adapter,
             adapter_bytes=sum(file.stat().st_size for file in self.adapter.iterdir()),
             samples=self.samples,
-            is_chat=bool(self.about.chat),
-            labels=self.about.labels,
+            is_chat=bool(self.task_record.chat),
+            labels=self.task_record.labels,
             predicted=self.predicted,
             trace=self.trace.largest,
             validation=self.validation,
             other=(before.other, after.other) if before.other and after.other else None,
             merges=None if settings.method == FULL else peftcore.can_merge(self.model),
             best=self.best,
-            data_sets=training_data.facts(settings, self.rows.train, examples, before.sets, after.sets),
+            data_sets=training_data.data_set_figures(settings, self.rows.train, examples, before.sets, after.sets),
         )
 
     @property
-    def _record(self) -> AdapterTask | None:
-        """The task record to save with the adapter; None for `--method full`."""
-        return None if self.settings.method == FULL else self.about
+    def _saved_record(self) -> AdapterTask | None:
+        """The task record to save with the adapter; None for `--method full`, which saves a whole model."""
+        return None if self.settings.method == FULL else self.task_record
 
     def _trainer(self, callbacks: list[Any]) -> Measuring:
-        examples, services = self.examples, reporting.services(self.display.report_to)
-        draws = training_data.rows_per_epoch(examples.weighted_sizes)
+        training, services = self.examples.training, reporting.services(self.display.report_to)
         arguments = {
             "model": self.model,
-            "args": trainer_arguments.of_run(self.settings, self.output, draws, services),
+            "args": trainer_arguments.of_run(self.settings, self.output, training.rows_per_epoch, services),
             "callbacks": callbacks,
-            "train_dataset": examples.dataset,
-            "eval_dataset": examples.held_out,
+            "train_dataset": training.dataset,
+            "eval_dataset": self.examples.held_out,
             "measure": self.evaluate,
-            "weighted_sizes": examples.weighted_sizes,
-            "lengths": examples.sizes,
+            "weighted_sizes": training.weighted_sizes,
+            "lengths": training.lengths,
         }
-        trainer = self.task.trainer(arguments, self.settings, self.processor, self.about, self.teacher)
+        trainer = self.task.trainer(arguments, self.settings, self.processor, self.task_record, self.teacher)
         trainer.remove_callback(PrinterCallback)
         return trainer
 
@@ -262,10 +264,15 @@ class _Run:
         """Store the model's answer to the prompt of `--sample`, if there is one."""
         if self.display.sample is None:
             return
-        is_chat, limit, sample = bool(self.about.chat), self.display.sample_tokens, self.display.sample
         with self.clock.part("samples"), precision.in_model_dtype(self.model):
-            model = self.model.eval()
-            answer = self.task.answer(model, self.processor, sample, self.about, chat=is_chat, max_new_tokens=limit)
+            answer = self.task.answer(
+                self.model.eval(),
+                self.processor,
+                self.display.sample,
+                self.task_record,
+                chat=bool(self.task_record.chat),
+                max_new_tokens=self.display.sample_tokens,
+            )
         self.samples.append((writer, answer))
 
 
@@ -278,18 +285,14 @@ def prepare(settings: Settings, rows: training_data.Rows) -> tuple[Any, AdapterT
     task = registered.find(settings.task)
     start = Path(settings.adapter) if settings.adapter is not None else None
     previous = adapter_folders.adapter_task(start) if start is not None else None
-    labels: tuple[str, ...] = ()
-    if task.has_labels:
-        if counts := row_labels.counts_of(itertools.chain(rows.train, rows.validation)):
-            say(counts)
-        labels = (
-            tuple(row_labels.labels_of(itertools.chain(rows.train, rows.validation)))
-            if start is None
-            else warm_start.labels_of(start, settings.labels)
-        )
-    processor, is_chat = task.load_processor(settings.model, start), any(row.messages is not None for row in rows.train)
+    labels = _labels(settings, rows, start) if task.has_labels else ()
+    processor = task.load_processor(settings.model, start)
+    is_chat = any(row.messages is not None for row in rows.train)
     weights = (settings.desirable_weight, settings.undesirable_weight)
-    about = AdapterTask(
+    pooling = None if settings.pooling == "auto" else settings.pooling
+    if previous is not None and previous.pooling:
+        pooling = previous.pooling
+    task_record = AdapterTask(
         settings.task,
         settings.max_length,
         labels,
@@ -297,20 +300,31 @@ def prepare(settings: Settings, rows: training_data.Rows) -> tuple[Any, AdapterT
         beta=settings.beta,
         weights=None if weights == (1.0, 1.0) else weights,
         seed=settings.seed if task.new_head else None,
-        pooling=(previous and previous.pooling) or (None if settings.pooling == "auto" else settings.pooling),
+        pooling=pooling,
         language=settings.language,
     )
-    about = task.prepare(processor, about, settings.model)
-    if about.pooling is not None:
-        say(f"pooling: {about.pooling}")
-    conversations.set_template(
-        processor, settings.chat_template, previous.chat_template if previous is not None else None
-    )
-    template = conversations.tokenizer_of(processor).chat_template if is_chat and settings.chat_template else None
-    return processor, replace(about, chat_template=template)
+    task_record = task.prepare(processor, task_record, settings.model)
+    if task_record.pooling is not None:
+        say(f"pooling: {task_record.pooling}")
+    previous_template = None if previous is None else previous.chat_template
+    conversations.set_template(processor, settings.chat_template, previous_template)
+    # Without --chat-template, the tokenizer has the template when the adapter is loaded, so it is not recorded.
+    has_new_template = is_chat and bool(settings.chat_template)
+    template = conversations.tokenizer_of(processor).chat_template if has_new_template else None
+    return processor, replace(task_record, chat_template=template)
 
 
-def _adapted_model(settings: Settings, processor: Any, about: AdapterTask, examples: Examples) -> Any:
+def _labels(settings: Settings, rows: training_data.Rows, start: Path | None) -> tuple[str, ...]:
+    """Return a classifier's labels, from the examples or from the adapter in `start`, and print their counts."""
+    counts = row_labels.counts_of(itertools.chain(rows.train, rows.validation))
+    if counts:
+        say(counts)
+    if start is not None:
+        return warm_start.labels_of(start, settings.labels)
+    return tuple(row_labels.labels_of(itertools.chain(rows.train, rows.validation)))
+
+
+def _adapted_model(settings: Settings, processor: Any, task_record: AdapterTask, examples: Examples) -> Any:
     """Return the base with the adapter to train, or the base itself with `--method full`."""
     set_seed(settings.seed)  # also determines a classifier's new head
     say(f"loading {settings.model} for {settings.task}")
@@ -319,8 +333,8 @@ def _adapted_model(settings: Settings, processor: Any, about: AdapterTask, examp
         settings.task,
         dtype=settings.dtype,
         device=settings.device,
-        labels=about.labels,
-        quantize=about.quantized,
+        labels=task_record.labels,
+        quantize=task_record.quantized,
     )
     training_data.check_positions(model, settings, examples)
     if settings.pack:
@@ -331,7 +345,7 @@ def _adapted_model(settings: Settings, processor: Any, about: AdapterTask, examp
         warm_start.load(model, settings)
     else:
         task, batches = registered.find(settings.task), first_batches(settings, examples.rows, processor, model)
-        with contextlib.nullcontext() if batches is None else task.with_loss(model, about):
+        with contextlib.nullcontext() if batches is None else task.with_loss(model, task_record):
             peftcore.apply(model, settings.method, batches=batches, **settings.fields)
     if settings.pack and settings.method != FULL:
         packing.check(model, examples.train, settings.method)
@@ -358,15 +372,15 @@ def _final_metrics(trainer: Measuring, model: Any, evaluate: Evaluator, best: be
     return trainer.metrics_by_step[trainer.state.global_step]
 
 
-def _save(model: Any, folder: Path, settings: Settings, processor: Any, record: AdapterTask | None) -> None:
+def _save(model: Any, folder: Path, settings: Settings, processor: Any, saved_record: AdapterTask | None) -> None:
     """Save the adapter with its task record, or the whole model with `--method full`."""
-    if record is None:
+    if saved_record is None:
         model.save_pretrained(folder)
         return
     peftcore.save(model, folder)
 
     def write_record() -> None:
-        record.write(folder)
+        saved_record.write(folder)
         if settings.adapter is not None and adapter_folders.has_tokenizer(Path(settings.adapter)):
             conversations.tokenizer_of(processor).save_pretrained(folder)
 

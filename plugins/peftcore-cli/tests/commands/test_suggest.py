@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 from peftcore_cli.settings import Settings
-from peftcore_cli.training import forecast
+from peftcore_cli.training import fitting, forecast
 from support.commands import Run
 
 import peftcore
@@ -116,11 +116,11 @@ def test_fit_keeps_the_examples_of_a_step(llama: Path, monkeypatch: pytest.Monke
     way = SimpleNamespace(batch_size=4, optimizer="adamw_torch", gradient_checkpointing=False)
     monkeypatch.setattr(peftcore, "suggest", lambda *_, **__: SimpleNamespace(ways=[way]))
     settings = Settings(model=str(llama), data="d", task="causal-lm", method="lora", batch_size=6)
-    found = forecast.fit(settings, [])
+    found = fitting.fit(settings, [])
     assert (found.batch_size, found.grad_accum) == (3, 2)
     with pytest.raises(peftcore.PeftcoreError, match=r"divide the 7 examples per step, but only 4 fit into memory"):
-        forecast.fit(replace(settings, task="kto", batch_size=7), [])
-    assert forecast.fit(replace(settings, task="kto"), []).batch_size == 3
+        fitting.fit(replace(settings, task="kto", batch_size=7), [])
+    assert fitting.fit(replace(settings, task="kto"), []).batch_size == 3
 
 
 def test_train_says_what_does_not_fit_before_it_loads(
