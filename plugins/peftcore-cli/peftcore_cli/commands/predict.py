@@ -60,7 +60,7 @@ def predict(
     task = registered.find(task_record.task)
     if not task.predicts:
         raise PeftcoreError(
-            f"predict does not support {task_record.task}, which the adapter in '{adapter}' was trained for. Use peftcore "
+            f"predict does not support {task.name}, which the adapter in '{adapter}' was trained for. Use peftcore "
             f"{'generate --prompt TEXT' if task.generates else 'eval'}"
         )
     if output is not None and output.exists():
