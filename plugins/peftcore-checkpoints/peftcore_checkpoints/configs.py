@@ -1,4 +1,8 @@
-"""Parsing of a `quantization_config`, and the errors that all readers raise."""
+"""Parsing of the `quantization_config` in a model's config.json, and the errors that all readers raise.
+
+Two errors have a builder here, so that all readers word them alike: `unsupported_error` for a config that no reader
+supports, and `damaged_error` for tensors that do not match their config.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +11,19 @@ from typing import Any
 
 from peftcore.plugin import CheckpointError, PeftcoreError, validation
 
+INT4_ADVICE = "Use a 4-bit checkpoint of the model, or the dense checkpoint"
+
 
 def unsupported_error(checkpoint: str, problem: str, supported: str, advice: str) -> PeftcoreError:
-    """Build the error for a layout that is not supported, such as `problem="GPTQ in 3 bits", supported="4 bits"`."""
+    """Build the error for an unsupported layout, such as `problem="GPTQ in 3 bits", supported="4 bits"`."""
     return PeftcoreError(f"'{checkpoint}' is quantized with {problem}, but only {supported} can be read. {advice}")
+
+
+def check_bits(config: Mapping[str, Any], checkpoint: str, tool: str) -> None:
+    """Raise a PeftcoreError if a config of GPTQ or AWQ does not specify 4 bits."""
+    bits = config.get("bits", config.get("w_bit"))
+    if bits != 4:
+        raise unsupported_error(checkpoint, f"{tool} in {validation.shown(bits)} bits", "4 bits", INT4_ADVICE)
 
 
 def read_object(config: Mapping[str, Any], key: str, checkpoint: str) -> Mapping[str, Any]:
@@ -26,10 +39,10 @@ def read_object(config: Mapping[str, Any], key: str, checkpoint: str) -> Mapping
 
 
 def config_groups(config: Mapping[str, Any], checkpoint: str) -> dict[str, tuple[Mapping[str, Any], Mapping[str, Any]]]:
-    """Return {name: (group, its `weights`)} of the `config_groups` in a `quantization_config`.
+    """Return {name: (group, the group's `weights`)} for the `config_groups` of a `quantization_config`.
 
     Raises:
-        PeftcoreError: a group is not an object, such as only the name of a preset.
+        PeftcoreError: a group is not an object, for example only the name of a preset.
     """
     groups = read_object(config, "config_groups", checkpoint)
     group_objects = {name: read_object(groups, name, checkpoint) for name in groups}
@@ -48,10 +61,10 @@ def refuse_transforms(config: Mapping[str, Any], checkpoint: str, advice: str) -
 
 
 def dense_layers(config: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return the patterns of layers that stay dense; each tool has its own name for the field."""
+    """Return the patterns of layers that stay dense."""
     patterns: list[str] = []
-    for name in ("ignore", "modules_to_not_convert", "exclude_modules"):
-        patterns += config.get(name) or ()
+    for field in ("ignore", "modules_to_not_convert", "exclude_modules"):  # each tool has its own name
+        patterns += config.get(field) or ()
     return tuple(patterns)
 
 

@@ -206,7 +206,7 @@ def test_folders_that_are_refused(tool: str, change: Any, message: str, tmp_path
         (config("modelopt", group_size=32), "ModelOpt in groups of 32"),
         (
             config("compressed-tensors", scheme={"format": "float-quantized"}),
-            "in several formats, of which one is 'float-quantized' with weights of float4",
+            "in several formats, one of them 'float-quantized' with weights of float4",
         ),
         (config("compressed-tensors", transform_config={"a": 1}), "transforms of the activations"),
         (config("compressed-tensors", sparsity_config={"format": "sparse-24"}), "sparse weights"),
