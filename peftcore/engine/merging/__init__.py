@@ -1,6 +1,7 @@
 """Merge adapters into the weights, checking that the result is equivalent, and unmerge them.
 
-It imports `adaptation` and the record of adapters. Public names: `merge`, `merge_error` and `unmerge` (merge.py),
-`mergeable` and `changes_nothing` (merged_layers.py), and for plugins functions that test what a layer computes
-(merge_check.py).
+- `merge.py`: the public functions `merge`, `merge_error` and `unmerge`, which write the merged weights and restore the
+  original ones
+- `merged_layers.py`: computes the merged parameters of each module (`can_merge`, `changes_nothing`)
+- `merge_check.py`: compares the outputs of a module before and after merging
 """

@@ -205,7 +205,7 @@ def _write(layer: MergedLayer, alike: list[list[str]], shared: dict[str, Tensor]
     first_names: dict[str, str] = {}
     for tied_names in alike:
         first_names.update(dict.fromkeys(tied_names, tied_names[0]))
-    for name, tensor in layer.named():
+    for name, tensor in layer.named_tensors():
         if name in first_names:
             tensor = shared.setdefault(first_names[name], nn.Parameter(tensor, requires_grad=False))
         exchange.put(name, tensor)
