@@ -1,24 +1,25 @@
-"""Adapter-owned copies of base parameters and buffers.
+"""Copies of base parameters and buffers that an adapter owns, and their exchange with the base's tensors.
 
-For each of these tensors there are two values, the base's and the adapter's. One is in the model, under the base's
-name. The other one, its counterpart, is stored here:
+An adapter that trains base parameters (a classifier's head, norms) trains a copy. For each such tensor there are two
+values, the base's and the adapter's. One is in the model, under the base's name. The other one, its counterpart, is
+stored in `TrainedParameters`, and activating the adapter exchanges the two:
 
-    adapter     in the model           stored here
+    adapter     in the model           counterpart
     inactive    the base's tensor      the adapter's tensor
     active      the adapter's tensor   the base's tensor
 
 So the base's keys never change, several adapters may have copies of one parameter, and removing an adapter restores the
-original tensor objects.
+original tensor objects. There are two kinds of copies:
 
     trained     parameters of `Train` placements. Two active adapters cannot train the same parameter.
     untrained   tensors that change without being trained: buffers such as the statistics of a BatchNorm, which a frozen
                 model in training mode also updates, and frozen values from a file. If several active adapters have a
-                copy, the one of the last adapter is in the model.
+                copy, the model contains the copy of the last adapter.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -53,43 +54,39 @@ class TrainedParameters(nn.Module):
         """Add inactive copies of the parameters `names`, and of the buffers that training updates, to `model`.
 
         Args:
-            untied: those of `names` to train separately from the parameters that they are tied to.
+            model: the model.
+            adapter: name of the adapter that owns the copies.
+            names: names of base parameters.
+            untied: names among `names` to train separately from the parameters that they are tied to.
         """
         names = list(names)
         base = base_tensors(model) if names else {}
-        trained: dict[str, list[str]] = {}
-        owned_ids: set[int] = set()
-        for name in names:
-            parameter = base[name]
-            if name in untied:
-                trained[name] = [name]
-            elif id(parameter) not in owned_ids:  # tied parameters count once
-                owned_ids.add(id(parameter))
-                tied = [other_name for other_name, tensor in base.items() if tensor is parameter]
-                trained[name] = list(dict.fromkeys([name, *tied]))
+        trained = _group_tied_names(base, names, untied)
         untrained = _names_by_tensor(updated_buffers(model))
         if not trained and not untrained:
             return
-        tensors = TrainedParameters(trained, untrained)
+        copies = TrainedParameters(trained, untrained)
         for name in trained:
             copy = nn.Parameter(sharded.whole(base[name]).clone())
             mark_as_loaded(copy, base[name])
-            tensors._parameters[_key(name)] = copy
+            copies._parameters[_key(name)] = copy
         for name in untrained:
-            tensors._buffers[_key(name)] = _tensor_at(model, name).detach().clone()
-        _add(model, adapter, tensors)
-        follow_trained(tensors.owners(model))
+            copies._buffers[_key(name)] = _tensor_at(model, name).detach().clone()
+        _add(model, adapter, copies)
+        follow_trained(copies.owners(model))
 
     @staticmethod
     def add_untrained(model: nn.Module, adapter: str, values: dict[str, Tensor]) -> None:
-        """Add inactive copies of base parameters with other values, which are not trained, to `adapter`.
+        """Give `adapter` untrained values for base parameters, as inactive copies.
 
         Args:
+            model: the model.
+            adapter: name of the adapter that owns the copies.
             values: {name in the base: value}; one name is enough for tied parameters.
         """
-        base, tensors = base_tensors(model), TrainedParameters.of(model, adapter)
-        if tensors is None:
-            tensors = _add(model, adapter, TrainedParameters({}, {}))
+        base, copies = base_tensors(model), TrainedParameters.of(model, adapter)
+        if copies is None:
+            copies = _add(model, adapter, TrainedParameters({}, {}))
         for name, value in values.items():
             base_tensor = base[name]
             if sharded.is_shard(base_tensor):
@@ -97,9 +94,9 @@ class TrainedParameters(nn.Module):
                     f"the adapter has its own copy of '{name}', but the base's '{name}' is already sharded. Load the "
                     "adapter before sharding"
                 )
-            tensors.untrained[name] = [name, *tied_to(model, [name])]
+            copies.untrained[name] = [name, *tied_to(model, [name])]
             copy = value.to(base_tensor.device, base_tensor.dtype).clone()
-            tensors._parameters[_key(name)] = nn.Parameter(copy, requires_grad=False)
+            copies._parameters[_key(name)] = nn.Parameter(copy, requires_grad=False)
 
     @staticmethod
     def detach(model: nn.Module, adapter: str) -> None:
@@ -107,12 +104,13 @@ class TrainedParameters(nn.Module):
         adapters = cast("Adapters | None", model._modules.get(TRAINED))
         if adapters is None:
             return
-        tensors = TrainedParameters.of(model, adapter)
-        if tensors is not None:
-            unfollow_trained(tensors.owners(model))
-            for name, other_tensors in all_of(model):
+        copies = TrainedParameters.of(model, adapter)
+        if copies is not None:
+            unfollow_trained(copies.owners(model))
+            # A module whose parameters another adapter trains must go on following tensor parallelism.
+            for name, other_copies in all_of(model):
                 if name != adapter:
-                    follow_trained(other_tensors.owners(model))
+                    follow_trained(other_copies.owners(model))
             del adapters._modules[adapter]
         if not len(adapters):
             del model._modules[TRAINED]
@@ -124,7 +122,7 @@ class TrainedParameters(nn.Module):
         return None if adapters is None else cast("TrainedParameters | None", adapters._modules.get(adapter))
 
     def activate(self, model: nn.Module, active: bool) -> None:
-        """Put the adapter's trained parameters into the model, or restore the base's."""
+        """Put the adapter's trained parameters into the model; if `active` is False, put the base's back."""
         if active == self.active:
             return
         for name, parameter in self.originals(model):
@@ -133,7 +131,7 @@ class TrainedParameters(nn.Module):
         self._exchange_all(model, self.trained, "active", active)
 
     def activate_untrained(self, model: nn.Module, names: Collection[str]) -> None:
-        """Put the untrained tensors `names` of the adapter into the model, and restore the base's for all others."""
+        """Put the adapter's untrained tensors `names` into the model, and the base's tensors back for its others."""
         changing = {
             name: tied_names
             for name, tied_names in self.untrained.items()
@@ -188,7 +186,7 @@ class TrainedParameters(nn.Module):
             yield tied_names, _tensor_at(model, name), self._counterpart(_key(name))
 
     def changes(self, model: nn.Module) -> Iterator[tuple[str, str]]:
-        """Yield (name, description) for tensors of the model that are missing or have another shape."""
+        """Yield (name, description) for tensors that are missing from the model or have another shape."""
         for name, tied_names in {**self.trained, **self.untrained}.items():
             expected_shape = list(sharded.shape_of(self._counterpart(_key(name))))
             for tied_name in tied_names:
@@ -206,14 +204,16 @@ class TrainedParameters(nn.Module):
 
     def _exchange_all(self, model: nn.Module, tensors: dict[str, list[str]], attribute: str, value: Any) -> None:
         """Exchange `tensors` with their counterparts and set `attribute`; after an error, undo all exchanges."""
-        counterparts, old_value = {name: self.counterpart(name) for name in tensors}, getattr(self, attribute)
+        counterparts = {name: self.counterpart(name) for name in tensors}
+        old_value = getattr(self, attribute)
         try:
             for name, tied_names in tensors.items():
                 self._exchange(model, name, tied_names)
             setattr(self, attribute, value)
         except BaseException:
             for name, tied_names in tensors.items():
-                if self.counterpart(name) is not counterparts[name]:
+                is_exchanged = self.counterpart(name) is not counterparts[name]
+                if is_exchanged:
                     self._exchange(model, name, tied_names)
             setattr(self, attribute, old_value)
             raise
@@ -234,36 +234,38 @@ class TrainedParameters(nn.Module):
 
 
 def place_untrained_tensors(model: nn.Module, active: Sequence[str]) -> None:
-    """Put each untrained tensor of the last `active` adapter that has one into the model; restore all others."""
-    owner: dict[str, str] = {}
+    """Put untrained tensors of the `active` adapters into the model, and the base's tensors back for all others.
+
+    If several active adapters have a copy of a tensor, the copy of the last one is used.
+    """
+    owner: dict[str, str] = {}  # {name of a tensor: the adapter whose copy to use}
     for name in active:
-        tensors = TrainedParameters.of(model, name)
-        owner.update(dict.fromkeys(tensors.untrained if tensors is not None else (), name))
+        copies = TrainedParameters.of(model, name)
+        if copies is not None:
+            owner.update(dict.fromkeys(copies.untrained, name))
     adapters = all_of(model)
-    names_to_place: dict[str, set[str]] = {}
-    for name, adapter_tensors in adapters:
-        names_to_place[name] = {
-            tensor_name for tensor_name in adapter_tensors.untrained if owner.get(tensor_name) == name
-        }
-    # First restore the base's tensors, since two adapters may have copies of the same tensor.
-    for name, adapter_tensors in adapters:
-        adapter_tensors.activate_untrained(model, adapter_tensors.active_untrained & names_to_place[name])
-    for name, adapter_tensors in adapters:
-        adapter_tensors.activate_untrained(model, names_to_place[name])
+    names_to_place: dict[str, set[str]] = {name: set() for name, _ in adapters}
+    for tensor_name, name in owner.items():
+        names_to_place[name].add(tensor_name)
+    # First put the base's tensors back: two adapters may have copies of the same tensor, and the second exchange would
+    # otherwise store the first adapter's copy as the base's.
+    for name, copies in adapters:
+        copies.activate_untrained(model, copies.active_untrained & names_to_place[name])
+    for name, copies in adapters:
+        copies.activate_untrained(model, names_to_place[name])
 
 
 def refuse_sharded_parameters(model: nn.Module, names: Iterable[str]) -> None:
     """Raise a PeftcoreError if one of the base parameters `names` is sharded in a way that prevents training it."""
     names = list(names)
     base = base_tensors(model) if names else {}
-    by_fsdp: set[int] = set()  # ids of modules under FSDP2, whose parameters may be gathered right now
+    fsdp_modules: set[int] = set()  # ids of modules under FSDP2, whose parameters may be gathered right now
     if names and ranks.count() > 1:
-        by_fsdp = {id(module) for fsdp, module in sharded.modules_with_fsdp(model) if fsdp}
+        fsdp_modules = {id(module) for fsdp, module in sharded.modules_with_fsdp(model) if fsdp}
     for name in names:
         module = model.get_submodule(name.rpartition(".")[0])
-        if id(module) in by_fsdp or (
-            sharded.is_dtensor(sharded.original(base[name])) and not _follows_parallelism(model, name)
-        ):
+        is_dtensor = sharded.is_dtensor(sharded.original(base[name]))
+        if id(module) in fsdp_modules or (is_dtensor and not _follows_parallelism(model, name)):
             raise PeftcoreError(
                 f"'{name}' is already sharded and cannot be trained. Apply the adapter before sharding; under tensor "
                 "parallelism, load the model without tp_plan"
@@ -271,7 +273,7 @@ def refuse_sharded_parameters(model: nn.Module, names: Iterable[str]) -> None:
 
 
 def all_of(model: nn.Module) -> list[tuple[str, TrainedParameters]]:
-    """Return (adapter, its copies) for all adapters that have some."""
+    """Return (adapter, its copies) for each adapter that owns copies of base tensors."""
     adapters = model._modules.get(TRAINED)
     if adapters is None:
         return []
@@ -289,19 +291,21 @@ def updated_buffers(model: nn.Module) -> list[tuple[str, Tensor]]:
         if not module._buffers:
             continue
         tensors = [t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None]
-        if any(not t.is_floating_point() and t.dim() > 1 for t in tensors):
+        has_packed_weight = any(not t.is_floating_point() and t.dim() > 1 for t in tensors)
+        if has_packed_weight:
             continue
         for name, buffer in module._buffers.items():
             if buffer is None or name in module._non_persistent_buffers_set:
                 continue
-            if buffer.is_floating_point() or (buffer.dim() == 0 and buffer.dtype is torch.int64):
+            is_counter = buffer.dim() == 0 and buffer.dtype is torch.int64
+            if buffer.is_floating_point() or is_counter:
                 buffers.append((f"{path}.{name}" if path else name, buffer))
     return buffers
 
 
 @contextmanager
 def restored_buffers(model: nn.Module) -> Iterator[None]:
-    """Restore the buffers that training updates after the block."""
+    """At the end of the block, restore the buffers that training updates."""
     values = [(buffer, buffer.clone()) for _, buffer in updated_buffers(model)]
     try:
         yield
@@ -315,8 +319,8 @@ def restored_buffers(model: nn.Module) -> Iterator[None]:
 def base_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Return {name: the base's tensor} for parameters and updated buffers, even while adapters replace them."""
     tensors = dict([*base_parameters(model), *updated_buffers(model)])
-    for _, adapter_tensors in all_of(model):
-        for names, _, original in adapter_tensors.in_model(model):
+    for _, copies in all_of(model):
+        for names, _, original in copies.in_model(model):
             tensors.update(dict.fromkeys(names, original))
     return tensors
 
@@ -328,18 +332,19 @@ def tied_to(model: nn.Module, names: Iterable[str]) -> list[str]:
     """
     names = set(names)
     base = base_tensors(model) if names else {}
-    tensors = {id(base[name]) for name in names if name in base}
-    return [name for name, tensor in base.items() if id(tensor) in tensors and name not in names]
+    tensor_ids = {id(base[name]) for name in names if name in base}
+    return [name for name, tensor in base.items() if id(tensor) in tensor_ids and name not in names]
 
 
 def enclosing_paths(model: nn.Module, paths: Iterable[str], trained: Sequence[str]) -> list[str]:
     """Return the paths of the modules whose calls take the model's lock.
 
-    They are the model, every ancestor of the modules `paths`, the modules that own the parameters `trained`, and the
-    ancestors of those.
+    They are the model, every ancestor of the modules at `paths`, and the modules that own the parameters `trained` with
+    all their ancestors.
     """
-    enclosing = {"", *(name.rpartition(".")[0] for name in (*trained, *tied_to(model, trained)))}
-    for path in [*paths, *enclosing]:
+    owners = {name.rpartition(".")[0] for name in (*trained, *tied_to(model, trained))}
+    enclosing = {"", *owners}
+    for path in [*paths, *owners]:
         while path:
             path = path.rpartition(".")[0]
             enclosing.add(path)
@@ -362,11 +367,33 @@ def _follows_parallelism(model: nn.Module, name: str) -> bool:
     return True
 
 
-def _add(model: nn.Module, adapter: str, tensors: TrainedParameters) -> TrainedParameters:
+def _add(model: nn.Module, adapter: str, copies: TrainedParameters) -> TrainedParameters:
+    """Store the copies that `adapter` owns in `model`, and return them."""
     if TRAINED not in model._modules:
         model.add_module(TRAINED, Adapters().train(model.training))
-    cast(Adapters, model._modules[TRAINED])._modules[adapter] = tensors.train(model.training)
-    return tensors
+    cast(Adapters, model._modules[TRAINED])._modules[adapter] = copies.train(model.training)
+    return copies
+
+
+def _group_tied_names(
+    base: Mapping[str, Tensor], names: Iterable[str], untied: Collection[str]
+) -> dict[str, list[str]]:
+    """Return {first name in `names`: all names in the base} for each distinct parameter.
+
+    Args:
+        untied: names that stand alone, even if their parameter is tied to others.
+    """
+    groups: dict[str, list[str]] = {}
+    grouped_ids: set[int] = set()
+    for name in names:
+        parameter = base[name]
+        if name in untied:
+            groups[name] = [name]
+        elif id(parameter) not in grouped_ids:
+            grouped_ids.add(id(parameter))
+            tied_names = [other_name for other_name, tensor in base.items() if tensor is parameter]
+            groups[name] = list(dict.fromkeys([name, *tied_names]))
+    return groups
 
 
 def _names_by_tensor(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, list[str]]:
@@ -390,6 +417,7 @@ def _dictionary_of(model: nn.Module, name: str) -> tuple[dict[str, Any], str]:
 
 
 def _shape_at(model: nn.Module, name: str) -> list[int] | None:
+    """Return the shape of a tensor of the model, or None if it does not exist."""
     try:
         tensor = _tensor_at(model, name)
     except (AttributeError, KeyError):

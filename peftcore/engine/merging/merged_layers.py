@@ -2,8 +2,8 @@
 
 `merged_layers` is the main entry. For each module, `merged_copies` makes two shallow float32 copies, one with the
 base's parameters and one with the merged parameters. Adapters that change single parameters (`OnWeight`) are merged
-first, because the module's own forward reads these parameters. Then `merged` of each adapter around or after the module is
-applied, in order of activation. `merge_check.py` compares the outputs of the two copies.
+first, because the module's own forward reads these parameters. Then `merged` of each adapter around or after the module
+is applied, in order of activation. `merge_check.py` compares the outputs of the two copies.
 
 If the weight is quantized, requantizing loses a part of the change, which is measured in Frobenius norms:
 
