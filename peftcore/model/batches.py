@@ -30,15 +30,15 @@ def run(model: nn.Module, batch: Any) -> Any:
     """
     device = next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
 
-    def moved(value: Any) -> Any:
+    def to_device(value: Any) -> Any:
         return tree_map_only(Tensor, lambda t: t.to(device), value)
 
     if isinstance(batch, Mapping):
-        return model(**{name: moved(value) for name, value in batch.items()})
+        return model(**{name: to_device(value) for name, value in batch.items()})
     if isinstance(batch, (tuple, list)):
-        return model(*map(moved, batch))
+        return model(*map(to_device, batch))
     if isinstance(batch, Tensor):
-        return model(moved(batch))
+        return model(to_device(batch))
     raise PeftcoreError(
         "a batch must be a mapping of keyword arguments, a tuple of positional arguments, or a tensor, found "
         f"{batch!r:.200}"
@@ -62,7 +62,7 @@ def inputs_of(
     called_paths: set[str] = set()
     hooks: dict[str, Any] = {}
 
-    def look(path: str, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def visit_input(path: str, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
         if x is None or path not in hooks:
             return
@@ -72,7 +72,9 @@ def inputs_of(
 
     try:
         for path in dict.fromkeys(paths):
-            hooks[path] = _submodule(model, path).register_forward_pre_hook(partial(look, path), with_kwargs=True)
+            hooks[path] = _submodule(model, path).register_forward_pre_hook(
+                partial(visit_input, path), with_kwargs=True
+            )
         expected_paths = set(hooks)
         for batch in _require_any(batches):
             current_batch[:] = [batch]
@@ -102,11 +104,13 @@ def gradients_of(
 ) -> None:
     """Compute the mean gradient of the loss over `batches` for base weights in float32, and pass it to `visit`.
 
-    With one batch, each gradient is passed on as soon as the backward pass has computed it. With several batches,
-    `at_once` gradients are accumulated at a time, and the batches run again for the next `at_once` weights.
+    With one batch, each gradient is passed to `visit` and freed as soon as the backward pass has computed it. With
+    several batches, the gradients of `at_once` weights are accumulated, and the batches run again for the next weights.
 
     Args:
+        model: the model.
         names: names of parameters.
+        batches: arguments of calls of the model.
         visit: (name, gradient), in any order.
         loss: (output, batch) -> scalar loss; by default the output's `loss`, for batches with labels.
         at_once: number of gradients in memory at a time.
@@ -120,55 +124,88 @@ def gradients_of(
     for name in dict.fromkeys(names):
         names_of.setdefault(_parameter(model, name), []).append(name)
     parameters = list(names_of)
-    at_once = len(parameters) if len(saved_batches) == 1 else max(1, at_once)
-    missing_names: list[str] = []
+    reached: set[nn.Parameter] = set()  # parameters that the loss depends on
 
+    @torch.no_grad()
     def pass_on(parameter: nn.Parameter, gradient: Tensor) -> None:
-        with torch.no_grad():
-            for name in names_of[parameter]:
-                visit(name, gradient)
+        reached.add(parameter)
+        for name in names_of[parameter]:
+            visit(name, gradient)
 
-    for start in range(0, len(parameters), at_once or 1):
-        group = parameters[start : start + at_once]
-        seen_parameters: set[nn.Parameter] = set()
-        sums: dict[nn.Parameter, Tensor] = {}
-
-        def take(parameter: nn.Parameter, seen_parameters: Any = seen_parameters, sums: Any = sums) -> None:
-            assert parameter.grad is not None
-            gradient, parameter.grad = parameter.grad.float(), None
-            seen_parameters.add(parameter)
-            if len(saved_batches) == 1:
-                pass_on(parameter, gradient)
-            else:
-                sums[parameter] = sums[parameter].add_(gradient) if parameter in sums else gradient
-
-        with _training_only(model, group, take):
-            for batch in saved_batches:
-                output = run(model, batch)
-                value = loss(output, batch) if loss is not None else getattr(output, "loss", None)
-                if not isinstance(value, Tensor):
-                    raise PeftcoreError(
-                        "the model did not return a loss. Add labels to the batches, or pass loss=(output, batch) -> "
-                        "..."
-                    )
-                if value.requires_grad:
-                    value.backward()
-        missing_names += [
-            name for parameter in group if parameter not in seen_parameters for name in names_of[parameter]
-        ]
-        for parameter in list(sums):
-            pass_on(parameter, sums.pop(parameter) / len(saved_batches))
+    if not parameters:
+        return
+    if len(saved_batches) == 1:
+        _backward(model, parameters, saved_batches, loss, pass_on)
+    else:
+        group_size = max(1, at_once)
+        for start in range(0, len(parameters), group_size):
+            sums = _sum_gradients(model, parameters[start : start + group_size], saved_batches, loss)
+            for parameter in list(sums):
+                pass_on(parameter, sums.pop(parameter) / len(saved_batches))
+    missing_names: list[str] = []
+    for parameter in parameters:
+        if parameter not in reached:
+            missing_names += names_of[parameter]
     _refuse_missing(
         missing_names,
-        ("has no gradient, because the loss does not depend on it. Leave it out, for example with exclude_modules"),
+        "has no gradient, because the loss does not depend on it. Leave it out, for example with exclude_modules",
     )
+
+
+def _sum_gradients(
+    model: nn.Module,
+    parameters: Sequence[nn.Parameter],
+    batches: Sequence[Any],
+    loss: Callable[[Any, Any], Tensor] | None,
+) -> dict[nn.Parameter, Tensor]:
+    """Return the sum over all batches of each parameter's gradient, for parameters that the loss depends on."""
+    sums: dict[nn.Parameter, Tensor] = {}
+
+    def add(parameter: nn.Parameter, gradient: Tensor) -> None:
+        sums[parameter] = sums[parameter].add_(gradient) if parameter in sums else gradient
+
+    _backward(model, parameters, batches, loss, add)
+    return sums
+
+
+def _backward(
+    model: nn.Module,
+    parameters: Sequence[nn.Parameter],
+    batches: Sequence[Any],
+    loss: Callable[[Any, Any], Tensor] | None,
+    visit: Callable[[nn.Parameter, Tensor], None],
+) -> None:
+    """Run forward and backward on each batch, and pass each gradient to `visit` as soon as it is computed.
+
+    Args:
+        visit: (parameter, gradient in float32). The gradient is not kept in `grad`.
+    """
+
+    def take_gradient(parameter: nn.Parameter) -> None:
+        assert parameter.grad is not None
+        gradient, parameter.grad = parameter.grad.float(), None
+        visit(parameter, gradient)
+
+    with _training_only(model, parameters, take_gradient):
+        for batch in batches:
+            output = run(model, batch)
+            value = loss(output, batch) if loss is not None else getattr(output, "loss", None)
+            if not isinstance(value, Tensor):
+                raise PeftcoreError(
+                    "the model did not return a loss. Add labels to the batches, or pass loss=(output, batch) -> ..."
+                )
+            if value.requires_grad:
+                value.backward()
 
 
 @contextmanager
 def _training_only(
-    model: nn.Module, parameters: Sequence[nn.Parameter], take: Callable[[nn.Parameter], None]
+    model: nn.Module, parameters: Sequence[nn.Parameter], hook: Callable[[nn.Parameter], None]
 ) -> Iterator[None]:
-    """Require gradients for these parameters only, and call `take` with each parameter when its gradient is ready."""
+    """Require gradients only for `parameters` inside the block, and call `hook` when a parameter's gradient is ready.
+
+    At the end of the block, `requires_grad` and `grad` of all parameters are as before.
+    """
     required_grad = {parameter: parameter.requires_grad for parameter in model.parameters()}
     gradients = {parameter: parameter.grad for parameter in parameters}
     with ExitStack() as stack:
@@ -178,7 +215,7 @@ def _training_only(
                 parameter.requires_grad_(False)
             for parameter in parameters:
                 parameter.requires_grad_(True).grad = None
-                stack.callback(parameter.register_post_accumulate_grad_hook(take).remove)
+                stack.callback(parameter.register_post_accumulate_grad_hook(hook).remove)
             yield
         finally:
             for parameter, requires_grad in required_grad.items():
@@ -188,6 +225,7 @@ def _training_only(
 
 
 def _require_any(batches: Iterable[Any]) -> Iterator[Any]:
+    """Yield the batches; raise a PeftcoreError if there are none."""
     empty = True
     for batch in batches:
         empty = False

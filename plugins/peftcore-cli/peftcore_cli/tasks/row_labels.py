@@ -70,21 +70,38 @@ def counts_of(rows: Iterable[Row]) -> str:
 
 
 def targets(rows: list[Row], labels: list[str]) -> list[int] | list[float] | list[tuple[float, ...]]:
-    """Return the target of each row: the index of its label, its number, or a zero or one for every label.
+    """Return the target of each row.
+
+    The kind of the first row's label determines the targets:
+
+        number (regression)                  the number
+        several labels (multi-label)         a tuple with 1.0 for each of `labels` that the row has, otherwise 0.0
+        one label                            its index in `labels`
 
     Raises:
         PeftcoreError: a label is unknown.
     """
-    index = {label: i for i, label in enumerate(labels)}
+    _refuse_unknown_labels(rows, labels)
+    first_label = rows[0].label
+    if isinstance(first_label, float):
+        return [row.label for row in rows if isinstance(row.label, float)]
+    if isinstance(first_label, tuple):
+        return [_indicators(row.label, labels) for row in rows if isinstance(row.label, tuple)]
+    index_of = {label: i for i, label in enumerate(labels)}
+    return [index_of[row.label] for row in rows if isinstance(row.label, str)]
+
+
+def _indicators(row_labels: tuple[str, ...], labels: list[str]) -> tuple[float, ...]:
+    return tuple(float(label in row_labels) for label in labels)
+
+
+def _refuse_unknown_labels(rows: list[Row], labels: list[str]) -> None:
+    known_labels = set(labels)
     for row in rows:
-        for name in row.label if isinstance(row.label, tuple) else (row.label,):
-            if isinstance(name, str) and name not in index:
+        row_labels = row.label if isinstance(row.label, tuple) else (row.label,)
+        for label in row_labels:
+            if isinstance(label, str) and label not in known_labels:
                 raise PeftcoreError(
-                    f"{row.location}: unknown label '{name}'{nearest(name, labels)}. The model's labels are "
+                    f"{row.location}: unknown label '{label}'{nearest(label, labels)}. The model's labels are "
                     f"{', '.join(labels)}. Correct the label, or train with examples of it"
                 )
-    if isinstance(rows[0].label, float):
-        return [row.label for row in rows if isinstance(row.label, float)]
-    if isinstance(rows[0].label, tuple):
-        return [tuple(float(label in row.label) for label in labels) for row in rows if isinstance(row.label, tuple)]
-    return [index[row.label] for row in rows if isinstance(row.label, str)]
