@@ -2,6 +2,10 @@
 
 The adapter of such a module is no longer called, or no longer fits. peftcore repairs nothing: functions that read or
 change adapters raise an error that names the module, and `remove` detaches the adapters that are still attached.
+
+`find_changes` compares each module with its `Site`, the record made when the first adapter was applied, and describes
+every change. `Snapshot` is the fast check that runs first: it only tells whether anything has changed. Both are called
+by the model's record of adapters (`state.py`).
 """
 
 from __future__ import annotations
@@ -67,16 +71,22 @@ def find_changes(
     """
     for path, site in sites:
         module = module_at(model, path)
-        if module is None or not is_adapted(module) or module.__dict__.get(LOCK) is not lock:
-            yield path, _replacement_text(module)
+        if module is None or not _belongs_to_model(module, lock):
+            yield path, _describe_replacement(module)
             continue
-        change, adapters = None, adapters_at(module)._modules
-        if len(adapters) < site.adapters if adapter is None else adapter not in adapters:
-            change = "has lost its adapter"
+        adapters = adapters_at(module)._modules
+        has_lost_adapter = len(adapters) < site.adapters if adapter is None else adapter not in adapters
+        if has_lost_adapter:
+            yield path, "has lost its adapter"
         elif shapes:
             change = _shape_change(module, site.shapes)
-        if change:
-            yield path, change
+            if change:
+                yield path, change
+
+
+def _belongs_to_model(module: nn.Module, lock: ModelLock) -> bool:
+    """Return whether a module is adapted and has this model's lock; copies and other models have other locks."""
+    return is_adapted(module) and module.__dict__.get(LOCK) is lock
 
 
 def find_changes_of_trained(model: nn.Module, adapter: str, lock: ModelLock) -> Iterator[tuple[str, str]]:
@@ -98,7 +108,7 @@ def modules_with_adapter(
     modules: list[tuple[str, nn.Module]] = []
     for path in paths:
         module = module_at(model, path)
-        if module is None or not is_adapted(module) or module.__dict__.get(LOCK) is not lock:
+        if module is None or not _belongs_to_model(module, lock):
             continue
         if adapter in adapters_at(module)._modules:
             modules.append((path, module))
@@ -106,7 +116,10 @@ def modules_with_adapter(
 
 
 def with_adapter(model: nn.Module, adapter: str, paths: Iterable[str]) -> Iterator[nn.Module]:
-    """Yield the modules at `paths` that have `adapter`, including copies and modules of another class."""
+    """Yield the modules at `paths` that contain `adapter`, for `remove`.
+
+    Unlike `modules_with_adapter`, it includes copies and modules that were given another class since.
+    """
     for path in paths:
         module = module_at(model, path)
         if module is not None and CHILD in module._modules and adapter in adapters_at(module):
@@ -114,13 +127,16 @@ def with_adapter(model: nn.Module, adapter: str, paths: Iterable[str]) -> Iterat
 
 
 def moved_with_adapter(model: nn.Module, adapter: str, lock: ModelLock) -> Iterator[nn.Module]:
-    """Yield the modules with `adapter` at any path: deleting a child of a `Sequential` moves the later children."""
+    """Yield the modules of this model that contain `adapter`, at any path.
+
+    A module may have moved: deleting a child of a `Sequential` renumbers the later children.
+    """
     for _, module in base_modules(model):
         if module.__dict__.get(LOCK) is lock and CHILD in module._modules and adapter in adapters_at(module):
             yield module
 
 
-def _replacement_text(module: nn.Module | None) -> str:
+def _describe_replacement(module: nn.Module | None) -> str:
     """Describe the module that has replaced an adapted module of this model."""
     if module is None:
         return "is gone"
@@ -131,16 +147,17 @@ def _replacement_text(module: nn.Module | None) -> str:
 
 
 def _shape_change(module: nn.Module, shapes_before: Shapes) -> str | None:
+    """Describe how the parameters of a module differ from `shapes_before`, or return None."""
     shapes = parameter_shapes(module)
-    missing_names, new_names = (
-        sorted(shapes_before.keys() - shapes.keys()),
-        sorted(shapes.keys() - shapes_before.keys()),
-    )
+    missing_names = sorted(shapes_before.keys() - shapes.keys())
+    new_names = sorted(shapes.keys() - shapes_before.keys())
     if missing_names or new_names:
         return f"has the parameters {new_names} in place of {missing_names}"
-    for name, shape in shapes_before.items():
-        if shape and shapes[name] and shapes[name] != shape:
-            return f"has '{name}' of shape {list(shapes[name])}, which was {list(shape)}"
+    for name, shape_before in shapes_before.items():
+        shape = shapes[name]
+        # An empty shape means that it was not recorded, see `parameter_shapes`.
+        if shape_before and shape and shape != shape_before:
+            return f"has '{name}' of shape {list(shape)}, which was {list(shape_before)}"
     return None
 
 
@@ -165,10 +182,10 @@ def module_at(model: nn.Module, path: str) -> nn.Module | None:
 
 
 class Snapshot:
-    """Snapshot of the modules with adapters.
+    """Record of the modules with adapters at a time when they were unchanged, to check quickly that they still are.
 
     `matches` compares objects without a Python loop over the modules. `find_changes`, which describes each change,
-    would dominate the time of changing adapters, so it runs only if this check fails.
+    would dominate the time of changing adapters, so it runs only if `matches` returns False.
 
     Args:
         sites, modules: {path of a module: value}.
@@ -178,7 +195,9 @@ class Snapshot:
     """
 
     def __init__(self, model: nn.Module, sites: Mapping[str, Site], modules: Mapping[str, nn.Module], lock: ModelLock):
-        self.sites, self.modules, self.per_sample = dict(sites), dict(modules), False
+        self.sites = dict(sites)
+        self.modules = dict(modules)
+        self.per_sample = False
         self._model = model._modules
         steps: dict[tuple[int, str], tuple[dict[str, Any], str, object]] = {}
         for path in modules:
@@ -199,7 +218,7 @@ class Snapshot:
         self._parameters = [module._parameters for module in modules.values()]
         self._counts = list(map(len, self._parameters))
         self._slots = [(table, name) for table in self._parameters for name in table]
-        self._kinds, self._shapes = self._types_and_shapes()
+        self._types, self._shapes = self._types_and_shapes()
 
     @staticmethod
     def take(model: nn.Module, sites: Mapping[str, Site], lock: ModelLock) -> Snapshot | None:
@@ -221,20 +240,19 @@ class Snapshot:
             and list(map(type, self.modules.values())) == self._classes
             and list(map(len, self._parameters)) == self._counts
             and list(map(len, self._adapters)) == [site.adapters for site in self.sites.values()]
-            and self._types_and_shapes() == (self._kinds, self._shapes)
+            and self._types_and_shapes() == (self._types, self._shapes)
         )
 
     def _types_and_shapes(self) -> tuple[list[type], list[Any]]:
         """Return (class of each parameter, shapes of the plain parameters)."""
         parameters = [table.get(name) for table, name in self._slots]
-        return list(map(type, parameters)), [
-            _shape(parameter) for parameter in parameters if type(parameter) is nn.Parameter
-        ]
+        shapes = [_shape(parameter) for parameter in parameters if type(parameter) is nn.Parameter]
+        return list(map(type, parameters)), shapes
 
 
 def _steps_to(model: nn.Module, path: str) -> list[tuple[dict[str, Any], str, nn.Module]]:
     """Return (children of a module, name of a child, the child) for each step along `path`."""
-    steps = []
+    steps: list[tuple[dict[str, Any], str, nn.Module]] = []
     module: Any = model
     for name in path.split(".") if path else ():
         steps.append((module._modules, name, module._modules[name]))
