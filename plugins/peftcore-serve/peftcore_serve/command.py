@@ -148,7 +148,7 @@ def make(
     tasks = _tasks(folders_by_name)
     any_fp32 = any(adapter_task.dtype == "fp32" for adapter_task in tasks.values())
     task = registered.default_name()
-    dtype = dtype_choice.of_base(base, task, dtype, device, (), "fp32" if any_fp32 else None).say()
+    dtype = dtype_choice.choose_for_inference(base, task, dtype, device, (), "fp32" if any_fp32 else None).report()
     base_as = base_quantization.of_adapters(quantize, tasks)
     base_model = models.load_model(base, task, dtype=dtype, device=device, quantize=base_as)
     if base_model.device.type == "cpu":

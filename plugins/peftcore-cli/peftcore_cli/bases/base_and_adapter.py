@@ -23,7 +23,7 @@ def load_base(
     base: str, task: AdapterTask, adapter: Path | None, *, quantize: str | None, dtype: str, device: str
 ) -> PreTrainedModel:
     """Load the base of an adapter for `task`, in the dtype and format of the options, by default as in training."""
-    dtype = dtype_choice.of_base(base, task.task, dtype, device, task.labels, task.dtype).say()
+    dtype = dtype_choice.choose_for_inference(base, task.task, dtype, device, task.labels, task.dtype).report()
     quantization = base_quantization.of_adapter(quantize, adapter, task)
     return models.load_model(base, task.task, dtype=dtype, device=device, labels=task.labels, quantize=quantization)
 

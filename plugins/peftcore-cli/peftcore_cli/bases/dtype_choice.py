@@ -1,13 +1,17 @@
-"""`--dtype`: choose the dtype of a base, and explain the choice.
+"""Choose the dtype of a base model from `--dtype`, and explain the choice to the user.
 
-    CUDA   auto is bf16 if the GPU supports it, otherwise fp32
-    CPU    auto is the dtype in `config.json`, or bf16 for a .gguf file in fewer bits. It is fp32 instead of 16 bits if
-           this processor has no instructions for the dtype, or if parameters of the base are trained, because bf16
-           would round away small updates. It is also fp32 instead of fp16, because gradients underflow without loss
-           scaling
+`choose` has the rule. Training calls it through `choose_for_run`, and commands that only run a model through
+`choose_for_inference`; both read the checkpoint's dtype first. `--dtype auto` means:
 
-A message names the dtype that auto uses instead of the checkpoint's, and the cost of a dtype that the processor has no
-instructions for. Commands that write weights (`merge`, `export`) or compare methods use fp32 for auto on a CPU.
+    CUDA   bf16 if the GPU supports it, otherwise fp32
+    CPU    the dtype in `config.json`, or bf16 for a .gguf file with fewer bits. A 16-bit dtype is replaced by fp32 if
+           - it is fp16, whose gradients underflow without loss scaling,
+           - this processor has no instructions for it, or
+           - parameters of the base are trained, because bf16 would round away small updates
+
+If auto replaces the checkpoint's dtype, a message gives the reason. If the user names a dtype for which the processor
+has no instructions, a warning gives the cost. Commands that write weights (`merge`, `export`) or compare methods use
+fp32 for auto on a CPU.
 """
 
 from __future__ import annotations
@@ -35,24 +39,25 @@ _TRAINED_IN_FP32 = "the adapter was trained with the base in fp32"
 
 @dataclass(frozen=True)
 class Choice:
-    """The dtype of a base.
+    """The dtype of a base, and a message about it.
 
     Args:
         dtype: the dtype as in `--dtype`, never auto.
-        instead_of: the checkpoint's 16-bit dtype that auto replaced, or None if auto replaced nothing.
-        line: message about the choice, or None.
-        is_warning: whether the message is a warning about the user's choice.
+        replaced_dtype: the checkpoint's 16-bit dtype that auto replaced by fp32, or None if auto replaced nothing.
+        message: explains the choice; None if there is nothing to explain.
+        is_warning: whether the message warns about a dtype that the user named.
     """
 
     dtype: str
-    instead_of: str | None = None
-    line: str | None = None
+    replaced_dtype: str | None = None
+    message: str | None = None
     is_warning: bool = False
 
-    def say(self) -> str:
-        """Print the message and return the dtype."""
-        if self.line is not None:
-            (warn if self.is_warning else note)(self.line)
+    def report(self) -> str:
+        """Print the message, if there is one, and return the dtype."""
+        if self.message is not None:
+            print_message = warn if self.is_warning else note
+            print_message(self.message)
         return self.dtype
 
 
@@ -62,54 +67,65 @@ def choose(dtype: str, device: str, checkpoint_dtype: str | None, *, needs_fp32:
     Args:
         dtype: value of `--dtype`.
         device: device of the base.
-        checkpoint_dtype: the checkpoint's dtype, see `stored_dtype`; None means fp32.
+        checkpoint_dtype: the checkpoint's dtype as in `--dtype`; None means fp32.
         needs_fp32: reason why auto must be fp32, or None; `{dtype}` is replaced by `checkpoint_dtype`.
 
     Raises:
         PeftcoreError: dtype or device is unknown.
     """
-    dtype_name = "bf16" if device_choice.torch_dtype(dtype, device).itemsize == 2 else WIDE
+    uses_16_bits = device_choice.torch_dtype(dtype, device).itemsize == 2  # raises if `dtype` is unknown
     if device_choice.torch_device(device).type != "cpu":
-        return Choice(dtype_name)
-    if dtype != AUTO:
-        return (
-            Choice(dtype_name, None, slow_line(dtype_name), is_warning=True)
-            if dtype_name != WIDE
-            else Choice(dtype_name)
-        )
-    if checkpoint_dtype in (None, WIDE):
+        return Choice("bf16" if uses_16_bits else WIDE)
+    if dtype == WIDE or (dtype == AUTO and checkpoint_dtype in (None, WIDE)):
         return Choice(WIDE)
+    if dtype != AUTO:
+        return Choice(dtype, message=slow_dtype_message(dtype), is_warning=True)
+    return _choose_for_16_bit_checkpoint(str(checkpoint_dtype), needs_fp32)
+
+
+def _choose_for_16_bit_checkpoint(checkpoint_dtype: str, needs_fp32: str | None) -> Choice:
+    """Apply the rule of auto on a CPU: keep the checkpoint's dtype unless there is a reason to use fp32."""
     if checkpoint_dtype == "fp16":
         reason: str | None = "gradients underflow in {dtype} without loss scaling, which PyTorch only supports on CUDA"
     else:
-        reason = device_choice.without_instructions(str(checkpoint_dtype)) or needs_fp32
+        reason = device_choice.without_instructions(checkpoint_dtype) or needs_fp32
     if reason is None:
-        return Choice(str(checkpoint_dtype))
-    line = f"--dtype auto: fp32, not {checkpoint_dtype}: {reason.format(dtype=checkpoint_dtype)}. "
-    return Choice(WIDE, checkpoint_dtype, f"{line}Dense weights take twice the memory of {checkpoint_dtype}")
+        return Choice(checkpoint_dtype)
+    message = (
+        f"--dtype auto: fp32, not {checkpoint_dtype}: {reason.format(dtype=checkpoint_dtype)}. "
+        f"Dense weights take twice the memory of {checkpoint_dtype}"
+    )
+    return Choice(WIDE, checkpoint_dtype, message)
 
 
-def slow_line(dtype: str, otherwise: str = "--dtype auto") -> str | None:
-    """Return a message if the user's dtype is slow on this processor, or None."""
+def slow_dtype_message(dtype: str, alternative: str = "--dtype auto") -> str | None:
+    """Return a warning if products in `dtype` are slow on this processor, or None.
+
+    Args:
+        dtype: the dtype that the user named.
+        alternative: the options with which the command would choose fp32.
+    """
     reason = device_choice.without_instructions(dtype)
     if reason is None:
         return None
-    exception = (
-        "; peftcore's linear layers are not affected" if device_choice.torch_dtype(dtype, "cpu") in ops.WIDENED else ""
-    )
-    return f"{reason}{exception}. {otherwise} would choose fp32"
+    if device_choice.torch_dtype(dtype, "cpu") in ops.WIDENED:
+        reason += "; peftcore's linear layers are not affected"
+    return f"{reason}. {alternative} would choose fp32"
 
 
-def stored_dtype(config: Any) -> str | None:
-    """Return the dtype in a checkpoint's transformers config, as in `--dtype`, or None."""
+def config_dtype(config: Any) -> str | None:
+    """Return the dtype that a transformers config names, as in `--dtype`; None if it names none of these."""
     from peftcore.plugin import text_config
 
-    dtype = getattr(config, "dtype", None) or getattr(text_config(config), "dtype", None)
-    names = {WIDE: "float32", **device_choice.HALVES}
-    return next((name for name, full in names.items() if str(dtype).removeprefix("torch.") == full), None)
+    torch_dtype = getattr(config, "dtype", None) or getattr(text_config(config), "dtype", None)
+    torch_name = str(torch_dtype).removeprefix("torch.")
+    for name, name_in_torch in {WIDE: "float32", **device_choice.HALVES}.items():
+        if torch_name == name_in_torch:
+            return name
+    return None
 
 
-def of_base(
+def choose_for_inference(
     model: str, task: str, dtype: str, device: str, labels: tuple[str, ...] = (), trained_in: str | None = None
 ) -> Choice:
     """Choose the dtype of a base for generation or evaluation.
@@ -122,42 +138,48 @@ def of_base(
         labels: a classifier's labels.
         trained_in: the base's dtype in training, if the adapter's task file records it.
     """
-    needs_fp32 = (
-        _TRAINED_IN_FP32 if trained_in == WIDE or (trained_in is None and registered.find(task).new_head) else None
-    )
-    return _of_model(model, dtype, device, _stored(model, task, labels, dtype), needs_fp32)
+    # Runs that create a head train it in fp32.
+    was_trained_in_fp32 = trained_in == WIDE or (trained_in is None and registered.find(task).new_head)
+    needs_fp32 = _TRAINED_IN_FP32 if was_trained_in_fp32 else None
+    choice = choose(dtype, device, _checkpoint_dtype(model, task, labels, dtype), needs_fp32=needs_fp32)
+    return _explain_gguf(choice, model, dtype)
 
 
-def of_run(settings: Settings, labels: tuple[str, ...]) -> Choice:
+def choose_for_run(settings: Settings, labels: tuple[str, ...]) -> Choice:
     """Choose the dtype of a training run's base. Rank 0 chooses for all processes. Collective."""
     choices: list[Choice] = []
-    ranks.once(lambda: choices.append(_of_run(settings, labels)), together=True)
+    ranks.once(lambda: choices.append(_choose_for_run_on_one_rank(settings, labels)), together=True)
     (choice,) = ranks.of_first(choices)
     return choice
 
 
-def _of_run(settings: Settings, labels: tuple[str, ...]) -> Choice:
+def _choose_for_run_on_one_rank(settings: Settings, labels: tuple[str, ...]) -> Choice:
     dtype, device = base_dtype(settings.precision, settings.dtype), settings.device
     on_cpu = device_choice.torch_device(device).type == "cpu"
     if on_cpu and settings.precision in MIXED:
-        line = slow_line(settings.precision, "--precision auto with --dtype auto")
-        return Choice(choose(dtype, device, None).dtype, None, line, is_warning=True)
-    checkpoint_dtype = _stored(settings.model, settings.task, labels, dtype)
-    needs_fp32 = None
-    if on_cpu and checkpoint_dtype == "bf16" and settings.adapter is not None:
-        task = adapter_folders.adapter_task(Path(settings.adapter), settings.labels)
-        needs_fp32 = _TRAINED_IN_FP32 if task.dtype == WIDE or registered.find(settings.task).new_head else None
-    elif on_cpu and checkpoint_dtype == "bf16":
-        needs_fp32 = _TRAINS_BASE if _trains_base(settings, labels) else None
-    return _of_model(settings.model, dtype, device, checkpoint_dtype, needs_fp32)
-
-
-def _of_model(model: str, dtype: str, device: str, checkpoint_dtype: str | None, needs_fp32: str | None) -> Choice:
-    """Choose the dtype of a base. For a .gguf file, which names no dtype, the choice is always printed."""
+        # Autocast computes in 16 bits, so a warning about slow products concerns the precision, not the dtype.
+        message = slow_dtype_message(settings.precision, "--precision auto with --dtype auto")
+        return Choice(choose(dtype, device, None).dtype, message=message, is_warning=True)
+    checkpoint_dtype = _checkpoint_dtype(settings.model, settings.task, labels, dtype)
+    needs_fp32 = _why_run_needs_fp32(settings, labels) if on_cpu and checkpoint_dtype == "bf16" else None
     choice = choose(dtype, device, checkpoint_dtype, needs_fp32=needs_fp32)
-    if dtype != AUTO or not model.endswith(".gguf") or choice.line is not None:
+    return _explain_gguf(choice, settings.model, dtype)
+
+
+def _why_run_needs_fp32(settings: Settings, labels: tuple[str, ...]) -> str | None:
+    """Return why a run on a bf16 checkpoint needs its base in fp32, or None."""
+    if settings.adapter is None:
+        return _TRAINS_BASE if _trains_base(settings, labels) else None
+    # A run that continues an adapter uses the dtype in which the adapter was trained.
+    task = adapter_folders.adapter_task(Path(settings.adapter), settings.labels)
+    return _TRAINED_IN_FP32 if task.dtype == WIDE or registered.find(settings.task).new_head else None
+
+
+def _explain_gguf(choice: Choice, model: str, dtype: str) -> Choice:
+    """Add a message to the choice of auto for a .gguf file, where users cannot look up a dtype."""
+    if dtype != AUTO or not model.endswith(".gguf") or choice.message is not None:
         return choice
-    return replace(choice, line=f"--dtype auto: {choice.dtype} for the weights of '{Path(model).name}'")
+    return replace(choice, message=f"--dtype auto: {choice.dtype} for the weights of '{Path(model).name}'")
 
 
 def _trains_base(settings: Settings, labels: tuple[str, ...]) -> bool:
@@ -166,23 +188,22 @@ def _trains_base(settings: Settings, labels: tuple[str, ...]) -> bool:
 
     if settings.method == FULL or registered.find(settings.task).new_head:
         return True
-    if not settings.method:  # `suggest` tries several
+    if not settings.method:  # `suggest` tries several methods
         return False
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # `apply` raises them
+        warnings.simplefilter("ignore")  # `apply` gives the same warnings later
         try:
-            method_plan = peftcore.plan(
-                models.empty_model(settings.model, settings.task, labels), settings.method, **settings.fields
-            )
+            model = models.empty_model(settings.model, settings.task, labels)
+            method_plan = peftcore.plan(model, settings.method, **settings.fields)
         except PeftcoreError:
             return False  # the run itself reports the error
     return any(kind == "trained parameter" for _, kind, _, _ in method_plan.rows)
 
 
-def _stored(model: str, task: str, labels: tuple[str, ...], dtype: str) -> str | None:
-    """Return the checkpoint's dtype, or None if --dtype is not auto."""
+def _checkpoint_dtype(model: str, task: str, labels: tuple[str, ...], dtype: str) -> str | None:
+    """Read the checkpoint's dtype, as in `--dtype`. None if the config names none, or if --dtype is not auto."""
     if dtype != AUTO:
         return None
     if model.endswith(".gguf"):
         return gguf_file.stored_dtype(model)
-    return stored_dtype(models.load_config(model, task, labels))
+    return config_dtype(models.load_config(model, task, labels))

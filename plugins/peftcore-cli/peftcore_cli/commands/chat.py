@@ -67,7 +67,7 @@ def chat(
     base = base_files.resolve(_common_base(folders, model))
     any_fp32 = any(task.dtype == "fp32" for task in about.values())
     task_name = registered.default_name()
-    dtype = dtype_choice.of_base(base, task_name, dtype, device, (), "fp32" if any_fp32 else None).say()
+    dtype = dtype_choice.choose_for_inference(base, task_name, dtype, device, (), "fp32" if any_fp32 else None).report()
     base_as = base_quantization.of_adapters(quantize, about)
     loaded_model = models.load_model(base, task_name, dtype=dtype, device=device, quantize=base_as)
     if loaded_model.device.type == "cpu":

@@ -46,7 +46,7 @@ def fit(settings: Settings, rows: Sequence[Row]) -> Settings:
 def _choose(settings: Settings, rows: Sequence[Row]) -> Settings:
     """Choose on this rank, see `fit`."""
     _refuse_unsupported(settings)
-    dtype = dtype_choice.of_run(settings, ()).dtype  # `train` prints the choice later
+    dtype = dtype_choice.choose_for_run(settings, ()).dtype  # `train` prints the choice later
     config = models.load_config(settings.model, settings.task)
     step = peftcore.Step(
         length=forecast.tokens_of_step(settings.max_length, settings.task, config),

@@ -153,7 +153,7 @@ def dtype_of_base(settings: Settings, labels: tuple[str, ...] = ()) -> torch.dty
     if settings.device != "cpu":
         dtype = precisions.base_dtype(settings.precision, settings.dtype)
         return device_choice.torch_dtype("bf16" if dtype == "auto" else dtype, "cpu")
-    return device_choice.torch_dtype(dtype_choice.of_run(settings, labels).say(), "cpu")
+    return device_choice.torch_dtype(dtype_choice.choose_for_run(settings, labels).report(), "cpu")
 
 
 def forecast(
@@ -238,15 +238,15 @@ def with_memory(
     Raises:
         PeftcoreError: the predicted memory exceeds the free memory and `force` is False.
     """
-    choice = dtype_choice.of_run(settings, labels)
-    settings = replace(settings, dtype=choice.say())
+    choice = dtype_choice.choose_for_run(settings, labels)
+    settings = replace(settings, dtype=choice.report())
     try:
         prediction = forecast(settings, examples.longest, labels, examples.rows, processor)
     except PeftcoreError as error:
         return settings, None, str(error)
     if prediction is None:  # `forecast` has printed the reason
         return settings, None, None
-    if choice.instead_of == "bf16":
+    if choice.replaced_dtype == "bf16":
         prediction = replace(prediction, lighter=("--dtype bf16",))
     say(str(prediction))
     if not force:

@@ -63,26 +63,28 @@ def test_what_is_chosen(
 ) -> None:
     on(instructions)
     found = dtype_choice.choose(dtype, "cpu", stored)
-    assert (found.dtype, found.instead_of) == (chosen, instead)
+    assert (found.dtype, found.replaced_dtype) == (chosen, instead)
     named_and_slow = instructions is AVX2 and dtype == "bf16"
-    assert found.is_warning == (dtype == "bf16") and (found.line is not None) == (named_and_slow or instead is not None)
+    assert found.is_warning == (dtype == "bf16") and (found.message is not None) == (
+        named_and_slow or instead is not None
+    )
 
 
 def test_what_is_said(on: Any) -> None:
     on(AVX2)
-    assert dtype_choice.choose("auto", "cpu", "bf16").line == INSTEAD
-    assert dtype_choice.choose("bf16", "cpu", "bf16").line == NAMED
+    assert dtype_choice.choose("auto", "cpu", "bf16").message == INSTEAD
+    assert dtype_choice.choose("bf16", "cpu", "bf16").message == NAMED
     on(ZEN4)
     trained = dtype_choice.choose("auto", "cpu", "bf16", needs_fp32=dtype_choice._TRAINS_BASE)
-    assert trained.dtype == "fp32" and "and bf16 would round away small updates. Dense weights" in str(trained.line)
-    assert "gradients underflow in fp16" in str(dtype_choice.choose("auto", "cpu", "fp16").line)
+    assert trained.dtype == "fp32" and "and bf16 would round away small updates. Dense weights" in str(trained.message)
+    assert "gradients underflow in fp16" in str(dtype_choice.choose("auto", "cpu", "fp16").message)
 
 
 def test_layers_that_peftcore_widens_are_said_to_be_spared(on: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     on(AVX2)
     monkeypatch.setattr(ops, "WIDENED", frozenset({torch.bfloat16}))
     wanted = NAMED.replace(". --dtype", "; peftcore's linear layers are not affected. --dtype")
-    assert dtype_choice.choose("bf16", "cpu", "bf16").line == wanted
+    assert dtype_choice.choose("bf16", "cpu", "bf16").message == wanted
 
 
 def test_cards_have_their_own_rule(on: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,13 +107,13 @@ def test_cards_have_their_own_rule(on: Any, monkeypatch: pytest.MonkeyPatch) -> 
 )
 def test_the_dtype_of_a_checkpoint_is_its_config_s(tmp_path: Path, fields: dict[str, str], stored: str | None) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **fields}))
-    assert dtype_choice.stored_dtype(models.load_config(str(tmp_path), "causal-lm")) == stored
+    assert dtype_choice.config_dtype(models.load_config(str(tmp_path), "causal-lm")) == stored
 
 
 def test_the_dtype_of_a_text_model_in_a_larger_one(tmp_path: Path) -> None:
     inner = {"model_type": "gemma3_text", "torch_dtype": "bfloat16"}
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gemma3", "text_config": inner}))
-    assert dtype_choice.stored_dtype(models.load_config(str(tmp_path), "causal-lm")) == "bf16"
+    assert dtype_choice.config_dtype(models.load_config(str(tmp_path), "causal-lm")) == "bf16"
 
 
 @pytest.fixture
@@ -178,11 +180,11 @@ def test_what_is_trained_of_the_base_is_in_fp32(
         "classifier": ("lora", "classification", {}),
     }[method]
     settings = dtype_choice.Settings(str(in_bf16), "", chosen[1], chosen[0], chosen[2], device="cpu")
-    found = dtype_choice.of_run(settings, ("down", "up"))
-    assert (found.dtype, found.instead_of) == ("fp32", "bf16")
-    assert "the run trains parameters of the base" in str(found.line)
+    found = dtype_choice.choose_for_run(settings, ("down", "up"))
+    assert (found.dtype, found.replaced_dtype) == ("fp32", "bf16")
+    assert "the run trains parameters of the base" in str(found.message)
     plain = dtype_choice.Settings(str(in_bf16), "", "causal-lm", "lora", {}, device="cpu")
-    assert dtype_choice.of_run(plain, ()) == dtype_choice.Choice("bf16")
+    assert dtype_choice.choose_for_run(plain, ()) == dtype_choice.Choice("bf16")
 
 
 def test_the_error_for_what_does_not_fit_in_fp32_names_bf16(

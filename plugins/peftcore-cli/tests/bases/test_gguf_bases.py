@@ -142,6 +142,6 @@ def test_the_dtype_of_few_bits_is_chosen_and_printed(
     in_8_bits: Path, file: Path, monkeypatch: pytest.MonkeyPatch, has_bf16: bool, dtype: str
 ) -> None:
     monkeypatch.setattr(processor, "has_instructions", lambda _: has_bf16)
-    found = dtype_choice.of_base(str(in_8_bits), "causal-lm", "auto", "cpu")
-    assert found.dtype == dtype and f"--dtype auto: {dtype}" in str(found.line)
-    assert dtype_choice.of_base(str(file), "causal-lm", "auto", "cpu").dtype == "fp32"  # as its tensors
+    found = dtype_choice.choose_for_inference(str(in_8_bits), "causal-lm", "auto", "cpu")
+    assert found.dtype == dtype and f"--dtype auto: {dtype}" in str(found.message)
+    assert dtype_choice.choose_for_inference(str(file), "causal-lm", "auto", "cpu").dtype == "fp32"  # as its tensors
