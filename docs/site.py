@@ -12,12 +12,14 @@ import peftcore
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = "commands.md"
+DRAWINGS = {"lora": "lora.svg", "qlora": "nf4.svg"}
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
     sections = {
         title: pages for section in config.nav or () if isinstance(section, dict) for title, pages in section.items()
     }
+    config.copyright = f"peftcore {peftcore.__version__}"
     sections["Methods"].append({"Each method": [{name: f"methods/{name}.md"} for name in sorted(peftcore.methods())]})
     return config
 
@@ -37,10 +39,34 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 
 def method_page(name: str, readme: str) -> str:
-    """Return a plugin's README as a page of the folder `methods`."""
+    """Return a plugin's README as a page of the folder `methods`, with its rows of the comparison."""
     page = re.sub(r"\A# .*", f"# {name}", readme)
     page = page.replace("](../../README.md)", "](../index.md)").replace("](../../docs/", "](../")
-    return re.sub(r"\]\(\.\./peftcore-([\w-]+)/README\.md", r"](\1.md", page)
+    page = re.sub(r"\]\(\.\./peftcore-([\w-]+)/README\.md", r"](\1.md", page)
+    if name in DRAWINGS:
+        title, introduction, rest = page.split("\n\n", 2)
+        page = "\n\n".join([title, introduction, f"![{name}](../assets/{DRAWINGS[name]})", rest])
+    where = "[Concepts](../concepts.md#where-methods-enter-a-model) shows where methods enter a model."
+    return f"{page.rstrip()}\n\n{results(name)}{where}\n"
+
+
+def results(name: str) -> str:
+    """Return the rows of a method and of the untrained model in each table of the comparison."""
+    parts = []
+    comparison = (ROOT / "docs/comparison.md").read_text(encoding="utf-8")
+    for section in re.split(r"^## ", comparison, flags=re.MULTILINE):
+        title = section.partition("\n")[0]
+        table = re.search(r"^\| method \| rate .*?(?=\n\n)", section, re.MULTILINE | re.DOTALL)
+        if table is None:
+            continue
+        header, line, *rows = table[0].splitlines()
+        measured = [row for row in rows if row.startswith((f"| `{name}`", "| before training"))]
+        if len(measured) > 1:
+            parts += [f"{title}:", "\n".join([header, line, *measured])]
+    if not parts:
+        return ""
+    caveat = "From the [comparison of all methods](../comparison.md), whose runs are too short to rank methods."
+    return "\n\n".join(["## Results", caveat, *parts]) + "\n\n"
 
 
 def command_reference() -> str:
@@ -54,7 +80,7 @@ def command_reference() -> str:
     )
     parts = ["# Commands and options", intro]
     for name, command in application.commands.items():
-        parts += [f"## peftcore {name}", command.help or ""]
+        parts += [f"## peftcore {name}", re.sub(r"\bdocs/([\w-]+)\.md", r"[\1](\1.md)", command.help or "")]
         groups: dict[str, list[str]] = {}
         for parameter in command.params:
             if not getattr(parameter, "hidden", False):

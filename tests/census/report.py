@@ -18,7 +18,7 @@ _FAMILIES = ("CAUSAL_LM", "MASKED_LM", "SEQ_TO_SEQ_CAUSAL_LM", "TEXT_ENCODING")
 _COLUMNS = (*FIELDS, *(method + IMAGES for method in PROMPTS))
 _MARKS = {EXACT: "yes", ADVISED: "advised", REFUSED: "refused", WRONG: "**wrong**", CRASH: "**crash**"}
 
-_HEAD = """# The census
+_HEAD = """# Tested models
 
 Every model class in transformers' auto mappings, as a tiny random instance, under every method of this repository.
 
