@@ -51,7 +51,7 @@ def ten(tasks: dict) -> list[str]:
             f"{label['peak'] / 1e6:,.0f} MB",
             shown(loss["loss"], "loss"),
             f"{loss['peak'] / 1e6:,.0f} MB",
-            {True: "yes", False: "no", None: ""}[label["merges"]],
+            merges(label),
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return lines
@@ -104,12 +104,18 @@ def table(task: str, found: dict, shared: bool) -> list[str]:
                 size_of(row["bytes"]),
                 f"{row['peak'] / 1e6:,.0f} MB",
                 *([] if shared else [f"{1e3 * row['step']:,.0f} ms"]),
-                {True: "yes", False: "no", None: ""}[row["merges"]],
+                merges(row),
                 *(beside(row, metric) if is_beside else []),
             )
         )
     lines += ["| " + " | ".join(row) + " |" for row in rows]
     return [*lines, "", *tried(found)]
+
+
+def merges(row: dict) -> str:
+    if row["method"] == "qlora" and row["merges"]:
+        return "into 16 bits"
+    return {True: "yes", False: "no", None: ""}[row["merges"]]
 
 
 def at_the_edge(row: dict) -> bool:

@@ -146,7 +146,8 @@ def table(reports: dict[str, dict[str, str | None]]) -> str:
             return "yes"
         if reason not in notes:
             notes.append(reason)
-        return f"no ({notes.index(reason) + 1})"
+        answer = "into 16 bits" if reason.endswith("merges into 16 bits") else "no"
+        return f"{answer} ({notes.index(reason) + 1})"
 
     def families(checks: dict[str, str | None]) -> str:
         refused = {name.removeprefix(ON): reason for name, reason in checks.items() if name.startswith(ON) and reason}

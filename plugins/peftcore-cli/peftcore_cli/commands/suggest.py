@@ -125,10 +125,10 @@ def suggest(
             "ways": ways,
         }
     say(str(suggestion))
-    say("\nto train with the first suggestion:", "bold")
-    say("--batch-size is the largest power of two that fits, up to 64; --lr is the method's default")
+    say("\n--batch-size is the largest power of two that fits, up to 64; --lr is the method's default")
     if suggestion.ways[0].estimate.summary.base_parameters > _SMALL_BASE:
         say("the default rates suit small models. For this one, start with a lower --lr: see docs/choosing.md")
+    say("to train with the first suggestion:", "bold")
     say(f"  {commands[0]}")
     return None
 
