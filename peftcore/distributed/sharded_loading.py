@@ -74,6 +74,11 @@ def load_sharded(
 
     Raises:
         CheckpointError: a file or a tensor is missing, or does not fit.
+
+    Examples:
+        >>> model = peftcore.load_sharded("llama-8b", "nf4")
+        >>> peftcore.apply(model, "lora", r=16)
+        >>> peftcore.shard(model)    # copies the adapter to all ranks
     """
     import transformers
     from accelerate import init_empty_weights

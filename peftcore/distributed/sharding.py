@@ -58,6 +58,10 @@ def shard(
     Raises:
         PeftcoreError: no distributed run has begun, the ranks have different models or adapters, an argument is
             wrong, or the base is quantized and PyTorch older than 2.12. The model is then unchanged.
+
+    Examples:
+        >>> peftcore.apply(model, "lora", r=16)
+        >>> peftcore.shard(model)    # in a script that torchrun starts
     """
     from torch.distributed.fsdp import FSDPModule
 

@@ -339,6 +339,10 @@ def call_arguments(model: nn.Module, **values: Any) -> Iterator[None]:
 
     Raises:
         PeftcoreError: no adapter is applied, or none reads an argument of that name.
+
+    Examples:
+        >>> with peftcore.call_arguments(model, task_ids=task_ids):
+        ...     loss = model(**batch).loss
     """
     context = require_state(model).lock.context
     names = context.names if context is not None else frozenset()

@@ -31,6 +31,10 @@ def config(method: str, /, **fields: Any) -> Any:
     Raises:
         PluginError: the method is not installed or broken.
         PeftcoreError: a field does not exist, is missing, or has a wrong value.
+
+    Examples:
+        >>> config = peftcore.config("lora", r=16, lora_alpha=32)
+        >>> peftcore.apply(model, config)
     """
     config_class = registry.method(method).config_class
     field_names = [field.name for field in dataclasses.fields(config_class)]

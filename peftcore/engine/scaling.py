@@ -31,6 +31,10 @@ def scale(model: Model, adapter: str, factor: float) -> Model:
 
     Raises:
         PeftcoreError: the adapter cannot be scaled (prompts, parameters of the base), or is merged.
+
+    Examples:
+        >>> peftcore.scale(model, "default", 0.5)    # half the change
+        >>> peftcore.scale(model, "default", 1.0)
     """
     if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not math.isfinite(factor):
         raise PeftcoreError(f"factor must be a finite number, found {factor!r}")

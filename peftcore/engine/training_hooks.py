@@ -168,7 +168,12 @@ def extra_loss(model: nn.Module) -> Tensor:
 
 
 def loss_terms(model: nn.Module) -> dict[str, Tensor]:
-    """Return {adapter: loss term} for the adapters with a term; `extra_loss` sums them."""
+    """Return {adapter: loss term} for the adapters with a term; `extra_loss` sums them.
+
+    Examples:
+        >>> peftcore.apply(model, "adalora", total_step=1000)
+        >>> peftcore.loss_terms(model)    # {"default": tensor(...)}
+    """
     terms: dict[str, Tensor] = {}
     for name, entry, method in _training(model):
         if method.loss is None:

@@ -47,6 +47,10 @@ def state_dict(model: nn.Module, adapter: str) -> OrderedDict[str, Tensor]:
 
     Raises:
         PeftcoreError: no adapter with this name is applied, or adapters are merged.
+
+    Examples:
+        >>> best = peftcore.state_dict(model, "default")
+        >>> peftcore.set_state_dict(model, "default", best)
     """
     engine.refuse_merged(engine.require_state(model), "read an adapter's state")
     engine.refuse_changed(model)
@@ -83,6 +87,9 @@ def set_state_dict(model: Model, adapter: str, source: _Source, *, check_base: b
     Raises:
         CheckpointError: the source has another method, a larger rank or additional modules, or cannot be read. Nothing
             is changed.
+
+    Examples:
+        >>> peftcore.set_state_dict(model, "default", "other-adapter")
     """
     state, entry = engine.require_state(model), engine.applied(model, adapter)
     engine.refuse_merged(state, f"set the values of '{adapter}'")

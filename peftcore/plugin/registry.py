@@ -389,7 +389,12 @@ def register(name: str, plugin: Any) -> None:
 
 
 def methods() -> dict[str, Method]:
-    """Return the usable installed methods by name."""
+    """Return the usable installed methods by name.
+
+    Examples:
+        >>> "lora" in peftcore.methods()
+        True
+    """
     return registry.methods()
 
 
@@ -398,6 +403,10 @@ def method(name: str) -> Method:
 
     Raises:
         PluginError: the method is not installed, or its plugin is broken.
+
+    Examples:
+        >>> peftcore.method("lora").learning_rate
+        0.001
     """
     return registry.method(name)
 
@@ -423,7 +432,12 @@ class PluginInfo:
 
 
 def plugins() -> list[PluginInfo]:
-    """Return all installed plugins by name. Broken plugins have `error` set and cause no warning."""
+    """Return all installed plugins by name. Broken plugins have `error` set and cause no warning.
+
+    Examples:
+        >>> [plugin.name for plugin in peftcore.plugins() if plugin.error]    # broken plugins
+        []
+    """
     # Strict plugins would raise the first error instead of listing all plugins.
     strict = os.environ.pop(STRICT, None)
     try:

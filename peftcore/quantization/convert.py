@@ -301,6 +301,10 @@ def dequantize(model: Model, dtype: torch.dtype | None = None) -> Model:
 
     Returns:
         The model.
+
+    Examples:
+        >>> peftcore.quantize(model, "nf4")
+        >>> peftcore.dequantize(model, torch.bfloat16)
     """
     if any(map(lock_of, model.modules())):
         raise PeftcoreError(

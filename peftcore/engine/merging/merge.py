@@ -227,6 +227,10 @@ def merge_error(model: nn.Module) -> dict[str, float]:
     """Return {path: fraction of the adapters' change that `merge` would lose} for the quantized layers.
 
     0 means no loss; 1 means that the error is as large as the change itself. The model is not changed.
+
+    Examples:
+        >>> errors = peftcore.merge_error(model)
+        >>> max(errors, key=errors.get)    # the layer that would lose most
     """
     state = _require_mergeable(model, "measure the error of merging")
     refuse_unmergeable(model, state.active)

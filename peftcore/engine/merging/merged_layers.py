@@ -115,6 +115,10 @@ def can_merge(model: nn.Module) -> bool:
 
     Raises:
         PeftcoreError: the model has no adapters.
+
+    Examples:
+        >>> if peftcore.can_merge(model):
+        ...     peftcore.merge(model)
     """
     state = engine.require_state(model)
     return all(

@@ -33,6 +33,11 @@ def reference_model(model: nn.Module, *, base: bool = False) -> ReferenceModel:
 
     Raises:
         PeftcoreError: the model has no adapters, they are merged or sharded, or activation is per sample.
+
+    Examples:
+        >>> reference = peftcore.reference_model(model)    # before training
+        >>> with torch.no_grad():
+        ...     reference_logits = reference(input_ids=tokens).logits
     """
     return ReferenceModel(model, base=base)
 
